@@ -1,0 +1,61 @@
+"""results.json: what a run measured, one block per stage, with the versions and seeds it was measured with."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import asdict, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tl_adapters.atomic import write_text
+
+SCHEMA_VERSION = 1
+FILE = "results.json"
+_PACKAGES = ("tl-adapters", "torch", "transformer-lens", "sae-lens", "transformers", "safetensors")
+
+
+def versions() -> dict[str, str | None]:
+    """Python and the packages that figures depend on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """The blocks of a run's results.json; none, where there is no file yet."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return {"schema_version": SCHEMA_VERSION}
+    results: dict[str, Any] = json.loads(path.read_text())
+    if results.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema_version {results.get('schema_version')}; this version reads {SCHEMA_VERSION}."
+        )
+    return results
+
+
+def write_results(folder: str | Path, **blocks: Any) -> dict[str, Any]:
+    """Add or replace blocks of results.json; returns the whole. Dataclasses are written as mappings."""
+    results = {**read_results(folder), **{name: plain(block) for name, block in blocks.items()}}
+    write_text(Path(folder) / FILE, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: NaN (a ratio over nothing) becomes null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
