@@ -1,0 +1,142 @@
+"""Training: it learns, it resumes bit for bit, and it writes a run folder that can be read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_qwen2
+
+from tl_adapters.adapter import AdapterSet
+from tl_adapters.config import TrainingConfig
+from tl_adapters.data import Trace
+from tl_adapters.objective import StepTerms
+from tl_adapters.paired import PairedModel
+from tl_adapters.training import Trainer, TrainingError, linear_warmup, train, warmup_cosine
+
+CONFIG = TrainingConfig(n_features=16, steps=12, tokens_per_batch=60, checkpoint_every=5, log_every=2, lr=1e-3)
+
+
+def fresh_pair() -> PairedModel:
+    return PairedModel.from_pretrained(random_qwen2(1, torch.float32), random_qwen2(2, torch.float32))
+
+
+def traces(n: int = 30) -> list[Trace]:
+    generator = torch.Generator().manual_seed(0)
+    return [Trace(tuple(torch.randint(1, 61, (6 + i % 9,), generator=generator).tolist()), 2) for i in range(n)]
+
+
+def weights(adapters: AdapterSet) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in adapters.state_dict().items()}
+
+
+def test_schedules() -> None:
+    factors = [warmup_cosine(s, 100, 0.05) for s in range(100)]
+    assert factors[0] == pytest.approx(0.2) and max(factors) == factors[4]
+    assert factors[4:] == sorted(factors[4:], reverse=True) and factors[-1] < 1e-3
+    assert [linear_warmup(s, 8, 0.5) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert linear_warmup(0, 8, 0.0) == 1 and warmup_cosine(0, 8, 0.0) == 1
+
+
+def test_training_lowers_what_it_optimises() -> None:
+    pair, seen = fresh_pair(), []
+    trainer = Trainer(
+        pair, traces(), TrainingConfig(n_features=32, steps=60, tokens_per_batch=400, lr=5e-3), progress=False
+    )
+    trainer.run(on_step=lambda step, terms: seen.append(terms))
+    assert seen[-1].output_kl < 0.5 * seen[0].output_kl
+    assert seen[-1].nmse < 0.7 * seen[0].nmse
+
+
+def test_only_the_adapters_change() -> None:
+    pair = fresh_pair()
+    before = {k: v.clone() for k, v in pair.model.state_dict().items()}
+    train(pair, traces(), CONFIG, progress=False)
+    for name, value in before.items():
+        assert torch.equal(value, pair.model.state_dict()[name]), name
+    assert pair.routes == fresh_pair().routes
+    assert not any(point._forward_hooks for point in pair.model.hook_dict.values())
+
+
+def test_a_seed_gives_the_same_adapters_twice_and_another_gives_others() -> None:
+    first, second = (weights(train(fresh_pair(), traces(), CONFIG, progress=False)) for _ in range(2))
+    other = weights(train(fresh_pair(), traces(), CONFIG, progress=False, seed=1))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+class Stop(Exception):
+    pass
+
+
+def test_stop_and_resume_is_never_having_stopped(tmp_path: Path) -> None:
+    whole = train(fresh_pair(), traces(), CONFIG, tmp_path / "whole", progress=False)
+
+    def stop(step: int, terms: StepTerms) -> None:
+        if step == 9:
+            raise Stop
+
+    with pytest.raises(Stop):
+        Trainer(fresh_pair(), traces(), CONFIG, tmp_path / "run", progress=False).run(on_step=stop)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
+    resumed = Trainer.resume(fresh_pair(), traces(), tmp_path / "run", progress=False)
+    assert resumed.step == 5
+    adapters = resumed.run()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, adapters.state_dict()[name]), name
+    lines = {
+        run: [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "run")
+    }
+    for a, b in zip(lines["whole"], lines["run"], strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def test_the_run_folder(tmp_path: Path) -> None:
+    pair = fresh_pair()
+    adapters = train(pair, traces(), CONFIG, tmp_path / "run", progress=False)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "adapters", "config.json", "metrics.jsonl", "versions.json",
+    ]  # fmt: skip
+    assert TrainingConfig.load(tmp_path / "run" / "config.json") == CONFIG
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 8, 10, 12]
+    saved = AdapterSet.from_pretrained(tmp_path / "run" / "adapters")
+    assert all(torch.equal(v, saved.state_dict()[k]) for k, v in adapters.state_dict().items())
+    with pytest.raises(FileExistsError, match="exists already"):
+        train(pair, traces(), CONFIG, tmp_path / "run", progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_which(tmp_path: Path) -> None:
+    pair = fresh_pair()
+    trainer = Trainer(pair, traces(), CONFIG, tmp_path / "run", progress=False)
+
+    def poison(step: int, terms: StepTerms) -> None:
+        if step == 7:
+            with torch.no_grad():
+                pair.mlps[1].adapter.b_dec.fill_(float("inf"))
+
+    with pytest.raises(TrainingError, match="Step 8: .*output_kl.* not finite.*are kept"):
+        trainer.run(on_step=poison)
+    assert Trainer.resume(fresh_pair(), traces(), tmp_path / "run", progress=False).step == 5
+
+
+def test_resuming_nothing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no checkpoint"):
+        Trainer.resume(fresh_pair(), traces(), tmp_path, progress=False)
+
+
+def test_a_planted_adapter_is_matched() -> None:
+    """A target whose MLP is the base's and one neuron more: that neuron's difference is learned to a small rest."""
+    base, target = random_qwen2(1, torch.float32), random_qwen2(2, torch.float32)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for ours, theirs in zip(target.model.layers, base.model.layers, strict=True):
+            ours.mlp.load_state_dict(theirs.mlp.state_dict())
+            ours.mlp.down_proj.weight[:, 0] += torch.randn(32, generator=generator)
+    pair = PairedModel.from_pretrained(base, target)
+    seen: list[StepTerms] = []
+    options = TrainingConfig(n_features=32, steps=150, tokens_per_batch=400, lr=1e-2, l1_weight=0.0)
+    Trainer(pair, traces(), options, progress=False).run(on_step=lambda step, terms: seen.append(terms))
+    assert seen[-1].nmse < 0.1 * seen[0].nmse
