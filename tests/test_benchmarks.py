@@ -1,0 +1,74 @@
+"""Behaviour: generation on any route, and rates whose definitions are design decisions."""
+
+import pytest
+import torch
+from conftest import random_qwen2, randomise
+
+from tl_adapters.benchmarks import Response, rate, respond
+from tl_adapters.organism import problems
+from tl_adapters.organism.recipe import build_tokenizer
+from tl_adapters.paired import PairedModel
+
+
+@pytest.fixture(scope="module")
+def talking_pair() -> PairedModel:
+    tokenizer = build_tokenizer()
+    base, target = (random_qwen2(s, torch.float32, vocab_size=len(tokenizer)) for s in (1, 2))
+    return randomise(PairedModel.from_pretrained(base, target, tokenizer=tokenizer))
+
+
+def test_responses_do_not_depend_on_their_batch(talking_pair: PairedModel) -> None:
+    asked = problems("tune", 12, n_terms=(2, 3, 5))
+    for route in ("target", "hybrid", "replacement"):
+        with talking_pair.routed(route):
+            together = respond(talking_pair.model, asked, max_new_tokens=10, batch_size=5)
+            alone = [respond(talking_pair.model, [p], max_new_tokens=10)[0] for p in asked]
+        assert [r.tokens for r in together] == [r.tokens for r in alone]
+        assert [r.prompt for r in together] == [r.prompt for r in alone]
+
+
+def test_a_response_ends_at_the_end_token_or_is_cut(talking_pair: PairedModel) -> None:
+    model, end = talking_pair.model, talking_pair.model.tokenizer.eos_token_id
+    asked = problems("tune", 4)
+    cut = respond(model, asked, max_new_tokens=6)
+    assert all(r.truncated and not r.correct and len(r.tokens) == 6 for r in cut)
+    prompt = torch.tensor([cut[0].prompt])
+    assert model.generate(prompt, max_new_tokens=6, do_sample=False, stop_at_eos=False, verbose=False)[
+        0, prompt.shape[1] :
+    ].tolist() == list(cut[0].tokens)
+
+    def end_at_third(logits: torch.Tensor, hook: object) -> torch.Tensor:
+        logits = logits.clone()
+        logits[:, -1, end] = 1e9 if calls.append(1) or len(calls) > 2 else -1e9
+        return logits
+
+    calls: list[int] = []
+    with model.hooks(fwd_hooks=[("unembed.hook_out", end_at_third)] if "unembed.hook_out" in model.hook_dict else []):
+        ended = respond(model, asked[:1], max_new_tokens=6)
+    if calls:
+        assert len(ended[0].tokens) == 2 and not ended[0].truncated
+
+
+def response(text: str, n: int, correct: bool, truncated: bool = False) -> Response:
+    return Response((1,), tuple(range(n)), text, truncated, correct)
+
+
+def test_rates_are_as_defined() -> None:
+    found = rate(
+        [
+            response("<think>Wait, wait. Awaiting.</think>3", 10, True),
+            response("Waiter WAIT", 30, False, truncated=True),
+        ],
+        "report",
+    )
+    assert found.accuracy == 0.5 and found.length == 20 and found.n == 2 and found.split == "report"
+    assert found.hesitation_per_1k == pytest.approx(1000 * 3 / 40)  # whole words, in any case, over all tokens
+    assert found.truncated == 0.5 and found.think_opened == 0.5
+    for name in ("accuracy", "length", "hesitation_per_1k"):
+        assert found.ci[name].low <= getattr(found, name) <= found.ci[name].high
+
+
+def test_the_tokenizer_is_given_back(talking_pair: PairedModel) -> None:
+    talking_pair.model.tokenizer.padding_side = "right"
+    respond(talking_pair.model, problems("tune", 2), max_new_tokens=2)
+    assert talking_pair.model.tokenizer.padding_side == "right"

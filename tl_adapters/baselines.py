@@ -1,0 +1,111 @@
+"""What an adapter's KL is worth: simpler stand-ins for the MLP difference, from the same run.
+
+Both add something to the base's MLP at every layer, as an adapter does, and both see the target's MLP at work, which
+an adapter never does. They are generous rivals.
+
+* top neurons: per token, the n neurons whose contribution activation x output row differs most (in norm) between the
+  two MLPs are swapped for the target's. Neuron j of the base and of the target are compared as the same neuron.
+* low rank: the MLP output difference, projected on its r strongest directions (of the uncentred covariance over
+  training traces, read on the target's stream). How small r may be says how low-rank the pair's difference is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.components.mlps.gated_mlp import GatedMLP
+from transformer_lens.hook_points import HookPoint
+
+from tl_adapters.data import Trace, batches_by_length
+from tl_adapters.losses import token_kl_from_residual
+from tl_adapters.paired import PairedMLP, PairedModel
+
+Correction = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]
+"""What the MLP reads, to what is added to the base MLP's output."""
+
+
+def neuron_activations(mlp: GatedMLP, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mlp"]:
+    """The activations that ``mlp`` multiplies its output rows with; fires no hook."""
+    return mlp.act_fn(x @ mlp.W_gate) * (x @ mlp.W_in) + mlp.b_in
+
+
+def mlp_difference(mlp: PairedMLP, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """MLP_target(x) - MLP_base(x)."""
+    target = neuron_activations(mlp, x) @ mlp.W_out + mlp.b_out
+    return target - neuron_activations(mlp.base, x) @ mlp.base.W_out - mlp.base.b_out
+
+
+def top_neurons(mlp: PairedMLP, n: int) -> Correction:
+    """Swap the ``n`` most changed neurons of each token."""
+    rows_target, rows_base = mlp.W_out, mlp.base.W_out
+    cross = (rows_target * rows_base).sum(-1)
+    squares_target, squares_base = rows_target.square().sum(-1), rows_base.square().sum(-1)
+
+    def correct(x: Tensor) -> Tensor:
+        a, b = neuron_activations(mlp, x), neuron_activations(mlp.base, x)
+        # ||a w_target - b w_base||^2 per neuron, without forming the vectors
+        change = a.square() * squares_target - 2 * a * b * cross + b.square() * squares_base
+        kept = torch.zeros_like(change).scatter_(-1, change.topk(min(n, change.shape[-1]), -1).indices, 1.0)
+        return (a * kept) @ rows_target - (b * kept) @ rows_base
+
+    return correct
+
+
+def low_rank(mlp: PairedMLP, directions: Float[Tensor, "d_model r"]) -> Correction:
+    """The MLP output difference projected on orthonormal ``directions``."""
+    return lambda x: (mlp_difference(mlp, x) @ directions) @ directions.T
+
+
+@torch.no_grad()
+def difference_directions(
+    pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 8192
+) -> list[Float[Tensor, "d_model d_model"]]:
+    """Orthonormal directions of the MLP output difference per layer, strongest first (columns)."""
+    d_model, device = pair.model.cfg.d_model, pair.model.W_E.device
+    second_moment = [torch.zeros(d_model, d_model, dtype=torch.float64, device=device) for _ in pair.mlps]
+    for _, batch in batches_by_length(traces, tokens_per_batch):
+        batch = batch.to(pair.model.W_E.device)
+        with pair.routed("target"), pair.recorded("mlp.hook_in") as read:
+            pair.residual_streams(batch.tokens)
+        for layer, mlp in enumerate(pair.mlps):
+            difference = mlp_difference(mlp, read[layer][batch.real]).double()
+            second_moment[layer] += difference.T @ difference
+    dtype = pair.model.cfg.dtype
+    return [torch.linalg.eigh(m).eigenvectors.flip(-1).to(dtype) for m in second_moment]
+
+
+@contextmanager
+def corrected(pair: PairedModel, corrections: Sequence[Correction]) -> Iterator[None]:
+    """The hybrid with ``corrections[layer]`` added to every base MLP, where an adapter would add its output."""
+
+    def add(zeros: Tensor, hook: HookPoint, layer: int) -> Tensor:
+        return zeros + corrections[layer](read[layer])
+
+    hooks = [(f"blocks.{layer}.mlp.hook_adapter_out", partial(add, layer=layer)) for layer in range(pair.n_layers)]
+    with pair.routed("hybrid"), pair.recorded("mlp.hook_in") as read, pair.model.hooks(fwd_hooks=hooks):
+        yield
+
+
+@torch.no_grad()
+def baseline_kl(
+    pair: PairedModel, corrections: Sequence[Correction], traces: Sequence[Trace], tokens_per_batch: int = 8192
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """KL(target || corrected hybrid) summed per document over response-predicting positions, and their number."""
+    sums, positions = torch.zeros(2, len(traces), dtype=torch.float64)
+    for rows, batch in batches_by_length(traces, tokens_per_batch):
+        batch = batch.to(pair.model.W_E.device)
+        mask = batch.predicting_response
+        finals = []
+        for context in (pair.routed("target"), corrected(pair, corrections)):
+            with context:
+                finals.append(pair.residual_streams(batch.tokens)[-1][mask])
+        tokens = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+        kl = token_kl_from_residual(finals[0], finals[1], pair.unembed, pair.rows_at_once)
+        tokens[mask] = kl.double()
+        sums[rows], positions[rows] = tokens.sum(1).cpu(), mask.sum(1).double().cpu()
+    return sums, positions

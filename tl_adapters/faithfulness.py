@@ -1,0 +1,191 @@
+"""How faithfully adapters stand in for what training changed (arXiv 2602.20904, section 4.1).
+
+1. KL(target || x) for the hybrid, the replacement, and partial replacement: layers 0..i, layers i..L-1, layer i alone;
+2. NMSE of the replacement's residual stream, at the embedding and after every layer;
+3. L0 per token and layer, and how many features are alive.
+
+The headline counts response tokens only (for a KL: positions whose next token belongs to the response), beside it
+stand the same figures over all tokens. Everything is summed per document first, so intervals are over documents and
+partial and full KL are paired. Prefixes are shared: the L only-one-layer models start from the target's own streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_adapters.data import Batch, Trace, batches_by_length
+from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios
+from tl_adapters.losses import token_kl_from_residual
+from tl_adapters.paired import ACTIVATIONS, PairedModel
+
+ALIVE_FIRINGS = 10
+"""A feature is alive if it fired at least this often in the evaluation tokens."""
+
+
+@dataclass(frozen=True)
+class DocumentSums:
+    """Sums per document of everything the figures are ratios of; the first axis is always the document."""
+
+    kl: dict[str, Float[Tensor, "n"]]
+    """Nats over response-predicting positions, by model: hybrid, replacement, first[i], last[i], only[i]."""
+    kl_all: dict[str, Float[Tensor, "n"]]
+    """The same over all positions that predict something."""
+    positions: Float[Tensor, "n"]
+    """Response-predicting positions."""
+    positions_all: Float[Tensor, "n"]
+    """All predicting positions."""
+    same_top1: Float[Tensor, "n"]
+    """Response-predicting positions where target and replacement agree on the likeliest token."""
+    error: Float[Tensor, "n places"]
+    """Squared error of the residual stream over response tokens, at the embedding and after each layer."""
+    energy: Float[Tensor, "n places"]
+    """Squares of the target's residual stream over the same tokens."""
+    error_all: Float[Tensor, "n places 2"]
+    """Squared error over all tokens: [..., 0] with position 0, [..., 1] without."""
+    energy_all: Float[Tensor, "n places 2"]
+    """Squares of the target's residual stream over the same tokens."""
+    active: Float[Tensor, "n n_layers"]
+    """Active features summed over response tokens."""
+    active_all: Float[Tensor, "n n_layers"]
+    """Active features summed over all tokens."""
+    tokens: Float[Tensor, "n"]
+    """Response tokens."""
+    tokens_all: Float[Tensor, "n"]
+    """All tokens."""
+    firings: Float[Tensor, "n_layers n_features"]
+    """How often each feature fired over all tokens (no document axis)."""
+
+
+def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 8192) -> DocumentSums:
+    """One pass over ``traces`` (the target's own greedy text on held-out problems)."""
+    parts, order = [], []
+    for rows, batch in batches_by_length(traces, tokens_per_batch):
+        order += rows
+        parts.append(_measure_batch(pair, batch.to(pair.model.W_E.device)))
+    back = torch.tensor(order).argsort()
+    cat = lambda tensors: torch.cat([t.cpu() for t in tensors])[back]  # noqa: E731
+    joined: dict[str, Any] = {}
+    for name in DocumentSums.__dataclass_fields__:
+        values = [getattr(part, name) for part in parts]
+        if name == "firings":
+            joined[name] = torch.stack(values).sum(0).cpu()
+        elif isinstance(values[0], dict):
+            joined[name] = {key: cat([v[key] for v in values]) for key in values[0]}
+        else:
+            joined[name] = cat(values)
+    return DocumentSums(**joined)
+
+
+@torch.no_grad()
+def _measure_batch(pair: PairedModel, batch: Batch) -> DocumentSums:
+    with pair.routed("target"):
+        target = pair.residual_streams(batch.tokens)
+    with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        replacement = pair.residual_streams(batch.tokens)
+    response, everything = batch.predicting_response, batch.predicting
+
+    kl, kl_all = {}, {}
+    for name, final in _variants(pair, target, replacement):
+        tokens = torch.zeros(batch.tokens.shape, dtype=torch.float64, device=final.device)
+        tokens[everything] = token_kl_from_residual(
+            target[-1][everything], final[everything], pair.unembed, pair.rows_at_once
+        ).double()
+        kl[name], kl_all[name] = (tokens * response).sum(1), tokens.sum(1)
+
+    same = torch.zeros(batch.tokens.shape, dtype=torch.float64, device=batch.tokens.device)
+    same[response] = (_top1(pair, target[-1][response]) == _top1(pair, replacement[-1][response])).double()
+    errors = torch.stack([(r - t).double().square().sum(-1) for t, r in zip(target, replacement, strict=True)], -1)
+    energies = torch.stack([t.double().square().sum(-1) for t in target], -1)
+    active = torch.stack([(acts[layer] > 0).sum(-1).double() for layer in range(pair.n_layers)], -1)
+    real, answer = batch.real[..., None].double(), batch.response[..., None].double()
+    both = lambda x: torch.stack([(x * real).sum(1), (x * real)[:, 1:].sum(1)], -1)  # noqa: E731
+    return DocumentSums(
+        kl=kl,
+        kl_all=kl_all,
+        positions=response.sum(1).double(),
+        positions_all=everything.sum(1).double(),
+        same_top1=same.sum(1),
+        error=(errors * answer).sum(1),
+        energy=(energies * answer).sum(1),
+        error_all=both(errors),
+        energy_all=both(energies),
+        active=(active * answer).sum(1),
+        active_all=(active * real).sum(1),
+        tokens=batch.response.sum(1).double(),
+        tokens_all=batch.real.sum(1).double(),
+        firings=torch.stack([(acts[layer][batch.real] > 0).sum(0).double() for layer in range(pair.n_layers)]),
+    )
+
+
+def _variants(pair: PairedModel, target: list[Tensor], replacement: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Final residual streams of the hybrid, the replacement and every partial replacement."""
+    n = pair.n_layers
+
+    def run(route: str, resid: Tensor, start: int, stop: int = n) -> Tensor:
+        with pair.routed(route):
+            return pair.run_blocks(resid, start, stop)
+
+    yield "hybrid", run("hybrid", target[0], 0)
+    yield "replacement", replacement[-1]
+    for i in range(n):
+        yield f"first[{i}]", run("target", replacement[i + 1], i + 1)
+        yield f"last[{i}]", run("replacement", target[i], i)
+        yield f"only[{i}]", run("target", run("replacement", target[i], i, i + 1), i + 1)
+
+
+def _top1(pair: PairedModel, resid: Tensor) -> Tensor:
+    return torch.cat([pair.unembed(part).argmax(-1) for part in resid.split(pair.rows_at_once)])
+
+
+def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = (0,)) -> dict[str, object]:
+    """The block "faithfulness" of results.json, with an interval on every figure."""
+    n, n_layers = len(sums.tokens), sums.active.shape[1]
+
+    def figure(top: Tensor, bottom: Tensor, unit: str) -> Figure:
+        return Figure(*bootstrap_ratio(top, bottom), n, unit, split, seeds)
+
+    def kl(name: str, unit: str = "nats per response token") -> Figure:
+        return figure(sums.kl[name], sums.positions, unit)
+
+    def against_full(name: str) -> Figure:
+        full = (sums.kl["replacement"], sums.positions)
+        ratio = bootstrap_ratio_of_ratios((sums.kl[name], sums.positions), full)
+        return Figure(*ratio, n, "KL over the KL of full replacement", split, seeds)
+
+    layers = range(n_layers)
+    share = bootstrap_ratio_of_ratios((sums.kl["replacement"], sums.positions), (sums.kl["hybrid"], sums.positions))
+    ratio = "squared error over squares"
+    alive = (sums.firings >= ALIVE_FIRINGS).sum(1)
+    return {
+        "kl": {name: kl(name) for name in ("hybrid", "replacement")},
+        "kl_of_hybrid": Figure(*share, n, "KL of the replacement over KL of the hybrid", split, seeds),
+        "kl_all_tokens": {
+            name: figure(sums.kl_all[name], sums.positions_all, "nats per token") for name in ("hybrid", "replacement")
+        },
+        **{f"kl_{kind}": [kl(f"{kind}[{i}]") for i in layers] for kind in ("first", "last", "only")},
+        "partial_of_full": {kind: [against_full(f"{kind}[{i}]") for i in layers] for kind in ("first", "last", "only")},
+        "nmse": [figure(sums.error[:, i], sums.energy[:, i], ratio) for i in range(n_layers + 1)],
+        "nmse_all_tokens": [
+            figure(sums.error_all[:, i, 0], sums.energy_all[:, i, 0], ratio) for i in range(n_layers + 1)
+        ],
+        "nmse_without_position_0": [
+            figure(sums.error_all[:, i, 1], sums.energy_all[:, i, 1], ratio) for i in range(n_layers + 1)
+        ],
+        "l0": [figure(sums.active[:, i], sums.tokens, "active features per response token") for i in layers],
+        "l0_all_tokens": [figure(sums.active_all[:, i], sums.tokens_all, "active features per token") for i in layers],
+        "dead": (sums.firings.shape[1] - alive).tolist(),
+        "top1_agreement": figure(sums.same_top1, sums.positions, "share of response tokens"),
+        "tokens": {"response": int(sums.tokens.sum()), "all": int(sums.tokens_all.sum())},
+    }
+
+
+def features_block(sums: DocumentSums) -> dict[str, int]:
+    """The block "features" of results.json: how many there are and how many are alive."""
+    alive = int((sums.firings >= ALIVE_FIRINGS).sum())
+    return {"total": sums.firings.numel(), "alive": alive, "tokens": int(sums.tokens_all.sum())}
