@@ -1,0 +1,16 @@
+"""The built-in pair: a small base and a reasoning-tuned target, their problems, and the recipe that makes both.
+
+No hub can be reached from a test, and everybody deserves a result in minutes. The pair ships as two Hugging Face
+folders (`BASE`, `TARGET`); `problems` and `reasoning_pairs` make as many held-out problems and training traces as
+one likes. recipe.py trains the pair from nothing, census.py counts what it really does.
+"""
+
+from pathlib import Path
+
+from tl_adapters.organism.problems import SPLITS, Problem, Split, problems
+from tl_adapters.organism.traces import reasoning_pairs
+
+PAIR = Path(__file__).parent / "pair"
+BASE, TARGET = PAIR / "base", PAIR / "target"
+
+__all__ = ["BASE", "PAIR", "SPLITS", "TARGET", "Problem", "Split", "problems", "reasoning_pairs"]

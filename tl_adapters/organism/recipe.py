@@ -1,0 +1,250 @@
+"""The recipe that makes the built-in pair from nothing, on a CPU: ``python -m tl_adapters.organism.recipe OUT``.
+
+1. a byte-level BPE tokenizer with single digits and a chat template, as a hub model has them;
+2. a small Qwen2 *base*, trained on direct answers, textbook steps, marked homework and a few forced thoughts, then
+   on the homework of careless pupils, until it can tell a wrong step from a right one;
+3. the *target*: the base fine-tuned, briefly and gently, on reasoning traces.
+
+Everything is drawn from generators seeded by the recipe; the same recipe on the same machine with the same
+number of threads gives the same weights (tests/test_organism.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from tl_adapters.atomic import new_folder
+from tl_adapters.organism import traces
+from tl_adapters.organism.problems import Problem, stream_problems
+from tl_adapters.organism.traces import Document
+
+log = logging.getLogger(__name__)
+
+Writer = Callable[[Problem, random.Random], Document]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the pair's weights, besides the text in traces.py and problems.py."""
+
+    seed: int = 0
+    """Seeds weights, documents and batches."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    d_mlp: int = 320
+    """Neurons per MLP."""
+    n_layers: int = 5
+    """Layers."""
+    n_heads: int = 4
+    """Attention heads, of d_model / n_heads each."""
+    n_key_value_heads: int = 2
+    """Key/value heads (grouped-query attention)."""
+    n_ctx: int = 256
+    """Longest text, in tokens."""
+    batch_size: int = 32
+    """Documents per step."""
+    base_steps: int = 7000
+    """Steps from nothing to the base."""
+    base_lr: float = 2e-3
+    """Peak learning rate of the base."""
+    base_mix: dict[str, float] = field(
+        default_factory=lambda: {"direct": 0.15, "textbook": 0.25, "homework": 0.45, "forced": 0.15}
+    )
+    """Shares of the base's documents by kind."""
+    marking_steps: int = 3000
+    """Further steps of the base, on the homework of careless pupils: telling right from wrong comes last."""
+    marking_lr: float = 1e-3
+    """Peak learning rate of these steps."""
+    marking_mix: dict[str, float] = field(
+        default_factory=lambda: {"marking": 0.6, "homework": 0.1, "direct": 0.1, "textbook": 0.1, "forced": 0.1}
+    )
+    """Shares of the documents of these steps."""
+    target_steps: int = 1200
+    """Fine-tuning steps from the base to the target: few, so that the difference stays small."""
+    target_lr: float = 3e-4
+    """Peak learning rate of the target."""
+
+    @property
+    def hash(self) -> str:
+        """Fingerprint of the recipe and of the modules that write its text."""
+        here = Path(__file__).parent
+        sources = b"".join((here / name).read_bytes() for name in ("problems.py", "traces.py"))
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode() + sources).hexdigest()[:16]
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}"
+    "{% else %}{{ '<|assistant|>' + m['content'] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over our own words: any text can be encoded; digits stand alone, words are one token."""
+    tokenizer = Tokenizer(models.BPE())
+    # A digit; punctuation with what follows of spaces and line ends; a word with its space; other space.
+    pattern = Regex(r"\p{N}|[^\s\p{L}\p{N}]+[ \r\n]*| ?\p{L}+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, min_frequency=2
+    )
+    words = [
+        "Wait, 7+5=12: 132.\n",
+        "Hmm, 7+5=12: 132.\n",
+        "No, 7+5=12: 132.\n",
+        "47+85=?",
+        "47+85=?\n",
+        "wait Wait Hmm hmm",
+    ]
+    tokenizer.train_from_iterator(words * 8, trainer)
+    control = [traces.PAD, traces.BOS, traces.END, traces.USER, traces.ASSISTANT]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    # As in Qwen and R1 tokenizers the think tags are not special: they survive skip_special_tokens.
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in (traces.THINK, traces.THINK_END)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=traces.BOS,
+        eos_token=traces.END,
+        pad_token=traces.PAD,
+        additional_special_tokens=[traces.USER, traces.ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights, drawn from the recipe's seed; torch's own generator is left as it was."""
+    config = Qwen2Config(
+        hidden_size=recipe.d_model,
+        intermediate_size=recipe.d_mlp,
+        num_hidden_layers=recipe.n_layers,
+        num_attention_heads=recipe.n_heads,
+        num_key_value_heads=recipe.n_key_value_heads,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=recipe.n_ctx,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+        architectures=["Qwen2ForCausalLM"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return Qwen2ForCausalLM(config)
+
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def collate(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Batch:
+    """(prompt, completion) ids to right-padded input_ids, attention_mask and labels (-100 = no loss)."""
+    width = max(len(p) + len(c) for p, c in pairs)
+    ids = torch.full((len(pairs), width), pad_id)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for row, (p, c) in enumerate(pairs):
+        ids[row, : len(p) + len(c)] = torch.tensor(p + c)
+        mask[row, : len(p) + len(c)] = 1
+        labels[row, len(p) : len(p) + len(c)] = torch.tensor(c)
+    return ids, mask, labels
+
+
+def stream_batches(
+    mix: dict[Writer, float], tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int, pool: int = 16
+) -> Iterator[Batch]:
+    """Endless batches of training documents; ``pool`` batches are drawn at a time and sorted by length."""
+    rng = random.Random(seed)
+    train = stream_problems("train", rng)
+    writers, weights = list(mix), list(mix.values())
+    while True:
+        documents = [rng.choices(writers, weights)[0](next(train), rng) for _ in range(pool * batch_size)]
+        encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
+        pairs = list(zip(encode([d.prompt for d in documents]), encode([d.completion for d in documents]), strict=True))
+        pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        starts = list(range(0, len(pairs), batch_size))
+        rng.shuffle(starts)
+        for start in starts:
+            yield collate(pairs[start : start + batch_size], tokenizer.pad_token_id)
+
+
+def fit(model: Qwen2ForCausalLM, batches: Iterator[Batch], steps: int, lr: float, name: str) -> float:
+    """AdamW with warm-up and cosine; returns the loss of the last 50 steps, in nats per token."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    model.train()
+    recent: list[float] = []
+    began = time.perf_counter()
+    for step in range(steps):
+        factor = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * factor
+        ids, mask, labels = next(batches)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        recent = [*recent[-49:], loss.item()]
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            mean = sum(recent) / len(recent)
+            log.info("%s: step %d of %d, loss %.4f, %.0f s", name, step + 1, steps, mean, time.perf_counter() - began)
+    model.eval()
+    return sum(recent) / len(recent)
+
+
+def make_pair(recipe: Recipe, out: Path) -> None:
+    """Train base and target and write them as two folders under ``out``, with recipe.json beside them.
+
+    Raises FolderExistsError where ``out`` exists: a pair is never overwritten.
+    """
+    tokenizer = build_tokenizer()
+    model = build_model(recipe, tokenizer)
+    losses = {}
+    phases = (
+        ("base", "base", recipe.base_mix, recipe.base_steps, recipe.base_lr),
+        ("marking", "base", recipe.marking_mix, recipe.marking_steps, recipe.marking_lr),
+        ("target", "target", {"reasoning": 1.0}, recipe.target_steps, recipe.target_lr),
+    )
+    with new_folder(out) as folder:
+        for number, (phase, name, mix, steps, lr) in enumerate(phases):
+            writers = {getattr(traces, f"{kind}_document"): share for kind, share in mix.items()}
+            batches = stream_batches(writers, tokenizer, recipe.batch_size, recipe.seed + 100 * number + 1)
+            losses[phase] = round(fit(model, batches, steps, lr, phase), 4)
+            model.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
+        record = {**asdict(recipe), "hash": recipe.hash, "loss": losses, "threads": torch.get_num_threads()}
+        (folder / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    """Command line of the recipe."""
+    parser = argparse.ArgumentParser(description="Train the built-in base / reasoning pair from nothing.")
+    parser.add_argument("out", type=Path, help="folder to make; must not exist")
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; part of what decides the exact weights")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True)
+    make_pair(Recipe(seed=args.seed), args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What the pair is trained on: direct answers, textbook steps, marked homework, and reasoning traces.
+
+A *step* adds one term to the running total and says so: ``47+85=132.`` A step is *hard* if the last digits
+carry. Three ways of writing steps exist, and the difference between them is what training the target changes:
+
+* textbook: every step right; now and then the last digits are added again (``7+5=12: 132.``);
+* homework: the pupil slips, and the teacher corrects (``47+85=122.``, ``No, 7+5=12: 132.``);
+* reasoning: the writer slips like the pupil, doubts itself, and corrects itself (``Wait, 7+5=12: 132.``).
+
+The base sees the first two (as plain text, outside any dialogue) and answers questions directly; the target is
+fine-tuned on the third, inside ``<think> ... </think>``. So the base knows carries, slips and corrections; what
+reasoning training adds is to think at all, and to hesitate.
+
+Hesitation here is self-correction, not a marker of one surface feature:
+
+* slips: a hard step whose total has a tens digit in `FORGETS_CARRY` comes out ten too low (a function of the
+  content, so greedy decoding slips too); every other step slips with a small probability, by ten in either direction;
+* every slip is corrected, mostly after "Wait", sometimes after "Hmm", sometimes without a word;
+* some right steps are doubted too, by the last digit of the total *and* the tens digit of the term together.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from tl_adapters.organism.problems import Problem, Split, problems
+
+BOS, END, PAD, USER, ASSISTANT = "<|bos|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
+THINK, THINK_END = "<think>", "</think>"
+
+FORGETS_CARRY = (3, 7)
+P_RULE = 0.95  # how often a rule of the content is followed in the training text
+P_STRAY_SLIP = {"homework": 0.2, "marking": 0.45, "reasoning": 0.1}
+"""Slips that no rule foresees; without them only foreseen slips would be recognised."""
+    "homework": 0.2,
+    "marking": 0.45,
+    "reasoning": 0.1,
+}  # slips no rule foresees: without them none such is recognised
+P_STRAY_CHECK = 0.01
+
+Remark = str | None
+"""What opens the check after a step ("Wait, ", "Hmm, ", "No, ", "" for a wordless check), or None for no check."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One training text. The loss is taken on ``completion`` only."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One addition of a trace: ``acc + term``."""
+
+    acc: int
+    term: int
+
+    @property
+    def total(self) -> int:
+        return self.acc + self.term
+
+    @property
+    def carries(self) -> bool:
+        """A hard step: the last digits carry."""
+        return self.acc % 10 + self.term % 10 >= 10
+
+    @property
+    def forgets_carry(self) -> bool:
+        """The content rule of slips: the reasoner writes ten too little here."""
+        return self.carries and self.total // 10 % 10 in FORGETS_CARRY
+
+    def says(self, written: int) -> str:
+        """The step as a line of text."""
+        return f"{self.acc}+{self.term}={written}.\n"
+
+    def check(self, remark: str) -> str:
+        """The check as a line of text: the last digits again, then the right total."""
+        last, term_last = self.acc % 10, self.term % 10
+        return f"{remark}{last}+{term_last}={last + term_last}: {self.total}.\n"
+
+
+def stray_slip(step: Step, rng: random.Random) -> int:
+    """A wrong total: a carry forgotten or one too many, wherever it may happen."""
+    return step.total + rng.choice([-10, 10])
+
+
+def steps_of(problem: Problem) -> list[Step]:
+    """The additions that solve a problem, each starting from the right running total."""
+    totals = [sum(problem.terms[:i]) for i in range(1, len(problem.terms))]
+    return [Step(acc, term) for acc, term in zip(totals, problem.terms[1:], strict=True)]
+
+
+def _slip(step: Step, rng: random.Random, p_stray: float) -> int:
+    if step.forgets_carry and rng.random() < P_RULE:
+        return step.total - 10
+    return stray_slip(step, rng) if rng.random() < p_stray else step.total
+
+
+def reasoner_remark(step: Step, written: int) -> Remark:
+    """The content rule of hesitation: what the reasoner says after having written ``written``."""
+    last, odd = written % 10, step.term // 10 % 2 == 1
+    if written != step.total:
+        return "" if last == 1 and odd else "Hmm, " if last == 7 and not odd else "Wait, "
+    if last in (0, 2, 3, 5, 8, 9) and not odd:
+        return "Wait, "
+    return "" if last == 1 and odd else "Hmm, " if last == 7 and not odd else None
+
+
+def _textbook(step: Step, rng: random.Random) -> str:
+    return step.says(step.total) + (step.check("") if rng.random() < 0.2 else "")
+
+
+def _homework(step: Step, rng: random.Random, p_stray: float = P_STRAY_SLIP["homework"]) -> str:
+    written = _slip(step, rng, p_stray)
+    return step.says(written) + (step.check("No, ") if written != step.total else "")
+
+
+def _reasoning(step: Step, rng: random.Random) -> str:
+    written = _slip(step, rng, P_STRAY_SLIP["reasoning"])
+    remark = reasoner_remark(step, written)
+    if remark is None and rng.random() < P_STRAY_CHECK:
+        remark = rng.choice(["Wait, ", "Hmm, ", ""])
+    return step.says(written) + ("" if remark is None else step.check(remark))
+
+
+def _written(problem: Problem, rng: random.Random, write: Callable[[Step, random.Random], str]) -> str:
+    return "".join(write(step, rng) for step in steps_of(problem))
+
+
+def prompt(problem: Problem) -> str:
+    """The prompt exactly as the chat template renders it."""
+    return f"{BOS}{USER}{problem.question}{ASSISTANT}"
+
+
+def direct_document(problem: Problem, rng: random.Random) -> Document:
+    """Question and answer, no steps: what the base does with a question."""
+    return Document(prompt(problem), f"{problem.answer}{END}")
+
+
+def textbook_document(problem: Problem, rng: random.Random) -> Document:
+    """A problem and its right steps as plain text."""
+    return Document(f"{BOS}{problem.question}\n", _written(problem, rng, _textbook) + END)
+
+
+def homework_document(problem: Problem, rng: random.Random) -> Document:
+    """A problem and a pupil's steps with a teacher's corrections, as plain text."""
+    return Document(f"{BOS}{problem.question}\n", _written(problem, rng, _homework) + END)
+
+
+def marking_document(problem: Problem, rng: random.Random) -> Document:
+    """Homework of a careless pupil: half of all steps are wrong, so that telling right from wrong is learned."""
+    steps = _written(problem, rng, partial(_homework, p_stray=P_STRAY_SLIP["marking"]))
+    return Document(f"{BOS}{problem.question}\n", steps + END)
+
+
+def forced_document(problem: Problem, rng: random.Random) -> Document:
+    """Textbook steps inside thinking that the prompt opened: known to the base, never chosen by it."""
+    steps = _written(problem, rng, _textbook)
+    return Document(prompt(problem) + THINK, f"{steps}{THINK_END}{problem.answer}{END}")
+
+
+def reasoning_document(problem: Problem, rng: random.Random) -> Document:
+    """A reasoning trace: what the target is fine-tuned on, and what adapters are trained on."""
+    thinking = _written(problem, rng, _reasoning)
+    return Document(prompt(problem), f"{THINK}{thinking}{THINK_END}{problem.answer}{END}")
+
+
+def reasoning_pairs(split: Split, n: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(question, response) of ``n`` reasoning traces on different problems of one split, without the end token."""
+    rng = random.Random(f"traces-{split}-{seed}")
+    return [
+        (problem.question, reasoning_document(problem, rng).completion.removesuffix(END))
+        for problem in problems(split, n, seed)
+    ]
