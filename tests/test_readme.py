@@ -1,0 +1,43 @@
+"""The README is run: its Python in order, its commands against Makefile and parser."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tl_adapters.cli import _parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out.splitlines()
+    shapes = [line for line in printed if line.startswith("torch.Size")]
+    shown = [line for block in blocks("text") for line in block.splitlines() if line.startswith("torch.Size")]
+    assert shapes == shown and shown
+    assert any(isinstance(value, torch.Tensor) for value in namespace.values())
+
+
+def test_the_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line and not line.startswith("#")]
+    assert "make demo" in commands and "make test" in commands
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
+        elif words[0].endswith("tl-adapters"):
+            _parser().parse_args(words[1:])
+        else:
+            assert words[0] in ("pip", "git", "cd", ".venv/bin/python", "for"), command

@@ -1,0 +1,24 @@
+"""Pieces of pages: escaped, offline."""
+
+import pytest
+
+from tl_adapters.views import Line, coloured_tokens, escape, marked, plot
+
+
+def test_text_shows_exactly_itself() -> None:
+    assert escape("<think>&\"'") == "&lt;think&gt;&amp;&quot;&#x27;"
+    assert marked("<b>Wait, waiter wait", ["wait"]) == "&lt;b&gt;<mark>Wait</mark>, waiter <mark>wait</mark>"
+
+
+def test_coloured_tokens_are_escaped_and_offline() -> None:
+    view = coloured_tokens(["<think>", "</script>", "4"], [0.0, 1.0, 2.0])._repr_html_()
+    assert "&lt;think&gt;" in view and "&lt;/script&gt;" in view
+    assert '"<think>"' not in view and "unpkg" not in view.rsplit("</script>", 2)[-2]
+    for values in ([0.0, 1.0], [0.0, 1.0, float("nan")]):
+        with pytest.raises(ValueError, match="one finite value for each token"):
+            coloured_tokens(["a", "b", "c"], values)
+
+
+def test_a_plot_is_the_same_every_time() -> None:
+    draw = lambda: plot([Line("a<b", [0, 1], [1.0, 2.0])], xlabel="x", ylabel="y", caption="c")  # noqa: E731
+    assert draw() == draw() and "<svg" in draw() and "a&lt;b" in draw()

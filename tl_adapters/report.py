@@ -1,0 +1,211 @@
+"""report.html of a run: one self-contained page made from what the run wrote, and from nothing else.
+
+It reads results.json, metrics.jsonl and answers.jsonl of the run folder, so it can be made anew at any time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tl_adapters.atomic import write_text
+from tl_adapters.results import read_results
+from tl_adapters.views import Line, escape, marked, page, plot, table, with_interval
+
+FILE = "report.html"
+Block = dict[str, Any]
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.html into a run folder and return its path."""
+    folder = Path(folder)
+    results = read_results(folder)
+    sections = [_head(results), _summary(results)]
+    metrics = _lines(folder / "metrics.jsonl")
+    if metrics:
+        sections.append(_training(metrics, results.get("train", {})))
+    if "faithfulness" in results:
+        sections.append(_faithfulness(results["faithfulness"]))
+    if "baselines" in results:
+        sections.append(_baselines(results["baselines"]))
+    if "behaviour" in results:
+        sections.append(_behaviour(results["behaviour"]))
+    answers = _lines(folder / "answers.jsonl")
+    if answers:
+        sections.append(_answers(answers))
+    sections.append(_origin(results))
+    path = folder / FILE
+    write_text(path, page("What reasoning training changed", "\n".join(sections)))
+    return path
+
+
+def _lines(path: Path) -> list[Block]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _head(results: Block) -> str:
+    pair = results["pair"]
+    return (
+        "<h1>What reasoning training changed</h1>"
+        f'<p class="soft">Transcoder adapters between <b>{escape(pair["base"])}</b> (base) and '
+        f"<b>{escape(pair['target'])}</b> (target): {pair['n_layers']} layers, d_model {pair['d_model']}, "
+        f"{results['train']['n_features']} features per layer.</p>"
+    )
+
+
+def _summary(results: Block) -> str:
+    rows = []
+    if "faithfulness" in results:
+        f = results["faithfulness"]
+        partial = [
+            *f["partial_of_full"]["first"][:-1],
+            *f["partial_of_full"]["last"][1:],
+            *f["partial_of_full"]["only"],
+        ]
+        worst = max(partial, key=lambda fig: fig["value"])
+        l0 = [fig["value"] for fig in f["l0"]]
+        rows += [
+            ["KL(target || replacement)", _figure(f["kl"]["replacement"])],
+            ["KL(target || hybrid)", _figure(f["kl"]["hybrid"])],
+            ["replacement's KL as a share of the hybrid's", _figure(f["kl_of_hybrid"], percent=True)],
+            ["worst partial replacement, KL over the full one's", _figure(worst)],
+            ["same likeliest token as the target", _figure(f["top1_agreement"], percent=True)],
+            ["active features per token and layer (L0), mean", f"{sum(l0) / len(l0):.2f}"],
+        ]
+    if "behaviour" in results:
+        b = results["behaviour"]
+        rows += [
+            ["accuracy recovered, against the hybrid", _figure(b["recovered"]["hybrid"], percent=True)],
+            ["accuracy recovered, against the base", _figure(b["recovered"]["base"], percent=True)],
+        ]
+    note = (
+        '<p class="soft">Intervals are 95 % bootstrap intervals over held-out documents or problems. KL is in nats per '
+        "response token, on the target's own greedy text.</p>"
+    )
+    return table(["figure", "measured"], rows) + note
+
+
+def _training(metrics: Sequence[Block], train: Block) -> str:
+    steps = [m["step"] for m in metrics]
+    labels = {"output_kl": "output KL", "forward_bridge": "forward bridge", "backward_bridge": "backward bridge"}
+    # A bridge whose cut leaves it no layer of the replacement is 0: no value on a logarithmic scale, so a gap.
+    kls = [Line(label, steps, [m[key] or float("nan") for m in metrics]) for key, label in labels.items()]
+    l0 = [Line(f"layer {i}", steps, [m["l0"][i] for m in metrics]) for i in range(len(metrics[0]["l0"]))]
+    nmse = [Line("NMSE", steps, [m["nmse"] for m in metrics])]
+    seconds = f" in {train['seconds']:.0f} s" if "seconds" in train else ""
+    plots = [
+        plot(kls, xlabel="step", ylabel="nats per token", caption="The three divergences of the objective.", log=True),
+        plot(nmse, xlabel="step", ylabel="NMSE", caption="Error of the residual stream, mean over places.", log=True),
+        plot(l0, xlabel="step", ylabel="L0", caption="Active features per token.", log=True),
+    ]
+    text = f"<p>{train['steps']} steps, {train['tokens']:,} tokens{seconds}. Training batches, all tokens.</p>"
+    return f'<h2>Training</h2>{text}<div class="plots">{"".join(plots)}</div>'
+
+
+def _faithfulness(f: Block) -> str:
+    n = len(f["l0"])
+    layers = list(range(n))
+    by_layer = [
+        _banded("first layers, 0..i", layers, f["kl_first"]),
+        _banded("last layers, i..L-1", layers, f["kl_last"]),
+        _banded("layer i alone", layers, f["kl_only"]),
+        Line("hybrid", [0, n - 1], [f["kl"]["hybrid"]["value"]] * 2, dashed=True),
+        Line("full replacement", [0, n - 1], [f["kl"]["replacement"]["value"]] * 2, dashed=True),
+    ]
+    places = list(range(n + 1))
+    nmse = [
+        _banded("response tokens", places, f["nmse"]),
+        _banded("all tokens", places, f["nmse_all_tokens"]),
+        _banded("all but position 0", places, f["nmse_without_position_0"]),
+    ]
+    l0 = [_banded("response tokens", layers, f["l0"]), _banded("all tokens", layers, f["l0_all_tokens"])]
+    plots = [
+        plot(by_layer, xlabel="layer i", ylabel="KL, nats per token", log=True, whole=True,
+             caption="KL(target || partial replacement), beside the hybrid and full replacement."),
+        plot(nmse, xlabel="after layer (0: embedding)", ylabel="NMSE", whole=True,
+             caption="Squared error of the replacement's residual stream over the target's squares."),
+        plot(l0, xlabel="layer", ylabel="L0", whole=True, caption="Active features per token."),
+    ]  # fmt: skip
+    tokens = f["tokens"]
+    text = (
+        f"<p>On {tokens['response']:,} response tokens ({tokens['all']:,} in all) of the target's greedy text on "
+        f"problems of the {escape(f['l0'][0]['split'])} split. Dead features per layer: "
+        f"{', '.join(map(str, f['dead']))}.</p>"
+    )
+    return f'<h2>Faithfulness</h2>{text}<div class="plots">{"".join(plots)}</div>'
+
+
+def _baselines(b: Block) -> str:
+    rows = [[escape(row["name"]), _figure(row["kl"])] for row in b["rows"]]
+    needed = b["rank_for_same_kl"]
+    said = f"The smallest rank tried that is at least as close as the adapters: <b>{needed}</b>." if needed else (
+        "No rank that was tried comes as close as the adapters."
+    )  # fmt: skip
+    text = (
+        "<p>Simpler stand-ins for the same MLP difference. Both see the target's MLP at work for every token, which an "
+        f"adapter never does; n is the adapters' L0, rounded up. {said}</p>"
+    )
+    return f"<h2>What that KL is worth</h2>{text}" + table(["added to the base MLP", "KL(target || it)"], rows)
+
+
+def _behaviour(b: Block) -> str:
+    rows = []
+    for name in ("base", "target", "hybrid", "replacement"):
+        rate = b[name]
+        cells = [
+            with_interval(fmt(rate[key]), f"{fmt(rate['ci'][key]['low'])} to {fmt(rate['ci'][key]['high'])}")
+            for key, fmt in (("accuracy", _percent), ("length", _one), ("hesitation_per_1k", _one))
+        ]
+        rows.append([name, *cells, _percent(rate["think_opened"]), _percent(rate["truncated"])])
+    header = ["model", "accuracy", "length, tokens", "hesitations per 1,000", "opens thinking", "cut at the limit"]
+    text = (
+        f"<p>{b['target']['n']:,} problems of the {escape(b['target']['split'])} split, greedy decoding. "
+        "<i>Base</i> is the real base model; the <i>hybrid</i> has the target's attention and the base's MLPs; the "
+        "<i>replacement</i> adds the adapters.</p>"
+    )
+    return f"<h2>Behaviour</h2>{text}" + table(header, rows)
+
+
+def _answers(answers: Sequence[Block]) -> str:
+    out = ["<h2>The same problem, three times</h2>"]
+    for answer in answers:
+        boxes = "".join(
+            f"<div><h4>{name}</h4><pre>{marked(answer[name], ['wait', 'hmm'])}</pre></div>"
+            for name in ("target", "hybrid", "replacement")
+        )
+        out.append(f"<p><b>{escape(answer['question'])}</b></p><div class='answers'>{boxes}</div>")
+    return "".join(out)
+
+
+def _origin(results: Block) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items() if version)
+    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results.get("seconds", {}).items())
+    return (
+        f'<h2>Where this comes from</h2><p class="soft">{escape(versions)}.<br>{escape(seconds)}.<br>'
+        f"Seed {escape(str(results.get('seeds')))}; recipe of the pair {escape(str(results['pair'].get('recipe')))}. "
+        "All figures are in results.json beside this page.</p>"
+    )
+
+
+def _banded(label: str, x: Sequence[float], figures: Sequence[Block]) -> Line:
+    values, lows, highs = ([f[key] for f in figures] for key in ("value", "low", "high"))
+    return Line(label, x, values, (lows, highs))
+
+
+def _figure(figure: Block, percent: bool = False) -> str:
+    fmt = _percent if percent else _short
+    return with_interval(fmt(figure["value"]), f"{fmt(figure['low'])} to {fmt(figure['high'])}")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _one(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"

@@ -1,0 +1,224 @@
+"""The stages of a study, each adding its block to a run folder's results.json.
+
+`demo` is all of them on the built-in pair; `train` and `evaluate` on the command line are some of them on any pair.
+Every stage reads what the one before left in the folder, and every figure names the split it was measured on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tl_adapters import organism
+from tl_adapters.atomic import write_text
+from tl_adapters.backends import build_hooked_transformer
+from tl_adapters.baselines import Correction, baseline_kl, difference_directions, low_rank, top_neurons
+from tl_adapters.benchmarks import Response, correctness, rate, respond
+from tl_adapters.config import TrainingConfig
+from tl_adapters.data import Trace, encode_traces
+from tl_adapters.faithfulness import DocumentSums, faithfulness_block, features_block, measure_faithfulness
+from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_recovered
+from tl_adapters.paired import PairedModel
+from tl_adapters.report import write_report
+from tl_adapters.results import read_results, versions, write_results
+from tl_adapters.training import Trainer
+
+log = logging.getLogger(__name__)
+
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+SHOWN_ANSWERS = 4
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything a study does. The defaults are the full demo's."""
+
+    training_traces: int = 20_000
+    """Training documents of the built-in pair."""
+    problems: int = 1_000
+    """Held-out problems whose answers are compared between models."""
+    documents: int = 2_000
+    """Greedy traces of the target for KL, NMSE, L0 and alive features; the first ``problems`` are the same."""
+    baseline_documents: int = 300
+    """Of these, how many the baselines are measured on."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Options of the training run."""
+
+
+QUICK = Scale(
+    training_traces=4_000,
+    problems=200,
+    documents=300,
+    baseline_documents=60,
+    training=TrainingConfig(steps=120, l1_weight=0.01),
+)
+"""A look at everything in under 90 seconds; the adapters are far from trained."""
+
+
+@contextmanager
+def stage(folder: Path, name: str) -> Iterator[None]:
+    """Time a stage and add its seconds to results.json."""
+    log.info("%s ...", name)
+    began = time.perf_counter()
+    yield
+    seconds = {**read_results(folder).get("seconds", {}), name: round(time.perf_counter() - began, 1)}
+    write_results(folder, seconds=seconds)
+    log.info("%s: %.0f s", name, seconds[name])
+
+
+def load_builtin_pair(device: str = "cpu", dtype: torch.dtype | None = None) -> PairedModel:
+    """The pair that ships with the package."""
+    pair = PairedModel.from_pretrained(organism.BASE, organism.TARGET, device=device, dtype=dtype)
+    pair.base_id, pair.target_id = "tl_adapters built-in base", "tl_adapters built-in target"
+    return pair
+
+
+def train_stage(
+    pair: PairedModel, traces: Sequence[Trace], config: TrainingConfig, folder: Path, progress: bool
+) -> None:
+    """Make the run folder, train adapters into it, and add the blocks pair, train, seeds and versions."""
+    trainer = Trainer(pair, traces, config, folder, progress)
+    with stage(folder, "train"):
+        trainer.run()
+    cfg = pair.model.cfg
+    write_results(
+        folder,
+        pair={
+            "base": pair.base_id,
+            "target": pair.target_id,
+            "n_layers": cfg.n_layers,
+            "d_model": cfg.d_model,
+            "d_mlp": cfg.d_mlp,
+            "d_vocab": cfg.d_vocab,
+        },
+        train={
+            "steps": config.steps,
+            "tokens": trainer.tokens,
+            "seconds": round(trainer.seconds, 1),
+            "n_features": config.n_features,
+            "documents": len(traces),
+        },
+        seeds=[config.seed],
+        versions=versions(),
+    )
+
+
+def faithfulness_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, split: str) -> DocumentSums:
+    """Add the blocks faithfulness and features, measured on ``traces``."""
+    seeds = tuple(read_results(folder).get("seeds", [0]))
+    with stage(folder, "faithfulness"):
+        sums = measure_faithfulness(pair, traces)
+        write_results(folder, faithfulness=faithfulness_block(sums, split, seeds), features=features_block(sums))
+    return sums
+
+
+def behaviour_stage(
+    pair: PairedModel, problems: Sequence[organism.Problem], n_compared: int, folder: Path
+) -> list[Response]:
+    """Add the block behaviour and answers.jsonl; returns the target's responses to all ``problems``.
+
+    The first ``n_compared`` are also answered by the real base, the hybrid and the replacement. The real base is
+    loaded once, here, and freed.
+    """
+    split, compared = problems[0].split, problems[:n_compared]
+    with stage(folder, "behaviour"):
+        with pair.routed("target"):
+            target = respond(pair.model, problems)
+        responses = {"target": target[:n_compared]}
+        for route in ("hybrid", "replacement"):
+            with pair.routed(route):
+                responses[route] = respond(pair.model, compared)
+        base = build_hooked_transformer(
+            AutoModelForCausalLM.from_pretrained(organism.BASE).to(pair.model.W_E.device, pair.model.cfg.dtype),
+            pair.model.tokenizer,
+        )
+        responses["base"] = respond(base, compared)
+        right = {name: correctness(r) for name, r in responses.items()}
+        seeds = tuple(read_results(folder).get("seeds", [0]))
+        recovered = {
+            floor: Figure(
+                *bootstrap_recovered(right["replacement"], right[floor], right["target"]),
+                len(compared),
+                f"share of the accuracy gained over the {floor}",
+                split,
+                seeds,
+            )
+            for floor in ("hybrid", "base")
+        }
+        write_results(
+            folder, behaviour={**{name: rate(r, split) for name, r in responses.items()}, "recovered": recovered}
+        )
+        shown = sorted(range(len(compared)), key=lambda i: -min(responses["target"][i].hesitations, 2))[:SHOWN_ANSWERS]
+        answers = [
+            {"question": compared[i].question, **{name: r[i].text for name, r in responses.items()}} for i in shown
+        ]
+        write_text(folder / "answers.jsonl", "".join(json.dumps(a) + "\n" for a in answers))
+    return target
+
+
+def baselines_stage(
+    pair: PairedModel, fit: Sequence[Trace], traces: Sequence[Trace], sums: DocumentSums, folder: Path, split: str
+) -> None:
+    """Add the block baselines: KL of simpler stand-ins at equal activity, and of the adapters on the same traces."""
+    l0 = (sums.active.sum(0) / sums.tokens.sum()).ceil().int().clamp(min=1).tolist()
+    seeds = tuple(read_results(folder).get("seeds", [0]))
+
+    def row(name: str, numbers: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
+        return {
+            "name": name,
+            "kl": Figure(*bootstrap_ratio(*numbers), len(traces), "nats per response token", split, seeds),
+        }
+
+    with stage(folder, "baselines"):
+        directions = difference_directions(pair, fit)
+        n = len(traces)
+        rows = [row("adapters", (sums.kl["replacement"][:n], sums.positions[:n]))]
+        for factor in (1, 8):
+            swapped: list[Correction] = [top_neurons(mlp, factor * k) for mlp, k in zip(pair.mlps, l0, strict=True)]
+            label = f"the {factor} x n most changed neurons of each token" if factor > 1 else (
+                "the n most changed neurons of each token"
+            )  # fmt: skip
+            rows.append(row(label, baseline_kl(pair, swapped, traces)))
+        by_rank = {}
+        for rank in [r for r in RANKS if r < pair.model.cfg.d_model]:
+            projected = [low_rank(mlp, d[:, :rank]) for mlp, d in zip(pair.mlps, directions, strict=True)]
+            by_rank[rank] = row(f"the MLP difference at rank {rank}", baseline_kl(pair, projected, traces))
+        rows += by_rank.values()
+        adapters_kl = rows[0]["kl"].value
+        enough = [rank for rank, r in by_rank.items() if r["kl"].value <= adapters_kl]
+        write_results(folder, baselines={"n": l0, "rows": rows, "rank_for_same_kl": min(enough, default=None)})
+
+
+def demo(
+    folder: Path, scale: Scale, device: str = "cpu", dtype: torch.dtype | None = None, progress: bool = True
+) -> Path:
+    """The whole study on the built-in pair, into ``folder``; returns the path of report.html.
+
+    Raises FolderExistsError where ``folder`` exists.
+    """
+    pair = load_builtin_pair(device, dtype)
+    tokenizer = pair.model.tokenizer
+    training = encode_traces(organism.reasoning_pairs("train", scale.training_traces, scale.training.seed), tokenizer)
+    train_stage(pair, training, scale.training, folder, progress)
+    recipe = json.loads((organism.PAIR / "recipe.json").read_text())["hash"]
+    write_results(folder, pair={**read_results(folder)["pair"], "recipe": recipe})
+    evaluate_builtin(pair, folder, scale, training)
+    return write_report(folder)
+
+
+def evaluate_builtin(pair: PairedModel, folder: Path, scale: Scale, fit: Sequence[Trace]) -> None:
+    """Every evaluation stage on the report split; ``fit`` are training traces, for the low-rank baseline."""
+    target = behaviour_stage(pair, organism.problems("report", scale.documents), scale.problems, folder)
+    end = pair.model.tokenizer.eos_token_id
+    traces = [Trace((*r.prompt, *r.tokens, end), len(r.prompt)) for r in target if not r.truncated]
+    sums = faithfulness_stage(pair, traces, folder, "report")
+    baselines_stage(pair, fit[: scale.documents], traces[: scale.baseline_documents], sums, folder, "report")
