@@ -35,10 +35,6 @@ FORGETS_CARRY = (3, 7)
 P_RULE = 0.95  # how often a rule of the content is followed in the training text
 P_STRAY_SLIP = {"homework": 0.2, "marking": 0.45, "reasoning": 0.1}
 """Slips that no rule foresees; without them only foreseen slips would be recognised."""
-    "homework": 0.2,
-    "marking": 0.45,
-    "reasoning": 0.1,
-}  # slips no rule foresees: without them none such is recognised
 P_STRAY_CHECK = 0.01
 
 Remark = str | None
