@@ -27,26 +27,26 @@ def test_responses_do_not_depend_on_their_batch(talking_pair: PairedModel) -> No
         assert [r.prompt for r in together] == [r.prompt for r in alone]
 
 
-def test_a_response_ends_at_the_end_token_or_is_cut(talking_pair: PairedModel) -> None:
+@pytest.mark.parametrize(("bias", "ends"), [(-1e9, False), (1e9, True)])
+def test_a_response_ends_at_the_end_token_or_is_cut(talking_pair: PairedModel, bias: float, ends: bool) -> None:
     model, end = talking_pair.model, talking_pair.model.tokenizer.eos_token_id
-    asked = problems("tune", 4)
-    cut = respond(model, asked, max_new_tokens=6)
-    assert all(r.truncated and not r.correct and len(r.tokens) == 6 for r in cut)
-    prompt = torch.tensor([cut[0].prompt])
-    assert model.generate(prompt, max_new_tokens=6, do_sample=False, stop_at_eos=False, verbose=False)[
-        0, prompt.shape[1] :
-    ].tolist() == list(cut[0].tokens)
+    model.unembed.b_U.data[end] = bias
+    try:
+        found = respond(model, problems("tune", 4), max_new_tokens=6)
+    finally:
+        model.unembed.b_U.data[end] = 0
+    for r in found:
+        assert r.truncated is not ends and not r.correct
+        assert len(r.tokens) == (0 if ends else 6) and end not in r.tokens
 
-    def end_at_third(logits: torch.Tensor, hook: object) -> torch.Tensor:
-        logits = logits.clone()
-        logits[:, -1, end] = 1e9 if calls.append(1) or len(calls) > 2 else -1e9
-        return logits
 
-    calls: list[int] = []
-    with model.hooks(fwd_hooks=[("unembed.hook_out", end_at_third)] if "unembed.hook_out" in model.hook_dict else []):
-        ended = respond(model, asked[:1], max_new_tokens=6)
-    if calls:
-        assert len(ended[0].tokens) == 2 and not ended[0].truncated
+def test_greedy_responses_are_the_likeliest_tokens(talking_pair: PairedModel) -> None:
+    model = talking_pair.model
+    (found,) = respond(model, problems("tune", 1), max_new_tokens=6)
+    with torch.no_grad():
+        logits = model(torch.tensor([[*found.prompt, *found.tokens]]))[0]
+    n = len(found.prompt)
+    assert logits[n - 1 : n - 1 + len(found.tokens)].argmax(-1).tolist() == list(found.tokens)
 
 
 def response(text: str, n: int, correct: bool, truncated: bool = False) -> Response:

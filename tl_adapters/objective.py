@@ -122,7 +122,8 @@ def shared_prefix_step(
         with pair.routed("target"):
             forward_bridge = kl(pair.run_blocks(forked, cut, n))
         (weights.forward_bridge * forward_bridge).backward()
-        assert resume.grad is not None and forked.grad is not None
+        assert resume.grad is not None
+        assert forked.grad is not None
         resume.grad += forked.grad
     if cut:
         below = weights.nmse * nmse_below + l1_weight * l1_below

@@ -9,21 +9,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROWS: list[tuple[str, str, Callable[[dict], float], Callable[[list[float]], float]]] = [
-    ("KL(replacement) / KL(hybrid)", "{:.2%}", lambda r: r["faithfulness"]["kl_of_hybrid"]["value"], max),
-    ("worst partial KL / full KL", "{:.3f}", lambda r: worst_partial(r["faithfulness"]), max),
-    ("accuracy recovered, against the hybrid", "{:.1%}", lambda r: recovered(r, "hybrid"), min),
-    ("accuracy recovered, against the base", "{:.1%}", lambda r: recovered(r, "base"), min),
-    ("length, replacement / target", "{:.3f}", lambda r: against_target(r, "length"), lambda v: far_from_one(v)),
-    ("hesitation rate, replacement / target", "{:.3f}", lambda r: against_target(r, "hesitation_per_1k"), lambda v: far_from_one(v)),
-    ("mean L0 per token and layer", "{:.2f}", lambda r: mean([f["value"] for f in r["faithfulness"]["l0"]]), max),
-    ("largest L0 of a layer", "{:.2f}", lambda r: max(f["value"] for f in r["faithfulness"]["l0"]), max),
-    ("same likeliest token", "{:.2%}", lambda r: r["faithfulness"]["top1_agreement"]["value"], min),
-    ("alive features", "{:.0f}", lambda r: r["features"]["alive"], min),
-    ("training, seconds", "{:.0f}", lambda r: r["train"]["seconds"], max),
-    ("evaluation, seconds", "{:.0f}", lambda r: sum(r["seconds"].values()) - r["seconds"]["train"], max),
-]  # fmt: skip
-
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
@@ -44,6 +29,22 @@ def recovered(r: dict, floor: str) -> float:
 
 def against_target(r: dict, key: str) -> float:
     return r["behaviour"]["replacement"][key] / r["behaviour"]["target"][key]
+
+
+ROWS: list[tuple[str, str, Callable[[dict], float], Callable[[list[float]], float]]] = [
+    ("KL(replacement) / KL(hybrid)", "{:.2%}", lambda r: r["faithfulness"]["kl_of_hybrid"]["value"], max),
+    ("worst partial KL / full KL", "{:.3f}", lambda r: worst_partial(r["faithfulness"]), max),
+    ("accuracy recovered, against the hybrid", "{:.1%}", lambda r: recovered(r, "hybrid"), min),
+    ("accuracy recovered, against the base", "{:.1%}", lambda r: recovered(r, "base"), min),
+    ("length, replacement / target", "{:.3f}", lambda r: against_target(r, "length"), far_from_one),
+    ("hesitation, replacement / target", "{:.3f}", lambda r: against_target(r, "hesitation_per_1k"), far_from_one),
+    ("mean L0 per token and layer", "{:.2f}", lambda r: mean([f["value"] for f in r["faithfulness"]["l0"]]), max),
+    ("largest L0 of a layer", "{:.2f}", lambda r: max(f["value"] for f in r["faithfulness"]["l0"]), max),
+    ("same likeliest token", "{:.2%}", lambda r: r["faithfulness"]["top1_agreement"]["value"], min),
+    ("alive features", "{:.0f}", lambda r: r["features"]["alive"], min),
+    ("training, seconds", "{:.0f}", lambda r: r["train"]["seconds"], max),
+    ("evaluation, seconds", "{:.0f}", lambda r: sum(r["seconds"].values()) - r["seconds"]["train"], max),
+]  # fmt: skip
 
 
 def main() -> None:
