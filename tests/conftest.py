@@ -20,8 +20,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 from tl_adapters.data import Batch, Trace, collate  # noqa: E402
 from tl_adapters.paired import PairedModel  # noqa: E402
 
-torch.set_num_threads(2)
-
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:

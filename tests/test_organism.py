@@ -48,8 +48,8 @@ def test_every_trace_is_right_in_the_end() -> None:
 def test_rules_of_slips_and_remarks() -> None:
     assert Step(47, 85).carries and Step(47, 85).forgets_carry  # 132: tens digit 3
     assert not Step(42, 85).forgets_carry and not Step(47, 75).forgets_carry
-    assert Step(47, 85).check("Wait, ") == "Wait, 7+5=12: 132.\n"
-    assert traces.reasoner_remark(Step(47, 85), 122) == "Wait, "
+    assert Step(47, 85).check("Wait,") == "Wait,7+5=12:132.\n"
+    assert traces.reasoner_remark(Step(47, 85), 122) == "Wait,"
     assert traces.reasoner_remark(Step(47, 34), 81) == ""
 
 
@@ -61,10 +61,10 @@ def test_auc() -> None:
 
 def test_the_tokenizer_reads_any_text_and_single_digits() -> None:
     tokenizer = AutoTokenizer.from_pretrained(organism.TARGET)
-    for text in ("<think>47+85=132.\nWait, 7+5=12: 132.\n</think>132", "Grüße, 世界 <b>&amp;</b>\n"):
+    for text in ("<think>47+85=132.\nWait,7+5=12:132.\n</think>132", "Grüße, 世界 <b>&amp;</b>\n"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-    pieces = tokenizer.convert_ids_to_tokens(tokenizer("<think>47+85=132.\nWait, 7")["input_ids"])
-    assert pieces == ["<think>", "4", "7", "+", "8", "5", "=", "1", "3", "2", ".Ċ", "Wait", ",Ġ", "7"]
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("<think>47+85=132.\nWait,7")["input_ids"])
+    assert pieces == ["<think>", "4", "7", "+", "8", "5", "=", "1", "3", "2", ".Ċ", "Wait", ",", "7"]
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "47+85=?"}], tokenize=False, add_generation_prompt=True
     )

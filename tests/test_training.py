@@ -40,12 +40,10 @@ def test_schedules() -> None:
 
 def test_training_lowers_what_it_optimises() -> None:
     pair, seen = fresh_pair(), []
-    trainer = Trainer(
-        pair, traces(), TrainingConfig(n_features=32, steps=60, tokens_per_batch=400, lr=5e-3), progress=False
-    )
-    trainer.run(on_step=lambda step, terms: seen.append(terms))
-    assert seen[-1].output_kl < 0.5 * seen[0].output_kl
-    assert seen[-1].nmse < 0.7 * seen[0].nmse
+    options = TrainingConfig(n_features=64, steps=80, tokens_per_batch=400, lr=5e-3, l1_weight=0.0)
+    Trainer(pair, traces(), options, progress=False).run(on_step=lambda step, terms: seen.append(terms))
+    for term in ("output_kl", "nmse", "total"):
+        assert getattr(seen[-1], term) < 0.7 * getattr(seen[0], term), term
 
 
 def test_only_the_adapters_change() -> None:
@@ -139,4 +137,5 @@ def test_a_planted_adapter_is_matched() -> None:
     seen: list[StepTerms] = []
     options = TrainingConfig(n_features=32, steps=150, tokens_per_batch=400, lr=1e-2, l1_weight=0.0)
     Trainer(pair, traces(), options, progress=False).run(on_step=lambda step, terms: seen.append(terms))
-    assert seen[-1].nmse < 0.1 * seen[0].nmse
+    assert seen[-1].output_kl < 0.15 * seen[0].output_kl
+    assert seen[-1].nmse < 0.4 * seen[0].nmse

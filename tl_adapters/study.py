@@ -59,7 +59,7 @@ QUICK = Scale(
     problems=200,
     documents=300,
     baseline_documents=60,
-    training=TrainingConfig(steps=120, l1_weight=0.01),
+    training=TrainingConfig(steps=150),
 )
 """A look at everything in under 90 seconds; the adapters are far from trained."""
 

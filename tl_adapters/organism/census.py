@@ -23,7 +23,7 @@ from tl_adapters.organism import traces
 from tl_adapters.organism.problems import Problem, problems
 from tl_adapters.organism.traces import Step
 
-STEP = re.compile(r"(\d+)\+(\d+)=(\d+)\.\n(?:(\w+, )?\d\+\d=\d+: (\d+)\.\n)?")
+STEP = re.compile(r"(\d+)\+(\d+)=(\d+)\.\n(?:(\w+,)?\d\+\d=\d+:(\d+)\.\n)?")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class WrittenStep:
     @property
     def hesitates(self) -> bool:
         """The reported hesitation word follows."""
-        return self.remark == "Wait, "
+        return self.remark == "Wait,"
 
     @property
     def corrected(self) -> bool:
@@ -160,7 +160,7 @@ def census(folder: Path, n: int = 1000) -> dict[str, Any]:
     injected = [with_injected_slip(p, rng) for p in report]
     after = respond(target, tokenizer, [text for text, _ in injected])
     corrected = [
-        bool(m := re.match(r"(?:(\w+, ))?\d\+\d=\d+: (\d+)\.\n", text)) and int(m[2]) == step.total
+        bool(m := re.match(r"(?:(\w+,))?\d\+\d=\d+:(\d+)\.\n", text)) and int(m[2]) == step.total
         for text, (_, step) in zip(after, injected, strict=True)
     ]
     share = lambda part, whole: len(part) / max(1, len(whole))  # noqa: E731
@@ -176,7 +176,7 @@ def census(folder: Path, n: int = 1000) -> dict[str, Any]:
         "wrong_steps_corrected_after_the_word": share([s for s in wrong if s.corrected and s.hesitates], wrong),
         "hesitations_that_correct": share([s for s in hesitating if s.wrong and s.corrected], hesitating),
         "checks_without_a_word": share([s for s in checked if s.remark == ""], checked),
-        "checks_after_another_word": share([s for s in checked if s.remark == "Hmm, "], checked),
+        "checks_after_another_word": share([s for s in checked if s.remark == "Hmm,"], checked),
         "injected_slips_corrected": sum(corrected) / n,
         "surface_rule_auc": {name: rule_auc(rule, fit, found) for name, rule in SURFACE_RULES.items()},
     }

@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from tl_adapters.atomic import new_folder
 from tl_adapters.organism import traces
@@ -93,33 +93,31 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over our own words: any text can be encoded; digits stand alone, words are one token."""
-    tokenizer = Tokenizer(models.BPE())
-    # A digit; punctuation with what follows of spaces and line ends; a word with its space; other space.
-    pattern = Regex(r"\p{N}|[^\s\p{L}\p{N}]+[ \r\n]*| ?\p{L}+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, min_frequency=2
-    )
-    words = [
-        "Wait, 7+5=12: 132.\n",
-        "Hmm, 7+5=12: 132.\n",
-        "No, 7+5=12: 132.\n",
-        "47+85=?",
-        "47+85=?\n",
-        "wait Wait Hmm hmm",
-    ]
-    tokenizer.train_from_iterator(words * 8, trainer)
-    control = [traces.PAD, traces.BOS, traces.END, traces.USER, traces.ASSISTANT]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    # As in Qwen and R1 tokenizers the think tags are not special: they survive skip_special_tokens.
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in (traces.THINK, traces.THINK_END)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+CONTROL = (traces.PAD, traces.BOS, traces.END, traces.USER, traces.ASSISTANT)
+MERGES = (
+    ", Ġ", ". Ċ", ": Ġ", "a i", "m m", "ai t", "= ?", "H mm", "W ait", "N o", "h mm", "w ait",
+    "Ġ Hmm", "Ġ Wait", "Ġ hmm", "=? Ċ",
+)  # fmt: skip
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level BPE over our own words: any text can be encoded; digits stand alone, words are one token.
+
+    transformers reads the tokenizer of every Qwen2 folder as a Qwen2Tokenizer, with Qwen2's own pre-tokenizer, so it
+    is built as one.
+    """
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    for mark in (",", ":"):
+        # The pair's weights were made when these marks were one token with the space after them, which Qwen2's
+        # pre-tokenizer never joins. Exchanged, the mark alone has the id that the weights know.
+        vocab[mark], vocab[mark + "Ġ"] = vocab[mark + "Ġ"], vocab[mark]
+    for token in (*CONTROL, traces.THINK, traces.THINK_END):
+        vocab[token] = len(vocab)
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[tuple(merge.split(" ")) for merge in MERGES],
+        unk_token=None,
         bos_token=traces.BOS,
         eos_token=traces.END,
         pad_token=traces.PAD,
@@ -128,9 +126,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+    # As in Qwen and R1 tokenizers the think tags are not special: they survive skip_special_tokens.
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in (traces.THINK, traces.THINK_END)])
+    return tokenizer
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     """A Qwen2 with random weights, drawn from the recipe's seed; torch's own generator is left as it was."""
     config = Qwen2Config(
         hidden_size=recipe.d_model,
@@ -168,7 +169,7 @@ def collate(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Batch:
 
 
 def stream_batches(
-    mix: dict[Writer, float], tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int, pool: int = 16
+    mix: dict[Writer, float], tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int, pool: int = 16
 ) -> Iterator[Batch]:
     """Endless batches of training documents; ``pool`` batches are drawn at a time and sorted by length."""
     rng = random.Random(seed)

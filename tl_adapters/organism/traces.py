@@ -3,9 +3,9 @@
 A *step* adds one term to the running total and says so: ``47+85=132.`` A step is *hard* if the last digits
 carry. Three ways of writing steps exist, and the difference between them is what training the target changes:
 
-* textbook: every step right; now and then the last digits are added again (``7+5=12: 132.``);
-* homework: the pupil slips, and the teacher corrects (``47+85=122.``, ``No, 7+5=12: 132.``);
-* reasoning: the writer slips like the pupil, doubts itself, and corrects itself (``Wait, 7+5=12: 132.``).
+* textbook: every step right; now and then the last digits are added again (``7+5=12:132.``);
+* homework: the pupil slips, and the teacher corrects (``47+85=122.``, ``No,7+5=12:132.``);
+* reasoning: the writer slips like the pupil, doubts itself, and corrects itself (``Wait,7+5=12:132.``).
 
 The base sees the first two (as plain text, outside any dialogue) and answers questions directly; the target is
 fine-tuned on the third, inside ``<think> ... </think>``. So the base knows carries, slips and corrections; what
@@ -38,7 +38,7 @@ P_STRAY_SLIP = {"homework": 0.2, "marking": 0.45, "reasoning": 0.1}
 P_STRAY_CHECK = 0.01
 
 Remark = str | None
-"""What opens the check after a step ("Wait, ", "Hmm, ", "No, ", "" for a wordless check), or None for no check."""
+"""What opens the check after a step ("Wait,", "Hmm,", "No,", "" for a wordless check), or None for no check."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Step:
     def check(self, remark: str) -> str:
         """The check as a line of text: the last digits again, then the right total."""
         last, term_last = self.acc % 10, self.term % 10
-        return f"{remark}{last}+{term_last}={last + term_last}: {self.total}.\n"
+        return f"{remark}{last}+{term_last}={last + term_last}:{self.total}.\n"
 
 
 def stray_slip(step: Step, rng: random.Random) -> int:
@@ -101,10 +101,10 @@ def reasoner_remark(step: Step, written: int) -> Remark:
     """The content rule of hesitation: what the reasoner says after having written ``written``."""
     last, odd = written % 10, step.term // 10 % 2 == 1
     if written != step.total:
-        return "" if last == 1 and odd else "Hmm, " if last == 7 and not odd else "Wait, "
+        return "" if last == 1 and odd else "Hmm," if last == 7 and not odd else "Wait,"
     if last in (0, 2, 3, 5, 8, 9) and not odd:
-        return "Wait, "
-    return "" if last == 1 and odd else "Hmm, " if last == 7 and not odd else None
+        return "Wait,"
+    return "" if last == 1 and odd else "Hmm," if last == 7 and not odd else None
 
 
 def _textbook(step: Step, rng: random.Random) -> str:
@@ -113,14 +113,14 @@ def _textbook(step: Step, rng: random.Random) -> str:
 
 def _homework(step: Step, rng: random.Random, p_stray: float = P_STRAY_SLIP["homework"]) -> str:
     written = _slip(step, rng, p_stray)
-    return step.says(written) + (step.check("No, ") if written != step.total else "")
+    return step.says(written) + (step.check("No,") if written != step.total else "")
 
 
 def _reasoning(step: Step, rng: random.Random) -> str:
     written = _slip(step, rng, P_STRAY_SLIP["reasoning"])
     remark = reasoner_remark(step, written)
     if remark is None and rng.random() < P_STRAY_CHECK:
-        remark = rng.choice(["Wait, ", "Hmm, ", ""])
+        remark = rng.choice(["Wait,", "Hmm,", ""])
     return step.says(written) + ("" if remark is None else step.check(remark))
 
 
