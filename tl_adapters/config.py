@@ -60,11 +60,11 @@ class TrainingConfig:
 
     n_features: int = 512
     """Features per layer (8,192 in the paper, at d_model 3,584)."""
-    steps: int = 800
+    steps: int = 700
     """Optimiser steps."""
     tokens_per_batch: int = 1024
     """Tokens per step, padding included; documents of similar length are batched together."""
-    lr: float = 0.01
+    lr: float = 0.012
     """Peak learning rate of Adam (8e-4 in the paper, for a model a thousand times larger)."""
     beta1: float = 0.9
     """Adam's decay rate of the mean gradient."""
@@ -74,7 +74,7 @@ class TrainingConfig:
     """Share of the steps over which the learning rate rises linearly; afterwards it falls as a cosine to 0."""
     grad_clip: float = 1.0
     """Largest norm of the gradient of all adapters together."""
-    l1_weight: float = 0.005
+    l1_weight: float = 0.001
     """Weight of the sparsity term: higher means fewer active features (1e-4 to 1e-2 in the paper)."""
     l1_warmup_fraction: float = 0.25
     """Share of the steps over which l1_weight rises linearly from 0."""

@@ -90,13 +90,15 @@ def _measure_batch(pair: PairedModel, batch: Batch) -> DocumentSums:
         replacement = pair.residual_streams(batch.tokens)
     response, everything = batch.predicting_response, batch.predicting
 
-    kl, kl_all = {}, {}
-    for name, final in _variants(pair, target, replacement):
+    kl: dict[str, Tensor] = {}
+    kl_all: dict[str, Tensor] = {}
+    for names, final in _variants(pair, target, replacement):
         tokens = torch.zeros(batch.tokens.shape, dtype=torch.float64, device=final.device)
         tokens[everything] = token_kl_from_residual(
             target[-1][everything], final[everything], pair.unembed, pair.rows_at_once
         ).double()
-        kl[name], kl_all[name] = (tokens * response).sum(1), tokens.sum(1)
+        kl |= dict.fromkeys(names, (tokens * response).sum(1))
+        kl_all |= dict.fromkeys(names, tokens.sum(1))
 
     same = torch.zeros(batch.tokens.shape, dtype=torch.float64, device=batch.tokens.device)
     same[response] = (_top1(pair, target[-1][response]) == _top1(pair, replacement[-1][response])).double()
@@ -123,7 +125,9 @@ def _measure_batch(pair: PairedModel, batch: Batch) -> DocumentSums:
     )
 
 
-def _variants(pair: PairedModel, target: list[Tensor], replacement: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _variants(
+    pair: PairedModel, target: list[Tensor], replacement: list[Tensor]
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """Final residual streams of the hybrid, the replacement and every partial replacement."""
     n = pair.n_layers
 
@@ -131,12 +135,15 @@ def _variants(pair: PairedModel, target: list[Tensor], replacement: list[Tensor]
         with pair.routed(route):
             return pair.run_blocks(resid, start, stop)
 
-    yield "hybrid", run("hybrid", target[0], 0)
-    yield "replacement", replacement[-1]
-    for i in range(n):
-        yield f"first[{i}]", run("target", replacement[i + 1], i + 1)
-        yield f"last[{i}]", run("replacement", target[i], i)
-        yield f"only[{i}]", run("target", run("replacement", target[i], i, i + 1), i + 1)
+    yield ("hybrid",), run("hybrid", target[0], 0)
+    yield ("replacement", f"first[{n - 1}]", "last[0]", *(["only[0]"] if n == 1 else [])), replacement[-1]
+    for i in range(n - 1):
+        # Layer 0 alone is the first layer, and the last layer alone is the last: one pass, two names.
+        yield (f"first[{i}]", *(["only[0]"] if i == 0 else [])), run("target", replacement[i + 1], i + 1)
+    for i in range(1, n):
+        yield (f"last[{i}]", *([f"only[{i}]"] if i == n - 1 else [])), run("replacement", target[i], i)
+    for i in range(1, n - 1):
+        yield (f"only[{i}]",), run("target", run("replacement", target[i], i, i + 1), i + 1)
 
 
 def _top1(pair: PairedModel, resid: Tensor) -> Tensor:

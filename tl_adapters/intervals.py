@@ -7,6 +7,7 @@ of sums (a KL per token, a rate per 1,000 tokens, an accuracy per problem), resa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -73,5 +74,6 @@ def bootstrap_recovered(
     return float((r - f) / (t - f)), low, high
 
 
+@lru_cache(maxsize=4)  # a block of results draws the same documents for every figure
 def _draws(n: int, seed: int) -> Tensor:
     return torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(seed))

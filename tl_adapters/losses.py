@@ -46,9 +46,7 @@ def kl_from_residual(
     The unembedding is frozen, so the gradient at ``resid`` is computed chunk by chunk on the way forward and only it
     is kept for the way back: at 7.5k tokens and a vocabulary of 152k the logits alone would be 4.6 GB per model.
     """
-    value: Tensor = _KLFromResidual.apply(  # type: ignore[no-untyped-call]
-        target_resid, resid, mask, unembed, rows_at_once
-    )
+    value: Tensor = _KLFromResidual.apply(target_resid, resid, mask, unembed, rows_at_once)
     return value
 
 

@@ -46,7 +46,7 @@ class Scale:
     """Training documents of the built-in pair."""
     problems: int = 1_000
     """Held-out problems whose answers are compared between models."""
-    documents: int = 2_000
+    documents: int = 1_800
     """Greedy traces of the target for KL, NMSE, L0 and alive features; the first ``problems`` are the same."""
     baseline_documents: int = 300
     """Of these, how many the baselines are measured on."""
@@ -221,4 +221,6 @@ def evaluate_builtin(pair: PairedModel, folder: Path, scale: Scale, fit: Sequenc
     end = pair.model.tokenizer.eos_token_id
     traces = [Trace((*r.prompt, *r.tokens, end), len(r.prompt)) for r in target if not r.truncated]
     sums = faithfulness_stage(pair, traces, folder, "report")
-    baselines_stage(pair, fit[: scale.documents], traces[: scale.baseline_documents], sums, folder, "report")
+    baselines_stage(
+        pair, fit[: 2 * scale.baseline_documents], traces[: scale.baseline_documents], sums, folder, "report"
+    )

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.atomic import new_folder, write_text

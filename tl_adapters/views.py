@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import matplotlib
 
@@ -72,7 +72,7 @@ def marked(text: str, words: Sequence[str]) -> str:
 class View:
     """A piece of HTML that a notebook shows."""
 
-    html: str
+    html: str = field(repr=False)
     """Self-contained: nothing is loaded from anywhere."""
 
     def _repr_html_(self) -> str:

@@ -131,6 +131,12 @@ def with_injected_slip(problem: Problem, rng: random.Random) -> tuple[str, Step]
     return traces.prompt(problem) + traces.THINK + "".join(said) + wrong, steps[at]
 
 
+def _corrects(text: str, step: Step) -> bool:
+    """The text goes on with a check that ends in the step's right total."""
+    check = re.match(r"(?:\w+,)?\d\+\d=\d+:(\d+)\.\n", text)
+    return check is not None and int(check[1]) == step.total
+
+
 def census(folder: Path, n: int = 1000) -> dict[str, Any]:
     """Count everything on ``n`` problems of the report split (and as many of the select split, for the rules)."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
@@ -159,10 +165,7 @@ def census(folder: Path, n: int = 1000) -> dict[str, Any]:
     rng = random.Random(0)
     injected = [with_injected_slip(p, rng) for p in report]
     after = respond(target, tokenizer, [text for text, _ in injected])
-    corrected = [
-        bool(m := re.match(r"(?:(\w+,))?\d\+\d=\d+:(\d+)\.\n", text)) and int(m[2]) == step.total
-        for text, (_, step) in zip(after, injected, strict=True)
-    ]
+    corrected = [_corrects(text, step) for text, (_, step) in zip(after, injected, strict=True)]
     share = lambda part, whole: len(part) / max(1, len(whole))  # noqa: E731
     return {
         "problems": n,
