@@ -34,7 +34,7 @@ from tl_adapters.training import Trainer
 
 log = logging.getLogger(__name__)
 
-RANKS = (1, 2, 4, 8, 16, 32, 64)
+RANKS = (1, 2, 4, 8, 16, 32)
 SHOWN_ANSWERS = 4
 
 
@@ -48,7 +48,7 @@ class Scale:
     """Held-out problems whose answers are compared between models."""
     documents: int = 1_800
     """Greedy traces of the target for KL, NMSE, L0 and alive features; the first ``problems`` are the same."""
-    baseline_documents: int = 300
+    baseline_documents: int = 200
     """Of these, how many the baselines are measured on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Options of the training run."""
