@@ -63,7 +63,7 @@ def low_rank(mlp: PairedMLP, directions: Float[Tensor, "d_model r"]) -> Correcti
 
 @torch.no_grad()
 def difference_directions(
-    pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 8192
+    pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048
 ) -> list[Float[Tensor, "d_model d_model"]]:
     """Orthonormal directions of the MLP output difference per layer, strongest first (columns)."""
     d_model, device = pair.model.cfg.d_model, pair.model.W_E.device
@@ -93,7 +93,7 @@ def corrected(pair: PairedModel, corrections: Sequence[Correction]) -> Iterator[
 
 @torch.no_grad()
 def baseline_kl(
-    pair: PairedModel, corrections: Sequence[Correction], traces: Sequence[Trace], tokens_per_batch: int = 8192
+    pair: PairedModel, corrections: Sequence[Correction], traces: Sequence[Trace], tokens_per_batch: int = 2048
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
     """KL(target || corrected hybrid) summed per document over response-predicting positions, and their number."""
     sums, positions = torch.zeros(2, len(traces), dtype=torch.float64)

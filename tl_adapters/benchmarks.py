@@ -95,7 +95,7 @@ def respond(
     problems: Sequence[Checkable],
     *,
     max_new_tokens: int = 160,
-    batch_size: int = 250,
+    batch_size: int = 500,
     temperature: float = 0.0,
 ) -> list[Response]:
     """Answers to all problems, with whatever route and hooks the model has now; in the order of the problems.

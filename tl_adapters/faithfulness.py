@@ -62,7 +62,7 @@ class DocumentSums:
     """How often each feature fired over all tokens (no document axis)."""
 
 
-def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 8192) -> DocumentSums:
+def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048) -> DocumentSums:
     """One pass over ``traces`` (the target's own greedy text on held-out problems)."""
     parts, order = [], []
     for rows, batch in batches_by_length(traces, tokens_per_batch):
