@@ -70,10 +70,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    import time
     from dataclasses import replace
 
     from tl_adapters import study
 
+    began = time.perf_counter()
     scale = study.QUICK if args.quick else study.Scale()
     if args.seed is not None:
         scale = replace(scale, training=replace(scale.training, seed=args.seed))
@@ -82,7 +84,7 @@ def _demo(args: argparse.Namespace) -> None:
         log.info("the earlier %s is now %s", args.out, moved)
     report = study.demo(args.out, scale, _device(args.device), _dtype(args.dtype), progress=not args.quiet)
     print(f"report: {report}\nfigures: {args.out / 'results.json'}\nadapters: {args.out / 'adapters'}")
-    print(f"next: tl-adapters evaluate {args.out}")
+    print(f"took: {time.perf_counter() - began:.0f} s\nnext: tl-adapters evaluate {args.out}")
 
 
 def _train(args: argparse.Namespace) -> None:
