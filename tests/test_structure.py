@@ -75,7 +75,8 @@ def test_nothing_unsafe() -> None:
                 assert not any(k.arg == "trust_remote_code" for k in node.keywords), path
 
 
-def test_public_functions_are_documented() -> None:
+def test_every_module_says_what_it_is_and_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), f"{path} does not say what it is"
