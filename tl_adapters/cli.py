@@ -130,11 +130,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     if recorded is None:
         raise UserError(f"{args.run_folder / 'results.json'} names no pair; is this a folder that train or demo made?")
     device, dtype = _device(args.device), _dtype(args.dtype)
-    builtin = study.load_builtin_pair(device, dtype)
-    is_builtin = recorded["target"] == builtin.target_id
-    pair = builtin if is_builtin else PairedModel.from_pretrained(
-        recorded["base"], recorded["target"], device=device, dtype=dtype
-    )  # fmt: skip
+    is_builtin = recorded["target"] == study.BUILTIN_TARGET
+    if is_builtin:
+        pair = study.load_builtin_pair(device, dtype)
+    else:
+        pair = PairedModel.from_pretrained(recorded["base"], recorded["target"], device=device, dtype=dtype)
     pair.load_adapters(adapters)
     if args.data is not None:
         traces = encode_traces(read_jsonl(args.data), pair.model.tokenizer, max_tokens=pair.model.cfg.n_ctx)

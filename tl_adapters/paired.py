@@ -133,7 +133,7 @@ class PairedModel:
         target: str | Path | PreTrainedModel,
         *,
         dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> PairedModel:
         """A pair from folders, hub names or models in memory.
@@ -143,7 +143,8 @@ class PairedModel:
         Args:
             base, target: a folder, a hub name, or a Hugging Face model already loaded.
             dtype: of the model's weights; None keeps the target's own.
-            device: where the weights go.
+            device: where the weights go; None leaves them where they are (a folder's on the CPU). A model in memory
+                is moved and cast in place, as its own ``.to`` does.
             tokenizer: the target's; None reads it from the target's folder, where there is one.
 
         Raises:
@@ -155,11 +156,11 @@ class PairedModel:
             hf_target = target
         else:
             folder = locate(target)
-            hf_target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", device_map=None)
+            hf_target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
             hf_target.config.name_or_path = str(target)
             if tokenizer is None and (folder / "tokenizer_config.json").is_file():
                 tokenizer = AutoTokenizer.from_pretrained(folder)
-        hf_target = hf_target.to(device=device, dtype=dtype or hf_target.dtype)
+        hf_target = hf_target.to(device=device or hf_target.device, dtype=dtype or hf_target.dtype)
         model = build_hooked_transformer(hf_target, tokenizer)
         base_mlps = _read_base_mlps(base, hf_target)
         name = lambda m: m.config.name_or_path if isinstance(m, PreTrainedModel) else str(m)  # noqa: E731

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 RANKS = (1, 2, 4, 8, 16, 32)
 SHOWN_ANSWERS = 4
+BUILTIN_BASE, BUILTIN_TARGET = "tl_adapters built-in base", "tl_adapters built-in target"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ QUICK = Scale(
     baseline_documents=60,
     training=TrainingConfig(steps=150),
 )
-"""A look at everything in under 90 seconds; the adapters are far from trained."""
+"""A look at everything in under 90 seconds; the adapters are not yet sparse."""
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def stage(folder: Path, name: str) -> Iterator[None]:
 def load_builtin_pair(device: str = "cpu", dtype: torch.dtype | None = None) -> PairedModel:
     """The pair that ships with the package."""
     pair = PairedModel.from_pretrained(organism.BASE, organism.TARGET, device=device, dtype=dtype)
-    pair.base_id, pair.target_id = "tl_adapters built-in base", "tl_adapters built-in target"
+    pair.base_id, pair.target_id = BUILTIN_BASE, BUILTIN_TARGET
     return pair
 
 
