@@ -15,7 +15,17 @@ from jaxtyping import install_import_hook
 check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 install_import_hook("tl_adapters", "conftest.check_types")
 
-from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tl_adapters.data import Batch, Trace, collate  # noqa: E402
 from tl_adapters.paired import PairedModel  # noqa: E402
@@ -35,8 +45,38 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
-def random_qwen2(seed: int, dtype: torch.dtype = torch.float64, **overrides: object) -> Qwen2ForCausalLM:
-    """A small Qwen2 with every weight random, norms and biases included (ones and zeros hide bugs)."""
+ARCHITECTURES = {
+    "Qwen2ForCausalLM": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "Qwen3ForCausalLM": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 12}),
+    "LlamaForCausalLM": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,  # every head has its own keys
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "Gemma2ForCausalLM": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {
+            "tie_word_embeddings": True, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 4,
+            "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
+        },
+    ),
+}  # fmt: skip
+"""Per architecture what the others lack: head width, llama3 rope, tied weights, post-norms, windows, soft caps."""
+
+
+def random_model(
+    seed: int, dtype: torch.dtype = torch.float64, architecture: str = "Qwen2ForCausalLM", **overrides: object
+) -> PreTrainedModel:
+    """A small model with every weight random, norms and biases included (ones and zeros hide bugs)."""
+    config_class, model_class, peculiar = ARCHITECTURES[architecture]
     options: dict[str, object] = dict(
         hidden_size=32,
         intermediate_size=48,
@@ -46,15 +86,17 @@ def random_qwen2(seed: int, dtype: torch.dtype = torch.float64, **overrides: obj
         vocab_size=61,
         max_position_embeddings=64,
         tie_word_embeddings=False,
-        architectures=["Qwen2ForCausalLM"],
+        architectures=[architecture],
+        attn_implementation="eager",
     )
-    model = Qwen2ForCausalLM(Qwen2Config(**{**options, **overrides})).to(dtype)
+    model = model_class(config_class(**{**options, **peculiar, **overrides})).to(dtype)
+    offset = 0 if architecture == "Gemma2ForCausalLM" else 1  # Gemma's norms multiply by 1 + w
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(dtype)
             if "norm" in name:
-                weight.copy_(1 + 0.4 * noise)
+                weight.copy_(offset + 0.4 * noise)
             else:
                 weight.copy_(noise * (0.3 if weight.ndim == 1 else 1.3 * weight.shape[-1] ** -0.5))
     return model.eval()
@@ -70,14 +112,14 @@ def randomise(pair: PairedModel, n_features: int = 24, seed: int = 5) -> PairedM
     return pair
 
 
-@pytest.fixture
-def hf_models() -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]:
-    """(base, target) in float64."""
-    return random_qwen2(1), random_qwen2(2)
+@pytest.fixture(params=ARCHITECTURES)
+def hf_models(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """(base, target) in float64; every law that reads a pair is asserted on every architecture."""
+    return random_model(1, architecture=request.param), random_model(2, architecture=request.param)
 
 
 @pytest.fixture
-def pair(hf_models: tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]) -> PairedModel:
+def pair(hf_models: tuple[PreTrainedModel, PreTrainedModel]) -> PairedModel:
     """A float64 pair with random adapters."""
     return randomise(PairedModel.from_pretrained(*hf_models))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_qwen2, randomise
+from conftest import random_model, randomise
 
 from tl_adapters.benchmarks import Response, rate, respond
 from tl_adapters.organism import problems
@@ -13,7 +13,7 @@ from tl_adapters.paired import PairedModel
 @pytest.fixture(scope="module")
 def talking_pair() -> PairedModel:
     tokenizer = build_tokenizer()
-    base, target = (random_qwen2(s, torch.float32, vocab_size=len(tokenizer)) for s in (1, 2))
+    base, target = (random_model(s, torch.float32, vocab_size=len(tokenizer)) for s in (1, 2))
     return randomise(PairedModel.from_pretrained(base, target, tokenizer=tokenizer))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_qwen2
+from conftest import random_model
 
 from tl_adapters.baselines import baseline_kl, corrected, difference_directions, low_rank, mlp_difference, top_neurons
 from tl_adapters.data import Trace, collate
@@ -145,6 +145,6 @@ def test_a_correction_leaves_the_model_as_it_was(pair: PairedModel, traces: list
 
 
 def test_a_pair_without_difference_has_none() -> None:
-    pair = PairedModel.from_pretrained(random_qwen2(2), random_qwen2(2))
+    pair = PairedModel.from_pretrained(random_model(2), random_model(2))
     x = torch.randn(2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert mlp_difference(pair.mlps[0], x).abs().max() == 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_batch, random_qwen2
+from conftest import random_batch, random_model
 
 from tl_adapters.config import LossWeights
 from tl_adapters.data import Batch
@@ -94,7 +94,7 @@ def test_only_adapters_learn(pair: PairedModel, batch: Batch) -> None:
 
 
 def test_an_untrained_adapter_has_the_hybrids_loss() -> None:
-    pair = PairedModel.from_pretrained(random_qwen2(1), random_qwen2(2))
+    pair = PairedModel.from_pretrained(random_model(1), random_model(2))
     pair.new_adapters(16, dtype=torch.float64)
     batch = collate_one()
     with pair.routed("hybrid"):

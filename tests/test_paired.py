@@ -4,20 +4,21 @@ import copy
 
 import pytest
 import torch
-from conftest import random_batch, random_qwen2, randomise
+from conftest import random_batch, random_model, randomise
 from transformer_lens import HookedTransformer
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
 from tl_adapters.adapter import AdapterSet
-from tl_adapters.backends import FusedAttention, UnsupportedModelError, build_hooked_transformer, tl_config
+from tl_adapters.attention import FusedAttention
+from tl_adapters.backends import UnsupportedModelError, build_hooked_transformer, tl_config
 from tl_adapters.paired import PairedModel, PairMismatchError
 
-Models = tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]
+Models = tuple[PreTrainedModel, PreTrainedModel]
 TOKENS = random_batch(3).tokens[:1, :11]
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]])
 
 
-def stock(hf: Qwen2ForCausalLM) -> HookedTransformer:
+def stock(hf: PreTrainedModel) -> HookedTransformer:
     """A HookedTransformer with its own weights and stock attention."""
     model = build_hooked_transformer(copy.deepcopy(hf))
     for block in model.blocks:
@@ -74,7 +75,9 @@ def test_the_replacement_adds_the_formula(pair: PairedModel) -> None:
     close(cache["blocks.2.mlp.hook_adapter_out"], added, 1e-12)
     gate, up = x @ mlp.base.W_gate, x @ mlp.base.W_in
     close(cache["blocks.2.mlp.hook_pre"], gate, 1e-12)
-    out = (torch.nn.functional.silu(gate) * up) @ mlp.base.W_out + added
+    out = (mlp.act_fn(gate) * up) @ mlp.base.W_out + added
+    if (post_norm := getattr(pair.model.blocks[2], "ln2_post", None)) is not None:
+        out = post_norm(out)  # Gemma 2: what the adapter adds is normalised together with the MLP's output
     close(cache["blocks.2.hook_mlp_out"], out, 1e-12)
 
 
@@ -142,7 +145,7 @@ def test_fused_attention_is_the_stock_attention(hf_models: Models, pair: PairedM
             close(value, cache_stock[name], 1e-10)
     # a hook on patterns or scores is served, and what it returns counts
     for name in ("hook_pattern", "hook_attn_scores"):
-        hooks = [(f"blocks.1.attn.{name}", lambda x, hook: x * 0.5)]
+        hooks = [(f"blocks.1.attn.{name}", lambda x, hook: x.flip(-1))]
         close(
             pair.model.run_with_hooks(tokens, fwd_hooks=hooks), reference.run_with_hooks(tokens, fwd_hooks=hooks), 1e-10
         )
@@ -253,7 +256,7 @@ def test_change_of_dtype(pair: PairedModel) -> None:
 
 @torch.no_grad()
 def test_a_bfloat16_model_with_float32_adapters() -> None:
-    pair = PairedModel.from_pretrained(random_qwen2(1), random_qwen2(2), dtype=torch.bfloat16)
+    pair = PairedModel.from_pretrained(random_model(1), random_model(2), dtype=torch.bfloat16)
     adapters = pair.new_adapters(16)
     assert adapters[0].W_enc.dtype == torch.float32
     with pair.routed("replacement"):
@@ -270,7 +273,8 @@ def test_weights_are_shared_not_copied(hf_models: Models) -> None:
     assert pointer(block.mlp.W_gate) == pointer(layer.mlp.gate_proj.weight)
     assert pointer(block.attn.W_Q) == pointer(layer.self_attn.q_proj.weight)
     assert pointer(block.mlp.base.W_out) == pointer(base.model.layers[2].mlp.down_proj.weight)
-    assert pointer(pair.model.W_E) == pointer(target.model.embed_tokens.weight)
+    embedding = pair.model.W_U if target.config.model_type == "gemma2" else pair.model.W_E  # Gemma scales W_E: a copy
+    assert pointer(embedding) == pointer(target.model.embed_tokens.weight)
     for mlp in pair.mlps:  # in nn.Linear's layout the stock MLP's .T.contiguous() is no copy
         assert mlp.W_in.T.is_contiguous() and mlp.base.W_in.T.is_contiguous()
 
@@ -306,10 +310,10 @@ def test_adapters_survive_the_disk(pair: PairedModel, hf_models: Models, tmp_pat
 
 
 def test_adapters_of_another_target_are_refused(pair: PairedModel) -> None:
-    other = PairedModel.from_pretrained(random_qwen2(1), random_qwen2(7))
+    other = PairedModel.from_pretrained(random_model(1), random_model(7))
     with pytest.raises(PairMismatchError, match="second norm at layer 0"):
         other.load_adapters(pair.adapters)
-    shallow = PairedModel.from_pretrained(random_qwen2(1, num_hidden_layers=2), random_qwen2(2, num_hidden_layers=2))
+    shallow = PairedModel.from_pretrained(random_model(1, num_hidden_layers=2), random_model(2, num_hidden_layers=2))
     with pytest.raises(PairMismatchError, match="4 layers of width 32.*2 of width 32"):
         shallow.load_adapters(pair.adapters)
 
@@ -329,19 +333,25 @@ def test_a_route_that_needs_adapters_says_so(hf_models: Models) -> None:
 )
 def test_mlps_of_another_shape_are_refused(option: str, value: int) -> None:
     with pytest.raises(PairMismatchError, match=option):
-        PairedModel.from_pretrained(random_qwen2(1, **{option: value}), random_qwen2(2))
+        PairedModel.from_pretrained(random_model(1, **{option: value}), random_model(2))
 
 
-def test_what_transformer_lens_cannot_represent_is_refused() -> None:
-    config = random_qwen2(1).config
-    config.use_sliding_window = True
-    with pytest.raises(UnsupportedModelError, match="use_sliding_window"):
-        tl_config(config, torch.float32, "cpu")
-    config.use_sliding_window = False
-    config.architectures = ["MambaForCausalLM"]
-    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM.*Qwen2ForCausalLM"):
-        tl_config(config, torch.float32, "cpu")
-    config.architectures = ["Qwen2ForCausalLM"]
-    config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
-    with pytest.raises(UnsupportedModelError, match="yarn"):
+@pytest.mark.parametrize(
+    ("architecture", "option", "value", "reason"),
+    [
+        ("Qwen2ForCausalLM", "use_sliding_window", True, "use_sliding_window=True.*Qwen2ForCausalLM"),
+        ("Qwen3ForCausalLM", "attention_bias", True, "attention_bias=True.*supported is False"),
+        ("LlamaForCausalLM", "mlp_bias", True, "mlp_bias=True"),
+        ("Gemma2ForCausalLM", "hidden_activation", "gelu_fast", "activation 'gelu_fast'.*gelu_pytorch_tanh"),
+        ("LlamaForCausalLM", "quantization_config", {"quant_method": "fp8"}, "quantised weights.*bfloat16"),
+        ("Qwen2ForCausalLM", "architectures", ["MambaForCausalLM"], "MambaForCausalLM.*Qwen2ForCausalLM, Qwen3"),
+        ("Qwen2ForCausalLM", "rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}, "'yarn'"),
+    ],
+)
+def test_what_transformer_lens_cannot_represent_is_refused(
+    architecture: str, option: str, value: object, reason: str
+) -> None:
+    config = random_model(1, architecture=architecture).config
+    setattr(config, option, value)
+    with pytest.raises(UnsupportedModelError, match=reason):
         tl_config(config, torch.float32, "cpu")

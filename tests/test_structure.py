@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 LEVELS = [
     {"errors"},
     {"atomic", "config", "losses", "intervals", "results", "views", "organism"},
-    {"adapter", "checkpoints"},
+    {"adapter", "attention", "checkpoints"},
     {"backends", "data"},
     {"paired"},
     {"objective", "faithfulness", "baselines", "benchmarks"},

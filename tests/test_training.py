@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_qwen2
+from conftest import random_model
 
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.config import TrainingConfig
@@ -18,7 +18,7 @@ CONFIG = TrainingConfig(n_features=16, steps=12, tokens_per_batch=60, checkpoint
 
 
 def fresh_pair() -> PairedModel:
-    return PairedModel.from_pretrained(random_qwen2(1, torch.float32), random_qwen2(2, torch.float32))
+    return PairedModel.from_pretrained(random_model(1, torch.float32), random_model(2, torch.float32))
 
 
 def traces(n: int = 30) -> list[Trace]:
@@ -127,7 +127,7 @@ def test_resuming_nothing_is_said(tmp_path: Path) -> None:
 
 def test_a_planted_adapter_is_matched() -> None:
     """A target whose MLP is the base's and one neuron more: that neuron's difference is learned to a small rest."""
-    base, target = random_qwen2(1, torch.float32), random_qwen2(2, torch.float32)
+    base, target = random_model(1, torch.float32), random_model(2, torch.float32)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for ours, theirs in zip(target.model.layers, base.model.layers, strict=True):

@@ -6,57 +6,70 @@
    stock components make of transposed weights at every call become free.
 3. Attention is fused while nobody looks at scores or patterns; a hook there brings the stock code back.
 
-Only the Qwen2 architecture so far; others are refused by name.
+Qwen2, Qwen3, Llama and Gemma 2. What TransformerLens would leave out (a bias, a rope type, a sliding window) is
+refused by name: it would be a silently different model.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.components import GroupedQueryAttention
-from transformer_lens.hook_points import HookPoint
+from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
+from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 from transformer_lens.pretrained.weight_conversions.qwen2 import convert_qwen2_weights
+from transformer_lens.pretrained.weight_conversions.qwen3 import convert_qwen3_weights
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tl_adapters.attention import FusedAttention
 from tl_adapters.errors import UserError
 
-ARCHITECTURES = {"Qwen2ForCausalLM": convert_qwen2_weights}
+ARCHITECTURES: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
+    "Qwen2ForCausalLM": convert_qwen2_weights,
+    "Qwen3ForCausalLM": convert_qwen3_weights,
+    "LlamaForCausalLM": convert_llama_weights,
+    "Gemma2ForCausalLM": convert_gemma_weights,
+}
+"""Supported architectures, with TransformerLens's converter of their weights."""
+
+ROPE_TYPES = ("default", "llama3")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+"""Names that mean the same function in both libraries."""
 
 
 class UnsupportedModelError(UserError, ValueError):
     """A model this version cannot represent exactly; the message names the reason."""
 
 
+def mlp_activation(config: PretrainedConfig) -> str:
+    """The MLP's activation function; Gemma keeps it under another name."""
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    """Type and parameters of the rotary embedding."""
+    return dict(getattr(config, "rope_parameters", None) or {})
+
+
 def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> HookedTransformerConfig:
     """The TransformerLens configuration of a Hugging Face one. Raises UnsupportedModelError."""
-    architecture = (config.architectures or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"Architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}."
-        )
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    if rope.get("rope_type", "default") != "default":
-        raise UnsupportedModelError(
-            f"rope_type {rope['rope_type']!r} is not represented by TransformerLens; supported: 'default'."
-        )
-    if getattr(config, "use_sliding_window", False):
-        raise UnsupportedModelError("use_sliding_window=True is not represented by TransformerLens for Qwen2.")
+    architecture = _require_representable(config)
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return HookedTransformerConfig(
+    rope = rope_parameters(config)
+    options: dict[str, Any] = dict(
         n_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
         n_ctx=config.max_position_embeddings,
         d_head=d_head,
         n_heads=config.num_attention_heads,
+        # Also where every head has its own keys: grouped attention in groups of one is the same computation.
         n_key_value_heads=config.num_key_value_heads,
         d_mlp=config.intermediate_size,
         d_vocab=config.vocab_size,
-        act_fn=config.hidden_act,
+        act_fn=mlp_activation(config),
         eps=config.rms_norm_eps,
         normalization_type="RMS",
         final_rms=True,
@@ -65,6 +78,7 @@ def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device
         rotary_base=rope.get("rope_theta", 10000.0),
         rotary_dim=d_head,
         rotary_adjacent_pairs=False,
+        use_qk_norm=architecture == "Qwen3ForCausalLM",
         original_architecture=architecture,
         model_name=config.name_or_path or architecture,
         init_weights=False,
@@ -72,6 +86,53 @@ def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device
         dtype=dtype,
         device=str(device),
     )
+    if rope.get("rope_type") == "llama3":
+        options |= dict(
+            use_NTK_by_parts_rope=True,
+            NTK_original_ctx_len=rope["original_max_position_embeddings"],
+            NTK_by_parts_low_freq_factor=rope["low_freq_factor"],
+            NTK_by_parts_high_freq_factor=rope["high_freq_factor"],
+            NTK_by_parts_factor=rope["factor"],
+        )
+    if architecture == "Gemma2ForCausalLM":
+        options |= dict(
+            attn_scale=float(config.query_pre_attn_scalar) ** 0.5,
+            window_size=config.sliding_window,
+            use_local_attn=True,
+            attn_types=["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
+            attn_scores_soft_cap=float(config.attn_logit_softcapping or -1),
+            output_logits_soft_cap=float(config.final_logit_softcapping or -1),
+            use_normalization_before_and_after=True,
+        )
+    return HookedTransformerConfig(**options)
+
+
+def _require_representable(config: PretrainedConfig) -> str:
+    """The architecture's name. Raises UnsupportedModelError, naming what TransformerLens would silently drop."""
+    architecture = (config.architectures or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"Architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}."
+        )
+
+    def refuse(what: str, instead: str) -> None:
+        raise UnsupportedModelError(
+            f"{what} is not represented by TransformerLens's {architecture}, so the model would not be exact; {instead}."
+        )
+
+    rope = rope_parameters(config)
+    if rope.get("rope_type", "default") not in ROPE_TYPES:
+        refuse(f"rope_type {rope['rope_type']!r}", f"supported rope types: {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        refuse(f"partial_rotary_factor {rope['partial_rotary_factor']}", "supported is 1.0")
+    for option in ("use_sliding_window", "attention_bias", "mlp_bias", "use_bidirectional_attention"):
+        if getattr(config, option, False):
+            refuse(f"{option}=True", "supported is False")
+    if getattr(config, "quantization_config", None):
+        refuse("quantization_config (quantised weights)", "load the checkpoint in bfloat16 or float32")
+    if mlp_activation(config) not in ACTIVATIONS:
+        refuse(f"activation {mlp_activation(config)!r}", f"supported: {', '.join(ACTIVATIONS)}")
+    return str(architecture)
 
 
 @torch.no_grad()
@@ -84,12 +145,13 @@ def build_hooked_transformer(
     """
     weight = next(hf_model.parameters())
     cfg = tl_config(hf_model.config, weight.dtype, weight.device)
-    convert: Any = ARCHITECTURES[str(cfg.original_architecture)]
+    convert = ARCHITECTURES[str(cfg.original_architecture)]
     with warnings.catch_warnings():
         # TransformerLens announces that 4.0 drops this class; pyproject.toml's range is where we answer that.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r".*")
         model = HookedTransformer(cfg, None, move_to_device=False)
-    state = {name: tensor.detach().to(cfg.device) for name, tensor in convert(hf_model, cfg).items()}
+    # Gemma's norms come back in float32; in the model's own dtype the residual stream keeps it.
+    state = {name: tensor.detach().to(cfg.device, cfg.dtype) for name, tensor in convert(hf_model, cfg).items()}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     parameters = dict(model.named_parameters())
     if unexpected or any(name in parameters for name in missing):
@@ -103,78 +165,3 @@ def build_hooked_transformer(
     for block in model.blocks:
         block.attn.__class__ = FusedAttention
     return model.requires_grad_(False).eval()
-
-
-def _hooked(*points: HookPoint) -> bool:
-    return any(p._forward_hooks or p._backward_hooks or p._backward_pre_hooks for p in points)
-
-
-class FusedAttention(GroupedQueryAttention):
-    """Grouped-query attention through torch's fused kernel, with every hook it can offer.
-
-    The kernel never forms scores and patterns, so a hook on one of those (or on hook_result) sends this call to the
-    stock implementation; queries, keys, values and z stay hookable here. A class, not a patched method: deepcopy and
-    .to() keep working.
-    """
-
-    def forward(
-        self,
-        query_input: Tensor,
-        key_input: Tensor,
-        value_input: Tensor,
-        past_kv_cache_entry: Any = None,
-        additive_attention_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_bias: Tensor | None = None,
-    ) -> Tensor:
-        """As GroupedQueryAttention.forward."""
-        if (
-            self.cfg.use_attn_result
-            or self.cfg.ungroup_grouped_query_attention
-            or additive_attention_mask is not None
-            or _hooked(self.hook_attn_scores, self.hook_pattern, self.hook_result)
-        ):
-            return super().forward(
-                query_input,
-                key_input,
-                value_input,
-                past_kv_cache_entry,
-                additive_attention_mask,
-                attention_mask,
-                position_bias,
-            )
-        q, k, v = self.calculate_qkv_matrices(query_input, key_input, value_input)
-        n_past = 0
-        if past_kv_cache_entry is not None:
-            n_past = past_kv_cache_entry.past_keys.shape[1]
-            k, v = past_kv_cache_entry.append(k, v)
-        q = self.hook_rot_q(self.apply_rotary(q, n_past, attention_mask))
-        k = self.hook_rot_k(self.apply_rotary(k, 0, attention_mask))
-        z = self.hook_z(self._fused(q, k, v, n_past, attention_mask))
-        weight = self.W_O.permute(2, 0, 1).flatten(1)  # a view: the Hugging Face layout is [d_model, heads x d_head]
-        return F.linear(z.flatten(2), weight, self.b_O)
-
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, n_past: int, attention_mask: Tensor | None) -> Tensor:
-        """softmax(q k / scale) v; all [batch, pos, heads, d_head]."""
-        query, key, value = (t.transpose(1, 2) for t in (q, k, v))
-        key = key.repeat_interleave(self.repeat_kv_heads, dim=1)
-        value = value.repeat_interleave(self.repeat_kv_heads, dim=1)
-        mask = None
-        if attention_mask is not None or n_past:
-            mask = self._make_causal_mask(
-                query_ctx_length=query.shape[2],
-                key_ctx_length=key.shape[2],
-                past_kv_pos_offset=n_past,
-                device=query.device,
-            )
-            if attention_mask is not None:
-                mask = mask & attention_mask[:, None, None, :].bool()
-                # A padding position attends to nothing and its softmax is NaN; as in stock code its output is zero.
-                empty = ~mask.any(-1, keepdim=True)
-                mask = mask | empty
-        z = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=1.0 / self.attn_scale
-        )
-        if attention_mask is not None:
-            z = z.masked_fill(empty, 0.0)
-        return z.transpose(1, 2)

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import random_batch, random_qwen2, randomise
+from conftest import random_batch, random_model, randomise
 
 from tl_adapters.backends import FusedAttention
 from tl_adapters.config import LossWeights
@@ -40,7 +40,7 @@ def ratio(slow: Callable[[], object], fast: Callable[[], object], repeats: int =
 
 
 def main() -> None:
-    pair = PairedModel.from_pretrained(random_qwen2(1, torch.float32, **SIZE), random_qwen2(2, torch.float32, **SIZE))
+    pair = PairedModel.from_pretrained(random_model(1, torch.float32, **SIZE), random_model(2, torch.float32, **SIZE))
     randomise(pair, n_features=512)
     weights = LossWeights()
     batch = random_batch(0, lengths=(64,) * 32, prompt=12, vocab=280)
