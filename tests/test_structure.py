@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
 LEVELS = [
     {"errors"},
-    {"atomic", "config", "losses", "intervals", "results", "views", "organism"},
+    {"atomic", "compatibility", "config", "fingerprints", "losses", "intervals", "results", "views", "organism"},
     {"adapter", "attention", "checkpoints"},
     {"backends", "data"},
     {"paired"},

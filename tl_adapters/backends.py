@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,17 @@ from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_w
 from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 from transformer_lens.pretrained.weight_conversions.qwen2 import convert_qwen2_weights
 from transformer_lens.pretrained.weight_conversions.qwen3 import convert_qwen3_weights
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tl_adapters.attention import FusedAttention
+from tl_adapters.checkpoints import CheckpointError, locate, read_config, tensor_shapes
 from tl_adapters.errors import UserError
 
 ARCHITECTURES: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
@@ -56,7 +65,7 @@ def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
 
 def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> HookedTransformerConfig:
     """The TransformerLens configuration of a Hugging Face one. Raises UnsupportedModelError."""
-    architecture = _require_representable(config)
+    architecture = require_representable(config)
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = rope_parameters(config)
     options: dict[str, Any] = dict(
@@ -107,7 +116,7 @@ def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device
     return HookedTransformerConfig(**options)
 
 
-def _require_representable(config: PretrainedConfig) -> str:
+def require_representable(config: PretrainedConfig) -> str:
     """The architecture's name. Raises UnsupportedModelError, naming what TransformerLens would silently drop."""
     architecture = (config.architectures or ["none"])[0]
     if architecture not in ARCHITECTURES:
@@ -117,7 +126,7 @@ def _require_representable(config: PretrainedConfig) -> str:
 
     def refuse(what: str, instead: str) -> None:
         raise UnsupportedModelError(
-            f"{what} is not represented by TransformerLens's {architecture}, so the model would not be exact; {instead}."
+            f"{what} is not represented by TransformerLens's {architecture}: the model would not be exact; {instead}."
         )
 
     rope = rope_parameters(config)
@@ -133,6 +142,53 @@ def _require_representable(config: PretrainedConfig) -> str:
     if mlp_activation(config) not in ACTIVATIONS:
         refuse(f"activation {mlp_activation(config)!r}", f"supported: {', '.join(ACTIVATIONS)}")
     return str(architecture)
+
+
+def load_hooked_transformer(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> HookedTransformer:
+    """`build_hooked_transformer` of a folder or hub name; tokenizer and dtype are the folder's own where None.
+
+    Everything that can be seen in config and file headers is checked before a weight is read.
+    Raises UnsupportedModelError, CheckpointError.
+    """
+    folder = locate(name)
+    config = load_config(folder)
+    require_representable(config)
+    tensor_shapes(folder)
+    hf_model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        # transformers would fill these at random and only log it.
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors of a {config.architectures[0]}, such as {missing[0]}; "
+            "it is not a complete checkpoint."
+        )
+    hf_model.config.name_or_path = str(name)
+    return build_hooked_transformer(hf_model.to(device or "cpu"), tokenizer or load_tokenizer(folder))
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The folder's configuration. Raises CheckpointError, UnsupportedModelError."""
+    architectures = read_config(folder).get("architectures")
+    if not isinstance(architectures, list) or architectures[0] not in ARCHITECTURES:
+        # Said here, since transformers fails in its own words on a model type it does not know.
+        raise UnsupportedModelError(
+            f"{folder} is of architecture {architectures}; supported: {', '.join(ARCHITECTURES)}."
+        )
+    return AutoConfig.from_pretrained(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The folder's tokenizer; None where it has no tokenizer files."""
+    if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return AutoTokenizer.from_pretrained(folder)
+    return None
 
 
 @torch.no_grad()

@@ -7,33 +7,49 @@ attention and embeddings are never in memory. A checkpoint without safetensors i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from tl_adapters.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+DESCRIPTION_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
+"""What describes a model without its weights."""
 
 
 class CheckpointError(UserError, ValueError):
     """A model folder that cannot be used; the message names the file and what is wrong with it."""
 
 
-def locate(name: str | Path, revision: str | None = None) -> Path:
+def locate(name: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The folder of a model: ``name`` itself if it is a folder, else the hub's files in the local cache.
 
-    Downloads safetensors and JSON only. Raises what huggingface_hub raises for an unknown name.
+    Downloads safetensors, JSON and tokenizer files only; without ``weights``, not even the safetensors.
+    Raises CheckpointError for what is neither a folder nor a name the hub (or, offline, its cache) knows.
     """
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists():
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the safetensors.")
-    return Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    patterns = [*DESCRIPTION_FILES, *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+    except (OSError, HFValidationError) as error:
+        offline = " HF_HUB_OFFLINE is set, so only downloaded models are found." if HF_HUB_OFFLINE else ""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{name} is no folder, and the hub gave nothing for it ({type(error).__name__}: {reason}).{offline} "
+            "Check the spelling; a gated model needs HF_TOKEN."
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -59,23 +75,62 @@ def read_tensors(folder: Path, names: Iterable[str], device: torch.device | str 
         wanted.setdefault(shards.get(name, SINGLE_FILE), []).append(name)
     tensors = {}
     for shard, members in wanted.items():
-        try:
-            with safe_open(folder / shard, framework="pt", device=str(device)) as file:
-                stored = set(file.keys())
-                for name in members:
-                    if name not in stored:
-                        raise CheckpointError(f"{folder / shard} has no tensor {name}.")
-                    tensors[name] = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / shard} is missing or damaged ({error}).") from error
+        with _opened(folder / shard, str(device)) as file:
+            stored = set(file.keys())
+            for name in members:
+                if name not in stored:
+                    raise CheckpointError(
+                        f"{folder / shard} has no tensor {name}; it is not a complete checkpoint of this architecture."
+                    )
+                tensors[name] = file.get_tensor(name)
     return tensors
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint, from the headers of its shards.
+
+    Raises CheckpointError for a missing, truncated or foreign file: a header knows how long its file must be.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in sorted(set(_shards(folder).values())) or [SINGLE_FILE]:
+        with _opened(folder / shard) as file:
+            for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
+
+
+def read_vocabulary(folder: Path) -> dict[str, int]:
+    """Token to id, special tokens included, from tokenizer.json; empty where there is none."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = record["model"]["vocab"]
+        if isinstance(vocabulary, list):  # unigram: [[token, score], ...]
+            vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+        return {**vocabulary, **{t["content"]: t["id"] for t in record.get("added_tokens", [])}}
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a tokenizer ({error}); copy it again.") from error
+
+
+@contextmanager
+def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({error}); copy or download it again.") from error
 
 
 def _shards(folder: Path) -> dict[str, str]:
     """Tensor name to file name; empty for a checkpoint in one file."""
     index = folder / INDEX_FILE
     if index.is_file():
-        return json.loads(index.read_text())["weight_map"]
+        try:
+            return dict(json.loads(index.read_text())["weight_map"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{index} is not an index of safetensors ({error}); copy it again.") from error
     if (folder / SINGLE_FILE).is_file():
         return {}
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read.")

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -34,12 +34,13 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.hook_points import HookPoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.adapter import AdapterMetadata, AdapterSet, TranscoderAdapter
-from tl_adapters.backends import build_hooked_transformer
-from tl_adapters.checkpoints import locate, read_config, read_tensors
-from tl_adapters.errors import UserError
+from tl_adapters.backends import build_hooked_transformer, load_hooked_transformer
+from tl_adapters.checkpoints import locate, read_config, read_tensors, read_vocabulary
+from tl_adapters.compatibility import PairMismatchError, compare_configs, compare_vocabularies, require_fit
+from tl_adapters.fingerprints import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +60,6 @@ ROUTES = {
     "replacement": Route(base_mlp=True, adapter=True),
     "target+adapter": Route(base_mlp=False, adapter=True),
 }
-
-
-class PairMismatchError(UserError, ValueError):
-    """Base, target and adapters do not fit together; the message says both sides."""
 
 
 class PairedMLP(GatedMLP):
@@ -152,19 +149,21 @@ class PairedModel:
             PairMismatchError: MLPs of different shapes or activations.
             CheckpointError: missing or damaged files.
         """
+        _require_pair(base, target)
+        base_mlps = _read_base_mlps(base, _config(target)["num_hidden_layers"])
         if isinstance(target, PreTrainedModel):
-            hf_target = target
+            hf_target = target.to(device=device or target.device, dtype=dtype or target.dtype)
+            model = build_hooked_transformer(hf_target, tokenizer)
         else:
-            folder = locate(target)
-            hf_target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-            hf_target.config.name_or_path = str(target)
-            if tokenizer is None and (folder / "tokenizer_config.json").is_file():
-                tokenizer = AutoTokenizer.from_pretrained(folder)
-        hf_target = hf_target.to(device=device or hf_target.device, dtype=dtype or hf_target.dtype)
-        model = build_hooked_transformer(hf_target, tokenizer)
-        base_mlps = _read_base_mlps(base, hf_target)
-        name = lambda m: m.config.name_or_path if isinstance(m, PreTrainedModel) else str(m)  # noqa: E731
-        return cls(model, base_mlps, base=name(base), target=name(target))
+            model = load_hooked_transformer(target, dtype=dtype, device=device, tokenizer=tokenizer)
+        return cls(model, base_mlps, base=_name(base), target=_name(target))
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Content hashes of the target's weights and of the base's MLPs, as loaded."""
+        target = [(n, p) for n, p in self.model.named_parameters() if ".adapter." not in n and ".mlp.base." not in n]
+        base = [(f"{layer}.{n}", p) for layer, mlp in enumerate(self.mlps) for n, p in mlp.base.named_parameters()]
+        return {"base_mlps": fingerprint(base), "target": fingerprint(target)}
 
     # -- routes ---------------------------------------------------------------------------------------------------
 
@@ -345,29 +344,37 @@ ACTIVATIONS = "mlp.adapter.hook_sae_acts_post"
 _PROJECTIONS = {"gate_proj": "W_gate", "up_proj": "W_in", "down_proj": "W_out"}
 
 
-def _read_base_mlps(base: str | Path | PreTrainedModel, target: PreTrainedModel) -> list[dict[str, Tensor]]:
-    """The base's MLP weights per layer, on the target's device and in its dtype; checked to fit."""
-    if isinstance(base, PreTrainedModel):
-        config, state = base.config.to_dict(), base.state_dict()
-        read = lambda names: {name: state[name].detach() for name in names}  # noqa: E731
-    else:
-        folder = locate(base)
-        config = read_config(folder)
-        read = lambda names: read_tensors(folder, names)  # noqa: E731
-    ours = target.config.to_dict()
-    for key in ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "hidden_act"):
-        if config.get(key) != ours.get(key):
-            raise PairMismatchError(
-                f"Base and target differ in {key}: {config.get(key)} and {ours.get(key)}. "
-                "A pair is two models of one architecture with MLPs of one shape."
-            )
+def _name(model: str | Path | PreTrainedModel) -> str:
+    return model.config.name_or_path if isinstance(model, PreTrainedModel) else str(model)
+
+
+def _config(model: str | Path | PreTrainedModel) -> dict[str, Any]:
+    return model.config.to_dict() if isinstance(model, PreTrainedModel) else read_config(locate(model, weights=False))
+
+
+def _require_pair(base: str | Path | PreTrainedModel, target: str | Path | PreTrainedModel) -> None:
+    """Refuse what does not fit and warn of what differs, before a weight is read. Raises PairMismatchError."""
+    findings = compare_configs(_config(base), _config(target))
+    if not isinstance(base, PreTrainedModel) and not isinstance(target, PreTrainedModel):
+        base_vocabulary, vocabulary = (read_vocabulary(locate(m, weights=False)) for m in (base, target))
+        if base_vocabulary and vocabulary:
+            findings += compare_vocabularies(base_vocabulary, vocabulary)
+    require_fit(findings)
+    for finding in findings:
+        if finding.level == "warning":
+            log.warning("%s", finding)
+
+
+def _read_base_mlps(base: str | Path | PreTrainedModel, n_layers: int) -> list[dict[str, Tensor]]:
+    """The base's MLP weights per layer, as they are stored."""
     key = "model.layers.{}.mlp.{}.weight"
-    n_layers = target.config.num_hidden_layers
-    tensors = read([key.format(layer, name) for layer in range(n_layers) for name in _PROJECTIONS])
-    return [
-        {name: tensors[key.format(layer, name)].to(target.device, target.dtype) for name in _PROJECTIONS}
-        for layer in range(n_layers)
-    ]
+    names = [key.format(layer, name) for layer in range(n_layers) for name in _PROJECTIONS]
+    if isinstance(base, PreTrainedModel):
+        state = base.state_dict()
+        tensors = {name: state[name].detach() for name in names}
+    else:
+        tensors = read_tensors(locate(base), names)
+    return [{name: tensors[key.format(layer, name)] for name in _PROJECTIONS} for layer in range(n_layers)]
 
 
 def _base_mlp(target: GatedMLP, weights: dict[str, Tensor]) -> GatedMLP:
@@ -376,7 +383,7 @@ def _base_mlp(target: GatedMLP, weights: dict[str, Tensor]) -> GatedMLP:
         mlp = GatedMLP(target.cfg)
     mlp.b_in, mlp.b_out = (nn.Parameter(torch.zeros_like(b), requires_grad=False) for b in (target.b_in, target.b_out))
     for name, attribute in _PROJECTIONS.items():
-        view = weights[name].T
+        view = weights[name].to(target.W_in.device, target.W_in.dtype).T
         if view.shape != getattr(target, attribute).shape:
             raise PairMismatchError(
                 f"The base's {name} has shape {tuple(weights[name].shape)}; "

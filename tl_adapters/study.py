@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from tl_adapters import organism
 from tl_adapters.atomic import write_text
-from tl_adapters.backends import build_hooked_transformer
+from tl_adapters.backends import load_hooked_transformer
 from tl_adapters.baselines import Correction, baseline_kl, difference_directions, low_rank, top_neurons
 from tl_adapters.benchmarks import Response, correctness, rate, respond
+from tl_adapters.checkpoints import read_vocabulary
+from tl_adapters.compatibility import require_same_ids
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data import Trace, encode_traces
 from tl_adapters.faithfulness import DocumentSums, faithfulness_block, features_block, measure_faithfulness
@@ -138,9 +139,10 @@ def behaviour_stage(
         for route in ("hybrid", "replacement"):
             with pair.routed(route):
                 responses[route] = respond(pair.model, compared)
-        base = build_hooked_transformer(
-            AutoModelForCausalLM.from_pretrained(organism.BASE).to(pair.model.W_E.device, pair.model.cfg.dtype),
-            pair.model.tokenizer,
+        # The real base reads the target's token ids here, so they must mean the same to it.
+        require_same_ids(read_vocabulary(organism.BASE), pair.model.tokenizer.get_vocab())
+        base = load_hooked_transformer(
+            organism.BASE, dtype=pair.model.cfg.dtype, device=pair.model.W_E.device, tokenizer=pair.model.tokenizer
         )
         responses["base"] = respond(base, compared)
         right = {name: correctness(r) for name, r in responses.items()}
