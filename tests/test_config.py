@@ -9,14 +9,26 @@ import pytest
 import yaml
 
 import tl_adapters
-from tl_adapters.config import LOSS_WEIGHTS, ConfigError, LossWeights, TrainingConfig
+from tl_adapters.cli import main
+from tl_adapters.config import (
+    LOSS_WEIGHTS,
+    ConfigError,
+    DataConfig,
+    LossWeights,
+    RunConfig,
+    TrainingConfig,
+    commented_yaml,
+    field_docs,
+    shipped_configs,
+)
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    config = TrainingConfig(steps=7, lr=0.5, beta1=0.5, loss_weights=LOSS_WEIGHTS["public_code"])
+    training = TrainingConfig(steps=7, lr=1e-5, loss_weights=LOSS_WEIGHTS["public_code"], count=("answer",))
+    config = RunConfig(base="b", target="t", data=DataConfig(source="x.jsonl", max_tokens=9), training=training)
     (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    assert TrainingConfig.load(tmp_path / "c.json") == config == TrainingConfig.load(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(commented_yaml(config))
+    assert RunConfig.load(tmp_path / "c.json") == config == RunConfig.load(tmp_path / "c.yaml")
 
 
 def test_published_weights() -> None:
@@ -31,7 +43,14 @@ def test_published_weights() -> None:
         ({"loss_weights": {"nsme": 1}}, "loss_weights.nsme.*Did you mean loss_weights.nmse"),
         ({"loss_weights": "papers"}, "papers.*paper.*public_code"),
         ({"steps": 0}, "steps is 0; allowed is a whole number >= 1"),
-        ({"steps": "many"}, "steps is 'many'; allowed is int"),
+        ({"steps": "many"}, "steps is 'many'; allowed is a whole number"),
+        ({"steps": True}, "steps is True"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
+        ({"count": []}, "one or more of prompt, thinking, answer"),
+        ({"count": ["prompts"]}, "count is 'prompts'; allowed is .*thinking"),
+        ({"count": "answer"}, "allowed is a list"),
+        ({"tracker": "wand"}, 'allowed is "none", "tensorboard"'),
+        ({"loss_weights": 3}, "loss_weights is 3; allowed is a mapping"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"beta2": 1.0}, "beta2"),
         ({"warmup_fraction": 2}, "from 0 to 1"),
@@ -43,20 +62,65 @@ def test_what_cannot_be_is_said(values: dict[str, object], message: str) -> None
         TrainingConfig.from_dict(values)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 3}, "Unknown option steps. Did you mean training.steps"),
+        ({"data": {"sorce": "x"}}, "Unknown option data.sorce. Did you mean data.source"),
+        ({"data": {"too_long": "cut"}}, 'data.too_long is \'cut\'; allowed is "truncate", "drop", "refuse"'),
+        ({"data": {"max_tokens": 1}}, "data.max_tokens is 1; allowed is null or >= 2"),
+        ({"data": {"streaming": "yes"}}, "data.streaming is 'yes'; allowed is true or false"),
+        ({"data": {"validation_fraction": 1.0}}, "validation_fraction"),
+        ({"dtype": "int8"}, "dtype is 'int8'; allowed is \"float32\", .* or null"),
+        ({"base": "b"}, "give both, or neither"),
+    ],
+)
+def test_what_cannot_be_in_a_run_is_said(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_dict(values)
+
+
 def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text("{")
     with pytest.raises(ConfigError, match="neither valid JSON nor YAML"):
-        TrainingConfig.load(tmp_path / "c.json")
+        RunConfig.load(tmp_path / "c.json")
     (tmp_path / "c.yaml").write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match="list"):
-        TrainingConfig.load(tmp_path / "c.yaml")
+        RunConfig.load(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match="papr is no file.*openthoughts3.*paper"):
+        RunConfig.load("papr")
+
+
+def test_every_shipped_configuration_loads_and_says_what_it_is() -> None:
+    configs = shipped_configs()
+    assert {"builtin", "paper", "public_code", "openthoughts3"} <= set(configs)
+    for name, path in configs.items():
+        assert RunConfig.load(name) == RunConfig.load(path)
+        assert path.read_text().startswith("# ")
+    assert RunConfig.load("builtin") == RunConfig()
+    paper, code = (RunConfig.load(name) for name in ("paper", "public_code"))
+    weights = dataclasses.replace(code.training, loss_weights=LOSS_WEIGHTS["paper"])
+    assert code.training.loss_weights == LOSS_WEIGHTS["public_code"]
+    assert dataclasses.replace(code, training=weights) == paper
+
+
+def test_the_printed_defaults_are_the_defaults_with_every_option_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config"]) == 0
+    text = capsys.readouterr().out
+    assert RunConfig.from_dict(yaml.safe_load(text)) == RunConfig()
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if line and not line.lstrip().startswith("#"):
+            assert lines[number - 1].lstrip().startswith("# "), line
+    assert main(["config", "paper"]) == 0
+    assert RunConfig.from_dict(yaml.safe_load(capsys.readouterr().out)) == RunConfig.load("paper")
 
 
 def test_every_option_is_read_and_documented() -> None:
     package = Path(tl_adapters.__file__).parent
     sources = "".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
-    text = (package / "config.py").read_text()
-    for cls in (TrainingConfig, LossWeights):
+    for cls in (RunConfig, DataConfig, TrainingConfig, LossWeights):
+        docs = field_docs(cls)
         for field in dataclasses.fields(cls):
             assert re.search(rf"\.{field.name}\b", sources), f"nothing reads {field.name}"
-            assert re.search(rf'^    {field.name}: .*\n    """', text, re.MULTILINE), f"{field.name} has no docstring"
+            assert docs[field.name].endswith("."), f"{field.name} has no docstring"

@@ -1,20 +1,13 @@
 """Traces become batches; masks count what they say; the order is a function of seed and step."""
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from tl_adapters.data import BatchOrder, DataError, Trace, collate, encode_traces, read_jsonl, rows_by_length
-from tl_adapters.organism.recipe import build_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return build_tokenizer()
+from tl_adapters.batching import BatchOrder, TracesInMemory
+from tl_adapters.config import REGIONS
+from tl_adapters.data import DataError, Trace, collate, rows_by_length
 
 
 def some_traces(n: int = 50) -> list[Trace]:
@@ -30,27 +23,61 @@ def test_masks_of_a_batch() -> None:
     assert batch.predicting_response.tolist() == [[False, True, True, False], [True, False, False, False]]
 
 
+def test_only_counted_regions_count() -> None:
+    trace = Trace((5, 6, 7, 8, 9), prompt_length=2, thinking_length=2)
+    batch = collate([trace, Trace((9, 9), 1)], count=("answer",))
+    assert batch.region.tolist() == [[1, 1, 2, 2, 3], [1, 3, 0, 0, 0]]
+    assert batch.counted.tolist() == [[False] * 4 + [True], [False, True, False, False, False]]
+    assert batch.predicting.tolist() == [[False, False, False, True, False], [True, False, False, False, False]]
+    assert batch.predicting_response.tolist() == [[False, True, True, True, False], [True, False, False, False, False]]
+
+
+@pytest.mark.parametrize("count", [("prompt",), ("thinking",), ("answer",), ("prompt", "answer"), REGIONS])
+@pytest.mark.parametrize("lengths", [(1, 0, 1), (0, 1, 0), (2, 0, 0), (0, 2, 1), (1, 1, 0), (1, 0, 0)])
+def test_a_trace_counts_where_its_batch_has_something_to_predict(
+    count: tuple[str, ...], lengths: tuple[int, int, int]
+) -> None:
+    trace = Trace(tuple(range(sum(lengths))), lengths[0], lengths[1])
+    assert trace.counts(count) == bool(collate([trace], count).predicting.any())
+
+
+def test_a_cut_trace_ends_in_its_region() -> None:
+    trace = Trace((5, 6, 7, 8, 9), prompt_length=2, thinking_length=2)
+    assert collate([trace.cut(1)]).region.tolist() == [[1]]
+    assert collate([trace.cut(3)]).region.tolist() == [[1, 1, 2]]
+    assert trace.cut(5) is trace and trace.cut(None) is trace
+
+
+def test_what_counts_for_nothing_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    source = TracesInMemory([Trace((1, 2), 2), Trace((3, 4, 5), 2)], count=("answer",))
+    assert [t.tokens for _, window in source.windows(0, None) for t in window] == [(3, 4, 5)]
+    assert "1 traces are left out" in caplog.text
+    with pytest.raises(DataError, match=r"None of the 1 traces.*count is \['answer'\]"):
+        TracesInMemory([Trace((1, 2), 2)], count=("answer",))
+
+
 def test_every_epoch_shows_every_trace_once() -> None:
     traces = [Trace((1, *range(2, 3 + i % 5), 100 + i), 1) for i in range(40)]
-    order = BatchOrder(traces, tokens_per_batch=30, seed=0)
+    order = BatchOrder(TracesInMemory(traces), tokens_per_batch=30, seed=0)
     n = len(rows_by_length(traces, 30))
     for epoch in range(2):
         seen = Counter(
-            int(row[mask.bool()][-1])
+            int(row[mask][-1])
             for step in range(epoch * n, (epoch + 1) * n)
-            for row, mask in zip(order[step].tokens, order[step].attention_mask, strict=True)
+            for row, mask in zip(order[step].tokens, order[step].real, strict=True)
         )
         assert seen == Counter(range(100, 140))
 
 
 def test_the_order_depends_on_seed_and_step_alone() -> None:
     traces = some_traces()
-    forward, backward = BatchOrder(traces, 40, seed=3), BatchOrder(traces, 40, seed=3)
+    source = TracesInMemory(traces)
+    forward, backward = BatchOrder(source, 40, seed=3), BatchOrder(source, 40, seed=3)
     steps = range(25)
     first = [forward[s].tokens for s in steps]
     second = [backward[s].tokens for s in reversed(steps)][::-1]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    other = BatchOrder(traces, 40, seed=4)
+    other = BatchOrder(source, 40, seed=4)
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(first, (other[s].tokens for s in steps)))
 
 
@@ -61,30 +88,8 @@ def test_batches_stay_within_their_tokens() -> None:
     assert [len(g) for g in rows_by_length([Trace(tuple(range(90)), 1)] * 2, 40)] == [1, 1]
 
 
-def test_traces_are_rendered_in_the_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    (trace,) = encode_traces([("47+85=?", "<think>47+85=132.\n</think>132")], tokenizer)
-    text = tokenizer.decode(trace.tokens)
-    assert text == "<|bos|><|user|>47+85=?<|assistant|><think>47+85=132.\n</think>132<|end|>"
-    assert tokenizer.decode(trace.tokens[: trace.prompt_length]).endswith("<|assistant|>")
-    (cut,) = encode_traces([("47+85=?", "<think>47+85=132.\n</think>132")], tokenizer, max_tokens=12)
-    assert cut.tokens == trace.tokens[:12]
-
-
-def test_jsonl(tmp_path: Path) -> None:
-    path = tmp_path / "traces.jsonl"
-    path.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n\n")
-    assert list(read_jsonl(path)) == [("a", "b")]
-    for bad in ("{", '{"prompt": "a"}', '{"prompt": "a", "response": 3}', "[]"):
-        path.write_text('{"prompt": "a", "response": "b"}\n' + bad + "\n")
-        with pytest.raises(DataError, match="line 2"):
-            list(read_jsonl(path))
-    path.write_text("")
-    with pytest.raises(DataError, match="no traces"):
-        list(read_jsonl(path))
-
-
 def test_nothing_to_train_on_is_said() -> None:
     with pytest.raises(DataError, match="at least one"):
-        BatchOrder([], 10, 0)
+        TracesInMemory([])
     with pytest.raises(DataError, match="at least one"):
         collate([])

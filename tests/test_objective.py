@@ -50,7 +50,7 @@ def test_at_the_ends_the_bridges_are_the_pure_models(pair: PairedModel, batch: B
 
 def test_padding_changes_no_term(pair: PairedModel) -> None:
     one = random_batch(4, lengths=(8,))
-    padded = Batch(*(torch.nn.functional.pad(t, (0, 5)) for t in (one.tokens, one.attention_mask, one.response)))
+    padded = Batch(*(torch.nn.functional.pad(t, (0, 5)) for t in (one.tokens, one.region)))
     for step in (reference_step, shared_prefix_step):
         a, b = step(pair, one, 2, WEIGHTS, 0.05), step(pair, padded, 2, WEIGHTS, 0.05)
         for name in ("output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity", "total"):

@@ -48,7 +48,7 @@ def figures(value: Any) -> list[dict[str, Any]]:
 
 def test_the_folder(run: Path) -> None:
     assert {p.name for p in run.iterdir()} == {
-        "adapters", "answers.jsonl", "config.json", "metrics.jsonl", "report.html", "results.json", "versions.json",
+        "adapters", "answers.jsonl", "config.json", "metrics.jsonl", "report.html", "results.json", "run.json",
     }  # fmt: skip
     assert len(AdapterSet.from_pretrained(run / "adapters")) == N_LAYERS
 
@@ -140,13 +140,16 @@ def test_evaluate_measures_the_same_again(run: Path, results: dict[str, Any], tm
 def test_train_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, config, out = tmp_path / "t.jsonl", tmp_path / "c.yaml", tmp_path / "run"
     data.write_text(json.dumps({"prompt": "47+85=?", "response": "<think>47+85=132.\n</think>132"}))
-    config.write_text("steps: 3\nn_features: 8\nloss_weights: public_code\n")
+    config.write_text("training:\n  steps: 3\n  n_features: 8\n  loss_weights: public_code\n")
     pair = ["--base", str(organism.BASE), "--target", str(organism.TARGET)]
     command = ["train", *pair, "--data", str(data), "--config", str(config), "--out", str(out), "--quiet"]
     assert main([*command, "--seed", "7"]) == 0
     assert f"next: tl-adapters evaluate {out} --data" in capsys.readouterr().out
     written = json.loads((out / "config.json").read_text())
-    assert written["seed"] == 7 and written["steps"] == 3 and written["loss_weights"]["forward_bridge"] == 2.0
+    assert written["base"] == str(organism.BASE) and written["data"]["source"] == str(data)
+    training = written["training"]
+    assert training["seed"] == 7 and training["steps"] == 3 and training["loss_weights"]["forward_bridge"] == 2.0
+    assert json.loads((out / "data.json").read_text())["used"] == 1
     assert json.loads((out / "results.json").read_text())["pair"]["target"] == str(organism.TARGET)
     assert main(command) == 2 and "exists already" in capsys.readouterr().err
 
@@ -157,6 +160,11 @@ def test_train_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
         (["train", "--base", "x", "--out", "o"], "--base and --target go together"),
         (["train", "--base", "x", "--target", "y", "--out", "o"], "--data is missing"),
         (["demo", "--device", "tpu"], "--device 'tpu' is not known"),
+        (["demo", "--device", "cuda:99"], "--device cuda:99: this machine has none"),
+        (["train", "--resume", "r", "--seed", "1"], "leave out --seed"),
+        (["train", "--resume", "nowhere"], "nowhere is no folder"),
+        (["train", "--out", "o", "--config", "papr"], "papr is no file"),
+        (["train", "--out", "o", "--data", "nothing.jsonl"], "nothing.jsonl is no file"),
         (["evaluate", "nowhere"], "holds no tl_adapters.json"),
     ],
 )

@@ -8,13 +8,16 @@ import torch
 from conftest import random_model
 
 from tl_adapters.adapter import AdapterSet
-from tl_adapters.config import TrainingConfig
+from tl_adapters.config import RunConfig, TrainingConfig
 from tl_adapters.data import Trace
 from tl_adapters.objective import StepTerms
 from tl_adapters.paired import PairedModel
+from tl_adapters.runfolder import RunFolderError
 from tl_adapters.training import Trainer, TrainingError, linear_warmup, train, warmup_cosine
 
-CONFIG = TrainingConfig(n_features=16, steps=12, tokens_per_batch=60, checkpoint_every=5, log_every=2, lr=1e-3)
+CONFIG = TrainingConfig(
+    n_features=16, steps=12, tokens_per_batch=60, checkpoint_every=5, log_every=2, validate_every=4, lr=1e-3
+)
 
 
 def fresh_pair() -> PairedModel:
@@ -69,35 +72,33 @@ class Stop(Exception):
 
 
 def test_stop_and_resume_is_never_having_stopped(tmp_path: Path) -> None:
-    whole = train(fresh_pair(), traces(), CONFIG, tmp_path / "whole", progress=False)
+    options = dict(validation=traces(5), progress=False)
+    whole = train(fresh_pair(), traces(), CONFIG, tmp_path / "whole", **options)
 
     def stop(step: int, terms: StepTerms) -> None:
         if step == 9:
             raise Stop
 
     with pytest.raises(Stop):
-        Trainer(fresh_pair(), traces(), CONFIG, tmp_path / "run", progress=False).run(on_step=stop)
+        Trainer(fresh_pair(), traces(), CONFIG, tmp_path / "run", **options).run(on_step=stop)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
-    resumed = Trainer.resume(fresh_pair(), traces(), tmp_path / "run", progress=False)
+    resumed = Trainer.resume(fresh_pair(), traces(), tmp_path / "run", **options)
     assert resumed.step == 5
     adapters = resumed.run()
     for name, value in whole.state_dict().items():
         assert torch.equal(value, adapters.state_dict()[name]), name
-    lines = {
-        run: [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("whole", "run")
-    }
-    for a, b in zip(lines["whole"], lines["run"], strict=True):
-        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    for file in ("metrics.jsonl", "validation.jsonl"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+    assert len((tmp_path / "run" / "validation.jsonl").read_text().splitlines()) == 3
 
 
 def test_the_run_folder(tmp_path: Path) -> None:
     pair = fresh_pair()
     adapters = train(pair, traces(), CONFIG, tmp_path / "run", progress=False)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "adapters", "config.json", "metrics.jsonl", "versions.json",
+        "adapters", "config.json", "metrics.jsonl", "run.json",
     ]  # fmt: skip
-    assert TrainingConfig.load(tmp_path / "run" / "config.json") == CONFIG
+    assert RunConfig.load(tmp_path / "run" / "config.json").training == CONFIG
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6, 8, 10, 12]
     saved = AdapterSet.from_pretrained(tmp_path / "run" / "adapters")
@@ -115,14 +116,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_which(tmp_path: Path) 
             with torch.no_grad():
                 pair.mlps[1].adapter.b_dec.fill_(float("inf"))
 
-    with pytest.raises(TrainingError, match="Step 8: .*output_kl.* not finite.*are kept"):
+    with pytest.raises(TrainingError, match="Step 8: .*output_kl.* not finite.*Kept in .*step-00000005"):
         trainer.run(on_step=poison)
     assert Trainer.resume(fresh_pair(), traces(), tmp_path / "run", progress=False).step == 5
 
 
 def test_resuming_nothing_is_said(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no checkpoint"):
+    with pytest.raises(RunFolderError, match="not the folder of a training run"):
         Trainer.resume(fresh_pair(), traces(), tmp_path, progress=False)
+    with pytest.raises(RunFolderError, match="is no folder"):
+        Trainer.resume(fresh_pair(), traces(), tmp_path / "nowhere", progress=False)
 
 
 def test_a_planted_adapter_is_matched() -> None:

@@ -13,20 +13,22 @@ _HOMES = {
     "FeatureId": "adapter",
     "TranscoderAdapter": "adapter",
     "PairedModel": "paired",
+    "DataConfig": "config",
     "LossWeights": "config",
+    "RunConfig": "config",
     "TrainingConfig": "config",
     "Trainer": "training",
     "train": "training",
-    "encode_traces": "data",
+    "encode_traces": "chat",
 }
 
-__all__ = ["AdapterSet", "FeatureId", "LossWeights", "PairedModel", "Trainer", "TrainingConfig", "TranscoderAdapter"]
-__all__ += ["encode_traces", "train"]
+__all__ = ["AdapterSet", "DataConfig", "FeatureId", "LossWeights", "PairedModel", "RunConfig", "Trainer"]
+__all__ += ["TrainingConfig", "TranscoderAdapter", "encode_traces", "train"]
 
 if TYPE_CHECKING:
     from tl_adapters.adapter import AdapterSet, FeatureId, TranscoderAdapter
-    from tl_adapters.config import LossWeights, TrainingConfig
-    from tl_adapters.data import encode_traces
+    from tl_adapters.chat import encode_traces
+    from tl_adapters.config import DataConfig, LossWeights, RunConfig, TrainingConfig
     from tl_adapters.paired import PairedModel
     from tl_adapters.training import Trainer, train
 

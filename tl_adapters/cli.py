@@ -1,7 +1,10 @@
 """The command line. Nothing heavy is imported until a verb runs.
 
 tl-adapters demo                                  the whole study on the built-in pair
+tl-adapters doctor B T                            will this pair work here? before anything expensive
+tl-adapters config                                every option of a run, documented, as a file to edit
 tl-adapters train --base B --target T --data F    train adapters for any pair
+tl-adapters train --resume RUN                    go on with a run that was stopped or killed
 tl-adapters evaluate RUN --data F                 measure a run's adapters on held-out traces
 """
 
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "stopped.", file=sys.stderr)
         return 130
     return 0
 
@@ -54,17 +58,24 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a look at everything in under 90 seconds")
     demo.set_defaults(run=_demo)
 
-    train = verbs.add_parser("train", parents=[common], help="train adapters for a pair")
+    config = verbs.add_parser("config", help="every option of a run, documented, as YAML to edit")
+    config.add_argument("name", nargs="?", help="a configuration that ships, or a file (default: the defaults)")
+    config.add_argument("--list", action="store_true", help="the configurations that ship")
+    config.set_defaults(run=_config, quiet=False)
+
+    train = verbs.add_parser("train", parents=[common], help="train adapters for a pair, or go on with a run")
     train.add_argument("--base", help="folder or hub name of the base (default: the built-in pair)")
     train.add_argument("--target", help="folder or hub name of the target")
-    train.add_argument("--data", type=Path, help='jsonl of {"prompt": ..., "response": "<think>..."}')
-    train.add_argument("--config", type=Path, help="YAML or JSON file of training options")
-    train.add_argument("--out", type=Path, required=True, help="run folder to make")
+    train.add_argument("--data", help="a .jsonl file of prompts and responses, or a dataset's name on the hub")
+    train.add_argument("--config", help="a YAML or JSON file, or the name of a configuration that ships")
+    place = train.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", type=Path, help="run folder to make")
+    place.add_argument("--resume", type=Path, metavar="RUN", help="run folder to go on in; takes its own options")
     train.set_defaults(run=_train)
 
     evaluate = verbs.add_parser("evaluate", parents=[common], help="measure a run's adapters on held-out traces")
     evaluate.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
-    evaluate.add_argument("--data", type=Path, help="jsonl of held-out traces (the built-in pair needs none)")
+    evaluate.add_argument("--data", help=".jsonl of held-out traces, or a dataset (the built-in pair needs none)")
     evaluate.set_defaults(run=_evaluate)
     return parser
 
@@ -87,63 +98,51 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"took: {time.perf_counter() - began:.0f} s\nnext: tl-adapters evaluate {args.out}")
 
 
+def _config(args: argparse.Namespace) -> None:
+    from tl_adapters.config import RunConfig, commented_yaml, shipped_configs
+
+    if args.list:
+        print("\n".join(shipped_configs()))
+    else:
+        print(commented_yaml(RunConfig.load(args.name) if args.name else RunConfig()))
+
+
 def _train(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from tl_adapters import organism, study
-    from tl_adapters.config import TrainingConfig
-    from tl_adapters.data import encode_traces, read_jsonl
-    from tl_adapters.paired import PairedModel
+    from tl_adapters import study
+    from tl_adapters.config import RunConfig
 
-    if (args.base is None) != (args.target is None):
-        raise UserError("--base and --target go together; leave both out for the built-in pair.")
-    if args.base is not None and args.data is None:
-        raise UserError("--data is missing: a jsonl file of prompts and responses to train on.")
-    config = TrainingConfig.load(args.config) if args.config else TrainingConfig()
-    if args.seed is not None:
-        config = replace(config, seed=args.seed)
-    device, dtype = _device(args.device), _dtype(args.dtype)
-    if args.base is None:
-        pair = study.load_builtin_pair(device, dtype)
-        pairs = organism.reasoning_pairs("train", study.Scale().training_traces, config.seed)
+    folder = args.resume or args.out
+    if args.resume:
+        given = [f"--{name}" for name in ("base", "target", "data", "config", "seed", "dtype") if getattr(args, name)]
+        if given:
+            raise UserError(f"--resume takes the run's own options; leave out {', '.join(given)}.")
+        study.resume_run(folder, _device(args.device), progress=not args.quiet)
     else:
-        pair = PairedModel.from_pretrained(args.base, args.target, device=device, dtype=dtype)
-        pairs = []
-    if args.data is not None:
-        pairs = list(read_jsonl(args.data))
-    traces = encode_traces(pairs, pair.model.tokenizer, max_tokens=pair.model.cfg.n_ctx)
-    study.train_stage(pair, traces, config, args.out, progress=not args.quiet)
-    data = "" if args.base is None else " --data HELD_OUT.jsonl"
-    print(f"adapters: {args.out / 'adapters'}\nnext: tl-adapters evaluate {args.out}{data}")
+        config = RunConfig.load(args.config) if args.config else RunConfig()
+        named = {name: getattr(args, name) for name in ("base", "target", "dtype") if getattr(args, name)}
+        if ("base" in named) != ("target" in named):
+            raise UserError("--base and --target go together; leave both out for the configuration's or the built-in.")
+        config = replace(config, **named)
+        if args.data is not None:
+            config = replace(config, data=replace(config.data, source=args.data))
+        if args.seed is not None:
+            config = replace(config, training=replace(config.training, seed=args.seed))
+        if config.target and not config.data.source:
+            raise UserError(
+                "--data is missing: a .jsonl file of prompts and responses, or a dataset's name on the hub."
+            )
+        study.train_run(config, folder, _device(args.device), progress=not args.quiet)
+    data = "" if study.is_builtin(folder) else " --data HELD_OUT.jsonl"
+    print(f"adapters: {folder / 'adapters'}\nnext: tl-adapters evaluate {folder}{data}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from tl_adapters import organism, study
-    from tl_adapters.adapter import AdapterSet
-    from tl_adapters.data import encode_traces, read_jsonl
-    from tl_adapters.paired import PairedModel
+    from tl_adapters import study
     from tl_adapters.report import write_report
-    from tl_adapters.results import read_results
 
-    adapters = AdapterSet.from_pretrained(args.run_folder / "adapters")
-    recorded = read_results(args.run_folder).get("pair")
-    if recorded is None:
-        raise UserError(f"{args.run_folder / 'results.json'} names no pair; is this a folder that train or demo made?")
-    device, dtype = _device(args.device), _dtype(args.dtype)
-    is_builtin = recorded["target"] == study.BUILTIN_TARGET
-    if is_builtin:
-        pair = study.load_builtin_pair(device, dtype)
-    else:
-        pair = PairedModel.from_pretrained(recorded["base"], recorded["target"], device=device, dtype=dtype)
-    pair.load_adapters(adapters)
-    if args.data is not None:
-        traces = encode_traces(read_jsonl(args.data), pair.model.tokenizer, max_tokens=pair.model.cfg.n_ctx)
-        study.faithfulness_stage(pair, traces, args.run_folder, split=args.data.name)
-    elif is_builtin:
-        fit = encode_traces(organism.reasoning_pairs("train", study.Scale().documents), pair.model.tokenizer)
-        study.evaluate_builtin(pair, args.run_folder, study.Scale(), fit)
-    else:
-        raise UserError("--data is missing: a jsonl file of held-out prompts and responses.")
+    study.evaluate_run(args.run_folder, args.data, _device(args.device), args.dtype)
     print(f"report: {write_report(args.run_folder)}\nfigures: {args.run_folder / 'results.json'}")
 
 
@@ -158,9 +157,10 @@ def _device(name: str) -> str:
 
     kind = name.partition(":")[0]
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind not in there:
+    if kind not in there or not re.fullmatch(r"\w+(:\d+)?", name):
         raise UserError(f"--device {name!r} is not known; allowed are cpu, cuda, cuda:N and mps.")
-    if not there[kind]:
+    index = name.partition(":")[2]
+    if not there[kind] or (index and (kind != "cuda" or int(index) >= torch.cuda.device_count())):
         raise UserError(f"--device {name}: this machine has none, or torch was built without it. Try --device cpu.")
     return name
 

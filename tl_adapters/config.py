@@ -1,16 +1,21 @@
-"""Every option of training, documented under its field; frozen; YAML and JSON both ways.
+"""Every option of a run, documented under its field; frozen; YAML and JSON both ways.
 
 An unknown key is an error that names the nearest known one, an impossible value one that says what is allowed.
+`commented_yaml` prints a configuration with each field's documentation beside it, from this file's own docstrings.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
 import json
+import textwrap
+import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -54,6 +59,61 @@ LOSS_WEIGHTS = {
 """The paper states weight 1 for every term; its public code doubles both bridges and may draw cut 0."""
 
 
+TooLong = Literal["truncate", "drop", "refuse"]
+Region = Literal["prompt", "thinking", "answer"]
+REGIONS: tuple[Region, ...] = get_args(Region)
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where documents come from and how they become traces."""
+
+    source: str = ""
+    """A .jsonl file, or a dataset's name on the hub; "" is the built-in pair's own text."""
+    subset: str | None = None
+    """Configuration of a hub dataset that has several."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub dataset."""
+    streaming: bool = False
+    """Read a hub dataset as it arrives instead of downloading it first; its own order, shuffled within a window."""
+    conversation_column: str | None = None
+    """Column of [{role, content}] or [{from, value}] turns; null finds messages, conversations or conversation."""
+    prompt_column: str | None = None
+    """Column of questions; null finds prompt, question or problem."""
+    response_column: str | None = None
+    """Column of whole responses, thinking included; null finds response, completion or generation."""
+    max_tokens: int | None = None
+    """Longest document in tokens; null is the target's context length."""
+    too_long: TooLong = "truncate"
+    """What happens to a longer document: "truncate", "drop" (both are counted and said) or "refuse" (an error)."""
+    think_start: str = "<think>"
+    """What opens the thinking part of a response."""
+    think_end: str = "</think>"
+    """What ends it; the answer follows."""
+    shuffle_window: int = 4096
+    """Documents that are encoded, shuffled and bucketed by length together."""
+    survey_documents: int = 2000
+    """Documents whose lengths are counted before training starts."""
+    validation_fraction: float = 0.0
+    """Share of the documents held out, chosen by a hash of the question: never trained on, whatever the seed."""
+    validation_split: str | None = None
+    """Another split of a hub dataset to validate on, instead of a share of this one."""
+    validation_documents: int = 64
+    """Held-out documents that are measured, at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("shuffle_window", "survey_documents", "validation_documents"):
+            _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "a whole number >= 1")
+        fraction = self.validation_fraction
+        _require(0 <= fraction < 1, "data.validation_fraction", fraction, "a number >= 0 and below 1")
+        _require(self.max_tokens is None or self.max_tokens >= 2, "data.max_tokens", self.max_tokens, "null or >= 2")
+        _require(bool(self.think_end), "data.think_end", self.think_end, "a string that is not empty")
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Options of one training run. The defaults are tuned on the built-in pair (its tune split)."""
@@ -78,17 +138,30 @@ class TrainingConfig:
     """Weight of the sparsity term: higher means fewer active features (1e-4 to 1e-2 in the paper)."""
     l1_warmup_fraction: float = 0.25
     """Share of the steps over which l1_weight rises linearly from 0."""
+    count: tuple[Region, ...] = REGIONS
+    """Which tokens the objective counts: any of prompt, thinking and answer (all of them in the paper)."""
     loss_weights: LossWeights = field(default_factory=LossWeights)
     """Weights of the reconstruction terms; in a file also a name: "paper" or "public_code"."""
     seed: int = 0
     """Seeds the encoders, the order of the documents and the cuts."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; the last step is always one."""
+    """Steps between checkpoints; a run that is stopped or killed goes on from the last one, bit for bit."""
+    keep_checkpoints: int = 2
+    """How many of the last checkpoints stay on disk."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    validate_every: int = 500
+    """Steps between measurements on the held-out documents, where there are any (lines of validation.jsonl)."""
+    tracker: TrackerName = "none"
+    """Where the curves go besides metrics.jsonl; the others come with the extras of their name."""
+    tracker_project: str = "tl-adapters"
+    """Project the run is filed under in the tracker."""
 
     def __post_init__(self) -> None:
-        for name in ("n_features", "steps", "tokens_per_batch", "checkpoint_every", "log_every"):
+        for name in (
+            "n_features", "steps", "tokens_per_batch", "checkpoint_every", "keep_checkpoints", "log_every",
+            "validate_every",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
         for name in ("lr", "grad_clip"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
@@ -97,30 +170,57 @@ class TrainingConfig:
         for name in ("warmup_fraction", "l1_warmup_fraction"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
         _require(self.l1_weight >= 0, "l1_weight", self.l1_weight, "a number >= 0")
+        _require(len(self.count) > 0, "count", list(self.count), f"one or more of {', '.join(REGIONS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to JSON or YAML."""
-        return asdict(self)
+        return _plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
         """The inverse of `to_dict`; keys left out take their defaults. Raises ConfigError."""
-        values = _typed(cls, values, "")
-        weights = values.get("loss_weights")
-        if isinstance(weights, str):
-            if weights not in LOSS_WEIGHTS:
-                raise ConfigError(f"loss_weights: no weights named {weights!r}; known are {sorted(LOSS_WEIGHTS)}.")
-            values["loss_weights"] = LOSS_WEIGHTS[weights]
-        elif isinstance(weights, Mapping):
-            values["loss_weights"] = LossWeights(**_typed(LossWeights, weights, "loss_weights."))
-        return cls(**values)
+        return _build(cls, values, "")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: the pair, its data, its training. What `tl-adapters train --config` reads and a run records."""
+
+    base: str = ""
+    """Folder or hub name of the base; "" with an empty target is the built-in pair."""
+    target: str = ""
+    """Folder or hub name of the target."""
+    dtype: Dtype | None = None
+    """Of the models' weights; null keeps the target's own. Adapters are float32 always."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where documents come from."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How adapters are trained."""
+
+    def __post_init__(self) -> None:
+        if bool(self.base) != bool(self.target):
+            raise ConfigError(f"base is {self.base!r} and target is {self.target!r}; give both, or neither.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they are written to JSON or YAML."""
+        return _plain(self)
 
     @classmethod
-    def load(cls, path: str | Path) -> TrainingConfig:
-        """Read a .yaml, .yml or .json file. Raises ConfigError, FileNotFoundError."""
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The inverse of `to_dict`; keys left out take their defaults. Raises ConfigError."""
+        return _build(cls, values, "")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read a .yaml, .yml or .json file, or a configuration that ships by its name. Raises ConfigError."""
         path = Path(path)
+        if not path.suffix and str(path) in shipped_configs():
+            path = shipped_configs()[str(path)]
+        if not path.is_file():
+            known = ", ".join(shipped_configs())
+            raise ConfigError(f"{path} is no file; give a .yaml or .json, or a shipped configuration: {known}.")
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
             values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         except (json.JSONDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} is neither valid JSON nor YAML: {error}") from error
@@ -129,19 +229,101 @@ class TrainingConfig:
         return cls.from_dict(values)
 
 
-_NUMBER = (int, float)
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": _NUMBER}
+def shipped_configs() -> dict[str, Path]:
+    """Name to file of every configuration that comes with the package."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
 
 
-def _typed(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """``values`` with every key known and every scalar of its field's type."""
-    kinds = {f.name: str(f.type) for f in fields(cls)}
+def commented_yaml(config: RunConfig) -> str:
+    """The configuration as YAML, every option after its documentation."""
+    return "\n".join(_commented_lines(config, ""))
+
+
+def _commented_lines(config: Any, indent: str) -> list[str]:
+    lines: list[str] = []
+    for name, documentation in field_docs(type(config)).items():
+        value = getattr(config, name)
+        wrapped = textwrap.wrap(documentation, 110 - len(indent))
+        lines += [f"{indent}# {line}" for line in wrapped]
+        if is_dataclass(value):
+            lines += [f"{indent}{name}:", *_commented_lines(value, indent + "  ")]
+        else:
+            plain = list(value) if isinstance(value, tuple) else value
+            # PyYAML reads 1e-05 as a string; a decimal point makes it a number everywhere.
+            text = f"{value:.12f}".rstrip("0") if isinstance(value, float) and "e" in repr(value) else json.dumps(plain)
+            lines.append(f"{indent}{name}: {text}")
+    return lines
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Field name to the docstring under it, read from the class's source."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for node, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+            docs[node.target.id] = inspect.cleandoc(ast.literal_eval(after.value))
+    return docs
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
+
+
+def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    """A dataclass from a mapping: every key known, every value of its field's type. Raises ConfigError."""
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    arguments = {}
     for key, value in values.items():
-        if key not in kinds:
-            near = difflib.get_close_matches(str(key), kinds, n=1)
-            hint = f" Did you mean {prefix}{near[0]}?" if near else f" Known are: {', '.join(kinds)}."
+        if key not in known:
+            paths = _paths(cls, prefix)
+            near = difflib.get_close_matches(str(key), paths, n=1)
+            hint = f" Did you mean {paths[near[0]]}?" if near else f" Known are: {', '.join(known)}."
             raise ConfigError(f"Unknown option {prefix}{key}.{hint}")
-        allowed = _KINDS.get(kinds[key])
-        if allowed and (isinstance(value, bool) or not isinstance(value, allowed)):
-            raise ConfigError(f"{prefix}{key} is {value!r}; allowed is {kinds[key]}.")
-    return dict(values)
+        arguments[key] = _value(hints[key], value, f"{prefix}{key}")
+    return cls(**arguments)
+
+
+def _paths(cls: Any, prefix: str) -> dict[str, str]:
+    """Option name to its dotted path, for the options of ``cls`` and of what it holds; its own come first."""
+    hints = get_type_hints(cls)
+    nested = [_paths(hint, f"{prefix}{name}.") for name, hint in hints.items() if is_dataclass(hint)]
+    found = {name: f"{prefix}{name}" for name in hints}
+    return {**{name: path for paths in nested for name, path in paths.items()}, **found}
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    if hint is LossWeights and isinstance(value, str):
+        if value not in LOSS_WEIGHTS:
+            raise ConfigError(f"{key}: no weights named {value!r}; known are {sorted(LOSS_WEIGHTS)}.")
+        return LOSS_WEIGHTS[value]
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key} is {value!r}; allowed is a mapping of option: value.")
+        return _build(hint, value, f"{key}.")
+    if get_origin(hint) is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{key} is {value!r}; allowed is a list.")
+        return tuple(_value(get_args(hint)[0], item, key) for item in value)
+    if not _allowed(hint, value):
+        raise ConfigError(f"{key} is {value!r}; allowed is {_in_words(hint)}.")
+    return value
+
+
+def _allowed(hint: Any, value: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_allowed(h, value) for h in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_in_words(h) for h in get_args(hint))
+    if get_origin(hint) is Literal:
+        return ", ".join(map(json.dumps, get_args(hint)))
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}[hint]

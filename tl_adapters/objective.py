@@ -16,7 +16,7 @@ graph is all that is ever held. Values and gradients are equal (tests/test_objec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,14 @@ from torch import Tensor
 
 from tl_adapters.config import LossWeights
 from tl_adapters.data import Batch
-from tl_adapters.losses import active_features, kl_from_residual, masked_kl, sparsity, squared_error_ratio
+from tl_adapters.losses import (
+    active_features,
+    kl_from_residual,
+    masked_kl,
+    sparsity,
+    squared_error_ratio,
+    token_kl_from_residual,
+)
 from tl_adapters.paired import ACTIVATIONS, PairedModel
 
 
@@ -68,11 +75,11 @@ def reference_step(pair: PairedModel, batch: Batch, cut: int, weights: LossWeigh
         replacement = streams("replacement")
         target = streams("target")
         nmse = torch.stack(
-            [squared_error_ratio(t, r, batch.real) for t, r in zip(target, replacement, strict=True)]
+            [squared_error_ratio(t, r, batch.counted) for t, r in zip(target, replacement, strict=True)]
         ).mean()
         l1 = torch.stack(
             [
-                sparsity(acts[layer], adapter.W_dec, batch.real)
+                sparsity(acts[layer], adapter.W_dec, batch.counted)
                 for layer, adapter in enumerate(pair.installed_adapters())
             ]
         ).sum()
@@ -100,10 +107,10 @@ def shared_prefix_step(
         nmse = l1 = resid.new_zeros(())
         for layer in layers:
             resid = pair.run_blocks(resid, layer, layer + 1)
-            nmse = nmse + squared_error_ratio(target[layer + 1], resid, batch.real) / (n + 1)
-            l1 = l1 + sparsity(acts[layer], adapters[layer].W_dec, batch.real)
+            nmse = nmse + squared_error_ratio(target[layer + 1], resid, batch.counted) / (n + 1)
+            l1 = l1 + sparsity(acts[layer], adapters[layer].W_dec, batch.counted)
             if want_l0:
-                l0[layer] = float(active_features(acts[layer].detach(), batch.real))
+                l0[layer] = float(active_features(acts[layer].detach(), batch.counted))
         return resid, nmse, l1
 
     zero = target[0].new_zeros(())
@@ -138,6 +145,39 @@ def shared_prefix_step(
     total = weighted(output_kl, forward_bridge, backward_bridge, nmse, l1)
     by_layer = [l0[layer] for layer in range(n)] if want_l0 else None
     return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, l1, total, by_layer)
+
+
+@torch.no_grad()
+def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any]:
+    """Output KL, NMSE and L0 by layer of the replacement, as means over all counted tokens of ``batches``.
+
+    Without cuts and weights, so that runs with other weights compare. NMSE is a ratio of sums over all batches.
+    """
+    n = pair.n_layers
+    kl, positions, tokens = 0.0, 0, 0
+    errors, energies, active = (torch.zeros(n + 1, dtype=torch.float64) for _ in range(3))
+    for batch in batches:
+        batch = batch.to(pair.model.W_E.device)
+        with pair.routed("target"):
+            target = pair.residual_streams(batch.tokens)
+        with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+            replacement = pair.residual_streams(batch.tokens)
+        predicting, counted = batch.predicting, batch.counted
+        values = token_kl_from_residual(
+            target[-1][predicting], replacement[-1][predicting], pair.unembed, pair.rows_at_once
+        )
+        kl, positions, tokens = kl + float(values.sum()), positions + len(values), tokens + int(counted.sum())
+        for place, (ours, theirs) in enumerate(zip(replacement, target, strict=True)):
+            errors[place] += (ours[counted].double() - theirs[counted].double()).square().sum().cpu()
+            energies[place] += theirs[counted].double().square().sum().cpu()
+        for layer in range(n):
+            active[layer] += (acts[layer][counted] > 0).sum().cpu()
+    return {
+        "output_kl": kl / positions,
+        "nmse": float((errors / energies).mean()),
+        "l0": (active[:n] / tokens).tolist(),
+        "tokens": tokens,
+    }
 
 
 def _weighted_sum(weights: LossWeights, l1_weight: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:

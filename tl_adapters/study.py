@@ -11,26 +11,32 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tl_adapters import organism
+from tl_adapters.adapter import AdapterSet
 from tl_adapters.atomic import write_text
 from tl_adapters.backends import load_hooked_transformer
 from tl_adapters.baselines import Correction, baseline_kl, difference_directions, low_rank, top_neurons
+from tl_adapters.batching import EncodedDocuments, open_documents
 from tl_adapters.benchmarks import Response, correctness, rate, respond
+from tl_adapters.chat import ChatFormat, encode_traces
 from tl_adapters.checkpoints import read_vocabulary
 from tl_adapters.compatibility import require_same_ids
-from tl_adapters.config import TrainingConfig
-from tl_adapters.data import Trace, encode_traces
+from tl_adapters.config import Dtype, RunConfig, TrainingConfig
+from tl_adapters.data import DataError, Trace
+from tl_adapters.errors import UserError
 from tl_adapters.faithfulness import DocumentSums, faithfulness_block, features_block, measure_faithfulness
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_recovered
 from tl_adapters.paired import PairedModel
 from tl_adapters.report import write_report
 from tl_adapters.results import read_results, versions, write_results
+from tl_adapters.runfolder import RunFolder, require_new
+from tl_adapters.sources import Columns, PairList, RandomAccess
 from tl_adapters.training import Trainer
 
 log = logging.getLogger(__name__)
@@ -84,14 +90,58 @@ def load_builtin_pair(device: str = "cpu", dtype: torch.dtype | None = None) -> 
     return pair
 
 
-def train_stage(
-    pair: PairedModel, traces: Sequence[Trace], config: TrainingConfig, folder: Path, progress: bool
-) -> None:
-    """Make the run folder, train adapters into it, and add the blocks pair, train, seeds and versions."""
-    trainer = Trainer(pair, traces, config, folder, progress)
+def open_pair(config: RunConfig, device: str = "cpu") -> PairedModel:
+    """The pair that a configuration names. Raises what `PairedModel.from_pretrained` raises."""
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    if not config.target:
+        return load_builtin_pair(device, dtype)
+    return PairedModel.from_pretrained(config.base, config.target, device=device, dtype=dtype)
+
+
+def open_data(config: RunConfig, pair: PairedModel) -> EncodedDocuments:
+    """The documents that a configuration names, in the target's chat format. Raises DataError."""
+    data, training = config.data, config.training
+    chat = ChatFormat.of(pair.model.tokenizer, data.think_start, data.think_end)
+    n_ctx = pair.model.cfg.n_ctx
+    if data.source:
+        return open_documents(data, chat, n_ctx, training.seed, training.count)
+    if config.target:
+        raise DataError("data.source is empty: give a .jsonl file or a dataset's name (--data on the command line).")
+    pairs = organism.reasoning_pairs("train", Scale().training_traces, training.seed)
+    reader = RandomAccess(PairList(pairs, "the built-in pair's text"), Columns(data))
+    return EncodedDocuments(reader, chat, data, n_ctx, training.seed, training.count)
+
+
+def train_run(config: RunConfig, folder: Path, device: str = "cpu", progress: bool = True) -> None:
+    """A new run: survey the data, train, write results.json. Raises FolderExistsError before anything is loaded."""
+    require_new(folder)
+    pair = open_pair(config, device)
+    data = open_data(config, pair)
+    statistics = data.survey()
+    log.info("%s", statistics)
+    trainer = Trainer(
+        pair, data, config.training, folder, validation=data.validation(), origin=config, progress=progress
+    )
+    write_text(folder / "data.json", json.dumps(asdict(statistics), indent=1) + "\n")
+    train_stage(trainer, folder)
+
+
+def resume_run(folder: Path, device: str = "cpu", progress: bool = True) -> None:
+    """Go on with a run that was stopped. Raises RunFolderError where it cannot be the same run."""
+    config = RunConfig.load(folder / "config.json") if folder.is_dir() else RunConfig()
+    RunFolder.open(folder).release()
+    pair = open_pair(config, device)
+    data = open_data(config, pair)
+    trainer = Trainer.resume(pair, data, folder, validation=data.validation(), progress=progress)
+    log.info("going on from step %d of %d", trainer.step, trainer.config.steps)
+    train_stage(trainer, folder)
+
+
+def train_stage(trainer: Trainer, folder: Path) -> None:
+    """Train to the end and add the blocks pair, train, seeds and versions."""
     with stage(folder, "train"):
         trainer.run()
-    cfg = pair.model.cfg
+    pair, config, cfg = trainer.pair, trainer.config, trainer.pair.model.cfg
     write_results(
         folder,
         pair={
@@ -101,17 +151,53 @@ def train_stage(
             "d_model": cfg.d_model,
             "d_mlp": cfg.d_mlp,
             "d_vocab": cfg.d_vocab,
+            "fingerprints": pair.fingerprints,
         },
         train={
             "steps": config.steps,
             "tokens": trainer.tokens,
             "seconds": round(trainer.seconds, 1),
             "n_features": config.n_features,
-            "documents": len(traces),
         },
         seeds=[config.seed],
         versions=versions(),
     )
+
+
+def is_builtin(folder: Path) -> bool:
+    """Was the run in ``folder`` made on the built-in pair? Raises UserError where it does not say."""
+    pair = read_results(folder).get("pair")
+    if pair is None:
+        raise UserError(f"{folder / 'results.json'} names no pair; is this a folder that train or demo made?")
+    return bool(pair["target"] == BUILTIN_TARGET)
+
+
+def evaluate_run(folder: Path, data: str | None, device: str = "cpu", dtype: Dtype | None = None) -> None:
+    """Measure a run's adapters: on held-out traces, or (the built-in pair) on its own report split.
+
+    Args:
+        folder: made by train or demo.
+        data: a .jsonl file or a dataset's name; None for the built-in pair's own problems.
+        device: where to run.
+        dtype: of the models, instead of the run's.
+    """
+    adapters = AdapterSet.from_pretrained(folder / "adapters")
+    builtin = is_builtin(folder)
+    if data is None and not builtin:
+        raise UserError("--data is missing: a .jsonl file of held-out prompts and responses, or a dataset's name.")
+    config = RunConfig.load(folder / "config.json")
+    pair = open_pair(replace(config, dtype=dtype or config.dtype), device)
+    pair.load_adapters(adapters)
+    if data is not None:
+        held_out = replace(config.data, source=data, streaming=False, validation_fraction=0.0, validation_split=None)
+        # Only the response is measured, so only documents that have one count.
+        training = replace(config.training, count=("thinking", "answer"))
+        documents = open_data(replace(config, data=held_out, training=training), pair)
+        log.info("%s", documents.survey())
+        faithfulness_stage(pair, documents.traces(), folder, split=Path(data).name)
+    else:
+        fit = encode_traces(organism.reasoning_pairs("train", Scale().documents), pair.model.tokenizer)
+        evaluate_builtin(pair, folder, Scale(), fit)
 
 
 def faithfulness_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, split: str) -> DocumentSums:
@@ -208,10 +294,11 @@ def demo(
 
     Raises FolderExistsError where ``folder`` exists.
     """
+    require_new(folder)
     pair = load_builtin_pair(device, dtype)
     tokenizer = pair.model.tokenizer
     training = encode_traces(organism.reasoning_pairs("train", scale.training_traces, scale.training.seed), tokenizer)
-    train_stage(pair, training, scale.training, folder, progress)
+    train_stage(Trainer(pair, training, scale.training, folder, origin=RunConfig(), progress=progress), folder)
     recipe = json.loads((organism.PAIR / "recipe.json").read_text())["hash"]
     write_results(folder, pair={**read_results(folder)["pair"], "recipe": recipe})
     evaluate_builtin(pair, folder, scale, training)

@@ -6,44 +6,51 @@
         value and gradient of the objective (objective.py)
         clip, step
 
-Batches and cuts are pure functions of seed and step, so a run that stops resumes where it was. A run folder holds
-config.json and versions.json (written once), metrics.jsonl, checkpoints/ and, at the end, adapters/.
+Schedules, batches and cuts are pure functions of seed and step, so where a run stands is its weights, the optimiser's
+moments and a few counters: a run that is stopped or killed goes on from its last checkpoint bit for bit
+(runfolder.py).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
-import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from tl_adapters.adapter import AdapterSet
-from tl_adapters.atomic import new_folder, write_text
-from tl_adapters.config import TrainingConfig
-from tl_adapters.data import BatchOrder, Trace
+from tl_adapters.atomic import DiskFullError
+from tl_adapters.batching import BatchOrder, TracesInMemory, TraceSource
+from tl_adapters.config import RunConfig, TrainingConfig
+from tl_adapters.data import Trace, batches_by_length
 from tl_adapters.errors import UserError
-from tl_adapters.objective import StepTerms, shared_prefix_step
+from tl_adapters.objective import StepTerms, held_out_terms, shared_prefix_step
 from tl_adapters.paired import PairedModel
-from tl_adapters.results import versions
+from tl_adapters.runfolder import METRICS, VALIDATION, RunFolder
+from tl_adapters.trackers import open_tracker, require_tracker
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS_KEPT = 2
+TERMS = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity")
 
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message says why and what is kept."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C (or SIGTERM) between two steps; the message says what is kept and how to go on."""
 
 
 def warmup_cosine(step: int, steps: int, warmup_fraction: float) -> float:
@@ -62,27 +69,79 @@ class Trainer:
 
     Args:
         pair: base and target; its weights stay frozen.
-        traces: the training documents.
+        traces: the training documents: a list, or a source that reads them as they are needed.
         config: the options.
         folder: the run folder to make; None trains in memory and writes nothing.
+        validation: held-out documents, measured every ``validate_every`` steps.
+        origin: where pair and data come from, recorded so that the command line can go on with the run.
         progress: show a progress bar.
 
     Raises:
         FolderExistsError: ``folder`` exists; `Trainer.resume` goes on with a run.
-        DataError: there are no traces.
+        DataError: there is nothing to train on.
+        TrackerError: the configuration names a tracker that is not installed.
     """
+
+    folder: RunFolder | None
+    _fingerprints: dict[str, str]
 
     def __init__(
         self,
         pair: PairedModel,
-        traces: Sequence[Trace],
+        traces: Sequence[Trace] | TraceSource,
         config: TrainingConfig,
         folder: str | Path | None = None,
+        *,
+        validation: Sequence[Trace] = (),
+        origin: RunConfig | None = None,
         progress: bool = True,
     ) -> None:
+        self._set_up(pair, traces, config, validation, progress)
+        if folder is not None:
+            whole = replace(origin or _origin(pair), training=config)
+            self.folder = RunFolder.create(folder, whole, self._fingerprints)
+
+    @classmethod
+    def resume(
+        cls,
+        pair: PairedModel,
+        traces: Sequence[Trace] | TraceSource,
+        folder: str | Path,
+        *,
+        validation: Sequence[Trace] = (),
+        progress: bool = True,
+    ) -> Trainer:
+        """Go on from the latest checkpoint of a run folder, as if it had never stopped.
+
+        Raises RunFolderError where ``folder`` is no run's, another process works in it, or ``pair`` or ``traces`` are
+        not those the run was started with.
+        """
+        run = RunFolder.open(folder)
+        trainer = cls.__new__(cls)
+        try:
+            trainer._set_up(pair, traces, run.config.training, validation, progress)
+            run.require_same(trainer._fingerprints)
+            trainer._go_on_in(run)
+        except BaseException:
+            run.release()
+            raise
+        return trainer
+
+    def _set_up(
+        self,
+        pair: PairedModel,
+        traces: Sequence[Trace] | TraceSource,
+        config: TrainingConfig,
+        validation: Sequence[Trace],
+        progress: bool,
+    ) -> None:
+        require_tracker(config.tracker)  # now: an extra that is missing leaves no folder behind
         self.pair, self.config, self.progress = pair, config, progress
-        self.folder = None if folder is None else Path(folder)
-        self.order = BatchOrder(traces, config.tokens_per_batch, config.seed)
+        self.folder = None
+        source = TracesInMemory(traces, config.count) if isinstance(traces, Sequence) else traces
+        self.order = BatchOrder(source, config.tokens_per_batch, config.seed, config.count)
+        held_out = [trace for trace in validation if trace.counts(config.count)]
+        self.validation = [batch for _, batch in batches_by_length(held_out, config.tokens_per_batch, config.count)]
         self.adapters = pair.new_adapters(config.n_features, seed=config.seed)
         self.optimizer = torch.optim.Adam(
             self.adapters.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
@@ -90,57 +149,46 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
-        if self.folder is not None:
-            with new_folder(self.folder) as out:
-                (out / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-                (out / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
-                (out / "metrics.jsonl").touch()
-
-    @classmethod
-    def resume(cls, pair: PairedModel, traces: Sequence[Trace], folder: str | Path, progress: bool = True) -> Trainer:
-        """Go on from the latest checkpoint of a run folder, as if it had never stopped.
-
-        ``pair`` and ``traces`` must be those the run was started with. Raises TrainingError without a checkpoint.
-        """
-        folder = Path(folder)
-        checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-        if not checkpoints:
-            raise TrainingError(f"{folder} holds no checkpoint to resume from; start the run anew in another folder.")
-        trainer = cls(pair, traces, TrainingConfig.load(folder / "config.json"), progress=progress)
-        trainer.folder = folder
-        trainer._load_checkpoint(checkpoints[-1])
-        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= trainer.step]
-        write_text(folder / "metrics.jsonl", "".join(kept))
-        return trainer
+        self._fingerprints = {**pair.fingerprints, "data": source.fingerprint}
 
     def run(self, on_step: Callable[[int, StepTerms], None] | None = None) -> AdapterSet:
         """Train to the end and return the adapters; with a folder, they are saved there.
 
-        Raises TrainingError where a term is not finite; the last checkpoint is kept.
+        Raises TrainingError where a term is not finite or the disk is full, and TrainingInterrupted upon Ctrl-C; the
+        last checkpoint is kept.
         """
-        config, began = self.config, time.perf_counter() - self.seconds
-        # Where the output is a file, not a terminal, a line every ten seconds is enough.
-        interval = 0.1 if sys.stderr.isatty() else 10.0
-        with tqdm(
-            total=config.steps, initial=self.step, desc="train", disable=not self.progress, mininterval=interval
-        ) as bar:
-            while self.step < config.steps:
-                log_this = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.steps
-                terms = self._one_step(want_l0=log_this)
-                self.step += 1
-                self.seconds = time.perf_counter() - began
-                if on_step is not None:
-                    on_step(self.step, terms)
-                if log_this:
-                    self._record(terms, bar)
-                if self.step % config.checkpoint_every == 0 and self.step < config.steps:
-                    self._save_checkpoint()
-                bar.update()
-        if self.folder is not None:
-            self.adapters.save_pretrained(self.folder / "adapters")
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        try:
+            with _stop_signals() as stop, self._progress_bar() as bar, self._tracker() as tracker:
+                self._loop(stop, bar, tracker, on_step)
+            if self.folder is not None:
+                self.folder.finish(self.adapters)
+        except DiskFullError as error:
+            raise TrainingError(f"Stopped at step {self.step}: {error}{self._how_to_go_on()}") from error
+        finally:
+            if self.folder is not None:
+                self.folder.release()
         return self.adapters
+
+    def _loop(self, stop: threading.Event, bar: Any, tracker: Any, on_step: Any) -> None:
+        config, began = self.config, time.perf_counter() - self.seconds
+        while self.step < config.steps:
+            last = self.step + 1 == config.steps
+            log_this = (self.step + 1) % config.log_every == 0 or last
+            terms = self._one_step(want_l0=log_this)
+            self.step += 1
+            self.seconds = time.perf_counter() - began
+            if on_step is not None:
+                on_step(self.step, terms)
+            if log_this:
+                self._record(terms, bar, tracker)
+            if self.validation and (self.step % config.validate_every == 0 or last):
+                self._validate(tracker)
+            if stop.is_set():
+                self._save_checkpoint()
+                raise TrainingInterrupted(f"Stopped at step {self.step} of {config.steps}.{self._how_to_go_on()}")
+            if self.step % config.checkpoint_every == 0 and not last:
+                self._save_checkpoint()
+            bar.update()
 
     def _one_step(self, want_l0: bool) -> StepTerms:
         config, step = self.config, self.step
@@ -156,76 +204,140 @@ class Trainer:
             raise TrainingError(self._not_finite(terms, float(norm)))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.tokens += int(batch.attention_mask.sum())
+        self.tokens += int(batch.real.sum())
         return terms
 
     def _not_finite(self, terms: StepTerms, norm: float) -> str:
-        names = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity")
-        bad = [name for name in names if not math.isfinite(float(getattr(terms, name)))]
+        bad = [name for name in TERMS if not math.isfinite(float(getattr(terms, name)))]
         what = ", ".join(bad) or f"the gradient's norm ({norm})"
-        kept = f" Checkpoints in {self.folder} are kept." if self.folder else ""
+        kept = ""
+        if self.folder is not None:
+            last = [path.name for path in self.folder.checkpoints][-1:]
+            kept = f" Kept in {self.folder.path}: {last[0] if last else 'no checkpoint yet'}."
         return f"Step {self.step + 1}: {what} is not finite. Lower lr, or look at the data of this step.{kept}"
 
-    def _record(self, terms: StepTerms, bar: Any) -> None:
+    def _how_to_go_on(self) -> str:
+        if self.folder is None:
+            return " The run has no folder, so it cannot be taken up again; the pair holds the adapters as they are."
+        path = self.folder.path
+        return f" Go on with: tl-adapters train --resume {path} (or Trainer.resume(pair, traces, {str(path)!r}))."
+
+    # -- what is recorded -----------------------------------------------------------------------------------------
+
+    def _record(self, terms: StepTerms, bar: Any, tracker: Any) -> None:
         assert terms.l0 is not None
-        line = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **{
-                name: float(getattr(terms, name))
-                for name in ("total", "output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity")
-            },
-            "l0": terms.l0,
-        }
+        values = {name: float(getattr(terms, name)) for name in ("total", *TERMS)}
+        lr = self.optimizer.param_groups[0]["lr"]
         mean_l0 = sum(terms.l0) / len(terms.l0)
-        figures = {"kl": f"{line['output_kl']:.4f}", "nmse": f"{line['nmse']:.4f}", "l0": f"{mean_l0:.1f}"}
-        bar.set_postfix(figures, refresh=False)
+        bar.set_postfix(
+            {"kl": f"{values['output_kl']:.4f}", "nmse": f"{values['nmse']:.4f}", "l0": f"{mean_l0:.1f}"}, refresh=False
+        )
         if self.folder is not None:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            line = {"step": self.step, "tokens": self.tokens, "lr": lr, **values, "l0": terms.l0}
+            self.folder.append(METRICS, line)
+        by_layer = {f"l0/layer_{layer}": value for layer, value in enumerate(terms.l0)}
+        tracker.log(self.step, {**values, "lr": lr, "l0": mean_l0, "tokens": float(self.tokens), **by_layer})
+
+    def _validate(self, tracker: Any) -> None:
+        found = held_out_terms(self.pair, self.validation)
+        if self.folder is not None:
+            self.folder.append(VALIDATION, {"step": self.step, **found})
+        tracker.log(self.step, {f"validation/{name}": found[name] for name in ("output_kl", "nmse")})
+
+    def _progress_bar(self) -> Any:
+        # Where the output is a file, not a terminal, a line every ten seconds is enough.
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        return tqdm(
+            total=self.config.steps, initial=self.step, desc="train", disable=not self.progress, mininterval=interval
+        )
+
+    @contextmanager
+    def _tracker(self) -> Iterator[Any]:
+        folder, name = self.folder, self.config.tracker
+        if folder is None and name != "none":
+            raise TrainingError(f"tracker is {name!r}, but the run has no folder to keep its id in; give folder=.")
+        where = folder.path if folder else Path()
+        whole = folder.config.to_dict() if folder else {}
+        tracker = open_tracker(
+            name, where, folder.id if folder else "", whole, first_step=self.step, project=self.config.tracker_project
+        )
+        try:
+            yield tracker
+        finally:
+            tracker.close()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
         if self.folder is None:
             return
-        where = self.folder / "checkpoints" / f"step-{self.step:08d}"
-        state = {
+        moments = {
             f"{index}.{key}": value.contiguous()
             for index, entries in self.optimizer.state_dict()["state"].items()
             for key, value in entries.items()
         }
-        counters = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
-        with new_folder(where) as out:
-            self.adapters.save_pretrained(out / "adapters")
-            save_file(state, out / "optimizer.safetensors")
-            (out / "counters.json").write_text(json.dumps(counters))
-        for old in sorted(where.parent.glob("step-*"))[:-CHECKPOINTS_KEPT]:
-            shutil.rmtree(old)
+        state = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "order": self.order.position}
+        self.folder.save_checkpoint(self.step, self.adapters, moments, state)
 
-    def _load_checkpoint(self, where: Path) -> None:
-        saved = AdapterSet.from_pretrained(where / "adapters", device=self.pair.model.W_E.device)
-        self.adapters.load_state_dict(saved.state_dict())
-        entries: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in load_file(where / "optimizer.safetensors").items():
+    def _go_on_in(self, run: RunFolder) -> None:
+        self.folder = run
+        result = run.result()
+        if result is not None:  # done, and perhaps killed while it cleaned up
+            self.adapters.load_state_dict(result.state_dict())
+            self.step = self.config.steps
+            return
+        found = run.load_checkpoint()
+        if found is None:  # killed before the first checkpoint: everything is a function of the seed
+            return
+        adapters, tensors, state = found
+        self.adapters.load_state_dict(adapters.state_dict())
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in tensors.items():
             index, key = name.split(".", 1)
-            entries.setdefault(int(index), {})[key] = value
+            moments.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-        counters = json.loads((where / "counters.json").read_text())
-        self.step, self.tokens, self.seconds = counters["step"], counters["tokens"], counters["seconds"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.order.restore(state["order"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+
+
+def _origin(pair: PairedModel) -> RunConfig:
+    both = bool(pair.base_id and pair.target_id)
+    return RunConfig(base=pair.base_id, target=pair.target_id) if both else RunConfig()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that a run stops between two steps; a second Ctrl-C stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
+        yield stop
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        log.warning("Stopping after this step; once more stops at once, and loses what came after the last checkpoint.")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(
     pair: PairedModel,
-    traces: Sequence[Trace],
+    traces: Sequence[Trace] | TraceSource,
     config: TrainingConfig | None = None,
     folder: str | Path | None = None,
+    *,
+    validation: Sequence[Trace] = (),
     progress: bool = True,
     **options: Any,
 ) -> AdapterSet:
     """Train adapters for ``pair``: `Trainer` in one call; keyword options replace fields of ``config``."""
     config = replace(config or TrainingConfig(), **options)
-    return Trainer(pair, traces, config, folder, progress).run()
+    return Trainer(pair, traces, config, folder, validation=validation, progress=progress).run()
