@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import ARCHITECTURES, random_model
 
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.config import RunConfig, TrainingConfig
@@ -47,6 +47,17 @@ def test_training_lowers_what_it_optimises() -> None:
     Trainer(pair, traces(), options, progress=False).run(on_step=lambda step, terms: seen.append(terms))
     for term in ("output_kl", "nmse", "total"):
         assert getattr(seen[-1], term) < 0.7 * getattr(seen[0], term), term
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_float32_adapters_learn_on_a_bfloat16_model(architecture: str) -> None:
+    base, target = (random_model(s, torch.float32, architecture) for s in (1, 2))
+    pair, seen = PairedModel.from_pretrained(base, target, dtype=torch.bfloat16), []
+    options = TrainingConfig(n_features=64, steps=60, tokens_per_batch=400, lr=5e-3, l1_weight=1e-4)
+    adapters = Trainer(pair, traces(), options, progress=False).run(on_step=lambda step, terms: seen.append(terms))
+    assert {p.dtype for p in adapters.parameters()} == {torch.float32} and pair.model.W_E.dtype == torch.bfloat16
+    assert seen[-1].output_kl.dtype == torch.float32
+    assert seen[-1].output_kl < 0.8 * seen[0].output_kl and seen[-1].nmse < 0.8 * seen[0].nmse
 
 
 def test_only_the_adapters_change() -> None:
