@@ -27,7 +27,7 @@ LEVELS = [
     {"sources"},
     {"batching", "paired"},
     {"objective", "faithfulness", "baselines", "benchmarks"},
-    {"runfolder"},
+    {"doctor", "runfolder"},
     {"training"},
     {"report"},
     {"study"},

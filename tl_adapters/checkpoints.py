@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 
 from tl_adapters.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+MLP_KEY = "model.layers.{}.mlp.{}.weight"
 DESCRIPTION_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
 """What describes a model without its weights."""
 
@@ -97,6 +98,27 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
                 shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes
+
+
+def mlp_tensor_names(n_layers: int) -> list[str]:
+    """Names of every layer's gate, up and down projection, as Hugging Face stores them."""
+    return [MLP_KEY.format(layer, name) for layer in range(n_layers) for name in ("gate_proj", "up_proj", "down_proj")]
+
+
+def remote_or_local_names(name: str, folder: Path) -> set[str]:
+    """Names of a checkpoint's tensors without downloading it: a local folder's headers, or a hub model's index.
+
+    ``folder`` holds what `locate` without weights found of ``name``. Raises CheckpointError.
+    """
+    if Path(name).is_dir():
+        return set(tensor_shapes(folder))
+    if (folder / INDEX_FILE).is_file():
+        return set(_shards(folder))
+    try:  # a single file: its header, by a ranged read
+        return set(get_safetensors_metadata(name).weight_map)
+    except (OSError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name} has no readable safetensors on the hub ({reason}).") from error
 
 
 def read_vocabulary(folder: Path) -> dict[str, int]:

@@ -16,9 +16,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tl_adapters import __version__
 from tl_adapters.errors import UserError
+
+if TYPE_CHECKING:
+    from tl_adapters.config import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("tl_adapters").setLevel(logging.WARNING if args.quiet else logging.INFO)
     try:
         _silence_loading_bars()
-        args.run(args)
+        return args.run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "stopped.", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
     demo.add_argument("--quick", action="store_true", help="a look at everything in under 90 seconds")
     demo.set_defaults(run=_demo)
+
+    doctor = verbs.add_parser("doctor", parents=[common], help="will this pair work here? before anything expensive")
+    doctor.add_argument("base", metavar="BASE", help="folder or hub name; of hub models no weights are downloaded")
+    doctor.add_argument("target", metavar="TARGET", help="folder or hub name")
+    doctor.add_argument("--data", help="a .jsonl file or dataset, to count lengths and truncation")
+    doctor.add_argument("--config", help="a YAML or JSON file, or the name of a configuration that ships")
+    doctor.add_argument("--out", type=Path, default=Path(), help="where the run would be written (default: here)")
+    doctor.set_defaults(run=_doctor)
 
     config = verbs.add_parser("config", help="every option of a run, documented, as YAML to edit")
     config.add_argument("name", nargs="?", help="a configuration that ships, or a file (default: the defaults)")
@@ -98,6 +109,35 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"took: {time.perf_counter() - began:.0f} s\nnext: tl-adapters evaluate {args.out}")
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from tl_adapters.doctor import examine, in_lines
+
+    findings = examine(_run_config(args), args.out, _device(args.device))
+    print(in_lines(findings))
+    if any(finding.level == "error" for finding in findings):
+        return 1
+    print(f"next: tl-adapters train --base {args.base} --target {args.target} --data TRACES.jsonl --out runs/mine")
+    return 0
+
+
+def _run_config(args: argparse.Namespace) -> RunConfig:
+    """The configuration file, if one is named, with what the flags say instead."""
+    from dataclasses import replace
+
+    from tl_adapters.config import RunConfig
+
+    config = RunConfig.load(args.config) if args.config else RunConfig()
+    named = {name: getattr(args, name) for name in ("base", "target", "dtype") if getattr(args, name)}
+    if ("base" in named) != ("target" in named):
+        raise UserError("--base and --target go together; leave both out for the configuration's or the built-in.")
+    config = replace(config, **named)
+    if args.data is not None:
+        config = replace(config, data=replace(config.data, source=args.data))
+    if args.seed is not None:
+        config = replace(config, training=replace(config.training, seed=args.seed))
+    return config
+
+
 def _config(args: argparse.Namespace) -> None:
     from tl_adapters.config import RunConfig, commented_yaml, shipped_configs
 
@@ -108,10 +148,7 @@ def _config(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     from tl_adapters import study
-    from tl_adapters.config import RunConfig
 
     folder = args.resume or args.out
     if args.resume:
@@ -120,15 +157,7 @@ def _train(args: argparse.Namespace) -> None:
             raise UserError(f"--resume takes the run's own options; leave out {', '.join(given)}.")
         study.resume_run(folder, _device(args.device), progress=not args.quiet)
     else:
-        config = RunConfig.load(args.config) if args.config else RunConfig()
-        named = {name: getattr(args, name) for name in ("base", "target", "dtype") if getattr(args, name)}
-        if ("base" in named) != ("target" in named):
-            raise UserError("--base and --target go together; leave both out for the configuration's or the built-in.")
-        config = replace(config, **named)
-        if args.data is not None:
-            config = replace(config, data=replace(config.data, source=args.data))
-        if args.seed is not None:
-            config = replace(config, training=replace(config.training, seed=args.seed))
+        config = _run_config(args)
         if config.target and not config.data.source:
             raise UserError(
                 "--data is missing: a .jsonl file of prompts and responses, or a dataset's name on the hub."

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.adapter import AdapterMetadata, AdapterSet, TranscoderAdapter
 from tl_adapters.backends import build_hooked_transformer, load_hooked_transformer
-from tl_adapters.checkpoints import locate, read_config, read_tensors, read_vocabulary
+from tl_adapters.checkpoints import MLP_KEY, locate, mlp_tensor_names, read_config, read_tensors, read_vocabulary
 from tl_adapters.compatibility import PairMismatchError, compare_configs, compare_vocabularies, require_fit
 from tl_adapters.fingerprints import fingerprint
 
@@ -367,14 +367,13 @@ def _require_pair(base: str | Path | PreTrainedModel, target: str | Path | PreTr
 
 def _read_base_mlps(base: str | Path | PreTrainedModel, n_layers: int) -> list[dict[str, Tensor]]:
     """The base's MLP weights per layer, as they are stored."""
-    key = "model.layers.{}.mlp.{}.weight"
-    names = [key.format(layer, name) for layer in range(n_layers) for name in _PROJECTIONS]
+    names = mlp_tensor_names(n_layers)
     if isinstance(base, PreTrainedModel):
         state = base.state_dict()
         tensors = {name: state[name].detach() for name in names}
     else:
         tensors = read_tensors(locate(base), names)
-    return [{name: tensors[key.format(layer, name)] for name in _PROJECTIONS} for layer in range(n_layers)]
+    return [{name: tensors[MLP_KEY.format(layer, name)] for name in _PROJECTIONS} for layer in range(n_layers)]
 
 
 def _base_mlp(target: GatedMLP, weights: dict[str, Tensor]) -> GatedMLP:
