@@ -27,6 +27,22 @@ def test_responses_do_not_depend_on_their_batch(talking_pair: PairedModel) -> No
         assert [r.prompt for r in together] == [r.prompt for r in alone]
 
 
+def test_a_tokenizer_without_padding_and_with_another_end_of_turn(talking_pair: PairedModel) -> None:
+    """As in Qwen2.5's bases: the template ends a turn with a token that is not the tokenizer's end token."""
+    model, tokenizer = talking_pair.model, build_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<|end|>'")
+    turn_end, tokenizer.eos_token, tokenizer.pad_token = tokenizer.eos_token_id, "</think>", None
+    before, model.tokenizer = model.tokenizer, tokenizer
+    model.unembed.b_U.data[turn_end] = 1e9
+    try:
+        found = respond(model, problems("tune", 6, n_terms=(2, 3, 5)), max_new_tokens=6)
+    finally:
+        model.unembed.b_U.data[turn_end] = 0
+        model.tokenizer = before
+    assert all(not r.truncated and r.tokens == () for r in found)
+    assert tokenizer.pad_token is None and tokenizer.padding_side == before.padding_side
+
+
 @pytest.mark.parametrize(("bias", "ends"), [(-1e9, False), (1e9, True)])
 def test_a_response_ends_at_the_end_token_or_is_cut(talking_pair: PairedModel, bias: float, ends: bool) -> None:
     model, end = talking_pair.model, talking_pair.model.tokenizer.eos_token_id

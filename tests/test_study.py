@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import ARCHITECTURES, random_model
 
 from tl_adapters import organism, study
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.cli import main
 from tl_adapters.config import TrainingConfig
+from tl_adapters.organism.recipe import build_tokenizer
 from tl_adapters.report import write_report
 
 N_LAYERS = json.loads((organism.TARGET / "config.json").read_text())["num_hidden_layers"]
@@ -152,6 +155,31 @@ def test_train_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads((out / "data.json").read_text())["used"] == 1
     assert json.loads((out / "results.json").read_text())["pair"]["target"] == str(organism.TARGET)
     assert main(command) == 2 and "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_trains_and_is_evaluated_from_folders(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = build_tokenizer()
+    shape = dict(vocab_size=len(tokenizer), max_position_embeddings=128)
+    for name, seed in (("base", 1), ("target", 2)):
+        random_model(seed, torch.float32, architecture, **shape).save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / "target")
+    pairs = organism.reasoning_pairs("train", 12)
+    lines = [json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": r}]})
+             for q, r in pairs]  # fmt: skip
+    (tmp_path / "traces.jsonl").write_text("\n".join(lines))
+    (tmp_path / "c.yaml").write_text("dtype: bfloat16\ntraining: {steps: 6, n_features: 32, lr: 0.003}\n")
+    sides = [str(tmp_path / "base"), str(tmp_path / "target")]
+    data, run = str(tmp_path / "traces.jsonl"), str(tmp_path / "run")
+    assert main(["doctor", *sides, "--data", data]) == 0
+    command = ["train", "--base", sides[0], "--target", sides[1], "--data", data, "--config", str(tmp_path / "c.yaml")]
+    assert main([*command, "--out", run, "--quiet"]) == 0
+    assert main(["evaluate", run, "--data", data, "--quiet"]) == 0
+    kl = json.loads((tmp_path / "run" / "results.json").read_text())["faithfulness"]["kl"]
+    assert kl["replacement"]["value"] < kl["hybrid"]["value"]
+    assert "Training" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
+from tl_adapters.chat import ChatFormat
 from tl_adapters.intervals import bootstrap_ratio
 
 THINK_OPENS = "<think>"
@@ -106,14 +107,9 @@ def respond(
         batch_size: problems at a time; sorted by length, so that little is padding.
         temperature: 0 decodes greedily; otherwise torch's generator is drawn from (seed it around the call).
     """
-    tokenizer = model.tokenizer
-    assert tokenizer is not None, "The model has no tokenizer; questions cannot be rendered."
-    rendered = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": p.question}], tokenize=False, add_generation_prompt=True
-        )
-        for p in problems
-    ]
+    chat = ChatFormat.of(model.tokenizer)
+    tokenizer, ends = chat.tokenizer, chat.end_tokens
+    rendered = [chat.prompt([{"role": "user", "content": p.question}]) for p in problems]
     order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]))
     responses: dict[int, Response] = {}
     with _left_padding(tokenizer):
@@ -126,7 +122,7 @@ def respond(
             out = model.generate(
                 prompts["input_ids"].to(model.W_E.device),
                 max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends,
                 do_sample=temperature > 0,
                 temperature=temperature or 1.0,
                 prepend_bos=False,
@@ -134,29 +130,28 @@ def respond(
             )
             for row, i in enumerate(rows):
                 prompt = out[row, :width][prompts["attention_mask"][row].bool()].tolist()
-                responses[i] = _response(problems[i], prompt, out[row, width:].tolist(), tokenizer)
+                responses[i] = _response(problems[i], prompt, out[row, width:].tolist(), tokenizer, ends)
     return [responses[i] for i in range(len(problems))]
 
 
 def _response(
-    problem: Checkable, prompt: list[int], generated: list[int], tokenizer: PreTrainedTokenizerBase
+    problem: Checkable, prompt: list[int], generated: list[int], tokenizer: PreTrainedTokenizerBase, ends: list[int]
 ) -> Response:
-    end = tokenizer.eos_token_id
-    ended = end in generated
-    tokens = generated[: generated.index(end)] if ended else generated
+    length = next((place for place, token in enumerate(generated) if token in ends), len(generated))
+    tokens, ended = generated[:length], length < len(generated)
     text = tokenizer.decode(tokens)
     return Response(tuple(prompt), tuple(tokens), text, not ended, ended and problem.solved_by(text))
 
 
 @contextmanager
 def _left_padding(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """TransformerLens reads the padding side from the tokenizer when it generates."""
-    before = tokenizer.padding_side
-    tokenizer.padding_side = "left"
+    """TransformerLens reads the padding from the tokenizer when it generates; where it has none, the end token pads."""
+    side, pad = tokenizer.padding_side, tokenizer.pad_token
+    tokenizer.padding_side, tokenizer.pad_token = "left", pad or tokenizer.eos_token
     try:
         yield
     finally:
-        tokenizer.padding_side = before
+        tokenizer.padding_side, tokenizer.pad_token = side, pad
 
 
 def correctness(responses: Sequence[Response]) -> Float[Tensor, "n"]:

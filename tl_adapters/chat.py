@@ -61,9 +61,20 @@ class ChatFormat:
             think_end=think_end,
         )
 
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids that end a response: the template's end of a turn, where it is one token, and the end token."""
+        pieces = self.tokenizer(self.turn_end, add_special_tokens=False)["input_ids"]
+        ends = {self.tokenizer.eos_token_id, *(pieces if len(pieces) == 1 else [])}
+        return sorted(ends - {None})
+
+    def prompt(self, messages: Conversation) -> str:
+        """What a model reads before it responds to the last of ``messages``."""
+        return _render(self.tokenizer, messages, opening=True)
+
     def render(self, conversation: Conversation) -> tuple[str, str]:
         """The prompt's text and the response's, which together are the document."""
-        prompt = _render(self.tokenizer, conversation[:-1], opening=True)
+        prompt = self.prompt(conversation[:-1])
         response = conversation[-1]["content"]
         if self.opens_thinking:
             head = prompt.rstrip()
