@@ -96,21 +96,22 @@ def shared_prefix_step(
 ) -> StepTerms:
     """The same step with shared prefixes and one pass's graph at a time. Adds gradients to the adapters' ``.grad``."""
     n, adapters, weighted = pair.n_layers, pair.installed_adapters(), _weighted_sum(weights, l1_weight)
+    counted, predicting = batch.counted, batch.predicting
     with torch.no_grad(), pair.routed("target"):
         target = pair.residual_streams(batch.tokens)
 
     def kl(resid: Tensor) -> Tensor:
-        return kl_from_residual(target[-1], resid, batch.predicting, pair.unembed, pair.rows_at_once)
+        return kl_from_residual(target[-1], resid, predicting, pair.unembed, pair.rows_at_once)
 
     def replacement_blocks(resid: Tensor, layers: range, acts: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The replacement's residual stream after ``layers``, with their share of NMSE and sparsity."""
         nmse = l1 = resid.new_zeros(())
         for layer in layers:
             resid = pair.run_blocks(resid, layer, layer + 1)
-            nmse = nmse + squared_error_ratio(target[layer + 1], resid, batch.counted) / (n + 1)
-            l1 = l1 + sparsity(acts[layer], adapters[layer].W_dec, batch.counted)
+            nmse = nmse + squared_error_ratio(target[layer + 1], resid, counted) / (n + 1)
+            l1 = l1 + sparsity(acts[layer], adapters[layer].W_dec, counted)
             if want_l0:
-                l0[layer] = float(active_features(acts[layer].detach(), batch.counted))
+                l0[layer] = float(active_features(acts[layer].detach(), counted))
         return resid, nmse, l1
 
     zero = target[0].new_zeros(())
