@@ -93,15 +93,15 @@ class ChatFormat:
         prompt_ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
         response_ids = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
         return [
-            Trace((*prompt, *ids), len(prompt), self._thinking_length(text, ids))
-            for prompt, text, ids in zip(prompt_ids, responses, response_ids, strict=True)
+            Trace((*prompt, *ids), len(prompt), self._thinking_length(text, ids, conversation[-1]["content"]))
+            for prompt, text, ids, conversation in zip(prompt_ids, responses, response_ids, conversations, strict=True)
         ]
 
-    def _thinking_length(self, response: str, ids: Sequence[int]) -> int:
+    def _thinking_length(self, response: str, ids: Sequence[int], as_given: str) -> int:
         head, tag, _ = response.partition(self.think_end)
         if not tag:
             # Thinking that never ends is thinking to the last token; without an opening tag it is an answer.
-            return len(ids) if self.opens_thinking or response.lstrip().startswith(self.think_start) else 0
+            return len(ids) if as_given.lstrip().startswith(self.think_start) else 0
         end = self.tokenizer.get_added_vocab().get(self.think_end)
         if end in ids:
             return list(ids).index(end) + 1
