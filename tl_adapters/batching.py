@@ -52,7 +52,8 @@ class TracesInMemory:
             log.warning("%d traces are left out: nothing in them counts.", len(traces) - len(self._traces))
         digest = hashlib.sha256()
         for trace in self._traces:
-            digest.update(np.array([trace.prompt_length, *trace.tokens], dtype=np.int64).tobytes())
+            facts = [len(trace.tokens), trace.prompt_length, trace.thinking_length, *trace.tokens]
+            digest.update(np.array(facts, dtype=np.int64).tobytes())
         self.fingerprint = digest.hexdigest()[:16]
 
     def windows(self, epoch: int, position: Position) -> Iterator[tuple[Position, list[Trace]]]:

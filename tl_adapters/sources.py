@@ -6,6 +6,7 @@ position a number; a streamed dataset keeps its own order, and its position is w
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -93,6 +94,11 @@ def _checked(turns: Any, where: str) -> Conversation:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"{where}: a turn holds {sorted(turn)}; role and content must be text.")
+        if not content.isascii():
+            try:
+                content.encode()
+            except UnicodeEncodeError as error:  # JSON can spell half a character; no tokenizer can read it
+                raise DataError(f"{where}: {error}; the text is not Unicode.") from error
         messages.append({"role": _ROLES.get(role, role), "content": content})
     roles = [message["role"] for message in messages]
     if "user" not in roles or roles[-1] != "assistant" or not messages[-1]["content"].strip():
@@ -131,7 +137,7 @@ class JsonlFile:
             line = file.readline()
         try:
             return json.loads(line), where
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f'{where}: {error}. A line is {{"prompt": "...", "response": "<think>..."}} or {{"messages": [...]}}.'
             ) from error
@@ -203,9 +209,10 @@ class Stream:
 
     def read(self, seed: str, position: Position) -> Iterator[tuple[Conversation, Position]]:
         """As `Reader.read`; ``seed`` changes nothing."""
-        self._dataset.load_state_dict(position or self._beginning)
-        for record in self._dataset:
-            yield self._columns.conversation(record, self._name), self._dataset.state_dict()
+        dataset = copy.deepcopy(self._dataset)  # a dataset has one place to stand at, and readings may overlap
+        dataset.load_state_dict(position or self._beginning)
+        for record in dataset:
+            yield self._columns.conversation(record, self._name), dataset.state_dict()
 
 
 def _load_dataset(config: DataConfig, split: str) -> Any:
