@@ -33,14 +33,16 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_published_weights() -> None:
     assert TrainingConfig().loss_weights == LossWeights(1, 1, 1, 1, lowest_cut=1)
-    assert TrainingConfig.from_dict({"loss_weights": "public_code"}).loss_weights == LossWeights(1, 2, 2, 1, 0)
+    assert RunConfig.from_dict({"training": {"loss_weights": "public_code"}}).training.loss_weights == LossWeights(
+        1, 2, 2, 1, 0
+    )
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"l1_wieght": 1}, "l1_wieght.*Did you mean l1_weight"),
-        ({"loss_weights": {"nsme": 1}}, "loss_weights.nsme.*Did you mean loss_weights.nmse"),
+        ({"l1_wieght": 1}, "l1_wieght.*Did you mean training.l1_weight"),
+        ({"loss_weights": {"nsme": 1}}, "loss_weights.nsme.*Did you mean training.loss_weights.nmse"),
         ({"loss_weights": "papers"}, "papers.*paper.*public_code"),
         ({"steps": 0}, "steps is 0; allowed is a whole number >= 1"),
         ({"steps": "many"}, "steps is 'many'; allowed is a whole number"),
@@ -59,7 +61,7 @@ def test_published_weights() -> None:
 )
 def test_what_cannot_be_is_said(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        TrainingConfig.from_dict(values)
+        RunConfig.from_dict({"training": values})
 
 
 @pytest.mark.parametrize(

@@ -172,15 +172,6 @@ class TrainingConfig:
         _require(self.l1_weight >= 0, "l1_weight", self.l1_weight, "a number >= 0")
         _require(len(self.count) > 0, "count", list(self.count), f"one or more of {', '.join(REGIONS)}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they are written to JSON or YAML."""
-        return _plain(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
-        """The inverse of `to_dict`; keys left out take their defaults. Raises ConfigError."""
-        return _build(cls, values, "")
-
 
 @dataclass(frozen=True)
 class RunConfig:
