@@ -84,7 +84,7 @@ def _summary(results: Block) -> str:
         '<p class="soft">Intervals are 95 % bootstrap intervals over held-out documents or problems. KL is in nats per '
         "response token, on the target's own greedy text.</p>"
     )
-    return table(["figure", "measured"], rows) + note
+    return table(["figure", "measured"], rows) + note if rows else ""
 
 
 def _training(metrics: Sequence[Block], held_out: Sequence[Block], train: Block) -> str:
@@ -185,11 +185,11 @@ def _answers(answers: Sequence[Block]) -> str:
 
 def _origin(results: Block) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items() if version)
+    recipe = f"; recipe of the pair {escape(results['pair']['recipe'])}" if "recipe" in results["pair"] else ""
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results.get("seconds", {}).items())
     return (
         f'<h2>Where this comes from</h2><p class="soft">{escape(versions)}.<br>{escape(seconds)}.<br>'
-        f"Seed {escape(str(results.get('seeds')))}; recipe of the pair {escape(str(results['pair'].get('recipe')))}. "
-        "All figures are in results.json beside this page.</p>"
+        f"Seed {escape(str(results.get('seeds')))}{recipe}. All figures are in results.json beside this page.</p>"
     )
 
 
