@@ -16,7 +16,7 @@ def test_it_runs(path: Path, tmp_path: Path) -> None:
     assert all(cell.execution_count for cell in code), "committed without outputs"
     assert not any(out.output_type == "error" for cell in code for out in cell.outputs)
     shown = {i for i, cell in enumerate(code) if cell.outputs}
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert {i for i, cell in enumerate(code) if cell.outputs} == shown
 
 
