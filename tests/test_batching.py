@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from tl_adapters.batching import BatchOrder, EncodedDocuments, TracesInMemory, open_documents
 from tl_adapters.chat import ChatFormat
 from tl_adapters.config import DataConfig
-from tl_adapters.data import Batch, DataError, Trace
+from tl_adapters.data import Batch, DataError, Trace, rows_by_length
 from tl_adapters.organism.recipe import build_tokenizer
 
 CHAT = ChatFormat.of(build_tokenizer())
@@ -76,13 +77,12 @@ def rows(batch: Batch) -> list[tuple[int, ...]]:
 def epochs(order: BatchOrder, n: int) -> list[list[Batch]]:
     """The batches of the first epochs."""
     found: list[list[Batch]] = [[] for _ in range(n)]
-    step = 0
-    while True:
+    for step in range(31 * n + 1):
         batch = order[step]
         if order.position["epoch"] >= n:
             return found
         found[order.position["epoch"]].append(batch)
-        step += 1
+    raise AssertionError(f"{n} epochs of 31 documents do not end")
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -128,6 +128,7 @@ def test_a_restored_order_goes_on_as_if_never_stopped(name: str, source: dict[st
     order, again = BatchOrder(documents(**options), LIMIT, seed=0), documents(**options)
     step = 0
     while order.position["epoch"] < 2 or step < order.position["first_step"] + 1:
+        assert step < 31 * 3
         batch, position = order[step], json.loads(json.dumps(order.position))
         restored = BatchOrder(again, LIMIT, seed=0)
         restored.restore(position)
@@ -293,3 +294,17 @@ def test_the_fingerprint_of_traces_in_memory_tells_apart_what_a_run_would() -> N
     ]
     assert len({TracesInMemory(traces).fingerprint for traces in sources}) == len(sources)
     assert TracesInMemory(sources[0]).fingerprint == TracesInMemory([Trace((5, 6, 7, 8), 1)]).fingerprint
+
+
+def test_every_window_is_shuffled_anew() -> None:
+    class TwoAlike:
+        fingerprint = "two windows of the same traces"
+
+        def windows(self, epoch: int, position: object) -> Iterator[tuple[object, list[Trace]]]:
+            traces = [Trace((1, *range(2, 4 + i % 3), 100 + i), 1) for i in range(30)]
+            yield from ((number, traces) for number in range(2))
+
+    order = BatchOrder(TwoAlike(), 20, seed=0)
+    n = len(rows_by_length([Trace((1, *range(2, 4 + i % 3), 100 + i), 1) for i in range(30)], 20))
+    first, second = ([order[step].tokens.tolist() for step in range(start, start + n)] for start in (0, n))
+    assert first != second and sorted(map(len, first)) == sorted(map(len, second))

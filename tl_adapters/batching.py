@@ -94,6 +94,9 @@ class DataStatistics:
         )
 
 
+_CHANGES_NO_TRACE = ("source", "survey_documents", "validation_documents")
+
+
 class EncodedDocuments:
     """A reader's documents as traces: what `windows` trains on and `validation` holds out.
 
@@ -120,7 +123,16 @@ class EncodedDocuments:
         self._reader, self._chat, self._config, self._seed, self._count = reader, chat, config, seed, tuple(count)
         self._max_tokens = min(config.max_tokens or max_tokens, max_tokens)
         self._validation_reader = validation
-        facts = {**asdict(config), "reader": reader.fingerprint, "max_tokens": self._max_tokens, "count": self._count}
+        # What the traces depend on: not where the file lies, nor what is only looked at.
+        options = {key: value for key, value in asdict(config).items() if key not in _CHANGES_NO_TRACE}
+        tokenizer = chat.tokenizer
+        facts = {
+            **options,
+            "reader": reader.fingerprint,
+            "max_tokens": self._max_tokens,
+            "count": self._count,
+            "chat": (tokenizer.chat_template, chat.turn_end, sorted(tokenizer.get_vocab().items())),
+        }
         self.fingerprint = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]
 
     def windows(self, epoch: int, position: Position) -> Iterator[tuple[Position, list[Trace]]]:

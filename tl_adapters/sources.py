@@ -51,7 +51,8 @@ def open_reader(config: DataConfig, split: str | None = None) -> Reader:
         return RandomAccess(JsonlFile(config.source), columns)
     dataset = _load_dataset(config, split or config.split)
     if config.streaming:
-        return Stream(dataset, columns, f"{config.source} {config.subset} {split or config.split} {config.revision}")
+        facts = (config.source, config.subset, split or config.split, config.revision)
+        return Stream(dataset, columns, ", ".join(fact for fact in facts if fact))
     return RandomAccess(HubTable(dataset, config.source), columns)
 
 
@@ -101,8 +102,10 @@ def _checked(turns: Any, where: str) -> Conversation:
                 raise DataError(f"{where}: {error}; the text is not Unicode.") from error
         messages.append({"role": _ROLES.get(role, role), "content": content})
     roles = [message["role"] for message in messages]
-    if "user" not in roles or roles[-1] != "assistant" or not messages[-1]["content"].strip():
+    if "user" not in roles or roles[-1] != "assistant":
         raise DataError(f"{where}: roles are {roles}; the last turn must be an assistant's response to a user.")
+    if not messages[-1]["content"].strip():
+        raise DataError(f"{where}: the response is empty.")
     return messages
 
 
