@@ -184,7 +184,7 @@ def test_the_targets_logits_are_hfs_and_the_hybrids_are_not(folders: Path, stage
 
 
 def test_train_evaluate_and_generate_as_a_user_would(folders: Path, tmp_path: Path, stage: Stage) -> None:
-    """Ten steps on a dozen documents, in both forms; ten are enough to learn from, and too few to generalise."""
+    """Ten steps on a dozen documents, in both forms, bring held-out text closer to the target than the hybrid is."""
     run = tmp_path / "run"
     records = [as_messages(r) if i % 2 else r for i, r in enumerate(TRAINED_ON)]
     data, held_out = write_jsonl(tmp_path / "t.jsonl", records), write_jsonl(tmp_path / "held_out.jsonl", HELD_OUT)
@@ -206,7 +206,7 @@ def test_train_evaluate_and_generate_as_a_user_would(folders: Path, tmp_path: Pa
         assert main(["evaluate", str(run), "--data", str(held_out), "--quiet"]) == 0
     measured = json.loads((run / "results.json").read_text())["faithfulness"]["kl"]
     print("held-out KL:", {name: (f["value"], f["low"], f["high"]) for name, f in measured.items()})
-    assert all(0 < figure["value"] < 5 for figure in measured.values())
+    assert measured["replacement"]["value"] < measured["hybrid"]["value"]
 
     gc.collect()
     pair = PairedModel.from_pretrained(folders / "base", folders / "target")
