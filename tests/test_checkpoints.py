@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import tl_adapters.checkpoints as checkpoints
-from tl_adapters.backends import UnsupportedModelError
+from tl_adapters.architectures import UnsupportedModelError
 from tl_adapters.checkpoints import CheckpointError, read_vocabulary, tensor_shapes
 from tl_adapters.compatibility import PairMismatchError, compare_configs, require_same_ids
 from tl_adapters.organism import BASE, TARGET
@@ -50,7 +50,7 @@ def test_hub_names_are_downloaded_without_pickles(
 ) -> None:
     asked = []
 
-    def fake(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def fake(name: str, revision: str | None, allow_patterns: list[str], token: str | None) -> str:
         asked.append((name, tuple(allow_patterns)))
         if name not in ("org/base", "org/target"):
             raise LocalEntryNotFoundError("not in the cache")

@@ -9,8 +9,9 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
 from tl_adapters.adapter import AdapterSet
+from tl_adapters.architectures import UnsupportedModelError
 from tl_adapters.attention import FusedAttention
-from tl_adapters.backends import UnsupportedModelError, build_hooked_transformer, tl_config
+from tl_adapters.hooked import build_hooked_transformer, tl_config
 from tl_adapters.paired import PairedModel, PairMismatchError
 
 Models = tuple[PreTrainedModel, PreTrainedModel]

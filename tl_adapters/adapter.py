@@ -9,23 +9,32 @@ starts at zero, so an untrained adapter changes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.atomic import new_folder
-from tl_adapters.errors import UserError
+from tl_adapters.checkpoints import fetch
+from tl_adapters.fingerprints import fingerprint
+from tl_adapters.saelens import (
+    AdapterFormatError,
+    read_json,
+    read_safetensors,
+    read_weights,
+    transcoder_config,
+    write_transcoder,
+)
 
-METADATA_FILE = "tl_adapters.json"
-SCHEMA_VERSION = 1
+METADATA_FILE, TARGET_FILE = "tl_adapters.json", "target_layers.safetensors"
+SCHEMA_VERSION = 2
+LAYER_FOLDER = "layer_{}"
 
 
 class FeatureId(NamedTuple):
@@ -33,10 +42,6 @@ class FeatureId(NamedTuple):
 
     layer: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody misses on a pair
-
-
-class AdapterFormatError(UserError, ValueError):
-    """Files that are not a set of adapters, or only part of one."""
 
 
 class TranscoderAdapter(nn.Module):
@@ -108,117 +113,247 @@ class AdapterMetadata:
     target_revision: str | None = None
     """Commit of the target on the hub, where it came from there."""
     reads: str = "mlp_input"
-    """Which tensor is x: "mlp_input", the second norm's output with its weight."""
+    """Which tensor is x: "mlp_input", the second norm's output with its weight, or "normalized", that before it."""
     activation: str = "relu"
     """The activation function of the features."""
+    stream: str = "replacement"
+    """Whose residual stream the features were trained on; on the target's own their activations differ a little."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Content hashes of the models they were trained on: "base_mlps" and "target"."""
+    datasets: list[str] = field(default_factory=list)
+    """Names or files of the training data."""
     figures: dict[str, Any] = field(default_factory=dict)
     """Measured figures (L0, KL, ...), each with the split it was measured on."""
 
 
+class TargetLayer(NamedTuple):
+    """What an adapter set keeps of one layer of its target: to know it again, and to fit models whose norms are folded.
+
+    Both survive weight processing: folding moves ln2_w into the MLP and leaves the attention's output alone.
+    """
+
+    ln2_w: Tensor
+    """The second norm's weights as TransformerLens has them (Gemma 1 + w), [d_model]."""
+    attention_out: Tensor
+    """Evenly spaced values of the attention's output projection, [at most 64]."""
+
+
+def sample_attention_out(weight: Tensor) -> Tensor:
+    """`TargetLayer.attention_out` of an output projection in Hugging Face's layout, [d_model, n_heads * d_head]."""
+    places = torch.linspace(0, weight.numel() - 1, min(64, weight.numel())).long().to(weight.device)
+    return weight.detach()[torch.unravel_index(places, weight.shape)].to("cpu", copy=True)
+
+
 class AdapterSet(nn.Module):
-    """The adapters of all layers, with what their meaning needs.
+    """The adapters of a model's layers, with what their meaning needs.
 
     Args:
-        layers: one adapter per layer, all of one shape.
-        ln2_weights: the target's second-norm weights per layer, [n_layers][d_model], as TransformerLens has them:
-            they tell whether a model is the one these adapters belong to.
+        layers: one adapter per layer, all of one shape; a mapping for only some of the layers.
+        target_layers: what is kept of the target's layers, for the same layers; None where nothing is known.
         metadata: where the adapters come from.
+        n_layers: layers of the model; None means that there is an adapter for each.
     """
 
     def __init__(
         self,
-        layers: list[TranscoderAdapter],
-        ln2_weights: list[Tensor],
+        layers: Sequence[TranscoderAdapter] | Mapping[int, TranscoderAdapter],
+        target_layers: Sequence[TargetLayer] | Mapping[int, TargetLayer] | None = None,
         metadata: AdapterMetadata | None = None,
+        n_layers: int | None = None,
     ) -> None:
         super().__init__()
-        if not layers or len(layers) != len(ln2_weights):
+        by_layer = dict(layers) if isinstance(layers, Mapping) else dict(enumerate(layers))
+        self.n_layers = n_layers or len(by_layer)
+        self.target_layers: dict[int, TargetLayer] | None = None
+        if target_layers is not None:
+            known = target_layers if isinstance(target_layers, Mapping) else dict(enumerate(target_layers))
+            self.target_layers = {
+                layer: TargetLayer(*(t.detach().to("cpu", copy=True) for t in known[layer])) for layer in sorted(known)
+            }
+        if not by_layer or (self.target_layers is not None and set(by_layer) != set(self.target_layers)):
             raise ValueError(
-                f"Got {len(layers)} adapters and {len(ln2_weights)} norm weights; give one of each a layer."
+                f"Got adapters of layers {sorted(by_layer)} and target layers {sorted(self.target_layers or {})}; "
+                "give one of each a layer."
             )
-        self.layers = nn.ModuleList(layers)
-        self.ln2_weights = [w.detach().clone() for w in ln2_weights]
+        if max(by_layer) >= self.n_layers:
+            raise ValueError(f"Got an adapter of layer {max(by_layer)} for a model of {self.n_layers} layers.")
+        if len({tuple(adapter.W_enc.shape) for adapter in by_layer.values()}) > 1:
+            raise ValueError("The adapters of a set have one shape; got several.")
+        self.layers = nn.ModuleDict({str(layer): by_layer[layer] for layer in sorted(by_layer)})
         self.metadata = metadata or AdapterMetadata()
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def __getitem__(self, layer: int) -> TranscoderAdapter:
-        return self.layers[layer]  # type: ignore[return-value]
+        if str(layer) not in self.layers:
+            raise KeyError(f"There is no adapter of layer {layer}; there are those of {self.layer_indices}.")
+        return self.layers[str(layer)]  # type: ignore[return-value]
 
     def __iter__(self) -> Iterator[TranscoderAdapter]:
-        return iter(self.layers)  # type: ignore[arg-type]
+        return iter(self.layers.values())  # type: ignore[arg-type]
+
+    @property
+    def layer_indices(self) -> list[int]:
+        """The layers there are adapters of."""
+        return [int(layer) for layer in self.layers]
 
     @property
     def n_features(self) -> int:
         """Features per layer."""
-        return self[0].n_features
+        return next(iter(self)).n_features
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream the adapters read and write."""
-        return self[0].W_enc.shape[0]
+        return next(iter(self)).W_enc.shape[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash that says which features these are.
+
+        Of decoders and biases, not of encoders: so it is the same whichever of the two inputs the adapters read, and
+        in every format that keeps their dtype.
+        """
+        return fingerprint(
+            (f"{layer}.{name}", getattr(self[layer], name))
+            for layer in self.layer_indices
+            for name in ("b_enc", "W_dec", "b_dec")
+        )
+
+    def normalized(self) -> AdapterSet:
+        """The same adapters reading ln2.hook_normalized: W_enc' = ln2_w[:, None] * W_enc.
+
+        The same activations on models as they are, with folded norms, and fully processed. A set that reads it
+        already is returned as it is. Raises ValueError where the norms are not known.
+        """
+        if self.metadata.reads == "normalized":
+            return self
+        if self.target_layers is None:
+            raise ValueError("The target's second-norm weights are not known; this set can only read the MLP's input.")
+        layers = {}
+        for layer in self.layer_indices:
+            ours = self[layer]
+            tensors = {name: p.detach().clone() for name, p in ours.named_parameters()}
+            tensors["W_enc"] *= self.target_layers[layer].ln2_w.to(ours.W_enc.device, ours.W_enc.dtype)[:, None]
+            layers[layer] = _adapter(tensors)
+        return AdapterSet(layers, self.target_layers, replace(self.metadata, reads="normalized"), self.n_layers)
+
+    # -- files ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write one safetensors file per layer and tl_adapters.json. Raises FileExistsError where ``folder`` exists."""
+        """Write the set: tl_adapters.json, what is kept of the target, and a SAELens folder per layer.
+
+        Raises FolderExistsError where ``folder`` exists, and DiskFullError; nothing half-written is left.
+        """
+        about = asdict(self.metadata) | {
+            "fingerprints": {**self.metadata.fingerprints, "adapters": self.fingerprint},
+            "n_layers": self.n_layers,
+        }
         record = {
             "schema_version": SCHEMA_VERSION,
-            "n_layers": len(self),
+            "layers": self.layer_indices,
             "d_model": self.d_model,
             "n_features": self.n_features,
-            **asdict(self.metadata),
+            **about,
         }
         with new_folder(folder) as out:
-            for layer, adapter in enumerate(self):
-                tensors = {name: p.detach().contiguous() for name, p in adapter.named_parameters()}
-                tensors["ln2_w"] = self.ln2_weights[layer].contiguous()
-                save_file(tensors, out / _layer_file(layer))
+            for layer in self.layer_indices:
+                tensors = {name: p.detach() for name, p in self[layer].named_parameters()}
+                config = transcoder_config(layer, tensors, self.metadata.reads, self.metadata.target, about)
+                write_transcoder(out / LAYER_FOLDER.format(layer), config, tensors)
+            if self.target_layers is not None:
+                kept = {
+                    f"{layer}.{name}": tensor.contiguous()
+                    for layer, known in self.target_layers.items()
+                    for name, tensor in known._asdict().items()
+                }
+                save_file(kept, out / TARGET_FILE)
             (out / METADATA_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> AdapterSet:
-        """Read what `save_pretrained` wrote. Raises AdapterFormatError."""
-        folder = Path(folder)
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        layers: Sequence[int] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> AdapterSet:
+        """Read what `save_pretrained` wrote, from a folder or the hub.
+
+        Args:
+            name: a folder, or a repository of the hub, which is downloaded into its cache.
+            layers: only these layers are read, and downloaded; None reads all.
+            revision: branch, tag or commit of the hub.
+            token: for a private repository; None takes HF_TOKEN or the stored login.
+            device: where the weights go.
+
+        Raises:
+            AdapterFormatError: not a set of adapters, or a damaged one.
+            CheckpointError: neither a folder nor a repository that the hub gives.
+        """
+        wanted = "*" if layers is None else None
+        patterns = [METADATA_FILE, TARGET_FILE, "README.md"]
+        patterns += [f"{LAYER_FOLDER.format(layer)}/*" for layer in ([wanted] if layers is None else layers)]
+        folder = fetch(name, patterns, revision=revision, token=token)
         if not (folder / METADATA_FILE).is_file():
-            raise AdapterFormatError(f"{folder} holds no {METADATA_FILE}: it is not a folder of adapters.")
+            raise AdapterFormatError(
+                f"{name} holds no {METADATA_FILE}: it is not a set of adapters. SAELens folders of others are read by "
+                "from_saelens, the paper's authors' checkpoints by from_authors."
+            )
+        record = read_json(folder / METADATA_FILE)
         try:
-            record = json.loads((folder / METADATA_FILE).read_text())
-            version = record.pop("schema_version")
-            n_layers, d_model, n_features = (record.pop(key) for key in ("n_layers", "d_model", "n_features"))
-            if version != SCHEMA_VERSION:
+            if record["schema_version"] != SCHEMA_VERSION:
                 raise AdapterFormatError(
-                    f"{folder} has schema_version {version}; this version reads {SCHEMA_VERSION}. Update tl_adapters."
+                    f"{name} has schema_version {record['schema_version']}; this version reads {SCHEMA_VERSION}. "
+                    "Read it with the version of tl_adapters that wrote it, or update."
                 )
-            metadata = AdapterMetadata(**record)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise AdapterFormatError(f"{folder / METADATA_FILE} is not a description of adapters: {error}") from error
-        layers, norms = [], []
-        for layer in range(n_layers):
-            tensors = _read_layer(folder / _layer_file(layer), d_model, n_features, device)
-            norms.append(tensors.pop("ln2_w"))
-            adapter = TranscoderAdapter(d_model, n_features, dtype=tensors["W_enc"].dtype, device=device)
-            adapter.load_state_dict(tensors)
-            layers.append(adapter)
-        return cls(layers, norms, metadata)
+            there = [int(layer) for layer in record["layers"]]
+            n_layers, shape = int(record["n_layers"]), (int(record["d_model"]), int(record["n_features"]))
+            metadata = AdapterMetadata(**{f.name: record[f.name] for f in fields(AdapterMetadata)})
+            written = dict(metadata.fingerprints)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, AdapterFormatError):
+                raise
+            raise AdapterFormatError(
+                f"{folder / METADATA_FILE} is not a description of adapters: {error!r}."
+            ) from error
+        chosen = there if layers is None else list(layers)
+        if absent := sorted(set(chosen) - set(there)):
+            raise AdapterFormatError(f"{name} has no adapters of layers {absent}; it has those of {there}.")
+        adapters = {}
+        for layer in chosen:
+            tensors = read_weights(folder / LAYER_FOLDER.format(layer), device)
+            if tuple(tensors["W_enc"].shape) != shape or tensors["b_dec"].shape[0] != shape[0]:
+                raise AdapterFormatError(
+                    f"Layer {layer} of {name} has shape {tuple(tensors['W_enc'].shape)}; the set's is {shape}."
+                )
+            adapters[layer] = _adapter(tensors)
+        found = written.pop("adapters", None)
+        result = cls(adapters, _read_target_layers(folder, chosen), replace(metadata, fingerprints=written), n_layers)
+        if layers is None and found is not None and result.fingerprint != found:
+            raise AdapterFormatError(
+                f"The weights in {name} are not those its {METADATA_FILE} was written with (fingerprint "
+                f"{result.fingerprint}, expected {found}): files of two sets were mixed. Copy the whole folder again."
+            )
+        return result
 
 
-def _layer_file(layer: int) -> str:
-    return f"layer_{layer}.safetensors"
+def _adapter(tensors: dict[str, Tensor]) -> TranscoderAdapter:
+    """An adapter around the given tensors; nothing is copied."""
+    with torch.device("meta"):
+        adapter = TranscoderAdapter(*tensors["W_enc"].shape, dtype=tensors["W_enc"].dtype)
+    adapter.load_state_dict(tensors, assign=True)
+    return adapter.requires_grad_(True)
 
 
-def _read_layer(path: Path, d_model: int, n_features: int, device: torch.device | str) -> dict[str, Tensor]:
-    shapes = {
-        "W_enc": (d_model, n_features),
-        "b_enc": (n_features,),
-        "W_dec": (n_features, d_model),
-        "b_dec": (d_model,),
-        "ln2_w": (d_model,),
-    }
+def _read_target_layers(folder: Path, layers: Sequence[int]) -> dict[int, TargetLayer] | None:
+    if not (folder / TARGET_FILE).is_file():
+        return None
+    tensors = read_safetensors(folder / TARGET_FILE)
     try:
-        tensors = load_file(path, device=str(device))
-    except (FileNotFoundError, SafetensorError, OSError) as error:
-        raise AdapterFormatError(f"{path} is missing or damaged ({error}); copy the whole folder again.") from error
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if found != shapes:
-        raise AdapterFormatError(f"{path} holds {found}; expected {shapes}.")
-    return tensors
+        return {layer: TargetLayer(*(tensors[f"{layer}.{name}"] for name in TargetLayer._fields)) for layer in layers}
+    except KeyError as error:
+        raise AdapterFormatError(f"{folder / TARGET_FILE} lacks {error}; copy the whole folder again.") from error

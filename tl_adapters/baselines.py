@@ -18,45 +18,40 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.data import Trace, batches_by_length
 from tl_adapters.losses import token_kl_from_residual
-from tl_adapters.paired import PairedMLP, PairedModel
+from tl_adapters.paired import PairedModel
+from tl_adapters.routing import RoutedMLP
 
 Correction = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]
 """What the MLP reads, to what is added to the base MLP's output."""
 
 
-def neuron_activations(mlp: GatedMLP, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mlp"]:
-    """The activations that ``mlp`` multiplies its output rows with; fires no hook."""
-    return mlp.act_fn(x @ mlp.W_gate) * (x @ mlp.W_in) + mlp.b_in
-
-
-def mlp_difference(mlp: PairedMLP, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+def mlp_difference(mlp: RoutedMLP, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
     """MLP_target(x) - MLP_base(x)."""
-    target = neuron_activations(mlp, x) @ mlp.W_out + mlp.b_out
-    return target - neuron_activations(mlp.base, x) @ mlp.base.W_out - mlp.base.b_out
+    target, base = mlp.weights()
+    return target.neurons(x) @ target.W_out - base.neurons(x) @ base.W_out
 
 
-def top_neurons(mlp: PairedMLP, n: int) -> Correction:
+def top_neurons(mlp: RoutedMLP, n: int) -> Correction:
     """Swap the ``n`` most changed neurons of each token."""
-    rows_target, rows_base = mlp.W_out, mlp.base.W_out
-    cross = (rows_target * rows_base).sum(-1)
-    squares_target, squares_base = rows_target.square().sum(-1), rows_base.square().sum(-1)
+    target, base = mlp.weights()
+    cross = (target.W_out * base.W_out).sum(-1)
+    squares_target, squares_base = target.W_out.square().sum(-1), base.W_out.square().sum(-1)
 
     def correct(x: Tensor) -> Tensor:
-        a, b = neuron_activations(mlp, x), neuron_activations(mlp.base, x)
+        a, b = target.neurons(x), base.neurons(x)
         # ||a w_target - b w_base||^2 per neuron, without forming the vectors
         change = a.square() * squares_target - 2 * a * b * cross + b.square() * squares_base
         kept = torch.zeros_like(change).scatter_(-1, change.topk(min(n, change.shape[-1]), -1).indices, 1.0)
-        return (a * kept) @ rows_target - (b * kept) @ rows_base
+        return (a * kept) @ target.W_out - (b * kept) @ base.W_out
 
     return correct
 
 
-def low_rank(mlp: PairedMLP, directions: Float[Tensor, "d_model r"]) -> Correction:
+def low_rank(mlp: RoutedMLP, directions: Float[Tensor, "d_model r"]) -> Correction:
     """The MLP output difference projected on orthonormal ``directions``."""
     return lambda x: (mlp_difference(mlp, x) @ directions) @ directions.T
 

@@ -7,7 +7,7 @@ attention and embeddings are never in memory. A checkpoint without safetensors i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from tl_adapters.errors import UserError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MLP_KEY = "model.layers.{}.mlp.{}.weight"
+PROJECTIONS = {"gate_proj": "W_gate", "up_proj": "W_in", "down_proj": "W_out"}
+"""A gated MLP's weights, as Hugging Face and as TransformerLens name them (each the other's transpose)."""
 DESCRIPTION_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
 """What describes a model without its weights."""
 
@@ -37,20 +39,33 @@ def locate(name: str | Path, revision: str | None = None, weights: bool = True) 
     Downloads safetensors, JSON and tokenizer files only; without ``weights``, not even the safetensors.
     Raises CheckpointError for what is neither a folder nor a name the hub (or, offline, its cache) knows.
     """
+    return fetch(name, [*DESCRIPTION_FILES, *(["*.safetensors"] if weights else [])], revision=revision)
+
+
+def fetch(name: str | Path, patterns: Sequence[str], *, revision: str | None = None, token: str | None = None) -> Path:
+    """A local folder as it is, or those files of a hub repository that match ``patterns``, in the hub's cache.
+
+    An interrupted download goes on where it stopped, and no file has its name before it is whole.
+    Raises CheckpointError.
+    """
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists():
-        raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the safetensors.")
-    patterns = [*DESCRIPTION_FILES, *(["*.safetensors"] if weights else [])]
+        raise CheckpointError(f"{name} is a file; give the folder it is in.")
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
-        offline = " HF_HUB_OFFLINE is set, so only downloaded models are found." if HF_HUB_OFFLINE else ""
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns), token=token))
+    except (OSError, HFValidationError, ValueError) as error:
+        offline = " HF_HUB_OFFLINE is set, so only downloaded repositories are found." if HF_HUB_OFFLINE else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{name} is no folder, and the hub gave nothing for it ({type(error).__name__}: {reason}).{offline} "
-            "Check the spelling; a gated model needs HF_TOKEN."
+            "Check the spelling and the revision; a gated or private one needs HF_TOKEN."
         ) from error
+
+
+def commit_of(folder: Path) -> str | None:
+    """The hub commit that a folder of the hub's cache is a snapshot of; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -102,7 +117,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def mlp_tensor_names(n_layers: int) -> list[str]:
     """Names of every layer's gate, up and down projection, as Hugging Face stores them."""
-    return [MLP_KEY.format(layer, name) for layer in range(n_layers) for name in ("gate_proj", "up_proj", "down_proj")]
+    return [MLP_KEY.format(layer, name) for layer in range(n_layers) for name in PROJECTIONS]
 
 
 def remote_or_local_names(name: str, folder: Path) -> set[str]:

@@ -15,7 +15,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from tl_adapters.backends import load_config, load_tokenizer, require_representable, rope_parameters
+from tl_adapters.architectures import load_config, load_tokenizer, require_representable, rope_parameters
 from tl_adapters.batching import DataStatistics, open_documents
 from tl_adapters.chat import ChatFormat
 from tl_adapters.checkpoints import locate, mlp_tensor_names, read_config, read_vocabulary, remote_or_local_names

@@ -9,9 +9,10 @@ base's MLP and an adapter, and a *route* says which of them compute:
     "replacement"    base      on         what is trained and analysed
     "target+adapter" target    on         for negated adapters on the real target
 
-Routes are per layer, so partial replacement and both bridges of the objective are mixes of rows.
+Routes are per layer, so partial replacement and both bridges of the objective are mixes of rows. The model is a
+HookedTransformer or a TransformerBridge (`backends`), with the same names:
 
-    blocks.7.mlp                        the target's MLP object, with its names and weights
+    blocks.7.mlp                        the target's MLP, with its names and weights
     blocks.7.mlp.hook_in                what the MLP and the adapter read
     blocks.7.mlp.hook_pre, hook_post    of whichever MLP computes
     blocks.7.mlp.adapter.hook_sae_...   input, acts_pre, acts_post, recons (SAELens's names)
@@ -22,106 +23,82 @@ Routes are per layer, so partial replacement and both bridges of the objective a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformer_lens import HookedTransformer
-from transformer_lens.components.mlps.gated_mlp import GatedMLP
+from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tl_adapters.adapter import AdapterMetadata, AdapterSet, TranscoderAdapter
-from tl_adapters.backends import build_hooked_transformer, load_hooked_transformer
-from tl_adapters.checkpoints import MLP_KEY, locate, mlp_tensor_names, read_config, read_tensors, read_vocabulary
+from tl_adapters.adapter import AdapterMetadata, AdapterSet, TargetLayer, TranscoderAdapter, sample_attention_out
+from tl_adapters.architectures import load_hf_model
+from tl_adapters.backends import backend_of, build_model
+from tl_adapters.checkpoints import (
+    MLP_KEY,
+    PROJECTIONS,
+    commit_of,
+    locate,
+    mlp_tensor_names,
+    read_config,
+    read_tensors,
+    read_vocabulary,
+)
 from tl_adapters.compatibility import PairMismatchError, compare_configs, compare_vocabularies, require_fit
 from tl_adapters.fingerprints import fingerprint
+from tl_adapters.routing import ROUTES, Route, RoutedMLP
 
 log = logging.getLogger(__name__)
 
-
-class Route(NamedTuple):
-    """What computes at one layer."""
-
-    base_mlp: bool
-    """The base's MLP instead of the target's."""
-    adapter: bool
-    """The adapter's output is added."""
-
-
-ROUTES = {
-    "target": Route(base_mlp=False, adapter=False),
-    "hybrid": Route(base_mlp=True, adapter=False),
-    "replacement": Route(base_mlp=True, adapter=True),
-    "target+adapter": Route(base_mlp=False, adapter=True),
-}
-
-
-class PairedMLP(GatedMLP):
-    """The target's MLP, which can hand over to the base's and add an adapter. Its weights are the target's.
-
-    An existing GatedMLP becomes one (`PairedMLP.adopt`), so names, weight properties and deepcopy keep working.
-    """
-
-    base: GatedMLP
-    adapter: TranscoderAdapter | None
-    hook_in: HookPoint
-    hook_adapter_out: HookPoint
-    route: Route
-
-    @classmethod
-    def adopt(cls, mlp: GatedMLP, base: GatedMLP) -> PairedMLP:
-        """Turn the target's ``mlp`` into a PairedMLP in place, with ``base`` beside it."""
-        mlp.__class__ = cls
-        assert isinstance(mlp, PairedMLP)
-        # Shared hook points: hook_pre and hook_post fire for whichever MLP computes.
-        base.hook_pre, base.hook_pre_linear, base.hook_post = mlp.hook_pre, mlp.hook_pre_linear, mlp.hook_post
-        mlp.base = base
-        mlp.adapter = None
-        mlp.hook_in = HookPoint()
-        mlp.hook_adapter_out = HookPoint()
-        mlp.route = ROUTES["target"]
-        return mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, pos, d_model] to the same shape, along this layer's route."""
-        x = self.hook_in(x)
-        out = GatedMLP.forward(self.base if self.route.base_mlp else self, x)
-        if self.route.adapter:
-            assert self.adapter is not None  # PairedModel.route_layers has checked
-            return out + self.hook_adapter_out(self.adapter(x))
-        if self.hook_adapter_out._forward_hooks:
-            return out + self.hook_adapter_out(torch.zeros_like(out))
-        return out
+MLPTensors = Mapping[str, Tensor]
+"""One MLP's weights as Hugging Face names them: gate_proj, up_proj, down_proj."""
 
 
 class PairedModel:
-    """A base / target pair as one HookedTransformer (`model`) with a route per layer.
+    """A base / target pair as one TransformerLens model (`model`) with a route per layer.
 
     Args:
-        model: the target as `build_hooked_transformer` makes it; it is changed in place.
-        base_mlps: the base's MLPs as Hugging Face names them, per layer: gate, up and down projection weights.
+        model: the target, a HookedTransformer or a TransformerBridge; its MLPs are changed in place.
+        base_mlps: the base's MLPs, a mapping per layer; None for a model without a base, whose adapters can only stand
+            beside its own MLPs (see `attach`).
         base, target: ids or folders, recorded in every adapter set made here.
+        ln2_weights: the target's second-norm weights per layer, needed where ``model`` has them folded into its MLPs.
+        revisions: hub commits of base and target, where known.
     """
 
     def __init__(
         self,
-        model: HookedTransformer,
-        base_mlps: Sequence[dict[str, Tensor]],
+        model: Any,
+        base_mlps: Sequence[MLPTensors] | None,
         base: str = "",
         target: str = "",
+        *,
+        ln2_weights: Sequence[Tensor] | None = None,
+        revisions: tuple[str | None, str | None] = (None, None),
     ) -> None:
+        self.backend = backend_of(model)
         self.model = model
-        self.base_id, self.target_id = base, target
+        self.base_id, self.target_id, self.revisions = base, target, revisions
         self.adapters: AdapterSet | None = None
-        for block, weights in zip(model.blocks, base_mlps, strict=True):
-            PairedMLP.adopt(block.mlp, _base_mlp(block.mlp, weights))
-        model.setup()
+        self.has_base = base_mlps is not None
+        if base_mlps is not None:
+            _require_shapes(base_mlps, self.backend.described)
+        self._base_fingerprint = base_fingerprint(base_mlps) if base_mlps is not None else None
+        for layer in range(self.n_layers):
+            folded = base_mlps is not None and self.backend.second_norm(layer) is None
+            if folded and ln2_weights is None:
+                raise PairMismatchError(
+                    "The model's second norms are folded into its MLPs, and the base's MLPs are not: their weights "
+                    "must be known to fit the two. Load it with from_pretrained_no_processing, or attach adapters "
+                    "that carry the target's norms."
+                )
+            scale = ln2_weights[layer].to(model.W_E.device, model.cfg.dtype) if folded and ln2_weights else None
+            self.backend.install(layer, dict(base_mlps[layer]) if base_mlps is not None else None, scale)
+        self.backend.name_hooks()
 
     @classmethod
     def from_pretrained(
@@ -132,6 +109,7 @@ class PairedModel:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        backend: str | None = None,
     ) -> PairedModel:
         """A pair from folders, hub names or models in memory.
 
@@ -143,6 +121,8 @@ class PairedModel:
             device: where the weights go; None leaves them where they are (a folder's on the CPU). A model in memory
                 is moved and cast in place, as its own ``.to`` does.
             tokenizer: the target's; None reads it from the target's folder, where there is one.
+            backend: "hooked" (HookedTransformer) or "bridge" (TransformerBridge); None takes the first that the
+                installed TransformerLens has.
 
         Raises:
             UnsupportedModelError: an architecture or option that would not be exact.
@@ -150,20 +130,29 @@ class PairedModel:
             CheckpointError: missing or damaged files.
         """
         _require_pair(base, target)
-        base_mlps = _read_base_mlps(base, _config(target)["num_hidden_layers"])
+        base_mlps = read_base_mlps(base, _config(target)["num_hidden_layers"])
         if isinstance(target, PreTrainedModel):
             hf_target = target.to(device=device or target.device, dtype=dtype or target.dtype)
-            model = build_hooked_transformer(hf_target, tokenizer)
         else:
-            model = load_hooked_transformer(target, dtype=dtype, device=device, tokenizer=tokenizer)
-        return cls(model, base_mlps, base=_name(base), target=_name(target))
+            hf_target, tokenizer = load_hf_model(target, dtype, device, tokenizer)
+        return cls(
+            build_model(hf_target, tokenizer, backend),
+            base_mlps,
+            base=_name(base),
+            target=_name(target),
+            revisions=(_commit(base), _commit(target)),
+        )
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Content hashes of the target's weights and of the base's MLPs, as loaded."""
-        target = [(n, p) for n, p in self.model.named_parameters() if ".adapter." not in n and ".mlp.base." not in n]
-        base = [(f"{layer}.{n}", p) for layer, mlp in enumerate(self.mlps) for n, p in mlp.base.named_parameters()]
-        return {"base_mlps": fingerprint(base), "target": fingerprint(target)}
+        """Content hashes of the target's weights as they are here, and of the base's MLPs as they were read."""
+        weights = [
+            (f"{layer}.{name}", weight)
+            for layer in range(self.n_layers)
+            for name, weight in self.backend.named_weights(layer)
+        ]
+        found = {"target": fingerprint([*weights, ("unembedding", self.backend.unembedding())])}
+        return found if self._base_fingerprint is None else {"base_mlps": self._base_fingerprint, **found}
 
     # -- routes ---------------------------------------------------------------------------------------------------
 
@@ -173,9 +162,9 @@ class PairedModel:
         return self.model.cfg.n_layers
 
     @property
-    def mlps(self) -> list[PairedMLP]:
-        """The paired MLP of every layer."""
-        return [block.mlp for block in self.model.blocks]
+    def mlps(self) -> list[RoutedMLP]:
+        """The routed MLP of every layer."""
+        return self.backend.mlps
 
     @property
     def routes(self) -> list[Route]:
@@ -191,12 +180,18 @@ class PairedModel:
             if route not in ROUTES:
                 raise ValueError(f"No route {route!r}; known routes are {', '.join(ROUTES)}.")
             route = ROUTES[route]
-        if route.adapter and self.adapters is None:
+        mlps, chosen = self.mlps, range(self.n_layers) if layers is None else layers
+        if route.base_mlp and not self.has_base:
             raise PairMismatchError(
-                "This pair has no adapters yet; call load_adapters(...) or new_adapters(...) first."
+                "This model was given no base: its adapters stand beside its own MLPs. Its routes are 'target' and "
+                "'target+adapter'; for the others attach with base=."
             )
-        mlps = self.mlps
-        for layer in range(self.n_layers) if layers is None else layers:
+        if route.adapter and (missing := [layer for layer in chosen if mlps[layer].adapter is None]):
+            self.installed_adapters()
+            raise PairMismatchError(
+                f"There are no adapters of layers {missing}; route those there are with only=, or load the whole set."
+            )
+        for layer in chosen:
             mlps[layer].route = route
 
     @contextmanager
@@ -247,32 +242,87 @@ class PairedModel:
             TranscoderAdapter(d_model, n_features, generator=generator, dtype=dtype, device=device)
             for _ in range(self.n_layers)
         ]
-        adapters = AdapterSet(layers, self.ln2_weights, AdapterMetadata(base=self.base_id, target=self.target_id))
+        about = AdapterMetadata(
+            base=self.base_id,
+            target=self.target_id,
+            base_revision=self.revisions[0],
+            target_revision=self.revisions[1],
+            fingerprints=self.fingerprints,
+        )
+        adapters = AdapterSet(layers, self.target_layers, about)
         self.load_adapters(adapters)
         return adapters
 
     def load_adapters(self, adapters: AdapterSet) -> None:
         """Put adapters in place; they share their weights with ``adapters``.
 
-        Raises PairMismatchError where depth, width or the second norm's weights show that they belong elsewhere.
+        Raises PairMismatchError where depth, width, the target's marks or the base's content show that they belong
+        elsewhere.
         """
         cfg = self.model.cfg
-        if (len(adapters), adapters.d_model) != (cfg.n_layers, cfg.d_model):
+        if (adapters.n_layers, adapters.d_model) != (cfg.n_layers, cfg.d_model):
             raise PairMismatchError(
-                f"The adapters have {len(adapters)} layers of width {adapters.d_model}; "
+                f"The adapters have {adapters.n_layers} layers of width {adapters.d_model}; "
                 f"the model has {cfg.n_layers} of width {cfg.d_model}."
             )
-        for layer, (ours, theirs) in enumerate(zip(self.ln2_weights, adapters.ln2_weights, strict=True)):
-            if not torch.allclose(ours.float().cpu(), theirs.float().cpu(), rtol=1e-2, atol=1e-3):
-                raise PairMismatchError(
-                    f"The adapters were trained on {adapters.metadata.target or 'another target'}: the weights of its "
-                    f"second norm at layer {layer} differ from those of {self.target_id or 'this model'} "
-                    "(another model, or one whose norms are folded)."
-                )
+        scales = {layer: self._adapter_scale(adapters, layer) for layer in adapters.layer_indices}
+        self._require_target(adapters)
+        self._require_base(adapters)
         self.adapters = adapters.to(self.model.W_E.device)
-        for mlp, adapter in zip(self.mlps, adapters, strict=True):
-            mlp.adapter = adapter
-        self.model.setup()
+        for layer, mlp in enumerate(self.mlps):
+            mlp.adapter = adapters[layer] if layer in scales else None
+            scale = scales.get(layer)
+            mlp.adapter_scale = None if scale is None else scale.to(self.model.W_E.device, adapters[layer].W_enc.dtype)
+        self.backend.name_hooks()
+
+    def _adapter_scale(self, adapters: AdapterSet, layer: int) -> Tensor | None:
+        """What brings the MLP's input to what the adapter reads; None where it is that."""
+        here, known = self.backend.second_norm(layer), adapters.target_layers
+        if adapters.metadata.reads == "normalized":
+            if here is not None and bool((here == 0).any()):
+                raise PairMismatchError(
+                    f"The second norm of layer {layer} has weights that are 0, so what stands before it cannot be had "
+                    "from the MLP's input. Give adapters that read mlp_input, or fold the model's norms."
+                )
+            return None if here is None else 1 / here.float()
+        if here is None and known is None:
+            raise PairMismatchError(
+                "The model's second norms are folded, and these adapters, which read the MLP's input, do not carry "
+                "their weights. Load the model with from_pretrained_no_processing."
+            )
+        return known[layer].ln2_w if here is None and known is not None else None
+
+    def _require_target(self, adapters: AdapterSet) -> None:
+        """Is this model the adapters' target? By content, where the adapters know it."""
+        theirs_id = adapters.metadata.target or "another target"
+        for layer, known in (adapters.target_layers or {}).items():
+            weights = dict(self.backend.named_weights(layer))
+            pairs = {"the attention's output": (sample_attention_out(weights["self_attn.o_proj"]), known.attention_out)}
+            if (norm := self.backend.second_norm(layer)) is not None:
+                pairs = {"the second norm": (norm, known.ln2_w), **pairs}
+            for what, (ours, theirs) in pairs.items():
+                ours, theirs = ours.float().cpu(), theirs.float()
+                if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
+                    raise PairMismatchError(
+                        f"The adapters were trained on {theirs_id}: the weights of {what} at layer {layer} differ from "
+                        f"those of {self.target_id or 'this model'} (another model, or one processed in another way)."
+                    )
+
+    def _require_base(self, adapters: AdapterSet) -> None:
+        """Are these the base MLPs that the adapters were trained beside? By content, or by name where that is known."""
+        theirs, recorded = adapters.metadata.fingerprints.get("base_mlps"), adapters.metadata.base
+        if self._base_fingerprint is None or theirs == self._base_fingerprint:
+            return
+        same_name = _last(recorded) == _last(self.base_id)
+        if theirs is None and (not recorded or not self.base_id or same_name):
+            return
+        says = (
+            f"The adapters were trained beside the MLPs of {recorded or 'another base'} (fingerprint {theirs}), and "
+            f"these are of {self.base_id or 'another model'} ({self._base_fingerprint})."
+        )
+        if not same_name:
+            raise PairMismatchError(f"{says} Give the base they were trained with.")
+        log.warning("%s The names agree: is one of them a copy in another dtype?", says)
 
     def installed_adapters(self) -> AdapterSet:
         """The adapters in place. Raises PairMismatchError where there are none."""
@@ -283,9 +333,20 @@ class PairedModel:
         return self.adapters
 
     @property
-    def ln2_weights(self) -> list[Tensor]:
-        """The target's second-norm weights, [n_layers][d_model]."""
-        return [block.ln2.w for block in self.model.blocks]
+    def target_layers(self) -> list[TargetLayer]:
+        """What an adapter set keeps of the target. Raises PairMismatchError where the norms are folded."""
+        kept = []
+        for layer in range(self.n_layers):
+            norm = self.backend.second_norm(layer)
+            if norm is None:
+                raise PairMismatchError(
+                    "The model's second norms are folded into its MLPs; train adapters on one that is loaded with "
+                    "from_pretrained_no_processing."
+                )
+            kept.append(
+                TargetLayer(norm, sample_attention_out(dict(self.backend.named_weights(layer))["self_attn.o_proj"]))
+            )
+        return kept
 
     # -- running parts of the model -------------------------------------------------------------------------------
 
@@ -293,7 +354,7 @@ class PairedModel:
         self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream before block 0."""
-        return self.model(tokens, stop_at_layer=0, attention_mask=attention_mask)
+        return self.backend.embed(tokens, attention_mask)
 
     def run_blocks(
         self,
@@ -303,10 +364,7 @@ class PairedModel:
         attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """Blocks start..stop-1 on the present routes."""
-        if start == stop:
-            return resid
-        # start_at_layer never recomputes the padding mask, so it is always passed on.
-        return self.model(resid, start_at_layer=start, stop_at_layer=stop, attention_mask=attention_mask)
+        return self.backend.run_blocks(resid, start, stop, attention_mask)
 
     def residual_streams(self, tokens: Int[Tensor, "batch pos"]) -> list[Float[Tensor, "batch pos d_model"]]:
         """The residual stream at the embedding and after every layer, on the present routes. No left padding."""
@@ -330,7 +388,7 @@ class PairedModel:
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Final norm and unembedding."""
         flat = resid.flatten(0, -2)[None]
-        return self.model(flat, start_at_layer=self.n_layers)[0].unflatten(0, resid.shape[:-1])
+        return self.backend.unembed(flat)[0].unflatten(0, resid.shape[:-1])
 
     @property
     def rows_at_once(self) -> int:
@@ -340,8 +398,6 @@ class PairedModel:
 
 ACTIVATIONS = "mlp.adapter.hook_sae_acts_post"
 """The hook point of the feature activations, within a block."""
-
-_PROJECTIONS = {"gate_proj": "W_gate", "up_proj": "W_in", "down_proj": "W_out"}
 
 
 def _name(model: str | Path | PreTrainedModel) -> str:
@@ -365,28 +421,39 @@ def _require_pair(base: str | Path | PreTrainedModel, target: str | Path | PreTr
             log.warning("%s", finding)
 
 
-def _read_base_mlps(base: str | Path | PreTrainedModel, n_layers: int) -> list[dict[str, Tensor]]:
-    """The base's MLP weights per layer, as they are stored."""
+def read_base_mlps(base: str | Path | PreTrainedModel, n_layers: int) -> list[MLPTensors]:
+    """The base's MLP weights per layer, as they are stored; nothing else of it is read. Raises CheckpointError."""
     names = mlp_tensor_names(n_layers)
     if isinstance(base, PreTrainedModel):
         state = base.state_dict()
         tensors = {name: state[name].detach() for name in names}
     else:
         tensors = read_tensors(locate(base), names)
-    return [{name: tensors[MLP_KEY.format(layer, name)] for name in _PROJECTIONS} for layer in range(n_layers)]
+    return [{name: tensors[MLP_KEY.format(layer, name)] for name in PROJECTIONS} for layer in range(n_layers)]
 
 
-def _base_mlp(target: GatedMLP, weights: dict[str, Tensor]) -> GatedMLP:
-    """A GatedMLP around the base's tensors, as views in the layout that needs no copies."""
-    with torch.device("meta"):  # the constructor's own weights are dropped at once: let them cost nothing
-        mlp = GatedMLP(target.cfg)
-    mlp.b_in, mlp.b_out = (nn.Parameter(torch.zeros_like(b), requires_grad=False) for b in (target.b_in, target.b_out))
-    for name, attribute in _PROJECTIONS.items():
-        view = weights[name].to(target.W_in.device, target.W_in.dtype).T
-        if view.shape != getattr(target, attribute).shape:
-            raise PairMismatchError(
-                f"The base's {name} has shape {tuple(weights[name].shape)}; "
-                f"the target's {tuple(getattr(target, attribute).T.shape)}."
-            )
-        setattr(mlp, attribute, nn.Parameter(view, requires_grad=False))
-    return mlp
+def base_fingerprint(base_mlps: Sequence[MLPTensors]) -> str:
+    """Content hash of a base's MLPs."""
+    return fingerprint((f"{layer}.{name}", mlp[name]) for layer, mlp in enumerate(base_mlps) for name in PROJECTIONS)
+
+
+def _require_shapes(base_mlps: Sequence[MLPTensors], target: Mapping[str, Any]) -> None:
+    """Raises PairMismatchError where the base's MLPs are not of the target's number and shape."""
+    if len(base_mlps) != target["num_hidden_layers"]:
+        raise PairMismatchError(f"The base has {len(base_mlps)} layers; the target {target['num_hidden_layers']}.")
+    wide = (target["intermediate_size"], target["hidden_size"])
+    for name, expected in (("gate_proj", wide), ("up_proj", wide), ("down_proj", wide[::-1])):
+        for mlp in base_mlps:
+            if tuple(mlp[name].shape) != expected:
+                raise PairMismatchError(
+                    f"The base's {name} has shape {tuple(mlp[name].shape)}; the target's {expected}."
+                )
+
+
+def _commit(model: str | Path | PreTrainedModel) -> str | None:
+    return None if isinstance(model, PreTrainedModel) else commit_of(locate(model, weights=False))
+
+
+def _last(name: str) -> str:
+    """The part of an id or path that copies of a model usually share."""
+    return name.rstrip("/").rpartition("/")[2].lower()

@@ -19,8 +19,9 @@ import torch
 
 from tl_adapters import organism
 from tl_adapters.adapter import AdapterSet
+from tl_adapters.architectures import load_hf_model
 from tl_adapters.atomic import write_text
-from tl_adapters.backends import load_hooked_transformer
+from tl_adapters.backends import build_model
 from tl_adapters.baselines import Correction, baseline_kl, difference_directions, low_rank, top_neurons
 from tl_adapters.batching import EncodedDocuments, open_documents
 from tl_adapters.benchmarks import Response, correctness, rate, respond
@@ -227,8 +228,8 @@ def behaviour_stage(
                 responses[route] = respond(pair.model, compared)
         # The real base reads the target's token ids here, so they must mean the same to it.
         require_same_ids(read_vocabulary(organism.BASE), pair.model.tokenizer.get_vocab())
-        base = load_hooked_transformer(
-            organism.BASE, dtype=pair.model.cfg.dtype, device=pair.model.W_E.device, tokenizer=pair.model.tokenizer
+        base = build_model(
+            *load_hf_model(organism.BASE, pair.model.cfg.dtype, pair.model.W_E.device, pair.model.tokenizer)
         )
         responses["base"] = respond(base, compared)
         right = {name: correctness(r) for name, r in responses.items()}

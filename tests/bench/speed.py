@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import random_batch, random_model, randomise
 
-from tl_adapters.backends import FusedAttention
+from tl_adapters.attention import FusedAttention
 from tl_adapters.config import LossWeights
 from tl_adapters.objective import reference_step, shared_prefix_step
 from tl_adapters.paired import PairedModel

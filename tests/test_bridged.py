@@ -1,0 +1,216 @@
+"""TransformerBridge as the second backend: the same names, values and gradients; never a silent target.
+
+Runs with TransformerLens 3.9 beside the HookedTransformer, and alone with TransformerLens 4 (`make bridge`).
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, random_batch, random_model, randomise
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
+
+from tl_adapters.architectures import UnsupportedModelError
+from tl_adapters.backends import backend_of, build_model, default_backend
+from tl_adapters.config import LossWeights
+from tl_adapters.objective import reference_step, shared_prefix_step
+from tl_adapters.paired import PairedModel, PairMismatchError
+from tl_adapters.routing import ROUTES, WeightsProcessedError
+
+TOKENS = random_batch(3).tokens[:1, :11]
+LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]])
+Models = tuple[PreTrainedModel, PreTrainedModel]
+
+
+def make(architecture: str = "Qwen2ForCausalLM", backend: str = "bridge", **options: object) -> PairedModel:
+    models = [random_model(seed, architecture=architecture, **options) for seed in (1, 2)]
+    return randomise(PairedModel.from_pretrained(*models, backend=backend))
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def bridged(architecture: str) -> PairedModel:
+    return make(architecture)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
+    assert a.shape == b.shape
+    assert (a - b).abs().max() < tolerance, float((a - b).abs().max())
+
+
+@torch.no_grad()
+def test_routes_are_the_target_and_the_target_with_the_bases_mlps(architecture: str, bridged: PairedModel) -> None:
+    base, target = (random_model(seed, architecture=architecture) for seed in (1, 2))
+    close(bridged.model(TOKENS), target(TOKENS).logits, 1e-5)
+    for ours, theirs in zip(target.model.layers, base.model.layers, strict=True):
+        ours.mlp = theirs.mlp
+    with bridged.routed("hybrid"):
+        close(bridged.model(TOKENS), target(TOKENS).logits, 1e-5)
+
+
+@torch.no_grad()
+def test_every_route_computes_something_else(bridged: PairedModel) -> None:
+    """The law that guards every backend: a bypassed MLP would make every route the target, and KL read 0."""
+    logits = {}
+    for route in ROUTES:
+        with bridged.routed(route):
+            logits[route] = bridged.model(TOKENS)
+    for one in ROUTES:
+        for other in ROUTES:
+            assert one == other or (logits[one] - logits[other]).abs().max() > 1e-2, (one, other)
+
+
+@torch.no_grad()
+def test_the_replacement_adds_the_formula(bridged: PairedModel) -> None:
+    with bridged.routed("replacement"):
+        _, cache = bridged.model.run_with_cache(TOKENS)
+    adapter, (_, base) = bridged.mlps[2].adapter, bridged.mlps[2].weights()
+    assert adapter is not None
+    x = cache["blocks.2.mlp.hook_in"]
+    acts = torch.relu(x @ adapter.W_enc + adapter.b_enc)
+    close(cache["blocks.2.mlp.adapter.hook_sae_acts_post"], acts, 1e-12)
+    added = acts @ adapter.W_dec + adapter.b_dec
+    close(cache["blocks.2.mlp.hook_adapter_out"], added, 1e-12)
+    close(cache["blocks.2.mlp.hook_out"], base.neurons(x) @ base.W_out + added, 1e-12)
+
+
+@torch.no_grad()
+def test_split_runs_are_the_full_run(architecture: str) -> None:
+    tokens = random_batch(6, lengths=(8, 8)).tokens
+    # Hugging Face's own eager attention takes its softmax in float32, where a float64 mask overflows to NaN
+    for mask, dtype, tolerance in ((None, torch.float64, 1e-12), (LEFT, torch.float32, 1e-5)):
+        bridged = make(architecture, dtype=dtype)
+        options = {} if mask is None else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "attention_mask": mask}
+        for route in ("target", "replacement"):
+            with bridged.routed(route):
+                full = bridged.model(tokens, **options)
+                for cut in range(5):
+                    resid = bridged.run_blocks(bridged.embed(tokens, mask), 0, cut, mask)
+                    logits = bridged.unembed(bridged.run_blocks(resid, cut, 4, mask))
+                    real = slice(None) if mask is None else mask.bool()
+                    close(logits[real], full[real], tolerance)
+
+
+def test_interventions_generation_and_copies(bridged: PairedModel) -> None:
+    options = dict(max_new_tokens=8, do_sample=False, stop_at_eos=False, verbose=False)
+    with torch.no_grad(), bridged.routed("replacement"):
+        before = bridged.model(TOKENS)
+        hooks = [("blocks.1.mlp.adapter.hook_sae_acts_post", lambda acts, hook: acts * 0)]
+        assert (bridged.model.run_with_hooks(TOKENS, fwd_hooks=hooks) - before).abs().max() > 1e-6
+        close(bridged.model(TOKENS), before, 1e-15)
+        other = copy.deepcopy(bridged.model)
+        close(other(TOKENS), before, 1e-15)
+        other.blocks[0].mlp.adapter.W_dec.data.zero_()
+        assert (other(TOKENS) - before).abs().max() > 1e-6
+        close(bridged.model(TOKENS), before, 1e-15)
+        cached = bridged.model.generate(TOKENS, use_past_kv_cache=True, **options)
+        plain = bridged.model.generate(TOKENS, use_past_kv_cache=False, **options)
+    assert cached.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("cut", [0, 2, 4])
+def test_the_fast_objective_is_the_formulas(cut: int) -> None:
+    gradients, weights = [], LossWeights(output_kl=0.7, forward_bridge=1.1, backward_bridge=0.9, nmse=1.3)
+    for step in (reference_step, shared_prefix_step):
+        pair = make()
+        for adapter in pair.installed_adapters():
+            adapter.requires_grad_(True)
+        step(pair, random_batch(3), cut, weights, 0.01)
+        gradients.append([p.grad for p in pair.installed_adapters().parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+# -- the two backends side by side ------------------------------------------------------------------------------------
+
+needs_both = pytest.mark.skipif(default_backend() != "hooked", reason="this TransformerLens has no HookedTransformer")
+
+
+@needs_both
+@torch.no_grad()
+def test_shared_cache_values_are_the_hooked_transformers(architecture: str, bridged: PairedModel) -> None:
+    hooked = make(architecture, "hooked")
+    for route in ROUTES:
+        with bridged.routed(route), hooked.routed(route):
+            logits, cache = bridged.model.run_with_cache(TOKENS)
+            theirs, reference = hooked.model.run_with_cache(TOKENS)
+        close(logits, theirs, 1e-5)
+        shared = set(cache.cache_dict) & set(reference.cache_dict)
+        for layer in range(4):
+            wanted = {"hook_mlp_out", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "mlp.hook_pre"}
+            wanted |= {"mlp.hook_in", "mlp.hook_post", "mlp.hook_adapter_out", "ln2.hook_normalized", "attn.hook_z"}
+            if ROUTES[route].adapter:
+                wanted |= {f"mlp.adapter.hook_sae_{x}" for x in ("input", "acts_pre", "acts_post", "recons")}
+            assert {f"blocks.{layer}.{name}" for name in wanted} <= shared
+        for name in shared:
+            ours, expected = cache[name], reference[name]
+            assert ours.numel() == expected.numel(), name
+            finite = expected.reshape(ours.shape).isfinite()  # attention scores are -inf above the diagonal
+            assert (ours - expected.reshape(ours.shape))[finite].abs().max() < 1e-5, (route, name)
+
+
+@needs_both
+def test_adapter_gradients_are_the_hooked_transformers(architecture: str) -> None:
+    gradients = []
+    for backend in ("bridge", "hooked"):
+        pair = make(architecture, backend)
+        with pair.routed("replacement"):
+            pair.model(TOKENS).log_softmax(-1)[..., 7].sum().backward()
+        gradients.append([p.grad for p in pair.installed_adapters().parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).abs().max() < 1e-6 * max(1.0, float(theirs.abs().max()))
+
+
+@needs_both
+def test_fingerprints_do_not_depend_on_the_backend(architecture: str, bridged: PairedModel) -> None:
+    hooked = make(architecture, "hooked")
+    assert bridged.fingerprints == hooked.fingerprints
+    for ours, theirs in zip(bridged.target_layers, hooked.target_layers, strict=True):
+        assert torch.equal(ours.attention_out, theirs.attention_out)
+        close(ours.ln2_w, theirs.ln2_w, 1e-7)
+    hooked.load_adapters(bridged.installed_adapters())  # and adapters of one fit the other
+
+
+# -- compatibility mode -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["enable_compatibility_mode", "process_weights"])
+def test_processing_after_attaching_is_an_error_not_the_target(how: str) -> None:
+    pair = make(dtype=torch.float32)
+    getattr(pair.model, how)()
+    for route in ("hybrid", "target"):
+        with pytest.raises(WeightsProcessedError, match="no longer calls the MLPs"), pair.routed(route):
+            pair.model(TOKENS)
+
+
+def test_a_processed_bridge_is_refused_and_an_unprocessed_one_taken() -> None:
+    base = random_model(1, torch.float32)
+    mlps = [{n: getattr(x.mlp, n).weight for n in ("gate_proj", "up_proj", "down_proj")} for x in base.model.layers]
+    processed = build_model(random_model(2, torch.float32), backend="bridge")
+    processed.enable_compatibility_mode(disable_warnings=True)
+    with pytest.raises(WeightsProcessedError, match="silently do nothing"):
+        PairedModel(processed, mlps)
+    named = build_model(random_model(2, torch.float32), backend="bridge")
+    named.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    pair = PairedModel(named, mlps)
+    with torch.no_grad(), pair.routed("hybrid"):
+        hybrid = pair.model(TOKENS)
+    assert (hybrid - pair.model(TOKENS)).abs().max() > 0.1
+
+
+def test_what_is_no_model_of_transformer_lens_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="HookedTransformer.*or a TransformerBridge"):
+        backend_of(random_model(1))
+    with pytest.raises(UnsupportedModelError, match="hooked and bridge"):
+        build_model(random_model(1), backend="jax")
+    pair = make()
+    with pytest.raises(UnsupportedModelError, match="adapters attached already"):
+        backend_of(pair.model)
+    assert isinstance(pair.model, TransformerBridge)
+    with pytest.raises(PairMismatchError, match="4 layers of width 32"):
+        pair.load_adapters(make(num_hidden_layers=2).installed_adapters())

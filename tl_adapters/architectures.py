@@ -1,0 +1,118 @@
+"""Which models are supported, and what of them TransformerLens represents.
+
+Qwen2, Qwen3, Llama and Gemma 2. What TransformerLens would leave out (a bias, a rope type, a sliding window) is
+refused by name: it would be a silently different model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tl_adapters.checkpoints import CheckpointError, locate, read_config, tensor_shapes
+from tl_adapters.errors import UserError
+
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "Gemma2ForCausalLM")
+"""Supported architectures, as config.json names them."""
+
+ROPE_TYPES = ("default", "llama3")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+"""Names that mean the same function in both libraries."""
+
+
+class UnsupportedModelError(UserError, ValueError):
+    """A model this version cannot represent exactly; the message names the reason."""
+
+
+def mlp_activation(config: PretrainedConfig) -> str:
+    """The MLP's activation function; Gemma keeps it under another name."""
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    """Type and parameters of the rotary embedding."""
+    return dict(getattr(config, "rope_parameters", None) or {})
+
+
+def require_representable(config: PretrainedConfig) -> str:
+    """The architecture's name. Raises UnsupportedModelError, naming what TransformerLens would silently drop."""
+    architecture = (config.architectures or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"Architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}."
+        )
+
+    def refuse(what: str, instead: str) -> None:
+        raise UnsupportedModelError(
+            f"{what} is not represented by TransformerLens's {architecture}: the model would not be exact; {instead}."
+        )
+
+    rope = rope_parameters(config)
+    if rope.get("rope_type", "default") not in ROPE_TYPES:
+        refuse(f"rope_type {rope['rope_type']!r}", f"supported rope types: {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        refuse(f"partial_rotary_factor {rope['partial_rotary_factor']}", "supported is 1.0")
+    for option in ("use_sliding_window", "attention_bias", "mlp_bias", "use_bidirectional_attention"):
+        if getattr(config, option, False):
+            refuse(f"{option}=True", "supported is False")
+    if getattr(config, "quantization_config", None):
+        refuse("quantization_config (quantised weights)", "load the checkpoint in bfloat16 or float32")
+    if mlp_activation(config) not in ACTIVATIONS:
+        refuse(f"activation {mlp_activation(config)!r}", f"supported: {', '.join(ACTIVATIONS)}")
+    return str(architecture)
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The folder's configuration. Raises CheckpointError, UnsupportedModelError."""
+    architectures = read_config(folder).get("architectures")
+    if not isinstance(architectures, list) or architectures[0] not in ARCHITECTURES:
+        # Said here, since transformers fails in its own words on a model type it does not know.
+        raise UnsupportedModelError(
+            f"{folder} is of architecture {architectures}; supported: {', '.join(ARCHITECTURES)}."
+        )
+    return AutoConfig.from_pretrained(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The folder's tokenizer; None where it has no tokenizer files."""
+    if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return AutoTokenizer.from_pretrained(folder)
+    return None
+
+
+def load_hf_model(
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model of a folder or hub name, with its tokenizer; tokenizer and dtype are the folder's own where None.
+
+    Everything that can be seen in config and file headers is checked before a weight is read.
+    Raises UnsupportedModelError, CheckpointError.
+    """
+    folder = locate(name)
+    config = load_config(folder)
+    require_representable(config)
+    tensor_shapes(folder)
+    hf_model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        # transformers would fill these at random and only log it.
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors of a {config.architectures[0]}, such as {missing[0]}; "
+            "it is not a complete checkpoint."
+        )
+    hf_model.config.name_or_path = str(name)
+    return hf_model.to(device or "cpu"), tokenizer or load_tokenizer(folder)

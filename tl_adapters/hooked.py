@@ -1,0 +1,271 @@
+"""A HookedTransformer made of a Hugging Face model's own weights, and its MLPs as routed ones.
+
+1. The configuration is read from the model's, not looked up by name: TransformerLens 3.9 knows a list of names,
+   and reasoning models are rarely on it.
+2. Parameters are views of the model's weights, in nn.Linear's layout. Nothing is held twice, and the copies that
+   stock components make of transposed weights at every call become free.
+3. Attention is fused while nobody looks at scores or patterns; a hook there brings the stock code back.
+
+TransformerLens 4 has no HookedTransformer; there `bridged` stands in.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.components.mlps.gated_mlp import GatedMLP
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
+from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
+from transformer_lens.pretrained.weight_conversions.qwen2 import convert_qwen2_weights
+from transformer_lens.pretrained.weight_conversions.qwen3 import convert_qwen3_weights
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tl_adapters.architectures import UnsupportedModelError, mlp_activation, require_representable, rope_parameters
+from tl_adapters.attention import FusedAttention
+from tl_adapters.checkpoints import PROJECTIONS
+from tl_adapters.routing import Backend, MLPWeights, RoutedMLP, WeightsProcessedError
+
+CONVERTERS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
+    "Qwen2ForCausalLM": convert_qwen2_weights,
+    "Qwen3ForCausalLM": convert_qwen3_weights,
+    "LlamaForCausalLM": convert_llama_weights,
+    "Gemma2ForCausalLM": convert_gemma_weights,
+}
+"""TransformerLens's converter of each architecture's weights."""
+
+
+def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> HookedTransformerConfig:
+    """The TransformerLens configuration of a Hugging Face one. Raises UnsupportedModelError."""
+    architecture = require_representable(config)
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = rope_parameters(config)
+    options: dict[str, Any] = dict(
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        n_ctx=config.max_position_embeddings,
+        d_head=d_head,
+        n_heads=config.num_attention_heads,
+        # Also where every head has its own keys: grouped attention in groups of one is the same computation.
+        n_key_value_heads=config.num_key_value_heads,
+        d_mlp=config.intermediate_size,
+        d_vocab=config.vocab_size,
+        act_fn=mlp_activation(config),
+        eps=config.rms_norm_eps,
+        normalization_type="RMS",
+        final_rms=True,
+        gated_mlp=True,
+        positional_embedding_type="rotary",
+        rotary_base=rope.get("rope_theta", 10000.0),
+        rotary_dim=d_head,
+        rotary_adjacent_pairs=False,
+        use_qk_norm=architecture == "Qwen3ForCausalLM",
+        original_architecture=architecture,
+        model_name=config.name_or_path or architecture,
+        init_weights=False,
+        default_prepend_bos=False,  # chat templates write their own beginning of sequence
+        dtype=dtype,
+        device=str(device),
+    )
+    if rope.get("rope_type") == "llama3":
+        options |= dict(
+            use_NTK_by_parts_rope=True,
+            NTK_original_ctx_len=rope["original_max_position_embeddings"],
+            NTK_by_parts_low_freq_factor=rope["low_freq_factor"],
+            NTK_by_parts_high_freq_factor=rope["high_freq_factor"],
+            NTK_by_parts_factor=rope["factor"],
+        )
+    if architecture == "Gemma2ForCausalLM":
+        options |= dict(
+            attn_scale=float(config.query_pre_attn_scalar) ** 0.5,
+            window_size=config.sliding_window,
+            use_local_attn=True,
+            attn_types=["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
+            attn_scores_soft_cap=float(config.attn_logit_softcapping or -1),
+            output_logits_soft_cap=float(config.final_logit_softcapping or -1),
+            use_normalization_before_and_after=True,
+        )
+    return HookedTransformerConfig(**options)
+
+
+@torch.no_grad()
+def build_hooked_transformer(
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> HookedTransformer:
+    """A HookedTransformer whose parameters are views of ``hf_model``'s, with fused attention; all weights frozen.
+
+    No processing (no folding, no centring): hook values are the model's own. Raises UnsupportedModelError.
+    """
+    weight = next(hf_model.parameters())
+    cfg = tl_config(hf_model.config, weight.dtype, weight.device)
+    convert = CONVERTERS[str(cfg.original_architecture)]
+    with warnings.catch_warnings():
+        # TransformerLens announces that 4.0 drops this class; pyproject.toml's range is where we answer that.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r".*")
+        model = HookedTransformer(cfg, None, move_to_device=False)
+    # Gemma's norms come back in float32; in the model's own dtype the residual stream keeps it.
+    state = {name: tensor.detach().to(cfg.device, cfg.dtype) for name, tensor in convert(hf_model, cfg).items()}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    parameters = dict(model.named_parameters())
+    if unexpected or any(name in parameters for name in missing):
+        raise UnsupportedModelError(
+            f"TransformerLens's converter left weights of {cfg.original_architecture} unset: {missing}, {unexpected}."
+        )
+    if tokenizer is not None:
+        # Not set_tokenizer: it loads the tokenizer anew under its recorded name and makes encode() prepend BOS.
+        model.tokenizer = tokenizer
+        model.cfg.tokenizer_prepends_bos = False
+    for block in model.blocks:
+        block.attn.__class__ = FusedAttention
+    return model.requires_grad_(False).eval()
+
+
+class RoutedGatedMLP(RoutedMLP, GatedMLP):
+    """A HookedTransformer's gated MLP with routes; `HookedBackend.install` makes one of the MLP that is there."""
+
+    _block: tuple[Any, ...]
+    _norm: type[nn.Module]
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The hook point hook_in, which a plain HookedTransformer's MLP lacks."""
+        return self.hook_in(x)
+
+    def require_unprocessed(self) -> None:
+        """Raises WeightsProcessedError where the second norm was folded after `install`."""
+        if type(self._block[0].ln2) is not self._norm:
+            raise WeightsProcessedError(
+                "The weights were processed after adapters were attached (the second norm was "
+                f"{self._norm.__name__}, now {type(self._block[0].ln2).__name__}), so base MLP and adapters no longer "
+                "fit. Process first and attach then, or load the model anew."
+            )
+
+    def weights(self) -> tuple[MLPWeights, MLPWeights]:
+        """(target's, base's)."""
+        return tuple(  # type: ignore[return-value]
+            MLPWeights(mlp.W_gate, mlp.W_in, mlp.W_out, mlp.act_fn) for mlp in (self, self.base)
+        )
+
+
+class HookedBackend(Backend):
+    """What `PairedModel` asks of a HookedTransformer, the user's own or one made here (see `routing.Backend`)."""
+
+    resid_post = "hook_resid_post"
+
+    def __init__(self, model: HookedTransformer) -> None:
+        self.model = model
+        self._found: dict[int, dict[str, Any]] = {}  # what install took from each MLP's instance, to give back
+        for layer, block in enumerate(model.blocks):
+            if not isinstance(getattr(block, "mlp", None), GatedMLP):
+                raise UnsupportedModelError(
+                    f"The MLP of layer {layer} is a {type(getattr(block, 'mlp', None)).__name__}; adapters stand "
+                    "beside gated MLPs (Qwen2, Qwen3, Llama, Gemma 2)."
+                )
+            if isinstance(block.mlp, RoutedMLP):
+                raise UnsupportedModelError(
+                    "This model has adapters attached already; detach those first, or use their PairedModel."
+                )
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The facts that base and adapters must share, under config.json's names."""
+        cfg = self.model.cfg
+        return {
+            "architectures": [cfg.original_architecture],
+            "num_hidden_layers": cfg.n_layers,
+            "hidden_size": cfg.d_model,
+            "intermediate_size": cfg.d_mlp,
+            "hidden_act": cfg.act_fn,
+        }
+
+    @property
+    def mlps(self) -> list[RoutedMLP]:
+        """The routed MLP of every layer."""
+        return [block.mlp for block in self.model.blocks]
+
+    def second_norm(self, layer: int) -> Tensor | None:
+        """The second norm's weights, [d_model]; None where they are folded into the MLP."""
+        return getattr(self.model.blocks[layer].ln2, "w", None)
+
+    def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""
+        attn, mlp = self.model.blocks[layer].attn, self.model.blocks[layer].mlp
+        for name, weight in (
+            ("q_proj", attn.W_Q),
+            ("k_proj", getattr(attn, "_W_K", None)),  # where heads share keys, W_K repeats them
+            ("v_proj", getattr(attn, "_W_V", None)),
+        ):
+            heads = weight if weight is not None else getattr(attn, f"W_{name[0].upper()}")
+            yield f"self_attn.{name}", heads.permute(0, 2, 1).flatten(0, 1)
+        yield "self_attn.o_proj", attn.W_O.permute(2, 0, 1).flatten(1)
+        for name, attribute in PROJECTIONS.items():
+            yield f"mlp.{name}", getattr(mlp, attribute).T
+
+    def unembedding(self) -> Tensor:
+        """[d_vocab, d_model]"""
+        return self.model.W_U.T
+
+    def install(self, layer: int, base: dict[str, Tensor] | None, base_scale: Tensor | None) -> None:
+        """Turn the MLP of ``layer`` into a `RoutedGatedMLP` in place, with the base's weights beside it."""
+        block = self.model.blocks[layer]
+        mlp = block.mlp
+        # A HookedSAETransformer gives each MLP a forward of its own, only to call hook_in: ours calls it too.
+        self._found[layer] = {"class": type(mlp), "hook_in": getattr(mlp, "hook_in", None)}
+        if "forward" in mlp.__dict__:
+            self._found[layer]["forward"] = mlp.__dict__.pop("forward")
+        module = None if base is None else _base_mlp(mlp, base)
+        mlp.__class__ = RoutedGatedMLP
+        mlp.install(module, base_scale)
+        if self._found[layer]["hook_in"] is None:
+            mlp.hook_in = HookPoint()
+        mlp.__dict__.update(_block=(block,), _norm=type(block.ln2))  # in a tuple: a parent must not become a child
+
+    def uninstall(self, layer: int) -> None:
+        """Give the MLP of ``layer`` back as `install` found it."""
+        mlp, found = self.model.blocks[layer].mlp, self._found.pop(layer)
+        for name in ("_block", "_norm"):
+            del mlp.__dict__[name]
+        if found["hook_in"] is None:
+            del mlp.hook_in
+        mlp.uninstall(found["class"])
+        if "forward" in found:
+            mlp.__dict__["forward"] = found["forward"]
+
+    def name_hooks(self) -> None:
+        """Give new hook points their names; forget those that are gone."""
+        self.model.mod_dict, self.model.hook_dict = {}, {}
+        self.model.setup()
+
+    # -- running parts of the model -------------------------------------------------------------------------------
+
+    def embed(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The residual stream before block 0."""
+        return self.model(tokens, stop_at_layer=0, attention_mask=attention_mask)
+
+    def run_blocks(self, resid: Tensor, start: int, stop: int, attention_mask: Tensor | None = None) -> Tensor:
+        """Blocks start..stop-1 on the present routes."""
+        if start == stop:
+            return resid
+        # start_at_layer never recomputes the padding mask, so it is always passed on.
+        return self.model(resid, start_at_layer=start, stop_at_layer=stop, attention_mask=attention_mask)
+
+    def unembed(self, resid: Tensor) -> Tensor:
+        """Final norm and unembedding."""
+        return self.model(resid, start_at_layer=self.model.cfg.n_layers)
+
+
+def _base_mlp(target: GatedMLP, weights: dict[str, Tensor]) -> GatedMLP:
+    """A GatedMLP around the base's tensors, as views in the layout that needs no copies."""
+    with torch.device("meta"):  # the constructor's own weights are dropped at once: let them cost nothing
+        mlp = GatedMLP(target.cfg)
+    mlp.b_in, mlp.b_out = (nn.Parameter(torch.zeros_like(b), requires_grad=False) for b in (target.b_in, target.b_out))
+    for name, attribute in PROJECTIONS.items():
+        view = weights[name].to(target.W_in.device, target.W_in.dtype).T
+        setattr(mlp, attribute, nn.Parameter(view, requires_grad=False))
+    # Shared hook points: hook_pre and hook_post fire for whichever MLP computes.
+    mlp.hook_pre, mlp.hook_pre_linear, mlp.hook_post = target.hook_pre, target.hook_pre_linear, target.hook_post
+    return mlp

@@ -1,0 +1,115 @@
+"""The SAELens folder of one transcoder: cfg.json and sae_weights.safetensors, as SAELens 6 reads and writes them.
+
+Only files and JSON: sae_lens itself is not needed to write what `sae_lens.SAE.load_from_disk` loads as a stock
+Transcoder. An adapter differs from other transcoders in that it *adds* to the MLP's output: its output hook is
+``blocks.N.mlp.hook_adapter_out``, which a model has only while adapters are attached to it.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tl_adapters.errors import UserError
+
+CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+HOOK_IN = {"mlp_input": "blocks.{}.mlp.hook_in", "normalized": "blocks.{}.ln2.hook_normalized"}
+"""What an adapter reads: what the MLP reads, or that before the second norm's weight. The second is the same tensor
+in a model whose norms are folded into its MLPs, the first is not."""
+HOOK_OUT = "blocks.{}.mlp.hook_adapter_out"
+NOTE = (
+    "Additive: what it writes is added to the MLP's output of a model with the target's attention and the base's MLPs "
+    "(tl_adapters.attach makes that model). On a model without blocks.N.mlp.hook_adapter_out, add_sae changes nothing."
+)
+_TESTED_WITH = "6.54.12"
+
+
+class AdapterFormatError(UserError, ValueError):
+    """Files that are not a set of adapters, or only part of one."""
+
+
+def sae_lens_version() -> str:
+    """The installed version of SAELens, or the one this layout was tested with; loaders drop metadata without one."""
+    try:
+        return metadata.version("sae-lens")
+    except metadata.PackageNotFoundError:
+        return _TESTED_WITH
+
+
+def transcoder_config(
+    layer: int, tensors: dict[str, Tensor], reads: str, model_name: str, about: dict[str, Any]
+) -> dict[str, Any]:
+    """cfg.json of one layer; ``about`` (base, target, figures, ...) goes where SAELens keeps foreign keys."""
+    d_in, d_sae = tensors["W_enc"].shape
+    return {
+        "architecture": "transcoder",
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "d_out": tensors["W_dec"].shape[1],
+        "dtype": str(tensors["W_enc"].dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": False,  # SAELens's own default for SAEs, which it refuses in transcoders
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": sae_lens_version(),
+            "sae_lens_training_version": None,
+            "model_name": model_name,
+            "model_class_name": "HookedTransformer",
+            "hook_name": HOOK_IN[reads].format(layer),
+            "hook_name_out": HOOK_OUT.format(layer),
+            "hook_head_index": None,
+            "prepend_bos": False,
+            "tl_adapters": {"kind": "adapter", "layer": layer, "reads": reads, "note": NOTE, **about},
+        },
+    }
+
+
+def write_transcoder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write cfg.json and weights into a fresh ``folder``."""
+    folder.mkdir()
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """cfg.json. Raises AdapterFormatError."""
+    return read_json(folder / CONFIG_FILE)
+
+
+def read_weights(folder: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The weights of one layer: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_out], b_dec. Raises AdapterFormatError."""
+    tensors = read_safetensors(folder / WEIGHTS_FILE, device)
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    d_in, d_sae = found.get("W_enc", (0, 0))
+    d_out = found.get("W_dec", (0, 0))[-1]
+    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    if found != expected:
+        raise AdapterFormatError(f"{folder / WEIGHTS_FILE} holds {found}; expected {expected}.")
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises AdapterFormatError."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFormatError(f"{path} is missing or unreadable ({error}); copy the whole folder again.") from error
+    if not isinstance(record, dict):
+        raise AdapterFormatError(f"{path} is not a mapping; copy the whole folder again.")
+    return record
+
+
+def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Every tensor of a file. Raises AdapterFormatError."""
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise AdapterFormatError(f"{path} is missing or damaged ({error}); copy the whole folder again.") from error
