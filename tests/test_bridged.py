@@ -123,7 +123,7 @@ def test_the_fast_objective_is_the_formulas(cut: int) -> None:
         step(pair, random_batch(3), cut, weights, 0.01)
         gradients.append([p.grad for p in pair.installed_adapters().parameters()])
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # HF norms compute in float32
 
 
 # -- the two backends side by side ------------------------------------------------------------------------------------
@@ -149,9 +149,11 @@ def test_shared_cache_values_are_the_hooked_transformers(architecture: str, brid
             assert {f"blocks.{layer}.{name}" for name in wanted} <= shared
         for name in shared:
             ours, expected = cache[name], reference[name]
-            assert ours.numel() == expected.numel(), name
-            finite = expected.reshape(ours.shape).isfinite()  # attention scores are -inf above the diagonal
-            assert (ours - expected.reshape(ours.shape))[finite].abs().max() < 1e-5, (route, name)
+            if ".q_norm." in name or ".k_norm." in name:  # [batch, head, pos, d] there, [(batch pos head), d] here
+                ours = ours.transpose(1, 2).reshape(expected.shape)
+            assert ours.shape == expected.shape, name
+            finite = expected.isfinite()  # attention scores are -inf above the diagonal
+            assert (ours - expected)[finite].abs().max() < 1e-5, (route, name)
 
 
 @needs_both
@@ -212,5 +214,5 @@ def test_what_is_no_model_of_transformer_lens_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="adapters attached already"):
         backend_of(pair.model)
     assert isinstance(pair.model, TransformerBridge)
-    with pytest.raises(PairMismatchError, match="4 layers of width 32"):
+    with pytest.raises(PairMismatchError, match="2 layers of width 32; the model has 4"):
         pair.load_adapters(make(num_hidden_layers=2).installed_adapters())
