@@ -149,7 +149,7 @@ class AdapterSet(nn.Module):
 
     Args:
         layers: one adapter per layer, all of one shape; a mapping for only some of the layers.
-        target_layers: what is kept of the target's layers, for the same layers; None where nothing is known.
+        target_layers: what is kept of the target's layers, for these layers or all; None where nothing is known.
         metadata: where the adapters come from.
         n_layers: layers of the model; None means that there is an adapter for each.
     """
@@ -170,10 +170,10 @@ class AdapterSet(nn.Module):
             self.target_layers = {
                 layer: TargetLayer(*(t.detach().to("cpu", copy=True) for t in known[layer])) for layer in sorted(known)
             }
-        if not by_layer or (self.target_layers is not None and set(by_layer) != set(self.target_layers)):
+        if not by_layer or not set(by_layer) <= set(by_layer if self.target_layers is None else self.target_layers):
             raise ValueError(
                 f"Got adapters of layers {sorted(by_layer)} and target layers {sorted(self.target_layers or {})}; "
-                "give one of each a layer."
+                "every adapter needs its target layer."
             )
         if max(by_layer) >= self.n_layers:
             raise ValueError(f"Got an adapter of layer {max(by_layer)} for a model of {self.n_layers} layers.")
@@ -332,7 +332,7 @@ class AdapterSet(nn.Module):
                 )
             adapters[layer] = _adapter(tensors)
         found = written.pop("adapters", None)
-        result = cls(adapters, _read_target_layers(folder, chosen), replace(metadata, fingerprints=written), n_layers)
+        result = cls(adapters, _read_target_layers(folder), replace(metadata, fingerprints=written), n_layers)
         if layers is None and found is not None and result.fingerprint != found:
             raise AdapterFormatError(
                 f"The weights in {name} are not those its {METADATA_FILE} was written with (fingerprint "
@@ -349,11 +349,12 @@ def _adapter(tensors: dict[str, Tensor]) -> TranscoderAdapter:
     return adapter.requires_grad_(True)
 
 
-def _read_target_layers(folder: Path, layers: Sequence[int]) -> dict[int, TargetLayer] | None:
+def _read_target_layers(folder: Path) -> dict[int, TargetLayer] | None:
     if not (folder / TARGET_FILE).is_file():
         return None
     tensors = read_safetensors(folder / TARGET_FILE)
     try:
+        layers = {int(name.partition(".")[0]) for name in tensors}
         return {layer: TargetLayer(*(tensors[f"{layer}.{name}"] for name in TargetLayer._fields)) for layer in layers}
-    except KeyError as error:
-        raise AdapterFormatError(f"{folder / TARGET_FILE} lacks {error}; copy the whole folder again.") from error
+    except (KeyError, ValueError) as error:
+        raise AdapterFormatError(f"{folder / TARGET_FILE} is incomplete ({error!r}); copy it again.") from error

@@ -170,15 +170,15 @@ class BridgedBackend(Backend):
         """Give the MLP of ``layer`` back as `install` found it."""
         cls, handle = self._found.pop(layer)
         handle.remove()
-        self.mlps[layer].uninstall(cls)
+        self.model.blocks[layer].mlp.original_component.uninstall(cls)
 
     def name_hooks(self) -> None:
         """Enter new hook points into the bridge's registry under their names; drop those that are gone."""
         registry = self.model._hook_registry
         for name in [n for n in registry if ".mlp.adapter." in n or n.endswith(".mlp.hook_adapter_out")]:
             del registry[name]
-        for layer, mlp in enumerate(self.mlps):
-            for name, point in mlp.named_modules():
+        for layer, block in enumerate(self.model.blocks):
+            for name, point in block.mlp.original_component.named_modules():
                 if isinstance(point, HookPoint) and (name == "hook_adapter_out" or name.startswith("adapter.")):
                     point.name = f"blocks.{layer}.mlp.{name}"
                     registry[point.name] = point

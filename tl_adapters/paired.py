@@ -138,8 +138,8 @@ class PairedModel:
         return cls(
             build_model(hf_target, tokenizer, backend),
             base_mlps,
-            base=_name(base),
-            target=_name(target),
+            base=model_name(base),
+            target=model_name(target),
             revisions=(_commit(base), _commit(target)),
         )
 
@@ -295,6 +295,11 @@ class PairedModel:
     def _require_target(self, adapters: AdapterSet) -> None:
         """Is this model the adapters' target? By content, where the adapters know it."""
         theirs_id = adapters.metadata.target or "another target"
+        if adapters.target_layers is None and _last(theirs_id) != _last(self.target_id) and self.target_id:
+            raise PairMismatchError(
+                f"These adapters carry no marks of their target, and by name it is {theirs_id}; the model is "
+                f"{self.target_id}. Give the whole set as it was saved, which knows its target by content."
+            )
         for layer, known in (adapters.target_layers or {}).items():
             weights = dict(self.backend.named_weights(layer))
             pairs = {"the attention's output": (sample_attention_out(weights["self_attn.o_proj"]), known.attention_out)}
@@ -348,6 +353,14 @@ class PairedModel:
             )
         return kept
 
+    def release(self) -> Any:
+        """Take everything out of the model again and return it as it was before: weights, classes, hook points."""
+        for layer in range(self.n_layers):
+            self.backend.uninstall(layer)
+        self.backend.name_hooks()
+        self.adapters = None
+        return self.model
+
     # -- running parts of the model -------------------------------------------------------------------------------
 
     def embed(
@@ -400,7 +413,7 @@ ACTIVATIONS = "mlp.adapter.hook_sae_acts_post"
 """The hook point of the feature activations, within a block."""
 
 
-def _name(model: str | Path | PreTrainedModel) -> str:
+def model_name(model: str | Path | PreTrainedModel) -> str:
     return model.config.name_or_path if isinstance(model, PreTrainedModel) else str(model)
 
 

@@ -1,0 +1,236 @@
+"""Adapters in models that users have already: processed or not, of three kinds, given back as they were."""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, random_batch, random_model, randomise
+from sae_lens import HookedSAETransformer
+from transformer_lens import HookedTransformer
+from transformer_lens.components import GroupedQueryAttention
+
+from tl_adapters.adapter import AdapterSet
+from tl_adapters.attaching import attach, attached, detach
+from tl_adapters.backends import build_model
+from tl_adapters.hooked import build_hooked_transformer
+from tl_adapters.paired import PairedModel, PairMismatchError
+from tl_adapters.routing import RoutedMLP, WeightsProcessedError
+
+TOKENS = random_batch(3).tokens[:1, :11]
+
+
+def plain(architecture: str = "Qwen2ForCausalLM", seed: int = 2, **options: object) -> HookedTransformer:
+    """A HookedTransformer of the user's own: its own weights, stock attention."""
+    model = build_hooked_transformer(copy.deepcopy(random_model(seed, architecture=architecture, **options)))
+    for block in model.blocks:
+        block.attn.__class__ = GroupedQueryAttention
+    for weight in model.parameters():  # tied embeddings are one tensor until here, and processing would write it twice
+        weight.data = weight.data.clone()
+    return model
+
+
+def with_saes(architecture: str = "Qwen2ForCausalLM", **options: object) -> HookedSAETransformer:
+    source = plain(architecture, **options)
+    model = HookedSAETransformer(source.cfg)
+    model.load_state_dict(source.state_dict(), assign=True, strict=False)
+    return model
+
+
+def bridge(architecture: str = "Qwen2ForCausalLM", **options: object) -> Any:
+    return build_model(random_model(2, architecture=architecture, **options), backend="bridge")
+
+
+MAKERS = {"HookedTransformer": plain, "HookedSAETransformer": with_saes, "TransformerBridge": bridge}
+PROCESSING: dict[str, dict[str, bool]] = {
+    "unprocessed": {},
+    "fold_ln": dict(fold_ln=True, center_writing_weights=False, center_unembed=False),
+    "fully processed": {},
+}
+
+
+def process(model: HookedTransformer, how: str) -> None:
+    if how != "unprocessed":
+        capped = model.cfg.output_logits_soft_cap > 0  # a centred W_U is another model under a soft cap
+        model.process_weights_(**(PROCESSING[how] | ({"center_unembed": False} if capped else {})))
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def reference(architecture: str = "Qwen2ForCausalLM", **options: object) -> PairedModel:
+    models = (random_model(seed, architecture=architecture, **options) for seed in (1, 2))
+    return randomise(PairedModel.from_pretrained(*models))
+
+
+def log_probabilities(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).log_softmax(-1)  # centring W_U shifts all logits of a position alike
+
+
+def state_of(model: Any) -> str:
+    """Hash of weights, classes, module names and hooks."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules(remove_duplicate=False):
+        digest.update(f"{name} {type(module).__name__} {sorted(module.__dict__)} {len(module._forward_hooks)}".encode())
+        digest.update(f"{len(module._forward_pre_hooks)} {getattr(module, 'name', None)}".encode())
+    for name, weight in model.named_parameters():
+        digest.update(name.encode() + weight.detach().numpy().tobytes())
+    digest.update(repr(sorted(model.hook_dict)).encode())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("reads", ["mlp_input", "normalized"])
+@pytest.mark.parametrize("how", PROCESSING)
+@pytest.mark.parametrize("maker", [plain, with_saes])
+def test_attached_is_the_pair_whatever_was_processed(
+    architecture: str, maker: Callable[..., HookedTransformer], how: str, reads: str
+) -> None:
+    pair = reference(architecture)
+    adapters = copy.deepcopy(pair.installed_adapters())
+    model = maker(architecture)
+    process(model, how)
+    theirs = attach(
+        model,
+        adapters if reads == "mlp_input" else adapters.normalized(),
+        base=random_model(1, architecture=architecture),
+    )
+    tolerance = 1e-5 if how != "unprocessed" else 1e-6 if reads == "normalized" else 1e-10  # folding is done in float32
+    seen = []
+    for route in ("replacement", "hybrid", "target", "target+adapter"):
+        with pair.routed(route), theirs.routed(route):
+            seen.append(log_probabilities(model))
+            assert (seen[-1] - log_probabilities(pair.model)).abs().max() < tolerance, route
+    assert all((a - b).abs().max() > 1e-2 for i, a in enumerate(seen) for b in seen[:i])
+    assert (log_probabilities(model) - seen[0]).abs().max() < 1e-12  # attach leaves it on the replacement's route
+
+
+@pytest.mark.parametrize("reads", ["mlp_input", "normalized"])
+def test_a_bridge_too(architecture: str, reads: str) -> None:
+    pair = reference(architecture)
+    adapters = copy.deepcopy(pair.installed_adapters())
+    model = bridge(architecture)
+    attach(
+        model,
+        adapters if reads == "mlp_input" else adapters.normalized(),
+        base=random_model(1, architecture=architecture),
+    )
+    with pair.routed("replacement"):
+        assert (log_probabilities(model) - log_probabilities(pair.model)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("how", PROCESSING)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_model_is_given_back_as_it_was(kind: str, how: str) -> None:
+    model = MAKERS[kind]()
+    if kind != "TransformerBridge":
+        process(model, how)
+    fired = []
+    model.add_hook(
+        "blocks.1.hook_resid_post" if kind != "TransformerBridge" else "blocks.1.hook_out",
+        lambda x, hook: fired.append(1),
+    )
+    logits, before = log_probabilities(model), state_of(model)  # a bridge sets itself up in its first pass
+    adapters = reference().installed_adapters()
+    with attached(model, adapters, base=random_model(1)) as pair:
+        assert state_of(model) != before
+        assert (log_probabilities(model) - logits).abs().max() > 1e-2
+        with pair.routed("target"):
+            assert (log_probabilities(model) - logits).abs().max() < 1e-12
+    assert state_of(model) == before
+    assert torch.equal(log_probabilities(model), logits)
+    with pytest.raises(RuntimeError, match="inside"), attached(model, adapters, base=random_model(1)):
+        raise RuntimeError("inside")
+    assert state_of(model) == before
+    detach(attach(model, adapters, on="own_mlp"))
+    assert state_of(model) == before and fired
+
+
+def test_beside_the_models_own_mlps_has_to_be_asked_for() -> None:
+    adapters, model = reference().installed_adapters(), plain()
+    with pytest.raises(PairMismatchError, match=r"either base= or on='own_mlp'"):
+        attach(model, adapters)
+    with pytest.raises(PairMismatchError, match=r"either base= or on='own_mlp'"):
+        attach(model, adapters, base=random_model(1), on="own_mlp")
+    pair = attach(model, adapters, on="own_mlp")
+    expected = reference()
+    with expected.routed("target+adapter"):
+        assert (log_probabilities(model) - log_probabilities(expected.model)).abs().max() < 1e-10
+    with pytest.raises(PairMismatchError, match="given no base"), pair.routed("hybrid"):
+        pass
+
+
+def test_some_layers_only(tmp_path: Any) -> None:
+    whole = reference().installed_adapters()
+    whole.save_pretrained(tmp_path / "a")
+    some = AdapterSet.from_pretrained(tmp_path / "a", layers=[1, 3])
+    assert some.layer_indices == [1, 3] and some.n_layers == 4
+    model = plain()
+    process(model, "fully processed")
+    pair, expected = attach(model, some, base=random_model(1)), reference()
+    with expected.routed(only=[1, 3]):
+        assert (log_probabilities(model) - log_probabilities(expected.model)).abs().max() < 1e-5
+    with pytest.raises(PairMismatchError, match=r"no adapters of layers \[0, 2\]"), pair.routed("replacement"):
+        pass
+
+
+@pytest.mark.parametrize("maker", [plain, with_saes])
+def test_processing_after_attaching_is_an_error(maker: Callable[..., HookedTransformer]) -> None:
+    model = maker()
+    pair = attach(model, reference().installed_adapters(), base=random_model(1))
+    model.process_weights_()
+    for route in ("replacement", "target"):
+        with pytest.raises(WeightsProcessedError, match="RMSNorm, now RMSNormPre"), pair.routed(route):
+            model(TOKENS)
+
+
+def test_what_does_not_belong_together_says_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    pair = reference()
+    adapters = pair.installed_adapters()
+    base = random_model(1)
+
+    def refused(match: str, model: Any, **options: Any) -> None:
+        before = state_of(model)
+        with pytest.raises(PairMismatchError, match=match):
+            attach(model, adapters, **options)
+        assert state_of(model) == before
+
+    refused("num_hidden_layers is 3 in the base and 4", plain(), base=random_model(1, num_hidden_layers=3))
+    refused("intermediate_size is 40 in the base and 48", plain(), base=random_model(1, intermediate_size=40))
+    refused("LlamaForCausalLM in the base and Qwen2", plain(), base=random_model(1, architecture="LlamaForCausalLM"))
+    refused("have 4 layers of width 32.*2 of width 32", plain(num_hidden_layers=2), on="own_mlp")
+    refused("second norm at layer 0 differ", plain(seed=7), base=base)
+    folded = plain(seed=7)
+    process(folded, "fully processed")
+    refused("attention's output at layer 0 differ", folded, base=base)
+    object.__setattr__(adapters.metadata, "base", "org/first")
+    other = random_model(9)
+    other.config.name_or_path = "org/second"
+    refused("trained beside the MLPs of org/first.*of org/second", plain(), base=other)
+    other.config.name_or_path = "mirror/first"
+    with caplog.at_level(logging.WARNING, "tl_adapters"):
+        attach(plain(), adapters, base=other)
+    assert "copy in another dtype" in caplog.text
+    attached_already = plain()
+    attach(attached_already, adapters, base=base)
+    assert isinstance(attached_already.blocks[0].mlp, RoutedMLP)
+    with pytest.raises(ValueError, match="attached already"):
+        attach(attached_already, adapters, base=base)
+    with pytest.raises(ValueError, match="HookedTransformer"):
+        attach(base, adapters, base=base)
+
+
+def test_a_folded_model_without_the_norms_is_refused_with_the_way_out() -> None:
+    adapters = reference().installed_adapters()
+    adapters.target_layers = None
+    model = plain()
+    process(model, "fold_ln")
+    with pytest.raises(PairMismatchError, match="from_pretrained_no_processing"):
+        attach(model, adapters, base=random_model(1))
+    with pytest.raises(PairMismatchError, match="from_pretrained_no_processing"):
+        attach(model, adapters, on="own_mlp")
