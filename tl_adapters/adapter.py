@@ -122,6 +122,10 @@ class AdapterMetadata:
     """Content hashes of the models they were trained on: "base_mlps" and "target"."""
     datasets: list[str] = field(default_factory=list)
     """Names or files of the training data."""
+    writes: str = "adapter_out"
+    """What its output is: "adapter_out", added to the MLP's, or "mlp_out", in its place (a transcoder of others)."""
+    source: str = ""
+    """The authors' checkpoint they were read from, which also holds the base's MLPs."""
     figures: dict[str, Any] = field(default_factory=dict)
     """Measured figures (L0, KL, ...), each with the split it was measured on."""
 
@@ -138,9 +142,14 @@ class TargetLayer(NamedTuple):
     """Evenly spaced values of the attention's output projection, [at most 64]."""
 
 
+def attention_out_places(n: int) -> Tensor:
+    """Which values of a flattened output projection of ``n`` are kept."""
+    return torch.linspace(0, n - 1, min(64, n), dtype=torch.float64).round().long()
+
+
 def sample_attention_out(weight: Tensor) -> Tensor:
     """`TargetLayer.attention_out` of an output projection in Hugging Face's layout, [d_model, n_heads * d_head]."""
-    places = torch.linspace(0, weight.numel() - 1, min(64, weight.numel())).long().to(weight.device)
+    places = attention_out_places(weight.numel()).to(weight.device)
     return weight.detach()[torch.unravel_index(places, weight.shape)].to("cpu", copy=True)
 
 
@@ -236,7 +245,7 @@ class AdapterSet(nn.Module):
             ours = self[layer]
             tensors = {name: p.detach().clone() for name, p in ours.named_parameters()}
             tensors["W_enc"] *= self.target_layers[layer].ln2_w.to(ours.W_enc.device, ours.W_enc.dtype)[:, None]
-            layers[layer] = _adapter(tensors)
+            layers[layer] = adapter_of(tensors)
         return AdapterSet(layers, self.target_layers, replace(self.metadata, reads="normalized"), self.n_layers)
 
     # -- files ----------------------------------------------------------------------------------------------------
@@ -260,7 +269,7 @@ class AdapterSet(nn.Module):
         with new_folder(folder) as out:
             for layer in self.layer_indices:
                 tensors = {name: p.detach() for name, p in self[layer].named_parameters()}
-                config = transcoder_config(layer, tensors, self.metadata.reads, self.metadata.target, about)
+                config = transcoder_config(layer, tensors, about)
                 write_transcoder(out / LAYER_FOLDER.format(layer), config, tensors)
             if self.target_layers is not None:
                 kept = {
@@ -330,7 +339,7 @@ class AdapterSet(nn.Module):
                 raise AdapterFormatError(
                     f"Layer {layer} of {name} has shape {tuple(tensors['W_enc'].shape)}; the set's is {shape}."
                 )
-            adapters[layer] = _adapter(tensors)
+            adapters[layer] = adapter_of(tensors)
         found = written.pop("adapters", None)
         result = cls(adapters, _read_target_layers(folder), replace(metadata, fingerprints=written), n_layers)
         if layers is None and found is not None and result.fingerprint != found:
@@ -341,7 +350,7 @@ class AdapterSet(nn.Module):
         return result
 
 
-def _adapter(tensors: dict[str, Tensor]) -> TranscoderAdapter:
+def adapter_of(tensors: dict[str, Tensor]) -> TranscoderAdapter:
     """An adapter around the given tensors; nothing is copied."""
     with torch.device("meta"):
         adapter = TranscoderAdapter(*tensors["W_enc"].shape, dtype=tensors["W_enc"].dtype)

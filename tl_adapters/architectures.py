@@ -25,6 +25,8 @@ from tl_adapters.errors import UserError
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "Gemma2ForCausalLM")
 """Supported architectures, as config.json names them."""
 
+AUTHORS_SUFFIX = "WithTranscoder"
+"""What the paper's authors append to the architecture of a model with adapters inside."""
 ROPE_TYPES = ("default", "llama3")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 """Names that mean the same function in both libraries."""
@@ -72,15 +74,27 @@ def require_representable(config: PretrainedConfig) -> str:
     return str(architecture)
 
 
-def load_config(folder: Path) -> PretrainedConfig:
-    """The folder's configuration. Raises CheckpointError, UnsupportedModelError."""
+def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfig:
+    """The folder's configuration.
+
+    ``without_adapters`` takes a checkpoint of the paper's authors as the hybrid that it holds.
+    Raises CheckpointError, UnsupportedModelError.
+    """
     architectures = read_config(folder).get("architectures")
-    if not isinstance(architectures, list) or architectures[0] not in ARCHITECTURES:
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "none"
+    if architecture.endswith(AUTHORS_SUFFIX) and not without_adapters:
+        raise UnsupportedModelError(
+            f"{folder} is a whole replacement model of the paper's authors ({architecture}): read its adapters with "
+            "from_authors, or the pair with authors_pair."
+        )
+    if architecture.removesuffix(AUTHORS_SUFFIX) not in ARCHITECTURES:
         # Said here, since transformers fails in its own words on a model type it does not know.
         raise UnsupportedModelError(
             f"{folder} is of architecture {architectures}; supported: {', '.join(ARCHITECTURES)}."
         )
-    return AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.architectures = [architecture.removesuffix(AUTHORS_SUFFIX)]
+    return config
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -95,18 +109,20 @@ def load_hf_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    without_adapters: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model of a folder or hub name, with its tokenizer; tokenizer and dtype are the folder's own where None.
 
+    ``without_adapters`` leaves out the adapters of a checkpoint of the paper's authors, which is then the hybrid.
     Everything that can be seen in config and file headers is checked before a weight is read.
     Raises UnsupportedModelError, CheckpointError.
     """
     folder = locate(name)
-    config = load_config(folder)
+    config = load_config(folder, without_adapters)
     require_representable(config)
     tensor_shapes(folder)
     hf_model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        folder, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
     )
     if missing := sorted(info["missing_keys"]):
         # transformers would fill these at random and only log it.

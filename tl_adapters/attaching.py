@@ -20,6 +20,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from tl_adapters.adapter import AdapterSet
+from tl_adapters.architectures import AUTHORS_SUFFIX
 from tl_adapters.backends import backend_of
 from tl_adapters.checkpoints import locate, read_config
 from tl_adapters.compatibility import PairMismatchError, compare_configs, require_fit
@@ -62,19 +63,8 @@ def attach(
     backend = backend_of(model)
     base_mlps = None
     if base is not None:
-        config = (
-            base.config.to_dict() if isinstance(base, PreTrainedModel) else read_config(locate(base, weights=False))
-        )
-        described = backend.described
-        shared = {
-            key: config[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size") if key in config
-        }
-        findings = compare_configs(
-            {**shared, "model_type": (config.get("architectures") or [None])[0], **_activation(config)},
-            {**described, "model_type": described["architectures"][0]},
-        )
-        require_fit([finding for finding in findings if finding.level == "error"])
-        base_mlps = read_base_mlps(base, described["num_hidden_layers"])
+        require_fit([f for f in compare_configs(_described(base), _described(backend.described)) if f.level == "error"])
+        base_mlps = read_base_mlps(base, backend.described["num_hidden_layers"])
     known = adapters.target_layers
     norms = (
         [known[layer].ln2_w for layer in range(adapters.n_layers)]
@@ -118,5 +108,13 @@ def attached(
         detach(pair)
 
 
-def _activation(config: dict[str, Any]) -> dict[str, Any]:
-    return {"hidden_act": config.get("hidden_activation") or config.get("hidden_act")}
+def _described(model: str | Path | PreTrainedModel | dict[str, Any]) -> dict[str, Any]:
+    """What base and target must share, of a model or of the facts a backend gives; architecture for model type."""
+    if isinstance(model, dict):
+        config = model
+    elif isinstance(model, PreTrainedModel):
+        config = model.config.to_dict()
+    else:
+        config = dict(read_config(locate(model, weights=False)))
+    architecture = str((config.get("architectures") or ["none"])[0]).removesuffix(AUTHORS_SUFFIX)
+    return {**config, "model_type": architecture}

@@ -102,17 +102,45 @@ def read_tensors(folder: Path, names: Iterable[str], device: torch.device | str 
     return tensors
 
 
+def read_values(folder: Path, name: str, places: torch.Tensor) -> torch.Tensor:
+    """Single values of a matrix, at ``places`` of the flattened tensor; only their rows are read.
+
+    Raises CheckpointError.
+    """
+    with _opened(folder / _shard_of(folder, name)) as file:
+        if name not in file.keys():  # noqa: SIM118
+            raise CheckpointError(f"{folder} has no tensor {name}; it is not a complete checkpoint.")
+        matrix = file.get_slice(name)
+        columns = matrix.get_shape()[1]
+        return torch.stack([matrix[int(i) // columns, int(i) % columns].reshape(()) for i in places])
+
+
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint, from the headers of its shards.
 
     Raises CheckpointError for a missing, truncated or foreign file: a header knows how long its file must be.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for shard in sorted(set(_shards(folder).values())) or [SINGLE_FILE]:
+    for shard in shard_files(folder):
         with _opened(folder / shard) as file:
             for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
                 shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes
+
+
+def shard_files(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+    """The safetensors files that hold the named tensors, or all. Raises CheckpointError."""
+    shards = _shards(folder)
+    if not shards:
+        return [SINGLE_FILE]
+    return sorted({shards[name] for name in names if name in shards} if names is not None else set(shards.values()))
+
+
+def shard_tensors(folder: Path, shard: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of everything in one file, one at a time. Raises CheckpointError."""
+    with _opened(folder / shard) as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)
 
 
 def mlp_tensor_names(n_layers: int) -> list[str]:
@@ -171,3 +199,10 @@ def _shards(folder: Path) -> dict[str, str]:
     if (folder / SINGLE_FILE).is_file():
         return {}
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read.")
+
+
+def _shard_of(folder: Path, name: str) -> str:
+    shards = _shards(folder)
+    if shards and name not in shards:
+        raise CheckpointError(f"{folder} has no tensor {name}; it is not a complete checkpoint.")
+    return shards.get(name, SINGLE_FILE)

@@ -259,6 +259,11 @@ class PairedModel:
         Raises PairMismatchError where depth, width, the target's marks or the base's content show that they belong
         elsewhere.
         """
+        if adapters.metadata.writes != "adapter_out":
+            raise PairMismatchError(
+                "These transcoders stand in place of the MLP (they write its output); adapters are added to it. Use "
+                "them with SAELens's HookedSAETransformer.add_sae."
+            )
         cfg = self.model.cfg
         if (adapters.n_layers, adapters.d_model) != (cfg.n_layers, cfg.d_model):
             raise PairMismatchError(
@@ -295,7 +300,8 @@ class PairedModel:
     def _require_target(self, adapters: AdapterSet) -> None:
         """Is this model the adapters' target? By content, where the adapters know it."""
         theirs_id = adapters.metadata.target or "another target"
-        if adapters.target_layers is None and _last(theirs_id) != _last(self.target_id) and self.target_id:
+        by_name = (adapters.metadata.target, self.target_id)
+        if adapters.target_layers is None and all(by_name) and len({_last(name) for name in by_name}) > 1:
             raise PairMismatchError(
                 f"These adapters carry no marks of their target, and by name it is {theirs_id}; the model is "
                 f"{self.target_id}. Give the whole set as it was saved, which knows its target by content."
@@ -318,7 +324,7 @@ class PairedModel:
         theirs, recorded = adapters.metadata.fingerprints.get("base_mlps"), adapters.metadata.base
         if self._base_fingerprint is None or theirs == self._base_fingerprint:
             return
-        same_name = _last(recorded) == _last(self.base_id)
+        same_name = _last(self.base_id) in (_last(recorded), _last(adapters.metadata.source))
         if theirs is None and (not recorded or not self.base_id or same_name):
             return
         says = (
@@ -414,6 +420,7 @@ ACTIVATIONS = "mlp.adapter.hook_sae_acts_post"
 
 
 def model_name(model: str | Path | PreTrainedModel) -> str:
+    """Id or folder of a model, as adapters record it."""
     return model.config.name_or_path if isinstance(model, PreTrainedModel) else str(model)
 
 

@@ -23,7 +23,8 @@ CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 HOOK_IN = {"mlp_input": "blocks.{}.mlp.hook_in", "normalized": "blocks.{}.ln2.hook_normalized"}
 """What an adapter reads: what the MLP reads, or that before the second norm's weight. The second is the same tensor
 in a model whose norms are folded into its MLPs, the first is not."""
-HOOK_OUT = "blocks.{}.mlp.hook_adapter_out"
+HOOK_OUT = {"adapter_out": "blocks.{}.mlp.hook_adapter_out", "mlp_out": "blocks.{}.hook_mlp_out"}
+"""What it writes: what is added to the MLP's output, or (transcoders of others) that output itself."""
 NOTE = (
     "Additive: what it writes is added to the MLP's output of a model with the target's attention and the base's MLPs "
     "(tl_adapters.attach makes that model). On a model without blocks.N.mlp.hook_adapter_out, add_sae changes nothing."
@@ -43,10 +44,9 @@ def sae_lens_version() -> str:
         return _TESTED_WITH
 
 
-def transcoder_config(
-    layer: int, tensors: dict[str, Tensor], reads: str, model_name: str, about: dict[str, Any]
-) -> dict[str, Any]:
-    """cfg.json of one layer; ``about`` (base, target, figures, ...) goes where SAELens keeps foreign keys."""
+def transcoder_config(layer: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> dict[str, Any]:
+    """cfg.json of one layer; ``about`` (AdapterMetadata's fields) goes where SAELens keeps foreign keys."""
+    additive = about["writes"] == "adapter_out"
     d_in, d_sae = tensors["W_enc"].shape
     return {
         "architecture": "transcoder",
@@ -61,13 +61,13 @@ def transcoder_config(
         "metadata": {
             "sae_lens_version": sae_lens_version(),
             "sae_lens_training_version": None,
-            "model_name": model_name,
+            "model_name": about["target"],
             "model_class_name": "HookedTransformer",
-            "hook_name": HOOK_IN[reads].format(layer),
-            "hook_name_out": HOOK_OUT.format(layer),
+            "hook_name": HOOK_IN[about["reads"]].format(layer),
+            "hook_name_out": HOOK_OUT[about["writes"]].format(layer),
             "hook_head_index": None,
             "prepend_bos": False,
-            "tl_adapters": {"kind": "adapter", "layer": layer, "reads": reads, "note": NOTE, **about},
+            "tl_adapters": {"additive": additive, "layer": layer, **({"note": NOTE} if additive else {}), **about},
         },
     }
 

@@ -1,0 +1,205 @@
+"""The checkpoints of the paper's authors: a whole replacement model as one Hugging Face checkpoint.
+
+The target's attention, embeddings and norms, the base's MLPs, and per layer, inside the MLP, the adapter:
+
+    model.layers.N.mlp.transcoder_enc.weight [n_features, d_model]     .bias [n_features]
+    model.layers.N.mlp.transcoder_dec.weight [d_model, n_features]     .bias [d_model], where transcoder_dec_bias
+
+config.json holds transcoder_n_features, transcoder_dec_bias and an architecture that ends in WithTranscoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tl_adapters.adapter import AdapterMetadata, AdapterSet, TargetLayer, adapter_of, attention_out_places
+from tl_adapters.architectures import AUTHORS_SUFFIX, load_hf_model
+from tl_adapters.backends import build_model
+from tl_adapters.checkpoints import (
+    DESCRIPTION_FILES,
+    INDEX_FILE,
+    PROJECTIONS,
+    fetch,
+    locate,
+    read_config,
+    read_tensors,
+    read_values,
+    shard_files,
+)
+from tl_adapters.compatibility import compare_configs, require_fit
+from tl_adapters.mixing import write_hybrid
+from tl_adapters.paired import PairedModel, read_base_mlps
+from tl_adapters.saelens import AdapterFormatError
+
+ENCODER, DECODER = "model.layers.{}.mlp.transcoder_enc.{}", "model.layers.{}.mlp.transcoder_dec.{}"
+_SECOND_NORM = {"Gemma2ForCausalLM": "model.layers.{}.pre_feedforward_layernorm.weight"}
+_SECOND_NORM_DEFAULT = "model.layers.{}.post_attention_layernorm.weight"
+_ATTENTION_OUT = "model.layers.{}.self_attn.o_proj.weight"
+_PUBLISHED = "transcoder-adapters-R1-Distill-Qwen-7B"
+_PUBLISHED_PAIR = ("Qwen/Qwen2.5-Math-7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
+
+
+def from_authors(
+    name: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    device: torch.device | str = "cpu",
+) -> AdapterSet:
+    """The adapters of a checkpoint of the paper's authors: a whole replacement model with the adapters inside.
+
+    Of its shards only the adapters' tensors, the second norms and single values of the attention's output are read, so
+    a 7B model is never in memory. Of a repository the shards that hold those are downloaded, which is all of them.
+
+    Args:
+        name: folder or hub name, such as "nathu0/transcoder-adapters-R1-Distill-Qwen-7B-l1w0.001-l0-1.4".
+        layers: only these; None reads all.
+        revision, token, device: as `AdapterSet.from_pretrained`.
+
+    Raises:
+        AdapterFormatError: no checkpoint of this kind.
+        CheckpointError: missing or damaged files, or a name that the hub does not know.
+    """
+    folder = fetch(name, DESCRIPTION_FILES, revision=revision, token=token)
+    config = read_config(folder)
+    architecture, n_features = _authors_architecture(name, config)
+    n_layers = int(str(config["num_hidden_layers"]))
+    chosen = list(range(n_layers)) if layers is None else list(layers)
+    if absent := [layer for layer in chosen if not 0 <= layer < n_layers]:
+        raise AdapterFormatError(f"{name} has {n_layers} layers; there are no layers {absent}.")
+    parts = [ENCODER.format("{0}", "weight"), ENCODER.format("{0}", "bias"), DECODER.format("{0}", "weight")]
+    if config.get("transcoder_dec_bias", True):
+        parts.append(DECODER.format("{0}", "bias"))
+    norm = _SECOND_NORM.get(architecture, _SECOND_NORM_DEFAULT)
+    names = [part.format(layer) for layer in chosen for part in (*parts, norm)]
+    marks = [_ATTENTION_OUT.format(layer) for layer in chosen]
+    if not Path(name).is_dir():
+        shards = shard_files(folder, [*names, *marks]) if (folder / INDEX_FILE).is_file() else ["*.safetensors"]
+        folder = fetch(name, [*DESCRIPTION_FILES, *shards], revision=revision, token=token)
+    adapters, known = {}, {}
+    for layer in chosen:
+        tensors = read_tensors(folder, [part.format(layer) for part in (*parts, norm)], device)
+        encoder, bias, decoder, *decoder_bias = (tensors[part.format(layer)] for part in parts)
+        if encoder.shape[0] != n_features:
+            raise AdapterFormatError(
+                f"{name} says transcoder_n_features {n_features}; layer {layer} has {encoder.shape[0]}."
+            )
+        b_dec = decoder_bias[0] if decoder_bias else torch.zeros(encoder.shape[1], dtype=encoder.dtype, device=device)
+        weights = {"W_enc": encoder.T.contiguous(), "b_enc": bias, "W_dec": decoder.T.contiguous(), "b_dec": b_dec}
+        adapters[layer] = adapter_of(weights)
+        ln2_w = tensors[norm.format(layer)]
+        if architecture == "Gemma2ForCausalLM":
+            ln2_w = (1 + ln2_w.float()).to(ln2_w.dtype)
+        shape = (encoder.shape[1], _attention_width(config))
+        places = attention_out_places(shape[0] * shape[1])
+        known[layer] = TargetLayer(ln2_w, read_values(folder, _ATTENTION_OUT.format(layer), places))
+    base, target = _PUBLISHED_PAIR if _PUBLISHED in str(name) else ("", "")
+    metadata = AdapterMetadata(base=base, target=target, source=str(name))
+    return AdapterSet(adapters, known, metadata, n_layers)
+
+
+def _attention_width(config: dict[str, Any]) -> int:
+    """Heads times their width: columns of the attention's output projection."""
+    heads = int(config["num_attention_heads"])
+    return heads * int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+
+
+def _authors_architecture(name: str | Path, config: dict[str, Any]) -> tuple[str, int]:
+    architecture = str((config.get("architectures") or ["none"])[0])
+    if not architecture.endswith(AUTHORS_SUFFIX) or "transcoder_n_features" not in config:
+        raise AdapterFormatError(
+            f"{name} is of architecture {architecture}, or lacks transcoder_n_features: no checkpoint of the paper's "
+            f"authors, whose architecture ends in {AUTHORS_SUFFIX}. Our own sets are read by "
+            "AdapterSet.from_pretrained."
+        )
+    return architecture.removesuffix(AUTHORS_SUFFIX), int(config["transcoder_n_features"])
+
+
+def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, target: str | Path) -> None:
+    """Write the replacement model as a checkpoint of the authors' kind, which their vLLM class serves.
+
+    Args:
+        adapters: of all layers, reading the MLP's input.
+        folder: must not exist.
+        base, target: folders or hub names; their shards are copied one at a time.
+
+    Raises:
+        ValueError: adapters of some layers only, or in another form.
+        CheckpointError, PairMismatchError, FolderExistsError, DiskFullError.
+    """
+    if adapters.metadata.reads != "mlp_input" or adapters.layer_indices != list(range(adapters.n_layers)):
+        raise ValueError(
+            f"The authors' checkpoints hold adapters of every layer that read mlp_input; these read "
+            f"{adapters.metadata.reads} and are of {len(adapters)} of {adapters.n_layers} layers. Give the set as it "
+            "was trained."
+        )
+    config = read_config(locate(target, weights=False))
+    with_bias = any(bool(adapter.b_dec.any()) for adapter in adapters)
+    tensors: dict[str, Tensor] = {}
+    for layer in adapters.layer_indices:
+        ours = adapters[layer]
+        tensors[ENCODER.format(layer, "weight")] = ours.W_enc.detach().T
+        tensors[ENCODER.format(layer, "bias")] = ours.b_enc.detach()
+        tensors[DECODER.format(layer, "weight")] = ours.W_dec.detach().T
+        if with_bias:
+            tensors[DECODER.format(layer, "bias")] = ours.b_dec.detach()
+    write_hybrid(
+        folder,
+        target,
+        base,
+        beside_mlps=tensors,
+        config={
+            "architectures": [f"{(config.get('architectures') or ['none'])[0]}{AUTHORS_SUFFIX}"],
+            "transcoder_n_features": adapters.n_features,
+            "transcoder_dec_bias": with_bias,
+        },
+    )
+
+
+def authors_pair(
+    name: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    backend: str | None = None,
+) -> PairedModel:
+    """The pair of one of the authors' checkpoints, with its adapters in place.
+
+    Attention, embeddings, norms and the base's MLPs come from the checkpoint; of ``target`` only the MLPs are read.
+
+    Args:
+        name: the checkpoint, a folder or hub name.
+        target: folder or hub name of the target.
+        dtype, device, tokenizer, backend: as `PairedModel.from_pretrained`.
+
+    Raises:
+        AdapterFormatError, CheckpointError, PairMismatchError, UnsupportedModelError.
+    """
+    adapters = from_authors(name)
+    require_fit(compare_configs(read_config(locate(name, weights=False)), read_config(locate(target, weights=False))))
+    hf_model, tokenizer = load_hf_model(name, dtype, device, tokenizer, without_adapters=True)
+    base_mlps = []
+    for layer, mlps in zip(hf_model.model.layers, read_base_mlps(target, adapters.n_layers), strict=True):
+        base_mlps.append({projection: getattr(layer.mlp, projection).weight.detach() for projection in PROJECTIONS})
+        for projection, weight in mlps.items():
+            linear = getattr(layer.mlp, projection)
+            linear.weight = torch.nn.Parameter(
+                weight.to(linear.weight.device, linear.weight.dtype), requires_grad=False
+            )
+    pair = PairedModel(
+        build_model(hf_model, tokenizer, backend),
+        base_mlps,
+        base=adapters.metadata.base or str(name),
+        target=str(target),
+    )
+    pair.load_adapters(adapters)
+    return pair
