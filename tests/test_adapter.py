@@ -1,13 +1,15 @@
 """Adapters: how they start, and how they are written and read."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from sae_lens import SAE
 
-from tl_adapters.adapter import METADATA_FILE, AdapterFormatError, AdapterMetadata, AdapterSet, TranscoderAdapter
+from tl_adapters.adapter import METADATA_FILE, AdapterMetadata, AdapterSet, TargetLayer, TranscoderAdapter
+from tl_adapters.saelens import AdapterFormatError
 
 
 def adapter_set(n_layers: int = 3, d_model: int = 8, n_features: int = 12) -> AdapterSet:
@@ -17,8 +19,8 @@ def adapter_set(n_layers: int = 3, d_model: int = 8, n_features: int = 12) -> Ad
         for adapter in layers:
             for weight in adapter.parameters():
                 weight.add_(torch.randn(weight.shape, generator=generator))
-    norms = [torch.randn(d_model, generator=generator) for _ in range(n_layers)]
-    return AdapterSet(layers, norms, AdapterMetadata(base="b", target="t", figures={"kl": 0.5}))
+    kept = [TargetLayer(*torch.randn(2, d_model, generator=generator)) for _ in range(n_layers)]
+    return AdapterSet(layers, kept, AdapterMetadata(base="b", target="t", figures={"kl": 0.5}))
 
 
 def test_initialisation_is_the_papers() -> None:
@@ -42,8 +44,51 @@ def test_round_trip(tmp_path: Path) -> None:
     assert after.metadata == before.metadata
     assert before.state_dict().keys() == after.state_dict().keys()
     assert all(torch.equal(v, after.state_dict()[k]) for k, v in before.state_dict().items())
-    assert all(torch.equal(a, b) for a, b in zip(before.ln2_weights, after.ln2_weights, strict=True))
-    assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".json"] + [".safetensors"] * 3
+    assert before.target_layers is not None and after.target_layers is not None
+    for layer, kept in before.target_layers.items():
+        assert all(torch.equal(a, b) for a, b in zip(kept, after.target_layers[layer], strict=True))
+    names = {str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    per_layer = {f"layer_{layer}/{file}" for layer in range(3) for file in ("cfg.json", "sae_weights.safetensors")}
+    assert names == per_layer | {"tl_adapters.json", "target_layers.safetensors"}
+
+
+def test_the_folder_is_a_sae_lens_folder(tmp_path: Path) -> None:
+    adapters = adapter_set()
+    adapters.save_pretrained(tmp_path / "a")
+    theirs = SAE.load_from_disk(tmp_path / "a" / "layer_1")
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(theirs.encode(x), adapters[1].encode(x), atol=1e-6)
+    assert theirs.cfg.metadata.hook_name == "blocks.1.mlp.hook_in"
+
+
+def test_some_layers_only(tmp_path: Path) -> None:
+    adapters = adapter_set()
+    adapters.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "layer_2" / "sae_weights.safetensors").unlink()
+    some = AdapterSet.from_pretrained(tmp_path / "a", layers=[1])
+    assert some.layer_indices == [1] and some.n_layers == 3 and len(some) == 1
+    assert torch.equal(some[1].W_enc, adapters[1].W_enc)
+    with pytest.raises(KeyError, match="no adapter of layer 0"):
+        some[0]
+    with pytest.raises(AdapterFormatError, match=r"no adapters of layers \[3\]; it has those of \[0, 1, 2\]"):
+        AdapterSet.from_pretrained(tmp_path / "a", layers=[1, 3])
+    some.save_pretrained(tmp_path / "some")
+    assert AdapterSet.from_pretrained(tmp_path / "some").layer_indices == [1]
+
+
+def test_the_fingerprint_says_which_features_these_are(tmp_path: Path) -> None:
+    adapters = adapter_set()
+    assert adapters.normalized().fingerprint == adapters.fingerprint == adapter_set().fingerprint
+    assert not torch.equal(adapters.normalized()[0].W_enc, adapters[0].W_enc)
+    other = adapter_set()
+    with torch.no_grad():
+        other[1].W_dec[3] += 0.1
+    assert other.fingerprint != adapters.fingerprint
+    adapters.save_pretrained(tmp_path / "a")
+    other.save_pretrained(tmp_path / "b")
+    shutil.copytree(tmp_path / "b" / "layer_1", tmp_path / "a" / "layer_1", dirs_exist_ok=True)
+    with pytest.raises(AdapterFormatError, match="files of two sets were mixed"):
+        AdapterSet.from_pretrained(tmp_path / "a")
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +101,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeyp
     def full(*args: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "write_transcoder", full)
     with pytest.raises(OSError, match="No space"):
         adapters.save_pretrained(tmp_path / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -64,15 +109,15 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeyp
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
     adapter_set().save_pretrained(tmp_path / "a")
-    with pytest.raises(AdapterFormatError, match="not a folder of adapters"):
+    with pytest.raises(AdapterFormatError, match="not a set of adapters"):
         AdapterSet.from_pretrained(tmp_path)
-    layer = tmp_path / "a" / "layer_1.safetensors"
+    layer = tmp_path / "a" / "layer_1" / "sae_weights.safetensors"
     whole = layer.read_bytes()
     layer.write_bytes(whole[:100])
-    with pytest.raises(AdapterFormatError, match=r"layer_1\.safetensors is missing or damaged"):
+    with pytest.raises(AdapterFormatError, match=r"sae_weights\.safetensors is missing or damaged"):
         AdapterSet.from_pretrained(tmp_path / "a")
     layer.unlink()
-    with pytest.raises(AdapterFormatError, match=r"layer_1\.safetensors is missing or damaged"):
+    with pytest.raises(AdapterFormatError, match=r"sae_weights\.safetensors is missing or damaged"):
         AdapterSet.from_pretrained(tmp_path / "a")
     layer.write_bytes(whole)
     record = json.loads((tmp_path / "a" / METADATA_FILE).read_text())

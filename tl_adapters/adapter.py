@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,12 +234,12 @@ class AdapterSet(nn.Module):
         """The same adapters reading ln2.hook_normalized: W_enc' = ln2_w[:, None] * W_enc.
 
         The same activations on models as they are, with folded norms, and fully processed. A set that reads it
-        already is returned as it is. Raises ValueError where the norms are not known.
+        already is returned as it is. Raises AdapterFormatError where the norms are not known.
         """
         if self.metadata.reads == "normalized":
             return self
         if self.target_layers is None:
-            raise ValueError("The target's second-norm weights are not known; this set can only read the MLP's input.")
+            raise AdapterFormatError("The target's second norms are not known; this set can only read the MLP's input.")
         layers = {}
         for layer in self.layer_indices:
             ours = self[layer]
@@ -303,51 +303,74 @@ class AdapterSet(nn.Module):
             AdapterFormatError: not a set of adapters, or a damaged one.
             CheckpointError: neither a folder nor a repository that the hub gives.
         """
-        wanted = "*" if layers is None else None
-        patterns = [METADATA_FILE, TARGET_FILE, "README.md"]
-        patterns += [f"{LAYER_FOLDER.format(layer)}/*" for layer in ([wanted] if layers is None else layers)]
-        folder = fetch(name, patterns, revision=revision, token=token)
-        if not (folder / METADATA_FILE).is_file():
-            raise AdapterFormatError(
-                f"{name} holds no {METADATA_FILE}: it is not a set of adapters. SAELens folders of others are read by "
-                "from_saelens, the paper's authors' checkpoints by from_authors."
-            )
-        record = read_json(folder / METADATA_FILE)
-        try:
-            if record["schema_version"] != SCHEMA_VERSION:
-                raise AdapterFormatError(
-                    f"{name} has schema_version {record['schema_version']}; this version reads {SCHEMA_VERSION}. "
-                    "Read it with the version of tl_adapters that wrote it, or update."
-                )
-            there = [int(layer) for layer in record["layers"]]
-            n_layers, shape = int(record["n_layers"]), (int(record["d_model"]), int(record["n_features"]))
-            metadata = AdapterMetadata(**{f.name: record[f.name] for f in fields(AdapterMetadata)})
-            written = dict(metadata.fingerprints)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, AdapterFormatError):
-                raise
-            raise AdapterFormatError(
-                f"{folder / METADATA_FILE} is not a description of adapters: {error!r}."
-            ) from error
-        chosen = there if layers is None else list(layers)
-        if absent := sorted(set(chosen) - set(there)):
-            raise AdapterFormatError(f"{name} has no adapters of layers {absent}; it has those of {there}.")
+        about = describe(name, revision=revision, token=token)
+        chosen = about.layers if layers is None else list(layers)
+        if absent := sorted(set(chosen) - set(about.layers)):
+            raise AdapterFormatError(f"{name} has no adapters of layers {absent}; it has those of {about.layers}.")
+        wanted = [f"{LAYER_FOLDER.format(layer)}/*" for layer in chosen]
+        folder = fetch(name, [METADATA_FILE, TARGET_FILE, *wanted], revision=revision, token=token)
         adapters = {}
         for layer in chosen:
             tensors = read_weights(folder / LAYER_FOLDER.format(layer), device)
-            if tuple(tensors["W_enc"].shape) != shape or tensors["b_dec"].shape[0] != shape[0]:
+            found = (tensors["W_enc"].shape[0], tensors["W_enc"].shape[1], tensors["W_dec"].shape[1])
+            if found != (about.d_model, about.n_features, about.d_model):
                 raise AdapterFormatError(
-                    f"Layer {layer} of {name} has shape {tuple(tensors['W_enc'].shape)}; the set's is {shape}."
+                    f"Layer {layer} of {name} maps {found[0]} to {found[1]} features to {found[2]}; expected "
+                    f"{about.d_model}, {about.n_features} and {about.d_model}."
                 )
             adapters[layer] = adapter_of(tensors)
-        found = written.pop("adapters", None)
-        result = cls(adapters, _read_target_layers(folder), replace(metadata, fingerprints=written), n_layers)
-        if layers is None and found is not None and result.fingerprint != found:
+        result = cls(adapters, about.target_layers, about.metadata, about.n_layers)
+        if layers is None and result.fingerprint != about.fingerprint:
             raise AdapterFormatError(
                 f"The weights in {name} are not those its {METADATA_FILE} was written with (fingerprint "
-                f"{result.fingerprint}, expected {found}): files of two sets were mixed. Copy the whole folder again."
+                f"{result.fingerprint}, expected {about.fingerprint}): files of two sets were mixed, or cast. Copy the "
+                "whole folder again."
             )
         return result
+
+
+@dataclass(frozen=True)
+class SetDescription:
+    """What a set's files say of it besides the weights."""
+
+    layers: list[int]
+    """The layers there are adapters of."""
+    n_layers: int
+    """Layers of the model."""
+    d_model: int
+    """Width of the residual stream."""
+    n_features: int
+    """Features per layer."""
+    metadata: AdapterMetadata
+    """Where they come from."""
+    fingerprint: str
+    """Content hash of the adapters."""
+    target_layers: dict[int, TargetLayer] | None
+    """What is kept of the target."""
+
+
+def describe(name: str | Path, *, revision: str | None = None, token: str | None = None) -> SetDescription:
+    """A set's description; of a repository no weights are downloaded. Raises AdapterFormatError, CheckpointError."""
+    folder = fetch(name, [METADATA_FILE, TARGET_FILE], revision=revision, token=token)
+    if not (folder / METADATA_FILE).is_file():
+        raise AdapterFormatError(
+            f"{name} holds no {METADATA_FILE}: it is not a set of adapters. SAELens folders of others are read by "
+            "from_saelens, the paper's authors' checkpoints by from_authors."
+        )
+    record = read_json(folder / METADATA_FILE)
+    if (version := record.pop("schema_version", None)) != SCHEMA_VERSION:
+        raise AdapterFormatError(
+            f"{name} has schema_version {version}; this version reads {SCHEMA_VERSION}. Read it with the version of "
+            "tl_adapters that wrote it, or update."
+        )
+    try:
+        shape = {key: int(record.pop(key)) for key in ("n_layers", "d_model", "n_features")}
+        layers = [int(layer) for layer in record.pop("layers")]
+        adapters = str(record["fingerprints"].pop("adapters"))
+        metadata = AdapterMetadata(**record)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise AdapterFormatError(f"{folder / METADATA_FILE} is not a description of adapters: {error!r}.") from error
+    return SetDescription(layers, **shape, metadata=metadata, fingerprint=adapters, target_layers=_kept(folder))
 
 
 def adapter_of(tensors: dict[str, Tensor]) -> TranscoderAdapter:
@@ -358,7 +381,7 @@ def adapter_of(tensors: dict[str, Tensor]) -> TranscoderAdapter:
     return adapter.requires_grad_(True)
 
 
-def _read_target_layers(folder: Path) -> dict[int, TargetLayer] | None:
+def _kept(folder: Path) -> dict[int, TargetLayer] | None:
     if not (folder / TARGET_FILE).is_file():
         return None
     tensors = read_safetensors(folder / TARGET_FILE)

@@ -70,7 +70,7 @@ def from_authors(
     folder = fetch(name, DESCRIPTION_FILES, revision=revision, token=token)
     config = read_config(folder)
     architecture, n_features = _authors_architecture(name, config)
-    n_layers = int(str(config["num_hidden_layers"]))
+    n_layers = int(config["num_hidden_layers"])
     chosen = list(range(n_layers)) if layers is None else list(layers)
     if absent := [layer for layer in chosen if not 0 <= layer < n_layers]:
         raise AdapterFormatError(f"{name} has {n_layers} layers; there are no layers {absent}.")
@@ -131,11 +131,11 @@ def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, ta
         base, target: folders or hub names; their shards are copied one at a time.
 
     Raises:
-        ValueError: adapters of some layers only, or in another form.
+        AdapterFormatError: adapters of some layers only, or in another form.
         CheckpointError, PairMismatchError, FolderExistsError, DiskFullError.
     """
     if adapters.metadata.reads != "mlp_input" or adapters.layer_indices != list(range(adapters.n_layers)):
-        raise ValueError(
+        raise AdapterFormatError(
             f"The authors' checkpoints hold adapters of every layer that read mlp_input; these read "
             f"{adapters.metadata.reads} and are of {len(adapters)} of {adapters.n_layers} layers. Give the set as it "
             "was trained."

@@ -52,6 +52,8 @@ def build_bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 class BridgedMLP(RoutedMLP):
     """A Hugging Face MLP inside a bridge, with routes; `BridgedBackend.install` makes one of the MLP that is there."""
 
+    act_fn: Any
+
     def weights(self) -> tuple[MLPWeights, MLPWeights]:
         """(target's, base's)."""
         assert isinstance(self.base, _BaseMLP)
@@ -65,7 +67,7 @@ class _BaseMLP(nn.Module):
 
     def __init__(self, target: nn.Module, weights: dict[str, Tensor]) -> None:
         super().__init__()
-        self.act_fn = target.act_fn
+        self.act_fn: Any = target.act_fn
         for name in PROJECTIONS:
             projection = getattr(target, name)
             like = projection.weight

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, 
 from safetensors import SafetensorError, safe_open
 
 from tl_adapters.errors import UserError
+from tl_adapters.organism import BUILTIN
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -48,6 +49,8 @@ def fetch(name: str | Path, patterns: Sequence[str], *, revision: str | None = N
     An interrupted download goes on where it stopped, and no file has its name before it is whole.
     Raises CheckpointError.
     """
+    if name in BUILTIN:
+        return BUILTIN[str(name)]
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists():
@@ -68,7 +71,7 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def read_config(folder: Path) -> dict[str, object]:
+def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json. Raises CheckpointError."""
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -153,7 +156,7 @@ def remote_or_local_names(name: str, folder: Path) -> set[str]:
 
     ``folder`` holds what `locate` without weights found of ``name``. Raises CheckpointError.
     """
-    if Path(name).is_dir():
+    if name in BUILTIN or Path(name).is_dir():
         return set(tensor_shapes(folder))
     if (folder / INDEX_FILE).is_file():
         return set(_shards(folder))

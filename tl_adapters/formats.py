@@ -33,7 +33,7 @@ def to_saelens(
             (``blocks.N.mlp.hook_in``, only right on a model without folded norms).
 
     Raises:
-        ValueError: "mlp_input" of a set in the other form, or norms that are not known.
+        AdapterFormatError: "mlp_input" of a set in the other form, or norms that are not known.
         FolderExistsError, DiskFullError.
     """
     if reads == "normalized":
@@ -41,7 +41,7 @@ def to_saelens(
     elif adapters.metadata.reads == reads:
         adapters.save_pretrained(folder)
     else:
-        raise ValueError(f"These adapters read {adapters.metadata.reads} already, which is not unfolded again.")
+        raise AdapterFormatError(f"These adapters read {adapters.metadata.reads} already, which is not unfolded again.")
 
 
 def from_saelens(

@@ -128,6 +128,10 @@ def build_hooked_transformer(
 class RoutedGatedMLP(RoutedMLP, GatedMLP):
     """A HookedTransformer's gated MLP with routes; `HookedBackend.install` makes one of the MLP that is there."""
 
+    W_gate: Tensor
+    W_in: Tensor
+    W_out: Tensor
+    act_fn: Any
     _block: tuple[Any, ...]
     _norm: type[nn.Module]
 
@@ -146,9 +150,9 @@ class RoutedGatedMLP(RoutedMLP, GatedMLP):
 
     def weights(self) -> tuple[MLPWeights, MLPWeights]:
         """(target's, base's)."""
-        return tuple(  # type: ignore[return-value]
-            MLPWeights(mlp.W_gate, mlp.W_in, mlp.W_out, mlp.act_fn) for mlp in (self, self.base)
-        )
+        assert isinstance(self.base, GatedMLP)
+        target = MLPWeights(self.W_gate, self.W_in, self.W_out, self.act_fn)
+        return target, MLPWeights(self.base.W_gate, self.base.W_in, self.base.W_out, self.act_fn)
 
 
 class HookedBackend(Backend):

@@ -56,7 +56,7 @@ def write_hybrid(
     mlps = locate(base) if base is not None else None
     if mlps is not None:
         require_fit(compare_configs(read_config(mlps), described))
-    swapped = set(mlp_tensor_names(int(str(described["num_hidden_layers"])))) if mlps is not None else set()
+    swapped = set(mlp_tensor_names(described["num_hidden_layers"])) if mlps is not None else set()
     extra = dict(beside_mlps or {})
     weight_map: dict[str, str] = {}
     total = 0

@@ -202,7 +202,7 @@ class PairedModel:
         first: int | None = None,
         last: int | None = None,
         only: Sequence[int] | None = None,
-    ) -> Iterator[HookedTransformer]:
+    ) -> Iterator[Any]:
         """Route the model for the length of a block; afterwards every layer has the route it had before.
 
         Args:

@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 RANKS = (1, 2, 4, 8, 16, 32)
 SHOWN_ANSWERS = 4
-BUILTIN_BASE, BUILTIN_TARGET = "tl_adapters built-in base", "tl_adapters built-in target"
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,7 @@ def stage(folder: Path, name: str) -> Iterator[None]:
 
 def load_builtin_pair(device: str = "cpu", dtype: torch.dtype | None = None) -> PairedModel:
     """The pair that ships with the package."""
-    pair = PairedModel.from_pretrained(organism.BASE, organism.TARGET, device=device, dtype=dtype)
-    pair.base_id, pair.target_id = BUILTIN_BASE, BUILTIN_TARGET
-    return pair
+    return PairedModel.from_pretrained(organism.BUILTIN_BASE, organism.BUILTIN_TARGET, device=device, dtype=dtype)
 
 
 def open_pair(config: RunConfig, device: str = "cpu") -> PairedModel:
@@ -170,7 +167,7 @@ def is_builtin(folder: Path) -> bool:
     pair = read_results(folder).get("pair")
     if pair is None:
         raise UserError(f"{folder / 'results.json'} names no pair; is this a folder that train or demo made?")
-    return bool(pair["target"] == BUILTIN_TARGET)
+    return bool(pair["target"] == organism.BUILTIN_TARGET)
 
 
 def evaluate_run(folder: Path, data: str | None, device: str = "cpu", dtype: Dtype | None = None) -> None:

@@ -12,5 +12,9 @@ from tl_adapters.organism.traces import reasoning_pairs
 
 PAIR = Path(__file__).parent / "pair"
 BASE, TARGET = PAIR / "base", PAIR / "target"
+BUILTIN_BASE, BUILTIN_TARGET = "tl_adapters built-in base", "tl_adapters built-in target"
+BUILTIN = {BUILTIN_BASE: BASE, BUILTIN_TARGET: TARGET}
+"""The names under which adapters and figures know the pair, wherever the package lies; every loader takes them."""
 
-__all__ = ["BASE", "PAIR", "SPLITS", "TARGET", "Problem", "Split", "problems", "reasoning_pairs"]
+__all__ = ["BASE", "BUILTIN", "BUILTIN_BASE", "BUILTIN_TARGET", "PAIR", "SPLITS", "TARGET", "Problem", "Split"]
+__all__ += ["problems", "reasoning_pairs"]
