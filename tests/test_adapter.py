@@ -8,7 +8,8 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from tl_adapters.adapter import METADATA_FILE, AdapterMetadata, AdapterSet, TargetLayer, TranscoderAdapter
+from tl_adapters.adapter import METADATA_FILE, AdapterMetadata, AdapterSet, TranscoderAdapter
+from tl_adapters.marks import TargetLayer
 from tl_adapters.saelens import AdapterFormatError
 
 

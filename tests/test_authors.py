@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import tl_adapters.authors as authors_module
 import tl_adapters.checkpoints as checkpoints
+import tl_adapters.marks as marks_module
 from tl_adapters.architectures import UnsupportedModelError
 from tl_adapters.attaching import attach
 from tl_adapters.authors import authors_pair, from_authors, to_authors
@@ -125,10 +126,10 @@ def test_only_what_is_needed_is_read(
 ) -> None:
     folder, _, _ = theirs
     whole: list[str] = []
-    original = authors_module.read_tensors
-    monkeypatch.setattr(
-        authors_module, "read_tensors", lambda f, names, device: whole.extend(names) or original(f, names, device)
-    )
+    for module in (authors_module, marks_module):
+        original = module.read_tensors
+        read = lambda f, names, *device, o=original: whole.extend(names) or o(f, names, *device)  # noqa: E731
+        monkeypatch.setattr(module, "read_tensors", read)
     some = from_authors(folder / "theirs", layers=[1])
     assert some.layer_indices == [1] and some.n_layers == 4
     assert all(".transcoder_" in name or "post_attention_layernorm" in name for name in whole)

@@ -148,7 +148,7 @@ def test_of_hub_models_no_weights_are_downloaded(folders: tuple[Path, Path], mon
     (folders[0] / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     asked: list[str] = []
 
-    def fake(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def fake(name: str, revision: str | None, allow_patterns: list[str], token: str | None) -> str:
         asked.extend(allow_patterns)
         return str(parts[name])
 

@@ -23,6 +23,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.atomic import new_folder
 from tl_adapters.checkpoints import fetch
 from tl_adapters.fingerprints import fingerprint
+from tl_adapters.marks import TargetLayer
 from tl_adapters.saelens import (
     AdapterFormatError,
     read_json,
@@ -128,29 +129,6 @@ class AdapterMetadata:
     """The authors' checkpoint they were read from, which also holds the base's MLPs."""
     figures: dict[str, Any] = field(default_factory=dict)
     """Measured figures (L0, KL, ...), each with the split it was measured on."""
-
-
-class TargetLayer(NamedTuple):
-    """What an adapter set keeps of one layer of its target: to know it again, and to fit models whose norms are folded.
-
-    Both survive weight processing: folding moves ln2_w into the MLP and leaves the attention's output alone.
-    """
-
-    ln2_w: Tensor
-    """The second norm's weights as TransformerLens has them (Gemma 1 + w), [d_model]."""
-    attention_out: Tensor
-    """Evenly spaced values of the attention's output projection, [at most 64]."""
-
-
-def attention_out_places(n: int) -> Tensor:
-    """Which values of a flattened output projection of ``n`` are kept."""
-    return torch.linspace(0, n - 1, min(64, n), dtype=torch.float64).round().long()
-
-
-def sample_attention_out(weight: Tensor) -> Tensor:
-    """`TargetLayer.attention_out` of an output projection in Hugging Face's layout, [d_model, n_heads * d_head]."""
-    places = attention_out_places(weight.numel()).to(weight.device)
-    return weight.detach()[torch.unravel_index(places, weight.shape)].to("cpu", copy=True)
 
 
 class AdapterSet(nn.Module):

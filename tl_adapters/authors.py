@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tl_adapters.adapter import AdapterMetadata, AdapterSet, TargetLayer, adapter_of, attention_out_places
+from tl_adapters.adapter import AdapterMetadata, AdapterSet, adapter_of
 from tl_adapters.architectures import AUTHORS_SUFFIX, load_hf_model
 from tl_adapters.backends import build_model
 from tl_adapters.checkpoints import (
@@ -29,18 +29,15 @@ from tl_adapters.checkpoints import (
     locate,
     read_config,
     read_tensors,
-    read_values,
     shard_files,
 )
 from tl_adapters.compatibility import compare_configs, require_fit
+from tl_adapters.marks import attention_out_name, second_norm_name, stored_target_layer
 from tl_adapters.mixing import write_hybrid
 from tl_adapters.paired import PairedModel, read_base_mlps
 from tl_adapters.saelens import AdapterFormatError
 
 ENCODER, DECODER = "model.layers.{}.mlp.transcoder_enc.{}", "model.layers.{}.mlp.transcoder_dec.{}"
-_SECOND_NORM = {"Gemma2ForCausalLM": "model.layers.{}.pre_feedforward_layernorm.weight"}
-_SECOND_NORM_DEFAULT = "model.layers.{}.post_attention_layernorm.weight"
-_ATTENTION_OUT = "model.layers.{}.self_attn.o_proj.weight"
 _PUBLISHED = "transcoder-adapters-R1-Distill-Qwen-7B"
 _PUBLISHED_PAIR = ("Qwen/Qwen2.5-Math-7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
 
@@ -77,15 +74,16 @@ def from_authors(
     parts = [ENCODER.format("{0}", "weight"), ENCODER.format("{0}", "bias"), DECODER.format("{0}", "weight")]
     if config.get("transcoder_dec_bias", True):
         parts.append(DECODER.format("{0}", "bias"))
-    norm = _SECOND_NORM.get(architecture, _SECOND_NORM_DEFAULT)
-    names = [part.format(layer) for layer in chosen for part in (*parts, norm)]
-    marks = [_ATTENTION_OUT.format(layer) for layer in chosen]
+    names = [part.format(layer) for layer in chosen for part in parts]
+    names += [
+        tensor for layer in chosen for tensor in (second_norm_name(architecture, layer), attention_out_name(layer))
+    ]
     if not Path(name).is_dir():
-        shards = shard_files(folder, [*names, *marks]) if (folder / INDEX_FILE).is_file() else ["*.safetensors"]
+        shards = shard_files(folder, names) if (folder / INDEX_FILE).is_file() else ["*.safetensors"]
         folder = fetch(name, [*DESCRIPTION_FILES, *shards], revision=revision, token=token)
     adapters, known = {}, {}
     for layer in chosen:
-        tensors = read_tensors(folder, [part.format(layer) for part in (*parts, norm)], device)
+        tensors = read_tensors(folder, [part.format(layer) for part in parts], device)
         encoder, bias, decoder, *decoder_bias = (tensors[part.format(layer)] for part in parts)
         if encoder.shape[0] != n_features:
             raise AdapterFormatError(
@@ -94,21 +92,10 @@ def from_authors(
         b_dec = decoder_bias[0] if decoder_bias else torch.zeros(encoder.shape[1], dtype=encoder.dtype, device=device)
         weights = {"W_enc": encoder.T.contiguous(), "b_enc": bias, "W_dec": decoder.T.contiguous(), "b_dec": b_dec}
         adapters[layer] = adapter_of(weights)
-        ln2_w = tensors[norm.format(layer)]
-        if architecture == "Gemma2ForCausalLM":
-            ln2_w = (1 + ln2_w.float()).to(ln2_w.dtype)
-        shape = (encoder.shape[1], _attention_width(config))
-        places = attention_out_places(shape[0] * shape[1])
-        known[layer] = TargetLayer(ln2_w, read_values(folder, _ATTENTION_OUT.format(layer), places))
+        known[layer] = stored_target_layer(folder, architecture, layer)
     base, target = _PUBLISHED_PAIR if _PUBLISHED in str(name) else ("", "")
     metadata = AdapterMetadata(base=base, target=target, source=str(name))
     return AdapterSet(adapters, known, metadata, n_layers)
-
-
-def _attention_width(config: dict[str, Any]) -> int:
-    """Heads times their width: columns of the attention's output projection."""
-    heads = int(config["num_attention_heads"])
-    return heads * int(config.get("head_dim") or int(config["hidden_size"]) // heads)
 
 
 def _authors_architecture(name: str | Path, config: dict[str, Any]) -> tuple[str, int]:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.architectures import UnsupportedModelError
+from tl_adapters.config import BackendName
 from tl_adapters.routing import Backend
-
-BackendName = Literal["hooked", "bridge"]
 
 
 def default_backend() -> BackendName:

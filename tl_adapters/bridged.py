@@ -108,7 +108,7 @@ def _refuse_processed(bridge_mlp: nn.Module, args: tuple[Any, ...]) -> None:
 class BridgedBackend(Backend):
     """What `PairedModel` asks of a TransformerBridge, the user's own or one made here (see `routing.Backend`)."""
 
-    resid_post = "hook_out"
+    name = "bridge"
 
     def __init__(self, model: TransformerBridge) -> None:
         self.model = model

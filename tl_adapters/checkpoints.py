@@ -7,7 +7,7 @@ attention and embeddings are never in memory. A checkpoint without safetensors i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,17 +105,19 @@ def read_tensors(folder: Path, names: Iterable[str], device: torch.device | str 
     return tensors
 
 
-def read_values(folder: Path, name: str, places: torch.Tensor) -> torch.Tensor:
-    """Single values of a matrix, at ``places`` of the flattened tensor; only their rows are read.
+def read_values(folder: Path, name: str, places: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """Single values of a matrix, without reading the rest. Raises CheckpointError.
 
-    Raises CheckpointError.
+    Args:
+        folder, name: as `read_tensors`.
+        places: number of values to the places, in the flattened matrix, that are wanted.
     """
     with _opened(folder / _shard_of(folder, name)) as file:
-        if name not in file.keys():  # noqa: SIM118
+        if name not in file.keys():  # noqa: SIM118  # a safe_open is no mapping
             raise CheckpointError(f"{folder} has no tensor {name}; it is not a complete checkpoint.")
         matrix = file.get_slice(name)
-        columns = matrix.get_shape()[1]
-        return torch.stack([matrix[int(i) // columns, int(i) % columns].reshape(()) for i in places])
+        rows, columns = matrix.get_shape()
+        return torch.stack([matrix[int(i) // columns, int(i) % columns] for i in places(rows * columns)])
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

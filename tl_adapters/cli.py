@@ -6,6 +6,9 @@ tl-adapters config                                every option of a run, documen
 tl-adapters train --base B --target T --data F    train adapters for any pair
 tl-adapters train --resume RUN                    go on with a run that was stopped or killed
 tl-adapters evaluate RUN --data F                 measure a run's adapters on held-out traces
+tl-adapters export RUN --to saelens --out DIR     adapters, or the models they belong to, for other tools
+tl-adapters push RUN USER/REPO                    adapters with their card to the hub
+tl-adapters pull USER/REPO --out DIR              and back
 """
 
 from __future__ import annotations
@@ -46,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    quiet = argparse.ArgumentParser(add_help=False)
+    quiet.add_argument("--quiet", action="store_true", help="no progress, only what was written")
+    common = argparse.ArgumentParser(add_help=False, parents=[quiet])
     common.add_argument("--seed", type=int, default=None, help="seed of encoders, document order and cuts (default 0)")
     common.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
     common.add_argument("--dtype", choices=DTYPES, default=None, help="of the models (default: the target's own)")
-    common.add_argument("--quiet", action="store_true", help="no progress, only what was written")
 
     parser = argparse.ArgumentParser(prog="tl-adapters", description="What did reasoning training change in a model?")
     parser.add_argument("--version", action="version", version=f"tl-adapters {__version__}")
@@ -64,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", parents=[common], help="will this pair work here? before anything expensive")
     doctor.add_argument("base", metavar="BASE", help="folder or hub name; of hub models no weights are downloaded")
     doctor.add_argument("target", metavar="TARGET", help="folder or hub name")
+    doctor.add_argument("adapters", metavar="ADAPTERS", nargs="?", help="run, folder or hub name: do they belong?")
     doctor.add_argument("--data", help="a .jsonl file or dataset, to count lengths and truncation")
     doctor.add_argument("--config", help="a YAML or JSON file, or the name of a configuration that ships")
     doctor.add_argument("--out", type=Path, default=Path(), help="where the run would be written (default: here)")
@@ -88,7 +93,40 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
     evaluate.add_argument("--data", help=".jsonl of held-out traces, or a dataset (the built-in pair needs none)")
     evaluate.set_defaults(run=_evaluate)
+
+    export = verbs.add_parser("export", parents=[quiet], help="adapters, or the models they belong to, for other tools")
+    export.add_argument("adapters", metavar="RUN", help="run folder, folder of adapters, or hub name")
+    export.add_argument("--to", choices=("saelens", "authors", "hybrid", "target"), required=True, help="format")
+    export.add_argument("--out", type=Path, required=True, help="folder to make")
+    _add_reads(export)
+    export.add_argument("--base", help="where the base is, if not where the adapters say")
+    export.add_argument("--target", help="likewise the target")
+    export.set_defaults(run=_export)
+
+    push = verbs.add_parser("push", parents=[quiet], help="adapters with their card to the hub (HF_TOKEN)")
+    push.add_argument("adapters", metavar="RUN", help="run folder or folder of adapters")
+    push.add_argument("repo", metavar="USER/REPO", help="made if it is not there")
+    push.add_argument("--private", action="store_true", default=None, help="of a new repository")
+    push.add_argument("--revision", help="branch, made if it is not there")
+    _add_reads(push)
+    push.set_defaults(run=_push)
+
+    pull = verbs.add_parser("pull", parents=[quiet], help="adapters from the hub into a folder, whole or not at all")
+    pull.add_argument("repo", metavar="USER/REPO", help="repository of the hub")
+    pull.add_argument("--out", type=Path, required=True, help="folder to make")
+    pull.add_argument("--layers", type=int, nargs="+", help="only these")
+    pull.add_argument("--revision", help="branch, tag or commit")
+    pull.set_defaults(run=_pull)
     return parser
+
+
+def _add_reads(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--reads",
+        choices=("normalized", "mlp_input"),
+        default="normalized",
+        help="normalized: right on processed models too (default); mlp_input: as trained, for models as they are",
+    )
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -112,7 +150,7 @@ def _demo(args: argparse.Namespace) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     from tl_adapters.doctor import examine, in_lines
 
-    findings = examine(_run_config(args), args.out, _device(args.device))
+    findings = examine(_run_config(args), args.out, _device(args.device), args.adapters)
     print(in_lines(findings))
     if any(finding.level == "error" for finding in findings):
         return 1
@@ -173,6 +211,35 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     study.evaluate_run(args.run_folder, args.data, _device(args.device), args.dtype)
     print(f"report: {write_report(args.run_folder)}\nfigures: {args.run_folder / 'results.json'}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from tl_adapters.publishing import export
+
+    export(args.adapters, args.to, args.out, reads=args.reads, base=args.base, target=args.target)
+    print(f"{args.to}: {args.out}")
+    if args.to == "saelens":
+        print(f'next: sae_lens.SAE.load_from_disk("{args.out}/layer_0")')
+    elif args.to != "authors":
+        print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{args.out}")')
+
+
+def _push(args: argparse.Namespace) -> None:
+    from tl_adapters.hub import push_to_hub
+    from tl_adapters.publishing import adapters_of
+
+    adapters = adapters_of(args.adapters)
+    address = push_to_hub(adapters, args.repo, private=args.private, revision=args.revision, reads=args.reads)
+    print(f"commit: {address}\nnext: tl-adapters pull {args.repo} --out adapters")
+
+
+def _pull(args: argparse.Namespace) -> None:
+    from tl_adapters.hub import pull
+
+    adapters = pull(args.repo, args.out, layers=args.layers, revision=args.revision)
+    about = adapters.metadata
+    print(f"adapters: {args.out} ({len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each)")
+    print(f"next: tl-adapters doctor {about.base or 'BASE'} {about.target or 'TARGET'} {args.out}")
 
 
 def _silence_loading_bars() -> None:

@@ -63,6 +63,7 @@ TooLong = Literal["truncate", "drop", "refuse"]
 Region = Literal["prompt", "thinking", "answer"]
 REGIONS: tuple[Region, ...] = get_args(Region)
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+BackendName = Literal["hooked", "bridge"]
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 
 
@@ -183,6 +184,9 @@ class RunConfig:
     """Folder or hub name of the target."""
     dtype: Dtype | None = None
     """Of the models' weights; null keeps the target's own. Adapters are float32 always."""
+    backend: BackendName | None = None
+    """What runs the models: "hooked" (HookedTransformer), "bridge" (TransformerBridge); null takes the first that the
+    installed TransformerLens has."""
     data: DataConfig = field(default_factory=DataConfig)
     """Where documents come from."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

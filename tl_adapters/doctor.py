@@ -15,6 +15,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
+from tl_adapters.adapter import describe
 from tl_adapters.architectures import load_config, load_tokenizer, require_representable, rope_parameters
 from tl_adapters.batching import DataStatistics, open_documents
 from tl_adapters.chat import ChatFormat
@@ -22,13 +23,20 @@ from tl_adapters.checkpoints import locate, mlp_tensor_names, read_config, read_
 from tl_adapters.compatibility import Finding, compare_configs, compare_vocabularies
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
+from tl_adapters.marks import stored_base_fingerprint, stored_target_layer
+from tl_adapters.organism import BUILTIN
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
 
 
-def examine(config: RunConfig, out: Path = Path(), device: str = "cpu") -> list[Finding]:
-    """Check the pair, the data and the machine for the run that ``config`` describes, to be written under ``out``."""
+def examine(
+    config: RunConfig, out: Path = Path(), device: str = "cpu", adapters: str | Path | None = None
+) -> list[Finding]:
+    """Check the pair, the data and the machine for the run that ``config`` describes, to be written under ``out``.
+
+    With ``adapters`` (a run, a folder or a hub name), also whether they belong to the pair.
+    """
     findings: list[Finding] = []
     folders: dict[str, Path] = {}
     for role, name in (("base", config.base), ("target", config.target)):
@@ -47,6 +55,8 @@ def examine(config: RunConfig, out: Path = Path(), device: str = "cpu") -> list[
         return [*findings, Finding("error", "architecture", str(error))]
     findings += _rope_and_context(described, config)
     findings += _weights(config, base, target, described)
+    if adapters is not None:
+        findings += _adapters(adapters, config, base, target, described)
     base_vocabulary, vocabulary = read_vocabulary(base), read_vocabulary(target)
     if base_vocabulary and vocabulary:
         findings += compare_vocabularies(base_vocabulary, vocabulary)
@@ -97,6 +107,58 @@ def _weights(config: RunConfig, base: Path, target: Path, described: PretrainedC
             yield Finding("error", f"{role}'s weights", says, "It is not a complete checkpoint of this architecture.")
         else:
             yield Finding("ok", f"{role}'s weights", f"safetensors, {len(names)} tensors, every MLP there.")
+
+
+def _adapters(
+    name: str | Path, config: RunConfig, base: Path, target: Path, described: PretrainedConfig
+) -> Iterator[Finding]:
+    """Do they fit the models' shapes, and were they trained on these? By content where weights are on this machine."""
+    inside = Path(name) / "adapters"
+    try:
+        about = describe(inside if inside.is_dir() else name)
+    except UserError as error:
+        yield Finding("error", "adapters", str(error))
+        return
+    ours, theirs = (about.n_layers, about.d_model), (described.num_hidden_layers, described.hidden_size)
+    says = (
+        f"{len(about.layers)} of {ours[0]} layers of width {ours[1]}; the target has {theirs[0]} of width {theirs[1]}."
+    )
+    if ours != theirs:
+        yield Finding("error", "adapters", says, "They belong to another model.")
+        return
+    yield Finding("ok", "adapters", says)
+    try:
+        if (Path(config.target).is_dir() or config.target in BUILTIN) and about.target_layers is not None:
+            marks = about.target_layers.items()
+            found = {layer: stored_target_layer(target, described.architectures[0], layer) for layer, _ in marks}
+            same = not any(found[layer].differs_from(kept) for layer, kept in marks)
+            yield _belongs(same, "target", f"trained on {about.metadata.target or 'a target'}", config.target)
+        else:
+            yield _by_name("target", about.metadata.target, config.target)
+        recorded = about.metadata.fingerprints.get("base_mlps")
+        if (Path(config.base).is_dir() or config.base in BUILTIN) and recorded is not None:
+            hashed = stored_base_fingerprint(base, described.num_hidden_layers)
+            trained = f"trained beside the MLPs of {about.metadata.base or 'a base'} ({recorded})"
+            yield _belongs(hashed == recorded, "base", trained, f"{config.base} ({hashed})")
+        else:
+            yield _by_name("base", about.metadata.base, config.base)
+    except UserError as error:
+        yield Finding("error", "adapters", str(error))
+
+
+def _belongs(same: bool, role: str, trained: str, given: str) -> Finding:
+    if same:
+        return Finding("ok", f"adapters' {role}", f"{trained}, and {given} is that, by content.")
+    return Finding("error", f"adapters' {role}", f"{trained}; {given} is another.", f"Give the {role} of the adapters.")
+
+
+def _by_name(role: str, recorded: str, given: str) -> Finding:
+    if recorded.rpartition("/")[2].lower() == given.rpartition("/")[2].lower():
+        return Finding(
+            "ok", f"adapters' {role}", f"{recorded}, by name; its weights are compared when they are loaded."
+        )
+    says = f"recorded is {recorded or 'nothing'}, given {given}; no weights are here to compare."
+    return Finding("warning", f"adapters' {role}", says, "Loading compares them and refuses another model.")
 
 
 def _chat(chat: ChatFormat, described: PretrainedConfig) -> Iterator[Finding]:

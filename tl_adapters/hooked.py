@@ -158,7 +158,7 @@ class RoutedGatedMLP(RoutedMLP, GatedMLP):
 class HookedBackend(Backend):
     """What `PairedModel` asks of a HookedTransformer, the user's own or one made here (see `routing.Backend`)."""
 
-    resid_post = "hook_resid_post"
+    name = "hooked"
 
     def __init__(self, model: HookedTransformer) -> None:
         self.model = model

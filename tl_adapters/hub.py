@@ -196,9 +196,9 @@ def _figures_table(figures: Mapping[str, Any]) -> str:
             low, high = figure.get("low"), figure.get("high")
             interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
             where = f"{figure.get('split', '')}, n = {figure.get('n', '')}"
-            rows.append(f"| {name} | {figure['value']:.4g} | {interval} | {figure.get('unit', '')} | {where} |")
+            rows.append(f"| {_cell(name)} | {figure['value']:.4g} | {interval} | {figure.get('unit', '')} | {where} |")
         else:
-            rows.append(f"| {name} | {figure} | | | |")
+            rows.append(f"| {_cell(name)} | {_cell(figure)} | | | |")
     return "\n".join(rows)
 
 
@@ -216,3 +216,7 @@ def _require_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is not a repository's name ({error}); give user/name.") from error
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|")

@@ -35,7 +35,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tl_adapters.adapter import AdapterMetadata, AdapterSet, TargetLayer, TranscoderAdapter, sample_attention_out
+from tl_adapters.adapter import AdapterMetadata, AdapterSet, TranscoderAdapter
 from tl_adapters.architectures import load_hf_model
 from tl_adapters.backends import backend_of, build_model
 from tl_adapters.checkpoints import (
@@ -50,12 +50,10 @@ from tl_adapters.checkpoints import (
 )
 from tl_adapters.compatibility import PairMismatchError, compare_configs, compare_vocabularies, require_fit
 from tl_adapters.fingerprints import fingerprint
+from tl_adapters.marks import MLPTensors, TargetLayer, base_fingerprint, target_layer
 from tl_adapters.routing import ROUTES, Route, RoutedMLP
 
 log = logging.getLogger(__name__)
-
-MLPTensors = Mapping[str, Tensor]
-"""One MLP's weights as Hugging Face names them: gate_proj, up_proj, down_proj."""
 
 
 class PairedModel:
@@ -307,17 +305,13 @@ class PairedModel:
                 f"{self.target_id}. Give the whole set as it was saved, which knows its target by content."
             )
         for layer, known in (adapters.target_layers or {}).items():
-            weights = dict(self.backend.named_weights(layer))
-            pairs = {"the attention's output": (sample_attention_out(weights["self_attn.o_proj"]), known.attention_out)}
-            if (norm := self.backend.second_norm(layer)) is not None:
-                pairs = {"the second norm": (norm, known.ln2_w), **pairs}
-            for what, (ours, theirs) in pairs.items():
-                ours, theirs = ours.float().cpu(), theirs.float()
-                if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
-                    raise PairMismatchError(
-                        f"The adapters were trained on {theirs_id}: the weights of {what} at layer {layer} differ from "
-                        f"those of {self.target_id or 'this model'} (another model, or one processed in another way)."
-                    )
+            norm = self.backend.second_norm(layer)
+            here = target_layer(known.ln2_w if norm is None else norm, self._attention_out(layer))
+            if what := here.differs_from(known):
+                raise PairMismatchError(
+                    f"The adapters were trained on {theirs_id}: the weights of the {what} at layer {layer} differ from "
+                    f"those of {self.target_id or 'this model'} (another model, or one processed in another way)."
+                )
 
     def _require_base(self, adapters: AdapterSet) -> None:
         """Are these the base MLPs that the adapters were trained beside? By content, or by name where that is known."""
@@ -354,9 +348,7 @@ class PairedModel:
                     "The model's second norms are folded into its MLPs; train adapters on one that is loaded with "
                     "from_pretrained_no_processing."
                 )
-            kept.append(
-                TargetLayer(norm, sample_attention_out(dict(self.backend.named_weights(layer))["self_attn.o_proj"]))
-            )
+            kept.append(target_layer(norm, self._attention_out(layer)))
         return kept
 
     def release(self) -> Any:
@@ -366,6 +358,9 @@ class PairedModel:
         self.backend.name_hooks()
         self.adapters = None
         return self.model
+
+    def _attention_out(self, layer: int) -> Tensor:
+        return next(w for name, w in self.backend.named_weights(layer) if name == "self_attn.o_proj")
 
     # -- running parts of the model -------------------------------------------------------------------------------
 
@@ -450,11 +445,6 @@ def read_base_mlps(base: str | Path | PreTrainedModel, n_layers: int) -> list[ML
     else:
         tensors = read_tensors(locate(base), names)
     return [{name: tensors[MLP_KEY.format(layer, name)] for name in PROJECTIONS} for layer in range(n_layers)]
-
-
-def base_fingerprint(base_mlps: Sequence[MLPTensors]) -> str:
-    """Content hash of a base's MLPs."""
-    return fingerprint((f"{layer}.{name}", mlp[name]) for layer, mlp in enumerate(base_mlps) for name in PROJECTIONS)
 
 
 def _require_shapes(base_mlps: Sequence[MLPTensors], target: Mapping[str, Any]) -> None:

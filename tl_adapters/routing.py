@@ -129,8 +129,8 @@ class Backend(ABC):
 
     model: Any
     """The TransformerLens model itself."""
-    resid_post: str
-    """The hook point, within a block, of the residual stream after it."""
+    name: str
+    """ "hooked" or "bridge"."""
 
     @property
     @abstractmethod

@@ -83,17 +83,19 @@ def stage(folder: Path, name: str) -> Iterator[None]:
     log.info("%s: %.0f s", name, seconds[name])
 
 
-def load_builtin_pair(device: str = "cpu", dtype: torch.dtype | None = None) -> PairedModel:
+def load_builtin_pair(device: str = "cpu", dtype: torch.dtype | None = None, backend: str | None = None) -> PairedModel:
     """The pair that ships with the package."""
-    return PairedModel.from_pretrained(organism.BUILTIN_BASE, organism.BUILTIN_TARGET, device=device, dtype=dtype)
+    return PairedModel.from_pretrained(
+        organism.BUILTIN_BASE, organism.BUILTIN_TARGET, device=device, dtype=dtype, backend=backend
+    )
 
 
 def open_pair(config: RunConfig, device: str = "cpu") -> PairedModel:
     """The pair that a configuration names. Raises what `PairedModel.from_pretrained` raises."""
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     if not config.target:
-        return load_builtin_pair(device, dtype)
-    return PairedModel.from_pretrained(config.base, config.target, device=device, dtype=dtype)
+        return load_builtin_pair(device, dtype, config.backend)
+    return PairedModel.from_pretrained(config.base, config.target, device=device, dtype=dtype, backend=config.backend)
 
 
 def open_data(config: RunConfig, pair: PairedModel) -> EncodedDocuments:
@@ -226,7 +228,8 @@ def behaviour_stage(
         # The real base reads the target's token ids here, so they must mean the same to it.
         require_same_ids(read_vocabulary(organism.BASE), pair.model.tokenizer.get_vocab())
         base = build_model(
-            *load_hf_model(organism.BASE, pair.model.cfg.dtype, pair.model.W_E.device, pair.model.tokenizer)
+            *load_hf_model(organism.BASE, pair.model.cfg.dtype, pair.model.W_E.device, pair.model.tokenizer),
+            pair.backend.name,
         )
         responses["base"] = respond(base, compared)
         right = {name: correctness(r) for name, r in responses.items()}
