@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,3 +136,27 @@ def random_batch(seed: int, lengths: tuple[int, ...] = (11, 7, 9), prompt: int =
     generator = torch.Generator().manual_seed(seed)
     draw: Callable[[int], list[int]] = lambda n: torch.randint(1, vocab, (n,), generator=generator).tolist()  # noqa: E731
     return collate([Trace(tuple(draw(n)), prompt) for n in lengths])
+
+
+def small_scale():  # type: ignore[no-untyped-def]
+    """A demo of seconds."""
+    from tl_adapters.config import TrainingConfig
+    from tl_adapters.study import Scale
+
+    return Scale(
+        training_traces=400,
+        problems=24,
+        documents=32,
+        baseline_documents=8,
+        training=TrainingConfig(n_features=64, steps=30, log_every=5),
+    )
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one small demo; no test changes it."""
+    from tl_adapters.study import demo
+
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    assert demo(folder, small_scale(), progress=False) == folder / "report.html"
+    return folder

@@ -193,3 +193,44 @@ def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
     assert size.adapters == 16 * sum(p.numel() for p in adapters.parameters())
     mlps = sum(p.numel() for name, p in base.named_parameters() if ".mlp." in name)
     assert 0.98 < size.models / (4 * (n_params + mlps)) < 1.02
+
+
+def test_do_the_adapters_belong(tmp_path: Path, folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    pair = PairedModel.from_pretrained(*folders)
+    pair.new_adapters(8).save_pretrained(tmp_path / "run" / "adapters")
+    assert main(["doctor", *map(str, folders), str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    for says in (
+        f"adapters: {pair.n_layers} of {pair.n_layers} layers of width 128",
+        "adapters' target: trained on",
+        "adapters' base: trained ",
+    ):
+        assert f"ok      {says}" in out
+    assert out.count("by content") == 2
+    assert main(["doctor", str(folders[1]), str(folders[0]), str(tmp_path / "run")]) == 1  # the wrong way round
+    out = capsys.readouterr().out
+    assert "error   adapters' target: trained on" in out and "error   adapters' base: trained beside" in out
+    random_model(2, torch.float32).save_pretrained(tmp_path / "small")
+    small = PairedModel.from_pretrained(tmp_path / "small", tmp_path / "small")
+    small.new_adapters(8).save_pretrained(tmp_path / "other")
+    assert main(["doctor", *map(str, folders), str(tmp_path / "other")]) == 1
+    assert "4 of 4 layers of width 32; " in capsys.readouterr().out
+    assert main(["doctor", *map(str, folders), str(tmp_path / "nothing")]) == 1
+    assert "error   adapters: " in capsys.readouterr().out
+
+
+def test_adapters_of_hub_models_are_compared_by_name(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = PairedModel.from_pretrained(*folders)
+    pair.base_id, pair.target_id = "org/base", "org/other"
+    pair.new_adapters(8).save_pretrained(tmp_path / "a")
+    places = {"mirror/base": str(folders[0]), "mirror/target": str(folders[1])}
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda name, **options: places[name])
+    names = SimpleNamespace(weight_map=checkpoints.tensor_shapes(folders[0]))
+    monkeypatch.setattr(checkpoints, "get_safetensors_metadata", lambda name: names)
+    config = RunConfig(base="mirror/base", target="mirror/target")
+    findings = {f.subject: f for f in examine(config, adapters=tmp_path / "a")}
+    assert findings["adapters' base"].level == "ok" and "by name" in findings["adapters' base"].says
+    assert findings["adapters' target"].level == "warning"
+    assert "recorded is org/other, given mirror/target" in findings["adapters' target"].says

@@ -15,26 +15,11 @@ from conftest import ARCHITECTURES, random_model
 from tl_adapters import organism, study
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.cli import main
-from tl_adapters.config import TrainingConfig
 from tl_adapters.organism.recipe import build_tokenizer
 from tl_adapters.report import write_report
 
 N_LAYERS = json.loads((organism.TARGET / "config.json").read_text())["num_hidden_layers"]
 BY_LAYER = ("kl_first", "kl_last", "kl_only", "nmse", "l0", "dead")
-SMALL = study.Scale(
-    training_traces=400,
-    problems=24,
-    documents=32,
-    baseline_documents=8,
-    training=TrainingConfig(n_features=64, steps=30, log_every=5),
-)
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    assert study.demo(folder, SMALL, progress=False) == folder / "report.html"
-    return folder
 
 
 @pytest.fixture
@@ -193,7 +178,7 @@ def test_every_architecture_trains_and_is_evaluated_from_folders(
         (["train", "--resume", "nowhere"], "nowhere is no folder"),
         (["train", "--out", "o", "--config", "papr"], "papr is no file"),
         (["train", "--out", "o", "--data", "nothing.jsonl"], "nothing.jsonl is no file"),
-        (["evaluate", "nowhere"], "holds no tl_adapters.json"),
+        (["evaluate", "nowhere"], "holds no adapters"),
     ],
 )
 def test_errors_are_one_line(

@@ -181,6 +181,8 @@ def evaluate_run(folder: Path, data: str | None, device: str = "cpu", dtype: Dty
         device: where to run.
         dtype: of the models, instead of the run's.
     """
+    if not (folder / "adapters").is_dir():
+        raise UserError(f"{folder} holds no adapters; give a folder that train or demo made and has come to its end.")
     adapters = AdapterSet.from_pretrained(folder / "adapters")
     builtin = is_builtin(folder)
     if data is None and not builtin:
