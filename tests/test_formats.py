@@ -11,6 +11,7 @@ import torch
 from conftest import ARCHITECTURES, random_model
 from huggingface_hub.errors import EntryNotFoundError
 from sae_lens import SAE, Transcoder
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.transcoder import JumpReLUTranscoderConfig, SkipTranscoder, SkipTranscoderConfig, TranscoderConfig
 from test_attaching import PROCESSING, TOKENS, bridge, log_probabilities, plain, process, reference, with_saes
 from transformer_lens import HookedTransformer
@@ -77,6 +78,30 @@ def test_stock_add_sae_at_hook_adapter_out_is_our_replacement(architecture: str,
     assert torch.equal(log_probabilities(model), hybrid)
     detach(theirs)
     assert torch.equal(log_probabilities(model), untouched)
+
+
+@torch.no_grad()
+def test_sae_lens_on_a_bridge_too(tmp_path: Path) -> None:
+    pair = single()
+    transcoders = exported(pair, tmp_path / "s")
+    model = bridge(dtype=torch.float32)
+    model.__class__ = SAETransformerBridge  # as its boot_transformers does
+    model._acts_to_saes, model._transcoder_output_hooks = {}, {}
+    untouched = log_probabilities(model)
+    theirs = attach(model, copy.deepcopy(pair.installed_adapters()), base=random_model(1, torch.float32))
+    theirs.route_layers("hybrid")
+    hybrid = log_probabilities(model)
+    for transcoder in transcoders:
+        model.add_sae(transcoder)
+    with pair.routed("replacement"):
+        assert (log_probabilities(model) - log_probabilities(pair.model)).abs().max() < 2e-5
+    model.reset_saes()
+    assert (log_probabilities(model) - hybrid).abs().max() < 1e-5
+    theirs.route_layers("replacement")
+    with pair.routed("replacement"):
+        assert (log_probabilities(model) - log_probabilities(pair.model)).abs().max() < 2e-5
+    detach(theirs)
+    assert (log_probabilities(model) - untouched).abs().max() < 1e-5
 
 
 @torch.no_grad()

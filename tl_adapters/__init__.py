@@ -10,25 +10,42 @@ __version__ = "0.1.0"
 # Imported when first asked for: `import tl_adapters` costs nothing, torch and transformer_lens cost seconds.
 _HOMES = {
     "AdapterSet": "adapter",
-    "FeatureId": "adapter",
-    "TranscoderAdapter": "adapter",
-    "PairedModel": "paired",
     "DataConfig": "config",
+    "FeatureId": "adapter",
     "LossWeights": "config",
+    "PairedModel": "paired",
     "RunConfig": "config",
-    "TrainingConfig": "config",
     "Trainer": "training",
-    "train": "training",
+    "TrainingConfig": "config",
+    "TranscoderAdapter": "adapter",
+    "attach": "attaching",
+    "attached": "attaching",
+    "authors_pair": "authors",
+    "detach": "attaching",
     "encode_traces": "chat",
+    "from_authors": "authors",
+    "from_saelens": "formats",
+    "pull": "hub",
+    "push_to_hub": "hub",
+    "to_authors": "authors",
+    "to_saelens": "formats",
+    "train": "training",
+    "write_hybrid": "mixing",
 }
 
 __all__ = ["AdapterSet", "DataConfig", "FeatureId", "LossWeights", "PairedModel", "RunConfig", "Trainer"]
-__all__ += ["TrainingConfig", "TranscoderAdapter", "encode_traces", "train"]
+__all__ += ["TrainingConfig", "TranscoderAdapter", "attach", "attached", "authors_pair", "detach", "encode_traces"]
+__all__ += ["from_authors", "from_saelens", "pull", "push_to_hub", "to_authors", "to_saelens", "train", "write_hybrid"]
 
 if TYPE_CHECKING:
     from tl_adapters.adapter import AdapterSet, FeatureId, TranscoderAdapter
+    from tl_adapters.attaching import attach, attached, detach
+    from tl_adapters.authors import authors_pair, from_authors, to_authors
     from tl_adapters.chat import encode_traces
     from tl_adapters.config import DataConfig, LossWeights, RunConfig, TrainingConfig
+    from tl_adapters.formats import from_saelens, to_saelens
+    from tl_adapters.hub import pull, push_to_hub
+    from tl_adapters.mixing import write_hybrid
     from tl_adapters.paired import PairedModel
     from tl_adapters.training import Trainer, train
 

@@ -53,6 +53,12 @@ class BridgedMLP(RoutedMLP):
     """A Hugging Face MLP inside a bridge, with routes; `BridgedBackend.install` makes one of the MLP that is there."""
 
     act_fn: Any
+    _outside: tuple[Any, ...]
+
+    @property
+    def adapter_point(self) -> nn.Module:
+        """The hook point hook_adapter_out; outside, where the bridge and SAELens look for hook points."""
+        return self._outside[0].hook_adapter_out
 
     def weights(self) -> tuple[MLPWeights, MLPWeights]:
         """(target's, base's)."""
@@ -167,11 +173,16 @@ class BridgedBackend(Backend):
         module = None if base is None else _BaseMLP(mlp, base)
         mlp.__class__ = _routed_class(type(mlp))
         mlp.install(module, base_scale)
+        outside.hook_adapter_out = HookPoint()
+        mlp.__dict__["_outside"] = (outside,)  # in a tuple: a parent must not become a child
 
     def uninstall(self, layer: int) -> None:
         """Give the MLP of ``layer`` back as `install` found it."""
         cls, handle = self._found.pop(layer)
         handle.remove()
+        outside = self.model.blocks[layer].mlp
+        del outside.hook_adapter_out, outside.original_component.__dict__["_outside"]
+        outside._hook_registry.pop("hook_adapter_out")
         self.model.blocks[layer].mlp.original_component.uninstall(cls)
 
     def name_hooks(self) -> None:
@@ -180,8 +191,9 @@ class BridgedBackend(Backend):
         for name in [n for n in registry if ".mlp.adapter." in n or n.endswith(".mlp.hook_adapter_out")]:
             del registry[name]
         for layer, block in enumerate(self.model.blocks):
-            for name, point in block.mlp.original_component.named_modules():
-                if isinstance(point, HookPoint) and (name == "hook_adapter_out" or name.startswith("adapter.")):
+            inside = [m for m in block.mlp.original_component.named_modules() if m[0].startswith("adapter.")]
+            for name, point in [*inside, ("hook_adapter_out", getattr(block.mlp, "hook_adapter_out", None))]:
+                if isinstance(point, HookPoint):
                     point.name = f"blocks.{layer}.mlp.{name}"
                     registry[point.name] = point
 

@@ -128,12 +128,19 @@ def build_hooked_transformer(
 class RoutedGatedMLP(RoutedMLP, GatedMLP):
     """A HookedTransformer's gated MLP with routes; `HookedBackend.install` makes one of the MLP that is there."""
 
+    hook_in: HookPoint
+    hook_adapter_out: HookPoint
     W_gate: Tensor
     W_in: Tensor
     W_out: Tensor
     act_fn: Any
     _block: tuple[Any, ...]
     _norm: type[nn.Module]
+
+    @property
+    def adapter_point(self) -> nn.Module:
+        """The hook point hook_adapter_out, or what another tool has put in its place."""
+        return self.hook_adapter_out
 
     def enter(self, x: Tensor) -> Tensor:
         """The hook point hook_in, which a plain HookedTransformer's MLP lacks."""
@@ -224,6 +231,7 @@ class HookedBackend(Backend):
         module = None if base is None else _base_mlp(mlp, base)
         mlp.__class__ = RoutedGatedMLP
         mlp.install(module, base_scale)
+        mlp.hook_adapter_out = HookPoint()
         if self._found[layer]["hook_in"] is None:
             mlp.hook_in = HookPoint()
         mlp.__dict__.update(_block=(block,), _norm=type(block.ln2))  # in a tuple: a parent must not become a child
@@ -233,6 +241,7 @@ class HookedBackend(Backend):
         mlp, found = self.model.blocks[layer].mlp, self._found.pop(layer)
         for name in ("_block", "_norm"):
             del mlp.__dict__[name]
+        del mlp.hook_adapter_out
         if found["hook_in"] is None:
             del mlp.hook_in
         mlp.uninstall(found["class"])

@@ -68,8 +68,6 @@ class RoutedMLP(nn.Module):
 
     base: nn.Module | None
     adapter: TranscoderAdapter | None
-    hook_in: HookPoint
-    hook_adapter_out: HookPoint
     base_scale: Tensor | None
     adapter_scale: Tensor | None
     route: Route
@@ -79,14 +77,13 @@ class RoutedMLP(nn.Module):
         """Give a freshly re-classed MLP what it needs besides its own weights; it starts on the target's route."""
         self.base = base
         self.adapter = None
-        self.hook_adapter_out = HookPoint()
         self.register_buffer("base_scale", base_scale, persistent=False)
         self.register_buffer("adapter_scale", None, persistent=False)
         self.route = ROUTES["target"]
 
     def uninstall(self, cls: type[nn.Module]) -> None:
         """Be ``cls`` again, as before `install`."""
-        for name in ("base", "adapter", "hook_adapter_out", "base_scale", "adapter_scale", "route"):
+        for name in ("base", "adapter", "base_scale", "adapter_scale", "route"):
             delattr(self, name)
         self.__class__ = cls  # type: ignore[assignment]
 
@@ -96,6 +93,11 @@ class RoutedMLP(nn.Module):
 
     def require_unprocessed(self) -> None:
         """Raises WeightsProcessedError where weights were processed after `install`."""
+
+    @property
+    def adapter_point(self) -> nn.Module:
+        """The hook point hook_adapter_out, or what another tool has put in its place."""
+        raise NotImplementedError
 
     def enter(self, x: Tensor) -> Tensor:
         """The hook point hook_in, where the surrounding module does not fire it itself."""
@@ -113,9 +115,9 @@ class RoutedMLP(nn.Module):
         if self.route.adapter:
             assert self.adapter is not None
             read = x if self.adapter_scale is None else x * self.adapter_scale
-            return out + self.hook_adapter_out(self.adapter(read).to(out.dtype))
-        if _is_used(self.hook_adapter_out):
-            return out + self.hook_adapter_out(torch.zeros_like(out))
+            return out + self.adapter_point(self.adapter(read).to(out.dtype))
+        if _is_used(self.adapter_point):
+            return out + self.adapter_point(torch.zeros_like(out))
         return out
 
 
