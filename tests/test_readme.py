@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tl_adapters import organism
 from tl_adapters.cli import _parser
+from tl_adapters.publishing import export
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -17,10 +19,18 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_runs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub's names stand for the built-in pair: its target, and its replacement as the paper's authors write one."""
     monkeypatch.chdir(tmp_path)
+    export(run, "authors", tmp_path / "theirs")
+    local = {"nathu0/transcoder-adapters-R1-Distill-Qwen-7B-l1w0.001-l0-1.4": tmp_path / "theirs"}
+    local["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"] = organism.TARGET
     namespace: dict[str, object] = {}
     for block in blocks("python"):
+        for name, folder in local.items():
+            block = block.replace(name, str(folder))
         exec(compile(block, "README.md", "exec"), namespace)
     printed = capsys.readouterr().out.splitlines()
     shapes = [line for line in printed if line.startswith("torch.Size")]

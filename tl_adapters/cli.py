@@ -14,6 +14,7 @@ tl-adapters pull USER/REPO --out DIR              and back
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import re
 import sys
@@ -220,6 +221,8 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{args.to}: {args.out}")
     if args.to == "saelens":
         print(f'next: sae_lens.SAE.load_from_disk("{args.out}/layer_0")')
+        if importlib.util.find_spec("sae_lens") is None:
+            print("SAELens is not installed here. It needs TransformerLens 3: pip install 'tl-adapters[saelens]'")
     elif args.to != "authors":
         print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{args.out}")')
 

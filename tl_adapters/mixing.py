@@ -84,9 +84,7 @@ def write_hybrid(
             for file in source.glob(pattern):
                 if file.name not in ("config.json", INDEX_FILE):
                     shutil.copy(file, out / file.name)
-        written = {
-            **described,
-            "tl_adapters": {"target": str(target), "mlps_of": str(base or target)},
-            **(config or {}),
-        }
+        stream = "target" if base is None else "replacement" if beside_mlps else "hybrid"
+        about = {"stream": stream, "target": str(target), "mlps_of": str(base or target)}
+        written = {**described, "tl_adapters": about, **(config or {})}
         (out / "config.json").write_text(json.dumps(written, indent=1) + "\n")
