@@ -90,7 +90,9 @@ def from_authors(
                 f"{name} says transcoder_n_features {n_features}; layer {layer} has {encoder.shape[0]}."
             )
         b_dec = decoder_bias[0] if decoder_bias else torch.zeros(encoder.shape[1], dtype=encoder.dtype, device=device)
-        weights = {"W_enc": encoder.T.contiguous(), "b_enc": bias, "W_dec": decoder.T.contiguous(), "b_dec": b_dec}
+        # Copies all of them: a tensor that was read may be a view of its whole shard.
+        weights = {"W_enc": encoder.T.clone(memory_format=torch.contiguous_format), "b_enc": bias.clone()}
+        weights |= {"W_dec": decoder.T.clone(memory_format=torch.contiguous_format), "b_dec": b_dec.clone()}
         adapters[layer] = adapter_of(weights)
         known[layer] = stored_target_layer(folder, architecture, layer)
     base, target = _PUBLISHED_PAIR if _PUBLISHED in str(name) else ("", "")

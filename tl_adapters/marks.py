@@ -53,7 +53,7 @@ def stored_target_layer(folder: Path, architecture: str, layer: int) -> TargetLa
     Raises CheckpointError.
     """
     name = second_norm_name(architecture, layer)
-    ln2_w = read_tensors(folder, [name])[name]
+    ln2_w = read_tensors(folder, [name])[name].clone()  # may be a view of its whole shard
     if architecture == "Gemma2ForCausalLM":
         ln2_w = (1 + ln2_w.float()).to(ln2_w.dtype)
     return TargetLayer(ln2_w, read_values(folder, _ATTENTION_OUT.format(layer), _places))
