@@ -9,7 +9,7 @@ import torch
 from sae_lens import SAE
 
 from tl_adapters.adapter import METADATA_FILE, AdapterMetadata, AdapterSet, TranscoderAdapter
-from tl_adapters.marks import TargetLayer
+from tl_adapters.marks import LayerMarks
 from tl_adapters.saelens import AdapterFormatError
 
 
@@ -20,7 +20,7 @@ def adapter_set(n_layers: int = 3, d_model: int = 8, n_features: int = 12) -> Ad
         for adapter in layers:
             for weight in adapter.parameters():
                 weight.add_(torch.randn(weight.shape, generator=generator))
-    kept = [TargetLayer(*torch.randn(2, d_model, generator=generator)) for _ in range(n_layers)]
+    kept = [LayerMarks(*torch.randn(3, d_model, generator=generator)) for _ in range(n_layers)]
     return AdapterSet(layers, kept, AdapterMetadata(base="b", target="t", figures={"kl": 0.5}))
 
 
@@ -45,12 +45,12 @@ def test_round_trip(tmp_path: Path) -> None:
     assert after.metadata == before.metadata
     assert before.state_dict().keys() == after.state_dict().keys()
     assert all(torch.equal(v, after.state_dict()[k]) for k, v in before.state_dict().items())
-    assert before.target_layers is not None and after.target_layers is not None
-    for layer, kept in before.target_layers.items():
-        assert all(torch.equal(a, b) for a, b in zip(kept, after.target_layers[layer], strict=True))
+    assert before.marks is not None and after.marks is not None
+    for layer, kept in before.marks.items():
+        assert all(torch.equal(a, b) for a, b in zip(kept, after.marks[layer], strict=True))
     names = {str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*") if p.is_file()}
     per_layer = {f"layer_{layer}/{file}" for layer in range(3) for file in ("cfg.json", "sae_weights.safetensors")}
-    assert names == per_layer | {"tl_adapters.json", "target_layers.safetensors"}
+    assert names == per_layer | {"tl_adapters.json", "layer_marks.safetensors"}
 
 
 def test_the_folder_is_a_sae_lens_folder(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -189,7 +188,7 @@ def test_processing_after_attaching_is_an_error(maker: Callable[..., HookedTrans
             model(TOKENS)
 
 
-def test_what_does_not_belong_together_says_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_does_not_belong_together_says_both_sides() -> None:
     pair = reference()
     adapters = pair.installed_adapters()
     base = random_model(1)
@@ -210,12 +209,8 @@ def test_what_does_not_belong_together_says_both_sides(caplog: pytest.LogCapture
     refused("attention's output at layer 0 differ", folded, base=base)
     object.__setattr__(adapters.metadata, "base", "org/first")
     other = random_model(9)
-    other.config.name_or_path = "org/second"
-    refused("trained beside the MLPs of org/first.*of org/second", plain(), base=other)
-    other.config.name_or_path = "mirror/first"
-    with caplog.at_level(logging.WARNING, "tl_adapters"):
-        attach(plain(), adapters, base=other)
-    assert "copy in another dtype" in caplog.text
+    other.config.name_or_path = "mirror/first"  # content counts, not the name
+    refused("trained beside the MLPs of org/first, and those of mirror/first differ at layer 0", plain(), base=other)
     attached_already = plain()
     attach(attached_already, adapters, base=base)
     assert isinstance(attached_already.blocks[0].mlp, RoutedMLP)
@@ -225,9 +220,45 @@ def test_what_does_not_belong_together_says_both_sides(caplog: pytest.LogCapture
         attach(base, adapters, base=base)
 
 
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=str)
+def test_a_cast_is_the_same_model_and_a_little_training_is_not(maker: Callable[..., Any]) -> None:
+    adapters = reference(dtype=torch.float32).installed_adapters()
+    for dtype in (torch.bfloat16, torch.float16):
+        model = maker(dtype=torch.float32).to(dtype)
+        for form in (adapters, adapters.normalized()):
+            with attached(model, copy.deepcopy(form), base=random_model(1, torch.float32).to(dtype)):
+                assert model(TOKENS).isfinite().all()
+    for seed, role in ((1, "base"), (2, "target")):
+        tuned = {"base": random_model(1), "target": random_model(2)}
+        for name, weight in tuned[role].named_parameters():
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
+            if "norm" not in name:
+                weight.data += 0.01 * weight.std() * noise  # a hundredth of the weights' spread
+        with pytest.raises(PairMismatchError, match="MLPs of" if role == "base" else "attention's output"):
+            PairedModel.from_pretrained(tuned["base"], tuned["target"]).load_adapters(adapters)
+
+
+def test_adapters_without_marks_go_by_name() -> None:
+    adapters = reference().installed_adapters()
+    adapters.marks = None
+    for name, value in (("base", "org/base"), ("target", "org/target")):
+        object.__setattr__(adapters.metadata, name, value)
+    model, base = plain(), random_model(1)
+    model.cfg.model_name, base.config.name_or_path = "target", "mirror/other"
+    with pytest.raises(
+        PairMismatchError, match="no marks of their base, and by name it is org/base; given is mirror/o"
+    ):
+        attach(model, adapters, base=base)
+    base.config.name_or_path = "mirror/base"
+    detach(attach(model, adapters, base=base))
+    model.cfg.model_name = "another"
+    with pytest.raises(PairMismatchError, match="no marks of their target.*org/target; given is another"):
+        attach(model, adapters, base=base)
+
+
 def test_a_folded_model_without_the_norms_is_refused_with_the_way_out() -> None:
     adapters = reference().installed_adapters()
-    adapters.target_layers = None
+    adapters.marks = None
     model = plain()
     process(model, "fold_ln")
     with pytest.raises(PairMismatchError, match="from_pretrained_no_processing"):

@@ -182,8 +182,9 @@ def test_adapter_gradients_are_the_hooked_transformers(architecture: str) -> Non
 def test_fingerprints_do_not_depend_on_the_backend(architecture: str, bridged: PairedModel) -> None:
     hooked = make(architecture, "hooked")
     assert bridged.fingerprints == hooked.fingerprints
-    for ours, theirs in zip(bridged.target_layers, hooked.target_layers, strict=True):
+    for ours, theirs in zip(bridged.marks, hooked.marks, strict=True):
         assert torch.equal(ours.attention_out, theirs.attention_out)
+        assert torch.equal(ours.base_mlp_out, theirs.base_mlp_out)
         close(ours.ln2_w, theirs.ln2_w, 1e-7)
     hooked.load_adapters(bridged.installed_adapters())  # and adapters of one fit the other
 

@@ -202,14 +202,14 @@ def test_do_the_adapters_belong(tmp_path: Path, folders: tuple[Path, Path], caps
     out = capsys.readouterr().out
     for says in (
         f"adapters: {pair.n_layers} of {pair.n_layers} layers of width 128",
-        "adapters' target: trained on",
+        "adapters' target: trained with",
         "adapters' base: trained ",
     ):
         assert f"ok      {says}" in out
     assert out.count("by content") == 2
     assert main(["doctor", str(folders[1]), str(folders[0]), str(tmp_path / "run")]) == 1  # the wrong way round
     out = capsys.readouterr().out
-    assert "error   adapters' target: trained on" in out and "error   adapters' base: trained beside" in out
+    assert "error   adapters' target: trained with" in out and "error   adapters' base: trained with" in out
     random_model(2, torch.float32).save_pretrained(tmp_path / "small")
     small = PairedModel.from_pretrained(tmp_path / "small", tmp_path / "small")
     small.new_adapters(8).save_pretrained(tmp_path / "other")

@@ -281,15 +281,15 @@ def test_weights_are_shared_not_copied(hf_models: Models) -> None:
 
 
 def test_of_the_base_only_mlps_are_read(hf_models: Models, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tl_adapters.paired as paired
+    import tl_adapters.references as references
 
     base, target = hf_models
     base.save_pretrained(tmp_path / "base", max_shard_size="20kB")
     target.save_pretrained(tmp_path / "target")
     assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
     read: list[str] = []
-    original = paired.read_tensors
-    monkeypatch.setattr(paired, "read_tensors", lambda folder, names: read.extend(names) or original(folder, names))
+    original = references.read_tensors
+    monkeypatch.setattr(references, "read_tensors", lambda folder, names: read.extend(names) or original(folder, names))
     pair = randomise(PairedModel.from_pretrained(tmp_path / "base", tmp_path / "target"))
     assert len(read) == 12 and all(".mlp." in name for name in read)
     in_memory = randomise(PairedModel.from_pretrained(base, target))

@@ -23,7 +23,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.atomic import new_folder
 from tl_adapters.checkpoints import fetch
 from tl_adapters.fingerprints import fingerprint
-from tl_adapters.marks import TargetLayer
+from tl_adapters.marks import LayerMarks
 from tl_adapters.saelens import (
     AdapterFormatError,
     read_json,
@@ -33,7 +33,7 @@ from tl_adapters.saelens import (
     write_transcoder,
 )
 
-METADATA_FILE, TARGET_FILE = "tl_adapters.json", "target_layers.safetensors"
+METADATA_FILE, MARKS_FILE = "tl_adapters.json", "layer_marks.safetensors"
 SCHEMA_VERSION = 2
 LAYER_FOLDER = "layer_{}"
 
@@ -125,8 +125,6 @@ class AdapterMetadata:
     """Names or files of the training data."""
     writes: str = "adapter_out"
     """What its output is: "adapter_out", added to the MLP's, or "mlp_out", in its place (a transcoder of others)."""
-    source: str = ""
-    """The authors' checkpoint they were read from, which also holds the base's MLPs."""
     figures: dict[str, Any] = field(default_factory=dict)
     """Measured figures (L0, KL, ...), each with the split it was measured on."""
 
@@ -136,7 +134,7 @@ class AdapterSet(nn.Module):
 
     Args:
         layers: one adapter per layer, all of one shape; a mapping for only some of the layers.
-        target_layers: what is kept of the target's layers, for these layers or all; None where nothing is known.
+        marks: by what target and base are known again, for these layers or all; None where nothing is known.
         metadata: where the adapters come from.
         n_layers: layers of the model; None means that there is an adapter for each.
     """
@@ -144,22 +142,22 @@ class AdapterSet(nn.Module):
     def __init__(
         self,
         layers: Sequence[TranscoderAdapter] | Mapping[int, TranscoderAdapter],
-        target_layers: Sequence[TargetLayer] | Mapping[int, TargetLayer] | None = None,
+        marks: Sequence[LayerMarks] | Mapping[int, LayerMarks] | None = None,
         metadata: AdapterMetadata | None = None,
         n_layers: int | None = None,
     ) -> None:
         super().__init__()
         by_layer = dict(layers) if isinstance(layers, Mapping) else dict(enumerate(layers))
         self.n_layers = n_layers or len(by_layer)
-        self.target_layers: dict[int, TargetLayer] | None = None
-        if target_layers is not None:
-            known = target_layers if isinstance(target_layers, Mapping) else dict(enumerate(target_layers))
-            self.target_layers = {
-                layer: TargetLayer(*(t.detach().to("cpu", copy=True) for t in known[layer])) for layer in sorted(known)
+        self.marks: dict[int, LayerMarks] | None = None
+        if marks is not None:
+            known = marks if isinstance(marks, Mapping) else dict(enumerate(marks))
+            self.marks = {
+                layer: LayerMarks(*(t.detach().to("cpu", copy=True) for t in known[layer])) for layer in sorted(known)
             }
-        if not by_layer or not set(by_layer) <= set(by_layer if self.target_layers is None else self.target_layers):
+        if not by_layer or not set(by_layer) <= set(by_layer if self.marks is None else self.marks):
             raise ValueError(
-                f"Got adapters of layers {sorted(by_layer)} and target layers {sorted(self.target_layers or {})}; "
+                f"Got adapters of layers {sorted(by_layer)} and target layers {sorted(self.marks or {})}; "
                 "every adapter needs its target layer."
             )
         if max(by_layer) >= self.n_layers:
@@ -216,15 +214,15 @@ class AdapterSet(nn.Module):
         """
         if self.metadata.reads == "normalized":
             return self
-        if self.target_layers is None:
+        if self.marks is None:
             raise AdapterFormatError("The target's second norms are not known; this set can only read the MLP's input.")
         layers = {}
         for layer in self.layer_indices:
             ours = self[layer]
             tensors = {name: p.detach().clone() for name, p in ours.named_parameters()}
-            tensors["W_enc"] *= self.target_layers[layer].ln2_w.to(ours.W_enc.device, ours.W_enc.dtype)[:, None]
+            tensors["W_enc"] *= self.marks[layer].ln2_w.to(ours.W_enc.device, ours.W_enc.dtype)[:, None]
             layers[layer] = adapter_of(tensors)
-        return AdapterSet(layers, self.target_layers, replace(self.metadata, reads="normalized"), self.n_layers)
+        return AdapterSet(layers, self.marks, replace(self.metadata, reads="normalized"), self.n_layers)
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -249,13 +247,13 @@ class AdapterSet(nn.Module):
                 tensors = {name: p.detach() for name, p in self[layer].named_parameters()}
                 config = transcoder_config(layer, tensors, about)
                 write_transcoder(out / LAYER_FOLDER.format(layer), config, tensors)
-            if self.target_layers is not None:
+            if self.marks is not None:
                 kept = {
                     f"{layer}.{name}": tensor.contiguous()
-                    for layer, known in self.target_layers.items()
+                    for layer, known in self.marks.items()
                     for name, tensor in known._asdict().items()
                 }
-                save_file(kept, out / TARGET_FILE)
+                save_file(kept, out / MARKS_FILE)
             (out / METADATA_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
     @classmethod
@@ -286,7 +284,7 @@ class AdapterSet(nn.Module):
         if absent := sorted(set(chosen) - set(about.layers)):
             raise AdapterFormatError(f"{name} has no adapters of layers {absent}; it has those of {about.layers}.")
         wanted = [f"{LAYER_FOLDER.format(layer)}/*" for layer in chosen]
-        folder = fetch(name, [METADATA_FILE, TARGET_FILE, *wanted], revision=revision, token=token)
+        folder = fetch(name, [METADATA_FILE, MARKS_FILE, *wanted], revision=revision, token=token)
         adapters = {}
         for layer in chosen:
             tensors = read_weights(folder / LAYER_FOLDER.format(layer), device)
@@ -297,7 +295,7 @@ class AdapterSet(nn.Module):
                     f"{about.d_model}, {about.n_features} and {about.d_model}."
                 )
             adapters[layer] = adapter_of(tensors)
-        result = cls(adapters, about.target_layers, about.metadata, about.n_layers)
+        result = cls(adapters, about.marks, about.metadata, about.n_layers)
         if layers is None and result.fingerprint != about.fingerprint:
             raise AdapterFormatError(
                 f"The weights in {name} are not those its {METADATA_FILE} was written with (fingerprint "
@@ -323,13 +321,13 @@ class SetDescription:
     """Where they come from."""
     fingerprint: str
     """Content hash of the adapters."""
-    target_layers: dict[int, TargetLayer] | None
+    marks: dict[int, LayerMarks] | None
     """What is kept of the target."""
 
 
 def describe(name: str | Path, *, revision: str | None = None, token: str | None = None) -> SetDescription:
     """A set's description; of a repository no weights are downloaded. Raises AdapterFormatError, CheckpointError."""
-    folder = fetch(name, [METADATA_FILE, TARGET_FILE], revision=revision, token=token)
+    folder = fetch(name, [METADATA_FILE, MARKS_FILE], revision=revision, token=token)
     if not (folder / METADATA_FILE).is_file():
         raise AdapterFormatError(
             f"{name} holds no {METADATA_FILE}: it is not a set of adapters. SAELens folders of others are read by "
@@ -348,7 +346,7 @@ def describe(name: str | Path, *, revision: str | None = None, token: str | None
         metadata = AdapterMetadata(**record)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AdapterFormatError(f"{folder / METADATA_FILE} is not a description of adapters: {error!r}.") from error
-    return SetDescription(layers, **shape, metadata=metadata, fingerprint=adapters, target_layers=_kept(folder))
+    return SetDescription(layers, **shape, metadata=metadata, fingerprint=adapters, marks=_kept(folder))
 
 
 def adapter_of(tensors: dict[str, Tensor]) -> TranscoderAdapter:
@@ -359,12 +357,12 @@ def adapter_of(tensors: dict[str, Tensor]) -> TranscoderAdapter:
     return adapter.requires_grad_(True)
 
 
-def _kept(folder: Path) -> dict[int, TargetLayer] | None:
-    if not (folder / TARGET_FILE).is_file():
+def _kept(folder: Path) -> dict[int, LayerMarks] | None:
+    if not (folder / MARKS_FILE).is_file():
         return None
-    tensors = read_safetensors(folder / TARGET_FILE)
+    tensors = read_safetensors(folder / MARKS_FILE)
     try:
         layers = {int(name.partition(".")[0]) for name in tensors}
-        return {layer: TargetLayer(*(tensors[f"{layer}.{name}"] for name in TargetLayer._fields)) for layer in layers}
+        return {layer: LayerMarks(*(tensors[f"{layer}.{name}"] for name in LayerMarks._fields)) for layer in layers}
     except (KeyError, ValueError) as error:
-        raise AdapterFormatError(f"{folder / TARGET_FILE} is incomplete ({error!r}); copy it again.") from error
+        raise AdapterFormatError(f"{folder / MARKS_FILE} is incomplete ({error!r}); copy it again.") from error

@@ -14,24 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
-
-from transformers import PreTrainedModel
 
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.architectures import AUTHORS_SUFFIX
 from tl_adapters.backends import backend_of
-from tl_adapters.checkpoints import locate, read_config
 from tl_adapters.compatibility import PairMismatchError, compare_configs, require_fit
-from tl_adapters.paired import PairedModel, model_name, read_base_mlps
+from tl_adapters.paired import PairedModel
+from tl_adapters.references import ModelReference, model_config, model_name, read_base_mlps
 
 
 def attach(
     model: Any,
     adapters: AdapterSet,
     *,
-    base: str | Path | PreTrainedModel | None = None,
+    base: ModelReference | None = None,
     on: Literal["own_mlp"] | None = None,
 ) -> PairedModel:
     """Put adapters, and the base's MLPs that they stand beside, into ``model``; it then computes the replacement.
@@ -63,9 +60,9 @@ def attach(
     backend = backend_of(model)
     base_mlps = None
     if base is not None:
-        require_fit([f for f in compare_configs(_described(base), _described(backend.described)) if f.level == "error"])
+        require_fit(compare_configs(_described(model_config(base)), _described(backend.described)))
         base_mlps = read_base_mlps(base, backend.described["num_hidden_layers"])
-    known = adapters.target_layers
+    known = adapters.marks
     norms = (
         [known[layer].ln2_w for layer in range(adapters.n_layers)]
         if known and len(known) == adapters.n_layers
@@ -97,7 +94,7 @@ def attached(
     model: Any,
     adapters: AdapterSet,
     *,
-    base: str | Path | PreTrainedModel | None = None,
+    base: ModelReference | None = None,
     on: Literal["own_mlp"] | None = None,
 ) -> Iterator[PairedModel]:
     """`attach` for the length of a block."""
@@ -108,13 +105,7 @@ def attached(
         detach(pair)
 
 
-def _described(model: str | Path | PreTrainedModel | dict[str, Any]) -> dict[str, Any]:
-    """What base and target must share, of a model or of the facts a backend gives; architecture for model type."""
-    if isinstance(model, dict):
-        config = model
-    elif isinstance(model, PreTrainedModel):
-        config = model.config.to_dict()
-    else:
-        config = dict(read_config(locate(model, weights=False)))
+def _described(config: dict[str, Any]) -> dict[str, Any]:
+    """What base and target must share; TransformerLens keeps the architecture and not the model type."""
     architecture = str((config.get("architectures") or ["none"])[0]).removesuffix(AUTHORS_SUFFIX)
     return {**config, "model_type": architecture}

@@ -32,9 +32,10 @@ from tl_adapters.checkpoints import (
     shard_files,
 )
 from tl_adapters.compatibility import compare_configs, require_fit
-from tl_adapters.marks import attention_out_name, second_norm_name, stored_target_layer
+from tl_adapters.marks import attention_out_name, second_norm_name, stored_marks
 from tl_adapters.mixing import write_hybrid
-from tl_adapters.paired import PairedModel, read_base_mlps
+from tl_adapters.paired import PairedModel
+from tl_adapters.references import read_base_mlps
 from tl_adapters.saelens import AdapterFormatError
 
 ENCODER, DECODER = "model.layers.{}.mlp.transcoder_enc.{}", "model.layers.{}.mlp.transcoder_dec.{}"
@@ -94,9 +95,9 @@ def from_authors(
         weights = {"W_enc": encoder.T.clone(memory_format=torch.contiguous_format), "b_enc": bias.clone()}
         weights |= {"W_dec": decoder.T.clone(memory_format=torch.contiguous_format), "b_dec": b_dec.clone()}
         adapters[layer] = adapter_of(weights)
-        known[layer] = stored_target_layer(folder, architecture, layer)
+        known[layer] = stored_marks(folder, folder, architecture, layer)
     base, target = _PUBLISHED_PAIR if _PUBLISHED in str(name) else ("", "")
-    metadata = AdapterMetadata(base=base, target=target, source=str(name))
+    metadata = AdapterMetadata(base=base, target=target)
     return AdapterSet(adapters, known, metadata, n_layers)
 
 

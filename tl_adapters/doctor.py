@@ -23,7 +23,8 @@ from tl_adapters.checkpoints import locate, mlp_tensor_names, read_config, read_
 from tl_adapters.compatibility import Finding, compare_configs, compare_vocabularies
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
-from tl_adapters.marks import stored_base_fingerprint, stored_target_layer
+from tl_adapters.fitting import last_part
+from tl_adapters.marks import same, stored_marks
 from tl_adapters.organism import BUILTIN
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -127,33 +128,33 @@ def _adapters(
         yield Finding("error", "adapters", says, "They belong to another model.")
         return
     yield Finding("ok", "adapters", says)
+    here = {
+        role: name in BUILTIN or Path(name).is_dir()
+        for role, name in (("target", config.target), ("base", config.base))
+    }
     try:
-        if (Path(config.target).is_dir() or config.target in BUILTIN) and about.target_layers is not None:
-            marks = about.target_layers.items()
-            found = {layer: stored_target_layer(target, described.architectures[0], layer) for layer, _ in marks}
-            same = not any(found[layer].differs_from(kept) for layer, kept in marks)
-            yield _belongs(same, "target", f"trained on {about.metadata.target or 'a target'}", config.target)
+        kept = about.marks or {}
+        if kept and all(here.values()):
+            found = {layer: stored_marks(target, base, described.architectures[0], layer) for layer in kept}
+            for role, fields in (("target", (0, 1)), ("base", (2,))):
+                equal = all(same(found[layer][i], kept[layer][i]) for layer in kept for i in fields)
+                yield _belongs(equal, role, getattr(about.metadata, role), getattr(config, role))
         else:
-            yield _by_name("target", about.metadata.target, config.target)
-        recorded = about.metadata.fingerprints.get("base_mlps")
-        if (Path(config.base).is_dir() or config.base in BUILTIN) and recorded is not None:
-            hashed = stored_base_fingerprint(base, described.num_hidden_layers)
-            trained = f"trained beside the MLPs of {about.metadata.base or 'a base'} ({recorded})"
-            yield _belongs(hashed == recorded, "base", trained, f"{config.base} ({hashed})")
-        else:
-            yield _by_name("base", about.metadata.base, config.base)
+            for role in here:
+                yield _by_name(role, getattr(about.metadata, role), getattr(config, role))
     except UserError as error:
         yield Finding("error", "adapters", str(error))
 
 
-def _belongs(same: bool, role: str, trained: str, given: str) -> Finding:
-    if same:
+def _belongs(equal: bool, role: str, recorded: str, given: str) -> Finding:
+    trained = f"trained with {recorded or f'a {role} that was not recorded'}"
+    if equal:
         return Finding("ok", f"adapters' {role}", f"{trained}, and {given} is that, by content.")
     return Finding("error", f"adapters' {role}", f"{trained}; {given} is another.", f"Give the {role} of the adapters.")
 
 
 def _by_name(role: str, recorded: str, given: str) -> Finding:
-    if recorded.rpartition("/")[2].lower() == given.rpartition("/")[2].lower():
+    if last_part(recorded) == last_part(given):
         return Finding(
             "ok", f"adapters' {role}", f"{recorded}, by name; its weights are compared when they are loaded."
         )

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from tl_adapters.adapter import METADATA_FILE, TARGET_FILE, AdapterMetadata, AdapterSet, adapter_of
+from tl_adapters.adapter import MARKS_FILE, METADATA_FILE, AdapterMetadata, AdapterSet, adapter_of
 from tl_adapters.checkpoints import fetch
 from tl_adapters.saelens import CONFIG_FILE, HOOK_IN, HOOK_OUT, AdapterFormatError, read_config, read_weights
 
@@ -68,9 +68,9 @@ def from_saelens(
         AdapterFormatError: another architecture (a skip connection, JumpReLU, ...), normalised inputs, or other hooks;
             nothing is read as something that it is not.
     """
-    patterns = [METADATA_FILE, TARGET_FILE, CONFIG_FILE, "*.safetensors", f"*/{CONFIG_FILE}", "*/*.safetensors"]
+    patterns = [METADATA_FILE, MARKS_FILE, CONFIG_FILE, "*.safetensors", f"*/{CONFIG_FILE}", "*/*.safetensors"]
     if sae_ids is not None:
-        patterns = [METADATA_FILE, TARGET_FILE, *(f"{sae_id}/*" for sae_id in sae_ids)]
+        patterns = [METADATA_FILE, MARKS_FILE, *(f"{sae_id}/*" for sae_id in sae_ids)]
     folder = fetch(name, patterns, revision=revision, token=token)
     if sae_ids is None and (folder / METADATA_FILE).is_file():
         return AdapterSet.from_pretrained(folder, device=device)

@@ -1,62 +1,61 @@
-"""By what adapters know their base and target again: content, not names; in memory and in files.
+"""By what adapters know their target and base again: content, not names; in memory and in files.
 
-Of the target, what adapters keep survives weight processing: folding moves the second norm's weights into the MLP and
-leaves the attention's output projection alone. Of the base, a content hash of its MLPs as they are stored.
+A few values per layer, which a cast does not change by more than its rounding and weight processing not at all:
+folding moves the second norm's weights into the MLP and leaves the attention's output projection alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tl_adapters.checkpoints import MLP_KEY, PROJECTIONS, read_tensors, read_values
-from tl_adapters.fingerprints import fingerprint
+from tl_adapters.checkpoints import MLP_KEY, read_tensors, read_values
 
-MLPTensors = Mapping[str, Tensor]
-"""One MLP's weights as Hugging Face names them: gate_proj, up_proj, down_proj."""
+SAMPLES = 64
+TOLERANCE = 2.0**-7
+"""Relative; a cast to bfloat16 moves a value by at most 2^-9, fine-tuning moves some of every 64 by more."""
 _SECOND_NORM = {"Gemma2ForCausalLM": "model.layers.{}.pre_feedforward_layernorm.weight"}
 _SECOND_NORM_DEFAULT = "model.layers.{}.post_attention_layernorm.weight"
 _ATTENTION_OUT = "model.layers.{}.self_attn.o_proj.weight"
 
 
-class TargetLayer(NamedTuple):
-    """What adapters keep of one layer of their target: to know it again, and to fit models whose norms are folded."""
+class LayerMarks(NamedTuple):
+    """What adapters keep of one layer of their models: to know them again, and to fit models with folded norms."""
 
     ln2_w: Tensor
-    """The second norm's weights as TransformerLens has them (Gemma 1 + w), [d_model]."""
+    """The target's second-norm weights as TransformerLens has them (Gemma 1 + w), [d_model]."""
     attention_out: Tensor
-    """Evenly spaced values of the attention's output projection, [at most 64]."""
-
-    def differs_from(self, other: TargetLayer) -> str | None:
-        """Which of the two differs by more than a cast to bfloat16 does; None where neither does."""
-        for what, ours, theirs in zip(("second norm", "attention's output"), self, other, strict=True):
-            ours, theirs = ours.float().cpu(), theirs.float().cpu()
-            if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
-                return what
-        return None
+    """Values of the target's attention output projection, [at most 64]."""
+    base_mlp_out: Tensor
+    """Values of the base's down projection, [at most 64]."""
 
 
-def target_layer(ln2_w: Tensor, o_proj: Tensor) -> TargetLayer:
-    """The marks of a layer, from its second norm and its output projection in Hugging Face's layout."""
-    places = _places(o_proj.numel()).to(o_proj.device)
-    sample = o_proj.detach()[torch.unravel_index(places, o_proj.shape)]
-    return TargetLayer(ln2_w.detach().to("cpu", copy=True), sample.to("cpu", copy=True))
+def sample(weight: Tensor) -> Tensor:
+    """Evenly spaced values of a matrix in Hugging Face's layout, on the CPU."""
+    places = _places(weight.numel()).to(weight.device)
+    return weight.detach()[torch.unravel_index(places, weight.shape)].to("cpu", copy=True)
 
 
-def stored_target_layer(folder: Path, architecture: str, layer: int) -> TargetLayer:
-    """The marks of a layer in a checkpoint's files; of the projection only single values are read.
+def same(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal but for the rounding of a cast?"""
+    ours, theirs = ours.detach().float().cpu(), theirs.detach().float().cpu()
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=TOLERANCE, atol=1e-7)
 
-    Raises CheckpointError.
-    """
+
+def stored_marks(target: Path, base: Path, architecture: str, layer: int) -> LayerMarks:
+    """The marks of a layer in checkpoints' files; of matrices only single values are read. Raises CheckpointError."""
     name = second_norm_name(architecture, layer)
-    ln2_w = read_tensors(folder, [name])[name].clone()  # may be a view of its whole shard
+    ln2_w = read_tensors(target, [name])[name].clone()  # may be a view of its whole shard
     if architecture == "Gemma2ForCausalLM":
         ln2_w = (1 + ln2_w.float()).to(ln2_w.dtype)
-    return TargetLayer(ln2_w, read_values(folder, _ATTENTION_OUT.format(layer), _places))
+    return LayerMarks(
+        ln2_w,
+        read_values(target, attention_out_name(layer), _places),
+        read_values(base, MLP_KEY.format(layer, "down_proj"), _places),
+    )
 
 
 def second_norm_name(architecture: str, layer: int) -> str:
@@ -69,16 +68,5 @@ def attention_out_name(layer: int) -> str:
     return _ATTENTION_OUT.format(layer)
 
 
-def base_fingerprint(base_mlps: Sequence[MLPTensors]) -> str:
-    """Content hash of a base's MLPs."""
-    return fingerprint((f"{layer}.{name}", mlp[name]) for layer, mlp in enumerate(base_mlps) for name in PROJECTIONS)
-
-
-def stored_base_fingerprint(folder: Path, n_layers: int) -> str:
-    """`base_fingerprint` of a checkpoint's files, with one tensor in memory at a time. Raises CheckpointError."""
-    keys = [(f"{layer}.{name}", MLP_KEY.format(layer, name)) for layer in range(n_layers) for name in PROJECTIONS]
-    return fingerprint((short, read_tensors(folder, [key])[key]) for short, key in keys)
-
-
 def _places(n: int) -> Tensor:
-    return torch.linspace(0, n - 1, min(64, n), dtype=torch.float64).round().long()
+    return torch.linspace(0, n - 1, min(SAMPLES, n), dtype=torch.float64).round().long()

@@ -23,10 +23,9 @@ HookedTransformer or a TransformerBridge (`backends`), with the same names:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,19 +37,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tl_adapters.adapter import AdapterMetadata, AdapterSet, TranscoderAdapter
 from tl_adapters.architectures import load_hf_model
 from tl_adapters.backends import backend_of, build_model
-from tl_adapters.checkpoints import (
-    MLP_KEY,
-    PROJECTIONS,
-    commit_of,
-    locate,
-    mlp_tensor_names,
-    read_config,
-    read_tensors,
-    read_vocabulary,
-)
-from tl_adapters.compatibility import PairMismatchError, compare_configs, compare_vocabularies, require_fit
+from tl_adapters.compatibility import PairMismatchError
 from tl_adapters.fingerprints import fingerprint
-from tl_adapters.marks import MLPTensors, TargetLayer, base_fingerprint, target_layer
+from tl_adapters.fitting import adapter_scale, attention_out, base_marks, require_belonging
+from tl_adapters.marks import LayerMarks
+from tl_adapters.references import (
+    MLPTensors,
+    ModelReference,
+    base_fingerprint,
+    model_commit,
+    model_config,
+    model_name,
+    read_base_mlps,
+    require_pair,
+    require_shapes,
+)
 from tl_adapters.routing import ROUTES, Route, RoutedMLP
 
 log = logging.getLogger(__name__)
@@ -84,8 +85,9 @@ class PairedModel:
         self.adapters: AdapterSet | None = None
         self.has_base = base_mlps is not None
         if base_mlps is not None:
-            _require_shapes(base_mlps, self.backend.described)
-        self._base_fingerprint = base_fingerprint(base_mlps) if base_mlps is not None else None
+            require_shapes(base_mlps, self.backend.described)
+        self._base_fingerprint = None if base_mlps is None else base_fingerprint(base_mlps)
+        self._base_marks = None if base_mlps is None else base_marks(base_mlps)
         for layer in range(self.n_layers):
             folded = base_mlps is not None and self.backend.second_norm(layer) is None
             if folded and ln2_weights is None:
@@ -101,8 +103,8 @@ class PairedModel:
     @classmethod
     def from_pretrained(
         cls,
-        base: str | Path | PreTrainedModel,
-        target: str | Path | PreTrainedModel,
+        base: ModelReference,
+        target: ModelReference,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -127,8 +129,8 @@ class PairedModel:
             PairMismatchError: MLPs of different shapes or activations.
             CheckpointError: missing or damaged files.
         """
-        _require_pair(base, target)
-        base_mlps = read_base_mlps(base, _config(target)["num_hidden_layers"])
+        require_pair(base, target)
+        base_mlps = read_base_mlps(base, model_config(target)["num_hidden_layers"])
         if isinstance(target, PreTrainedModel):
             hf_target = target.to(device=device or target.device, dtype=dtype or target.dtype)
         else:
@@ -138,7 +140,7 @@ class PairedModel:
             base_mlps,
             base=model_name(base),
             target=model_name(target),
-            revisions=(_commit(base), _commit(target)),
+            revisions=(model_commit(base), model_commit(target)),
         )
 
     @property
@@ -247,87 +249,23 @@ class PairedModel:
             target_revision=self.revisions[1],
             fingerprints=self.fingerprints,
         )
-        adapters = AdapterSet(layers, self.target_layers, about)
+        adapters = AdapterSet(layers, self.marks, about)
         self.load_adapters(adapters)
         return adapters
 
     def load_adapters(self, adapters: AdapterSet) -> None:
         """Put adapters in place; they share their weights with ``adapters``.
 
-        Raises PairMismatchError where depth, width, the target's marks or the base's content show that they belong
-        elsewhere.
+        Raises PairMismatchError where depth, width or content show that they belong elsewhere.
         """
-        if adapters.metadata.writes != "adapter_out":
-            raise PairMismatchError(
-                "These transcoders stand in place of the MLP (they write its output); adapters are added to it. Use "
-                "them with SAELens's HookedSAETransformer.add_sae."
-            )
-        cfg = self.model.cfg
-        if (adapters.n_layers, adapters.d_model) != (cfg.n_layers, cfg.d_model):
-            raise PairMismatchError(
-                f"The adapters have {adapters.n_layers} layers of width {adapters.d_model}; "
-                f"the model has {cfg.n_layers} of width {cfg.d_model}."
-            )
-        scales = {layer: self._adapter_scale(adapters, layer) for layer in adapters.layer_indices}
-        self._require_target(adapters)
-        self._require_base(adapters)
+        require_belonging(adapters, self.backend, self.target_id, self._base_marks, self.base_id)
+        scales = {layer: adapter_scale(adapters, self.backend, layer) for layer in adapters.layer_indices}
         self.adapters = adapters.to(self.model.W_E.device)
         for layer, mlp in enumerate(self.mlps):
             mlp.adapter = adapters[layer] if layer in scales else None
             scale = scales.get(layer)
             mlp.adapter_scale = None if scale is None else scale.to(self.model.W_E.device, adapters[layer].W_enc.dtype)
         self.backend.name_hooks()
-
-    def _adapter_scale(self, adapters: AdapterSet, layer: int) -> Tensor | None:
-        """What brings the MLP's input to what the adapter reads; None where it is that."""
-        here, known = self.backend.second_norm(layer), adapters.target_layers
-        if adapters.metadata.reads == "normalized":
-            if here is not None and bool((here == 0).any()):
-                raise PairMismatchError(
-                    f"The second norm of layer {layer} has weights that are 0, so what stands before it cannot be had "
-                    "from the MLP's input. Give adapters that read mlp_input, or fold the model's norms."
-                )
-            return None if here is None else 1 / here.float()
-        if here is None and known is None:
-            raise PairMismatchError(
-                "The model's second norms are folded, and these adapters, which read the MLP's input, do not carry "
-                "their weights. Load the model with from_pretrained_no_processing."
-            )
-        return known[layer].ln2_w if here is None and known is not None else None
-
-    def _require_target(self, adapters: AdapterSet) -> None:
-        """Is this model the adapters' target? By content, where the adapters know it."""
-        theirs_id = adapters.metadata.target or "another target"
-        by_name = (adapters.metadata.target, self.target_id)
-        if adapters.target_layers is None and all(by_name) and len({_last(name) for name in by_name}) > 1:
-            raise PairMismatchError(
-                f"These adapters carry no marks of their target, and by name it is {theirs_id}; the model is "
-                f"{self.target_id}. Give the whole set as it was saved, which knows its target by content."
-            )
-        for layer, known in (adapters.target_layers or {}).items():
-            norm = self.backend.second_norm(layer)
-            here = target_layer(known.ln2_w if norm is None else norm, self._attention_out(layer))
-            if what := here.differs_from(known):
-                raise PairMismatchError(
-                    f"The adapters were trained on {theirs_id}: the weights of the {what} at layer {layer} differ from "
-                    f"those of {self.target_id or 'this model'} (another model, or one processed in another way)."
-                )
-
-    def _require_base(self, adapters: AdapterSet) -> None:
-        """Are these the base MLPs that the adapters were trained beside? By content, or by name where that is known."""
-        theirs, recorded = adapters.metadata.fingerprints.get("base_mlps"), adapters.metadata.base
-        if self._base_fingerprint is None or theirs == self._base_fingerprint:
-            return
-        same_name = _last(self.base_id) in (_last(recorded), _last(adapters.metadata.source))
-        if theirs is None and (not recorded or not self.base_id or same_name):
-            return
-        says = (
-            f"The adapters were trained beside the MLPs of {recorded or 'another base'} (fingerprint {theirs}), and "
-            f"these are of {self.base_id or 'another model'} ({self._base_fingerprint})."
-        )
-        if not same_name:
-            raise PairMismatchError(f"{says} Give the base they were trained with.")
-        log.warning("%s The names agree: is one of them a copy in another dtype?", says)
 
     def installed_adapters(self) -> AdapterSet:
         """The adapters in place. Raises PairMismatchError where there are none."""
@@ -338,18 +276,21 @@ class PairedModel:
         return self.adapters
 
     @property
-    def target_layers(self) -> list[TargetLayer]:
-        """What an adapter set keeps of the target. Raises PairMismatchError where the norms are folded."""
-        kept = []
-        for layer in range(self.n_layers):
-            norm = self.backend.second_norm(layer)
-            if norm is None:
-                raise PairMismatchError(
-                    "The model's second norms are folded into its MLPs; train adapters on one that is loaded with "
-                    "from_pretrained_no_processing."
-                )
-            kept.append(target_layer(norm, self._attention_out(layer)))
-        return kept
+    def marks(self) -> list[LayerMarks]:
+        """What adapters keep of these models. Raises PairMismatchError for a model that they cannot be trained on."""
+        if self._base_marks is None:
+            raise PairMismatchError("This model was given no base; train adapters on a pair that has one.")
+        norms = [self.backend.second_norm(layer) for layer in range(self.n_layers)]
+        if None in norms:
+            raise PairMismatchError(
+                "The model's second norms are folded into its MLPs; train adapters on one that is loaded with "
+                "from_pretrained_no_processing."
+            )
+        return [
+            LayerMarks(norm, attention_out(self.backend, layer), self._base_marks[layer])
+            for layer, norm in enumerate(norms)
+            if norm is not None
+        ]
 
     def release(self) -> Any:
         """Take everything out of the model again and return it as it was before: weights, classes, hook points."""
@@ -358,9 +299,6 @@ class PairedModel:
         self.backend.name_hooks()
         self.adapters = None
         return self.model
-
-    def _attention_out(self, layer: int) -> Tensor:
-        return next(w for name, w in self.backend.named_weights(layer) if name == "self_attn.o_proj")
 
     # -- running parts of the model -------------------------------------------------------------------------------
 
@@ -412,58 +350,3 @@ class PairedModel:
 
 ACTIVATIONS = "mlp.adapter.hook_sae_acts_post"
 """The hook point of the feature activations, within a block."""
-
-
-def model_name(model: str | Path | PreTrainedModel) -> str:
-    """Id or folder of a model, as adapters record it."""
-    return model.config.name_or_path if isinstance(model, PreTrainedModel) else str(model)
-
-
-def _config(model: str | Path | PreTrainedModel) -> dict[str, Any]:
-    return model.config.to_dict() if isinstance(model, PreTrainedModel) else read_config(locate(model, weights=False))
-
-
-def _require_pair(base: str | Path | PreTrainedModel, target: str | Path | PreTrainedModel) -> None:
-    """Refuse what does not fit and warn of what differs, before a weight is read. Raises PairMismatchError."""
-    findings = compare_configs(_config(base), _config(target))
-    if not isinstance(base, PreTrainedModel) and not isinstance(target, PreTrainedModel):
-        base_vocabulary, vocabulary = (read_vocabulary(locate(m, weights=False)) for m in (base, target))
-        if base_vocabulary and vocabulary:
-            findings += compare_vocabularies(base_vocabulary, vocabulary)
-    require_fit(findings)
-    for finding in findings:
-        if finding.level == "warning":
-            log.warning("%s", finding)
-
-
-def read_base_mlps(base: str | Path | PreTrainedModel, n_layers: int) -> list[MLPTensors]:
-    """The base's MLP weights per layer, as they are stored; nothing else of it is read. Raises CheckpointError."""
-    names = mlp_tensor_names(n_layers)
-    if isinstance(base, PreTrainedModel):
-        state = base.state_dict()
-        tensors = {name: state[name].detach() for name in names}
-    else:
-        tensors = read_tensors(locate(base), names)
-    return [{name: tensors[MLP_KEY.format(layer, name)] for name in PROJECTIONS} for layer in range(n_layers)]
-
-
-def _require_shapes(base_mlps: Sequence[MLPTensors], target: Mapping[str, Any]) -> None:
-    """Raises PairMismatchError where the base's MLPs are not of the target's number and shape."""
-    if len(base_mlps) != target["num_hidden_layers"]:
-        raise PairMismatchError(f"The base has {len(base_mlps)} layers; the target {target['num_hidden_layers']}.")
-    wide = (target["intermediate_size"], target["hidden_size"])
-    for name, expected in (("gate_proj", wide), ("up_proj", wide), ("down_proj", wide[::-1])):
-        for mlp in base_mlps:
-            if tuple(mlp[name].shape) != expected:
-                raise PairMismatchError(
-                    f"The base's {name} has shape {tuple(mlp[name].shape)}; the target's {expected}."
-                )
-
-
-def _commit(model: str | Path | PreTrainedModel) -> str | None:
-    return None if isinstance(model, PreTrainedModel) else commit_of(locate(model, weights=False))
-
-
-def _last(name: str) -> str:
-    """The part of an id or path that copies of a model usually share."""
-    return name.rstrip("/").rpartition("/")[2].lower()
