@@ -25,6 +25,7 @@ from tl_adapters.checkpoints import fetch
 from tl_adapters.fingerprints import fingerprint
 from tl_adapters.marks import LayerMarks
 from tl_adapters.saelens import (
+    LAYER_FILES,
     AdapterFormatError,
     read_json,
     read_safetensors,
@@ -283,8 +284,7 @@ class AdapterSet(nn.Module):
         chosen = about.layers if layers is None else list(layers)
         if absent := sorted(set(chosen) - set(about.layers)):
             raise AdapterFormatError(f"{name} has no adapters of layers {absent}; it has those of {about.layers}.")
-        wanted = [f"{LAYER_FOLDER.format(layer)}/*" for layer in chosen]
-        folder = fetch(name, [METADATA_FILE, MARKS_FILE, *wanted], revision=revision, token=token)
+        folder = fetch(name, set_files(chosen), revision=revision, token=token)
         adapters = {}
         for layer in chosen:
             tensors = read_weights(folder / LAYER_FOLDER.format(layer), device)
@@ -303,6 +303,12 @@ class AdapterSet(nn.Module):
                 "whole folder again."
             )
         return result
+
+
+def set_files(layers: Sequence[int]) -> list[str]:
+    """The files of a set with adapters of these layers."""
+    folders = [LAYER_FOLDER.format(layer) for layer in layers]
+    return [METADATA_FILE, MARKS_FILE, *(f"{folder}/{file}" for folder in folders for file in LAYER_FILES)]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,12 @@ class DiskFullError(UserError, OSError):
     """There is no room for a file; nothing half-written is left."""
 
 
+def require_absent(path: str | Path) -> None:
+    """Raises FolderExistsError where there is something already; to be asked before hours of work."""
+    if Path(path).exists():
+        raise FolderExistsError(f"{path} exists already; choose another name or remove it first.")
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A fresh folder to fill; it becomes ``path`` when the block ends well and vanishes when it does not.
@@ -33,8 +39,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises FolderExistsError where ``path`` exists already, and DiskFullError.
     """
     path = Path(path)
-    if path.exists():
-        raise FolderExistsError(f"{path} exists already; choose another name or remove it first.")
+    require_absent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
     try:

@@ -17,8 +17,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.atomic import new_folder
+from tl_adapters.adapter import AdapterSet, set_files
+from tl_adapters.atomic import new_folder, require_absent
 from tl_adapters.checkpoints import fetch
 from tl_adapters.errors import UserError
 from tl_adapters.formats import to_saelens
@@ -101,15 +101,18 @@ def pull(
     Raises:
         AdapterFormatError, CheckpointError, FolderExistsError, DiskFullError.
     """
+    require_absent(folder)
+    adapters = AdapterSet.from_pretrained(name, layers=layers, revision=revision, token=token)  # checks it
+    if layers is not None:
+        adapters.save_pretrained(folder)
+        return adapters
+    files = [CARD_FILE, *set_files(adapters.layer_indices)]
+    source = fetch(name, files, revision=revision, token=token)
     with new_folder(folder) as out:
-        adapters = AdapterSet.from_pretrained(name, layers=layers, revision=revision, token=token)  # checks it
-        if layers is None:
-            shutil.copytree(fetch(name, ["*"], revision=revision, token=token), out, dirs_exist_ok=True)
-        else:
-            adapters.save_pretrained(out / "set")
-            for path in (out / "set").iterdir():
-                path.rename(out / path.name)
-            (out / "set").rmdir()
+        for file in files:
+            if (source / file).is_file():
+                (out / file).parent.mkdir(exist_ok=True)
+                shutil.copy(source / file, out / file)
     return adapters
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tl_adapters.adapter import METADATA_FILE, AdapterSet
+from tl_adapters.atomic import require_absent
 from tl_adapters.authors import to_authors
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
@@ -85,6 +86,7 @@ def export(
     """
     if to not in FORMATS:
         raise UserError(f"No format {to!r}; there are {', '.join(FORMATS)}.")
+    require_absent(folder)
     adapters = adapters_of(name)
     if to == "saelens":
         to_saelens(adapters, folder, reads=reads)

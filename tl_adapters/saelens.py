@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tl_adapters.errors import UserError
 
-CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+LAYER_FILES = CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 HOOK_IN = {"mlp_input": "blocks.{}.mlp.hook_in", "normalized": "blocks.{}.ln2.hook_normalized"}
 """What an adapter reads: what the MLP reads, or that before the second norm's weight. The second is the same tensor
 in a model whose norms are folded into its MLPs, the first is not."""
