@@ -5,6 +5,7 @@ Runs with TransformerLens 3.9 beside the HookedTransformer, and alone with Trans
 
 import copy
 import importlib
+import importlib.util
 import pkgutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tl_adapters.architectures import UnsupportedModelError
 from tl_adapters.backends import backend_of, build_model, default_backend
 from tl_adapters.benchmarks import respond
 from tl_adapters.chat import encode_traces
+from tl_adapters.cli import main
 from tl_adapters.config import LossWeights
 from tl_adapters.faithfulness import measure_faithfulness
 from tl_adapters.formats import from_saelens, to_saelens
@@ -259,6 +261,17 @@ def test_answers_in_a_padded_batch_are_the_answers_one_by_one() -> None:
     assert sum(bool(answer.hesitations) for answer in together) and not all(a.truncated for a in together)
     if default_backend() == "hooked":
         assert together == respond(PairedModel.from_pretrained(organism.BASE, organism.TARGET).model, problems)
+
+
+def test_without_sae_lens_its_folders_are_written_and_the_way_to_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make().installed_adapters().save_pretrained(tmp_path / "a")
+    assert main(["export", str(tmp_path / "a"), "--to", "saelens", "--out", str(tmp_path / "s")]) == 0
+    missing = importlib.util.find_spec("sae_lens") is None
+    assert ("It needs TransformerLens 3: pip install 'tl-adapters[saelens]'" in capsys.readouterr().out) is missing
+    assert missing or default_backend() == "hooked"  # SAELens pins TransformerLens below 4
+    assert from_saelens(tmp_path / "s").metadata.reads == "normalized"
 
 
 def test_every_room_opens_but_those_of_the_hooked_transformer() -> None:

@@ -1,8 +1,8 @@
 """Ratios of times in one run: ``python tests/bench/speed.py``.
 
-Prints how the shared-prefix objective compares with the formulas as they read, and fused with stock attention, on a
-random model of the built-in pair's size. The two sides are interleaved and the median of the pairwise ratios is
-printed: these machines are shared, a single time means little.
+Prints how the shared-prefix objective compares with the formulas as they read, fused with stock attention, and a
+TransformerBridge with a HookedTransformer, on a random model of the built-in pair's size. The two sides are
+interleaved and the median of the pairwise ratios is printed: these machines are shared, a single time means little.
 """
 
 import statistics
@@ -64,6 +64,14 @@ def main() -> None:
         tokens = random_batch(0, lengths=(length,) * (2048 // length), vocab=280).tokens
         found = ratio(attention(FusedAttention.__mro__[1]), attention(FusedAttention))
         print(f"forward pass at {length} tokens: stock / fused attention = {found}")
+
+    hf_models = (random_model(seed, torch.float32, **SIZE) for seed in (1, 2))
+    bridged = randomise(PairedModel.from_pretrained(*hf_models, backend="bridge"), n_features=512)
+    found = ratio(
+        lambda: shared_prefix_step(bridged, batch, 3, weights, 0.01),
+        lambda: shared_prefix_step(pair, batch, 3, weights, 0.01),
+    )
+    print(f"training step at cut 3: TransformerBridge / HookedTransformer = {found}")
 
 
 if __name__ == "__main__":
