@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, random_batch, random_model, randomise
 from sae_lens import HookedSAETransformer
-from transformer_lens import HookedTransformer
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.components import GroupedQueryAttention
 
 from tl_adapters.adapter import AdapterSet
+from tl_adapters.architectures import UnsupportedModelError
 from tl_adapters.attaching import attach, attached, detach
 from tl_adapters.backends import build_model
 from tl_adapters.hooked import build_hooked_transformer
@@ -218,6 +219,16 @@ def test_what_does_not_belong_together_says_both_sides() -> None:
         attach(attached_already, adapters, base=base)
     with pytest.raises(ValueError, match="HookedTransformer"):
         attach(base, adapters, base=base)
+
+
+@pytest.mark.parametrize(
+    ("norm", "gated", "message"), [("LN", True, "norms are LN"), ("RMS", False, "layer 0 is a MLP")]
+)
+def test_models_of_other_kinds_are_refused(norm: str, gated: bool, message: str) -> None:
+    options = dict(n_layers=2, d_model=32, n_ctx=16, d_head=8, d_vocab=61, d_mlp=48, act_fn="gelu")
+    model = HookedTransformer(HookedTransformerConfig(**options, normalization_type=norm, gated_mlp=gated))
+    with pytest.raises(UnsupportedModelError, match=message):
+        attach(model, reference().installed_adapters(), on="own_mlp")
 
 
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=str)

@@ -170,6 +170,11 @@ class HookedBackend(Backend):
     def __init__(self, model: HookedTransformer) -> None:
         self.model = model
         self._found: dict[int, dict[str, Any]] = {}  # what install took from each MLP's instance, to give back
+        if model.cfg.normalization_type not in ("RMS", "RMSPre"):
+            raise UnsupportedModelError(
+                f"The model's norms are {model.cfg.normalization_type}; adapters read RMS norms (Qwen2, Qwen3, Llama, "
+                "Gemma 2)."
+            )
         for layer, block in enumerate(model.blocks):
             if not isinstance(getattr(block, "mlp", None), GatedMLP):
                 raise UnsupportedModelError(
