@@ -149,9 +149,21 @@ class BridgedBackend(Backend):
 
     def second_norm(self, layer: int) -> Tensor | None:
         """The second norm's weights as TransformerLens has them (Gemma 1 + w), [d_model]."""
-        norm = self.model.blocks[layer].ln2
+        return self.norm(f"blocks.{layer}.ln2")
+
+    def norm(self, name: str) -> Tensor | None:
+        """Weights of the norm of that name as TransformerLens has them (Gemma 1 + w)."""
+        weight = self.model.get_submodule(name).weight
         offset = getattr(self.model.cfg, "rmsnorm_uses_offset", False)
-        return norm.weight.float().add(1).to(norm.weight.dtype) if offset else norm.weight
+        return weight.float().add(1).to(weight.dtype) if offset else weight
+
+    def attention_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """b_V [n_kv_heads, d_head] and b_O [d_model], where the layer has them."""
+        attn, cfg = self.model.blocks[layer].attn, self.model.cfg
+        if attn.v.bias is not None:
+            yield "b_V", attn.v.bias.unflatten(0, (-1, cfg.d_head))
+        if attn.o.bias is not None:
+            yield "b_O", attn.o.bias
 
     def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""

@@ -205,7 +205,17 @@ class HookedBackend(Backend):
 
     def second_norm(self, layer: int) -> Tensor | None:
         """The second norm's weights, [d_model]; None where they are folded into the MLP."""
-        return getattr(self.model.blocks[layer].ln2, "w", None)
+        return self.norm(f"blocks.{layer}.ln2")
+
+    def norm(self, name: str) -> Tensor | None:
+        """Weights of the norm of that name as TransformerLens has them; None where they are folded."""
+        return getattr(self.model.get_submodule(name), "w", None)
+
+    def attention_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """b_V [n_kv_heads, d_head] and b_O [d_model]."""
+        attn = self.model.blocks[layer].attn
+        yield "b_V", attn._b_V if hasattr(attn, "_b_V") else attn.b_V
+        yield "b_O", attn.b_O
 
     def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""

@@ -153,6 +153,14 @@ class Backend(ABC):
         """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""
 
     @abstractmethod
+    def attention_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """b_V [n_kv_heads, d_head] and b_O [d_model], where the layer has them."""
+
+    @abstractmethod
+    def norm(self, name: str) -> Tensor | None:
+        """Weights of the norm of that name ("ln_final", "blocks.3.ln1") as TransformerLens has them; None: folded."""
+
+    @abstractmethod
     def unembedding(self) -> Tensor:
         """[d_vocab, d_model]"""
 

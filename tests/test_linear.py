@@ -1,0 +1,159 @@
+"""The frozen linear model: it conserves, it is what autograd says, and interventions in it give the edges."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, random_batch, random_model
+from relp_by_hooks import relp_hooks
+from test_attaching import plain, process, reference
+from test_bridged import make
+
+from tl_adapters.attaching import attach
+from tl_adapters.gradients import GradientModel
+from tl_adapters.linear import FrozenModel, Rows
+from tl_adapters.paired import PairedModel
+
+TOKENS = random_batch(3).tokens[0, :11]
+SPOTS = torch.tensor([10, 7, 7, 0])
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def targets(pair: PairedModel, model: FrozenModel | GradientModel, layer: int, start: int = 0):  # type: ignore[no-untyped-def]
+    """(positions, vectors, values, own constants) of every feature target of a layer, or of logits."""
+    if layer == model.n_layers:
+        columns = pair.backend.unembedding().detach()[[3, 9, 12, 60]].to(model.dtype)
+        positions = SPOTS.clamp(min=start)
+        return positions, columns, (model.read_by_unembedding[positions] * columns).sum(-1), torch.zeros(4)
+    here = model.active[(model.active[:, 0] == layer) & (model.active[:, 1] >= start)]
+    positions, index = here[:, 1], here[:, 2]
+    values = model.pre_activations[layer][positions, index]
+    return positions, model.encoders[layer][:, index].T, values, model.b_enc[layer][index]
+
+
+def total(rows: Rows) -> torch.Tensor:
+    leaves = rows.features.sum(1) + rows.errors.sum((1, 2)) + rows.tokens.sum(1)
+    return leaves + rows.decoder_biases + rows.biases + rows.outside
+
+
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("linearisation", ["relp", "frozen_mlp"])
+def test_every_target_is_the_sum_of_its_leaves_and_constants(architecture: str, linearisation: str, start: int) -> None:
+    pair = make(architecture, "hooked")
+    model = FrozenModel(pair, TOKENS, linearisation, start)
+    assert len(model.active) > 300
+    for layer in range(5):
+        positions, vectors, values, own = targets(pair, model, layer, start)
+        rows = model.rows(layer, positions, vectors)
+        assert (total(rows) + own - values).abs().max() < 1e-10
+        assert rows.biases.abs().max() > 1e-3 or architecture != "Qwen2ForCausalLM" or layer == start == 4
+        assert bool(rows.errors.any()) is (linearisation == "frozen_mlp" and layer > 0)
+        assert bool(rows.outside.abs().max() > 1e-6) is (start > 0)
+
+
+def test_on_a_bridge_to_the_precision_of_hugging_faces_norms(architecture: str) -> None:
+    pair, reference = make(architecture), make(architecture, "hooked")
+    model, expected = FrozenModel(pair, TOKENS), FrozenModel(reference, TOKENS)
+    for layer in (2, 4):
+        positions, vectors, values, own = targets(pair, model, layer)
+        rows = model.rows(layer, positions, vectors)
+        assert (total(rows) + own - values).abs().max() < 1e-5
+        ours = expected.rows(layer, positions, vectors)
+        assert torch.equal(model.active, expected.active)
+        assert (rows.features - ours.features).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("freeze_mlps", [False, True])
+def test_it_is_what_autograd_says(architecture: str, freeze_mlps: bool) -> None:
+    pair = make(architecture, "hooked")
+    model = FrozenModel(pair, TOKENS, "frozen_mlp" if freeze_mlps else "relp")
+    by_hooks = GradientModel(pair, TOKENS, relp_hooks(pair.model, freeze_mlps))
+    assert torch.equal(model.active, by_hooks.active)
+    for layer in range(5):
+        positions, vectors, _, _ = targets(pair, model, layer)
+        ours, theirs = model.rows(layer, positions, vectors), by_hooks.rows(layer, positions, vectors)
+        assert (ours.features - theirs.features).abs().max() < 1e-10
+        assert (ours.tokens - theirs.tokens).abs().max() < 1e-10
+
+
+def test_plain_gradients_are_something_else(architecture: str) -> None:
+    pair = make(architecture, "hooked")
+    model, plain_gradient = FrozenModel(pair, TOKENS), GradientModel(pair, TOKENS)
+    positions, vectors, values, own = targets(pair, model, 4)
+    rows = plain_gradient.rows(4, positions, vectors)
+    assert (rows.features - model.rows(4, positions, vectors).features).abs().max() > 1e-2
+    assert (total(rows) + own - values).abs().max() > 1e-2  # and they do not add up
+    # the definition: how the value moves when one activation moves
+    place = model.active[model.active[:, 0] == 1][5]
+
+    def value(factor: float) -> torch.Tensor:
+        def scale(acts: torch.Tensor, hook: object, layer: int) -> torch.Tensor:
+            held = reference_acts[layer].clone()
+            if layer == 1:
+                held[0, place[1], place[2]] *= factor
+            return held
+
+        hooks = [
+            (f"blocks.{layer}.mlp.adapter.hook_sae_acts_post", lambda a, hook, layer=layer: scale(a, hook, layer))
+            for layer in range(4)
+        ]
+        with torch.no_grad(), pair.routed("replacement"), pair.model.hooks(fwd_hooks=hooks):
+            normalized = pair.model.run_with_cache(TOKENS[None])[1]["ln_final.hook_normalized"]
+        return (normalized[0, positions] * pair.model.ln_final.w * vectors).sum(-1)
+
+    with torch.no_grad(), pair.routed("replacement"):
+        _, cache = pair.model.run_with_cache(TOKENS[None])
+    reference_acts = [cache[f"blocks.{layer}.mlp.adapter.hook_sae_acts_post"] for layer in range(4)]
+    column = int((plain_gradient.active == place).all(1).nonzero())
+    slope = (value(1 + 1e-5) - value(1 - 1e-5)) / 2e-5
+    assert (slope - rows.features[:, column]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_interventions_in_the_frozen_model_give_the_edges(architecture: str) -> None:
+    """With patterns, scales and slopes held, taking one feature away moves a target by just its edge (frozen MLPs)."""
+    pair = make(architecture, "hooked")
+    model = FrozenModel(pair, TOKENS, "frozen_mlp")
+    with pair.routed("replacement"):
+        _, cache = pair.model.run_with_cache(TOKENS[None])
+    frozen = [
+        name
+        for name in cache
+        if name.endswith(("ln1.hook_scale", "ln2.hook_scale", "post.hook_scale", "final.hook_scale", "hook_pattern"))
+        or name.endswith(("mlp.hook_post", "adapter.hook_sae_acts_post"))
+    ]
+    positions, vectors, values, _ = targets(pair, model, 4)
+    edges = model.rows(4, positions, vectors).features
+    for column in range(0, len(model.active), 97):
+        layer, position, index = model.active[column].tolist()
+
+        def hold(value: torch.Tensor, hook: object, name: str) -> torch.Tensor:
+            held = cache[name].clone()
+            if name == f"blocks.{layer}.mlp.adapter.hook_sae_acts_post":
+                held[0, position, index] = 0
+            return held
+
+        hooks = [(name, lambda v, hook, name=name: hold(v, hook, name)) for name in frozen]
+        with pair.routed("replacement"), pair.model.hooks(fwd_hooks=hooks):
+            normalized = pair.model.run_with_cache(TOKENS[None])[1]["ln_final.hook_normalized"]
+        without = (normalized[0, positions] * pair.model.ln_final.w * vectors).sum(-1)
+        assert (values - without - edges[:, column]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("reads", ["mlp_input", "normalized"])
+def test_in_a_model_with_folded_norms(reads: str) -> None:
+    pair = reference()
+    adapters = pair.installed_adapters()
+    model = plain()
+    process(model, "fold_ln")
+    theirs = attach(model, adapters if reads == "mlp_input" else adapters.normalized(), base=random_model(1))
+    expected = FrozenModel(make("Qwen2ForCausalLM", "hooked"), TOKENS)
+    folded = FrozenModel(theirs, TOKENS)
+    assert torch.equal(folded.active, expected.active)
+    positions, vectors, values, own = targets(theirs, folded, 3)
+    rows = folded.rows(3, positions, vectors)
+    assert (total(rows) + own - values).abs().max() < 1e-6
+    ours = expected.rows(3, *targets(make("Qwen2ForCausalLM", "hooked"), expected, 3)[:2])
+    assert (rows.features - ours.features).abs().max() < 1e-4
