@@ -31,6 +31,7 @@ LEVELS = [
     {"objective", "faithfulness", "baselines", "benchmarks", "attaching", "formats", "mixing", "linear"},
     {"authors", "hub", "gradients"},
     {"attribution"},
+    {"validity"},
     {"publishing"},
     {"doctor", "runfolder"},
     {"training"},

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -90,8 +90,8 @@ class _Edges:
     columns: list[Tensor]
     weights: list[Tensor]
     nodes: list[int]
-    balance: list[tuple[float, float, float]]
-    """Per row: value, part from outside the window, constants."""
+    balance: list[tuple[float, float, float, float]]
+    """Per row: value, part from outside the window, constants, the decoder biases among them."""
 
 
 def attribute(
@@ -247,18 +247,34 @@ def _resolve(
         value, constant = float(model.pre_activations[layer][place, index]), float(model.b_enc[layer][index])
         about = GraphTarget(f"feature {layer}/{index}", place, 1.0)
         return _Resolved(layer, place, model.encoders[layer][:, index], value, constant, about)
-    columns = pair.backend.unembedding().detach()
     token = token_id(pair, target.token)
     name = _decoded(pair, token)
     if isinstance(target, DifferenceTarget):
         against = token_id(pair, target.against)
-        vector = (columns[token] - columns[against]).to(model.dtype)
-        about = GraphTarget(f"{name!r} - {_decoded(pair, against)!r}", place, 1.0)
+        about = GraphTarget(f"{name!r} - {_decoded(pair, against)!r}", place, 1.0, token, against=against)
     else:
-        vector = (columns[token].to(model.dtype) - columns.mean(0, dtype=model.dtype)).to(model.dtype)
         probability = float(_probabilities(pair, model, place)[token])
         about = GraphTarget(name, place, probability, token, probability)
+    vector = unembedding_column(pair, token, about.against, model.dtype)
     return _Resolved(model.n_layers, place, vector, float(model.read_by_unembedding[place] @ vector), 0.0, about)
+
+
+def unembedding_column(
+    pair: PairedModel, token: int, against: int | None, dtype: torch.dtype
+) -> Float[Tensor, "d_model"]:
+    """A logit's direction: the token's column of the unembedding less another's, or less the mean column."""
+    columns = pair.backend.unembedding().detach()
+    other = columns.mean(0, dtype=dtype) if against is None else columns[against].to(dtype)
+    return columns[token].to(dtype) - other
+
+
+def resolve_columns(pair: PairedModel, graph: AttributionGraph, target: int) -> tuple[int, Float[Tensor, "d_model"]]:
+    """Position and direction of a graph's logit target. Raises GraphError for a feature."""
+    about = graph.targets[target]
+    if about.token is None:
+        raise GraphError(f"Target {target} is {about.label}, no logit.")
+    dtype = torch.promote_types(pair.model.W_E.dtype, torch.float32)
+    return about.position, unembedding_column(pair, about.token, about.against, dtype)
 
 
 def _decoded(pair: PairedModel, token: int) -> str:
@@ -294,10 +310,11 @@ def _attribute_batch(
         edges.columns.append(where[:, 1].cpu())
         edges.weights.append(dense[tuple(where.T)].cpu())
         edges.nodes += batch_nodes
-        constants = rows.decoder_biases + rows.biases
         edges.balance += [
-            (t.value, outside, constant + t.constant)
-            for t, outside, constant in zip(chosen, rows.outside.tolist(), constants.tolist(), strict=True)
+            (t.value, outside, biases + decoders + t.constant, decoders)
+            for t, outside, biases, decoders in zip(
+                chosen, rows.outside.tolist(), rows.biases.tolist(), rows.decoder_biases.tolist(), strict=True
+            )
         ]
         bar.update(len(batch))
 
@@ -372,7 +389,7 @@ def _assemble(
         torch.zeros(len(order), dtype=weights.dtype).index_add_(0, place[rows[part]], weights[part])
         for part in (kept, ~kept)
     )
-    values, outside, constants = torch.tensor(edges.balance, dtype=weights.dtype).T
+    values, outside, constants, decoder_biases = torch.tensor(edges.balance, dtype=weights.dtype).T
     if not adds_up:  # what is left over stands with the constants
         constants = values - to_nodes - dropped
     by_row = torch.argsort(rows[kept], stable=True)
@@ -389,6 +406,7 @@ def _assemble(
         weights=weights[kept][by_row],
         rows=numbers[order][row_order],
         balance=torch.stack([values, to_nodes, dropped + outside, constants], 1)[row_order],
+        decoder_biases=decoder_biases[row_order],
     )
 
 

@@ -40,9 +40,11 @@ class GraphTarget:
     weight: float
     """Its share in influence: a logit's probability, 1 for anything else."""
     token: int | None = None
-    """Vocabulary index, where it is one token's logit."""
+    """Vocabulary index, where it is a logit or a difference of two."""
     probability: float | None = None
     """Of that token."""
+    against: int | None = None
+    """Vocabulary index of the token it is compared with."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class AttributionGraph:
     balance: Float[Tensor, "n_rows 4"]
     """Per row: the target's value, the sum of its edges, the part of leaves that are no nodes, the constant part. What
     is left over is the conservation residual: numerical error and nothing else."""
+    decoder_biases: Float[Tensor, "n_rows"]
+    """Per row: the adapters' b_dec within the constant part."""
     about: dict[str, Any] = field(default_factory=dict)
     """Linearisation, route, options, model ids, fingerprints, versions."""
 
@@ -107,7 +111,7 @@ class AttributionGraph:
             "residual": self.residual,
             "about": self.about,
         }
-        names = ("tokens", "features", "activations", "errors", "edges", "weights", "rows", "balance")
+        names = ("tokens", "features", "activations", "errors", "edges", "weights", "rows", "balance", "decoder_biases")
         with new_folder(folder) as out:
             save_file({name: getattr(self, name).contiguous() for name in names}, out / TENSORS_FILE)
             (out / GRAPH_FILE).write_text(json.dumps(record, indent=1) + "\n")

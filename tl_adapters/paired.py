@@ -342,6 +342,13 @@ class PairedModel:
         flat = resid.flatten(0, -2)[None]
         return self.backend.unembed(flat)[0].unflatten(0, resid.shape[:-1])
 
+    def read_by_unembedding(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What the unembedding reads: the final norm's output, in float32 at least."""
+        weight, eps = self.backend.norm("ln_final"), self.model.cfg.eps
+        resid = resid.to(torch.promote_types(resid.dtype, torch.float32))
+        normalized = resid / (resid.square().mean(-1, keepdim=True) + eps).sqrt()
+        return normalized if weight is None else normalized * weight.to(resid.dtype)
+
     @property
     def rows_at_once(self) -> int:
         """Rows of logits to form at a time: 64 MB of them in float32, whatever the vocabulary."""

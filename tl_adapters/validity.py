@@ -1,0 +1,174 @@
+"""Does a graph say the truth? Held against interventions in the real, nonlinear model; and what diffing adds.
+
+A graph's rows add up by construction. Whether a feature that it calls important is important is another question:
+features are really taken away (or all others are), one forward pass each, and the target is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from tl_adapters.attribution import DifferenceTarget, LogitTarget, attribute, resolve_columns
+from tl_adapters.graphs import AttributionGraph, GraphError
+from tl_adapters.paired import ACTIVATIONS, PairedModel
+
+
+def total_effects(graph: AttributionGraph, target: int = 0) -> Float[Tensor, "n_features"]:
+    """What a target would lose, in the linear model, without each feature: its edge and all paths through others.
+
+    A path through a feature t multiplies: the edge into t, over t's activation, times what t does. ``target`` counts
+    the graph's targets. Signed, in float64.
+    """
+    n = len(graph.features)
+    activations = graph.activations.double()
+    effect = torch.zeros(graph.n_nodes, dtype=torch.float64)
+    into, source, weight = graph.edges[0], graph.edges[1], graph.weights.double()
+    own = into == graph.first_target + target
+    effect.index_add_(0, source[own], weight[own])
+    layers = graph.features[:, 0]
+    for layer in range(graph.n_layers - 1, -1, -1):  # deepest first: features of a layer do not feed one another
+        here = (into < n) & (layers[into.clamp(max=n - 1)] == layer)
+        through = effect[into[here]] / activations[into[here]]
+        effect.index_add_(0, source[here], weight[here] * through)
+    return effect[:n]
+
+
+@contextmanager
+def _features_scaled(pair: PairedModel, features: Int[Tensor, "n 3"], kept: Bool[Tensor, "batch n"]) -> Iterator[None]:
+    """Row b of the batch runs with the features that ``kept[b]`` leaves out set to zero; all others live."""
+
+    def zero(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
+        here = (features[:, 0] == layer) & (features[:, 1] < acts.shape[1])  # a target may stand before the end
+        _, position, index = features[here].to(acts.device).T
+        acts = acts.clone()
+        acts[:, position, index] *= kept[:, here].to(acts.device, acts.dtype)
+        return acts
+
+    hooks = [(f"blocks.{layer}.{ACTIVATIONS}", partial(zero, layer=layer)) for layer in range(pair.n_layers)]
+    with pair.routed("replacement"), pair.model.hooks(fwd_hooks=hooks):
+        yield
+
+
+@torch.no_grad()
+def values_with(
+    pair: PairedModel,
+    graph: AttributionGraph,
+    kept: Bool[Tensor, "runs n_features"],
+    target: int = 0,
+    batch_size: int = 64,
+) -> Float[Tensor, "runs"]:
+    """A logit target's value in the real model, once per row of ``kept``: features not kept are set to zero."""
+    position, vector = resolve_columns(pair, graph, target)
+    values = []
+    for rows in kept.split(batch_size):
+        tokens = graph.tokens.to(pair.model.W_E.device)[None, : position + 1].expand(len(rows), -1)
+        with _features_scaled(pair, graph.features, rows):
+            residual = pair.run_blocks(pair.embed(tokens), 0, pair.n_layers)[:, position]
+        values.append(pair.read_by_unembedding(residual) @ vector)
+    return torch.cat(values).double().cpu()
+
+
+def ablation_effects(
+    pair: PairedModel, graph: AttributionGraph, features: Int[Tensor, "n"], target: int = 0
+) -> Float[Tensor, "n"]:
+    """What a logit target really loses without each of the feature nodes, one at a time."""
+    kept = torch.ones(len(features) + 1, len(graph.features), dtype=torch.bool)
+    kept[torch.arange(len(features)) + 1, features] = False
+    values = values_with(pair, graph, kept, target)
+    return values[0] - values[1:]
+
+
+def rank_correlation(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> float:
+    """Spearman's, with mean ranks for ties; NaN where one side is constant."""
+    ranks = [_ranks(x.double()) for x in (a, b)]
+    first, second = (r - r.mean() for r in ranks)
+    return float((first * second).sum() / (first.norm() * second.norm()))
+
+
+def _ranks(x: Tensor) -> Tensor:
+    _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[inverse]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A target's value as features go or stay, by a ranking; shares of the way from none of them (0) to all (1)."""
+
+    n: list[int]
+    """How many of the ranking's first features."""
+    keeping: list[float]
+    """Only those kept."""
+    removing: list[float]
+    """Those taken away."""
+
+
+def faithfulness_curve(
+    pair: PairedModel, graph: AttributionGraph, ranking: Float[Tensor, "n_features"], n: Sequence[int], target: int = 0
+) -> Curve:
+    """Keep, and take away, the first n feature nodes by ``ranking`` (largest first), for every n.
+
+    A good ranking rises fast when keeping and falls fast when removing. Raises GraphError where features make no
+    difference to the target.
+    """
+    order = ranking.argsort(descending=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    first = torch.stack([rank < k for k in n])
+    everything = torch.ones(1, len(order), dtype=torch.bool)
+    values = values_with(pair, graph, torch.cat([everything, ~everything, first, ~first]), target)
+    full, none = values[:2]
+    if abs(float(full - none)) < 1e-9:
+        raise GraphError("The features of this graph make no difference to the target; there is no curve.")
+    shares = ((values[2:] - none) / (full - none)).tolist()
+    return Curve(list(n), shares[: len(n)], shares[len(n) :])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Why the replacement's logit is not the hybrid's: what only diffing can ask."""
+
+    replacement: float
+    """The target's value in the replacement."""
+    hybrid: float
+    """The same target in the hybrid."""
+    features: float
+    """What the features' edges into the target add up to."""
+    decoder_biases: float
+    """What the adapters' b_dec add."""
+    unexplained: float
+    """The rest: patterns, norms and slopes that the adapters move, which a frozen model holds constant."""
+    graph: AttributionGraph
+    """The replacement's graph; its feature edges are the explained part."""
+
+
+@torch.no_grad()
+def explain_difference(
+    pair: PairedModel, prompt: str | Sequence[int] | Tensor, target: LogitTarget | DifferenceTarget, **options: object
+) -> Difference:
+    """Attribute value(replacement) - value(hybrid) of one target to the adapters' features.
+
+    Args:
+        pair: with adapters on every layer.
+        prompt, options: as `attribute`.
+        target: a logit or a difference of logits.
+    """
+    graph = attribute(pair, prompt, [target], **options)  # type: ignore[arg-type]
+    position, vector = resolve_columns(pair, graph, 0)
+    with pair.routed("hybrid"):
+        tokens = graph.tokens.to(pair.model.W_E.device)[None, : position + 1]
+        residual = pair.run_blocks(pair.embed(tokens), 0, pair.n_layers)[:, position]
+    hybrid = float(pair.read_by_unembedding(residual)[0] @ vector)
+    row = int((graph.rows == graph.first_target).nonzero())
+    value = float(graph.balance[row, 0])
+    from_features = (graph.edges[0] == graph.first_target) & (graph.edges[1] < len(graph.features))
+    features = float(graph.weights[from_features].sum() + graph.balance[row, 2])
+    biases = float(graph.decoder_biases[row])
+    return Difference(value, hybrid, features, biases, value - hybrid - features - biases, graph)
