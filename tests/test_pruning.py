@@ -37,6 +37,7 @@ def build(
         weights=torch.tensor([edges[pair] for pair in pairs], dtype=dtype),
         rows=torch.tensor(rows),
         balance=torch.zeros(len(rows), 4, dtype=dtype),
+        decoder_biases=torch.zeros(len(rows), dtype=dtype),
     )
 
 
@@ -281,6 +282,7 @@ def test_twenty_thousand_features_take_seconds_and_no_matrix() -> None:
         weights=torch.randn(n_edges, generator=generator),
         rows=torch.arange(n_features),
         balance=torch.zeros(n_features, 4),
+        decoder_biases=torch.zeros(n_features),
     )
     began = time.process_time()
     with Largest() as largest:

@@ -32,10 +32,11 @@ LEVELS = [
     {"authors", "hub", "gradients"},
     {"attribution"},
     {"validity"},
+    {"graph_pages"},
     {"publishing"},
     {"doctor", "runfolder"},
     {"training"},
-    {"report"},
+    {"report", "server"},
     {"study"},
     {"cli"},
 ]

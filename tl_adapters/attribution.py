@@ -172,6 +172,7 @@ def attribute(
         "base": pair.base_id,
         "target": pair.target_id,
         "fingerprints": {**pair.fingerprints, "adapters": pair.installed_adapters().fingerprint},
+        "d_vocab": pair.model.cfg.d_vocab,
         "active_features": len(model.active),
         "exclude_bos": exclude_bos,
         "window": window,
@@ -248,10 +249,10 @@ def _resolve(
         about = GraphTarget(f"feature {layer}/{index}", place, 1.0)
         return _Resolved(layer, place, model.encoders[layer][:, index], value, constant, about)
     token = token_id(pair, target.token)
-    name = _decoded(pair, token)
+    name = decoded(pair, token)
     if isinstance(target, DifferenceTarget):
         against = token_id(pair, target.against)
-        about = GraphTarget(f"{name!r} - {_decoded(pair, against)!r}", place, 1.0, token, against=against)
+        about = GraphTarget(f"{name!r} - {decoded(pair, against)!r}", place, 1.0, token, against=against)
     else:
         probability = float(_probabilities(pair, model, place)[token])
         about = GraphTarget(name, place, probability, token, probability)
@@ -277,7 +278,8 @@ def resolve_columns(pair: PairedModel, graph: AttributionGraph, target: int) -> 
     return about.position, unembedding_column(pair, about.token, about.against, dtype)
 
 
-def _decoded(pair: PairedModel, token: int) -> str:
+def decoded(pair: PairedModel, token: int) -> str:
+    """A token's text; its number where the model has no tokenizer."""
     return pair.model.tokenizer.decode([token]) if pair.model.tokenizer is not None else str(token)
 
 
@@ -396,7 +398,7 @@ def _assemble(
     row_order = torch.argsort(order)
     return AttributionGraph(
         tokens=model.tokens,
-        strings=[_decoded(pair, token) for token in model.tokens.tolist()],
+        strings=[decoded(pair, token) for token in model.tokens.tolist()],
         n_layers=model.n_layers,
         features=model.active.cpu()[chosen],
         activations=model.activations.cpu()[chosen],

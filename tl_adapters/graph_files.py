@@ -57,6 +57,10 @@ class FeatureRecord:
     """Share of tokens on which it is active."""
     examples: Sequence[tuple[Sequence[str], Sequence[float], int]] = ()
     """Tokens, the activation on each, and the position of the one it was chosen for; strongest first."""
+    top_effects: Sequence[float] = ()
+    """By how much it raises them, per unit of activation."""
+    bottom_effects: Sequence[float] = ()
+    """By how much it lowers them (negative)."""
 
 
 def cantor(layer: int, index: int) -> int:
@@ -174,7 +178,10 @@ def _target_tokens(graph: AttributionGraph) -> list[int]:
     """Vocabulary indices; a target that is no token's logit gets one past the vocabulary."""
     seen = [*graph.tokens.tolist(), *(target.token for target in graph.targets if target.token is not None)]
     d_vocab = int(graph.about.get("d_vocab") or max(seen, default=-1) + 1)
-    return [d_vocab + i if target.token is None else target.token for i, target in enumerate(graph.targets)]
+    return [
+        d_vocab + i if target.token is None or target.against is not None else target.token
+        for i, target in enumerate(graph.targets)
+    ]
 
 
 def _metadata(graph: AttributionGraph, slug: str, node_threshold: float, edge_threshold: float) -> dict[str, Any]:
@@ -222,8 +229,7 @@ def _generation_settings(graph: AttributionGraph) -> dict[str, Any]:
         "batch_size": 1,  # changes nothing in the graph
         "max_feature_nodes": int((graph.rows < len(graph.features)).sum()),
     }
-    options = graph.about.get("options") or {}
-    return {key: value if options.get(key) is None else options[key] for key, value in found.items()}
+    return {key: value if graph.about.get(key) is None else graph.about[key] for key, value in found.items()}
 
 
 def _supernodes(ids: list[str], pruned: PrunedGraph, supernodes: Mapping[str, list[str]]) -> list[list[str]]:

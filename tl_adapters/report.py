@@ -32,6 +32,8 @@ def write_report(folder: str | Path) -> Path:
         sections.append(_baselines(results["baselines"]))
     if "behaviour" in results:
         sections.append(_behaviour(results["behaviour"]))
+    if (results.get("attribution") or {}).get("graphs"):
+        sections.append(_attribution(results["attribution"]))
     answers = _lines(folder / "answers.jsonl")
     if answers:
         sections.append(_answers(answers))
@@ -170,6 +172,29 @@ def _behaviour(b: Block) -> str:
         "<i>replacement</i> adds the adapters.</p>"
     )
     return f"<h2>Behaviour</h2>{text}" + table(header, rows)
+
+
+def _attribution(b: Block) -> str:
+    rows = []
+    for moment in b["moments"]:
+        d = moment["difference"]
+        link = f'<a href="{escape(moment["page"])}">{escape(moment["prompt"][-40:])}</a>'
+        cells = [_percent(moment["probability"]), _percent(moment["influence_through_features"])]
+        rows.append([link, *cells, *(f"{d[part]:+.2f}" for part in ("hybrid", "features", "decoder_biases"))])
+        rows[-1] += [f"{d['unexplained']:+.2f}", f"{d['replacement']:+.2f}"]
+    header = ["before it says it (graph)", "P(word)", "influence through features", "logit in the hybrid", "+ features"]
+    text = (
+        f"<p>What makes the replacement say {escape(repr(b['moments'][0]['word']))}: RelP graphs of the first "
+        f"hesitation in {b['graphs']} answers. Every row of a graph adds up to its target (largest residual "
+        f"{b['conservation']:.1e}); what the patterns, norms and gates do that the adapters move is not in it "
+        "(unexplained).</p>"
+    )
+    ranked = [[name, f"{value:.2f}"] for name, value in b["rank_correlation"].items()]
+    truth = (
+        "<p>Adding up is no proof. Rank correlation of the attributed with the real effect of taking each active "
+        "feature away, mean over these moments:</p>" + table(["linearisation", "rank correlation"], ranked)
+    )
+    return f"<h2>Why it hesitates</h2>{text}" + table([*header, "+ b_dec", "unexplained", "= logit"], rows) + truth
 
 
 def _answers(answers: Sequence[Block]) -> str:

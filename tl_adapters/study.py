@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from tl_adapters import organism
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.architectures import load_hf_model
 from tl_adapters.atomic import write_text
+from tl_adapters.attribution import LogitTarget, token_id
 from tl_adapters.backends import build_model
 from tl_adapters.baselines import Correction, baseline_kl, difference_directions, low_rank, top_neurons
 from tl_adapters.batching import EncodedDocuments, open_documents
@@ -32,6 +34,7 @@ from tl_adapters.config import Dtype, RunConfig, TrainingConfig
 from tl_adapters.data import DataError, Trace
 from tl_adapters.errors import UserError
 from tl_adapters.faithfulness import DocumentSums, faithfulness_block, features_block, measure_faithfulness
+from tl_adapters.graph_pages import examine_moment
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_recovered
 from tl_adapters.paired import PairedModel
 from tl_adapters.report import write_report
@@ -39,11 +42,13 @@ from tl_adapters.results import read_results, versions, write_results
 from tl_adapters.runfolder import RunFolder, require_new
 from tl_adapters.sources import Columns, PairList, RandomAccess
 from tl_adapters.training import Trainer
+from tl_adapters.validity import LINEARISATIONS
 
 log = logging.getLogger(__name__)
 
 RANKS = (1, 2, 4, 8, 16, 32)
 SHOWN_ANSWERS = 4
+HESITATION, GRAPHS = "Wait", 3
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,21 @@ def open_pair(config: RunConfig, device: str = "cpu") -> PairedModel:
     if not config.target:
         return load_builtin_pair(device, dtype, config.backend)
     return PairedModel.from_pretrained(config.base, config.target, device=device, dtype=dtype, backend=config.backend)
+
+
+def open_run(folder: Path, device: str = "cpu", dtype: Dtype | None = None) -> PairedModel:
+    """The pair of a run with its adapters in place. Raises UserError where the run has none yet."""
+    _require_adapters(folder)
+    adapters = AdapterSet.from_pretrained(folder / "adapters")
+    config = RunConfig.load(folder / "config.json")
+    pair = open_pair(replace(config, dtype=dtype or config.dtype), device)
+    pair.load_adapters(adapters)
+    return pair
+
+
+def _require_adapters(folder: Path) -> None:
+    if not (folder / "adapters").is_dir():
+        raise UserError(f"{folder} holds no adapters; give a folder that train or demo made and has come to its end.")
 
 
 def open_data(config: RunConfig, pair: PairedModel) -> EncodedDocuments:
@@ -181,15 +201,11 @@ def evaluate_run(folder: Path, data: str | None, device: str = "cpu", dtype: Dty
         device: where to run.
         dtype: of the models, instead of the run's.
     """
-    if not (folder / "adapters").is_dir():
-        raise UserError(f"{folder} holds no adapters; give a folder that train or demo made and has come to its end.")
-    adapters = AdapterSet.from_pretrained(folder / "adapters")
-    builtin = is_builtin(folder)
-    if data is None and not builtin:
+    _require_adapters(folder)
+    if data is None and not is_builtin(folder):
         raise UserError("--data is missing: a .jsonl file of held-out prompts and responses, or a dataset's name.")
     config = RunConfig.load(folder / "config.json")
-    pair = open_pair(replace(config, dtype=dtype or config.dtype), device)
-    pair.load_adapters(adapters)
+    pair = open_run(folder, device, dtype)
     if data is not None:
         held_out = replace(config.data, source=data, streaming=False, validation_fraction=0.0, validation_split=None)
         # Only the response is measured, so only documents that have one count.
@@ -317,3 +333,35 @@ def evaluate_builtin(pair: PairedModel, folder: Path, scale: Scale, fit: Sequenc
     baselines_stage(
         pair, fit[: 2 * scale.baseline_documents], traces[: scale.baseline_documents], sums, folder, "report"
     )
+    attribution_stage(pair, target, folder, "report")
+
+
+def attribution_stage(pair: PairedModel, responses: Sequence[Response], folder: Path, split: str) -> None:
+    """Add the block attribution: graphs of the first hesitation in three of the target's answers, and their truth."""
+    word = token_id(pair, HESITATION)
+    moments = [
+        (*response.prompt, *response.tokens[: response.tokens.index(word)])
+        for response in responses
+        if word in response.tokens and not response.truncated
+    ][:GRAPHS]
+    graphs = folder / "graphs"
+    shutil.rmtree(graphs, ignore_errors=True)  # of an earlier evaluation of this run
+    with stage(folder, "attribution"):
+        found = [
+            examine_moment(pair, tokens, LogitTarget(word), graphs, f"moment-{i}")
+            for i, tokens in enumerate(moments, 1)
+        ]
+        mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731
+        write_results(
+            folder,
+            attribution={
+                "graphs": len(found),
+                "split": split,
+                "conservation": max((m["residual"] for m in found), default=None),
+                "influence_through_features": mean([m["influence_through_features"] for m in found]),
+                "rank_correlation": {
+                    name: mean([m["rank_correlation"][name] for m in found]) for name in LINEARISATIONS
+                },
+                "moments": found,
+            },
+        )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +20,33 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.attribution import DifferenceTarget, LogitTarget, attribute, resolve_columns
 from tl_adapters.graphs import AttributionGraph, GraphError
 from tl_adapters.paired import ACTIVATIONS, PairedModel
+
+LINEARISATIONS = ("relp", "frozen_mlp", "gradient")
+CURVE = (5, 10, 20, 50, 100)
+
+
+def hold_to_account(pair: PairedModel, prompt: Sequence[int], target: LogitTarget) -> dict[str, Any]:
+    """Every linearisation's total effects against real ablation of every active feature, on one prompt.
+
+    Returns "rank_correlation" and "curve" (keeping and removing the first n), by linearisation and for the ranking that
+    the ablations themselves give, which none can beat on single features.
+    """
+    graphs = {
+        name: attribute(pair, prompt, [target], linearisation=name, max_feature_nodes=10**9, progress=False)
+        for name in LINEARISATIONS
+    }
+    relp = graphs["relp"]
+    real = ablation_effects(pair, relp, torch.arange(len(relp.features)))
+    effects = {name: total_effects(graph) for name, graph in graphs.items()}
+    counts = [n for n in CURVE if n < len(relp.features)]
+    return {
+        "features": len(relp.features),
+        "rank_correlation": {name: rank_correlation(effect, real) for name, effect in effects.items()},
+        "curve": {
+            name: asdict(faithfulness_curve(pair, relp, effect, counts))
+            for name, effect in {**effects, "ablation": real}.items()
+        },
+    }
 
 
 def total_effects(graph: AttributionGraph, target: int = 0) -> Float[Tensor, "n_features"]:

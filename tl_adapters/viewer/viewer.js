@@ -15,17 +15,22 @@
 
   /** Text one can see: spaces at the ends, line breaks and control characters get a sign. */
   function visible(text) {
-    const signs = { "\n": "↵", "\r": "␍", "\t": "⇥" };
+    const signs = { "\n": "↵", "\t": "⇥" };
     return String(text)
       .replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length))
-      .replace(/[\u0000-\u001f\u007f]/g, (c) => signs[c] ?? (c === "\u007f" ? "␡" : String.fromCharCode(0x2400 + c.charCodeAt(0))))
+      .replace(/[\u0000-\u001f]/g, (c) => signs[c] ?? String.fromCharCode(0x2400 + c.charCodeAt(0)))
       .replace(/[\ufffe\uffff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g, "\ufffd");
   }
 
-  const cut = (text, length) => (Array.from(text).length > length ? Array.from(text).slice(0, length - 1).join("") + "…" : text);
+  function cut(text, length) {
+    const signs = Array.from(text);
+    return signs.length > length ? `${signs.slice(0, length - 1).join("")}…` : text;
+  }
+
   const plain = (x) => x === 0 || (Math.abs(x) >= 0.001 && Math.abs(x) < 1000);
   const signed = (x) => d3.format(plain(x) ? "+.3r" : "+.2e")(x);
   const number = d3.format(".3~g");
+  const measured = (value) => (typeof value !== "number" || Number.isInteger(value) ? value : d3.format(".4~g")(value));
   const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
   const token = (n) => visible(data.tokens[n.position]);
 
@@ -54,7 +59,7 @@
 
   function aloud(n) {
     const what = n.kind === "feature" ? `Feature ${numberOf(n)}` : n.kind[0].toUpperCase() + n.kind.slice(1);
-    const where = n.kind === "token" || n.kind === "logit" ? "" : `, layer ${n.layer}`;
+    const where = stays(n) ? "" : `, layer ${n.layer}`;
     return `${what} ${n.label ? visible(n.label) : ""}${where}, position ${n.position} ${token(n)}`;
   }
 
@@ -75,7 +80,8 @@
 
   /** How many rows a cell of so many nodes takes: as square as the height allows, wider than high beyond that. */
   function depth(count, room) {
-    return Math.max(1, Math.round(Math.sqrt(count / 3)), Math.min(Math.round(Math.sqrt(count)), Math.floor((room - 8) / 17)));
+    const square = Math.min(Math.round(Math.sqrt(count)), Math.floor((room - 8) / 17));
+    return Math.max(1, Math.round(Math.sqrt(count / 3)), square);
   }
 
   /** Share the nodes of one cell among rows that do not touch, the strongest in the middle. */
@@ -109,10 +115,10 @@
     const room = upright() / rows; // per layer, on the screen as it is now
     const most = d3.max(nodes, (n) => (stays(n) ? 0 : n.influence)) || 1;
     for (const n of nodes) {
-      n.r = stays(n) ? 5.5 : 3.6 + 6.4 * Math.sqrt(Math.max(0, n.influence) / most);
+      n.r = stays(n) ? 5.5 : 4 + 6.5 * Math.sqrt(Math.max(0, n.influence) / most);
       n.room = n.kind === "logit" ? 23 : 2 * n.r + 3;
     }
-    const widths = data.tokens.map(() => 25);
+    const widths = data.tokens.map(() => 23);
     const heights = d3.range(rows).map((j) => (j === 0 || j === rows - 1 ? 26 : 20));
     for (const [layer, cells] of d3.group(nodes, (n) => n.layer, (n) => n.position)) {
       for (const [position, members] of cells) {
@@ -214,17 +220,17 @@
       .attr("transform", (n) => `translate(${n.x.toFixed(2)},${n.y.toFixed(2)})`)
       .attr("d", (n) => d3.symbol(SHAPES[n.kind], (n.kind === "feature" ? Math.PI : 3) * n.r * n.r)())
       .attr("data-id", (n) => n.id)
-      .attr("role", "button").attr("tabindex", -1).attr("aria-label", aloud)
-      .on("click", (event, n) => {
-        event.stopPropagation();
-        select(n);
-      })
-      .on("dblclick", (event, n) => {
-        event.stopPropagation();
-        pin(n);
-      })
-      .on("pointerenter", (event, n) => showTip(n))
-      .on("pointerleave", () => { element("tip").hidden = true; });
+      .attr("role", "button").attr("tabindex", -1);
+  }
+
+  /** The node meant by a pointer: the one under it, or the nearest within reach, for dots are small. */
+  function pointed(event) {
+    const under = d3.select(event.target).datum();
+    if (under?.kind) return under;
+    const [x, y] = view.invert(d3.pointer(event, svg.node()));
+    const far = (n) => Math.hypot(n.x - x, n.y - y) - n.r;
+    const nearest = d3.least(nodes.filter(shown), far);
+    return nearest && far(nearest) * view.k < 7 ? nearest : null;
   }
 
   /** What the marked nodes say about every other node: weight into them and out of them, summed. */
@@ -266,7 +272,16 @@
       .style("fill", (n) => ((near.into.has(n) || near.out.has(n)) && !near.members.has(n) ? shade(n) : null))
       .style("stroke", (n) => ring.get(n) ?? null)
       .attr("tabindex", (n) => (n === stop ? 0 : -1))
+      .attr("aria-label", (n) => aloud(n) + (state.pinned.has(n) ? ", pinned" : ""))
       .attr("aria-pressed", (n) => near.members.has(n));
+  }
+
+  /** A curve that leaves and arrives upright; within a column it bows, to the right if it adds, else to the left. */
+  function curve({ source: s, target: t, weight }) {
+    const middle = (s.y + t.y) / 2;
+    const upright = Math.max(0, 1 - Math.abs(s.x - t.x) / 40);
+    const bow = upright * Math.min(56, 0.2 * Math.abs(s.y - t.y)) * (weight < 0 ? -1 : 1);
+    return `M${s.x},${s.y}C${s.x + bow},${middle} ${t.x + bow},${middle} ${t.x},${t.y}`;
   }
 
   function drawLinks(near) {
@@ -277,10 +292,7 @@
     const share = (link) => Math.abs(link.weight) / strongest;
     wires.selectAll("path").data(drawn, (link) => link.i).join("path")
       .attr("class", (link) => `link ${link.weight < 0 ? "minus" : "plus"}`)
-      .attr("d", ({ source: s, target: t }) => {
-        const middle = (s.y + t.y) / 2;
-        return `M${s.x},${s.y}C${s.x},${middle} ${t.x},${middle} ${t.x},${t.y}`;
-      })
+      .attr("d", curve)
       .attr("stroke-width", (link) => 0.6 + 4.4 * share(link))
       .attr("stroke-opacity", (link) => 0.18 + 0.62 * Math.sqrt(share(link)))
       .order();
@@ -291,26 +303,35 @@
   function drawAxes() {
     const here = new Set((state.focus?.members ?? []).map((n) => n.position));
     const floorY = box.height - MARGIN.bottom;
-    backdrop.selectAll("rect").classed("here", (_, i) => here.has(i)).style("fill-opacity", (_, i) => (here.has(i) ? 1 : null));
-    let last = -Infinity;
+    backdrop.selectAll("rect").classed("here", (_, i) => here.has(i))
+      .style("fill-opacity", (_, i) => (here.has(i) ? 1 : null));
     const ticks = d3.sort(d3.range(columns.length), (i) => !here.has(i)).map((i) => {
       const x = view.applyX(columns[i].left + columns[i].width / 2);
       return { i, x, here: here.has(i), seen: x > MARGIN.left && x < box.width - 4 };
     });
     const kept = [];
-    for (const tick of d3.sort(ticks, (t) => t.x)) {
-      const crowded = !tick.here && (tick.x - last < 13 || ticks.some((t) => t.here && t !== tick && Math.abs(t.x - tick.x) < 13));
-      if (!tick.seen || crowded) continue;
-      kept.push(tick);
-      last = tick.x;
+    for (const tick of ticks) {
+      if (tick.seen && (tick.here || kept.every((k) => Math.abs(k.x - tick.x) >= 13))) kept.push(tick);
     }
-    tokenAxis.selectAll("text").data(kept, (t) => t.i).join("text").attr("class", (t) => `token${t.here ? " here" : ""}`)
+    tokenAxis.selectAll("text.token").data(kept, (t) => t.i).join("text")
+      .attr("class", (t) => `token${t.here ? " here" : ""}`)
       .attr("transform", (t) => `translate(${t.x + 4},${floorY + 14}) rotate(-52)`)
       .text((t) => cut(visible(data.tokens[t.i]), 14));
+    const before = ticks.filter((t) => t.x <= MARGIN.left).length;
+    const after = ticks.filter((t) => t.x >= box.width - 4).length;
+    const beyond = [{ n: before, text: `‹ ${before} more`, x: 10, anchor: "start" },
+                    { n: after, text: `${after} more ›`, x: box.width - 10, anchor: "end" }];
+    tokenAxis.selectAll("text.beyond").data(beyond).join("text").attr("class", "beyond").attr("x", (b) => b.x)
+      .attr("y", box.height - 10).style("text-anchor", (b) => b.anchor).text((b) => (b.n ? b.text : ""));
+    drawLayerAxis();
+  }
+
+  function drawLayerAxis() {
     const labels = levels.map((l, j) => ({ j, y: view.applyY(l.middle) }));
     const step = Math.max(1, Math.ceil(13 / (view.k * d3.min(levels, (l) => l.height))));
-    layerAxis.selectAll("text").data(labels.filter((l) => l.j === 0 || l.j === rows - 1 || (l.j - 1) % step === 0), (l) => l.j)
-      .join("text").attr("class", "layer").attr("x", MARGIN.left - 10).attr("y", (l) => l.y + 4)
+    const kept = labels.filter((l) => l.j === 0 || l.j === rows - 1 || (l.j - 1) % step === 0);
+    layerAxis.selectAll("text").data(kept, (l) => l.j).join("text").attr("class", "layer")
+      .attr("x", MARGIN.left - 10).attr("y", (l) => l.y + 4)
       .text((l) => (l.j === 0 ? "tokens" : l.j === rows - 1 ? "logits" : `L${l.j - 1}`));
   }
 
@@ -319,8 +340,8 @@
     const found = [];
     const grouped = new Set(state.groups.flatMap((group) => group.members));
     for (const group of state.groups) {
-      const top = d3.least(group.members, (n) => n.y);
-      found.push({ key: `g${state.groups.indexOf(group)}`, n: top, text: visible(group.title), colour: group.colour, strong: true });
+      const n = d3.least(group.members, (m) => m.y);
+      found.push({ key: group.colour, n, text: visible(group.title), colour: group.colour, strong: true });
     }
     const chosen = single();
     for (const n of new Set([...(chosen ? [chosen] : []), ...state.pinned])) {
@@ -376,7 +397,23 @@
       drawAxes();
       drawNames();
     });
-  svg.call(zoom).on("dblclick.zoom", null).on("click", clear);
+  svg.call(zoom).on("dblclick.zoom", null)
+    .on("click", (event) => {
+      const n = pointed(event);
+      if (n) select(n, false); // where it is: a double-click's second half must find it there
+      else clear();
+    })
+    .on("dblclick", (event) => {
+      const n = pointed(event);
+      if (n) pin(n);
+    })
+    .on("pointermove", (event) => {
+      const n = event.buttons ? null : pointed(event);
+      svg.style("cursor", n ? "pointer" : null);
+      if (n) showTip(n);
+      else element("tip").hidden = true;
+    })
+    .on("pointerleave", () => { element("tip").hidden = true; });
   svg.on("wheel.across", (event) => {
     if (!event.shiftKey) return;
     event.preventDefault();
@@ -389,7 +426,8 @@
     const inside = { x: MARGIN.left, y: 0, width: width - MARGIN.left, height: height - MARGIN.bottom };
     for (const [key, value] of Object.entries(inside)) svg.select("#inside rect").attr(key, Math.max(0, value));
     svg.select("#beside rect").attr("width", MARGIN.left).attr("height", Math.max(0, height - MARGIN.bottom));
-    zoom.extent([[0, 0], [width, height]]).translateExtent([[-width, -height], [size.width + width, size.height + height]]);
+    zoom.extent([[0, 0], [width, height]])
+      .translateExtent([[-width, -height], [size.width + width, size.height + height]]);
   }
 
   const across = () => Math.max(100, box.width - MARGIN.left - MARGIN.right);
@@ -397,7 +435,7 @@
 
   /** Of a whole graph, unless its dots would be too small to hit. */
   function scale(width, height) {
-    return Math.max(Math.min(across() / width, upright() / height, 1.6), Math.min(0.65, upright() / height));
+    return Math.max(Math.min(across() / width, upright() / height, 1.6), Math.min(0.6, upright() / height));
   }
 
   /** All of the graph, or as much as `scale` allows: then the end of the prompt, where the answer is. */
@@ -428,18 +466,18 @@
     drawNames();
     drawPanel(near);
     const prunable = nodes.filter((n) => !stays(n));
+    const left = prunable.filter(shown).length;
     element("prune").value = state.prune;
-    element("kept").textContent = `${percent(state.prune, 0)}: ${prunable.filter(shown).length} of ${prunable.length}`;
+    element("kept").textContent = `${percent(state.prune, 0)}: ${left} of ${prunable.length}`;
     writeAddress();
   }
 
-  function select(n, focus = true) {
+  function select(n, pan = true) {
     state.focus = { members: [n], group: null };
     element("tip").hidden = true;
     update();
-    bringIntoView(n);
-    const dot = dots.selectAll("path").filter((m) => m === n).node();
-    if (focus) dot.focus({ preventScroll: true });
+    if (pan) bringIntoView(n);
+    dots.selectAll("path").filter((m) => m === n).node().focus({ preventScroll: true });
   }
 
   function selectGroup(group) {
@@ -459,7 +497,6 @@
     if (!state.pinned.delete(n)) state.pinned.add(n);
     for (const group of state.groups) group.members = group.members.filter((m) => state.pinned.has(m));
     state.groups = state.groups.filter((group) => group.members.length);
-    if (state.focus?.group && !state.groups.includes(state.focus.group)) state.focus = null;
     update();
     say(`${name(n)}: ${state.pinned.has(n) ? "pinned" : "no longer pinned"}`);
   }
@@ -483,12 +520,12 @@
   }
 
   function showTip(n) {
-    if (n === single()) return; // the panel says it all
     const tip = element("tip");
+    tip.hidden = n === single(); // the panel says it all
     const strength = n.activation === null ? "" : ` · activation ${number(n.activation)}`;
-    const rest = n.probability === null ? ` · influence ${percent(n.influence)}` : ` · probability ${percent(n.probability)}`;
-    tip.replaceChildren(document.createTextNode(name(n)), make("small", "", `${place(n)}${strength}${n.kind === "token" ? "" : rest}`));
-    tip.hidden = false;
+    const odds = n.probability === null ? "" : ` · probability ${percent(n.probability)}`;
+    const share = stays(n) ? "" : ` · influence ${percent(n.influence)}`;
+    tip.replaceChildren(make("span", "", name(n)), make("small", "", place(n) + strength + odds + share));
     const [x, y] = view.apply([n.x, n.y]);
     tip.style.left = `${Math.max(8, Math.min(x + 14, box.width - tip.offsetWidth - 8))}px`;
     tip.style.top = `${Math.max(8, y - tip.offsetHeight - n.r * view.k - 8)}px`;
@@ -563,7 +600,8 @@
   function tokenList(title, entries) {
     return make("div", "", "", make("h3", "", title), ...entries.map(([text, value]) => {
       const side = value < 0 ? "minus" : "plus";
-      return make("div", "entry", "", make("span", "what", visible(text)), make("span", `weight ${side}`, signed(value)));
+      const weight = make("span", `weight ${side}`, signed(value));
+      return make("div", "entry", "", make("span", "what", visible(text)), weight);
     }));
   }
 
@@ -579,7 +617,7 @@
         ["where", `${stays(n) ? "" : `layer ${n.layer}, `}position ${n.position}, ${token(n)}`],
         ["activation", n.activation === null ? null : number(n.activation)],
         ["probability", n.probability === null ? null : percent(n.probability)],
-        ["influence", n.kind === "token" || n.kind === "logit" ? null : `${percent(n.influence)}, within the first ${percent(n.cumulative)}`],
+        ["influence", stays(n) ? null : `${percent(n.influence)}, within the first ${percent(n.cumulative)}`],
       ]),
     ];
   }
@@ -611,18 +649,21 @@
       });
       return make("div", "group", "", dot, field, show, drop);
     });
-    const tools = make("div", "group", "", loose.length ? button("plain small", "group these (g)", "group", groupPinned) : null,
+    const join = loose.length ? button("plain small", "group these (g)", "group", groupPinned) : null;
+    const tools = make("div", "group", "", join,
       button("plain small", "clear pins", "unpin", () => {
         state.pinned.clear();
         state.groups = [];
         if (state.focus?.group) state.focus = null;
         update();
       }));
-    return make("section", "pins", "", make("h3", "", "Pinned and grouped"), ...entries, ...loose.map((n) => entry(n, "pinned", null, 1)), tools);
+    return make("section", "pins", "", make("h3", "", "Pinned and grouped"), ...entries,
+      ...loose.map((n) => entry(n, "pinned", null, 1)), tools);
   }
 
   function welcome() {
-    const keys = [["← →", "node to the left or right in its layer"], ["↑ ↓", "nearest node of the layer above or below"],
+    const keys = [["← →", "node to the left or right in its layer"],
+                  ["↑ ↓", "nearest node of the layer above or below"],
                   ["p", "pin the node (or double-click)"], ["g", "group what is pinned"], ["/", "search"],
                   ["+ − 0", "zoom in, out, fit"], ["Esc", "clear the selection"]];
     const list = make("dl", "keys", "", ...keys.flatMap(([key, what]) =>
@@ -632,28 +673,45 @@
     const entries = strongest.map((n) => {
       const row = entry(n, "top", n.influence, most);
       row.querySelector(".weight").textContent = percent(n.influence);
+      for (const coloured of row.querySelectorAll(".plus")) coloured.classList.remove("plus");
       return row;
     });
-    return [make("h2", "", "Select a node"), make("p", "soft", "Its inputs and outputs are drawn, and listed here with their weights. This page's address keeps what is selected, pinned, grouped and pruned."),
-            list, entries.length ? make("h3", "", "Most influential features") : null, ...entries];
+    const hint = "Its inputs and outputs are drawn, and listed here with their weights. " +
+      "This page's address keeps what is selected, pinned, grouped and pruned.";
+    return [make("h2", "", "Select a node"), make("p", "soft", hint), list,
+            entries.length ? make("h3", "", "Most influential features") : null, ...entries];
   }
 
+  function nodePart(n, near) {
+    const effects = n.top.length || n.bottom.length;
+    return [...nodeHead(n), linkLists(near), examples(n),
+            effects ? make("div", "pair", "", tokenList("Raises", n.top), tokenList("Lowers", n.bottom)) : null];
+  }
+
+  function groupPart(group, near) {
+    return [make("h2", "", visible(group.title)),
+            make("p", "soft", `A group of ${group.members.length}; links summed over its members.`),
+            linkLists(near), make("h3", "", "Members"), ...group.members.map((n) => entry(n, "member", null, 1))];
+  }
+
+  function aboutPart(open) {
+    const pairs = Object.entries(data.about).map(([what, value]) => [what, measured(value)]);
+    const part = make("details", "about", "", make("summary", "", "About this graph"), facts(pairs));
+    part.open = open;
+    return part;
+  }
+
+  let before = null;
   function drawPanel(near) {
     const panel = element("panel");
     const key = panel.contains(document.activeElement) ? document.activeElement.dataset.key : null;
     const open = panel.querySelector("details")?.open ?? !state.focus;
-    const n = single();
-    const parts = n ? [...nodeHead(n), linkLists(near), examples(n),
-                       n.top.length || n.bottom.length ? make("div", "pair", "", tokenList("Raises", n.top), tokenList("Lowers", n.bottom)) : null]
-      : state.focus ? [make("h2", "", visible(state.focus.group.title)), make("p", "soft", `A group of ${near.members.size}; links summed over its members.`),
-                       linkLists(near), make("h3", "", "Members"), ...state.focus.members.map((m) => entry(m, "member", null, 1))]
-        : welcome();
-    const about = make("details", "about", "", make("summary", "", "About this graph"), facts(Object.entries(data.about)));
-    about.open = open;
-    panel.replaceChildren(...[...parts, groupList(), about].filter(Boolean));
+    const group = state.focus?.group;
+    const parts = single() ? nodePart(single(), near) : group ? groupPart(group, near) : welcome();
+    panel.replaceChildren(...[...parts, groupList(), aboutPart(open)].filter(Boolean));
     if (key) [...panel.querySelectorAll("[data-key]")].find((e) => e.dataset.key === key)?.focus();
-    if (drawPanel.last !== state.focus) panel.scrollTop = 0;
-    drawPanel.last = state.focus;
+    if (before !== state.focus) panel.scrollTop = 0;
+    before = state.focus;
   }
 
   // ---------------------------------------------------------------- search
@@ -746,8 +804,10 @@
   // ---------------------------------------------------------------- export
 
   const PAINT = { fill: "", "fill-opacity": "1", stroke: "none", "stroke-width": "1px", "stroke-opacity": "1",
-                  "stroke-dasharray": "none", "stroke-linejoin": "miter", "stroke-linecap": "butt", "paint-order": "normal",
-                  "font-family": "", "font-size": "", "font-weight": "400", "text-anchor": "start" };
+                  "stroke-dasharray": "none", "stroke-linejoin": "miter", "stroke-linecap": "butt",
+                  "paint-order": "normal", "font-family": "", "font-size": "", "font-weight": "400",
+                  "text-anchor": "start" };
+  const SCREEN_ONLY = ["class", "style", "tabindex", "role", "aria-pressed"];
 
   /** What is on the screen as an SVG that needs no style sheet; what is hidden is left out. */
   function standalone() {
@@ -756,7 +816,7 @@
     const copies = [copy, ...copy.querySelectorAll("*")];
     originals.forEach((original, i) => {
       const style = getComputedStyle(original);
-      for (const attribute of ["class", "style", "tabindex", "role", "aria-pressed"]) copies[i].removeAttribute(attribute);
+      for (const attribute of SCREEN_ONLY) copies[i].removeAttribute(attribute);
       if (style.display === "none") return copies[i].remove();
       for (const [key, usual] of Object.entries(PAINT)) {
         const value = style.getPropertyValue(key);
@@ -772,8 +832,9 @@
 
   function save(blob, ending) {
     const anchor = make("a");
+    const words = data.title.match(/[\p{L}\p{N}]+/gu) ?? ["graph"];
     anchor.href = URL.createObjectURL(blob);
-    anchor.download = `${data.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "graph"}.${ending}`;
+    anchor.download = `${words.join("-").slice(0, 60)}.${ending}`;
     anchor.click();
     setTimeout(() => URL.revokeObjectURL(anchor.href), 10000);
   }
@@ -797,14 +858,19 @@
   element("legend-error").hidden = !nodes.some((n) => n.kind === "error");
   element("prune").addEventListener("input", () => {
     state.prune = Number(element("prune").value);
-    if (single() && !stays(single()) && single().cumulative > state.prune && !state.pinned.has(single())) state.focus = null;
+    const n = single();
+    if (n && !stays(n) && n.cumulative > state.prune && !state.pinned.has(n)) state.focus = null;
     update();
   });
   element("zoom-in").addEventListener("click", KEYS["+"]);
   element("zoom-out").addEventListener("click", KEYS["-"]);
   element("zoom-fit").addEventListener("click", fit);
-  element("export-svg").addEventListener("click", () => save(new Blob([standalone()], { type: "image/svg+xml" }), "svg"));
-  element("export-png").addEventListener("click", () => savePng().catch(() => say("The picture could not be made; save the SVG.")));
+  element("export-svg").addEventListener("click", () => {
+    save(new Blob([standalone()], { type: "image/svg+xml" }), "svg");
+  });
+  element("export-png").addEventListener("click", () => {
+    savePng().catch(() => say("The picture could not be made; save the SVG."));
+  });
   addEventListener("hashchange", () => {
     readAddress();
     update();

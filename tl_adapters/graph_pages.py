@@ -1,0 +1,210 @@
+"""A graph into a folder: our own files, the page to look at, and the files of circuit-tracer's viewer.
+
+What a feature promotes is its decoder row through the final norm's weight and the unembedding; where it fires is, until
+there is a feature store, this prompt itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_adapters.attribution import LogitTarget, attribute, decoded
+from tl_adapters.graph_files import FeatureRecord, node_ids, write_circuit_tracer
+from tl_adapters.graphs import AttributionGraph
+from tl_adapters.paired import PairedModel
+from tl_adapters.pruning import EDGE_THRESHOLD, NODE_THRESHOLD, PrunedGraph, feature_share, prune
+from tl_adapters.validity import explain_difference, hold_to_account
+from tl_adapters.viewer import ViewerData, ViewerNode, write_page
+
+TOP = 8
+_WINDOW = 12
+
+
+def write_graph(
+    pair: PairedModel,
+    graph: AttributionGraph,
+    folder: str | Path,
+    name: str,
+    *,
+    title: str = "",
+    node_threshold: float = NODE_THRESHOLD,
+    edge_threshold: float = EDGE_THRESHOLD,
+) -> Path:
+    """Write ``name``.html, ``name``/ (our own files) and circuit-tracer/ into a folder; returns the page's path.
+
+    Args:
+        pair: whose features these are.
+        graph: what `attribute` made.
+        folder: made if it is not there.
+        name: of the page and of the graph; letters, digits, ``_``, ``.`` and ``-``.
+        title: the page's heading; "" takes the end of the prompt.
+        node_threshold, edge_threshold: as `pruning.prune`; the page and circuit-tracer's files hold what is left.
+
+    Raises:
+        GraphError: a name or thresholds that are not allowed.
+        FolderExistsError: a graph of that name is there.
+    """
+    folder = Path(folder)
+    pruned = prune(graph, node_threshold, edge_threshold)
+    records = feature_records(pair, graph, pruned)
+    graph.save(folder / name)
+    write_circuit_tracer(
+        graph,
+        folder / "circuit-tracer",
+        name,
+        node_threshold=node_threshold,
+        edge_threshold=edge_threshold,
+        features=records,
+    )
+    page = folder / f"{name}.html"
+    write_page(page, viewer_data(graph, pruned, records, title or "".join(graph.strings[-12:])))
+    return page
+
+
+def examine_moment(
+    pair: PairedModel, tokens: Sequence[int], target: LogitTarget, folder: Path, name: str
+) -> dict[str, Any]:
+    """Draw the graph of what is about to be said, and say how far it is true; what was found, for results.json."""
+    graph = attribute(pair, tokens, progress=False)
+    if target.token not in [t.token for t in graph.targets]:
+        likeliest = [LogitTarget(t.token) for t in graph.targets if t.token is not None]
+        graph = attribute(pair, tokens, [*likeliest, target], progress=False)
+    page = write_graph(pair, graph, folder, name)
+    difference = explain_difference(pair, tokens, target, progress=False)
+    probability = next(t.probability for t in graph.targets if t.token == target.token)
+    return {
+        "page": f"{folder.name}/{page.name}",
+        "prompt": "".join(graph.strings),
+        "word": decoded(pair, int(target.token)),
+        "probability": probability,
+        "residual": graph.residual,
+        "influence_through_features": feature_share(graph),
+        "difference": {
+            part: getattr(difference, part)
+            for part in ("replacement", "hybrid", "features", "decoder_biases", "unexplained")
+        },
+        **hold_to_account(pair, tokens, target),
+    }
+
+
+@torch.no_grad()
+def feature_records(
+    pair: PairedModel, graph: AttributionGraph, pruned: PrunedGraph
+) -> dict[tuple[int, int], FeatureRecord]:
+    """What is known of every feature that is left: its logit effects, and where in this prompt it fires."""
+    left = graph.features[pruned.node_mask[: len(graph.features)]]
+    records = {}
+    for layer in left[:, 0].unique().tolist():
+        chosen = left[left[:, 0] == layer][:, 2].unique()
+        effects = logit_effects(pair, layer, chosen)
+        for index, effect in zip(chosen.tolist(), effects, strict=True):
+            here = (graph.features[:, 0] == layer) & (graph.features[:, 2] == index)
+            acts = torch.zeros(len(graph.tokens), dtype=graph.activations.dtype)
+            acts[graph.features[here, 1]] = graph.activations[here]
+            top, bottom = effect.topk(min(TOP, len(effect))), (-effect).topk(min(TOP, len(effect)))
+            records[layer, index] = FeatureRecord(
+                layer,
+                index,
+                top_logits=[decoded(pair, token) for token in top.indices.tolist()],
+                bottom_logits=[decoded(pair, token) for token in bottom.indices.tolist()],
+                top_effects=top.values.tolist(),
+                bottom_effects=(-bottom.values).tolist(),
+                act_min=float(acts.min()),
+                act_max=float(acts.max()),
+                examples=[(graph.strings, acts.tolist(), int(acts.argmax()))],
+            )
+    return records
+
+
+def logit_effects(pair: PairedModel, layer: int, index: Tensor) -> Float[Tensor, "n d_vocab"]:
+    """Direct effect of features on the logits, less the mean over the vocabulary, without the final norm's scale."""
+    decoders = pair.installed_adapters()[layer].W_dec.detach()[index.to(pair.model.W_E.device)].float()
+    for norm in (f"blocks.{layer}.ln2_post", "ln_final"):
+        weight = pair.backend.norm(norm) if norm == "ln_final" or _has_post_norm(pair, layer) else None
+        decoders = decoders if weight is None else decoders * weight.float()
+    effects = decoders @ pair.backend.unembedding().detach().float().T
+    return (effects - effects.mean(-1, keepdim=True)).cpu()
+
+
+def _has_post_norm(pair: PairedModel, layer: int) -> bool:
+    return hasattr(pair.model.blocks[layer], "ln2_post")
+
+
+def viewer_data(
+    graph: AttributionGraph, pruned: PrunedGraph, records: dict[tuple[int, int], FeatureRecord], title: str
+) -> ViewerData:
+    """What is left of the graph, as the page takes it."""
+    ids, shares = node_ids(graph), pruned.influence / pruned.influence.sum().clamp(min=1e-30)
+    kept = pruned.node_mask.nonzero()[:, 0].tolist()
+    number = {node: i for i, node in enumerate(kept)}
+    nodes = []
+    for node in kept:
+        common = dict(id=ids[node], influence=float(shares[node]), cumulative=float(pruned.cumulative[node]))
+        nodes.append(_viewer_node(graph, node, records, common))
+    links = [
+        (number[source], number[target], weight)
+        for target, source, weight in zip(
+            *graph.edges[:, pruned.edge_mask].tolist(), graph.weights[pruned.edge_mask].tolist(), strict=True
+        )
+    ]
+    about = {
+        "linearisation": str(graph.about.get("linearisation", "")),
+        "feature nodes": len(graph.features),
+        "shown": len(kept),
+        "influence through features": round(feature_share(graph), 4),
+        "conservation residual": float(f"{graph.residual:.1e}"),
+        **{f"fingerprint, {k}": v for k, v in graph.about.get("fingerprints", {}).items()},
+    }
+    return ViewerData(title, tuple(graph.strings), graph.n_layers, tuple(nodes), tuple(links), about)
+
+
+def _viewer_node(
+    graph: AttributionGraph, node: int, records: dict[tuple[int, int], FeatureRecord], common: dict[str, object]
+) -> ViewerNode:
+    empty: dict[str, object] = dict(
+        feature=None, activation=None, probability=None, examples=(), top=(), bottom=(), **common
+    )
+    if node < len(graph.features):
+        layer, position, index = graph.features[node].tolist()
+        record = records[layer, index]
+        around = _windows(record, position)
+        known = empty | dict(
+            feature=index,
+            activation=float(graph.activations[node]),
+            examples=around,
+            top=tuple(zip(record.top_logits, record.top_effects, strict=True)),
+            bottom=tuple(zip(record.bottom_logits, record.bottom_effects, strict=True)),
+        )
+        return ViewerNode(kind="feature", layer=layer, position=position, label="", **known)  # type: ignore[arg-type]
+    if node < graph.first_token:
+        layer, position = graph.errors[node - len(graph.features)].tolist()
+        return ViewerNode(kind="error", layer=layer, position=position, label="base MLP", **empty)  # type: ignore[arg-type]
+    if node < graph.first_target:
+        position = node - graph.first_token
+        label = graph.strings[position]
+        return ViewerNode(kind="token", layer=-1, position=position, label=label, **empty)  # type: ignore[arg-type]
+    target = graph.targets[node - graph.first_target]
+    known = empty | dict(probability=target.probability)
+    return ViewerNode(
+        kind="logit",
+        layer=graph.n_layers,
+        position=target.position,
+        label=target.label,
+        **known,  # type: ignore[arg-type]
+    )
+
+
+def _windows(record: FeatureRecord, position: int) -> tuple[tuple[tuple[str, float], ...], ...]:
+    """The prompt around the node, and around where the feature is strongest, if that is elsewhere."""
+    windows = []
+    for tokens, acts, strongest in record.examples:
+        for at in dict.fromkeys((position, strongest)):
+            part = slice(max(0, at - _WINDOW), at + _WINDOW // 2)
+            windows.append(tuple(zip(tokens[part], acts[part], strict=True)))
+    return tuple(windows)
