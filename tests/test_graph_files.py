@@ -389,7 +389,7 @@ def unpacked(folder: Path, layer: int, feature: int) -> Any:
     return strict(gzip.decompress(chunk[4:]).decode())
 
 
-def test_packed_features(tmp_path: Path) -> None:
+def test_packed_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = FeatureRecord(1, 0, examples=[([SCRIPT], [1.0], 0)])
     write_packed_features(tmp_path / "a", {1: iter([RECORD, first]), 0: []}, 9)
     assert {p.name for p in (tmp_path / "a" / "features").iterdir()} == {"index.json.gz", "layer_0.bin", "layer_1.bin"}
@@ -404,6 +404,7 @@ def test_packed_features(tmp_path: Path) -> None:
     write_circuit_tracer(by_hand(), tmp_path / "plain", "x", features={(1, 7): RECORD})
     assert found[7] == read(tmp_path / "plain" / "features" / f"{cantor(1, 7)}.json")
 
+    monkeypatch.setattr("time.time", lambda: 1e9)
     write_packed_features(tmp_path / "b", {0: [], 1: [first, RECORD]}, 9)
     for name in ("index.json.gz", "layer_1.bin"):  # the same features are the same bytes, whenever and in what order
         assert (tmp_path / "a/features" / name).read_bytes() == (tmp_path / "b/features" / name).read_bytes()

@@ -215,6 +215,9 @@ def test_graphs_of_next_to_nothing() -> None:
     assert feature_share(build([(0, 0, 1)], [], 2, [1.0], {(3, 0): -2.0})) == 1.0  # ends in a feature never attributed
     zero = build([(0, 0, 1)], [], 2, [1.0], {(0, 1): 0.0, (3, 0): 0.0})
     assert prune(zero).node_mask.tolist() == [False, True, True, True] and not prune(zero).edge_mask.any()
+    assert influence(zero).tolist() == [0.0] * 4 and feature_share(zero) == 0.0 and scores(zero) == (1.0, 1.0)
+    faint = build([], [], 2, [1.0], {(2, 0): 3e-12, (2, 1): 1e-12})  # as circuit-tracer: rounding is no influence
+    assert influence(faint).tolist() == pytest.approx([0.03, 0.01, 0.0])
 
 
 @pytest.mark.parametrize("threshold", [0.0, -0.5, 1.01, float("nan")])

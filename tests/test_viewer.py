@@ -187,7 +187,7 @@ class Browser:
     """One tab of a headless Chromium, driven over its debugging socket."""
 
     def __init__(self, profile: Path) -> None:
-        from websockets.sync.client import connect  # comes with trackio; the tests without a browser need none
+        from websockets.sync.client import connect  # the tests without a browser need none
 
         self.profile = profile
         self.process = subprocess.Popen(

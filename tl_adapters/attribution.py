@@ -159,7 +159,8 @@ def attribute(
     if early := [t.about.label for t in resolved if t.position < start]:
         raise GraphError(f"{', '.join(early)}: before the window of the last {window} positions. Widen the window.")
     n_rows = min(max_feature_nodes, int(eligible.sum()))
-    log.info("%s", estimate(pair, len(tokens) - start, len(model.active), n_rows + len(resolved), batch_size))
+    if progress:
+        log.info("%s", estimate(pair, len(tokens) - start, len(model.active), n_rows + len(resolved), batch_size))
     edges = _Edges([], [], [], [], [])
     first_target = len(model.active) + _n_errors(model) + len(tokens)
     with tqdm(total=n_rows + len(resolved), disable=not progress, unit="target", mininterval=1.0) as bar:
@@ -174,6 +175,10 @@ def attribute(
         "fingerprints": {**pair.fingerprints, "adapters": pair.installed_adapters().fingerprint},
         "d_vocab": pair.model.cfg.d_vocab,
         "active_features": len(model.active),
+        "max_feature_nodes": max_feature_nodes,
+        "max_n_logits": max_logits,
+        "desired_logit_prob": mass,
+        "batch_size": batch_size,
         "exclude_bos": exclude_bos,
         "window": window,
         "versions": versions(),

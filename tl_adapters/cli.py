@@ -107,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--max-feature-nodes", type=int, default=5000, metavar="N", help="the most influential")
     attribute.add_argument("--window", type=int, metavar="N", help="nodes at the last N positions only")
     attribute.add_argument("--exclude-bos", action="store_true", help="no features at the first position")
+    attribute.add_argument("--node-threshold", type=float, default=0.8, help="influence that the page's nodes hold")
+    attribute.add_argument("--edge-threshold", type=float, default=0.98, help="likewise its edges")
     attribute.add_argument("--out", type=Path, help="folder of graphs (default: RUN/graphs)")
     attribute.add_argument("--name", help="of the page (default: graph-1, graph-2, ...)")
     attribute.set_defaults(run=_attribute)
@@ -254,9 +256,10 @@ def _attribute(args: argparse.Namespace) -> None:
     )
     out = args.out or args.run_folder / "graphs"
     name = args.name or next(f"graph-{i}" for i in range(1, 10**6) if not (out / f"graph-{i}").exists())
-    page = write_graph(pair, graph, out, name)
+    thresholds = dict(node_threshold=args.node_threshold, edge_threshold=args.edge_threshold)
+    page, url = write_graph(pair, graph, out, name, **thresholds)
     print(f"{len(graph.features):,} features, {len(graph.weights):,} edges, conservation residual {graph.residual:.1e}")
-    print(f"page: {page}\ngraph: {out / name}\ncircuit-tracer: {out / 'circuit-tracer'}")
+    print(f"page: {page}\ngraph: {out / name}\ncircuit-tracer: {out / 'circuit-tracer'}, {url}")
     print(f"next: tl-adapters serve {out}")
 
 

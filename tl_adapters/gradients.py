@@ -21,7 +21,7 @@ Hook = tuple[str, Callable[..., Tensor | None]]
 
 
 class GradientModel:
-    """One prompt's forward pass on the replacement route with its graph, and a backward pass per target.
+    """One prompt's forward pass on the replacement route with its graph, to go back through for any target.
 
     Args:
         pair: with adapters on every layer.
@@ -82,21 +82,24 @@ class GradientModel:
         self.b_enc = [adapter.b_enc.detach().to(self.dtype) for adapter in pair.installed_adapters()]
 
     def rows(self, layer: int, positions: Int[Tensor, "batch"], vectors: Float[Tensor, "batch d_model"]) -> Rows:
-        """As `FrozenModel.rows`, one backward pass per target; gradients without errors and constants."""
-        read, leaves = self._read[layer], [*self._acts[:layer], self._embedding]
-        out = Rows(
-            vectors.new_zeros(len(positions), self.offsets[-1]),
-            vectors.new_zeros(len(positions), self.n_layers, self.n_tokens),
-            vectors.new_zeros(len(positions), self.n_tokens),
-            *vectors.new_zeros(3, len(positions)),
+        """As `FrozenModel.rows`, by one batched backward pass; gradients without errors and constants."""
+        read, leaves, batch = self._read[layer], [*self._acts[:layer], self._embedding], len(positions)
+        values = (read[positions] * vectors.to(read.dtype)).sum(-1)
+        gradients = torch.autograd.grad(
+            values,
+            leaves,
+            torch.eye(batch, dtype=values.dtype, device=values.device),
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
         )
-        for row, (position, vector) in enumerate(zip(positions.tolist(), vectors, strict=True)):
-            value = read[position] @ vector.to(read.dtype)
-            gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-            for k, gradient in enumerate(gradients[:-1]):
-                if gradient is not None:
-                    share = (gradient * self._acts[k].detach())[0][tuple(self._found[k].T)]
-                    out.features[row, self.offsets[k] : self.offsets[k + 1]] = share.to(out.features.dtype)
-            if gradients[-1] is not None:
-                out.tokens[row] = (gradients[-1] * self._embedding.detach())[0].sum(-1).to(out.tokens.dtype)
-        return out
+        features = vectors.new_zeros(batch, self.offsets[-1])
+        for k, gradient in enumerate(gradients[:-1]):
+            if gradient is not None:
+                share = (gradient * self._acts[k].detach())[:, 0][(slice(None), *self._found[k].T)]
+                features[:, self.offsets[k] : self.offsets[k + 1]] = share
+        tokens = vectors.new_zeros(batch, self.n_tokens)
+        if gradients[-1] is not None:
+            tokens += (gradients[-1] * self._embedding.detach())[:, 0].sum(-1)
+        errors = vectors.new_zeros(batch, self.n_layers, self.n_tokens)
+        return Rows(features, errors, tokens, *vectors.new_zeros(3, batch))

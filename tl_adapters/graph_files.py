@@ -98,7 +98,7 @@ def write_circuit_tracer(
             outside (0, 1], or a folder whose list of graphs cannot be read or is of other adapters.
         DiskFullError.
     """
-    _require_slug(slug)
+    require_slug(slug)
     if len(graph.tokens) < 2 or not graph.targets:
         raise GraphError("The viewer shows nothing of a prompt of one token, or without a target; attribute another.")
     folder = Path(folder)
@@ -167,7 +167,8 @@ def node_ids(graph: AttributionGraph) -> list[str]:
     return ids
 
 
-def _require_slug(slug: str) -> None:
+def require_slug(slug: str) -> None:
+    """Raises GraphError for a name that cannot be a file's and part of an address."""
     if not re.fullmatch(r"[\w.-]+", slug, re.ASCII):
         raise GraphError(f"The slug {slug!r} is no file name and URL part; use letters, digits, '_', '.' and '-' only.")
     if f"{slug}.json".lower() == METADATA_FILE:  # some file systems do not tell case

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_adapters.atomic import require_absent
 from tl_adapters.attribution import LogitTarget, attribute, decoded
-from tl_adapters.graph_files import FeatureRecord, node_ids, write_circuit_tracer
+from tl_adapters.graph_files import FeatureRecord, node_ids, require_slug, write_circuit_tracer
 from tl_adapters.graphs import AttributionGraph
 from tl_adapters.paired import PairedModel
 from tl_adapters.pruning import EDGE_THRESHOLD, NODE_THRESHOLD, PrunedGraph, feature_share, prune
@@ -24,6 +25,15 @@ from tl_adapters.viewer import ViewerData, ViewerNode, write_page
 
 TOP = 8
 _WINDOW = 12
+
+
+class Written(NamedTuple):
+    """Where a graph is to be looked at."""
+
+    page: Path
+    """The page that needs nothing else."""
+    circuit_tracer: str
+    """Address within circuit-tracer's viewer, pinned nodes and supernodes shown."""
 
 
 def write_graph(
@@ -35,8 +45,8 @@ def write_graph(
     title: str = "",
     node_threshold: float = NODE_THRESHOLD,
     edge_threshold: float = EDGE_THRESHOLD,
-) -> Path:
-    """Write ``name``.html, ``name``/ (our own files) and circuit-tracer/ into a folder; returns the page's path.
+) -> Written:
+    """Write ``name``.html, ``name``/ (our own files) and circuit-tracer/ into a folder.
 
     Args:
         pair: whose features these are.
@@ -50,11 +60,13 @@ def write_graph(
         GraphError: a name or thresholds that are not allowed.
         FolderExistsError: a graph of that name is there.
     """
+    require_slug(name)
+    require_absent(Path(folder) / name)
     folder = Path(folder)
     pruned = prune(graph, node_threshold, edge_threshold)
     records = feature_records(pair, graph, pruned)
     graph.save(folder / name)
-    write_circuit_tracer(
+    url = write_circuit_tracer(
         graph,
         folder / "circuit-tracer",
         name,
@@ -64,7 +76,7 @@ def write_graph(
     )
     page = folder / f"{name}.html"
     write_page(page, viewer_data(graph, pruned, records, title or "".join(graph.strings[-12:])))
-    return page
+    return Written(page, url)
 
 
 def examine_moment(
@@ -75,7 +87,7 @@ def examine_moment(
     if target.token not in [t.token for t in graph.targets]:
         likeliest = [LogitTarget(t.token) for t in graph.targets if t.token is not None]
         graph = attribute(pair, tokens, [*likeliest, target], progress=False)
-    page = write_graph(pair, graph, folder, name)
+    page, _ = write_graph(pair, graph, folder, name, node_threshold=0.95)  # tokens take much of the first 0.8
     difference = explain_difference(pair, tokens, target, progress=False)
     probability = next(t.probability for t in graph.targets if t.token == target.token)
     return {

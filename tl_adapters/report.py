@@ -194,7 +194,18 @@ def _attribution(b: Block) -> str:
         "<p>Adding up is no proof. Rank correlation of the attributed with the real effect of taking each active "
         "feature away, mean over these moments:</p>" + table(["linearisation", "rank correlation"], ranked)
     )
-    return f"<h2>Why it hesitates</h2>{text}" + table([*header, "+ b_dec", "unexplained", "= logit"], rows) + truth
+    curve = b["moments"][0]["curve"]
+    plots = [
+        plot(
+            [Line(name, lines["n"], lines[kind]) for name, lines in curve.items()],
+            xlabel="first n features of the ranking",
+            ylabel="share of the features' effect on the logit",
+            caption=f"{kind.capitalize()} the first n features by each ranking, in the real model; first moment.",
+        )
+        for kind in ("keeping", "removing")
+    ]
+    shown = table([*header, "+ b_dec", "unexplained", "= logit"], rows)
+    return f'<h2>Why it hesitates</h2>{text}{shown}{truth}<div class="plots">{"".join(plots)}</div>'
 
 
 def _answers(answers: Sequence[Block]) -> str:
