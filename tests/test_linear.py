@@ -6,6 +6,7 @@ from conftest import ARCHITECTURES, random_batch, random_model
 from relp_by_hooks import relp_hooks
 from test_attaching import plain, process, reference
 from test_bridged import make
+from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.attaching import attach
 from tl_adapters.gradients import GradientModel
@@ -111,32 +112,49 @@ def test_plain_gradients_are_something_else(architecture: str) -> None:
     assert (slope - rows.features[:, column]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("linearisation", ["relp", "frozen_mlp"])
 @torch.no_grad()
-def test_interventions_in_the_frozen_model_give_the_edges(architecture: str) -> None:
-    """With patterns, scales and slopes held, taking one feature away moves a target by just its edge (frozen MLPs)."""
+def test_interventions_in_the_frozen_model_give_the_edges(architecture: str, linearisation: str) -> None:
+    """With patterns and scales held, and MLPs held or linear, taking a feature away moves a target by just its edge."""
     pair = make(architecture, "hooked")
-    model = FrozenModel(pair, TOKENS, "frozen_mlp")
+    model = FrozenModel(pair, TOKENS, linearisation)
     with pair.routed("replacement"):
         _, cache = pair.model.run_with_cache(TOKENS[None])
-    frozen = [
-        name
+    live: dict[str, torch.Tensor] = {}
+
+    def keep(value: torch.Tensor, hook: HookPoint) -> None:
+        live[str(hook.name)] = value
+
+    def hold(value: torch.Tensor, hook: HookPoint) -> torch.Tensor:
+        return cache[str(hook.name)]
+
+    def linear_mlp(value: torch.Tensor, hook: HookPoint) -> torch.Tensor:
+        """Half of act(gate) * up through either factor, the slope of the activation function held."""
+        name = str(hook.name).removesuffix("hook_post")
+        gate, up = cache[f"{name}hook_pre"], cache[f"{name}hook_pre_linear"]
+        act = pair.model.blocks[0].mlp.act_fn(gate)
+        return 0.5 * (act / gate * live[f"{name}hook_pre"] * up + act * live[f"{name}hook_pre_linear"])
+
+    held = ("ln1.hook_scale", "ln2.hook_scale", "post.hook_scale", "final.hook_scale", "hook_pattern")
+    hooks = [(name, hold) for name in cache if name.endswith((*held, "adapter.hook_sae_acts_post"))]
+    hooks += [(name, keep) for name in cache if name.endswith(("mlp.hook_pre", "mlp.hook_pre_linear"))]
+    hooks += [
+        (name, hold if linearisation == "frozen_mlp" else linear_mlp)
         for name in cache
-        if name.endswith(("ln1.hook_scale", "ln2.hook_scale", "post.hook_scale", "final.hook_scale", "hook_pattern"))
-        or name.endswith(("mlp.hook_post", "adapter.hook_sae_acts_post"))
+        if name.endswith("mlp.hook_post")
     ]
     positions, vectors, values, _ = targets(pair, model, 4)
     edges = model.rows(4, positions, vectors).features
     for column in range(0, len(model.active), 97):
         layer, position, index = model.active[column].tolist()
 
-        def hold(value: torch.Tensor, hook: object, name: str) -> torch.Tensor:
-            held = cache[name].clone()
-            if name == f"blocks.{layer}.mlp.adapter.hook_sae_acts_post":
-                held[0, position, index] = 0
-            return held
+        def ablate(value: torch.Tensor, hook: HookPoint) -> torch.Tensor:
+            value = value.clone()
+            value[0, position, index] = 0
+            return value
 
-        hooks = [(name, lambda v, hook, name=name: hold(v, hook, name)) for name in frozen]
-        with pair.routed("replacement"), pair.model.hooks(fwd_hooks=hooks):
+        taken = (f"blocks.{layer}.mlp.adapter.hook_sae_acts_post", ablate)
+        with pair.routed("replacement"), pair.model.hooks(fwd_hooks=[*hooks, taken]):
             normalized = pair.model.run_with_cache(TOKENS[None])[1]["ln_final.hook_normalized"]
         without = (normalized[0, positions] * pair.model.ln_final.w * vectors).sum(-1)
         assert (values - without - edges[:, column]).abs().max() < 1e-10
