@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_batch, random_model
+from conftest import ARCHITECTURES, random_batch, random_model, randomise
 from relp_by_hooks import relp_hooks
 from test_attaching import plain, process, reference
 from test_bridged import make
@@ -77,6 +77,19 @@ def test_it_is_what_autograd_says(architecture: str, freeze_mlps: bool) -> None:
         ours, theirs = model.rows(layer, positions, vectors), by_hooks.rows(layer, positions, vectors)
         assert (ours.features - theirs.features).abs().max() < 1e-10
         assert (ours.tokens - theirs.tokens).abs().max() < 1e-10
+
+
+def test_a_bfloat16_models_weights_are_not_copied() -> None:
+    models = (random_model(seed, torch.float32).to(torch.bfloat16) for seed in (1, 2))
+    pair = randomise(PairedModel.from_pretrained(*models))
+    model = FrozenModel(pair, TOKENS)
+    pointer = lambda t: t.untyped_storage().data_ptr()  # noqa: E731
+    assert pointer(model.layers[1].w_down) == pointer(pair.mlps[1].base.W_out)
+    assert pointer(model.layers[1].w_v) == pointer(pair.model.blocks[1].attn._W_V)
+    positions, vectors, values, own = targets(pair, model, 4)
+    rows = model.rows(4, positions, vectors)
+    assert rows.features.dtype == torch.float32
+    assert (total(rows) + own - values).abs().max() < 0.3  # the residual stream itself is rounded to bfloat16
 
 
 def test_plain_gradients_are_something_else(architecture: str) -> None:

@@ -13,6 +13,7 @@ Method: arXiv 2602.20904 (attribution graphs with RelP, arXiv 2508.21258), ranki
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -435,14 +436,9 @@ def estimate(pair: PairedModel, n_tokens: int, n_active: int, n_rows: int, batch
 
 def _seconds(operations: float, device: torch.device) -> float:
     """Time of so many operations on ``device``, judged by a matrix product."""
-    import time
-
     side = 512
     a = torch.ones(side, side, device=device)
     (a @ a).sum().item()
     began = time.perf_counter()
     (a @ a @ a @ a).sum().item()
     return operations * (time.perf_counter() - began) / (3 * 2 * side**3) * 2
-
-
-__all__ = ["DifferenceTarget", "FeatureTarget", "LogitTarget", "Target", "attribute", "estimate"]

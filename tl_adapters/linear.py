@@ -48,7 +48,8 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class _Layer:
-    """Coefficients and weights of one layer; vectors are rows, weights in Hugging Face's layout."""
+    """Coefficients and weights of one layer; vectors are rows. Weights are the model's own, in Hugging Face's layout:
+    a bfloat16 model's are cast where they are used, one at a time."""
 
     pattern: Tensor  # [head, query, key]
     values: Tensor  # [key, kv_head, d_head]
@@ -127,7 +128,7 @@ class FrozenModel:
 
     def _layer(self, pair: PairedModel, layer: int, acts: Tensor, found: Tensor) -> _Layer:
         name, mlp, backend = f"blocks.{layer}.", pair.mlps[layer], pair.backend
-        weights = {key: w.detach().to(self.dtype) for key, w in backend.named_weights(layer)}
+        weights = {key: w.detach() for key, w in backend.named_weights(layer)}
         biases = {key: b.detach().to(self.dtype) for key, b in backend.attention_biases(layer)}
         _, base = mlp.weights()
         gate, up = self._cached(f"{name}mlp.hook_pre"), self._cached(f"{name}mlp.hook_pre_linear")
@@ -143,7 +144,7 @@ class FrozenModel:
         }
         adapter = pair.installed_adapters()[layer]
         positions, index = found[:, 0], found[:, 1]
-        w_down = base.W_out.detach().to(self.dtype).T
+        w_down = base.W_out.detach().T
         return _Layer(
             pattern=self._cached(f"{name}attn.hook_pattern"),
             values=self._cached(f"{name}attn.hook_v"),
@@ -154,13 +155,13 @@ class FrozenModel:
             out_of_mlp=post.get("ln2_post"),
             gate=0.5 * slope * up,
             up=0.5 * act,
-            base_out=(act * up) @ w_down.T,
+            base_out=(act * up) @ w_down.T.to(self.dtype),
             w_v=weights["self_attn.v_proj"],
             w_o=weights["self_attn.o_proj"],
             b_v=biases.get("b_V"),
             b_o=biases.get("b_O"),
-            w_gate=base.W_gate.detach().to(self.dtype).T,
-            w_up=base.W_in.detach().to(self.dtype).T,
+            w_gate=base.W_gate.detach().T,
+            w_up=base.W_in.detach().T,
             w_down=w_down,
             positions=positions,
             decoders=adapter.W_dec.detach().to(self.dtype)[index] * acts[positions, index][:, None],
@@ -212,8 +213,8 @@ class FrozenModel:
         if self.linearisation == "frozen_mlp":
             out.errors[:, k, window] = torch.einsum("btd,td->bt", write, c.base_out[window])
             return grad
-        hidden = write @ c.w_down
-        into = (hidden * c.gate[window]) @ c.w_gate + (hidden * c.up[window]) @ c.w_up
+        hidden = write @ c.w_down.to(self.dtype)
+        into = (hidden * c.gate[window]) @ c.w_gate.to(self.dtype) + (hidden * c.up[window]) @ c.w_up.to(self.dtype)
         return grad + into * c.into_base[window]
 
     def _through_attention(self, c: _Layer, grad: Tensor, stop: int, out: Rows) -> Tensor:
@@ -223,7 +224,7 @@ class FrozenModel:
         if c.b_o is not None:
             out.biases.add_(write.sum(1) @ c.b_o)
         heads, (_, kv_heads, d_head) = c.pattern.shape[0], c.values.shape
-        z = (write @ c.w_o).unflatten(-1, (heads, d_head))
+        z = (write @ c.w_o.to(self.dtype)).unflatten(-1, (heads, d_head))
         mixed = torch.einsum("hqk,bqhd->bkhd", c.pattern[:, window, :stop], z)
         mixed = mixed.unflatten(2, (kv_heads, heads // kv_heads)).sum(3)  # heads share keys and values
         if self.start:
@@ -231,7 +232,7 @@ class FrozenModel:
             mixed = mixed[:, self.start :]
         if c.b_v is not None:
             out.biases.add_(torch.einsum("bkhd,hd->b", mixed, c.b_v))
-        return grad + (mixed.flatten(2) @ c.w_v) * c.into_attention[window]
+        return grad + (mixed.flatten(2) @ c.w_v.to(self.dtype)) * c.into_attention[window]
 
 
 _NEEDED = (

@@ -6,6 +6,7 @@ import logging
 from functools import partial
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -69,8 +70,6 @@ class _Handler(SimpleHTTPRequestHandler):
         return self._sent(path.read_bytes(), path.suffix)
 
     def _sent(self, body: bytes, suffix: str) -> Any:
-        from io import BytesIO
-
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", TYPES[suffix])
         self.send_header("Content-Length", str(len(body)))
