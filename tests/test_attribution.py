@@ -173,6 +173,9 @@ def test_refusals(builtin: PairedModel, pair: PairedModel, tmp_path: Path) -> No
         attribute(pair, TOKENS, [LogitTarget(3, 4)], window=3, **QUIET)
     with pytest.raises(GraphError, match="No linearisation 'lrp'; there are relp, frozen_mlp, gradient"):
         attribute(pair, TOKENS, linearisation="lrp", **QUIET)  # type: ignore[arg-type]
+    for wrong in ({"max_feature_nodes": 0}, {"window": -3}, {"batch_size": 0}):
+        with pytest.raises(GraphError, match=f"Got {{'{next(iter(wrong))}': .*at least 1"):
+            attribute(pair, TOKENS, **wrong, **QUIET)
     untrained = PairedModel.from_pretrained(random_model(1), random_model(2))
     with pytest.raises(PairMismatchError, match="no adapters yet"):
         attribute(untrained, TOKENS, **QUIET)

@@ -137,6 +137,13 @@ def attribute(
     """
     if linearisation not in get_args(Linearisation):
         raise GraphError(f"No linearisation {linearisation!r}; there are {', '.join(get_args(Linearisation))}.")
+    counts = {
+        "max_feature_nodes": max_feature_nodes,
+        "batch_size": batch_size,
+        "window": 1 if window is None else window,
+    }
+    if wrong := {name: value for name, value in counts.items() if value < 1}:
+        raise GraphError(f"Got {wrong}; at least 1 each.")
     tokens = prompt_tokens(pair, prompt)
     start = 0 if window is None else max(0, len(tokens) - window)
     if linearisation == "gradient":
@@ -168,23 +175,28 @@ def attribute(
         _attribute_batch(model, resolved, [first_target + i for i in range(len(resolved))], edges, batch_size, bar)
         chosen = _attribute_features(pair, model, resolved, edges, eligible, n_rows, batch_size, bar)
     graph = _assemble(pair, model, resolved, edges, chosen, adds_up=linearisation != "gradient")
-    about = {
+    options = {
         "linearisation": linearisation,
-        "route": "replacement",
-        "base": pair.base_id,
-        "target": pair.target_id,
-        "fingerprints": {**pair.fingerprints, "adapters": pair.installed_adapters().fingerprint},
-        "d_vocab": pair.model.cfg.d_vocab,
-        "active_features": len(model.active),
         "max_feature_nodes": max_feature_nodes,
         "max_n_logits": max_logits,
         "desired_logit_prob": mass,
         "batch_size": batch_size,
         "exclude_bos": exclude_bos,
         "window": window,
+    }
+    return replace(graph, about=_origin(pair) | {"active_features": len(model.active)} | options)
+
+
+def _origin(pair: PairedModel) -> dict[str, Any]:
+    """Which models and adapters a graph is of, and what it was made with."""
+    return {
+        "route": "replacement",
+        "base": pair.base_id,
+        "target": pair.target_id,
+        "fingerprints": {**pair.fingerprints, "adapters": pair.installed_adapters().fingerprint},
+        "d_vocab": pair.model.cfg.d_vocab,
         "versions": versions(),
     }
-    return replace(graph, about=about)
 
 
 def prompt_tokens(pair: PairedModel, prompt: str | Sequence[int] | Tensor) -> Int[Tensor, "pos"]:
