@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,7 +179,8 @@ def _doctor(args: argparse.Namespace) -> int:
     print(in_lines(findings))
     if any(finding.level == "error" for finding in findings):
         return 1
-    print(f"next: tl-adapters train --base {args.base} --target {args.target} --data TRACES.jsonl --out runs/mine")
+    pair = f"--base {shlex.quote(args.base)} --target {shlex.quote(args.target)}"
+    print(f"next: tl-adapters train {pair} --data TRACES.jsonl --out runs/mine")
     return 0
 
 
@@ -306,7 +308,8 @@ def _pull(args: argparse.Namespace) -> None:
     adapters = pull(args.repo, args.out, layers=args.layers, revision=args.revision)
     about = adapters.metadata
     print(f"adapters: {args.out} ({len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each)")
-    print(f"next: tl-adapters doctor {about.base or 'BASE'} {about.target or 'TARGET'} {args.out}")
+    base, target = shlex.quote(about.base or "BASE"), shlex.quote(about.target or "TARGET")
+    print(f"next: tl-adapters doctor {base} {target} {args.out}")
 
 
 def _silence_loading_bars() -> None:
