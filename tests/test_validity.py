@@ -101,6 +101,8 @@ def test_the_difference_between_replacement_and_hybrid(pair: PairedModel) -> Non
     assert float(found.graph.weights[row & nodes].sum()) == pytest.approx(found.features, abs=1e-8)
     few = explain_difference(pair, TOKENS, LogitTarget(7), max_feature_nodes=40, progress=False)
     assert few.features == pytest.approx(found.features, abs=1e-8)  # leaves that are no nodes count too
+    with pytest.raises(GraphError, match="takes no window"):
+        explain_difference(pair, TOKENS, LogitTarget(7), window=4, progress=False)
     # where adapters add nothing but a bias, features explain nothing; without that, there is nothing to explain
     silent = make("Qwen2ForCausalLM", "hooked")
     for adapter in silent.installed_adapters():

@@ -260,7 +260,8 @@ def _attribute(args: argparse.Namespace) -> None:
     name = args.name or next(f"graph-{i}" for i in range(1, 10**6) if not (out / f"graph-{i}").exists())
     thresholds = dict(node_threshold=args.node_threshold, edge_threshold=args.edge_threshold)
     page, url = write_graph(pair, graph, out, name, **thresholds)
-    print(f"{len(graph.features):,} features, {len(graph.weights):,} edges, conservation residual {graph.residual:.1e}")
+    checked = f"conservation residual {graph.residual:.1e}" if graph.adds_up else "a gradient does not add up"
+    print(f"{len(graph.features):,} features, {len(graph.weights):,} edges, {checked}")
     print(f"page: {page}\ngraph: {out / name}\ncircuit-tracer: {out / 'circuit-tracer'}, {url}")
     print(f"next: tl-adapters serve {out}")
 

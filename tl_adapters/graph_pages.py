@@ -65,7 +65,7 @@ def write_graph(
     folder = Path(folder)
     pruned = prune(graph, node_threshold, edge_threshold)
     records = feature_records(pair, graph, pruned)
-    graph.save(folder / name)
+    # First what can still be refused (a prompt of one token, a folder of other adapters' graphs): then nothing is left.
     url = write_circuit_tracer(
         graph,
         folder / "circuit-tracer",
@@ -74,6 +74,7 @@ def write_graph(
         edge_threshold=edge_threshold,
         features=records,
     )
+    graph.save(folder / name)
     page = folder / f"{name}.html"
     write_page(page, viewer_data(graph, pruned, records, title or "".join(graph.strings[-12:])))
     return Written(page, url)
@@ -170,7 +171,7 @@ def viewer_data(
         "feature nodes": len(graph.features),
         "shown": len(kept),
         "influence through features": round(feature_share(graph), 4),
-        "conservation residual": float(f"{graph.residual:.1e}"),
+        "conservation residual": f"{graph.residual:.1e}" if graph.adds_up else "a gradient does not add up",
         **{f"fingerprint, {k}": v for k, v in graph.about.get("fingerprints", {}).items()},
     }
     return ViewerData(title, tuple(graph.strings), graph.n_layers, tuple(nodes), tuple(links), about)

@@ -95,6 +95,11 @@ class AttributionGraph:
         return self.first_token + len(self.tokens)
 
     @property
+    def adds_up(self) -> bool:
+        """Are the constants computed, so that the residual checks something? For gradients they are the rest."""
+        return self.about.get("linearisation") != "gradient"
+
+    @property
     def residual(self) -> float:
         """The largest conservation residual of any row, as a share of the row's absolute value sum."""
         value, *parts = self.balance.unbind(1)
@@ -108,7 +113,7 @@ class AttributionGraph:
             "strings": self.strings,
             "n_layers": self.n_layers,
             "targets": [asdict(target) for target in self.targets],
-            "residual": self.residual,
+            "residual": self.residual if self.adds_up else None,
             "about": self.about,
         }
         names = ("tokens", "features", "activations", "errors", "edges", "weights", "rows", "balance", "decoder_biases")

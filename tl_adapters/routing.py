@@ -71,7 +71,6 @@ class RoutedMLP(nn.Module):
     base_scale: Tensor | None
     adapter_scale: Tensor | None
     route: Route
-    _check: Callable[[], None]
 
     def install(self, base: nn.Module | None, base_scale: Tensor | None) -> None:
         """Give a freshly re-classed MLP what it needs besides its own weights; it starts on the target's route."""

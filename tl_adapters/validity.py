@@ -185,9 +185,14 @@ def explain_difference(
 
     Args:
         pair: with adapters on every layer.
-        prompt, options: as `attribute`.
+        prompt, options: as `attribute`, but for a window: what comes from before it is not the features' alone.
         target: a logit or a difference of logits.
+
+    Raises:
+        GraphError: a window, and what `attribute` raises.
     """
+    if options.get("window") is not None:
+        raise GraphError("A difference takes no window=: what comes from before it is not the features' alone.")
     graph = attribute(pair, prompt, [target], **options)  # type: ignore[arg-type]
     position, vector = resolve_columns(pair, graph, 0)
     with pair.routed("hybrid"):
