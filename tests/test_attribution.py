@@ -155,7 +155,7 @@ def test_text_prompts_and_tokens_by_name(builtin: PairedModel) -> None:
 
 def test_refusals(builtin: PairedModel, pair: PairedModel, tmp_path: Path) -> None:
     text = "<|bos|><|user|>47+85+19=?<|assistant|>"
-    with pytest.raises(GraphError, match=r"'Wait,47' is \d tokens of this model \('Wait', ','.*name one of them"):
+    with pytest.raises(VocabularyError, match=r"'Wait,47' is \d tokens of this model \('Wait', ','.*name one of them"):
         attribute(builtin, text, ["Wait,47"], **QUIET)
     with pytest.raises(GraphError, match="The prompt has 65 tokens; the model's context is 1 to 64"):
         attribute(pair, [1] * 65, **QUIET)

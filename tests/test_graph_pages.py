@@ -13,7 +13,8 @@ from test_viewer import PANEL, SELECTED, Browser, browser  # noqa: F401  # a fix
 
 from tl_adapters.attribution import attribute
 from tl_adapters.cli import main
-from tl_adapters.graph_pages import feature_records, logit_effects, write_graph
+from tl_adapters.effects import logit_effects
+from tl_adapters.graph_pages import feature_records, write_graph
 from tl_adapters.graphs import AttributionGraph, GraphError
 from tl_adapters.pruning import prune
 
@@ -31,7 +32,7 @@ def page_data(page: Path) -> dict[str, Any]:
 def test_logit_effects_are_what_a_feature_adds_to_the_logits(architecture: str) -> None:
     """Without the scales of the norms on the way: the effect of an activation where they are all held at 1."""
     pair = make(architecture, "hooked")
-    effects = logit_effects(pair, 3, torch.tensor([2, 5]))
+    effects = logit_effects(pair, 3, pair.installed_adapters()[3].W_dec[[2, 5]])
     adapter, blocks = pair.installed_adapters()[3], pair.model.blocks
     decoder = adapter.W_dec.detach()[[2, 5]]
     if hasattr(blocks[3], "ln2_post"):

@@ -29,6 +29,7 @@ from tl_adapters.linear import FrozenModel
 from tl_adapters.paired import PairedModel
 from tl_adapters.pruning import influence
 from tl_adapters.results import versions
+from tl_adapters.vocabulary import single_token, token_text
 
 log = logging.getLogger(__name__)
 
@@ -214,17 +215,12 @@ def prompt_tokens(pair: PairedModel, prompt: str | Sequence[int] | Tensor) -> In
 
 
 def token_id(pair: PairedModel, token: int | str) -> int:
-    """Vocabulary index of a token given as index or text. Raises GraphError for text of several tokens."""
+    """Vocabulary index of a token given as index or text. Raises GraphError and VocabularyError."""
     if isinstance(token, int):
         if not 0 <= token < pair.model.cfg.d_vocab:
             raise GraphError(f"There is no token {token}; the vocabulary has {pair.model.cfg.d_vocab:,}.")
         return token
-    tokenizer = pair.model.tokenizer
-    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids) or "none"
-        raise GraphError(f"{token!r} is {len(ids)} tokens of this model ({pieces}); name one of them as the target.")
-    return int(ids[0])
+    return single_token(pair.model.tokenizer, token)
 
 
 def salient(
@@ -298,7 +294,7 @@ def resolve_columns(pair: PairedModel, graph: AttributionGraph, target: int) -> 
 
 def decoded(pair: PairedModel, token: int) -> str:
     """A token's text; its number where the model has no tokenizer."""
-    return pair.model.tokenizer.decode([token]) if pair.model.tokenizer is not None else str(token)
+    return token_text(pair.model.tokenizer, token)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

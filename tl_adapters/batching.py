@@ -94,7 +94,7 @@ class DataStatistics:
         )
 
 
-_CHANGES_NO_TRACE = ("source", "survey_documents", "validation_documents")
+_CHANGES_NO_TRACE = ("source", "domain_column", "survey_documents", "validation_documents")
 
 
 class EncodedDocuments:

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.data import DataError, Trace
 
 Message = Mapping[str, str]
-"""One turn: {"role": "user" or "assistant" or "system", "content": text}."""
+"""One turn: {"role": "user" or "assistant" or "system", "content": text}; a response may name its "domain"."""
 Conversation = Sequence[Message]
 """Turns; the last is the assistant's response, thinking included."""
+
+TRACE_REGIONS = ("template", "question", "think_start", "thinking", "think_end", "answer", "end")
+"""Where a token of a trace may stand: what the chat template writes around a question, the question (and whatever
+turns came before it), the tags around the thinking, the thinking, the answer, and what ends a response."""
 
 _QUESTION, _THOUGHT, _ANSWER = "what was asked", "what was thought", "what was answered"
 
@@ -93,9 +99,54 @@ class ChatFormat:
         prompt_ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
         response_ids = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
         return [
-            Trace((*prompt, *ids), len(prompt), self._thinking_length(text, ids, conversation[-1]["content"]))
+            Trace(
+                (*prompt, *ids),
+                len(prompt),
+                self._thinking_length(text, ids, conversation[-1]["content"]),
+                conversation[-1].get("domain", ""),
+            )
             for prompt, text, ids, conversation in zip(prompt_ids, responses, response_ids, conversations, strict=True)
         ]
+
+    def regions(self, trace: Trace) -> list[int]:
+        """Region of every token of a trace, as indices into `TRACE_REGIONS`."""
+        template, question, think_start, thinking, think_end, answer, end = range(len(TRACE_REGIONS))
+        prompt, response = trace.tokens[: trace.prompt_length], trace.tokens[trace.prompt_length :]
+        before, after, opening, closing, ending = self._edges
+        codes = [question] * len(prompt)
+        if prompt[: len(before)] == before:
+            codes[: len(before)] = [template] * len(before)
+        opened = False
+        if after and prompt[-len(after) :] == after:
+            codes[-len(after) :] = [template] * len(after)
+            if self.opens_thinking and (place := _find(opening, after)) is not None:
+                opened, start = True, len(prompt) - len(after) + place
+                codes[start : start + len(opening)] = [think_start] * len(opening)
+        codes += [answer] * len(response)
+        inside = len(prompt)
+        if not opened and response[: len(opening)] == opening:
+            codes[inside : inside + len(opening)] = [think_start] * len(opening)
+            opened, inside = True, inside + len(opening)
+        if opened or trace.thinking_length:
+            place = _find(closing, trace.tokens[inside:])
+            stop = inside + place if place is not None else len(prompt) + (trace.thinking_length or len(response))
+            codes[inside:stop] = [thinking] * (stop - inside)
+            if place is not None:
+                codes[stop : stop + len(closing)] = [think_end] * len(closing)
+        if ending and response[-len(ending) :] == ending:
+            codes[-len(ending) :] = [end] * len(ending)
+        elif response and response[-1] in self.end_tokens:
+            codes[-1] = end
+        return codes
+
+    @cached_property
+    def _edges(self) -> tuple[tuple[int, ...], ...]:
+        """Ids of the template before and after a question, of both tags, and of what ends a response."""
+        encode = lambda text: tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+        probes = [encode(self.prompt([{"role": "user", "content": text}])) for text in ("apple tart", "7 = x", "Why?")]
+        before = _shared_start(probes)
+        after = _shared_start([probe[len(before) :][::-1] for probe in probes])[::-1]
+        return before, after, encode(self.think_start), encode(self.think_end), encode(self.turn_end)
 
     def _thinking_length(self, response: str, ids: Sequence[int], as_given: str) -> int:
         head, tag, _ = response.partition(self.think_end)
@@ -114,6 +165,18 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, opening:
     except Exception as error:  # templates raise in their own words, in several classes
         roles = [m["role"] for m in messages]
         raise DataError(f"The chat template refuses a conversation of roles {roles}: {error}") from error
+
+
+def _shared_start(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The longest beginning that all have."""
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))
+    return tuple(column[0] for column in same)
+
+
+def _find(wanted: Sequence[int], tokens: Sequence[int]) -> int | None:
+    """Where ``wanted`` first stands in ``tokens``."""
+    places = range(len(tokens) - len(wanted) + 1)
+    return next((i for i in places if tokens[i : i + len(wanted)] == wanted), None) if wanted else None
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, after: str) -> str:

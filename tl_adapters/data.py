@@ -32,13 +32,16 @@ class Trace:
     """How many of them are the prompt; the others are the response, thinking included."""
     thinking_length: int = 0
     """How many tokens of the response are thinking, its tags included; the rest is the answer."""
+    domain: str = ""
+    """What the document is about (math, code, ...), where the data says so."""
 
     def cut(self, max_tokens: int | None) -> Trace:
         """The trace, or its first ``max_tokens`` tokens where it is longer."""
         if max_tokens is None or len(self.tokens) <= max_tokens:
             return self
         prompt = min(self.prompt_length, max_tokens)
-        return Trace(self.tokens[:max_tokens], prompt, min(self.thinking_length, max_tokens - prompt))
+        thinking = min(self.thinking_length, max_tokens - prompt)
+        return Trace(self.tokens[:max_tokens], prompt, thinking, self.domain)
 
     def counts(self, count: Sequence[Region] = REGIONS) -> bool:
         """True if a token of the regions in ``count`` is predicted by another."""

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tl_adapters.atomic import require_absent
 from tl_adapters.attribution import LogitTarget, attribute, decoded
+from tl_adapters.effects import logit_effects
 from tl_adapters.graph_files import FeatureRecord, node_ids, require_slug, write_circuit_tracer
 from tl_adapters.graphs import AttributionGraph
 from tl_adapters.paired import PairedModel
@@ -115,7 +114,7 @@ def feature_records(
     records = {}
     for layer in left[:, 0].unique().tolist():
         chosen = left[left[:, 0] == layer][:, 2].unique()
-        effects = logit_effects(pair, layer, chosen)
+        effects = logit_effects(pair, layer, pair.installed_adapters()[layer].W_dec[chosen.to(pair.model.W_E.device)])
         for index, effect in zip(chosen.tolist(), effects, strict=True):
             here = (graph.features[:, 0] == layer) & (graph.features[:, 2] == index)
             acts = torch.zeros(len(graph.tokens), dtype=graph.activations.dtype)
@@ -133,20 +132,6 @@ def feature_records(
                 examples=[(graph.strings, acts.tolist(), int(acts.argmax()))],
             )
     return records
-
-
-def logit_effects(pair: PairedModel, layer: int, index: Tensor) -> Float[Tensor, "n d_vocab"]:
-    """Direct effect of features on the logits, less the mean over the vocabulary, without the final norm's scale."""
-    decoders = pair.installed_adapters()[layer].W_dec.detach()[index.to(pair.model.W_E.device)].float()
-    for norm in (f"blocks.{layer}.ln2_post", "ln_final"):
-        weight = pair.backend.norm(norm) if norm == "ln_final" or _has_post_norm(pair, layer) else None
-        decoders = decoders if weight is None else decoders * weight.float()
-    effects = decoders @ pair.backend.unembedding().detach().float().T
-    return (effects - effects.mean(-1, keepdim=True)).cpu()
-
-
-def _has_post_norm(pair: PairedModel, layer: int) -> bool:
-    return hasattr(pair.model.blocks[layer], "ln2_post")
 
 
 def viewer_data(

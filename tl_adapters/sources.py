@@ -24,6 +24,7 @@ Position = Any
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 RESPONSE_COLUMNS = ("response", "completion", "generation")
+DOMAIN_COLUMNS = ("domain",)
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -63,6 +64,7 @@ class Columns:
         self._conversation = [config.conversation_column] if config.conversation_column else CONVERSATION_COLUMNS
         self._prompt = [config.prompt_column] if config.prompt_column else PROMPT_COLUMNS
         self._response = [config.response_column] if config.response_column else RESPONSE_COLUMNS
+        self._domain = [config.domain_column] if config.domain_column else DOMAIN_COLUMNS
         self._prefers_pairs = config.prompt_column is not None
 
     def conversation(self, record: Any, where: str) -> Conversation:
@@ -80,7 +82,9 @@ class Columns:
                     "conversation_column."
                 )
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return _checked(turns, where)
+        messages = _checked(turns, where)
+        domain = _first(record, self._domain)
+        return messages if domain is None else [*messages[:-1], {**messages[-1], "domain": str(domain)}]
 
 
 def _first(record: Mapping[str, Any], names: Sequence[str]) -> Any:

@@ -1,0 +1,528 @@
+"""The feature store: what was collected of every feature, with what it was collected on.
+
+    store.json               what it was read on, and the options
+    vocabulary.json          every token as text
+    effects/layer_N          direct effects of each feature on the logits (`effects`)
+    part-HASH/               documents and statistics; several until they are merged (`parts`)
+    agreement.json           how far the target's and the replacement's streams agree, once measured (`streams`)
+    labels.json              what the features are called, once they are (`labels`)
+
+Layers are read when they are asked for, so a store of a large model opens at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tl_adapters.adapter import FeatureId
+from tl_adapters.atomic import new_folder, remove_partials, write_text
+from tl_adapters.chat import TRACE_REGIONS
+from tl_adapters.effects import LayerEffects, layer_effects, written_rows
+from tl_adapters.features import (
+    ALIVE_FIRINGS,
+    QUANTILES,
+    Example,
+    Feature,
+    FeatureStoreError,
+    Kind,
+    Label,
+    Neighbour,
+    Stream,
+)
+from tl_adapters.paired import PairedModel
+from tl_adapters.parts import (
+    BUCKETS,
+    Examples,
+    LayerStatistics,
+    MergedPart,
+    Part,
+    bucket_edges,
+    layer_file,
+    write_part,
+)
+from tl_adapters.results import plain
+from tl_adapters.streams import LayerAgreement
+from tl_adapters.vocabulary import single_token, token_text
+
+SCHEMA_VERSION = 1
+STORE_FILE, VOCABULARY_FILE, EFFECTS_FOLDER = "store.json", "vocabulary.json", "effects"
+AGREEMENT_FILE, LABELS_FILE = "agreement.json", "labels.json"
+NEIGHBOURS = 8
+"""Neighbours told of each feature."""
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """How much is kept of each feature: memory and disk grow with these, not with the documents."""
+
+    examples: int = 20
+    """Strongest firings kept of each feature."""
+    sample: int = 20
+    """Random firings kept of each feature."""
+    before: int = 16
+    """Tokens of an example before the one that it was chosen for."""
+    after: int = 8
+    """Tokens after it."""
+    neighbours: int = 16
+    """Other features kept of each random firing, the strongest there."""
+    neurons_per_token: int = 8
+    """Neurons that count as firing on a token and layer, those that write most; adapters have no such limit."""
+    seed: int = 0
+    """Of the random firings."""
+    tokens_per_batch: int = 4096
+    """Tokens in a forward pass, padding included."""
+    documents_per_part: int = 10_000
+    """Documents between two writes to the disk; their tokens are held meanwhile."""
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("examples", 1), ("sample", 1), ("before", 0), ("after", 0), ("neighbours", 0)):
+            _require_at_least(name, getattr(self, name), lowest)
+        for name in ("neurons_per_token", "tokens_per_batch", "documents_per_part"):
+            _require_at_least(name, getattr(self, name), 1)
+
+
+def _require_at_least(name: str, given: int, lowest: int) -> None:
+    if given < lowest:
+        raise FeatureStoreError(f"{name} is {given}; allowed is a whole number >= {lowest}.")
+
+
+@dataclass(frozen=True)
+class StoreDescription:
+    """What a store was read on."""
+
+    kind: Kind
+    """Adapter features, or the target's MLP neurons."""
+    stream: Stream
+    """Whose residual stream they read."""
+    split: str
+    """What the documents are called."""
+    base: str
+    """Id or folder of the base."""
+    target: str
+    """Id or folder of the target."""
+    layers: list[int]
+    """The layers."""
+    n_features: int
+    """Features, or neurons, of each."""
+    fingerprints: dict[str, str]
+    """Content hashes of adapters, base and target."""
+    words: list[str]
+    """Tokens whose logit effects are kept one by one."""
+    options: StoreOptions = field(default_factory=StoreOptions)
+    """How much is kept."""
+    regions: list[str] = field(default_factory=lambda: list(TRACE_REGIONS))
+    """Regions of a trace, in the order of the counts."""
+
+    @classmethod
+    def of(
+        cls, pair: PairedModel, kind: Kind, stream: Stream, split: str, options: StoreOptions, words: Sequence[str]
+    ) -> StoreDescription:
+        """The description of what is about to be collected. Raises UserError for a word that is no single token."""
+        for word in words:
+            single_token(pair.model.tokenizer, word)
+        if kind == "neuron":
+            layers, n_features, marks = list(range(pair.n_layers)), pair.model.cfg.d_mlp, {}
+        else:
+            adapters = pair.installed_adapters()
+            layers, n_features, marks = adapters.layer_indices, adapters.n_features, {"adapters": adapters.fingerprint}
+        fingerprints = {**pair.fingerprints, **marks}
+        return cls(
+            kind, stream, split, pair.base_id, pair.target_id, layers, n_features, fingerprints, list(words), options
+        )
+
+    @property
+    def n_flat(self) -> int:
+        """Features of all layers together."""
+        return len(self.layers) * self.n_features
+
+    def id_of(self, flat: int) -> FeatureId:
+        """The feature of a number counted through all layers."""
+        return FeatureId(self.layers[flat // self.n_features], flat % self.n_features)
+
+
+class FeatureStore:
+    """Statistics, examples, effects and labels of features; `collecting.collect_features` makes it.
+
+    `table` gives the columns of an index over all features, `feature` everything of one.
+    """
+
+    def __init__(
+        self,
+        about: StoreDescription,
+        part: Part,
+        effects: Mapping[int, LayerEffects],
+        vocabulary: Sequence[str],
+        folder: Path | None = None,
+    ) -> None:
+        self.about, self.folder, self.part, self.vocabulary = about, folder, part, vocabulary
+        self._effects = effects
+        self._held: tuple[int, LayerStatistics, LayerEffects] | None = None
+        self.labels: dict[FeatureId, Label] = {}
+        self.agreement: list[dict[str, Any]] = []
+        if folder is not None and (folder / AGREEMENT_FILE).is_file():
+            self.agreement = json.loads((folder / AGREEMENT_FILE).read_text())
+        if folder is not None and (folder / LABELS_FILE).is_file():
+            self.labels = _read_labels(folder / LABELS_FILE)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> FeatureStore:
+        """Open a store. Raises FeatureStoreError where there is none, or only parts of one."""
+        folder = Path(folder)
+        about = read_description(folder)
+        parts = parts_in(folder)
+        if len(parts) != 1:
+            raise FeatureStoreError(
+                f"{folder} holds {len(parts)} parts that are not merged: its collection was stopped, or is shared by "
+                "several processes. Run it again with the same arguments; it goes on where it stands."
+            )
+        return cls(about, parts[0], {}, json.loads((folder / VOCABULARY_FILE).read_text()), folder)
+
+    # -- totals ---------------------------------------------------------------------------------------------------
+
+    @property
+    def documents(self) -> int:
+        """Documents it was collected on."""
+        return self.part.totals.documents
+
+    @property
+    def tokens(self) -> int:
+        """Tokens it was collected on."""
+        return self.part.totals.tokens
+
+    @property
+    def region_tokens(self) -> dict[str, int]:
+        """Tokens by region of the trace."""
+        return dict(zip(self.about.regions, self.part.totals.region, strict=True))
+
+    @property
+    def firings(self) -> Tensor:
+        """[layers, n_features]: tokens on which each feature fires; layers in the order of ``about.layers``."""
+        return torch.stack([self.layer(layer)[0].count for layer in self.about.layers])
+
+    def layer(self, layer: int) -> tuple[LayerStatistics, LayerEffects]:
+        """Statistics and effects of one layer; the layer asked for last is held. Raises FeatureStoreError."""
+        if self._held is None or self._held[0] != layer:
+            if layer not in self.about.layers:
+                raise FeatureStoreError(f"The store has no layer {layer}; it has {self.about.layers}.")
+            effects = self._effects.get(layer) or _read_effects(self.folder, layer)
+            self._held = (layer, self.part.layer(layer), effects)
+        return self._held[1], self._held[2]
+
+    # -- features -------------------------------------------------------------------------------------------------
+
+    def ids(self, min_firings: int = ALIVE_FIRINGS) -> list[FeatureId]:
+        """Features that fired at least so often, by layer and index."""
+        found = (self.firings >= min_firings).nonzero().tolist()
+        return [FeatureId(self.about.layers[place], index) for place, index in found]
+
+    def features(self, ids: Iterable[FeatureId]) -> Iterator[Feature]:
+        """Many of them; quick where they are sorted by layer."""
+        densities = self.firings.double().flatten() / max(1, self.tokens)
+        for id in ids:
+            yield self._feature(id, densities)
+
+    def feature(self, id: FeatureId | tuple[int, int]) -> Feature:
+        """Everything of one feature. Raises FeatureStoreError where there is none of that number."""
+        return next(self.features([FeatureId(*id)]))
+
+    def _feature(self, id: FeatureId, densities: Tensor) -> Feature:
+        statistics, effects = self.layer(id.layer)
+        if not 0 <= id.index < self.about.n_features:
+            raise FeatureStoreError(f"There is no feature {id.layer}.{id.index}; a layer has {self.about.n_features}.")
+        i, totals = id.index, self.part.totals
+        count = int(statistics.count[i])
+        region = statistics.region[i].tolist()
+        edges = bucket_edges().tolist()
+        histogram = statistics.histogram[i]
+        filled = histogram.nonzero()[:, 0].tolist()
+        low, high = effects.range[i].tolist()
+        bins = effects.histogram[i].tolist()
+        step = (high - low) / len(bins)
+        top, sample = _of(statistics.top, i), _of(statistics.sample, i)
+        of_tokens = lambda counts, tokens: tuple(c / max(1, n) for c, n in zip(counts, tokens, strict=True))  # noqa: E731
+        return Feature(
+            id=id,
+            kind=self.about.kind,
+            firings=count,
+            density=count / max(1, self.tokens),
+            mean=float(statistics.total[i]) / max(1, count),
+            max=float(top.value.max()) if len(top.value) else 0.0,
+            decoder_norm=float(effects.norm[i]),
+            quantiles=_quantiles(histogram),
+            histogram=tuple((edges[b], edges[b + 1], int(histogram[b])) for b in range(filled[0], filled[-1] + 1))
+            if filled
+            else (),
+            regions=dict(zip(self.about.regions, of_tokens(region, totals.region), strict=True)),
+            region_share={name: c / max(1, count) for name, c in zip(self.about.regions, region, strict=True)},
+            thinking=of_tokens(statistics.tenth[i].tolist(), totals.tenth),
+            domains={
+                name: share
+                for name, share in zip(
+                    totals.domains, of_tokens(statistics.domain[i].tolist(), totals.domain), strict=True
+                )
+                if name
+            },
+            promotes=self._tokens(effects.top_tokens[i], effects.top[i]),
+            suppresses=self._tokens(effects.bottom_tokens[i], effects.bottom[i]),
+            effects=dict(zip(self.about.words, effects.words[i].tolist(), strict=True)),
+            effect_spread=float(effects.spread[i]),
+            effect_kurtosis=float(effects.kurtosis[i]),
+            effect_histogram=tuple((low + b * step, low + (b + 1) * step, n) for b, n in enumerate(bins)),
+            top=self._examples(top),
+            sample=tuple(sorted(self._examples(sample), key=lambda e: -e.values[e.at])),
+            neighbours=self._neighbours(sample, densities),
+            label=self.labels.get(id),
+        )
+
+    def _tokens(self, tokens: Tensor, effects: Tensor) -> tuple[tuple[str, float], ...]:
+        return tuple((self.vocabulary[t], e) for t, e in zip(tokens.tolist(), effects.tolist(), strict=True))
+
+    def _examples(self, examples: Examples) -> tuple[Example, ...]:
+        documents, options = self.part.documents, self.about.options
+        found = []
+        for value, document, position, window in zip(
+            examples.value.tolist(), examples.document.tolist(), examples.position.tolist(), examples.window.tolist(),
+            strict=True,
+        ):  # fmt: skip
+            start, stop = documents.start[document : document + 2].tolist()
+            first, last = max(0, position - options.before), min(stop - start, position + options.after + 1)
+            ids = tuple(documents.tokens[start + first : start + last].tolist())
+            values = window[options.before - (position - first) :][: len(ids)]
+            at = position - first
+            values[at] = value  # exactly; around it half precision does
+            found.append(Example(tuple(self.vocabulary[t] for t in ids), ids, tuple(values), at, document, position))
+        return tuple(found)
+
+    def _neighbours(self, sample: Examples, densities: Tensor) -> tuple[Neighbour, ...]:
+        flat, counts = sample.beside[sample.beside >= 0].long().unique(return_counts=True)
+        share = counts / max(1, len(sample.feature))
+        order = (share - densities[flat]).argsort(descending=True, stable=True)[:NEIGHBOURS]
+        return tuple(
+            Neighbour(self.about.id_of(int(flat[i])), float(share[i]), float(densities[flat[i]]))
+            for i in order.tolist()
+            if share[i] > densities[flat[i]]
+        )
+
+    def region_of(self, example: Example) -> str:
+        """Region of the trace of the token that an example was chosen for."""
+        documents = self.part.documents
+        return self.about.regions[int(documents.region[int(documents.start[example.document]) + example.position])]
+
+    def document(self, number: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Token ids of a whole document, and the region of each."""
+        documents = self.part.documents
+        here = slice(*documents.start[number : number + 2].tolist())
+        names = tuple(self.about.regions[code] for code in documents.region[here].tolist())
+        return tuple(documents.tokens[here].tolist()), names
+
+    def table(self, min_firings: int = ALIVE_FIRINGS) -> dict[str, list[Any]]:
+        """Columns of an index over the features that fired at least so often, sorted by layer and index.
+
+        layer, index, firings, density, mean, max, decoder_norm; region and region_share (where most of its firings
+        lie, and how many of them); promotes and suppresses (three tokens); fires_on (the commonest tokens of its
+        random sample, at most three); effects (one list, in the order of ``about.words``); label and category.
+        """
+        columns: dict[str, list[Any]] = {name: [] for name in TABLE_COLUMNS}
+        for layer in self.about.layers:
+            statistics, effects = self.layer(layer)
+            chosen = (statistics.count >= min_firings).nonzero()[:, 0]
+            count = statistics.count[chosen].double()
+            share, region = (statistics.region[chosen] / count[:, None].clamp(min=1)).max(-1)
+            strongest = torch.zeros(len(statistics.count)).scatter_reduce_(
+                0, statistics.top.feature.long(), statistics.top.value, "amax"
+            )
+            labels = [self.labels.get(FeatureId(layer, index)) for index in chosen.tolist()]
+            words = lambda tokens: [[self.vocabulary[t] for t in row] for row in tokens[chosen, :3].tolist()]  # noqa: B023, E731
+            for name, values in {
+                "layer": [layer] * len(chosen),
+                "index": chosen.tolist(),
+                "firings": statistics.count[chosen].tolist(),
+                "density": (count / max(1, self.tokens)).tolist(),
+                "mean": (statistics.total[chosen] / count.clamp(min=1)).tolist(),
+                "max": strongest[chosen].tolist(),
+                "decoder_norm": effects.norm[chosen].tolist(),
+                "region": [self.about.regions[i] for i in region.tolist()],
+                "region_share": share.tolist(),
+                "promotes": words(effects.top_tokens),
+                "suppresses": words(effects.bottom_tokens),
+                "fires_on": self._commonest(statistics.sample, chosen),
+                "effects": effects.words[chosen].tolist(),
+                "label": [label.text if label else "" for label in labels],
+                "category": [label.category if label else "" for label in labels],
+            }.items():
+                columns[name] += values
+        return columns
+
+    def _commonest(self, sample: Examples, chosen: Tensor) -> list[list[str]]:
+        documents, n_vocab = self.part.documents, len(self.vocabulary)
+        tokens = documents.tokens[documents.start[sample.document.long()] + sample.position.long()].long()
+        pairs, counts = (sample.feature.long() * n_vocab + tokens).unique(return_counts=True)
+        pairs = pairs[counts.argsort(descending=True, stable=True)]
+        found: dict[int, list[str]] = {}
+        for feature, token in zip((pairs // n_vocab).tolist(), (pairs % n_vocab).tolist(), strict=True):
+            if len(words := found.setdefault(feature, [])) < 3:
+                words.append(self.vocabulary[token])
+        return [found.get(index, []) for index in chosen.tolist()]
+
+    def set_agreement(self, agreement: Sequence[LayerAgreement]) -> None:
+        """Keep how far the two streams agree (`streams.stream_agreement`), as plain records in ``agreement``."""
+        self.agreement = plain(agreement)
+        if self.folder is not None:
+            write_text(self.folder / AGREEMENT_FILE, json.dumps(self.agreement, indent=1) + "\n")
+
+    def set_labels(self, labels: Mapping[FeatureId, Label]) -> None:
+        """Name features; what others are called stays. Written to the store's folder, where it has one."""
+        self.labels = dict(sorted({**self.labels, **labels}.items()))
+        if self.folder is not None:
+            record = {f"{id.layer}.{id.index}": asdict(label) for id, label in self.labels.items()}
+            write_text(self.folder / LABELS_FILE, json.dumps(record, indent=0) + "\n")
+
+
+TABLE_COLUMNS = (
+    "layer", "index", "firings", "density", "mean", "max", "decoder_norm", "region", "region_share", "promotes",
+    "suppresses", "fires_on", "effects", "label", "category",
+)  # fmt: skip
+"""Columns of `FeatureStore.table`."""
+
+
+def _of(examples: Examples, index: int) -> Examples:
+    start, stop = torch.searchsorted(examples.feature, torch.tensor([index, index + 1], dtype=examples.feature.dtype))
+    return Examples(*(column[start:stop] for column in examples))
+
+
+def _quantiles(histogram: Tensor) -> tuple[tuple[float, float], ...]:
+    """Quantiles of the activations, each within its bucket in proportion on the logarithmic scale."""
+    total = float(histogram.sum())
+    if not total:
+        return ()
+    below = histogram.double().cumsum(0)
+    edges = bucket_edges().log2()
+    found = []
+    for share in QUANTILES:
+        b = min(int(torch.searchsorted(below, share * total)), BUCKETS - 1)
+        inside = 1 - (float(below[b]) - share * total) / float(histogram[b])
+        found.append((share, float(torch.exp2(edges[b] + inside * (edges[b + 1] - edges[b])))))
+    return tuple(found)
+
+
+# -- folders ------------------------------------------------------------------------------------------------------
+
+
+def open_store(pair: PairedModel, folder: Path, description: StoreDescription, *, first: bool = True) -> list[Part]:
+    """Make a store's folder, or see that the one there is of the same kind; the parts in it.
+
+    Args:
+        pair: whose features these are.
+        folder: made where it does not exist.
+        description: what is about to be collected.
+        first: write the effects too; of several processes one does.
+
+    Raises FeatureStoreError where the folder holds a store of something else.
+    """
+    if (folder / STORE_FILE).is_file():
+        _require_same(folder, read_description(folder), description)
+    elif folder.exists() and any(not f.name.startswith(".") for f in folder.iterdir()):
+        raise FeatureStoreError(f"{folder} is there already and is no feature store; choose another folder.")
+    else:
+        vocabulary = _vocabulary(pair)
+        write_text(folder / VOCABULARY_FILE, json.dumps(vocabulary))
+        record = {"schema_version": SCHEMA_VERSION, **asdict(description)}
+        write_text(folder / STORE_FILE, json.dumps(record, indent=1) + "\n")
+    if first and not (folder / EFFECTS_FOLDER).is_dir():
+        remove_partials(folder / EFFECTS_FOLDER)
+        with new_folder(folder / EFFECTS_FOLDER) as out:
+            for layer, effects in _effects(pair, description):
+                save_file({k: t.contiguous() for k, t in effects._asdict().items()}, out / layer_file(layer))
+    return parts_in(folder)
+
+
+def finish(
+    pair: PairedModel, description: StoreDescription, parts: Sequence[Part], folder: str | Path | None
+) -> FeatureStore:
+    """All parts as one store, in the folder or in memory."""
+    k = {"top": description.options.examples, "sample": description.options.sample}
+    merged = parts[0] if len(parts) == 1 else MergedPart(sorted(parts, key=lambda p: p.totals.covers), k)
+    if folder is None:
+        vocabulary = _vocabulary(pair)
+        whole = Part(merged.totals, merged.documents, {n: merged.layer(n) for n in description.layers}, None)
+        return FeatureStore(description, whole, dict(_effects(pair, description)), vocabulary)
+    folder = Path(folder)
+    if len(parts) > 1:
+        name = hashlib.sha256("".join(merged.totals.covers).encode()).hexdigest()[:16]
+        write_part(folder / f"part-{name}", merged, description.layers)
+        for part in parts:  # only now: whoever is killed before finds both, and takes the larger
+            assert part.folder is not None
+            shutil.rmtree(part.folder)
+    return FeatureStore.load(folder)
+
+
+def parts_in(folder: Path) -> list[Part]:
+    """The parts in a store's folder, without those that another one holds already."""
+    parts = [Part.open(path) for path in sorted(folder.glob("part-*")) if path.is_dir()]
+    held = [set(part.totals.covers) for part in parts]
+    return [part for part, mine in zip(parts, held, strict=True) if not any(mine < other for other in held)]
+
+
+def read_description(folder: Path) -> StoreDescription:
+    """What a store was read on. Raises FeatureStoreError where the folder holds none."""
+    try:
+        record = json.loads((folder / STORE_FILE).read_text())
+        if (version := record.pop("schema_version")) != SCHEMA_VERSION:
+            raise FeatureStoreError(f"{folder} has schema_version {version}; this version reads {SCHEMA_VERSION}.")
+        return StoreDescription(**{**record, "options": StoreOptions(**record["options"])})
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, FeatureStoreError):
+            raise
+        raise FeatureStoreError(
+            f"{folder} holds no feature store ({error}); make one with collect_features, or tl-adapters features RUN."
+        ) from error
+
+
+def _require_same(folder: Path, there: StoreDescription, now: StoreDescription) -> None:
+    # How the work was cut up changes nothing in the result.
+    free = {"tokens_per_batch": 0, "documents_per_part": 0}
+    for name in (f.name for f in fields(StoreDescription)):
+        was, is_ = getattr(there, name), getattr(now, name)
+        if name == "options":
+            was, is_ = ({**asdict(options), **free} for options in (was, is_))
+        if was != is_:
+            raise FeatureStoreError(
+                f"The store in {folder} was read with {name} {was!r}; asked for is {is_!r}. One store means one thing: "
+                "give another folder."
+            )
+
+
+def _vocabulary(pair: PairedModel) -> list[str]:
+    return [token_text(pair.model.tokenizer, token) for token in range(pair.model.cfg.d_vocab)]
+
+
+def _effects(pair: PairedModel, description: StoreDescription) -> Iterator[tuple[int, LayerEffects]]:
+    words = [single_token(pair.model.tokenizer, word) for word in description.words]
+    for layer, rows in written_rows(pair, description.kind, description.layers):
+        yield layer, layer_effects(pair, layer, rows, words)
+
+
+def _read_effects(folder: Path | None, layer: int) -> LayerEffects:
+    assert folder is not None
+    path = folder / EFFECTS_FOLDER / layer_file(layer)
+    if not path.is_file():
+        raise FeatureStoreError(f"{path} is missing; collect into this folder again, which adds it.")
+    return LayerEffects(**load_file(path))
+
+
+def _read_labels(path: Path) -> dict[FeatureId, Label]:
+    try:
+        record = json.loads(path.read_text())
+        return {FeatureId(*map(int, name.split("."))): Label(**label) for name, label in record.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FeatureStoreError(f"{path} cannot be read ({error}); remove it and label again.") from error
