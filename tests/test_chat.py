@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import Qwen2Tokenizer
 
-from tl_adapters.chat import ChatFormat, Conversation, encode_traces
+from tl_adapters.chat import TRACE_REGIONS, ChatFormat, Conversation, encode_traces
 from tl_adapters.data import DataError, Trace
 from tl_adapters.organism.recipe import CHAT_TEMPLATE, build_tokenizer
 
@@ -243,3 +243,33 @@ def test_any_text_survives_the_round_trip() -> None:
     response = "<think>\n ünïcödé 🤔\t  spaces \n\n</think>\r\n\\boxed{½}  "
     (trace,) = encode_traces([(" 1 , 2 ?\n", response)], tokenizer)
     assert tokenizer.decode(trace.tokens) == f"<|bos|><|user|> 1 , 2 ?\n<|assistant|>{response}<|end|>"
+
+
+def by_region(chat: ChatFormat, response: str, question: str) -> dict[str, str]:
+    """Region to the text of its tokens, in one piece."""
+    (trace,) = chat.encode([asked(response, question)])
+    codes = chat.regions(trace)
+    assert len(codes) == len(trace.tokens)
+    return {
+        name: chat.tokenizer.decode([t for t, c in zip(trace.tokens, codes, strict=True) if c == code])
+        for code, name in enumerate(TRACE_REGIONS)
+    }
+
+
+@pytest.mark.parametrize("tag", ["think", "reason"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_token_is_in_its_region(name: str, tag: str) -> None:
+    """Told from the template, also where a tag is several tokens or the prompt opens the thinking."""
+    chat = chat_of(name, tag)
+    regions = by_region(chat, f"<{tag}>\n9, no 8.\n</{tag}>\n8", "3+5=?")
+    # Without a special token after it, a question may share its last token with the template: that token is its own.
+    assert regions["question"].rstrip() == "3+5=?"
+    assert "".join(regions["template"].split()) == "".join(PROMPTS[name].replace("1+1=?", "").split())
+    assert regions["think_start"] == f"<{tag}>" and regions["think_end"] == f"</{tag}>"
+    assert regions["thinking"].strip() == "9, no 8." and regions["answer"].strip() == "8"
+    assert regions["end"].strip() == ENDS[name]
+    plain = by_region(chat, "8", "3+5=?")
+    assert plain["question"].rstrip() == "3+5=?" and plain["answer"].strip() == "8"
+    assert plain["think_start"] == plain["thinking"] == plain["think_end"] == ""
+    endless = by_region(chat, f"<{tag}>\n9, no", "3+5=?")
+    assert endless["thinking"].strip() == "9, no" and endless["think_end"] == endless["answer"] == ""

@@ -114,14 +114,16 @@ class ChatFormat:
         prompt, response = trace.tokens[: trace.prompt_length], trace.tokens[trace.prompt_length :]
         before, after, opening, closing, ending = self._edges
         codes = [question] * len(prompt)
-        if prompt[: len(before)] == before:
-            codes[: len(before)] = [template] * len(before)
-        opened = False
-        if after and prompt[-len(after) :] == after:
-            codes[-len(after) :] = [template] * len(after)
-            if self.opens_thinking and (place := _find(opening, after)) is not None:
-                opened, start = True, len(prompt) - len(after) + place
-                codes[start : start + len(opening)] = [think_start] * len(opening)
+        head = len(_shared_start([prompt, before]))
+        codes[:head] = [template] * head
+        # An answer without thinking: there `render` has left out a tag that the prompt would open.
+        tag = _find(opening, after) if self.opens_thinking else None
+        tails = [len(_shared_start([prompt[::-1], end_[::-1]])) for end_ in (after, after[:tag])]
+        tail, opened = max(tails), tag is not None and tails[0] > tails[1]
+        codes[len(prompt) - tail :] = [template] * tail
+        if tag is not None and opened:
+            start = len(prompt) - len(after) + tag
+            codes[start : start + len(opening)] = [think_start] * len(opening)
         codes += [answer] * len(response)
         inside = len(prompt)
         if not opened and response[: len(opening)] == opening:

@@ -48,6 +48,7 @@ from tl_adapters.parts import (
     PartTotals,
     best,
     bucket,
+    group_starts,
     joined,
     rank_within,
     write_part,
@@ -197,15 +198,14 @@ class _Collector:
         return Part(totals, Documents(ids, flat, starts), counts.layers(), None)
 
     def _firings(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(flat token, flat feature, activation) of everything that fires, sorted by token and then feature."""
+        """(flat token, flat feature, activation) of everything that fires, sorted by feature and then token."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         with self._extracting(found):
             resid = self.pair.embed(batch.tokens.to(self.pair.model.W_E.device))
             self.pair.run_blocks(resid, 0, self.pair.n_layers)
         token, feature, value = (torch.cat([part[i] for part in found]) for i in range(3))
-        real = batch.region[token] >= 0
-        token, feature, value = token[real], feature[real], value[real]
-        order = (token * self.description.n_flat + feature).argsort()
+        order = feature.argsort(stable=True)  # within a layer they come by token
+        order = order[batch.region[token[order]] >= 0]
         return token[order], feature[order], value[order]
 
     @contextmanager
@@ -213,19 +213,19 @@ class _Collector:
         pair, description = self.pair, self.description
 
         def extract(acts: Tensor, hook: HookPoint, place: int, layer: int) -> None:
-            flat = acts.flatten(0, 1)
+            norms, n_features = self.norms[layer], description.n_features
             if description.kind == "neuron":
-                n = min(self.options.neurons_per_token, flat.shape[1])
-                size, index = (flat.clamp(min=0).float() * self.norms[layer]).topk(n, dim=-1)
-                where = (size > 0).nonzero()
-                token, index, value = where[:, 0], index[tuple(where.T)], size[tuple(where.T)]
-            else:
-                token, index = flat.nonzero().unbind(1)
-                value = flat[token, index].float() * self.norms[layer][index]
-            # A decoder row of zeros writes nothing: what fires there is no firing of anything.
-            writes = value > 0
-            token, index, value = token[writes], index[writes], value[writes]
-            found.append((token.cpu(), index.cpu() + place * description.n_features, value.cpu()))
+                size = acts.flatten(0, 1).clamp(min=0).float() * norms
+                strongest = size.topk(min(self.options.neurons_per_token, n_features), dim=-1)
+                acts = torch.zeros_like(size).scatter_(1, strongest.indices, strongest.values)
+                norms = torch.ones_like(norms)
+            flat = acts.flatten()
+            at = flat.nonzero()[:, 0]
+            index = at % n_features
+            value = flat[at].float() * norms[index]
+            if not bool((norms > 0).all()):  # a row of zeros writes nothing: what fires there is no firing of anything
+                at, index, value = (column[value > 0] for column in (at, index, value))
+            found.append(((at // n_features).cpu(), index.cpu() + place * n_features, value.cpu()))
 
         point = NEURONS if description.kind == "neuron" else ACTIVATIONS
         hooks = [
@@ -256,7 +256,7 @@ class _Counts:
         self.seed = _mixed(torch.tensor(options.seed))
 
     def add(self, batch: _Batch, token: Tensor, feature: Tensor, value: Tensor) -> None:
-        """One batch's firings, sorted by token and then feature."""
+        """One batch's firings, sorted by feature and then token."""
         row, position = token // batch.tokens.shape[1], token % batch.tokens.shape[1]
         _tally(self.count, feature)
         self.total.index_add_(0, feature, value.double())
@@ -274,11 +274,11 @@ class _Counts:
         # A positive float's bits are ordered as it is; between equals the hash decides, not the order of documents.
         size = (value.view(torch.int32).long() << 32) | ((drawn >> 32) & 0xFFFFFFFF)
         fired = _Firings(batch, self.description, token, feature, value, row, position)
-        in_document = row * self.description.n_flat + feature
-        wanted = self.top.wanted(feature, size, _first_of_each(in_document, size, self.top.above(feature, size)))
+        of_document = _is_best(group_starts(feature, row), size)
+        wanted = self.top.wanted(feature, size, of_document)
         self.top.add(fired.examples(wanted, size[wanted], others=0))
         drawn = (drawn >> 1) & 0x7FFFFFFFFFFFFFFF
-        wanted = self.sample.wanted(feature, drawn, self.sample.above(feature, drawn))
+        wanted = self.sample.wanted(feature, drawn)
         self.sample.add(fired.examples(wanted, drawn[wanted], others=self.description.options.neighbours))
 
     def layers(self) -> dict[int, LayerStatistics]:
@@ -304,14 +304,12 @@ class _Best:
         self.k, self.kept, self.waiting, self.n_waiting = k, none, [none], 0
         self.threshold = torch.full((n_flat,), -1, dtype=torch.long)
 
-    def above(self, feature: Tensor, key: Tensor) -> Tensor:
-        """Indices of the firings that are not below their feature's threshold."""
-        return (key >= self.threshold[feature]).nonzero()[:, 0]
-
-    def wanted(self, feature: Tensor, key: Tensor, among: Tensor) -> Tensor:
-        """Indices of the k best of each feature ``among`` these."""
-        order, rank = rank_within(feature[among], key[among])
-        return among[order[rank < self.k]]
+    def wanted(self, feature: Tensor, key: Tensor, among: Tensor | None = None) -> Tensor:
+        """Indices of the firings (``among`` those marked) that may be among the best: at most k of each feature."""
+        above = key >= self.threshold[feature]
+        candidates = (above if among is None else above & among).nonzero()[:, 0]
+        order, rank = rank_within(feature[candidates], key[candidates])
+        return candidates[order[rank < self.k]]
 
     def add(self, candidates: Examples) -> None:
         """Firings that `wanted` chose."""
@@ -333,7 +331,7 @@ class _Best:
 
 @dataclass(frozen=True)
 class _Firings:
-    """A batch's firings, sorted by token and then feature, and how to look around in them."""
+    """A batch's firings, sorted by feature and then token, and how to look around in them."""
 
     batch: _Batch
     description: StoreDescription
@@ -356,38 +354,44 @@ class _Firings:
         )
 
     def _window(self, chosen: Tensor) -> Tensor:
-        """[n, width]: the same feature's activations around each chosen firing."""
-        options, n_flat = self.description.options, self.description.n_flat
-        offsets = torch.arange(-options.before, options.after + 1)
-        place = self.position[chosen, None] + offsets
-        inside = (place >= 0) & (place < self.batch.length[self.row[chosen], None])
-        wanted = (self.token[chosen, None] + offsets) * n_flat + self.feature[chosen, None]
-        keys = self.token * n_flat + self.feature
-        found = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-        fires = inside & (keys[found] == wanted) if len(keys) else inside
-        return torch.where(fires, self.value[found], 0.0).clamp(max=torch.finfo(torch.float16).max).half()
+        """[n, width]: the same feature's activations around each chosen firing.
+
+        In this order they stand next to it: as many places away as there are tokens between, at most.
+        """
+        before, after = self.description.options.before, self.description.options.after
+        width, n = before + 1 + after, len(self.token)
+        place = chosen[:, None] + torch.arange(-before, after + 1)
+        inside = (place >= 0) & (place < n)
+        place = place.clamp(0, max(0, n - 1))
+        column = self.token[place] - self.token[chosen, None] + before
+        same = (self.feature[place] == self.feature[chosen, None]) & (self.row[place] == self.row[chosen, None])
+        column = torch.where(inside & same & (column >= 0) & (column < width), column, width)
+        windows = torch.zeros(len(chosen), width + 1).scatter_(1, column, self.value[place])
+        return windows[:, :width].clamp(max=torch.finfo(torch.float16).max).half()
 
     def _beside(self, chosen: Tensor, others: int) -> Tensor:
         """[n, others]: the strongest other features on the same token, -1 where there are fewer."""
         if not others or not len(chosen):
             return torch.full((len(chosen), others), -1, dtype=torch.int32)
-        order = self.value.argsort(descending=True)
-        order = order[self.token[order].argsort(stable=True)]  # by token, the strongest first
         here = self.token[chosen]
-        start = torch.searchsorted(self.token, here)
-        place = start[:, None] + torch.arange(others + 1)
-        there = place < torch.searchsorted(self.token, here, right=True)[:, None]
-        found = torch.where(there, self.feature[order[place.clamp(max=len(order) - 1)]], -1)
+        looked_at = torch.zeros(self.batch.tokens.numel(), dtype=torch.bool).index_fill_(0, here, True)
+        near = looked_at[self.token].nonzero()[:, 0]
+        near = near[self.value[near].argsort(descending=True)]
+        near = near[self.token[near].argsort(stable=True)]  # by token, the strongest first
+        tokens = self.token[near]
+        place = torch.searchsorted(tokens, here)[:, None] + torch.arange(others + 1)
+        there = place < torch.searchsorted(tokens, here, right=True)[:, None]
+        found = torch.where(there, self.feature[near[place.clamp(max=len(near) - 1)]], -1)
         found = torch.where(found == self.feature[chosen, None], -1, found)
         # The feature itself, or the one too many, is -1 now: to the end with it.
         last = (found < 0).int().argsort(dim=-1, stable=True)
         return found.gather(1, last)[:, :others].int()
 
 
-def _first_of_each(group: Tensor, key: Tensor, among: Tensor) -> Tensor:
-    """Of the firings ``among``, indices of the best of each group."""
-    order, rank = rank_within(group[among], key[among])
-    return among[order[rank == 0]]
+def _is_best(group: Tensor, key: Tensor) -> Tensor:
+    """True at the entry of each group that has the largest key."""
+    best_key = torch.full_like(key, -1).scatter_reduce_(0, group, key, "amax")
+    return key == best_key[group]
 
 
 def _tally(counts: Tensor, index: Tensor, column: Tensor | None = None) -> None:

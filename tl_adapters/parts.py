@@ -78,8 +78,16 @@ def rank_within(feature: Int[Tensor, "n"], key: Int[Tensor, "n"]) -> tuple[Int[T
     """The order by feature and then by falling key, and each one's rank within its feature in that order."""
     order = key.argsort(descending=True, stable=True)
     order = order[feature[order].argsort(stable=True)]
-    ordered = feature[order].contiguous()
-    return order, torch.arange(len(ordered)) - torch.searchsorted(ordered, ordered)
+    return order, torch.arange(len(order)) - group_starts(feature[order])
+
+
+def group_starts(*sorted_by: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+    """Of entries that stand in groups of equal values, where each one's group begins."""
+    n = len(sorted_by[0])
+    begins = torch.zeros(n, dtype=torch.bool)
+    for column in sorted_by:
+        begins[1:] |= column[1:] != column[:-1]
+    return torch.where(begins, torch.arange(n), 0).cummax(0).values
 
 
 def best(examples: Examples, k: int) -> Examples:
