@@ -1,0 +1,78 @@
+"""The verbs that look at a run: attribute, serve."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tl_adapters.cli.common import Verbs, device_of
+from tl_adapters.errors import UserError
+
+
+def add_attribute(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """The verb attribute."""
+    attribute = verbs.add_parser("attribute", parents=[common], help="from the next token back to features and tokens")
+    attribute.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
+    prompt = attribute.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text as the model reads it, chat tokens included")
+    prompt.add_argument("--prompt-file", type=Path, help="a text file that holds it")
+    attribute.add_argument("--target", action="append", help="a token to explain (default: the likeliest next ones)")
+    attribute.add_argument("--linearisation", choices=("relp", "frozen_mlp", "gradient"), default="relp")
+    attribute.add_argument("--max-feature-nodes", type=int, default=5000, metavar="N", help="the most influential")
+    attribute.add_argument("--window", type=int, metavar="N", help="nodes at the last N positions only")
+    attribute.add_argument("--exclude-bos", action="store_true", help="no features at the first position")
+    attribute.add_argument("--node-threshold", type=float, default=0.8, help="influence that the page's nodes hold")
+    attribute.add_argument("--edge-threshold", type=float, default=0.98, help="likewise its edges")
+    attribute.add_argument("--out", type=Path, help="folder of graphs (default: RUN/graphs)")
+    attribute.add_argument("--name", help="of the page (default: graph-1, graph-2, ...)")
+    attribute.set_defaults(run=_attribute)
+
+
+def _attribute(args: argparse.Namespace) -> None:
+    from tl_adapters import study
+    from tl_adapters.attribution import attribute
+    from tl_adapters.graph_pages import write_graph
+
+    prompt = args.prompt if args.prompt_file is None else _read(args.prompt_file)
+    pair = study.open_run(args.run_folder, device_of(args.device), args.dtype)
+    graph = attribute(
+        pair,
+        prompt,
+        args.target,
+        linearisation=args.linearisation,
+        max_feature_nodes=args.max_feature_nodes,
+        window=args.window,
+        exclude_bos=args.exclude_bos,
+        progress=not args.quiet,
+    )
+    out = args.out or args.run_folder / "graphs"
+    name = args.name or next(f"graph-{i}" for i in range(1, 10**6) if not (out / f"graph-{i}").exists())
+    thresholds = dict(node_threshold=args.node_threshold, edge_threshold=args.edge_threshold)
+    page, url = write_graph(pair, graph, out, name, **thresholds)
+    checked = f"conservation residual {graph.residual:.1e}" if graph.adds_up else "a gradient does not add up"
+    print(f"{len(graph.features):,} features, {len(graph.weights):,} edges, {checked}")
+    print(f"page: {page}\ngraph: {out / name}\ncircuit-tracer: {out / 'circuit-tracer'}, {url}")
+    print(f"next: tl-adapters serve {out}")
+
+
+def add_serve(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
+    """The verb serve."""
+    serve = verbs.add_parser("serve", parents=[quiet], help="look at a folder's pages, on this machine only")
+    serve.add_argument("folder", type=Path, metavar="DIR", help="a run, or a folder of graphs")
+    serve.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default: 8000)")
+    serve.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from tl_adapters.server import HOST, make_server
+
+    with make_server(args.folder, args.port) as server:
+        print(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {path} cannot be read as text ({error}).") from error
