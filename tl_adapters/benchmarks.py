@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.chat import ChatFormat
+from tl_adapters.data import Trace
 from tl_adapters.intervals import bootstrap_ratio
 
 THINK_OPENS = "<think>"
@@ -152,6 +153,12 @@ def _left_padding(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         yield
     finally:
         tokenizer.padding_side, tokenizer.pad_token = side, pad
+
+
+def traces_of(responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase) -> list[Trace]:
+    """Responses that came to their end, as documents: what a model said itself, to measure on."""
+    end = tokenizer.eos_token_id
+    return [Trace((*r.prompt, *r.tokens, end), len(r.prompt)) for r in responses if not r.truncated]
 
 
 def correctness(responses: Sequence[Response]) -> Float[Tensor, "n"]:

@@ -218,6 +218,15 @@ class FeatureStore:
             self._held = (layer, self.part.layer(layer), effects)
         return self._held[1], self._held[2]
 
+    def require_features_of(self, pair: PairedModel) -> None:
+        """Raises FeatureStoreError where these are not the features of the pair's adapters."""
+        ours, theirs = self.about.fingerprints.get("adapters"), pair.installed_adapters().fingerprint
+        if self.about.kind != "feature" or ours != theirs:
+            raise FeatureStoreError(
+                f"The store holds {self.about.kind}s of adapters {ours}, and these are {theirs}: a feature is a number "
+                "of one set. Collect a store of these (tl-adapters features RUN)."
+            )
+
     # -- features -------------------------------------------------------------------------------------------------
 
     def ids(self, min_firings: int = ALIVE_FIRINGS) -> list[FeatureId]:

@@ -61,6 +61,8 @@ class FeatureRecord:
     """By how much it raises them, per unit of activation."""
     bottom_effects: Sequence[float] = ()
     """By how much it lowers them (negative)."""
+    label: str = ""
+    """What it is called."""
 
 
 def cantor(layer: int, index: int) -> int:
@@ -117,7 +119,7 @@ def write_circuit_tracer(
             "clickedId": targets[0],
             "sg_pos": "",
         },
-        "nodes": _nodes(graph, pruned, ids),
+        "nodes": _nodes(graph, pruned, ids, features or {}),
         "links": _links(graph, pruned, ids),
     }
     # all that can be refused is refused before anything is written; the list comes last, and names what is complete
@@ -243,9 +245,11 @@ def _supernodes(ids: list[str], pruned: PrunedGraph, supernodes: Mapping[str, li
     return [group for group in groups if len(group) > 1]
 
 
-def _nodes(graph: AttributionGraph, pruned: PrunedGraph, ids: list[str]) -> list[dict[str, Any]]:
+def _nodes(
+    graph: AttributionGraph, pruned: PrunedGraph, ids: list[str], features: Mapping[tuple[int, int], FeatureRecord]
+) -> list[dict[str, Any]]:
     """The nodes that stay, with every key: a node without one is hidden, or hides the page."""
-    kinds = [*_feature_nodes(graph), *_error_nodes(graph), *_token_nodes(graph), *_target_nodes(graph)]
+    kinds = [*_feature_nodes(graph, features), *_error_nodes(graph), *_token_nodes(graph), *_target_nodes(graph)]
     common = {"token_prob": 0.0, "is_target_logit": False, "run_idx": 0, "reverse_ctx_idx": 0, "clerp": ""}
     common |= {"activation": None}
     shares: list[float | None] = list(pruned.cumulative.tolist())
@@ -254,7 +258,7 @@ def _nodes(graph: AttributionGraph, pruned: PrunedGraph, ids: list[str]) -> list
     return [{"node_id": ids[i], **common, **node, "influence": shares[i]} for i, node in enumerate(kinds) if stays[i]]
 
 
-def _feature_nodes(graph: AttributionGraph) -> list[dict[str, Any]]:
+def _feature_nodes(graph: AttributionGraph, features: Mapping[tuple[int, int], FeatureRecord]) -> list[dict[str, Any]]:
     return [
         {
             "feature": cantor(layer, index),
@@ -263,6 +267,7 @@ def _feature_nodes(graph: AttributionGraph) -> list[dict[str, Any]]:
             "feature_type": "cross layer transcoder",  # of any other type the viewer shows no features
             "jsNodeId": f"{layer}_{index}-0",
             "activation": activation,
+            "clerp": features[layer, index].label if (layer, index) in features else "",
         }
         for (layer, position, index), activation in zip(
             graph.features.tolist(), graph.activations.tolist(), strict=True

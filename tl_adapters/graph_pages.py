@@ -1,7 +1,7 @@
 """A graph into a folder: our own files, the page to look at, and the files of circuit-tracer's viewer.
 
-What a feature promotes is its decoder row through the final norm's weight and the unembedding; where it fires is, until
-there is a feature store, this prompt itself.
+What a feature promotes is its decoder row through the final norm's weight and the unembedding. Where it fires is this
+prompt and, where the run has a feature store, the store's examples; there it has its label, too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from tl_adapters.atomic import require_absent
 from tl_adapters.attribution import LogitTarget, attribute, decoded
 from tl_adapters.effects import logit_effects
+from tl_adapters.feature_store import FeatureStore
+from tl_adapters.features import Feature
 from tl_adapters.graph_files import FeatureRecord, node_ids, require_slug, write_circuit_tracer
 from tl_adapters.graphs import AttributionGraph
 from tl_adapters.paired import PairedModel
@@ -22,7 +24,7 @@ from tl_adapters.pruning import EDGE_THRESHOLD, NODE_THRESHOLD, PrunedGraph, fea
 from tl_adapters.validity import explain_difference, hold_to_account
 from tl_adapters.viewer import ViewerData, ViewerNode, write_page
 
-TOP = 8
+TOP, EXAMPLES = 8, 4
 _WINDOW = 12
 
 
@@ -44,6 +46,7 @@ def write_graph(
     title: str = "",
     node_threshold: float = NODE_THRESHOLD,
     edge_threshold: float = EDGE_THRESHOLD,
+    store: FeatureStore | None = None,
 ) -> Written:
     """Write ``name``.html, ``name``/ (our own files) and circuit-tracer/ into a folder.
 
@@ -54,8 +57,10 @@ def write_graph(
         name: of the page and of the graph; letters, digits, ``_``, ``.`` and ``-``.
         title: the page's heading; "" takes the end of the prompt.
         node_threshold, edge_threshold: as `pruning.prune`; the page and circuit-tracer's files hold what is left.
+        store: of the same adapters, for labels and further examples.
 
     Raises:
+        FeatureStoreError: a store of other adapters.
         GraphError: a name or thresholds that are not allowed.
         FolderExistsError: a graph of that name is there.
     """
@@ -63,7 +68,7 @@ def write_graph(
     require_absent(Path(folder) / name)
     folder = Path(folder)
     pruned = prune(graph, node_threshold, edge_threshold)
-    records = feature_records(pair, graph, pruned)
+    records = feature_records(pair, graph, pruned, store)
     # First what can still be refused (a prompt of one token, a folder of other adapters' graphs): then nothing is left.
     url = write_circuit_tracer(
         graph,
@@ -80,14 +85,19 @@ def write_graph(
 
 
 def examine_moment(
-    pair: PairedModel, tokens: Sequence[int], target: LogitTarget, folder: Path, name: str
+    pair: PairedModel,
+    tokens: Sequence[int],
+    target: LogitTarget,
+    folder: Path,
+    name: str,
+    store: FeatureStore | None = None,
 ) -> dict[str, Any]:
     """Draw the graph of what is about to be said, and say how far it is true; what was found, for results.json."""
     graph = attribute(pair, tokens, progress=False)
     if target.token not in [t.token for t in graph.targets]:
         likeliest = [LogitTarget(t.token) for t in graph.targets if t.token is not None]
         graph = attribute(pair, tokens, [*likeliest, target], progress=False)
-    page, _ = write_graph(pair, graph, folder, name, node_threshold=0.95)  # tokens take much of the first 0.8
+    page, _ = write_graph(pair, graph, folder, name, node_threshold=0.95, store=store)  # tokens: much of 0.8
     difference = explain_difference(pair, tokens, target, progress=False)
     probability = next(t.probability for t in graph.targets if t.token == target.token)
     return {
@@ -107,9 +117,11 @@ def examine_moment(
 
 @torch.no_grad()
 def feature_records(
-    pair: PairedModel, graph: AttributionGraph, pruned: PrunedGraph
+    pair: PairedModel, graph: AttributionGraph, pruned: PrunedGraph, store: FeatureStore | None = None
 ) -> dict[tuple[int, int], FeatureRecord]:
-    """What is known of every feature that is left: its logit effects, and where in this prompt it fires."""
+    """What is known of every feature that is left: its logit effects, where in this prompt it fires, and where else."""
+    if store is not None:
+        store.require_features_of(pair)
     left = graph.features[pruned.node_mask[: len(graph.features)]]
     records = {}
     for layer in left[:, 0].unique().tolist():
@@ -120,6 +132,8 @@ def feature_records(
             acts = torch.zeros(len(graph.tokens), dtype=graph.activations.dtype)
             acts[graph.features[here, 1]] = graph.activations[here]
             top, bottom = effect.topk(min(TOP, len(effect))), (-effect).topk(min(TOP, len(effect)))
+            here_first = (graph.strings, acts.tolist(), int(acts.argmax()))
+            known = {} if store is None or layer not in store.about.layers else _known(store.feature((layer, index)))
             records[layer, index] = FeatureRecord(
                 layer,
                 index,
@@ -127,11 +141,28 @@ def feature_records(
                 bottom_logits=[decoded(pair, token) for token in bottom.indices.tolist()],
                 top_effects=top.values.tolist(),
                 bottom_effects=(-bottom.values).tolist(),
-                act_min=float(acts.min()),
-                act_max=float(acts.max()),
-                examples=[(graph.strings, acts.tolist(), int(acts.argmax()))],
+                **{
+                    "act_min": float(acts.min()),
+                    "act_max": float(acts.max()),
+                    **known,
+                    "examples": [here_first, *known.get("examples", [])],
+                },
             )
     return records
+
+
+def _known(feature: Feature) -> dict[str, Any]:
+    """What the store adds to a record. Raw activations, as in the graph: the store's are in decoder-norm units."""
+    raw = 1 / feature.decoder_norm if feature.decoder_norm else 0.0
+    return {
+        "label": feature.label.text if feature.label else "",
+        "act_min": 0.0,
+        "act_max": feature.max * raw,
+        "quantiles": [value * raw for _, value in feature.quantiles],
+        "histogram": [float(n) for _, _, n in feature.histogram],
+        "activation_frequency": feature.density,
+        "examples": [(e.tokens, [value * raw for value in e.values], e.at) for e in feature.top[:EXAMPLES]],
+    }
 
 
 def viewer_data(
@@ -179,7 +210,7 @@ def _viewer_node(
             top=tuple(zip(record.top_logits, record.top_effects, strict=True)),
             bottom=tuple(zip(record.bottom_logits, record.bottom_effects, strict=True)),
         )
-        return ViewerNode(kind="feature", layer=layer, position=position, label="", **known)  # type: ignore[arg-type]
+        return ViewerNode(kind="feature", layer=layer, position=position, label=record.label, **known)  # type: ignore[arg-type]
     if node < graph.first_token:
         layer, position = graph.errors[node - len(graph.features)].tolist()
         return ViewerNode(kind="error", layer=layer, position=position, label="base MLP", **empty)  # type: ignore[arg-type]
@@ -199,10 +230,11 @@ def _viewer_node(
 
 
 def _windows(record: FeatureRecord, position: int) -> tuple[tuple[tuple[str, float], ...], ...]:
-    """The prompt around the node, and around where the feature is strongest, if that is elsewhere."""
+    """The prompt around the node, and around where the feature is strongest there; then its examples elsewhere."""
+    (tokens, acts, strongest), *elsewhere = record.examples
+    places = [(tokens, acts, at) for at in dict.fromkeys((position, strongest))] + elsewhere
     windows = []
-    for tokens, acts, strongest in record.examples:
-        for at in dict.fromkeys((position, strongest)):
-            part = slice(max(0, at - _WINDOW), at + _WINDOW // 2)
-            windows.append(tuple(zip(tokens[part], acts[part], strict=True)))
+    for tokens, acts, at in places:
+        part = slice(max(0, at - _WINDOW), at + _WINDOW // 2)
+        windows.append(tuple(zip(tokens[part], acts[part], strict=True)))
     return tuple(windows)

@@ -32,6 +32,8 @@ def write_report(folder: str | Path) -> Path:
         sections.append(_baselines(results["baselines"]))
     if "behaviour" in results:
         sections.append(_behaviour(results["behaviour"]))
+    if "labels" in results.get("features", {}):
+        sections.append(_features(results["features"]))
     if (results.get("attribution") or {}).get("graphs"):
         sections.append(_attribution(results["attribution"]))
     answers = _lines(folder / "answers.jsonl")
@@ -172,6 +174,40 @@ def _behaviour(b: Block) -> str:
         "<i>replacement</i> adds the adapters.</p>"
     )
     return f"<h2>Behaviour</h2>{text}" + table(header, rows)
+
+
+def _features(b: Block) -> str:
+    neurons = b["neurons"]
+    rows = [
+        [
+            escape(category),
+            _figure(share["weighted"], percent=True),
+            _figure(neurons["labels"][category]["weighted"], percent=True) if category in neurons["labels"] else "",
+        ]
+        for category, share in b["labels"].items()
+    ]
+    link = f'<a href="{escape(b["page"])}">what each of them fires on and promotes</a>'
+    text = (
+        f"<p>{b['alive']:,} of {b['total']:,} features are alive on {b['tokens']:,} tokens ({escape(b['split'])} "
+        f"split, the {escape(b['stream'])}'s stream): {link}. Labels are by rules that need no model; beside them, as "
+        f"a measure, the same rules on the target's MLP neurons, of each token and layer the {neurons['per_token']} "
+        f"that write most ({neurons['alive']:,} of {neurons['total']:,} alive).</p>"
+    )
+    layers = [layer["layer"] for layer in b["agreement"]]
+    plots = [
+        plot(
+            [
+                _banded("on both, of firings on either", layers, [layer["overlap"] for layer in b["agreement"]]),
+                _banded("on both, of the replacement's", layers, [layer["kept"] for layer in b["agreement"]]),
+            ],
+            xlabel="layer",
+            ylabel="share of firings",
+            whole=True,
+            caption="How far features fire alike on the target's own residual stream and on the replacement's.",
+        )
+    ]
+    shown = table(["called", "features", "neurons"], rows)
+    return f'<h2>What the features are</h2>{text}{shown}<div class="plots">{"".join(plots)}</div>'
 
 
 def _attribution(b: Block) -> str:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tl_adapters.atomic import write_text
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 FILE = "results.json"
@@ -59,3 +65,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+@contextmanager
+def stage(folder: Path, name: str) -> Iterator[None]:
+    """Time a stage and add its seconds to results.json."""
+    log.info("%s ...", name)
+    began = time.perf_counter()
+    yield
+    seconds = {**read_results(folder).get("seconds", {}), name: round(time.perf_counter() - began, 1)}
+    write_results(folder, seconds=seconds)
+    log.info("%s: %.0f s", name, seconds[name])

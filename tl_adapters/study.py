@@ -9,38 +9,45 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tl_adapters import organism
-from tl_adapters.adapter import AdapterSet
 from tl_adapters.architectures import load_hf_model
 from tl_adapters.atomic import write_text
 from tl_adapters.attribution import LogitTarget, token_id
 from tl_adapters.backends import build_model
 from tl_adapters.baselines import Correction, baseline_kl, difference_directions, low_rank, top_neurons
-from tl_adapters.batching import EncodedDocuments, open_documents
-from tl_adapters.benchmarks import Response, correctness, rate, respond
-from tl_adapters.chat import ChatFormat, encode_traces
+from tl_adapters.benchmarks import Response, correctness, rate, respond, traces_of
+from tl_adapters.chat import encode_traces
 from tl_adapters.checkpoints import read_vocabulary
 from tl_adapters.compatibility import require_same_ids
 from tl_adapters.config import Dtype, RunConfig, TrainingConfig
-from tl_adapters.data import DataError, Trace
+from tl_adapters.data import Trace
+from tl_adapters.describing import features_stage
 from tl_adapters.errors import UserError
 from tl_adapters.faithfulness import DocumentSums, faithfulness_block, features_block, measure_faithfulness
+from tl_adapters.feature_store import FeatureStore
 from tl_adapters.graph_pages import examine_moment
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_recovered
+from tl_adapters.opening import (
+    BUILTIN_TRACES,
+    is_builtin,
+    load_builtin_pair,
+    open_data,
+    open_held_out,
+    open_pair,
+    open_run,
+    require_adapters,
+)
 from tl_adapters.paired import PairedModel
 from tl_adapters.report import write_report
-from tl_adapters.results import read_results, versions, write_results
+from tl_adapters.results import read_results, stage, versions, write_results
 from tl_adapters.runfolder import RunFolder, require_new
-from tl_adapters.sources import Columns, PairList, RandomAccess
 from tl_adapters.training import Trainer
 from tl_adapters.validity import LINEARISATIONS
 
@@ -55,7 +62,7 @@ HESITATION, GRAPHS = "Wait", 3
 class Scale:
     """How much of everything a study does. The defaults are the full demo's."""
 
-    training_traces: int = 20_000
+    training_traces: int = BUILTIN_TRACES
     """Training documents of the built-in pair."""
     problems: int = 1_000
     """Held-out problems whose answers are compared between models."""
@@ -75,61 +82,6 @@ QUICK = Scale(
     training=TrainingConfig(steps=150),
 )
 """A look at everything in under 90 seconds; the adapters are not yet sparse."""
-
-
-@contextmanager
-def stage(folder: Path, name: str) -> Iterator[None]:
-    """Time a stage and add its seconds to results.json."""
-    log.info("%s ...", name)
-    began = time.perf_counter()
-    yield
-    seconds = {**read_results(folder).get("seconds", {}), name: round(time.perf_counter() - began, 1)}
-    write_results(folder, seconds=seconds)
-    log.info("%s: %.0f s", name, seconds[name])
-
-
-def load_builtin_pair(device: str = "cpu", dtype: torch.dtype | None = None, backend: str | None = None) -> PairedModel:
-    """The pair that ships with the package."""
-    return PairedModel.from_pretrained(
-        organism.BUILTIN_BASE, organism.BUILTIN_TARGET, device=device, dtype=dtype, backend=backend
-    )
-
-
-def open_pair(config: RunConfig, device: str = "cpu") -> PairedModel:
-    """The pair that a configuration names. Raises what `PairedModel.from_pretrained` raises."""
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    if not config.target:
-        return load_builtin_pair(device, dtype, config.backend)
-    return PairedModel.from_pretrained(config.base, config.target, device=device, dtype=dtype, backend=config.backend)
-
-
-def open_run(folder: Path, device: str = "cpu", dtype: Dtype | None = None) -> PairedModel:
-    """The pair of a run with its adapters in place. Raises UserError where the run has none yet."""
-    _require_adapters(folder)
-    adapters = AdapterSet.from_pretrained(folder / "adapters")
-    config = RunConfig.load(folder / "config.json")
-    pair = open_pair(replace(config, dtype=dtype or config.dtype), device)
-    pair.load_adapters(adapters)
-    return pair
-
-
-def _require_adapters(folder: Path) -> None:
-    if not (folder / "adapters").is_dir():
-        raise UserError(f"{folder} holds no adapters; give a folder that train or demo made and has come to its end.")
-
-
-def open_data(config: RunConfig, pair: PairedModel) -> EncodedDocuments:
-    """The documents that a configuration names, in the target's chat format. Raises DataError."""
-    data, training = config.data, config.training
-    chat = ChatFormat.of(pair.model.tokenizer, data.think_start, data.think_end)
-    n_ctx = pair.model.cfg.n_ctx
-    if data.source:
-        return open_documents(data, chat, n_ctx, training.seed, training.count)
-    if config.target:
-        raise DataError("data.source is empty: give a .jsonl file or a dataset's name (--data on the command line).")
-    pairs = organism.reasoning_pairs("train", Scale().training_traces, training.seed)
-    reader = RandomAccess(PairList(pairs, "the built-in pair's text"), Columns(data))
-    return EncodedDocuments(reader, chat, data, n_ctx, training.seed, training.count)
 
 
 def train_run(config: RunConfig, folder: Path, device: str = "cpu", progress: bool = True) -> None:
@@ -184,14 +136,6 @@ def train_stage(trainer: Trainer, folder: Path) -> None:
     )
 
 
-def is_builtin(folder: Path) -> bool:
-    """Was the run in ``folder`` made on the built-in pair? Raises UserError where it does not say."""
-    pair = read_results(folder).get("pair")
-    if pair is None:
-        raise UserError(f"{folder / 'results.json'} names no pair; is this a folder that train or demo made?")
-    return bool(pair["target"] == organism.BUILTIN_TARGET)
-
-
 def evaluate_run(folder: Path, data: str | None, device: str = "cpu", dtype: Dtype | None = None) -> None:
     """Measure a run's adapters: on held-out traces, or (the built-in pair) on its own report split.
 
@@ -201,16 +145,13 @@ def evaluate_run(folder: Path, data: str | None, device: str = "cpu", dtype: Dty
         device: where to run.
         dtype: of the models, instead of the run's.
     """
-    _require_adapters(folder)
+    require_adapters(folder)
     if data is None and not is_builtin(folder):
         raise UserError("--data is missing: a .jsonl file of held-out prompts and responses, or a dataset's name.")
     config = RunConfig.load(folder / "config.json")
     pair = open_run(folder, device, dtype)
     if data is not None:
-        held_out = replace(config.data, source=data, streaming=False, validation_fraction=0.0, validation_split=None)
-        # Only the response is measured, so only documents that have one count.
-        training = replace(config.training, count=("thinking", "answer"))
-        documents = open_data(replace(config, data=held_out, training=training), pair)
+        documents = open_held_out(config, data, pair)
         log.info("%s", documents.survey())
         faithfulness_stage(pair, documents.traces(), folder, split=Path(data).name)
     else:
@@ -327,16 +268,18 @@ def demo(
 def evaluate_builtin(pair: PairedModel, folder: Path, scale: Scale, fit: Sequence[Trace]) -> None:
     """Every evaluation stage on the report split; ``fit`` are training traces, for the low-rank baseline."""
     target = behaviour_stage(pair, organism.problems("report", scale.documents), scale.problems, folder)
-    end = pair.model.tokenizer.eos_token_id
-    traces = [Trace((*r.prompt, *r.tokens, end), len(r.prompt)) for r in target if not r.truncated]
+    traces = traces_of(target, pair.model.tokenizer)
     sums = faithfulness_stage(pair, traces, folder, "report")
     baselines_stage(
         pair, fit[: 2 * scale.baseline_documents], traces[: scale.baseline_documents], sums, folder, "report"
     )
-    attribution_stage(pair, target, folder, "report")
+    store = features_stage(pair, traces, folder, "report")
+    attribution_stage(pair, target, folder, "report", store)
 
 
-def attribution_stage(pair: PairedModel, responses: Sequence[Response], folder: Path, split: str) -> None:
+def attribution_stage(
+    pair: PairedModel, responses: Sequence[Response], folder: Path, split: str, store: FeatureStore | None = None
+) -> None:
     """Add the block attribution: graphs of the first hesitation in three of the target's answers, and their truth."""
     word = token_id(pair, HESITATION)
     moments = [
@@ -348,7 +291,7 @@ def attribution_stage(pair: PairedModel, responses: Sequence[Response], folder: 
     shutil.rmtree(graphs, ignore_errors=True)  # of an earlier evaluation of this run
     with stage(folder, "attribution"):
         found = [
-            examine_moment(pair, tokens, LogitTarget(word), graphs, f"moment-{i}")
+            examine_moment(pair, tokens, LogitTarget(word), graphs, f"moment-{i}", store)
             for i, tokens in enumerate(moments, 1)
         ]
         mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731

@@ -34,16 +34,17 @@ from tl_adapters import organism
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.atomic import FolderExistsError, new_folder, remove_partials, write_text
 from tl_adapters.batching import EncodedDocuments, TracesInMemory
-from tl_adapters.benchmarks import Response, correctness, rate, respond
+from tl_adapters.benchmarks import Response, correctness, rate, respond, traces_of
 from tl_adapters.config import RunConfig, TrainingConfig
 from tl_adapters.data import Trace
 from tl_adapters.errors import UserError
 from tl_adapters.faithfulness import DocumentSums, features_block
 from tl_adapters.grids import plan
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios, bootstrap_recovered
+from tl_adapters.opening import open_data, open_held_out, open_pair
 from tl_adapters.paired import PairedModel
 from tl_adapters.results import plain, read_results, versions
-from tl_adapters.study import faithfulness_stage, open_data, open_pair, train_stage
+from tl_adapters.study import faithfulness_stage, train_stage
 from tl_adapters.sweep_pages import Block, SweepPoint, on_the_front, read_point, write_page
 from tl_adapters.training import Trainer, TrainingInterrupted
 
@@ -164,19 +165,14 @@ class _Bench:
     def text(self) -> tuple[list[Trace], str]:
         """The held-out traces, and their split. Raises SweepError where there are none."""
         if self.problems:
-            end = self.pair.model.tokenizer.eos_token_id
-            whole = [r for r in self.known_answers["target"] if not r.truncated]
-            traces, split = [Trace((*r.prompt, *r.tokens, end), len(r.prompt)) for r in whole], "tune"
-        else:
+            traces, split = traces_of(self.known_answers["target"], self.pair.model.tokenizer), "tune"
+        elif self.held_out is None:
             # Only the response is measured, so only documents that have one count.
             config = replace(self.config, training=replace(self.config.training, count=("thinking", "answer")))
-            if self.held_out is None:
-                traces, split = open_data(config, self.pair).validation(), "validation"
-            else:
-                data = replace(config.data, source=self.held_out, streaming=False)
-                data = replace(data, validation_fraction=0.0, validation_split=None)
-                traces = open_data(replace(config, data=data), self.pair).traces()
-                split = Path(self.held_out).name
+            traces, split = open_data(config, self.pair).validation(), "validation"
+        else:
+            traces = open_held_out(self.config, self.held_out, self.pair).traces()
+            split = Path(self.held_out).name
         if not traces:
             raise SweepError("There is no held-out document to measure on; give a larger file, or hold out more.")
         return traces[: self.documents], split

@@ -1,12 +1,62 @@
-"""The verbs that look at a run: attribute, serve."""
+"""The verbs that look at a run: features, label, attribute, serve."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from tl_adapters.cli.common import Verbs, device_of
 from tl_adapters.errors import UserError
+
+
+def add_features(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """The verb features."""
+    features = verbs.add_parser("features", parents=[common], help="what every feature fires on and promotes, as pages")
+    features.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
+    features.add_argument("--data", help=".jsonl of traces, or a dataset (the built-in pair needs none)")
+    features.add_argument("--stream", choices=("replacement", "target"), default="replacement", help="what they read")
+    features.add_argument("--examples", type=int, metavar="N", help="strongest firings kept of each (default: 20)")
+    features.add_argument("--sample", type=int, metavar="N", help="random firings kept of each (default: 20)")
+    features.add_argument("--tokens-per-batch", type=int, metavar="N", help="in a forward pass (default: 4096)")
+    features.add_argument("--share", metavar="I/N", help="this is process I of N (from 0); then once more without it")
+    features.set_defaults(run=_features)
+
+
+def _features(args: argparse.Namespace) -> None:
+    from tl_adapters.describing import FOLDER, STORE, describe_run
+    from tl_adapters.feature_store import StoreOptions
+    from tl_adapters.report import write_report
+
+    given = {"examples": args.examples, "sample": args.sample, "tokens_per_batch": args.tokens_per_batch}
+    options = StoreOptions(
+        **{name: n for name, n in given.items() if n is not None}, **({} if args.seed is None else {"seed": args.seed})
+    )
+    run = args.run_folder
+    page = describe_run(
+        run,
+        args.data,
+        stream=args.stream,
+        options=options,
+        share=None if args.share is None else _share(args.share),
+        device=device_of(args.device),
+        dtype=args.dtype,
+        progress=not args.quiet,
+    )
+    if page is None:
+        print(
+            f"parts: {run / FOLDER / STORE}\nnext: the same without --share, when all {args.share.partition('/')[2]} are done"
+        )
+        return
+    print(f"pages: {page}\nstore: {run / FOLDER / STORE}\nreport: {write_report(run)}")
+    print(f"next: tl-adapters label {run}")
+
+
+def _share(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise UserError(f"--share is {text!r}; allowed is I/N, such as 0/4, the first of four processes.")
+    return int(match[1]), int(match[2])
 
 
 def add_attribute(verbs: Verbs, common: argparse.ArgumentParser) -> None:
@@ -29,12 +79,14 @@ def add_attribute(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 
 def _attribute(args: argparse.Namespace) -> None:
-    from tl_adapters import study
     from tl_adapters.attribution import attribute
+    from tl_adapters.describing import FOLDER, STORE
+    from tl_adapters.feature_store import FeatureStore
     from tl_adapters.graph_pages import write_graph
+    from tl_adapters.opening import open_run
 
     prompt = args.prompt if args.prompt_file is None else _read(args.prompt_file)
-    pair = study.open_run(args.run_folder, device_of(args.device), args.dtype)
+    pair = open_run(args.run_folder, device_of(args.device), args.dtype)
     graph = attribute(
         pair,
         prompt,
@@ -47,8 +99,9 @@ def _attribute(args: argparse.Namespace) -> None:
     )
     out = args.out or args.run_folder / "graphs"
     name = args.name or next(f"graph-{i}" for i in range(1, 10**6) if not (out / f"graph-{i}").exists())
+    store = FeatureStore.load(where) if (where := args.run_folder / FOLDER / STORE).is_dir() else None
     thresholds = dict(node_threshold=args.node_threshold, edge_threshold=args.edge_threshold)
-    page, url = write_graph(pair, graph, out, name, **thresholds)
+    page, url = write_graph(pair, graph, out, name, **thresholds, store=store)
     checked = f"conservation residual {graph.residual:.1e}" if graph.adds_up else "a gradient does not add up"
     print(f"{len(graph.features):,} features, {len(graph.weights):,} edges, {checked}")
     print(f"page: {page}\ngraph: {out / name}\ncircuit-tracer: {out / 'circuit-tracer'}, {url}")

@@ -99,6 +99,7 @@ def add_train(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from tl_adapters import study
+    from tl_adapters.opening import is_builtin
 
     folder = args.resume or args.out
     if args.resume:
@@ -113,7 +114,7 @@ def _train(args: argparse.Namespace) -> None:
                 "--data is missing: a .jsonl file of prompts and responses, or a dataset's name on the hub."
             )
         study.train_run(config, folder, device_of(args.device), progress=not args.quiet)
-    data = "" if study.is_builtin(folder) else " --data HELD_OUT.jsonl"
+    data = "" if is_builtin(folder) else " --data HELD_OUT.jsonl"
     print(f"adapters: {folder / 'adapters'}\nnext: tl-adapters evaluate {folder}{data}")
 
 

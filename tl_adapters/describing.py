@@ -1,0 +1,159 @@
+"""What a run's features are: collected, held against the target's neurons, labelled by rules, drawn as pages.
+
+RUN/features/store       the adapters' features (`feature_store`)
+RUN/features/neurons     the target's MLP neurons on the same documents
+RUN/features/pages       an index of all features, and what is known of each; neuron_pages likewise
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tl_adapters import organism
+from tl_adapters.benchmarks import respond, traces_of
+from tl_adapters.collecting import collect_features, collect_share
+from tl_adapters.config import Dtype, RunConfig
+from tl_adapters.data import Trace
+from tl_adapters.errors import UserError
+from tl_adapters.feature_pages import write_feature_pages
+from tl_adapters.feature_store import FeatureStore, StoreOptions
+from tl_adapters.features import Stream
+from tl_adapters.labels import label_by_rules, label_shares
+from tl_adapters.opening import is_builtin, open_held_out, open_run, require_adapters
+from tl_adapters.paired import PairedModel
+from tl_adapters.results import read_results, stage, write_results
+from tl_adapters.streams import stream_agreement
+from tl_adapters.vocabulary import hesitation_tokens
+
+FOLDER, STORE, NEURONS, PAGES, NEURON_PAGES = "features", "store", "neurons", "pages", "neuron_pages"
+AGREEMENT_DOCUMENTS = 200
+"""Documents on which the two streams are compared."""
+OWN_PROBLEMS = 1_800
+"""Problems of the built-in pair whose answers are read where no documents are named."""
+
+
+def features_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, split: str) -> FeatureStore:
+    """Collect, label and draw the features of a run, and add them to its block features."""
+    here = folder / FOLDER
+    with stage(folder, "features"):
+        shutil.rmtree(here, ignore_errors=True)  # of an earlier evaluation of this run
+        store, neurons = collect_both(pair, traces, here, split, StoreOptions(), progress=False)
+        store.set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
+        label_by_rules(store)
+        label_by_rules(neurons)
+        draw(store, here / PAGES)
+        draw(neurons, here / NEURON_PAGES)
+        record(folder, store, neurons)
+    return store
+
+
+def collect_both(
+    pair: PairedModel,
+    traces: Sequence[Trace],
+    here: Path,
+    split: str,
+    options: StoreOptions,
+    *,
+    stream: Stream = "replacement",
+    progress: bool = True,
+) -> tuple[FeatureStore, FeatureStore]:
+    """Stores of the adapters' features and of as many neurons a token and layer as features fire there."""
+    words = list(hesitation_tokens(pair.model.tokenizer))
+    common: dict[str, Any] = dict(split=split, words=words, progress=progress)
+    store = collect_features(pair, traces, here / STORE, stream=stream, options=options, **common)
+    active = float(store.firings.sum()) / max(1, store.tokens * len(store.about.layers))
+    options = replace(options, neurons_per_token=max(1, round(active)))
+    neurons = collect_features(
+        pair, traces, here / NEURONS, kind="neuron", stream="target", options=options, **common
+    )  # fmt: skip
+    return store, neurons
+
+
+def describe_run(
+    folder: Path,
+    data: str | None = None,
+    *,
+    stream: Stream = "replacement",
+    options: StoreOptions | None = None,
+    share: tuple[int, int] | None = None,
+    device: str = "cpu",
+    dtype: Dtype | None = None,
+    progress: bool = True,
+) -> Path | None:
+    """Collect and draw a run's features on documents of one's own; returns the index, or None for one of several shares.
+
+    Args:
+        folder: made by train or demo.
+        data: a .jsonl file or a dataset's name; None for the target's own answers to the built-in pair's problems.
+        stream: whose residual stream is read.
+        options: how much is kept.
+        share: (number, of): this process collects every ``of``-th part. Call without it when all are done.
+        device, dtype: as in `opening.open_run`.
+        progress: show progress bars.
+    """
+    require_adapters(folder)
+    if data is None and not is_builtin(folder):
+        raise UserError("--data is missing: a .jsonl file of prompts and responses, or a dataset's name on the hub.")
+    pair, here, options = open_run(folder, device, dtype), folder / FOLDER, options or StoreOptions()
+    traces, split = _documents(pair, folder, data)
+    if share is not None:
+        words = list(hesitation_tokens(pair.model.tokenizer))
+        collect_share(
+            pair, traces, here / STORE, share, stream=stream, split=split, options=options, words=words,
+            progress=progress,
+        )  # fmt: skip
+        return None
+    store, neurons = collect_both(pair, traces, here, split, options, stream=stream, progress=progress)
+    if not store.agreement:
+        store.set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
+    label_by_rules(store)
+    label_by_rules(neurons)
+    draw(neurons, here / NEURON_PAGES, progress=progress)
+    record(folder, store, neurons)
+    return draw(store, here / PAGES, progress=progress)
+
+
+def _documents(pair: PairedModel, folder: Path, data: str | None) -> tuple[Sequence[Trace], str]:
+    if data is not None:
+        return open_held_out(RunConfig.load(folder / "config.json"), data, pair).traces(), Path(data).name
+    with pair.routed("target"):
+        responses = respond(pair.model, organism.problems("report", OWN_PROBLEMS))
+    return traces_of(responses, pair.model.tokenizer), "report"
+
+
+def stores_of(folder: Path) -> tuple[FeatureStore, FeatureStore]:
+    """The features and the neurons of a run. Raises FeatureStoreError where they were not collected yet."""
+    return FeatureStore.load(folder / FOLDER / STORE), FeatureStore.load(folder / FOLDER / NEURONS)
+
+
+def draw(store: FeatureStore, pages: Path, progress: bool = False) -> Path:
+    """Draw a store's pages anew; returns the index."""
+    shutil.rmtree(pages, ignore_errors=True)
+    return write_feature_pages(store, pages, progress=progress)
+
+
+def record(folder: Path, store: FeatureStore, neurons: FeatureStore) -> None:
+    """Add what the stores hold to the block features of results.json."""
+    about = store.about
+    block = {
+        "total": about.n_flat,
+        "alive": len(store.ids()),
+        "tokens": store.tokens,
+        "documents": store.documents,
+        "stream": about.stream,
+        "split": about.split,
+        "agreement": store.agreement,
+        "labels": label_shares(store.labels, store.ids(), split=about.split),
+        "neurons": {
+            "total": neurons.about.n_flat,
+            "alive": len(neurons.ids()),
+            "per_token": neurons.about.options.neurons_per_token,
+            "labels": label_shares(neurons.labels, neurons.ids(), split=about.split),
+        },
+        "page": f"{FOLDER}/{PAGES}/index.html",
+    }
+    write_results(folder, features={**read_results(folder).get("features", {}), **block})

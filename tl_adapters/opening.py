@@ -1,0 +1,83 @@
+"""What a run folder or a configuration names, opened: the pair, its adapters, its documents."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tl_adapters import organism
+from tl_adapters.adapter import AdapterSet
+from tl_adapters.batching import EncodedDocuments, open_documents
+from tl_adapters.chat import ChatFormat
+from tl_adapters.config import Dtype, RunConfig
+from tl_adapters.data import DataError
+from tl_adapters.errors import UserError
+from tl_adapters.paired import PairedModel
+from tl_adapters.results import read_results
+from tl_adapters.sources import Columns, PairList, RandomAccess
+
+BUILTIN_TRACES = 20_000
+"""Training documents of the built-in pair."""
+
+
+def load_builtin_pair(device: str = "cpu", dtype: torch.dtype | None = None, backend: str | None = None) -> PairedModel:
+    """The pair that ships with the package."""
+    return PairedModel.from_pretrained(
+        organism.BUILTIN_BASE, organism.BUILTIN_TARGET, device=device, dtype=dtype, backend=backend
+    )
+
+
+def open_pair(config: RunConfig, device: str = "cpu") -> PairedModel:
+    """The pair that a configuration names. Raises what `PairedModel.from_pretrained` raises."""
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    if not config.target:
+        return load_builtin_pair(device, dtype, config.backend)
+    return PairedModel.from_pretrained(config.base, config.target, device=device, dtype=dtype, backend=config.backend)
+
+
+def open_run(folder: Path, device: str = "cpu", dtype: Dtype | None = None) -> PairedModel:
+    """The pair of a run with its adapters in place. Raises UserError where the run has none yet."""
+    require_adapters(folder)
+    adapters = AdapterSet.from_pretrained(folder / "adapters")
+    config = RunConfig.load(folder / "config.json")
+    pair = open_pair(replace(config, dtype=dtype or config.dtype), device)
+    pair.load_adapters(adapters)
+    return pair
+
+
+def require_adapters(folder: Path) -> None:
+    """Raises UserError where a folder holds no adapters."""
+    if not (folder / "adapters").is_dir():
+        raise UserError(f"{folder} holds no adapters; give a folder that train or demo made and has come to its end.")
+
+
+def open_data(config: RunConfig, pair: PairedModel) -> EncodedDocuments:
+    """The documents that a configuration names, in the target's chat format. Raises DataError."""
+    data, training = config.data, config.training
+    chat = ChatFormat.of(pair.model.tokenizer, data.think_start, data.think_end)
+    n_ctx = pair.model.cfg.n_ctx
+    if data.source:
+        return open_documents(data, chat, n_ctx, training.seed, training.count)
+    if config.target:
+        raise DataError("data.source is empty: give a .jsonl file or a dataset's name (--data on the command line).")
+    pairs = organism.reasoning_pairs("train", BUILTIN_TRACES, training.seed)
+    reader = RandomAccess(PairList(pairs, "the built-in pair's text"), Columns(data))
+    return EncodedDocuments(reader, chat, data, n_ctx, training.seed, training.count)
+
+
+def open_held_out(config: RunConfig, data: str, pair: PairedModel) -> EncodedDocuments:
+    """The documents of ``data`` to measure on, in the format of a run's own. Raises DataError."""
+    held_out = replace(config.data, source=data, streaming=False, validation_fraction=0.0, validation_split=None)
+    # Only the response is measured, so only documents that have one count.
+    training = replace(config.training, count=("thinking", "answer"))
+    return open_data(replace(config, data=held_out, training=training), pair)
+
+
+def is_builtin(folder: Path) -> bool:
+    """Was the run in ``folder`` made on the built-in pair? Raises UserError where it does not say."""
+    pair = read_results(folder).get("pair")
+    if pair is None:
+        raise UserError(f"{folder / 'results.json'} names no pair; is this a folder that train or demo made?")
+    return bool(pair["target"] == organism.BUILTIN_TARGET)
