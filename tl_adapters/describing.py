@@ -84,7 +84,7 @@ def describe_run(
     dtype: Dtype | None = None,
     progress: bool = True,
 ) -> Path | None:
-    """Collect and draw a run's features on documents of one's own; returns the index, or None for one of several shares.
+    """Collect and draw a run's features on any documents; returns the index, or None for one of several shares.
 
     Args:
         folder: made by train or demo.

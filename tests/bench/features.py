@@ -72,9 +72,10 @@ def main(widths: list[int]) -> None:
                 side.append(time.perf_counter() - began)
         ratio = median(c / a for c, a in zip(collecting[2:], alone[2:], strict=True))
         firings = int(counts.count.sum()) / (BATCHES * ROWS * TOKENS * LAYERS)
+        first = sum(collecting[:2]) / sum(alone[:2])
         print(
-            f"{n_features:6,} features: {ratio:.2f} times a forward pass alone ({sum(collecting[:2]) / sum(alone[:2]):.2f} in "
-            f"the first two batches); L0 {firings:.1f}, {ROWS * TOKENS / median(collecting):,.0f} tokens per second"
+            f"{n_features:6,} features: {ratio:.2f} times a forward pass alone ({first:.2f} in the first two batches); "
+            f"L0 {firings:.1f}, {ROWS * TOKENS / median(collecting):,.0f} tokens per second"
         )
 
 

@@ -44,9 +44,7 @@ def _features(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     if page is None:
-        print(
-            f"parts: {run / FOLDER / STORE}\nnext: the same without --share, when all {args.share.partition('/')[2]} are done"
-        )
+        print(f"parts: {run / FOLDER / STORE}\nnext: the same without --share, when every process is done")
         return
     print(f"pages: {page}\nstore: {run / FOLDER / STORE}\nreport: {write_report(run)}")
     print(f"next: tl-adapters label {run}")
