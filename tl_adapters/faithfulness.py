@@ -20,12 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_adapters.data import Batch, Trace, batches_by_length
+from tl_adapters.features import ALIVE_FIRINGS
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.losses import token_kl_from_residual
 from tl_adapters.paired import ACTIVATIONS, PairedModel
-
-ALIVE_FIRINGS = 10
-"""A feature is alive if it fired at least this often in the evaluation tokens."""
 
 
 @dataclass(frozen=True)

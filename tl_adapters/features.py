@@ -4,16 +4,19 @@ A `Feature` comes out of a store (`feature_store`) and describes an adapter's fe
 the target's MLP. All its activations are in decoder-norm units: the activation times the norm of what the feature
 writes, with that norm beside it. So a feature with a small encoder and a large decoder looks the same as one with a
 large encoder and a small decoder, which compute the same.
+
+In a notebook a feature draws itself by circuitsvis, from its own script, which loads nothing; tokens are escaped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tl_adapters.adapter import FeatureId
 from tl_adapters.errors import UserError
+from tl_adapters.views import View, circuitsvis_tokens, circuitsvis_view, escape, table
 
 ALIVE_FIRINGS = 10
 """A feature is alive if it fired at least this often."""
@@ -21,6 +24,15 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Shares of a feature's firings whose activation is told."""
 Kind = Literal["feature", "neuron"]
 Stream = Literal["replacement", "target"]
+
+
+_STYLE = """<style>
+.tl-feature table { display: inline-table; margin: 4px 32px 4px 0; vertical-align: top; }
+.tl-feature td, .tl-feature th { text-align: left; padding: 1px 12px 1px 0; } .tl-feature h4 { margin: 12px 0 2px; }
+.tl-feature code { white-space: pre; } .tl-feature small { opacity: .7; }
+</style>"""
+SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
+"""What shows where a token has a space or a line break, in places where it would not be seen."""
 
 
 class FeatureStoreError(UserError, ValueError):
@@ -126,3 +138,47 @@ class Feature:
     def name(self) -> str:
         """ "layer.index", as the command line takes it."""
         return f"{self.id.layer}.{self.id.index}"
+
+    def _repr_html_(self) -> str:
+        return feature_view(self).html
+
+
+def feature_view(feature: Feature) -> View:
+    """A feature's figures, what it writes, where it fires, and its examples: strongest first, then a random sample."""
+    label = feature.label
+    named = "" if label is None else f" · {escape(label.text)}"
+    chip = f" <small>{escape(label.category)}</small>" if label and label.category else ""
+    figures = (
+        f"fires on {feature.density:.3g} of the tokens ({feature.firings:,} times), mean {feature.mean:.3g}, "
+        f"largest {feature.max:.3g}; decoder norm {feature.decoder_norm:.3g}"
+    )
+    regions = [
+        [escape(name), f"{rate:.3g}", f"{feature.region_share[name]:.3g}"] for name, rate in feature.regions.items()
+    ]
+    head = (
+        f'{_STYLE}<div class="tl-feature"><h3>{feature.kind.capitalize()} {feature.name}{named}{chip}</h3>'
+        f"<p>{figures}</p>{_effects('raises', feature.promotes)}{_effects('lowers', feature.suppresses)}"
+        f"{table(['region', 'of its tokens', 'of the firings'], regions)}</div>"
+    )
+    parts: list[str | tuple[str, dict[str, object]]] = [head]
+    for title, examples in (("Strongest activations", feature.top), ("A random sample", feature.sample)):
+        if examples:
+            parts += [f'<div class="tl-feature"><h4>{title}</h4></div>', _examples(feature, examples)]
+    return circuitsvis_view(parts)
+
+
+def _effects(title: str, effects: Sequence[tuple[str, float]]) -> str:
+    return table(
+        [title, ""], [[f"<code>{escape(text.translate(SIGNS))}</code>", f"{value:+.3g}"] for text, value in effects]
+    )
+
+
+def _examples(feature: Feature, examples: Sequence[Example]) -> tuple[str, dict[str, object]]:
+    return "TopkSamples", {
+        "tokens": [[[circuitsvis_tokens(example.tokens) for example in examples]]],
+        "activations": [[[list(example.values) for example in examples]]],
+        "zerothDimensionName": "Layer",
+        "firstDimensionName": feature.kind.capitalize(),
+        "zerothDimensionLabels": [str(feature.id.layer)],
+        "firstDimensionLabels": [str(feature.id.index)],
+    }

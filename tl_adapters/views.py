@@ -76,12 +76,12 @@ def marked(text: str, words: Sequence[str]) -> str:
     return "".join(f"<mark>{escape(p)}</mark>" if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
-_INERT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
-
-
 def inert_json(value: object) -> str:
     """JSON for a page's script: ASCII, and no character in it could end the script. Raises ValueError for NaN."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).translate(_INERT)
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":  # several times as fast as translate, and pages hold megabytes
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
 
 
 @dataclass(frozen=True)

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import shlex
 from pathlib import Path
 
 from tl_adapters.cli.common import Verbs
+from tl_adapters.errors import UserError
 
 
 def add_export(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
     """The verb export."""
     export = verbs.add_parser("export", parents=[quiet], help="adapters, or the models they belong to, for other tools")
     export.add_argument("adapters", metavar="RUN", help="run folder, folder of adapters, or hub name")
-    export.add_argument("--to", choices=("saelens", "authors", "hybrid", "target"), required=True, help="format")
+    formats = ("saelens", "authors", "hybrid", "target", "neuronpedia", "sae-dashboard")
+    export.add_argument("--to", choices=formats, required=True, help="format; the last two are of a run's features")
     export.add_argument("--out", type=Path, required=True, help="folder to make")
     _add_reads(export)
     export.add_argument("--base", help="where the base is, if not where the adapters say")
     export.add_argument("--target", help="likewise the target")
+    export.add_argument("--model-id", help="neuronpedia: what it calls the model (default: the target's name)")
+    export.add_argument(
+        "--set", default="tl-adapters", help="neuronpedia: what it calls the set (default: tl-adapters)"
+    )
+    export.add_argument("--features", nargs="+", metavar="L.I", help="sae-dashboard: layer.index of those to draw")
+    export.add_argument("--data", help="sae-dashboard: what they are drawn on (the built-in pair needs none)")
     export.set_defaults(run=_export)
 
 
 def _export(args: argparse.Namespace) -> None:
     from tl_adapters.publishing import export
 
+    if args.to in ("neuronpedia", "sae-dashboard"):
+        _export_features(args)
+        return
     export(args.adapters, args.to, args.out, reads=args.reads, base=args.base, target=args.target)
     print(f"{args.to}: {args.out}")
     if args.to == "saelens":
@@ -33,6 +45,20 @@ def _export(args: argparse.Namespace) -> None:
             print("SAELens is not installed here. It needs TransformerLens 3: pip install 'tl-adapters[saelens]'")
     elif args.to != "authors":
         print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{args.out}")')
+
+
+def _export_features(args: argparse.Namespace) -> None:
+    from tl_adapters.describing import export_dashboard, export_neuronpedia
+
+    run = Path(args.adapters)
+    if args.to == "neuronpedia":
+        print(f"neuronpedia: {export_neuronpedia(run, args.out, args.model_id, args.set)}")
+        return
+    ids = [re.fullmatch(r"(\d+)\.(\d+)", name) for name in args.features or ()]
+    if not ids or None in ids:
+        raise UserError(f"--features is {args.features}; give those to draw as layer.index, such as 2.17 4.3.")
+    pages = export_dashboard(run, args.out, [(int(m[1]), int(m[2])) for m in ids if m], args.data)
+    print("sae-dashboard: " + "\n".join(map(str, pages)))
 
 
 def add_push(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:

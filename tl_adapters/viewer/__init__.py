@@ -6,7 +6,6 @@ into the page's text by textContent alone, so a token that looks like HTML is sh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from typing import Literal
 
 from tl_adapters.atomic import write_text
 from tl_adapters.errors import UserError
+from tl_adapters.views import inert_json
 
 Kind = Literal["feature", "token", "logit", "error"]
-_INERT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
 
 
 class ViewerDataError(UserError, ValueError):
@@ -111,7 +110,7 @@ def _check(data: ViewerData) -> None:
 def _json(data: ViewerData) -> str:
     """The data as JSON that cannot end its script element; U+2028 and all else outside ASCII are escaped too."""
     record = {**vars(data), "nodes": [vars(node) for node in data.nodes], "about": dict(data.about)}
-    return json.dumps(record, allow_nan=False, separators=(",", ":")).translate(_INERT)
+    return inert_json(record)
 
 
 def _asset(name: str) -> str:
