@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.atomic import write_text
-from tl_adapters.faithfulness import ALIVE_FIRINGS
+from tl_adapters.features import ALIVE_FIRINGS
 from tl_adapters.intervals import Figure
 from tl_adapters.views import Line, escape, page, plot, table, with_interval
 
