@@ -103,13 +103,26 @@ def random_model(
     return model.eval()
 
 
-def randomise(pair: PairedModel, n_features: int = 24, seed: int = 5) -> PairedModel:
+ACTIVATION_OPTIONS: dict[str, dict[str, object]] = {
+    "relu": {},
+    "jumprelu": {"activation": "jumprelu", "bandwidth": 1.5},
+    "topk": {"activation": "topk", "k": 5},
+    "batchtopk": {"activation": "batchtopk", "k": 5},
+}
+"""Options of new adapters by activation; a law of adapters holds for all four."""
+
+
+def randomise(pair: PairedModel, n_features: int = 24, seed: int = 5, activation: str = "relu") -> PairedModel:
     """Install adapters whose every weight is random, so that no law holds because something is zero."""
-    adapters = pair.new_adapters(n_features, seed=seed, dtype=pair.model.cfg.dtype)
+    options = ACTIVATION_OPTIONS[activation]
+    adapters = pair.new_adapters(n_features, seed=seed, dtype=pair.model.cfg.dtype, **options)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for weight in adapters.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+        for adapter in adapters:
+            if activation in ("jumprelu", "batchtopk"):
+                adapter.threshold.copy_(torch.randn(n_features, generator=generator).abs() * 0.3)
     return pair
 
 

@@ -2,26 +2,33 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ACTIVATION_OPTIONS
 from sae_lens import SAE
 
-from tl_adapters.adapter import METADATA_FILE, AdapterMetadata, AdapterSet, TranscoderAdapter
+from tl_adapters.adapter import METADATA_FILE, AdapterMetadata, AdapterSet, TranscoderAdapter, describe
 from tl_adapters.marks import LayerMarks
 from tl_adapters.saelens import AdapterFormatError
 
 
-def adapter_set(n_layers: int = 3, d_model: int = 8, n_features: int = 12) -> AdapterSet:
+def adapter_set(n_layers: int = 3, d_model: int = 8, n_features: int = 12, activation: str = "relu") -> AdapterSet:
     generator = torch.Generator().manual_seed(0)
-    layers = [TranscoderAdapter(d_model, n_features, generator=generator) for _ in range(n_layers)]
+    options = ACTIVATION_OPTIONS[activation]
+    layers = [TranscoderAdapter(d_model, n_features, generator=generator, **options) for _ in range(n_layers)]
     with torch.no_grad():
         for adapter in layers:
             for weight in adapter.parameters():
                 weight.add_(torch.randn(weight.shape, generator=generator))
+            if activation in ("jumprelu", "batchtopk"):
+                adapter.threshold.copy_(torch.rand(n_features, generator=generator))
     kept = [LayerMarks(*torch.randn(3, d_model, generator=generator)) for _ in range(n_layers)]
-    return AdapterSet(layers, kept, AdapterMetadata(base="b", target="t", figures={"kl": 0.5}))
+    k = layers[0].k
+    about = AdapterMetadata(base="b", target="t", figures={"kl": 0.5}, activation=layers[0].activation, k=k)
+    return AdapterSet(layers, kept, about)
 
 
 def test_initialisation_is_the_papers() -> None:
@@ -38,13 +45,18 @@ def test_encode_and_decode_keep_any_leading_axes() -> None:
     assert torch.allclose(adapter(x)[1, 2], adapter(x[1, 2][None])[0], atol=1e-6)
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    before = adapter_set()
+@pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
+def test_round_trip(activation: str, tmp_path: Path) -> None:
+    before = adapter_set(activation=activation)
     before.save_pretrained(tmp_path / "a")
     after = AdapterSet.from_pretrained(tmp_path / "a")
     assert after.metadata == before.metadata
     assert before.state_dict().keys() == after.state_dict().keys()
     assert all(torch.equal(v, after.state_dict()[k]) for k, v in before.state_dict().items())
+    assert [name for name, _ in before.named_parameters()] == [name for name, _ in after.named_parameters()]
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(before[1](x), after[1](x)) and after.fingerprint == before.fingerprint
+    assert describe(tmp_path / "a").metadata.activation == activation
     assert before.marks is not None and after.marks is not None
     for layer, kept in before.marks.items():
         assert all(torch.equal(a, b) for a, b in zip(kept, after.marks[layer], strict=True))
@@ -90,6 +102,50 @@ def test_the_fingerprint_says_which_features_these_are(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "b" / "layer_1", tmp_path / "a" / "layer_1", dirs_exist_ok=True)
     with pytest.raises(AdapterFormatError, match="files of two sets were mixed"):
         AdapterSet.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
+def test_what_decides_which_features_are_active_is_in_the_fingerprint(activation: str) -> None:
+    adapters = adapter_set(activation=activation)
+    normalized = adapters.normalized()
+    assert normalized.fingerprint == adapters.fingerprint and normalized.metadata.activation == activation
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    assert adapters.marks is not None
+    scaled = x * adapters.marks[1].ln2_w  # what the MLP reads, where x stands before the norm's weight
+    assert torch.allclose(normalized[1].encode(x), adapters[1].encode(scaled), atol=1e-6)
+    assert adapters[1].encode(scaled).any()
+    for changed in (n for n in ("jumprelu", "topk", "batchtopk") if n != activation):
+        if {activation, changed} != {"jumprelu", "batchtopk"}:  # these two are one function of the same tensors
+            assert adapter_set(activation=changed).fingerprint != adapters.fingerprint
+    if activation in ("jumprelu", "batchtopk"):
+        with torch.no_grad():
+            adapters[2].threshold[0] += 0.1
+        assert adapters.fingerprint != adapter_set(activation=activation).fingerprint
+    if activation == "topk":
+        for adapter in adapters:
+            adapter.k = 6
+        again = AdapterSet(list(adapters), adapters.marks, replace(adapters.metadata, k=6))
+        assert again.fingerprint != adapter_set(activation="topk").fingerprint
+
+
+def test_one_set_has_one_activation_and_its_metadata_says_which(tmp_path: Path) -> None:
+    adapters = adapter_set(activation="topk")
+    with pytest.raises(ValueError, match="one activation; got several"):
+        AdapterSet([*adapters, *adapter_set()])
+    with pytest.raises(ValueError, match=r"metadata says \('relu', None\).*the adapters are \('topk', 5\)"):
+        AdapterSet(list(adapters), metadata=AdapterMetadata())
+    assert AdapterSet(list(adapters)).metadata == AdapterMetadata(activation="topk", k=5)
+    adapters.save_pretrained(tmp_path / "a")
+    record = json.loads((tmp_path / "a" / METADATA_FILE).read_text())
+    for change, message in (
+        ({"activation": "gelu"}, "is not a description of adapters"),
+        ({"k": 99}, "k is 99"),
+        ({"activation": "jumprelu", "k": None}, r"expected .*'threshold': \(12,\)"),
+        ({"activation": "relu", "k": None}, "not those its tl_adapters.json was written with"),
+    ):
+        (tmp_path / "a" / METADATA_FILE).write_text(json.dumps({**record, **change}))
+        with pytest.raises(AdapterFormatError, match=message):
+            AdapterSet.from_pretrained(tmp_path / "a")
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

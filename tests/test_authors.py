@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import ACTIVATION_OPTIONS, random_model, randomise
 from safetensors import safe_open
 from test_attaching import TOKENS, log_probabilities, plain, process
 from transformers import PreTrainedModel
@@ -184,6 +184,15 @@ def test_written_in_their_layout_and_read_back(theirs: tuple[Path, dict[str, tor
             from_authors(folder / "ours", layers=[1]), folder / "b", base=folder / "base", target=folder / "target"
         )
     assert not (folder / "b").exists()
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATION_OPTIONS if name != "relu"])
+def test_their_model_class_computes_relu_only(activation: str, tmp_path: Path) -> None:
+    models = (random_model(seed, torch.float32) for seed in (1, 2))
+    adapters = randomise(PairedModel.from_pretrained(*models), activation=activation).installed_adapters()
+    with pytest.raises(AdapterFormatError, match=f"computes relu, and these adapters are {activation}"):
+        to_authors(adapters, tmp_path / "out", base=tmp_path / "base", target=tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "20kB"])

@@ -31,6 +31,22 @@ def test_round_trip(tmp_path: Path) -> None:
     assert RunConfig.load(tmp_path / "c.json") == config == RunConfig.load(tmp_path / "c.yaml")
 
 
+def test_what_an_activation_does_not_read_is_not_recorded() -> None:
+    """Otherwise a run's own file would be refused once a default has changed."""
+    recorded = {
+        name: set(RunConfig(training=TrainingConfig(activation=name)).to_dict()["training"])
+        for name in ("relu", "jumprelu", "topk", "batchtopk")
+    }
+    everything = {field.name for field in dataclasses.fields(TrainingConfig)}
+    assert everything - recorded["relu"] == {"l0_weight", "k", "bandwidth"}
+    assert everything - recorded["jumprelu"] == {"l1_weight", "k"}
+    assert recorded["topk"] == recorded["batchtopk"]
+    assert everything - recorded["topk"] == {"l1_weight", "l0_weight", "l1_warmup_fraction", "bandwidth"}
+    for name in recorded:
+        config = RunConfig(training=TrainingConfig(activation=name))
+        assert RunConfig.from_dict(config.to_dict()) == config
+
+
 def test_published_weights() -> None:
     assert TrainingConfig().loss_weights == LossWeights(1, 1, 1, 1, lowest_cut=1)
     assert RunConfig.from_dict({"training": {"loss_weights": "public_code"}}).training.loss_weights == LossWeights(
@@ -57,6 +73,18 @@ def test_published_weights() -> None:
         ({"beta2": 1.0}, "beta2"),
         ({"warmup_fraction": 2}, "from 0 to 1"),
         ({"loss_weights": {"lowest_cut": 2}}, "0 or 1"),
+        ({"activation": "gelu"}, 'activation is \'gelu\'; allowed is "relu", "jumprelu", "topk", "batchtopk"'),
+        ({"k": 7}, "k is 7, and activation 'relu' does not read it; only topk and batchtopk do. Leave it out"),
+        ({"activation": "jumprelu", "k": 7}, "k is 7, and activation 'jumprelu' does not read it"),
+        ({"activation": "topk", "l1_weight": 0.01}, "l1_weight is 0.01, and activation 'topk' .* only relu does"),
+        ({"activation": "jumprelu", "l1_weight": 0.01}, "l1_weight is 0.01, and activation 'jumprelu'"),
+        ({"activation": "batchtopk", "l1_warmup_fraction": 0.5}, "only relu and jumprelu do"),
+        ({"bandwidth": 0.1}, "bandwidth is 0.1, and activation 'relu' does not read it; only jumprelu does"),
+        ({"l0_weight": 0.1}, "l0_weight is 0.1, and activation 'relu'"),
+        ({"activation": "jumprelu", "bandwidth": 0.0}, "bandwidth is 0.0; allowed is a number > 0"),
+        ({"activation": "jumprelu", "l0_weight": -1}, "l0_weight is -1; allowed is a number >= 0"),
+        ({"activation": "topk", "k": 0}, r"k is 0; allowed is a whole number from 1 to n_features \(512\)"),
+        ({"activation": "batchtopk", "n_features": 4}, r"k is 6; allowed is .* n_features \(4\)"),
     ],
 )
 def test_what_cannot_be_is_said(values: dict[str, object], message: str) -> None:
@@ -91,6 +119,14 @@ def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
         RunConfig.load(tmp_path / "c.yaml")
     with pytest.raises(ConfigError, match="papr is no file.*openthoughts3.*paper"):
         RunConfig.load("papr")
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batchtopk"])
+def test_every_shipped_configuration_takes_every_activation(activation: str) -> None:
+    for name in shipped_configs():
+        training = dataclasses.replace(RunConfig.load(name).training, activation=activation)
+        assert RunConfig.from_dict(yaml.safe_load(commented_yaml(RunConfig(training=training)))).training == training
+    assert TrainingConfig(n_features=2).k == 6  # relu does not read it
 
 
 def test_every_shipped_configuration_loads_and_says_what_it_is() -> None:

@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_model
+from conftest import ARCHITECTURES, random_model, randomise
 from huggingface_hub.errors import EntryNotFoundError
 from sae_lens import SAE, Transcoder
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from sae_lens.saes.transcoder import JumpReLUTranscoderConfig, SkipTranscoder, SkipTranscoderConfig, TranscoderConfig
+from sae_lens.saes.transcoder import (
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    TranscoderConfig,
+)
 from test_attaching import PROCESSING, TOKENS, bridge, log_probabilities, plain, process, reference, with_saes
 from transformer_lens import HookedTransformer
 
@@ -192,12 +198,68 @@ def test_a_single_layer_folder_and_what_sae_lens_itself_saves(tmp_path: Path) ->
     assert two.layer_indices == [1, 3]
 
 
-def foreign(folder: Path, **changes: Any) -> Path:
-    """A transcoder of an MLP, written by SAELens."""
-    config = TranscoderConfig(d_in=32, d_sae=24, d_out=32, apply_b_dec_to_input=False)
+@pytest.mark.parametrize("activation", ["jumprelu", "batchtopk"])
+@torch.no_grad()
+def test_thresholds_are_sae_lens_s_jumprelu(activation: str, tmp_path: Path) -> None:
+    models = (random_model(seed, torch.float32) for seed in (1, 2))
+    pair = randomise(PairedModel.from_pretrained(*models), activation=activation)
+    transcoders = exported(pair, tmp_path / "s")
+    with pair.routed("replacement"):
+        _, ours = pair.model.run_with_cache(TOKENS)
+    for layer, transcoder in enumerate(transcoders):
+        assert type(transcoder) is JumpReLUTranscoder
+        acts = transcoder.encode(ours[transcoder.cfg.metadata.hook_name])
+        expected = ours[f"blocks.{layer}.mlp.adapter.hook_sae_acts_post"]
+        assert (acts - expected).abs().max() < 1e-5 and (acts > 0).any()
+        pre = ours[f"blocks.{layer}.mlp.adapter.hook_sae_acts_pre"]
+        assert ((pre > 0) & (acts == 0)).any()  # thresholds decide
+    back = from_saelens(tmp_path / "s")
+    assert back.metadata.activation == activation and back.fingerprint == pair.installed_adapters().fingerprint
+    one = from_saelens(tmp_path / "s", ["layer_2"])
+    assert (one.metadata.activation, one.metadata.k) == (activation, pair.installed_adapters().metadata.k)
+    model = plain(dtype=torch.float32)
+    attach(model, one, base=random_model(1, torch.float32))
+    with pair.routed(only=[2]):
+        assert (log_probabilities(model) - log_probabilities(pair.model)).abs().max() < 1e-5
+
+
+def test_topk_is_ours_alone(tmp_path: Path) -> None:
+    models = (random_model(seed, torch.float32) for seed in (1, 2))
+    adapters = randomise(PairedModel.from_pretrained(*models), activation="topk").installed_adapters()
+    with pytest.raises(AdapterFormatError, match="SAELens has no transcoder that keeps the k largest.*batchtopk"):
+        to_saelens(adapters, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    adapters.save_pretrained(tmp_path / "ours")
+    with pytest.raises(KeyError, match="topk_transcoder"):
+        SAE.load_from_disk(tmp_path / "ours" / "layer_0")  # nor does SAELens take it for another
+    assert from_saelens(tmp_path / "ours").fingerprint == adapters.fingerprint  # our own whole set
+    with pytest.raises(AdapterFormatError, match="architecture is 'topk_transcoder'"):
+        from_saelens(tmp_path / "ours", ["layer_0"])
+
+
+@torch.no_grad()
+def test_jumprelu_transcoders_of_others_are_read(tmp_path: Path) -> None:
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    theirs = foreign_transcoder(JumpReLUTranscoder, JumpReLUTranscoderConfig)
+    theirs.threshold.copy_(torch.randn(24, generator=torch.Generator().manual_seed(1)) * 0.3)  # some below 0
+    theirs.save_model(tmp_path / "f")
+    read = from_saelens(tmp_path / "f")
+    assert (read.metadata.activation, read.metadata.writes) == ("jumprelu", "mlp_out")
+    assert (read[1].encode(x) - SAE.load_from_disk(tmp_path / "f").encode(x)).abs().max() < 1e-5
+    to_saelens(read, tmp_path / "again", reads="normalized")
+    assert torch.equal(SAE.load_from_disk(tmp_path / "again" / "layer_1").threshold, theirs.threshold)
+
+
+def foreign_transcoder(cls: Any = Transcoder, config_cls: Any = TranscoderConfig) -> Any:
+    config = config_cls(d_in=32, d_sae=24, d_out=32, apply_b_dec_to_input=False)
     config.metadata.hook_name, config.metadata.hook_name_out = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
     config.metadata.model_name = "org/other"
-    Transcoder(config).save_model(folder)
+    return cls(config)
+
+
+def foreign(folder: Path, **changes: Any) -> Path:
+    """A transcoder of an MLP, written by SAELens."""
+    foreign_transcoder().save_model(folder)
     if changes:
         record = json.loads((folder / "cfg.json").read_text())
         metadata = {**record["metadata"], **changes.pop("metadata", {})}
@@ -222,12 +284,15 @@ def test_transcoders_of_others_are_read_as_what_they_are(tmp_path: Path) -> None
 def test_what_would_be_misread_is_refused(tmp_path: Path) -> None:
     skip = SkipTranscoder(SkipTranscoderConfig(d_in=32, d_sae=24, d_out=32, apply_b_dec_to_input=False))
     skip.save_model(tmp_path / "skip")
-    with pytest.raises(AdapterFormatError, match="architecture is 'skip_transcoder'; supported is 'transcoder'"):
+    supported = "supported is 'transcoder' or 'jumprelu_transcoder'"
+    with pytest.raises(AdapterFormatError, match=f"architecture is 'skip_transcoder'; {supported}"):
         from_saelens(tmp_path / "skip")
     assert JumpReLUTranscoderConfig.architecture() == "jumprelu_transcoder"
     for i, (changes, message) in enumerate(
         (
-            ({"architecture": "jumprelu_transcoder"}, "architecture is 'jumprelu_transcoder'"),
+            ({"architecture": "jumprelu_transcoder"}, r"expected .*'threshold': \(24,\)"),
+            ({"metadata": {"tl_adapters": {"activation": "jumprelu"}}}, "says jumprelu, its architecture transcoder"),
+            ({"metadata": {"tl_adapters": {"activation": "gelu"}}}, "says gelu, its architecture transcoder"),
             ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
             ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input is True"),
             ({"metadata": {"hook_name": "blocks.1.hook_mlp_in"}}, "it reads blocks.1.hook_mlp_in; supported are"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import random_model, randomise
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from sae_lens import SAE
 from test_attaching import plain, reference
@@ -21,6 +22,7 @@ from tl_adapters.adapter import AdapterSet, describe
 from tl_adapters.attaching import attach
 from tl_adapters.checkpoints import CheckpointError
 from tl_adapters.hub import HubError, card, pull, push_to_hub
+from tl_adapters.paired import PairedModel
 from tl_adapters.saelens import AdapterFormatError
 
 
@@ -195,11 +197,34 @@ def test_the_card_says_what_they_are_and_its_code_runs(fake: FakeHub, adapters: 
     assert "base_model" not in yaml.safe_load(card(local, "user/repo").split("---")[1])  # a folder is no hub name
 
 
+@pytest.mark.parametrize(
+    ("activation", "words"),
+    [
+        ("jumprelu", ("JumpReLU with a learned threshold", "is a stock JumpReLUTranscoder that reads")),
+        ("batchtopk", ("5 features per token on average", "is a stock JumpReLUTranscoder that reads")),
+    ],
+)
+def test_thresholds_go_up_and_down(fake: FakeHub, activation: str, words: tuple[str, ...]) -> None:
+    models = (random_model(seed, torch.float32) for seed in (1, 2))
+    adapters = randomise(PairedModel.from_pretrained(*models), activation=activation).installed_adapters()
+    push_to_hub(adapters, "user/repo")
+    back = AdapterSet.from_pretrained("user/repo")
+    assert back.fingerprint == adapters.fingerprint and back.metadata.activation == activation
+    text = (fake.root / "user/repo/main/snapshots/0123abcd/README.md").read_text()
+    assert all(word in text for word in words)
+
+
+def test_what_sae_lens_cannot_load_is_not_pushed(fake: FakeHub) -> None:
+    models = (random_model(seed, torch.float32) for seed in (1, 2))
+    adapters = randomise(PairedModel.from_pretrained(*models), activation="topk").installed_adapters()
+    with pytest.raises(AdapterFormatError, match="SAELens has no transcoder"):
+        push_to_hub(adapters, "user/repo")
+    with pytest.raises(AdapterFormatError, match="SAELens has no transcoder"):
+        card(adapters, "user/repo")
+    assert fake.calls == []
+
+
 def test_the_commit_of_a_hub_model_is_recorded(tmp_path: Path, fake: FakeHub) -> None:
-    from conftest import random_model
-
-    from tl_adapters.paired import PairedModel
-
     for seed, name in ((1, "base"), (2, "target")):
         random_model(seed, torch.float32).save_pretrained(fake.root / "org" / name / "main" / "snapshots" / "0123abcd")
     pair = PairedModel.from_pretrained("org/base", "org/target")

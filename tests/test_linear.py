@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_batch, random_model, randomise
+from conftest import ACTIVATION_OPTIONS, ARCHITECTURES, random_batch, random_model, randomise
 from relp_by_hooks import relp_hooks
 from test_attaching import plain, process, reference
 from test_bridged import make
@@ -52,6 +52,30 @@ def test_every_target_is_the_sum_of_its_leaves_and_constants(architecture: str, 
         assert rows.biases.abs().max() > 1e-3 or architecture != "Qwen2ForCausalLM" or layer == start == 4
         assert bool(rows.errors.any()) is (linearisation == "frozen_mlp" and layer > 0)
         assert bool(rows.outside.abs().max() > 1e-6) is (start > 0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
+@pytest.mark.parametrize("start", [0, 4])
+def test_every_activation_conserves(activation: str, start: int) -> None:
+    models = (random_model(seed) for seed in (1, 2))
+    pair = randomise(PairedModel.from_pretrained(*models), activation=activation)
+    model = FrozenModel(pair, TOKENS, "relp", start)
+    by_hooks = GradientModel(pair, TOKENS, relp_hooks(pair.model))
+    assert len(model.active) == (5 * 4 * 11 if activation == "topk" else len(model.active)) > 100
+    assert torch.equal(model.activations, torch.cat([p[tuple(a.T)] for p, a in by_layer(model)]))
+    for layer in range(5):
+        positions, vectors, values, own = targets(pair, model, layer, start)
+        rows = model.rows(layer, positions, vectors)
+        assert (total(rows) + own - values).abs().max() < 1e-10
+        if start == 0:
+            theirs = by_hooks.rows(layer, positions, vectors)
+            assert (rows.features - theirs.features).abs().max() < 1e-10
+
+
+def by_layer(model: FrozenModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per layer: pre-activations, and the positions and indices of active features."""
+    layers = model.active[:, 0]
+    return [(model.pre_activations[layer], model.active[layers == layer, 1:]) for layer in range(4)]
 
 
 def test_on_a_bridge_to_the_precision_of_hugging_faces_norms(architecture: str) -> None:

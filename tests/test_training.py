@@ -1,19 +1,21 @@
 """Training: it learns, it resumes bit for bit, and it writes a run folder that can be read."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_model
+from conftest import ACTIVATION_OPTIONS, ARCHITECTURES, random_model
 
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.config import RunConfig, TrainingConfig
 from tl_adapters.data import Trace
+from tl_adapters.faithfulness import measure_faithfulness
 from tl_adapters.objective import StepTerms
 from tl_adapters.paired import PairedModel
 from tl_adapters.runfolder import RunFolderError
-from tl_adapters.training import Trainer, TrainingError, linear_warmup, train, warmup_cosine
+from tl_adapters.training import Trainer, TrainingError, linear_warmup, sparsity_weight, train, warmup_cosine
 
 CONFIG = TrainingConfig(
     n_features=16, steps=12, tokens_per_batch=60, checkpoint_every=5, log_every=2, validate_every=4, lr=1e-3
@@ -49,6 +51,59 @@ def test_training_lowers_what_it_optimises() -> None:
         assert getattr(seen[-1], term) < 0.7 * getattr(seen[0], term), term
 
 
+def trained(activation: str, **options: object) -> tuple[PairedModel, list[StepTerms]]:
+    """A pair of float32 models after 60 steps with this activation, and the terms of every step."""
+    pair, seen = fresh_pair(), []
+    config = TrainingConfig(
+        n_features=64, steps=60, tokens_per_batch=200, lr=1e-2, log_every=1, activation=activation, **options
+    )
+    Trainer(pair, traces(), config, progress=False).run(on_step=lambda step, terms: seen.append(terms))
+    return pair, seen
+
+
+@pytest.mark.parametrize(
+    ("activation", "options"),
+    [
+        ("relu", {"l1_weight": 1e-2}),
+        ("jumprelu", {"l0_weight": 2e-2}),
+        ("topk", {"k": 6}),
+        ("batchtopk", {"k": 6}),
+    ],
+)
+def test_every_activation_learns_and_is_as_sparse_as_asked_for(activation: str, options: dict[str, object]) -> None:
+    pair, seen = trained(activation, **options)
+    assert seen[-1].output_kl < 0.7 * seen[0].output_kl and seen[-1].nmse < 0.85 * seen[0].nmse
+    adapters = pair.installed_adapters()
+    assert (adapters.metadata.activation, adapters.metadata.k) == (activation, options.get("k"))
+    sums = measure_faithfulness(pair, traces())
+    l0 = sums.active_all.sum(0) / sums.tokens_all.sum()
+    if activation == "topk":
+        assert all(step.l0 is not None and max(step.l0) <= 6 for step in seen) and l0.max() <= 6
+    elif activation == "batchtopk":
+        assert all(step.l0 == pytest.approx([6.0] * 4, abs=0.1) for step in seen)
+        assert all(adapter.threshold.min() == adapter.threshold.max() > 0 for adapter in adapters)
+        assert ((l0 > 4) & (l0 < 8)).all()  # by thresholds: about k
+    else:
+        weight = next(iter(options))
+        denser = measure_faithfulness(trained(activation, **{weight: 0.0})[0], traces())
+        assert l0.mean() < 0.9 * (denser.active_all.sum(0) / denser.tokens_all.sum()).mean()
+    if activation == "jumprelu":
+        assert all(adapter.threshold.min() >= 0 and adapter.threshold.std() > 0 for adapter in adapters)
+
+
+def test_the_weight_of_the_sparsity_term() -> None:
+    weights = [
+        sparsity_weight(config, 1)
+        for config in (
+            TrainingConfig(steps=8, l1_warmup_fraction=0.5, l1_weight=0.2),
+            TrainingConfig(steps=8, l1_warmup_fraction=0.5, activation="jumprelu", l0_weight=0.6),
+            TrainingConfig(steps=8, activation="topk"),
+            TrainingConfig(steps=8, activation="batchtopk"),
+        )
+    ]
+    assert weights == pytest.approx([0.1, 0.3, 0, 0])
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_float32_adapters_learn_on_a_bfloat16_model(architecture: str) -> None:
     base, target = (random_model(s, torch.float32, architecture) for s in (1, 2))
@@ -82,20 +137,23 @@ class Stop(Exception):
     pass
 
 
-def test_stop_and_resume_is_never_having_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
+def test_stop_and_resume_is_never_having_stopped(activation: str, tmp_path: Path) -> None:
     options = dict(validation=traces(5), progress=False)
-    whole = train(fresh_pair(), traces(), CONFIG, tmp_path / "whole", **options)
+    config = replace(CONFIG, **ACTIVATION_OPTIONS[activation])
+    whole = train(fresh_pair(), traces(), config, tmp_path / "whole", **options)
 
     def stop(step: int, terms: StepTerms) -> None:
         if step == 9:
             raise Stop
 
     with pytest.raises(Stop):
-        Trainer(fresh_pair(), traces(), CONFIG, tmp_path / "run", **options).run(on_step=stop)
+        Trainer(fresh_pair(), traces(), config, tmp_path / "run", **options).run(on_step=stop)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
     resumed = Trainer.resume(fresh_pair(), traces(), tmp_path / "run", **options)
     assert resumed.step == 5
     adapters = resumed.run()
+    assert any("threshold" in name for name in whole.state_dict()) is (activation in ("jumprelu", "batchtopk"))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, adapters.state_dict()[name]), name
     for file in ("metrics.jsonl", "validation.jsonl"):

@@ -1,31 +1,30 @@
-"""Transcoder adapters: one sparse module per layer that stands beside the base MLP (arXiv 2602.20904, section 3).
+"""The adapters of a model's layers as one set, with what their meaning needs, and its folder.
 
-    MLP_target(x) ~ MLP_base(x) + T(x)          T(x) = relu(x @ W_enc + b_enc) @ W_dec + b_dec
-
-x is what the MLP itself reads: the residual stream after the second norm, with that norm's weight. The decoder
-starts at zero, so an untrained adapter changes nothing.
+One layer's adapter is a `TranscoderAdapter` (`transcoder`). All of a set have one shape and one activation function.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.atomic import new_folder
 from tl_adapters.checkpoints import fetch
+from tl_adapters.config import ActivationName
 from tl_adapters.fingerprints import fingerprint
 from tl_adapters.marks import LayerMarks
 from tl_adapters.saelens import (
     LAYER_FILES,
+    THRESHOLDED,
     AdapterFormatError,
     read_json,
     read_safetensors,
@@ -33,6 +32,8 @@ from tl_adapters.saelens import (
     transcoder_config,
     write_transcoder,
 )
+from tl_adapters.transcoder import TranscoderAdapter as TranscoderAdapter
+from tl_adapters.transcoder import adapter_of, require_activation
 
 METADATA_FILE, MARKS_FILE = "tl_adapters.json", "layer_marks.safetensors"
 SCHEMA_VERSION = 2
@@ -44,62 +45,6 @@ class FeatureId(NamedTuple):
 
     layer: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody misses on a pair
-
-
-class TranscoderAdapter(nn.Module):
-    """T of one layer. Its hook points carry SAELens's names, so caches and interventions find them.
-
-    Args:
-        d_model: width of the residual stream.
-        n_features: width of the adapter.
-        generator: source of the random encoder, uniform in +-1/sqrt(d_model); None leaves every weight zero.
-        dtype, device: of the weights; inputs are cast to this dtype and outputs back to the input's.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        n_features: int,
-        *,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.W_enc = nn.Parameter(torch.zeros(d_model, n_features, dtype=dtype, device=device))
-        self.b_enc = nn.Parameter(torch.zeros(n_features, dtype=dtype, device=device))
-        self.W_dec = nn.Parameter(torch.zeros(n_features, d_model, dtype=dtype, device=device))
-        self.b_dec = nn.Parameter(torch.zeros(d_model, dtype=dtype, device=device))
-        self.hook_sae_input = HookPoint()  # [batch, pos, d_model]
-        self.hook_sae_acts_pre = HookPoint()  # [batch, pos, n_features]
-        self.hook_sae_acts_post = HookPoint()  # [batch, pos, n_features]
-        self.hook_sae_recons = HookPoint()  # [batch, pos, d_model]
-        if generator is not None:
-            bound = d_model**-0.5
-            # Drawn on the generator's device: the same seed gives the same encoder wherever the adapter lives.
-            drawn = torch.rand(d_model, n_features, generator=generator, device=generator.device)
-            with torch.no_grad():
-                self.W_enc.copy_((2 * drawn - 1) * bound)
-
-    @property
-    def n_features(self) -> int:
-        """Width of the adapter."""
-        return self.W_enc.shape[1]
-
-    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
-        """Feature activations of what the MLP reads."""
-        x = self.hook_sae_input(x.to(self.W_enc.dtype))
-        pre = self.hook_sae_acts_pre(torch.addmm(self.b_enc, x.flatten(0, -2), self.W_enc).unflatten(0, x.shape[:-1]))
-        return self.hook_sae_acts_post(torch.relu(pre))
-
-    def decode(self, acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_model"]:
-        """What the activations add to the MLP's output."""
-        out = torch.addmm(self.b_dec, acts.flatten(0, -2), self.W_dec).unflatten(0, acts.shape[:-1])
-        return self.hook_sae_recons(out)
-
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """T(x), in the dtype of x."""
-        return self.decode(self.encode(x)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -116,8 +61,10 @@ class AdapterMetadata:
     """Commit of the target on the hub, where it came from there."""
     reads: str = "mlp_input"
     """Which tensor is x: "mlp_input", the second norm's output with its weight, or "normalized", that before it."""
-    activation: str = "relu"
-    """The activation function of the features."""
+    activation: ActivationName = "relu"
+    """The activation function of the features: "relu", "jumprelu", "topk" or "batchtopk"."""
+    k: int | None = None
+    """Active features per token of topk, and of batchtopk on average; None for the others."""
     stream: str = "replacement"
     """Whose residual stream the features were trained on; on the target's own their activations differ a little."""
     fingerprints: dict[str, str] = field(default_factory=dict)
@@ -136,7 +83,7 @@ class AdapterSet(nn.Module):
     Args:
         layers: one adapter per layer, all of one shape; a mapping for only some of the layers.
         marks: by what target and base are known again, for these layers or all; None where nothing is known.
-        metadata: where the adapters come from.
+        metadata: where the adapters come from, and their activation.
         n_layers: layers of the model; None means that there is an adapter for each.
     """
 
@@ -163,10 +110,14 @@ class AdapterSet(nn.Module):
             )
         if max(by_layer) >= self.n_layers:
             raise ValueError(f"Got an adapter of layer {max(by_layer)} for a model of {self.n_layers} layers.")
-        if len({tuple(adapter.W_enc.shape) for adapter in by_layer.values()}) > 1:
-            raise ValueError("The adapters of a set have one shape; got several.")
+        if len({(*adapter.W_enc.shape, adapter.activation, adapter.k) for adapter in by_layer.values()}) > 1:
+            raise ValueError("The adapters of a set have one shape and one activation; got several.")
         self.layers = nn.ModuleDict({str(layer): by_layer[layer] for layer in sorted(by_layer)})
-        self.metadata = metadata or AdapterMetadata()
+        one = next(iter(self))
+        self.metadata = metadata or AdapterMetadata(activation=one.activation, k=one.k)
+        said = (self.metadata.activation, self.metadata.k)
+        if said != (one.activation, one.k):
+            raise ValueError(f"The metadata says {said} of activation and k; the adapters are {one.activation, one.k}.")
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -198,14 +149,14 @@ class AdapterSet(nn.Module):
     def fingerprint(self) -> str:
         """Content hash that says which features these are.
 
-        Of decoders and biases, not of encoders: so it is the same whichever of the two inputs the adapters read, and
-        in every format that keeps their dtype.
+        Of decoders, biases, thresholds and topk's k, not of encoders: so it is the same whichever of the two inputs
+        the adapters read, and in every format that keeps their dtype.
         """
-        return fingerprint(
-            (f"{layer}.{name}", getattr(self[layer], name))
-            for layer in self.layer_indices
-            for name in ("b_enc", "W_dec", "b_dec")
-        )
+        names = ["b_enc", "W_dec", "b_dec", *(["threshold"] if self.metadata.activation in THRESHOLDED else [])]
+        found = [(f"{layer}.{name}", getattr(self[layer], name)) for layer in self.layer_indices for name in names]
+        if self.metadata.activation == "topk":
+            found.append(("k", torch.tensor([self.metadata.k])))
+        return fingerprint(found)
 
     def normalized(self) -> AdapterSet:
         """The same adapters reading ln2.hook_normalized: W_enc' = ln2_w[:, None] * W_enc.
@@ -220,10 +171,27 @@ class AdapterSet(nn.Module):
         layers = {}
         for layer in self.layer_indices:
             ours = self[layer]
-            tensors = {name: p.detach().clone() for name, p in ours.named_parameters()}
+            tensors = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
             tensors["W_enc"] *= self.marks[layer].ln2_w.to(ours.W_enc.device, ours.W_enc.dtype)[:, None]
-            layers[layer] = adapter_of(tensors)
+            layers[layer] = adapter_of(tensors, ours.activation, ours.k)
         return AdapterSet(layers, self.marks, replace(self.metadata, reads="normalized"), self.n_layers)
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def training_on(self, real: Bool[Tensor, "batch pos"]) -> Iterator[None]:
+        """For the length of a block the adapters train on a batch; everywhere else they evaluate.
+
+        Only batchtopk computes something else then: it selects among all features of all ``real`` tokens (padding is
+        not real), and not by its threshold.
+        """
+        for adapter in self:
+            adapter.training_tokens = real
+        try:
+            yield
+        finally:
+            for adapter in self:
+                adapter.training_tokens = None
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -245,7 +213,7 @@ class AdapterSet(nn.Module):
         }
         with new_folder(folder) as out:
             for layer in self.layer_indices:
-                tensors = {name: p.detach() for name, p in self[layer].named_parameters()}
+                tensors = self[layer].state_dict()
                 config = transcoder_config(layer, tensors, about)
                 write_transcoder(out / LAYER_FOLDER.format(layer), config, tensors)
             if self.marks is not None:
@@ -287,14 +255,14 @@ class AdapterSet(nn.Module):
         folder = fetch(name, set_files(chosen), revision=revision, token=token)
         adapters = {}
         for layer in chosen:
-            tensors = read_weights(folder / LAYER_FOLDER.format(layer), device)
+            tensors = read_weights(folder / LAYER_FOLDER.format(layer), about.metadata.activation, device)
             found = (tensors["W_enc"].shape[0], tensors["W_enc"].shape[1], tensors["W_dec"].shape[1])
             if found != (about.d_model, about.n_features, about.d_model):
                 raise AdapterFormatError(
                     f"Layer {layer} of {name} maps {found[0]} to {found[1]} features to {found[2]}; expected "
                     f"{about.d_model}, {about.n_features} and {about.d_model}."
                 )
-            adapters[layer] = adapter_of(tensors)
+            adapters[layer] = adapter_of(tensors, about.metadata.activation, about.metadata.k)
         result = cls(adapters, about.marks, about.metadata, about.n_layers)
         if layers is None and result.fingerprint != about.fingerprint:
             raise AdapterFormatError(
@@ -350,17 +318,10 @@ def describe(name: str | Path, *, revision: str | None = None, token: str | None
         layers = [int(layer) for layer in record.pop("layers")]
         adapters = str(record["fingerprints"].pop("adapters"))
         metadata = AdapterMetadata(**record)
+        require_activation(metadata.activation, metadata.k, shape["n_features"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AdapterFormatError(f"{folder / METADATA_FILE} is not a description of adapters: {error!r}.") from error
     return SetDescription(layers, **shape, metadata=metadata, fingerprint=adapters, marks=_kept(folder))
-
-
-def adapter_of(tensors: dict[str, Tensor]) -> TranscoderAdapter:
-    """An adapter around the given tensors; nothing is copied."""
-    with torch.device("meta"):
-        adapter = TranscoderAdapter(*tensors["W_enc"].shape, dtype=tensors["W_enc"].dtype)
-    adapter.load_state_dict(tensors, assign=True)
-    return adapter.requires_grad_(True)
 
 
 def _kept(folder: Path) -> dict[int, LayerMarks] | None:

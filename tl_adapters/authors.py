@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tl_adapters.adapter import AdapterMetadata, AdapterSet, adapter_of
+from tl_adapters.adapter import AdapterMetadata, AdapterSet
 from tl_adapters.architectures import AUTHORS_SUFFIX, load_hf_model
 from tl_adapters.backends import build_model
 from tl_adapters.checkpoints import (
@@ -37,6 +37,7 @@ from tl_adapters.mixing import write_hybrid
 from tl_adapters.paired import PairedModel
 from tl_adapters.references import read_base_mlps
 from tl_adapters.saelens import AdapterFormatError
+from tl_adapters.transcoder import adapter_of
 
 ENCODER, DECODER = "model.layers.{}.mlp.transcoder_enc.{}", "model.layers.{}.mlp.transcoder_dec.{}"
 _PUBLISHED = "transcoder-adapters-R1-Distill-Qwen-7B"
@@ -116,14 +117,19 @@ def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, ta
     """Write the replacement model as a checkpoint of the authors' kind, which their vLLM class serves.
 
     Args:
-        adapters: of all layers, reading the MLP's input.
+        adapters: of all layers, reading the MLP's input, with the activation relu.
         folder: must not exist.
         base, target: folders or hub names; their shards are copied one at a time.
 
     Raises:
-        AdapterFormatError: adapters of some layers only, or in another form.
+        AdapterFormatError: adapters of some layers only, in another form, or with another activation.
         CheckpointError, PairMismatchError, FolderExistsError, DiskFullError.
     """
+    if adapters.metadata.activation != "relu":
+        raise AdapterFormatError(
+            f"The authors' model class computes relu, and these adapters are {adapters.metadata.activation}: they "
+            "would be other features there. SAELens folders and our own hold them (--to saelens)."
+        )
     if adapters.metadata.reads != "mlp_input" or adapters.layer_indices != list(range(adapters.n_layers)):
         raise AdapterFormatError(
             f"The authors' checkpoints hold adapters of every layer that read mlp_input; these read "

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.data import Trace, batches_by_length
+from tl_adapters.errors import UserError
 from tl_adapters.losses import token_kl_from_residual
 from tl_adapters.paired import PairedModel
 from tl_adapters.routing import RoutedMLP
@@ -32,11 +33,17 @@ Correction = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch
 def mlp_difference(mlp: RoutedMLP, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
     """MLP_target(x) - MLP_base(x)."""
     target, base = mlp.weights()
-    return target.neurons(x) @ target.W_out - base.neurons(x) @ base.W_out
+    difference = target.neurons(x) @ target.W_out - base.neurons(x) @ base.W_out
+    return difference if mlp.planted is None else difference + mlp.planted(x)
 
 
 def top_neurons(mlp: RoutedMLP, n: int) -> Correction:
-    """Swap the ``n`` most changed neurons of each token."""
+    """Swap the ``n`` most changed neurons of each token. Raises UserError for a target with planted features."""
+    if mlp.planted is not None:
+        raise UserError(
+            "This target is its base with planted features (PairedModel.plant): no neuron of it differs, so there is "
+            "none to swap. Its rival is low_rank."
+        )
     target, base = mlp.weights()
     cross = (target.W_out * base.W_out).sum(-1)
     squares_target, squares_base = target.W_out.square().sum(-1), base.W_out.square().sum(-1)

@@ -200,10 +200,12 @@ class BridgedBackend(Backend):
     def name_hooks(self) -> None:
         """Enter new hook points into the bridge's registry under their names; drop those that are gone."""
         registry = self.model._hook_registry
-        for name in [n for n in registry if ".mlp.adapter." in n or n.endswith(".mlp.hook_adapter_out")]:
+        ours = (".mlp.adapter.", ".mlp.planted.", ".mlp.hook_adapter_out")
+        for name in [n for n in registry if any(part in n for part in ours)]:
             del registry[name]
         for layer, block in enumerate(self.model.blocks):
-            inside = [m for m in block.mlp.original_component.named_modules() if m[0].startswith("adapter.")]
+            modules = block.mlp.original_component.named_modules()
+            inside = [m for m in modules if m[0].startswith(("adapter.", "planted."))]
             for name, point in [*inside, ("hook_adapter_out", getattr(block.mlp, "hook_adapter_out", None))]:
                 if isinstance(point, HookPoint):
                     point.name = f"blocks.{layer}.mlp.{name}"

@@ -65,6 +65,7 @@ REGIONS: tuple[Region, ...] = get_args(Region)
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 BackendName = Literal["hooked", "bridge"]
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
+ActivationName = Literal["relu", "jumprelu", "topk", "batchtopk"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class DataConfig:
     """Column of questions; null finds prompt, question or problem."""
     response_column: str | None = None
     """Column of whole responses, thinking included; null finds response, completion or generation."""
+    domain_column: str | None = None
+    """Column that says what a document is about (math, code, ...), for counting by domain; null finds domain."""
     max_tokens: int | None = None
     """Longest document in tokens; null is the target's context length."""
     too_long: TooLong = "truncate"
@@ -135,10 +138,22 @@ class TrainingConfig:
     """Share of the steps over which the learning rate rises linearly; afterwards it falls as a cosine to 0."""
     grad_clip: float = 1.0
     """Largest norm of the gradient of all adapters together."""
+    activation: ActivationName = "relu"
+    """Which features are active: "relu" (the paper's; l1_weight makes it sparse), "jumprelu" (a learned threshold per
+    feature; l0_weight makes it sparse), "topk" (the k largest of each token) or "batchtopk" (k per token on average:
+    the largest of the whole batch in training, a threshold afterwards)."""
     l1_weight: float = 0.001
-    """Weight of the sparsity term: higher means fewer active features (1e-4 to 1e-2 in the paper)."""
+    """Weight of relu's sparsity term, the activations in decoder-norm units: higher means fewer active features (1e-4
+    to 1e-2 in the paper). Only relu reads it."""
+    l0_weight: float = 0.001
+    """Weight of jumprelu's sparsity term, the number of active features: higher means fewer. Only jumprelu reads it."""
     l1_warmup_fraction: float = 0.25
-    """Share of the steps over which l1_weight rises linearly from 0."""
+    """Share of the steps over which l1_weight or l0_weight rises linearly from 0; topk and batchtopk have neither."""
+    k: int = 6
+    """Active features per token and layer: exactly (topk) or on average (batchtopk). Only these two read it."""
+    bandwidth: float = 1.0
+    """Width of the kernel through which jumprelu's thresholds learn, and where they start; in units of the
+    pre-activation, which is of the order of 1 because what an adapter reads is normalised. Only jumprelu reads it."""
     count: tuple[Region, ...] = REGIONS
     """Which tokens the objective counts: any of prompt, thinking and answer (all of them in the paper)."""
     loss_weights: LossWeights = field(default_factory=LossWeights)
@@ -170,8 +185,36 @@ class TrainingConfig:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number >= 0 and below 1")
         for name in ("warmup_fraction", "l1_warmup_fraction"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
-        _require(self.l1_weight >= 0, "l1_weight", self.l1_weight, "a number >= 0")
+        for name in ("l1_weight", "l0_weight"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
+        _require(self.bandwidth > 0, "bandwidth", self.bandwidth, "a number > 0")
+        self._require_options_of_the_activation()
         _require(len(self.count) > 0, "count", list(self.count), f"one or more of {', '.join(REGIONS)}")
+
+    def _require_options_of_the_activation(self) -> None:
+        """Raises ConfigError for an option that was set and that the activation does not read."""
+        _require(self.activation in get_args(ActivationName), "activation", self.activation, _in_words(ActivationName))
+        for option, readers in _READ_BY.items():
+            given, default = getattr(self, option), getattr(type(self), option)
+            if self.activation not in readers and given != default:
+                raise ConfigError(
+                    f"{option} is {given!r}, and activation {self.activation!r} does not read it; only "
+                    f"{' and '.join(readers)} {'do' if len(readers) > 1 else 'does'}. Leave it out."
+                )
+        if self.activation in _READ_BY["k"]:
+            _require(
+                1 <= self.k <= self.n_features, "k", self.k, f"a whole number from 1 to n_features ({self.n_features})"
+            )
+
+
+_READ_BY: dict[str, tuple[ActivationName, ...]] = {
+    "l1_weight": ("relu",),
+    "l0_weight": ("jumprelu",),
+    "l1_warmup_fraction": ("relu", "jumprelu"),
+    "k": ("topk", "batchtopk"),
+    "bandwidth": ("jumprelu",),
+}
+"""The activations that read an option which not all of them read."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +240,16 @@ class RunConfig:
             raise ConfigError(f"base is {self.base!r} and target is {self.target!r}; give both, or neither.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they are written to JSON or YAML."""
-        return _plain(self)
+        """Plain values, as they are written to JSON or YAML.
+
+        Without the options that the activation does not read: what was recorded today must not be refused once
+        defaults have changed.
+        """
+        plain = _plain(self)
+        for option, readers in _READ_BY.items():
+            if self.training.activation not in readers:
+                del plain["training"][option]
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:

@@ -16,15 +16,26 @@ from typing import Any, Literal
 
 import torch
 
-from tl_adapters.adapter import MARKS_FILE, METADATA_FILE, AdapterMetadata, AdapterSet, adapter_of
+from tl_adapters.adapter import MARKS_FILE, METADATA_FILE, AdapterMetadata, AdapterSet
 from tl_adapters.checkpoints import fetch
-from tl_adapters.saelens import CONFIG_FILE, HOOK_IN, HOOK_OUT, AdapterFormatError, read_config, read_weights
+from tl_adapters.saelens import (
+    ARCHITECTURES,
+    CONFIG_FILE,
+    HOOK_IN,
+    HOOK_OUT,
+    AdapterFormatError,
+    read_config,
+    read_weights,
+)
+from tl_adapters.transcoder import adapter_of
 
 
 def to_saelens(
     adapters: AdapterSet, folder: str | Path, *, reads: Literal["normalized", "mlp_input"] = "normalized"
 ) -> None:
-    """Write one SAELens folder per layer, which ``SAE.load_from_disk`` loads as a stock Transcoder.
+    """Write one SAELens folder per layer, which ``SAE.load_from_disk`` loads as a stock class.
+
+    That is a Transcoder (relu) or a JumpReLUTranscoder (jumprelu, and batchtopk as it evaluates).
 
     Args:
         adapters: of any form; what `from_saelens` gave is written as it was read.
@@ -33,15 +44,27 @@ def to_saelens(
             (``blocks.N.mlp.hook_in``, only right on a model without folded norms).
 
     Raises:
-        AdapterFormatError: "mlp_input" of a set in the other form, or norms that are not known.
+        AdapterFormatError: "mlp_input" of a set in the other form, norms that are not known, or topk, which SAELens
+            has no transcoder for.
         FolderExistsError, DiskFullError.
     """
+    require_transcoder(adapters)
     if reads == "normalized":
         adapters.normalized().save_pretrained(folder)
     elif adapters.metadata.reads == reads:
         adapters.save_pretrained(folder)
     else:
         raise AdapterFormatError(f"These adapters read {adapters.metadata.reads} already, which is not unfolded again.")
+
+
+def require_transcoder(adapters: AdapterSet) -> None:
+    """Raises AdapterFormatError for adapters that SAELens has no class for."""
+    if adapters.metadata.activation == "topk":
+        raise AdapterFormatError(
+            "SAELens has no transcoder that keeps the k largest features of a token, and as one of another kind these "
+            "would be other features. Keep them in our own folder (save_pretrained), or train with batchtopk, which "
+            "SAELens reads as a JumpReLU transcoder."
+        )
 
 
 def from_saelens(
@@ -62,10 +85,11 @@ def from_saelens(
 
     Returns:
         The set in the form in which it was written. A transcoder that stands in place of the MLP keeps its biases and
-        its meaning (``metadata.writes`` is "mlp_out"): its features can be read, and `attach` refuses to add it.
+        its meaning (``metadata.writes`` is "mlp_out"): its features can be read, and `attach` refuses to add it. A
+        JumpReLU transcoder of others is jumprelu; a batchtopk of ours is batchtopk again.
 
     Raises:
-        AdapterFormatError: another architecture (a skip connection, JumpReLU, ...), normalised inputs, or other hooks;
+        AdapterFormatError: another architecture (a skip connection, ...), normalised inputs, or other hooks;
             nothing is read as something that it is not.
     """
     patterns = [METADATA_FILE, MARKS_FILE, CONFIG_FILE, "*.safetensors", f"*/{CONFIG_FILE}", "*/*.safetensors"]
@@ -85,7 +109,8 @@ def from_saelens(
         layer, about = _transcoder_form(path)
         if layer in layers:
             raise AdapterFormatError(f"{name} holds several transcoders of layer {layer}; choose with sae_ids=.")
-        layers[layer] = adapter_of(read_weights(path, device))
+        weights = read_weights(path, about["activation"], device)
+        layers[layer] = adapter_of(weights, about["activation"], about["k"])
         forms.append(about)
     n_layers = forms[0].pop("n_layers", None) or max(layers) + 1
     if any({**form, "n_layers": 0} != {**forms[0], "n_layers": 0} for form in forms):
@@ -102,7 +127,7 @@ def _transcoder_form(folder: Path) -> tuple[int, dict[str, Any]]:
         raise AdapterFormatError(f"{folder / CONFIG_FILE}: {what}; {instead}.")
 
     for key, allowed in (
-        ("architecture", ("transcoder",)),
+        ("architecture", ("transcoder", "jumprelu_transcoder")),
         ("apply_b_dec_to_input", (False,)),
         ("normalize_activations", ("none", None)),
         ("reshape_activations", ("none", None)),
@@ -110,7 +135,10 @@ def _transcoder_form(folder: Path) -> tuple[int, dict[str, Any]]:
         ("activation_fn_str", ("relu", None)),
     ):
         if config.get(key) not in allowed:
-            refuse(f"{key} is {config.get(key)!r}", f"supported is {allowed[0]!r}")
+            refuse(
+                f"{key} is {config.get(key)!r}",
+                f"supported is {' or '.join(repr(a) for a in allowed if a is not None)}",
+            )
     if about.get("hook_head_index") is not None:
         refuse(f"hook_head_index is {about['hook_head_index']}", "an adapter reads the whole stream")
     hook_in, hook_out = str(about.get("hook_name")), str(about.get("hook_name_out"))
@@ -128,5 +156,10 @@ def _transcoder_form(folder: Path) -> tuple[int, dict[str, Any]]:
     known = {f.name for f in fields(AdapterMetadata)}
     form = {key: value for key, value in ours.items() if key in known}
     form["fingerprints"] = {k: v for k, v in form.get("fingerprints", {}).items() if k != "adapters"}
+    architecture = config["architecture"]
+    activation = form.get("activation") or {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}[architecture]
+    if ARCHITECTURES.get(activation) != architecture:
+        refuse(f"its metadata says {activation}, its architecture {architecture}", "they contradict each other")
+    form |= {"activation": activation, "k": form.get("k")}
     form |= {"reads": reads[match[2]], "writes": writes[hook_out], "n_layers": ours.get("n_layers")}
     return layer, form

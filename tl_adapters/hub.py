@@ -21,7 +21,7 @@ from tl_adapters.adapter import AdapterSet, set_files
 from tl_adapters.atomic import new_folder, require_absent
 from tl_adapters.checkpoints import fetch
 from tl_adapters.errors import UserError
-from tl_adapters.formats import to_saelens
+from tl_adapters.formats import require_transcoder, to_saelens
 from tl_adapters.saelens import HOOK_IN, HOOK_OUT
 
 CARD_FILE = "README.md"
@@ -57,6 +57,7 @@ def push_to_hub(
 
     Raises:
         HubError: no permission, no such user, no network.
+        AdapterFormatError: what `formats.to_saelens` refuses, such as topk.
     """
     _require_name(repo_id)
     client = HfApi(token=token)
@@ -117,7 +118,11 @@ def pull(
 
 
 def card(adapters: AdapterSet, repo_id: str) -> str:
-    """The model card: what they are, how to load them, what was measured, and what they do not do."""
+    """The model card: what they are, how to load them, what was measured, and what they do not do.
+
+    Raises AdapterFormatError for what `push_to_hub` does not push.
+    """
+    require_transcoder(adapters)
     about = adapters.metadata
     base, target = about.base or "BASE", about.target or "TARGET"
     head: dict[str, Any] = {
@@ -137,7 +142,7 @@ def card(adapters: AdapterSet, repo_id: str) -> str:
 
 At every layer a sparse transcoder that is *added* to the base's MLP and reproduces what training changed in the
 target's ([method]({PAPER})). {len(adapters)} of {adapters.n_layers} layers, {adapters.n_features:,} features each,
-d_model {adapters.d_model}, {about.activation}. Made with tl_adapters.
+d_model {adapters.d_model}, {_ACTIVATIONS[about.activation].format(about.k)}. Made with tl_adapters.
 
 ```python
 from tl_adapters import AdapterSet, PairedModel
@@ -156,7 +161,7 @@ from sae_lens import SAE
 transcoder = SAE.from_pretrained("{repo_id}", "layer_{layer}")
 ```
 
-is a stock Transcoder that reads `{HOOK_IN[about.reads].format(layer)}` and writes
+is a stock {_CLASSES[about.activation]} that reads `{HOOK_IN[about.reads].format(layer)}` and writes
 `{HOOK_OUT[about.writes].format(layer)}`. {_READS[about.reads]} Without tl_adapters it gives activations, not the
 replacement: a model has that output hook only while adapters are attached to it, and on any other `add_sae` logs a
 warning and changes nothing. The features were trained on the {about.stream}'s residual stream; on the target's own
@@ -184,6 +189,12 @@ The method is from Hu, Ward, Icard and Potts, *Transcoder Adapters for Reasoning
 """
 
 
+_ACTIVATIONS = {
+    "relu": "relu",
+    "jumprelu": "JumpReLU with a learned threshold per feature",
+    "batchtopk": "{} features per token on average (BatchTopK: a threshold per layer since training ended)",
+}
+_CLASSES = {"relu": "Transcoder", "jumprelu": "JumpReLUTranscoder", "batchtopk": "JumpReLUTranscoder"}
 _READS = {
     "normalized": "That tensor is the same on models as they are, with folded norms, and fully processed.",
     "mlp_input": "That is right only on models without folded norms (`from_pretrained_no_processing`).",

@@ -118,7 +118,20 @@ def sparsity(
     mask: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, ""]:
     """Mean over the tokens that count of sum_f f(x) ||W_dec[f]||: one layer of term 5 (the layers are summed)."""
-    per_token = acts @ W_dec.norm(dim=1)
+    return _mean_over(acts @ W_dec.norm(dim=1), mask)
+
+
+def l0_penalty(active: Float[Tensor, "batch pos n_features"], mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    """Term 5 of jumprelu: mean over the tokens that count of the number of active features (arXiv 2407.14435).
+
+    Args:
+        active: 1 or 0, with the gradient to the thresholds (`activations.step`).
+        mask: the tokens that count.
+    """
+    return _mean_over(active.sum(-1), mask)
+
+
+def _mean_over(per_token: Tensor, mask: Tensor) -> Tensor:
     return (per_token * mask.to(per_token.dtype)).sum() / mask.sum()
 
 

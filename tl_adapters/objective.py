@@ -6,8 +6,9 @@ With one cut k drawn for the step, and all models reading the same tokens:
 2. forward bridge    KL(target || replacement on layers 0..k-1, target on k..L-1)
 3. backward bridge   KL(target || target on layers 0..k-1, replacement on k..L-1)
 4. NMSE              of the replacement's residual stream, at the embedding and after every layer
-5. sparsity          of the replacement's activations
+5. sparsity          of the replacement's activations: relu's L1 in decoder-norm units, jumprelu's L0, else nothing
 
+The adapters train on the batch's real tokens (`AdapterSet.training_on`); what is held out they evaluate on.
 `reference_step` runs every pass whole. `shared_prefix_step` sees that the forward bridge starts with the
 replacement's own first k layers, the backward bridge with the target's, and that the NMSE needs no pass of its own:
 about three forward passes instead of six. It goes backward through each suffix as soon as it has run, so one pass's
@@ -16,24 +17,29 @@ graph is all that is ever held. Values and gradients are equal (tests/test_objec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tl_adapters.activations import smallest_active, step
+from tl_adapters.adapter import AdapterSet
 from tl_adapters.config import LossWeights
 from tl_adapters.data import Batch
 from tl_adapters.losses import (
     active_features,
     kl_from_residual,
+    l0_penalty,
     masked_kl,
     sparsity,
     squared_error_ratio,
     token_kl_from_residual,
 )
-from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.paired import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
+from tl_adapters.transcoder import TranscoderAdapter
 
 
 @dataclass(frozen=True)
@@ -49,16 +55,27 @@ class StepTerms:
     nmse: Tensor
     """Mean over the n_layers + 1 places of the residual stream."""
     sparsity: Tensor
-    """Decoder-norm units, summed over layers."""
+    """Summed over layers: decoder-norm units (relu), active features (jumprelu), or 0."""
     total: Tensor
     """What is optimised: each term times its weight, summed."""
     l0: list[float] | None = None
     """Active features per token and layer, where asked for."""
+    smallest: list[Tensor] | None = None
+    """Smallest activation per layer that the replacement's pass let through, of batchtopk only."""
 
 
-def reference_step(pair: PairedModel, batch: Batch, cut: int, weights: LossWeights, l1_weight: float) -> StepTerms:
+def reference_step(
+    pair: PairedModel, batch: Batch, cut: int, weights: LossWeights, sparsity_weight: float
+) -> StepTerms:
     """The step as the formulas read: six whole passes, one graph. Adds gradients to the adapters' ``.grad``."""
-    n, weighted = pair.n_layers, _weighted_sum(weights, l1_weight)
+    with pair.installed_adapters().training_on(batch.real):
+        return _reference_step(pair, batch, cut, weights, sparsity_weight)
+
+
+def _reference_step(
+    pair: PairedModel, batch: Batch, cut: int, weights: LossWeights, sparsity_weight: float
+) -> StepTerms:
+    n, adapters, weighted = pair.n_layers, pair.installed_adapters(), _weighted_sum(weights, sparsity_weight)
 
     def streams(route: str, **layers: Any) -> list[Tensor]:
         with pair.routed(route, **layers):
@@ -71,31 +88,34 @@ def reference_step(pair: PairedModel, batch: Batch, cut: int, weights: LossWeigh
     output_kl = kl("replacement")
     forward_bridge = kl("replacement", first=cut)
     backward_bridge = kl("replacement", last=n - cut)
-    with pair.recorded(ACTIVATIONS) as acts:
+    with _recorded_features(pair) as (pre, acts):
         replacement = streams("replacement")
         target = streams("target")
         nmse = torch.stack(
             [squared_error_ratio(t, r, batch.counted) for t, r in zip(target, replacement, strict=True)]
         ).mean()
-        l1 = torch.stack(
-            [
-                sparsity(acts[layer], adapter.W_dec, batch.counted)
-                for layer, adapter in enumerate(pair.installed_adapters())
-            ]
-        ).sum()
-    total = weighted(output_kl, forward_bridge, backward_bridge, nmse, l1)
+        sparse = torch.stack([_sparsity(adapters[i], pre.get(i), acts[i], batch.counted) for i in range(n)]).sum()
+        smallest = _smallest(adapters, acts, batch)
+    total = weighted(output_kl, forward_bridge, backward_bridge, nmse, sparse)
     total.backward()
-    output_kl, forward_bridge, backward_bridge, nmse, l1, total = (
-        t.detach() for t in (output_kl, forward_bridge, backward_bridge, nmse, l1, total)
+    output_kl, forward_bridge, backward_bridge, nmse, sparse, total = (
+        t.detach() for t in (output_kl, forward_bridge, backward_bridge, nmse, sparse, total)
     )
-    return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, l1, total)
+    return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, sparse, total, smallest=smallest)
 
 
 def shared_prefix_step(
-    pair: PairedModel, batch: Batch, cut: int, weights: LossWeights, l1_weight: float, want_l0: bool = False
+    pair: PairedModel, batch: Batch, cut: int, weights: LossWeights, sparsity_weight: float, want_l0: bool = False
 ) -> StepTerms:
     """The same step with shared prefixes and one pass's graph at a time. Adds gradients to the adapters' ``.grad``."""
-    n, adapters, weighted = pair.n_layers, pair.installed_adapters(), _weighted_sum(weights, l1_weight)
+    with pair.installed_adapters().training_on(batch.real):
+        return _shared_prefix_step(pair, batch, cut, weights, sparsity_weight, want_l0)
+
+
+def _shared_prefix_step(
+    pair: PairedModel, batch: Batch, cut: int, weights: LossWeights, sparsity_weight: float, want_l0: bool
+) -> StepTerms:
+    n, adapters, weighted = pair.n_layers, pair.installed_adapters(), _weighted_sum(weights, sparsity_weight)
     counted, predicting = batch.counted, batch.predicting
     with torch.no_grad(), pair.routed("target"):
         target = pair.residual_streams(batch.tokens)
@@ -103,28 +123,29 @@ def shared_prefix_step(
     def kl(resid: Tensor) -> Tensor:
         return kl_from_residual(target[-1], resid, predicting, pair.unembed, pair.rows_at_once)
 
-    def replacement_blocks(resid: Tensor, layers: range, acts: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def replacement_blocks(resid: Tensor, layers: range) -> tuple[Tensor, Tensor, Tensor]:
         """The replacement's residual stream after ``layers``, with their share of NMSE and sparsity."""
-        nmse = l1 = resid.new_zeros(())
+        nmse = sparse = resid.new_zeros(())
         for layer in layers:
             resid = pair.run_blocks(resid, layer, layer + 1)
             nmse = nmse + squared_error_ratio(target[layer + 1], resid, counted) / (n + 1)
-            l1 = l1 + sparsity(acts[layer], adapters[layer].W_dec, counted)
+            sparse = sparse + _sparsity(adapters[layer], pre.get(layer), acts[layer], counted)
             if want_l0:
                 l0[layer] = float(active_features(acts[layer].detach(), counted))
-        return resid, nmse, l1
+        return resid, nmse, sparse
 
     zero = target[0].new_zeros(())
     l0: dict[int, float] = {}
-    with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
-        at_cut, nmse_below, l1_below = replacement_blocks(target[0], range(cut), acts)
+    with pair.routed("replacement"), _recorded_features(pair) as (pre, acts):
+        at_cut, nmse_below, sparse_below = replacement_blocks(target[0], range(cut))
         resume = at_cut.detach().requires_grad_()
-        final, nmse_above, l1_above = replacement_blocks(resume, range(cut, n), acts)
+        final, nmse_above, sparse_above = replacement_blocks(resume, range(cut, n))
         output_kl = kl(final)
         # At the ends the bridges are passes already made: the replacement itself, or the target (no gradient).
         forward_bridge = output_kl if cut == n else zero
         backward_bridge = output_kl if cut == 0 else zero
-        weighted(output_kl, forward_bridge, backward_bridge, nmse_above, l1_above).backward()
+        weighted(output_kl, forward_bridge, backward_bridge, nmse_above, sparse_above).backward()
+        smallest = _smallest(adapters, acts, batch)
     if 0 < cut < n:
         forked = at_cut.detach().requires_grad_()
         with pair.routed("target"):
@@ -134,18 +155,45 @@ def shared_prefix_step(
         assert forked.grad is not None
         resume.grad += forked.grad
     if cut:
-        below = weights.nmse * nmse_below + l1_weight * l1_below
+        below = weights.nmse * nmse_below + sparsity_weight * sparse_below
         torch.autograd.backward([at_cut, below], [resume.grad, torch.ones_like(below)])
     if 0 < cut < n:
         with pair.routed("replacement"):
             backward_bridge = kl(pair.run_blocks(target[cut], cut, n))
         (weights.backward_bridge * backward_bridge).backward()
 
-    nmse, l1 = (nmse_below + nmse_above).detach(), (l1_below + l1_above).detach()
+    nmse, sparse = (nmse_below + nmse_above).detach(), (sparse_below + sparse_above).detach()
     output_kl, forward_bridge, backward_bridge = (t.detach() for t in (output_kl, forward_bridge, backward_bridge))
-    total = weighted(output_kl, forward_bridge, backward_bridge, nmse, l1)
+    total = weighted(output_kl, forward_bridge, backward_bridge, nmse, sparse)
     by_layer = [l0[layer] for layer in range(n)] if want_l0 else None
-    return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, l1, total, by_layer)
+    return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, sparse, total, by_layer, smallest)
+
+
+@contextmanager
+def _recorded_features(pair: PairedModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    """Layer -> pre-activations (empty where the sparsity term does not read them), and layer -> activations."""
+    with pair.recorded(ACTIVATIONS) as acts:
+        if pair.installed_adapters().metadata.activation == "jumprelu":
+            with pair.recorded(PRE_ACTIVATIONS) as pre:
+                yield pre, acts
+        else:
+            yield {}, acts
+
+
+def _sparsity(adapter: TranscoderAdapter, pre: Tensor | None, acts: Tensor, counted: Tensor) -> Tensor:
+    """One layer of term 5, as the adapter's activation has it."""
+    if adapter.activation == "relu":
+        return sparsity(acts, adapter.W_dec, counted)
+    if adapter.activation == "jumprelu":
+        assert pre is not None
+        return l0_penalty(step(pre, adapter.threshold, adapter.bandwidth), counted)
+    return acts.new_zeros(())
+
+
+def _smallest(adapters: AdapterSet, acts: dict[int, Tensor], batch: Batch) -> list[Tensor] | None:
+    if adapters.metadata.activation != "batchtopk":
+        return None
+    return [smallest_active(acts[layer], batch.real) for layer in adapters.layer_indices]
 
 
 @torch.no_grad()
@@ -181,9 +229,11 @@ def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any
     }
 
 
-def _weighted_sum(weights: LossWeights, l1_weight: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    def weighted(kl: Tensor, forward_bridge: Tensor, backward_bridge: Tensor, nmse: Tensor, l1: Tensor) -> Tensor:
+def _weighted_sum(
+    weights: LossWeights, sparsity_weight: float
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def weighted(kl: Tensor, forward_bridge: Tensor, backward_bridge: Tensor, nmse: Tensor, sparse: Tensor) -> Tensor:
         bridges = weights.forward_bridge * forward_bridge + weights.backward_bridge * backward_bridge
-        return weights.output_kl * kl + bridges + weights.nmse * nmse + l1_weight * l1
+        return weights.output_kl * kl + bridges + weights.nmse * nmse + sparsity_weight * sparse
 
     return weighted

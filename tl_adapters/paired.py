@@ -18,10 +18,14 @@ HookedTransformer or a TransformerBridge (`backends`), with the same names:
     blocks.7.mlp.adapter.hook_sae_...   input, acts_pre, acts_post, recons (SAELens's names)
     blocks.7.mlp.hook_adapter_out       what the adapter adds; zeros where it is off
     blocks.7.hook_mlp_out               all of it together
+
+A pair may also be *planted* (`PairedModel.plant`): its target is the base with known features added to every MLP,
+MLP_target(x) = MLP_base(x) + P(x), which adapters should find again (blocks.7.mlp.planted.hook_sae_...).
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +42,7 @@ from tl_adapters.adapter import AdapterMetadata, AdapterSet, TranscoderAdapter
 from tl_adapters.architectures import load_hf_model
 from tl_adapters.backends import backend_of, build_model
 from tl_adapters.compatibility import PairMismatchError
+from tl_adapters.config import ActivationName, TrainingConfig
 from tl_adapters.fingerprints import fingerprint
 from tl_adapters.fitting import adapter_scale, attention_out, base_marks, require_belonging
 from tl_adapters.marks import LayerMarks
@@ -83,6 +88,7 @@ class PairedModel:
         self.model = model
         self.base_id, self.target_id, self.revisions = base, target, revisions
         self.adapters: AdapterSet | None = None
+        self.planted: AdapterSet | None = None
         self.has_base = base_mlps is not None
         if base_mlps is not None:
             require_shapes(base_mlps, self.backend.described)
@@ -143,15 +149,62 @@ class PairedModel:
             revisions=(model_commit(base), model_commit(target)),
         )
 
+    @classmethod
+    def plant(
+        cls,
+        base: ModelReference,
+        adapters: AdapterSet,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        backend: str | None = None,
+    ) -> PairedModel:
+        """A pair with a known answer: the target is ``base`` with ``adapters`` added to its MLPs, the hybrid ``base``.
+
+        The planted features are a frozen copy. The marks of ``adapters`` are not asked: any set of the base's depth
+        and width can be planted.
+
+        Args:
+            base: a folder, a hub name, or a Hugging Face model already loaded.
+            adapters: what is planted; of all layers or some.
+            dtype, device, tokenizer, backend: as `from_pretrained`.
+
+        Raises:
+            PairMismatchError: adapters of another depth or width, or transcoders that stand in place of an MLP.
+            And what `from_pretrained` raises.
+        """
+        pair = cls.from_pretrained(base, base, dtype=dtype, device=device, tokenizer=tokenizer, backend=backend)
+        planted = copy.deepcopy(adapters).to(pair.model.W_E.device).requires_grad_(False)
+        planted.marks = None
+        require_belonging(planted, pair.backend, "", None, "")
+        for layer in planted.layer_indices:
+            scale = adapter_scale(planted, pair.backend, layer)
+            if scale is not None:  # into the encoder: the frozen copy then reads what the MLP reads
+                planted[layer].W_enc.mul_(scale.to(planted[layer].W_enc)[:, None])
+            pair.mlps[layer].planted = planted[layer]
+        pair.planted = planted
+        pair.target_id = f"{pair.base_id} with planted features {pair.fingerprints['planted']}"
+        pair.backend.name_hooks()
+        return pair
+
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Content hashes of the target's weights as they are here, and of the base's MLPs as they were read."""
+        """Content hashes of the target's weights as they are here, and of the base's MLPs as they were read.
+
+        Planted features count as the target's weights, and have a hash of their own, "planted".
+        """
         weights = [
             (f"{layer}.{name}", weight)
             for layer in range(self.n_layers)
             for name, weight in self.backend.named_weights(layer)
         ]
-        found = {"target": fingerprint([*weights, ("unembedding", self.backend.unembedding())])}
+        planted = (
+            [] if self.planted is None else [(f"planted.{name}", p) for name, p in self.planted.state_dict().items()]
+        )
+        found = {"target": fingerprint([*weights, ("unembedding", self.backend.unembedding()), *planted])}
+        if planted:
+            found["planted"] = fingerprint(planted)
         return found if self._base_fingerprint is None else {"base_mlps": self._base_fingerprint, **found}
 
     # -- routes ---------------------------------------------------------------------------------------------------
@@ -234,12 +287,33 @@ class PairedModel:
 
     # -- adapters -------------------------------------------------------------------------------------------------
 
-    def new_adapters(self, n_features: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> AdapterSet:
-        """Install fresh adapters (zero decoders: the replacement equals the hybrid) and return them."""
+    def new_adapters(
+        self,
+        n_features: int,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        *,
+        activation: ActivationName = "relu",
+        k: int | None = None,
+        bandwidth: float = TrainingConfig.bandwidth,
+    ) -> AdapterSet:
+        """Install fresh adapters (zero decoders: the replacement equals the hybrid) and return them.
+
+        Args: as `TranscoderAdapter`. Raises ConfigError for an activation that is not there, or a k it does not take.
+        """
         generator = torch.Generator().manual_seed(seed)
         d_model, device = self.model.cfg.d_model, self.model.W_E.device
         layers = [
-            TranscoderAdapter(d_model, n_features, generator=generator, dtype=dtype, device=device)
+            TranscoderAdapter(
+                d_model,
+                n_features,
+                activation=activation,
+                k=k,
+                bandwidth=bandwidth,
+                generator=generator,
+                dtype=dtype,
+                device=device,
+            )
             for _ in range(self.n_layers)
         ]
         about = AdapterMetadata(
@@ -248,6 +322,8 @@ class PairedModel:
             base_revision=self.revisions[0],
             target_revision=self.revisions[1],
             fingerprints=self.fingerprints,
+            activation=activation,
+            k=k,
         )
         adapters = AdapterSet(layers, self.marks, about)
         self.load_adapters(adapters)
@@ -258,6 +334,13 @@ class PairedModel:
 
         Raises PairMismatchError where depth, width or content show that they belong elsewhere.
         """
+        planted = adapters.metadata.fingerprints.get("planted")
+        if planted is not None and planted != self.fingerprints.get("planted"):
+            raise PairMismatchError(
+                f"These adapters were trained on {adapters.metadata.target}; the target here is "
+                f"{self.target_id or 'a model'} without those features. Plant them again: "
+                "PairedModel.plant(base, planted)."
+            )
         require_belonging(adapters, self.backend, self.target_id, self._base_marks, self.base_id)
         scales = {layer: adapter_scale(adapters, self.backend, layer) for layer in adapters.layer_indices}
         self.adapters = adapters.to(self.model.W_E.device)
@@ -297,7 +380,7 @@ class PairedModel:
         for layer in range(self.n_layers):
             self.backend.uninstall(layer)
         self.backend.name_hooks()
-        self.adapters = None
+        self.adapters = self.planted = None
         return self.model
 
     # -- running parts of the model -------------------------------------------------------------------------------
@@ -357,3 +440,5 @@ class PairedModel:
 
 ACTIVATIONS = "mlp.adapter.hook_sae_acts_post"
 """The hook point of the feature activations, within a block."""
+PRE_ACTIVATIONS = "mlp.adapter.hook_sae_acts_pre"
+"""The hook point of what the activation function reads, within a block."""

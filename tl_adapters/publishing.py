@@ -81,7 +81,7 @@ def export(
         base, target: where the models are, if not where the adapters' metadata says.
 
     Raises:
-        UserError: an unknown format, or models that are not known.
+        UserError: an unknown format, models that are not known, or a target that no such folder can hold (planted).
         And what the formats raise; nothing half-written is left.
     """
     if to not in FORMATS:
@@ -92,6 +92,14 @@ def export(
         to_saelens(adapters, folder, reads=reads)
         return
     about = adapters.metadata
+    if "planted" in about.fingerprints:
+        if to == "target":
+            raise UserError(
+                "The target of these adapters is its base with planted features, which a gated MLP cannot hold: there "
+                "is no Hugging Face folder of it. PairedModel.plant(base, planted) makes it, from the planted "
+                "features' own folder."
+            )
+        target = target or base or about.base  # all but the MLPs is the base's own
     found = {"base": base or about.base, "target": target or about.target}
     if missing := [role for role, where in found.items() if not where]:
         raise UserError(f"The adapters do not say what their {' and '.join(missing)} are; name them.")

@@ -64,10 +64,12 @@ class RoutedMLP(nn.Module):
 
     The target's second norm may be folded into the target's MLP, and adapters may read its output before or after
     the weight: ``base_scale`` and ``adapter_scale`` bring what the MLP reads into what base and adapter read.
+    ``planted`` is part of the target: known features that its own MLP, being gated, could not hold.
     """
 
     base: nn.Module | None
     adapter: TranscoderAdapter | None
+    planted: TranscoderAdapter | None
     base_scale: Tensor | None
     adapter_scale: Tensor | None
     route: Route
@@ -76,13 +78,14 @@ class RoutedMLP(nn.Module):
         """Give a freshly re-classed MLP what it needs besides its own weights; it starts on the target's route."""
         self.base = base
         self.adapter = None
+        self.planted = None
         self.register_buffer("base_scale", base_scale, persistent=False)
         self.register_buffer("adapter_scale", None, persistent=False)
         self.route = ROUTES["target"]
 
     def uninstall(self, cls: type[nn.Module]) -> None:
         """Be ``cls`` again, as before `install`."""
-        for name in ("base", "adapter", "base_scale", "adapter_scale", "route"):
+        for name in ("base", "adapter", "planted", "base_scale", "adapter_scale", "route"):
             delattr(self, name)
         self.__class__ = cls  # type: ignore[assignment]
 
@@ -111,6 +114,8 @@ class RoutedMLP(nn.Module):
             out = self.base(x if self.base_scale is None else (x * self.base_scale).to(x.dtype))
         else:
             out = super().forward(x)
+            if self.planted is not None:
+                out = out + self.planted(x)
         if self.route.adapter:
             assert self.adapter is not None
             read = x if self.adapter_scale is None else x * self.adapter_scale

@@ -1,8 +1,9 @@
 """The SAELens folder of one transcoder: cfg.json and sae_weights.safetensors, as SAELens 6 reads and writes them.
 
 Only files and JSON: sae_lens itself is not needed to write what `sae_lens.SAE.load_from_disk` loads as a stock
-Transcoder. An adapter differs from other transcoders in that it *adds* to the MLP's output: its output hook is
-``blocks.N.mlp.hook_adapter_out``, which a model has only while adapters are attached to it.
+Transcoder (relu) or JumpReLUTranscoder (jumprelu, batchtopk). An adapter differs from other transcoders in that it
+*adds* to the MLP's output: its output hook is ``blocks.N.mlp.hook_adapter_out``, which a model has only while adapters
+are attached to it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ NOTE = (
     "Additive: what it writes is added to the MLP's output of a model with the target's attention and the base's MLPs "
     "(tl_adapters.attach makes that model). On a model without blocks.N.mlp.hook_adapter_out, add_sae changes nothing."
 )
+ARCHITECTURES = {
+    "relu": "transcoder",
+    "jumprelu": "jumprelu_transcoder",
+    "batchtopk": "jumprelu_transcoder",
+    "topk": "topk_transcoder",
+}
+"""What cfg.json calls a transcoder with an activation. A trained batchtopk computes what a jumprelu computes. SAELens
+has no topk_transcoder, and refuses one by its name: better than features of a relu that nobody trained."""
+THRESHOLDED = ("jumprelu", "batchtopk")
+"""The activations whose weights hold a threshold [n_features] besides."""
 _TESTED_WITH = "6.54.12"
 
 
@@ -49,7 +60,7 @@ def transcoder_config(layer: int, tensors: dict[str, Tensor], about: dict[str, A
     additive = about["writes"] == "adapter_out"
     d_in, d_sae = tensors["W_enc"].shape
     return {
-        "architecture": "transcoder",
+        "architecture": ARCHITECTURES[about["activation"]],
         "d_in": d_in,
         "d_sae": d_sae,
         "d_out": tensors["W_dec"].shape[1],
@@ -84,13 +95,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG_FILE)
 
 
-def read_weights(folder: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The weights of one layer: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_out], b_dec. Raises AdapterFormatError."""
+def read_weights(folder: Path, activation: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The weights of one layer: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_out], b_dec, and threshold [d_sae] where
+    the activation has one. Raises AdapterFormatError."""
     tensors = read_safetensors(folder / WEIGHTS_FILE, device)
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     d_in, d_sae = found.get("W_enc", (0, 0))
     d_out = found.get("W_dec", (0, 0))[-1]
-    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    expected: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_out),
+        "b_dec": (d_out,),
+    }
+    if activation in THRESHOLDED:
+        expected["threshold"] = (d_sae,)
     if found != expected:
         raise AdapterFormatError(f"{folder / WEIGHTS_FILE} holds {found}; expected {expected}.")
     return tensors

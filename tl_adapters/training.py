@@ -1,10 +1,10 @@
 """Training adapters: Adam on the five-term objective, one cut a step (arXiv 2602.20904, section 3.2 and appendix).
 
     for each step:
-        learning rate: linear warm-up, then a cosine to zero;  l1 weight: linear warm-up
+        learning rate: linear warm-up, then a cosine to zero;  weight of the sparsity term: linear warm-up
         draw a batch of traces and a cut
         value and gradient of the objective (objective.py)
-        clip, step
+        clip, step, and bring the thresholds along
 
 Schedules, batches and cuts are pure functions of seed and step, so where a run stands is its weights, the optimiser's
 moments and a few counters: a run that is stopped or killed goes on from its last checkpoint bit for bit
@@ -42,6 +42,9 @@ from tl_adapters.trackers import open_tracker, require_tracker
 
 log = logging.getLogger(__name__)
 
+THRESHOLD_WINDOW = 0.05
+"""Share of the steps that batchtopk's threshold is a running mean of: at the end of the cosine, when weights hardly
+move any more, so that the threshold fits the adapters that come out."""
 TERMS = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity")
 
 
@@ -60,8 +63,14 @@ def warmup_cosine(step: int, steps: int, warmup_fraction: float) -> float:
 
 
 def linear_warmup(step: int, steps: int, fraction: float) -> float:
-    """Factor of the l1 weight at ``step`` (from 0): linear rise to 1."""
+    """Factor of the sparsity term's weight at ``step`` (from 0): linear rise to 1."""
     return min(1.0, (step + 1) / max(1.0, fraction * steps))
+
+
+def sparsity_weight(config: TrainingConfig, step: int) -> float:
+    """Weight of the sparsity term at ``step`` (from 0): of relu's L1 or jumprelu's L0; topk and batchtopk have none."""
+    weight = {"relu": config.l1_weight, "jumprelu": config.l0_weight}.get(config.activation, 0.0)
+    return weight * linear_warmup(step, config.steps, config.l1_warmup_fraction)
 
 
 class Trainer:
@@ -142,7 +151,13 @@ class Trainer:
         self.order = BatchOrder(source, config.tokens_per_batch, config.seed, config.count)
         held_out = [trace for trace in validation if trace.counts(config.count)]
         self.validation = [batch for _, batch in batches_by_length(held_out, config.tokens_per_batch, config.count)]
-        self.adapters = pair.new_adapters(config.n_features, seed=config.seed)
+        self.adapters = pair.new_adapters(
+            config.n_features,
+            seed=config.seed,
+            activation=config.activation,
+            k=config.k if config.activation in ("topk", "batchtopk") else None,
+            bandwidth=config.bandwidth,
+        )
         self.optimizer = torch.optim.Adam(
             self.adapters.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
         )
@@ -194,16 +209,18 @@ class Trainer:
         config, step = self.config, self.step
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * warmup_cosine(step, config.steps, config.warmup_fraction)
-        l1_weight = config.l1_weight * linear_warmup(step, config.steps, config.l1_warmup_fraction)
         weights = config.loss_weights
         batch = self.order[step].to(self.pair.model.W_E.device)
         cut = random.Random(f"{config.seed}-cut-{step}").randint(weights.lowest_cut, self.pair.n_layers)
-        terms = shared_prefix_step(self.pair, batch, cut, weights, l1_weight, want_l0)
+        terms = shared_prefix_step(self.pair, batch, cut, weights, sparsity_weight(config, step), want_l0)
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), config.grad_clip)
         if not (torch.isfinite(terms.total) and torch.isfinite(norm)):
             raise TrainingError(self._not_finite(terms, float(norm)))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        rate = min(1.0, 1 / (THRESHOLD_WINDOW * config.steps))
+        for index, adapter in enumerate(self.adapters):
+            adapter.settle_threshold(None if terms.smallest is None else terms.smallest[index], rate)
         self.tokens += int(batch.real.sum())
         return terms
 

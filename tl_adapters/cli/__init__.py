@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     studying.add_sweep(verbs, common)
     studying.add_evaluate(verbs, common)
     looking.add_features(verbs, common)
+    looking.add_label(verbs, quiet)
     looking.add_attribute(verbs, common)
     looking.add_serve(verbs, quiet)
     sharing.add_export(verbs, quiet)

@@ -57,6 +57,52 @@ def _share(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def add_label(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
+    """The verb label."""
+    label = verbs.add_parser("label", parents=[quiet], help="what to call a run's features: by rules, and by a judge")
+    label.add_argument("run_folder", type=Path, metavar="RUN", help="folder whose features were collected")
+    label.add_argument("--judge", type=int, nargs="?", const=0, metavar="N", help="sort N features, or all, by a model")
+    label.add_argument("--retest", type=int, default=50, metavar="N", help="of them judged twice (default: 50)")
+    label.add_argument("--auto-interp", type=int, metavar="N", help="describe N features and N neurons, and test it")
+    label.add_argument("--base-url", help="of an OpenAI-compatible endpoint (default: TL_ADAPTERS_BASE_URL)")
+    label.add_argument("--model", help="who judges (default: TL_ADAPTERS_MODEL); the key is TL_ADAPTERS_API_KEY")
+    label.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (default: 8)")
+    label.add_argument("--max-requests", type=int, metavar="N", help="stop there, and keep what was answered")
+    label.add_argument("--max-tokens", type=int, metavar="N", help="likewise")
+    label.add_argument("--seed", type=int, default=0, help="of draws and orders (default: 0)")
+    label.set_defaults(run=_label)
+
+
+def _label(args: argparse.Namespace) -> None:
+    from tl_adapters.labelling import label_run
+    from tl_adapters.report import write_report
+
+    block = label_run(
+        args.run_folder,
+        judge_n=args.judge,
+        retest=args.retest,
+        interpret_n=args.auto_interp,
+        endpoint=dict(
+            base_url=args.base_url,
+            model=args.model,
+            concurrency=args.concurrency,
+            request_budget=args.max_requests,
+            token_budget=args.max_tokens,
+        ),
+        seed=args.seed,
+        progress=not args.quiet,
+    )
+    for name, share in block["rules"].items():
+        print(f"{name}: {share['count']} features, {100 * share['weighted']['value']:.1f} % of the alive")
+    for name, share in (block.get("judge") or {}).get("shares", {}).items():
+        print(f"{name}: {share['count']} judged, {100 * share['weighted']['value']:.1f} %")
+    if detection := block.get("detection"):
+        for unit in ("features", "neurons"):
+            if detection[unit]:
+                print(f"detection score of {unit}: {detection[unit]['score']['value']:.3f}")
+    print(f"report: {write_report(args.run_folder)}\nnext: tl-adapters serve {args.run_folder}")
+
+
 def add_attribute(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     """The verb attribute."""
     attribute = verbs.add_parser("attribute", parents=[common], help="from the next token back to features and tokens")

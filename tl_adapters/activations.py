@@ -1,0 +1,104 @@
+"""Which features of an adapter are active: four activation functions, and how gradients pass them.
+
+    relu        pre where pre > 0                                (the paper's, arXiv 2602.20904; with an L1 term)
+    jumprelu    pre where pre > threshold, learned per feature   (arXiv 2407.14435; with an L0 term)
+    topk        the k largest of each token                      (arXiv 2406.04093; needs no term)
+    batchtopk   in training the k * n_tokens largest of a batch  (arXiv 2412.06410; needs no term)
+                elsewhere pre where pre > threshold, the running mean of the smallest that were let through
+
+Only a positive pre-activation is ever active, and an active feature's activation is its pre-activation: so whatever
+accounts for pre-activations (RelP) accounts for activations.
+
+A step has no gradient, so thresholds learn by a straight-through one: the step at z - threshold is differentiated as if
+it were a ramp of width ``bandwidth`` (a rectangular kernel). Pre-activations learn from the features they let through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def jumprelu(
+    pre: Float[Tensor, "*batch n_features"], threshold: Float[Tensor, "n_features"], bandwidth: float
+) -> Float[Tensor, "*batch n_features"]:
+    """pre * (pre > threshold), positive ones only; gradient to the threshold: -threshold / bandwidth in the kernel."""
+    acts: Tensor = _JumpReLU.apply(pre, threshold, bandwidth)
+    return acts
+
+
+def step(
+    pre: Float[Tensor, "*batch n_features"], threshold: Float[Tensor, "n_features"], bandwidth: float
+) -> Float[Tensor, "*batch n_features"]:
+    """1 where `jumprelu` is active; gradient to the threshold: -1 / bandwidth in the kernel, none to ``pre``."""
+    active: Tensor = _Step.apply(pre, threshold, bandwidth)
+    return active
+
+
+def topk(pre: Float[Tensor, "*batch n_features"], k: int) -> Float[Tensor, "*batch n_features"]:
+    """The k largest positive ones of each token; fewer where fewer are positive."""
+    largest = torch.relu(pre).topk(k, -1)
+    return torch.zeros_like(pre).scatter(-1, largest.indices, largest.values)
+
+
+def batch_topk(
+    pre: Float[Tensor, "*batch n_features"], k: int, real: Bool[Tensor, "*batch"]
+) -> Float[Tensor, "*batch n_features"]:
+    """The k * n largest positive ones of n real tokens together; padding takes no part and has none.
+
+    Equal values at the edge are let through together, so that equal tokens get equal activations.
+    """
+    positive = torch.relu(pre)
+    values = positive.detach()[real].flatten()
+    kept = min(k * int(real.sum()), len(values))
+    smallest = values.topk(kept, sorted=False).values.amin()
+    return torch.where((positive >= smallest) & real[..., None], positive, torch.zeros_like(positive))
+
+
+def smallest_active(acts: Float[Tensor, "*batch n_features"], real: Bool[Tensor, "*batch"]) -> Float[Tensor, ""]:
+    """The smallest positive activation of the real tokens; 0 where there is none."""
+    acts = acts.detach()[real]
+    smallest = torch.where(acts > 0, acts, torch.inf).amin()
+    return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(_active(pre, threshold), pre, torch.zeros_like(pre))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        pre, threshold = ctx.saved_tensors
+        (grad,) = grad_outputs
+        learns = ctx.needs_input_grad[1]  # batchtopk's threshold does not
+        to_threshold = -threshold * _kernel(pre, threshold, ctx.bandwidth, grad) if learns else None
+        return torch.where(_active(pre, threshold), grad, torch.zeros_like(grad)), to_threshold, None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return _active(pre, threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        return None, -_kernel(pre, threshold, ctx.bandwidth, grad_outputs[0]), None
+
+
+def _active(pre: Tensor, threshold: Tensor) -> Tensor:
+    return (pre > threshold) & (pre > 0)  # transcoders of others may have thresholds below 0
+
+
+def _kernel(pre: Tensor, threshold: Tensor, bandwidth: float, grad: Tensor) -> Tensor:
+    """[n_features]: the incoming gradients within half a bandwidth of the threshold, summed, over the bandwidth."""
+    near = (pre - threshold).abs() < bandwidth / 2
+    return (grad * near).flatten(0, -2).sum(0) / bandwidth
