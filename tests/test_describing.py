@@ -1,10 +1,13 @@
 """A run's features: the demo's stage, the verb on documents of one's own, shares of several processes, refusals."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from fake_chat import FakeChat
+from test_judging import knowing
 
 from tl_adapters import organism
 from tl_adapters.cli import main
@@ -80,6 +83,49 @@ def test_the_verb_reads_any_documents(copy: Path, tmp_path: Path, capsys: pytest
     assert main(["features", str(copy), *common, "--stream", "target"]) == 2
     assert "was read with stream 'replacement'" in capsys.readouterr().err
     assert (copy / FOLDER / STORE / "store.json").read_bytes() == before
+
+
+def test_a_run_is_labelled_by_rules_and_by_a_judge(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    with FakeChat(knowing) as server:
+        monkeypatch.setenv("TL_ADAPTERS_BASE_URL", server.url)
+        monkeypatch.setenv("TL_ADAPTERS_MODEL", "fake")
+        argv = ["label", str(folder), "--judge", "12", "--retest", "4", "--auto-interp", "6", "--quiet"]
+        assert main(argv) == 0
+        out, asked = capsys.readouterr().out, len(server.asked)
+        assert asked >= 12 + 4 and "detection score of features" in out and "judged" in out
+        assert main(argv) == 0
+        assert len(server.asked) == asked, "what was answered is not asked again"
+    block = read_results(folder)["labels"]
+    assert block["judge"]["judged"] == 12 and block["judge"]["agreement"]["n"] == 4
+    assert block["detection"]["neurons"]["score"]["n"] > 0
+    store, _ = stores_of(folder)
+    assert sum(label.source == "fake" for label in store.labels.values()) >= 12
+    rules = read_results(folder)["features"]["labels"]
+    assert sum(share["count"] for share in rules.values()) == len(store.ids()), "the rules' shares are of all"
+    report = (folder / "report.html").read_text()
+    assert "What a model calls them" in report and "detection score" in report
+    shutil.rmtree(folder / FOLDER)
+    assert main(["label", str(folder)]) == 2
+    assert "holds no feature store" in capsys.readouterr().err
+
+
+def test_features_are_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "neuronpedia"
+    assert main(["export", str(run), "--to", "neuronpedia", "--out", str(out), "--model-id", "mine", "--quiet"]) == 0
+    batches = [json.loads(path.read_text()) for path in out.rglob("batch-*.json")]
+    assert sum(len(batch["features"]) for batch in batches) == len(stores_of(run)[0].ids())
+    assert {batch["model_id"] for batch in batches} == {"mine"}
+    capsys.readouterr()
+    argv = ["export", str(run), "--to", "sae-dashboard", "--out", str(tmp_path / "d")]
+    assert main(argv) == 2
+    assert "layer.index, such as 2.17" in capsys.readouterr().err
+    if importlib.util.find_spec("sae_dashboard") is None:
+        assert main([*argv, "--features", "2.17"]) == 2
+        assert "pip install --no-deps sae-dashboard" in capsys.readouterr().err
 
 
 def test_refusals_in_one_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

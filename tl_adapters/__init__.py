@@ -13,54 +13,85 @@ _HOMES = {
     "AttributionGraph": "graphs",
     "DataConfig": "config",
     "DifferenceTarget": "attribution",
+    "Endpoint": "endpoint",
     "FeatureId": "adapter",
+    "FeatureStore": "feature_store",
     "FeatureTarget": "attribution",
     "LogitTarget": "attribution",
     "LossWeights": "config",
     "PairedModel": "paired",
     "RunConfig": "config",
+    "StoreOptions": "feature_store",
     "Trainer": "training",
     "TrainingConfig": "config",
-    "TranscoderAdapter": "adapter",
+    "TranscoderAdapter": "transcoder",
     "attach": "attaching",
     "attached": "attaching",
     "attribute": "attribution",
     "authors_pair": "authors",
+    "auto_interpret": "interpreting",
+    "collect_features": "collecting",
     "detach": "attaching",
     "encode_traces": "chat",
     "explain_difference": "validity",
     "from_authors": "authors",
     "from_saelens": "formats",
+    "hesitation_tokens": "vocabulary",
+    "judge": "judging",
+    "label_by_rules": "labels",
+    "label_shares": "labels",
+    "plant_features": "planting",
+    "planted_test": "planting",
     "pull": "hub",
     "push_to_hub": "hub",
+    "seed_agreement": "matching",
+    "show_features": "feature_views",
+    "stream_agreement": "streams",
     "to_authors": "authors",
     "to_saelens": "formats",
     "train": "training",
+    "write_feature_pages": "feature_pages",
     "write_graph": "graph_pages",
     "write_hybrid": "mixing",
 }
 
-__all__ = ["AdapterSet", "AttributionGraph", "DataConfig", "DifferenceTarget", "FeatureId", "FeatureTarget"]
-__all__ += ["LogitTarget", "LossWeights", "PairedModel", "RunConfig", "Trainer", "TrainingConfig", "TranscoderAdapter"]
-__all__ += ["attach", "attached", "attribute", "authors_pair", "detach", "encode_traces", "explain_difference"]
-__all__ += ["from_authors", "from_saelens", "pull", "push_to_hub", "to_authors", "to_saelens", "train", "write_graph"]
-__all__ += ["write_hybrid"]
+__all__ = ["AdapterSet", "AttributionGraph", "DataConfig", "DifferenceTarget", "Endpoint", "FeatureId"]
+__all__ += ["FeatureStore", "FeatureTarget", "LogitTarget", "LossWeights", "PairedModel", "RunConfig"]
+__all__ += ["StoreOptions", "Trainer", "TrainingConfig", "TranscoderAdapter", "attach", "attached", "attribute"]
+__all__ += ["authors_pair", "auto_interpret", "collect_features", "detach", "encode_traces"]
+__all__ += ["explain_difference", "from_authors", "from_saelens", "hesitation_tokens", "judge", "label_by_rules"]
+__all__ += ["label_shares", "plant_features", "planted_test", "pull", "push_to_hub", "seed_agreement"]
+__all__ += ["show_features", "stream_agreement", "to_authors", "to_saelens", "train"]
+__all__ += ["write_feature_pages", "write_graph", "write_hybrid"]
 
 if TYPE_CHECKING:
-    from tl_adapters.adapter import AdapterSet, FeatureId, TranscoderAdapter
+    from tl_adapters.adapter import AdapterSet, FeatureId
     from tl_adapters.attaching import attach, attached, detach
     from tl_adapters.attribution import DifferenceTarget, FeatureTarget, LogitTarget, attribute
     from tl_adapters.authors import authors_pair, from_authors, to_authors
     from tl_adapters.chat import encode_traces
+    from tl_adapters.collecting import collect_features
     from tl_adapters.config import DataConfig, LossWeights, RunConfig, TrainingConfig
+    from tl_adapters.endpoint import Endpoint
+    from tl_adapters.feature_pages import write_feature_pages
+    from tl_adapters.feature_store import FeatureStore, StoreOptions
+    from tl_adapters.feature_views import show_features
     from tl_adapters.formats import from_saelens, to_saelens
     from tl_adapters.graph_pages import write_graph
     from tl_adapters.graphs import AttributionGraph
     from tl_adapters.hub import pull, push_to_hub
+    from tl_adapters.interpreting import auto_interpret
+    from tl_adapters.judging import judge
+    from tl_adapters.labels import label_by_rules, label_shares
+    from tl_adapters.matching import seed_agreement
     from tl_adapters.mixing import write_hybrid
     from tl_adapters.paired import PairedModel
+    from tl_adapters.planting import plant_features, planted_test
+    from tl_adapters.streams import stream_agreement
     from tl_adapters.training import Trainer, train
+    from tl_adapters.transcoder import TranscoderAdapter
     from tl_adapters.validity import explain_difference
+    from tl_adapters.vocabulary import hesitation_tokens
 
 
 def __getattr__(name: str) -> Any:

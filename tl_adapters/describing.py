@@ -46,11 +46,9 @@ def features_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, spl
         shutil.rmtree(here, ignore_errors=True)  # of an earlier evaluation of this run
         store, neurons = collect_both(pair, traces, here, split, StoreOptions(), progress=False)
         store.set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
-        label_by_rules(store)
-        label_by_rules(neurons)
+        name_and_record(folder, store, neurons)
         draw(store, here / PAGES)
         draw(neurons, here / NEURON_PAGES)
-        record(folder, store, neurons)
     return store
 
 
@@ -113,10 +111,8 @@ def describe_run(
     store, neurons = collect_both(pair, traces, here, split, options, stream=stream, progress=progress)
     if not store.agreement:
         store.set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
-    label_by_rules(store)
-    label_by_rules(neurons)
+    name_and_record(folder, store, neurons)
     draw(neurons, here / NEURON_PAGES, progress=progress)
-    record(folder, store, neurons)
     return draw(store, here / PAGES, progress=progress)
 
 
@@ -158,9 +154,16 @@ def draw(store: FeatureStore, pages: Path, progress: bool = False) -> Path:
     return fresh.rename(pages) / index.name
 
 
-def record(folder: Path, store: FeatureStore, neurons: FeatureStore) -> None:
-    """Add what the stores hold to the block features of results.json."""
+def name_and_record(folder: Path, store: FeatureStore, neurons: FeatureStore) -> dict[str, Any]:
+    """Label both stores by rules and add what they hold to the block features of results.json; returns the block.
+
+    The shares are of the rules' labels, also where a judge has given a feature another one.
+    """
     about = store.about
+    rules = [label_by_rules(one) for one in (store, neurons)]
+    shares = [
+        label_shares(labels, one.ids(), split=about.split) for labels, one in zip(rules, (store, neurons), strict=True)
+    ]
     block = {
         "total": about.n_flat,
         "alive": len(store.ids()),
@@ -169,13 +172,14 @@ def record(folder: Path, store: FeatureStore, neurons: FeatureStore) -> None:
         "stream": about.stream,
         "split": about.split,
         "agreement": store.agreement,
-        "labels": label_shares(store.labels, store.ids(), split=about.split),
+        "labels": shares[0],
         "neurons": {
             "total": neurons.about.n_flat,
             "alive": len(neurons.ids()),
             "per_token": neurons.about.options.neurons_per_token,
-            "labels": label_shares(neurons.labels, neurons.ids(), split=about.split),
+            "labels": shares[1],
         },
         "page": f"{FOLDER}/{PAGES}/index.html",
     }
-    write_results(folder, features={**read_results(folder).get("features", {}), **block})
+    results = write_results(folder, features={**read_results(folder).get("features", {}), **block})
+    return dict(results["features"])

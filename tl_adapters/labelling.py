@@ -1,7 +1,8 @@
 """Naming a run's features: by rules always, by a judge and by tested explanations where asked for.
 
 Replies are kept beside the stores (RUN/features/replies), so a run that was stopped, or is asked again, pays for
-nothing twice. What came out is the block labels of results.json; the pages are drawn anew with the new names.
+nothing twice. What came out is the block labels of results.json (the rules' shares stand in the block features), and
+the pages are drawn anew with the new names.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_adapters.describing import FOLDER, NEURON_PAGES, PAGES, draw, record, stores_of
+from tl_adapters.describing import FOLDER, NEURON_PAGES, PAGES, draw, name_and_record, stores_of
 from tl_adapters.endpoint import Endpoint
 from tl_adapters.interpreting import auto_interpret
 from tl_adapters.judging import judge
-from tl_adapters.labels import label_by_rules, label_shares
 from tl_adapters.results import plain, read_results, write_results
 
 REPLIES = "replies"
@@ -30,7 +30,7 @@ def label_run(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Label a run's features and neurons; returns the block labels of results.json.
+    """Label a run's features and neurons; returns the rules' shares and what judge and test found.
 
     Args:
         folder: a run whose features were collected.
@@ -45,11 +45,8 @@ def label_run(
     answered until then is kept.
     """
     store, neurons = stores_of(folder)
-    rules = label_by_rules(store)
-    label_by_rules(neurons)
-    # Counted now: a judge gives other categories, and its own names.
-    block: dict[str, Any] = {"rules": plain(label_shares(rules, store.ids(), split=store.about.split, seed=seed))}
-    record(folder, store, neurons)
+    rules = name_and_record(folder, store, neurons)["labels"]
+    block: dict[str, Any] = {}
     asked = {"cache": folder / FOLDER / REPLIES, "seed": seed, **(endpoint or {})}
     if judge_n is not None:
         report = judge(store, Endpoint(**asked), judge_n or None, retest=retest, seed=seed, progress=progress)
@@ -57,7 +54,8 @@ def label_run(
     if interpret_n is not None:
         tested = auto_interpret(store, neurons, Endpoint(**asked), interpret_n, seed=seed, progress=progress)
         block["detection"] = plain(tested)
-    write_results(folder, labels={**read_results(folder).get("labels", {}), **block})
+    if block:
+        write_results(folder, labels={**read_results(folder).get("labels", {}), **block})
     draw(store, folder / FOLDER / PAGES, progress=progress)
     draw(neurons, folder / FOLDER / NEURON_PAGES, progress=progress)
-    return block
+    return {"rules": rules, **block}

@@ -34,6 +34,8 @@ def write_report(folder: str | Path) -> Path:
         sections.append(_behaviour(results["behaviour"]))
     if "labels" in results.get("features", {}):
         sections.append(_features(results["features"]))
+    if results.get("labels"):
+        sections.append(_judged(results["labels"]))
     if (results.get("attribution") or {}).get("graphs"):
         sections.append(_attribution(results["attribution"]))
     answers = _lines(folder / "answers.jsonl")
@@ -208,6 +210,34 @@ def _features(b: Block) -> str:
     ]
     shown = table(["called", "features", "neurons"], rows)
     return f'<h2>What the features are</h2>{text}{shown}<div class="plots">{"".join(plots)}</div>'
+
+
+def _judged(b: Block) -> str:
+    out = ["<h2>What a model calls them</h2>"]
+    if judge := b.get("judge"):
+        again = (
+            f" Judged a second time, {_percent(judge['agreement']['value'])} of {judge['agreement']['n']} got the same "
+            "category."
+            if judge["agreement"]
+            else ""
+        )
+        rows = [[escape(c), str(s["count"]), _figure(s["weighted"], percent=True)] for c, s in judge["shares"].items()]
+        out.append(
+            f"<p>{judge['judged']:,} of {judge['alive']:,} alive features, sorted by {escape(judge['model'])} into the "
+            f"paper's categories.{again}</p>" + table(["category", "judged", "of the alive"], rows)
+        )
+    if test := b.get("detection"):
+        rows = [
+            [unit, str(test[unit]["score"]["n"]), _figure(test[unit]["score"])]
+            for unit in ("features", "neurons")
+            if test[unit]
+        ]
+        out.append(
+            f"<p>Described by {escape(test['model'])} from some examples, and told apart by the description on others, "
+            "features and neurons mixed blind: balanced accuracy, where 0.5 is chance.</p>"
+            + table(["of", "tested", "detection score"], rows)
+        )
+    return "".join(out)
 
 
 def _attribution(b: Block) -> str:
