@@ -17,6 +17,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ class FeatureStore:
         """Tokens by region of the trace."""
         return dict(zip(self.about.regions, self.part.totals.region, strict=True))
 
-    @property
+    @cached_property
     def firings(self) -> Tensor:
         """[layers, n_features]: tokens on which each feature fires; layers in the order of ``about.layers``."""
         return torch.stack([self.layer(layer)[0].count for layer in self.about.layers])
