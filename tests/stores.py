@@ -9,9 +9,10 @@ from tl_adapters import organism
 from tl_adapters.chat import encode_traces
 from tl_adapters.collecting import collect_features
 from tl_adapters.data import Trace
-from tl_adapters.feature_store import FeatureStore, StoreOptions
+from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import Label
 from tl_adapters.paired import PairedModel
+from tl_adapters.store_files import StoreOptions
 from tl_adapters.study import load_builtin_pair
 
 HOSTILE = "</script><img src=x onerror=\"console.error('ran')\"><b>"

@@ -14,11 +14,13 @@ from tl_adapters import organism
 from tl_adapters.adapter import FeatureId
 from tl_adapters.chat import TRACE_REGIONS, ChatFormat, encode_traces
 from tl_adapters.collecting import collect_features, collect_share
+from tl_adapters.counting import _mixed
 from tl_adapters.data import DataError, Trace
-from tl_adapters.feature_store import FeatureStore, StoreOptions
+from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import FeatureStoreError
 from tl_adapters.paired import ACTIVATIONS, PairedModel
 from tl_adapters.parts import bucket, bucket_edges
+from tl_adapters.store_files import StoreOptions
 from tl_adapters.streams import reading, stream_agreement
 from tl_adapters.vocabulary import VocabularyError
 
@@ -203,13 +205,11 @@ def test_the_sample_is_uniform() -> None:
     drawn = torch.zeros(60)
     positions = torch.arange(60)
     for seed in range(400):
-        mixed = collecting._mixed(
-            torch.tensor(12345) ^ collecting._mixed(positions * 977 + 5 ^ collecting._mixed(torch.tensor(seed)))
-        )
+        mixed = _mixed(torch.tensor(12345) ^ _mixed(positions * 977 + 5 ^ _mixed(torch.tensor(seed))))
         drawn[((mixed >> 1) & 0x7FFFFFFFFFFFFFFF).topk(6).indices] += 1
     expected = 400 * 6 / 60
     assert ((drawn - expected).square() / (expected * 0.9)).sum() < 99.6  # chi-squared, 59 degrees: p = 0.0007
-    assert len(collecting._mixed(torch.arange(10_000)).unique()) == 10_000
+    assert len(_mixed(torch.arange(10_000)).unique()) == 10_000
 
 
 def test_neurons_are_the_targets_own(pair: PairedModel, traces: list[Trace]) -> None:

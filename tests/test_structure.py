@@ -20,8 +20,9 @@ LEVELS = [
     {"batching", "paired"},
     {"objective", "faithfulness", "baselines", "benchmarks", "attaching", "formats", "mixing", "linear", "effects"}
     | {"opening", "streams"},
-    {"authors", "dashboards", "feature_store", "feature_views", "gradients", "hub", "matching", "sweep_pages"},
-    {"attribution", "collecting", "excerpts", "feature_pages", "labels", "neuronpedia"},
+    {"authors", "dashboards", "store_files", "feature_views", "gradients", "hub", "matching", "sweep_pages"},
+    {"attribution", "counting", "feature_store"},
+    {"collecting", "excerpts", "feature_pages", "labels", "neuronpedia"},
     {"judging", "trials", "validity"},
     {"graph_pages", "interpreting"},
     {"publishing", "describing"},

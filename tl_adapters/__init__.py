@@ -21,7 +21,7 @@ _HOMES = {
     "LossWeights": "config",
     "PairedModel": "paired",
     "RunConfig": "config",
-    "StoreOptions": "feature_store",
+    "StoreOptions": "store_files",
     "Trainer": "training",
     "TrainingConfig": "config",
     "TranscoderAdapter": "transcoder",
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from tl_adapters.config import DataConfig, LossWeights, RunConfig, TrainingConfig
     from tl_adapters.endpoint import Endpoint
     from tl_adapters.feature_pages import write_feature_pages
-    from tl_adapters.feature_store import FeatureStore, StoreOptions
+    from tl_adapters.feature_store import FeatureStore
     from tl_adapters.feature_views import show_features
     from tl_adapters.formats import from_saelens, to_saelens
     from tl_adapters.graph_pages import write_graph
@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from tl_adapters.mixing import write_hybrid
     from tl_adapters.paired import PairedModel
     from tl_adapters.planting import plant_features, planted_test
+    from tl_adapters.store_files import StoreOptions
     from tl_adapters.streams import stream_agreement
     from tl_adapters.training import Trainer, train
     from tl_adapters.transcoder import TranscoderAdapter

@@ -18,41 +18,32 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.batching import TraceSource
 from tl_adapters.chat import TRACE_REGIONS, ChatFormat
+from tl_adapters.counting import Counts, TokenBatch
 from tl_adapters.data import DataError, Trace, collate, rows_by_length
 from tl_adapters.effects import written_rows
-from tl_adapters.feature_store import FeatureStore, StoreDescription, StoreOptions, finish, open_store
+from tl_adapters.feature_store import FeatureStore, finish
 from tl_adapters.features import FeatureStoreError, Kind, Stream
 from tl_adapters.paired import ACTIVATIONS, PairedModel
 from tl_adapters.parts import (
-    BUCKETS,
-    SUMS,
     TENTHS,
     Documents,
-    Examples,
-    LayerStatistics,
     Part,
     PartTotals,
-    best,
-    bucket,
-    group_starts,
-    joined,
-    rank_within,
     write_part,
 )
+from tl_adapters.store_files import StoreDescription, StoreOptions, open_store
 from tl_adapters.streams import reading
 
 log = logging.getLogger(__name__)
@@ -123,19 +114,6 @@ def collect_share(
         pass
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Documents padded on the right, and what is known of each of their tokens; flat tensors are [batch * pos]."""
-
-    tokens: Int[Tensor, "batch pos"]
-    document: Tensor  # [batch]: number in the part
-    length: Tensor  # [batch]
-    identity: Tensor  # [batch]: hash of each document's tokens
-    domain: Tensor  # [batch]
-    region: Tensor  # flat; -1 at padding
-    tenth: Tensor  # flat; -1 outside the thinking
-
-
 class _Collector:
     def __init__(
         self,
@@ -183,7 +161,7 @@ class _Collector:
     def _part(self, traces: Sequence[Trace], name: str, bar: Any) -> Part:
         domains = sorted({trace.domain for trace in traces})
         regions = [self.chat.regions(trace) for trace in traces]
-        counts = _Counts(self.description, len(domains))
+        counts = Counts(self.description, len(domains))
         for rows in rows_by_length(traces, self.options.tokens_per_batch):
             batch = _batch(traces, regions, rows, domains)
             counts.add(batch, *self._firings(batch))
@@ -197,7 +175,7 @@ class _Collector:
         )  # fmt: skip
         return Part(totals, Documents(ids, flat, starts), counts.layers(), None)
 
-    def _firings(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _firings(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(flat token, flat feature, activation) of everything that fires, sorted by feature and then token."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         with self._extracting(found):
@@ -237,180 +215,9 @@ class _Collector:
             yield
 
 
-class _Counts:
-    """Running statistics of all layers at once: the features of a layer follow those of the one before."""
-
-    def __init__(self, description: StoreDescription, n_domains: int) -> None:
-        self.description, options = description, description.options
-        n, long = description.n_flat, torch.long
-        self.count, self.total = torch.zeros(n, dtype=long), torch.zeros(n, dtype=torch.float64)
-        self.region, self.tenth, self.domain, self.histogram = (
-            torch.zeros(n, width, dtype=long) for width in (len(TRACE_REGIONS), TENTHS, n_domains, BUCKETS)
-        )
-        self.region_tokens, self.tenth_tokens, self.domain_tokens = (
-            torch.zeros(width, dtype=long) for width in (len(TRACE_REGIONS), TENTHS, n_domains)
-        )
-        width = options.before + 1 + options.after
-        self.top = _Best(options.examples, n, Examples.none(width, 0))
-        self.sample = _Best(options.sample, n, Examples.none(width, options.neighbours))
-        self.seed = _mixed(torch.tensor(options.seed))
-
-    def add(self, batch: _Batch, token: Tensor, feature: Tensor, value: Tensor) -> None:
-        """One batch's firings, sorted by feature and then token."""
-        row, position = token // batch.tokens.shape[1], token % batch.tokens.shape[1]
-        _tally(self.count, feature)
-        self.total.index_add_(0, feature, value.double())
-        _tally(self.region, feature, batch.region[token])
-        _tally(self.domain, feature, batch.domain[row])
-        _tally(self.histogram, feature, bucket(value))
-        tenth = batch.tenth[token]
-        thinking = tenth >= 0
-        _tally(self.tenth, feature[thinking], tenth[thinking])
-        _tally(self.region_tokens, batch.region[batch.region >= 0])
-        _tally(self.tenth_tokens, batch.tenth[batch.tenth >= 0])
-        self.domain_tokens.index_add_(0, batch.domain, batch.length)
-
-        drawn = _mixed(batch.identity[row] ^ _mixed(position * self.description.n_flat + feature ^ self.seed))
-        # A positive float's bits are ordered as it is; between equals the hash decides, not the order of documents.
-        size = (value.view(torch.int32).long() << 32) | ((drawn >> 32) & 0xFFFFFFFF)
-        fired = _Firings(batch, self.description, token, feature, value, row, position)
-        of_document = _is_best(group_starts(feature, row), size)
-        wanted = self.top.wanted(feature, size, of_document)
-        self.top.add(fired.examples(wanted, size[wanted], others=0))
-        drawn = (drawn >> 1) & 0x7FFFFFFFFFFFFFFF
-        wanted = self.sample.wanted(feature, drawn)
-        self.sample.add(fired.examples(wanted, drawn[wanted], others=self.description.options.neighbours))
-
-    def layers(self) -> dict[int, LayerStatistics]:
-        """The statistics, layer by layer."""
-        n = self.description.n_features
-        ranked = {"top": self.top.result(), "sample": self.sample.result()}
-        found = {}
-        for place, layer in enumerate(self.description.layers):
-            here = slice(place * n, (place + 1) * n)
-            mine: dict[str, Any] = {name: getattr(self, name)[here] for name in SUMS}
-            for which, examples in ranked.items():
-                start, stop = torch.searchsorted(examples.feature, torch.tensor([here.start, here.stop]))
-                columns = [column[start:stop] for column in examples]
-                mine[which] = Examples(columns[0] - here.start, *columns[1:])
-            found[layer] = LayerStatistics(**mine)
-        return found
-
-
-class _Best:
-    """The k best firings of each feature so far. Candidates wait until there are enough of them to be worth sorting."""
-
-    def __init__(self, k: int, n_flat: int, none: Examples) -> None:
-        self.k, self.kept, self.waiting, self.n_waiting = k, none, [none], 0
-        self.threshold = torch.full((n_flat,), -1, dtype=torch.long)
-
-    def wanted(self, feature: Tensor, key: Tensor, among: Tensor | None = None) -> Tensor:
-        """Indices of the firings (``among`` those marked) that may be among the best: at most k of each feature."""
-        above = key >= self.threshold[feature]
-        candidates = (above if among is None else above & among).nonzero()[:, 0]
-        order, rank = rank_within(feature[candidates], key[candidates])
-        return candidates[order[rank < self.k]]
-
-    def add(self, candidates: Examples) -> None:
-        """Firings that `wanted` chose."""
-        self.waiting.append(candidates)
-        self.n_waiting += len(candidates.feature)
-        if self.n_waiting > max(20_000, len(self.kept.feature) // 4):
-            self.result()
-
-    def result(self) -> Examples:
-        """The best of all."""
-        if self.n_waiting:
-            self.kept = best(joined([self.kept, *self.waiting]), self.k)
-            self.waiting, self.n_waiting = [], 0
-            _, rank = rank_within(self.kept.feature, self.kept.key)
-            last = rank == self.k - 1
-            self.threshold[self.kept.feature[last].long()] = self.kept.key[last]
-        return self.kept
-
-
-@dataclass(frozen=True)
-class _Firings:
-    """A batch's firings, sorted by feature and then token, and how to look around in them."""
-
-    batch: _Batch
-    description: StoreDescription
-    token: Tensor
-    feature: Tensor
-    value: Tensor
-    row: Tensor
-    position: Tensor
-
-    def examples(self, chosen: Tensor, key: Tensor, others: int) -> Examples:
-        """The chosen firings with their surroundings."""
-        return Examples(
-            self.feature[chosen].int(),
-            key,
-            self.value[chosen],
-            self.batch.document[self.row[chosen]].int(),
-            self.position[chosen].int(),
-            self._window(chosen),
-            self._beside(chosen, others),
-        )
-
-    def _window(self, chosen: Tensor) -> Tensor:
-        """[n, width]: the same feature's activations around each chosen firing.
-
-        In this order they stand next to it: as many places away as there are tokens between, at most.
-        """
-        before, after = self.description.options.before, self.description.options.after
-        width, n = before + 1 + after, len(self.token)
-        place = chosen[:, None] + torch.arange(-before, after + 1)
-        inside = (place >= 0) & (place < n)
-        place = place.clamp(0, max(0, n - 1))
-        column = self.token[place] - self.token[chosen, None] + before
-        same = (self.feature[place] == self.feature[chosen, None]) & (self.row[place] == self.row[chosen, None])
-        column = torch.where(inside & same & (column >= 0) & (column < width), column, width)
-        windows = torch.zeros(len(chosen), width + 1).scatter_(1, column, self.value[place])
-        return windows[:, :width].clamp(max=torch.finfo(torch.float16).max).half()
-
-    def _beside(self, chosen: Tensor, others: int) -> Tensor:
-        """[n, others]: the strongest other features on the same token, -1 where there are fewer."""
-        if not others or not len(chosen):
-            return torch.full((len(chosen), others), -1, dtype=torch.int32)
-        here = self.token[chosen]
-        looked_at = torch.zeros(self.batch.tokens.numel(), dtype=torch.bool).index_fill_(0, here, True)
-        near = looked_at[self.token].nonzero()[:, 0]
-        near = near[self.value[near].argsort(descending=True)]
-        near = near[self.token[near].argsort(stable=True)]  # by token, the strongest first
-        tokens = self.token[near]
-        place = torch.searchsorted(tokens, here)[:, None] + torch.arange(others + 1)
-        there = place < torch.searchsorted(tokens, here, right=True)[:, None]
-        found = torch.where(there, self.feature[near[place.clamp(max=len(near) - 1)]], -1)
-        found = torch.where(found == self.feature[chosen, None], -1, found)
-        # The feature itself, or the one too many, is -1 now: to the end with it.
-        last = (found < 0).int().argsort(dim=-1, stable=True)
-        return found.gather(1, last)[:, :others].int()
-
-
-def _is_best(group: Tensor, key: Tensor) -> Tensor:
-    """True at the entry of each group that has the largest key."""
-    best_key = torch.full_like(key, -1).scatter_reduce_(0, group, key, "amax")
-    return key == best_key[group]
-
-
-def _tally(counts: Tensor, index: Tensor, column: Tensor | None = None) -> None:
-    """Count occurrences of ``index``, or of pairs (index, column)."""
-    flat = index if column is None else index * counts.shape[1] + column
-    counts.view(-1).index_add_(0, flat, torch.ones_like(flat))
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 64 bit integers that scrambles all of them (the finaliser of SplitMix64)."""
-    x = x + -7046029254386353131
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
 def _batch(
     traces: Sequence[Trace], regions: Sequence[Sequence[int]], rows: Sequence[int], domains: Sequence[str]
-) -> _Batch:
+) -> TokenBatch:
     tokens = collate([traces[i] for i in rows]).tokens
     region, tenth = torch.full(tokens.shape, -1), torch.full(tokens.shape, -1)
     thinking = TRACE_REGIONS.index("thinking")
@@ -419,7 +226,7 @@ def _batch(
         region[place, : len(codes)] = codes
         inside = (codes == thinking).nonzero()[:, 0]
         tenth[place, inside] = torch.arange(len(inside)) * TENTHS // max(1, len(inside))
-    return _Batch(
+    return TokenBatch(
         tokens,
         document=torch.tensor(list(rows)),
         length=torch.tensor([len(traces[i].tokens) for i in rows]),

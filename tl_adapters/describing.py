@@ -21,7 +21,7 @@ from tl_adapters.dashboards import require_dashboard, write_sae_dashboard
 from tl_adapters.data import Trace
 from tl_adapters.errors import UserError
 from tl_adapters.feature_pages import write_feature_pages
-from tl_adapters.feature_store import FeatureStore, StoreOptions
+from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import Stream
 from tl_adapters.fitting import last_part
 from tl_adapters.labels import label_by_rules, label_shares
@@ -29,6 +29,7 @@ from tl_adapters.neuronpedia import write_neuronpedia
 from tl_adapters.opening import is_builtin, open_held_out, open_run, require_adapters
 from tl_adapters.paired import PairedModel
 from tl_adapters.results import read_results, stage, write_results
+from tl_adapters.store_files import StoreOptions
 from tl_adapters.streams import stream_agreement
 from tl_adapters.vocabulary import hesitation_tokens
 

@@ -1,13 +1,6 @@
 """The feature store: what was collected of every feature, with what it was collected on.
 
-    store.json               what it was read on, and the options
-    vocabulary.json          every token as text
-    effects/layer_N          direct effects of each feature on the logits (`effects`)
-    part-HASH/               documents and statistics; several until they are merged (`parts`)
-    agreement.json           how far the target's and the replacement's streams agree, once measured (`streams`)
-    labels.json              what the features are called, once they are (`labels`)
-
-Layers are read when they are asked for, so a store of a large model opens at once.
+Its files are those of `store_files`. Layers are read when they are asked for: a store of a large model opens at once.
 """
 
 from __future__ import annotations
@@ -16,29 +9,25 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tl_adapters.adapter import FeatureId
-from tl_adapters.atomic import new_folder, remove_partials, write_text
-from tl_adapters.chat import TRACE_REGIONS
-from tl_adapters.effects import LayerEffects, layer_effects, written_rows
+from tl_adapters.atomic import write_text
+from tl_adapters.effects import LayerEffects
 from tl_adapters.features import (
     ALIVE_FIRINGS,
     QUANTILES,
     Example,
     Feature,
     FeatureStoreError,
-    Kind,
     Label,
     Neighbour,
-    Stream,
 )
 from tl_adapters.paired import PairedModel
 from tl_adapters.parts import (
@@ -48,107 +37,25 @@ from tl_adapters.parts import (
     MergedPart,
     Part,
     bucket_edges,
-    layer_file,
     write_part,
 )
 from tl_adapters.results import plain
+from tl_adapters.store_files import (
+    AGREEMENT_FILE,
+    LABELS_FILE,
+    VOCABULARY_FILE,
+    StoreDescription,
+    effects_of,
+    parts_in,
+    read_description,
+    read_effects,
+    read_labels,
+    vocabulary_of,
+)
 from tl_adapters.streams import LayerAgreement
-from tl_adapters.vocabulary import single_token, token_text
 
-SCHEMA_VERSION = 1
-STORE_FILE, VOCABULARY_FILE, EFFECTS_FOLDER = "store.json", "vocabulary.json", "effects"
-AGREEMENT_FILE, LABELS_FILE = "agreement.json", "labels.json"
 NEIGHBOURS = 8
 """Neighbours told of each feature."""
-
-
-@dataclass(frozen=True)
-class StoreOptions:
-    """How much is kept of each feature: memory and disk grow with these, not with the documents."""
-
-    examples: int = 20
-    """Strongest firings kept of each feature."""
-    sample: int = 20
-    """Random firings kept of each feature."""
-    before: int = 16
-    """Tokens of an example before the one that it was chosen for."""
-    after: int = 8
-    """Tokens after it."""
-    neighbours: int = 16
-    """Other features kept of each random firing, the strongest there."""
-    neurons_per_token: int = 8
-    """Neurons that count as firing on a token and layer, those that write most; adapters have no such limit."""
-    seed: int = 0
-    """Of the random firings."""
-    tokens_per_batch: int = 4096
-    """Tokens in a forward pass, padding included."""
-    documents_per_part: int = 10_000
-    """Documents between two writes to the disk; their tokens are held meanwhile."""
-
-    def __post_init__(self) -> None:
-        for name, lowest in (("examples", 1), ("sample", 1), ("before", 0), ("after", 0), ("neighbours", 0)):
-            _require_at_least(name, getattr(self, name), lowest)
-        for name in ("neurons_per_token", "tokens_per_batch", "documents_per_part"):
-            _require_at_least(name, getattr(self, name), 1)
-
-
-def _require_at_least(name: str, given: int, lowest: int) -> None:
-    if given < lowest:
-        raise FeatureStoreError(f"{name} is {given}; allowed is a whole number >= {lowest}.")
-
-
-@dataclass(frozen=True)
-class StoreDescription:
-    """What a store was read on."""
-
-    kind: Kind
-    """Adapter features, or the target's MLP neurons."""
-    stream: Stream
-    """Whose residual stream they read."""
-    split: str
-    """What the documents are called."""
-    base: str
-    """Id or folder of the base."""
-    target: str
-    """Id or folder of the target."""
-    layers: list[int]
-    """The layers."""
-    n_features: int
-    """Features, or neurons, of each."""
-    fingerprints: dict[str, str]
-    """Content hashes of adapters, base and target."""
-    words: list[str]
-    """Tokens whose logit effects are kept one by one."""
-    options: StoreOptions = field(default_factory=StoreOptions)
-    """How much is kept."""
-    regions: list[str] = field(default_factory=lambda: list(TRACE_REGIONS))
-    """Regions of a trace, in the order of the counts."""
-
-    @classmethod
-    def of(
-        cls, pair: PairedModel, kind: Kind, stream: Stream, split: str, options: StoreOptions, words: Sequence[str]
-    ) -> StoreDescription:
-        """The description of what is about to be collected. Raises UserError for a word that is no single token."""
-        for word in words:
-            single_token(pair.model.tokenizer, word)
-        if kind == "neuron":
-            layers, n_features, marks = list(range(pair.n_layers)), pair.model.cfg.d_mlp, {}
-        else:
-            adapters = pair.installed_adapters()
-            layers, n_features, marks = adapters.layer_indices, adapters.n_features, {"adapters": adapters.fingerprint}
-        fingerprints = {**pair.fingerprints, **marks}
-        return cls(
-            kind, stream, split, pair.base_id, pair.target_id, layers, n_features, fingerprints, list(words), options
-        )
-
-    @property
-    def n_flat(self) -> int:
-        """Features of all layers together."""
-        return len(self.layers) * self.n_features
-
-    def id_of(self, flat: int) -> FeatureId:
-        """The feature of a number counted through all layers."""
-        return FeatureId(self.layers[flat // self.n_features], flat % self.n_features)
 
 
 class FeatureStore:
@@ -173,7 +80,7 @@ class FeatureStore:
         if folder is not None and (folder / AGREEMENT_FILE).is_file():
             self.agreement = json.loads((folder / AGREEMENT_FILE).read_text())
         if folder is not None and (folder / LABELS_FILE).is_file():
-            self.labels = _read_labels(folder / LABELS_FILE)
+            self.labels = read_labels(folder / LABELS_FILE)
 
     @classmethod
     def load(cls, folder: str | Path) -> FeatureStore:
@@ -215,7 +122,7 @@ class FeatureStore:
         if self._held is None or self._held[0] != layer:
             if layer not in self.about.layers:
                 raise FeatureStoreError(f"The store has no layer {layer}; it has {self.about.layers}.")
-            effects = self._effects.get(layer) or _read_effects(self.folder, layer)
+            effects = self._effects.get(layer) or read_effects(self.folder, layer)
             self._held = (layer, self.part.layer(layer), effects)
         return self._held[1], self._held[2]
 
@@ -425,37 +332,6 @@ def _quantiles(histogram: Tensor) -> tuple[tuple[float, float], ...]:
     return tuple(found)
 
 
-# -- folders ------------------------------------------------------------------------------------------------------
-
-
-def open_store(pair: PairedModel, folder: Path, description: StoreDescription, *, first: bool = True) -> list[Part]:
-    """Make a store's folder, or see that the one there is of the same kind; the parts in it.
-
-    Args:
-        pair: whose features these are.
-        folder: made where it does not exist.
-        description: what is about to be collected.
-        first: write the effects too; of several processes one does.
-
-    Raises FeatureStoreError where the folder holds a store of something else.
-    """
-    if (folder / STORE_FILE).is_file():
-        _require_same(folder, read_description(folder), description)
-    elif folder.exists() and any(not f.name.startswith(".") for f in folder.iterdir()):
-        raise FeatureStoreError(f"{folder} is there already and is no feature store; choose another folder.")
-    else:
-        vocabulary = _vocabulary(pair)
-        write_text(folder / VOCABULARY_FILE, json.dumps(vocabulary))
-        record = {"schema_version": SCHEMA_VERSION, **asdict(description)}
-        write_text(folder / STORE_FILE, json.dumps(record, indent=1) + "\n")
-    if first and not (folder / EFFECTS_FOLDER).is_dir():
-        remove_partials(folder / EFFECTS_FOLDER)
-        with new_folder(folder / EFFECTS_FOLDER) as out:
-            for layer, effects in _effects(pair, description):
-                save_file({k: t.contiguous() for k, t in effects._asdict().items()}, out / layer_file(layer))
-    return parts_in(folder)
-
-
 def finish(
     pair: PairedModel, description: StoreDescription, parts: Sequence[Part], folder: str | Path | None
 ) -> FeatureStore:
@@ -463,9 +339,9 @@ def finish(
     k = {"top": description.options.examples, "sample": description.options.sample}
     merged = parts[0] if len(parts) == 1 else MergedPart(sorted(parts, key=lambda p: p.totals.covers), k)
     if folder is None:
-        vocabulary = _vocabulary(pair)
+        vocabulary = vocabulary_of(pair)
         whole = Part(merged.totals, merged.documents, {n: merged.layer(n) for n in description.layers}, None)
-        return FeatureStore(description, whole, dict(_effects(pair, description)), vocabulary)
+        return FeatureStore(description, whole, dict(effects_of(pair, description)), vocabulary)
     folder = Path(folder)
     if len(parts) > 1:
         name = hashlib.sha256("".join(merged.totals.covers).encode()).hexdigest()[:16]
@@ -474,65 +350,3 @@ def finish(
             assert part.folder is not None
             shutil.rmtree(part.folder)
     return FeatureStore.load(folder)
-
-
-def parts_in(folder: Path) -> list[Part]:
-    """The parts in a store's folder, without those that another one holds already."""
-    parts = [Part.open(path) for path in sorted(folder.glob("part-*")) if path.is_dir()]
-    held = [set(part.totals.covers) for part in parts]
-    return [part for part, mine in zip(parts, held, strict=True) if not any(mine < other for other in held)]
-
-
-def read_description(folder: Path) -> StoreDescription:
-    """What a store was read on. Raises FeatureStoreError where the folder holds none."""
-    try:
-        record = json.loads((folder / STORE_FILE).read_text())
-        if (version := record.pop("schema_version")) != SCHEMA_VERSION:
-            raise FeatureStoreError(f"{folder} has schema_version {version}; this version reads {SCHEMA_VERSION}.")
-        return StoreDescription(**{**record, "options": StoreOptions(**record["options"])})
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, FeatureStoreError):
-            raise
-        raise FeatureStoreError(
-            f"{folder} holds no feature store ({error}); make one with collect_features, or tl-adapters features RUN."
-        ) from error
-
-
-def _require_same(folder: Path, there: StoreDescription, now: StoreDescription) -> None:
-    # How the work was cut up changes nothing in the result.
-    free = {"tokens_per_batch": 0, "documents_per_part": 0}
-    for name in (f.name for f in fields(StoreDescription)):
-        was, is_ = getattr(there, name), getattr(now, name)
-        if name == "options":
-            was, is_ = ({**asdict(options), **free} for options in (was, is_))
-        if was != is_:
-            raise FeatureStoreError(
-                f"The store in {folder} was read with {name} {was!r}; asked for is {is_!r}. One store means one thing: "
-                "give another folder."
-            )
-
-
-def _vocabulary(pair: PairedModel) -> list[str]:
-    return [token_text(pair.model.tokenizer, token) for token in range(pair.model.cfg.d_vocab)]
-
-
-def _effects(pair: PairedModel, description: StoreDescription) -> Iterator[tuple[int, LayerEffects]]:
-    words = [single_token(pair.model.tokenizer, word) for word in description.words]
-    for layer, rows in written_rows(pair, description.kind, description.layers):
-        yield layer, layer_effects(pair, layer, rows, words)
-
-
-def _read_effects(folder: Path | None, layer: int) -> LayerEffects:
-    assert folder is not None
-    path = folder / EFFECTS_FOLDER / layer_file(layer)
-    if not path.is_file():
-        raise FeatureStoreError(f"{path} is missing; collect into this folder again, which adds it.")
-    return LayerEffects(**load_file(path))
-
-
-def _read_labels(path: Path) -> dict[FeatureId, Label]:
-    try:
-        record = json.loads(path.read_text())
-        return {FeatureId(*map(int, name.split("."))): Label(**label) for name, label in record.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise FeatureStoreError(f"{path} cannot be read ({error}); remove it and label again.") from error

@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import random_model
 
 from tl_adapters.chat import TRACE_REGIONS
-from tl_adapters.collecting import _batch, _Collector, _Counts
+from tl_adapters.collecting import _batch, _Collector
+from tl_adapters.counting import Counts
 from tl_adapters.data import Trace
-from tl_adapters.feature_store import StoreOptions
 from tl_adapters.organism import TARGET
 from tl_adapters.paired import PairedModel
+from tl_adapters.store_files import StoreOptions
 
 D_MODEL, LAYERS, TOKENS, ROWS, BATCHES, L0 = 128, 5, 128, 16, 10, 10
 
@@ -57,7 +58,7 @@ def main(widths: list[int]) -> None:
         draw = lambda: tuple(torch.randint(1, 279, (TOKENS,), generator=generator).tolist())  # noqa: E731
         traces = [Trace(draw(), 8) for _ in range(ROWS * BATCHES)]
         codes = [[TRACE_REGIONS.index("question")] * 8 + [TRACE_REGIONS.index("thinking")] * (TOKENS - 8)] * len(traces)
-        counts = _Counts(collector.description, 1)
+        counts = Counts(collector.description, 1)
         alone, collecting = [], []
         for number in range(BATCHES):
             batch = _batch(traces, codes, range(ROWS * number, ROWS * (number + 1)), [""])

@@ -25,8 +25,8 @@ def add_features(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 def _features(args: argparse.Namespace) -> None:
     from tl_adapters.describing import FOLDER, STORE, describe_run
-    from tl_adapters.feature_store import StoreOptions
     from tl_adapters.report import write_report
+    from tl_adapters.store_files import StoreOptions
 
     given = {"examples": args.examples, "sample": args.sample, "tokens_per_batch": args.tokens_per_batch}
     options = StoreOptions(
