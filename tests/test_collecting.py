@@ -139,7 +139,7 @@ def test_batches_order_parts_and_processes_change_nothing(
     pair: PairedModel, traces: list[Trace], tmp_path: Path
 ) -> None:
     whole = collect_features(pair, traces, options=OPTIONS, **QUIET)
-    small = StoreOptions(**{**vars(OPTIONS), "tokens_per_batch": 64, "documents_per_part": 5})
+    small = StoreOptions(**{**vars(OPTIONS), "tokens_per_batch": 64, "tokens_per_part": 300})
     same(whole, collect_features(pair, traces[::-1], options=small, **QUIET))
     folder = tmp_path / "store"
     for number in (1, 0):
@@ -155,7 +155,8 @@ def test_batches_order_parts_and_processes_change_nothing(
 def test_a_stopped_collection_goes_on_and_more_can_be_added(
     pair: PairedModel, traces: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = StoreOptions(**{**vars(OPTIONS), "documents_per_part": 6})
+    third = 1 + sum(len(trace.tokens) for trace in traces[:18]) // 3
+    options = StoreOptions(**{**vars(OPTIONS), "tokens_per_part": third})
     write, folder, written = collecting.write_part, tmp_path / "store", []
 
     def stop_at_the_third(path: Path, *args: object) -> object:
@@ -186,7 +187,8 @@ def test_a_stopped_collection_goes_on_and_more_can_be_added(
 def test_a_kill_between_merging_and_removing_costs_nothing(
     pair: PairedModel, traces: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = StoreOptions(**{**vars(OPTIONS), "documents_per_part": 12})
+    half = 1 + sum(len(trace.tokens) for trace in traces) // 2
+    options = StoreOptions(**{**vars(OPTIONS), "tokens_per_part": half})
     folder = tmp_path / "store"
     monkeypatch.setattr(
         "tl_adapters.feature_store.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)

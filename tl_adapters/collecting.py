@@ -19,7 +19,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +141,9 @@ class _Collector:
             there = open_store(self.pair, Path(folder), self.description, first=share[0] == 0)
             done = {hash_ for part in there for hash_ in part.totals.covers}
             yield from there
-        size, n_taken = self.options.documents_per_part, 0
-        stream = iter(traces) if isinstance(traces, Sequence) else _every(traces)
+        stream, n_taken = iter(traces) if isinstance(traces, Sequence) else _every(traces), 0
         with tqdm(desc="collect", unit=" tokens", unit_scale=True, disable=not self.progress) as bar:
-            for number, chunk in enumerate(iter(lambda: list(islice(stream, size)), [])):
+            for number, chunk in enumerate(_chunks(stream, self.options.tokens_per_part)):
                 n_taken += len(chunk)
                 name = _hash(chunk)
                 if number % share[1] == share[0] and name not in done:
@@ -235,6 +233,20 @@ def _batch(
         region=region.flatten(),
         tenth=tenth.flatten(),
     )
+
+
+def _chunks(traces: Iterator[Trace], tokens: int) -> Iterator[list[Trace]]:
+    """Documents in their order, as many at a time as have so many tokens together."""
+    chunk: list[Trace] = []
+    held = 0
+    for trace in traces:
+        chunk.append(trace)
+        held += len(trace.tokens)
+        if held >= tokens:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
 
 
 def _every(source: TraceSource) -> Iterator[Trace]:

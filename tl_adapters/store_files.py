@@ -51,13 +51,13 @@ class StoreOptions:
     """Of the random firings."""
     tokens_per_batch: int = 4096
     """Tokens in a forward pass, padding included."""
-    documents_per_part: int = 10_000
-    """Documents between two writes to the disk; their tokens are held meanwhile."""
+    tokens_per_part: int = 5_000_000
+    """Tokens between two writes to the disk; the documents are held meanwhile."""
 
     def __post_init__(self) -> None:
         for name, lowest in (("examples", 1), ("sample", 1), ("before", 0), ("after", 0), ("neighbours", 0)):
             _require_at_least(name, getattr(self, name), lowest)
-        for name in ("neurons_per_token", "tokens_per_batch", "documents_per_part"):
+        for name in ("neurons_per_token", "tokens_per_batch", "tokens_per_part"):
             _require_at_least(name, getattr(self, name), 1)
 
 
@@ -172,7 +172,7 @@ def read_description(folder: Path) -> StoreDescription:
 
 def _require_same(folder: Path, there: StoreDescription, now: StoreDescription) -> None:
     # How the work was cut up changes nothing in the result.
-    free = {"tokens_per_batch": 0, "documents_per_part": 0}
+    free = {"tokens_per_batch": 0, "tokens_per_part": 0}
     for name in (f.name for f in fields(StoreDescription)):
         was, is_ = getattr(there, name), getattr(now, name)
         if name == "options":

@@ -16,7 +16,7 @@ import torch
 from tl_adapters import organism
 from tl_adapters.atomic import write_text
 from tl_adapters.chat import encode_traces
-from tl_adapters.config import TrainingConfig
+from tl_adapters.config import LossWeights, TrainingConfig
 from tl_adapters.data import Trace
 from tl_adapters.matching import FIGURES, Matching, Share, seed_agreement
 from tl_adapters.paired import PairedModel
@@ -25,8 +25,9 @@ from tl_adapters.study import load_builtin_pair
 from tl_adapters.training import train
 
 WIDTHS, L1_WEIGHTS = (64, 256), (1e-3, 3e-3, 2e-2)
-LONG = 2_000
-"""Steps of the longest runs: three times the default."""
+LONG, HEAVY = 2_000, 100.0
+"""Steps of the longest runs, three times the default; and a weight of the NMSE (1 in the paper) that makes every layer
+answer for its own part of the difference."""
 CALIBRATION, TRAINING, EVALUATION = 2_000, 12_000, 1_850
 """Documents, of about 60 tokens each: 120,000 tokens to plant with, 110,000 to judge with."""
 BEFORE_SEEDS = 4
@@ -49,12 +50,12 @@ class Cell(NamedTuple):
     steps: int
     seed: int = 0
     strength: float = 0.5
-    activation: str = "relu"
+    nmse: float = 1.0
 
     @property
     def name(self) -> str:
         name = f"w{self.width}-l1_{self.l1_weight:g}-steps{self.steps}-strength{self.strength:g}-seed{self.seed}"
-        return name if self.activation == "relu" else f"{name}-{self.activation}"
+        return name if self.nmse == 1 else f"{name}-nmse{self.nmse:g}"
 
 
 def cells(steps: int) -> list[Cell]:
@@ -62,15 +63,16 @@ def cells(steps: int) -> list[Cell]:
     middle = [Cell(64, 1e-3, steps), Cell(256, 1e-3, steps), Cell(256, 3e-3, steps)]
     beyond = [Cell(64, 1e-3, steps, strength=2.0), Cell(64, 2e-2, 3 * steps), Cell(256, 2e-2, 3 * steps)]
     grid = [Cell(n, l1, steps) for l1 in L1_WEIGHTS for n in WIDTHS]
-    longer = [Cell(64, 1e-3, LONG), Cell(64, 1e-3, LONG, activation="jumprelu"), Cell(64, 1e-2, LONG)]
-    return list(dict.fromkeys([*middle, *longer, *beyond, *grid, Cell(64, 1e-3, steps, seed=1)]))
+    heavy = [Cell(64, 1e-2, LONG, nmse=HEAVY), *(Cell(n, 1e-2, steps, nmse=HEAVY) for n in WIDTHS)]
+    heavy += [Cell(64, 1e-3, steps, nmse=HEAVY), Cell(64, 1e-2, steps, seed=1, nmse=HEAVY)]
+    return list(dict.fromkeys([*middle, Cell(64, 1e-3, LONG), *heavy, *beyond, *grid, Cell(64, 1e-3, steps, seed=1)]))
 
 
 def run_cell(out: Path, cell: Cell, plant: Plant, traces: list[Trace], held_out: list[Trace]) -> None:
-    options = dict(n_features=cell.width, steps=cell.steps, seed=cell.seed, activation=cell.activation)
-    if cell.activation == "relu":
-        options["l1_weight"] = cell.l1_weight
-    config = TrainingConfig(**options)
+    weights = LossWeights(nmse=cell.nmse)
+    config = TrainingConfig(
+        n_features=cell.width, l1_weight=cell.l1_weight, steps=cell.steps, seed=cell.seed, loss_weights=weights
+    )
     report = planted_test(organism.BUILTIN_BASE, traces, held_out, config, plant=plant, progress=False)
     write_text(out, json.dumps({"cell": cell._asdict(), **report.to_dict()}))
 
