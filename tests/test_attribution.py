@@ -12,6 +12,7 @@ from tl_adapters.attribution import DifferenceTarget, FeatureTarget, LogitTarget
 from tl_adapters.graphs import AttributionGraph, GraphError
 from tl_adapters.linear import FrozenModel
 from tl_adapters.paired import PairedModel, PairMismatchError
+from tl_adapters.vocabulary import VocabularyError
 
 TOKENS = random_batch(3).tokens[0, :11]
 QUIET = {"progress": False}

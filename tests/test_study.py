@@ -36,8 +36,8 @@ def figures(value: Any) -> list[dict[str, Any]]:
 
 def test_the_folder(run: Path) -> None:
     assert {p.name for p in run.iterdir()} == {
-        "adapters", "answers.jsonl", "config.json", "graphs", "metrics.jsonl", "report.html", "results.json",
-        "run.json",
+        "adapters", "answers.jsonl", "config.json", "features", "graphs", "metrics.jsonl", "report.html",
+        "results.json", "run.json",
     }  # fmt: skip
     assert len(AdapterSet.from_pretrained(run / "adapters")) == N_LAYERS
 
@@ -78,7 +78,7 @@ def test_even_a_short_training_comes_closer_than_the_hybrid(results: dict[str, A
 
 def test_the_page_is_self_contained_and_escaped(run: Path, tmp_path: Path) -> None:
     html = (run / "report.html").read_text()
-    for link in re.findall('href="(graphs/[^"]*)"', html):  # pages of their own, in the same folder
+    for link in re.findall('href="((?:graphs|features)/[^"]*)"', html):  # pages of their own, in the same folder
         assert (run / link).is_file()
         html = html.replace(f'href="{link}"', "")
     assert not re.findall(r"""(?:src|href)=["']?(?!data:,|#)[^"'> ]+""", html.replace('xlink:href="#', 'href="#'))
@@ -110,9 +110,16 @@ def test_the_page_in_a_browser(run: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
-    for heading in ("Training", "Faithfulness", "What that KL is worth", "Behaviour", "Why it hesitates"):
+    for heading in (
+        "Training",
+        "Faithfulness",
+        "What that KL is worth",
+        "Behaviour",
+        "What the features are",
+        "Why it hesitates",
+    ):
         assert f"<h2>{heading}</h2>" in done.stdout
-    assert done.stdout.count("<svg") == 8
+    assert done.stdout.count("<svg") == 9
     assert (tmp_path / "page.png").stat().st_size > 20_000
 
 
