@@ -28,6 +28,9 @@ from tl_adapters.parts import (
 )
 from tl_adapters.store_files import StoreDescription
 
+AT_ONCE = 20_000
+"""Candidates whose neighbours are looked up together."""
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -178,19 +181,22 @@ class _Firings:
         """[n, others]: the strongest other features on the same token, -1 where there are fewer."""
         if not others or not len(chosen):
             return torch.full((len(chosen), others), -1, dtype=torch.int32)
-        here = self.token[chosen]
-        looked_at = torch.zeros(self.batch.tokens.numel(), dtype=torch.bool).index_fill_(0, here, True)
-        near = looked_at[self.token].nonzero()[:, 0]
-        near = near[self.value[near].argsort(descending=True)]
-        near = near[self.token[near].argsort(stable=True)]  # by token, the strongest first
-        tokens = self.token[near]
-        place = torch.searchsorted(tokens, here)[:, None] + torch.arange(others + 1)
-        there = place < torch.searchsorted(tokens, here, right=True)[:, None]
-        found = torch.where(there, self.feature[near[place.clamp(max=len(near) - 1)]], -1)
-        found = torch.where(found == self.feature[chosen, None], -1, found)
-        # The feature itself, or the one too many, is -1 now: to the end with it.
-        last = (found < 0).int().argsort(dim=-1, stable=True)
-        return found.gather(1, last)[:, :others].int()
+        looked_at = torch.zeros(self.batch.tokens.numel(), dtype=torch.bool)
+        near = looked_at.index_fill_(0, self.token[chosen], True)[self.token].nonzero()[:, 0]
+        near = near[self.token[near].argsort(stable=True)]
+        return torch.cat([self._strongest(part, near, others) for part in chosen.split(AT_ONCE)])
+
+    def _strongest(self, chosen: Tensor, near: Tensor, others: int) -> Tensor:
+        """`_beside` of some; ``near`` holds the firings on all of their tokens, by token."""
+        here, tokens = self.token[chosen], self.token[near]
+        start, stop = torch.searchsorted(tokens, here), torch.searchsorted(tokens, here, right=True)
+        place = start[:, None] + torch.arange(int((stop - start).max()))
+        firing = near[place.clamp(max=len(near) - 1)]
+        another = (place < stop[:, None]) & (firing != chosen[:, None])
+        size = torch.where(another, self.value[firing], 0.0)
+        strongest = size.topk(min(others, size.shape[1]))
+        found = torch.where(strongest.values > 0, self.feature[firing.gather(1, strongest.indices)], -1)
+        return torch.nn.functional.pad(found, (0, others - found.shape[1]), value=-1).int()
 
 
 def _is_best(group: Tensor, key: Tensor) -> Tensor:
