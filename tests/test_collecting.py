@@ -327,6 +327,12 @@ def test_refusals_in_one_line(pair: PairedModel, traces: list[Trace], tmp_path: 
         collect_share(pair, traces, folder, (2, 2))
     with pytest.raises(DataError, match="no tokenizer"):
         collect_features(make("Qwen2ForCausalLM", "hooked"), traces[:3], **QUIET)
+    for file in ("vocabulary.json", "labels.json", "agreement.json"):
+        kept = (folder / file).read_bytes() if (folder / file).exists() else None
+        (folder / file).write_text("{")
+        with pytest.raises(FeatureStoreError, match=rf"{file} (is missing or damaged|cannot be read)"):
+            FeatureStore.load(folder)
+        (folder / file).unlink() if kept is None else (folder / file).write_bytes(kept)
     record = json.loads((folder / "store.json").read_text())
     (folder / "store.json").write_text(json.dumps({**record, "schema_version": 99}))
     with pytest.raises(FeatureStoreError, match="schema_version 99"):

@@ -18,7 +18,18 @@ LEVELS = [
     {"sources", "hooked", "bridged", "fitting", "graph_files", "parts"},
     {"backends"},
     {"batching", "paired"},
-    {"objective", "faithfulness", "baselines", "benchmarks", "attaching", "formats", "mixing", "linear", "effects"}
+    {
+        "objective",
+        "faithfulness",
+        "baselines",
+        "benchmarks",
+        "interventions",
+        "attaching",
+        "formats",
+        "mixing",
+        "linear",
+        "effects",
+    }
     | {"opening", "streams"},
     {"authors", "dashboards", "store_files", "feature_views", "gradients", "hub", "matching", "sweep_pages"},
     {"attribution", "counting", "feature_store"},

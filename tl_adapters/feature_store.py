@@ -50,6 +50,7 @@ from tl_adapters.store_files import (
     read_description,
     read_effects,
     read_labels,
+    read_plain,
     vocabulary_of,
 )
 from tl_adapters.streams import LayerAgreement
@@ -78,7 +79,7 @@ class FeatureStore:
         self.labels: dict[FeatureId, Label] = {}
         self.agreement: list[dict[str, Any]] = []
         if folder is not None and (folder / AGREEMENT_FILE).is_file():
-            self.agreement = json.loads((folder / AGREEMENT_FILE).read_text())
+            self.agreement = read_plain(folder / AGREEMENT_FILE)
         if folder is not None and (folder / LABELS_FILE).is_file():
             self.labels = read_labels(folder / LABELS_FILE)
 
@@ -93,7 +94,7 @@ class FeatureStore:
                 f"{folder} holds {len(parts)} parts that are not merged: its collection was stopped, or is shared by "
                 "several processes. Run it again with the same arguments; it goes on where it stands."
             )
-        return cls(about, parts[0], {}, json.loads((folder / VOCABULARY_FILE).read_text()), folder)
+        return cls(about, parts[0], {}, read_plain(folder / VOCABULARY_FILE), folder)
 
     # -- totals ---------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -205,10 +206,17 @@ def read_effects(folder: Path | None, layer: int) -> LayerEffects:
     return LayerEffects(**load_file(path))
 
 
+def read_plain(path: Path) -> Any:
+    """What a JSON file of a store holds. Raises FeatureStoreError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FeatureStoreError(f"{path} is missing or damaged ({error}); collect into a new folder.") from error
+
+
 def read_labels(path: Path) -> dict[FeatureId, Label]:
     """Labels as `FeatureStore.set_labels` wrote them. Raises FeatureStoreError."""
     try:
-        record = json.loads(path.read_text())
-        return {FeatureId(*map(int, name.split("."))): Label(**label) for name, label in record.items()}
+        return {FeatureId(*map(int, name.split("."))): Label(**label) for name, label in read_plain(path).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise FeatureStoreError(f"{path} cannot be read ({error}); remove it and label again.") from error

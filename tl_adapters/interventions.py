@@ -1,0 +1,195 @@
+"""Changing features while the model runs: what it does without them, with more of them, with those of another run.
+
+Every function is a context manager over hooks: within it `run_with_cache`, `generate` and everything else see the
+changed activations, and afterwards the model is as it was. They compose by nesting, the outer one first.
+
+    ablated, scaled, clamped, added, patched    change chosen features where adapters are on, and no others
+    inserted                                    the hybrid with chosen features only, without the decoder's bias
+    negated                                     the target with chosen features taken off its MLPs (section 5 of
+                                                arXiv 2602.20904: scale -0.5; -1 gave incoherent text there)
+
+Ablations keep the decoder's bias, insertions and negations leave it out: it is no feature's. Activations are raw ones,
+as the hook point holds them; a store's are these times ``decoder_norm``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from tl_adapters.adapter import FeatureId
+from tl_adapters.errors import UserError
+from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.routing import ROUTES, Route
+
+RECONSTRUCTION = "mlp.adapter.hook_sae_recons"
+"""The hook point of what an adapter adds, within a block."""
+Features = Iterable[FeatureId | tuple[int, int]]
+Positions = Sequence[int] | None
+"""Positions of a pass over whole sequences; None is all of them, in generation too."""
+Change = Callable[[Float[Tensor, "batch pos n"], int], Float[Tensor, "batch pos n"]]
+"""The chosen features' activations and their layer, to what they become."""
+
+
+class InterventionError(UserError, ValueError):
+    """Features, positions or values with which nothing can be done."""
+
+
+def ablated(pair: PairedModel, features: Features, positions: Positions = None) -> Any:
+    """Chosen features are off. Raises InterventionError."""
+    return changed(pair, features, lambda acts, layer: torch.zeros_like(acts), positions)
+
+
+def scaled(pair: PairedModel, features: Features, factor: float, positions: Positions = None) -> Any:
+    """Chosen features fire ``factor`` times as strongly. Raises InterventionError."""
+    return changed(pair, features, lambda acts, layer: acts * factor, positions)
+
+
+def clamped(pair: PairedModel, features: Features, value: float, positions: Positions = None) -> Any:
+    """Chosen features have one activation, whether they would fire or not. Raises InterventionError."""
+    return changed(pair, features, lambda acts, layer: torch.full_like(acts, value), positions)
+
+
+def added(pair: PairedModel, features: Features, value: float, positions: Positions = None) -> Any:
+    """Chosen features have so much more activation: steering along their decoders. Raises InterventionError."""
+    return changed(pair, features, lambda acts, layer: acts + value, positions)
+
+
+def patched(
+    pair: PairedModel,
+    features: Features,
+    source: Mapping[int, Float[Tensor, "batch pos n_features"]],
+    positions: Positions = None,
+) -> Any:
+    """Chosen features have the activations of another run.
+
+    Args:
+        pair: with adapters.
+        features: which ones.
+        source: layer to all activations of that run, as ``hook_sae_acts_post`` held them (`PairedModel.recorded`).
+        positions: where; the source is taken from the same positions.
+
+    Raises InterventionError, also within the block where the pass has another shape than the source.
+    """
+    chosen = _by_layer(pair, features)
+    if missing := sorted(set(chosen) - set(source)):
+        raise InterventionError(f"The source has no activations of layers {missing}; record them in the other run.")
+
+    def change(acts: Tensor, layer: int) -> Tensor:
+        given = source[layer][..., chosen[layer].to(source[layer].device)]
+        if given.shape != acts.shape:
+            raise InterventionError(
+                f"The source has activations of shape {tuple(source[layer].shape[:2])} (batch, pos) and this pass is "
+                f"{tuple(acts.shape[:2])}; patch a pass over sequences of the same lengths."
+            )
+        return given.to(acts)
+
+    return changed(pair, features, change, positions)
+
+
+@contextmanager
+def changed(pair: PairedModel, features: Features, change: Change, positions: Positions = None) -> Iterator[Any]:
+    """Give chosen features other activations where adapters are on.
+
+    Args:
+        pair: with adapters, on whatever route it is or will be.
+        features: by layer and index.
+        change: what becomes of the activations.
+        positions: where; None is everywhere.
+
+    Raises InterventionError for features that the adapters do not have, and within the block for a pass that is
+    shorter than the positions named (a cached generation feeds one token at a time: there only None has a meaning).
+    """
+    chosen = _by_layer(pair, features)
+    at = None if positions is None else torch.tensor(list(positions), dtype=torch.long)
+
+    def hook_in(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
+        index = chosen[layer].to(acts.device)
+        new = change(acts[..., index], layer)
+        if at is None:
+            return acts.index_copy(-1, index, new)
+        if len(at) and int(at.max()) >= acts.shape[1]:
+            raise InterventionError(
+                f"Position {int(at.max())} is changed, and this pass has {acts.shape[1]} positions; name positions "
+                "of whole sequences only, and none where text is generated with a cache."
+            )
+        mixed, where = acts.clone(), at.to(acts.device)
+        mixed[:, where[:, None], index] = new[:, where]
+        return mixed
+
+    hooks = [(f"blocks.{layer}.{ACTIVATIONS}", partial(hook_in, layer=layer)) for layer in chosen]
+    with pair.model.hooks(fwd_hooks=hooks):
+        yield pair.model
+
+
+@contextmanager
+def only(
+    pair: PairedModel, features: Features, route: str | Route, factor: float = 1.0, decoder_bias: bool = False
+) -> Iterator[Any]:
+    """A route on which adapters have the chosen features and no others.
+
+    Args:
+        pair: with adapters.
+        features: by layer and index; none leaves the bias alone, where it is kept.
+        route: one with adapters on.
+        factor: of the activations.
+        decoder_bias: keep what the adapters add whatever fires.
+
+    Raises InterventionError.
+    """
+    chosen = _by_layer(pair, features)
+    adapters = pair.installed_adapters()
+
+    def keep(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
+        kept = torch.zeros_like(acts)
+        if layer in chosen:
+            index = chosen[layer].to(acts.device)
+            kept[..., index] = acts[..., index] * factor
+        return kept
+
+    def without_bias(out: Tensor, hook: HookPoint, layer: int) -> Tensor:
+        return out - adapters[layer].b_dec.to(out)
+
+    hooks: list[tuple[str, Any]] = [
+        (f"blocks.{layer}.{ACTIVATIONS}", partial(keep, layer=layer)) for layer in adapters.layer_indices
+    ]
+    if not decoder_bias:
+        hooks += [
+            (f"blocks.{layer}.{RECONSTRUCTION}", partial(without_bias, layer=layer)) for layer in adapters.layer_indices
+        ]
+    wanted = ROUTES[route] if isinstance(route, str) else route
+    with pair.routed(wanted._replace(adapter=False)) as model, model.hooks(fwd_hooks=hooks):
+        pair.route_layers(wanted, adapters.layer_indices)  # `routed` puts these back too
+        yield model
+
+
+def inserted(pair: PairedModel, features: Features, factor: float = 1.0) -> Any:
+    """The hybrid with chosen features added, and nothing else of the adapters. Raises InterventionError."""
+    return only(pair, features, "replacement", factor)
+
+
+def negated(pair: PairedModel, features: Features, scale: float = -0.5) -> Any:
+    """The target with chosen features added to its MLPs ``scale`` times, so taken off. Raises InterventionError."""
+    return only(pair, features, "target+adapter", scale)
+
+
+def _by_layer(pair: PairedModel, features: Features) -> dict[int, Tensor]:
+    """Layer to the indices chosen in it, each once. Raises InterventionError."""
+    adapters = pair.installed_adapters()
+    wanted = sorted({FeatureId(*feature) for feature in features})
+    bad = [f for f in wanted if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]
+    if bad:
+        shown = ", ".join(f"{f.layer}.{f.index}" for f in bad[:5])
+        raise InterventionError(
+            f"There are no features {shown}; the adapters have {adapters.n_features}, from 0, in each of the layers "
+            f"{adapters.layer_indices}."
+        )
+    layers = sorted({f.layer for f in wanted})
+    return {layer: torch.tensor([f.index for f in wanted if f.layer == layer]) for layer in layers}
