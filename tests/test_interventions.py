@@ -101,9 +101,11 @@ def test_inserted_and_negated_features_come_without_the_bias(pair: PairedModel) 
 
     before = state(pair)
     with torch.no_grad(), inserted(pair, FEATURES) as model:
-        assert torch.allclose(model(TOKENS), by_hand(pair, keep(1.0), bias=False, base=True), atol=1e-8)
+        found = model(TOKENS)
+    assert torch.allclose(found, by_hand(pair, keep(1.0), bias=False, base=True), atol=1e-8)
     with torch.no_grad(), negated(pair, FEATURES) as model:
-        assert torch.allclose(model(TOKENS), by_hand(pair, keep(-0.5), bias=False, base=False), atol=1e-8)
+        found = model(TOKENS)
+    assert torch.allclose(found, by_hand(pair, keep(-0.5), bias=False, base=False), atol=1e-8)
     for route, manager in (("hybrid", inserted), ("target", negated)):
         with torch.no_grad(), manager(pair, []) as model:
             nothing = model(TOKENS)
@@ -163,7 +165,7 @@ def test_they_nest_and_generate(pair: PairedModel) -> None:
     plain = activations(pair)
     for layer, i in FEATURES[:1]:
         assert torch.allclose(both[layer][..., i], plain[layer][..., i] * 2 + 1)
-    options = dict(max_new_tokens=6, do_sample=False, verbose=False)
+    options = dict(max_new_tokens=6, do_sample=False, verbose=False, stop_at_eos=False)
     if pair.backend.name == "hooked":
         options["prepend_bos"] = False
     with pair.routed("replacement"), clamped(pair, FEATURES, 8.0) as model:
