@@ -35,7 +35,7 @@ table { border-collapse: collapse; margin: 12px 0; font-variant-numeric: tabular
 th, td { padding: 5px 14px 5px 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
 td small { display: block; color: var(--soft); }
-.plots { display: flex; flex-wrap: wrap; gap: 16px; } .plots figure { margin: 0; flex: 1 1 320px; }
+.plots { display: flex; flex-wrap: wrap; gap: 16px; } .plots figure { margin: 0; flex: 1 1 320px; max-width: 540px; }
 .plots svg { width: 100%; height: auto; } figcaption { color: var(--soft); font-size: 13px; }
 .answers { display: grid; grid-template-columns: repeat(3, 1fr); gap: 12px; margin: 10px 0 22px; }
 .answers > div { background: var(--tint); border: 1px solid var(--line); border-radius: 6px; padding: 8px 12px; }
