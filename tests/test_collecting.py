@@ -179,6 +179,10 @@ def test_a_stopped_collection_goes_on_and_more_can_be_added(
     assert len(passes) == 4 and passes[2] == passes[3], "three in memory, and only the third of those in the folder"
     added = collect_features(pair, traces[18:], folder, options=options, **QUIET)
     same(collect_features(pair, traces, options=options, **QUIET), added)
+    grown = tmp_path / "grown"
+    collect_features(pair, traces[:18], grown, options=options, **QUIET)
+    other_cut = StoreOptions(**{**vars(OPTIONS), "tokens_per_part": third - 100})
+    same(added, collect_features(pair, [*traces, *traces[:5]], grown, options=other_cut, **QUIET))
     del passes[:]
     again = collect_features(pair, traces[18:], folder, options=options, **QUIET)
     assert passes == [] and again.documents == len(traces), "no document is counted twice"
@@ -200,6 +204,7 @@ def test_a_kill_between_merging_and_removing_costs_nothing(
     store = FeatureStore.load(folder)
     assert store.documents == len(traces)
     same(store, collect_features(pair, traces, folder, options=options, **QUIET))
+    assert len(list(folder.glob("part-*"))) == 1, "what is merged is cleared away"
 
 
 def test_the_sample_is_uniform() -> None:

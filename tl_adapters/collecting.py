@@ -8,14 +8,13 @@
    Only candidates have their surroundings looked up; a feature's threshold keeps them few.
 
 What is held is bounded by the options, whatever the length of the data: documents are taken a part at a time, and a
-part that is done is on the disk. A part is known by the hash of its documents, so a collection that was stopped goes
-on after its last part, more documents can be added later, and no document is counted twice.
+part that is done is on the disk. A document is known by its hash and counted once, whatever the list it comes in: so a
+collection that was stopped goes on after its last part, and more documents can be added later.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -44,8 +43,6 @@ from tl_adapters.parts import (
 )
 from tl_adapters.store_files import StoreDescription, StoreOptions, open_store
 from tl_adapters.streams import reading
-
-log = logging.getLogger(__name__)
 
 NEURONS = "mlp.hook_post"
 
@@ -136,19 +133,20 @@ class _Collector:
         self, traces: Sequence[Trace] | TraceSource, folder: str | Path | None, share: tuple[int, int]
     ) -> Iterator[Part]:
         """The parts of a share: those in the folder already, then those made here, each as soon as it is done."""
-        done: set[str] = set()
+        known: set[int] = set()
         if folder is not None:
             there = open_store(self.pair, Path(folder), self.description, first=share[0] == 0)
-            done = {hash_ for part in there for hash_ in part.totals.covers}
+            known = {identity for part in there for identity in part.documents.identity.tolist()}
             yield from there
         stream, n_taken = iter(traces) if isinstance(traces, Sequence) else _every(traces), 0
         with tqdm(desc="collect", unit=" tokens", unit_scale=True, disable=not self.progress) as bar:
-            for number, chunk in enumerate(_chunks(stream, self.options.tokens_per_part)):
+            # What is known already is left out of a chunk, not of the stream: all processes number the chunks alike.
+            for number, chunk in enumerate(_chunks(_once(stream), self.options.tokens_per_part)):
                 n_taken += len(chunk)
-                name = _hash(chunk)
-                if number % share[1] == share[0] and name not in done:
-                    part = self._part(chunk, name, bar)
-                    done.add(name)
+                new = [trace for trace in chunk if _identity(trace) not in known]
+                if number % share[1] == share[0] and new:
+                    name = _hash(new)
+                    part = self._part(new, name, bar)
                     if folder is not None:
                         part = write_part(Path(folder) / f"part-{name}", part, self.description.layers)
                     yield part
@@ -171,7 +169,8 @@ class _Collector:
             [name], len(traces), counts.region_tokens.tolist(), counts.tenth_tokens.tolist(), domains,
             counts.domain_tokens.tolist(),
         )  # fmt: skip
-        return Part(totals, Documents(ids, flat, starts), counts.layers(), None)
+        identity = torch.tensor([_identity(trace) for trace in traces])
+        return Part(totals, Documents(ids, flat, starts, identity), counts.layers(), None)
 
     def _firings(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(flat token, flat feature, activation) of everything that fires, sorted by feature and then token."""
@@ -247,6 +246,15 @@ def _chunks(traces: Iterator[Trace], tokens: int) -> Iterator[list[Trace]]:
             chunk, held = [], 0
     if chunk:
         yield chunk
+
+
+def _once(traces: Iterator[Trace]) -> Iterator[Trace]:
+    """Every document the first time it comes."""
+    seen: set[int] = set()
+    for trace in traces:
+        if (identity := _identity(trace)) not in seen:
+            seen.add(identity)
+            yield trace
 
 
 def _every(source: TraceSource) -> Iterator[Trace]:

@@ -29,7 +29,7 @@ from tl_adapters.neuronpedia import write_neuronpedia
 from tl_adapters.opening import is_builtin, open_held_out, open_run, require_adapters
 from tl_adapters.paired import PairedModel
 from tl_adapters.results import read_results, stage, write_results
-from tl_adapters.store_files import StoreOptions
+from tl_adapters.store_files import StoreOptions, read_description
 from tl_adapters.streams import stream_agreement
 from tl_adapters.vocabulary import hesitation_tokens
 
@@ -68,7 +68,10 @@ def collect_both(
     common: dict[str, Any] = dict(split=split, words=words, progress=progress)
     store = collect_features(pair, traces, here / STORE, stream=stream, options=options, **common)
     active = float(store.firings.sum()) / max(1, store.tokens * len(store.about.layers))
-    options = replace(options, neurons_per_token=max(1, round(active)))
+    there = here / NEURONS
+    # A store that is added to keeps its number: one store means one thing.
+    n = read_description(there).options.neurons_per_token if there.is_dir() else max(1, round(active))
+    options = replace(options, neurons_per_token=n)
     neurons = collect_features(
         pair, traces, here / NEURONS, kind="neuron", stream="target", options=options, **common
     )  # fmt: skip

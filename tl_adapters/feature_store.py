@@ -46,6 +46,7 @@ from tl_adapters.store_files import (
     VOCABULARY_FILE,
     StoreDescription,
     effects_of,
+    held_elsewhere,
     parts_in,
     read_description,
     read_effects,
@@ -347,7 +348,6 @@ def finish(
     if len(parts) > 1:
         name = hashlib.sha256("".join(merged.totals.covers).encode()).hexdigest()[:16]
         write_part(folder / f"part-{name}", merged, description.layers)
-        for part in parts:  # only now: whoever is killed before finds both, and takes the larger
-            assert part.folder is not None
-            shutil.rmtree(part.folder)
+    for folder_of_part in held_elsewhere(folder):  # only now: whoever is killed before finds both, and takes the larger
+        shutil.rmtree(folder_of_part)
     return FeatureStore.load(folder)

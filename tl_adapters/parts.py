@@ -146,6 +146,8 @@ class Documents:
     """Region of each."""
     start: Int[Tensor, "documents_and_end"]
     """Where each document begins, and where the last one ends."""
+    identity: Int[Tensor, "documents"]
+    """Hash of each document: by it one is known again, and never counted twice."""
 
     def __len__(self) -> int:
         return len(self.start) - 1
@@ -290,4 +292,5 @@ def _joined_documents(every: Sequence[Documents]) -> Documents:
         torch.cat([documents.tokens for documents in every]),
         torch.cat([documents.region for documents in every]),
         torch.cat([torch.zeros(1, dtype=starts.dtype), starts]),
+        torch.cat([documents.identity for documents in every]),
     )

@@ -156,6 +156,12 @@ def parts_in(folder: Path) -> list[Part]:
     return [part for part, mine in zip(parts, held, strict=True) if not any(mine < other for other in held)]
 
 
+def held_elsewhere(folder: Path) -> list[Path]:
+    """Folders of the parts that another one holds already: merged, and no longer needed."""
+    kept = {part.folder for part in parts_in(folder)}
+    return [path for path in folder.glob("part-*") if path.is_dir() and path not in kept]
+
+
 def read_description(folder: Path) -> StoreDescription:
     """What a store was read on. Raises FeatureStoreError where the folder holds none."""
     try:
@@ -172,7 +178,7 @@ def read_description(folder: Path) -> StoreDescription:
 
 
 def _require_same(folder: Path, there: StoreDescription, now: StoreDescription) -> None:
-    # How the work was cut up changes nothing in the result.
+    # How the work is cut up changes nothing in the result.
     free = {"tokens_per_batch": 0, "tokens_per_part": 0}
     for name in (f.name for f in fields(StoreDescription)):
         was, is_ = getattr(there, name), getattr(now, name)
