@@ -65,6 +65,24 @@ def test_greedy_responses_are_the_likeliest_tokens(talking_pair: PairedModel) ->
     assert logits[n - 1 : n - 1 + len(found.tokens)].argmax(-1).tolist() == list(found.tokens)
 
 
+def test_what_a_model_is_made_to_begin_with_is_the_end_of_its_prompt(talking_pair: PairedModel) -> None:
+    model, asked = talking_pair.model, problems("tune", 6, n_terms=(2, 3, 5))
+    begun = ["<think>", "<think>47+85=122.\n", "", "Wait", "<think>1", "9"]
+    free = respond(model, asked, max_new_tokens=5)
+    made = respond(model, asked, max_new_tokens=5, batch_size=4, prefill=begun)
+    encoded = model.tokenizer(begun, add_special_tokens=False)["input_ids"]
+    assert [r.prompt for r in made] == [(*r.prompt, *ids) for r, ids in zip(free, encoded, strict=True)]
+    assert made[2] == free[2]
+    for r in made:
+        with torch.no_grad():
+            likeliest = model(torch.tensor([[*r.prompt, *r.tokens]]))[0].argmax(-1)
+        assert likeliest[len(r.prompt) - 1 : -1].tolist() == list(r.tokens)
+        assert r.text == model.tokenizer.decode(r.tokens)
+    assert respond(model, asked, max_new_tokens=5, prefill="Wait")[3] == made[3]
+    with pytest.raises(ValueError, match="shorter"):
+        respond(model, asked, prefill=begun[:-1])
+
+
 def response(text: str, n: int, correct: bool, truncated: bool = False) -> Response:
     return Response((1,), tuple(range(n)), text, truncated, correct)
 

@@ -9,7 +9,9 @@ from test_bridged import make
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.attaching import attach
+from tl_adapters.freezing import frozen
 from tl_adapters.gradients import GradientModel
+from tl_adapters.interventions import ablated
 from tl_adapters.linear import FrozenModel, Rows
 from tl_adapters.paired import PairedModel
 
@@ -155,15 +157,13 @@ def test_interventions_in_the_frozen_model_give_the_edges(architecture: str, lin
     """With patterns and scales held, and MLPs held or linear, taking a feature away moves a target by just its edge."""
     pair = make(architecture, "hooked")
     model = FrozenModel(pair, TOKENS, linearisation)
+    every = [(layer, index) for layer in range(4) for index in range(24)]
     with pair.routed("replacement"):
         _, cache = pair.model.run_with_cache(TOKENS[None])
     live: dict[str, torch.Tensor] = {}
 
     def keep(value: torch.Tensor, hook: HookPoint) -> None:
         live[str(hook.name)] = value
-
-    def hold(value: torch.Tensor, hook: HookPoint) -> torch.Tensor:
-        return cache[str(hook.name)]
 
     def linear_mlp(value: torch.Tensor, hook: HookPoint) -> torch.Tensor:
         """Half of act(gate) * up through either factor, the slope of the activation function held."""
@@ -172,26 +172,19 @@ def test_interventions_in_the_frozen_model_give_the_edges(architecture: str, lin
         act = pair.model.blocks[0].mlp.act_fn(gate)
         return 0.5 * (act / gate * live[f"{name}hook_pre"] * up + act * live[f"{name}hook_pre_linear"])
 
-    held = ("ln1.hook_scale", "ln2.hook_scale", "post.hook_scale", "final.hook_scale", "hook_pattern")
-    hooks = [(name, hold) for name in cache if name.endswith((*held, "adapter.hook_sae_acts_post"))]
-    hooks += [(name, keep) for name in cache if name.endswith(("mlp.hook_pre", "mlp.hook_pre_linear"))]
-    hooks += [
-        (name, hold if linearisation == "frozen_mlp" else linear_mlp)
-        for name in cache
-        if name.endswith("mlp.hook_post")
-    ]
+    hooks = [(name, keep) for name in cache if name.endswith(("mlp.hook_pre", "mlp.hook_pre_linear"))]
+    hooks += [(name, linear_mlp) for name in cache if name.endswith("mlp.hook_post")]
+    held_mlps = linearisation == "frozen_mlp"
     positions, vectors, values, _ = targets(pair, model, 4)
     edges = model.rows(4, positions, vectors).features
     for column in range(0, len(model.active), 97):
         layer, position, index = model.active[column].tolist()
-
-        def ablate(value: torch.Tensor, hook: HookPoint) -> torch.Tensor:
-            value = value.clone()
-            value[0, position, index] = 0
-            return value
-
-        taken = (f"blocks.{layer}.mlp.adapter.hook_sae_acts_post", ablate)
-        with pair.routed("replacement"), pair.model.hooks(fwd_hooks=[*hooks, taken]):
+        with (
+            pair.routed("replacement"),
+            frozen(pair, TOKENS[None], mlps=held_mlps, features=every),
+            pair.model.hooks(fwd_hooks=[] if held_mlps else hooks),
+            ablated(pair, [(layer, index)], positions=[position]),
+        ):
             normalized = pair.model.run_with_cache(TOKENS[None])[1]["ln_final.hook_normalized"]
         without = (normalized[0, positions] * pair.model.ln_final.w * vectors).sum(-1)
         assert (values - without - edges[:, column]).abs().max() < 1e-10

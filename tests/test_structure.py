@@ -11,10 +11,10 @@ LEVELS = [
     {"errors"},
     {"activations", "atomic", "compatibility", "config", "fingerprints", "losses", "intervals", "posting", "results"}
     | {"trackers", "views", "vocabulary", "organism"},
-    {"attention", "checkpoints", "grids", "replies", "saelens", "server", "viewer"},
+    {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"},
     {"architectures", "data", "endpoint", "marks", "references", "transcoder"},
-    {"adapter", "chat", "graphs"},
-    {"features", "routing", "pruning"},
+    {"adapter", "chat", "graphs", "likelihoods"},
+    {"features", "harness", "routing", "pruning"},
     {"sources", "hooked", "bridged", "fitting", "graph_files", "parts"},
     {"backends"},
     {"batching", "paired"},
@@ -31,8 +31,9 @@ LEVELS = [
         "effects",
     }
     | {"opening", "streams"},
-    {"authors", "dashboards", "store_files", "feature_views", "gradients", "hub", "matching", "sweep_pages"},
-    {"attribution", "counting", "feature_store"},
+    {"authors", "dashboards", "store_files", "feature_views", "gradients", "hub", "matching", "sweep_pages"}
+    | {"answering", "freezing", "tasks", "variants"},
+    {"attribution", "benchmarking", "counting", "feature_store"},
     {"collecting", "excerpts", "feature_pages", "labels", "neuronpedia"},
     {"judging", "trials", "validity"},
     {"graph_pages", "interpreting"},

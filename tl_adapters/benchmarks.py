@@ -1,14 +1,14 @@
 """Behaviour: problems with checkable answers, solved by any model; accuracy, length and hesitation with intervals.
 
 A *response* is every generated token, thinking included, without the end token. One that reaches the limit counts
-with its length, and as wrong. The *hesitation rate* is the number of "wait", in any case, per 1,000 response tokens.
+with its length, and as wrong. The *hesitation rate* is the number of "wait", in any case, per 1,000 response tokens;
+other words are counted only when asked for.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.chat import ChatFormat
+from tl_adapters.completions import complete
 from tl_adapters.data import Trace
 from tl_adapters.intervals import bootstrap_ratio
 
 THINK_OPENS = "<think>"
-_HESITATION = re.compile(r"\bwait\b", re.IGNORECASE)
+HESITATION = ("wait",)
+"""What counts as a hesitation, where no other words are asked for."""
 
 
 @runtime_checkable
@@ -57,7 +59,11 @@ class Response:
     @property
     def hesitations(self) -> int:
         """How often the response says "wait", in any case."""
-        return len(_HESITATION.findall(self.text))
+        return self.count(HESITATION)
+
+    def count(self, words: Sequence[str]) -> int:
+        """How often the response says one of ``words``, whole and in any case."""
+        return len(re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", self.text, re.IGNORECASE))
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,6 @@ class Rate:
     """Split of the problems."""
 
 
-@torch.no_grad()
 def respond(
     model: Any,
     problems: Sequence[Checkable],
@@ -98,61 +103,47 @@ def respond(
     max_new_tokens: int = 160,
     batch_size: int = 500,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    prefill: str | Sequence[str] = "",
 ) -> list[Response]:
     """Answers to all problems, with whatever route and hooks the model has now; in the order of the problems.
 
     Args:
         model: a HookedTransformer or TransformerBridge with the tokenizer whose chat template renders the questions.
-        max_new_tokens: the limit.
+        max_new_tokens: the limit; where the model's context is full before, that is the limit.
         batch_size: problems at a time; sorted by length, so that little is padding.
-        temperature: 0 decodes greedily; otherwise torch's generator is drawn from (seed it around the call).
+        temperature: 0 decodes greedily; otherwise torch's generator is drawn from (enter `completions.drawing`).
+        top_p: drawn are only the likeliest tokens that hold so much probability.
+        prefill: what the model is made to begin its response with, for all problems or one text for each. It is the
+            end of the prompt: `Response.text` and every figure start after it.
+
+    Raises DataError for a tokenizer without a chat template; CompletionError for a question that fills the context.
     """
+    if not problems:
+        return []
     chat = ChatFormat.of(model.tokenizer)
-    tokenizer, ends = chat.tokenizer, chat.end_tokens
-    rendered = [chat.prompt([{"role": "user", "content": p.question}]) for p in problems]
-    order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]))
-    responses: dict[int, Response] = {}
-    with _left_padding(tokenizer):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            prompts = tokenizer(
-                [rendered[i] for i in rows], add_special_tokens=False, padding=True, return_tensors="pt"
-            )
-            width = prompts["input_ids"].shape[1]
-            out = model.generate(
-                prompts["input_ids"].to(model.W_E.device),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=ends,
-                do_sample=temperature > 0,
-                temperature=temperature or 1.0,
-                prepend_bos=False,
-                padding_side="left",  # a bridge looks for padding in token ids only when told to
-                verbose=False,
-            )
-            for row, i in enumerate(rows):
-                prompt = out[row, :width][prompts["attention_mask"][row].bool()].tolist()
-                responses[i] = _response(problems[i], prompt, out[row, width:].tolist(), tokenizer, ends)
-    return [responses[i] for i in range(len(problems))]
-
-
-def _response(
-    problem: Checkable, prompt: list[int], generated: list[int], tokenizer: PreTrainedTokenizerBase, ends: list[int]
-) -> Response:
-    length = next((place for place, token in enumerate(generated) if token in ends), len(generated))
-    tokens, ended = generated[:length], length < len(generated)
-    text = tokenizer.decode(tokens)
-    return Response(tuple(prompt), tuple(tokens), text, not ended, ended and problem.solved_by(text))
-
-
-@contextmanager
-def _left_padding(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """TransformerLens reads the padding from the tokenizer when it generates; where it has none, the end token pads."""
-    side, pad = tokenizer.padding_side, tokenizer.pad_token
-    tokenizer.padding_side, tokenizer.pad_token = "left", pad or tokenizer.eos_token
-    try:
-        yield
-    finally:
-        tokenizer.padding_side, tokenizer.pad_token = side, pad
+    begun = [prefill] * len(problems) if isinstance(prefill, str) else prefill
+    texts = [
+        chat.prompt([{"role": "user", "content": p.question}]) + beginning
+        for p, beginning in zip(problems, begun, strict=True)
+    ]
+    prompts = chat.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    completions = complete(
+        model,
+        prompts,
+        chat.end_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    said = zip(
+        problems, prompts, completions, chat.tokenizer.batch_decode([c.tokens for c in completions]), strict=True
+    )
+    return [
+        Response(tuple(prompt), done.tokens, text, not done.ended, done.ended and problem.solved_by(text))
+        for problem, prompt, done, text in said
+    ]
 
 
 def traces_of(responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase) -> list[Trace]:
@@ -166,18 +157,37 @@ def correctness(responses: Sequence[Response]) -> Float[Tensor, "n"]:
     return torch.tensor([float(r.correct) for r in responses], dtype=torch.float64)
 
 
-def rate(responses: Sequence[Response], split: str) -> Rate:
-    """Summarise responses, with intervals over problems."""
+def rate(
+    responses: Sequence[Response],
+    split: str,
+    words: Sequence[str] = HESITATION,
+    problems: Sequence[int] | None = None,
+) -> Rate:
+    """Summarise responses, with intervals over problems.
+
+    Args:
+        responses: of one model; not none.
+        split: of the problems.
+        words: what counts as a hesitation.
+        problems: number of the problem that each response answers; None is one response to each. Where a problem is
+            answered several times its responses are drawn together, and ``accuracy`` is pass@1.
+    """
     lengths = torch.tensor([len(r.tokens) for r in responses], dtype=torch.float64)
-    words = torch.tensor([1000.0 * r.hesitations for r in responses], dtype=torch.float64)
-    ones = torch.ones_like(lengths)
+    said = torch.tensor([1000.0 * r.count(words) for r in responses], dtype=torch.float64)
+    places = torch.arange(len(responses)) if problems is None else torch.tensor(problems).unique(return_inverse=True)[1]
+
+    def ratio(top: Float[Tensor, "n"], bottom: Float[Tensor, "n"]) -> tuple[float, float, float]:
+        nothing = torch.zeros(n, dtype=torch.float64)
+        return bootstrap_ratio(nothing.index_add(0, places, top), nothing.index_add(0, places, bottom))
+
+    n, ones = int(places.max()) + 1, torch.ones_like(lengths)
     figures = {
-        "accuracy": bootstrap_ratio(correctness(responses), ones),
-        "length": bootstrap_ratio(lengths, ones),
-        "hesitation_per_1k": bootstrap_ratio(words, lengths),
+        "accuracy": ratio(correctness(responses), ones),
+        "length": ratio(lengths, ones),
+        "hesitation_per_1k": ratio(said, lengths),
     }
     return Rate(
-        n=len(responses),
+        n=n,
         accuracy=figures["accuracy"][0],
         length=figures["length"][0],
         hesitation_per_1k=figures["hesitation_per_1k"][0],

@@ -10,6 +10,8 @@ tl-adapters evaluate RUN --data F                 measure a run's adapters on he
 tl-adapters features RUN                          what every feature fires on and promotes, as pages
 tl-adapters label RUN                             what to call them: by rules, and by a judge
 tl-adapters attribute RUN --prompt TEXT           from the next token back to features and input tokens
+tl-adapters generate RUN --prompt TEXT            what routes and changed features say, side by side
+tl-adapters benchmark RUN --tasks gsm8k           a route's answers to tasks: pass@1, length, hesitation
 tl-adapters serve DIR                             look at a folder's pages, on this machine only
 tl-adapters export RUN --to saelens --out DIR     adapters, models or dashboards, for other tools
 tl-adapters push RUN USER/REPO                    adapters with their card to the hub
@@ -24,7 +26,7 @@ import sys
 from collections.abc import Sequence
 
 from tl_adapters import __version__
-from tl_adapters.cli import looking, sharing, studying
+from tl_adapters.cli import looking, running, sharing, studying
 from tl_adapters.cli.common import common_parent, quiet_parent
 from tl_adapters.errors import UserError
 
@@ -60,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     looking.add_features(verbs, common)
     looking.add_label(verbs, quiet)
     looking.add_attribute(verbs, common)
+    running.add_generate(verbs, common)
+    running.add_benchmark(verbs, common)
     looking.add_serve(verbs, quiet)
     sharing.add_export(verbs, quiet)
     sharing.add_push(verbs, quiet)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tl_adapters.errors import UserError
+
+if TYPE_CHECKING:
+    from tl_adapters.adapter import FeatureId
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Verbs = Any
@@ -48,3 +53,21 @@ def dtype_of(name: str | None):  # type: ignore[no-untyped-def]  # torch is not 
     import torch
 
     return None if name is None else getattr(torch, name)
+
+
+def feature_ids(names: Sequence[str]) -> list[FeatureId]:
+    """Features as the command line takes them, layer.index such as 2.17. Raises UserError for another text."""
+    from tl_adapters.adapter import FeatureId
+
+    matches = [re.fullmatch(r"(\d+)\.(\d+)", name) for name in names]
+    if bad := [name for name, match in zip(names, matches, strict=True) if match is None]:
+        raise UserError(f"{bad[0]!r} is no feature; give features as layer.index, such as 2.17 4.3.")
+    return [FeatureId(int(match[1]), int(match[2])) for match in matches if match]
+
+
+def read_prompt(path: Path) -> str:
+    """--prompt-file's text. Raises UserError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {path} cannot be read as text ({error}).") from error

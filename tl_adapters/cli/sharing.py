@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import re
 import shlex
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs
+from tl_adapters.cli.common import Verbs, feature_ids
 from tl_adapters.errors import UserError
 
 
@@ -54,10 +53,9 @@ def _export_features(args: argparse.Namespace) -> None:
     if args.to == "neuronpedia":
         print(f"neuronpedia: {export_neuronpedia(run, args.out, args.model_id, args.set)}")
         return
-    ids = [re.fullmatch(r"(\d+)\.(\d+)", name) for name in args.features or ()]
-    if not ids or None in ids:
-        raise UserError(f"--features is {args.features}; give those to draw as layer.index, such as 2.17 4.3.")
-    pages = export_dashboard(run, args.out, [(int(m[1]), int(m[2])) for m in ids if m], args.data)
+    if args.features is None:
+        raise UserError("--features is missing; give those to draw as layer.index, such as 2.17 4.3.")
+    pages = export_dashboard(run, args.out, feature_ids(args.features), args.data)
     print("sae-dashboard: " + "\n".join(map(str, pages)))
 
 

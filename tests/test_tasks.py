@@ -1,0 +1,212 @@
+"""Tasks: what becomes of a row of each dataset, which answers are right, and one line for what cannot be loaded."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from tl_adapters import tasks
+from tl_adapters.tasks import (
+    BUILTIN,
+    INSTRUCTION,
+    LETTERS,
+    TASKS,
+    ChoiceProblem,
+    MathProblem,
+    TaskError,
+    last_boxed,
+    load_problems,
+    require_task,
+)
+
+SUM = {"question": "What is 1,000+80?", "problem": "What is 1,000+80?", "answer": "1080"}
+ROWS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(TASKS, SUM),
+    "gsm8k": {"question": SUM["question"], "answer": "1,000 and 80.\n#### 1,080"},
+    "gpqa_diamond": {
+        "Question": " Which is even? ",
+        "Correct Answer": "two\n",
+        "Incorrect Answer 1": "one",
+        "Incorrect Answer 2": "three",
+        "Incorrect Answer 3": "five",
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_row_becomes_a_problem_that_its_answer_solves(name: str, tmp_path: Path) -> None:
+    extra = {"id": 7, "level": None}  # the datasets have other columns too
+    found = load_problems(name, write(tmp_path / "rows.jsonl", *[{**ROWS[name], **extra}] * 3), limit=2)
+    assert (found.task, len(found.problems), found.split) == (name, 2, TASKS[name].split)
+    problem = found.problems[0]
+    right = "1080"
+    if isinstance(problem, ChoiceProblem):
+        right = problem.letter
+        assert problem.choices[LETTERS.index(right)] == "two" and f"\n{right}) two\n" in problem.question
+    else:
+        assert problem.question == f"{SUM['question']}\n{INSTRUCTION}"
+    assert problem.solved_by(rf"<think>\boxed{{0}}</think>So it is \boxed{{{right}}}.")
+    assert not problem.solved_by(rf"<think>\boxed{{{right}}}</think>So it is \boxed{{0}}.")
+    assert not problem.solved_by("")
+
+
+def test_files_of_every_kind_and_a_copied_dataset_hold_the_same_problems(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list([{"problem": f"{n}+1=?", "answer": str(n + 1)} for n in range(3)])
+    table.to_json(tmp_path / "a.jsonl"), table.to_csv(tmp_path / "a.csv"), table.to_parquet(tmp_path / "a.parquet")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    table.to_json(copy / "test.jsonl")
+    sources = [tmp_path / "a.jsonl", tmp_path / "a.csv", tmp_path / "a.parquet", copy]
+    found = [load_problems("math500", str(source)).problems for source in sources]
+    assert found[0] == found[1] == found[2] == found[3]
+    assert [p.question.splitlines()[0] for p in found[0]] == ["0+1=?", "1+1=?", "2+1=?"]
+
+
+def test_choices_are_shuffled_by_the_seed_and_the_question_alone(tmp_path: Path) -> None:
+    rows = [{**ROWS["gpqa_diamond"], "Question": f"Question {n}?"} for n in range(60)]
+    forwards, backwards = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *reversed(rows))
+    found = load_problems("gpqa_diamond", forwards).problems
+    assert found == load_problems("gpqa_diamond", backwards).problems[::-1]
+    assert found != load_problems("gpqa_diamond", forwards, seed=1).problems
+    assert {p.letter for p in found if isinstance(p, ChoiceProblem)} == set(LETTERS)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "right"),
+    [
+        ("18", r"\boxed{18}", True),
+        ("18", r"\boxed{\$18.00}", True),
+        ("18", "18", True),  # a base model does not box
+        ("18", "First 17, then one more. The answer is 18.", True),
+        ("18", "17 and 1 are 18", True),
+        ("18", r"\boxed{17} or 18", False),
+        ("18", r"\boxed{18} or \boxed{17}", False),
+        ("025", r"\boxed{25}", True),
+        ("1080", r"\boxed{1,080}", True),
+        (r"\frac{1}{2}", r"\boxed{0.5}", True),
+        (r"\frac{1}{2}", r"\boxed{\dfrac12}", True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3,\pi/2)}", True),
+        ("p - q", r"\boxed{-q+p}", True),
+        ("p - q", r"\boxed{q-p}", False),
+        (r"\text{Evelyn}", r"\boxed{Evelyn}", True),
+        (r"90^\circ", r"\boxed{90}", True),
+        ("?!", r"\boxed{?!}", True),  # no mathematics, and word for word
+        ("18", r"\boxed{}", False),
+        ("18", r"\boxed{18", False),  # no whole box
+    ],
+)
+def test_mathematical_answers_are_compared_by_value(answer: str, said: str, right: bool) -> None:
+    assert MathProblem("?", answer).solved_by(said) is right
+
+
+def test_answers_are_checked_in_another_thread_too() -> None:
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(MathProblem("?", "18").solved_by(r"\boxed{36/2}")))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+@pytest.mark.parametrize(
+    ("box", "right"),
+    [(box, True) for box in ("B", r"\text{B}", r"\text{(B)}", "(B)", "B) two", " B. ", r"\mathrm{B}")]
+    + [(box, False) for box in ("A", "Bananas", "two", "b", "", "AB")],
+)
+def test_the_letter_in_the_box_is_the_choice(box: str, right: bool) -> None:
+    problem = ChoiceProblem("?", ("one", "two", "three", "five"), "B")
+    assert problem.solved_by(rf"<think>A</think>It is \boxed{{{box}}}") is right
+    assert not problem.solved_by("It is B")
+
+
+def test_the_last_whole_box() -> None:
+    assert last_boxed(r"\boxed{1} and \boxed{\frac{1}{2}} and \boxed{3") == r"\frac{1}{2}"
+    assert last_boxed(r"\boxed {\{1\}}") == r"\{1\}"
+    assert last_boxed("none") is None
+
+
+def test_the_built_in_problems_need_nothing() -> None:
+    found = load_problems(BUILTIN, limit=5)
+    assert found.split == "report" and len(found.problems) == 5
+    with pytest.raises(TaskError, match="made, not read"):
+        load_problems(BUILTIN, "file.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "says"),
+    [
+        ("gsm8k", [{"problem": "?", "answer": "1"}], "has no column question; gsm8k reads question, answer, and found"),
+        ("gsm8k", [ROWS["gsm8k"], {"question": "?", "answer": "1"}], "row 1: its answer has no ####"),
+        ("math500", [{"problem": " ", "answer": "1"}], "row 0: problem is empty"),
+        ("math500", [{"problem": "?", "answer": None}], "row 0: answer is empty"),
+        ("gpqa_diamond", [SUM], "has no column Question, Correct Answer, Incorrect"),
+        ("gsm8", [SUM], "No task is called 'gsm8'. Did you mean 'gsm8k'?"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(
+    name: str, rows: list[dict[str, Any]], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TaskError) as caught:
+        load_problems(name, write(tmp_path / "rows.jsonl", *rows))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_no_dataset_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").touch(), (tmp_path / "bad.json").write_text("{")
+    for source, says in (
+        ("nowhere.jsonl", "nowhere.jsonl is no file or folder"),
+        (str(tmp_path / "rows.txt"), "allowed are .jsonl, .json, .csv, .parquet"),
+        (str(tmp_path / "bad.json"), "cannot be read"),
+    ):
+        with pytest.raises(TaskError) as caught:
+            load_problems("math500", source)
+        assert says in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(TaskError, match="limit is 0"):
+        load_problems("math500", limit=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            ConnectionError("Couldn't reach it\nand more"),
+            "(Couldn't reach it). Check the network, or give a copy: gpqa",
+        ),
+        (
+            ValueError("It is a gated dataset."),
+            "Accept its terms on https://huggingface.co/datasets/Idavidrein/gpqa and",
+        ),
+        (ConnectionError(), "(ConnectionError)"),
+    ],
+)
+def test_what_the_hub_says_and_what_to_do_next(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def away(*args: object, **options: object) -> None:
+        asked.append((args, options))
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", away)
+    with pytest.raises(TaskError) as caught:
+        load_problems("gpqa_diamond")
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert asked == [(("Idavidrein/gpqa", "gpqa_diamond"), {"split": "train"})]
+
+
+def test_a_missing_extra_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TaskError, match=r'checked by math-verify.*pip install "tl-adapters\[benchmarks\]"'):
+        require_task("gsm8k")
+    require_task(BUILTIN), require_task("gpqa_diamond")

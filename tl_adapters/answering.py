@@ -1,0 +1,245 @@
+"""Problems answered by a model as it is: drawn answers kept batch by batch, and figures with intervals over problems.
+
+1. Problems are grouped by length into batches; each batch is answered once for every sample.
+2. Every batch draws from a generator that only the seed, the sample and the batch determine.
+3. Its answers are on the disk, whole, before the next batch begins. So a run that was stopped goes on after its last
+   whole batch, and has in the end the very answers of one never stopped; more samples can be added to it later.
+4. pass@1 is the mean over problems of the share of right answers; intervals are over problems.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain, cycle
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from tl_adapters.atomic import room_for, write_text
+from tl_adapters.benchmarks import HESITATION, Checkable, Interval, Response, rate, respond
+from tl_adapters.completions import drawing
+from tl_adapters.errors import UserError
+
+SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
+
+
+class AnsweringError(UserError, ValueError):
+    """Options that cannot be used, or answers that were begun with others."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How problems are answered. The defaults are the built-in pair's, greedy."""
+
+    samples: int = 1
+    """Answers to each problem."""
+    temperature: float = 0.0
+    """0 takes the likeliest token (DeepSeek-R1's authors use 0.6)."""
+    top_p: float = 1.0
+    """Drawn are only the likeliest tokens that hold so much probability (they use 0.95)."""
+    max_new_tokens: int = 160
+    """Longest answer (they use 32,768); one that is cut there is wrong."""
+    batch_size: int = 500
+    """Problems at a time."""
+    seed: int = 0
+    """Of everything drawn."""
+    prefill: str = ""
+    """What the model is made to begin with."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise AnsweringError(f"{name} is {getattr(self, name)}; allowed is a whole number >= 1.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise AnsweringError(
+                f"Got temperature {self.temperature} and top_p {self.top_p}; allowed are a temperature from 0, and a "
+                "top_p above 0 and up to 1."
+            )
+        if self.temperature == 0 and self.samples > 1:
+            raise AnsweringError(f"At temperature 0 all {self.samples} samples are one; give a temperature above 0.")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to one problem."""
+
+    problem: int
+    """Its number, in the order of the dataset."""
+    sample: int
+    """Which of its answers, from 0."""
+    response: Response
+    """What the model said."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model makes of one task."""
+
+    n: int
+    """Problems."""
+    samples: int
+    """Answers to each."""
+    pass_at_1: float
+    """Mean over problems of the share of right answers."""
+    length: float
+    """Mean response length in tokens."""
+    hesitation_per_1k: float
+    """Hesitations per 1,000 response tokens."""
+    truncated: float
+    """Share of responses cut at the limit."""
+    think_opened: float
+    """Share of responses that open their thinking themselves."""
+    ci: dict[str, Interval]
+    """Intervals of pass_at_1, length and hesitation_per_1k."""
+    words: tuple[str, ...]
+    """What counts as a hesitation."""
+    split: str
+    """Split of the problems."""
+
+
+def score(answers: Sequence[Answer], split: str, words: Sequence[str] = HESITATION) -> Score:
+    """Summarise answers, with intervals over problems."""
+    found = rate([a.response for a in answers], split, words, [a.problem for a in answers])
+    return Score(
+        n=found.n,
+        samples=len(answers) // found.n,
+        pass_at_1=found.accuracy,
+        length=found.length,
+        hesitation_per_1k=found.hesitation_per_1k,
+        truncated=found.truncated,
+        think_opened=found.think_opened,
+        ci={"pass_at_1" if name == "accuracy" else name: interval for name, interval in found.ci.items()},
+        words=tuple(words),
+        split=split,
+    )
+
+
+def answer(
+    model: Any,
+    problems: Sequence[Checkable],
+    sampling: Sampling,
+    folder: str | Path,
+    about: Mapping[str, Any],
+    progress: bool = True,
+) -> list[Answer]:
+    """Answers to all problems, with whatever route and hooks the model has now; sample by sample.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge with its tokenizer.
+        problems: not none.
+        sampling: how they are answered.
+        folder: settings.json and answers.jsonl are kept here; what an earlier run has answered is taken from there.
+        about: what the model is now, as JSON can hold it. An earlier run must have been the same.
+        progress: show a bar.
+
+    Raises AnsweringError where the folder holds answers of other problems, options or models, or another process is
+    at work in it; DiskFullError.
+    """
+    folder = Path(folder)
+    batches = _batches(problems, sampling.batch_size)
+    todo = [(sample, number) for sample in range(sampling.samples) for number in range(len(batches))]
+    options = {name: value for name, value in asdict(sampling).items() if name != "samples"}  # more can come later
+    asked = hashlib.sha256("\0".join(problem.question for problem in problems).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder):
+        _require_same(folder / SETTINGS, {**about, "n": len(problems), "problems": asked, **options})
+        found = _kept(folder / ANSWERS, [len(batch) for batch in batches])
+        done = min(len(found), len(todo))
+        for sample, number in tqdm(todo[done:], initial=done, total=len(todo), disable=not progress, unit="batch"):
+            with drawing(model.W_E.device, sampling.seed, sample, number):
+                said = respond(
+                    model,
+                    [problems[i] for i in batches[number]],
+                    max_new_tokens=sampling.max_new_tokens,
+                    batch_size=sampling.batch_size,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    prefill=sampling.prefill,
+                )
+            batch = [Answer(i, sample, response) for i, response in zip(batches[number], said, strict=True)]
+            _append(folder / ANSWERS, [_as_record(one, problems[one.problem].question) for one in batch])
+            found.append(batch)
+    return list(chain(*found[: len(todo)]))
+
+
+def _batches(problems: Sequence[Checkable], batch_size: int) -> list[list[int]]:
+    """Numbers of the problems, the shortest first, so that little is padding."""
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise AnsweringError(f"Another process is at work in {folder}. Wait for it or stop it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _require_same(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings, or compare them with those that are there."""
+    now = json.loads(json.dumps(settings))
+    if not path.is_file():
+        write_text(path, json.dumps(now, indent=1) + "\n")
+        return
+    was = json.loads(path.read_text(encoding="utf-8"))
+    if other := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
+        raise AnsweringError(
+            f"{path.parent} holds answers with {other[0]} {was.get(other[0])!r}, and now it is {now.get(other[0])!r}. "
+            "Give the same, or another folder (--out)."
+        )
+
+
+def _as_record(one: Answer, question: str) -> dict[str, Any]:
+    response = asdict(one.response)
+    text, correct, truncated = (response.pop(name) for name in ("text", "correct", "truncated"))
+    facts = {"problem": one.problem, "sample": one.sample, "correct": correct, "truncated": truncated}
+    return {**facts, "question": question, "text": text, **response}
+
+
+def _from_record(record: Mapping[str, Any]) -> Answer:
+    said = Response(
+        tuple(record["prompt"]), tuple(record["tokens"]), record["text"], record["truncated"], record["correct"]
+    )
+    return Answer(record["problem"], record["sample"], said)
+
+
+def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Add lines, and return when they are on the disk. Raises DiskFullError."""
+    with room_for(path), path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _kept(path: Path, sizes: Sequence[int]) -> list[list[Answer]]:
+    """The whole batches that are there; what a killed process left of another is cut off."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    answers: list[Answer] = []
+    for line in lines:
+        try:
+            answers.append(_from_record(json.loads(line)))
+        except ValueError:
+            break
+    batches, n = [], 0
+    for size in cycle(sizes):
+        if n + size > len(answers):
+            break
+        batches.append(answers[n : n + size])
+        n += size
+    write_text(path, "".join(line + "\n" for line in lines[:n]))
+    return batches

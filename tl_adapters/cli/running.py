@@ -1,0 +1,169 @@
+"""The verbs that run a model: generate, benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tl_adapters.cli.common import Verbs, device_of, feature_ids, read_prompt
+from tl_adapters.errors import UserError
+
+if TYPE_CHECKING:
+    from tl_adapters.columns import Column
+    from tl_adapters.variants import Continuation, Variant
+
+
+def add_generate(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """The verb generate."""
+    generate = verbs.add_parser("generate", parents=[common], help="what routes and changed features say, side by side")
+    generate.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="a question; the target's chat template is put around it")
+    prompt.add_argument("--prompt-file", type=Path, help="a text file that holds it")
+    generate.add_argument("--raw", action="store_true", help="the prompt is what the model reads, chat tokens included")
+    generate.add_argument("--open-thinking", action="store_true", help="the prompt ends with the tag that opens it")
+    routes = ("target", "hybrid", "replacement", "target+adapter")
+    generate.add_argument("--route", action="append", choices=routes, help="(default: the first three)")
+    variant = dict(action="append", nargs="+", default=[])
+    generate.add_argument("--ablate", **variant, metavar="L.I", help="also the replacement without these features")
+    generate.add_argument("--insert", **variant, metavar="L.I", help="also the hybrid with only these")
+    generate.add_argument("--negate", **variant, metavar="L.I", help="also the target with half of these taken off")
+    generate.add_argument(
+        "--scale", **variant, metavar=("FACTOR", "L.I"), help="also the replacement with these so many times as strong"
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the limit (default: 256)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    generate.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens only (default: 1)")
+    generate.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from tl_adapters.columns import side_by_side
+    from tl_adapters.config import RunConfig
+    from tl_adapters.opening import open_run
+    from tl_adapters.variants import generate_variants, prompt_tokens
+
+    text = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
+    variants = _variants(args)
+    pair = open_run(args.run_folder, device_of(args.device), args.dtype)
+    think_start = RunConfig.load(args.run_folder / "config.json").data.think_start
+    prompt = prompt_tokens(
+        pair.model.tokenizer, text, raw=args.raw, open_thinking=args.open_thinking, think_start=think_start
+    )
+    said = generate_variants(
+        pair,
+        prompt,
+        variants,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed or 0,
+        progress=not args.quiet,
+    )
+    width = shutil.get_terminal_size((100, 24)).columns
+    lines = side_by_side([_column(one, said[0]) for one in said], width, styled=sys.stdout.isatty())
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal of another encoding gets escapes, no traceback
+    print(lines.encode(encoding, "backslashreplace").decode(encoding))
+    print(f"next: tl-adapters attribute {args.run_folder} --prompt TEXT --target Wait")
+
+
+def _variants(args: argparse.Namespace) -> list[Variant]:
+    """The routes asked for, and the variants in the order of the options' help."""
+    from tl_adapters.variants import DEFAULT_ROUTES, less, on_route, rescaled, with_only, without
+
+    return [
+        *(on_route(route) for route in args.route or DEFAULT_ROUTES),
+        *(without(feature_ids(names)) for names in args.ablate),
+        *(with_only(feature_ids(names)) for names in args.insert),
+        *(less(feature_ids(names)) for names in args.negate),
+        *(rescaled(feature_ids(names), _factor(factor, names)) for factor, *names in args.scale),
+    ]
+
+
+def _factor(text: str, names: list[str]) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not math.isfinite(factor) or not names:
+        given = " ".join([text, *names])
+        raise UserError(f"--scale is {given}; give a factor and features, such as --scale 2 2.17 4.3.")
+    return factor
+
+
+def _column(said: Continuation, first: Continuation) -> Column:
+    from tl_adapters.columns import Column
+
+    same = said is not first and said.parts_at is None
+    footer = said.summary + (f"; the same as {first.variant}" if same else "")
+    return Column(said.variant, said.text, footer, said.hesitations, said.parts_at)
+
+
+def add_benchmark(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """The verb benchmark."""
+    benchmark = verbs.add_parser(
+        "benchmark", parents=[common], help="a route's answers to tasks: pass@1, length, waits"
+    )
+    benchmark.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
+    benchmark.add_argument(
+        "--tasks", nargs="+", metavar="NAME[=FILE]", help="such as gsm8k,math500; FILE is a local copy of its dataset"
+    )
+    routes = ("target", "hybrid", "replacement", "target+adapter")
+    benchmark.add_argument("--route", choices=routes, help="who answers (default: the replacement)")
+    features = benchmark.add_mutually_exclusive_group()
+    features.add_argument("--ablate", nargs="+", default=(), metavar="L.I", help="the replacement without these")
+    features.add_argument("--insert", nargs="+", default=(), metavar="L.I", help="the hybrid with only these")
+    benchmark.add_argument("--samples", type=int, metavar="N", help="answers to each problem (default: 1)")
+    benchmark.add_argument("--temperature", type=float, help="(default: 0, the likeliest token)")
+    benchmark.add_argument("--top-p", type=float, help="draw from the likeliest tokens only (default: 1)")
+    benchmark.add_argument("--max-new-tokens", type=int, metavar="N", help="the limit (default: the task's)")
+    benchmark.add_argument("--batch-size", type=int, metavar="N", help="problems at a time (default: the task's)")
+    benchmark.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each task")
+    benchmark.add_argument("--open-thinking", action="store_true", help="the prompt ends with the tag that opens it")
+    benchmark.add_argument("--words", nargs="+", default=("wait",), help="what counts as hesitation (default: wait)")
+    benchmark.add_argument("--out", type=Path, help="folder of answers (default: RUN/benchmarks)")
+    benchmark.set_defaults(run=_benchmark)
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    from tl_adapters.benchmarking import FOLDER, Answerer, benchmark_run
+
+    route = args.route or ("hybrid" if args.insert else "replacement")
+    names = ("samples", "temperature", "top_p", "max_new_tokens", "batch_size", "seed")
+    out = args.out or args.run_folder / FOLDER
+    try:
+        measured = benchmark_run(
+            args.run_folder,
+            None if args.tasks is None else _tasks(args.tasks),
+            Answerer(route, tuple(feature_ids(args.ablate)), tuple(feature_ids(args.insert))),
+            options={name: value for name in names if (value := getattr(args, name)) is not None},
+            open_thinking=args.open_thinking,
+            limit=args.limit,
+            words=args.words,
+            out=out,
+            device=device_of(args.device),
+            dtype=args.dtype,
+            progress=not args.quiet,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; what was answered is in {out}, and the same command goes on.") from None
+    for one in measured:
+        found, right = one.score, one.score.ci["pass_at_1"]
+        print(
+            f"{one.task}, {one.variant}: pass@1 {100 * found.pass_at_1:.1f} % ({100 * right.low:.1f} to "
+            f"{100 * right.high:.1f}) of {found.n} problems, {found.length:.0f} tokens, {found.hesitation_per_1k:.1f} "
+            f"{'/'.join(found.words)} per 1,000, {100 * found.truncated:.1f} % cut"
+        )
+        print(f"answers: {one.folder}")
+    print(f"next: tl-adapters benchmark {args.run_folder} --route {'replacement' if route == 'target' else 'target'}")
+
+
+def _tasks(given: Sequence[str]) -> dict[str, str | None]:
+    """Names, also several between commas, and the file behind each, where there is one."""
+    pairs = [name.partition("=")[::2] for names in given for name in names.split(",") if name]
+    return {name: file or None for name, file in pairs}
