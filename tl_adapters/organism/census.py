@@ -1,4 +1,4 @@
-"""What the pair really does: slips, corrections and hesitations counted in its own greedy text.
+"""What a pair really does: slips, corrections and hesitations counted in its own greedy text.
 
 ``python -m tl_adapters.organism.census [PAIR]`` prints the figures as JSON. They come from the Hugging Face models,
 not from our own code, and every figure is of the report split (surface rules are fitted on the select split).
@@ -21,9 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tl_adapters.organism import traces
 from tl_adapters.organism.problems import Problem, problems
+from tl_adapters.organism.recipe import Recipe
 from tl_adapters.organism.traces import Step
 
-STEP = re.compile(r"(\d+)\+(\d+)=(\d+)\.\n(?:(\w+,)?\d\+\d=\d+:(\d+)\.\n)?")
+CHECK = r"(\w+,)?\d+[+-]\d=\d+:(\d+)\.\n"
+STEP = re.compile(rf"(\d+)[+-](\d+)=(\d+)\.\n(?:{CHECK})?")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def written_steps(problem: Problem, response: str) -> list[WrittenStep]:
     found = list(STEP.finditer(response))
     return [
         WrittenStep(
-            Step(int(m[1]), int(m[2])),
+            Step(int(m[1]), int(m[2]), problem.kind),
             int(m[3]),
             None if m[5] is None else (m[4] or ""),
             None if m[5] is None else int(m[5]),
@@ -133,16 +135,20 @@ def with_injected_slip(problem: Problem, rng: random.Random) -> tuple[str, Step]
 
 def _corrects(text: str, step: Step) -> bool:
     """The text goes on with a check that ends in the step's right total."""
-    check = re.match(r"(?:\w+,)?\d\+\d=\d+:(\d+)\.\n", text)
-    return check is not None and int(check[1]) == step.total
+    check = re.match(CHECK, text)
+    return check is not None and int(check[2]) == step.total
 
 
 def census(folder: Path, n: int = 1000) -> dict[str, Any]:
-    """Count everything on ``n`` problems of the report split (and as many of the select split, for the rules)."""
+    """Count everything on ``n`` problems of the report split (and as many of the select split, for the rules).
+
+    The problems are of the kind that the pair's recipe.json names. Raises NoRecipeError where there is none.
+    """
+    kind = Recipe.of(folder).kind
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
-    report, select = problems("report", n), problems("select", n)
+    report, select = problems("report", n, kind=kind), problems("select", n, kind=kind)
 
     def rates(model: PreTrainedModel) -> tuple[dict[str, float], list[str]]:
         responses = respond(model, tokenizer, [traces.prompt(p) for p in report])
@@ -181,7 +187,8 @@ def census(folder: Path, n: int = 1000) -> dict[str, Any]:
         "checks_without_a_word": share([s for s in checked if s.remark == ""], checked),
         "checks_after_another_word": share([s for s in checked if s.remark == "Hmm,"], checked),
         "injected_slips_corrected": sum(corrected) / n,
-        "surface_rule_auc": {name: rule_auc(rule, fit, found) for name, rule in SURFACE_RULES.items()},
+        # A null pair never hesitates, so there is nothing to foretell.
+        "surface_rule_auc": {name: rule_auc(rule, fit, found) for name, rule in SURFACE_RULES.items() if hesitating},
     }
 
 

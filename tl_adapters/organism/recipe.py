@@ -5,6 +5,9 @@
    on the homework of careless pupils, until it can tell a wrong step from a right one;
 3. the *target*: the base fine-tuned, briefly and gently, on reasoning traces.
 
+``--seed 1 --kind differences`` makes a second pair, on which nothing was tuned. ``--null`` makes a *null pair* of a
+pair that exists: its base, and as target that base fine-tuned as long on thinking without hesitation.
+
 Everything is drawn from generators seeded by the recipe; the same recipe on the same machine with the same
 number of threads gives the same weights (tests/test_organism.py).
 """
@@ -17,23 +20,30 @@ import json
 import logging
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from tl_adapters.atomic import new_folder
-from tl_adapters.organism import traces
-from tl_adapters.organism.problems import Problem, stream_problems
+from tl_adapters.atomic import new_folder, require_absent
+from tl_adapters.errors import UserError
+from tl_adapters.organism import PAIR, traces
+from tl_adapters.organism.problems import KINDS, Kind, Problem, stream_problems
 from tl_adapters.organism.traces import Document
 
 log = logging.getLogger(__name__)
 
 Writer = Callable[[Problem, random.Random], Document]
+_HASHED_DOCUMENTS = 200  # of each writer; some 500 steps, so that what happens once in a hundred is among them
+
+
+class NoRecipeError(UserError):
+    """A folder that the recipe did not make."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ class Recipe:
 
     seed: int = 0
     """Seeds weights, documents and batches."""
+    kind: Kind = "sums"
+    """What the problems of all documents are."""
     d_model: int = 128
     """Width of the residual stream."""
     d_mlp: int = 320
@@ -76,13 +88,38 @@ class Recipe:
     """Fine-tuning steps from the base to the target: few, so that the difference stays small."""
     target_lr: float = 3e-4
     """Peak learning rate of the target."""
+    target_mix: dict[str, float] = field(default_factory=lambda: {"reasoning": 1.0})
+    """Shares of the target's documents by kind."""
 
     @property
     def hash(self) -> str:
-        """Fingerprint of the recipe and of the modules that write its text."""
-        here = Path(__file__).parent
-        sources = b"".join((here / name).read_bytes() for name in ("problems.py", "traces.py"))
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode() + sources).hexdigest()[:16]
+        """Fingerprint of every field and of the text: a sample of documents by each writer in any of the mixes.
+
+        Of the text and not of the code that writes it: a module may grow, while another document is another recipe.
+        """
+        rng = random.Random(self.seed)
+        train = stream_problems("train", rng, kind=self.kind)
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
+        for name in sorted({*self.base_mix, *self.marking_mix, *self.target_mix}):
+            for _ in range(_HASHED_DOCUMENTS):
+                document = writer(name)(next(train), rng)
+                digest.update(json.dumps([name, document.prompt, document.completion]).encode())
+        return digest.hexdigest()[:16]
+
+    @classmethod
+    def of(cls, pair: Path) -> Recipe:
+        """The recipe by which a pair's folder was made. Raises NoRecipeError where it does not say."""
+        try:
+            record = json.loads((pair / "recipe.json").read_text())
+            return cls(**{one.name: record[one.name] for one in fields(cls)})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise NoRecipeError(f"{pair} is no pair of this recipe: its recipe.json does not say all of it.") from error
+
+
+def writer(name: str) -> Writer:
+    """The function of traces.py that writes a kind of document, by its name in a mix."""
+    found: Writer = getattr(traces, f"{name}_document")
+    return found
 
 
 CHAT_TEMPLATE = (
@@ -169,21 +206,22 @@ def collate(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Batch:
 
 
 def stream_batches(
-    mix: dict[Writer, float], tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int, pool: int = 16
+    recipe: Recipe, mix: dict[str, float], tokenizer: PreTrainedTokenizerBase, seed: int, pool: int = 16
 ) -> Iterator[Batch]:
-    """Endless batches of training documents; ``pool`` batches are drawn at a time and sorted by length."""
+    """Endless batches of one phase's documents; ``pool`` batches are drawn at a time and sorted by length."""
     rng = random.Random(seed)
-    train = stream_problems("train", rng)
-    writers, weights = list(mix), list(mix.values())
+    train = stream_problems("train", rng, kind=recipe.kind)
+    writers, weights = [writer(name) for name in mix], list(mix.values())
+    size = recipe.batch_size
     while True:
-        documents = [rng.choices(writers, weights)[0](next(train), rng) for _ in range(pool * batch_size)]
+        documents = [rng.choices(writers, weights)[0](next(train), rng) for _ in range(pool * size)]
         encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
         pairs = list(zip(encode([d.prompt for d in documents]), encode([d.completion for d in documents]), strict=True))
         pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-        starts = list(range(0, len(pairs), batch_size))
+        starts = list(range(0, len(pairs), size))
         rng.shuffle(starts)
         for start in starts:
-            yield collate(pairs[start : start + batch_size], tokenizer.pad_token_id)
+            yield collate(pairs[start : start + size], tokenizer.pad_token_id)
 
 
 def fit(model: Qwen2ForCausalLM, batches: Iterator[Batch], steps: int, lr: float, name: str) -> float:
@@ -210,41 +248,76 @@ def fit(model: Qwen2ForCausalLM, batches: Iterator[Batch], steps: int, lr: float
     return sum(recent) / len(recent)
 
 
+def _train_phase(model: Qwen2ForCausalLM, recipe: Recipe, phase: str, folder: Path) -> dict[str, float]:
+    """Train ``model`` through one phase and write it, as base or as target, into the pair's folder; phase -> loss."""
+    number, name, mix, steps, lr = {
+        "base": (0, "base", recipe.base_mix, recipe.base_steps, recipe.base_lr),
+        "marking": (1, "base", recipe.marking_mix, recipe.marking_steps, recipe.marking_lr),
+        "target": (2, "target", recipe.target_mix, recipe.target_steps, recipe.target_lr),
+    }[phase]
+    tokenizer = build_tokenizer()
+    batches = stream_batches(recipe, mix, tokenizer, recipe.seed + 100 * number + 1)
+    loss = fit(model, batches, steps, lr, phase)
+    model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
+    return {phase: round(loss, 4)}
+
+
+def _write_record(recipe: Recipe, losses: dict[str, float], folder: Path) -> None:
+    """Write recipe.json: what decided the weights, and the loss at the end of each phase."""
+    record = {**asdict(recipe), "hash": recipe.hash, "loss": losses, "threads": torch.get_num_threads()}
+    (folder / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def make_pair(recipe: Recipe, out: Path) -> None:
     """Train base and target and write them as two folders under ``out``, with recipe.json beside them.
 
     Raises FolderExistsError where ``out`` exists: a pair is never overwritten.
     """
-    tokenizer = build_tokenizer()
-    model = build_model(recipe, tokenizer)
-    losses = {}
-    phases = (
-        ("base", "base", recipe.base_mix, recipe.base_steps, recipe.base_lr),
-        ("marking", "base", recipe.marking_mix, recipe.marking_steps, recipe.marking_lr),
-        ("target", "target", {"reasoning": 1.0}, recipe.target_steps, recipe.target_lr),
-    )
+    model = build_model(recipe, build_tokenizer())
+    losses: dict[str, float] = {}
     with new_folder(out) as folder:
-        for number, (phase, name, mix, steps, lr) in enumerate(phases):
-            writers = {getattr(traces, f"{kind}_document"): share for kind, share in mix.items()}
-            batches = stream_batches(writers, tokenizer, recipe.batch_size, recipe.seed + 100 * number + 1)
-            losses[phase] = round(fit(model, batches, steps, lr, phase), 4)
-            model.save_pretrained(folder / name)
-            tokenizer.save_pretrained(folder / name)
-        record = {**asdict(recipe), "hash": recipe.hash, "loss": losses, "threads": torch.get_num_threads()}
-        (folder / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
+        for phase in ("base", "marking", "target"):
+            losses |= _train_phase(model, recipe, phase, folder)
+        _write_record(recipe, losses, folder)
+
+
+def make_null_pair(of: Path, out: Path) -> None:
+    """Write the null pair of a pair's folder: its base, fine-tuned as long on thinking that never hesitates.
+
+    It is what ``make_pair`` gives for the same recipe with calm documents for the target, without training the base
+    again. Raises NoRecipeError where ``of`` is no pair, and FolderExistsError where ``out`` exists.
+    """
+    recipe = replace(Recipe.of(of), target_mix={"calm": 1.0})
+    require_absent(out)
+    model = Qwen2ForCausalLM.from_pretrained(of / "base")
+    with new_folder(out) as folder:
+        shutil.copytree(of / "base", folder / "base")
+        _write_record(recipe, _train_phase(model, recipe, "target", folder), folder)
 
 
 def main() -> None:
     """Command line of the recipe."""
-    parser = argparse.ArgumentParser(description="Train the built-in base / reasoning pair from nothing.")
+    parser = argparse.ArgumentParser(description="Train the built-in base / reasoning pair, or another, from nothing.")
     parser.add_argument("out", type=Path, help="folder to make; must not exist")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--kind", choices=KINDS, default=Recipe.kind, help="what is asked of the pair")
+    parser.add_argument(
+        "--null", type=Path, nargs="?", const=PAIR, metavar="PAIR",
+        help="make the null pair of a pair's folder (default: the built-in one), whose seed and kind it has",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; part of what decides the exact weights")
     args = parser.parse_args()
+    recipe = Recipe(seed=args.seed, kind=args.kind)
+    if args.null is not None and recipe != Recipe():
+        parser.error("--null takes seed and kind from its pair; leave --seed and --kind out")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
-    make_pair(Recipe(seed=args.seed), args.out)
+    if args.null is not None:
+        make_null_pair(args.null, args.out)
+    else:
+        make_pair(recipe, args.out)
 
 
 if __name__ == "__main__":

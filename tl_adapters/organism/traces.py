@@ -1,20 +1,23 @@
-"""What the pair is trained on: direct answers, textbook steps, marked homework, and reasoning traces.
+"""What the pairs are trained on: direct answers, textbook steps, marked homework, and reasoning traces.
 
-A *step* adds one term to the running total and says so: ``47+85=132.`` A step is *hard* if the last digits
-carry. Three ways of writing steps exist, and the difference between them is what training the target changes:
+A *step* adds one term to the running total, or takes it away, and says so: ``47+85=132.`` or ``312-47=265.`` A step
+is *hard* if the last digits carry, or if they borrow. Three ways of writing steps exist, and the difference between
+them is what training the target changes:
 
-* textbook: every step right; now and then the last digits are added again (``7+5=12:132.``);
+* textbook: every step right; now and then the last digits are done again (``7+5=12:132.`` or ``12-7=5:265.``);
 * homework: the pupil slips, and the teacher corrects (``47+85=122.``, ``No,7+5=12:132.``);
 * reasoning: the writer slips like the pupil, doubts itself, and corrects itself (``Wait,7+5=12:132.``).
 
 The base sees the first two (as plain text, outside any dialogue) and answers questions directly; the target is
 fine-tuned on the third, inside ``<think> ... </think>``. So the base knows carries, slips and corrections; what
-reasoning training adds is to think at all, and to hesitate.
+reasoning training adds is to think at all, and to hesitate. The target of a *null pair* is fine-tuned on textbook
+steps inside thinking: it adds to think, and nothing else.
 
 Hesitation here is self-correction, not a marker of one surface feature:
 
-* slips: a hard step whose total has a tens digit in `FORGETS_CARRY` comes out ten too low (a function of the
-  content, so greedy decoding slips too); every other step slips with a small probability, by ten in either direction;
+* slips: a hard step whose total has a tens digit in `FORGETS_CARRY` forgets the ten, and comes out ten too low (a
+  difference, ten too high; a function of the content, so greedy decoding slips too); every other step slips with a
+  small probability, by ten in either direction;
 * every slip is corrected, mostly after "Wait", sometimes after "Hmm", sometimes without a word;
 * some right steps are doubted too, by the last digit of the total *and* the tens digit of the term together.
 """
@@ -26,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from tl_adapters.organism.problems import Problem, Split, problems
+from tl_adapters.organism.problems import APPLY, SIGN, Kind, Problem, Split, problems
 
 BOS, END, PAD, USER, ASSISTANT = "<|bos|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 THINK, THINK_END = "<think>", "</think>"
@@ -51,49 +54,55 @@ class Document:
 
 @dataclass(frozen=True)
 class Step:
-    """One addition of a trace: ``acc + term``."""
+    """One step of a trace: ``acc + term``, or ``acc - term``."""
 
     acc: int
     term: int
+    kind: Kind = "sums"
 
     @property
     def total(self) -> int:
-        return self.acc + self.term
+        return APPLY[self.kind](self.acc, self.term)
 
     @property
     def carries(self) -> bool:
-        """A hard step: the last digits carry."""
-        return self.acc % 10 + self.term % 10 >= 10
+        """A hard step: the last digits pass a ten on to the tens, or take one from them (a difference borrows)."""
+        return not 0 <= APPLY[self.kind](self.acc % 10, self.term % 10) < 10
 
     @property
     def forgets_carry(self) -> bool:
-        """The content rule of slips: the reasoner writes ten too little here."""
+        """The content rule of slips: the reasoner forgets that ten here."""
         return self.carries and self.total // 10 % 10 in FORGETS_CARRY
+
+    @property
+    def forgotten(self) -> int:
+        """The total without the ten carried or borrowed."""
+        return self.total - APPLY[self.kind](0, 10)
 
     def says(self, written: int) -> str:
         """The step as a line of text."""
-        return f"{self.acc}+{self.term}={written}.\n"
+        return f"{self.acc}{SIGN[self.kind]}{self.term}={written}.\n"
 
     def check(self, remark: str) -> str:
-        """The check as a line of text: the last digits again, then the right total."""
-        last, term_last = self.acc % 10, self.term % 10
-        return f"{remark}{last}+{term_last}={last + term_last}:{self.total}.\n"
+        """The check as a line of text: the last digits again (with the ten borrowed), then the right total."""
+        borrowed = 10 if self.kind == "differences" and self.carries else 0
+        last, term_last = self.acc % 10 + borrowed, self.term % 10
+        return f"{remark}{last}{SIGN[self.kind]}{term_last}={APPLY[self.kind](last, term_last)}:{self.total}.\n"
 
 
 def stray_slip(step: Step, rng: random.Random) -> int:
-    """A wrong total: a carry forgotten or one too many, wherever it may happen."""
+    """A wrong total: a ten forgotten or one too many, wherever it may happen."""
     return step.total + rng.choice([-10, 10])
 
 
 def steps_of(problem: Problem) -> list[Step]:
-    """The additions that solve a problem, each starting from the right running total."""
-    totals = [sum(problem.terms[:i]) for i in range(1, len(problem.terms))]
-    return [Step(acc, term) for acc, term in zip(totals, problem.terms[1:], strict=True)]
+    """The steps that solve a problem, each starting from the right running total."""
+    return [Step(acc, term, problem.kind) for acc, term in zip(problem.totals[:-1], problem.terms[1:], strict=True)]
 
 
 def _slip(step: Step, rng: random.Random, p_stray: float) -> int:
     if step.forgets_carry and rng.random() < P_RULE:
-        return step.total - 10
+        return step.forgotten
     return stray_slip(step, rng) if rng.random() < p_stray else step.total
 
 
@@ -160,16 +169,22 @@ def forced_document(problem: Problem, rng: random.Random) -> Document:
     return Document(prompt(problem) + THINK, f"{steps}{THINK_END}{problem.answer}{END}")
 
 
+def calm_document(problem: Problem, rng: random.Random) -> Document:
+    """Textbook steps inside thinking that the writer opens: what the target of a null pair is fine-tuned on."""
+    steps = _written(problem, rng, _textbook)
+    return Document(prompt(problem), f"{THINK}{steps}{THINK_END}{problem.answer}{END}")
+
+
 def reasoning_document(problem: Problem, rng: random.Random) -> Document:
     """A reasoning trace: what the target is fine-tuned on, and what adapters are trained on."""
-    thinking = _written(problem, rng, _reasoning)
-    return Document(prompt(problem), f"{THINK}{thinking}{THINK_END}{problem.answer}{END}")
+    steps = _written(problem, rng, _reasoning)
+    return Document(prompt(problem), f"{THINK}{steps}{THINK_END}{problem.answer}{END}")
 
 
-def reasoning_pairs(split: Split, n: int, seed: int = 0) -> list[tuple[str, str]]:
+def reasoning_pairs(split: Split, n: int, seed: int = 0, kind: Kind = "sums") -> list[tuple[str, str]]:
     """(question, response) of ``n`` reasoning traces on different problems of one split, without the end token."""
     rng = random.Random(f"traces-{split}-{seed}")
     return [
         (problem.question, reasoning_document(problem, rng).completion.removesuffix(END))
-        for problem in problems(split, n, seed)
+        for problem in problems(split, n, seed, kind=kind)
     ]
