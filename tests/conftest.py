@@ -153,7 +153,9 @@ def random_batch(seed: int, lengths: tuple[int, ...] = (11, 7, 9), prompt: int =
 
 def small_scale():  # type: ignore[no-untyped-def]
     """A demo of seconds."""
+    from tl_adapters.circuit_search import SearchOptions
     from tl_adapters.config import TrainingConfig
+    from tl_adapters.hesitation import StudyOptions
     from tl_adapters.study import Scale
 
     return Scale(
@@ -161,6 +163,8 @@ def small_scale():  # type: ignore[no-untyped-def]
         problems=24,
         documents=32,
         baseline_documents=8,
+        hesitation=(32, 16),
+        circuit=StudyOptions(SearchOptions(per_round=8, documents=12), draws=1, probability_draws=1),
         training=TrainingConfig(n_features=64, steps=30, log_every=5),
     )
 

@@ -285,12 +285,6 @@ def test_the_null_pair_thinks_and_never_hesitates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_second_pair_does_what_the_study_needs(tmp_path: Path) -> None:
-    recipe.make_pair(recipe.Recipe(seed=1, kind="differences"), tmp_path / "second")
-    check_census(census.census(tmp_path / "second", 1000))
-
-
-@pytest.mark.slow
 def test_the_whole_recipe_gives_the_shipped_weights(tmp_path: Path) -> None:
     recipe.make_pair(recipe.Recipe(), tmp_path / "pair")
     same_weights(tmp_path / "pair", organism.PAIR)

@@ -33,9 +33,9 @@ LEVELS = [
     | {"opening", "streams"},
     {"authors", "dashboards", "store_files", "feature_views", "gradients", "hub", "matching", "sweep_pages"}
     | {"answering", "freezing", "tasks", "variants"},
-    {"attribution", "benchmarking", "counting", "feature_store"},
-    {"collecting", "excerpts", "feature_pages", "labels", "neuronpedia"},
-    {"judging", "trials", "validity"},
+    {"attribution", "benchmarking", "circuits", "counting", "feature_store"},
+    {"circuit_drawing", "collecting", "excerpts", "feature_pages", "labels", "neuronpedia"},
+    {"circuit_pages", "judging", "trials", "validity"},
     {"graph_pages", "interpreting"},
     {"publishing", "describing"},
     {"labelling"},

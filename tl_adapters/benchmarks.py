@@ -65,6 +65,10 @@ class Response:
         """How often the response says one of ``words``, whole and in any case."""
         return len(re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", self.text, re.IGNORECASE))
 
+    def matches(self, pattern: str) -> int:
+        """How often a regular expression matches in the response."""
+        return len(re.findall(pattern, self.text))
+
 
 @dataclass(frozen=True)
 class Interval:

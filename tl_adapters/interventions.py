@@ -78,7 +78,7 @@ def patched(
 
     Raises InterventionError, also within the block where the pass has another shape than the source.
     """
-    chosen = _by_layer(pair, features)
+    chosen = by_layer(pair, features)
     if missing := sorted(set(chosen) - set(source)):
         raise InterventionError(f"The source has no activations of layers {missing}; record them in the other run.")
 
@@ -107,7 +107,7 @@ def changed(pair: PairedModel, features: Features, change: Change, positions: Po
     Raises InterventionError for features that the adapters do not have, and within the block for a pass that is
     shorter than the positions named (a cached generation feeds one token at a time: there only None has a meaning).
     """
-    chosen = _by_layer(pair, features)
+    chosen = by_layer(pair, features)
     at = None if positions is None else torch.tensor(list(positions), dtype=torch.long)
 
     def hook_in(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
@@ -130,9 +130,44 @@ def changed(pair: PairedModel, features: Features, change: Change, positions: Po
 
 
 @contextmanager
+def gated(
+    pair: PairedModel,
+    gates: Mapping[int, Float[Tensor, "n_features"]],
+    route: str | Route = "replacement",
+    decoder_bias: bool = True,
+) -> Iterator[Any]:
+    """A route on which every activation is multiplied by its gate; gradients reach the gates.
+
+    Args:
+        pair: with adapters.
+        gates: of every layer that has adapters; 1 leaves a feature as it is, 0 takes it away.
+        route: one with adapters on.
+        decoder_bias: keep what the adapters add whatever fires.
+    """
+    adapters = pair.installed_adapters()
+
+    def multiply(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
+        return acts * gates[layer].to(acts)
+
+    def without_bias(out: Tensor, hook: HookPoint, layer: int) -> Tensor:
+        return out - adapters[layer].b_dec.to(out)
+
+    hooks: list[tuple[str, Any]] = [
+        (f"blocks.{layer}.{ACTIVATIONS}", partial(multiply, layer=layer)) for layer in adapters.layer_indices
+    ]
+    if not decoder_bias:
+        hooks += [
+            (f"blocks.{layer}.{RECONSTRUCTION}", partial(without_bias, layer=layer)) for layer in adapters.layer_indices
+        ]
+    wanted = ROUTES[route] if isinstance(route, str) else route
+    with pair.routed(wanted._replace(adapter=False)) as model, model.hooks(fwd_hooks=hooks):
+        pair.route_layers(wanted, adapters.layer_indices)  # `routed` puts these back too
+        yield model
+
+
 def only(
     pair: PairedModel, features: Features, route: str | Route, factor: float = 1.0, decoder_bias: bool = False
-) -> Iterator[Any]:
+) -> Any:
     """A route on which adapters have the chosen features and no others.
 
     Args:
@@ -144,30 +179,12 @@ def only(
 
     Raises InterventionError.
     """
-    chosen = _by_layer(pair, features)
+    chosen = by_layer(pair, features)
     adapters = pair.installed_adapters()
-
-    def keep(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
-        kept = torch.zeros_like(acts)
-        if layer in chosen:
-            index = chosen[layer].to(acts.device)
-            kept[..., index] = acts[..., index] * factor
-        return kept
-
-    def without_bias(out: Tensor, hook: HookPoint, layer: int) -> Tensor:
-        return out - adapters[layer].b_dec.to(out)
-
-    hooks: list[tuple[str, Any]] = [
-        (f"blocks.{layer}.{ACTIVATIONS}", partial(keep, layer=layer)) for layer in adapters.layer_indices
-    ]
-    if not decoder_bias:
-        hooks += [
-            (f"blocks.{layer}.{RECONSTRUCTION}", partial(without_bias, layer=layer)) for layer in adapters.layer_indices
-        ]
-    wanted = ROUTES[route] if isinstance(route, str) else route
-    with pair.routed(wanted._replace(adapter=False)) as model, model.hooks(fwd_hooks=hooks):
-        pair.route_layers(wanted, adapters.layer_indices)  # `routed` puts these back too
-        yield model
+    gates = {layer: torch.zeros(adapters.n_features) for layer in adapters.layer_indices}
+    for layer, index in chosen.items():
+        gates[layer][index] = factor
+    return gated(pair, gates, route, decoder_bias)
 
 
 def inserted(pair: PairedModel, features: Features, factor: float = 1.0) -> Any:
@@ -180,7 +197,7 @@ def negated(pair: PairedModel, features: Features, scale: float = -0.5) -> Any:
     return only(pair, features, "target+adapter", scale)
 
 
-def _by_layer(pair: PairedModel, features: Features) -> dict[int, Tensor]:
+def by_layer(pair: PairedModel, features: Features) -> dict[int, Tensor]:
     """Layer to the indices chosen in it, each once. Raises InterventionError."""
     adapters = pair.installed_adapters()
     wanted = sorted({FeatureId(*feature) for feature in features})

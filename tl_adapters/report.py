@@ -38,6 +38,8 @@ def write_report(folder: str | Path) -> Path:
         sections.append(_judged(results["labels"]))
     if (results.get("attribution") or {}).get("graphs"):
         sections.append(_attribution(results["attribution"]))
+    if results.get("hesitation"):
+        sections.append(_hesitation(results["hesitation"]))
     answers = _lines(folder / "answers.jsonl")
     if answers:
         sections.append(_answers(answers))
@@ -272,6 +274,36 @@ def _attribution(b: Block) -> str:
     ]
     shown = table([*header, "+ b_dec", "unexplained", "= logit"], rows)
     return f'<h2>Why it hesitates</h2>{text}{shown}{truth}<div class="plots">{"".join(plots)}</div>'
+
+
+def _hesitation(b: Block) -> str:
+    circuit = b.get("circuit") or {}
+    roles = ", ".join(f"{circuit[role]:,} {role}" for role in ("output", "template") if circuit.get(role) is not None)
+    share = circuit.get("share_of_alive")
+    share = share.get("value") if isinstance(share, dict) else share
+    words = ", ".join(map(escape, b.get("words") or []))
+    of = "" if share is None else f" ({_percent(share)} of the alive)"
+    link = f'<a href="{escape(b.get("page") or "hesitation.html")}">the circuit, its features and every arm</a>'
+    rows = []
+    for block, title in (("necessity", "taken out of the replacement"), ("sufficiency", "added to the hybrid")):
+        for arm in ("none", "output", "template", "both", "random"):
+            if rate := (b.get(block) or {}).get(arm):
+                rows.append([f"{arm}, {title}", *_rate_cells(rate)])
+    header = ["features", "accuracy", "length, tokens", "hesitations per 1,000"]
+    text = f"<p>The features that make it say {words}: {roles or 'none of either role'} features{of}. See {link}.</p>"
+    reached = [bool(c.get("reached")) for c in b.get("criteria") or []]
+    said = f"<p>{sum(reached)} of {len(reached)} criteria reached.</p>" if reached else ""
+    return f"<h2>The hesitation circuit</h2>{text}{table(header, rows) if rows else ''}{said}"
+
+
+def _rate_cells(rate: Block) -> list[str]:
+    cells = []
+    for key, fmt in (("accuracy", _percent), ("length", _one), ("hesitation_per_1k", _one)):
+        ci = (rate.get("ci") or {}).get(key) or {}
+        value, low, high = rate.get(key), ci.get("low"), ci.get("high")
+        shown = "-" if value is None else fmt(value)
+        cells.append(shown if low is None or high is None else with_interval(shown, f"{fmt(low)} to {fmt(high)}"))
+    return cells
 
 
 def _answers(answers: Sequence[Block]) -> str:

@@ -25,6 +25,7 @@ from tl_adapters.baselines import Correction, baseline_kl, difference_directions
 from tl_adapters.benchmarks import Response, correctness, rate, respond, traces_of
 from tl_adapters.chat import encode_traces
 from tl_adapters.checkpoints import read_vocabulary
+from tl_adapters.circuit_search import SearchOptions
 from tl_adapters.compatibility import require_same_ids
 from tl_adapters.config import Dtype, RunConfig, TrainingConfig
 from tl_adapters.data import Trace
@@ -33,6 +34,8 @@ from tl_adapters.errors import UserError
 from tl_adapters.faithfulness import DocumentSums, faithfulness_block, features_block, measure_faithfulness
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.graph_pages import examine_moment
+from tl_adapters.hesitating import PROBLEMS, hesitation_stage
+from tl_adapters.hesitation import StudyOptions
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_recovered
 from tl_adapters.opening import (
     BUILTIN_TRACES,
@@ -48,6 +51,7 @@ from tl_adapters.paired import PairedModel
 from tl_adapters.report import write_report
 from tl_adapters.results import read_results, stage, versions, write_results
 from tl_adapters.runfolder import RunFolder, require_new
+from tl_adapters.subjects import builtin_subject
 from tl_adapters.training import Trainer
 from tl_adapters.validity import LINEARISATIONS
 
@@ -70,6 +74,10 @@ class Scale:
     """Greedy traces of the target for KL, NMSE, L0 and alive features; the first ``problems`` are the same."""
     baseline_documents: int = 200
     """Of these, how many the baselines are measured on."""
+    hesitation: tuple[int, int] = PROBLEMS
+    """Problems that the hesitation circuit is chosen on, and others that it is reported on."""
+    circuit: StudyOptions = field(default_factory=StudyOptions)
+    """How much of the circuit is measured."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Options of the training run."""
 
@@ -79,6 +87,8 @@ QUICK = Scale(
     problems=200,
     documents=300,
     baseline_documents=60,
+    hesitation=(120, 100),
+    circuit=StudyOptions(SearchOptions(per_round=8, documents=40), draws=1, probability_draws=3),
     training=TrainingConfig(steps=150),
 )
 """A look at everything in under 90 seconds; the adapters are not yet sparse."""
@@ -275,6 +285,7 @@ def evaluate_builtin(pair: PairedModel, folder: Path, scale: Scale, fit: Sequenc
     )
     store = features_stage(pair, traces, folder, "report")
     attribution_stage(pair, target, folder, "report", store)
+    hesitation_stage(pair, builtin_subject(*scale.hesitation), folder, scale.circuit)
 
 
 def attribution_stage(

@@ -12,6 +12,7 @@ tl-adapters label RUN                             what to call them: by rules, a
 tl-adapters attribute RUN --prompt TEXT           from the next token back to features and input tokens
 tl-adapters generate RUN --prompt TEXT            what routes and changed features say, side by side
 tl-adapters benchmark RUN --tasks gsm8k           a route's answers to tasks: pass@1, length, hesitation
+tl-adapters hesitation RUN                        the features that say "Wait", and their trial
 tl-adapters serve DIR                             look at a folder's pages, on this machine only
 tl-adapters export RUN --to saelens --out DIR     adapters, models or dashboards, for other tools
 tl-adapters push RUN USER/REPO                    adapters with their card to the hub
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     looking.add_attribute(verbs, common)
     running.add_generate(verbs, common)
     running.add_benchmark(verbs, common)
+    looking.add_hesitation(verbs, common)
     looking.add_serve(verbs, quiet)
     sharing.add_export(verbs, quiet)
     sharing.add_push(verbs, quiet)

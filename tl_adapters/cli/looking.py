@@ -1,4 +1,4 @@
-"""The verbs that look at a run: features, label, attribute, serve."""
+"""The verbs that look at a run: features, label, attribute, hesitation, serve."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs, device_of
+from tl_adapters.cli.common import Verbs, device_of, read_prompt
 from tl_adapters.errors import UserError
 
 
@@ -129,7 +129,7 @@ def _attribute(args: argparse.Namespace) -> None:
     from tl_adapters.graph_pages import write_graph
     from tl_adapters.opening import open_run
 
-    prompt = args.prompt if args.prompt_file is None else _read(args.prompt_file)
+    prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
     pair = open_run(args.run_folder, device_of(args.device), args.dtype)
     graph = attribute(
         pair,
@@ -152,6 +152,56 @@ def _attribute(args: argparse.Namespace) -> None:
     print(f"next: tl-adapters serve {out}")
 
 
+def add_hesitation(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """The verb hesitation."""
+    hesitation = verbs.add_parser("hesitation", parents=[common], help="the features that say a word, and their trial")
+    hesitation.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
+    hesitation.add_argument(
+        "--task", metavar="NAME[=FILE]", help="problems (the built-in pair has its own): gsm8k, ..."
+    )
+    hesitation.add_argument("--words", nargs="+", default=["Wait"], metavar="WORD", help="what is said (default: Wait)")
+    hesitation.add_argument(
+        "--share", type=float, metavar="X", help="size, as a share of alive features (default: 0.03)"
+    )
+    hesitation.add_argument("--limit", type=int, metavar="N", help="problems, half to choose on and half to report on")
+    hesitation.add_argument(
+        "--max-new-tokens", type=int, default=160, metavar="N", help="longest answer (default: 160)"
+    )
+    hesitation.set_defaults(run=_hesitation)
+
+
+def _hesitation(args: argparse.Namespace) -> None:
+    from tl_adapters.hesitating import hesitation_of_run
+    from tl_adapters.report import write_report
+
+    name, _, source = (args.task or "").partition("=")
+    study = hesitation_of_run(
+        args.run_folder,
+        (name, source or None) if name else None,
+        words=args.words,
+        share=args.share,
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed or 0,
+        device=device_of(args.device),
+        dtype=args.dtype,
+        progress=not args.quiet,
+    )
+    size = study.block["circuit"]
+    if not size["n"]:
+        print(f"no circuit: the target's answers hold {study.block['moments']['select']['moments']} moments")
+    else:
+        roles = ", ".join(f"{size[role]} {role}" for role in ("output", "template", "continuation"))
+        print(f"{size['n']} features ({100 * size['share_of_alive']:.1f} % of the alive): {roles}")
+        for asked in study.block["criteria"]:
+            print(
+                f"{'reached' if asked['reached'] else 'missed '}  {asked['name']}: {asked['value']:.3g}, {asked['bar']}"
+            )
+    run = args.run_folder
+    print(f"page: {run / study.block['page']}\ncircuit: {run / 'circuit.json'}\nreport: {write_report(run)}")
+    print(f"next: tl-adapters serve {run}")
+
+
 def add_serve(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
     """The verb serve."""
     serve = verbs.add_parser("serve", parents=[quiet], help="look at a folder's pages, on this machine only")
@@ -166,10 +216,3 @@ def _serve(args: argparse.Namespace) -> None:
     with make_server(args.folder, args.port) as server:
         print(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C ends it)", flush=True)
         server.serve_forever()
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-file {path} cannot be read as text ({error}).") from error

@@ -133,7 +133,7 @@ def with_injected_slip(problem: Problem, rng: random.Random) -> tuple[str, Step]
     return traces.prompt(problem) + traces.THINK + "".join(said) + wrong, steps[at]
 
 
-def _corrects(text: str, step: Step) -> bool:
+def corrects(text: str, step: Step) -> bool:
     """The text goes on with a check that ends in the step's right total."""
     check = re.match(CHECK, text)
     return check is not None and int(check[2]) == step.total
@@ -171,7 +171,7 @@ def census(folder: Path, n: int = 1000) -> dict[str, Any]:
     rng = random.Random(0)
     injected = [with_injected_slip(p, rng) for p in report]
     after = respond(target, tokenizer, [text for text, _ in injected])
-    corrected = [_corrects(text, step) for text, (_, step) in zip(after, injected, strict=True)]
+    corrected = [corrects(text, step) for text, (_, step) in zip(after, injected, strict=True)]
     share = lambda part, whole: len(part) / max(1, len(whole))  # noqa: E731
     return {
         "problems": n,

@@ -1,0 +1,519 @@
+"""Gates, the search and the roles: against plain arithmetic, finite differences, and a circuit that was planted."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_batch, random_model
+from test_bridged import make
+from test_interventions import state
+from transformers import PreTrainedModel
+
+from tl_adapters.adapter import AdapterSet, FeatureId, TranscoderAdapter
+from tl_adapters.circuit_roles import THRESHOLD, circuit_edges, effects_at, sort_features
+from tl_adapters.circuit_search import Aims, SearchOptions, search_circuit
+from tl_adapters.interventions import ablated, gated, only, patched, scaled
+from tl_adapters.moments import BehaviourError, Moments, final_residual, log_odds, margins
+from tl_adapters.paired import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
+
+WORD = 5
+TEMPLATE, OUTPUT = FeatureId(1, 5), FeatureId(3, 7)
+"""The planted circuit: the template writes what the output feature reads, and that writes the word."""
+N_FEATURES, N_VOCAB = 20, 12
+LENGTHS = (17, 9, 13, 15, 11)
+STEP = 1e-5
+
+
+def drawing(seed: int) -> Callable[..., torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *n: torch.randn(n, generator=generator, dtype=torch.float64)
+
+
+def word_direction(base: PreTrainedModel) -> torch.Tensor:
+    reads = (base.lm_head.weight * base.model.norm.weight).detach()
+    return torch.nn.functional.normalize(reads[WORD] - reads.mean(0), dim=0)
+
+
+def quiet_layers() -> list[TranscoderAdapter]:
+    """Adapters whose features fire, and write next to nothing."""
+    draw, layers = drawing(3), [TranscoderAdapter(32, N_FEATURES, dtype=torch.float64) for _ in range(4)]
+    with torch.no_grad():
+        for adapter in layers:
+            adapter.W_enc.copy_(draw(32, N_FEATURES) * 0.3)
+            adapter.b_enc.copy_(draw(N_FEATURES) * 0.3)
+            adapter.W_dec.copy_(draw(N_FEATURES, 32) * 0.003)
+            adapter.b_dec.copy_(draw(32) * 0.01)
+    return layers
+
+
+def pair_with(
+    base: PreTrainedModel, layers: list[TranscoderAdapter], features: list[FeatureId], backend: str = "hooked"
+) -> tuple[PairedModel, Moments]:
+    """The base and the base with the layers planted, and adapters that are them. Moments are where features fire."""
+    pair = PairedModel.plant(base, AdapterSet(layers), backend=backend)
+    adapters = pair.new_adapters(N_FEATURES, dtype=torch.float64)
+    with torch.no_grad():
+        for mine, its in zip(adapters.parameters(), AdapterSet(layers).parameters(), strict=True):
+            mine.copy_(its)
+    batch = random_batch(11, LENGTHS, vocab=N_VOCAB)
+    predicting = batch.predicting_response
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        pair.model(batch.tokens)
+    moment = predicting & torch.stack([acts[f.layer][..., f.index] > 0.3 for f in features]).any(0)
+    follows = torch.zeros_like(moment)
+    follows[:, 1:] = moment[:, :-1] & ~moment[:, 1:] & predicting[:, 1:]
+    boundary = predicting & ~moment & ~follows & (torch.arange(moment.shape[1]) % 3 != 0)
+    return pair, Moments(batch.tokens, predicting, moment, boundary, follows, (WORD,))
+
+
+def planted(backend: str = "hooked") -> tuple[PairedModel, Moments]:
+    """A template that writes what an output feature reads, and that writes the word."""
+    base, layers = random_model(1, vocab_size=N_VOCAB), quiet_layers()
+    reads = (base.lm_head.weight * base.model.norm.weight).detach()
+    onto, _ = torch.linalg.qr(reads.T)
+    between = drawing(4)(32)
+    between = torch.nn.functional.normalize(
+        between - onto @ (onto.T @ between), dim=0
+    )  # the unembedding is blind to it
+    with torch.no_grad():
+        layers[1].b_enc[5] = -0.4
+        layers[1].W_dec[5] = 25 * between
+        layers[3].W_enc[:, 7] = 2 * between / base.model.layers[3].post_attention_layernorm.weight
+        layers[3].b_enc[7] = -1.5
+        layers[3].W_dec[7] = 5 * word_direction(base)
+    return pair_with(base, layers, [TEMPLATE], backend)
+
+
+COPIES, ALONE = (FeatureId(3, 7), FeatureId(3, 8)), FeatureId(3, 9)
+
+
+def doubled(backend: str = "hooked") -> tuple[PairedModel, Moments]:
+    """Two copies that say the word together, and a third feature that says it where they do not fire."""
+    base, layers = random_model(1, vocab_size=N_VOCAB), quiet_layers()
+    with torch.no_grad():
+        layers[3].W_enc[:, 8] = layers[3].W_enc[:, 7]
+        layers[3].W_enc[:, 9] = -layers[3].W_enc[:, 7]
+        layers[3].b_enc[[7, 8, 9]] = -0.7
+        layers[3].W_dec[[7, 8]] = 6 * word_direction(base)
+        layers[3].W_dec[9] = 5 * word_direction(base)
+    return pair_with(base, layers, [*COPIES, ALONE], backend)
+
+
+def random_moments(seed: int = 3, vocab: int = 61) -> Moments:
+    """Places of every kind, drawn."""
+    batch = random_batch(seed, LENGTHS, vocab=vocab)
+    predicting = batch.predicting_response
+    drawn = torch.randint(4, batch.tokens.shape, generator=torch.Generator().manual_seed(seed))
+    return Moments(batch.tokens, predicting, *(predicting & (drawn == kind) for kind in range(3)), (WORD, 9))
+
+
+def everything(pair: PairedModel) -> torch.Tensor:
+    return torch.ones(pair.n_layers, pair.installed_adapters().n_features, dtype=torch.bool)
+
+
+def mean_margin(pair: PairedModel, moments: Moments, at: str = "moment") -> float:
+    with torch.no_grad():
+        return float(margins(pair, moments, getattr(moments, at)).mean())
+
+
+@pytest.fixture(scope="module")
+def circuit() -> tuple[PairedModel, Moments]:
+    return planted()
+
+
+# -- gates --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["hooked", "bridge"])
+def pair(request: pytest.FixtureRequest) -> PairedModel:
+    return make("Qwen2ForCausalLM", request.param)
+
+
+TOKENS = random_batch(6, (9, 9)).tokens
+
+
+@torch.no_grad()
+def test_gates_of_one_are_the_route_itself(pair: PairedModel) -> None:
+    before = state(pair)
+    ones = {layer: torch.ones(24) for layer in range(4)}
+    for route in ("replacement", "target+adapter"):
+        with gated(pair, ones, route) as model:
+            found = model(TOKENS)
+        with pair.routed(route):
+            assert torch.allclose(found, pair.model(TOKENS), atol=1e-10)
+    assert state(pair) == before
+
+
+@torch.no_grad()
+def test_gates_multiply_and_zeros_leave_only_the_others(pair: PairedModel) -> None:
+    features, factor = [(0, 3), (1, 0), (1, 7), (3, 11)], -1.5
+    gates = {layer: torch.zeros(24) for layer in range(4)}
+    for layer, index in features:
+        gates[layer][index] = factor
+    for bias in (False, True):
+        with gated(pair, gates, decoder_bias=bias) as model:
+            found = model(TOKENS)
+        with only(pair, features, "replacement", factor, decoder_bias=bias) as model:
+            assert torch.equal(found, model(TOKENS))
+    with pair.routed("replacement"), ablated(pair, features) as model:
+        without = model(TOKENS)
+    gates = {layer: torch.ones(24) for layer in range(4)}
+    for layer, index in features:
+        gates[layer][index] = 0
+    with gated(pair, gates) as model:
+        assert torch.allclose(model(TOKENS), without, atol=1e-10)
+
+
+@torch.no_grad()
+def test_without_the_bias_gates_of_zero_are_the_hybrid(pair: PairedModel) -> None:
+    nothing = {layer: torch.zeros(24) for layer in range(4)}
+    with gated(pair, nothing, decoder_bias=False) as model:
+        bare = model(TOKENS)
+    with gated(pair, nothing) as model:
+        biased = model(TOKENS)
+    with pair.routed("hybrid"):
+        hybrid = pair.model(TOKENS)
+    assert torch.allclose(bare, hybrid, atol=1e-10)
+    assert not torch.allclose(biased, hybrid, atol=1e-3)
+
+
+def test_the_gradient_of_a_gate_is_its_finite_difference(pair: PairedModel) -> None:
+    before = state(pair)
+    gates = torch.ones(4, 24, dtype=torch.float64, requires_grad=True)
+
+    def loss(gates: torch.Tensor) -> torch.Tensor:
+        with gated(pair, dict(enumerate(gates))) as model:
+            return log_odds(model(TOKENS), (WORD,)).sum()
+
+    (gradient,) = torch.autograd.grad(loss(gates), gates)
+    assert state(pair) == before
+    strongest = gradient.abs().flatten().topk(3).indices.tolist()
+    for i in strongest:
+        at = (i // 24, i % 24)
+        shift = torch.zeros(4, 24, dtype=torch.float64)
+        shift[at] = STEP
+        with torch.no_grad():
+            slope = float(loss(gates + shift) - loss(gates - shift)) / (2 * STEP)
+        # A bridge's norms are Hugging Face's, in float32.
+        tolerance = 1e-5 if pair.backend.name == "hooked" else 5e-2
+        assert abs(slope - float(gradient[at])) < tolerance * abs(slope)
+
+
+# -- search -------------------------------------------------------------------------------------------------------
+
+SMALL = SearchOptions(share=6 / (4 * N_FEATURES), per_round=2, strength=1.0)
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_what_says_the_word_is_found_first_and_does_all(backend: str) -> None:
+    pair, moments = doubled(backend)
+    before = state(pair)
+    search = search_circuit(pair, moments, everything(pair), SMALL, progress=False)
+    assert set(search.order[:3]) == {*COPIES, ALONE}
+    assert len(search.order) == len(set(search.order)) == 6
+    assert [a.n for a in search.aims] == [0, 2, 4, 6]
+    none, four = search.aims[0], search.aims[2]
+    assert none.necessity > 3
+    assert four.necessity < 0.2 * none.necessity
+    assert four.sufficiency < 0.5 * none.sufficiency
+    assert none.necessity > search.aims[1].necessity > four.necessity
+    assert state(pair) == before
+
+
+def test_a_feature_that_works_through_another_is_necessary(circuit: tuple[PairedModel, Moments]) -> None:
+    """Alone it does nothing, so a step from nothing cannot see that it suffices; that it is needed can be seen."""
+    pair, moments = circuit
+    options = replace(SMALL, sufficiency=0.0)
+    search = search_circuit(pair, moments, everything(pair), options, progress=False)
+    assert set(search.order[:2]) == {TEMPLATE, OUTPUT}
+    none, two = search.aims[:2]
+    assert none.necessity > 5
+    assert two.necessity < 0.1 * none.necessity
+    assert two.sufficiency < 0.2 * none.sufficiency
+    assert two.continuation < 0.2 * none.continuation
+
+
+def test_a_copy_of_what_is_chosen_waits_for_what_else_there_is() -> None:
+    """Enough of one copy is added that the other has nothing left to do; by effect alone both copies come first."""
+    pair, moments = doubled()
+    total = effects_at(pair, moments).total
+    assert set(strongest(total, 2)) == set(COPIES)
+    options = SearchOptions(2 / (4 * N_FEATURES), per_round=1, strength=2.0, necessity=0, continuation=0)
+    search = search_circuit(pair, moments, everything(pair), options, progress=False)
+    assert search.order[0] in COPIES
+    assert search.order[1] == ALONE
+
+
+def test_aims_are_what_they_say(circuit: tuple[PairedModel, Moments]) -> None:
+    """Recomputed with ablations and insertions, at every round."""
+    pair, moments = circuit
+    options = replace(SMALL, strength=1.3, tokens_per_batch=40)  # several batches
+    search = search_circuit(pair, moments, everything(pair), options, progress=False)
+    texts = moments.with_moments()
+    with torch.no_grad():
+        target = pair.model(texts.tokens)
+    for aims in search.aims:
+        chosen = list(search.order[: aims.n])
+        with torch.no_grad():
+            with pair.routed("replacement"), ablated(pair, chosen) as model:
+                without = log_odds(model(texts.tokens), (WORD,))[texts.moment]
+            with only(pair, chosen, "replacement", 1.3) as model:
+                inserted = model(texts.tokens)
+        at = texts.moment | texts.boundary
+        said, p = log_odds(target, (WORD,))[at].sigmoid(), log_odds(inserted, (WORD,))[at].sigmoid()
+        entropy = -(said * p.log() + (1 - said) * (1 - p).log()).mean()
+        a, b = (x.log_softmax(-1)[texts.follows] for x in (target, inserted))
+        expected = [(1 + (without + 2).exp()).log().mean(), entropy, (a.exp() * (a - b)).sum(-1).mean()]
+        found = [aims.necessity, aims.sufficiency, aims.continuation]
+        assert torch.allclose(torch.tensor(found).double(), torch.stack(expected).double(), rtol=1e-5)
+
+
+def test_a_search_is_the_same_twice_and_takes_only_what_is_alive(circuit: tuple[PairedModel, Moments]) -> None:
+    pair, moments = circuit
+    alive = everything(pair)
+    alive[OUTPUT] = False
+    alive[0] = False
+    options = SearchOptions(share=0.2, per_round=4, tokens_per_batch=60)
+    one, two = (search_circuit(pair, moments, alive, options, progress=False) for _ in range(2))
+    assert one == two
+    assert len(set(one.order)) == len(one.order) == round(0.2 * int(alive.sum()))
+    assert all(alive[f] for f in one.order)
+    assert OUTPUT not in one.order
+    whole = search_circuit(pair, moments, alive, replace(options, share=1.0, per_round=50), progress=False)
+    assert {tuple(f) for f in whole.order} == {tuple(f) for f in alive.nonzero().tolist()}
+    few = torch.zeros_like(alive)
+    few[TEMPLATE] = True
+    assert search_circuit(pair, moments, few, SearchOptions(), progress=False).order == (TEMPLATE,), "at least one"
+
+
+def test_adapters_are_given_back_as_they_were() -> None:
+    pair, moments = planted()
+    parameters = list(pair.installed_adapters().parameters())
+    parameters[1].requires_grad_(False)
+    flags = [p.requires_grad for p in parameters]
+    assert len(set(flags)) == 2
+    search_circuit(pair, moments, everything(pair), replace(SMALL, documents=1), progress=False)
+    assert [p.requires_grad for p in parameters] == flags
+    assert all(p.grad is None for p in parameters)
+    with pytest.raises(RuntimeError):
+        search_circuit(pair, moments, everything(pair)[:, :3], SMALL, progress=False)
+    assert [p.requires_grad for p in parameters] == flags
+
+
+def test_only_so_many_documents_are_read(circuit: tuple[PairedModel, Moments]) -> None:
+    pair, moments = circuit
+    two = search_circuit(pair, moments, everything(pair), replace(SMALL, documents=2), progress=False)
+    first = search_circuit(pair, moments.with_moments(2), everything(pair), SMALL, progress=False)
+    every = search_circuit(pair, moments, everything(pair), SMALL, progress=False)
+    assert two == first
+    assert two.aims[0] != every.aims[0]
+
+
+def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Moments]) -> None:
+    pair, moments = circuit
+    silent = replace(moments, moment=torch.zeros_like(moments.moment))
+    with pytest.raises(BehaviourError, match="no moment in these texts"):
+        search_circuit(pair, silent, everything(pair), progress=False)
+    for wrong in ({"share": 0.0}, {"share": 1.5}, {"per_round": 0}, {"strength": 0.0}, {"documents": 0}):
+        with pytest.raises(BehaviourError, match="share is above 0 and at most 1"):
+            SearchOptions(**wrong)  # type: ignore[arg-type]
+
+
+# -- roles --------------------------------------------------------------------------------------------------------
+
+
+def slope(measure: Callable[[float], float]) -> float:
+    return (measure(STEP) - measure(-STEP)) / (2 * STEP)
+
+
+def strongest(effects: torch.Tensor, n: int = 4) -> list[FeatureId]:
+    width = effects.shape[1]
+    return [FeatureId(i // width, i % width) for i in effects.abs().flatten().topk(n).indices.tolist()]
+
+
+@pytest.mark.parametrize("at", ["moment", "boundary"])
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
+def test_a_total_effect_is_the_slope_of_the_margin_in_the_features_gate(architecture: str, at: str) -> None:
+    pair, moments = make(architecture, "hooked"), random_moments()
+    effects = effects_at(pair, moments, at, tokens_per_batch=30)
+    assert abs(effects.margin - replacement_margin(pair, moments, at)) < 1e-6
+
+    def measure(feature: FeatureId, by: float) -> float:
+        with scaled(pair, [feature], 1 + by):
+            return replacement_margin(pair, moments, at)
+
+    for feature in strongest(effects.total):
+        assert abs(slope(lambda by, f=feature: measure(f, by)) / float(effects.total[feature]) - 1) < 1e-4
+
+
+def replacement_margin(pair: PairedModel, moments: Moments, at: str) -> float:
+    with pair.routed("replacement"):
+        return mean_margin(pair, moments, at)
+
+
+def test_a_direct_effect_is_what_the_feature_writes_there_read_by_the_unembedding() -> None:
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    effects = effects_at(pair, moments)
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        residual = final_residual(pair, moments.tokens)[moments.moment]
+    for feature in strongest(effects.direct):
+        layer, index = feature
+        written = acts[layer][moments.moment][:, index, None] * pair.installed_adapters()[layer].W_dec[index]
+
+        @torch.no_grad()
+        def moved(by: float, written: torch.Tensor = written) -> float:
+            return float(log_odds(pair.unembed(residual + by * written), moments.words).mean())
+
+        assert abs(slope(moved) / float(effects.direct[feature]) - 1) < 1e-4
+
+
+def test_the_last_layer_has_direct_effects_only_and_the_others_have_more() -> None:
+    effects = effects_at(make("Qwen2ForCausalLM", "hooked"), random_moments())
+    assert torch.allclose(effects.total[3], effects.direct[3], atol=1e-6)
+    assert not torch.allclose(effects.total[2], effects.direct[2], atol=1e-2)
+
+
+def test_mass_and_rate_are_those_of_the_places() -> None:
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        pair.model(moments.tokens)
+    for at in ("moment", "boundary"):
+        effects = effects_at(pair, moments, at, tokens_per_batch=20)
+        texts = getattr(moments, at) & moments.moment.any(1, keepdim=True)
+        for layer in range(4):
+            here = acts[layer][texts]
+            norms = pair.installed_adapters()[layer].W_dec.norm(dim=1)
+            assert torch.allclose(effects.mass[layer], (here.mean(0) * norms).float(), atol=1e-5)
+            assert torch.allclose(effects.rate[layer], (here > 0).float().mean(0), atol=1e-6)
+
+
+def test_an_effect_with_others_held_is_its_slope_while_they_keep_their_values() -> None:
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    before = state(pair)
+    held = [FeatureId(2, i) for i in range(0, 24, 2)] + [FeatureId(3, i) for i in range(0, 24, 3)]
+    free, constant = effects_at(pair, moments), effects_at(pair, moments, held=held)
+    assert state(pair) == before
+    assert torch.equal(free.direct, constant.direct)
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        pair.model(moments.tokens)
+    source = dict(acts)
+
+    def measure(feature: FeatureId, by: float) -> float:
+        with patched(pair, held, source), scaled(pair, [feature], 1 + by):
+            return replacement_margin(pair, moments, "moment")
+
+    differ = (free.total - constant.total)[:2]
+    for feature in strongest(differ):
+        found = slope(lambda by, f=feature: measure(f, by))
+        assert abs(found / float(constant.total[feature]) - 1) < 1e-4
+        assert abs(float(differ[feature])) > 1e-2
+
+
+def test_a_planted_circuit_is_sorted(circuit: tuple[PairedModel, Moments]) -> None:
+    pair, moments = circuit
+    sorted_ = sort_features(pair, moments, [TEMPLATE, OUTPUT], everything(pair))
+    template, output = sorted_.features[:2]
+    assert (template.id, template.role) == (TEMPLATE, "template")
+    assert (output.id, output.role) == (OUTPUT, "output")
+    with pair.routed("hybrid"):
+        hybrid = mean_margin(pair, moments)
+    assert abs(sorted_.gap - (replacement_margin(pair, moments, "moment") - hybrid)) < 1e-5
+    assert sorted_.gap > 5
+    assert sorted_.threshold == THRESHOLD * sorted_.gap
+    assert output.direct > 0.1 * sorted_.gap
+    assert template.direct < sorted_.threshold < template.through
+    edges = circuit_edges(pair, moments, sorted_.features)
+    word, between = (
+        next(e for e in edges if (e.source, e.target) == ends) for ends in ((OUTPUT, None), (TEMPLATE, OUTPUT))
+    )
+    assert word.weight == output.direct
+    assert between.weight > 0.1 * sorted_.gap
+
+
+def test_roles_are_what_the_formulas_say() -> None:
+    """On a random pair, where features of every role are."""
+    pair, moments, alive = make("Qwen2ForCausalLM", "hooked"), random_moments(), torch.ones(4, 24, dtype=torch.bool)
+    alive[:, 20:] = False
+    chosen = [FeatureId(layer, i) for layer in (3, 1, 0, 2) for i in range(0, 12, 2)]
+    here, there = effects_at(pair, moments), effects_at(pair, moments, "boundary")
+    sorted_ = sort_features(pair, moments, chosen, alive)
+    outputs = [f for f in chosen if here.direct[f] >= sorted_.threshold]
+    through = here.total - effects_at(pair, moments, held=outputs).total
+    mine = sorted_.features[: len(chosen)]
+    assert [f.id for f in mine] == chosen, "in the order in which they joined"
+    assert {f.role for f in mine} == {"output", "template", "continuation"}
+    for f in mine:
+        expected = "output" if f.id in outputs else "template" if through[f.id] > 0 else "continuation"
+        assert f.role == expected
+        assert f.direct == float(here.direct[f.id])
+        assert f.total == float(here.total[f.id])
+        assert f.through == (0 if f.id in outputs else float(through[f.id]))
+        assert abs(f.contrast - float(here.total[f.id] - there.total[f.id])) < 1e-6
+        assert f.mass == float(here.mass[f.id])
+    against = torch.minimum(here.total, there.total)
+    outside = [FeatureId(*f) for f in alive.nonzero().tolist() if FeatureId(*f) not in chosen]
+    rest = sorted_.features[len(chosen) :]
+    assert {f.id for f in rest} == {f for f in outside if against[f] <= -sorted_.threshold}
+    assert {f.role for f in rest} == {"suppress"}
+    assert [float(against[f.id]) for f in rest] == sorted(float(against[f.id]) for f in rest), "strongest first"
+    idle = [f for f in outside if max(abs(float(e.total[f])) for e in (here, there)) < sorted_.threshold / 10]
+    assert set(sorted_.bystanders) == {f for f in idle if here.rate[f] > max(0.05, 2 * float(there.rate[f]) - 1e-9)}
+
+
+def test_a_feature_that_fires_before_the_word_and_does_nothing_is_a_bystander() -> None:
+    pair, moments = planted()
+    idle = FeatureId(2, 3)
+    adapters = pair.installed_adapters()
+    with torch.no_grad():
+        adapters[2].W_enc[:, 3] = adapters[3].W_enc[:, 7]  # it reads what the template writes
+        adapters[2].b_enc[3] = -1.5
+        adapters[2].W_dec[3] = 0
+    sorted_ = sort_features(pair, moments, [TEMPLATE, OUTPUT], everything(pair))
+    assert sorted_.bystanders[0] == idle or idle in sorted_.bystanders
+    assert idle not in [f.id for f in sorted_.features]
+    assert idle not in sort_features(pair, moments, [TEMPLATE, OUTPUT, idle], everything(pair)).bystanders
+    dead = everything(pair)
+    dead[idle] = False
+    assert idle not in sort_features(pair, moments, [TEMPLATE, OUTPUT], dead).bystanders
+
+
+def test_an_edge_is_a_slope_of_what_the_output_feature_reads() -> None:
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    chosen = [FeatureId(layer, i) for layer in range(4) for i in range(8)]
+    features = sort_features(pair, moments, chosen, torch.zeros(4, 24, dtype=torch.bool)).features
+    edges = circuit_edges(pair, moments, features)
+    role = {f.id: f.role for f in features}
+    by_id = {f.id: f for f in features}
+    assert {e.source for e in edges if e.target is None} == {f for f in role if role[f] == "output"}
+    between = [e for e in edges if e.target is not None]
+    assert all(role[e.target] == "output" and e.source.layer < e.target.layer for e in between if e.target)
+    assert not any(role[e.source] == "output" for e in between)
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        pair.model(moments.tokens)
+    plain = dict(acts)
+
+    @torch.no_grad()
+    def read(source: FeatureId, target: FeatureId, by: float) -> float:
+        with pair.routed("replacement"), scaled(pair, [source], 1 + by), pair.recorded(PRE_ACTIVATIONS) as pre:
+            pair.model(moments.tokens)
+        fires = moments.moment & (plain[target.layer][..., target.index] > 0)
+        return float(pre[target.layer][..., target.index][fires].sum() / moments.moment.sum())
+
+    for edge in sorted(between, key=lambda e: -abs(e.weight))[:4]:
+        source, target = edge.source, edge.target
+        assert target is not None
+        unit = by_id[target].direct / float(plain[target.layer][..., target.index][moments.moment].mean())
+        found = slope(lambda by, s=source, t=target: read(s, t, by)) * unit
+        assert abs(found / edge.weight - 1) < 1e-4
+
+
+def test_an_architecture_with_post_norms_has_a_circuit_too() -> None:
+    pair, moments = make("Gemma2ForCausalLM", "bridge", dtype=torch.float32), random_moments()
+    alive = torch.ones(4, 24, dtype=torch.bool)
+    search = search_circuit(pair, moments, alive, SearchOptions(share=0.1), progress=False)
+    assert len(search.order) == 10
+    sorted_ = sort_features(pair, moments, search.order, alive)
+    values = [v for f in sorted_.features for v in (f.direct, f.through, f.total, f.contrast, f.mass)]
+    assert torch.tensor(values).isfinite().all()
+    assert isinstance(search.aims[-1], Aims)

@@ -1,0 +1,225 @@
+"""What each feature does for a word, by formula: output, template, continuation, suppressor, bystander.
+
+All effects are on the margin (log-odds of the words), in nats, first order: activation times gradient in the real,
+nonlinear replacement, summed over every position that reaches a moment and averaged over moments.
+
+* *direct*: what a feature writes at the moment itself, read by final norm and unembedding, nothing in between;
+* *total*: along all paths;
+* *through output features*: total, less total with the output features' activations held constant.
+
+The gap is the mean margin at the moments in the replacement less that in the hybrid. A feature of the circuit is
+
+    output        direct >= THRESHOLD x gap
+    template      direct below that, and a positive effect through output features
+    continuation  neither: the search took it for what follows the word
+
+(Section 5 of arXiv 2602.20904 sorts by looking at features; here nothing is looked at.) Outside the circuit,
+*suppressors* have total <= -THRESHOLD x gap. *Bystanders* fire at twice the rate at moments that they have at
+boundaries, with a total effect of less than a tenth of the threshold: correlates of hesitation, not causes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from tl_adapters.adapter import FeatureId
+from tl_adapters.circuits import CircuitEdge, CircuitFeature, Role
+from tl_adapters.interventions import by_layer, gated
+from tl_adapters.moments import Moments, final_residual, log_odds
+from tl_adapters.paired import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
+
+THRESHOLD = 0.005
+"""Share of the gap from which a direct effect makes an output feature: 200 such features would close it."""
+EDGE_TARGETS, EDGE_DOCUMENTS = 12, 40
+"""Output features whose edges are read, and documents they are read on."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Mean effects of every feature on the margin, over places of one kind."""
+
+    direct: Float[Tensor, "n_layers n_features"]
+    """Along no other module, in nats."""
+    total: Float[Tensor, "n_layers n_features"]
+    """Along all paths."""
+    mass: Float[Tensor, "n_layers n_features"]
+    """Mean activation at the places, in decoder-norm units."""
+    rate: Float[Tensor, "n_layers n_features"]
+    """Share of the places where it fires."""
+    margin: float
+    """Mean margin."""
+
+
+def effects_at(
+    pair: PairedModel,
+    moments: Moments,
+    at: str = "moment",
+    held: Sequence[FeatureId] = (),
+    tokens_per_batch: int = 4096,
+) -> Effects:
+    """Effects over the places ``at`` ("moment" or "boundary"), with the activations of ``held`` features constant.
+
+    Raises InterventionError for features that are not there.
+    """
+    adapters = pair.installed_adapters()
+    shape, device = (pair.n_layers, adapters.n_features), pair.model.W_E.device
+    norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1).cpu() for adapter in adapters])
+    direct, total, mass, rate = (torch.zeros(shape) for _ in range(4))
+    margin, n = 0.0, 0
+    for _, batch in moments.with_moments().batches(tokens_per_batch):
+        batch = batch.to(device)
+        places = getattr(batch, at)
+        gates = torch.ones(shape, device=device, requires_grad=True)
+        with torch.enable_grad(), _constant(pair, held), gated(pair, dict(enumerate(gates))), \
+                pair.recorded(ACTIVATIONS) as acts:  # fmt: skip
+            residual = final_residual(pair, batch.tokens)[places]
+            said = log_odds(pair.unembed(residual), batch.words)
+            through, reads = torch.autograd.grad(said.sum(), [gates, residual])
+        total += through.detach().cpu()
+        margin, n = margin + float(said.detach().sum()), n + len(said)
+        for layer in range(pair.n_layers):
+            here = acts[layer].detach()[places]
+            written = reads @ _into_residual(pair, adapters[layer].W_dec.detach(), layer).T
+            direct[layer] += (here * written.to(here)).sum(0).cpu()
+            mass[layer] += here.sum(0).float().cpu() * norms[layer]
+            rate[layer] += (here > 0).sum(0).float().cpu()
+    n = max(1, n)
+    return Effects(direct / n, total / n, mass / n, rate / n, margin / n)
+
+
+def _into_residual(pair: PairedModel, rows: Tensor, layer: int) -> Tensor:
+    """Decoder rows as the residual stream receives them, but for a post-norm's scale (of the order of 1)."""
+    name = f"blocks.{layer}.ln2_post"
+    weight = pair.backend.norm(name) if hasattr(pair.model.blocks[layer], "ln2_post") else None
+    return rows if weight is None else rows * weight.to(rows)
+
+
+@contextmanager
+def _constant(pair: PairedModel, features: Sequence[FeatureId]) -> Iterator[None]:
+    """Chosen activations keep their values and pass no gradient on."""
+
+    def detach(acts: Tensor, hook: HookPoint, index: Tensor) -> Tensor:
+        return acts.index_copy(-1, index, acts[..., index].detach())
+
+    device = pair.model.W_E.device
+    hooks = [
+        (f"blocks.{layer}.{ACTIVATIONS}", partial(detach, index=index.to(device)))
+        for layer, index in by_layer(pair, features).items()
+    ]
+    with pair.model.hooks(fwd_hooks=hooks):
+        yield
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Features by what they do."""
+
+    features: tuple[CircuitFeature, ...]
+    """The circuit's, in the search's order, then the suppressors, strongest first."""
+    bystanders: tuple[FeatureId, ...]
+    """Features that fire before the word and do nothing for it, most active first."""
+    threshold: float
+    """Direct effect from which a feature is an output feature, in nats."""
+    gap: float
+    """Mean margin at the moments, replacement less hybrid."""
+
+
+def sort_features(
+    pair: PairedModel,
+    moments: Moments,
+    chosen: Sequence[FeatureId],
+    alive: Bool[Tensor, "n_layers n_features"],
+) -> Sorted:
+    """Give every feature of a circuit its role, and find suppressors and bystanders outside it.
+
+    Args:
+        pair: with adapters on every layer.
+        moments: of the select split.
+        chosen: what the search found.
+        alive: features that are asked at all.
+    """
+    here, elsewhere = effects_at(pair, moments), effects_at(pair, moments, "boundary")
+    gap = here.margin - _margin_in_hybrid(pair, moments)
+    threshold = THRESHOLD * gap
+    outputs = [f for f in chosen if float(here.direct[f]) >= threshold]
+    through = here.total - effects_at(pair, moments, held=outputs).total
+
+    def record(feature: FeatureId, role: Role) -> CircuitFeature:
+        total = float(here.total[feature])
+        # A held feature's own gate passes nothing on, so for output features the difference would say nothing.
+        by_way = 0.0 if feature in outputs else float(through[feature])
+        contrast, active = total - float(elsewhere.total[feature]), float(here.mass[feature])
+        return CircuitFeature(feature, role, float(here.direct[feature]), by_way, total, contrast, active)
+
+    def role(feature: FeatureId) -> Role:
+        if feature in outputs:
+            return "output"
+        return "template" if float(through[feature]) > 0 else "continuation"
+
+    outside = alive.clone()
+    for f in chosen:
+        outside[f] = False
+    against = torch.minimum(here.total, elsewhere.total)
+    suppress = _ids((outside & (against <= -threshold)).nonzero(), against)
+    idle = outside & (here.total.abs() < threshold / 10) & (elsewhere.total.abs() < threshold / 10)
+    before = idle & (here.rate > 0.05) & (here.rate >= 2 * elsewhere.rate)
+    return Sorted(
+        (*(record(f, role(f)) for f in chosen), *(record(f, "suppress") for f in suppress)),
+        tuple(_ids(before.nonzero(), -here.mass)),
+        threshold,
+        gap,
+    )
+
+
+def _ids(found: Tensor, order: Tensor) -> list[FeatureId]:
+    """Smallest of ``order`` first."""
+    return sorted((FeatureId(*row) for row in found.tolist()), key=lambda f: float(order[f]))
+
+
+@torch.no_grad()
+def _margin_in_hybrid(pair: PairedModel, moments: Moments) -> float:
+    total = 0.0
+    for _, batch in moments.with_moments().batches():
+        batch = batch.to(pair.model.W_E.device)
+        with pair.routed("hybrid"):
+            residual = final_residual(pair, batch.tokens)[batch.moment]
+        total += float(log_odds(pair.unembed(residual), batch.words).sum())
+    return total / max(1, int(moments.moment.sum()))
+
+
+def circuit_edges(pair: PairedModel, moments: Moments, features: Sequence[CircuitFeature]) -> tuple[CircuitEdge, ...]:
+    """Edges of the drawing: direct effects on the word, and effects of the others on the strongest output features.
+
+    An edge between features is the effect on the target's pre-activation at the moments, times what a unit of that
+    pre-activation does directly for the word: so all edges are in nats of the margin.
+    """
+    outputs = sorted((f for f in features if f.role == "output"), key=lambda f: -f.direct)
+    edges = [CircuitEdge(f.id, None, f.direct) for f in features if f.role in ("output", "suppress")]
+    sources = [f.id for f in features if f.role in ("template", "continuation")]
+    texts = moments.with_moments(EDGE_DOCUMENTS)
+    if not sources or not len(texts):
+        return tuple(edges)
+    device = pair.model.W_E.device
+    batch = texts.to(device)
+    gates = torch.ones(pair.n_layers, pair.installed_adapters().n_features, device=device, requires_grad=True)
+    with torch.enable_grad(), gated(pair, dict(enumerate(gates))), pair.recorded(PRE_ACTIVATIONS) as pre, \
+            pair.recorded(ACTIVATIONS) as acts:  # fmt: skip
+        final_residual(pair, batch.tokens)
+    for f in outputs[:EDGE_TARGETS]:
+        fires = (acts[f.id.layer][..., f.id.index] > 0) & batch.moment
+        mean = acts[f.id.layer].detach()[..., f.id.index][batch.moment].mean()
+        if f.id.layer == 0 or not bool(fires.any()):
+            continue
+        reads = pre[f.id.layer][..., f.id.index][fires].sum() / int(batch.moment.sum())
+        (gradient,) = torch.autograd.grad(reads, gates, retain_graph=True)
+        weights = (gradient * (f.direct / mean.clamp(min=1e-6))).cpu()
+        edges += [CircuitEdge(s, f.id, float(weights[s])) for s in sources if s.layer < f.id.layer]
+    return tuple(edges)

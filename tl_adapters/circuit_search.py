@@ -1,0 +1,204 @@
+"""Which features make a target say a word: a greedy search that asks for necessity and sufficiency at once.
+
+Every feature has a gate. The circuit S has three aims, each a number over texts of the select split:
+
+1. *necessity*: softplus(margin + 2) at the moments, in the replacement without S. The circuit taken away, the word is
+   not to come (the 2 keeps pressing until its probability is well below a half);
+2. *sufficiency*: cross-entropy of saying the word or not, at moments and matched boundaries, against the target's
+   probability, in the hybrid with S added ``strength`` times. It is to come where the target says it, and only there;
+3. *continuation*: KL(target || hybrid + S) over what follows the word. Without it the hybrid says "Wait" and closes its
+   thinking: the word comes and the answer breaks.
+
+Each round scores every alive feature by what it would still do *given what is in S*: minus the gradient of each aim
+with respect to its gate, in units of what the aim's best ``per_round`` features would do and by how much of the aim is
+left. The best ``per_round`` join S, until S is as large as asked for. So copies of what is in S already, which have a
+large effect of their own, are not taken again: a ranking by effect alone takes them all.
+
+The order in which features joined is kept: the first n of it are the circuit of size n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm import tqdm
+
+from tl_adapters.adapter import FeatureId
+from tl_adapters.interventions import gated
+from tl_adapters.moments import BehaviourError, Moments, final_residual, log_odds
+from tl_adapters.paired import PairedModel
+
+_NEAR = (0.8, 0.5, 0.1)
+"""Nats from which an aim (necessity, sufficiency, continuation) is near its goal."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How a circuit is searched."""
+
+    share: float = 0.03
+    """Size of the circuit, as a share of the alive features."""
+    per_round: int = 4
+    """Features that join in a round; fewer is slower and repeats less."""
+    strength: float = 1.75
+    """Factor of the circuit's activations where it is added to the hybrid: a small part of what fires there in the
+    replacement has to do the work of all."""
+    necessity: float = 1.0
+    """Weight of the word not coming without the circuit."""
+    sufficiency: float = 0.08
+    """Weight of the word coming with it, where the target says it and nowhere else."""
+    continuation: float = 0.45
+    """Weight of what follows the word."""
+    documents: int = 160
+    """Documents with a moment that are read in a round."""
+    tokens_per_batch: int = 4096
+    """In a forward pass."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1 or self.per_round < 1 or self.strength <= 0 or self.documents < 1:
+            raise BehaviourError(
+                f"Got {self}; share is above 0 and at most 1, per_round and documents at least 1, strength above 0."
+            )
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What is left of the three aims, with some features in the circuit."""
+
+    n: int
+    """Features in the circuit."""
+    necessity: float
+    """Mean softplus(margin + 2) at the moments, in the replacement without the circuit."""
+    sufficiency: float
+    """Cross-entropy of the word in the hybrid with the circuit, in nats per place."""
+    continuation: float
+    """KL over what follows the word, in nats per token."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found."""
+
+    order: tuple[FeatureId, ...]
+    """Features in the order in which they joined."""
+    aims: tuple[Aims, ...]
+    """What was left before every round, and at the end."""
+
+
+class _Reference:
+    """What the target says, and what the hybrid would: read once, asked in every round."""
+
+    @torch.no_grad()
+    def __init__(self, pair: PairedModel, batch: Moments) -> None:
+        self.batch = batch.to(pair.model.W_E.device)
+        self.places = self.batch.moment | self.batch.boundary
+        with pair.routed("target"):
+            residual = final_residual(pair, self.batch.tokens)
+        self.said = log_odds(pair.unembed(residual[self.places]), batch.words).sigmoid()
+        self.goes_on = pair.unembed(residual[self.batch.follows]).log_softmax(-1)
+
+
+def search_circuit(
+    pair: PairedModel,
+    moments: Moments,
+    alive: Bool[Tensor, "n_layers n_features"],
+    options: SearchOptions | None = None,
+    progress: bool = True,
+) -> Search:
+    """Find the features that say the words (see the module's text).
+
+    Args:
+        pair: with adapters on every layer.
+        moments: of the select split.
+        alive: features that may be taken.
+        options: size and weights.
+        progress: show a bar.
+
+    Raises BehaviourError where there is no moment: a target that never does it has no circuit.
+    """
+    options = options or SearchOptions()
+    if not bool(moments.moment.any()):
+        raise BehaviourError("There is no moment in these texts, so there is nothing to find a circuit of.")
+    texts = moments.with_moments(options.documents)
+    references = [_Reference(pair, batch) for _, batch in texts.batches(options.tokens_per_batch)]
+    size = min(max(1, round(options.share * int(alive.sum()))), int(alive.sum()))
+    chosen, order, aims = torch.zeros_like(alive), list[int](), list[Aims]()
+    flat_alive = alive.flatten()
+    with _gates_alone(pair), tqdm(total=size, desc="circuit", unit=" features", disable=not progress) as bar:
+        while True:
+            score, left = _score(pair, references, chosen, options)
+            aims.append(left)
+            if len(order) == size:
+                break
+            open_to = flat_alive & ~chosen.flatten()
+            best = score.flatten().masked_fill(~open_to, -torch.inf).topk(min(options.per_round, size - len(order)))
+            order += best.indices.tolist()
+            chosen.view(-1)[best.indices] = True
+            bar.update(len(best.indices))
+    n = alive.shape[1]
+    return Search(tuple(FeatureId(i // n, i % n) for i in order), tuple(aims))
+
+
+def _score(
+    pair: PairedModel, references: Sequence[_Reference], chosen: Tensor, options: SearchOptions
+) -> tuple[Float[Tensor, "n_layers n_features"], Aims]:
+    """What each feature would still do, and what is left to do."""
+    gradients = [torch.zeros(chosen.shape) for _ in range(3)]
+    totals = [0.0, 0.0, 0.0]
+    for reference in references:
+        for i, (value, gradient) in enumerate(_aims(pair, reference, chosen.float(), options.strength)):
+            totals[i] += value
+            gradients[i] += gradient
+    n_moments = sum(int(r.batch.moment.sum()) for r in references)
+    counts = (n_moments, sum(int(r.places.sum()) for r in references), sum(len(r.goes_on) for r in references))
+    values = [total / max(1, n) for total, n in zip(totals, counts, strict=True)]
+    weights = (options.necessity, options.sufficiency, options.continuation)
+    score = torch.zeros(chosen.shape)
+    for gradient, value, weight, near in zip(gradients, values, weights, _NEAR, strict=True):
+        # Near its goal an aim counts in proportion to what is left of it: what is reached asks for no more.
+        best = gradient.clamp(min=0).flatten().topk(min(2 * options.per_round, gradient.numel())).values.sum()
+        score += weight * min(1.0, value / near) * gradient / best.clamp(min=1e-12)
+    return score, Aims(int(chosen.sum()), *values)
+
+
+def _aims(
+    pair: PairedModel, reference: _Reference, chosen: Tensor, strength: float
+) -> Iterator[tuple[float, Float[Tensor, "n_layers n_features"]]]:
+    """Sum over places of each aim, and minus its gradient with respect to the gates of S."""
+    batch = reference.batch
+    device = batch.tokens.device
+    without = (1 - chosen).to(device).requires_grad_()
+    with torch.enable_grad(), gated(pair, dict(enumerate(without))):
+        margin = log_odds(pair.unembed(final_residual(pair, batch.tokens)[batch.moment]), batch.words)
+        necessity = F.softplus(margin + 2).sum()
+    # Joining S lowers a gate here, so what falls with the gate is what joining would do.
+    yield float(necessity.detach()), torch.autograd.grad(necessity, without)[0].cpu()
+    added = (chosen * strength).to(device).requires_grad_()
+    with torch.enable_grad(), gated(pair, dict(enumerate(added)), decoder_bias=False):
+        residual = final_residual(pair, batch.tokens)
+        margin = log_odds(pair.unembed(residual[reference.places]), batch.words)
+        sufficiency = (F.softplus(margin) - reference.said * margin).sum()
+        going_on = pair.unembed(residual[batch.follows]).log_softmax(-1)
+        continuation = (reference.goes_on.exp() * (reference.goes_on - going_on)).sum()
+    yield float(sufficiency.detach()), -torch.autograd.grad(sufficiency, added, retain_graph=True)[0].cpu()
+    yield float(continuation.detach()), -torch.autograd.grad(continuation, added)[0].cpu()
+
+
+@contextmanager
+def _gates_alone(pair: PairedModel) -> Iterator[Any]:
+    """Adapters take no gradient here: only gates do."""
+    parameters = [p for p in pair.installed_adapters().parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -1,0 +1,588 @@
+"""The hesitation circuit: found, split, and tested by intervention (section 5 of arXiv 2602.20904).
+
+1. the target answers the select problems; moments, matched boundaries and what follows are found in its text (moments);
+2. features are searched that are necessary and sufficient for the word at once (circuit_search);
+3. each gets its role by formula (circuit_roles): output, template, continuation, suppressor;
+4. on the report problems, which nothing was chosen on: what the model does without the circuit (necessity), what the
+   hybrid does with it (sufficiency), what the target does with it negated (transfer), whether template works through
+   output (mediation), whether wrong steps put into its mouth are still corrected (circuit_trials);
+5. beside every claim its control (circuit_controls): matched random features, banning or biasing the word, steering,
+   neurons, the circuit of another token.
+
+Choosing features by the word's logit and then testing that logit would be circular. So nothing is chosen on what is
+reported, and the main test is one that no logit was looked at for: the correction of injected wrong steps.
+
+`find_circuit` is steps 1 to 3, `analyze_behaviour` all of them, `analyze_hesitation` the named case.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_adapters.adapter import FeatureId
+from tl_adapters.benchmarks import Response, rate, respond, traces_of
+from tl_adapters.circuit_controls import (
+    best_steering,
+    commonest_alternative,
+    matched_features,
+    shifted_logits,
+    strongest_neurons,
+    without_neurons,
+)
+from tl_adapters.circuit_roles import Sorted, circuit_edges, effects_at, sort_features
+from tl_adapters.circuit_search import Search, SearchOptions, search_circuit
+from tl_adapters.circuit_trials import answers, corrected, mediation, probabilities, record
+from tl_adapters.circuits import Circuit
+from tl_adapters.completions import drawing
+from tl_adapters.data import Trace
+from tl_adapters.features import ALIVE_FIRINGS
+from tl_adapters.intervals import Figure
+from tl_adapters.interventions import only
+from tl_adapters.moments import Behaviour, BehaviourError, Moments, find_moments
+from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.subjects import Subject, kinds_of_hesitation
+from tl_adapters.variants import Variant, less, on_route, without
+from tl_adapters.views import escape, table
+
+log = logging.getLogger(__name__)
+
+FEWEST_MOMENTS = 20
+"""With fewer moments on the select problems there is no behaviour to find a circuit of."""
+DOSES = (4, 8, 16, 24, 32, 48, 64, 96, 128)
+CUT = 0.95
+"""Share of the hesitation rate that is to be gone for the circuit to count as necessary."""
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How much is measured."""
+
+    search: SearchOptions = field(default_factory=SearchOptions)
+    """Size and weights of the search."""
+    draws: int = 5
+    """Matched random sets that answer the problems."""
+    probability_draws: int = 20
+    """Matched random sets whose probabilities are measured."""
+    temperature: float = 1.0
+    """Of the sampled answers, beside the greedy ones."""
+    seed: int = 0
+    """Of every draw."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A circuit with what it was found in."""
+
+    circuit: Circuit
+    """Features and roles; empty where there was nothing to find."""
+    moments: Moments
+    """Of the select problems."""
+    alive: Bool[Tensor, "n_layers n_features"]
+    """Features that fired often enough to be asked."""
+    firings: Float[Tensor, "n_layers n_features"]
+    """Summed activation in decoder-norm units over the select texts."""
+    l0: float
+    """Active features per token and layer."""
+    search: Search | None
+    """How the search went; None where there was nothing to search."""
+    roles: Sorted | None
+    """Everything that was sorted."""
+
+
+@dataclass
+class BehaviourStudy:
+    """What an analysis found; in a notebook its main table."""
+
+    found: Found
+    """The circuit, and what it was found in."""
+    block: dict[str, Any]
+    """As results.json holds it, under "hesitation"."""
+    examples: list[dict[str, str]]
+    """Answers side by side."""
+
+    @property
+    def circuit(self) -> Circuit:
+        """The features, with their roles."""
+        return self.found.circuit
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [escape(c["name"]), f"{c['value']:.3g}" if c["value"] is not None else "", escape(c["bar"]),
+             "yes" if c["reached"] else "no"]
+            for c in self.block.get("criteria", [])
+        ]  # fmt: skip
+        return table(["asked", "measured", "to be", "reached"], rows) + self.circuit._repr_html_()
+
+
+def find_circuit(
+    pair: PairedModel,
+    traces: Sequence[Trace],
+    behaviour: Behaviour | None = None,
+    *,
+    split: str = "select",
+    options: SearchOptions | None = None,
+    progress: bool = True,
+) -> Found:
+    """Moments, search and roles, in texts that the target wrote.
+
+    Args:
+        pair: with adapters on every layer.
+        traces: the target's own responses (`benchmarks.traces_of`), of problems that nothing is reported on.
+        behaviour: hesitation by default.
+        split: of the problems, recorded in the circuit.
+        options: of the search.
+        progress: show a bar.
+
+    A target with fewer than `FEWEST_MOMENTS` moments has an empty circuit. Raises BehaviourError for a behaviour that
+    no token begins, or adapters that are dead.
+    """
+    behaviour, options = behaviour or Behaviour(), options or SearchOptions()
+    adapters = pair.installed_adapters()
+    words = behaviour.tokens(pair, traces)
+    moments = find_moments(pair, traces, behaviour)
+    fired, mass, l0 = _activity(pair, moments)
+    alive = fired >= ALIVE_FIRINGS * min(1.0, int(moments.predicting.sum()) / 100_000)
+    alive &= fired > 0
+    if not bool(alive.any()):
+        raise BehaviourError("No feature of these adapters fires on the target's text; train them first.")
+    search = roles = None
+    if int(moments.moment.sum()) >= FEWEST_MOMENTS:
+        search = search_circuit(pair, moments, alive, options, progress)
+        roles = sort_features(pair, moments, search.order, alive)
+    circuit = Circuit(
+        behaviour=behaviour.name,
+        words=tuple(words),
+        features=() if roles is None else roles.features,
+        strength=options.strength,
+        split=split,
+        fingerprints={**pair.fingerprints, "adapters": adapters.fingerprint},
+        n_features=adapters.n_features,
+        n_layers=pair.n_layers,
+        threshold=0.0 if roles is None else roles.threshold,
+        edges=() if roles is None else circuit_edges(pair, moments, roles.features),
+    )
+    return Found(circuit, moments, alive, mass, l0, search, roles)
+
+
+@torch.no_grad()
+def _activity(pair: PairedModel, moments: Moments) -> tuple[Tensor, Tensor, float]:
+    """Firings and summed activation (in decoder-norm units) of every feature over a text, and the mean L0."""
+    adapters = pair.installed_adapters()
+    fired = torch.zeros(pair.n_layers, adapters.n_features)
+    mass, n = torch.zeros_like(fired), 0
+    norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1).cpu() for adapter in adapters])
+    for _, batch in moments.batches():
+        batch = batch.to(pair.model.W_E.device)
+        real = batch.predicting
+        with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+            pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
+        n += int(real.sum())
+        for layer in range(pair.n_layers):
+            here = acts[layer][real].float()
+            fired[layer] += (here > 0).sum(0).cpu()
+            mass[layer] += here.sum(0).cpu()
+    return fired, mass * norms, float(fired.sum()) / max(1, n * pair.n_layers)
+
+
+def analyze_hesitation(
+    pair: PairedModel, subject: Subject, options: StudyOptions | None = None, *, progress: bool = True
+) -> BehaviourStudy:
+    """`analyze_behaviour` of the word "Wait"."""
+    return analyze_behaviour(pair, subject, options=options, progress=progress)
+
+
+def analyze_behaviour(
+    pair: PairedModel,
+    subject: Subject,
+    words: Sequence[str] = ("Wait",),
+    find: Callable[[Trace], Sequence[int]] | None = None,
+    *,
+    name: str = "hesitation",
+    options: StudyOptions | None = None,
+    seeds: tuple[int, ...] = (0,),
+    progress: bool = True,
+) -> BehaviourStudy:
+    """Find the circuit of a behaviour, split it, and test it by intervention (see the module's text).
+
+    Args:
+        pair: with adapters on every layer.
+        subject: problems to choose on and to report on, with what can be checked about answers (`subjects`).
+        words: what is said.
+        find: instead of words, of a trace the positions of tokens that begin the behaviour. Rates of answers are then
+            counted for the words that stand at those places.
+        name: what results call it.
+        options: how much is measured.
+        seeds: of the adapters, recorded with every figure.
+        progress: show bars.
+
+    Raises BehaviourError, and what generating raises.
+    """
+    options = options or StudyOptions()
+    behaviour = Behaviour(name, tuple(words), find)
+    study = _Study(pair, subject, behaviour, options, progress)
+    block = study.run()
+    return BehaviourStudy(study.found, _with_seeds(block, seeds), study.examples)
+
+
+def _with_seeds(value: Any, seeds: tuple[int, ...]) -> Any:
+    if isinstance(value, Figure):
+        return replace(value, seeds=seeds)
+    if isinstance(value, dict):
+        return {key: _with_seeds(item, seeds) for key, item in value.items()}
+    return [_with_seeds(item, seeds) for item in value] if isinstance(value, list) else value
+
+
+class _Study:
+    """One analysis: what is known so far, and its parts in the order in which they run."""
+
+    def __init__(
+        self, pair: PairedModel, subject: Subject, behaviour: Behaviour, options: StudyOptions, progress: bool
+    ) -> None:
+        self.pair, self.subject, self.behaviour, self.options = pair, subject, behaviour, options
+        self.progress = progress
+        self.examples: list[dict[str, str]] = []
+        with pair.routed("target"):
+            said = respond(pair.model, subject.select, max_new_tokens=subject.max_new_tokens)
+            self.target = respond(pair.model, subject.report, max_new_tokens=subject.max_new_tokens)
+        tokenizer = pair.model.tokenizer
+        self.found = find_circuit(
+            pair, traces_of(said, tokenizer), behaviour, options=options.search, progress=progress
+        )
+        self.moments = find_moments(pair, traces_of(self.target, tokenizer), behaviour)
+        self.counted = sorted({word.strip().casefold() for word in self.found.circuit.words})
+        self.slips = (
+            None
+            if subject.slipped is None
+            else [subject.slipped(p, r) for p, r in zip(subject.report, self.target, strict=True)]
+        )
+        circuit = self.found.circuit
+        self.order = [f.id for f in circuit.features if f.role != "suppress"]
+        self.sets: dict[str, list[FeatureId]] = {
+            "output": circuit.ids("output"),
+            "template": circuit.ids("template"),
+            "both": list(self.order),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """The block."""
+        circuit = self.found.circuit
+        block: dict[str, Any] = {
+            "behaviour": self.behaviour.name,
+            "words": list(circuit.words),
+            "moments": {"select": self.found.moments.counts, "report": self.moments.counts},
+            "circuit": self.size(),
+        }
+        counts = block["moments"]
+        if not self.order or not counts["report"]["moments"]:
+            log.info("%s: nothing to try; moments are %s", self.behaviour.name, counts)
+            return block
+        self.random = self.random_sets()
+        block["probabilities"] = self.probabilities()
+        block["necessity"] = self.necessity()
+        block["sufficiency"] = self.sufficiency()
+        block["transfer"] = self.transfer()
+        if self.subject.injections:
+            block["injected"] = self.injected()
+        block["mediation"] = mediation(
+            self.pair, self.moments.with_moments(200), self.sets["template"], self.sets["output"], "report"
+        )
+        block["dose"] = self.dose()
+        reached = [d["n"] for d in block["dose"] if d["hesitation_cut"] >= CUT]
+        block["smallest"] = {"n": min(reached, default=None), "cut": CUT}
+        block["kinds"] = self.kinds
+        block["sampled"] = self.sampled()
+        block |= self.against()
+        block["criteria"] = self.criteria(block)
+        return block
+
+    # -- size -----------------------------------------------------------------------------------------------------
+
+    def size(self) -> dict[str, Any]:
+        """How large the circuit is, in every sense in which it might look small."""
+        found, circuit = self.found, self.found.circuit
+        layers, index = (torch.tensor([f[i] for f in self.order], dtype=torch.long) for i in (0, 1))
+        n, alive = len(self.order), int(found.alive.sum())
+        return {
+            "n": n,
+            **{role: len(circuit.ids(role)) for role in ("output", "template", "continuation", "suppress")},
+            "alive": alive,
+            "share_of_alive": n / alive,
+            "share_of_all": n / found.alive.numel(),
+            "share_of_activation": float(found.firings[layers, index].sum() / found.firings.sum()),
+            "times_l0": n / max(1e-9, found.l0 * self.pair.n_layers),
+            "distinct_directions": circuit.distinct_directions(self.pair.installed_adapters()),
+            "strength": circuit.strength,
+            "threshold": circuit.threshold,
+            "by_layer": torch.bincount(layers, minlength=self.pair.n_layers).tolist(),
+        }
+
+    # -- arms -----------------------------------------------------------------------------------------------------
+
+    def random_sets(self) -> list[list[FeatureId]]:
+        """Matched random sets: equal in size, layer, mass and firing at the same places."""
+        here, there = (effects_at(self.pair, self.found.moments, at) for at in ("moment", "boundary"))
+        generator = torch.Generator().manual_seed(self.options.seed)
+        n = max(self.options.draws, self.options.probability_draws)
+        return [matched_features(self.order, here.mass + there.mass, self.found.alive, generator) for _ in range(n)]
+
+    def added(self, features: Sequence[FeatureId], strength: float | None = None, bias: bool = False) -> Variant:
+        """The hybrid with features added, at the circuit's strength."""
+        factor = self.found.circuit.strength if strength is None else strength
+        entered = lambda pair: only(pair, features, "replacement", factor, decoder_bias=bias)  # noqa: E731
+        return Variant(f"hybrid + {len(features)} features", entered)
+
+    def probabilities(self) -> dict[str, dict[str, Figure]]:
+        """Of the word over the target's own text, by arm."""
+        measure = partial(probabilities, self.pair, self.moments, split="report")
+        arms = {name: on_route(name) for name in ("target", "replacement", "hybrid")}
+        arms |= {f"replacement - {name}": without(features) for name, features in self.sets.items()}
+        arms |= {f"hybrid + {name}": self.added(features) for name, features in self.sets.items()}
+        arms["hybrid + both, at strength 1"] = self.added(self.order, 1.0)
+        found = {name: measure(variant=variant) for name, variant in arms.items()}
+        sets = self.random[: self.options.probability_draws]
+        for name, make in (("replacement - random", without), ("hybrid + random", self.added)):
+            found[name] = _mean_figures([measure(variant=make(features)) for features in sets])
+        return found
+
+    def _arm(self, baseline: Sequence[Response] | None, variant: Variant, opened: bool = False) -> dict[str, Any]:
+        said = answers(self.pair, self.subject, variant, opened=opened)
+        self.latest = said
+        return self._record(said, said if baseline is None else baseline)
+
+    def _record(self, said: Sequence[Response], baseline: Sequence[Response]) -> dict[str, Any]:
+        signs = {name: sum(r.matches(pattern) for r in said) for name, pattern in self.subject.signs.items()}
+        return record(said, baseline, self.counted, "report", self.slips, signs)
+
+    def necessity(self) -> dict[str, Any]:
+        """The replacement without sets of features, and its rivals."""
+        pair, words = self.pair, self.found.moments.words
+        plain = answers(pair, self.subject, on_route("replacement"))
+        self.plain, self.kinds = plain, {"target": self._kinds(self.target), "none": self._kinds(plain)}
+        found = {"none": self._record(plain, plain)}
+        for name, features in self.sets.items():
+            found[name] = self._arm(plain, without(features))
+        self.removed = self.latest
+        self.kinds["both"] = self._kinds(self.removed)
+        found["random"] = self._random(plain, without)
+        bias_only = Variant("decoder biases only", lambda pair: only(pair, [], "replacement", decoder_bias=True))
+        found["bias_only"] = self._arm(plain, bias_only, opened=True)
+        roles = self.found.roles
+        rivals = {
+            "ban": shifted_logits(words, -torch.inf),
+            "logit_bias": shifted_logits(words, -(roles.gap if roles else 0.0)),
+            "steering": best_steering(pair, self.found.moments),
+            "neurons": without_neurons(strongest_neurons(pair, self.found.moments, len(self.order))),
+        }
+        if (other := self._other_circuit()) is not None:
+            rivals["other_tokens"] = other
+        return found | {name: self._arm(plain, variant) for name, variant in rivals.items()}
+
+    def _other_circuit(self) -> Variant | None:
+        """The same search for the token that most often comes at the boundaries instead of the word."""
+        token = commonest_alternative(self.found.moments)
+        if token is None:
+            return None
+        coming = torch.zeros_like(self.found.moments.tokens)
+        coming[:, :-1] = self.found.moments.tokens[:, 1:]
+        moments = self.found.moments
+        says = moments.boundary & (coming == token)
+        swapped = replace(moments, moment=says, boundary=(moments.boundary & ~says) | moments.moment, words=(token,))
+        options = replace(self.options.search, documents=max(1, self.options.search.documents // 2))
+        return without(search_circuit(self.pair, swapped, self.found.alive, options, self.progress).order)
+
+    def _random(
+        self, baseline: Sequence[Response], make: Callable[[list[FeatureId]], Variant], opened: bool = False
+    ) -> dict[str, Any]:
+        """The mean over matched random sets: every problem's answers of all draws are drawn together."""
+        draws = [
+            answers(self.pair, self.subject, make(features), opened=opened)
+            for features in self.random[: self.options.draws]
+        ]
+        pooled = [r for said in draws for r in said]
+        n = len(draws)
+        found = self._record(pooled, list(baseline))
+        cuts = [self._record(said, baseline).get("hesitation_cut") for said in draws]
+        found["draws"] = n
+        found["largest_cut"] = max((abs(c.value) for c in cuts if c is not None), default=None)
+        return found
+
+    def sufficiency(self) -> dict[str, Any]:
+        """The hybrid, thinking opened in the prompt, with sets of features added."""
+        opened = answers(self.pair, self.subject, on_route("hybrid"), opened=True)
+        self.hybrid = opened
+        found = {"none": self._record(opened, opened)}
+        for name, features in self.sets.items():
+            found[name] = self._arm(opened, self.added(features), opened=True)
+        self.inserted = self.latest
+        self.kinds["hybrid + both"] = self._kinds(self.inserted)
+        found["both_at_1"] = self._arm(opened, self.added(self.order, 1.0), opened=True)
+        found["random"] = self._random(opened, self.added, opened=True)
+        found["b_dec_only"] = self._arm(opened, self.added([], bias=True), opened=True)
+        self._show()
+        return found
+
+    def transfer(self) -> dict[str, Any]:
+        """The real target, and with the circuit negated on its MLPs (scale -0.5)."""
+        return {
+            "none": self._record(self.target, self.target),
+            "negated": self._arm(self.target, less(self.order)),
+            "negated_random": self._arm(self.target, less(self.random[0])),
+        }
+
+    def injected(self) -> dict[str, Figure]:
+        """Wrong steps put into an arm's mouth: the test that no logit was looked at for."""
+        arms = {
+            "target": on_route("target"),
+            "replacement": on_route("replacement"),
+            "replacement - both": without(self.order),
+            "replacement - random": without(self.random[0]),
+            "word banned": shifted_logits(self.found.moments.words, -torch.inf),
+            "hybrid": on_route("hybrid"),
+            "hybrid + both": self.added(self.order),
+            "hybrid + random": self.added(self.random[0]),
+        }
+        return {
+            name: corrected(self.pair, self.subject.injections, variant, self.subject, "report")
+            for name, variant in arms.items()
+        }
+
+    def dose(self) -> list[dict[str, Any]]:
+        """Hesitation by number of features, in the order in which the search took them."""
+        found = []
+        for n in [*(d for d in DOSES if d < len(self.order)), len(self.order)]:
+            features = self.order[:n]
+            arm = self._arm(self.plain, without(features))
+            said = [
+                probabilities(self.pair, self.moments.with_moments(200), variant, "report")["moment"].value
+                for variant in (without(features), self.added(features))
+            ]
+            rate_ = Figure(
+                arm["hesitation_per_1k"], arm["ci"]["hesitation_per_1k"]["low"],
+                arm["ci"]["hesitation_per_1k"]["high"], arm["n"], "per 1,000 response tokens", "report",
+            )  # fmt: skip
+            cut = arm["hesitation_cut"].value if "hesitation_cut" in arm else 0.0
+            found.append(
+                {"n": n, "hesitation_per_1k": rate_, "hesitation_cut": cut, "p_moment": said[0], "p_inserted": said[1]}
+            )
+        return found
+
+    def sampled(self) -> dict[str, Any]:
+        """Answers drawn at a temperature, not the likeliest ones."""
+        found = {}
+        for name, variant in (("none", on_route("replacement")), ("both", without(self.order))):
+            with drawing(self.pair.model.W_E.device, self.options.seed):
+                said = answers(self.pair, self.subject, variant, temperature=self.options.temperature)
+            found[name] = rate(said, "report", self.counted)
+        return found
+
+    def against(self) -> dict[str, Any]:
+        """Features that hold the word down, and those that only fire before it."""
+        roles, measure = self.found.roles, partial(probabilities, self.pair, self.moments, split="report")
+        assert roles is not None
+        suppress = self.found.circuit.ids("suppress")
+        before = measure(variant=on_route("replacement"))
+        bystanders = list(roles.bystanders[: len(self.order)])
+        names = lambda ids: [f"{f.layer}.{f.index}" for f in ids]  # noqa: E731
+        found: dict[str, Any] = {"suppressors": {"n": len(suppress), "ids": names(suppress)}}
+        if suppress and "boundary" in before:
+            after = measure(variant=without(suppress))
+            found["suppressors"] |= {
+                "p_boundary_before": before["boundary"], "p_boundary_after": after["boundary"],
+                "p_moment_before": before["moment"], "p_moment_after": after["moment"],
+            }  # fmt: skip
+        found["bystanders"] = {"n": len(roles.bystanders), "ids": names(bystanders)}
+        if bystanders:
+            quiet = measure(variant=without(bystanders))["moment"]
+            found["bystanders"] |= {"tested": len(bystanders), "p_before": before["moment"], "p_after": quiet}
+        return found
+
+    def _kinds(self, said: Sequence[Response]) -> dict[str, int]:
+        count = Counter(kind for r in said for kind in kinds_of_hesitation(r.text, self.counted))
+        return {kind: count[kind] for kind in ("correction", "re-check", "restart")}
+
+    def _show(self) -> None:
+        order = sorted(range(len(self.plain)), key=lambda i: -min(2, self.plain[i].count(self.counted)))
+        self.examples = [
+            {
+                "question": self.subject.report[i].question,
+                "replacement": self.plain[i].text,
+                "without the circuit": self.removed[i].text,
+                "hybrid, thinking opened": self.hybrid[i].text,
+                "with the circuit": self.inserted[i].text,
+            }
+            for i in order[:4]
+        ]
+
+    # -- what was asked -------------------------------------------------------------------------------------------
+
+    def criteria(self, block: dict[str, Any]) -> list[dict[str, Any]]:
+        """The bars that a circuit of hesitation is to pass, and whether this one does."""
+        need, suffices, said = block["necessity"], block["sufficiency"], block["probabilities"]
+        out: list[dict[str, Any]] = []
+
+        def ask(name: str, value: float | None, bar: str, reached: bool) -> None:
+            out.append({"name": name, "value": value, "bar": bar, "reached": bool(reached)})
+
+        share = block["circuit"]["share_of_alive"]
+        ask("circuit, share of the alive features", share, "at most 3 %", share <= 0.03 + 1 / block["circuit"]["alive"])
+        both = need["both"]
+        cut = both["hesitation_cut"].value if "hesitation_cut" in both else 0.0
+        ask("hesitation gone without it", cut, "at least 95 %", cut >= CUT)
+        shorter = -both["length_change"].value
+        ask("responses shorter without it", shorter, "at least 20 %", shorter >= 0.2)
+        key = "accuracy_change_without_slip" if self.slips is not None else "accuracy_change"
+        if key in both:
+            change = both[key]
+            ask("accuracy changed, where the target makes no slip (equivalence: its whole interval)", change.value,
+                "within 3 points", change.low >= -0.03 and change.high <= 0.03)  # fmt: skip
+        if "hesitation_cut" in need["random"]:
+            random = need["random"]["hesitation_cut"].value
+            ask("hesitation gone without matched random features", random, "less than 5 %", abs(random) < 0.05)
+        kept = said["hybrid + both"]["moment"].value / said["target"]["moment"].value
+        ask("P(word) at the target's moments, hybrid + circuit over target", kept, "at least 0.8", kept >= 0.8)
+        false = self._elsewhere(said["hybrid + both"])
+        ask("P(word) at all other places of the response, hybrid + circuit", false, "at most 0.05", false <= 0.05)
+        if "boundary" in said["hybrid + both"]:
+            at = said["hybrid + both"]["boundary"].value
+            ask("P(word) at matched boundaries, hybrid + circuit (stricter)", at, "at most 0.05", at <= 0.05)
+        change = suffices["both"]["accuracy_change"]
+        ask("accuracy, hybrid + circuit less hybrid", change.value, "within 5 points", abs(change.value) <= 0.05)
+        if "injected" in block:
+            i = block["injected"]
+            fall, rise = (
+                i[a].value - i[b].value for a, b in (("replacement", "replacement - both"), ("hybrid + both", "hybrid"))
+            )
+            clear = i["replacement - both"].high < i["replacement"].low
+            ask("injected errors corrected: lost without it", fall, "above 0, intervals apart", clear)
+            clear = i["hybrid + both"].low > i["hybrid"].high
+            ask("injected errors corrected: gained by the hybrid with it", rise, "above 0, intervals apart", clear)
+        return out
+
+    def _elsewhere(self, said: dict[str, Figure]) -> float:
+        """Over boundaries and all other places together, each by how many there are."""
+        counts = {place: float(getattr(self.moments, place).sum()) for place in ("boundary", "elsewhere")}
+        there = [place for place in counts if place in said]
+        total = sum(counts[place] for place in there)
+        return sum(counts[place] * said[place].value for place in there) / max(1.0, total)
+
+
+def _mean_figures(draws: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
+    """Mean over draws of random sets; the interval is over the draws' values, which differ more than documents do."""
+    found = {}
+    for place, first in draws[0].items():
+        values = torch.tensor([draw[place].value for draw in draws], dtype=torch.float64)
+        found[place] = replace(first, value=float(values.mean()), low=float(values.min()), high=float(values.max()))
+    return found
+
+
+__all__ = ["Behaviour", "BehaviourStudy", "Found", "StudyOptions", "analyze_behaviour", "analyze_hesitation"]
+__all__ += ["find_circuit"]
