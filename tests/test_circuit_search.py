@@ -94,9 +94,10 @@ def doubled(backend: str = "hooked") -> tuple[PairedModel, Moments]:
     with torch.no_grad():
         layers[3].W_enc[:, 8] = layers[3].W_enc[:, 7]
         layers[3].W_enc[:, 9] = -layers[3].W_enc[:, 7]
-        layers[3].b_enc[[7, 8, 9]] = -0.7
+        layers[3].b_enc[[7, 8]] = -0.7
+        layers[3].b_enc[9] = -1.6
         layers[3].W_dec[[7, 8]] = 6 * word_direction(base)
-        layers[3].W_dec[9] = 5 * word_direction(base)
+        layers[3].W_dec[9] = 8 * word_direction(base)
     return pair_with(base, layers, [*COPIES, ALONE], backend)
 
 
@@ -214,7 +215,7 @@ def test_what_says_the_word_is_found_first_and_does_all(backend: str) -> None:
     assert len(search.order) == len(set(search.order)) == 6
     assert [a.n for a in search.aims] == [0, 2, 4, 6]
     none, four = search.aims[0], search.aims[2]
-    assert none.necessity > 3
+    assert none.necessity > 1.5
     assert four.necessity < 0.2 * none.necessity
     assert four.sufficiency < 0.5 * none.sufficiency
     assert none.necessity > search.aims[1].necessity > four.necessity
@@ -228,7 +229,7 @@ def test_a_feature_that_works_through_another_is_necessary(circuit: tuple[Paired
     search = search_circuit(pair, moments, everything(pair), options, progress=False)
     assert set(search.order[:2]) == {TEMPLATE, OUTPUT}
     none, two = search.aims[:2]
-    assert none.necessity > 5
+    assert none.necessity > 4
     assert two.necessity < 0.1 * none.necessity
     assert two.sufficiency < 0.2 * none.sufficiency
     assert two.continuation < 0.2 * none.continuation

@@ -94,7 +94,7 @@ def whole_block() -> dict[str, Any]:
         "kinds": {"none": {"correction": 4, "re-check": 3}, "both": {"correction": 0, "re-check": 1}},
         "sampled": {"none": record(18.0), "both": record(2.0)},
         "suppressors": {"n": 2, "ids": ["0.4"], "p_boundary_before": figure(0.1), "p_boundary_after": figure(0.2)},
-        "bystanders": {"n": 1, "ids": ["2.2"], "effect": figure(0.001, "nats")},
+        "bystanders": {"n": 1, "ids": ["2.2"], "p_before": figure(0.8), "p_after": figure(0.79)},
         "criteria": [{"name": "cut by both", "value": figure(0.95), "bar": ">= 50 %", "reached": True},
                      {"name": "random", "value": 0.05, "bar": 0.1, "reached": False}],
     }  # fmt: skip

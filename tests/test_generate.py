@@ -10,6 +10,7 @@ from conftest import randomise
 
 from tl_adapters.adapter import FeatureId
 from tl_adapters.chat import ChatFormat
+from tl_adapters.circuits import Circuit, CircuitFeature
 from tl_adapters.cli import main
 from tl_adapters.cli.common import feature_ids
 from tl_adapters.columns import BETWEEN, PARTING, Column, printable, side_by_side
@@ -302,3 +303,19 @@ def test_features_are_read_from_the_command_line() -> None:
     for bad in ("2", "2.", "-1.2", "1.2.3", "a.b", "1.2 "):
         with pytest.raises(UserError, match="layer.index, such as 2.17"):
             feature_ids(["1.1", bad])
+
+
+def test_a_circuit_file_stands_for_its_features(tmp_path: Path) -> None:
+    features = [
+        CircuitFeature(FeatureId(3, 1), "output", 1.0, 0.0, 1.0, 1.0, 1.0),
+        CircuitFeature(FeatureId(1, 4), "template", 0.0, 1.0, 1.0, 1.0, 1.0),
+        CircuitFeature(FeatureId(2, 2), "suppress", -1.0, 0.0, -1.0, -1.0, 1.0),
+    ]
+    circuit = Circuit("hesitation", ("Wait",), tuple(features), 1.5, "select", {}, 8, 4, 0.1)
+    path = circuit.save(tmp_path)
+    assert feature_ids([str(path)]) == [FeatureId(1, 4), FeatureId(3, 1)]
+    assert feature_ids([f"{path}:suppress", "0.0"]) == [FeatureId(2, 2), FeatureId(0, 0)]
+    with pytest.raises(UserError, match="'outpt' is no role of a circuit; there are output"):
+        feature_ids([f"{path}:outpt"])
+    with pytest.raises(UserError, match="nothing"):
+        feature_ids([str(tmp_path / "nothing.json")])

@@ -319,9 +319,8 @@ def _suppressors(block: Block) -> str:
         text = f"{_any(s.get('p_boundary_before'), percent=True)} → {_any(s.get('p_boundary_after'), percent=True)}"
         rows.append([f"suppressors: P(word) at boundaries, with → without them{_ids(s)}", _count(s.get("n")), text])
     if b := block.get("bystanders"):
-        rows.append(
-            [f"bystanders: active at the moments, without effect{_ids(b)}", _count(b.get("n")), _any(b.get("effect"))]
-        )
+        text = f"{_any(b.get('p_before'), percent=True)} → {_any(b.get('p_after'), percent=True)}"
+        rows.append([f"bystanders: P(word) at moments, with → without them{_ids(b)}", _count(b.get("n")), text])
     return "<h2>Those that lower it, and those that look on</h2>" + table(["", "features", ""], rows) if rows else ""
 
 

@@ -45,7 +45,7 @@ class SearchOptions:
 
     share: float = 0.03
     """Size of the circuit, as a share of the alive features."""
-    per_round: int = 4
+    per_round: int = 5
     """Features that join in a round; fewer is slower and repeats less."""
     strength: float = 1.75
     """Factor of the circuit's activations where it is added to the hybrid: a small part of what fires there in the
@@ -56,7 +56,7 @@ class SearchOptions:
     """Weight of the word coming with it, where the target says it and nowhere else."""
     continuation: float = 0.45
     """Weight of what follows the word."""
-    documents: int = 160
+    documents: int = 120
     """Documents with a moment that are read in a round."""
     tokens_per_batch: int = 4096
     """In a forward pass."""

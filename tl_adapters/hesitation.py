@@ -57,6 +57,8 @@ log = logging.getLogger(__name__)
 
 FEWEST_MOMENTS = 20
 """With fewer moments on the select problems there is no behaviour to find a circuit of."""
+MEDIATION_DOCUMENTS = 200
+"""Documents with a moment on which mediation is tested: patterns of every layer are held."""
 DOSES = (4, 8, 16, 24, 32, 48, 64, 96, 128)
 CUT = 0.95
 """Share of the hesitation rate that is to be gone for the circuit to count as necessary."""
@@ -286,21 +288,25 @@ class _Study:
             log.info("%s: nothing to try; moments are %s", self.behaviour.name, counts)
             return block
         self.random = self.random_sets()
-        block["probabilities"] = self.probabilities()
-        block["necessity"] = self.necessity()
-        block["sufficiency"] = self.sufficiency()
-        block["transfer"] = self.transfer()
-        if self.subject.injections:
-            block["injected"] = self.injected()
-        block["mediation"] = mediation(
-            self.pair, self.moments.with_moments(200), self.sets["template"], self.sets["output"], "report"
-        )
-        block["dose"] = self.dose()
+        parts: dict[str, Callable[[], Any]] = {
+            "probabilities": self.probabilities,
+            "necessity": self.necessity,
+            "sufficiency": self.sufficiency,
+            "transfer": self.transfer,
+            "injected": self.injected,
+            "mediation": self.mediation,
+            "dose": self.dose,
+            "kinds": lambda: self.kinds,
+            "sampled": self.sampled,
+            "suppressors": self.suppressors,
+            "bystanders": self.bystanders,
+        }
+        for name, measure in parts.items():
+            log.info("%s: %s ...", self.behaviour.name, name)
+            if found := measure():
+                block[name] = found
         reached = [d["n"] for d in block["dose"] if d["hesitation_cut"] >= CUT]
         block["smallest"] = {"n": min(reached, default=None), "cut": CUT}
-        block["kinds"] = self.kinds
-        block["sampled"] = self.sampled()
-        block |= self.against()
         block["criteria"] = self.criteria(block)
         return block
 
@@ -396,7 +402,8 @@ class _Study:
         moments = self.found.moments
         says = moments.boundary & (coming == token)
         swapped = replace(moments, moment=says, boundary=(moments.boundary & ~says) | moments.moment, words=(token,))
-        options = replace(self.options.search, documents=max(1, self.options.search.documents // 2))
+        given = self.options.search  # a control need not be searched as finely
+        options = replace(given, documents=max(1, given.documents // 2), per_round=2 * given.per_round)
         return without(search_circuit(self.pair, swapped, self.found.alive, options, self.progress).order)
 
     def _random(
@@ -450,6 +457,8 @@ class _Study:
             "hybrid + both": self.added(self.order),
             "hybrid + random": self.added(self.random[0]),
         }
+        if not self.subject.injections:
+            return {}
         return {
             name: corrected(self.pair, self.subject.injections, variant, self.subject, "report")
             for name, variant in arms.items()
@@ -484,25 +493,30 @@ class _Study:
             found[name] = rate(said, "report", self.counted)
         return found
 
-    def against(self) -> dict[str, Any]:
-        """Features that hold the word down, and those that only fire before it."""
-        roles, measure = self.found.roles, partial(probabilities, self.pair, self.moments, split="report")
-        assert roles is not None
+    def mediation(self) -> dict[str, Figure]:
+        """Does template work through output? On documents that have a moment."""
+        texts = self.moments.with_moments(MEDIATION_DOCUMENTS)
+        return mediation(self.pair, texts, self.sets["template"], self.sets["output"], "report")
+
+    def suppressors(self) -> dict[str, Any]:
+        """Features that hold the word down: with them gone it should come more often."""
         suppress = self.found.circuit.ids("suppress")
-        before = measure(variant=on_route("replacement"))
-        bystanders = list(roles.bystanders[: len(self.order)])
-        names = lambda ids: [f"{f.layer}.{f.index}" for f in ids]  # noqa: E731
-        found: dict[str, Any] = {"suppressors": {"n": len(suppress), "ids": names(suppress)}}
-        if suppress and "boundary" in before:
-            after = measure(variant=without(suppress))
-            found["suppressors"] |= {
-                "p_boundary_before": before["boundary"], "p_boundary_after": after["boundary"],
-                "p_moment_before": before["moment"], "p_moment_after": after["moment"],
-            }  # fmt: skip
-        found["bystanders"] = {"n": len(roles.bystanders), "ids": names(bystanders)}
-        if bystanders:
-            quiet = measure(variant=without(bystanders))["moment"]
-            found["bystanders"] |= {"tested": len(bystanders), "p_before": before["moment"], "p_after": quiet}
+        found: dict[str, Any] = {"n": len(suppress), "ids": [f"{f.layer}.{f.index}" for f in suppress]}
+        if suppress:
+            for when, variant in (("before", on_route("replacement")), ("after", without(suppress))):
+                said = probabilities(self.pair, self.moments, variant, "report")
+                found |= {f"p_{place}_{when}": said[place] for place in ("moment", "boundary") if place in said}
+        return found
+
+    def bystanders(self) -> dict[str, Any]:
+        """Features that fire before the word and should do nothing for it; as many are removed as the circuit has."""
+        roles = self.found.roles
+        assert roles is not None
+        tested = list(roles.bystanders[: len(self.order)])
+        found: dict[str, Any] = {"n": len(roles.bystanders), "ids": [f"{f.layer}.{f.index}" for f in tested]}
+        if tested:
+            for when, variant in (("before", on_route("replacement")), ("after", without(tested))):
+                found[f"p_{when}"] = probabilities(self.pair, self.moments, variant, "report")["moment"]
         return found
 
     def _kinds(self, said: Sequence[Response]) -> dict[str, int]:

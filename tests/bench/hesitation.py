@@ -7,6 +7,7 @@ null pair. What is in OUT already is not made again: pairs (forty minutes each o
 
 import argparse
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("jobs", nargs="*", default=DEFAULT)
     options = parser.parse_args()
     torch.set_num_threads(2)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     found = {}
     for job in options.jobs:
         found[job] = study(options.out, job)

@@ -56,13 +56,29 @@ def dtype_of(name: str | None):  # type: ignore[no-untyped-def]  # torch is not 
 
 
 def feature_ids(names: Sequence[str]) -> list[FeatureId]:
-    """Features as the command line takes them, layer.index such as 2.17. Raises UserError for another text."""
+    """Features as the command line takes them. Raises UserError for another text.
+
+    ``layer.index`` such as 2.17; or a circuit's file, with or without a role, such as runs/demo/circuit.json:output.
+    """
     from tl_adapters.adapter import FeatureId
 
-    matches = [re.fullmatch(r"(\d+)\.(\d+)", name) for name in names]
-    if bad := [name for name, match in zip(names, matches, strict=True) if match is None]:
-        raise UserError(f"{bad[0]!r} is no feature; give features as layer.index, such as 2.17 4.3.")
-    return [FeatureId(int(match[1]), int(match[2])) for match in matches if match]
+    found: list[FeatureId] = []
+    for name in names:
+        path, _, role = name.partition(":")
+        if path.endswith(".json"):
+            from tl_adapters.circuits import ROLES, Circuit
+
+            if role and role not in ROLES:
+                raise UserError(f"{role!r} is no role of a circuit; there are {', '.join(ROLES)}.")
+            circuit = Circuit.load(path)
+            found += circuit.ids(*(r for r in ROLES if r == role))
+        elif match := re.fullmatch(r"(\d+)\.(\d+)", name):
+            found.append(FeatureId(int(match[1]), int(match[2])))
+        else:
+            raise UserError(
+                f"{name!r} is no feature; give features as layer.index, such as 2.17 4.3, or a circuit.json."
+            )
+    return found
 
 
 def read_prompt(path: Path) -> str:

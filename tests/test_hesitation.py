@@ -1,0 +1,324 @@
+"""The whole analysis, on the built-in pair and adapters trained for seconds: every part is what it says it is."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomise
+from test_interventions import state
+
+import tl_adapters.hesitation as hesitation
+from tl_adapters import organism
+from tl_adapters.benchmarks import respond, traces_of
+from tl_adapters.chat import encode_traces
+from tl_adapters.circuit_search import SearchOptions
+from tl_adapters.circuit_trials import answers, probabilities, record
+from tl_adapters.config import TrainingConfig
+from tl_adapters.data import Trace
+from tl_adapters.hesitation import (
+    CUT,
+    FEWEST_MOMENTS,
+    BehaviourStudy,
+    StudyOptions,
+    analyze_behaviour,
+    analyze_hesitation,
+    find_circuit,
+)
+from tl_adapters.intervals import Figure
+from tl_adapters.interventions import only
+from tl_adapters.moments import Behaviour, BehaviourError, find_moments
+from tl_adapters.opening import load_builtin_pair
+from tl_adapters.organism.census import corrects, with_injected_slip
+from tl_adapters.organism.traces import prompt
+from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.results import plain
+from tl_adapters.subjects import Injection, Subject, builtin_subject
+from tl_adapters.training import train
+from tl_adapters.variants import Variant, on_route, without
+
+SEARCH = SearchOptions(share=0.1, documents=16)
+LIMIT = 40
+OPTIONS = StudyOptions(SEARCH, draws=1, probability_draws=2)
+REMOVALS = ("none", "output", "template", "both", "random", "bias_only", "ban", "logit_bias", "steering", "neurons")
+"""Arms in which something is taken away; other_tokens is among them where there are boundaries."""
+
+
+@pytest.fixture(scope="module")
+def pair() -> PairedModel:
+    pair = load_builtin_pair()
+    traces = encode_traces(organism.reasoning_pairs("train", 100), pair.model.tokenizer)
+    train(pair, traces, TrainingConfig(n_features=32, steps=16, tokens_per_batch=512), progress=False)
+    return pair
+
+
+@pytest.fixture(scope="module")
+def subject(pair: PairedModel) -> Subject:
+    """Sums of two terms, which are answered soon; nearly all of them in answers that hesitate."""
+    chosen = []
+    for split, n, n_doubted, n_sure in (("select", 60, 26, 4), ("report", 30, 3, 1)):
+        asked = organism.problems(split, n, n_terms=(2,))  # type: ignore[arg-type]
+        said = respond(pair.model, asked, max_new_tokens=LIMIT)
+        doubted = [p for p, r in zip(asked, said, strict=True) if r.hesitations and not r.truncated]
+        sure = [p for p, r in zip(asked, said, strict=True) if not r.hesitations and not r.truncated]
+        chosen.append([*doubted[:n_doubted], *sure[:n_sure]])
+    select, report = chosen
+    rng, injections = random.Random(0), []
+    for problem in report[:2]:
+        text, step = with_injected_slip(problem, rng)
+        injections.append(Injection(problem, text.removeprefix(prompt(problem)), partial(corrects, step=step)))
+    made = builtin_subject(1, 1)
+    return replace(made, select=select, report=report, injections=injections, max_new_tokens=LIMIT)
+
+
+@pytest.fixture(scope="module")
+def study(pair: PairedModel, subject: Subject) -> BehaviourStudy:
+    before, doses = state(pair), hesitation.DOSES
+    hesitation.DOSES = (4, 1000)
+    try:
+        found = analyze_hesitation(pair, subject, OPTIONS, progress=False)
+    finally:
+        hesitation.DOSES = doses
+    assert state(pair) == before, "weights, hooks and routes are given back"
+    return found
+
+
+def figures(block: Any) -> list[Figure]:
+    if isinstance(block, Figure):
+        return [block]
+    inner = block.values() if isinstance(block, dict) else block if isinstance(block, list) else ()
+    return [figure for item in inner for figure in figures(item)]
+
+
+# -- the block ----------------------------------------------------------------------------------------------------
+
+
+def test_every_part_is_there_and_goes_into_results(study: BehaviourStudy) -> None:
+    block = json.loads(json.dumps(plain(study.block), allow_nan=False))
+    assert set(block) == {
+        "behaviour", "words", "moments", "circuit", "probabilities", "necessity", "sufficiency", "transfer",
+        "injected", "mediation", "dose", "smallest", "kinds", "sampled", "suppressors", "bystanders", "criteria",
+    }  # fmt: skip
+    assert (block["behaviour"], set(block["words"])) == ("hesitation", {"Wait", "wait", " Wait"})
+    assert set(block["necessity"]) == {*REMOVALS, "other_tokens"}
+    assert set(block["sufficiency"]) == {"none", "output", "template", "both", "both_at_1", "random", "b_dec_only"}
+    assert set(block["transfer"]) == {"none", "negated", "negated_random"}
+    arms = {f"{of} {name}" for of in ("replacement -", "hybrid +") for name in ("output", "template", "both", "random")}
+    routes = {"target", "replacement", "hybrid", "hybrid + both, at strength 1"}
+    assert set(block["probabilities"]) == arms | routes
+    assert len(block["injected"]) == 8
+    assert {"total", "through_output", "interaction"} <= set(block["mediation"])
+    assert set(block["sampled"]) == {"none", "both"}
+    assert {of: sum(kinds.values()) for of, kinds in block["kinds"].items()}["target"] >= 3
+    assert len(study.examples) == 4
+    assert all(set(e) >= {"question", "replacement", "with the circuit"} for e in study.examples)
+    assert all(c["name"] in study._repr_html_() for c in block["criteria"] if not set("<>&'") & set(c["name"]))
+
+
+def test_every_figure_is_of_the_report_problems(study: BehaviourStudy) -> None:
+    found = figures(study.block)
+    assert len(found) > 50
+    assert {f.split for f in found} == {"report"}
+    assert max(f.n for f in found) == 4, "several draws are no more problems"
+    assert {f.seeds for f in found} == {(0,)}
+    assert study.circuit.split == "select"
+
+
+def test_the_circuit_is_as_large_as_it_says(study: BehaviourStudy, pair: PairedModel) -> None:
+    size, found, circuit = study.block["circuit"], study.found, study.circuit
+    promoting = circuit.ids()
+    assert found.search is not None
+    assert set(promoting) == set(found.search.order)
+    assert size["n"] == len(promoting) == round(SEARCH.share * size["alive"]) == sum(size["by_layer"])
+    assert size["n"] == size["output"] + size["template"] + size["continuation"]
+    assert size["suppress"] == len(circuit.ids("suppress"))
+    assert size["alive"] == int(found.alive.sum())
+    assert size["share_of_alive"] == size["n"] / size["alive"]
+    assert size["share_of_all"] == size["n"] / (pair.n_layers * 32)
+    assert 0 < size["share_of_activation"] < 1
+    assert 1 <= size["distinct_directions"] <= size["n"]
+    assert circuit.strength == size["strength"] == SEARCH.strength
+    assert circuit.fingerprints["adapters"] == pair.installed_adapters().fingerprint
+    assert study.block["moments"]["select"] == found.moments.counts
+
+
+def test_what_fires_is_counted_over_the_response(study: BehaviourStudy, pair: PairedModel) -> None:
+    found = study.found
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        pair.model(found.moments.tokens)
+    at = found.moments.predicting
+    fired = torch.stack([(acts[layer][at] > 0).sum(0) for layer in range(pair.n_layers)])
+    assert torch.equal(found.alive, fired > 0)
+    assert abs(found.l0 - float(fired.sum()) / (int(at.sum()) * pair.n_layers)) < 1e-3
+    adapters = pair.installed_adapters()
+    mass = torch.stack([acts[i][at].sum(0) * adapters[i].W_dec.norm(dim=1) for i in range(pair.n_layers)])
+    assert torch.allclose(found.firings, mass.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_arms_are_what_their_names_say(study: BehaviourStudy, pair: PairedModel, subject: Subject) -> None:
+    order, words = list(study.found.search.order), ["wait"]  # type: ignore[union-attr]
+    slips = [subject.slipped(p, r) for p, r in zip(subject.report, respond(pair.model, subject.report), strict=True)]  # type: ignore[misc]
+
+    def said(variant: Variant, opened: bool = False) -> Any:
+        return answers(pair, subject, variant, opened=opened)
+
+    def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+        assert plain({k: v for k, v in found.items() if k != "signs"}) == plain(expected)
+
+    none, both = said(on_route("replacement")), said(without(order))
+    same(study.block["necessity"]["none"], record(none, none, words, "report", slips))
+    same(study.block["necessity"]["both"], record(both, none, words, "report", slips))
+    strength = study.circuit.strength
+    inserted = Variant("in", lambda pair: only(pair, order, "replacement", strength))
+    none, both = said(on_route("hybrid"), True), said(inserted, True)
+    same(study.block["sufficiency"]["both"], record(both, none, words, "report", slips))
+    negated = Variant("negated", lambda pair: only(pair, order, "target+adapter", -0.5))
+    none, both = said(on_route("target")), said(negated)
+    same(study.block["transfer"]["negated"], record(both, none, words, "report", slips))
+    moments = find_moments(pair, traces_of(none, pair.model.tokenizer))
+    assert study.block["moments"]["report"] == moments.counts
+    assert moments.counts["moments"] >= 3
+    for name, variant in (("replacement - both", without(order)), ("hybrid + both", inserted)):
+        assert plain(study.block["probabilities"][name]) == plain(probabilities(pair, moments, variant, "report"))
+
+
+def test_doses_grow_to_the_whole(study: BehaviourStudy) -> None:
+    doses, block = study.block["dose"], study.block
+    assert [d["n"] for d in doses] == [4, block["circuit"]["n"]]
+    whole = doses[-1]
+    assert whole["hesitation_per_1k"].value == block["necessity"]["both"]["hesitation_per_1k"]
+    assert whole["p_moment"] == pytest.approx(block["probabilities"]["replacement - both"]["moment"].value)
+    assert whole["p_inserted"] == pytest.approx(block["probabilities"]["hybrid + both"]["moment"].value)
+    assert whole["p_moment"] < doses[0]["p_moment"] < block["probabilities"]["replacement"]["moment"].value
+    enough = [d["n"] for d in doses if d["hesitation_cut"] >= CUT]
+    assert block["smallest"]["n"] == min(enough, default=None)
+
+
+def test_a_circuit_does_more_than_random_features_that_are_as_active(study: BehaviourStudy) -> None:
+    said = {name: p["moment"].value for name, p in study.block["probabilities"].items()}
+    assert said["replacement - both"] < 0.7 * said["replacement"]
+    assert said["replacement - both"] < said["replacement - random"]
+    assert said["hybrid + both"] > said["hybrid + random"]
+    assert said["hybrid + both"] > 3 * said["hybrid"]
+
+
+def test_criteria_are_read_off_the_block(study: BehaviourStudy) -> None:
+    criteria, block = study.block["criteria"], study.block
+    assert len({c["name"] for c in criteria}) == len(criteria) >= 9
+    for c in criteria:
+        assert set(c) == {"name", "value", "bar", "reached"}
+        assert isinstance(c["value"], float)
+        assert math.isfinite(c["value"])
+        assert isinstance(c["reached"], bool)
+        assert c["bar"]
+    asked = {c["name"]: c for c in criteria}
+    share = asked["circuit, share of the alive features"]
+    assert (share["value"], share["reached"]) == (block["circuit"]["share_of_alive"], False), "10 % is above 3 %"
+    said = block["probabilities"]
+    kept = asked["P(word) at the target's moments, hybrid + circuit over target"]
+    assert kept["value"] == said["hybrid + both"]["moment"].value / said["target"]["moment"].value
+    shorter = asked["responses shorter without it"]
+    assert shorter["value"] == -block["necessity"]["both"]["length_change"].value
+    assert shorter["reached"] == (shorter["value"] >= 0.2)
+    counts, by = block["moments"]["report"], said["hybrid + both"]
+    everywhere = asked["P(word) at all other places of the response, hybrid + circuit"]["value"]
+    low, high = sorted((by["boundary"].value, by["elsewhere"].value))
+    assert low < everywhere < high
+    assert counts["boundaries"] > 0
+    i = block["injected"]
+    lost = asked["injected errors corrected: lost without it"]
+    assert lost["value"] == i["replacement"].value - i["replacement - both"].value
+    assert lost["reached"] == (i["replacement - both"].high < i["replacement"].low)
+
+
+# -- finding alone ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def traces(pair: PairedModel, subject: Subject) -> list[Trace]:
+    return traces_of(respond(pair.model, subject.select, max_new_tokens=LIMIT), pair.model.tokenizer)
+
+
+def test_finding_is_the_first_part_and_the_same_twice(
+    study: BehaviourStudy, pair: PairedModel, traces: list[Trace]
+) -> None:
+    found = find_circuit(pair, traces, options=SEARCH, progress=False)
+    assert found.circuit == study.circuit
+    assert found.search == study.found.search
+    assert found.roles is not None
+    assert found.roles.features == found.circuit.features
+    assert found.circuit.threshold == found.roles.threshold > 0
+    assert {e.target for e in found.circuit.edges} & {None}
+
+
+def test_a_function_finds_what_the_word_finds(pair: PairedModel, traces: list[Trace]) -> None:
+    wait = pair.model.tokenizer("Wait", add_special_tokens=False)["input_ids"][0]
+    behaviour = Behaviour("doubt", find=lambda trace: [i for i, t in enumerate(trace.tokens) if t == wait])
+    options = replace(SEARCH, share=0.03)
+    found = find_circuit(pair, traces, behaviour, split="tune", options=options, progress=False)
+    plainly = find_circuit(pair, traces, options=options, progress=False)
+    assert torch.equal(found.moments.moment, plainly.moments.moment)
+    assert len(found.circuit.ids()) == len(plainly.circuit.ids()) > 2
+    assert len({*found.circuit.ids()} & {*plainly.circuit.ids()}) > 0.5 * len(plainly.circuit.ids())
+    assert (found.circuit.behaviour, found.circuit.split) == ("doubt", "tune")
+    assert found.circuit.words == ("Wait",)
+
+
+def test_fewer_moments_than_that_are_no_behaviour(pair: PairedModel, traces: list[Trace]) -> None:
+    wait = pair.model.tokenizer("Wait", add_special_tokens=False)["input_ids"][0]
+    doubting = [trace for trace in traces if wait in trace.tokens[trace.prompt_length :]]
+    each = [trace.tokens.count(wait) for trace in doubting]
+    enough = next(n for n in range(len(each)) if sum(each[:n]) >= FEWEST_MOMENTS)
+    options = replace(SEARCH, share=0.01)
+    assert len(find_circuit(pair, doubting[:enough], options=options, progress=False).circuit)
+    found = find_circuit(pair, doubting[: enough - 1], options=options, progress=False)
+    assert (found.search, found.roles, found.circuit.features, found.circuit.edges) == (None, None, (), ())
+    assert found.circuit.words
+    assert found.moments.moment.any()
+
+
+def test_adapters_that_do_nothing_have_no_circuit(traces: list[Trace]) -> None:
+    other = load_builtin_pair()
+    other.new_adapters(8)
+    with torch.no_grad():
+        for adapter in other.installed_adapters():
+            adapter.b_enc.fill_(-1e3)
+    with pytest.raises(BehaviourError, match="No feature of these adapters fires.*train them first"):
+        find_circuit(other, traces, progress=False)
+    with pytest.raises(BehaviourError, match="Nothing begins the behaviour 'doubt'"):
+        find_circuit(other, traces, Behaviour("doubt", ("Perchance",)), progress=False)
+
+
+# -- nothing to find ----------------------------------------------------------------------------------------------
+
+
+def test_a_target_that_never_says_the_word_has_no_circuit_and_no_arms() -> None:
+    """The base as its own target: it answers at once."""
+    null = PairedModel.from_pretrained(organism.BASE, organism.BASE)
+    randomise(null, 8)
+    before = state(null)
+    study = analyze_hesitation(null, builtin_subject(30, 5), OPTIONS, progress=False)
+    assert study.block["moments"]["select"] == {"documents": 30, "moments": 0, "boundaries": 0}
+    assert study.block["moments"]["report"]["moments"] == 0
+    assert set(study.block) == {"behaviour", "words", "moments", "circuit"}
+    size = study.block["circuit"]
+    assert size["alive"] > 0
+    assert {size[name] for name in ("n", "output", "template", "continuation", "suppress", "share_of_alive")} == {0}
+    assert (study.circuit.features, study.examples) == ((), [])
+    assert study.found.search is None
+    json.dumps(plain(study.block), allow_nan=False)
+    assert "no features" in study._repr_html_()
+    assert state(null) == before
+
+
+def test_a_report_without_a_moment_has_a_circuit_and_no_arms(pair: PairedModel, subject: Subject) -> None:
+    study = analyze_behaviour(
+        pair, replace(subject, report=subject.report[3:]), name="doubt", options=OPTIONS, seeds=(4,), progress=False
+    )
+    assert set(study.block) == {"behaviour", "words", "moments", "circuit"}
+    assert study.block["circuit"]["n"] > 0
+    assert study.circuit.behaviour == study.block["behaviour"] == "doubt"
