@@ -162,6 +162,12 @@ def test_a_function_may_say_where_the_behaviour_begins(pair: PairedModel, wait: 
     assert (places(moments, "moment"), places(moments, "boundary")) == ([2], [7])
     assert (places(moments, "moment", 1), places(moments, "boundary", 1)) == ([], [1])
 
+    def first_eight(trace: Trace) -> list[int]:
+        return [trace.tokens.index(8, trace.prompt_length)]
+
+    moments = find_moments(pair, [Trace((4, 7, 8, 7, 8, 7, 9, 3), 1)], Behaviour("first", find=first_eight))
+    assert (places(moments, "moment"), places(moments, "boundary")) == ([1], [5]), "a word not found is no boundary"
+
     def in_the_prompt(trace: Trace) -> list[int]:
         return [1]
 

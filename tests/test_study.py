@@ -36,7 +36,8 @@ def figures(value: Any) -> list[dict[str, Any]]:
 
 def test_the_folder(run: Path) -> None:
     assert {p.name for p in run.iterdir()} == {
-        "adapters", "answers.jsonl", "config.json", "features", "graphs", "metrics.jsonl", "report.html",
+        "adapters", "answers.jsonl", "circuit.json", "config.json", "features", "graphs", "hesitation.html",
+        "hesitation.jsonl", "metrics.jsonl", "report.html",
         "results.json", "run.json",
     }  # fmt: skip
     assert len(AdapterSet.from_pretrained(run / "adapters")) == N_LAYERS

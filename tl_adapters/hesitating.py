@@ -23,7 +23,7 @@ from tl_adapters.subjects import Subject, builtin_subject, halves
 from tl_adapters.tasks import load_problems
 
 EXAMPLES = "hesitation.jsonl"
-PROBLEMS = (800, 1_000)
+PROBLEMS = (600, 1_000)
 """Select and report problems of the built-in pair."""
 
 

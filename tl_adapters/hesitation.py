@@ -57,6 +57,8 @@ log = logging.getLogger(__name__)
 
 FEWEST_MOMENTS = 20
 """With fewer moments on the select problems there is no behaviour to find a circuit of."""
+PROBABILITY_DOCUMENTS = 400
+"""Report documents over which probabilities are read: they vary less than answers do."""
 MEDIATION_DOCUMENTS = 200
 """Documents with a moment on which mediation is tested: patterns of every layer are held."""
 DOSES = (4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -70,9 +72,9 @@ class StudyOptions:
 
     search: SearchOptions = field(default_factory=SearchOptions)
     """Size and weights of the search."""
-    draws: int = 5
+    draws: int = 3
     """Matched random sets that answer the problems."""
-    probability_draws: int = 20
+    probability_draws: int = 8
     """Matched random sets whose probabilities are measured."""
     temperature: float = 1.0
     """Of the sampled answers, beside the greedy ones."""
@@ -260,6 +262,7 @@ class _Study:
             pair, traces_of(said, tokenizer), behaviour, options=options.search, progress=progress
         )
         self.moments = find_moments(pair, traces_of(self.target, tokenizer), behaviour)
+        self.some = self.moments.rows(range(min(PROBABILITY_DOCUMENTS, len(self.moments))))
         self.counted = sorted({word.strip().casefold() for word in self.found.circuit.words})
         self.slips = (
             None
@@ -348,7 +351,7 @@ class _Study:
 
     def probabilities(self) -> dict[str, dict[str, Figure]]:
         """Of the word over the target's own text, by arm."""
-        measure = partial(probabilities, self.pair, self.moments, split="report")
+        measure = partial(probabilities, self.pair, self.some, split="report")
         arms = {name: on_route(name) for name in ("target", "replacement", "hybrid")}
         arms |= {f"replacement - {name}": without(features) for name, features in self.sets.items()}
         arms |= {f"hybrid + {name}": self.added(features) for name, features in self.sets.items()}
@@ -471,7 +474,7 @@ class _Study:
             features = self.order[:n]
             arm = self._arm(self.plain, without(features))
             said = [
-                probabilities(self.pair, self.moments.with_moments(200), variant, "report")["moment"].value
+                probabilities(self.pair, self.some, variant, "report")["moment"].value
                 for variant in (without(features), self.added(features))
             ]
             rate_ = Figure(
@@ -504,7 +507,7 @@ class _Study:
         found: dict[str, Any] = {"n": len(suppress), "ids": [f"{f.layer}.{f.index}" for f in suppress]}
         if suppress:
             for when, variant in (("before", on_route("replacement")), ("after", without(suppress))):
-                said = probabilities(self.pair, self.moments, variant, "report")
+                said = probabilities(self.pair, self.some, variant, "report")
                 found |= {f"p_{place}_{when}": said[place] for place in ("moment", "boundary") if place in said}
         return found
 
@@ -516,7 +519,7 @@ class _Study:
         found: dict[str, Any] = {"n": len(roles.bystanders), "ids": [f"{f.layer}.{f.index}" for f in tested]}
         if tested:
             for when, variant in (("before", on_route("replacement")), ("after", without(tested))):
-                found[f"p_{when}"] = probabilities(self.pair, self.moments, variant, "report")["moment"]
+                found[f"p_{when}"] = probabilities(self.pair, self.some, variant, "report")["moment"]
         return found
 
     def _kinds(self, said: Sequence[Response]) -> dict[str, int]:
@@ -583,7 +586,7 @@ class _Study:
 
     def _elsewhere(self, said: dict[str, Figure]) -> float:
         """Over boundaries and all other places together, each by how many there are."""
-        counts = {place: float(getattr(self.moments, place).sum()) for place in ("boundary", "elsewhere")}
+        counts = {place: float(getattr(self.some, place).sum()) for place in ("boundary", "elsewhere")}
         there = [place for place in counts if place in said]
         total = sum(counts[place] for place in there)
         return sum(counts[place] * said[place].value for place in there) / max(1.0, total)
