@@ -163,6 +163,7 @@ def small_scale():  # type: ignore[no-untyped-def]
         problems=24,
         documents=32,
         baseline_documents=8,
+        max_new_tokens=72,
         hesitation=(32, 16),
         circuit=StudyOptions(SearchOptions(per_round=8, documents=12), draws=1, probability_draws=1),
         training=TrainingConfig(n_features=64, steps=30, log_every=5),

@@ -20,6 +20,7 @@ from tl_adapters.circuit_controls import (
     best_steering,
     commonest_alternative,
     matched_features,
+    most_active_others,
     shifted_logits,
     steered,
     strongest_neurons,
@@ -510,3 +511,11 @@ def test_a_response_counts_whole_words_and_matches_patterns() -> None:
     assert said.count(["wait", "await"]) == 4
     assert said.matches(r"\d+[+-]\d+=") == 2
     assert said.matches(r"(?i)wait") == len(re.findall("wait", said.text.lower())) == 5
+
+
+def test_the_most_active_others_are_outside_and_in_order() -> None:
+    mass = torch.tensor([[5.0, 1.0, 4.0], [3.0, 9.0, 2.0]])
+    alive = torch.tensor([[True, True, True], [True, False, True]])
+    chosen = [FeatureId(0, 0)]
+    assert most_active_others(chosen, mass, alive, 2) == [FeatureId(0, 2), FeatureId(1, 0)]
+    assert len(most_active_others(chosen, mass, alive, 99)) == 4

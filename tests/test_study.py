@@ -37,8 +37,7 @@ def figures(value: Any) -> list[dict[str, Any]]:
 def test_the_folder(run: Path) -> None:
     assert {p.name for p in run.iterdir()} == {
         "adapters", "answers.jsonl", "circuit.json", "config.json", "features", "graphs", "hesitation.html",
-        "hesitation.jsonl", "metrics.jsonl", "report.html",
-        "results.json", "run.json",
+        "hesitation.jsonl", "metrics.jsonl", "report.html", "results.json", "run.json",
     }  # fmt: skip
     assert len(AdapterSet.from_pretrained(run / "adapters")) == N_LAYERS
 
@@ -47,7 +46,7 @@ def test_the_blocks_are_those_of_the_schema(results: dict[str, Any]) -> None:
     assert results["schema_version"] == 1
     assert set(results) == {
         "schema_version", "pair", "train", "faithfulness", "features", "behaviour", "baselines",
-        "attribution", "seconds", "versions", "seeds",
+        "attribution", "hesitation", "seconds", "versions", "seeds",
     }  # fmt: skip
     f = results["faithfulness"]
     assert set(f["kl"]) == {"hybrid", "replacement"}

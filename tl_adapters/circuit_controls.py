@@ -1,8 +1,9 @@
-"""What a circuit is held against: random features that are just as active, and cheaper ways to stop a word.
+"""What a circuit is held against: other features that are active where it is, and cheaper ways to stop a word.
 
-* random sets of exactly the same size, each feature replaced by another of its layer whose activation mass at the same
-  places (moments and boundaries together) is nearest, drawn among the nearest five: equal in size, layer, mass, and in
-  firing at the same moments;
+* random sets of the same size, each feature replaced by another of its layer whose activation mass at the same places
+  (moments and boundaries together) is nearest, drawn among the nearest five. Where a circuit is the most active set
+  there is, no other set has its mass: so the share of the mass that each set holds is reported beside it;
+* a harder one: several times as many features, the most active of the others at those places, whatever their layer;
 * the word's logits set to minus infinity, or lowered by the gap;
 * a difference-of-means direction of the residual stream (moments less boundaries) taken off everywhere, at the layer
   and with the coefficient that stop the word best on the select split;
@@ -60,6 +61,20 @@ def matched_features(
         free[layer, pick] = False
         found.append(FeatureId(layer, pick))
     return found
+
+
+def most_active_others(
+    chosen: Sequence[FeatureId],
+    mass: Float[Tensor, "n_layers n_features"],
+    alive: Bool[Tensor, "n_layers n_features"],
+    n: int,
+) -> list[FeatureId]:
+    """The ``n`` alive features outside a set with the largest mass (all of them, where there are fewer)."""
+    free = alive.clone()
+    for f in chosen:
+        free[f] = False
+    best = mass.masked_fill(~free, -torch.inf).flatten().topk(min(n, int(free.sum()))).indices.tolist()
+    return [FeatureId(i // mass.shape[1], i % mass.shape[1]) for i in best]
 
 
 def shifted_logits(words: Sequence[int], by: float) -> Variant:

@@ -53,6 +53,7 @@ _ARMS = {
     "random": "random features",
     "bias_only": "decoder biases only",
     "b_dec_only": "decoder biases only",
+    "others": "four times as many of the most active others",
     "ban": "the words banned",
     "logit_bias": "a bias on their logits",
     "steering": "a steering vector",

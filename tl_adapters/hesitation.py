@@ -34,6 +34,7 @@ from tl_adapters.circuit_controls import (
     best_steering,
     commonest_alternative,
     matched_features,
+    most_active_others,
     shifted_logits,
     strongest_neurons,
     without_neurons,
@@ -59,6 +60,8 @@ FEWEST_MOMENTS = 20
 """With fewer moments on the select problems there is no behaviour to find a circuit of."""
 PROBABILITY_DOCUMENTS = 400
 """Report documents over which probabilities are read: they vary less than answers do."""
+OTHERS = 4
+"""The harder control: so many times as many features as the circuit has, the most active of the others."""
 MEDIATION_DOCUMENTS = 200
 """Documents with a moment on which mediation is tested: patterns of every layer are held."""
 DOSES = (4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -80,6 +83,10 @@ class StudyOptions:
     """Of the sampled answers, beside the greedy ones."""
     seed: int = 0
     """Of every draw."""
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or self.probability_draws < 1 or self.temperature <= 0:
+            raise BehaviourError(f"Got {self}; draws are at least 1 each, and the temperature is above 0.")
 
 
 @dataclass(frozen=True)
@@ -291,6 +298,7 @@ class _Study:
             log.info("%s: nothing to try; moments are %s", self.behaviour.name, counts)
             return block
         self.random = self.random_sets()
+        block["circuit"]["share_of_mass"] = self.masses
         parts: dict[str, Callable[[], Any]] = {
             "probabilities": self.probabilities,
             "necessity": self.necessity,
@@ -337,11 +345,20 @@ class _Study:
     # -- arms -----------------------------------------------------------------------------------------------------
 
     def random_sets(self) -> list[list[FeatureId]]:
-        """Matched random sets: equal in size, layer, mass and firing at the same places."""
+        """Matched random sets: equal in size and layer, and as near in mass as there are features."""
         here, there = (effects_at(self.pair, self.found.moments, at) for at in ("moment", "boundary"))
+        mass = here.mass + there.mass
         generator = torch.Generator().manual_seed(self.options.seed)
         n = max(self.options.draws, self.options.probability_draws)
-        return [matched_features(self.order, here.mass + there.mass, self.found.alive, generator) for _ in range(n)]
+        sets = [matched_features(self.order, mass, self.found.alive, generator) for _ in range(n)]
+        self.others = most_active_others(self.order, mass, self.found.alive, OTHERS * len(self.order))
+        held = lambda features: float(sum(mass[f] for f in features))  # noqa: E731
+        self.masses = {
+            "circuit": held(self.order) / float(mass.sum()),
+            "random": sum(map(held, sets)) / n / float(mass.sum()),
+            "others": held(self.others) / float(mass.sum()),
+        }
+        return sets
 
     def added(self, features: Sequence[FeatureId], strength: float | None = None, bias: bool = False) -> Variant:
         """The hybrid with features added, at the circuit's strength."""
@@ -382,6 +399,7 @@ class _Study:
         self.removed = self.latest
         self.kinds["both"] = self._kinds(self.removed)
         found["random"] = self._random(plain, without)
+        found["others"] = self._arm(plain, without(self.others))
         bias_only = Variant("decoder biases only", lambda pair: only(pair, [], "replacement", decoder_bias=True))
         found["bias_only"] = self._arm(plain, bias_only, opened=True)
         roles = self.found.roles
@@ -436,6 +454,7 @@ class _Study:
         self.kinds["hybrid + both"] = self._kinds(self.inserted)
         found["both_at_1"] = self._arm(opened, self.added(self.order, 1.0), opened=True)
         found["random"] = self._random(opened, self.added, opened=True)
+        found["others"] = self._arm(opened, self.added(self.others), opened=True)
         found["b_dec_only"] = self._arm(opened, self.added([], bias=True), opened=True)
         self._show()
         return found
@@ -455,6 +474,7 @@ class _Study:
             "replacement": on_route("replacement"),
             "replacement - both": without(self.order),
             "replacement - random": without(self.random[0]),
+            "replacement - others": without(self.others),
             "word banned": shifted_logits(self.found.moments.words, -torch.inf),
             "hybrid": on_route("hybrid"),
             "hybrid + both": self.added(self.order),

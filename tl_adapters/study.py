@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ class Scale:
     """Greedy traces of the target for KL, NMSE, L0 and alive features; the first ``problems`` are the same."""
     baseline_documents: int = 200
     """Of these, how many the baselines are measured on."""
+    max_new_tokens: int = 160
+    """The limit of an answer."""
     hesitation: tuple[int, int] = PROBLEMS
     """Problems that the hesitation circuit is chosen on, and others that it is reported on."""
     circuit: StudyOptions = field(default_factory=StudyOptions)
@@ -179,7 +182,7 @@ def faithfulness_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path,
 
 
 def behaviour_stage(
-    pair: PairedModel, problems: Sequence[organism.Problem], n_compared: int, folder: Path
+    pair: PairedModel, problems: Sequence[organism.Problem], n_compared: int, folder: Path, max_new_tokens: int = 160
 ) -> list[Response]:
     """Add the block behaviour and answers.jsonl; returns the target's responses to all ``problems``.
 
@@ -187,20 +190,21 @@ def behaviour_stage(
     loaded once, here, and freed.
     """
     split, compared = problems[0].split, problems[:n_compared]
+    answer = partial(respond, max_new_tokens=max_new_tokens)
     with stage(folder, "behaviour"):
         with pair.routed("target"):
-            target = respond(pair.model, problems)
+            target = answer(pair.model, problems)
         responses = {"target": target[:n_compared]}
         for route in ("hybrid", "replacement"):
             with pair.routed(route):
-                responses[route] = respond(pair.model, compared)
+                responses[route] = answer(pair.model, compared)
         # The real base reads the target's token ids here, so they must mean the same to it.
         require_same_ids(read_vocabulary(organism.BASE), pair.model.tokenizer.get_vocab())
         base = build_model(
             *load_hf_model(organism.BASE, pair.model.cfg.dtype, pair.model.W_E.device, pair.model.tokenizer),
             pair.backend.name,
         )
-        responses["base"] = respond(base, compared)
+        responses["base"] = answer(base, compared)
         right = {name: correctness(r) for name, r in responses.items()}
         seeds = tuple(read_results(folder).get("seeds", [0]))
         recovered = {
@@ -277,7 +281,9 @@ def demo(
 
 def evaluate_builtin(pair: PairedModel, folder: Path, scale: Scale, fit: Sequence[Trace]) -> None:
     """Every evaluation stage on the report split; ``fit`` are training traces, for the low-rank baseline."""
-    target = behaviour_stage(pair, organism.problems("report", scale.documents), scale.problems, folder)
+    target = behaviour_stage(
+        pair, organism.problems("report", scale.documents), scale.problems, folder, scale.max_new_tokens
+    )
     traces = traces_of(target, pair.model.tokenizer)
     sums = faithfulness_stage(pair, traces, folder, "report")
     baselines_stage(
@@ -285,7 +291,8 @@ def evaluate_builtin(pair: PairedModel, folder: Path, scale: Scale, fit: Sequenc
     )
     store = features_stage(pair, traces, folder, "report")
     attribution_stage(pair, target, folder, "report", store)
-    hesitation_stage(pair, builtin_subject(*scale.hesitation), folder, scale.circuit)
+    subject = builtin_subject(*scale.hesitation, max_new_tokens=scale.max_new_tokens)
+    hesitation_stage(pair, subject, folder, scale.circuit)
 
 
 def attribution_stage(

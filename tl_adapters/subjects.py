@@ -51,7 +51,9 @@ class Subject:
     """The limit of an answer."""
 
 
-def builtin_subject(n_select: int, n_report: int, kind: Kind = "sums", seed: int = 0) -> Subject:
+def builtin_subject(
+    n_select: int, n_report: int, kind: Kind = "sums", seed: int = 0, max_new_tokens: int = 160
+) -> Subject:
     """The problems of the built-in pair (or of one that the recipe made of another kind)."""
     report = problems("report", n_report, kind=kind)
     rng = random.Random(f"injections-{seed}")
@@ -66,6 +68,7 @@ def builtin_subject(n_select: int, n_report: int, kind: Kind = "sums", seed: int
         slipped=lambda problem, response: any(step.wrong for step in written_steps(problem, response.text)),
         injections=injections,
         signs={"another word": r"(?i)\b(?:hmm|no)\b", "a check without a word": r"(?m)^\d[+-]\d+="},
+        max_new_tokens=max_new_tokens,
     )
 
 

@@ -72,7 +72,7 @@ def less(features: Sequence[FeatureId]) -> Variant:
 
 
 def _listed(features: Sequence[FeatureId]) -> str:
-    shown = ", ".join(f"{feature.layer}.{feature.index}" for feature in features[:NAMED])
+    shown = ", ".join(f"{layer}.{index}" for layer, index in features[:NAMED])
     return shown if len(features) <= NAMED else f"{shown} and {len(features) - NAMED} more"
 
 
