@@ -44,7 +44,19 @@ from tl_adapters.variants import Variant, on_route, without
 SEARCH = SearchOptions(share=0.1, documents=16)
 LIMIT = 40
 OPTIONS = StudyOptions(SEARCH, draws=1, probability_draws=2)
-REMOVALS = ("none", "output", "template", "both", "random", "bias_only", "ban", "logit_bias", "steering", "neurons")
+REMOVALS = (
+    "none",
+    "output",
+    "template",
+    "both",
+    "random",
+    "others",
+    "bias_only",
+    "ban",
+    "logit_bias",
+    "steering",
+    "neurons",
+)
 """Arms in which something is taken away; other_tokens is among them where there are boundaries."""
 
 
@@ -105,12 +117,21 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviourStudy) -> Non
     }  # fmt: skip
     assert (block["behaviour"], set(block["words"])) == ("hesitation", {"Wait", "wait", " Wait"})
     assert set(block["necessity"]) == {*REMOVALS, "other_tokens"}
-    assert set(block["sufficiency"]) == {"none", "output", "template", "both", "both_at_1", "random", "b_dec_only"}
+    assert set(block["sufficiency"]) == {
+        "none",
+        "output",
+        "template",
+        "both",
+        "both_at_1",
+        "random",
+        "others",
+        "b_dec_only",
+    }
     assert set(block["transfer"]) == {"none", "negated", "negated_random"}
     arms = {f"{of} {name}" for of in ("replacement -", "hybrid +") for name in ("output", "template", "both", "random")}
     routes = {"target", "replacement", "hybrid", "hybrid + both, at strength 1"}
     assert set(block["probabilities"]) == arms | routes
-    assert len(block["injected"]) == 8
+    assert len(block["injected"]) == 9
     assert {"total", "through_output", "interaction"} <= set(block["mediation"])
     assert set(block["sampled"]) == {"none", "both"}
     assert {of: sum(kinds.values()) for of, kinds in block["kinds"].items()}["target"] >= 3

@@ -64,6 +64,8 @@ OTHERS = 4
 """The harder control: so many times as many features as the circuit has, the most active of the others."""
 MEDIATION_DOCUMENTS = 200
 """Documents with a moment on which mediation is tested: patterns of every layer are held."""
+DOSE_PROBLEMS = 300
+"""Report problems that are answered at every dose."""
 DOSES = (4, 8, 16, 24, 32, 48, 64, 96, 128)
 CUT = 0.95
 """Share of the hesitation rate that is to be gone for the circuit to count as necessary."""
@@ -489,10 +491,11 @@ class _Study:
 
     def dose(self) -> list[dict[str, Any]]:
         """Hesitation by number of features, in the order in which the search took them."""
-        found = []
+        found, few = [], replace(self.subject, report=self.subject.report[:DOSE_PROBLEMS])
         for n in [*(d for d in DOSES if d < len(self.order)), len(self.order)]:
             features = self.order[:n]
-            arm = self._arm(self.plain, without(features))
+            told = answers(self.pair, few, without(features))
+            arm = record(told, self.plain[: len(told)], self.counted, "report")
             said = [
                 probabilities(self.pair, self.some, variant, "report")["moment"].value
                 for variant in (without(features), self.added(features))

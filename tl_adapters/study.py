@@ -94,7 +94,7 @@ QUICK = Scale(
     circuit=StudyOptions(SearchOptions(per_round=8, documents=40), draws=1, probability_draws=3),
     training=TrainingConfig(steps=150),
 )
-"""A look at everything in under 90 seconds; the adapters are not yet sparse."""
+"""A look at everything in a few minutes; the adapters are not yet sparse."""
 
 
 def train_run(config: RunConfig, folder: Path, device: str = "cpu", progress: bool = True) -> None:

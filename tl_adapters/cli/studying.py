@@ -21,7 +21,7 @@ def add_demo(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     """The verb demo."""
     demo = verbs.add_parser("demo", parents=[common], help="the whole study on the built-in pair, offline, on a CPU")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    demo.add_argument("--quick", action="store_true", help="a look at everything in under 90 seconds")
+    demo.add_argument("--quick", action="store_true", help="a look at everything in a few minutes")
     demo.set_defaults(run=_demo)
 
 
