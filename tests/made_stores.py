@@ -66,8 +66,9 @@ def made_store(fires: Fires, kind: Kind = "feature", seed: int = 0) -> MadeStore
     values = masks * (0.1 + torch.rand(masks.shape, generator=generator) * 5)
     codes = torch.tensor([TRACE_REGIONS.index(name) for name, size in LAYOUT.items() for _ in range(size)])
     documents = Documents(
-        tokens.flatten().int(), codes.repeat(DOCUMENTS).to(torch.int8), torch.arange(DOCUMENTS + 1) * LENGTH
-    )
+        tokens.flatten().int(), codes.repeat(DOCUMENTS).to(torch.int8), torch.arange(DOCUMENTS + 1) * LENGTH,
+        identity=torch.arange(DOCUMENTS),
+    )  # fmt: skip
     region_tokens = torch.bincount(codes, minlength=len(TRACE_REGIONS)) * DOCUMENTS
     totals = PartTotals([], DOCUMENTS, region_tokens.tolist(), [1] * TENTHS, [""], [tokens.numel()])
     options = StoreOptions(before=6, after=3)

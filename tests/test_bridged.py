@@ -281,6 +281,9 @@ def test_every_room_opens_but_those_of_the_hooked_transformer() -> None:
             importlib.import_module(module.name)
         except ImportError:
             closed.add(module.name)
+    if importlib.util.find_spec("lm_eval") is None:  # an extra that nothing else needs
+        assert "tl_adapters.harness" in closed
+        closed.remove("tl_adapters.harness")
     if default_backend() == "hooked":
         assert not closed
         return
