@@ -10,7 +10,7 @@ Every feature has a gate. The circuit S has three aims, each a number over texts
    thinking: the word comes and the answer breaks.
 
 Each round scores every alive feature by what it would still do *given what is in S*: minus the gradient of each aim
-with respect to its gate, in units of what the aim's best ``per_round`` features would do and by how much of the aim is
+with respect to its gate, in units of what the aim's best 2 x ``per_round`` would do and by how much of the aim is
 left. The best ``per_round`` join S, until S is as large as asked for. So copies of what is in S already, which have a
 large effect of their own, are not taken again: a ranking by effect alone takes them all.
 
