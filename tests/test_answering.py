@@ -13,6 +13,7 @@ from filelock import FileLock
 from tl_adapters import answering, benchmarking, organism
 from tl_adapters.adapter import FeatureId
 from tl_adapters.answering import ANSWERS, SETTINGS, Answer, AnsweringError, Sampling, answer, score
+from tl_adapters.atomic import FolderBusyError
 from tl_adapters.benchmarking import Answerer, BenchmarkError, benchmark_run
 from tl_adapters.benchmarks import Response, rate, respond
 from tl_adapters.cli import main
@@ -131,7 +132,7 @@ def test_answers_of_other_settings_are_not_mixed(
 
 
 def test_two_processes_in_one_folder_are_refused(model: Any, tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".lock"), pytest.raises(AnsweringError, match="Another process"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(FolderBusyError, match="Another process"):
         answered(model, tmp_path)
 
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 import tl_adapters.sweep as room
 from tl_adapters import organism, study
 from tl_adapters.adapter import AdapterSet
-from tl_adapters.atomic import FolderExistsError
+from tl_adapters.atomic import FolderBusyError, FolderExistsError
 from tl_adapters.benchmarks import respond
 from tl_adapters.config import ConfigError, DataConfig, RunConfig, TrainingConfig
 from tl_adapters.grids import GridError, plan, read_grid
@@ -246,7 +246,7 @@ def test_other_weights_and_other_folders_are_refused(whole: Path, tmp_path: Path
     with pytest.raises(FolderExistsError, match=r"holds no sweep\.json"):
         run(folder)
     assert not list(folder.iterdir())
-    with FileLock(whole / ".lock"), pytest.raises(SweepError, match="Another process"):
+    with FileLock(whole / ".lock"), pytest.raises(FolderBusyError, match="Another process"):
         run(whole)
 
 

@@ -12,17 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from tl_adapters.atomic import room_for, write_text
+from tl_adapters.atomic import alone_in, room_for, write_text
 from tl_adapters.benchmarks import HESITATION, Checkable, Interval, Response, rate, respond
 from tl_adapters.completions import drawing
 from tl_adapters.errors import UserError
@@ -139,8 +137,8 @@ def answer(
         about: what the model is now, as JSON can hold it. An earlier run must have been the same.
         progress: show a bar.
 
-    Raises AnsweringError where the folder holds answers of other problems, options or models, or another process is
-    at work in it; DiskFullError.
+    Raises AnsweringError where the folder holds answers of other problems, options or models; FolderBusyError where
+    another process is at work in it; DiskFullError.
     """
     folder = Path(folder)
     batches = _batches(problems, sampling.batch_size)
@@ -148,7 +146,7 @@ def answer(
     options = {name: value for name, value in asdict(sampling).items() if name != "samples"}  # more can come later
     asked = hashlib.sha256("\0".join(problem.question for problem in problems).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder):
+    with alone_in(folder):
         _require_same(folder / SETTINGS, {**about, "n": len(problems), "problems": asked, **options})
         found = _kept(folder / ANSWERS, [len(batch) for batch in batches])
         done = min(len(found), len(todo))
@@ -173,19 +171,6 @@ def _batches(problems: Sequence[Checkable], batch_size: int) -> list[list[int]]:
     """Numbers of the problems, the shortest first, so that little is padding."""
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise AnsweringError(f"Another process is at work in {folder}. Wait for it or stop it.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _require_same(path: Path, settings: Mapping[str, Any]) -> None:

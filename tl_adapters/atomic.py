@@ -1,4 +1,4 @@
-"""Write all of it or nothing: to a temporary name beside the goal, then rename."""
+"""Write all of it or nothing: to a temporary name beside the goal, then rename; and one process in a folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from tl_adapters.errors import UserError
@@ -23,6 +24,10 @@ class FolderExistsError(UserError, FileExistsError):
 
 class DiskFullError(UserError, OSError):
     """There is no room for a file; nothing half-written is left."""
+
+
+class FolderBusyError(UserError, RuntimeError):
+    """Another process is at work in a folder."""
 
 
 def require_absent(path: str | Path) -> None:
@@ -53,6 +58,21 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other process enters the folder meanwhile. Raises FolderBusyError where one is in it already."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FolderBusyError(f"Another process is at work in {folder}. Wait for it or stop it.") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -21,18 +21,15 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from tl_adapters import organism
 from tl_adapters.adapter import AdapterSet
-from tl_adapters.atomic import FolderExistsError, new_folder, remove_partials, write_text
+from tl_adapters.atomic import FolderExistsError, alone_in, new_folder, remove_partials, write_text
 from tl_adapters.batching import EncodedDocuments, TracesInMemory
 from tl_adapters.benchmarks import Response, correctness, rate, respond, traces_of
 from tl_adapters.config import RunConfig, TrainingConfig
@@ -88,6 +85,7 @@ def sweep(
         GridError: an empty grid, or a value twice.
         SweepError: no held-out text, or a folder of another sweep.
         FolderExistsError: ``folder`` is something else than a sweep's.
+        FolderBusyError: another process is at work in it.
         TrainingInterrupted: upon Ctrl-C; whatever is done is kept.
     """
     folder = Path(folder)
@@ -104,7 +102,7 @@ def sweep(
     else:
         with new_folder(folder) as out:
             _write(out, {"schema_version": SCHEMA_VERSION, **asked, "versions": versions(), "points": []})
-    with _alone_in(folder):
+    with alone_in(folder):
         record = _read(folder)
         _require_same(folder, _settings(record), _settings(asked))
         record["grid"] = {option: asked["grid"][option] for option in record["grid"]}  # perhaps more values
@@ -327,17 +325,3 @@ def _require_text(config: RunConfig, held_out: str | None, documents: int) -> No
             "There is nothing to measure on: name a .jsonl file of held-out prompts and responses or a dataset "
             "(--held-out on the command line), or set data.validation_fraction."
         )
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise SweepError(f"Another process is at work in {folder}. Wait for it or stop it.") from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
