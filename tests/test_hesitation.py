@@ -16,19 +16,13 @@ import tl_adapters.hesitation as hesitation
 from tl_adapters import organism
 from tl_adapters.benchmarks import respond, traces_of
 from tl_adapters.chat import encode_traces
+from tl_adapters.circuit_criteria import CUT
+from tl_adapters.circuit_finding import FEWEST_MOMENTS, find_circuit
 from tl_adapters.circuit_search import SearchOptions
 from tl_adapters.circuit_trials import answers, probabilities, record
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data import Trace
-from tl_adapters.hesitation import (
-    CUT,
-    FEWEST_MOMENTS,
-    BehaviourStudy,
-    StudyOptions,
-    analyze_behaviour,
-    analyze_hesitation,
-    find_circuit,
-)
+from tl_adapters.hesitation import BehaviourStudy, StudyOptions, analyze_behaviour, analyze_hesitation
 from tl_adapters.intervals import Figure
 from tl_adapters.interventions import only
 from tl_adapters.moments import Behaviour, BehaviourError, find_moments

@@ -41,7 +41,7 @@ _HOMES = {
     "detach": "attaching",
     "encode_traces": "chat",
     "explain_difference": "validity",
-    "find_circuit": "hesitation",
+    "find_circuit": "circuit_finding",
     "find_moments": "moments",
     "from_authors": "authors",
     "from_saelens": "formats",
@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from tl_adapters.authors import authors_pair, from_authors, to_authors
     from tl_adapters.benchmarking import benchmark_run
     from tl_adapters.chat import encode_traces
+    from tl_adapters.circuit_finding import find_circuit
     from tl_adapters.circuit_search import search_circuit
     from tl_adapters.circuits import Circuit
     from tl_adapters.collecting import collect_features
@@ -99,7 +100,7 @@ if TYPE_CHECKING:
     from tl_adapters.freezing import frozen
     from tl_adapters.graph_pages import write_graph
     from tl_adapters.graphs import AttributionGraph
-    from tl_adapters.hesitation import analyze_behaviour, analyze_hesitation, find_circuit
+    from tl_adapters.hesitation import analyze_behaviour, analyze_hesitation
     from tl_adapters.hub import pull, push_to_hub
     from tl_adapters.interpreting import auto_interpret
     from tl_adapters.judging import judge

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from tl_adapters.adapter import FeatureId
-from tl_adapters.circuits import ROLES, Circuit, CircuitFeature
+from tl_adapters.circuits import ROLES, Circuit, CircuitEdge, CircuitFeature, Role
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import SIGNS, Feature
 from tl_adapters.views import escape
@@ -14,6 +15,9 @@ from tl_adapters.views import escape
 SHOWN_EDGES, SHOWN_PER_ROLE = 80, 60
 Link = Callable[[FeatureId], str | None]
 """A feature to the address of its page, or None."""
+WIDTH, TOP, LEFT, RIGHT, STEP = 1040.0, 34.0, 60.0, 130.0, 22.0
+"""Of the drawing, its margins, and from one dot to the next."""
+_COLUMN_WIDTHS: dict[Role, float] = {"template": 1.2, "output": 1.2, "continuation": 1.0, "suppress": 0.8}
 _COLOURS = {"template": "#0969da", "output": "#d1570c", "continuation": "#1a7f37", "suppress": "#8250df"}
 
 
@@ -29,64 +33,90 @@ def draw_circuit(circuit: Circuit, store: FeatureStore | None, link: Link) -> st
         link: a feature to the address of its page, or None.
     """
     edges = sorted(circuit.edges, key=lambda e: -size(e.weight))[:SHOWN_EDGES]
-    shown = _drawn_features(circuit, {end for e in edges for end in (e.source, e.target) if end is not None})
-    known = known_features(store, [f.id for f in shown])
-    held = {f.role for f in shown}
-    roles = [role for role in ("template", "output", "continuation", "suppress") if role in held]
-    width, wanted = 1040.0, {"template": 1.2, "output": 1.2, "continuation": 1.0, "suppress": 0.8}
-    unit = (width - 60 - 130) / max(1e-9, sum(wanted[role] for role in roles))
-    places: dict[FeatureId, tuple[float, float]] = {}
-    y, texts = 34.0, []
-    largest = max((size(f.total) for f in shown), default=0.0) or 1.0
-    for layer in sorted({f.id.layer for f in shown}, reverse=True):
-        top, lines, left = y, 1, 60.0
+    features = _drawn_features(circuit, {end for e in edges for end in (e.source, e.target) if end is not None})
+    known = known_features(store, [f.id for f in features])
+    plan = _planned(features)
+    word = (WIDTH - 104.0, max(60.0, (TOP + plan.bottom) / 2))
+    colours = {f.id: _COLOURS[f.role] for f in features}
+    heaviest = max((size(e.weight) for e in edges), default=0.0) or 1.0
+    curves = [
+        _curve(edge, plan.places[edge.source], plan.places.get(edge.target, word), colours[edge.source], heaviest)
+        for edge in edges
+        if edge.source in plan.places and (edge.target is None or edge.target in plan.places)
+    ]
+    largest = max((size(f.total) for f in features), default=0.0) or 1.0
+    dots = [_dot(f, plan.places[f.id], largest, known.get(f.id), link(f.id)) for f in features]
+    return (
+        f'<svg class="circuit" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:.0f} {max(plan.bottom, 90):.0f}" '
+        f'role="img" aria-label="the circuit" font-family="system-ui, sans-serif" font-size="12">{"".join(curves)}'
+        f"{''.join(plan.texts)}{_word(circuit, word)}{''.join(dots)}</svg>"
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where everything stands."""
+
+    places: dict[FeatureId | None, tuple[float, float]]
+    """Middle of each feature's dot."""
+    texts: list[str]
+    """Names of layers and roles, and the lines between layers."""
+    bottom: float
+    """Height that is used."""
+
+
+def _planned(features: Sequence[CircuitFeature]) -> _Plan:
+    """A column for each role that is there, wide enough for what it usually holds; as many lines as a layer needs."""
+    held = {f.role for f in features}
+    roles: list[Role] = [role for role in _COLUMN_WIDTHS if role in held]
+    unit = (WIDTH - LEFT - RIGHT) / max(1e-9, sum(_COLUMN_WIDTHS[role] for role in roles))
+    places: dict[FeatureId | None, tuple[float, float]] = {}
+    y, texts = TOP, []
+    for layer in sorted({f.id.layer for f in features}, reverse=True):
+        top, lines, left = y, 1, LEFT
         for role in roles:
-            room = unit * wanted[role]
-            per_line = max(1, int((room - 40) // 22))
-            here = [f for f in shown if f.role == role and f.id.layer == layer]
+            room = unit * _COLUMN_WIDTHS[role]
+            per_line = max(1, int((room - 40) // STEP))
+            here = [f for f in features if f.role == role and f.id.layer == layer]
             for i, f in enumerate(here):
                 columns = min(per_line, len(here))
-                x = left + room / 2 + (i % per_line - (columns - 1) / 2) * 22
-                places[f.id] = (x, top + 14 + 22 * (i // per_line))
+                x = left + room / 2 + (i % per_line - (columns - 1) / 2) * STEP
+                places[f.id] = (x, top + 14 + STEP * (i // per_line))
             lines = max(lines, math.ceil(len(here) / per_line))
             left += room
-        y = top + 22 * lines + 8
+        y = top + STEP * lines + 8
         texts.append(f'<text x="4" y="{top + 18:.0f}" fill="#57606a">layer {layer}</text>')
-        texts.append(f'<line x1="0" y1="{y - 1:.0f}" x2="{width - 130:.0f}" y2="{y - 1:.0f}" stroke="#eaeef2"/>')
-    left = 60.0
+        texts.append(f'<line x1="0" y1="{y - 1:.0f}" x2="{WIDTH - RIGHT:.0f}" y2="{y - 1:.0f}" stroke="#eaeef2"/>')
+    left = LEFT
     for role in roles:
-        middle = left + unit * wanted[role] / 2
+        middle = left + unit * _COLUMN_WIDTHS[role] / 2
         texts.append(f'<text x="{middle:.0f}" y="16" text-anchor="middle" fill="{_COLOURS[role]}">{role}</text>')
-        left += unit * wanted[role]
-    word = (width - 104.0, max(60.0, (34 + y) / 2))
+        left += unit * _COLUMN_WIDTHS[role]
+    return _Plan(places, texts, y)
+
+
+def _word(circuit: Circuit, place: tuple[float, float]) -> str:
     said = ", ".join(circuit.words)
     name = said if len(said) <= 14 else said[:13] + "…"
-    texts.append(
-        f'<g><title>{shown_text(said)}</title><rect x="{word[0]:.0f}" y="{word[1] - 15:.0f}" width="100" height="30" '
-        f'rx="6" fill="#ffe28a" stroke="#d4a72c"/><text x="{word[0] + 50:.0f}" y="{word[1] + 5:.0f}" '
+    return (
+        f'<g><title>{shown_text(said)}</title><rect x="{place[0]:.0f}" y="{place[1] - 15:.0f}" width="100" height="30" '
+        f'rx="6" fill="#ffe28a" stroke="#d4a72c"/><text x="{place[0] + 50:.0f}" y="{place[1] + 5:.0f}" '
         f'text-anchor="middle" font-weight="600">{shown_text(name)}</text></g>'
     )
-    heaviest = max((size(e.weight) for e in edges), default=0.0) or 1.0
-    colours = {f.id: _COLOURS[f.role] for f in shown}
-    curves = []
-    for edge in edges:
-        if edge.source not in places or (edge.target is not None and edge.target not in places):
-            continue
-        (x1, y1), (x2, y2) = places[edge.source], word if edge.target is None else places[edge.target]
-        bend, share = max(30.0, abs(x2 - x1) / 2), size(edge.weight) / heaviest
-        dash = ' stroke-dasharray="4 3"' if edge.weight < 0 else ""
-        end = "the word" if edge.target is None else _name(edge.target)
-        curves.append(
-            f'<path d="M{x1:.1f},{y1:.1f} C{x1 + bend:.1f},{y1:.1f} {x2 - bend:.1f},{y2:.1f} {x2:.1f},{y2:.1f}" '
-            f'fill="none" stroke="{colours[edge.source]}" stroke-width="{0.5 + 3.5 * share:.2f}" '
-            f'stroke-opacity="{0.2 + 0.4 * share:.2f}"{dash}>'
-            f"<title>{_name(edge.source)} → {end}: {signed(edge.weight)}</title></path>"
-        )
-    dots = [_dot(f, places[f.id], largest, known.get(f.id), link(f.id)) for f in shown]
+
+
+def _curve(
+    edge: CircuitEdge, start: tuple[float, float], stop: tuple[float, float], colour: str, heaviest: float
+) -> str:
+    (x1, y1), (x2, y2) = start, stop
+    bend, share = max(30.0, abs(x2 - x1) / 2), size(edge.weight) / heaviest
+    dash = ' stroke-dasharray="4 3"' if edge.weight < 0 else ""
+    end = "the word" if edge.target is None else _name(edge.target)
     return (
-        f'<svg class="circuit" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {max(y, 90):.0f}" '
-        f'role="img" aria-label="the circuit" font-family="system-ui, sans-serif" font-size="12">{"".join(curves)}'
-        f"{''.join(texts)}{''.join(dots)}</svg>"
+        f'<path d="M{x1:.1f},{y1:.1f} C{x1 + bend:.1f},{y1:.1f} {x2 - bend:.1f},{y2:.1f} {x2:.1f},{y2:.1f}" '
+        f'fill="none" stroke="{colour}" stroke-width="{0.5 + 3.5 * share:.2f}" '
+        f'stroke-opacity="{0.2 + 0.4 * share:.2f}"{dash}>'
+        f"<title>{_name(edge.source)} → {end}: {signed(edge.weight)}</title></path>"
     )
 
 

@@ -25,8 +25,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from tl_adapters.adapter import FeatureId
 from tl_adapters.benchmarks import Response, rate, respond, traces_of
@@ -39,25 +37,24 @@ from tl_adapters.circuit_controls import (
     strongest_neurons,
     without_neurons,
 )
-from tl_adapters.circuit_roles import Sorted, circuit_edges, effects_at, sort_features
-from tl_adapters.circuit_search import Search, SearchOptions, search_circuit
+from tl_adapters.circuit_criteria import CUT, criteria
+from tl_adapters.circuit_finding import Found, find_circuit
+from tl_adapters.circuit_roles import effects_at
+from tl_adapters.circuit_search import SearchOptions, search_circuit
 from tl_adapters.circuit_trials import answers, corrected, mediation, probabilities, record
 from tl_adapters.circuits import Circuit
 from tl_adapters.completions import drawing
 from tl_adapters.data import Trace
-from tl_adapters.features import ALIVE_FIRINGS
 from tl_adapters.intervals import Figure
 from tl_adapters.interventions import only
-from tl_adapters.moments import Behaviour, BehaviourError, Moments, find_moments
-from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.moments import Behaviour, BehaviourError, find_moments
+from tl_adapters.paired import PairedModel
 from tl_adapters.subjects import Subject, kinds_of_hesitation
 from tl_adapters.variants import Variant, less, on_route, without
 from tl_adapters.views import escape, table
 
 log = logging.getLogger(__name__)
 
-FEWEST_MOMENTS = 20
-"""With fewer moments on the select problems there is no behaviour to find a circuit of."""
 PROBABILITY_DOCUMENTS = 400
 """Report documents over which probabilities are read: they vary less than answers do."""
 OTHERS = 4
@@ -67,8 +64,6 @@ MEDIATION_DOCUMENTS = 200
 DOSE_PROBLEMS = 300
 """Report problems that are answered at every dose."""
 DOSES = (4, 8, 16, 24, 32, 48, 64, 96, 128)
-CUT = 0.95
-"""Share of the hesitation rate that is to be gone for the circuit to count as necessary."""
 
 
 @dataclass(frozen=True)
@@ -89,26 +84,6 @@ class StudyOptions:
     def __post_init__(self) -> None:
         if self.draws < 1 or self.probability_draws < 1 or self.temperature <= 0:
             raise BehaviourError(f"Got {self}; draws are at least 1 each, and the temperature is above 0.")
-
-
-@dataclass(frozen=True)
-class Found:
-    """A circuit with what it was found in."""
-
-    circuit: Circuit
-    """Features and roles; empty where there was nothing to find."""
-    moments: Moments
-    """Of the select problems."""
-    alive: Bool[Tensor, "n_layers n_features"]
-    """Features that fired often enough to be asked."""
-    firings: Float[Tensor, "n_layers n_features"]
-    """Summed activation in decoder-norm units over the select texts."""
-    l0: float
-    """Active features per token and layer."""
-    search: Search | None
-    """How the search went; None where there was nothing to search."""
-    roles: Sorted | None
-    """Everything that was sorted."""
 
 
 @dataclass
@@ -134,76 +109,6 @@ class BehaviourStudy:
             for c in self.block.get("criteria", [])
         ]  # fmt: skip
         return table(["asked", "measured", "to be", "reached"], rows) + self.circuit._repr_html_()
-
-
-def find_circuit(
-    pair: PairedModel,
-    traces: Sequence[Trace],
-    behaviour: Behaviour | None = None,
-    *,
-    split: str = "select",
-    options: SearchOptions | None = None,
-    progress: bool = True,
-) -> Found:
-    """Moments, search and roles, in texts that the target wrote.
-
-    Args:
-        pair: with adapters on every layer.
-        traces: the target's own responses (`benchmarks.traces_of`), of problems that nothing is reported on.
-        behaviour: hesitation by default.
-        split: of the problems, recorded in the circuit.
-        options: of the search.
-        progress: show a bar.
-
-    A target with fewer than `FEWEST_MOMENTS` moments has an empty circuit. Raises BehaviourError for a behaviour that
-    no token begins, or adapters that are dead.
-    """
-    behaviour, options = behaviour or Behaviour(), options or SearchOptions()
-    adapters = pair.installed_adapters()
-    words = behaviour.tokens(pair, traces)
-    moments = find_moments(pair, traces, behaviour)
-    fired, mass, l0 = _activity(pair, moments)
-    alive = fired >= ALIVE_FIRINGS * min(1.0, int(moments.predicting.sum()) / 100_000)
-    alive &= fired > 0
-    if not bool(alive.any()):
-        raise BehaviourError("No feature of these adapters fires on the target's text; train them first.")
-    search = roles = None
-    if int(moments.moment.sum()) >= FEWEST_MOMENTS:
-        search = search_circuit(pair, moments, alive, options, progress)
-        roles = sort_features(pair, moments, search.order, alive)
-    circuit = Circuit(
-        behaviour=behaviour.name,
-        words=tuple(words),
-        features=() if roles is None else roles.features,
-        strength=options.strength,
-        split=split,
-        fingerprints={**pair.fingerprints, "adapters": adapters.fingerprint},
-        n_features=adapters.n_features,
-        n_layers=pair.n_layers,
-        threshold=0.0 if roles is None else roles.threshold,
-        edges=() if roles is None else circuit_edges(pair, moments, roles.features),
-    )
-    return Found(circuit, moments, alive, mass, l0, search, roles)
-
-
-@torch.no_grad()
-def _activity(pair: PairedModel, moments: Moments) -> tuple[Tensor, Tensor, float]:
-    """Firings and summed activation (in decoder-norm units) of every feature over a text, and the mean L0."""
-    adapters = pair.installed_adapters()
-    fired = torch.zeros(pair.n_layers, adapters.n_features)
-    mass, n = torch.zeros_like(fired), 0
-    norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1).cpu() for adapter in adapters])
-    for _, batch in moments.batches():
-        batch = batch.to(pair.model.W_E.device)
-        real = batch.predicting
-        with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
-            pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
-        n += int(real.sum())
-        for layer in range(pair.n_layers):
-            here = acts[layer][real].float()
-            fired[layer] += (here > 0).sum(0).cpu()
-            mass[layer] += here.sum(0).cpu()
-    return fired, mass * norms, float(fired.sum()) / max(1, n * pair.n_layers)
 
 
 def analyze_hesitation(
@@ -320,7 +225,7 @@ class _Study:
                 block[name] = found
         reached = [d["n"] for d in block["dose"] if d["hesitation_cut"] >= CUT]
         block["smallest"] = {"n": min(reached, default=None), "cut": CUT}
-        block["criteria"] = self.criteria(block)
+        block["criteria"] = criteria(block, self.some)
         return block
 
     # -- size -----------------------------------------------------------------------------------------------------
@@ -562,58 +467,6 @@ class _Study:
             for i in order[:4]
         ]
 
-    # -- what was asked -------------------------------------------------------------------------------------------
-
-    def criteria(self, block: dict[str, Any]) -> list[dict[str, Any]]:
-        """The bars that a circuit of hesitation is to pass, and whether this one does."""
-        need, suffices, said = block["necessity"], block["sufficiency"], block["probabilities"]
-        out: list[dict[str, Any]] = []
-
-        def ask(name: str, value: float | None, bar: str, reached: bool) -> None:
-            out.append({"name": name, "value": value, "bar": bar, "reached": bool(reached)})
-
-        share = block["circuit"]["share_of_alive"]
-        ask("circuit, share of the alive features", share, "at most 3 %", share <= 0.03 + 1 / block["circuit"]["alive"])
-        both = need["both"]
-        cut = both["hesitation_cut"].value if "hesitation_cut" in both else 0.0
-        ask("hesitation gone without it", cut, "at least 95 %", cut >= CUT)
-        shorter = -both["length_change"].value
-        ask("responses shorter without it", shorter, "at least 20 %", shorter >= 0.2)
-        key = "accuracy_change_without_slip" if self.slips is not None else "accuracy_change"
-        if key in both:
-            change = both[key]
-            ask("accuracy changed, where the target makes no slip (equivalence: its whole interval)", change.value,
-                "within 3 points", change.low >= -0.03 and change.high <= 0.03)  # fmt: skip
-        if "hesitation_cut" in need["random"]:
-            random = need["random"]["hesitation_cut"].value
-            ask("hesitation gone without matched random features", random, "less than 5 %", abs(random) < 0.05)
-        kept = said["hybrid + both"]["moment"].value / said["target"]["moment"].value
-        ask("P(word) at the target's moments, hybrid + circuit over target", kept, "at least 0.8", kept >= 0.8)
-        false = self._elsewhere(said["hybrid + both"])
-        ask("P(word) at all other places of the response, hybrid + circuit", false, "at most 0.05", false <= 0.05)
-        if "boundary" in said["hybrid + both"]:
-            at = said["hybrid + both"]["boundary"].value
-            ask("P(word) at matched boundaries, hybrid + circuit (stricter)", at, "at most 0.05", at <= 0.05)
-        change = suffices["both"]["accuracy_change"]
-        ask("accuracy, hybrid + circuit less hybrid", change.value, "within 5 points", abs(change.value) <= 0.05)
-        if "injected" in block:
-            i = block["injected"]
-            fall, rise = (
-                i[a].value - i[b].value for a, b in (("replacement", "replacement - both"), ("hybrid + both", "hybrid"))
-            )
-            clear = i["replacement - both"].high < i["replacement"].low
-            ask("injected errors corrected: lost without it", fall, "above 0, intervals apart", clear)
-            clear = i["hybrid + both"].low > i["hybrid"].high
-            ask("injected errors corrected: gained by the hybrid with it", rise, "above 0, intervals apart", clear)
-        return out
-
-    def _elsewhere(self, said: dict[str, Figure]) -> float:
-        """Over boundaries and all other places together, each by how many there are."""
-        counts = {place: float(getattr(self.some, place).sum()) for place in ("boundary", "elsewhere")}
-        there = [place for place in counts if place in said]
-        total = sum(counts[place] for place in there)
-        return sum(counts[place] * said[place].value for place in there) / max(1.0, total)
-
 
 def _mean_figures(draws: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
     """Mean over draws of random sets; the interval is over the draws' values, which differ more than documents do."""
@@ -622,7 +475,3 @@ def _mean_figures(draws: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
         values = torch.tensor([draw[place].value for draw in draws], dtype=torch.float64)
         found[place] = replace(first, value=float(values.mean()), low=float(values.min()), high=float(values.max()))
     return found
-
-
-__all__ = ["Behaviour", "BehaviourStudy", "Found", "StudyOptions", "analyze_behaviour", "analyze_hesitation"]
-__all__ += ["find_circuit"]

@@ -27,6 +27,7 @@ from tl_adapters.benchmarks import Response, correctness, rate, respond, traces_
 from tl_adapters.chat import encode_traces
 from tl_adapters.checkpoints import read_vocabulary
 from tl_adapters.circuit_search import SearchOptions
+from tl_adapters.circuit_stage import PROBLEMS, hesitation_stage
 from tl_adapters.compatibility import require_same_ids
 from tl_adapters.config import Dtype, RunConfig, TrainingConfig
 from tl_adapters.data import Trace
@@ -35,7 +36,6 @@ from tl_adapters.errors import UserError
 from tl_adapters.faithfulness import DocumentSums, faithfulness_block, features_block, measure_faithfulness
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.graph_pages import examine_moment
-from tl_adapters.hesitating import PROBLEMS, hesitation_stage
 from tl_adapters.hesitation import StudyOptions
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_recovered
 from tl_adapters.opening import (

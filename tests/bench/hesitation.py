@@ -16,8 +16,8 @@ import torch
 from tl_adapters import organism
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.chat import encode_traces
+from tl_adapters.circuit_stage import PROBLEMS, hesitation_stage
 from tl_adapters.config import RunConfig, TrainingConfig
-from tl_adapters.hesitating import PROBLEMS, hesitation_stage
 from tl_adapters.opening import BUILTIN_TRACES
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.recipe import Recipe, make_null_pair, make_pair

@@ -171,7 +171,7 @@ def add_hesitation(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 
 def _hesitation(args: argparse.Namespace) -> None:
-    from tl_adapters.hesitating import hesitation_of_run
+    from tl_adapters.circuit_stage import hesitation_of_run
     from tl_adapters.report import write_report
 
     name, _, source = (args.task or "").partition("=")
