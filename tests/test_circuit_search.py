@@ -11,7 +11,14 @@ from test_interventions import state
 from transformers import PreTrainedModel
 
 from tl_adapters.adapter import AdapterSet, FeatureId, TranscoderAdapter
-from tl_adapters.circuit_roles import THRESHOLD, circuit_edges, effects_at, sort_features
+from tl_adapters.circuit_roles import (
+    SHARE,
+    SUPPRESSES,
+    circuit_edges,
+    effects_at,
+    effects_on_what_follows,
+    sort_features,
+)
 from tl_adapters.circuit_search import Aims, SearchOptions, search_circuit
 from tl_adapters.interventions import ablated, gated, only, patched, scaled
 from tl_adapters.moments import BehaviourError, Moments, final_residual, log_odds, margins
@@ -411,6 +418,23 @@ def test_an_effect_with_others_held_is_its_slope_while_they_keep_their_values() 
         assert abs(float(differ[feature])) > 1e-2
 
 
+def test_an_effect_on_what_follows_is_the_slope_of_the_log_odds_of_what_comes() -> None:
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    effects = effects_on_what_follows(pair, moments, tokens_per_batch=30)
+    texts = moments.with_moments()
+    coming = torch.zeros_like(texts.tokens)
+    coming[:, :-1] = texts.tokens[:, 1:]
+
+    @torch.no_grad()
+    def measure(by: float, feature: FeatureId) -> float:
+        with pair.routed("replacement"), scaled(pair, [feature], 1 + by):
+            p = pair.model(texts.tokens).softmax(-1).gather(-1, coming[..., None])[..., 0][texts.follows]
+        return float((p / (1 - p)).log().mean())
+
+    for feature in strongest(effects):
+        assert abs(slope(lambda by, f=feature: measure(by, f)) / float(effects[feature]) - 1) < 1e-4
+
+
 def test_a_planted_circuit_is_sorted(circuit: tuple[PairedModel, Moments]) -> None:
     pair, moments = circuit
     sorted_ = sort_features(pair, moments, [TEMPLATE, OUTPUT], everything(pair))
@@ -421,7 +445,8 @@ def test_a_planted_circuit_is_sorted(circuit: tuple[PairedModel, Moments]) -> No
         hybrid = mean_margin(pair, moments)
     assert abs(sorted_.gap - (replacement_margin(pair, moments, "moment") - hybrid)) < 1e-5
     assert sorted_.gap > 5
-    assert sorted_.threshold == THRESHOLD * sorted_.gap
+    direct = effects_at(pair, moments).direct
+    assert sorted_.threshold == SHARE * float(direct[everything(pair)].clamp(min=0).sum())
     assert output.direct > 0.1 * sorted_.gap
     assert template.direct < sorted_.threshold < template.through
     edges = circuit_edges(pair, moments, sorted_.features)
@@ -441,12 +466,17 @@ def test_roles_are_what_the_formulas_say() -> None:
     sorted_ = sort_features(pair, moments, chosen, alive)
     outputs = [f for f in chosen if here.direct[f] >= sorted_.threshold]
     through = here.total - effects_at(pair, moments, held=outputs).total
+    follows = effects_on_what_follows(pair, moments)
+    assert sorted_.threshold == SHARE * float(here.direct[alive].clamp(min=0).sum())
+    enough = SHARE * float(follows[alive].clamp(min=0).sum())
     mine = sorted_.features[: len(chosen)]
     assert [f.id for f in mine] == chosen, "in the order in which they joined"
-    assert {f.role for f in mine} == {"output", "template", "continuation"}
+    assert {f.role for f in mine} == {"output", "template", "continuation", "other"}
     for f in mine:
-        expected = "output" if f.id in outputs else "template" if through[f.id] > 0 else "continuation"
-        assert f.role == expected
+        is_template, goes_on = through[f.id] >= sorted_.threshold, follows[f.id] >= enough
+        none = "template" if is_template else "continuation" if goes_on else "other"
+        assert f.role == ("output" if f.id in outputs else none)
+        assert f.follows == float(follows[f.id])
         assert f.direct == float(here.direct[f.id])
         assert f.total == float(here.total[f.id])
         assert f.through == (0 if f.id in outputs else float(through[f.id]))
@@ -455,7 +485,7 @@ def test_roles_are_what_the_formulas_say() -> None:
     against = torch.minimum(here.total, there.total)
     outside = [FeatureId(*f) for f in alive.nonzero().tolist() if FeatureId(*f) not in chosen]
     rest = sorted_.features[len(chosen) :]
-    assert {f.id for f in rest} == {f for f in outside if against[f] <= -sorted_.threshold}
+    assert {f.id for f in rest} == {f for f in outside if against[f] <= -sorted_.threshold * SUPPRESSES / SHARE}
     assert {f.role for f in rest} == {"suppress"}
     assert [float(against[f.id]) for f in rest] == sorted(float(against[f.id]) for f in rest), "strongest first"
     idle = [f for f in outside if max(abs(float(e.total[f])) for e in (here, there)) < sorted_.threshold / 10]

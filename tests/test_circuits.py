@@ -38,7 +38,9 @@ def made(fingerprint: str = "aaaa", n: int = 10, words: tuple[str, ...] = (" Wai
         role, size = ROLES[i % 5], 0.1 * (i + 1)
         total = -size if role == "suppress" else size
         id = FeatureId(i % 4, i)
-        features.append(CircuitFeature(id, role, total / 2, total / 4, total, math.nan if i == 0 else size, size))
+        features.append(
+            CircuitFeature(id, role, total / 2, total / 4, total, total / 8, math.nan if i == 0 else size, size)
+        )
     ids = [f.id for f in features]
     edges = [CircuitEdge(ids[1], None, 0.5)] + ([CircuitEdge(ids[0], ids[1], -0.2)] if n else [])
     return Circuit(
@@ -178,7 +180,7 @@ def test_distinct_directions() -> None:
     decoder = torch.stack([rows[0], rows[0] + 0.5 * rows[1], rows[0] + 1.2 * rows[1], -rows[0], rows[2]])
     with torch.no_grad():
         adapters[0].W_dec[:5] = decoder
-    features = tuple(CircuitFeature(FeatureId(0, i), "output", 1.0, 0.0, 1.0, 1.0, 1.0) for i in range(5))
+    features = tuple(CircuitFeature(FeatureId(0, i), "output", 1.0, 0.0, 1.0, 0.0, 1.0, 1.0) for i in range(5))
     circuit = replace(made(adapters.fingerprint), features=features)
     assert circuit.distinct_directions(adapters) == 3  # a chain of three, its opposite, and another
     assert circuit.distinct_directions(adapters, cosine=0.999) == 5

@@ -307,9 +307,9 @@ def test_features_are_read_from_the_command_line() -> None:
 
 def test_a_circuit_file_stands_for_its_features(tmp_path: Path) -> None:
     features = [
-        CircuitFeature(FeatureId(3, 1), "output", 1.0, 0.0, 1.0, 1.0, 1.0),
-        CircuitFeature(FeatureId(1, 4), "template", 0.0, 1.0, 1.0, 1.0, 1.0),
-        CircuitFeature(FeatureId(2, 2), "suppress", -1.0, 0.0, -1.0, -1.0, 1.0),
+        CircuitFeature(FeatureId(3, 1), "output", 1.0, 0.0, 1.0, 0.0, 1.0, 1.0),
+        CircuitFeature(FeatureId(1, 4), "template", 0.0, 1.0, 1.0, 0.0, 1.0, 1.0),
+        CircuitFeature(FeatureId(2, 2), "suppress", -1.0, 0.0, -1.0, 0.0, -1.0, 1.0),
     ]
     circuit = Circuit("hesitation", ("Wait",), tuple(features), 1.5, "select", {}, 8, 4, 0.1)
     path = circuit.save(tmp_path)

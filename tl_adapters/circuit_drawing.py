@@ -17,8 +17,14 @@ Link = Callable[[FeatureId], str | None]
 """A feature to the address of its page, or None."""
 WIDTH, TOP, LEFT, RIGHT, STEP = 1040.0, 34.0, 60.0, 130.0, 22.0
 """Of the drawing, its margins, and from one dot to the next."""
-_COLUMN_WIDTHS: dict[Role, float] = {"template": 1.2, "output": 1.2, "continuation": 1.0, "suppress": 0.8}
-_COLOURS = {"template": "#0969da", "output": "#d1570c", "continuation": "#1a7f37", "suppress": "#8250df"}
+_COLUMN_WIDTHS: dict[Role, float] = {"template": 1.2, "output": 1.2, "continuation": 1.0, "other": 0.6, "suppress": 0.8}
+_COLOURS = {
+    "template": "#0969da",
+    "output": "#d1570c",
+    "continuation": "#1a7f37",
+    "other": "#6e7781",
+    "suppress": "#8250df",
+}
 
 
 def draw_circuit(circuit: Circuit, store: FeatureStore | None, link: Link) -> str:

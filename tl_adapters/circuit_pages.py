@@ -48,6 +48,7 @@ _MEANS = {
     "output": "raise the word themselves",
     "template": "fire where it may come, and raise it through output features",
     "continuation": "raise what the word begins",
+    "other": "do none of this by themselves",
     "suppress": "lower it",
 }
 _HOLDERS = {
@@ -201,16 +202,26 @@ def _features(circuit: Circuit, store: FeatureStore | None, link: Link) -> str:
         name = f"{f.id.layer}.{f.id.index}"
         address = link(f.id)
         cells = [name if address is None else f'<a href="{escape(address)}">{name}</a>', f.role]
-        cells += [signed(value) for value in (f.direct, f.through, f.total, f.contrast)]
+        cells += [signed(value) for value in (f.direct, f.through, f.total, f.follows, f.contrast)]
         cells.append(short(f.mass))
         if store is not None:
             cells += _described(known.get(f.id))
         rows.append(cells)
-    header = ["feature", "role", "direct", "through output", "total", "over boundaries", "activation"]
+    header = [
+        "feature",
+        "role",
+        "direct",
+        "through output",
+        "total",
+        "on what follows",
+        "over boundaries",
+        "activation",
+    ]
     header += ["promotes", "fires on"] if store is not None else []
     text = (
         f"<p>The {len(chosen)} of {len(circuit):,} with the largest total effect; all are in circuit.json. Effects are "
-        "in nats of the word's log-odds, mean over the moments; <i>over boundaries</i>: total less that there.</p>"
+        "in nats of the word's log-odds, mean over the moments; <i>on what follows</i>: in nats of the log-odds of the "
+        "tokens after it; <i>over boundaries</i>: total less that there.</p>"
     )
     return f"<h2>Its features</h2>{text}{table(header, rows)}"
 

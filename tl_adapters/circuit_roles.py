@@ -5,17 +5,21 @@ nonlinear replacement, summed over every position that reaches a moment and aver
 
 * *direct*: what a feature writes at the moment itself, read by final norm and unembedding, nothing in between;
 * *total*: along all paths;
-* *through output features*: total, less total with the output features' activations held constant.
+* *through output features*: total, less total with the output features' activations held constant;
+* *on what follows*: total, but on the log-odds of the tokens that come after the word.
 
-The gap is the mean margin at the moments in the replacement less that in the hybrid. A feature of the circuit is
+An effect counts from `SHARE` of the summed positive effects of its kind, over all features asked: the final norm makes
+the margin flat where much is written, so nats mean little by themselves. A feature of the circuit is
 
-    output        direct >= THRESHOLD x gap
-    template      direct below that, and a positive effect through output features
-    continuation  neither: the search took it for what follows the word
+    output        its direct effect counts
+    template      it does not, and one through output features is positive and as large
+    continuation  neither, and its effect on what follows counts
+    other         none of these: the search took it for what it does together with others
 
 (Section 5 of arXiv 2602.20904 sorts by looking at features; here nothing is looked at.) Outside the circuit,
-*suppressors* have total <= -THRESHOLD x gap. *Bystanders* fire at twice the rate at moments that they have at
-boundaries, with a total effect of less than a tenth of the threshold: correlates of hesitation, not causes.
+*suppressors* have a total of `SUPPRESSES` of that sum below zero, at moments or at boundaries. *Bystanders* fire at
+twice the rate at moments that they have at boundaries, with a total effect of less than a tenth of what counts:
+correlates of hesitation, not causes.
 """
 
 from __future__ import annotations
@@ -36,8 +40,10 @@ from tl_adapters.interventions import by_layer, gated
 from tl_adapters.moments import Moments, final_residual, log_odds
 from tl_adapters.paired import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
 
-THRESHOLD = 0.005
-"""Share of the gap from which a direct effect makes an output feature: 200 such features would close it."""
+SHARE = 0.001
+"""Of the summed positive effects of all features, from which one effect counts."""
+SUPPRESSES = 0.01
+"""Of the same sum, with the other sign: what a suppressor does at least."""
 EDGE_TARGETS, EDGE_DOCUMENTS = 12, 40
 """Output features whose edges are read, and documents they are read on."""
 
@@ -102,6 +108,25 @@ def _into_residual(pair: PairedModel, rows: Tensor, layer: int) -> Tensor:
     return rows if weight is None else rows * weight.to(rows)
 
 
+def effects_on_what_follows(
+    pair: PairedModel, moments: Moments, tokens_per_batch: int = 4096
+) -> Float[Tensor, "n_layers n_features"]:
+    """Mean total effect of every feature on the log-odds of the tokens that come after the word, in nats."""
+    shape, device = (pair.n_layers, pair.installed_adapters().n_features), pair.model.W_E.device
+    total, n = torch.zeros(shape), 0
+    for _, batch in moments.with_moments().batches(tokens_per_batch):
+        batch = batch.to(device)
+        coming = batch.tokens.roll(-1, dims=1)[batch.follows][:, None]
+        gates = torch.ones(shape, device=device, requires_grad=True)
+        with torch.enable_grad(), gated(pair, dict(enumerate(gates))):
+            logits = pair.unembed(final_residual(pair, batch.tokens)[batch.follows])
+            others = logits.scatter(1, coming, -torch.inf).logsumexp(1)
+            odds = logits.gather(1, coming)[:, 0] - others
+        total += torch.autograd.grad(odds.sum(), gates)[0].cpu()
+        n += len(odds)
+    return total / max(1, n)
+
+
 @contextmanager
 def _constant(pair: PairedModel, features: Sequence[FeatureId]) -> Iterator[None]:
     """Chosen activations keep their values and pass no gradient on."""
@@ -147,35 +172,37 @@ def sort_features(
         alive: features that are asked at all.
     """
     here, elsewhere = effects_at(pair, moments), effects_at(pair, moments, "boundary")
-    gap = here.margin - _margin_in_hybrid(pair, moments)
-    threshold = THRESHOLD * gap
+    follows = effects_on_what_follows(pair, moments)
+    threshold, threshold_follows = (SHARE * float(e[alive].clamp(min=0).sum()) for e in (here.direct, follows))
     outputs = [f for f in chosen if float(here.direct[f]) >= threshold]
     through = here.total - effects_at(pair, moments, held=outputs).total
+    for f in outputs:
+        through[f] = 0.0  # held themselves, their gates pass nothing on: the difference would say nothing
 
-    def record(feature: FeatureId, role: Role) -> CircuitFeature:
-        total = float(here.total[feature])
-        # A held feature's own gate passes nothing on, so for output features the difference would say nothing.
-        by_way = 0.0 if feature in outputs else float(through[feature])
-        contrast, active = total - float(elsewhere.total[feature]), float(here.mass[feature])
-        return CircuitFeature(feature, role, float(here.direct[feature]), by_way, total, contrast, active)
-
-    def role(feature: FeatureId) -> Role:
-        if feature in outputs:
+    def role(f: FeatureId) -> Role:
+        if f in outputs:
             return "output"
-        return "template" if float(through[feature]) > 0 else "continuation"
+        if float(through[f]) >= threshold:
+            return "template"
+        return "continuation" if float(follows[f]) >= threshold_follows else "other"
+
+    def record(f: FeatureId, role: Role) -> CircuitFeature:
+        effects = (here.direct, through, here.total, follows, here.total - elsewhere.total, here.mass)
+        return CircuitFeature(f, role, *(float(effect[f]) for effect in effects))
 
     outside = alive.clone()
     for f in chosen:
         outside[f] = False
     against = torch.minimum(here.total, elsewhere.total)
-    suppress = _ids((outside & (against <= -threshold)).nonzero(), against)
+    against_it = outside & (against <= -threshold * SUPPRESSES / SHARE)
+    suppress = _ids(against_it.nonzero(), against)
     idle = outside & (here.total.abs() < threshold / 10) & (elsewhere.total.abs() < threshold / 10)
     before = idle & (here.rate > 0.05) & (here.rate >= 2 * elsewhere.rate)
     return Sorted(
         (*(record(f, role(f)) for f in chosen), *(record(f, "suppress") for f in suppress)),
         tuple(_ids(before.nonzero(), -here.mass)),
         threshold,
-        gap,
+        here.margin - _margin_in_hybrid(pair, moments),
     )
 
 

@@ -34,10 +34,10 @@ FILE = "circuit.json"
 HUB_FILE = "circuits/{}.json"
 SAME_DIRECTION = 0.8
 """Above this cosine of their decoder rows two features of a layer write the same direction."""
-Role = Literal["output", "template", "continuation", "suppress"]
+Role = Literal["output", "template", "continuation", "other", "suppress"]
 ROLES: tuple[Role, ...] = get_args(Role)
-PROMOTING: tuple[Role, ...] = ("output", "template", "continuation")
-"""The roles whose features raise the word; what `Circuit.ids` gives where no role is named."""
+PROMOTING: tuple[Role, ...] = ("output", "template", "continuation", "other")
+"""The roles of what was found to do the behaviour; what `Circuit.ids` gives where no role is named."""
 _SHOWN = 20
 
 
@@ -52,14 +52,16 @@ class CircuitFeature:
     id: FeatureId
     """Layer and index."""
     role: Role
-    """ "output" raises the word itself, "template" through output features, "continuation" what the word begins;
-    "suppress" lowers it."""
+    """ "output" raises the word itself, "template" through output features, "continuation" what the word begins,
+    "other" none of these by itself; "suppress" lowers the word."""
     direct: float
     """Mean direct effect at the moments: what it writes, read by the unembedding."""
     through: float
     """Mean effect at the moments through output features."""
     total: float
     """Mean effect at the moments along all paths."""
+    follows: float
+    """Mean effect on the log-odds of the tokens that come after the word, along all paths."""
     contrast: float
     """``total`` at the moments less that at matched boundaries, where the word could come and does not."""
     mass: float
@@ -283,12 +285,21 @@ class Circuit:
         strongest = sorted(self.features, key=lambda f: -_size(f.total))[:_SHOWN]
         rows = [
             [f"{f.id.layer}.{f.id.index}", f.role]
-            + [f"{value:+.3g}" for value in (f.direct, f.through, f.total, f.contrast)]
+            + [f"{value:+.3g}" for value in (f.direct, f.through, f.total, f.follows, f.contrast)]
             + [f"{f.mass:.3g}"]
             for f in strongest
         ]
         more = f"<p>... and {len(self) - _SHOWN} more, weaker ones.</p>" if len(self) > _SHOWN else ""
-        header = ["feature", "role", "direct", "through output", "total", "over boundaries", "activation"]
+        header = [
+            "feature",
+            "role",
+            "direct",
+            "through output",
+            "total",
+            "on what follows",
+            "over boundaries",
+            "activation",
+        ]
         return f"<p><b>{escape(self.behaviour)}</b> ({words}): {said}.</p>" + table(header, rows) + more
 
 
@@ -307,7 +318,7 @@ def _circuit_of(record: Mapping[str, Any]) -> Circuit:
     for item in record["features"]:
         if item["role"] not in ROLES:
             raise ValueError(f"no role {item['role']!r}; there are {', '.join(ROLES)}")
-        numbers = {name: _number(item[name]) for name in ("direct", "through", "total", "contrast", "mass")}
+        numbers = {name: _number(item[name]) for name in ("direct", "through", "total", "follows", "contrast", "mass")}
         features.append(CircuitFeature(id_of(item["id"]), item["role"], **numbers))
     if len({f.id for f in features}) < len(features):
         raise ValueError("a feature is in it twice")
