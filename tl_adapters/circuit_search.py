@@ -9,10 +9,10 @@ Every feature has a gate. The circuit S has three aims, each a number over texts
 3. *continuation*: KL(target || hybrid + S) over what follows the word. Without it the hybrid says "Wait" and closes its
    thinking: the word comes and the answer breaks.
 
-Each round scores every alive feature by what it would still do *given what is in S*: minus the gradient of each aim
-with respect to its gate, in units of what the aim's best 2 x ``per_round`` would do and by how much of the aim is
-left. The best ``per_round`` join S, until S is as large as asked for. So copies of what is in S already, which have a
-large effect of their own, are not taken again: a ranking by effect alone takes them all.
+What is left is their weighted sum, in nats. Each round scores every alive feature by what it would still take off it
+*given what is in S*: minus the gradient with respect to its gate. The best ``per_round`` join S, until S is as large as
+asked for. So copies of what is in S already, which have a large effect of their own, are not taken again: a ranking by
+effect alone takes them all.
 
 The order in which features joined is kept: the first n of it are the circuit of size n.
 """
@@ -35,9 +35,6 @@ from tl_adapters.interventions import gated
 from tl_adapters.moments import BehaviourError, Moments, final_residual, log_odds
 from tl_adapters.paired import PairedModel
 
-_NEAR = (0.8, 0.5, 0.1)
-"""Nats from which an aim (necessity, sufficiency, continuation) is near its goal."""
-
 
 @dataclass(frozen=True)
 class SearchOptions:
@@ -45,17 +42,17 @@ class SearchOptions:
 
     share: float = 0.03
     """Size of the circuit, as a share of the alive features."""
-    per_round: int = 5
+    per_round: int = 3
     """Features that join in a round; fewer is slower and repeats less."""
     strength: float = 1.75
     """Factor of the circuit's activations where it is added to the hybrid: a small part of what fires there in the
     replacement has to do the work of all."""
     necessity: float = 1.0
     """Weight of the word not coming without the circuit."""
-    sufficiency: float = 0.08
+    sufficiency: float = 0.3
     """Weight of the word coming with it, where the target says it and nowhere else."""
-    continuation: float = 0.45
-    """Weight of what follows the word."""
+    continuation: float = 10.0
+    """Weight of what follows the word: a tenth of a nat a token there is an answer that breaks."""
     documents: int = 120
     """Documents with a moment that are read in a round."""
     tokens_per_batch: int = 4096
@@ -149,46 +146,38 @@ def search_circuit(
 def _score(
     pair: PairedModel, references: Sequence[_Reference], chosen: Tensor, options: SearchOptions
 ) -> tuple[Float[Tensor, "n_layers n_features"], Aims]:
-    """What each feature would still do, and what is left to do."""
-    gradients = [torch.zeros(chosen.shape) for _ in range(3)]
-    totals = [0.0, 0.0, 0.0]
-    for reference in references:
-        for i, (value, gradient) in enumerate(_aims(pair, reference, chosen.float(), options.strength)):
-            totals[i] += value
-            gradients[i] += gradient
-    n_moments = sum(int(r.batch.moment.sum()) for r in references)
-    counts = (n_moments, sum(int(r.places.sum()) for r in references), sum(len(r.goes_on) for r in references))
-    values = [total / max(1, n) for total, n in zip(totals, counts, strict=True)]
+    """What each feature would still take off the weighted sum, and what is left of every aim."""
+    counts = [
+        max(1, sum(int(places.sum()) for places in kind))
+        for kind in zip(*((r.batch.moment, r.places, r.batch.follows) for r in references), strict=True)
+    ]
     weights = (options.necessity, options.sufficiency, options.continuation)
-    score = torch.zeros(chosen.shape)
-    for gradient, value, weight, near in zip(gradients, values, weights, _NEAR, strict=True):
-        # Near its goal an aim counts in proportion to what is left of it: what is reached asks for no more.
-        best = gradient.clamp(min=0).flatten().topk(min(2 * options.per_round, gradient.numel())).values.sum()
-        score += weight * min(1.0, value / near) * gradient / best.clamp(min=1e-12)
-    return score, Aims(int(chosen.sum()), *values)
+    score, left = torch.zeros(chosen.shape), [0.0, 0.0, 0.0]
+    for reference in references:
+        joined = chosen.float().to(reference.said.device).requires_grad_()
+        with torch.enable_grad():
+            sums = _aims(pair, reference, joined, options.strength)
+            weighted = torch.stack([w / n * s for w, n, s in zip(weights, counts, sums, strict=True)]).sum()
+            score -= torch.autograd.grad(weighted, joined)[0].cpu()
+        left = [so_far + float(s.detach()) / n for so_far, n, s in zip(left, counts, sums, strict=True)]
+    return score, Aims(int(chosen.sum()), *left)
 
 
 def _aims(
-    pair: PairedModel, reference: _Reference, chosen: Tensor, strength: float
-) -> Iterator[tuple[float, Float[Tensor, "n_layers n_features"]]]:
-    """Sum over places of each aim, and minus its gradient with respect to the gates of S."""
+    pair: PairedModel, reference: _Reference, joined: Float[Tensor, "n_layers n_features"], strength: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each aim, summed over its places, with S as far in as ``joined`` says (0 to 1)."""
     batch = reference.batch
-    device = batch.tokens.device
-    without = (1 - chosen).to(device).requires_grad_()
-    with torch.enable_grad(), gated(pair, dict(enumerate(without))):
+    with gated(pair, dict(enumerate(1 - joined))):
         margin = log_odds(pair.unembed(final_residual(pair, batch.tokens)[batch.moment]), batch.words)
         necessity = F.softplus(margin + 2).sum()
-    # Joining S lowers a gate here, so what falls with the gate is what joining would do.
-    yield float(necessity.detach()), torch.autograd.grad(necessity, without)[0].cpu()
-    added = (chosen * strength).to(device).requires_grad_()
-    with torch.enable_grad(), gated(pair, dict(enumerate(added)), decoder_bias=False):
+    with gated(pair, dict(enumerate(joined * strength)), decoder_bias=False):
         residual = final_residual(pair, batch.tokens)
         margin = log_odds(pair.unembed(residual[reference.places]), batch.words)
         sufficiency = (F.softplus(margin) - reference.said * margin).sum()
         going_on = pair.unembed(residual[batch.follows]).log_softmax(-1)
         continuation = (reference.goes_on.exp() * (reference.goes_on - going_on)).sum()
-    yield float(sufficiency.detach()), -torch.autograd.grad(sufficiency, added, retain_graph=True)[0].cpu()
-    yield float(continuation.detach()), -torch.autograd.grad(continuation, added)[0].cpu()
+    return necessity, sufficiency, continuation
 
 
 @contextmanager
