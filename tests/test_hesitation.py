@@ -20,6 +20,7 @@ from tl_adapters.circuit_criteria import CUT
 from tl_adapters.circuit_finding import FEWEST_MOMENTS, find_circuit
 from tl_adapters.circuit_search import SearchOptions
 from tl_adapters.circuit_trials import answers, probabilities, record
+from tl_adapters.circuits import ROLES
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data import Trace
 from tl_adapters.hesitation import BehaviourStudy, StudyOptions, analyze_behaviour, analyze_hesitation
@@ -106,8 +107,9 @@ def figures(block: Any) -> list[Figure]:
 def test_every_part_is_there_and_goes_into_results(study: BehaviourStudy) -> None:
     block = json.loads(json.dumps(plain(study.block), allow_nan=False))
     assert set(block) == {
-        "behaviour", "words", "moments", "circuit", "probabilities", "necessity", "sufficiency", "transfer",
-        "injected", "mediation", "dose", "smallest", "kinds", "sampled", "suppressors", "bystanders", "criteria",
+        "behaviour", "words", "moments", "circuit", "probabilities", "other_words", "necessity", "sufficiency",
+        "transfer", "injected", "mediation", "dose", "smallest", "kinds", "sampled", "suppressors", "bystanders",
+        "criteria",
     }  # fmt: skip
     assert (block["behaviour"], set(block["words"])) == ("hesitation", {"Wait", "wait", " Wait"})
     assert set(block["necessity"]) == {*REMOVALS, "other_tokens"}
@@ -149,7 +151,7 @@ def test_the_circuit_is_as_large_as_it_says(study: BehaviourStudy, pair: PairedM
     assert found.search is not None
     assert set(promoting) == set(found.search.order)
     assert size["n"] == len(promoting) == round(SEARCH.share * size["alive"]) == sum(size["by_layer"])
-    assert size["n"] == size["output"] + size["template"] + size["continuation"]
+    assert size["n"] == sum(size[role] for role in ROLES if role != "suppress")
     assert size["suppress"] == len(circuit.ids("suppress"))
     assert size["alive"] == int(found.alive.sum())
     assert size["share_of_alive"] == size["n"] / size["alive"]
@@ -199,6 +201,20 @@ def test_arms_are_what_their_names_say(study: BehaviourStudy, pair: PairedModel,
     assert moments.counts["moments"] >= 3
     for name, variant in (("replacement - both", without(order)), ("hybrid + both", inserted)):
         assert plain(study.block["probabilities"][name]) == plain(probabilities(pair, moments, variant, "report"))
+
+
+def test_words_that_nothing_was_chosen_on_are_read_at_the_same_places(
+    study: BehaviourStudy, pair: PairedModel, subject: Subject
+) -> None:
+    tokenizer, found = pair.model.tokenizer, study.block["other_words"]
+    held_out = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Hmm", " Hmm", "hmm", " hmm", "No")]
+    assert all(len(ids) == 1 for ids in held_out)
+    moments = find_moments(pair, traces_of(respond(pair.model, subject.report, max_new_tokens=LIMIT), tokenizer))
+    others = replace(moments, words=tuple(ids[0] for ids in held_out))
+    expected = probabilities(pair, others, without(list(study.found.search.order)), "report")  # type: ignore[union-attr]
+    assert plain(found["replacement - both"]) == plain(expected)
+    assert set(found) == {"target", "replacement", "replacement - both", "words banned", "hybrid", "hybrid + both"}
+    assert found["words banned"]["moment"].value > found["replacement"]["moment"].value, "what is banned goes there"
 
 
 def test_doses_grow_to_the_whole(study: BehaviourStudy) -> None:
@@ -322,7 +338,7 @@ def test_a_target_that_never_says_the_word_has_no_circuit_and_no_arms() -> None:
     assert set(study.block) == {"behaviour", "words", "moments", "circuit"}
     size = study.block["circuit"]
     assert size["alive"] > 0
-    assert {size[name] for name in ("n", "output", "template", "continuation", "suppress", "share_of_alive")} == {0}
+    assert {size[name] for name in ("n", *ROLES, "share_of_alive")} == {0}
     assert (study.circuit.features, study.examples) == ((), [])
     assert study.found.search is None
     json.dumps(plain(study.block), allow_nan=False)

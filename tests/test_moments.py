@@ -181,6 +181,13 @@ def test_a_function_that_finds_the_words_finds_the_same(pair: PairedModel, wait:
     assert all(torch.equal(getattr(found, kind), getattr(plain, kind)) for kind in KINDS)
 
 
+def test_words_may_be_those_that_other_texts_told(pair: PairedModel, wait: int, written: list[Trace]) -> None:
+    never = Behaviour("never", find=lambda trace: [])
+    found = find_moments(pair, written, never, words=(wait, 9))
+    assert found.words == (wait, 9)
+    assert not found.moment.any()
+
+
 def test_several_words_are_one_behaviour(pair: PairedModel, written: list[Trace]) -> None:
     both, one, other = (
         find_moments(pair, written, Behaviour(words=words)) for words in (("Wait", "Hmm"), ("Wait",), ("Hmm",))

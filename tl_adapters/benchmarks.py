@@ -105,7 +105,7 @@ def respond(
     problems: Sequence[Checkable],
     *,
     max_new_tokens: int = 160,
-    batch_size: int = 500,
+    batch_size: int = 250,
     temperature: float = 0.0,
     top_p: float = 1.0,
     prefill: str | Sequence[str] = "",

@@ -42,7 +42,7 @@ from tl_adapters.circuit_finding import Found, find_circuit
 from tl_adapters.circuit_roles import effects_at
 from tl_adapters.circuit_search import SearchOptions, search_circuit
 from tl_adapters.circuit_trials import answers, corrected, mediation, probabilities, record
-from tl_adapters.circuits import Circuit
+from tl_adapters.circuits import ROLES, Circuit
 from tl_adapters.completions import drawing
 from tl_adapters.data import Trace
 from tl_adapters.intervals import Figure
@@ -52,6 +52,7 @@ from tl_adapters.paired import PairedModel
 from tl_adapters.subjects import Subject, kinds_of_hesitation
 from tl_adapters.variants import Variant, less, on_route, without
 from tl_adapters.views import escape, table
+from tl_adapters.vocabulary import hesitation_tokens
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class _Study:
         self.found = find_circuit(
             pair, traces_of(said, tokenizer), behaviour, options=options.search, progress=progress
         )
-        self.moments = find_moments(pair, traces_of(self.target, tokenizer), behaviour)
+        self.moments = find_moments(pair, traces_of(self.target, tokenizer), behaviour, self.found.moments.words)
         self.some = self.moments.rows(range(min(PROBABILITY_DOCUMENTS, len(self.moments))))
         self.counted = sorted({word.strip().casefold() for word in self.found.circuit.words})
         self.slips = (
@@ -208,6 +209,7 @@ class _Study:
         block["circuit"]["share_of_mass"] = self.masses
         parts: dict[str, Callable[[], Any]] = {
             "probabilities": self.probabilities,
+            "other_words": self.other_words,
             "necessity": self.necessity,
             "sufficiency": self.sufficiency,
             "transfer": self.transfer,
@@ -237,7 +239,7 @@ class _Study:
         n, alive = len(self.order), int(found.alive.sum())
         return {
             "n": n,
-            **{role: len(circuit.ids(role)) for role in ("output", "template", "continuation", "suppress")},
+            **{role: len(circuit.ids(role)) for role in ROLES},
             "alive": alive,
             "share_of_alive": n / alive,
             "share_of_all": n / found.alive.numel(),
@@ -286,6 +288,24 @@ class _Study:
             found[name] = _mean_figures([measure(variant=make(features)) for features in sets])
         return found
 
+    def other_words(self) -> dict[str, dict[str, Figure]]:
+        """Probability, at the same places, of words that nothing was chosen on."""
+        if not self.subject.held_out:
+            return {}
+        found = hesitation_tokens(self.pair.model.tokenizer, self.subject.held_out)
+        if not (tokens := tuple(sorted(set(found.values()) - set(self.some.words)))):
+            return {}
+        texts = replace(self.some, words=tokens)
+        arms = {
+            "target": on_route("target"),
+            "replacement": on_route("replacement"),
+            "replacement - both": without(self.order),
+            "words banned": shifted_logits(self.found.moments.words, -torch.inf),
+            "hybrid": on_route("hybrid"),
+            "hybrid + both": self.added(self.order),
+        }
+        return {name: probabilities(self.pair, texts, variant, "report") for name, variant in arms.items()}
+
     def _arm(self, baseline: Sequence[Response] | None, variant: Variant, opened: bool = False) -> dict[str, Any]:
         said = answers(self.pair, self.subject, variant, opened=opened)
         self.latest = said
@@ -312,7 +332,7 @@ class _Study:
         roles = self.found.roles
         rivals = {
             "ban": shifted_logits(words, -torch.inf),
-            "logit_bias": shifted_logits(words, -(roles.gap if roles else 0.0)),
+            "logit_bias": shifted_logits(words, -max(0.0, roles.gap) if roles else 0.0),
             "steering": best_steering(pair, self.found.moments),
             "neurons": without_neurons(strongest_neurons(pair, self.found.moments, len(self.order))),
         }

@@ -114,18 +114,24 @@ class Moments:
         return Moments(places[0], places[1], places[2], places[3], places[4], self.words)
 
 
-def find_moments(pair: PairedModel, traces: Sequence[Trace], behaviour: Behaviour | None = None) -> Moments:
+def find_moments(
+    pair: PairedModel,
+    traces: Sequence[Trace],
+    behaviour: Behaviour | None = None,
+    words: Sequence[int] | None = None,
+) -> Moments:
     """Moments, matched boundaries and what follows, in texts that the target wrote.
 
     Args:
         pair: whose tokenizer knows the words.
         traces: the target's own responses (`benchmarks.traces_of`); none of the prompt counts.
         behaviour: hesitation by default.
+        words: tokens that begin it, where other texts have told; None asks these.
 
     Raises BehaviourError where no token begins the behaviour. A target that never does it has no moments.
     """
     behaviour = behaviour or Behaviour()
-    words = tuple(behaviour.tokens(pair, traces).values())
+    words = tuple(behaviour.tokens(pair, traces).values()) if words is None else tuple(words)
     batch = collate(traces)
     predicting, coming = batch.predicting_response, torch.zeros_like(batch.tokens)
     coming[:, :-1] = batch.tokens[:, 1:]

@@ -45,6 +45,8 @@ class Subject:
     """Did this answer of the target contain a wrong step?"""
     injections: Sequence[Injection] = ()
     """Wrong steps to be corrected, of report problems."""
+    held_out: Sequence[str] = ()
+    """Other words of the behaviour, which nothing is chosen on."""
     signs: dict[str, str] = field(default_factory=dict)
     """Other signs of the behaviour than its words: name to a regular expression that is counted in answers."""
     max_new_tokens: int = 160
@@ -67,6 +69,7 @@ def builtin_subject(
         report,
         slipped=lambda problem, response: any(step.wrong for step in written_steps(problem, response.text)),
         injections=injections,
+        held_out=("Hmm", "No"),
         signs={"another word": r"(?i)\b(?:hmm|no)\b", "a check without a word": r"(?m)^\d[+-]\d+="},
         max_new_tokens=max_new_tokens,
     )
