@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
+from filelock import FileLock
 from jaxtyping import install_import_hook
 
 check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
@@ -30,6 +31,9 @@ from transformers import (  # noqa: E402
 
 from tl_adapters.data import Batch, Trace, collate  # noqa: E402
 from tl_adapters.paired import PairedModel  # noqa: E402
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)  # one core each: as many workers as cores
 
 
 @pytest.fixture(autouse=True)
@@ -172,9 +176,14 @@ def small_scale():  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one small demo; no test changes it."""
+    """The folder of one small demo; no test changes it, and workers share it."""
     from tl_adapters.study import demo
 
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    assert demo(folder, small_scale(), progress=False) == folder / "report.html"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "runs" / "demo"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.parent / "lock"):
+        if not (folder.parent / "made").exists():
+            assert demo(folder, small_scale(), progress=False) == folder / "report.html"
+            (folder.parent / "made").touch()
     return folder
