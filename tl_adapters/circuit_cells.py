@@ -15,8 +15,8 @@ _ARMS = {
     "none": "nothing changed",
     "output": "output features",
     "template": "template features",
-    "both": "both",
-    "both_at_1": "both, at strength 1",
+    "both": "the whole circuit",
+    "both_at_1": "whole, at strength 1",
     "random": "random features",
     "bias_only": "decoder biases only",
     "b_dec_only": "decoder biases only",
@@ -103,7 +103,7 @@ def shown(value: Any, as_share: bool | None = None) -> str:
 
 def arm_name(name: str) -> str:
     """As a reader is told it, escaped."""
-    return shown_text(_ARMS.get(name, name))
+    return shown_text(_ARMS.get(name, name.replace(" both", " the circuit")))
 
 
 def nan(value: float | None) -> float:

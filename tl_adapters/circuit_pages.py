@@ -59,7 +59,7 @@ _HOLDERS = {
 _FACTS: tuple[tuple[str, str, bool | None], ...] = (
     ("share_of_alive", "promoting features, as a share of the alive ones", True),
     ("share_of_all", "as a share of all features", True),
-    ("share_of_activation", "of all activation at the moments", True),
+    ("share_of_activation", "of all activation over the texts it was found on", True),
     ("times_l0", "promoting features, over the features active per token", None),
     ("distinct_directions", "distinct directions they write", None),
     ("alive", "alive features", None),

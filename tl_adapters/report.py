@@ -278,7 +278,8 @@ def _attribution(b: Block) -> str:
 
 def _hesitation(b: Block) -> str:
     circuit = b.get("circuit") or {}
-    roles = ", ".join(f"{circuit[role]:,} {role}" for role in ("output", "template") if circuit.get(role) is not None)
+    kinds = ("output", "template", "continuation", "other")
+    roles = ", ".join(f"{circuit[role]:,} {role}" for role in kinds if circuit.get(role) is not None)
     share = circuit.get("share_of_alive")
     share = share.get("value") if isinstance(share, dict) else share
     words = ", ".join(map(escape, b.get("words") or []))
@@ -288,9 +289,10 @@ def _hesitation(b: Block) -> str:
     for block, title in (("necessity", "taken out of the replacement"), ("sufficiency", "added to the hybrid")):
         for arm in ("none", "output", "template", "both", "random"):
             if rate := (b.get(block) or {}).get(arm):
-                rows.append([f"{arm}, {title}", *_rate_cells(rate)])
+                named = "the whole circuit" if arm == "both" else arm
+                rows.append([f"{named}, {title}", *_rate_cells(rate)])
     header = ["features", "accuracy", "length, tokens", "hesitations per 1,000"]
-    text = f"<p>The features that make it say {words}: {roles or 'none of either role'} features{of}. See {link}.</p>"
+    text = f"<p>The features that make it say {words}: {roles or 'none of any role'} features{of}. See {link}.</p>"
     reached = [bool(c.get("reached")) for c in b.get("criteria") or []]
     said = f"<p>{sum(reached)} of {len(reached)} criteria reached.</p>" if reached else ""
     return f"<h2>The hesitation circuit</h2>{text}{table(header, rows) if rows else ''}{said}"

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.adapter import FeatureId
 from tl_adapters.chat import ChatFormat
+from tl_adapters.completions import drawing
 from tl_adapters.errors import UserError
 from tl_adapters.interventions import ablated, inserted, negated, scaled
 from tl_adapters.paired import PairedModel
@@ -191,9 +192,7 @@ def generate_variants(
     device = pair.model.W_E.device
     said: list[Continuation] = []
     for variant in tqdm(variants, disable=not progress, unit="variant"):
-        devices = [device] if device.type == "cuda" else []
-        with variant.entered(pair), _token_ids_only(pair), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with variant.entered(pair), _token_ids_only(pair), drawing(device, seed):
             out = pair.model.generate(
                 torch.tensor([list(prompt)], device=device),
                 max_new_tokens=min(max_new_tokens, n_ctx - len(prompt)),

@@ -6,7 +6,6 @@ null pair. What is in OUT already is not made again: pairs (forty minutes each o
 """
 
 import argparse
-import json
 import logging
 import random
 from pathlib import Path
@@ -27,6 +26,7 @@ from tl_adapters.subjects import builtin_subject
 from tl_adapters.training import Trainer
 
 DEFAULT = ["sums-0", "sums-1", "sums-2", "differences-0", "differences-1", "differences-2", "null-0"]
+KEPT = "P(word) at the target's moments, hybrid + circuit over target"
 KINDS: dict[str, Kind] = {"sums": "sums", "differences": "differences", "null": "sums"}
 
 
@@ -64,20 +64,65 @@ def study(out: Path, job: str) -> dict:
     return read_results(folder)["hesitation"]
 
 
+def rows(block: dict) -> dict[str, str]:
+    """What the README says of one study."""
+    size, need, suffices, said = (block[k] for k in ("circuit", "necessity", "sufficiency", "probabilities"))
+    both, none, asked = need["both"], need["none"], {c["name"]: c["value"] for c in block["criteria"]}
+
+    def percent(*shares: float | dict) -> str:
+        return ", ".join(f"{100 * (x['value'] if isinstance(x, dict) else x):.1f}" for x in shares)
+
+    def of(arms: dict, key: str, *names: str) -> list:
+        return [arms[name][key] if key else arms[name] for name in names]
+
+    roles = ("output", "template", "continuation", "other")
+    places = [said["hybrid + both"]["boundary"], asked["P(word) at all other places of the response, hybrid + circuit"]]
+    accuracy_by_slip = [of(need, f"accuracy_{slip}_slip", "none", "both") for slip in ("without", "with")]
+    mediation = block["mediation"]
+    return {
+        "features; % of the alive, of all activation": f"{size['n']}; "
+        + percent(size["share_of_alive"], size["share_of_activation"]),
+        "output, template, continuation, other": ", ".join(str(size[role]) for role in roles),
+        "hesitations per 1,000 tokens: replacement, without": f"{none['hesitation_per_1k']:.1f}, "
+        f"{both['hesitation_per_1k']:.1f}",
+        "gone, %: without circuit, matched random, most active others": percent(
+            *of(need, "hesitation_cut", "both", "random", "others")
+        ),
+        "responses shorter, %": percent(-both["length_change"]["value"]),
+        "accuracy, %, no slip: replacement, without": percent(*accuracy_by_slip[0]),
+        "accuracy, %, a slip: replacement, without": percent(*accuracy_by_slip[1]),
+        "P(Wait) at moments over the target's: hybrid + circuit": f"{asked[KEPT]:.2f}",
+        "P(Wait), %: at matched boundaries, at all other places": percent(*places),
+        "accuracy, %, thinking opened: hybrid, + circuit": percent(*of(suffices, "accuracy", "none", "both")),
+        "injected corrected, %: replacement, without, random, others, banned": percent(
+            *of(block["injected"], "", "replacement", "replacement - both", "replacement - random"),
+            *of(block["injected"], "", "replacement - others", "word banned"),
+        ),
+        "injected corrected, %: hybrid, + circuit, + random": percent(
+            *of(block["injected"], "", "hybrid", "hybrid + both", "hybrid + random")
+        ),
+        "target: hesitations per 1,000, circuit negated": ", ".join(
+            f"{x:.1f}" for x in of(block["transfer"], "hesitation_per_1k", "none", "negated")
+        ),
+        "other words per 1,000: without, banned": ", ".join(
+            f"{need[arm]['signs']['another word']:.1f}" for arm in ("both", "ban")
+        ),
+        "template off, nats; share of it through output, %": f"{mediation['total']['value']:.2f}; "
+        + (percent(mediation["share"]) if "share" in mediation else "-"),
+    }
+
+
 def table(found: dict[str, dict]) -> str:
-    lines = []
-    for name in dict.fromkeys(job.partition("-")[0] for job in found):
-        blocks = [block for job, block in found.items() if job.startswith(f"{name}-")]
-        asked = [c["name"] for c in blocks[0].get("criteria", [])]
-        if not asked:
-            n = [b["circuit"]["n"] for b in blocks]
-            lines.append(f"\n{name}: features in the circuit {n}, moments {[b['moments'] for b in blocks]}")
-            continue
-        lines += [f"\n| {name}, {len(blocks)} seeds | " + "seed by seed | bar | reached |", "|---|---|---|---|"]
-        for i, question in enumerate(asked):
-            answers = [b["criteria"][i] for b in blocks]
-            values = ", ".join(f"{a['value']:.3g}" for a in answers)
-            lines.append(f"| {question} | {values} | {answers[0]['bar']} | {sum(a['reached'] for a in answers)} |")
+    """Markdown: a column for each study that found a circuit, a row for each thing measured."""
+    studied = {job: rows(block) for job, block in found.items() if "criteria" in block}
+    lines = [f"{job}: no circuit; moments {block['moments']}" for job, block in found.items() if job not in studied]
+    if studied:
+        lines += ["", "| measured | " + " | ".join(studied) + " |", "|---" * (len(studied) + 1) + "|"]
+        for name in next(iter(studied.values())):
+            lines.append(f"| {name} | " + " | ".join(columns[name] for columns in studied.values()) + " |")
+    for job in studied:
+        missed = [c["name"] for c in found[job]["criteria"] if not c["reached"]]
+        lines.append(f"{job}, missed: {'; '.join(missed) or 'nothing'}")
     return "\n".join(lines)
 
 
@@ -91,7 +136,6 @@ def main() -> None:
     found = {}
     for job in options.jobs:
         found[job] = study(options.out, job)
-        print(job, json.dumps(found[job]["circuit"]), flush=True)
     print(table(found))
 
 
