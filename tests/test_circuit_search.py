@@ -210,7 +210,7 @@ def test_the_gradient_of_a_gate_is_its_finite_difference(pair: PairedModel) -> N
 
 # -- search -------------------------------------------------------------------------------------------------------
 
-SMALL = SearchOptions(share=6 / (4 * N_FEATURES), per_round=2, strength=1.0)
+SMALL = SearchOptions(share=6 / (4 * N_FEATURES), further=1.0, per_round=2, strength=1.0)
 
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
@@ -247,7 +247,7 @@ def test_a_copy_of_what_is_chosen_waits_for_what_else_there_is() -> None:
     pair, moments = doubled()
     total = effects_at(pair, moments).total
     assert set(strongest(total, 2)) == set(COPIES)
-    options = SearchOptions(2 / (4 * N_FEATURES), per_round=1, strength=2.0, necessity=0, continuation=0)
+    options = SearchOptions(2 / (4 * N_FEATURES), 1.0, 1, strength=2.0, necessity=0, continuation=0)
     search = search_circuit(pair, moments, everything(pair), options, progress=False)
     assert search.order[0] in COPIES
     assert search.order[1] == ALONE
@@ -295,6 +295,17 @@ def test_a_search_is_the_same_twice_and_takes_only_what_is_alive(circuit: tuple[
     assert search_circuit(pair, moments, few, SearchOptions(), progress=False).order == (TEMPLATE,), "at least one"
 
 
+def test_a_search_goes_on_beyond_the_circuit(circuit: tuple[PairedModel, Moments]) -> None:
+    pair, moments = circuit
+    small = search_circuit(pair, moments, everything(pair), replace(SMALL, further=2.5), progress=False)
+    large = search_circuit(pair, moments, everything(pair), replace(SMALL, share=15 / (4 * N_FEATURES)), progress=False)
+    assert (len(small.order), len(small.further)) == (6, 9)
+    assert small.order + small.further == large.order
+    assert [a.n for a in small.aims] == [0, 2, 4, 6, 8, 10, 12, 14, 15]
+    odd = search_circuit(pair, moments, everything(pair), replace(SMALL, per_round=4, further=1.5), progress=False)
+    assert [a.n for a in odd.aims] == [0, 4, 6, 9], "the circuit is whole before more join"
+
+
 def test_adapters_are_given_back_as_they_were() -> None:
     pair, moments = planted()
     parameters = list(pair.installed_adapters().parameters())
@@ -323,7 +334,14 @@ def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Moments]) -> None
     silent = replace(moments, moment=torch.zeros_like(moments.moment))
     with pytest.raises(BehaviourError, match="no moment in these texts"):
         search_circuit(pair, silent, everything(pair), progress=False)
-    for wrong in ({"share": 0.0}, {"share": 1.5}, {"per_round": 0}, {"strength": 0.0}, {"documents": 0}):
+    for wrong in (
+        {"share": 0.0},
+        {"share": 1.5},
+        {"per_round": 0},
+        {"strength": 0.0},
+        {"documents": 0},
+        {"further": 0.9},
+    ):
         with pytest.raises(BehaviourError, match="share is above 0 and at most 1"):
             SearchOptions(**wrong)  # type: ignore[arg-type]
 

@@ -219,8 +219,12 @@ def test_words_that_nothing_was_chosen_on_are_read_at_the_same_places(
 
 def test_doses_grow_to_the_whole(study: BehaviourStudy) -> None:
     doses, block = study.block["dose"], study.block
-    assert [d["n"] for d in doses] == [4, block["circuit"]["n"]]
-    whole = doses[-1]
+    found = study.found.search
+    assert found is not None
+    n, further = block["circuit"]["n"], len(found.further)
+    assert 0 < further == round(SEARCH.further * SEARCH.share * block["circuit"]["alive"]) - n
+    assert [d["n"] for d in doses] == [4, n, n + further]
+    whole = doses[1]
     assert whole["hesitation_per_1k"].value == block["necessity"]["both"]["hesitation_per_1k"]
     assert whole["p_moment"] == pytest.approx(block["probabilities"]["replacement - both"]["moment"].value)
     assert whole["p_inserted"] == pytest.approx(block["probabilities"]["hybrid + both"]["moment"].value)

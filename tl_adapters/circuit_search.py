@@ -42,6 +42,8 @@ class SearchOptions:
 
     share: float = 0.03
     """Size of the circuit, as a share of the alive features."""
+    further: float = 1.5
+    """The search goes on to so many times as many features, so that it is seen what a larger circuit would do."""
     per_round: int = 3
     """Features that join in a round; fewer is slower and repeats less."""
     strength: float = 1.75
@@ -51,17 +53,19 @@ class SearchOptions:
     """Weight of the word not coming without the circuit."""
     sufficiency: float = 0.3
     """Weight of the word coming with it, where the target says it and nowhere else."""
-    continuation: float = 10.0
-    """Weight of what follows the word: a tenth of a nat a token there is an answer that breaks."""
+    continuation: float = 1.0
+    """Weight of what follows the word; half of it, on the built-in pair, and answers of the hybrid break."""
     documents: int = 120
     """Documents with a moment that are read in a round."""
     tokens_per_batch: int = 4096
     """In a forward pass."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1 or self.per_round < 1 or self.strength <= 0 or self.documents < 1:
+        counts = min(self.further, self.per_round, self.documents)
+        if not 0 < self.share <= 1 or counts < 1 or self.strength <= 0:
             raise BehaviourError(
-                f"Got {self}; share is above 0 and at most 1, per_round and documents at least 1, strength above 0."
+                f"Got {self}; share is above 0 and at most 1, further, per_round and documents are at least 1, and "
+                "strength is above 0."
             )
 
 
@@ -84,7 +88,9 @@ class Search:
     """What a search found."""
 
     order: tuple[FeatureId, ...]
-    """Features in the order in which they joined."""
+    """The circuit: features in the order in which they joined."""
+    further: tuple[FeatureId, ...]
+    """Those that would have joined next."""
     aims: tuple[Aims, ...]
     """What was left before every round, and at the end."""
 
@@ -125,22 +131,28 @@ def search_circuit(
         raise BehaviourError("There is no moment in these texts, so there is nothing to find a circuit of.")
     texts = moments.with_moments(options.documents)
     references = [_Reference(pair, batch) for _, batch in texts.batches(options.tokens_per_batch)]
-    size = min(max(1, round(options.share * int(alive.sum()))), int(alive.sum()))
+    size, every = (_size(alive, options.share * times) for times in (1.0, options.further))
     chosen, order, aims = torch.zeros_like(alive), list[int](), list[Aims]()
     flat_alive = alive.flatten()
-    with _gates_alone(pair), tqdm(total=size, desc="circuit", unit=" features", disable=not progress) as bar:
+    with _gates_alone(pair), tqdm(total=every, desc="circuit", unit=" features", disable=not progress) as bar:
         while True:
             score, left = _score(pair, references, chosen, options)
             aims.append(left)
-            if len(order) == size:
+            if len(order) == every:
                 break
+            room = (size if len(order) < size else every) - len(order)  # the circuit is whole before more join
             open_to = flat_alive & ~chosen.flatten()
-            best = score.flatten().masked_fill(~open_to, -torch.inf).topk(min(options.per_round, size - len(order)))
+            best = score.flatten().masked_fill(~open_to, -torch.inf).topk(min(options.per_round, room))
             order += best.indices.tolist()
             chosen.view(-1)[best.indices] = True
             bar.update(len(best.indices))
     n = alive.shape[1]
-    return Search(tuple(FeatureId(i // n, i % n) for i in order), tuple(aims))
+    found = [FeatureId(i // n, i % n) for i in order]
+    return Search(tuple(found[:size]), tuple(found[size:]), tuple(aims))
+
+
+def _size(alive: Tensor, share: float) -> int:
+    return min(max(1, round(share * int(alive.sum()))), int(alive.sum()))
 
 
 def _score(

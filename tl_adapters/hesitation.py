@@ -64,7 +64,7 @@ MEDIATION_DOCUMENTS = 200
 """Documents with a moment on which mediation is tested: patterns of every layer are held."""
 DOSE_PROBLEMS = 300
 """Report problems that are answered at every dose."""
-DOSES = (4, 8, 16, 24, 32, 48, 64, 96, 128)
+DOSES = (4, 8, 16, 24, 32, 48, 72, 80, 96, 128)
 
 
 @dataclass(frozen=True)
@@ -415,10 +415,12 @@ class _Study:
         }
 
     def dose(self) -> list[dict[str, Any]]:
-        """Hesitation by number of features, in the order in which the search took them."""
+        """Hesitation by number of features, in the order in which the search took them, beyond the circuit too."""
         found, few = [], replace(self.subject, report=self.subject.report[:DOSE_PROBLEMS])
-        for n in [*(d for d in DOSES if d < len(self.order)), len(self.order)]:
-            features = self.order[:n]
+        search = self.found.search
+        order = self.order + list(search.further if search else ())
+        for n in sorted({*(d for d in DOSES if d < len(order)), len(self.order), len(order)}):
+            features = order[:n]
             told = answers(self.pair, few, without(features))
             arm = record(told, self.plain[: len(told)], self.counted, "report")
             said = [

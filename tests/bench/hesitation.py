@@ -88,6 +88,9 @@ def rows(block: dict) -> dict[str, str]:
         "gone, %: without circuit, matched random, most active others": percent(
             *of(need, "hesitation_cut", "both", "random", "others")
         ),
+        "P(Wait), %, at moments: replacement, without circuit, random": percent(
+            *(said[arm]["moment"] for arm in ("replacement", "replacement - both", "replacement - random"))
+        ),
         "responses shorter, %": percent(-both["length_change"]["value"]),
         "accuracy, %, no slip: replacement, without": percent(*accuracy_by_slip[0]),
         "accuracy, %, a slip: replacement, without": percent(*accuracy_by_slip[1]),
