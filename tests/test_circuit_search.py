@@ -506,6 +506,11 @@ def test_roles_are_what_the_formulas_say() -> None:
     assert {f.id for f in rest} == {f for f in outside if against[f] <= -sorted_.threshold * SUPPRESSES / SHARE}
     assert {f.role for f in rest} == {"suppress"}
     assert [float(against[f.id]) for f in rest] == sorted(float(against[f.id]) for f in rest), "strongest first"
+    asked = [FeatureId(*f) for f in alive.nonzero().tolist()]
+    expected = {f for f in asked if f not in outputs and here.direct[f] < sorted_.threshold <= through[f]}
+    assert set(sorted_.templates) == expected
+    assert expected - set(chosen), "outside of the circuit, too"
+    assert [float(through[f]) for f in sorted_.templates] == sorted((float(through[f]) for f in expected), reverse=True)
     idle = [f for f in outside if max(abs(float(e.total[f])) for e in (here, there)) < sorted_.threshold / 10]
     assert set(sorted_.bystanders) == {f for f in idle if here.rate[f] > max(0.05, 2 * float(there.rate[f]) - 1e-9)}
 

@@ -149,6 +149,8 @@ class Sorted:
 
     features: tuple[CircuitFeature, ...]
     """The circuit's, in the search's order, then the suppressors, strongest first."""
+    templates: tuple[FeatureId, ...]
+    """Every feature asked that a template's formula holds of, in the circuit or not; largest effect first."""
     bystanders: tuple[FeatureId, ...]
     """Features that fire before the word and do nothing for it, most active first."""
     threshold: float
@@ -196,10 +198,12 @@ def sort_features(
     against = torch.minimum(here.total, elsewhere.total)
     against_it = outside & (against <= -threshold * SUPPRESSES / SHARE)
     suppress = _ids(against_it.nonzero(), against)
+    template = alive & (here.direct < threshold) & (through >= threshold)
     idle = outside & (here.total.abs() < threshold / 10) & (elsewhere.total.abs() < threshold / 10)
     before = idle & (here.rate > 0.05) & (here.rate >= 2 * elsewhere.rate)
     return Sorted(
         (*(record(f, role(f)) for f in chosen), *(record(f, "suppress") for f in suppress)),
+        tuple(_ids(template.nonzero(), -through)),
         tuple(_ids(before.nonzero(), -here.mass)),
         threshold,
         here.margin - _margin_in_hybrid(pair, moments),

@@ -103,6 +103,7 @@ def mediation_section(block: Block) -> str:
     """Does template work through output?"""
     m = block.get("mediation") or {}
     names = {
+        "n": "template features, by formula, in the circuit and outside of it",
         "total": "effect of the template features",
         "through_output": "of it through output features",
         "share": "share through output features",

@@ -446,10 +446,15 @@ class _Study:
             found[name] = rate(said, "report", self.counted)
         return found
 
-    def mediation(self) -> dict[str, Figure]:
-        """Does template work through output? On documents that have a moment."""
-        texts = self.moments.with_moments(MEDIATION_DOCUMENTS)
-        return mediation(self.pair, texts, self.sets["template"], self.sets["output"], "report")
+    def mediation(self) -> dict[str, Any]:
+        """Does template work through output? All that are template by formula, on documents that have a moment."""
+        roles = self.found.roles
+        assert roles is not None
+        found: dict[str, Any] = {"n": len(roles.templates)}
+        if roles.templates:
+            texts = self.moments.with_moments(MEDIATION_DOCUMENTS)
+            found |= mediation(self.pair, texts, roles.templates, self.sets["output"], "report")
+        return found
 
     def suppressors(self) -> dict[str, Any]:
         """Features that hold the word down: with them gone it should come more often."""

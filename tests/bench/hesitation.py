@@ -110,8 +110,8 @@ def rows(block: dict) -> dict[str, str]:
         "other words per 1,000: without, banned": ", ".join(
             f"{need[arm]['signs']['another word']:.1f}" for arm in ("both", "ban")
         ),
-        "template off, nats; share of it through output, %": f"{mediation['total']['value']:.2f}; "
-        + (percent(mediation["share"]) if "share" in mediation else "-"),
+        "template features anywhere; off, nats; share of it through output, %": f"{mediation['n']}; "
+        + (f"{mediation['total']['value']:.2f}; {percent(mediation['share'])}" if "share" in mediation else "-"),
     }
 
 
