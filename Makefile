@@ -17,7 +17,7 @@ demo: install  ## the main job on the built-in pair; prints where report.html is
 	$(BIN)/tl-adapters demo
 
 test: install lint  ## everything CI runs
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadgroup --no-loadscope-reorder
 
 $(VENV)4/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)4

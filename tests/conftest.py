@@ -3,6 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for notebooks' kernels: as many workers as cores
 
 import socket
 from collections.abc import Callable
@@ -32,8 +34,15 @@ from transformers import (  # noqa: E402
 from tl_adapters.data import Batch, Trace, collate  # noqa: E402
 from tl_adapters.paired import PairedModel  # noqa: E402
 
-if os.environ.get("PYTEST_XDIST_WORKER"):
-    torch.set_num_threads(1)  # one core each: as many workers as cores
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A worker takes whole files, whose tests share fixtures; notebooks share nothing, are long, and so come first."""
+    notebooks = "test_tutorials.py"
+    for item in items:
+        alone = item.path.name == notebooks
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
+    items.sort(key=lambda item: item.path.name != notebooks)
 
 
 @pytest.fixture(autouse=True)
