@@ -32,7 +32,7 @@ from tl_adapters.circuit_tables import (
     sampled_section,
     suppressors_section,
 )
-from tl_adapters.circuits import ROLES, Circuit
+from tl_adapters.circuits import EFFECTS, ROLES, Circuit
 from tl_adapters.feature_pages import feature_address
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import ALIVE_FIRINGS, Example, Feature
@@ -202,21 +202,12 @@ def _features(circuit: Circuit, store: FeatureStore | None, link: Link) -> str:
         name = f"{f.id.layer}.{f.id.index}"
         address = link(f.id)
         cells = [name if address is None else f'<a href="{escape(address)}">{name}</a>', f.role]
-        cells += [signed(value) for value in (f.direct, f.through, f.total, f.follows, f.contrast)]
+        cells += [signed(value) for value in f.effects]
         cells.append(short(f.mass))
         if store is not None:
             cells += _described(known.get(f.id))
         rows.append(cells)
-    header = [
-        "feature",
-        "role",
-        "direct",
-        "through output",
-        "total",
-        "on what follows",
-        "over boundaries",
-        "activation",
-    ]
+    header = ["feature", "role", *EFFECTS, "activation"]
     header += ["promotes", "fires on"] if store is not None else []
     text = (
         f"<p>The {len(chosen)} of {len(circuit):,} with the largest total effect; all are in circuit.json. Effects are "

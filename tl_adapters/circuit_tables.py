@@ -129,7 +129,7 @@ def dose_section(block: Block) -> str:
                 [Line("first n features out", n, value, (low, high))],
                 xlabel="features taken out",
                 ylabel="hesitations per 1,000 tokens",
-                caption="How many features it takes, strongest first.",
+                caption="In the order in which the search took them, beyond the circuit too.",
             )
         )
     lines = [

@@ -38,6 +38,8 @@ Role = Literal["output", "template", "continuation", "other", "suppress"]
 ROLES: tuple[Role, ...] = get_args(Role)
 PROMOTING: tuple[Role, ...] = ("output", "template", "continuation", "other")
 """The roles of what was found to do the behaviour; what `Circuit.ids` gives where no role is named."""
+EFFECTS = ("direct", "through output", "total", "on what follows", "over boundaries")
+"""What tables call `CircuitFeature.effects`."""
 _SHOWN = 20
 
 
@@ -66,6 +68,11 @@ class CircuitFeature:
     """``total`` at the moments less that at matched boundaries, where the word could come and does not."""
     mass: float
     """Mean activation at the moments, in decoder-norm units."""
+
+    @property
+    def effects(self) -> tuple[float, ...]:
+        """All that are in nats, in the order of `EFFECTS`."""
+        return (self.direct, self.through, self.total, self.follows, self.contrast)
 
     @property
     def sign(self) -> int:
@@ -284,22 +291,11 @@ class Circuit:
         words = ", ".join(f"<code>{escape(repr(word))}</code>" for word in self.words)
         strongest = sorted(self.features, key=lambda f: -_size(f.total))[:_SHOWN]
         rows = [
-            [f"{f.id.layer}.{f.id.index}", f.role]
-            + [f"{value:+.3g}" for value in (f.direct, f.through, f.total, f.follows, f.contrast)]
-            + [f"{f.mass:.3g}"]
+            [f"{f.id.layer}.{f.id.index}", f.role] + [f"{value:+.3g}" for value in f.effects] + [f"{f.mass:.3g}"]
             for f in strongest
         ]
         more = f"<p>... and {len(self) - _SHOWN} more, weaker ones.</p>" if len(self) > _SHOWN else ""
-        header = [
-            "feature",
-            "role",
-            "direct",
-            "through output",
-            "total",
-            "on what follows",
-            "over boundaries",
-            "activation",
-        ]
+        header = ["feature", "role", *EFFECTS, "activation"]
         return f"<p><b>{escape(self.behaviour)}</b> ({words}): {said}.</p>" + table(header, rows) + more
 
 
