@@ -231,7 +231,7 @@ def test_models_of_other_kinds_are_refused(norm: str, gated: bool, message: str)
         attach(model, reference().installed_adapters(), on="own_mlp")
 
 
-@pytest.mark.parametrize("maker", MAKERS.values(), ids=str)
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
 def test_a_cast_is_the_same_model_and_a_little_training_is_not(maker: Callable[..., Any]) -> None:
     adapters = reference(dtype=torch.float32).installed_adapters()
     for dtype in (torch.bfloat16, torch.float16):
