@@ -128,7 +128,10 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviourStudy) -> Non
     routes = {"target", "replacement", "hybrid", "hybrid + both, at strength 1"}
     assert set(block["probabilities"]) == arms | routes
     assert len(block["injected"]) == 9
-    assert {"total", "through_output", "interaction"} <= set(block["mediation"])
+    templates = study.found.roles.templates  # type: ignore[union-attr]
+    measured = {"total", "through_output", "interaction", "share"} if templates else set()
+    assert set(block["mediation"]) == {"n", *measured}
+    assert block["mediation"]["n"] == len(templates)
     assert set(block["sampled"]) == {"none", "both"}
     assert {of: sum(kinds.values()) for of, kinds in block["kinds"].items()}["target"] >= 3
     assert len(study.examples) == 4
