@@ -47,12 +47,12 @@ def bar(record: Block, arm: str, key: str) -> Bar:
     return Bar(_ARMS.get(arm, arm), value, nan(interval.get("low")), nan(interval.get("high")))
 
 
-def bars(bars: Sequence[Bar], caption: str, as_share: bool) -> str:
+def bars(drawn: Sequence[Bar], caption: str, as_share: bool) -> str:
     """Bars with their intervals and values; a value that is not there is a gap."""
-    ends = [x for b in bars for x in (b.value, b.high) if math.isfinite(x)]
+    ends = [x for b in drawn for x in (b.value, b.high) if math.isfinite(x)]
     scale = 130 / (max(ends, default=0.0) or 1.0)
     rows = []
-    for i, b in enumerate(bars):
+    for i, b in enumerate(drawn):
         y = 6 + 26 * i
         rows.append(f'<text x="118" y="{y + 14}" text-anchor="end">{shown_text(b.name[:19])}</text>')
         if not math.isfinite(b.value):
@@ -68,7 +68,7 @@ def bars(bars: Sequence[Bar], caption: str, as_share: bool) -> str:
             rows.append(f'<path d="{path}" stroke="#1b1f24" fill="none"/>')
         said = percent(b.value) if as_share else short(b.value)
         rows.append(f'<text x="{130 + end * scale:.1f}" y="{y + 14}">{said}</text>')
-    height = 26 * len(bars) + 8
+    height = 26 * len(drawn) + 8
     return (
         f'<figure><svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 {height}" font-size="12" '
         f'font-family="system-ui, sans-serif">{"".join(rows)}</svg><figcaption>{escape(caption)}</figcaption></figure>'

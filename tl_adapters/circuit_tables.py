@@ -35,10 +35,10 @@ def arms_section(block: Block, name: str, title: str, said: str) -> str:
         f"<p>{said} {on}; {count(reference.get('n'))} problems of the "
         f"{shown_text(str(reference.get('split', '')))} split.{random}</p>"
     )
-    shown = [arm for arm in _FIGURE_ARMS if arm in arms] if name != "transfer" else list(arms)
+    drawn = [arm for arm in _FIGURE_ARMS if arm in arms] if name != "transfer" else list(arms)
     figures = [
-        bars([bar(arms[arm], arm, key) for arm in shown], caption, percent)
-        for key, caption, percent in (
+        bars([bar(arms[arm], arm, key) for arm in drawn], caption, as_share)
+        for key, caption, as_share in (
             ("hesitation_per_1k", "Hesitations per 1,000 response tokens.", False),
             ("length", "Response length, tokens.", False),
             ("accuracy", "Accuracy.", True),
@@ -46,13 +46,13 @@ def arms_section(block: Block, name: str, title: str, said: str) -> str:
     ]
     if name == "sufficiency":  # nothing is cut there
         arms = {arm: {k: v for k, v in record.items() if k != "hesitation_cut"} for arm, record in arms.items()}
-    rest = [arm for arm in arms if arm not in shown]
+    rest = [arm for arm in arms if arm not in drawn]
     rivals = ""
     if rest:
         rivals = "<h3>Rivals and controls</h3>" + _records(
             {arm: arms[arm] for arm in ["none", "both", *rest] if arm in arms}
         )
-    main = _records({arm: arms[arm] for arm in shown})
+    main = _records({arm: arms[arm] for arm in drawn})
     return f'<h2>{title}</h2>{text}<div class="bars">{"".join(figures)}</div>{main}{rivals}'
 
 
