@@ -174,7 +174,7 @@ def test_a_server_out_of_order_is_given_up() -> None:
         (Says(status=404, body="no such path"), "HTTP 404"),
         (Says(status=307, headers={"location": "http://127.0.0.1:1/"}), "HTTP 307"),
         (Says(body="<html>hello</html>"), "no chat completion"),
-        (Says(body=json.dumps({"error": KEY})), "no chat completion"),
+        (Says(body=json.dumps({"error": {"code": 401, "message": KEY}})), "error with HTTP 200"),
         (Says(body="[1]"), "no chat completion"),
     ],
 )
@@ -342,13 +342,18 @@ def test_nothing_else_may(reply: str) -> None:
 
 def test_a_reply_is_kept_with_what_was_asked(tmp_path: Path) -> None:
     cache = ReplyCache(tmp_path)
-    question = {"model": "m", "messages": [{"role": "user", "content": "«\u2028\x00»"}]}
-    assert cache.reply(question, lambda: "yes") == ("yes", False)
-    assert cache.reply(dict(reversed(question.items())), lambda: "no") == ("yes", True)
+    question = {
+        "server": "s",
+        "model": "m",
+        "parameters": {},
+        "messages": [{"role": "user", "content": "«\u2028\x00»"}],
+    }
+    assert cache.reply(question, lambda: ("yes", False)) == ("yes", False, False)
+    assert cache.reply(dict(reversed(question.items())), lambda: ("no", False)) == ("yes", False, True)
     (file,) = tmp_path.rglob("*.json")
     assert json.loads(file.read_text()) == {**question, "reply": "yes"} and re.fullmatch(r"[0-9a-f]{64}", file.stem)
     with pytest.raises(RuntimeError):
-        cache.reply({"model": "x"}, lambda: (_ for _ in ()).throw(RuntimeError()))
+        cache.reply({**question, "model": "x"}, lambda: (_ for _ in ()).throw(RuntimeError()))
     assert len(list(tmp_path.rglob("*.json"))) == 1
 
 

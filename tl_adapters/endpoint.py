@@ -6,7 +6,8 @@
    asked again, after exponentially growing waits with jitter, or after what its Retry-After says; while it asks for
    patience, all threads wait.
 3. A budget bounds requests and tokens. When it is spent, the error says what is kept and how to go on.
-4. Replies are read as JSON, strictly. One that is none is sent back once; what fails again is reported, not invented.
+4. Replies are read as JSON, strictly. One that is none is sent back once; what fails again is reported, not invented,
+   and asked anew by the next run. A reply that was cut at its limit is not sent back: it needs a larger limit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from tl_adapters.posting import API_KEY, MODEL, ChatServer, EndpointError, Reply
+from tl_adapters.posting import API_KEY, CUT, MODEL, ChatServer, EndpointError, Reply
 from tl_adapters.replies import ReplyCache, read_json
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0
 """Seconds: before the second try (doubled at every further one), and at most, whatever the server asks for."""
+REPLY_TOKENS = 4096
+"""Longest reply: a reasoning model thinks for some thousand tokens before it gives a verdict of a hundred."""
 GIVE_UP_AFTER = 5
 """Questions in a row that fail after all their tries before the endpoint counts as out of order."""
 
@@ -76,8 +79,9 @@ class Endpoint:
         tries: of one question, the first included.
         request_budget: requests that this object may send; None sets no bound.
         token_budget: likewise tokens, read and written. What is under way when it is reached is finished.
-        parameters: sent with every question, over temperature 0, ``seed`` and at most 1,024 tokens of reply; None takes
-            one out ({"max_tokens": None, "max_completion_tokens": 4000} for models that know only the latter).
+        reply_tokens: tokens of one reply, the thinking of a reasoning model included.
+        parameters: sent with every question, over temperature 0, ``seed`` and ``reply_tokens`` as max_tokens; None
+            takes one out ({"max_tokens": None, "max_completion_tokens": 4000} for models that know only the latter).
         seed: sent to the server, and of the jitter.
 
     Raises EndpointError for an address, model, key or bound that cannot be used.
@@ -95,16 +99,17 @@ class Endpoint:
         tries: int = 6,
         request_budget: int | None = None,
         token_budget: int | None = None,
+        reply_tokens: int = REPLY_TOKENS,
         parameters: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        for name, given in (("concurrency", concurrency), ("tries", tries)):
+        for name, given in (("concurrency", concurrency), ("tries", tries), ("reply_tokens", reply_tokens)):
             if given < 1:
                 raise EndpointError(f"{name} is {given}; allowed is a whole number >= 1.")
         self.server = ChatServer(base_url, model, api_key, timeout)
         self.cache, self.concurrency, self.tries = ReplyCache(cache), concurrency, tries
         self.request_budget, self.token_budget = request_budget, token_budget
-        chosen = {"temperature": 0, "seed": seed, "max_tokens": 1024, **(parameters or {})}
+        chosen = {"temperature": 0, "seed": seed, "max_tokens": reply_tokens, **(parameters or {})}
         self.parameters = {name: value for name, value in chosen.items() if value is not None}
         self._jitter = random.Random(seed)
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -156,34 +161,53 @@ class Endpoint:
 
     def _answer(self, messages: Messages, read: Callable[[Any], T]) -> T | Failure:
         try:
-            text = self._ask(messages)
+            text, cut = self._ask(messages)
             try:
                 return read(read_json(text))
             except ValueError as error:
+                if cut:
+                    return Failure(CUT)
                 complaint = (
                     f"That cannot be used: {error}. Answer the same again, with nothing but the JSON object asked for."
                 )
             again = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": complaint}]
+            text, cut = self._ask(again)
             try:
-                return read(read_json(self._ask(again)))
+                return read(read_json(text))
             except ValueError as error:
-                return Failure(f"no usable JSON in two replies: {error}")
+                for asked in (messages, again):
+                    self.cache.refuse(self._question(asked), str(error))
+                return Failure(CUT if cut else f"no usable JSON in two replies: {error}")
         except _Unanswered as error:
             return Failure(str(error))
         except BaseException:
             self._stop.set()  # before this thread, or another, sends its next question
             raise
 
-    def _ask(self, messages: Messages) -> str:
-        """One reply, from the cache or the server. Raises _Unanswered, BudgetError, EndpointError."""
-        question = {"model": self.model, "parameters": self.parameters, "messages": [dict(m) for m in messages]}
-        text, kept = self.cache.reply(question, lambda: self._send(messages))
+    def _question(self, messages: Messages) -> dict[str, Any]:
+        """What a reply is kept under."""
+        return {
+            "server": self.server.base_url,
+            "model": self.model,
+            "parameters": self.parameters,
+            "messages": [dict(m) for m in messages],
+        }
+
+    def _ask(self, messages: Messages) -> tuple[str, bool]:
+        """One reply, from the cache or the server, and whether it was cut.
+
+        Raises _Unanswered, BudgetError, EndpointError.
+        """
+        text, cut, kept = self.cache.reply(self._question(messages), lambda: self._send(messages))
         if kept:
             self._count(cached=1)
-        return text
+        return text, cut
 
-    def _send(self, messages: Messages) -> str:
-        """One reply of the server, after as many tries as it takes. Raises _Unanswered, BudgetError, EndpointError."""
+    def _send(self, messages: Messages) -> tuple[str, bool]:
+        """One reply of the server, after as many tries as it takes, and whether it was cut.
+
+        Raises _Unanswered, BudgetError, EndpointError.
+        """
         body = {"messages": [dict(m) for m in messages], **self.parameters}
         problem = ""
         for attempt in range(self.tries):
@@ -193,7 +217,7 @@ class Endpoint:
             self._count(tokens=reply.tokens)
             if reply.text is not None:
                 self._failed_in_a_row = 0
-                return reply.text
+                return reply.text, reply.cut
             problem = reply.problem
             if reply.fatal:
                 hint = f"Check the address, {MODEL} and {API_KEY}."

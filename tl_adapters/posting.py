@@ -32,6 +32,10 @@ _SECRET = 16
 """Characters of a real key, which is taken out of replies too; a shorter one ("EMPTY") says nothing to anybody."""
 _CHARACTERS_PER_TOKEN = 4
 """Where a server does not say how many tokens it used."""
+_THINKING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Where servers put the thinking of a reasoning model, beside the text."""
+CUT = "the reply was cut at the limit of its length; allow longer replies (reply_tokens=, --reply-tokens)"
+"""What is wrong with a reply whose model was stopped at its limit of tokens."""
 _SHOWN = 300
 """Characters of what a server says that an error repeats."""
 
@@ -55,6 +59,8 @@ class Reply(NamedTuple):
     """Every other question would fail too."""
     wait: float | None = None
     """Seconds that the server asks to wait."""
+    cut: bool = False
+    """The model was stopped at its limit of tokens before it came to the end of its reply."""
 
 
 class ChatServer:
@@ -102,16 +108,30 @@ class ChatServer:
         if status != 200:
             again, fatal = status in _BUSY or status >= 500, status in _FOR_ALL or 300 <= status < 400
             return Reply(None, 0, f"HTTP {status}: {said}", again, fatal, _retry_after(response))
+        return self._completion(response, body, said)
+
+    def _completion(self, response: httpx.Response, body: Mapping[str, Any], said: str) -> Reply:
+        """What a response of status 200 holds: a reply, or what is wrong with it."""
         try:
             completion = response.json()
-            text = completion["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        except ValueError:
+            completion = None
+        if not isinstance(completion, dict) or not {"choices", "error"} & set(completion):
             return Reply(None, problem=f"this is no chat completion: {said}", fatal=True)
-        text = text if isinstance(text, str) else None
+        if completion.get("error"):  # some servers and proxies send their errors with status 200
+            code = _code(completion["error"])
+            again, fatal = code in _BUSY or code >= 500 or not code, code in _FOR_ALL
+            return Reply(None, _used(completion), f"an error with HTTP 200: {said}", again, fatal)
+        choices = completion["choices"]
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        message = choice.get("message") if isinstance(choice, dict) else None
+        if not isinstance(choice, dict) or not isinstance(message, dict):
+            return Reply(None, _used(completion), f"a completion without a message: {said}", again=True)
+        text, why = _content(message), choice.get("finish_reason")
         tokens = _tokens(completion, body, text)
-        if text is not None and len(self._key) >= _SECRET:
-            text = self._clean(text)
-        return Reply(text, tokens, "" if text is not None else "the reply has no text")
+        if text is None:
+            return Reply(None, tokens, _without_text(message, why))
+        return Reply(self._clean(text) if len(self._key) >= _SECRET else text, tokens, cut=why == "length")
 
     def _clean(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
@@ -148,13 +168,43 @@ def _key(given: str | None, base_url: str) -> str:
     return key
 
 
-def _tokens(completion: Mapping[str, Any], body: Mapping[str, Any], text: str | None) -> int:
-    """Tokens read and written, as the server counts them; else by the length of the text."""
+def _content(message: Mapping[str, Any]) -> str | None:
+    """The text of a message, also where it comes in parts; None where it has none but white space."""
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = "".join(text for text in texts if isinstance(text, str))
+    thought = any(isinstance(message.get(name), str) and message[name] for name in _THINKING_FIELDS)
+    return content if isinstance(content, str) and (content.strip() or not thought) else None
+
+
+def _without_text(message: Mapping[str, Any], finish_reason: Any) -> str:
+    """Why a message has no text, and what to do about it."""
+    if finish_reason == "length":
+        return CUT
+    if finish_reason == "content_filter":
+        return "the server's content filter withheld the reply"
+    if any(message.get(name) for name in _THINKING_FIELDS):
+        return "the reply has thinking and no text; give the model more tokens, or ask the server not to think"
+    return "the reply has no text"
+
+
+def _code(error: Any) -> int:
+    """The status that an error body names; 0 where it names none."""
+    code = error.get("code", error.get("status")) if isinstance(error, dict) else None
+    return int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else 0
+
+
+def _used(completion: Mapping[str, Any]) -> int:
+    """Tokens that a response without a reply says it used."""
     usage = completion.get("usage")
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
-    if isinstance(total, int):
-        return total
-    return (len(json.dumps(body)) + len(text or "")) // _CHARACTERS_PER_TOKEN
+    return total if type(total) is int and total > 0 else 0
+
+
+def _tokens(completion: Mapping[str, Any], body: Mapping[str, Any], text: str | None) -> int:
+    """Tokens read and written, as the server counts them; else by the length of the text."""
+    return _used(completion) or (len(json.dumps(body)) + len(text or "")) // _CHARACTERS_PER_TOKEN
 
 
 def _retry_after(response: httpx.Response) -> float | None:

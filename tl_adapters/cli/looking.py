@@ -68,7 +68,12 @@ def add_label(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
     label.add_argument("--model", help="who judges (default: TL_ADAPTERS_MODEL); the key is TL_ADAPTERS_API_KEY")
     label.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (default: 8)")
     label.add_argument("--max-requests", type=int, metavar="N", help="stop there, and keep what was answered")
-    label.add_argument("--max-tokens", type=int, metavar="N", help="likewise")
+    label.add_argument(
+        "--max-tokens", type=int, metavar="N", help="stop when all replies together have used so many tokens"
+    )
+    label.add_argument(
+        "--reply-tokens", type=int, default=4096, metavar="N", help="longest reply, thinking included (default: 4096)"
+    )
     label.add_argument("--seed", type=int, default=0, help="of draws and orders (default: 0)")
     label.set_defaults(run=_label)
 
@@ -88,6 +93,7 @@ def _label(args: argparse.Namespace) -> None:
             concurrency=args.concurrency,
             request_budget=args.max_requests,
             token_budget=args.max_tokens,
+            reply_tokens=args.reply_tokens,
         ),
         seed=args.seed,
         progress=not args.quiet,
