@@ -226,12 +226,9 @@ def _described(feature: Feature | None) -> list[str]:
 
 
 def _excerpt(example: Example) -> str:
-    start = max(0, example.at - 10)
-    before, after = (
-        "".join(example.tokens[start : example.at]),
-        "".join(example.tokens[example.at + 1 : example.at + 5]),
-    )
-    return f"{shown_text(before)}<mark>{shown_text(example.tokens[example.at])}</mark>{shown_text(after)}"
+    start, shown = max(0, example.at - 10), example.shown
+    before, after = "".join(shown[start : example.at]), "".join(shown[example.at + 1 : example.at + 5])
+    return f"{shown_text(before)}<mark>{shown_text(shown[example.at])}</mark>{shown_text(after)}"
 
 
 def _generations(examples: Sequence[Block], words: Sequence[str]) -> str:

@@ -20,9 +20,13 @@ STRENGTHS = 10
 
 
 def firing_excerpt(example: Example, largest: float) -> list[str | dict[str, str | int]]:
-    """A stretch of text with every run of tokens on which the feature fires as an object, and how strongly it does."""
+    """A stretch of text with every run of tokens on which the feature fires as an object, and how strongly it does.
+
+    A character that several tokens spell fires as strongly as the strongest of them.
+    """
+    texts = example.texts
+    pieces = [("".join(texts[s]), max(example.values[s])) for s in _characters(texts)]
     found: list[str | dict[str, str | int]] = []
-    pieces = zip(example.tokens, example.values, strict=True)
     for fires, run in groupby(pieces, key=lambda piece: piece[1] > 0):
         tokens, values = zip(*run, strict=True)
         text = "".join(tokens)
@@ -32,10 +36,20 @@ def firing_excerpt(example: Example, largest: float) -> list[str | dict[str, str
 
 
 def asked_excerpt(example: Example) -> dict[str, str]:
-    """A stretch of text with one token apart, which says nothing of whether a feature fires on it."""
-    at = example.at
-    before, after = example.tokens[:at], example.tokens[at + 1 :]
-    return {"before": "".join(before), "token": example.tokens[at], "after": "".join(after)}
+    """A stretch of text with one token apart, which says nothing of whether a feature fires on it.
+
+    Where several tokens spell one character, that character stands apart.
+    """
+    texts = example.texts
+    here = next(s for s in _characters(texts) if s.start <= example.at < s.stop)
+    before, token, after = texts[: here.start], texts[here], texts[here.stop :]
+    return {"before": "".join(before), "token": "".join(token), "after": "".join(after)}
+
+
+def _characters(texts: Sequence[str]) -> list[slice]:
+    """The tokens in groups that spell whole characters: what goes on with a character joins the token before."""
+    starts = [i for i, text in enumerate(texts) if text or i == 0]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(texts)], strict=True)]
 
 
 def profile(feature: Feature, examples: Sequence[Example]) -> dict[str, Any]:

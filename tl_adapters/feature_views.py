@@ -12,7 +12,7 @@ from tl_adapters.features import Stream
 from tl_adapters.paired import ACTIVATIONS, PairedModel
 from tl_adapters.streams import reading
 from tl_adapters.views import View, circuitsvis_tokens, circuitsvis_view
-from tl_adapters.vocabulary import token_text
+from tl_adapters.vocabulary import CONTINUATION, span_texts, token_text
 
 
 def show_features(
@@ -50,7 +50,7 @@ def show_features(
         tokens = list(text)
     if not tokens:
         raise UserError("The text is empty; give at least one token.")
-    strings = [token_text(tokenizer, token) for token in tokens]
+    strings = span_texts([token_text(tokenizer, token) for token in tokens], CONTINUATION)
     with torch.no_grad(), reading(pair, stream), pair.recorded(ACTIVATIONS) as recorded:
         pair.run_blocks(pair.embed(torch.tensor([tokens], device=pair.model.W_E.device)), 0, pair.n_layers)
     columns = [

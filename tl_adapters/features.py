@@ -17,6 +17,7 @@ from typing import Literal
 from tl_adapters.adapter import FeatureId
 from tl_adapters.errors import UserError
 from tl_adapters.views import View, circuitsvis_tokens, circuitsvis_view, escape, table
+from tl_adapters.vocabulary import CONTINUATION, span_texts
 
 ALIVE_FIRINGS = 10
 """A feature is alive if it fired at least this often."""
@@ -44,7 +45,7 @@ class Example:
     """A stretch of a document around one token on which a feature fires."""
 
     tokens: tuple[str, ...]
-    """The text, token by token."""
+    """Each token's text by itself (`vocabulary.token_text`)."""
     token_ids: tuple[int, ...]
     """The same as ids."""
     values: tuple[float, ...]
@@ -55,6 +56,16 @@ class Example:
     """Number of the document in the store."""
     position: int
     """Position of that token in the document."""
+
+    @property
+    def texts(self) -> list[str]:
+        """The tokens' texts, which join to the text of the stretch; "" where a token goes on with a character."""
+        return span_texts(self.tokens)
+
+    @property
+    def shown(self) -> list[str]:
+        """The same for views in which each token has a box of its own."""
+        return span_texts(self.tokens, CONTINUATION)
 
 
 @dataclass(frozen=True)
@@ -175,7 +186,7 @@ def _effects(title: str, effects: Sequence[tuple[str, float]]) -> str:
 
 def _examples(feature: Feature, examples: Sequence[Example]) -> tuple[str, dict[str, object]]:
     return "TopkSamples", {
-        "tokens": [[[circuitsvis_tokens(example.tokens) for example in examples]]],
+        "tokens": [[[circuitsvis_tokens(example.shown) for example in examples]]],
         "activations": [[[list(example.values) for example in examples]]],
         "zerothDimensionName": "Layer",
         "firstDimensionName": feature.kind.capitalize(),

@@ -195,8 +195,8 @@ def _metadata(graph: AttributionGraph, slug: str, node_threshold: float, edge_th
         "slug": slug,
         "scan": _SCAN,
         "transcoder_list": _adapters(graph),
-        "prompt_tokens": graph.strings,
-        "prompt": "".join(graph.strings),
+        "prompt_tokens": graph.shown,
+        "prompt": graph.text,
         "node_threshold": node_threshold,
         "schema_version": SCHEMA_VERSION,
         # from here on for Neuronpedia, and for people

@@ -80,7 +80,7 @@ def write_graph(
     )
     graph.save(folder / name)
     page = folder / f"{name}.html"
-    write_page(page, viewer_data(graph, pruned, records, title or "".join(graph.strings[-12:])))
+    write_page(page, viewer_data(graph, pruned, records, title or "".join(graph.shown[-12:])))
     return Written(page, url)
 
 
@@ -102,7 +102,7 @@ def examine_moment(
     probability = next(t.probability for t in graph.targets if t.token == target.token)
     return {
         "page": f"{folder.name}/{page.name}",
-        "prompt": "".join(graph.strings),
+        "prompt": graph.text,
         "word": decoded(pair, int(target.token)),
         "probability": probability,
         "residual": graph.residual,
@@ -132,7 +132,7 @@ def feature_records(
             acts = torch.zeros(len(graph.tokens), dtype=graph.activations.dtype)
             acts[graph.features[here, 1]] = graph.activations[here]
             top, bottom = effect.topk(min(TOP, len(effect))), (-effect).topk(min(TOP, len(effect)))
-            here_first = (graph.strings, acts.tolist(), int(acts.argmax()))
+            here_first = (graph.shown, acts.tolist(), int(acts.argmax()))
             known = {} if store is None or layer not in store.about.layers else _known(store.feature((layer, index)))
             records[layer, index] = FeatureRecord(
                 layer,
@@ -161,7 +161,7 @@ def _known(feature: Feature) -> dict[str, Any]:
         "quantiles": [value * raw for _, value in feature.quantiles],
         "histogram": [float(n) for _, _, n in feature.histogram],
         "activation_frequency": feature.density,
-        "examples": [(e.tokens, [value * raw for value in e.values], e.at) for e in feature.top[:EXAMPLES]],
+        "examples": [(e.shown, [value * raw for value in e.values], e.at) for e in feature.top[:EXAMPLES]],
     }
 
 
@@ -190,7 +190,7 @@ def viewer_data(
         "conservation residual": f"{graph.residual:.1e}" if graph.adds_up else "a gradient does not add up",
         **{f"fingerprint, {k}": v for k, v in graph.about.get("fingerprints", {}).items()},
     }
-    return ViewerData(title, tuple(graph.strings), graph.n_layers, tuple(nodes), tuple(links), about)
+    return ViewerData(title, tuple(graph.shown), graph.n_layers, tuple(nodes), tuple(links), about)
 
 
 def _viewer_node(

@@ -20,6 +20,7 @@ from torch import Tensor
 from tl_adapters.atomic import new_folder
 from tl_adapters.errors import UserError
 from tl_adapters.saelens import AdapterFormatError, read_json, read_safetensors
+from tl_adapters.vocabulary import CONTINUATION, span_texts
 
 GRAPH_FILE, TENSORS_FILE = "graph.json", "graph.safetensors"
 SCHEMA_VERSION = 1
@@ -54,7 +55,7 @@ class AttributionGraph:
     tokens: Int[Tensor, "pos"]
     """The prompt."""
     strings: list[str]
-    """Each token decoded."""
+    """Each token's text by itself (`vocabulary.token_text`)."""
     n_layers: int
     """Of the model."""
     features: Int[Tensor, "n_features 3"]
@@ -78,6 +79,16 @@ class AttributionGraph:
     """Per row: the adapters' b_dec within the constant part."""
     about: dict[str, Any] = field(default_factory=dict)
     """Linearisation, route, options, model ids, fingerprints, versions."""
+
+    @property
+    def text(self) -> str:
+        """The prompt's text."""
+        return "".join(span_texts(self.strings))
+
+    @property
+    def shown(self) -> list[str]:
+        """The prompt for views in which each token has a box of its own."""
+        return span_texts(self.strings, CONTINUATION)
 
     @property
     def n_nodes(self) -> int:

@@ -162,7 +162,7 @@ def _activation(example: Example, low: float, high: float, contains: float) -> d
         "bin_min": low,
         "bin_max": high,
         "bin_contains": contains,
-        "tokens": list(example.tokens),
+        "tokens": example.shown,
         "values": [_short(value) for value in example.values],
         "qualifying_token_index": example.at,
         "dfa_values": [],

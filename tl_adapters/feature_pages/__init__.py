@@ -295,7 +295,7 @@ def _record(
 def _example(store: FeatureStore, example: Example, strings: _Strings) -> tuple[Any, ...]:
     """Place of its token, document, position, region, tokens, and (place, activation) where it fires: most are 0."""
     active = [(place, _short(value)) for place, value in enumerate(example.values) if value]
-    tokens = [strings(token) for token in example.tokens]
+    tokens = [strings(token) for token in example.shown]
     return example.at, example.document, example.position, store.region_of(example), tokens, active
 
 
