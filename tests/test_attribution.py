@@ -8,6 +8,7 @@ from conftest import ARCHITECTURES, random_batch, random_model, randomise
 from test_bridged import make
 
 from tl_adapters import organism
+from tl_adapters.arguments import ArgumentError
 from tl_adapters.attribution import DifferenceTarget, FeatureTarget, LogitTarget, attribute
 from tl_adapters.graphs import AttributionGraph, GraphError
 from tl_adapters.linear import FrozenModel
@@ -172,7 +173,7 @@ def test_refusals(builtin: PairedModel, pair: PairedModel, tmp_path: Path) -> No
         attribute(pair, TOKENS, [], **QUIET)
     with pytest.raises(GraphError, match="before the window of the last 3"):
         attribute(pair, TOKENS, [LogitTarget(3, 4)], window=3, **QUIET)
-    with pytest.raises(GraphError, match="No linearisation 'lrp'; there are relp, frozen_mlp, gradient"):
+    with pytest.raises(ArgumentError, match="linearisation is 'lrp'; allowed: 'relp', 'frozen_mlp', 'gradient'"):
         attribute(pair, TOKENS, linearisation="lrp", **QUIET)  # type: ignore[arg-type]
     for wrong in ({"max_feature_nodes": 0}, {"window": -3}, {"batch_size": 0}):
         with pytest.raises(GraphError, match=f"Got {{'{next(iter(wrong))}': .*at least 1"):

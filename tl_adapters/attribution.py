@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_adapters.arguments import choice, items, token_ids
 from tl_adapters.gradients import GradientModel
 from tl_adapters.graphs import AttributionGraph, GraphError, GraphTarget
 from tl_adapters.linear import FrozenModel
@@ -134,10 +135,13 @@ def attribute(
     Raises:
         GraphError: a target of several tokens, a prompt longer than the context, positions that are not there, a
             prompt on which no feature is active.
+        ArgumentError: several prompts at once, ids outside the vocabulary, a text as ``targets``.
         PairMismatchError: adapters missing on some layers.
     """
-    if linearisation not in get_args(Linearisation):
-        raise GraphError(f"No linearisation {linearisation!r}; there are {', '.join(get_args(Linearisation))}.")
+    choice(linearisation, get_args(Linearisation), "linearisation")
+    if targets is not None:
+        advice = "give tokens (texts or ids), LogitTarget, DifferenceTarget or FeatureTarget"
+        targets = items(targets, (str, int, LogitTarget, DifferenceTarget, FeatureTarget), "targets", advice)
     counts = {
         "max_feature_nodes": max_feature_nodes,
         "batch_size": batch_size,
@@ -201,13 +205,16 @@ def _origin(pair: PairedModel) -> dict[str, Any]:
 
 
 def prompt_tokens(pair: PairedModel, prompt: str | Sequence[int] | Tensor) -> Int[Tensor, "pos"]:
-    """The prompt's token ids; nothing is added to text. Raises GraphError for an empty or too long one."""
+    """The prompt's token ids; nothing is added to text.
+
+    Raises GraphError for an empty or too long one, ArgumentError for several prompts or what holds no token ids.
+    """
     if isinstance(prompt, str):
         if pair.model.tokenizer is None:
             raise GraphError("This model has no tokenizer; give the prompt as token ids.")
         tokens = torch.tensor(pair.model.tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=torch.long)
     else:
-        tokens = torch.as_tensor(prompt, dtype=torch.long).flatten().cpu()
+        tokens = torch.tensor(token_ids(prompt, pair.model.cfg.d_vocab, "prompt"), dtype=torch.long)
     n_ctx = pair.model.cfg.n_ctx
     if not 0 < len(tokens) <= n_ctx:
         raise GraphError(f"The prompt has {len(tokens)} tokens; the model's context is 1 to {n_ctx:,}.")

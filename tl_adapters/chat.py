@@ -13,6 +13,7 @@ from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
+from tl_adapters.arguments import prompt_response_pairs
 from tl_adapters.data import DataError, Trace
 
 Message = Mapping[str, str]
@@ -193,16 +194,19 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, after: str) -> str:
 
 
 def encode_traces(
-    pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase | None, max_tokens: int | None = None
+    pairs: Iterable[tuple[str, str] | Mapping[str, str]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_tokens: int | None = None,
 ) -> list[Trace]:
     """(question, response) pairs as traces, rendered in the tokenizer's chat template.
 
+    Rows {"prompt": ..., "response": ...}, as our data files have them, are pairs too.
     The response is taken as it stands, thinking included, and ended as the template ends it. Documents longer than
-    ``max_tokens`` are cut. Raises DataError where there is no chat template.
+    ``max_tokens`` are cut. Raises DataError where there is no chat template, ArgumentError for other rows.
     """
     conversations = [
         ({"role": "user", "content": question}, {"role": "assistant", "content": response})
-        for question, response in pairs
+        for question, response in prompt_response_pairs(pairs)
     ]
     traces = ChatFormat.of(tokenizer).encode(conversations)
     return [trace.cut(max_tokens) for trace in traces]

@@ -19,17 +19,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
+from tl_adapters.arguments import choice, texts
 from tl_adapters.batching import TraceSource
 from tl_adapters.chat import TRACE_REGIONS, ChatFormat
 from tl_adapters.counting import Counts, TokenBatch
-from tl_adapters.data import DataError, Trace, collate, rows_by_length
+from tl_adapters.data import DataError, Trace, collate, readable_traces, rows_by_length
 from tl_adapters.effects import written_rows
 from tl_adapters.feature_store import FeatureStore, finish
 from tl_adapters.features import FeatureStoreError, Kind, Stream
@@ -79,7 +80,7 @@ def collect_features(
         DataError: there are no documents, or no chat template.
         UserError: a word that is no single token.
     """
-    collector = _Collector(pair, kind, stream, split, options or StoreOptions(), tuple(words), progress)
+    collector = _Collector(pair, kind, stream, split, options or StoreOptions(), texts(words, "words"), progress)
     parts = list(collector.parts(traces, folder, (0, 1)))
     return finish(pair, collector.description, parts, folder)
 
@@ -105,7 +106,7 @@ def collect_share(
     number, of = share
     if not 0 <= number < of:
         raise FeatureStoreError(f"The share is {share}; allowed is (number, of) with 0 <= number < of.")
-    collector = _Collector(pair, kind, stream, split, options or StoreOptions(), tuple(words), progress)
+    collector = _Collector(pair, kind, stream, split, options or StoreOptions(), texts(words, "words"), progress)
     for _ in collector.parts(traces, folder, share):
         pass
 
@@ -121,6 +122,8 @@ class _Collector:
         words: tuple[str, ...],
         progress: bool,
     ) -> None:
+        choice(kind, get_args(Kind), "kind")
+        choice(stream, get_args(Stream), "stream")
         if kind == "neuron" and stream != "target":
             raise FeatureStoreError("Neurons are the target's own, on its own stream; give stream='target'.")
         self.pair, self.options, self.progress = pair, options, progress
@@ -134,6 +137,8 @@ class _Collector:
     ) -> Iterator[Part]:
         """The parts of a share: those in the folder already, then those made here, each as soon as it is done."""
         known: set[int] = set()
+        if not isinstance(traces, TraceSource):
+            traces = readable_traces(traces, self.pair.model.cfg)
         if folder is not None:
             there = open_store(self.pair, Path(folder), self.description, first=share[0] == 0)
             known = {identity for part in there for identity in part.documents.identity.tolist()}

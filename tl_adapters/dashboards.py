@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tl_adapters.adapter import LAYER_FOLDER, FeatureId
 from tl_adapters.atomic import new_folder, require_absent
-from tl_adapters.data import DataError, Trace
+from tl_adapters.data import DataError, Trace, readable_traces
 from tl_adapters.effects import logit_effects
 from tl_adapters.errors import UserError
 from tl_adapters.features import Stream
@@ -87,6 +87,7 @@ def write_sae_dashboard(
     """
     require_dashboard()
     require_absent(folder)
+    traces = readable_traces(traces, pair.model.cfg)
     adapters = pair.installed_adapters()
     if pair.backend.name != "hooked":
         raise DashboardError("sae-dashboard stops within the model, which a TransformerBridge does not; use 'hooked'.")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_adapters.arguments import items
 from tl_adapters.config import REGIONS, Region
 from tl_adapters.errors import UserError
 
@@ -107,6 +109,29 @@ def _next(mask: Tensor) -> Tensor:
     ahead = torch.zeros_like(mask)
     ahead[:, :-1] = mask[:, 1:]
     return ahead
+
+
+def readable_traces(traces: Any, cfg: Any) -> list[Trace]:
+    """The documents, if a model of this TransformerLens configuration can read every one of them.
+
+    Raises ArgumentError for anything but traces, and DataError, with the number of the document, for one that is
+    empty, longer than the context (``cfg.n_ctx``), or holds ids that the model has no embedding for (``cfg.d_vocab``).
+    """
+    advice = "give the traces that encode_traces or traces_of returns"
+    found = items(traces, Trace, "traces", advice)
+    for number, trace in enumerate(found):
+        if not 0 < len(trace.tokens) <= cfg.n_ctx:
+            raise DataError(
+                f"Document {number} has {len(trace.tokens):,} tokens; the model reads 1 to {cfg.n_ctx:,}. Cut it "
+                "(encode_traces(..., max_tokens=...), or too_long in the data's configuration) or leave it out."
+            )
+        if not 0 <= min(trace.tokens) <= max(trace.tokens) < cfg.d_vocab:
+            outside = next(token for token in trace.tokens if not 0 <= token < cfg.d_vocab)
+            raise DataError(
+                f"Document {number} holds the token id {outside}; the model has embeddings for 0 to "
+                f"{cfg.d_vocab - 1:,}. Encode it with the model's own tokenizer."
+            )
+    return found
 
 
 def collate(traces: Sequence[Trace], count: Sequence[Region] = REGIONS) -> Batch:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_adapters.data import Batch, Trace, batches_by_length
+from tl_adapters.data import Batch, Trace, batches_by_length, readable_traces
 from tl_adapters.features import ALIVE_FIRINGS
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.losses import token_kl_from_residual
@@ -62,6 +62,7 @@ class DocumentSums:
 
 def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048) -> DocumentSums:
     """One pass over ``traces`` (the target's own greedy text on held-out problems)."""
+    traces = readable_traces(traces, pair.model.cfg)
     parts, order = [], []
     for rows, batch in batches_by_length(traces, tokens_per_batch):
         order += rows

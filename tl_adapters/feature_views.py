@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
 from tl_adapters.adapter import FeatureId
+from tl_adapters.arguments import choice, token_ids
 from tl_adapters.errors import UserError
 from tl_adapters.features import Stream
 from tl_adapters.paired import ACTIVATIONS, PairedModel
@@ -33,6 +35,7 @@ def show_features(
     Raises:
         UserError: an empty text, one without a tokenizer, no features, or some that the adapters do not have.
     """
+    choice(stream, get_args(Stream), "stream")
     adapters = pair.installed_adapters()
     features = [FeatureId(*feature) for feature in ids]
     bad = [f for f in features if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]
@@ -47,7 +50,7 @@ def show_features(
             raise UserError("There is no tokenizer to read the text with; give token ids.")
         tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
-        tokens = list(text)
+        tokens = token_ids(text, pair.model.cfg.d_vocab, "text")
     if not tokens:
         raise UserError("The text is empty; give at least one token.")
     strings = span_texts([token_text(tokenizer, token) for token in tokens], CONTINUATION)

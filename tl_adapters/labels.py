@@ -26,6 +26,7 @@ from statistics import median
 import torch
 
 from tl_adapters.adapter import FeatureId
+from tl_adapters.arguments import texts
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import Example, Feature, Label
 from tl_adapters.intervals import Figure, bootstrap_strata, wilson
@@ -79,6 +80,7 @@ def rule_labels(
         region_tokens: region of the trace to its tokens, as the store counts them.
         words: what counts as hesitation.
     """
+    words = texts(words, "words")
     found = [_evidence(feature, region_tokens, words) for feature in features]
     ordinary = median(evidence.strongest for evidence in found) if len(found) >= POPULATION else 0.0
     return {evidence.id: _label(evidence, ordinary, words) for evidence in found}

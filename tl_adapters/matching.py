@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped,
 from torch import Tensor
 
 from tl_adapters.adapter import AdapterSet, FeatureId
-from tl_adapters.data import Trace, batches_by_length
+from tl_adapters.data import Trace, batches_by_length, readable_traces
 from tl_adapters.errors import UserError
 from tl_adapters.features import ALIVE_FIRINGS
 from tl_adapters.fitting import adapter_scale
@@ -149,6 +149,7 @@ def match_features(
 
     Raises MatchingError for sets of other depth or width than the pair's.
     """
+    traces = readable_traces(traces, pair.model.cfg)
     ours, theirs = _Reader(pair, found), _Reader(pair, planted)
     moments = _InputMoments(pair)
     for inputs in _target_inputs(pair, traces, tokens_per_batch):

@@ -22,7 +22,7 @@ from torch import Tensor
 from tl_adapters.adapter import AdapterMetadata, AdapterSet, FeatureId, TranscoderAdapter
 from tl_adapters.baselines import corrected
 from tl_adapters.config import TrainingConfig
-from tl_adapters.data import Batch, Trace, batches_by_length
+from tl_adapters.data import Batch, Trace, batches_by_length, readable_traces
 from tl_adapters.errors import UserError
 from tl_adapters.faithfulness import faithfulness_block, measure_faithfulness
 from tl_adapters.features import ALIVE_FIRINGS
@@ -165,6 +165,7 @@ def plant_features(
     layers = [TranscoderAdapter(cfg.d_model, per_layer, dtype=dtype, device=device) for _ in range(cfg.n_layers)]
     about = AdapterMetadata(base=pair.base_id, target=pair.base_id)
     planted = AdapterSet(layers, pair.marks, about).requires_grad_(False)
+    traces = readable_traces(traces, cfg)
     batches = [batch.to(device) for _, batch in batches_by_length(traces, tokens_per_batch)]
     texts = _texts(batches, cfg.d_vocab)
     records = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.data import Trace, batches_by_length
+from tl_adapters.data import Trace, batches_by_length, readable_traces
 from tl_adapters.features import Stream
 from tl_adapters.intervals import Figure, bootstrap_ratio
 from tl_adapters.paired import ACTIVATIONS, PairedModel
@@ -68,6 +68,7 @@ def stream_agreement(
         split: what they are called in the figures.
         tokens_per_batch: tokens in a forward pass.
     """
+    traces = readable_traces(traces, pair.model.cfg)
     adapters = pair.installed_adapters()
     layers = adapters.layer_indices
     norms = {layer: adapters[layer].W_dec.norm(dim=-1).float() for layer in layers}

@@ -33,7 +33,7 @@ from tl_adapters.adapter import AdapterSet
 from tl_adapters.atomic import DiskFullError
 from tl_adapters.batching import BatchOrder, TracesInMemory, TraceSource
 from tl_adapters.config import RunConfig, TrainingConfig
-from tl_adapters.data import Trace, batches_by_length
+from tl_adapters.data import Trace, batches_by_length, readable_traces
 from tl_adapters.errors import UserError
 from tl_adapters.objective import StepTerms, held_out_terms, shared_prefix_step
 from tl_adapters.paired import PairedModel
@@ -147,9 +147,12 @@ class Trainer:
         require_tracker(config.tracker)  # now: an extra that is missing leaves no folder behind
         self.pair, self.config, self.progress = pair, config, progress
         self.folder = None
-        source = TracesInMemory(traces, config.count) if isinstance(traces, Sequence) else traces
+        if isinstance(traces, TraceSource):
+            source = traces
+        else:
+            source = TracesInMemory(readable_traces(traces, pair.model.cfg), config.count)
         self.order = BatchOrder(source, config.tokens_per_batch, config.seed, config.count)
-        held_out = [trace for trace in validation if trace.counts(config.count)]
+        held_out = [trace for trace in readable_traces(validation, pair.model.cfg) if trace.counts(config.count)]
         self.validation = [batch for _, batch in batches_by_length(held_out, config.tokens_per_batch, config.count)]
         self.adapters = pair.new_adapters(
             config.n_features,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from tl_adapters.arguments import texts
 from tl_adapters.errors import UserError
 
 HESITATION_WORDS = (
@@ -50,6 +51,7 @@ def hesitation_tokens(
     """
     if tokenizer is None:
         raise VocabularyError("There is no tokenizer to look words up in; give the target's tokenizer.")
+    words = texts(words, "words")
     bad = [word for word in words if len(word.split()) != 1 or word != word.strip()]
     if not words or bad:
         raise VocabularyError(f"Got the words {bad or list(words)}; give single words without spaces, like 'Wait'.")

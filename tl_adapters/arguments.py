@@ -1,0 +1,113 @@
+"""Sequences that users pass to public functions, checked in one place before anything walks through them.
+
+Python walks through a text letter by letter and through a mapping key by key, and a batch of two prompts flattens into
+one long prompt, all without an error. Each function here returns what its caller needs in one known form, or raises an
+`ArgumentError` that says what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
+from typing import Any, TypeVar
+
+from tl_adapters.errors import UserError
+
+T = TypeVar("T")
+
+
+class ArgumentError(UserError, ValueError):
+    """An argument of another kind than the function takes."""
+
+
+def token_ids(given: Any, d_vocab: int, what: str = "tokens") -> list[int]:
+    """The ids of one sequence: a list, tuple, array or tensor of integers, also with one row ([1, n]).
+
+    Args:
+        given: what the user passed.
+        d_vocab: tokens of the model; ids run from 0 to one less.
+        what: the argument's name in errors.
+
+    Raises ArgumentError for a text, several rows, numbers that are not integers, or ids outside the vocabulary.
+    """
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ArgumentError(f"{what} is {_shown(given)}; give a sequence of token ids.")
+    ids = list(values)
+    if len(ids) == 1 and isinstance(ids[0], (list, tuple)):
+        ids = list(ids[0])
+    elif any(isinstance(one, (list, tuple)) or getattr(one, "ndim", 0) for one in ids):
+        raise ArgumentError(f"{what} has {len(ids)} rows; give one sequence of token ids at a time.")
+    whole = [_whole_number(one) for one in ids]
+    if None in whole:
+        raise ArgumentError(f"{what} holds {_shown(ids[whole.index(None)])}; token ids are whole numbers.")
+    found = [one for one in whole if one is not None]
+    if outside := [one for one in found if not 0 <= one < d_vocab]:
+        raise ArgumentError(f"{what} holds the token id {outside[0]}; the model's ids run from 0 to {d_vocab - 1:,}.")
+    return found
+
+
+def texts(given: Any, what: str) -> tuple[str, ...]:
+    """A sequence of texts. Raises ArgumentError for one text by itself, nothing, or what is not text."""
+    if isinstance(given, str):
+        raise ArgumentError(f"{what} is the text {given!r}, not a sequence of texts; give [{given!r}].")
+    found = _items(given, what, "texts")
+    if wrong := [one for one in found if not isinstance(one, str)]:
+        raise ArgumentError(f"{what} holds {_shown(wrong[0])}; give texts only.")
+    return tuple(found)
+
+
+def items(given: Any, kind: type[T] | tuple[type[T], ...], what: str, advice: str) -> list[T]:
+    """A sequence of objects of one kind. Raises ArgumentError, with the advice, for anything else in it."""
+    found = _items(given, what, advice)
+    if wrong := [one for one in found if not isinstance(one, kind) or isinstance(one, bool)]:
+        raise ArgumentError(f"{what} holds {_shown(wrong[0])}; {advice}.")
+    return found
+
+
+def prompt_response_pairs(given: Any) -> list[tuple[str, str]]:
+    """(question, response) pairs, given as pairs of texts or as rows {"prompt": ..., "response": ...}.
+
+    Raises ArgumentError, with the number of the row, for anything else.
+    """
+    advice = 'give pairs of texts, (question, response), or rows {"prompt": ..., "response": ...}'
+    return [_pair(row, number, advice) for number, row in enumerate(_items(given, "pairs", advice), start=1)]
+
+
+def choice(given: Any, allowed: Sequence[str], what: str) -> None:
+    """Raises ArgumentError, with the nearest name, where ``given`` is none of those allowed."""
+    if given not in allowed:
+        near = difflib.get_close_matches(str(given), allowed, n=1)
+        raise ArgumentError(
+            f"{what} is {given!r}; allowed: {', '.join(map(repr, allowed))}." + (f" Meant {near[0]!r}?" if near else "")
+        )
+
+
+def _items(given: Any, what: str, advice: str) -> list[Any]:
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise ArgumentError(f"{what} is {_shown(given)}; {advice if advice.startswith('give') else f'give {advice}'}.")
+    return list(given)
+
+
+def _pair(row: Any, number: int, advice: str) -> tuple[str, str]:
+    values: Sequence[Any] = ()
+    if isinstance(row, Mapping):
+        values = [row.get("prompt"), row.get("response")]
+    elif isinstance(row, Sequence) and not isinstance(row, (str, bytes)):
+        values = row
+    if len(values) != 2 or not all(isinstance(value, str) for value in values):
+        raise ArgumentError(f"Row {number} of the pairs is {_shown(row)}; {advice}.")
+    return values[0], values[1]
+
+
+def _whole_number(one: Any) -> int | None:
+    try:
+        return None if isinstance(one, bool) else index(one)
+    except TypeError:
+        return None
+
+
+def _shown(given: Any) -> str:
+    text = repr(given)
+    return f"{text if len(text) <= 80 else text[:80] + '...'} ({type(given).__name__})"
