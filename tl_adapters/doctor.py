@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from tl_adapters.adapter import describe
-from tl_adapters.architectures import load_config, load_tokenizer, require_representable, rope_parameters
+from tl_adapters.architectures import load_config, require_representable, rope_parameters
 from tl_adapters.batching import DataStatistics, open_documents
 from tl_adapters.chat import ChatFormat
 from tl_adapters.checkpoints import locate, mlp_tensor_names, read_config, read_vocabulary, remote_or_local_names
@@ -26,6 +26,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.fitting import last_part
 from tl_adapters.marks import same, stored_marks
 from tl_adapters.organism import BUILTIN
+from tl_adapters.tokenization import load_tokenizer, without_embedding
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
@@ -173,8 +174,9 @@ def _chat(chat: ChatFormat, described: PretrainedConfig) -> Iterator[Finding]:
         else:
             do = "Regions are found by text all the same; other tags are named by data.think_start and data.think_end."
             yield Finding("warning", "think tokens", f"{tag} is {len(pieces)} tokens of the target's tokenizer.", do)
-    if len(chat.tokenizer) > described.vocab_size:
-        says = f"the tokenizer has {len(chat.tokenizer):,} tokens, the model {described.vocab_size:,}."
+    if beyond := without_embedding(chat.tokenizer, described.vocab_size):
+        says = f"the tokenizer has {len(chat.tokenizer):,} tokens, the model {described.vocab_size:,} embeddings; "
+        says += f"{', '.join(sorted(beyond, key=lambda token: beyond[token])[:5])} would have none."
         yield Finding("error", "vocabulary", says, "Take the tokenizer that belongs to the target.")
 
 
