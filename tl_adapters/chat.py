@@ -8,11 +8,12 @@ document still differs from the template's own rendering of the whole, `ChatForm
 from __future__ import annotations
 
 import datetime
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import takewhile
+from functools import cached_property, lru_cache
+from itertools import takewhile, zip_longest
 
 from transformers import PreTrainedTokenizerBase
 
@@ -43,6 +44,7 @@ THINK_TAGS = (
 """Forms of the tags around thinking that published models and data sets use."""
 
 _QUESTION, _THOUGHT, _ANSWER = "what was asked", "what was thought", "what was answered"
+_BREAK, _CLOCK = "\n", "strftime_now"
 _DATE = "_tl_adapters_template_date"
 """Attribute of a tokenizer: the date that its template writes (`set_template_date`)."""
 _OTHER_DATE = datetime.date(1996, 2, 29)
@@ -60,6 +62,19 @@ class Document:
     """How many characters of the response are thinking, its tags included."""
     domain: str = ""
     """What the document is about, where the data says so."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where documents are not what the template itself would write."""
+
+    says: str
+    """What differs, as a sentence."""
+    meant: bool
+    """It is as it should be: documents are what a model reads and writes when it responds."""
+
+    def __str__(self) -> str:
+        return self.says
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,7 @@ class ChatFormat:
             what = "There is no tokenizer" if tokenizer is None else "The tokenizer has no chat template"
             raise DataError(f"{what}; traces cannot be rendered in the target's format. Give the target's tokenizer.")
         think_start, think_end = _tags_of(tokenizer, think_start, think_end)
-        date = date or getattr(tokenizer, _DATE, None) or datetime.date.today()
+        date = date or getattr(tokenizer, _DATE, None) or _today()
         question = {"role": "user", "content": _QUESTION}
 
         def whole(content: str, **fields: str) -> str:
@@ -119,7 +134,9 @@ class ChatFormat:
         if _QUESTION not in prompt or _ANSWER not in thinking or _ANSWER not in plain:
             raise DataError("The tokenizer's chat template leaves out what was asked or answered; it cannot be used.")
         base, block = _thinking_block(prompt, think_start, think_end)
-        before_answer = _between(prompt, plain, _ANSWER) or _between(base, plain, _ANSWER) or ""
+        before_answer = _between(prompt, plain, _ANSWER)
+        if before_answer is None:
+            before_answer = _between(base, plain, _ANSWER) or ""
         before_thinking = _between(base, thinking, think_start) if _THOUGHT in thinking else None
         if before_thinking is None:
             before_thinking = "" if think_end in before_answer else before_answer
@@ -156,7 +173,8 @@ class ChatFormat:
         field = next((f for f in THINKING_FIELDS if f in str(self.tokenizer.chat_template)), THINKING_FIELDS[0])
         turns = [{**m, field: thought} if (thought := _thought(m)) else m for m in messages]
         text = _render(self.tokenizer, turns, opening=True, date=self.date)
-        return "".join(self._join(text, beginning)) if beginning else text
+        opens = beginning.lstrip().startswith(self.think_start)
+        return "".join(self._join(text, beginning)) if opens else text + beginning
 
     def render(self, conversation: Conversation) -> tuple[str, str]:
         """The prompt's text and the response's, which together are the document."""
@@ -213,9 +231,10 @@ class ChatFormat:
             thinking = min(len(whole) - n, len(head))
         return Trace(tuple(whole), n, thinking, document.domain)
 
-    def differences(self) -> list[str]:
-        """Where documents differ from the template's own rendering of a whole conversation, a sentence each."""
-        user, found = {"role": "user", "content": _QUESTION}, []
+    def differences(self) -> list[Difference]:
+        """Where documents differ from the template's own rendering of a whole conversation."""
+        user: Message = {"role": "user", "content": _QUESTION}
+        found: list[Difference] = []
         answer = {"role": "assistant", "content": _ANSWER}
         thinks = {**answer, "content": _THOUGHT.join(self.around_thinking) + _ANSWER}
         probes = {
@@ -229,31 +248,37 @@ class ChatFormat:
                 template = _render(self.tokenizer, turns, opening=False, date=self.date)
                 ours = self.document(turns)
             except DataError:
-                found.append(f"The template refuses {what}.")
+                found.append(Difference(f"The template refuses {what}.", meant=True))
                 continue
             found += self._difference(what, ours, template)
         bos = self.tokenizer.bos_token
         if writes_bos(self.tokenizer) and not self.prompt([user]).startswith(str(bos)):
-            found.append(f"The tokenizer puts {bos!r} before a text, the template does not; documents have none.")
+            says = f"The tokenizer puts {bos!r} before a text, the template does not; documents have none."
+            found.append(Difference(says, meant=False))
         return list(dict.fromkeys(found))
 
-    def _difference(self, what: str, ours: Document, template: str) -> list[str]:
+    def _difference(self, what: str, ours: Document, template: str) -> list[Difference]:
         text = ours.prompt + ours.response
         if _THOUGHT in text and _THOUGHT not in template:
-            return ["The template strips the thinking of a finished response; documents keep it."]
+            says = "The template strips the thinking of a finished response; documents keep it."
+            return [Difference(says, meant=True)]
         if not template.startswith(text):
-            place = len(_shared_start([tuple(text), tuple(template)]))
+            _, block = _thinking_block(ours.prompt, self.think_start, self.think_end)
+            if block and not template.startswith(ours.prompt) and template.startswith(ours.prompt[: -len(block)]):
+                says = f"The template ends a prompt with {block!r}, which it does not write before a finished response"
+                return [Difference(f"{says}; documents have it, as a model has read it that responds.", meant=True)]
+            place = next(i for i, (a, b) in enumerate(zip_longest(text, template)) if a != b)
             shown = slice(max(0, place - 20), place + 30)
-            return [f"For {what} documents have {text[shown]!r} where the template writes {template[shown]!r}."]
+            says = f"For {what} documents have {text[shown]!r} where the template writes {template[shown]!r}."
+            return [Difference(says, meant=False)]
         found = []
         if rest := template[len(text) :]:
-            found.append(f"The template writes {rest!r} after the end of a response; documents stop before it.")
+            says = f"The template writes {rest!r} after the end of a response; documents stop before it."
+            found.append(Difference(says, meant=True))
         (trace,) = self.tokenize([ours])
         if tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) != trace.tokens:
-            found.append(
-                f"For {what} a token of the whole text would reach from the prompt into the response; documents have "
-                "the prompt's own ids, as a model has that responds."
-            )
+            says = f"For {what} a token of the whole text would reach from the prompt into the response; documents "
+            found.append(Difference(f"{says}have the prompt's own ids, as a model that responds has.", meant=True))
         return found
 
     def regions(self, trace: Trace) -> list[int]:
@@ -373,7 +398,8 @@ class ChatFormat:
         if thought is None or self._tags(content)[1] in content:
             return content
         before, between = self.around_thinking
-        return f"{before}{thought.strip(chr(10))}{between}{content.lstrip(chr(10))}"
+        answer = f"{between}{content.lstrip(_BREAK)}" if content.strip() else ""  # it was cut off while it thought
+        return f"{before}{thought.strip(_BREAK)}{answer}"
 
     def _join(self, prompt: str, text: str) -> tuple[str, str]:
         """A rendered prompt and (the beginning of) a response, so that what opens the thinking stands once."""
@@ -409,18 +435,40 @@ def set_template_date(tokenizer: PreTrainedTokenizerBase | None, date: datetime.
         setattr(tokenizer, _DATE, date)
 
 
+def _today() -> datetime.date:
+    return datetime.date.today()
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Conversation, opening: bool, date: datetime.date | None
 ) -> str:
-    # Every call gives the clock that a template reads: one run must not read two days.
-    clock = {} if date is None else {"strftime_now": datetime.datetime.combine(date, datetime.time()).strftime}
+    template = tokenizer.get_chat_template()
+    if date is not None and _CLOCK in template:
+        template = _clock(date) + template
     try:
         return tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=opening, **clock
+            [dict(m) for m in messages], chat_template=template, tokenize=False, add_generation_prompt=opening
         )
     except Exception as error:  # templates raise in their own words, in several classes
         roles = [m["role"] for m in messages]
         raise DataError(f"The chat template refuses a conversation of roles {roles}: {error}") from error
+
+
+@lru_cache
+def _clock(date: datetime.date) -> str:
+    """A template's definition of the function that it reads the date from: one run must not read two days.
+
+    Written as a macro: transformers turns what it is given for a template's own functions into plain data.
+    """
+    at = datetime.datetime.combine(date, datetime.time())
+    fields = [f"%{flag}{letter}" for letter in "aAbBcdeDfFGHIjklmMnpPrRsStTuUVwWxXyYzZ" for flag in ("", "-")]
+    values = {field: at.strftime(field) for field in fields}
+    table = ", ".join(f"({json.dumps(field)}, {json.dumps(value)})" for field, value in values.items())
+    return (
+        f"{{%- macro {_CLOCK}(format) -%}}{{%- set now = namespace(text=format) -%}}"
+        f"{{%- for field, value in [{table}] -%}}{{%- set now.text = now.text | replace(field, value) -%}}"
+        "{%- endfor -%}{{- now.text -}}{%- endmacro %}\n"
+    )
 
 
 def _has_tags(tokenizer: PreTrainedTokenizerBase, think_end: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         )
     if apart is None and chosen.get_vocab() == plain.get_vocab():
         return chosen  # the folder's own configuration names the tokens that tokenizer.json lacks
-    log.warning(
+    log.log(
+        logging.WARNING if apart else logging.INFO,
         "%s would be read as a %s, which %s; PreTrainedTokenizerFast is used, which gives the ids of tokenizer.json.",
         folder,
         type(chosen).__name__,
@@ -96,7 +98,12 @@ def difference(tokenizer: PreTrainedTokenizerBase, file: Tokenizer) -> str | Non
         ours = tokenizer(text, add_special_tokens=False)["input_ids"]
         theirs = file.encode(text, add_special_tokens=False).ids
         if ours != theirs:
-            return f"{text!r} becomes {_shown(ours)} by {type(tokenizer).__name__} and {_shown(theirs)} by the file"
+            place = next(i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b)
+            kind = type(tokenizer).__name__
+            return (
+                f"from token {place} on {text!r} becomes {_shown(ours[place:])} by {kind} and {_shown(theirs[place:])} "
+                "by the file"
+            )
     return None
 
 
@@ -105,7 +112,7 @@ def _probes(file: Tokenizer) -> list[str]:
     return [*PROBES, *(f"Wait {token.content}\nso {token.content} 1" for _, token in added)]
 
 
-def _shown(ids: Sequence[int], most: int = 24) -> str:
+def _shown(ids: Sequence[int], most: int = 12) -> str:
     return str(list(ids[:most]))[:-1] + (", ...]" if len(ids) > most else "]")
 
 
