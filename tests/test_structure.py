@@ -12,7 +12,8 @@ LEVELS = [
     {"arguments"},
     {"activations", "atomic", "compatibility", "config", "fingerprints", "losses", "intervals", "posting", "results"}
     | {"trackers", "views", "vocabulary", "organism"},
-    {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"},
+    {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"}
+    | {"tokenization"},
     {"architectures", "data", "endpoint", "marks", "references", "transcoder"},
     {"adapter", "chat", "graphs", "likelihoods"},
     {"features", "harness", "routing", "pruning"},

@@ -13,7 +13,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +20,7 @@ from transformers import (
 
 from tl_adapters.checkpoints import CheckpointError, locate, read_config, tensor_shapes
 from tl_adapters.errors import UserError
+from tl_adapters.tokenization import load_tokenizer, warn_of_other_ids
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "Gemma2ForCausalLM")
 """Supported architectures, as config.json names them."""
@@ -97,13 +97,6 @@ def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfi
     return config
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer; None where it has no tokenizer files."""
-    if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return AutoTokenizer.from_pretrained(folder)
-    return None
-
-
 def load_hf_model(
     name: str | Path,
     dtype: torch.dtype | None = None,
@@ -131,4 +124,8 @@ def load_hf_model(
             "it is not a complete checkpoint."
         )
     hf_model.config.name_or_path = str(name)
-    return hf_model.to(device or "cpu"), tokenizer or load_tokenizer(folder)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(folder)
+    else:
+        warn_of_other_ids(tokenizer, folder)
+    return hf_model.to(device or "cpu"), tokenizer

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tl_adapters.architectures import ARCHITECTURES, UnsupportedModelError, mlp_activation, require_representable
 from tl_adapters.checkpoints import PROJECTIONS
 from tl_adapters.routing import Backend, MLPWeights, RoutedMLP, WeightsProcessedError
+from tl_adapters.tokenization import give_tokenizer
 
 _POINTS = {"gate_proj": "gate", "up_proj": "in", "down_proj": "out"}
 """The bridge's names of a gated MLP's projections."""
@@ -41,9 +42,7 @@ def build_bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         model_name=hf_model.config.name_or_path or architecture,
     )
     if tokenizer is not None:
-        # Given afterwards: the bridge would load it anew under its recorded name and make encode() prepend BOS.
-        bridge.tokenizer = tokenizer
-        bridge.cfg.tokenizer_prepends_bos = False
+        give_tokenizer(bridge, tokenizer)
     bridge.cfg.default_prepend_bos = False
     bridge.requires_grad_(False)
     return bridge.eval()

@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from tl_adapters.adapter import describe
-from tl_adapters.architectures import load_config, load_tokenizer, require_representable, rope_parameters
+from tl_adapters.architectures import load_config, require_representable, rope_parameters
 from tl_adapters.batching import DataStatistics, open_documents
 from tl_adapters.chat import ChatFormat
 from tl_adapters.checkpoints import locate, mlp_tensor_names, read_config, read_vocabulary, remote_or_local_names
@@ -26,6 +26,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.fitting import last_part
 from tl_adapters.marks import same, stored_marks
 from tl_adapters.organism import BUILTIN
+from tl_adapters.tokenization import load_tokenizer, without_embedding
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
@@ -73,6 +74,8 @@ def examine(
             )
             statistics = documents.survey()
             findings.append(_data(statistics))
+            if says := documents.warning(statistics):
+                findings.append(Finding("warning", "thinking", says))
             longest = (statistics.lengths or {}).get("longest", longest)
         elif config.data.max_tokens is None:
             longest = 0  # nothing is known of the documents: the batch's tokens are what is counted
@@ -164,8 +167,9 @@ def _by_name(role: str, recorded: str, given: str) -> Finding:
 
 def _chat(chat: ChatFormat, described: PretrainedConfig) -> Iterator[Finding]:
     says = f"responses end with {chat.turn_end!r}; a prompt " + ("opens" if chat.opens_thinking else "does not open")
-    kept = "The template strips past thinking; traces keep it, since responses are rendered as they stand."
-    yield Finding("ok", "chat template", f"{says} the thinking.", kept if chat.strips_thinking else "")
+    yield Finding("ok", "chat template", f"{says} the thinking.")
+    for difference in chat.differences():
+        yield Finding("ok" if difference.meant else "warning", "chat template", difference.says)
     for tag in (chat.think_start, chat.think_end):
         pieces = chat.tokenizer(tag, add_special_tokens=False)["input_ids"]
         if len(pieces) == 1:
@@ -173,8 +177,9 @@ def _chat(chat: ChatFormat, described: PretrainedConfig) -> Iterator[Finding]:
         else:
             do = "Regions are found by text all the same; other tags are named by data.think_start and data.think_end."
             yield Finding("warning", "think tokens", f"{tag} is {len(pieces)} tokens of the target's tokenizer.", do)
-    if len(chat.tokenizer) > described.vocab_size:
-        says = f"the tokenizer has {len(chat.tokenizer):,} tokens, the model {described.vocab_size:,}."
+    if beyond := without_embedding(chat.tokenizer, described.vocab_size):
+        says = f"the tokenizer has {len(chat.tokenizer):,} tokens, the model {described.vocab_size:,} embeddings; "
+        says += f"{', '.join(sorted(beyond, key=lambda token: beyond[token])[:5])} would have none."
         yield Finding("error", "vocabulary", says, "Take the tokenizer that belongs to the target.")
 
 

@@ -30,6 +30,7 @@ from tl_adapters.architectures import UnsupportedModelError, mlp_activation, req
 from tl_adapters.attention import FusedAttention
 from tl_adapters.checkpoints import PROJECTIONS
 from tl_adapters.routing import Backend, MLPWeights, RoutedMLP, WeightsProcessedError
+from tl_adapters.tokenization import give_tokenizer
 
 CONVERTERS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
     "Qwen2ForCausalLM": convert_qwen2_weights,
@@ -117,9 +118,7 @@ def build_hooked_transformer(
             f"TransformerLens's converter left weights of {cfg.original_architecture} unset: {missing}, {unexpected}."
         )
     if tokenizer is not None:
-        # Not set_tokenizer: it loads the tokenizer anew under its recorded name and makes encode() prepend BOS.
-        model.tokenizer = tokenizer
-        model.cfg.tokenizer_prepends_bos = False
+        give_tokenizer(model, tokenizer)
     for block in model.blocks:
         block.attn.__class__ = FusedAttention
     return model.requires_grad_(False).eval()
