@@ -122,6 +122,7 @@ def build_hooked_transformer(
         model.cfg.tokenizer_prepends_bos = False
     for block in model.blocks:
         block.attn.__class__ = FusedAttention
+    model.generation_config = hf_model.generation_config  # its end tokens and sampling: see generation.py
     return model.requires_grad_(False).eval()
 
 
