@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
 LEVELS = [
     {"errors"},
-    {"activations", "atomic", "compatibility", "config", "decoding", "fingerprints", "losses", "intervals", "masks"}
-    | {"posting", "results"}
+    {"activations", "atomic", "checking", "compatibility", "config", "decoding", "losses", "intervals", "masks"}
+    | {"fingerprints", "posting", "results"}
     | {"trackers", "views", "vocabulary", "organism"},
     {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"},
     {"architectures", "data", "endpoint", "marks", "references", "transcoder"},
