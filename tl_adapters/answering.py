@@ -31,6 +31,7 @@ from tl_adapters.benchmarks import (
     respond,
     rows_at_once,
 )
+from tl_adapters.decoding import CompletionError, Decoding
 from tl_adapters.errors import UserError
 from tl_adapters.generation import decoding_of, end_tokens
 
@@ -67,14 +68,17 @@ class Sampling:
         for name in ("samples", "max_new_tokens", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise AnsweringError(f"{name} is {value}; allowed is a whole number >= 1.")
-        temperature, top_p, top_k = self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.top_k or 0
-        if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
-            raise AnsweringError(
-                f"Got temperature {self.temperature}, top_p {self.top_p} and top_k {self.top_k}; allowed are a "
-                "temperature from 0, a top_p above 0 and up to 1, and a top_k from 0."
-            )
+        try:
+            _ = self.decoding
+        except CompletionError as error:
+            raise AnsweringError(str(error)) from error
         if self.temperature == 0 and self.samples > 1:
             raise AnsweringError(f"At temperature 0 all {self.samples} samples are one; give a temperature above 0.")
+
+    @property
+    def decoding(self) -> Decoding:
+        """How tokens are chosen, greedy where that is open."""
+        return Decoding(self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.top_k or 0)
 
     def chosen(self, model: Any, problems: Sequence[Checkable]) -> Sampling:
         """These, with nothing left open: what is None is what the problems and the model say.

@@ -64,6 +64,8 @@ class Answerer:
     """Features taken out; only of the replacement."""
     insert: tuple[FeatureId, ...] = ()
     """The only features there are; only on the hybrid."""
+    strength: float = 1.0
+    """How strongly they fire there, such as a circuit's ``strength``."""
 
     def __post_init__(self) -> None:
         for name, route in (("ablate", "replacement"), ("insert", "hybrid")):
@@ -81,14 +83,18 @@ class Answerer:
         features = sorted({*self.ablate, *self.insert})
         if not features:
             return on_route(self.route)
-        found = without(features) if self.ablate else with_only(features)
+        found = without(features) if self.ablate else with_only(features, self.strength)
         digest = hashlib.sha256(repr([tuple(feature) for feature in features]).encode()).hexdigest()[:8]
         return found if len(features) <= NAMED else replace(found, name=f"{found.name} ({digest})")
 
     def as_record(self) -> dict[str, Any]:
         """As settings hold it."""
         named = {"ablate": self.ablate, "insert": self.insert}
-        return {"route": self.route, **{k: [f"{f.layer}.{f.index}" for f in sorted(v)] for k, v in named.items()}}
+        return {
+            "route": self.route,
+            "strength": self.strength,
+            **{k: [f"{f.layer}.{f.index}" for f in sorted(v)] for k, v in named.items()},
+        }
 
 
 def benchmark_run(
@@ -141,7 +147,7 @@ def benchmark_run(
         folder = (out or run / FOLDER) / task.task / _slug(who.variant.name)
         sampling = replace(samplings[task.task], prefill=prefill).chosen(pair.model, task.problems)
         facts = {"task": task.task, "source": task.source, "split": task.split, **about}
-        log.info("%s: %s, %s", task.task, who.variant.name, sampling)
+        log.info("%s: %s, %s", task.task, who.variant.name, sampling.decoding)
         with who.variant.entered(pair) as model:
             answers = answer(model, task.problems, sampling, folder, facts, progress)
         found = score(answers, task.split, words)
