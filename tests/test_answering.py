@@ -139,12 +139,13 @@ def test_two_processes_in_one_folder_are_refused(model: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"samples": 2}, "At temperature 0 all 2 samples are one"),
+        ({"samples": 2, "temperature": 0.0}, "At temperature 0 all 2 samples are one"),
         ({"samples": 0}, "samples is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_k": -1}, "top_k -1"),
     ],
 )
 def test_impossible_options_are_said(options: dict[str, Any], says: str) -> None:

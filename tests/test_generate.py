@@ -162,9 +162,11 @@ def test_pad_tokens_in_a_prompt_are_read(pair: PairedModel, prompt: list[int]) -
 
 def test_refusals(pair: PairedModel, prompt: list[int]) -> None:
     variants = [on_route("target")]
-    for options in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}):
+    for options in ({"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}):
         with pytest.raises(VariantError, match="allowed are a temperature from 0"):
             generate_variants(pair, prompt, variants, **options)  # type: ignore[arg-type]
+    with pytest.raises(VariantError, match="max_new_tokens 0; both are 1 or more"):
+        generate_variants(pair, prompt, variants, max_new_tokens=0)
     for bad in ([], [1] * 256):
         with pytest.raises(VariantError, match="the model reads 1 to 255"):
             generate_variants(pair, bad, variants)

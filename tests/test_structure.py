@@ -10,14 +10,15 @@ PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 LEVELS = [
     {"errors"},
     {"arguments"},
-    {"activations", "atomic", "compatibility", "config", "fingerprints", "losses", "intervals", "posting", "results"}
+    {"activations", "atomic", "checking", "compatibility", "config", "decoding", "losses", "intervals", "masks"}
+    | {"fingerprints", "posting", "results"}
     | {"trackers", "views", "vocabulary", "organism"},
     {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"}
     | {"tokenization"},
     {"architectures", "data", "endpoint", "marks", "references", "transcoder"},
     {"adapter", "chat", "graphs", "likelihoods"},
-    {"features", "harness", "routing", "pruning"},
-    {"sources", "hooked", "bridged", "fitting", "graph_files", "parts"},
+    {"features", "generation", "routing", "pruning"},
+    {"harness", "sources", "hooked", "bridged", "fitting", "graph_files", "parts"},
     {"backends"},
     {"batching", "paired"},
     {

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from tl_adapters import tasks
+from tl_adapters import checking, tasks
 from tl_adapters.tasks import (
     BUILTIN,
     INSTRUCTION,
@@ -106,34 +106,88 @@ def test_choices_are_shuffled_by_the_seed_and_the_question_alone(tmp_path: Path)
         ("?!", r"\boxed{?!}", True),  # no mathematics, and word for word
         ("18", r"\boxed{}", False),
         ("18", r"\boxed{18", False),  # no whole box
+        ("18", r"\boxed{17} and then \boxed{18.}", True),
+        ("18", r"\boxed{$18$}", True),
+        ("18", r"\fbox{18}", True),
+        ("18", r"\boxed 18 .", True),
+        ("1080", r"\boxed{1\,080}", True),
+        ("1234567", r"\boxed{1~234~567.}", True),
+        ("1080", r"\boxed{1{,}080\,}", True),
+        ("1234", r"\boxed{12 34}", False),
+        ("3.14", r"\boxed{3.14.}", True),
+        (r"\text{Evelyn}", r"\boxed{\text{Evelyn.}}", True),
+        (r"\text{Evelyn}", r"\boxed{\textbf{Evelyn}}", True),
+        (r"\frac{1}{2}", r"\boxed{\boxed{\frac{1}{2}}}", True),
+        (r"\frac{1}{2}", r"\boxed{\dfrac{1}{2}\;.}", True),
     ],
 )
 def test_mathematical_answers_are_compared_by_value(answer: str, said: str, right: bool) -> None:
     assert MathProblem("?", answer).solved_by(said) is right
 
 
-def test_answers_are_checked_in_another_thread_too() -> None:
-    found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(MathProblem("?", "18").solved_by(r"\boxed{36/2}")))
-    thread.start()
-    thread.join()
-    assert found == [True]
+def test_answers_are_checked_in_another_thread_too_and_none_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere than in the main thread no alarm can be set; a process of ours is asked, and ended where it hangs."""
+
+    def in_a_thread(*said: str) -> list[bool]:
+        found: list[bool] = []
+        problem = MathProblem("?", "18")
+        thread = threading.Thread(target=lambda: found.extend(problem.solved_by(text) for text in said), daemon=True)
+        thread.start()
+        thread.join(60)
+        return found
+
+    assert in_a_thread(r"\boxed{36/2}", r"\boxed{37/2}", "so 18") == [True, False, True]
+    first = checking._checker.process
+    assert first is not None
+    monkeypatch.setattr(checking, "PATIENCE", 1.0)  # less than its own bound, as where even that does not help
+    assert in_a_thread(r"\boxed{9^{9^{9^{9}}}}") == [False]
+    assert first.poll() is not None
+    monkeypatch.setattr(checking, "PATIENCE", 60.0)
+    assert in_a_thread(r"\boxed{36/2}") == [True], "another one is started"
 
 
 @pytest.mark.parametrize(
     ("box", "right"),
     [(box, True) for box in ("B", r"\text{B}", r"\text{(B)}", "(B)", "B) two", " B. ", r"\mathrm{B}")]
-    + [(box, False) for box in ("A", "Bananas", "two", "b", "", "AB")],
+    + [
+        (box, True)
+        for box in ("$B$", r"\(B\)", r"\text{Option B}", r"\text{Choice } B", "Answer: B", r"\textbf{(B)}\ two", "{B}")
+    ]
+    + [(box, False) for box in ("A", "Bananas", "two", "b", "", "AB", "A, B", "B and C", r"\text{Option D}", "$C$")],
 )
 def test_the_letter_in_the_box_is_the_choice(box: str, right: bool) -> None:
     problem = ChoiceProblem("?", ("one", "two", "three", "five"), "B")
     assert problem.solved_by(rf"<think>A</think>It is \boxed{{{box}}}") is right
-    assert not problem.solved_by("It is B")
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("It is B", "B"),
+        ("The answer is B.", "B"),
+        ("**Answer:** (C)", "C"),
+        ("The correct answer is **D**, since A is odd.", "D"),
+        (r"so the answer is $\text{C}$.", "C"),
+        ("A is odd, and B is too.\n\nC) three", "C"),
+        ("Of A, B and C, none.\n**D**", "D"),
+        ("A dog is no answer: B, says A dog", "B"),
+        ("Answers differ", None),
+        ("vitamin C's effect", None),
+        ("<think>The answer is A</think>", None),
+        (r"The answer is A. \boxed{B}", "B"),
+    ],
+)
+def test_without_a_box_the_letter_is_what_is_called_the_answer(said: str, letter: str | None) -> None:
+    """As numbers are found without one: a base model was never taught to box."""
+    right = [x for x in LETTERS if ChoiceProblem("?", ("one", "two", "three", "five"), x).solved_by(said)]
+    assert right == ([] if letter is None else [letter])
 
 
 def test_the_last_whole_box() -> None:
     assert last_boxed(r"\boxed{1} and \boxed{\frac{1}{2}} and \boxed{3") == r"\frac{1}{2}"
     assert last_boxed(r"\boxed {\{1\}}") == r"\{1\}"
+    assert last_boxed(r"\boxed{\left\{\frac{1}{2}, {a\\}\right\}}.") == r"\left\{\frac{1}{2}, {a\\}\right\}"
+    assert last_boxed(r"\boxed{1} or \boxed 5 ") == "5"
     assert last_boxed("none") is None
 
 

@@ -1,7 +1,7 @@
 """Problems answered by a model as it is: drawn answers kept batch by batch, and figures with intervals over problems.
 
 1. Problems are grouped by length into batches; each batch is answered once for every sample.
-2. Every batch draws from a generator that only the seed, the sample and the batch determine.
+2. Every answer draws from a generator that only the seed, the sample and the problem's number determine.
 3. Its answers are on the disk, whole, before the next batch begins. So a run that was stopped goes on after its last
    whole batch, and has in the end the very answers of one never stopped; more samples can be added to it later.
 4. pass@1 is the mean over problems of the share of right answers; intervals are over problems.
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,19 @@ from typing import Any
 from tqdm import tqdm
 
 from tl_adapters.atomic import alone_in, room_for, write_text
-from tl_adapters.benchmarks import HESITATION, Checkable, Interval, Response, rate, respond
-from tl_adapters.completions import drawing
+from tl_adapters.benchmarks import (
+    HESITATION,
+    Checkable,
+    Interval,
+    Response,
+    answer_limit,
+    rate,
+    respond,
+    rows_at_once,
+)
+from tl_adapters.decoding import CompletionError, Decoding
 from tl_adapters.errors import UserError
+from tl_adapters.generation import decoding_of, end_tokens
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
 
@@ -34,18 +44,21 @@ class AnsweringError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How problems are answered. The defaults are the built-in pair's, greedy."""
+    """How problems are answered. What is None is taken from the problems and the model (`Sampling.chosen`)."""
 
     samples: int = 1
     """Answers to each problem."""
-    temperature: float = 0.0
-    """0 takes the likeliest token (DeepSeek-R1's authors use 0.6)."""
-    top_p: float = 1.0
-    """Drawn are only the likeliest tokens that hold so much probability (they use 0.95)."""
-    max_new_tokens: int = 160
-    """Longest answer (they use 32,768); one that is cut there is wrong."""
-    batch_size: int = 500
-    """Problems at a time."""
+    temperature: float | None = None
+    """0 takes the likeliest token; None is generation_config.json's (DeepSeek-R1's authors use 0.6)."""
+    top_p: float | None = None
+    """Drawn are only the likeliest tokens that hold so much probability; None likewise (they use 0.95)."""
+    top_k: int | None = None
+    """Drawn are only so many of the likeliest tokens, 0 is all; None likewise."""
+    max_new_tokens: int | None = None
+    """Longest answer, one that is cut there is wrong; None is what the problems or else the model name
+    (`benchmarks.answer_limit`)."""
+    batch_size: int | None = None
+    """Problems at a time; None is as many as such long answers leave room for (`benchmarks.rows_at_once`)."""
     seed: int = 0
     """Of everything drawn."""
     prefill: str = ""
@@ -53,15 +66,35 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise AnsweringError(f"{name} is {getattr(self, name)}; allowed is a whole number >= 1.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise AnsweringError(
-                f"Got temperature {self.temperature} and top_p {self.top_p}; allowed are a temperature from 0, and a "
-                "top_p above 0 and up to 1."
-            )
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise AnsweringError(f"{name} is {value}; allowed is a whole number >= 1.")
+        try:
+            _ = self.decoding
+        except CompletionError as error:
+            raise AnsweringError(str(error)) from error
         if self.temperature == 0 and self.samples > 1:
             raise AnsweringError(f"At temperature 0 all {self.samples} samples are one; give a temperature above 0.")
+
+    @property
+    def decoding(self) -> Decoding:
+        """How tokens are chosen, greedy where that is open."""
+        return Decoding(self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.top_k or 0)
+
+    def chosen(self, model: Any, problems: Sequence[Checkable]) -> Sampling:
+        """These, with nothing left open: what is None is what the problems and the model say.
+
+        Raises AnsweringError for several samples of a model that answers greedily.
+        """
+        limit = answer_limit(model, problems) if self.max_new_tokens is None else self.max_new_tokens
+        how = decoding_of(model, self.temperature, self.top_p, self.top_k)
+        return replace(
+            self,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            top_k=how.top_k,
+            max_new_tokens=limit,
+            batch_size=self.batch_size or rows_at_once(limit),
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +133,10 @@ class Score:
     """What counts as a hesitation."""
     split: str
     """Split of the problems."""
+    looping: float = 0.0
+    """Share of responses that were cut while they said one block of tokens again and again."""
+    near_ties_per_1k: float = 0.0
+    """Per 1,000 response tokens, those whose choice was closer than rounding."""
 
 
 def score(answers: Sequence[Answer], split: str, words: Sequence[str] = HESITATION) -> Score:
@@ -116,6 +153,8 @@ def score(answers: Sequence[Answer], split: str, words: Sequence[str] = HESITATI
         ci={"pass_at_1" if name == "accuracy" else name: interval for name, interval in found.ci.items()},
         words=tuple(words),
         split=split,
+        looping=found.looping,
+        near_ties_per_1k=found.near_ties_per_1k,
     )
 
 
@@ -140,35 +179,39 @@ def answer(
     Raises AnsweringError where the folder holds answers of other problems, options or models; FolderBusyError where
     another process is at work in it; DiskFullError.
     """
-    folder = Path(folder)
+    folder, sampling = Path(folder), sampling.chosen(model, problems)
     batches = _batches(problems, sampling.batch_size)
     todo = [(sample, number) for sample in range(sampling.samples) for number in range(len(batches))]
     options = {name: value for name, value in asdict(sampling).items() if name != "samples"}  # more can come later
     asked = hashlib.sha256("\0".join(problem.question for problem in problems).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
-        _require_same(folder / SETTINGS, {**about, "n": len(problems), "problems": asked, **options})
+        facts = {**about, "n": len(problems), "problems": asked, **options, "ends": end_tokens(model)}
+        _require_same(folder / SETTINGS, facts)
         found = _kept(folder / ANSWERS, [len(batch) for batch in batches])
         done = min(len(found), len(todo))
         for sample, number in tqdm(todo[done:], initial=done, total=len(todo), disable=not progress, unit="batch"):
-            with drawing(model.W_E.device, sampling.seed, sample, number):
-                said = respond(
-                    model,
-                    [problems[i] for i in batches[number]],
-                    max_new_tokens=sampling.max_new_tokens,
-                    batch_size=sampling.batch_size,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    prefill=sampling.prefill,
-                )
+            said = respond(
+                model,
+                [problems[i] for i in batches[number]],
+                max_new_tokens=sampling.max_new_tokens,
+                batch_size=sampling.batch_size,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=sampling.seed,
+                keys=[(i, sample) for i in batches[number]],
+                prefill=sampling.prefill,
+            )
             batch = [Answer(i, sample, response) for i, response in zip(batches[number], said, strict=True)]
             _append(folder / ANSWERS, [_as_record(one, problems[one.problem].question) for one in batch])
             found.append(batch)
     return list(chain(*found[: len(todo)]))
 
 
-def _batches(problems: Sequence[Checkable], batch_size: int) -> list[list[int]]:
+def _batches(problems: Sequence[Checkable], batch_size: int | None) -> list[list[int]]:
     """Numbers of the problems, the shortest first, so that little is padding."""
+    batch_size = batch_size or len(problems)
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -196,7 +239,13 @@ def _as_record(one: Answer, question: str) -> dict[str, Any]:
 
 def _from_record(record: Mapping[str, Any]) -> Answer:
     said = Response(
-        tuple(record["prompt"]), tuple(record["tokens"]), record["text"], record["truncated"], record["correct"]
+        tuple(record["prompt"]),
+        tuple(record["tokens"]),
+        record["text"],
+        record["truncated"],
+        record["correct"],
+        record["end"],
+        record["near_ties"],
     )
     return Answer(record["problem"], record["sample"], said)
 
@@ -218,7 +267,7 @@ def _kept(path: Path, sizes: Sequence[int]) -> list[list[Answer]]:
     for line in lines:
         try:
             answers.append(_from_record(json.loads(line)))
-        except ValueError:
+        except (ValueError, KeyError):
             break
     batches, n = [], 0
     for size in cycle(sizes):

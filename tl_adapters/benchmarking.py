@@ -20,6 +20,7 @@ from tl_adapters.benchmarks import HESITATION
 from tl_adapters.chat import ChatFormat
 from tl_adapters.config import Dtype, RunConfig
 from tl_adapters.errors import UserError
+from tl_adapters.generation import LONGEST_ANSWER, end_tokens
 from tl_adapters.opening import is_builtin, open_run, require_adapters
 from tl_adapters.paired import PairedModel
 from tl_adapters.results import plain, read_results, write_results
@@ -31,9 +32,6 @@ log = logging.getLogger(__name__)
 
 FOLDER = "benchmarks"
 """Folder of answers within a run, and block of its results.json."""
-R1_LIMIT, R1_BATCH = 32_768, 16
-"""Longest answer of a task of the hub, as DeepSeek-R1's authors allow, and problems at a time: keys and values of such
-a batch take 30 GB, with R1-Distill-Qwen-7B in bfloat16."""
 
 
 class BenchmarkError(UserError, ValueError):
@@ -52,6 +50,8 @@ class Measured:
     """What came out."""
     folder: Path
     """Where the answers are."""
+    sampling: Sampling
+    """How it was answered, with nothing left open."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Answerer:
     """Features taken out; only of the replacement."""
     insert: tuple[FeatureId, ...] = ()
     """The only features there are; only on the hybrid."""
+    strength: float = 1.0
+    """How strongly they fire there, such as a circuit's ``strength``."""
 
     def __post_init__(self) -> None:
         for name, route in (("ablate", "replacement"), ("insert", "hybrid")):
@@ -81,14 +83,18 @@ class Answerer:
         features = sorted({*self.ablate, *self.insert})
         if not features:
             return on_route(self.route)
-        found = without(features) if self.ablate else with_only(features)
+        found = without(features) if self.ablate else with_only(features, self.strength)
         digest = hashlib.sha256(repr([tuple(feature) for feature in features]).encode()).hexdigest()[:8]
         return found if len(features) <= NAMED else replace(found, name=f"{found.name} ({digest})")
 
     def as_record(self) -> dict[str, Any]:
         """As settings hold it."""
         named = {"ablate": self.ablate, "insert": self.insert}
-        return {"route": self.route, **{k: [f"{f.layer}.{f.index}" for f in sorted(v)] for k, v in named.items()}}
+        return {
+            "route": self.route,
+            "strength": self.strength,
+            **{k: [f"{f.layer}.{f.index}" for f in sorted(v)] for k, v in named.items()},
+        }
 
 
 def benchmark_run(
@@ -111,8 +117,8 @@ def benchmark_run(
         run: a folder that train or demo made.
         tasks: name to a local copy, or None for the hub's; by default the built-in problems, for the built-in pair.
         answerer: who answers; by default the replacement.
-        options: fields of `Sampling` that are to differ from the task's: greedy, and for tasks of the hub up to
-            `R1_LIMIT` tokens, `R1_BATCH` problems at a time.
+        options: fields of `Sampling` that are to differ from the task's and the model's: the built-in problems are
+            answered greedily, tasks of the hub as generation_config.json says and in up to `LONGEST_ANSWER` tokens.
         open_thinking: make the model begin with the tag that opens the thinking, where the template does not.
         limit: the first so many problems of each task.
         words: what counts as a hesitation.
@@ -139,19 +145,20 @@ def benchmark_run(
     measured = []
     for task in loaded:
         folder = (out or run / FOLDER) / task.task / _slug(who.variant.name)
-        sampling = replace(samplings[task.task], prefill=prefill)
+        sampling = replace(samplings[task.task], prefill=prefill).chosen(pair.model, task.problems)
         facts = {"task": task.task, "source": task.source, "split": task.split, **about}
-        log.info("%s: %s", task.task, who.variant.name)
+        log.info("%s: %s, %s", task.task, who.variant.name, sampling.decoding)
         with who.variant.entered(pair) as model:
             answers = answer(model, task.problems, sampling, folder, facts, progress)
         found = score(answers, task.split, words)
-        _add(run, task.task, who.variant.name, {**plain(found), "settings": {**facts, **asdict(sampling)}})
-        measured.append(Measured(task.task, who.variant.name, found, folder))
+        settings = {**facts, **asdict(sampling), "ends": end_tokens(pair.model)}
+        _add(run, task.task, who.variant.name, {**plain(found), "settings": settings})
+        measured.append(Measured(task.task, who.variant.name, found, folder, sampling))
     return measured
 
 
 def _sampling(task: str, options: Mapping[str, Any]) -> Sampling:
-    own = {} if task == BUILTIN else {"max_new_tokens": R1_LIMIT, "batch_size": R1_BATCH}
+    own: dict[str, Any] = {"temperature": 0.0} if task == BUILTIN else {"max_new_tokens": LONGEST_ANSWER}
     return Sampling(**{**own, **options})
 
 

@@ -1,12 +1,14 @@
 """Behaviour: problems with checkable answers, solved by any model; accuracy, length and hesitation with intervals.
 
 A *response* is every generated token, thinking included, without the end token. One that reaches the limit counts
-with its length, and as wrong. The *hesitation rate* is the number of "wait", in any case, per 1,000 response tokens;
-other words are counted only when asked for.
+with its length, and as wrong; it is *looping* where it ends in one block of tokens said again and again. The
+*hesitation rate* is the number of "wait", in any case, per 1,000 response tokens; other words are counted only when
+asked for.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +22,16 @@ from transformers import PreTrainedTokenizerBase
 from tl_adapters.chat import ChatFormat
 from tl_adapters.completions import complete
 from tl_adapters.data import Trace
+from tl_adapters.generation import decoding_of, end_tokens, longest_answer
 from tl_adapters.intervals import bootstrap_ratio
 
+log = logging.getLogger(__name__)
+
+LOOP_TIMES, LOOP_TOKENS = 4, 32
+"""A response that was cut is looping where its end is one block of tokens so many times over, so many tokens long."""
+BATCH_TOKENS = 2**19
+"""Generated in a batch, at most, where no batch size is given: 16 answers of 32,768 tokens, whose keys and values take
+30 GB with R1-Distill-Qwen-7B in bfloat16."""
 THINK_OPENS = "<think>"
 HESITATION = ("wait",)
 """What counts as a hesitation, where no other words are asked for."""
@@ -41,6 +51,9 @@ class Checkable(Protocol):
         ...
 
 
+# A problem may also say how long its answers may be, as ``max_new_tokens``.
+
+
 @dataclass(frozen=True)
 class Response:
     """What a model said to one problem."""
@@ -55,6 +68,10 @@ class Response:
     """The limit came before the end token."""
     correct: bool
     """The answer is right (never, if truncated)."""
+    end: int | None = None
+    """The end token that was generated."""
+    near_ties: int = 0
+    """Tokens whose choice was closer than rounding: from the first on they may differ in a batch of another shape."""
 
     @property
     def hesitations(self) -> int:
@@ -64,6 +81,11 @@ class Response:
     def count(self, words: Sequence[str]) -> int:
         """How often the response says one of ``words``, whole and in any case."""
         return len(re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", self.text, re.IGNORECASE))
+
+    @property
+    def looping(self) -> bool:
+        """It was cut while it said one block of tokens again and again."""
+        return self.truncated and _repeats(self.tokens)
 
     def matches(self, pattern: str) -> int:
         """How often a regular expression matches in the response."""
@@ -98,26 +120,38 @@ class Rate:
     """Intervals of accuracy, length and hesitation_per_1k."""
     split: str
     """Split of the problems."""
+    looping: float = 0.0
+    """Share of responses that were cut while they said one block of tokens again and again."""
+    near_ties_per_1k: float = 0.0
+    """Per 1,000 response tokens, those whose choice was closer than rounding."""
 
 
 def respond(
     model: Any,
     problems: Sequence[Checkable],
     *,
-    max_new_tokens: int = 160,
-    batch_size: int = 250,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    keys: Sequence[object] | None = None,
     prefill: str | Sequence[str] = "",
 ) -> list[Response]:
     """Answers to all problems, with whatever route and hooks the model has now; in the order of the problems.
 
+    An answer does not depend on the other problems, nor on the batch size (see `completions`).
+
     Args:
         model: a HookedTransformer or TransformerBridge with the tokenizer whose chat template renders the questions.
-        max_new_tokens: the limit; where the model's context is full before, that is the limit.
-        batch_size: problems at a time; sorted by length, so that little is padding.
-        temperature: 0 decodes greedily; otherwise torch's generator is drawn from (enter `completions.drawing`).
-        top_p: drawn are only the likeliest tokens that hold so much probability.
+        max_new_tokens: the limit; None is `answer_limit`. Where the model's context is full before, that is the limit.
+        batch_size: problems at a time; sorted by length, so that little is padding. None is `rows_at_once`.
+        temperature, top_p, top_k: as `decoding.Decoding`; None is what the model's generation_config.json says, which
+            is greedy where it does not sample.
+        seed: of what is drawn.
+        keys: of every problem, what its draws follow from beside the seed; by default its question. Equal keys draw
+            equal numbers, so variants of a model draw the same for the same problem.
         prefill: what the model is made to begin its response with, for all problems or one text for each. It is the
             end of the prompt: `Response.text` and every figure start after it.
 
@@ -132,28 +166,81 @@ def respond(
         for p, beginning in zip(problems, begun, strict=True)
     ]
     prompts = chat.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    limit = answer_limit(model, problems) if max_new_tokens is None else max_new_tokens
     completions = complete(
         model,
         prompts,
-        chat.end_tokens,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        temperature=temperature,
-        top_p=top_p,
+        end_tokens(model),
+        max_new_tokens=limit,
+        batch_size=rows_at_once(limit) if batch_size is None else batch_size,
+        decoding=decoding_of(model, temperature, top_p, top_k),
+        keys=[(seed, key) for key in ([p.question for p in problems] if keys is None else keys)],
     )
     said = zip(
         problems, prompts, completions, chat.tokenizer.batch_decode([c.tokens for c in completions]), strict=True
     )
     return [
-        Response(tuple(prompt), done.tokens, text, not done.ended, done.ended and problem.solved_by(text))
+        Response(
+            tuple(prompt),
+            done.tokens,
+            text,
+            not done.ended,
+            done.ended and problem.solved_by(text),
+            done.end,
+            len(done.near_ties),
+        )
         for problem, prompt, done, text in said
     ]
 
 
+def answer_limit(model: Any, problems: Sequence[Checkable]) -> int:
+    """The longest answer, where none is given: what the problems name, or else the model (`longest_answer`)."""
+    named = [getattr(problem, "max_new_tokens", None) for problem in problems]
+    return max(longest_answer(model) if limit is None else limit for limit in named)
+
+
+def rows_at_once(limit: int) -> int:
+    """Problems in a batch whose answers may be so long."""
+    return min(250, max(1, BATCH_TOKENS // limit))
+
+
+def _repeats(tokens: Sequence[int]) -> bool:
+    """Does the end consist of one block, `LOOP_TIMES` times or more, in `LOOP_TOKENS` tokens or more?
+
+    Of each end the smallest period is its length less that of its longest border (Knuth, Morris, Pratt).
+    """
+    back = tokens[::-1]
+    borders, border = [0] * len(back), 0
+    for place in range(1, len(back)):
+        while border and back[place] != back[border]:
+            border = borders[border - 1]
+        border += back[place] == back[border]
+        borders[place] = border
+        length, period = place + 1, place + 1 - border
+        if length >= max(LOOP_TOKENS, LOOP_TIMES * period):
+            return True
+    return False
+
+
 def traces_of(responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase) -> list[Trace]:
-    """Responses that came to their end, as documents: what a model said itself, to measure on."""
-    end = tokenizer.eos_token_id
-    return [Trace((*r.prompt, *r.tokens, end), len(r.prompt)) for r in responses if not r.truncated]
+    """Responses that came to their end, as documents: what a model said itself, to measure on.
+
+    Each ends with the end token that was generated (the tokenizer's, for a response that does not know its own). Those
+    cut at the limit are left out, since most of their text is often one loop, and a warning says how many.
+    """
+    if cut := sum(r.truncated for r in responses):
+        log.warning(
+            "%d of %d responses were cut at the limit (%d of them looping) and are not measured on.",
+            cut,
+            len(responses),
+            sum(r.looping for r in responses),
+        )
+    ends = [tokenizer.eos_token_id if r.end is None else r.end for r in responses]
+    return [
+        Trace((*r.prompt, *r.tokens, end), len(r.prompt))
+        for r, end in zip(responses, ends, strict=True)
+        if not r.truncated
+    ]
 
 
 def correctness(responses: Sequence[Response]) -> Float[Tensor, "n"]:
@@ -199,4 +286,6 @@ def rate(
         think_opened=sum(THINK_OPENS in r.text for r in responses) / len(responses),
         ci={name: Interval(low, high) for name, (_, low, high) in figures.items()},
         split=split,
+        looping=sum(r.looping for r in responses) / len(responses),
+        near_ties_per_1k=1000 * sum(r.near_ties for r in responses) / max(1, sum(len(r.tokens) for r in responses)),
     )

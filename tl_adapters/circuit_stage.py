@@ -56,7 +56,7 @@ def hesitation_of_run(
     words: Sequence[str] = ("Wait",),
     share: float | None = None,
     limit: int | None = None,
-    max_new_tokens: int = 160,
+    max_new_tokens: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     dtype: Dtype | None = None,
@@ -70,7 +70,7 @@ def hesitation_of_run(
         words: what is said.
         share: size of the circuit as a share of the alive features; None for the search's default.
         limit: so many problems, both halves together.
-        max_new_tokens: the limit of an answer.
+        max_new_tokens: the limit of an answer; None is the task's or the model's own (`benchmarks.answer_limit`).
         seed: of every draw.
         device, dtype: as in `opening.open_run`.
         progress: show bars.

@@ -52,16 +52,26 @@ def probabilities(pair: PairedModel, moments: Moments, variant: Variant, split: 
 
 
 def answers(
-    pair: PairedModel, subject: Subject, variant: Variant, *, opened: bool = False, temperature: float = 0.0
+    pair: PairedModel,
+    subject: Subject,
+    variant: Variant,
+    *,
+    opened: bool = False,
+    temperature: float | None = None,
+    seed: int = 0,
 ) -> list[Response]:
-    """The report problems, answered by an arm; ``opened``: with the thinking opened for it."""
+    """The report problems, answered by an arm; ``opened``: with the thinking opened for it.
+
+    ``temperature`` None is the subject's. Every arm draws the same numbers for the same problem.
+    """
     with variant.entered(pair) as model:
         return respond(
             model,
             subject.report,
             max_new_tokens=subject.max_new_tokens,
             prefill=subject.prefill if opened else "",
-            temperature=temperature,
+            temperature=subject.temperature if temperature is None else temperature,
+            seed=seed,
         )
 
 
@@ -135,6 +145,7 @@ def corrected(
             [i.problem for i in injections],
             prefill=[i.prefill for i in injections],
             max_new_tokens=subject.max_new_tokens,
+            temperature=subject.temperature,
         )
     right = torch.tensor([float(i.corrected(r.text)) for i, r in zip(injections, said, strict=True)])
     return Figure(*bootstrap_ratio(right, torch.ones_like(right)), len(right), "share corrected", split)

@@ -13,6 +13,8 @@ the evaluation. `likelihoods` and `completions` do the work; this only translate
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +22,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.chat import ChatFormat
-from tl_adapters.completions import complete, drawing
+from tl_adapters.completions import complete
+from tl_adapters.decoding import Completion, Decoding
 from tl_adapters.errors import UserError
+from tl_adapters.generation import end_tokens
 from tl_adapters.likelihoods import log_likelihoods
+
+log = logging.getLogger(__name__)
 
 
 class HarnessMissingError(UserError, ImportError):
@@ -57,6 +63,7 @@ class HarnessModel(TemplateLM):
         batch_size: int = 16,
         seed: int = 0,
         think_end: str | None = None,
+        think_start: str = ChatFormat.think_start,
     ) -> None:
         """Wrap a model; nothing of it is changed.
 
@@ -65,13 +72,14 @@ class HarnessModel(TemplateLM):
             tokens_per_batch: scored in a forward pass, padding included.
             batch_size: answers generated at a time.
             seed: of what is drawn, where a task draws.
-            think_end: what ends the thinking; an answer is then what follows it. None keeps all.
+            think_end: what ends the thinking; an answer is then what follows it, and nothing where the thinking was
+                opened and never ended. None keeps all.
+            think_start: what opens the thinking.
         """
         super().__init__()
         self.model, self.tokenizer = model, model.tokenizer
         self.tokens_per_batch, self.batch_size = tokens_per_batch, batch_size
-        self.seed, self.think_end = seed, think_end
-        self._device = model.W_E.device
+        self.seed, self.think_end, self.think_start = seed, think_end, think_start
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
@@ -173,6 +181,7 @@ class HarnessModel(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         answers: dict[int, str] = {}
+        keys = self._keys(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generating") as bar:
             for numbers in groups.values():
                 options = _options(requests[numbers[0]].args[1])
@@ -180,9 +189,8 @@ class HarnessModel(TemplateLM):
                 numbers.sort(key=lambda number: len(prompts[number]))
                 for start in range(0, len(numbers), self.batch_size):
                     batch = numbers[start : start + self.batch_size]
-                    for number, text in zip(
-                        batch, self._said([prompts[n] for n in batch], options, batch), strict=True
-                    ):
+                    said = self._said([prompts[n] for n in batch], options, [keys[n] for n in batch])
+                    for number, text in zip(batch, said, strict=True):
                         answers[number] = text
                         self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     bar.update(len(batch))
@@ -198,28 +206,42 @@ class HarnessModel(TemplateLM):
             )
         return (self.tok_encode(text) or [self.prefix_token_id])[-room:]
 
-    def _said(self, prompts: Sequence[list[int]], options: Mapping[str, Any], numbers: Sequence[int]) -> list[str]:
-        with drawing(self._device, self.seed, *numbers):
-            found = complete(
-                self.model,
-                prompts,
-                self._ends,
-                max_new_tokens=options["max_gen_toks"],
-                batch_size=self.batch_size,
-                temperature=options["temperature"],
-                top_p=options.get("top_p", 1.0),
-            )
-        return [self._cut(self._tokenizer.decode(one.tokens), options["until"]) for one in found]
+    def _keys(self, requests: Sequence[Any]) -> list[object]:
+        """What the draws of each follow from: its text, and how many before it ask the same."""
+        seen: Counter[str] = Counter()
+        keys: list[object] = []
+        for request in requests:
+            text = request.args[0]
+            keys.append((self.seed, text, seen[text]))
+            seen[text] += 1
+        return keys
 
-    @property
-    def _ends(self) -> list[int]:
-        if self._tokenizer.chat_template is None:
-            return [self.eot_token_id]
-        return ChatFormat.of(self._tokenizer).end_tokens
+    def _said(self, prompts: Sequence[list[int]], options: Mapping[str, Any], keys: Sequence[object]) -> list[str]:
+        found = complete(
+            self.model,
+            prompts,
+            end_tokens(self.model),
+            max_new_tokens=options["max_gen_toks"],
+            batch_size=self.batch_size,
+            decoding=Decoding(options["temperature"], options.get("top_p", 1.0)),
+            keys=keys,
+        )
+        return [self._answer(prompt, one, options["until"]) for prompt, one in zip(prompts, found, strict=True)]
+
+    def _answer(self, prompt: Sequence[int], said: Completion, until: Sequence[str]) -> str:
+        text = self._tokenizer.decode(said.tokens)
+        if self.think_end and self._tokenizer.decode(prompt).rstrip().endswith(self.think_start):
+            text = self.think_start + text  # the prompt has opened the thinking
+        return self._cut(text, until)
 
     def _cut(self, text: str, until: Sequence[str]) -> str:
+        """What of a text is the answer: where thinking is opened and not ended, nothing is."""
         if self.think_end:
-            text = text.rpartition(self.think_end)[2].lstrip()
+            after = text.rpartition(self.think_end)[2]
+            if self.think_start in after:
+                log.warning("An answer's thinking never ends (it was cut at the limit, say); its answer is empty.")
+                return ""
+            text = after.lstrip()
         for stop in filter(None, until):
             text = text.partition(stop)[0]
         return text

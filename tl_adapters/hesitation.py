@@ -43,7 +43,6 @@ from tl_adapters.circuit_roles import effects_at
 from tl_adapters.circuit_search import SearchOptions, search_circuit
 from tl_adapters.circuit_trials import answers, corrected, mediation, probabilities, record
 from tl_adapters.circuits import ROLES, Circuit
-from tl_adapters.completions import drawing
 from tl_adapters.data import Trace
 from tl_adapters.intervals import Figure
 from tl_adapters.interventions import only
@@ -170,8 +169,9 @@ class _Study:
         self.progress = progress
         self.examples: list[dict[str, str]] = []
         with pair.routed("target"):
-            said = respond(pair.model, subject.select, max_new_tokens=subject.max_new_tokens)
-            self.target = respond(pair.model, subject.report, max_new_tokens=subject.max_new_tokens)
+            how: dict[str, Any] = {"max_new_tokens": subject.max_new_tokens, "temperature": subject.temperature}
+            said = respond(pair.model, subject.select, **how)
+            self.target = respond(pair.model, subject.report, **how)
         tokenizer = pair.model.tokenizer
         self.found = find_circuit(
             pair, traces_of(said, tokenizer), behaviour, options=options.search, progress=progress
@@ -441,8 +441,9 @@ class _Study:
         """Answers drawn at a temperature, not the likeliest ones."""
         found = {}
         for name, variant in (("none", on_route("replacement")), ("both", without(self.order))):
-            with drawing(self.pair.model.W_E.device, self.options.seed):
-                said = answers(self.pair, self.subject, variant, temperature=self.options.temperature)
+            said = answers(
+                self.pair, self.subject, variant, temperature=self.options.temperature, seed=self.options.seed
+            )
             found[name] = rate(said, "report", self.counted)
         return found
 

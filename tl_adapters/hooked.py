@@ -29,6 +29,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from tl_adapters.architectures import UnsupportedModelError, mlp_activation, require_representable, rope_parameters
 from tl_adapters.attention import FusedAttention
 from tl_adapters.checkpoints import PROJECTIONS
+from tl_adapters.masks import reads_whole
 from tl_adapters.routing import Backend, MLPWeights, RoutedMLP, WeightsProcessedError
 from tl_adapters.tokenization import give_tokenizer
 
@@ -121,6 +122,7 @@ def build_hooked_transformer(
         give_tokenizer(model, tokenizer)
     for block in model.blocks:
         block.attn.__class__ = FusedAttention
+    model.generation_config = hf_model.generation_config  # its end tokens and sampling: see generation.py
     return model.requires_grad_(False).eval()
 
 
@@ -184,6 +186,8 @@ class HookedBackend(Backend):
                 raise UnsupportedModelError(
                     "This model has adapters attached already; detach those first, or use their PairedModel."
                 )
+        self._class = type(model)
+        model.__class__ = reads_whole(type(model))
 
     @property
     def described(self) -> dict[str, Any]:
@@ -259,6 +263,8 @@ class HookedBackend(Backend):
         if found["hook_in"] is None:
             del mlp.hook_in
         mlp.uninstall(found["class"])
+        if not self._found:
+            self.model.__class__ = self._class
         if "forward" in found:
             mlp.__dict__["forward"] = found["forward"]
 

@@ -15,12 +15,12 @@ as the hook point holds them; a store's are these times ``decoder_norm``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -33,7 +33,8 @@ RECONSTRUCTION = "mlp.adapter.hook_sae_recons"
 """The hook point of what an adapter adds, within a block."""
 Features = Iterable[FeatureId | tuple[int, int]]
 Positions = Sequence[int] | None
-"""Positions of a pass over whole sequences; None is all of them, in generation too."""
+"""Positions in the sequence, from 0 at each row's first token that is no padding on the left. In a cached generation
+these are positions of the prompt, and only they are changed. None is all positions, of what is generated too."""
 Change = Callable[[Float[Tensor, "batch pos n"], int], Float[Tensor, "batch pos n"]]
 """The chosen features' activations and their layer, to what they become."""
 
@@ -104,29 +105,71 @@ def changed(pair: PairedModel, features: Features, change: Change, positions: Po
         change: what becomes of the activations.
         positions: where; None is everywhere.
 
-    Raises InterventionError for features that the adapters do not have, and within the block for a pass that is
-    shorter than the positions named (a cached generation feeds one token at a time: there only None has a meaning).
+    Raises InterventionError for features that the adapters do not have and for negative positions; within the block,
+    for a pass from the first token on that is shorter than the positions named (of a generation, that over the prompt).
     """
-    chosen = by_layer(pair, features)
+    device = pair.model.W_E.device
+    chosen = {layer: index.to(device) for layer, index in by_layer(pair, features).items()}
     at = None if positions is None else torch.tensor(list(positions), dtype=torch.long)
+    if at is not None and len(at) and int(at.min()) < 0:
+        raise InterventionError(
+            f"Position {int(at.min())} is named; positions count from 0 at the first token, so the last of n is n - 1."
+        )
+    places = None if at is None or not len(at) else _Places(pair, list(chosen), at)
 
     def hook_in(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
         index = chosen[layer].to(acts.device)
         new = change(acts[..., index], layer)
-        if at is None:
-            return acts.index_copy(-1, index, new)
-        if len(at) and int(at.max()) >= acts.shape[1]:
-            raise InterventionError(
-                f"Position {int(at.max())} is changed, and this pass has {acts.shape[1]} positions; name positions "
-                "of whole sequences only, and none where text is generated with a cache."
-            )
-        mixed, where = acts.clone(), at.to(acts.device)
-        mixed[:, where[:, None], index] = new[:, where]
-        return mixed
+        if places is not None:
+            new = torch.where(places.hit(layer, acts)[..., None], new, acts[..., index])
+        return acts if places is None and at is not None else acts.index_copy(-1, index, new)
 
     hooks = [(f"blocks.{layer}.{ACTIVATIONS}", partial(hook_in, layer=layer)) for layer in chosen]
-    with pair.model.hooks(fwd_hooks=hooks):
+    with nullcontext() if places is None else places, pair.model.hooks(fwd_hooks=hooks):
         yield pair.model
+
+
+class _Places:
+    """Where each token of the present pass stands in its own sequence, as the model tells its blocks.
+
+    A HookedTransformer's block is given the cache and the mask of all tokens so far; a bridge's gets position ids.
+    """
+
+    def __init__(self, pair: PairedModel, layers: Sequence[int], wanted: Int[Tensor, "n"]) -> None:
+        self.furthest, self.wanted = int(wanted.max()), wanted.to(pair.model.W_E.device)
+        self.blocks = {layer: pair.model.blocks[layer] for layer in layers}
+        self.told: dict[int, dict[str, Any]] = {}
+
+    def __enter__(self) -> None:
+        self.handles = [
+            block.register_forward_pre_hook(partial(self._remember, layer), with_kwargs=True)
+            for layer, block in self.blocks.items()
+        ]
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _remember(self, layer: int, block: Any, args: Any, told: dict[str, Any]) -> None:
+        entry, cache = told.get("past_kv_cache_entry"), told.get("past_key_values")
+        before = entry.past_keys.shape[1] if entry is not None else cache.get_seq_length(layer) if cache else 0
+        self.told[layer] = {"before": before, "ids": told.get("position_ids"), "mask": told.get("attention_mask")}
+
+    def hit(self, layer: int, acts: Tensor) -> Bool[Tensor, "batch pos"]:
+        """Which tokens stand at a position wanted. Raises InterventionError where the first pass is too short."""
+        told, (batch, length) = self.told[layer], acts.shape[:2]
+        if told["before"] == 0 and self.furthest >= length:
+            raise InterventionError(
+                f"Position {self.furthest} is changed, and this pass has {length} positions; name positions of the "
+                "sequence that is read, which is the prompt where text is generated with a cache."
+            )
+        positions = told["ids"]
+        if positions is None:
+            positions = torch.arange(told["before"], told["before"] + length, device=acts.device)[None]
+            if told["mask"] is not None:
+                padding = (told["mask"].cumsum(-1) == 0).sum(-1, keepdim=True)
+                positions = positions - padding.to(acts.device)
+        return torch.isin(positions, self.wanted.to(positions.device)).to(acts.device).expand(batch, -1)
 
 
 @contextmanager

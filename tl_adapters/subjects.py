@@ -49,12 +49,14 @@ class Subject:
     """Other words of the behaviour, which nothing is chosen on."""
     signs: dict[str, str] = field(default_factory=dict)
     """Other signs of the behaviour than its words: name to a regular expression that is counted in answers."""
-    max_new_tokens: int = 160
-    """The limit of an answer."""
+    max_new_tokens: int | None = None
+    """The limit of an answer; None is what the problems or else the model name (`benchmarks.answer_limit`)."""
+    temperature: float | None = None
+    """At which answers are drawn, 0 takes the likeliest tokens; None is generation_config.json's."""
 
 
 def builtin_subject(
-    n_select: int, n_report: int, kind: Kind = "sums", seed: int = 0, max_new_tokens: int = 160
+    n_select: int, n_report: int, kind: Kind = "sums", seed: int = 0, max_new_tokens: int | None = None
 ) -> Subject:
     """The problems of the built-in pair (or of one that the recipe made of another kind)."""
     report = problems("report", n_report, kind=kind)
@@ -72,10 +74,11 @@ def builtin_subject(
         held_out=("Hmm", "No"),
         signs={"another word": r"(?i)\b(?:hmm|no)\b", "a check without a word": r"(?m)^\d[+-]\d+="},
         max_new_tokens=max_new_tokens,
+        temperature=0.0,
     )
 
 
-def halves(asked: Sequence[Checkable], max_new_tokens: int, prefill: str = THINK_OPENS) -> Subject:
+def halves(asked: Sequence[Checkable], max_new_tokens: int | None = None, prefill: str = THINK_OPENS) -> Subject:
     """Any problems, divided by a hash of the question: one half selects, the other reports, whatever their order."""
     bits = [hashlib.sha256(p.question.encode()).digest()[0] % 2 for p in asked]
     return Subject(

@@ -12,7 +12,8 @@ r"""Problems with known answers from the hub: which they are, how they are asked
 The instruction is the one DeepSeek-R1's authors recommend: "Please reason step by step, and put your final answer
 within \boxed{}." What counts is the last \boxed{} after the thinking; where there is none, what math-verify takes for
 the answer there (a base model was never taught to box). The choices A to D of GPQA are shuffled by a seed, each
-question by itself, and the letter must stand in the box. A dataset may also be a local file or folder of the same
+question by itself; the letter is read from the last box too, and where there is none, from what is called the answer,
+or else the last letter that stands alone. A dataset may also be a local file or folder of the same
 columns, for machines without a network.
 """
 
@@ -22,7 +23,6 @@ import difflib
 import importlib.util
 import random
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import Any
 
 from tl_adapters import organism
 from tl_adapters.benchmarks import Checkable
+from tl_adapters.checking import equal
 from tl_adapters.errors import UserError
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -39,7 +40,6 @@ BUILTIN = "builtin"
 BUILTIN_PROBLEMS = 1_000
 """Problems of the built-in pair's report split, where no limit is given."""
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_CHECKING_SECONDS = 5
 
 
 class TaskError(UserError, ValueError):
@@ -64,9 +64,10 @@ class MathProblem:
         """True if the last box after the thinking, or else what is found there without one, equals the answer."""
         said = after_thinking(response)
         box = last_boxed(said)
-        if box is not None and box.strip() == self.answer.strip():
-            return True
-        return _equal(self.answer, said if box is None else rf"\boxed{{{box}}}")
+        if box is None:
+            return equal(rf"\boxed{{{self.answer}}}", said)
+        found = tidied(box)
+        return _bare(found) == _bare(tidied(self.answer)) or equal(rf"\boxed{{{self.answer}}}", rf"\boxed{{{found}}}")
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,13 @@ class ChoiceProblem:
         return f"{self.asked}\n\n{shown}\n\n{instruction}"
 
     def solved_by(self, response: str) -> bool:
-        r"""True if the last box after the thinking holds the letter: \boxed{B}, \boxed{\text{(B)}}, \boxed{B) ...}."""
-        said = re.match(r"(?:\s|\\\w+\{|\()*([A-D])(?![A-Za-z])", last_boxed(after_thinking(response)) or "")
-        return said is not None and said[1] == self.letter
+        r"""True if the answer after the thinking is the letter: \boxed{B}, \boxed{\text{Option (B)}}, \boxed{B) ...}.
+
+        Without a box: "the answer is B", a last line that begins with the letter alone, or the last letter alone.
+        """
+        said = after_thinking(response)
+        box = last_boxed(said)
+        return (_letter_without_box(said) if box is None else _letter_in(box)) == self.letter
 
 
 @dataclass(frozen=True)
@@ -248,20 +253,61 @@ def after_thinking(response: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last whole \boxed{...}, braces within it balanced; None where there is none."""
-    for opening in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+    r"""What stands in the last whole \boxed{...} or \fbox{...}, braces within it balanced; None where there is none.
+
+    A box without braces, \boxed 5, holds what follows up to a space.
+    """
+    for opening in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?:\s*\{|\s+([^\s{}\\]+)|(\d+))", text))):
+        if unbraced := opening[1] or opening[2]:
+            return unbraced
         depth = 1
-        for place in range(opening.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0) if text[place - 1] != "\\" else 0
+        for mark in re.finditer(r"\\.|[{}]", text[opening.end() :], re.DOTALL):  # an escaped brace is no brace
+            depth += {"{": 1, "}": -1}.get(mark[0], 0)
             if depth == 0:
-                return text[opening.end() : place]
+                return text[opening.end() : opening.end() + mark.start()]
     return None
 
 
-def _equal(answer: str, said: str) -> bool:
-    from math_verify import parse, verify
+_SPACE = r"(?:\\[ ,;:!]|~|\s)"
+"""What LaTeX writes as a space."""
+_WRITTEN = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|boldsymbol)\s*"
+"""What sets the font of an answer."""
 
-    # Its time limit is an alarm signal, which only the main thread can set; elsewhere there is none.
-    seconds = _CHECKING_SECONDS if threading.current_thread() is threading.main_thread() else None
-    right, given = (parse(text, parsing_timeout=seconds) for text in (rf"\boxed{{{answer}}}", said))
-    return bool(verify(right, given, timeout_seconds=seconds))
+
+def tidied(answer: str) -> str:
+    r"""An answer without what is no part of it: $...$ or \(...\) around it, marks after it, spaces in numbers."""
+    text = re.sub(rf"(?:{_SPACE}|[.,;:])+$", "", re.sub(rf"^{_SPACE}+", "", answer))
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        inside = text[len(opening) : -len(closing)]
+        if text.startswith(opening) and text.endswith(closing) and inside and closing not in inside:
+            return tidied(inside)
+    return re.sub(rf"(?<!\d)\d{{1,3}}(?:{_SPACE}+\d{{3}})+(?!\d)", lambda m: re.sub(_SPACE, "", m[0]), text)
+
+
+def _bare(answer: str) -> str:
+    """Without what sets its font."""
+    inside = re.fullmatch(rf"{_WRITTEN}\{{([^{{}}]*)\}}", answer.strip())
+    return answer.strip() if inside is None else tidied(inside[1])
+
+
+_AROUND = rf"(?:{_SPACE}|{_WRITTEN}|\\[()]|[$*_({{}}\[:\"']|(?i:the|correct|answer|option|choice|letter|is)\b)*"
+"""What may stand before a letter that is an answer."""
+_LETTER = rf"([{LETTERS}])(?![A-Za-z])"
+_ANOTHER = rf"(?!{_SPACE}*(?:[,/&]|and|or){_SPACE}*[({{]*[{LETTERS}](?![A-Za-z]))"
+"""Two letters are no choice."""
+
+
+def _letter_in(box: str) -> str | None:
+    found = re.match(_AROUND + _LETTER + _ANOTHER, box)
+    return None if found is None else found[1]
+
+
+def _letter_without_box(said: str) -> str | None:
+    """Of "answer is B", the last one; else of a last line that begins with B alone; else the last letter alone."""
+    if named := re.findall(rf"(?i:\banswer\b){_AROUND}{_LETTER}{_ANOTHER}", said):
+        return str(named[-1])
+    last = (said.strip().splitlines() or [""])[-1]
+    if line := re.match(rf"[\s*_(\[\"']*{_LETTER}(?:[\s*_)\].:\"']*$|[).:*])", last):
+        return line[1]
+    alone = re.findall(rf"(?<![A-Za-z'\u2019\\]){_LETTER}(?!['\u2019])(?!(?<=A)\s+[a-z])", said)  # not "A dog"
+    return str(alone[-1]) if alone else None

@@ -12,15 +12,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.adapter import FeatureId
 from tl_adapters.chat import ChatFormat
-from tl_adapters.completions import drawing
+from tl_adapters.completions import complete
+from tl_adapters.decoding import Completion, CompletionError
 from tl_adapters.errors import UserError
+from tl_adapters.generation import decoding_of, end_tokens, longest_answer
 from tl_adapters.interventions import ablated, inserted, negated, scaled
 from tl_adapters.paired import PairedModel
 from tl_adapters.vocabulary import HESITATION_WORDS
@@ -62,9 +62,10 @@ def rescaled(features: Sequence[FeatureId], factor: float) -> Variant:
     return Variant(name, _replacement(lambda pair: scaled(pair, features, factor)))
 
 
-def with_only(features: Sequence[FeatureId]) -> Variant:
-    """The hybrid with ``features`` added, and nothing else of the adapters."""
-    return Variant(f"hybrid with only {_listed(features)}", lambda pair: inserted(pair, features))
+def with_only(features: Sequence[FeatureId], strength: float = 1.0) -> Variant:
+    """The hybrid with ``features`` added, firing ``strength`` times as strongly, and nothing else of the adapters."""
+    name = f"hybrid with only {'' if strength == 1 else f'{strength:g} x '}{_listed(features)}"
+    return Variant(name, lambda pair: inserted(pair, features, strength))
 
 
 def less(features: Sequence[FeatureId]) -> Variant:
@@ -153,15 +154,15 @@ def _known(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-@torch.no_grad()
 def generate_variants(
     pair: PairedModel,
     prompt: Sequence[int],
     variants: Sequence[Variant],
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> list[Continuation]:
@@ -171,75 +172,42 @@ def generate_variants(
         pair: with a tokenizer, and with adapters where a variant needs them.
         prompt: token ids (`prompt_tokens`).
         variants: the first is what the others are compared with.
-        max_new_tokens: the limit; where the model's context is full before, that is the limit.
-        temperature: 0 takes the likeliest token.
-        top_p: drawn are only the likeliest tokens that hold so much probability.
+        max_new_tokens: the limit; None is the model's own (`generation.longest_answer`). Where the model's context is
+            full before, that is the limit.
+        temperature, top_p, top_k: as `decoding.Decoding`; None is what the model's generation_config.json says, which
+            is greedy where it does not sample.
         seed: of the draws, the same for each variant. torch's own generator is left as it was.
         progress: show a bar.
 
     Raises VariantError for options out of range, no tokenizer or a prompt that fills the context; and what a variant
     raises.
     """
-    n_ctx = pair.model.cfg.n_ctx
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise VariantError(
-            f"Got temperature {temperature}, top_p {top_p} and max_new_tokens {max_new_tokens}; allowed are a "
-            "temperature from 0, a top_p above 0 and up to 1, and 1 token or more."
-        )
-    if not 0 < len(prompt) < n_ctx:
-        raise VariantError(f"The prompt has {len(prompt)} tokens; the model reads 1 to {n_ctx - 1} and one more.")
     tokenizer = _known(pair.model.tokenizer)
-    ends = _end_tokens(tokenizer)
-    draw = dict(do_sample=temperature > 0, temperature=temperature or 1.0, top_p=None if top_p == 1 else top_p)
-    device = pair.model.W_E.device
+    limit, ends = longest_answer(pair.model) if max_new_tokens is None else max_new_tokens, end_tokens(pair.model)
     said: list[Continuation] = []
     for variant in tqdm(variants, disable=not progress, unit="variant"):
-        with variant.entered(pair), _token_ids_only(pair), drawing(device, seed):
-            out = pair.model.generate(
-                torch.tensor([list(prompt)], device=device),
-                max_new_tokens=min(max_new_tokens, n_ctx - len(prompt)),
-                stop_at_eos=bool(ends),
-                eos_token_id=ends,
-                prepend_bos=False,
-                verbose=False,
-                **draw,
-            )
-        said.append(_continuation(variant.name, out[0, len(prompt) :], ends, tokenizer, said[0] if said else None))
+        try:
+            how = decoding_of(pair.model, temperature, top_p, top_k)
+            with variant.entered(pair):
+                (done,) = complete(
+                    pair.model, [prompt], ends, max_new_tokens=limit, batch_size=1, decoding=how, keys=[seed]
+                )
+        except CompletionError as error:
+            raise VariantError(str(error)) from error
+        said.append(_continuation(variant.name, done, tokenizer, said[0] if said else None))
     return said
 
 
-@contextmanager
-def _token_ids_only(pair: PairedModel) -> Iterator[None]:
-    """One prompt has no padding; with a tokenizer TransformerLens takes pad tokens at its edge for some."""
-    tokenizer, pair.model.tokenizer = pair.model.tokenizer, None
-    try:
-        yield
-    finally:
-        pair.model.tokenizer = tokenizer
-
-
-def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.chat_template is not None:
-        return ChatFormat.of(tokenizer).end_tokens
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-
 def _continuation(
-    name: str,
-    generated: Tensor,
-    ends: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    first: Continuation | None,
+    name: str, done: Completion, tokenizer: PreTrainedTokenizerBase, first: Continuation | None
 ) -> Continuation:
-    ids = generated.tolist()
-    length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    tokens, text = tuple(ids[:length]), tokenizer.decode(ids[:length])
+    tokens, text = done.tokens, tokenizer.decode(done.tokens)
     parts_at = None
     if first is not None and tokens != first.tokens:
         same = tokenizer.decode(tokens[: _shared(tokens, first.tokens)])
         # A token may be part of a character, and then decodes to what neither text holds there.
         parts_at = min(len(same), _shared(text, first.text))
-    return Continuation(name, tokens, text, length == len(ids), parts_at)
+    return Continuation(name, tokens, text, not done.ended, parts_at)
 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:

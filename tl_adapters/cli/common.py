@@ -81,6 +81,23 @@ def feature_ids(names: Sequence[str]) -> list[FeatureId]:
     return found
 
 
+def insertion_strength(names: Sequence[str]) -> float:
+    """How strongly features named for --insert fire: as their circuit's file says, and once where none is named.
+
+    Raises UserError where files disagree, or a file stands beside other features: one set has one strength.
+    """
+    from tl_adapters.circuits import Circuit
+
+    files = [name.partition(":")[0] for name in names if name.partition(":")[0].endswith(".json")]
+    strengths = {Circuit.load(path).strength for path in files} | ({1.0} if len(files) < len(names) else set())
+    if len(strengths) > 1:
+        raise UserError(
+            f"--insert {' '.join(names)}: these have the strengths {', '.join(f'{s:g}' for s in sorted(strengths))}; "
+            "say one with --strength, or give --insert once for each."
+        )
+    return strengths.pop() if strengths else 1.0
+
+
 def read_prompt(path: Path) -> str:
     """--prompt-file's text. Raises UserError."""
     try:

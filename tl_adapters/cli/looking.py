@@ -171,7 +171,10 @@ def add_hesitation(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     )
     hesitation.add_argument("--limit", type=int, metavar="N", help="problems, half to choose on and half to report on")
     hesitation.add_argument(
-        "--max-new-tokens", type=int, default=160, metavar="N", help="longest answer (default: 160)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer (default: the task's, or generation_config.json's, or 32,768)",
     )
     hesitation.set_defaults(run=_hesitation)
 

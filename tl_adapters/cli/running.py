@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tl_adapters.cli.common import Verbs, device_of, feature_ids, read_prompt
+from tl_adapters.cli.common import Verbs, device_of, feature_ids, insertion_strength, read_prompt
 from tl_adapters.errors import UserError
 
 if TYPE_CHECKING:
     from tl_adapters.columns import Column
     from tl_adapters.variants import Continuation, Variant
+
+
+_STRENGTH = "how strongly --insert's features fire (default: a circuit's own strength; 1 for features by name)"
 
 
 def add_generate(verbs: Verbs, common: argparse.ArgumentParser) -> None:
@@ -32,19 +35,25 @@ def add_generate(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     variant = dict(action="append", nargs="+", default=[])
     generate.add_argument("--ablate", **variant, metavar="L.I", help="also the replacement without these features")
     generate.add_argument("--insert", **variant, metavar="L.I", help="also the hybrid with only these")
+    generate.add_argument("--strength", type=float, metavar="F", help=_STRENGTH)
     generate.add_argument("--negate", **variant, metavar="L.I", help="also the target with half of these taken off")
     generate.add_argument(
         "--scale", **variant, metavar=("FACTOR", "L.I"), help="also the replacement with these so many times as strong"
     )
-    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the limit (default: 256)")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    generate.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens only (default: 1)")
+    own = "(default: generation_config.json's"
+    generate.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"the limit {own}, or 32,768, or what the context leaves)"
+    )
+    generate.add_argument("--temperature", type=float, help=f"0 takes the likeliest token {own}, or 0)")
+    generate.add_argument("--top-p", type=float, help=f"draw from the likeliest tokens only {own}, or 1)")
+    generate.add_argument("--top-k", type=int, help=f"draw from so many tokens only {own}, or all)")
     generate.set_defaults(run=_generate)
 
 
 def _generate(args: argparse.Namespace) -> None:
     from tl_adapters.columns import side_by_side
     from tl_adapters.config import RunConfig
+    from tl_adapters.generation import decoding_of, longest_answer
     from tl_adapters.opening import open_run
     from tl_adapters.variants import generate_variants, prompt_tokens
 
@@ -62,6 +71,7 @@ def _generate(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
+        top_k=args.top_k,
         seed=args.seed or 0,
         progress=not args.quiet,
     )
@@ -69,6 +79,9 @@ def _generate(args: argparse.Namespace) -> None:
     lines = side_by_side([_column(one, said[0]) for one in said], width, styled=sys.stdout.isatty())
     encoding = sys.stdout.encoding or "utf-8"  # a terminal of another encoding gets escapes, no traceback
     print(lines.encode(encoding, "backslashreplace").decode(encoding))
+    limit = longest_answer(pair.model) if args.max_new_tokens is None else args.max_new_tokens
+    how = decoding_of(pair.model, args.temperature, args.top_p, args.top_k)
+    print(f"chosen: {how}, up to {min(limit, pair.model.cfg.n_ctx - len(prompt)):,} tokens")
     print(f"next: tl-adapters attribute {args.run_folder} --prompt TEXT --target Wait")
 
 
@@ -79,10 +92,16 @@ def _variants(args: argparse.Namespace) -> list[Variant]:
     return [
         *(on_route(route) for route in args.route or DEFAULT_ROUTES),
         *(without(feature_ids(names)) for names in args.ablate),
-        *(with_only(feature_ids(names)) for names in args.insert),
+        *(with_only(feature_ids(names), _strength(args.strength, names)) for names in args.insert),
         *(less(feature_ids(names)) for names in args.negate),
         *(rescaled(feature_ids(names), _factor(factor, names)) for factor, *names in args.scale),
     ]
+
+
+def _strength(given: float | None, names: Sequence[str]) -> float:
+    if given is not None and not (names and math.isfinite(given)):
+        raise UserError(f"--strength is {given:g}; give a number, together with --insert.")
+    return insertion_strength(names) if given is None else given
 
 
 def _factor(text: str, names: list[str]) -> float:
@@ -118,11 +137,20 @@ def add_benchmark(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     features = benchmark.add_mutually_exclusive_group()
     features.add_argument("--ablate", nargs="+", default=(), metavar="L.I", help="the replacement without these")
     features.add_argument("--insert", nargs="+", default=(), metavar="L.I", help="the hybrid with only these")
+    benchmark.add_argument("--strength", type=float, metavar="F", help=_STRENGTH)
     benchmark.add_argument("--samples", type=int, metavar="N", help="answers to each problem (default: 1)")
-    benchmark.add_argument("--temperature", type=float, help="(default: 0, the likeliest token)")
-    benchmark.add_argument("--top-p", type=float, help="draw from the likeliest tokens only (default: 1)")
-    benchmark.add_argument("--max-new-tokens", type=int, metavar="N", help="the limit (default: the task's)")
-    benchmark.add_argument("--batch-size", type=int, metavar="N", help="problems at a time (default: the task's)")
+    own = "(default: generation_config.json's"
+    benchmark.add_argument(
+        "--temperature", type=float, help=f"0 takes the likeliest token {own}, or 0; of the built-in problems 0)"
+    )
+    benchmark.add_argument("--top-p", type=float, help=f"draw from the likeliest tokens only {own}, or 1)")
+    benchmark.add_argument("--top-k", type=int, help=f"draw from so many tokens only {own}, or all)")
+    benchmark.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="the limit (default: the task's, 32,768; the built-in's 160)"
+    )
+    benchmark.add_argument(
+        "--batch-size", type=int, metavar="N", help="problems at a time (default: 16 of 32,768 tokens, 250 of 160)"
+    )
     benchmark.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each task")
     benchmark.add_argument("--open-thinking", action="store_true", help="the prompt ends with the tag that opens it")
     benchmark.add_argument("--words", nargs="+", default=("wait",), help="what counts as hesitation (default: wait)")
@@ -134,13 +162,14 @@ def _benchmark(args: argparse.Namespace) -> None:
     from tl_adapters.benchmarking import FOLDER, Answerer, benchmark_run
 
     route = args.route or ("hybrid" if args.insert else "replacement")
-    names = ("samples", "temperature", "top_p", "max_new_tokens", "batch_size", "seed")
+    names = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "batch_size", "seed")
+    strength = _strength(args.strength, args.insert)
     out = args.out or args.run_folder / FOLDER
     try:
         measured = benchmark_run(
             args.run_folder,
             None if args.tasks is None else _tasks(args.tasks),
-            Answerer(route, tuple(feature_ids(args.ablate)), tuple(feature_ids(args.insert))),
+            Answerer(route, tuple(feature_ids(args.ablate)), tuple(feature_ids(args.insert)), strength),
             options={name: value for name in names if (value := getattr(args, name)) is not None},
             open_thinking=args.open_thinking,
             limit=args.limit,
@@ -157,7 +186,11 @@ def _benchmark(args: argparse.Namespace) -> None:
         print(
             f"{one.task}, {one.variant}: pass@1 {100 * found.pass_at_1:.1f} % ({100 * right.low:.1f} to "
             f"{100 * right.high:.1f}) of {found.n} problems, {found.length:.0f} tokens, {found.hesitation_per_1k:.1f} "
-            f"{'/'.join(found.words)} per 1,000, {100 * found.truncated:.1f} % cut"
+            f"{'/'.join(found.words)} per 1,000, {100 * found.truncated:.1f} % cut, {100 * found.looping:.1f} % looping"
+        )
+        print(
+            f"chosen: {one.sampling.decoding}, up to {one.sampling.max_new_tokens:,} tokens; of 1,000 tokens "
+            f"{found.near_ties_per_1k:.2f} are chosen closer than rounding"
         )
         print(f"answers: {one.folder}")
     print(f"next: tl-adapters benchmark {args.run_folder} --route {'replacement' if route == 'target' else 'target'}")

@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 Kind = Literal["sums", "differences"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -44,6 +44,9 @@ class Problem:
     """The numbers in the order asked, each 10..99; of a difference, the first is 100..399."""
     kind: Kind = "sums"
     """Whether the terms are added, or taken from the first."""
+
+    max_new_tokens: ClassVar[int] = 160
+    """The longest answer: over three times as long as the target's own."""
 
     @property
     def question(self) -> str:
