@@ -234,4 +234,6 @@ def test_the_commit_of_a_hub_model_is_recorded(tmp_path: Path, fake: FakeHub) ->
     assert about.fingerprints == pair.fingerprints and set(json.loads(json.dumps(about.fingerprints))) == {
         "base_mlps",
         "target",
+        "target_embedding_and_norms",
+        "dtype",
     }

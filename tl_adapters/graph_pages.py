@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tl_adapters.atomic import require_absent
-from tl_adapters.attribution import LogitTarget, attribute, decoded
+from tl_adapters.attribution import LogitTarget, attribute, decoded, require_graph_of
 from tl_adapters.effects import logit_effects
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import Feature
@@ -61,10 +61,11 @@ def write_graph(
 
     Raises:
         FeatureStoreError: a store of other adapters.
-        GraphError: a name or thresholds that are not allowed.
+        GraphError: a name or thresholds that are not allowed, or a graph of another pair.
         FolderExistsError: a graph of that name is there.
     """
     require_slug(name)
+    require_graph_of(pair, graph)
     require_absent(Path(folder) / name)
     folder = Path(folder)
     pruned = prune(graph, node_threshold, edge_threshold)
@@ -188,7 +189,7 @@ def viewer_data(
         "shown": len(kept),
         "influence through features": round(feature_share(graph), 4),
         "conservation residual": f"{graph.residual:.1e}" if graph.adds_up else "a gradient does not add up",
-        **{f"fingerprint, {k}": v for k, v in graph.about.get("fingerprints", {}).items()},
+        **{f"fingerprint, {k}": v for k, v in graph.about.get("fingerprints", {}).items() if "." not in k},
     }
     return ViewerData(title, tuple(graph.strings), graph.n_layers, tuple(nodes), tuple(links), about)
 
