@@ -498,7 +498,7 @@ def _known_files(folder: Path, record: dict[str, Any]) -> dict[str, dict[str, An
     if said != (found := record_hash(record)):
         raise AdapterFormatError(
             f"{folder / METADATA_FILE} was edited or is damaged: the hash of its content is {found}, expected {said}. "
-            "Copy the whole folder again; to change what is said of adapters, replace AdapterSet.metadata and save them."
+            "Copy the whole folder again; to change what is said of adapters, replace AdapterSet.metadata and save it."
         )
     return dict(record.pop("files"))
 

@@ -6,6 +6,7 @@ prompt and, where the run has a feature store, the store's examples; there it ha
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,13 @@ from tl_adapters.attribution import LogitTarget, attribute, decoded, require_gra
 from tl_adapters.effects import logit_effects
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import Feature
-from tl_adapters.graph_files import FeatureRecord, node_ids, require_slug, write_circuit_tracer
+from tl_adapters.graph_files import (
+    FeatureRecord,
+    node_ids,
+    remove_circuit_tracer,
+    require_slug,
+    write_circuit_tracer,
+)
 from tl_adapters.graphs import AttributionGraph
 from tl_adapters.paired import PairedModel
 from tl_adapters.pruning import EDGE_THRESHOLD, NODE_THRESHOLD, PrunedGraph, feature_share, prune
@@ -83,6 +90,14 @@ def write_graph(
     page = folder / f"{name}.html"
     write_page(page, viewer_data(graph, pruned, records, title or "".join(graph.strings[-12:])))
     return Written(page, url)
+
+
+def remove_graph(folder: str | Path, name: str) -> None:
+    """Remove what `write_graph` wrote under a name, and nothing else; no such graph is no error. Raises GraphError."""
+    folder = Path(folder)
+    remove_circuit_tracer(folder / "circuit-tracer", name)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / f"{name}.html").unlink(missing_ok=True)
 
 
 def examine_moment(

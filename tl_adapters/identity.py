@@ -47,6 +47,8 @@ class ModelSamples:
     """Norms whose weights TransformerLens has multiplied into the matrices that read through them."""
     embedding_scale: float
     """What the embedding is multiplied with in this library, here or in the other one."""
+    norm_offset: float
+    """What a checkpoint's norms are stored without."""
 
     @classmethod
     def of(cls, backend: Backend) -> ModelSamples:
@@ -71,6 +73,7 @@ class ModelSamples:
             {name: sample_columns(weight) for name, weight in matrices.items()},
             frozenset(name for name, weight in norms.items() if weight is None),
             float(backend.model.cfg.d_model) ** 0.5,
+            1.0 if backend.described["architectures"] == ["Gemma2ForCausalLM"] else 0.0,
         )
 
     def differing(self, recorded: Mapping[str, Tensor]) -> Iterator[str]:
@@ -99,7 +102,8 @@ class ModelSamples:
                 return False
             factor = recorded[norm][self.columns[name]]
         here = self.values[name]
-        if agrees(values, here, factor, processed=processed):
+        offset = self.norm_offset if norm in self.folded or ".ln" in name or name == "ln_final" else 0.0
+        if agrees(values, here, factor, processed=processed, offset=offset):
             return True
         if name != "unembedding" or not processed or "unembedding_mean" not in recorded:
             return False
@@ -108,7 +112,9 @@ class ModelSamples:
 
     def _same_embedding(self, name: str, values: Tensor, processed: bool) -> bool:
         if name in self.values:
-            return agrees(values, self.values[name], processed=processed)
+            here = self.values[name]
+            product = name == "embedding_scaled" and here.dtype != values.dtype  # rounded as products are
+            return agrees(values, here, torch.ones(()) if product else None, processed=processed)
         other = {"embedding": "embedding_scaled", "embedding_scaled": "embedding"}[name]
         scale = self.embedding_scale if other == "embedding_scaled" else 1 / self.embedding_scale
         return agrees(values, self.values[other], torch.tensor(scale, dtype=torch.float64), processed=processed)

@@ -52,6 +52,7 @@ def agrees(
     *,
     processed: bool = False,
     shift: Tensor | None = None,
+    offset: float = 0.0,
 ) -> bool:
     """Whether ``present`` holds the values that were ``recorded``, as casts and weight processing change them.
 
@@ -60,6 +61,8 @@ def agrees(
         factor: what the recorded values were multiplied with since (a folded norm's weights at these places).
         processed: TransformerLens processed the model's weights, in float32.
         shift: what was taken off the recorded values before that (their mean, where an unembedding was centered), [n].
+        offset: what a norm's weights were stored without (Gemma's 1, where TransformerLens has 1 + w); of ``factor``
+            where there is one, else of ``recorded``.
 
     In one dtype and without processing they must be equal. Else each dtype that values went through may have moved
     them by half a unit in the last place, and a product's factors before it; arithmetic in float32 by little more.
@@ -71,19 +74,22 @@ def agrees(
     dtypes = {present.dtype, *([recorded.dtype] if recorded.dtype != present.dtype else [])}
     if processed:
         dtypes.add(torch.float32)
-    size = expected = recorded.double()
+    expected = recorded.double()
+    size = expected.abs()
     if shift is not None:
-        size = expected.abs().max().expand_as(expected)  # a mean is as exact as what it is the mean of is large
+        size = size.max().expand_as(size)  # a mean is as exact as what it is the mean of is large
         expected = expected - shift.double()
-    if factor is not None:
-        factor = torch.as_tensor(factor, dtype=torch.float64)
-        size, expected = size * factor, expected * factor
-    size = size.abs()
-    room = _ARITHMETIC * size
+    if factor is None:
+        room = _ARITHMETIC * size
+        stored = (expected - offset).abs() * (offset != 0)  # rounded itself before the offset was added
+    else:
+        by = torch.as_tensor(factor, dtype=torch.float64).expand_as(expected)
+        stored = size * ((by - offset).abs() * (offset != 0) + 2 * by.abs())  # of both factors
+        expected, size = expected * by, size * by.abs()
+        room = _ARITHMETIC * (size + stored)
     for dtype in dtypes:
-        room = room + 0.5 * _unit(size, dtype) * (1 if shift is None else 2)
-        if factor is not None:
-            room = room + torch.finfo(dtype).eps * size
+        half = 0.5 * _unit(size, dtype) * (1 if shift is None else 2)
+        room = room + half + 0.5 * torch.finfo(dtype).eps * stored
     fits = expected.abs() <= torch.finfo(present.dtype).max
     return bool(((present.double() - expected).abs() <= room)[fits].all())
 
