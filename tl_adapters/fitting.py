@@ -64,31 +64,23 @@ def require_belonging(
             _refuse_base(adapters, base, layer_and_weight(name)[0])
     if fingerprints is None:
         return
-    _require_fingerprints(adapters, backend, target, base_mlps, base, fingerprints)
+    _require_fingerprints(adapters, target, base, fingerprints)
     _say_what_is_unknown(adapters)
 
 
-def _require_fingerprints(
-    adapters: AdapterSet,
-    backend: Backend,
-    target: str,
-    base_mlps: Mapping[str, Tensor] | None,
-    base: str,
-    fingerprints: Mapping[str, str],
-) -> None:
+def _require_fingerprints(adapters: AdapterSet, target: str, base: str, fingerprints: Mapping[str, str]) -> None:
     """Compare what was recorded of whole models, where both sides are in one dtype and nothing was processed."""
     known, trained_on = recorded_samples(adapters), dict(adapters.metadata.fingerprints)
-    weight = next((t for name, t in known.items() if name.endswith("o_proj")), None)
-    if weight is not None:  # earlier versions recorded no dtype; the weights tell it
-        trained_on.setdefault("dtype", dtype_name(weight.dtype))
-    elif "dtype" not in trained_on:
-        return
+    for key, weight in (("dtype", ".self_attn.o_proj"), ("base_dtype", ".mlp.down_proj")):
+        # Earlier versions recorded no dtype; the weights tell it. Without either nothing can be compared exactly.
+        found = [
+            t for name, t in known.items() if name.endswith(weight) and (key == "dtype") != name.startswith("base.")
+        ]
+        trained_on.setdefault(key, dtype_name(found[0].dtype) if found else "unknown")
     differs = differing(trained_on, fingerprints)
-    processed = any(backend.second_norm(layer) is None for layer in range(backend.model.cfg.n_layers))
-    if not processed and any(name.startswith("target") for name in differs):
-        _refuse_target(adapters, target, None, "weights")
-    recorded = [(known[name].dtype, there.dtype) for name, there in (base_mlps or {}).items() if name in known]
-    if "base_mlps" in differs and recorded and all(was == now for was, now in recorded):
+    if any(name.startswith("target") for name in differs):
+        _refuse_target(adapters, target, None, "projections, embeddings or norms")
+    if "base_mlps" in differs:
         _refuse_base(adapters, base, None)
 
 

@@ -6,14 +6,18 @@ matrices that read through it, and what those must be now follows from what was 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.marks import agrees, sample, sample_columns
+from tl_adapters.adapter import AdapterSet, SetDescription
+from tl_adapters.checkpoints import read_tensors, read_values, tensor_shapes
+from tl_adapters.marks import agrees, sample, sample_places, second_norm_name
 from tl_adapters.references import MLPTensors
 from tl_adapters.routing import Backend
 
@@ -70,11 +74,39 @@ class ModelSamples:
         values["unembedding_mean"] = matrices["unembedding"].detach().mean(0, dtype=torch.float32).cpu()
         return cls(
             values,
-            {name: sample_columns(weight) for name, weight in matrices.items()},
+            {name: sample_places(w.numel()) % w.shape[-1] for name, w in matrices.items()},
             frozenset(name for name, weight in norms.items() if weight is None),
             float(backend.model.cfg.d_model) ** 0.5,
             1.0 if backend.described["architectures"] == ["Gemma2ForCausalLM"] else 0.0,
         )
+
+    @classmethod
+    def stored(cls, folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> ModelSamples:
+        """Of a checkpoint's files, the weights named and there; of matrices only single values are read.
+
+        Args:
+            folder, config: the checkpoint, and what its config.json says.
+            names: as in ``values``.
+
+        Raises CheckpointError.
+        """
+        architecture, there = str(config["architectures"][0]), tensor_shapes(folder)
+        values, columns = {}, {}
+        for name in names:
+            stored = _stored_name(name, architecture)
+            stored = stored if stored in there or name != "unembedding" else _EMBEDDING  # tied
+            if stored not in there:
+                continue
+            if len(there[stored]) == 1:
+                values[name] = read_tensors(folder, [stored])[stored].clone()  # may be a view of its whole shard
+                if architecture == "Gemma2ForCausalLM":
+                    values[name] = (1 + values[name].float()).to(values[name].dtype)
+            else:
+                name = "embedding" if name == "embedding_scaled" else name
+                values[name] = read_values(folder, stored, sample_places)
+                columns[name] = sample_places(math.prod(there[stored])) % there[stored][-1]
+        offset = 1.0 if architecture == "Gemma2ForCausalLM" else 0.0
+        return cls(values, columns, frozenset(), float(config["hidden_size"]) ** 0.5, offset)
 
     def differing(self, recorded: Mapping[str, Tensor]) -> Iterator[str]:
         """Names of the recorded weights that are not this model's, in the order given."""
@@ -120,6 +152,30 @@ class ModelSamples:
         return agrees(values, self.values[other], torch.tensor(scale, dtype=torch.float64), processed=processed)
 
 
+_EMBEDDING = "model.embed_tokens.weight"
+_STORED = {
+    "embedding": _EMBEDDING,
+    "embedding_scaled": _EMBEDDING,
+    "unembedding": "lm_head.weight",
+    "ln_final": "model.norm.weight",
+    "ln1": "model.layers.{}.input_layernorm.weight",
+    "ln1_post": "model.layers.{}.post_attention_layernorm.weight",
+    "ln2_post": "model.layers.{}.post_feedforward_layernorm.weight",
+    "attn.q_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "attn.k_norm": "model.layers.{}.self_attn.k_norm.weight",
+}
+
+
+def _stored_name(name: str, architecture: str) -> str:
+    """What a checkpoint calls the weight that `ModelSamples` calls ``name``."""
+    layer, _, tail = name.removeprefix("base.").partition(".")
+    if tail == "ln2":
+        return second_norm_name(architecture, int(layer))
+    if (stored := _STORED.get(tail or name)) is not None:
+        return stored.format(layer)
+    return f"model.layers.{layer}.{tail}" if tail.endswith(".bias") else f"model.layers.{layer}.{tail}.weight"
+
+
 def base_samples(base_mlps: Sequence[MLPTensors]) -> dict[str, Tensor]:
     """A few values of every matrix of a base's MLPs, by name ("base.3.mlp.gate_proj"), on the CPU."""
     return {
@@ -129,7 +185,7 @@ def base_samples(base_mlps: Sequence[MLPTensors]) -> dict[str, Tensor]:
     }
 
 
-def recorded_samples(adapters: AdapterSet) -> dict[str, Tensor]:
+def recorded_samples(adapters: AdapterSet | SetDescription) -> dict[str, Tensor]:
     """All that a set knows of its models' weights, named as in `ModelSamples` and `base_samples`."""
     marks: dict[str, Tensor] = {}
     for layer, known in (adapters.marks or {}).items():

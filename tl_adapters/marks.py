@@ -36,13 +36,8 @@ class LayerMarks(NamedTuple):
 
 def sample(weight: Tensor) -> Tensor:
     """Evenly spaced values of a matrix in Hugging Face's layout, on the CPU."""
-    places = _places(weight.numel()).to(weight.device)
+    places = sample_places(weight.numel()).to(weight.device)
     return weight.detach()[torch.unravel_index(places, weight.shape)].to("cpu", copy=True)
-
-
-def sample_columns(weight: Tensor) -> Tensor:
-    """The columns of a matrix that the values of `sample` stand in."""
-    return _places(weight.numel()) % weight.shape[-1]
 
 
 def agrees(
@@ -113,8 +108,8 @@ def stored_marks(target: Path, base: Path, architecture: str, layer: int) -> Lay
         ln2_w = (1 + ln2_w.float()).to(ln2_w.dtype)
     return LayerMarks(
         ln2_w,
-        read_values(target, attention_out_name(layer), _places),
-        read_values(base, MLP_KEY.format(layer, "down_proj"), _places),
+        read_values(target, attention_out_name(layer), sample_places),
+        read_values(base, MLP_KEY.format(layer, "down_proj"), sample_places),
     )
 
 
@@ -128,5 +123,6 @@ def attention_out_name(layer: int) -> str:
     return _ATTENTION_OUT.format(layer)
 
 
-def _places(n: int) -> Tensor:
+def sample_places(n: int) -> Tensor:
+    """Places of the samples in a flattened matrix of so many values."""
     return torch.linspace(0, n - 1, min(SAMPLES, n), dtype=torch.float64).round().long()

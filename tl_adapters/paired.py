@@ -196,9 +196,9 @@ class PairedModel:
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of the target's weights as they are here, and of the base's MLPs as they were read.
 
-        "target" is of its projections and its unembedding, "target_embedding_and_norms" of all the rest, in "dtype"; a
-        target whose norms are folded is "target_processed". Planted features count as the target's weights, and have a
-        hash of their own, "planted". `fingerprints.differing` compares.
+        "target" is of its projections and its unembedding, "target_embedding_and_norms" of all the rest, in "dtype",
+        and the base's in "base_dtype"; a target whose norms are folded is "target_processed". Planted features count as
+        the target's weights, and have a hash of their own, "planted". `fingerprints.differing` compares.
         """
         weights = [
             (f"{layer}.{name}", weight)
@@ -216,7 +216,10 @@ class PairedModel:
         }
         if planted:
             found["planted"] = fingerprint(planted)
-        return found if self._base_fingerprint is None else {"base_mlps": self._base_fingerprint, **found}
+        if self._base_fingerprint is None or self._base_samples is None:
+            return found
+        dtype = dtype_name(next(iter(self._base_samples.values())).dtype)
+        return {"base_mlps": self._base_fingerprint, "base_dtype": dtype, **found}
 
     @property
     def _is_unprocessed(self) -> bool:
