@@ -28,7 +28,7 @@ from tl_adapters.training import Trainer
 def test_features_keep_labels_and_replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(describing, "draw", lambda store, pages: pages.mkdir(exist_ok=True))  # no page is looked at
     pair, traces = stores.random_pair(), stores.documents()
-    features_stage(pair, traces[:6], tmp_path, "report")
+    features_stage(pair, traces[:2], tmp_path, "report")
     store, neurons = stores_of(tmp_path)
     judged, neuron = Label("sums of two numbers", "reasoning output", "judge-1", 0.8), Label("commas", "", "judge-1")
     store.set_labels({store.ids(1)[0]: judged})
@@ -37,8 +37,8 @@ def test_features_keep_labels_and_replies(tmp_path: Path, monkeypatch: pytest.Mo
     replies.mkdir()
     (replies / "paid.json").write_text("{}")
     write_results(tmp_path, labels={"judge": 1})
-    again = features_stage(pair, traces[6:14], tmp_path, "report")
-    assert again.documents == 8 and stores_of(tmp_path)[0].documents == 8
+    again = features_stage(pair, traces[2:5], tmp_path, "report")
+    assert again.documents == 3 and stores_of(tmp_path)[0].documents == 3
     assert again.labels[store.ids(1)[0]] == judged
     assert FeatureStore.load(tmp_path / FOLDER / NEURONS).labels[neurons.ids(1)[0]] == neuron
     assert (replies / "paid.json").is_file() and read_results(tmp_path)["labels"] == {"judge": 1}
@@ -46,10 +46,11 @@ def test_features_keep_labels_and_replies(tmp_path: Path, monkeypatch: pytest.Mo
         "neuron_pages", "neurons", "pages", "replies", "store",
     ]  # fmt: skip
 
-    features_stage(pair, traces[:5], tmp_path / "own", "mine.jsonl")  # as the verb features leaves a store
-    kept = features_stage(pair, traces[:6], tmp_path / "own", "report")
-    assert kept.about.split == "mine.jsonl" and kept.documents == 5
-    assert read_results(tmp_path / "own")["features"]["split"] == "mine.jsonl"
+    kept = features_stage(
+        pair, traces[:6], tmp_path, "another split"
+    )  # these stores might be what `features` collected
+    assert kept.about.split == "report" and kept.documents == 3 and kept.labels[store.ids(1)[0]] == judged
+    assert read_results(tmp_path)["features"]["split"] == "report"
 
 
 def test_faithfulness_on_other_documents_leaves_what_is_known_of_the_features(tmp_path: Path) -> None:
@@ -79,15 +80,17 @@ def test_graphs_of_the_users_own_stay(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(study, "examine_moment", drawn)
     word = study.token_id(pair, "Wait")
     said = Response(tuple(tokens), (word,), "Wait", False, True)
-    listed = lambda: {
-        g["slug"] for g in json.loads((graphs / "circuit-tracer/graph-metadata.json").read_text())["graphs"]
-    }
+
+    def listed() -> set[str]:
+        record = json.loads((graphs / "circuit-tracer" / "graph-metadata.json").read_text())
+        return {entry["slug"] for entry in record["graphs"]}
+
     for n, expected in ((3, {"moment-1", "moment-3", "moment-4"}), (1, {"moment-1"})):
         attribution_stage(pair, [said] * n, tmp_path, "report")
         assert listed() == {p.stem for p in graphs.glob("*.html")} == {"mine", "moment-2"} | expected
         assert {p.stem for p in (graphs / "circuit-tracer").glob("m*.json")} == {"mine", "moment-2"} | expected
     remove_graph(graphs, "mine")
-    remove_graph(graphs, "was never there")
+    remove_graph(graphs, "never-there")
     assert listed() == {"moment-1", "moment-2"} and not (graphs / "mine").exists()
 
 
