@@ -48,7 +48,7 @@ def test_features_keep_labels_and_replies(tmp_path: Path, monkeypatch: pytest.Mo
 
     kept = features_stage(
         pair, traces[:6], tmp_path, "another split"
-    )  # these stores might be what `features` collected
+    )  # as if the verb features had
     assert kept.about.split == "report" and kept.documents == 3 and kept.labels[store.ids(1)[0]] == judged
     assert read_results(tmp_path)["features"]["split"] == "report"
 
