@@ -10,7 +10,7 @@ import torch
 from conftest import ACTIVATION_OPTIONS
 from sae_lens import SAE
 
-from tl_adapters.adapter import METADATA_FILE, AdapterMetadata, AdapterSet, TranscoderAdapter, describe
+from tl_adapters.adapter import METADATA_FILE, AdapterMetadata, AdapterSet, TranscoderAdapter, describe, record_hash
 from tl_adapters.marks import LayerMarks
 from tl_adapters.saelens import AdapterFormatError
 
@@ -144,6 +144,11 @@ def test_one_set_has_one_activation_and_its_metadata_says_which(tmp_path: Path) 
         ({"activation": "relu", "k": None}, "not those its tl_adapters.json was written with"),
     ):
         (tmp_path / "a" / METADATA_FILE).write_text(json.dumps({**record, **change}))
+        with pytest.raises(AdapterFormatError, match="was edited or is damaged"):
+            AdapterSet.from_pretrained(tmp_path / "a")
+        rehashed = {name: value for name, value in {**record, **change}.items() if name != "sha256"}
+        rehashed["sha256"] = record_hash(rehashed)  # whoever writes such a set on purpose still gets no other features
+        (tmp_path / "a" / METADATA_FILE).write_text(json.dumps(rehashed))
         with pytest.raises(AdapterFormatError, match=message):
             AdapterSet.from_pretrained(tmp_path / "a")
 

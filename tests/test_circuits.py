@@ -166,7 +166,11 @@ def test_missing_and_cut_files(tmp_path: Path) -> None:
 def test_it_is_of_one_set_of_adapters() -> None:
     pair = randomise(PairedModel.from_pretrained(*(random_model(seed, torch.float32) for seed in (1, 2))))
     adapters = pair.installed_adapters()
-    made(adapters.fingerprint).require_belonging(pair)
+    replace(made(adapters.fingerprint), fingerprints={**pair.fingerprints, **adapters.fingerprints}).require_belonging(
+        pair
+    )
+    with pytest.raises(CircuitError, match="in a pair whose base_mlps and target are others"):
+        made(adapters.fingerprint).require_belonging(pair)
     for call in (lambda: made().require_belonging(pair), lambda: made().distinct_directions(adapters)):
         with pytest.raises(CircuitError, match=f"adapters aaaa, and .* {adapters.fingerprint}"):
             call()

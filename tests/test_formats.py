@@ -136,7 +136,8 @@ def test_the_metadata_says_what_it_is(tmp_path: Path) -> None:
         ours = about.tl_adapters
         assert (ours["base"], ours["target"], ours["additive"]) == ("org/base", "org/target", True)
         assert ours["stream"] == "replacement" and ours["figures"] == {"l0": 2.5} and ours["reads"] == reads
-        assert set(ours["fingerprints"]) == {"base_mlps", "target", "adapters"}
+        known = {"base_mlps", "base_dtype", "target", "target_embedding_and_norms", "dtype", "adapters"}
+        assert set(ours["fingerprints"]) == known
         assert ours["fingerprints"]["adapters"] == adapters.fingerprint  # the same in both forms
 
 

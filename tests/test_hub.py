@@ -233,5 +233,8 @@ def test_the_commit_of_a_hub_model_is_recorded(tmp_path: Path, fake: FakeHub) ->
     assert (about.target, about.target_revision) == ("org/target", "0123abcd")
     assert about.fingerprints == pair.fingerprints and set(json.loads(json.dumps(about.fingerprints))) == {
         "base_mlps",
+        "base_dtype",
         "target",
+        "target_embedding_and_norms",
+        "dtype",
     }

@@ -5,7 +5,9 @@ One layer's adapter is a `TranscoderAdapter` (`transcoder`). All of a set have o
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,12 +22,17 @@ from torch import Tensor, nn
 from tl_adapters.atomic import new_folder
 from tl_adapters.checkpoints import fetch
 from tl_adapters.config import ActivationName
+from tl_adapters.errors import UserError
+from tl_adapters.file_hashes import file_hash
 from tl_adapters.fingerprints import fingerprint
 from tl_adapters.marks import LayerMarks
 from tl_adapters.saelens import (
+    HOOK_IN,
+    HOOK_OUT,
     LAYER_FILES,
     THRESHOLDED,
     AdapterFormatError,
+    read_config,
     read_json,
     read_safetensors,
     read_weights,
@@ -36,8 +43,13 @@ from tl_adapters.transcoder import TranscoderAdapter as TranscoderAdapter
 from tl_adapters.transcoder import adapter_of, require_activation
 
 METADATA_FILE, MARKS_FILE = "tl_adapters.json", "layer_marks.safetensors"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (2, SCHEMA_VERSION)
+"""Version 2 has neither hashes of its files nor samples of all weights."""
 LAYER_FOLDER = "layer_{}"
+_SAMPLE_PREFIX = "samples/"
+
+log = logging.getLogger(__name__)
 
 
 class FeatureId(NamedTuple):
@@ -45,6 +57,32 @@ class FeatureId(NamedTuple):
 
     layer: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody misses on a pair
+
+
+class OwnedFeatureId(FeatureId):
+    """A FeatureId that knows the adapters it is a number of, and is equal to one that does not.
+
+    Circuits and feature stores give their features out like this, so wherever these reach a pair, alone or in any
+    list, `AdapterSet.require_own` refuses those of other adapters.
+    """
+
+    adapters: str | None = None
+    """Fingerprint of the layer's adapter or of the whole set; "" for what is no feature of adapters."""
+
+    def __new__(cls, layer: int, index: int, adapters: str | None = None) -> OwnedFeatureId:
+        """As FeatureId, with the fingerprint."""
+        self = super().__new__(cls, layer, index)
+        self.adapters = adapters
+        return self
+
+    def __repr__(self) -> str:
+        return f"FeatureId(layer={self.layer}, index={self.index})"
+
+
+def owned(id: FeatureId | tuple[int, int], fingerprints: Mapping[str, str]) -> OwnedFeatureId:
+    """The feature as one of the adapters of ``fingerprints`` (`AdapterSet.fingerprints`)."""
+    layer, index = id
+    return OwnedFeatureId(layer, index, fingerprints.get(f"adapters.{layer}", fingerprints.get("adapters", "")))
 
 
 @dataclass(frozen=True)
@@ -76,6 +114,18 @@ class AdapterMetadata:
     figures: dict[str, Any] = field(default_factory=dict)
     """Measured figures (L0, KL, ...), each with the split it was measured on."""
 
+    def __post_init__(self) -> None:
+        for name, allowed in (("reads", HOOK_IN), ("writes", HOOK_OUT)):
+            if getattr(self, name) not in allowed:
+                raise AdapterFormatError(
+                    f"{name} is {getattr(self, name)!r}; allowed is one of {', '.join(allowed)}. These adapters were "
+                    "made with a newer version of tl_adapters, or their description was edited."
+                )
+
+
+class ForeignFeaturesError(UserError, ValueError):
+    """Features of other adapters than those they are asked of: a feature is a number of one set."""
+
 
 class AdapterSet(nn.Module):
     """The adapters of a model's layers, with what their meaning needs.
@@ -85,7 +135,11 @@ class AdapterSet(nn.Module):
         marks: by what target and base are known again, for these layers or all; None where nothing is known.
         metadata: where the adapters come from, and their activation.
         n_layers: layers of the model; None means that there is an adapter for each.
+        samples: of every weight of target and base (`fitting.weight_samples`); None where they are not known.
     """
+
+    warned: bool
+    """It was said already that less is known of its models than could be."""
 
     def __init__(
         self,
@@ -93,8 +147,11 @@ class AdapterSet(nn.Module):
         marks: Sequence[LayerMarks] | Mapping[int, LayerMarks] | None = None,
         metadata: AdapterMetadata | None = None,
         n_layers: int | None = None,
+        samples: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.warned = False
+        self.samples = None if samples is None else {name: t.detach().cpu() for name, t in samples.items()}
         by_layer = dict(layers) if isinstance(layers, Mapping) else dict(enumerate(layers))
         self.n_layers = n_layers or len(by_layer)
         self.marks: dict[int, LayerMarks] | None = None
@@ -152,11 +209,37 @@ class AdapterSet(nn.Module):
         Of decoders, biases, thresholds and topk's k, not of encoders: so it is the same whichever of the two inputs
         the adapters read, and in every format that keeps their dtype.
         """
+        return fingerprint(self._content(self.layer_indices))
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """`fingerprint` as "adapters", and that of every layer by itself as "adapters.N".
+
+        So some layers of a set, loaded or exported alone, are known as layers of that set.
+        """
+        layers = {f"adapters.{layer}": fingerprint(self._content([layer])) for layer in self.layer_indices}
+        return {"adapters": self.fingerprint, **layers}
+
+    def _content(self, layers: Sequence[int]) -> list[tuple[str, Tensor]]:
         names = ["b_enc", "W_dec", "b_dec", *(["threshold"] if self.metadata.activation in THRESHOLDED else [])]
-        found = [(f"{layer}.{name}", getattr(self[layer], name)) for layer in self.layer_indices for name in names]
+        found = [(f"{layer}.{name}", getattr(self[layer], name)) for layer in layers for name in names]
         if self.metadata.activation == "topk":
             found.append(("k", torch.tensor([self.metadata.k])))
-        return fingerprint(found)
+        return found
+
+    def require_own(self, features: Iterable[FeatureId | tuple[int, int]]) -> None:
+        """Raises ForeignFeaturesError for features that are known to be of other adapters (`OwnedFeatureId`)."""
+        known = {f for f in features if isinstance(f, OwnedFeatureId) and f.adapters is not None}
+        if not known:
+            return
+        ours = self.fingerprints
+        for feature in sorted(known):
+            if feature.adapters not in (ours["adapters"], ours.get(f"adapters.{feature.layer}")):
+                of = f"of adapters {feature.adapters}" if feature.adapters else "no feature of adapters"
+                raise ForeignFeaturesError(
+                    f"Feature {feature.layer}.{feature.index} is {of}; the adapters here are {ours['adapters']}. A "
+                    "feature is a number of one set: load the adapters it was found in, or find features in these."
+                )
 
     def normalized(self) -> AdapterSet:
         """The same adapters reading ln2.hook_normalized: W_enc' = ln2_w[:, None] * W_enc.
@@ -174,7 +257,8 @@ class AdapterSet(nn.Module):
             tensors = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
             tensors["W_enc"] *= self.marks[layer].ln2_w.to(ours.W_enc.device, ours.W_enc.dtype)[:, None]
             layers[layer] = adapter_of(tensors, ours.activation, ours.k)
-        return AdapterSet(layers, self.marks, replace(self.metadata, reads="normalized"), self.n_layers)
+        about = replace(self.metadata, reads="normalized")
+        return AdapterSet(layers, self.marks, about, self.n_layers, self.samples)
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -192,6 +276,22 @@ class AdapterSet(nn.Module):
         finally:
             for adapter in self:
                 adapter.training_tokens = None
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """For the length of a block, weights of a narrower dtype are float32; afterwards they are what they were.
+
+        For what takes adapters apart (attribution, circuits): rounded activations would not add up.
+        """
+        narrow = [w for w in (*self.parameters(), *self.buffers()) if w.is_floating_point() and w.element_size() < 4]
+        kept = [weight.data for weight in narrow]
+        try:
+            for weight in narrow:
+                weight.data = weight.data.float()
+            yield
+        finally:
+            for weight, data in zip(narrow, kept, strict=True):
+                weight.data = data
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -216,14 +316,19 @@ class AdapterSet(nn.Module):
                 tensors = self[layer].state_dict()
                 config = transcoder_config(layer, tensors, about)
                 write_transcoder(out / LAYER_FOLDER.format(layer), config, tensors)
-            if self.marks is not None:
-                kept = {
-                    f"{layer}.{name}": tensor.contiguous()
-                    for layer, known in self.marks.items()
-                    for name, tensor in known._asdict().items()
-                }
+            kept = {
+                f"{layer}.{name}": tensor.contiguous()
+                for layer, known in (self.marks or {}).items()
+                for name, tensor in known._asdict().items()
+            }
+            kept |= {f"{_SAMPLE_PREFIX}{name}": t.contiguous() for name, t in (self.samples or {}).items()}
+            if kept:
                 save_file(kept, out / MARKS_FILE)
-            (out / METADATA_FILE).write_text(json.dumps(record, indent=1) + "\n")
+            files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+            record["files"] = {
+                name: {"sha256": file_hash(out / name), "size": (out / name).stat().st_size} for name in files
+            }
+            (out / METADATA_FILE).write_text(json.dumps({**record, "sha256": record_hash(record)}, indent=1) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -255,6 +360,7 @@ class AdapterSet(nn.Module):
         folder = fetch(name, set_files(chosen), revision=revision, token=token)
         adapters = {}
         for layer in chosen:
+            about.require_layer(folder, layer)
             tensors = read_weights(folder / LAYER_FOLDER.format(layer), about.metadata.activation, device)
             found = (tensors["W_enc"].shape[0], tensors["W_enc"].shape[1], tensors["W_dec"].shape[1])
             if found != (about.d_model, about.n_features, about.d_model):
@@ -263,7 +369,17 @@ class AdapterSet(nn.Module):
                     f"{about.d_model}, {about.n_features} and {about.d_model}."
                 )
             adapters[layer] = adapter_of(tensors, about.metadata.activation, about.metadata.k)
-        result = cls(adapters, about.marks, about.metadata, about.n_layers)
+        result = cls(adapters, about.marks, about.metadata, about.n_layers, about.samples)
+        if about.files is None:
+            result.warned = True
+            log.warning(
+                "%s was written by an earlier version of tl_adapters: it holds neither hashes of its files nor samples "
+                "of all weights of its models. So damage to encoders, and other embeddings, first norms or (where the "
+                "models are cast or processed) attention and MLPs than it was trained on, cannot be noticed. Where you "
+                "are sure of the pair: pair.load_adapters(adapters); adapters.samples = pair.samples; "
+                "adapters.save_pretrained(NEW).",
+                name,
+            )
         if layers is None and result.fingerprint != about.fingerprint:
             raise AdapterFormatError(
                 f"The weights in {name} are not those its {METADATA_FILE} was written with (fingerprint "
@@ -297,6 +413,50 @@ class SetDescription:
     """Content hash of the adapters."""
     marks: dict[int, LayerMarks] | None
     """What is kept of the target."""
+    samples: dict[str, Tensor] | None = None
+    """Of every weight of target and base; None in sets of earlier versions."""
+    files: dict[str, dict[str, Any]] | None = None
+    """By name within the folder: "sha256" and "size"; None in sets of earlier versions."""
+
+    def require_layer(self, folder: Path, layer: int) -> None:
+        """Raises AdapterFormatError where the files of a layer in ``folder`` are not those of this set."""
+        inside = LAYER_FOLDER.format(layer)
+        for file in LAYER_FILES:
+            self.require_file(folder, f"{inside}/{file}")
+        about = read_config(folder / inside).get("metadata") or {}
+        ours, fingerprints = (
+            about.get("tl_adapters") or {},
+            {**self.metadata.fingerprints, "adapters": self.fingerprint},
+        )
+        for name, found, expected in (
+            ("layer", ours.get("layer"), layer),
+            ("hook_name", about.get("hook_name"), HOOK_IN[self.metadata.reads].format(layer)),
+            ("hook_name_out", about.get("hook_name_out"), HOOK_OUT[self.metadata.writes].format(layer)),
+            ("fingerprints", ours.get("fingerprints"), fingerprints),
+        ):
+            if found != expected:
+                raise AdapterFormatError(
+                    f"{folder / inside / 'cfg.json'} says {name} {found!r}; the set it lies in has {expected!r}: files "
+                    "of two sets were mixed, or edited. Copy the whole folder again."
+                )
+
+    def require_file(self, folder: Path, name: str) -> None:
+        """Raises AdapterFormatError where a file is missing, or its bytes are not those that were written."""
+        if self.files is None:
+            return
+        path, known = folder / name, self.files.get(name)
+        if known is None or not path.is_file():
+            what = f"it is not there, or not one of the files of {METADATA_FILE}"
+        elif (size := path.stat().st_size) != known["size"]:
+            what = f"it has {size:,} bytes, expected {known['size']:,}"
+        elif file_hash(path) != known["sha256"]:
+            what = f"its content is not what {METADATA_FILE} was written with"
+        else:
+            return
+        raise AdapterFormatError(
+            f"{path} is missing or damaged, or was edited, or files of two sets were mixed: {what}. Copy the whole "
+            "folder again."
+        )
 
 
 def describe(name: str | Path, *, revision: str | None = None, token: str | None = None) -> SetDescription:
@@ -308,28 +468,56 @@ def describe(name: str | Path, *, revision: str | None = None, token: str | None
             "from_saelens, the paper's authors' checkpoints by from_authors."
         )
     record = read_json(folder / METADATA_FILE)
-    if (version := record.pop("schema_version", None)) != SCHEMA_VERSION:
+    if (version := record.get("schema_version")) not in READABLE_VERSIONS:
         raise AdapterFormatError(
-            f"{name} has schema_version {version}; this version reads {SCHEMA_VERSION}. Read it with the version of "
-            "tl_adapters that wrote it, or update."
+            f"{name} has schema_version {version}; this version reads {' and '.join(map(str, READABLE_VERSIONS))}. "
+            "Read it with the version of tl_adapters that wrote it, or update."
         )
+    files = _known_files(folder, record) if version == SCHEMA_VERSION else None
+    record.pop("schema_version")
     try:
         shape = {key: int(record.pop(key)) for key in ("n_layers", "d_model", "n_features")}
         layers = [int(layer) for layer in record.pop("layers")]
         adapters = str(record["fingerprints"].pop("adapters"))
         metadata = AdapterMetadata(**record)
         require_activation(metadata.activation, metadata.k, shape["n_features"])
+    except AdapterFormatError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AdapterFormatError(f"{folder / METADATA_FILE} is not a description of adapters: {error!r}.") from error
-    return SetDescription(layers, **shape, metadata=metadata, fingerprint=adapters, marks=_kept(folder))
+    found = SetDescription(layers, **shape, metadata=metadata, fingerprint=adapters, marks=None, files=files)
+    if MARKS_FILE in (files or {}):
+        found.require_file(folder, MARKS_FILE)
+    marks, samples = _kept(folder)
+    return replace(found, marks=marks, samples=samples)
 
 
-def _kept(folder: Path) -> dict[int, LayerMarks] | None:
+def _known_files(folder: Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Take the hashes out of a set's record. Raises AdapterFormatError where the record is not as it was written."""
+    said = record.pop("sha256", None)
+    if said != (found := record_hash(record)):
+        raise AdapterFormatError(
+            f"{folder / METADATA_FILE} was edited or is damaged: the hash of its content is {found}, expected {said}. "
+            "Copy the whole folder again; to change what is said of adapters, replace AdapterSet.metadata and save it."
+        )
+    return dict(record.pop("files"))
+
+
+def record_hash(record: Mapping[str, Any]) -> str:
+    """Of what a set's description says, without the hash itself, whatever the order and the spaces it is written in."""
+    as_read = json.loads(json.dumps(record))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
+def _kept(folder: Path) -> tuple[dict[int, LayerMarks] | None, dict[str, Tensor] | None]:
+    """The marks of layers, and the samples of all weights, where there are any."""
     if not (folder / MARKS_FILE).is_file():
-        return None
+        return None, None
     tensors = read_safetensors(folder / MARKS_FILE)
+    samples = {n.removeprefix(_SAMPLE_PREFIX): tensors.pop(n) for n in list(tensors) if n.startswith(_SAMPLE_PREFIX)}
     try:
-        layers = {int(name.partition(".")[0]) for name in tensors}
-        return {layer: LayerMarks(*(tensors[f"{layer}.{name}"] for name in LayerMarks._fields)) for layer in layers}
+        layers = sorted({int(name.partition(".")[0]) for name in tensors})
+        marks = {layer: LayerMarks(*(tensors[f"{layer}.{name}"] for name in LayerMarks._fields)) for layer in layers}
     except (KeyError, ValueError) as error:
         raise AdapterFormatError(f"{folder / MARKS_FILE} is incomplete ({error!r}); copy it again.") from error
+    return marks or None, samples or None

@@ -24,10 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_adapters.arguments import choice, items, token_ids
+from tl_adapters.fingerprints import differing
 from tl_adapters.gradients import GradientModel
 from tl_adapters.graphs import AttributionGraph, GraphError, GraphTarget
 from tl_adapters.linear import FrozenModel
-from tl_adapters.paired import PairedModel
+from tl_adapters.paired import PairedModel, adapters_in_float32
 from tl_adapters.pruning import influence
 from tl_adapters.results import versions
 from tl_adapters.vocabulary import single_token, token_text
@@ -97,6 +98,7 @@ class _Edges:
     """Per row: value, part from outside the window, constants, the decoder biases among them."""
 
 
+@adapters_in_float32
 def attribute(
     pair: PairedModel,
     prompt: str | Sequence[int] | Tensor,
@@ -198,7 +200,7 @@ def _origin(pair: PairedModel) -> dict[str, Any]:
         "route": "replacement",
         "base": pair.base_id,
         "target": pair.target_id,
-        "fingerprints": {**pair.fingerprints, "adapters": pair.installed_adapters().fingerprint},
+        "fingerprints": _fingerprints(pair),
         "d_vocab": pair.model.cfg.d_vocab,
         "versions": versions(),
     }
@@ -291,12 +293,27 @@ def unembedding_column(
 
 
 def resolve_columns(pair: PairedModel, graph: AttributionGraph, target: int) -> tuple[int, Float[Tensor, "d_model"]]:
-    """Position and direction of a graph's logit target. Raises GraphError for a feature."""
+    """Position and direction of a graph's logit target. Raises GraphError for a feature, or another pair's graph."""
+    require_graph_of(pair, graph)
     about = graph.targets[target]
     if about.token is None:
         raise GraphError(f"Target {target} is {about.label}, no logit.")
     dtype = torch.promote_types(pair.model.W_E.dtype, torch.float32)
     return about.position, unembedding_column(pair, about.token, about.against, dtype)
+
+
+def require_graph_of(pair: PairedModel, graph: AttributionGraph) -> None:
+    """Raises GraphError where a graph is of other adapters or models than the pair's, by fingerprint."""
+    differs = differing(graph.about.get("fingerprints") or {}, _fingerprints(pair))
+    if differs:
+        raise GraphError(
+            f"The graph was made in a pair whose {' and '.join(differs)} are others than here, by fingerprint: its "
+            "features mean nothing here. Open the pair it was made in, or attribute the prompt in this one."
+        )
+
+
+def _fingerprints(pair: PairedModel) -> dict[str, str]:
+    return {**pair.fingerprints, **pair.installed_adapters().fingerprints}
 
 
 def decoded(pair: PairedModel, token: int) -> str:

@@ -164,6 +164,18 @@ class BridgedBackend(Backend):
         if attn.o.bias is not None:
             yield "b_O", attn.o.bias
 
+    def projection_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Biases of q, k, v and o in Hugging Face's names and layout, where the layer has them."""
+        for name in "qkvo":
+            bias = getattr(self.model.blocks[layer].attn, name).bias
+            if bias is not None:
+                yield f"self_attn.{name}_proj.bias", bias
+
+    @property
+    def embedding_scale(self) -> float:
+        """Weights are the model's own."""
+        return 1.0
+
     def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""
         block = self.model.blocks[layer]

@@ -15,7 +15,7 @@ from tl_adapters.circuits import Circuit
 from tl_adapters.data import Trace
 from tl_adapters.features import ALIVE_FIRINGS
 from tl_adapters.moments import Behaviour, BehaviourError, Moments, find_moments
-from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.paired import ACTIVATIONS, PairedModel, adapters_in_float32
 
 FEWEST_MOMENTS = 20
 """With fewer moments on the select problems there is no behaviour to find a circuit of."""
@@ -41,6 +41,7 @@ class Found:
     """Everything that was sorted."""
 
 
+@adapters_in_float32
 def find_circuit(
     pair: PairedModel,
     traces: Sequence[Trace],
@@ -82,7 +83,7 @@ def find_circuit(
         features=() if roles is None else roles.features,
         strength=options.strength,
         split=split,
-        fingerprints={**pair.fingerprints, "adapters": adapters.fingerprint},
+        fingerprints={**pair.fingerprints, **adapters.fingerprints},
         n_features=adapters.n_features,
         n_layers=pair.n_layers,
         threshold=0.0 if roles is None else roles.threshold,

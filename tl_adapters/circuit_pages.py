@@ -36,6 +36,7 @@ from tl_adapters.circuits import EFFECTS, ROLES, Circuit
 from tl_adapters.feature_pages import feature_address
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import ALIVE_FIRINGS, Example, Feature
+from tl_adapters.fingerprints import differing
 from tl_adapters.results import plain
 from tl_adapters.views import escape, marked, page, table
 
@@ -91,7 +92,7 @@ def write_circuit_page(
     Raises DiskFullError.
     """
     folder, block = Path(folder), plain(block)
-    if store is not None and store.about.fingerprints.get("adapters") != circuit.fingerprints.get("adapters"):
+    if store is not None and differing(store.about.fingerprints, circuit.fingerprints):
         store = None
     link = page_link(folder, store)
     words = [word.strip() for word in block.get("words") or circuit.words if word.strip()]

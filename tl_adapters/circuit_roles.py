@@ -38,7 +38,7 @@ from tl_adapters.adapter import FeatureId
 from tl_adapters.circuits import CircuitEdge, CircuitFeature, Role
 from tl_adapters.interventions import by_layer, gated
 from tl_adapters.moments import Moments, final_residual, log_odds
-from tl_adapters.paired import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
+from tl_adapters.paired import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel, adapters_in_float32
 
 SHARE = 0.001
 """Of the summed positive effects of all features, from which one effect counts."""
@@ -64,6 +64,7 @@ class Effects:
     """Mean margin."""
 
 
+@adapters_in_float32
 def effects_at(
     pair: PairedModel,
     moments: Moments,
@@ -108,6 +109,7 @@ def _into_residual(pair: PairedModel, rows: Tensor, layer: int) -> Tensor:
     return rows if weight is None else rows * weight.to(rows)
 
 
+@adapters_in_float32
 def effects_on_what_follows(
     pair: PairedModel, moments: Moments, tokens_per_batch: int = 4096
 ) -> Float[Tensor, "n_layers n_features"]:
@@ -159,6 +161,7 @@ class Sorted:
     """Mean margin at the moments, replacement less hybrid."""
 
 
+@adapters_in_float32
 def sort_features(
     pair: PairedModel,
     moments: Moments,
@@ -173,6 +176,7 @@ def sort_features(
         chosen: what the search found.
         alive: features that are asked at all.
     """
+    pair.installed_adapters().require_own(chosen)
     here, elsewhere = effects_at(pair, moments), effects_at(pair, moments, "boundary")
     follows = effects_on_what_follows(pair, moments)
     threshold, threshold_follows = (SHARE * float(e[alive].clamp(min=0).sum()) for e in (here.direct, follows))
@@ -226,12 +230,14 @@ def _margin_in_hybrid(pair: PairedModel, moments: Moments) -> float:
     return total / max(1, int(moments.moment.sum()))
 
 
+@adapters_in_float32
 def circuit_edges(pair: PairedModel, moments: Moments, features: Sequence[CircuitFeature]) -> tuple[CircuitEdge, ...]:
     """Edges of the drawing: direct effects on the word, and effects of the others on the strongest output features.
 
     An edge between features is the effect on the target's pre-activation at the moments, times what a unit of that
     pre-activation does directly for the word: so all edges are in nats of the margin.
     """
+    pair.installed_adapters().require_own(f.id for f in features)
     outputs = sorted((f for f in features if f.role == "output"), key=lambda f: -f.direct)
     edges = [CircuitEdge(f.id, None, f.direct) for f in features if f.role in ("output", "suppress")]
     sources = [f.id for f in features if f.role in ("template", "continuation")]

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from tl_adapters.adapter import FeatureId
 from tl_adapters.interventions import gated
 from tl_adapters.moments import BehaviourError, Moments, final_residual, log_odds
-from tl_adapters.paired import PairedModel
+from tl_adapters.paired import PairedModel, adapters_in_float32
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class _Reference:
         self.goes_on = pair.unembed(residual[self.batch.follows]).log_softmax(-1)
 
 
+@adapters_in_float32
 def search_circuit(
     pair: PairedModel,
     moments: Moments,

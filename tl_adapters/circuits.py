@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,10 +20,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped,unused-ignore]
 
-from tl_adapters.adapter import AdapterSet, FeatureId
+from tl_adapters.adapter import AdapterSet, FeatureId, owned
 from tl_adapters.atomic import write_text
 from tl_adapters.checkpoints import fetch
 from tl_adapters.errors import UserError
+from tl_adapters.fingerprints import differing
 from tl_adapters.hub import HubError
 from tl_adapters.paired import PairedModel
 from tl_adapters.results import plain
@@ -133,6 +134,11 @@ class Circuit:
     edges: tuple[CircuitEdge, ...] = field(default=(), repr=False)
     """Effects among them, where they were measured."""
 
+    def __post_init__(self) -> None:
+        # However its features are taken out, they know whose they are, so that no other adapters take them.
+        own = tuple(replace(f, id=owned(f.id, self.fingerprints)) for f in self.features)
+        object.__setattr__(self, "features", own)
+
     def __len__(self) -> int:
         return len(self.features)
 
@@ -240,15 +246,20 @@ class Circuit:
     # -- beside adapters and other circuits -----------------------------------------------------------------------
 
     def require_belonging(self, pair: PairedModel) -> None:
-        """Raises CircuitError where these are not features of the pair's adapters."""
-        self._require_adapters(pair.installed_adapters().fingerprint, "the pair's adapters are")
+        """Raises CircuitError where these are not features of the pair's adapters, or not of the pair's models.
+
+        Interventions ask only for the adapters (`AdapterSet.require_own`), which belong to the pair they are in.
+        """
+        self._require_adapters(
+            {**pair.fingerprints, **pair.installed_adapters().fingerprints}, "the pair's adapters are"
+        )
 
     def compare(self, other: Circuit) -> CircuitComparison:
         """What it has in common with another circuit of the same adapters; suppressors are compared, too.
 
         Raises CircuitError for other adapters: a feature is a number of one set.
         """
-        self._require_adapters(other.fingerprints.get("adapters"), "the other circuit is of")
+        self._require_adapters(other.fingerprints, "the other circuit is of")
         ours, theirs = ({f.id: f.role for f in c.features} for c in (self, other))
         shared, every = sorted(ours.keys() & theirs.keys()), ours.keys() | theirs.keys()
         alike = sum(ours[id] == theirs[id] for id in shared)
@@ -267,7 +278,7 @@ class Circuit:
 
         Raises CircuitError for other adapters.
         """
-        self._require_adapters(adapters.fingerprint, "these adapters are")
+        self._require_adapters(adapters.fingerprints, "these adapters are")
         by_layer: dict[int, list[int]] = {}
         for layer, index in self.ids():
             by_layer.setdefault(layer, []).append(index)
@@ -277,12 +288,18 @@ class Circuit:
             found += int(connected_components((rows @ rows.T > cosine).cpu().numpy(), directed=False)[0])
         return found
 
-    def _require_adapters(self, fingerprint: str | None, whose: str) -> None:
+    def _require_adapters(self, theirs: Mapping[str, str], whose: str) -> None:
         ours = self.fingerprints.get("adapters")
-        if ours is None or ours != fingerprint:
+        differs = differing(self.fingerprints, theirs)
+        if ours is None or "adapters" not in theirs or any(name.startswith("adapters") for name in differs):
             raise CircuitError(
-                f"This circuit is of adapters {ours}, and {whose} {fingerprint}: a feature is a number of one set. "
-                "Load the adapters it was found in, or find a circuit in these (tl-adapters hesitation RUN)."
+                f"This circuit is of adapters {ours}, and {whose} {theirs.get('adapters')}: a feature is a number of "
+                "one set. Load the adapters it was found in, or find a circuit in these (tl-adapters hesitation RUN)."
+            )
+        if differs:
+            raise CircuitError(
+                f"This circuit was found in a pair whose {' and '.join(differs)} are others than here, by fingerprint: "
+                "its effects are not those of this pair. Open the pair it was found in, or find a circuit in this one."
             )
 
     def _repr_html_(self) -> str:

@@ -93,6 +93,8 @@ def write_sae_dashboard(
         raise DashboardError("sae-dashboard stops within the model, which a TransformerBridge does not; use 'hooked'.")
     if adapters.metadata.activation == "topk":
         raise DashboardError("SAELens has no topk transcoder, and sae-dashboard reads SAELens's; see feature_pages.")
+    ids = list(ids)
+    adapters.require_own(ids)
     wanted = _by_layer(ids)
     for layer, indices in wanted.items():
         if layer not in adapters.layer_indices or not 0 <= indices[0] <= indices[-1] < adapters.n_features:

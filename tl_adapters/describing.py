@@ -7,6 +7,7 @@ RUN/features/pages       an index of all features, and what is known of each; ne
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,15 +24,19 @@ from tl_adapters.errors import UserError
 from tl_adapters.feature_pages import write_feature_pages
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import Stream
+from tl_adapters.fingerprints import differing
 from tl_adapters.fitting import last_part
+from tl_adapters.labels import SOURCE as BY_RULES
 from tl_adapters.labels import label_by_rules, label_shares
 from tl_adapters.neuronpedia import write_neuronpedia
 from tl_adapters.opening import is_builtin, open_held_out, open_run, require_adapters
 from tl_adapters.paired import PairedModel
 from tl_adapters.results import read_results, stage, write_results
-from tl_adapters.store_files import StoreOptions, read_description
+from tl_adapters.store_files import LABELS_FILE, StoreOptions, read_description, read_labels
 from tl_adapters.streams import stream_agreement
 from tl_adapters.vocabulary import hesitation_tokens
+
+log = logging.getLogger(__name__)
 
 FOLDER, STORE, NEURONS, PAGES, NEURON_PAGES = "features", "store", "neurons", "pages", "neuron_pages"
 AGREEMENT_DOCUMENTS = 200
@@ -41,16 +46,48 @@ OWN_PROBLEMS = 1_800
 
 
 def features_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, split: str) -> FeatureStore:
-    """Collect, label and draw the features of a run, and add them to its block features."""
+    """Collect, label and draw the features of a run, and add them to its block features.
+
+    Stores of an earlier evaluation are replaced once the new ones are whole, and what a judge or a person called their
+    features is carried over. Stores that were collected on other documents (`describe_run`) stay, and are described.
+    """
     here = folder / FOLDER
     with stage(folder, "features"):
-        shutil.rmtree(here, ignore_errors=True)  # of an earlier evaluation of this run
-        store, neurons = collect_both(pair, traces, here, split, StoreOptions(), progress=False)
-        store.set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
+        if _is_others(here / STORE, split):
+            store, neurons = stores_of(folder)
+            store.require_features_of(pair)
+            log.info("the features stay those that were collected on %s, in %s", store.about.split, here / STORE)
+        else:
+            store, neurons = _collect_anew(pair, traces, here, split)
         name_and_record(folder, store, neurons)
         draw(store, here / PAGES)
         draw(neurons, here / NEURON_PAGES)
     return store
+
+
+def _is_others(store: Path, split: str) -> bool:
+    """Whether there is a store of documents that no evaluation reads."""
+    return store.is_dir() and read_description(store).split != split
+
+
+def _collect_anew(
+    pair: PairedModel, traces: Sequence[Trace], here: Path, split: str
+) -> tuple[FeatureStore, FeatureStore]:
+    """New stores in the places of those that are there, with the labels that were given to these."""
+    fresh = here / "new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    made = collect_both(pair, traces, fresh, split, StoreOptions(), progress=False)
+    made[0].set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
+    for name, store in zip((STORE, NEURONS), made, strict=True):
+        if (here / name).is_dir():
+            same = not differing(read_description(here / name).fingerprints, store.about.fingerprints)
+            if same and (here / name / LABELS_FILE).is_file():
+                given = read_labels(here / name / LABELS_FILE)
+                store.set_labels({id: label for id, label in given.items() if label.source != BY_RULES})
+            shutil.rmtree(here / name)
+        (fresh / name).rename(here / name)
+    fresh.rmdir()
+    return FeatureStore.load(here / STORE), FeatureStore.load(here / NEURONS)
 
 
 def collect_both(

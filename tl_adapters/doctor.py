@@ -24,7 +24,7 @@ from tl_adapters.compatibility import Finding, compare_configs, compare_vocabula
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
 from tl_adapters.fitting import last_part
-from tl_adapters.marks import same, stored_marks
+from tl_adapters.identity import ModelSamples, recorded_samples
 from tl_adapters.organism import BUILTIN
 from tl_adapters.tokenization import load_tokenizer, without_embedding
 
@@ -136,11 +136,12 @@ def _adapters(
         for role, name in (("target", config.target), ("base", config.base))
     }
     try:
-        kept = about.marks or {}
+        kept = recorded_samples(about)
         if kept and all(here.values()):
-            found = {layer: stored_marks(target, base, described.architectures[0], layer) for layer in kept}
-            for role, fields in (("target", (0, 1)), ("base", (2,))):
-                equal = all(same(found[layer][i], kept[layer][i]) for layer in kept for i in fields)
+            for role, folder in (("target", target), ("base", base)):
+                of_role = {name: t for name, t in kept.items() if name.startswith("base.") == (role == "base")}
+                stored = ModelSamples.stored(folder, read_config(folder), of_role)
+                equal = not any(stored.differing(of_role))
                 yield _belongs(equal, role, getattr(about.metadata, role), getattr(config, role))
         else:
             for role in here:

@@ -29,6 +29,7 @@ from tl_adapters.features import (
     Label,
     Neighbour,
 )
+from tl_adapters.fingerprints import differing
 from tl_adapters.paired import PairedModel
 from tl_adapters.parts import (
     BUCKETS,
@@ -129,12 +130,22 @@ class FeatureStore:
         return self._held[1], self._held[2]
 
     def require_features_of(self, pair: PairedModel) -> None:
-        """Raises FeatureStoreError where these are not the features of the pair's adapters."""
-        ours, theirs = self.about.fingerprints.get("adapters"), pair.installed_adapters().fingerprint
-        if self.about.kind != "feature" or ours != theirs:
+        """Raises FeatureStoreError where these are not the features of the pair's adapters, or not read in its models.
+
+        Fingerprints are compared, never names: models may have been moved, and some layers of a set know its store.
+        """
+        recorded, here = self.about.fingerprints, {**pair.fingerprints, **pair.installed_adapters().fingerprints}
+        differs = differing(recorded, here)
+        ours, theirs = recorded.get("adapters"), here["adapters"]
+        if self.about.kind != "feature" or ours is None or any(name.startswith("adapters") for name in differs):
             raise FeatureStoreError(
                 f"The store holds {self.about.kind}s of adapters {ours}, and these are {theirs}: a feature is a number "
                 "of one set. Collect a store of these (tl-adapters features RUN)."
+            )
+        if differs:
+            raise FeatureStoreError(
+                f"The store was read in a pair whose {' and '.join(differs)} are others than here (by fingerprint). "
+                "Collect a store of this pair (tl-adapters features RUN)."
             )
 
     # -- features -------------------------------------------------------------------------------------------------
@@ -142,7 +153,7 @@ class FeatureStore:
     def ids(self, min_firings: int = ALIVE_FIRINGS) -> list[FeatureId]:
         """Features that fired at least so often, by layer and index."""
         found = (self.firings >= min_firings).nonzero().tolist()
-        return [FeatureId(self.about.layers[place], index) for place, index in found]
+        return [self.about.own(self.about.layers[place], index) for place, index in found]
 
     def features(self, ids: Iterable[FeatureId]) -> Iterator[Feature]:
         """Many of them; quick where they are sorted by layer."""
@@ -170,7 +181,7 @@ class FeatureStore:
         top, sample = _of(statistics.top, i), _of(statistics.sample, i)
         of_tokens = lambda counts, tokens: tuple(c / max(1, n) for c, n in zip(counts, tokens, strict=True))  # noqa: E731
         return Feature(
-            id=id,
+            id=self.about.own(*id),
             kind=self.about.kind,
             firings=count,
             density=count / max(1, self.tokens),

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.compatibility import PairMismatchError
-from tl_adapters.marks import same, sample
-from tl_adapters.references import MLPTensors
+from tl_adapters.fingerprints import differing
+from tl_adapters.identity import ModelSamples, layer_and_weight, recorded_samples
+from tl_adapters.marks import agrees, dtype_name
 from tl_adapters.routing import Backend
+
+log = logging.getLogger(__name__)
 
 
 def require_belonging(
-    adapters: AdapterSet, backend: Backend, target: str, base_mlps: Sequence[Tensor] | None, base: str
+    adapters: AdapterSet,
+    backend: Backend,
+    target: str,
+    base_mlps: Mapping[str, Tensor] | None,
+    base: str,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> None:
     """Raises PairMismatchError, with both sides, where depth, width or content show that they belong elsewhere.
+
+    Content is compared weight by weight (`marks.agrees`), and where adapters and models are of one dtype and nothing
+    was processed, by fingerprint too, which reads more of every weight. What the adapters do not know of their models
+    cannot be compared, and a warning says so.
 
     Args:
         adapters: what is to be put in.
         backend: the model.
         target, base: what model and base are called.
-        base_mlps: `base_marks` of the base, or None for adapters beside the model's own MLPs.
+        base_mlps: `identity.base_samples` of the base, or None for adapters beside the model's own MLPs.
+        fingerprints: of the pair; None compares none, and says nothing of what is not known.
     """
     about, cfg = adapters.metadata, backend.model.cfg
     if about.writes != "adapter_out":
@@ -40,34 +54,61 @@ def require_belonging(
         _require_names("target", about.target, target)
         if base_mlps is not None:
             _require_names("base", about.base, base)
+    known = recorded_samples(adapters)
+    if of_target := {name: values for name, values in known.items() if not name.startswith("base.")}:
+        here = ModelSamples.of(backend)
+        for name in here.differing(of_target):
+            _refuse_target(adapters, target, *layer_and_weight(name))
+    for name, there in (base_mlps or {}).items():
+        if name in known and not agrees(known[name], there):
+            _refuse_base(adapters, base, layer_and_weight(name)[0])
+    if fingerprints is None:
         return
-    for layer, known in adapters.marks.items():
-        norm = backend.second_norm(layer)
-        for what, ours, theirs in (
-            ("second norm", known.ln2_w if norm is None else norm, known.ln2_w),
-            ("attention's output", attention_out(backend, layer), known.attention_out),
-        ):
-            if not same(ours, theirs):
-                raise PairMismatchError(
-                    f"The adapters were trained on {about.target or 'another target'}: the weights of the {what} at "
-                    f"layer {layer} differ from those of {target or 'this model'} (another model, or one processed in "
-                    "another way)."
-                )
-        if base_mlps is not None and not same(base_mlps[layer], known.base_mlp_out):
-            raise PairMismatchError(
-                f"The adapters were trained beside the MLPs of {about.base or 'another base'}, and those of "
-                f"{base or 'this base'} differ at layer {layer}. Give the base they were trained with."
-            )
+    _require_fingerprints(adapters, target, base, fingerprints)
+    _say_what_is_unknown(adapters)
 
 
-def base_marks(base_mlps: Sequence[MLPTensors]) -> list[Tensor]:
-    """`LayerMarks.base_mlp_out` of every layer of a base."""
-    return [sample(mlp["down_proj"]) for mlp in base_mlps]
+def _require_fingerprints(adapters: AdapterSet, target: str, base: str, fingerprints: Mapping[str, str]) -> None:
+    """Compare what was recorded of whole models, where both sides are in one dtype and nothing was processed."""
+    known, trained_on = recorded_samples(adapters), dict(adapters.metadata.fingerprints)
+    for key, weight in (("dtype", ".self_attn.o_proj"), ("base_dtype", ".mlp.down_proj")):
+        # Earlier versions recorded no dtype; the weights tell it. Without either nothing can be compared exactly.
+        found = [
+            t for name, t in known.items() if name.endswith(weight) and (key == "dtype") != name.startswith("base.")
+        ]
+        trained_on.setdefault(key, dtype_name(found[0].dtype) if found else "unknown")
+    differs = differing(trained_on, fingerprints)
+    if any(name.startswith("target") for name in differs):
+        _refuse_target(adapters, target, None, "projections, embeddings or norms")
+    if "base_mlps" in differs:
+        _refuse_base(adapters, base, None)
 
 
-def attention_out(backend: Backend, layer: int) -> Tensor:
-    """`LayerMarks.attention_out` of a model."""
-    return sample(next(w for name, w in backend.named_weights(layer) if name == "self_attn.o_proj"))
+def _refuse_target(adapters: AdapterSet, target: str, layer: int | None, what: str) -> None:
+    where = what if layer is None else f"{what} at layer {layer}"
+    raise PairMismatchError(
+        f"The adapters were trained on {adapters.metadata.target or 'another target'}: the weights of the {where} "
+        f"differ from those of {target or 'this model'} (another model, or one processed in another way)."
+    )
+
+
+def _refuse_base(adapters: AdapterSet, base: str, layer: int | None) -> None:
+    where = "" if layer is None else f" at layer {layer}"
+    raise PairMismatchError(
+        f"The adapters were trained beside the MLPs of {adapters.metadata.base or 'another base'}, and those of "
+        f"{base or 'this base'} differ{where}. Give the base they were trained with."
+    )
+
+
+def _say_what_is_unknown(adapters: AdapterSet) -> None:
+    if adapters.samples is not None or adapters.warned:
+        return
+    adapters.warned = True
+    if adapters.marks is None:
+        known = "carry nothing of the weights of their models, so only names, depth and width were compared"
+    else:
+        known = "carry values of second norms, attention outputs and down projections only, so only these were compared"
+    log.warning("These adapters %s: make sure that target and base are those they were trained on.", known)
 
 
 def adapter_scale(adapters: AdapterSet, backend: Backend, layer: int) -> Tensor | None:

@@ -83,7 +83,7 @@ def frozen(
     Raises InterventionError for features or layers that are not there, and within the block for a pass of another
     shape (so text cannot be generated) or on a route with adapters that the reference had off.
     """
-    chosen = [FeatureId(*feature) for feature in features]
+    chosen = [f if isinstance(f, FeatureId) else FeatureId(*f) for f in features]  # an owned one stays one
     free = range(pair.n_layers) if layers is None else layers
     if bad := sorted(set(free) - set(range(pair.n_layers))):
         raise InterventionError(f"There are no layers {bad}; the model has 0 to {pair.n_layers - 1}.")

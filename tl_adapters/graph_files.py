@@ -131,6 +131,19 @@ def write_circuit_tracer(
     return f"index.html?{urlencode(query, quote_via=quote)}"
 
 
+def remove_circuit_tracer(folder: str | Path, slug: str) -> None:
+    """Take a graph out of what `write_circuit_tracer` wrote; its features stay, other graphs may show them.
+
+    Raises GraphError for a name that is none, or a list of graphs that cannot be read.
+    """
+    require_slug(slug)
+    path = Path(folder) / METADATA_FILE
+    if path.is_file():
+        graphs = _read_list(path)
+        write_text(path, _to_json({"graphs": [entry for entry in graphs if entry.get("slug") != slug]}))
+    (Path(folder) / f"{slug}.json").unlink(missing_ok=True)
+
+
 def write_packed_features(folder: str | Path, records: Mapping[int, Iterable[FeatureRecord]], n_features: int) -> None:
     """Write a set's features in the packed form, which the viewer reads from a repository of the hub.
 
@@ -332,12 +345,7 @@ def _listed(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     """The folder's graphs with this one among them. Raises GraphError."""
     if not path.exists():
         return [about]
-    try:
-        graphs = read_json(path).get("graphs")
-    except AdapterFormatError:
-        graphs = None
-    if not isinstance(graphs, list) or not all(isinstance(entry, dict) for entry in graphs):
-        raise GraphError(f"{path} is damaged, or no list of graphs; remove it, or choose another folder.")
+    graphs = _read_list(path)
     ours = about["transcoder_list"]
     if ours and any(entry.get("transcoder_list") not in (None, [], ours) for entry in graphs):
         # features are files by number alone: those of one set would be shown as the other's
@@ -347,6 +355,16 @@ def _listed(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     others = [entry for entry in graphs if entry.get("slug") != about["slug"]]
     places = [i for i, entry in enumerate(graphs) if entry.get("slug") == about["slug"]]
     return [*others[: places[0]], about, *others[places[0] :]] if places else [*others, about]
+
+
+def _read_list(path: Path) -> list[dict[str, Any]]:
+    try:
+        graphs = read_json(path).get("graphs")
+    except AdapterFormatError:
+        graphs = None
+    if not isinstance(graphs, list) or not all(isinstance(entry, dict) for entry in graphs):
+        raise GraphError(f"{path} is damaged, or no list of graphs; remove it, or choose another folder.")
+    return graphs
 
 
 def _write_features(

@@ -6,6 +6,7 @@ prompt and, where the run has a feature store, the store's examples; there it ha
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +14,17 @@ from typing import Any, NamedTuple
 import torch
 
 from tl_adapters.atomic import require_absent
-from tl_adapters.attribution import LogitTarget, attribute, decoded
+from tl_adapters.attribution import LogitTarget, attribute, decoded, require_graph_of
 from tl_adapters.effects import logit_effects
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import Feature
-from tl_adapters.graph_files import FeatureRecord, node_ids, require_slug, write_circuit_tracer
+from tl_adapters.graph_files import (
+    FeatureRecord,
+    node_ids,
+    remove_circuit_tracer,
+    require_slug,
+    write_circuit_tracer,
+)
 from tl_adapters.graphs import AttributionGraph
 from tl_adapters.paired import PairedModel
 from tl_adapters.pruning import EDGE_THRESHOLD, NODE_THRESHOLD, PrunedGraph, feature_share, prune
@@ -61,10 +68,11 @@ def write_graph(
 
     Raises:
         FeatureStoreError: a store of other adapters.
-        GraphError: a name or thresholds that are not allowed.
+        GraphError: a name or thresholds that are not allowed, or a graph of another pair.
         FolderExistsError: a graph of that name is there.
     """
     require_slug(name)
+    require_graph_of(pair, graph)
     require_absent(Path(folder) / name)
     folder = Path(folder)
     pruned = prune(graph, node_threshold, edge_threshold)
@@ -82,6 +90,14 @@ def write_graph(
     page = folder / f"{name}.html"
     write_page(page, viewer_data(graph, pruned, records, title or "".join(graph.shown[-12:])))
     return Written(page, url)
+
+
+def remove_graph(folder: str | Path, name: str) -> None:
+    """Remove what `write_graph` wrote under a name, and nothing else; no such graph is no error. Raises GraphError."""
+    folder = Path(folder)
+    remove_circuit_tracer(folder / "circuit-tracer", name)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / f"{name}.html").unlink(missing_ok=True)
 
 
 def examine_moment(
@@ -188,7 +204,7 @@ def viewer_data(
         "shown": len(kept),
         "influence through features": round(feature_share(graph), 4),
         "conservation residual": f"{graph.residual:.1e}" if graph.adds_up else "a gradient does not add up",
-        **{f"fingerprint, {k}": v for k, v in graph.about.get("fingerprints", {}).items()},
+        **{f"fingerprint, {k}": v for k, v in graph.about.get("fingerprints", {}).items() if "." not in k},
     }
     return ViewerData(title, tuple(graph.shown), graph.n_layers, tuple(nodes), tuple(links), about)
 

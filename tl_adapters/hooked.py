@@ -220,6 +220,22 @@ class HookedBackend(Backend):
         yield "b_V", attn._b_V if hasattr(attn, "_b_V") else attn.b_V
         yield "b_O", attn.b_O
 
+    def projection_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Biases of q, k, v and o in Hugging Face's names and layout."""
+        attn = self.model.blocks[layer].attn
+        for name in "QKVO":  # where heads share keys, b_K and b_V repeat them
+            bias = getattr(attn, f"_b_{name}", None)
+            yield (
+                f"self_attn.{name.lower()}_proj.bias",
+                (getattr(attn, f"b_{name}") if bias is None else bias).flatten(),
+            )
+
+    @property
+    def embedding_scale(self) -> float:
+        """TransformerLens multiplies Gemma's embedding with the root of its width; Gemma does so in every pass."""
+        gemma = self.model.cfg.original_architecture == "Gemma2ForCausalLM"
+        return float(self.model.cfg.d_model**0.5) if gemma else 1.0
+
     def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""
         attn, mlp = self.model.blocks[layer].attn, self.model.blocks[layer].mlp

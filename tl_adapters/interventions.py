@@ -241,8 +241,12 @@ def negated(pair: PairedModel, features: Features, scale: float = -0.5) -> Any:
 
 
 def by_layer(pair: PairedModel, features: Features) -> dict[int, Tensor]:
-    """Layer to the indices chosen in it, each once. Raises InterventionError."""
-    adapters = pair.installed_adapters()
+    """Layer to the indices chosen in it, each once; every intervention takes its features through here.
+
+    Raises InterventionError, and ForeignFeaturesError for features of other adapters.
+    """
+    adapters, features = pair.installed_adapters(), list(features)
+    adapters.require_own(features)
     wanted = sorted({FeatureId(*feature) for feature in features})
     bad = [f for f in wanted if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]
     if bad:

@@ -1,7 +1,8 @@
 """By what adapters know their target and base again: content, not names; in memory and in files.
 
-A few values per layer, which a cast does not change by more than its rounding and weight processing not at all:
-folding moves the second norm's weights into the MLP and leaves the attention's output projection alone.
+A few values of every matrix, and every norm and bias whole. `agrees` compares them with a model's: bit for bit where
+both are of one dtype, and else with no more room than the roundings in between leave, which is less than a change of
+one unit in the last place of the coarser dtype.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 from tl_adapters.checkpoints import MLP_KEY, read_tensors, read_values
 
 SAMPLES = 64
-TOLERANCE = 2.0**-7
-"""Relative; a cast to bfloat16 moves a value by at most 2^-9, fine-tuning moves some of every 64 by more."""
+_ARITHMETIC = 2.0**-20
+"""Relative; what a few operations in float32 leave. A change of one unit in bfloat16's last place is at least 2^-8."""
 _SECOND_NORM = {"Gemma2ForCausalLM": "model.layers.{}.pre_feedforward_layernorm.weight"}
 _SECOND_NORM_DEFAULT = "model.layers.{}.post_attention_layernorm.weight"
 _ATTENTION_OUT = "model.layers.{}.self_attn.o_proj.weight"
@@ -35,14 +36,68 @@ class LayerMarks(NamedTuple):
 
 def sample(weight: Tensor) -> Tensor:
     """Evenly spaced values of a matrix in Hugging Face's layout, on the CPU."""
-    places = _places(weight.numel()).to(weight.device)
+    places = sample_places(weight.numel()).to(weight.device)
     return weight.detach()[torch.unravel_index(places, weight.shape)].to("cpu", copy=True)
 
 
-def same(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal but for the rounding of a cast?"""
-    ours, theirs = ours.detach().float().cpu(), theirs.detach().float().cpu()
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=TOLERANCE, atol=1e-7)
+def agrees(
+    recorded: Tensor,
+    present: Tensor,
+    factor: Tensor | float | None = None,
+    *,
+    processed: bool = False,
+    shift: Tensor | None = None,
+    offset: float = 0.0,
+) -> bool:
+    """Whether ``present`` holds the values that were ``recorded``, as casts and weight processing change them.
+
+    Args:
+        recorded, present: values of one weight, on the CPU, [n].
+        factor: what the recorded values were multiplied with since (a folded norm's weights at these places).
+        processed: TransformerLens processed the model's weights, in float32.
+        shift: what was taken off the recorded values before that (their mean, where an unembedding was centered), [n].
+        offset: what a norm's weights were stored without (Gemma's 1, where TransformerLens has 1 + w); of ``factor``
+            where there is one, else of ``recorded``.
+
+    In one dtype and without processing they must be equal. Else each dtype that values went through may have moved
+    them by half a unit in the last place, and a product's factors before it; arithmetic in float32 by little more.
+    """
+    if recorded.shape != present.shape:
+        return False
+    if recorded.dtype == present.dtype and not processed and factor is None:
+        return torch.equal(recorded, present)
+    dtypes = {present.dtype, *([recorded.dtype] if recorded.dtype != present.dtype else [])}
+    if processed:
+        dtypes.add(torch.float32)
+    expected = recorded.double()
+    size = expected.abs()
+    if shift is not None:
+        size = size.max().expand_as(size)  # a mean is as exact as what it is the mean of is large
+        expected = expected - shift.double()
+    if factor is None:
+        room = _ARITHMETIC * size
+        stored = (expected - offset).abs() * (offset != 0)  # rounded itself before the offset was added
+    else:
+        by = torch.as_tensor(factor, dtype=torch.float64).expand_as(expected)
+        stored = size * ((by - offset).abs() * (offset != 0) + 2 * by.abs())  # of both factors
+        expected, size = expected * by, size * by.abs()
+        room = _ARITHMETIC * (size + stored)
+    for dtype in dtypes:
+        half = 0.5 * _unit(size, dtype) * (1 if shift is None else 2)
+        room = room + half + 0.5 * torch.finfo(dtype).eps * stored
+    fits = expected.abs() <= torch.finfo(present.dtype).max
+    return bool(((present.double() - expected).abs() <= room)[fits].all())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configurations write it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _unit(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit in the last place of values, which are not negative, in a dtype."""
+    about = torch.finfo(dtype)
+    return about.eps * torch.exp2(values.clamp(min=about.smallest_normal).log2().floor())
 
 
 def stored_marks(target: Path, base: Path, architecture: str, layer: int) -> LayerMarks:
@@ -53,8 +108,8 @@ def stored_marks(target: Path, base: Path, architecture: str, layer: int) -> Lay
         ln2_w = (1 + ln2_w.float()).to(ln2_w.dtype)
     return LayerMarks(
         ln2_w,
-        read_values(target, attention_out_name(layer), _places),
-        read_values(base, MLP_KEY.format(layer, "down_proj"), _places),
+        read_values(target, attention_out_name(layer), sample_places),
+        read_values(base, MLP_KEY.format(layer, "down_proj"), sample_places),
     )
 
 
@@ -68,5 +123,6 @@ def attention_out_name(layer: int) -> str:
     return _ATTENTION_OUT.format(layer)
 
 
-def _places(n: int) -> Tensor:
+def sample_places(n: int) -> Tensor:
+    """Places of the samples in a flattened matrix of so many values."""
     return torch.linspace(0, n - 1, min(SAMPLES, n), dtype=torch.float64).round().long()

@@ -26,6 +26,7 @@ from tl_adapters.adapter import AdapterSet, FeatureId
 from tl_adapters.data import Trace, batches_by_length, readable_traces
 from tl_adapters.errors import UserError
 from tl_adapters.features import ALIVE_FIRINGS
+from tl_adapters.fingerprints import differing
 from tl_adapters.fitting import adapter_scale
 from tl_adapters.intervals import wilson
 from tl_adapters.paired import PairedModel
@@ -177,9 +178,9 @@ def seed_agreement(
     Raises MatchingError where the sets say that they were trained on different pairs.
     """
     ours, theirs = (adapters.metadata.fingerprints for adapters in (adapters_a, adapters_b))
-    if differing := [what for what in ours if what in theirs and ours[what] != theirs[what]]:
+    if differs := differing(ours, theirs):
         raise MatchingError(
-            f"The two sets were trained on different pairs: their {' and '.join(differing)} differ. Seeds can be "
+            f"The two sets were trained on different pairs: their {' and '.join(differs)} differ. Seeds can be "
             "compared on one pair only."
         )
     return match_features(adapters_a, adapters_b, pair, traces, tokens_per_batch=tokens_per_batch)

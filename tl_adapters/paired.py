@@ -27,10 +27,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -44,8 +44,9 @@ from tl_adapters.backends import backend_of, build_model
 from tl_adapters.compatibility import PairMismatchError
 from tl_adapters.config import ActivationName, TrainingConfig
 from tl_adapters.fingerprints import fingerprint
-from tl_adapters.fitting import adapter_scale, attention_out, base_marks, require_belonging
-from tl_adapters.marks import LayerMarks
+from tl_adapters.fitting import adapter_scale, require_belonging
+from tl_adapters.identity import ModelSamples, base_samples
+from tl_adapters.marks import LayerMarks, dtype_name
 from tl_adapters.references import (
     MLPTensors,
     ModelReference,
@@ -60,6 +61,9 @@ from tl_adapters.references import (
 from tl_adapters.routing import ROUTES, Route, RoutedMLP
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class PairedModel:
@@ -93,7 +97,7 @@ class PairedModel:
         if base_mlps is not None:
             require_shapes(base_mlps, self.backend.described)
         self._base_fingerprint = None if base_mlps is None else base_fingerprint(base_mlps)
-        self._base_marks = None if base_mlps is None else base_marks(base_mlps)
+        self._base_samples = None if base_mlps is None else base_samples(base_mlps)
         for layer in range(self.n_layers):
             folded = base_mlps is not None and self.backend.second_norm(layer) is None
             if folded and ln2_weights is None:
@@ -176,7 +180,7 @@ class PairedModel:
         """
         pair = cls.from_pretrained(base, base, dtype=dtype, device=device, tokenizer=tokenizer, backend=backend)
         planted = copy.deepcopy(adapters).to(pair.model.W_E.device).requires_grad_(False)
-        planted.marks = None
+        planted.marks = planted.samples = None
         require_belonging(planted, pair.backend, "", None, "")
         for layer in planted.layer_indices:
             scale = adapter_scale(planted, pair.backend, layer)
@@ -192,7 +196,9 @@ class PairedModel:
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of the target's weights as they are here, and of the base's MLPs as they were read.
 
-        Planted features count as the target's weights, and have a hash of their own, "planted".
+        "target" is of its projections and its unembedding, "target_embedding_and_norms" of all the rest, in "dtype",
+        and the base's in "base_dtype"; a target whose norms are folded is "target_processed". Planted features count as
+        the target's weights, and have a hash of their own, "planted". `fingerprints.differing` compares.
         """
         weights = [
             (f"{layer}.{name}", weight)
@@ -202,10 +208,32 @@ class PairedModel:
         planted = (
             [] if self.planted is None else [(f"planted.{name}", p) for name, p in self.planted.state_dict().items()]
         )
-        found = {"target": fingerprint([*weights, ("unembedding", self.backend.unembedding()), *planted])}
+        name = "target" if self._is_unprocessed else "target_processed"
+        found = {
+            name: fingerprint([*weights, ("unembedding", self.backend.unembedding()), *planted]),
+            f"{name}_embedding_and_norms": fingerprint(self._embedding_and_norms()),
+            "dtype": dtype_name(self.model.cfg.dtype),
+        }
         if planted:
             found["planted"] = fingerprint(planted)
-        return found if self._base_fingerprint is None else {"base_mlps": self._base_fingerprint, **found}
+        if self._base_fingerprint is None or self._base_samples is None:
+            return found
+        dtype = dtype_name(next(iter(self._base_samples.values())).dtype)
+        return {"base_mlps": self._base_fingerprint, "base_dtype": dtype, **found}
+
+    @property
+    def _is_unprocessed(self) -> bool:
+        return all(self.backend.second_norm(layer) is not None for layer in range(self.n_layers))
+
+    def _embedding_and_norms(self) -> Iterator[tuple[str, Tensor]]:
+        """What "target" leaves out; the same of one model in both libraries."""
+        if self.backend.described["architectures"] != ["Gemma2ForCausalLM"]:  # tied, and scaled in one of the two
+            yield "embedding", self.backend.embedding()
+        for layer in range(self.n_layers):
+            yield from ((f"{layer}.{n}", weight) for n, weight in self.backend.norms(layer) if weight is not None)
+            yield from ((f"{layer}.{n}", b) for n, b in self.backend.projection_biases(layer) if bool(b.any()))
+        if (final := self.backend.norm("ln_final")) is not None:
+            yield "ln_final", final
 
     # -- routes ---------------------------------------------------------------------------------------------------
 
@@ -325,7 +353,7 @@ class PairedModel:
             activation=activation,
             k=k,
         )
-        adapters = AdapterSet(layers, self.marks, about)
+        adapters = AdapterSet(layers, self.marks, about, samples=self.samples)
         self.load_adapters(adapters)
         return adapters
 
@@ -341,13 +369,14 @@ class PairedModel:
                 f"{self.target_id or 'a model'} without those features. Plant them again: "
                 "PairedModel.plant(base, planted)."
             )
-        require_belonging(adapters, self.backend, self.target_id, self._base_marks, self.base_id)
+        require_belonging(adapters, self.backend, self.target_id, self._base_samples, self.base_id, self.fingerprints)
         scales = {layer: adapter_scale(adapters, self.backend, layer) for layer in adapters.layer_indices}
         self.adapters = adapters.to(self.model.W_E.device)
         for layer, mlp in enumerate(self.mlps):
             mlp.adapter = adapters[layer] if layer in scales else None
             scale = scales.get(layer)
-            mlp.adapter_scale = None if scale is None else scale.to(self.model.W_E.device, adapters[layer].W_enc.dtype)
+            dtype = torch.promote_types(adapters[layer].W_enc.dtype, torch.float32) if layer in scales else None
+            mlp.adapter_scale = None if scale is None else scale.to(self.model.W_E.device, dtype)
         self.backend.name_hooks()
 
     def installed_adapters(self) -> AdapterSet:
@@ -361,7 +390,7 @@ class PairedModel:
     @property
     def marks(self) -> list[LayerMarks]:
         """What adapters keep of these models. Raises PairMismatchError for a model that they cannot be trained on."""
-        if self._base_marks is None:
+        if self._base_samples is None:
             raise PairMismatchError("This model was given no base; train adapters on a pair that has one.")
         norms = [self.backend.second_norm(layer) for layer in range(self.n_layers)]
         if None in norms:
@@ -369,11 +398,17 @@ class PairedModel:
                 "The model's second norms are folded into its MLPs; train adapters on one that is loaded with "
                 "from_pretrained_no_processing."
             )
+        known = self.samples
         return [
-            LayerMarks(norm, attention_out(self.backend, layer), self._base_marks[layer])
+            LayerMarks(norm, known[f"{layer}.self_attn.o_proj"], known[f"base.{layer}.mlp.down_proj"])
             for layer, norm in enumerate(norms)
             if norm is not None
         ]
+
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        """Values of every weight of target and base, by which adapters know them (`AdapterSet.samples`)."""
+        return {**ModelSamples.of(self.backend).values, **(self._base_samples or {})}
 
     def release(self) -> Any:
         """Take everything out of the model again and return it as it was before: weights, classes, hook points."""
@@ -436,6 +471,17 @@ class PairedModel:
     def rows_at_once(self) -> int:
         """Rows of logits to form at a time: 64 MB of them in float32, whatever the vocabulary."""
         return max(1, 2**24 // self.model.cfg.d_vocab)
+
+
+def adapters_in_float32(function: Callable[Concatenate[PairedModel, P], R]) -> Callable[Concatenate[PairedModel, P], R]:
+    """A function of a pair that computes with the pair's adapters in float32 at least, whatever they are kept in."""
+
+    @wraps(function)
+    def in_float32(pair: PairedModel, *args: P.args, **kwargs: P.kwargs) -> R:
+        with pair.installed_adapters().in_float32():
+            return function(pair, *args, **kwargs)
+
+    return in_float32
 
 
 ACTIVATIONS = "mlp.adapter.hook_sae_acts_post"

@@ -161,8 +161,29 @@ class Backend(ABC):
         """b_V [n_kv_heads, d_head] and b_O [d_model], where the layer has them."""
 
     @abstractmethod
+    def projection_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Biases of q, k, v and o in Hugging Face's names and layout, where the layer has them."""
+
+    @abstractmethod
     def norm(self, name: str) -> Tensor | None:
         """Weights of the norm of that name ("ln_final", "blocks.3.ln1") as TransformerLens has them; None: folded."""
+
+    def norms(self, layer: int) -> Iterator[tuple[str, Tensor | None]]:
+        """Every norm of a layer, by its name within the block, and its weights (`norm`)."""
+        block = self.model.blocks[layer]
+        for name in ("ln1", "ln1_post", "ln2", "ln2_post", "attn.q_norm", "attn.k_norm"):
+            outer, _, inner = name.rpartition(".")
+            if getattr(getattr(block, outer) if outer else block, inner, None) is not None:
+                yield name, self.norm(f"blocks.{layer}.{name}")
+
+    @property
+    @abstractmethod
+    def embedding_scale(self) -> float:
+        """What `embedding` is multiplied with here already; 1 for the model's own weights."""
+
+    def embedding(self) -> Tensor:
+        """[d_vocab, d_model]"""
+        return self.model.W_E
 
     @abstractmethod
     def unembedding(self) -> Tensor:

@@ -178,9 +178,20 @@ class RunFolder:
         adapters = self.path / "adapters"
         return AdapterSet.from_pretrained(adapters) if adapters.is_dir() else None
 
-    def finish(self, adapters: AdapterSet) -> None:
-        """Write the result; checkpoints are no longer needed. Raises DiskFullError."""
+    def spent(self) -> tuple[int, float]:
+        """Tokens and seconds that a finished run was trained with; of runs of earlier versions, the tokens alone."""
+        record = json.loads((self.path / "run.json").read_text())
+        if "spent" in record:
+            return int(record["spent"]["tokens"]), float(record["spent"]["seconds"])
+        lines = (self.path / METRICS).read_text().splitlines()
+        return (int(json.loads(lines[-1])["tokens"]) if lines else 0), 0.0
+
+    def finish(self, adapters: AdapterSet, tokens: int, seconds: float) -> None:
+        """Write the result, and what it took; checkpoints are no longer needed. Raises DiskFullError."""
         if not (self.path / "adapters").is_dir():
+            record = json.loads((self.path / "run.json").read_text())
+            record["spent"] = {"tokens": tokens, "seconds": seconds}
+            write_text(self.path / "run.json", json.dumps(record, indent=1) + "\n")
             adapters.save_pretrained(self.path / "adapters")
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         (self.path / ".lock").unlink(missing_ok=True)

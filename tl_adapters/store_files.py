@@ -18,11 +18,12 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tl_adapters.adapter import FeatureId
+from tl_adapters.adapter import FeatureId, OwnedFeatureId, owned
 from tl_adapters.atomic import new_folder, remove_partials, write_text
 from tl_adapters.chat import TRACE_REGIONS
 from tl_adapters.effects import LayerEffects, layer_effects, written_rows
 from tl_adapters.features import FeatureStoreError, Kind, Label, Stream
+from tl_adapters.fingerprints import differing
 from tl_adapters.paired import PairedModel
 from tl_adapters.parts import Part, layer_file
 from tl_adapters.vocabulary import single_token, token_text
@@ -105,7 +106,7 @@ class StoreDescription:
             layers, n_features, marks = list(range(pair.n_layers)), pair.model.cfg.d_mlp, {}
         else:
             adapters = pair.installed_adapters()
-            layers, n_features, marks = adapters.layer_indices, adapters.n_features, {"adapters": adapters.fingerprint}
+            layers, n_features, marks = adapters.layer_indices, adapters.n_features, adapters.fingerprints
         fingerprints = {**pair.fingerprints, **marks}
         return cls(
             kind, stream, split, pair.base_id, pair.target_id, layers, n_features, fingerprints, list(words), options
@@ -118,7 +119,11 @@ class StoreDescription:
 
     def id_of(self, flat: int) -> FeatureId:
         """The feature of a number counted through all layers."""
-        return FeatureId(self.layers[flat // self.n_features], flat % self.n_features)
+        return self.own(self.layers[flat // self.n_features], flat % self.n_features)
+
+    def own(self, layer: int, index: int) -> OwnedFeatureId:
+        """A feature that knows its adapters; a neuron is a feature of none."""
+        return owned((layer, index), self.fingerprints if self.kind == "feature" else {})
 
 
 def open_store(pair: PairedModel, folder: Path, description: StoreDescription, *, first: bool = True) -> list[Part]:
@@ -182,6 +187,13 @@ def _require_same(folder: Path, there: StoreDescription, now: StoreDescription) 
     free = {"tokens_per_batch": 0, "tokens_per_part": 0}
     for name in (f.name for f in fields(StoreDescription)):
         was, is_ = getattr(there, name), getattr(now, name)
+        if name in ("base", "target"):  # what models are called may change; what they are is in the fingerprints
+            continue
+        if name == "fingerprints":
+            differs = differing(was, is_)
+            if "dtype" in was and was["dtype"] != is_["dtype"]:
+                differs.append("dtype")
+            was, is_ = ({key: prints.get(key) for key in differs} for prints in (was, is_))
         if name == "options":
             was, is_ = ({**asdict(options), **free} for options in (was, is_))
         if was != is_:

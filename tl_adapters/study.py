@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from tl_adapters.describing import features_stage
 from tl_adapters.errors import UserError
 from tl_adapters.faithfulness import DocumentSums, faithfulness_block, features_block, measure_faithfulness
 from tl_adapters.feature_store import FeatureStore
-from tl_adapters.graph_pages import examine_moment
+from tl_adapters.graph_pages import examine_moment, remove_graph
 from tl_adapters.hesitation import StudyOptions
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_recovered
 from tl_adapters.opening import (
@@ -129,7 +129,10 @@ def resume_run(folder: Path, device: str = "cpu", progress: bool = True, bad_row
 
 
 def train_stage(trainer: Trainer, folder: Path) -> None:
-    """Train to the end and add the blocks pair, train, seeds and versions."""
+    """Train to the end and add the blocks pair, train, seeds and versions; of a finished run they stay as they are."""
+    if trainer.finished and "train" in read_results(folder):
+        trainer.run()  # it may have been stopped while it cleaned up
+        return
     with stage(folder, "train"):
         trainer.run()
     pair, config, cfg = trainer.pair, trainer.config, trainer.pair.model.cfg
@@ -179,11 +182,14 @@ def evaluate_run(folder: Path, data: str | None, device: str = "cpu", dtype: Dty
 
 
 def faithfulness_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, split: str) -> DocumentSums:
-    """Add the blocks faithfulness and features, measured on ``traces``."""
-    seeds = tuple(read_results(folder).get("seeds", [0]))
+    """Add the blocks faithfulness and, where no features were collected, features, measured on ``traces``."""
+    results = read_results(folder)
+    seeds = tuple(results.get("seeds", [0]))
+    collected = "documents" in results.get("features", {})  # what is known of the run's features is not replaced
     with stage(folder, "faithfulness"):
         sums = measure_faithfulness(pair, traces)
-        write_results(folder, faithfulness=faithfulness_block(sums, split, seeds), features=features_block(sums))
+        blocks = {} if collected else {"features": features_block(sums)}
+        write_results(folder, faithfulness=faithfulness_block(sums, split, seeds), **blocks)
     return sums
 
 
@@ -312,11 +318,13 @@ def attribution_stage(
         if word in response.tokens and not response.truncated
     ][:GRAPHS]
     graphs = folder / "graphs"
-    shutil.rmtree(graphs, ignore_errors=True)  # of an earlier evaluation of this run
     with stage(folder, "attribution"):
+        for earlier in (read_results(folder).get("attribution") or {}).get("moments", []):
+            remove_graph(graphs, Path(earlier["page"]).stem)  # of an earlier evaluation; other graphs stay
+        names = (name for i in count(1) if not (graphs / (name := f"moment-{i}")).exists())
         found = [
-            examine_moment(pair, tokens, LogitTarget(word), graphs, f"moment-{i}", store)
-            for i, tokens in enumerate(moments, 1)
+            examine_moment(pair, tokens, LogitTarget(word), graphs, name, store)
+            for tokens, name in zip(moments, names, strict=False)
         ]
         mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731
         write_results(

@@ -179,6 +179,11 @@ class Trainer:
         documents = source.fingerprints if isinstance(source, EncodedDocuments) else {"data": source.fingerprint}
         self._fingerprints = {**pair.fingerprints, **documents}
 
+    @property
+    def finished(self) -> bool:
+        """There is no step left."""
+        return self.step == self.config.steps
+
     def run(self, on_step: Callable[[int, StepTerms], None] | None = None) -> AdapterSet:
         """Train to the end and return the adapters; with a folder, they are saved there.
 
@@ -189,7 +194,7 @@ class Trainer:
             with _stop_signals() as stop, self._progress_bar() as bar, self._tracker() as tracker:
                 self._loop(stop, bar, tracker, on_step)
             if self.folder is not None:
-                self.folder.finish(self.adapters)
+                self.folder.finish(self.adapters, self.tokens, self.seconds)
         except DiskFullError as error:
             raise TrainingError(f"Stopped at step {self.step}: {error}{self._how_to_go_on()}") from error
         finally:
@@ -316,7 +321,7 @@ class Trainer:
         result = run.result()
         if result is not None:  # done, and perhaps killed while it cleaned up
             self.adapters.load_state_dict(result.state_dict())
-            self.step = self.config.steps
+            self.step, self.tokens, self.seconds = self.config.steps, *run.spent()
             return
         found = run.load_checkpoint()
         if found is None:  # killed before the first checkpoint: everything is a function of the seed

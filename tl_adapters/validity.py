@@ -19,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.attribution import DifferenceTarget, LogitTarget, attribute, resolve_columns
 from tl_adapters.graphs import AttributionGraph, GraphError
-from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.paired import ACTIVATIONS, PairedModel, adapters_in_float32
 
 LINEARISATIONS = ("relp", "frozen_mlp", "gradient")
 CURVE = (5, 10, 20, 50, 100)
@@ -86,6 +86,7 @@ def _features_scaled(pair: PairedModel, features: Int[Tensor, "n 3"], kept: Bool
 
 
 @torch.no_grad()
+@adapters_in_float32
 def values_with(
     pair: PairedModel,
     graph: AttributionGraph,

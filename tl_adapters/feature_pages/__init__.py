@@ -209,7 +209,7 @@ def _details(store: FeatureStore) -> list[tuple[str, str]]:
             )
             for layer in store.agreement
         ),
-        *((f"fingerprint, {name}", value) for name, value in store.about.fingerprints.items()),
+        *((f"fingerprint, {name}", value) for name, value in store.about.fingerprints.items() if "." not in name),
     ]
 
 
