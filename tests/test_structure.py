@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
 LEVELS = [
-    {"errors"},
+    {"errors", "precision"},
     {"activations", "atomic", "compatibility", "config", "fingerprints", "losses", "intervals", "posting", "results"}
     | {"trackers", "views", "vocabulary", "organism"},
     {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"},

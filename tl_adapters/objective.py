@@ -39,6 +39,7 @@ from tl_adapters.losses import (
     token_kl_from_residual,
 )
 from tl_adapters.paired import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
+from tl_adapters.precision import host_float64, wide
 from tl_adapters.transcoder import TranscoderAdapter
 
 
@@ -204,7 +205,8 @@ def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any
     """
     n = pair.n_layers
     kl, positions, tokens = 0.0, 0, 0
-    errors, energies, active = (torch.zeros(n + 1, dtype=torch.float64) for _ in range(3))
+    errors, energies = torch.zeros(2, n + 1, dtype=torch.float64)
+    active = torch.zeros(n, dtype=torch.float64)
     for batch in batches:
         batch = batch.to(pair.model.W_E.device)
         with pair.routed("target"):
@@ -216,17 +218,21 @@ def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any
             target[-1][predicting], replacement[-1][predicting], pair.unembed, pair.rows_at_once
         )
         kl, positions, tokens = kl + float(values.sum()), positions + len(values), tokens + int(counted.sum())
-        for place, (ours, theirs) in enumerate(zip(replacement, target, strict=True)):
-            errors[place] += (ours[counted].double() - theirs[counted].double()).square().sum().cpu()
-            energies[place] += theirs[counted].double().square().sum().cpu()
-        for layer in range(n):
-            active[layer] += (acts[layer][counted] > 0).sum().cpu()
+        both = list(zip(replacement, target, strict=True))
+        errors += host_float64(torch.stack([_squares(wide(ours) - wide(theirs), counted) for ours, theirs in both]))
+        energies += host_float64(torch.stack([_squares(wide(theirs), counted) for _, theirs in both]))
+        active += host_float64(torch.stack([((acts[i] > 0) & counted[..., None]).sum() for i in range(n)]))
     return {
         "output_kl": kl / positions,
         "nmse": float((errors / energies).mean()),
-        "l0": (active[:n] / tokens).tolist(),
+        "l0": (active / tokens).tolist(),
         "tokens": tokens,
     }
+
+
+def _squares(x: Tensor, counted: Tensor) -> Tensor:
+    """Sum of squares over the tokens that count, without asking the device how many there are."""
+    return x.square().sum(-1).where(counted, 0.0).sum()
 
 
 def _weighted_sum(

@@ -20,6 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.attribution import DifferenceTarget, LogitTarget, attribute, resolve_columns
 from tl_adapters.graphs import AttributionGraph, GraphError
 from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.precision import host_float64
 
 LINEARISATIONS = ("relp", "frozen_mlp", "gradient")
 CURVE = (5, 10, 20, 50, 100)
@@ -101,7 +102,7 @@ def values_with(
         with _features_scaled(pair, graph.features, rows):
             residual = pair.run_blocks(pair.embed(tokens), 0, pair.n_layers)[:, position]
         values.append(pair.read_by_unembedding(residual) @ vector)
-    return torch.cat(values).double().cpu()
+    return host_float64(torch.cat(values))
 
 
 def ablation_effects(
