@@ -12,6 +12,7 @@ Method: arXiv 2602.20904 (attribution graphs with RelP, arXiv 2508.21258), ranki
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -320,6 +321,7 @@ def _attribute_batch(
         device = model.activations.device
         positions = torch.tensor([t.position for t in chosen], device=device)
         rows = model.rows(chosen[0].layer, positions, torch.stack([t.vector for t in chosen]))
+        outside, biases, decoder_biases = torch.stack([rows.outside, rows.biases, rows.decoder_biases]).tolist()
         dense = torch.cat([rows.features, *([rows.errors.flatten(1)] if _n_errors(model) else []), rows.tokens], 1)
         where = dense.nonzero()
         edges.rows.append(torch.tensor(batch_nodes := [nodes[i] for i in batch])[where[:, 0].cpu()])
@@ -327,10 +329,8 @@ def _attribute_batch(
         edges.weights.append(dense[tuple(where.T)].cpu())
         edges.nodes += batch_nodes
         edges.balance += [
-            (t.value, outside, biases + decoders + t.constant, decoders)
-            for t, outside, biases, decoders in zip(
-                chosen, rows.outside.tolist(), rows.biases.tolist(), rows.decoder_biases.tolist(), strict=True
-            )
+            (t.value, before, bias + decoders + t.constant, decoders)
+            for t, before, bias, decoders in zip(chosen, outside, biases, decoder_biases, strict=True)
         ]
         bar.update(len(batch))
 
@@ -357,7 +357,7 @@ def _attribute_features(
 ) -> Tensor:
     """Add rows of features until ``n_rows`` have theirs; returns which, as a mask over the active ones."""
     done = torch.zeros(len(model.active), dtype=torch.bool)
-    eligible = eligible.cpu()
+    eligible, active = eligible.cpu(), _Active(model)
     while (left := n_rows - int(done.sum())) > 0:
         if n_rows == int(eligible.sum()):
             batch = (eligible & ~done).nonzero()[:, 0]  # all of them: no order to find
@@ -367,16 +367,29 @@ def _attribute_features(
             score = influence(so_far)[: len(model.active)]
             score[done | ~eligible] = -1.0
             batch = score.topk(min(left, max(batch_size, n_rows // 16))).indices
-        targets = [_feature(model, int(column)) for column in batch]
+        targets = [active.target(model, column) for column in batch.tolist()]
         _attribute_batch(model, targets, batch.tolist(), edges, batch_size, bar)
         done[batch] = True
     return done
 
 
-def _feature(model: FrozenModel | GradientModel, column: int) -> _Resolved:
-    layer, position, index = model.active[column].tolist()
-    value, constant = float(model.pre_activations[layer][position, index]), float(model.b_enc[layer][index])
-    return _Resolved(layer, position, model.encoders[layer][:, index], value, constant, GraphTarget("", position, 1.0))
+class _Active:
+    """The active features as targets; what is known of all of them is read from the device at once."""
+
+    def __init__(self, model: FrozenModel | GradientModel) -> None:
+        values, constants = [], []
+        for layer, (start, stop) in enumerate(itertools.pairwise(model.offsets)):
+            _, position, index = model.active[start:stop].T
+            values.append(model.pre_activations[layer][position, index])
+            constants.append(model.b_enc[layer][index])
+        self.places = model.active.tolist()
+        self.values, self.constants = torch.stack([torch.cat(values), torch.cat(constants)]).tolist()
+
+    def target(self, model: FrozenModel | GradientModel, column: int) -> _Resolved:
+        """One of them, by its column."""
+        layer, position, index = self.places[column]
+        vector, about = model.encoders[layer][:, index], GraphTarget("", position, 1.0)
+        return _Resolved(layer, position, vector, self.values[column], self.constants[column], about)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
