@@ -9,7 +9,19 @@ PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
 LEVELS = [
     {"errors", "precision"},
-    {"activations", "atomic", "compatibility", "config", "fingerprints", "losses", "intervals", "posting", "results"}
+    {
+        "activations",
+        "atomic",
+        "compatibility",
+        "config",
+        "devices",
+        "finite",
+        "fingerprints",
+        "losses",
+        "intervals",
+        "posting",
+        "results",
+    }
     | {"trackers", "views", "vocabulary", "organism"},
     {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"},
     {"architectures", "data", "endpoint", "marks", "references", "transcoder"},

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_adapters.finite import require_finite_activations
 from tl_adapters.gradients import GradientModel
 from tl_adapters.graphs import AttributionGraph, GraphError, GraphTarget
 from tl_adapters.linear import FrozenModel
@@ -136,6 +137,7 @@ def attribute(
         GraphError: a target of several tokens, a prompt longer than the context, positions that are not there, a
             prompt on which no feature is active.
         PairMismatchError: adapters missing on some layers.
+        NotFiniteError: activations that are NaN or infinite.
     """
     if linearisation not in get_args(Linearisation):
         raise GraphError(f"No linearisation {linearisation!r}; there are {', '.join(get_args(Linearisation))}.")
@@ -154,6 +156,7 @@ def attribute(
         model: FrozenModel | GradientModel = GradientModel(pair, tokens)
     else:
         model = FrozenModel(pair, tokens, "frozen_mlp" if linearisation == "frozen_mlp" else "relp", start)
+    _require_finite(model)
     eligible = model.active[:, 1] >= start + (1 if exclude_bos and start == 0 else 0)
     if not bool(eligible.any()):
         raise GraphError(
@@ -187,6 +190,13 @@ def attribute(
         "window": window,
     }
     return replace(graph, about=_origin(pair) | {"active_features": len(model.active)} | options)
+
+
+def _require_finite(model: FrozenModel | GradientModel) -> None:
+    values = {f"layer {layer}": pre[None] for layer, pre in enumerate(model.pre_activations)}
+    values["the residual stream after the last layer"] = model.final_residual[None]
+    real = torch.ones(1, model.n_tokens, dtype=torch.bool, device=model.final_residual.device)
+    require_finite_activations(values, real, [0], "The replacement on this prompt")
 
 
 def _origin(pair: PairedModel) -> dict[str, Any]:

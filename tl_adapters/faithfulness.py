@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tl_adapters.data import Batch, Trace, batches_by_length
 from tl_adapters.features import ALIVE_FIRINGS
+from tl_adapters.finite import by_place, require_finite_activations
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.losses import token_kl_from_residual
 from tl_adapters.paired import ACTIVATIONS, PairedModel
@@ -62,11 +63,11 @@ class DocumentSums:
 
 
 def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048) -> DocumentSums:
-    """One pass over ``traces`` (the target's own greedy text on held-out problems)."""
+    """One pass over ``traces`` (the target's own greedy text on held-out problems). Raises NotFiniteError."""
     parts, order = [], []
     for rows, batch in batches_by_length(traces, tokens_per_batch):
         order += rows
-        parts.append(_measure_batch(pair, batch.to(pair.model.W_E.device)))
+        parts.append(_measure_batch(pair, batch.to(pair.model.W_E.device), rows))
     back = torch.tensor(order).argsort()
     cat = lambda tensors: torch.cat([host_float64(t) for t in tensors])[back]  # noqa: E731
     joined: dict[str, Any] = {}
@@ -82,11 +83,13 @@ def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_
 
 
 @torch.no_grad()
-def _measure_batch(pair: PairedModel, batch: Batch) -> DocumentSums:
+def _measure_batch(pair: PairedModel, batch: Batch, documents: Sequence[int]) -> DocumentSums:
     with pair.routed("target"):
         target = pair.residual_streams(batch.tokens)
     with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
         replacement = pair.residual_streams(batch.tokens)
+    for name, streams in (("target", target), ("replacement", replacement)):
+        require_finite_activations(by_place(streams), batch.real, documents, f"The {name}")
     response, everything = batch.predicting_response, batch.predicting
 
     kl: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def linear_in_float32(
         weight: frozen, as nn.Linear has it.
         bias: [d_vocab] or None.
     """
-    out: Tensor = _LinearInFloat32.apply(x, weight)
+    out: Tensor = _LinearInFloat32.apply(x.flatten(0, -2), weight)
+    out = out.unflatten(0, x.shape[:-1])
     return out if bias is None else out + bias.float()
 
 
@@ -55,16 +57,21 @@ class _LinearInFloat32(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight, ctx.dtype = weight.detach(), x.dtype
-        rows, out = x.float(), x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
+        if _accumulates_in_float32(weight.device, weight.dtype):
+            return torch.mm(x.to(weight.dtype), ctx.weight.T, out_dtype=torch.float32)
+        rows, out = x.float(), x.new_empty(len(x), len(weight), dtype=torch.float32)
         for start, part in _slices(ctx.weight):
-            out[..., start : start + len(part)] = rows @ part.T
+            out[:, start : start + len(part)] = rows @ part.T
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].new_zeros(*grads[0].shape[:-1], ctx.weight.shape[1])
-        for start, part in _slices(ctx.weight):
-            total += grads[0][..., start : start + len(part)] @ part
+        if _accumulates_in_float32(ctx.weight.device, ctx.weight.dtype):
+            total = torch.mm(grads[0].to(ctx.weight.dtype), ctx.weight, out_dtype=torch.float32)
+        else:
+            total = grads[0].new_zeros(len(grads[0]), ctx.weight.shape[1])
+            for start, part in _slices(ctx.weight):
+                total += grads[0][:, start : start + len(part)] @ part
         return total.to(ctx.dtype), None
 
 
@@ -75,15 +82,27 @@ def _slices(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, weight[start : start + size].float()
 
 
+@cache
+def _accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Can a matrix product of ``dtype`` have a float32 result here, as CUDA has since torch 2.8? Tried out, once."""
+    if device.type != "cuda":
+        return False
+    try:
+        ones = torch.ones(16, 16, device=device, dtype=dtype)
+        found = torch.mm(ones * 3, ones + 2**-7, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):
+        return False
+    return found.dtype == torch.float32 and float(found[0, 0]) == 16 * 3 * (1 + 2**-7)
+
+
 @contextmanager
-def computing(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """``module`` computes ``forward`` for the length of a block; hooks on it fire as always."""
-    before = module.__dict__.get("forward")
+def float32_logits(module: nn.Module, weight: Tensor, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A low-precision unembedding computes ``forward`` for the length of a block; hooks on it fire as always."""
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
+        del module.__dict__["forward"]
