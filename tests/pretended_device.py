@@ -89,6 +89,10 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
 
 
+def _has_list(index: Any) -> bool:
+    return isinstance(index, list) or (isinstance(index, tuple) and any(isinstance(part, list) for part in index))
+
+
 def _is_device(device: Any) -> bool:
     return isinstance(device, (str, torch.device)) and torch.device(device).type == DEVICE.type
 
@@ -193,6 +197,8 @@ class _Functions(TorchFunctionMode):
             raise PretendedDeviceError("NumPy cannot see a tensor on the device; copy it to the host first.")
         if func is Tensor.tolist and tagged:
             emulator.record("sync")
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0] in emulator.tags and _has_list(args[1]):
+            emulator.record("to_device")  # a list becomes an index tensor, which is copied
         generator = kwargs.get("generator")
         where: bool | None = None if kwargs.get("device") is None else _is_device(kwargs["device"])
         if where is not None:

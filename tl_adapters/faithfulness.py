@@ -93,27 +93,26 @@ def _measure_batch(pair: PairedModel, batch: Batch, documents: Sequence[int]) ->
     response, everything = batch.predicting_response, batch.predicting
 
     kl: dict[str, Tensor] = {}
-    kl_all: dict[str, Tensor] = {}
     places = everything.nonzero(as_tuple=True)  # once: indexing with a mask asks the device how many there are
     for names, final in _variants(pair, target, replacement):
         tokens = wide(torch.zeros(batch.tokens.shape, device=final.device))
         tokens[places] = token_kl_from_residual(target[-1][places], final[places], pair.unembed, pair.rows_at_once).to(
             tokens
         )
-        kl |= dict.fromkeys(names, (tokens * response).sum(1))
-        kl_all |= dict.fromkeys(names, tokens.sum(1))
+        kl |= dict.fromkeys(names, torch.stack([(tokens * response).sum(1), tokens.sum(1)]))
+    of_response, of_all = host_float64(torch.stack(list(kl.values()), 1))
 
     same = torch.zeros_like(response)
     same[places] = _top1(pair, target[-1][places]) == _top1(pair, replacement[-1][places])
-    errors = torch.stack([wide(r - t).square().sum(-1) for t, r in zip(target, replacement, strict=True)], -1)
+    errors = torch.stack([(wide(r) - wide(t)).square().sum(-1) for t, r in zip(target, replacement, strict=True)], -1)
     energies = torch.stack([wide(t).square().sum(-1) for t in target], -1)
     active = torch.stack([(acts[layer] > 0).sum(-1) for layer in range(pair.n_layers)], -1)
     real, answer = batch.real[..., None], batch.response[..., None]
     count = lambda x, *dims: x.sum(dims).to(errors)  # noqa: E731
     both = lambda x: torch.stack([(x * real).sum(1), (x * real)[:, 1:].sum(1)], -1)  # noqa: E731
     return DocumentSums(
-        kl=kl,
-        kl_all=kl_all,
+        kl=dict(zip(kl, of_response, strict=True)),
+        kl_all=dict(zip(kl, of_all, strict=True)),
         positions=count(response, 1),
         positions_all=count(everything, 1),
         same_top1=count(same & response, 1),
