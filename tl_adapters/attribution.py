@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_adapters.finite import require_finite_activations
+from tl_adapters.finite import finite_blocks
 from tl_adapters.gradients import GradientModel
 from tl_adapters.graphs import AttributionGraph, GraphError, GraphTarget
 from tl_adapters.linear import FrozenModel
@@ -150,13 +150,15 @@ def attribute(
         raise GraphError(f"Got {wrong}; at least 1 each.")
     tokens = prompt_tokens(pair, prompt)
     start = 0 if window is None else max(0, len(tokens) - window)
-    if linearisation == "gradient":
-        if start:
-            raise GraphError("window= needs linearisation 'relp' or 'frozen_mlp': a gradient knows no window.")
-        model: FrozenModel | GradientModel = GradientModel(pair, tokens)
-    else:
-        model = FrozenModel(pair, tokens, "frozen_mlp" if linearisation == "frozen_mlp" else "relp", start)
-    _require_finite(model)
+    if linearisation == "gradient" and start:
+        raise GraphError("window= needs linearisation 'relp' or 'frozen_mlp': a gradient knows no window.")
+    everywhere = torch.ones(1, len(tokens), dtype=torch.bool, device=pair.model.W_E.device)
+    with finite_blocks(pair.model, pair.n_layers, everywhere, [0], "The replacement on this prompt"):
+        model: FrozenModel | GradientModel
+        if linearisation == "gradient":
+            model = GradientModel(pair, tokens)
+        else:
+            model = FrozenModel(pair, tokens, "frozen_mlp" if linearisation == "frozen_mlp" else "relp", start)
     eligible = model.active[:, 1] >= start + (1 if exclude_bos and start == 0 else 0)
     if not bool(eligible.any()):
         raise GraphError(
@@ -190,13 +192,6 @@ def attribute(
         "window": window,
     }
     return replace(graph, about=_origin(pair) | {"active_features": len(model.active)} | options)
-
-
-def _require_finite(model: FrozenModel | GradientModel) -> None:
-    values = {f"layer {layer}": pre[None] for layer, pre in enumerate(model.pre_activations)}
-    values["the residual stream after the last layer"] = model.final_residual[None]
-    real = torch.ones(1, model.n_tokens, dtype=torch.bool, device=model.final_residual.device)
-    require_finite_activations(values, real, [0], "The replacement on this prompt")
 
 
 def _origin(pair: PairedModel) -> dict[str, Any]:

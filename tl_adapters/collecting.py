@@ -183,11 +183,10 @@ class _Collector:
         pair, found = self.pair, list[tuple[Tensor, Tensor, Tensor]]()
         device, documents = pair.model.W_E.device, batch.document.tolist()
         real = (batch.region >= 0).view(batch.tokens.shape)
-        watched = finite_blocks(
-            pair.model, pair.n_layers, real.to(device), documents, f"The {self.description.stream}'s residual stream"
-        )
+        resid, of = pair.embed(batch.tokens.to(device)), f"The {self.description.stream}'s residual stream"
+        watched = finite_blocks(pair.model, pair.n_layers, real.to(device), documents, of, resid)
         with self._extracting(found), watched:
-            pair.run_blocks(pair.embed(batch.tokens.to(device)), 0, pair.n_layers)
+            pair.run_blocks(resid, 0, pair.n_layers)
         token, feature, value = (torch.cat([part[i] for part in found]).cpu() for i in range(3))
         self._require_finite(batch, token, feature, value)
         order = feature.argsort(stable=True)  # within a layer they come by token

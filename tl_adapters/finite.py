@@ -68,7 +68,12 @@ def by_place(streams: Sequence[Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def finite_blocks(
-    model: Any, n_layers: int, real: Bool[Tensor, "batch pos"], documents: Sequence[int], of: str
+    model: Any,
+    n_layers: int,
+    real: Bool[Tensor, "batch pos"],
+    documents: Sequence[int],
+    of: str,
+    embedding: Tensor | None = None,
 ) -> Iterator[None]:
     """Every pass within the block is watched after each layer; at its end NotFiniteError as above.
 
@@ -76,8 +81,10 @@ def finite_blocks(
         model: a model of TransformerLens.
         n_layers: its layers.
         real, documents, of: as `require_finite_activations`.
+        embedding: what the passes begin with, where it is at hand. A token that is not finite can spoil earlier ones
+            from the first layer on (attention multiplies what it must not see by zero), and not here.
     """
-    flags: dict[str, Tensor] = {}
+    flags = {} if embedding is None else {"the embedding": _finite_tokens(embedding)}
 
     def look(resid: Tensor, hook: HookPoint, layer: int) -> None:
         flags[f"layer {layer}"] = _finite_tokens(resid)

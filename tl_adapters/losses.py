@@ -24,8 +24,8 @@ def kl_per_token(
 ) -> Float[Tensor, "*batch"]:
     """KL(target || model) of the next-token distributions, in float32 at least.
 
-    Rounding is below 1e-5 nats in float32, and all there is of negative values; they are not clamped, which would bias
-    means. Logits of a low-precision model are to come from `PairedModel.unembed`.
+    Rounding in float32 is below 1e-5 nats (and 1e-5 of the value), and all there is of negative values; they are not
+    clamped, which would bias means. Logits of a low-precision model are to come from `PairedModel.unembed`.
     """
     target_logprobs, logprobs = (F.log_softmax(at_least_float32(x), -1) for x in (target_logits, logits))
     return (target_logprobs.exp() * (target_logprobs - logprobs)).sum(-1)
