@@ -25,7 +25,7 @@ correlates of hesitation, not causes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -100,7 +100,8 @@ def effects_at(
             mass[layer] += here.sum(0).float() * norms[layer]
             rate[layer] += (here > 0).sum(0).float()
     n = max(1, n)
-    return Effects(*((part / n).cpu() for part in (direct, total, mass, rate)), margin / n)
+    direct, total, mass, rate = ((part / n).cpu() for part in (direct, total, mass, rate))
+    return Effects(direct, total, mass, rate, margin / n)
 
 
 def _into_residual(pair: PairedModel, rows: Tensor, layer: int) -> Tensor:
@@ -113,8 +114,10 @@ def _into_residual(pair: PairedModel, rows: Tensor, layer: int) -> Tensor:
 @contextmanager
 def _recorded_post_norms(pair: PairedModel) -> Iterator[dict[int, Tensor]]:
     """Layer -> what the norm after the MLP divides by, [batch, pos, 1]; empty for a model without post-norms."""
-    has_any = any(hasattr(block, "ln2_post") for block in pair.model.blocks)
-    with pair.recorded("ln2_post.hook_scale") if has_any else nullcontext({}) as scales:
+    if not any(hasattr(block, "ln2_post") for block in pair.model.blocks):
+        yield {}
+        return
+    with pair.recorded("ln2_post.hook_scale") as scales:
         yield scales
 
 

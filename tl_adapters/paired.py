@@ -138,12 +138,12 @@ class PairedModel:
             CheckpointError: missing or damaged files.
             DeviceError: a device that this machine does not have.
         """
-        in_memory = isinstance(target, PreTrainedModel)
-        where = target.device if in_memory and device is None else resolve_device(device)
+        stays = isinstance(target, PreTrainedModel) and device is None
+        where = None if stays else resolve_device(device)
         require_pair(base, target)
         base_mlps = read_base_mlps(base, model_config(target)["num_hidden_layers"])
         if isinstance(target, PreTrainedModel):
-            hf_target = target.to(device=where, dtype=dtype or target.dtype)
+            hf_target = target.to(device=where or target.device, dtype=dtype or target.dtype)
         else:
             hf_target, tokenizer = load_hf_model(target, dtype, where, tokenizer)
         return cls(

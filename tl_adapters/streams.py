@@ -90,7 +90,10 @@ def stream_agreement(
             products.append(torch.stack([fires.sum().to(x.dtype), x.sum(), y.sum(), x @ x, y @ y, x @ y]))
         both[:, rows], either[:, rows], replacement[:, rows] = host_float64(torch.stack(counts, 1))
         moments += host_float64(torch.stack(products))
-    share = lambda over, unit: Figure(*bootstrap_ratio(both[place], over[place]), len(traces), unit, split)  # noqa: E731
+
+    def share(place: int, over: Tensor, unit: str) -> Figure:
+        return Figure(*bootstrap_ratio(both[place], over[place]), len(traces), unit, split)
+
     found = []
     for place, layer in enumerate(layers):
         n, x, y, xx, yy, xy = moments[place].tolist()
@@ -98,8 +101,8 @@ def stream_agreement(
         found.append(
             LayerAgreement(
                 layer,
-                share(either, "firings on both streams, of those on either"),
-                share(replacement, "firings on both streams, of the replacement's"),
+                share(place, either, "firings on both streams, of those on either"),
+                share(place, replacement, "firings on both streams, of the replacement's"),
                 (n * xy - x * y) / spread if spread > 0 else float("nan"),
             )
         )

@@ -308,6 +308,15 @@ def test_rows_of_an_attribution_graph_wait_once_a_batch(device: PretendedDevice)
     assert not grown(*counts)
 
 
+def test_real_ablations_copy_once_for_all_layers(device: PretendedDevice) -> None:
+    counts = []
+    for layers in (2, 4):
+        pair = tiny(device, layers)
+        graph = attribute(pair, list(range(1, 9)), [3], progress=False)
+        counts.append(waits(device, lambda pair=pair, graph=graph: ablation_effects(pair, graph, torch.arange(4))))
+    assert counts[0] and not grown(*counts)
+
+
 def test_effects_and_faithfulness_do_not_wait_by_layer(device: PretendedDevice) -> None:
     counts: list[Counter[tuple[str, str, str]]] = []
     for layers in (2, 4):
