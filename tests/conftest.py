@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are exact on the CPU, also where "auto" would find a GPU
 if os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for notebooks' kernels: as many workers as cores
 
@@ -15,6 +16,8 @@ import torch
 from beartype import BeartypeConf, beartype
 from filelock import FileLock
 from jaxtyping import install_import_hook
+
+torch.backends.mps.is_available = lambda: False  # likewise, within this process
 
 check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 install_import_hook("tl_adapters", "conftest.check_types")

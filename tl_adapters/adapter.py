@@ -25,6 +25,7 @@ from tl_adapters.config import ActivationName
 from tl_adapters.errors import UserError
 from tl_adapters.file_hashes import file_hash
 from tl_adapters.fingerprints import fingerprint
+from tl_adapters.finite import require_finite_weights
 from tl_adapters.marks import LayerMarks
 from tl_adapters.saelens import (
     HOOK_IN,
@@ -260,6 +261,11 @@ class AdapterSet(nn.Module):
         about = replace(self.metadata, reads="normalized")
         return AdapterSet(layers, self.marks, about, self.n_layers, self.samples)
 
+    def require_finite(self, of: str) -> None:
+        """Raises NotFiniteError, which begins with ``of`` and names the layer, where a weight is NaN or infinite."""
+        named = ((i, name, tensor) for i in self.layer_indices for name, tensor in self[i].state_dict().items())
+        require_finite_weights(((f"layer {i}, {name}", tensor) for i, name, tensor in named), of)
+
     # -- training --------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -298,8 +304,10 @@ class AdapterSet(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the set: tl_adapters.json, what is kept of the target, and a SAELens folder per layer.
 
-        Raises FolderExistsError where ``folder`` exists, and DiskFullError; nothing half-written is left.
+        Raises FolderExistsError where ``folder`` exists, NotFiniteError and DiskFullError; nothing half-written is
+        left.
         """
+        self.require_finite("These adapters are not saved")
         about = asdict(self.metadata) | {
             "fingerprints": {**self.metadata.fingerprints, "adapters": self.fingerprint},
             "n_layers": self.n_layers,
@@ -351,6 +359,7 @@ class AdapterSet(nn.Module):
 
         Raises:
             AdapterFormatError: not a set of adapters, or a damaged one.
+            NotFiniteError: weights that are NaN or infinite.
             CheckpointError: neither a folder nor a repository that the hub gives.
         """
         about = describe(name, revision=revision, token=token)
@@ -386,6 +395,7 @@ class AdapterSet(nn.Module):
                 f"{result.fingerprint}, expected {about.fingerprint}): files of two sets were mixed, or cast. Copy the "
                 "whole folder again."
             )
+        result.require_finite(str(name))
         return result
 
 

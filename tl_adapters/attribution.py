@@ -12,6 +12,7 @@ Method: arXiv 2602.20904 (attribution graphs with RelP, arXiv 2508.21258), ranki
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from tl_adapters.arguments import choice, items, token_ids
 from tl_adapters.fingerprints import differing
+from tl_adapters.finite import finite_blocks
 from tl_adapters.gradients import GradientModel
 from tl_adapters.graphs import AttributionGraph, GraphError, GraphTarget
 from tl_adapters.linear import FrozenModel
@@ -139,6 +141,7 @@ def attribute(
             prompt on which no feature is active.
         ArgumentError: several prompts at once, ids outside the vocabulary, a text as ``targets``.
         PairMismatchError: adapters missing on some layers.
+        NotFiniteError: activations that are NaN or infinite.
     """
     choice(linearisation, get_args(Linearisation), "linearisation")
     if targets is not None:
@@ -153,12 +156,15 @@ def attribute(
         raise GraphError(f"Got {wrong}; at least 1 each.")
     tokens = prompt_tokens(pair, prompt)
     start = 0 if window is None else max(0, len(tokens) - window)
-    if linearisation == "gradient":
-        if start:
-            raise GraphError("window= needs linearisation 'relp' or 'frozen_mlp': a gradient knows no window.")
-        model: FrozenModel | GradientModel = GradientModel(pair, tokens)
-    else:
-        model = FrozenModel(pair, tokens, "frozen_mlp" if linearisation == "frozen_mlp" else "relp", start)
+    if linearisation == "gradient" and start:
+        raise GraphError("window= needs linearisation 'relp' or 'frozen_mlp': a gradient knows no window.")
+    everywhere = torch.ones(1, len(tokens), dtype=torch.bool, device=pair.model.W_E.device)
+    with finite_blocks(pair.model, pair.n_layers, everywhere, [0], "The replacement on this prompt"):
+        model: FrozenModel | GradientModel
+        if linearisation == "gradient":
+            model = GradientModel(pair, tokens)
+        else:
+            model = FrozenModel(pair, tokens, "frozen_mlp" if linearisation == "frozen_mlp" else "relp", start)
     eligible = model.active[:, 1] >= start + (1 if exclude_bos and start == 0 else 0)
     if not bool(eligible.any()):
         raise GraphError(
@@ -344,6 +350,7 @@ def _attribute_batch(
         device = model.activations.device
         positions = torch.tensor([t.position for t in chosen], device=device)
         rows = model.rows(chosen[0].layer, positions, torch.stack([t.vector for t in chosen]))
+        outside, biases, decoder_biases = torch.stack([rows.outside, rows.biases, rows.decoder_biases]).tolist()
         dense = torch.cat([rows.features, *([rows.errors.flatten(1)] if _n_errors(model) else []), rows.tokens], 1)
         where = dense.nonzero()
         edges.rows.append(torch.tensor(batch_nodes := [nodes[i] for i in batch])[where[:, 0].cpu()])
@@ -351,10 +358,8 @@ def _attribute_batch(
         edges.weights.append(dense[tuple(where.T)].cpu())
         edges.nodes += batch_nodes
         edges.balance += [
-            (t.value, outside, biases + decoders + t.constant, decoders)
-            for t, outside, biases, decoders in zip(
-                chosen, rows.outside.tolist(), rows.biases.tolist(), rows.decoder_biases.tolist(), strict=True
-            )
+            (t.value, before, bias + decoders + t.constant, decoders)
+            for t, before, bias, decoders in zip(chosen, outside, biases, decoder_biases, strict=True)
         ]
         bar.update(len(batch))
 
@@ -381,7 +386,7 @@ def _attribute_features(
 ) -> Tensor:
     """Add rows of features until ``n_rows`` have theirs; returns which, as a mask over the active ones."""
     done = torch.zeros(len(model.active), dtype=torch.bool)
-    eligible = eligible.cpu()
+    eligible, active = eligible.cpu(), _Active(model)
     while (left := n_rows - int(done.sum())) > 0:
         if n_rows == int(eligible.sum()):
             batch = (eligible & ~done).nonzero()[:, 0]  # all of them: no order to find
@@ -391,16 +396,29 @@ def _attribute_features(
             score = influence(so_far)[: len(model.active)]
             score[done | ~eligible] = -1.0
             batch = score.topk(min(left, max(batch_size, n_rows // 16))).indices
-        targets = [_feature(model, int(column)) for column in batch]
+        targets = [active.target(model, column) for column in batch.tolist()]
         _attribute_batch(model, targets, batch.tolist(), edges, batch_size, bar)
         done[batch] = True
     return done
 
 
-def _feature(model: FrozenModel | GradientModel, column: int) -> _Resolved:
-    layer, position, index = model.active[column].tolist()
-    value, constant = float(model.pre_activations[layer][position, index]), float(model.b_enc[layer][index])
-    return _Resolved(layer, position, model.encoders[layer][:, index], value, constant, GraphTarget("", position, 1.0))
+class _Active:
+    """The active features as targets; what is known of all of them is read from the device at once."""
+
+    def __init__(self, model: FrozenModel | GradientModel) -> None:
+        values, constants = [], []
+        for layer, (start, stop) in enumerate(itertools.pairwise(model.offsets)):
+            _, position, index = model.active[start:stop].T
+            values.append(model.pre_activations[layer][position, index])
+            constants.append(model.b_enc[layer][index])
+        self.places = model.active.tolist()
+        self.values, self.constants = torch.stack([torch.cat(values), torch.cat(constants)]).tolist()
+
+    def target(self, model: FrozenModel | GradientModel, column: int) -> _Resolved:
+        """One of them, by its column."""
+        layer, position, index = self.places[column]
+        vector, about = model.encoders[layer][:, index], GraphTarget("", position, 1.0)
+        return _Resolved(layer, position, vector, self.values[column], self.constants[column], about)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------

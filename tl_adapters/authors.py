@@ -32,6 +32,7 @@ from tl_adapters.checkpoints import (
     shard_files,
 )
 from tl_adapters.compatibility import compare_configs, require_fit
+from tl_adapters.devices import resolve_device
 from tl_adapters.marks import attention_out_name, second_norm_name, stored_marks
 from tl_adapters.mixing import write_hybrid
 from tl_adapters.paired import PairedModel
@@ -99,7 +100,9 @@ def from_authors(
         known[layer] = stored_marks(folder, folder, architecture, layer)
     base, target = _PUBLISHED_PAIR if _PUBLISHED in str(name) else ("", "")
     metadata = AdapterMetadata(base=base, target=target)
-    return AdapterSet(adapters, known, metadata, n_layers)
+    result = AdapterSet(adapters, known, metadata, n_layers)
+    result.require_finite(str(name))
+    return result
 
 
 def _authors_architecture(name: str | Path, config: dict[str, Any]) -> tuple[str, int]:
@@ -182,7 +185,7 @@ def authors_pair(
     """
     adapters = from_authors(name)
     require_fit(compare_configs(read_config(locate(name, weights=False)), read_config(locate(target, weights=False))))
-    hf_model, tokenizer = load_hf_model(name, dtype, device, tokenizer, without_adapters=True)
+    hf_model, tokenizer = load_hf_model(name, dtype, resolve_device(device), tokenizer, without_adapters=True)
     base_mlps = []
     for layer, mlps in zip(hf_model.model.layers, read_base_mlps(target, adapters.n_layers), strict=True):
         base_mlps.append({projection: getattr(layer.mlp, projection).weight.detach() for projection in PROJECTIONS})

@@ -24,6 +24,7 @@ from tl_adapters.data import Trace, batches_by_length
 from tl_adapters.errors import UserError
 from tl_adapters.losses import token_kl_from_residual
 from tl_adapters.paired import PairedModel
+from tl_adapters.precision import host_float64, wide
 from tl_adapters.routing import RoutedMLP
 
 Correction = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]
@@ -69,16 +70,17 @@ def difference_directions(
 ) -> list[Float[Tensor, "d_model d_model"]]:
     """Orthonormal directions of the MLP output difference per layer, strongest first (columns)."""
     d_model, device = pair.model.cfg.d_model, pair.model.W_E.device
-    second_moment = [torch.zeros(d_model, d_model, dtype=torch.float64, device=device) for _ in pair.mlps]
+    second_moment = [wide(torch.zeros(d_model, d_model, device=device)) for _ in pair.mlps]
     for _, batch in batches_by_length(traces, tokens_per_batch):
         batch = batch.to(pair.model.W_E.device)
         with pair.routed("target"), pair.recorded("mlp.hook_in") as read:
             pair.residual_streams(batch.tokens)
+        places = batch.real.nonzero(as_tuple=True)
         for layer, mlp in enumerate(pair.mlps):
-            difference = mlp_difference(mlp, read[layer][batch.real]).double()
+            difference = wide(mlp_difference(mlp, read[layer][places]))
             second_moment[layer] += difference.T @ difference
     dtype = pair.model.cfg.dtype
-    return [torch.linalg.eigh(m).eigenvectors.flip(-1).to(dtype) for m in second_moment]
+    return [torch.linalg.eigh(host_float64(m)).eigenvectors.flip(-1).to(device, dtype) for m in second_moment]
 
 
 @contextmanager
@@ -101,13 +103,14 @@ def baseline_kl(
     sums, positions = torch.zeros(2, len(traces), dtype=torch.float64)
     for rows, batch in batches_by_length(traces, tokens_per_batch):
         batch = batch.to(pair.model.W_E.device)
-        mask = batch.predicting_response
+        places = batch.predicting_response.nonzero(as_tuple=True)
         finals = []
         for context in (pair.routed("target"), corrected(pair, corrections)):
             with context:
-                finals.append(pair.residual_streams(batch.tokens)[-1][mask])
-        tokens = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+                finals.append(pair.residual_streams(batch.tokens)[-1][places])
+        tokens = wide(torch.zeros(batch.tokens.shape, device=batch.tokens.device))
         kl = token_kl_from_residual(finals[0], finals[1], pair.unembed, pair.rows_at_once)
-        tokens[mask] = kl.double()
-        sums[rows], positions[rows] = tokens.sum(1).cpu(), mask.sum(1).double().cpu()
+        tokens[places] = kl.to(tokens)
+        sums[rows] = host_float64(tokens.sum(1))
+        positions[rows] = host_float64(batch.predicting_response.sum(1))
     return sums, positions

@@ -107,7 +107,7 @@ def benchmark_run(
     limit: int | None = None,
     words: Sequence[str] = HESITATION,
     out: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: Dtype | None = None,
     progress: bool = True,
 ) -> list[Measured]:
@@ -123,7 +123,7 @@ def benchmark_run(
         limit: the first so many problems of each task.
         words: what counts as a hesitation.
         out: folder of the answers; ``benchmarks`` in the run by default. What is there already is not asked again.
-        device: where the models go.
+        device: where the models go; "auto" is the first there is of cuda, mps and cpu.
         dtype: of the models; the run's by default.
         progress: show bars.
 

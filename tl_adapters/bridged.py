@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.architectures import ARCHITECTURES, UnsupportedModelError, mlp_activation, require_representable
 from tl_adapters.checkpoints import PROJECTIONS
+from tl_adapters.precision import float32_logits, linear_in_float32
 from tl_adapters.routing import Backend, MLPWeights, RoutedMLP, WeightsProcessedError
 from tl_adapters.tokenization import give_tokenizer
 
@@ -263,8 +265,11 @@ class BridgedBackend(Backend):
                 block.__class__ = cls
 
     def unembed(self, resid: Tensor) -> Tensor:
-        """Final norm and unembedding, with the soft cap where the model has one."""
-        logits = self.model.unembed(self.model.ln_final(resid))
+        """Final norm and unembedding, with the soft cap where the model has one; logits are in float32 at least."""
+        linear = self.model.unembed.original_component
+        precise = partial(linear_in_float32, weight=linear.weight, bias=linear.bias)
+        with float32_logits(linear, linear.weight, precise):
+            logits = self.model.unembed(self.model.ln_final(resid))
         cap = getattr(self.model.original_model.config, "final_logit_softcapping", None)
         return logits if not cap else torch.tanh(logits / cap) * cap
 

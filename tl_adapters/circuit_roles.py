@@ -78,35 +78,48 @@ def effects_at(
     """
     adapters = pair.installed_adapters()
     shape, device = (pair.n_layers, adapters.n_features), pair.model.W_E.device
-    norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1).cpu() for adapter in adapters])
-    direct, total, mass, rate = (torch.zeros(shape) for _ in range(4))
+    norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1) for adapter in adapters])
+    direct, total, mass, rate = torch.zeros(4, *shape, device=device)
     margin, n = 0.0, 0
     for _, batch in moments.with_moments().batches(tokens_per_batch):
         batch = batch.to(device)
         places = getattr(batch, at)
         gates = torch.ones(shape, device=device, requires_grad=True)
         with torch.enable_grad(), _constant(pair, held), gated(pair, dict(enumerate(gates))), \
-                pair.recorded(ACTIVATIONS) as acts:  # fmt: skip
+                pair.recorded(ACTIVATIONS) as acts, _recorded_post_norms(pair) as scales:  # fmt: skip
             residual = final_residual(pair, batch.tokens)[places]
             said = log_odds(pair.unembed(residual), batch.words)
             through, reads = torch.autograd.grad(said.sum(), [gates, residual])
-        total += through.detach().cpu()
+        total += through.detach()
         margin, n = margin + float(said.detach().sum()), n + len(said)
+        where = places.nonzero(as_tuple=True)
         for layer in range(pair.n_layers):
-            here = acts[layer].detach()[places]
-            written = reads @ _into_residual(pair, adapters[layer].W_dec.detach(), layer).T
-            direct[layer] += (here * written.to(here)).sum(0).cpu()
-            mass[layer] += here.sum(0).float().cpu() * norms[layer]
-            rate[layer] += (here > 0).sum(0).float().cpu()
+            here = acts[layer].detach()[where]
+            through_norm = reads if layer not in scales else reads / scales[layer].detach()[where].to(reads)
+            written = through_norm @ _into_residual(pair, adapters[layer].W_dec.detach(), layer).T.to(reads)
+            direct[layer] += (here * written.to(here)).sum(0)
+            mass[layer] += here.sum(0).float() * norms[layer]
+            rate[layer] += (here > 0).sum(0).float()
     n = max(1, n)
-    return Effects(direct / n, total / n, mass / n, rate / n, margin / n)
+    direct, total, mass, rate = ((part / n).cpu() for part in (direct, total, mass, rate))
+    return Effects(direct, total, mass, rate, margin / n)
 
 
 def _into_residual(pair: PairedModel, rows: Tensor, layer: int) -> Tensor:
-    """Decoder rows as the residual stream receives them, but for a post-norm's scale (of the order of 1)."""
+    """Decoder rows times a post-norm's weight; its scale differs by position (`_recorded_post_norms`)."""
     name = f"blocks.{layer}.ln2_post"
     weight = pair.backend.norm(name) if hasattr(pair.model.blocks[layer], "ln2_post") else None
     return rows if weight is None else rows * weight.to(rows)
+
+
+@contextmanager
+def _recorded_post_norms(pair: PairedModel) -> Iterator[dict[int, Tensor]]:
+    """Layer -> what the norm after the MLP divides by, [batch, pos, 1]; empty for a model without post-norms."""
+    if not any(hasattr(block, "ln2_post") for block in pair.model.blocks):
+        yield {}
+        return
+    with pair.recorded("ln2_post.hook_scale") as scales:
+        yield scales
 
 
 @adapters_in_float32
@@ -136,10 +149,9 @@ def _constant(pair: PairedModel, features: Sequence[FeatureId]) -> Iterator[None
     def detach(acts: Tensor, hook: HookPoint, index: Tensor) -> Tensor:
         return acts.index_copy(-1, index, acts[..., index].detach())
 
-    device = pair.model.W_E.device
     hooks = [
-        (f"blocks.{layer}.{ACTIVATIONS}", partial(detach, index=index.to(device)))
-        for layer, index in by_layer(pair, features).items()
+        (f"blocks.{layer}.{ACTIVATIONS}", partial(detach, index=index))
+        for layer, index in by_layer(pair, features, pair.model.W_E.device).items()
     ]
     with pair.model.hooks(fwd_hooks=hooks):
         yield

@@ -58,7 +58,7 @@ def hesitation_of_run(
     limit: int | None = None,
     max_new_tokens: int | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: Dtype | None = None,
     progress: bool = True,
 ) -> BehaviourStudy:

@@ -24,6 +24,7 @@ from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ra
 from tl_adapters.interventions import Features, ablated
 from tl_adapters.moments import Moments, final_residual, log_odds
 from tl_adapters.paired import PairedModel
+from tl_adapters.precision import host_float64, wide
 from tl_adapters.subjects import Injection, Subject
 from tl_adapters.variants import Variant
 
@@ -40,10 +41,10 @@ def probabilities(pair: PairedModel, moments: Moments, variant: Variant, split: 
             residual = final_residual(pair, batch.tokens)
             for place in PLACES:
                 at = getattr(batch, place)
-                said = torch.zeros(at.shape, dtype=torch.float64, device=at.device)
+                said = wide(torch.zeros(at.shape, device=at.device))
                 chunks = [log_odds(pair.unembed(r), batch.words) for r in residual[at].split(pair.rows_at_once)]
-                said[at] = torch.cat(chunks).sigmoid().double() if chunks else said[at]
-                sums[place][:, rows] = torch.stack([said.sum(1), at.sum(1).double()]).cpu()
+                said[at] = torch.cat(chunks).sigmoid().to(said) if chunks else said[at]
+                sums[place][:, rows] = host_float64(torch.stack([said.sum(1), at.sum(1).to(said)]))
     return {
         place: Figure(*bootstrap_ratio(*both), len(moments), "probability of the word", split)
         for place, both in sums.items()
@@ -171,10 +172,10 @@ def mediation(
         batch = batch.to(pair.model.W_E.device)
 
         def margin(into: str, batch: Moments = batch, rows: list[int] = rows) -> None:
-            said = torch.zeros(batch.moment.shape, dtype=torch.float64, device=batch.tokens.device)
+            said = wide(torch.zeros(batch.moment.shape, device=batch.tokens.device))
             logits = pair.model(batch.tokens)[batch.moment]  # whole: norms are held over every position
-            said[batch.moment] = log_odds(logits, batch.words).double()
-            sums[into][rows] = said.sum(1).cpu()
+            said[batch.moment] = log_odds(logits, batch.words).to(said)
+            sums[into][rows] = host_float64(said.sum(1))
 
         with pair.routed("replacement"):
             with frozen(pair, batch.tokens):

@@ -34,6 +34,7 @@ from tl_adapters.data import DataError, Trace, collate, readable_traces, rows_by
 from tl_adapters.effects import written_rows
 from tl_adapters.feature_store import FeatureStore, finish
 from tl_adapters.features import FeatureStoreError, Kind, Stream
+from tl_adapters.finite import NotFiniteError, finite_blocks
 from tl_adapters.paired import ACTIVATIONS, PairedModel
 from tl_adapters.parts import (
     TENTHS,
@@ -131,6 +132,8 @@ class _Collector:
         self.description = StoreDescription.of(pair, kind, stream, split, options, words)
         layers = self.description.layers
         self.norms = {layer: rows.norm(dim=-1).float() for layer, rows in written_rows(pair, kind, layers)}
+        writes_all = torch.stack([(norms > 0).all() for norms in self.norms.values()]).tolist()
+        self.some_write_nothing = {layer: not all_write for layer, all_write in zip(layers, writes_all, strict=True)}
 
     def parts(
         self, traces: Sequence[Trace] | TraceSource, folder: str | Path | None, share: tuple[int, int]
@@ -178,15 +181,34 @@ class _Collector:
         return Part(totals, Documents(ids, flat, starts, identity), counts.layers(), None)
 
     def _firings(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """(flat token, flat feature, activation) of everything that fires, sorted by feature and then token."""
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        with self._extracting(found):
-            resid = self.pair.embed(batch.tokens.to(self.pair.model.W_E.device))
-            self.pair.run_blocks(resid, 0, self.pair.n_layers)
-        token, feature, value = (torch.cat([part[i] for part in found]) for i in range(3))
+        """(flat token, flat feature, activation) of everything that fires, sorted by feature and then token.
+
+        Raises NotFiniteError, with layer and document.
+        """
+        pair, found = self.pair, list[tuple[Tensor, Tensor, Tensor]]()
+        device, documents = pair.model.W_E.device, batch.document.tolist()
+        real = (batch.region >= 0).view(batch.tokens.shape)
+        resid, of = pair.embed(batch.tokens.to(device)), f"The {self.description.stream}'s residual stream"
+        watched = finite_blocks(pair.model, pair.n_layers, real.to(device), documents, of, resid)
+        with self._extracting(found), watched:
+            pair.run_blocks(resid, 0, pair.n_layers)
+        token, feature, value = (torch.cat([part[i] for part in found]).cpu() for i in range(3))
+        self._require_finite(batch, token, feature, value)
         order = feature.argsort(stable=True)  # within a layer they come by token
         order = order[batch.region[token[order]] >= 0]
         return token[order], feature[order], value[order]
+
+    def _require_finite(self, batch: TokenBatch, token: Tensor, feature: Tensor, value: Tensor) -> None:
+        """Activations may be infinite where the stream that adapters only read is not."""
+        bad = (~torch.isfinite(value) & (batch.region[token] >= 0)).nonzero()[:, 0]
+        if len(bad):
+            row, position = divmod(int(token[bad[0]]), batch.tokens.shape[1])
+            place, index = divmod(int(feature[bad[0]]), self.description.n_features)
+            raise NotFiniteError(
+                f"Layer {self.description.layers[place]}, {self.description.kind} {index}, document "
+                f"{int(batch.document[row])} (from 0), position {position}: the activation is NaN or infinite. Run the "
+                "models in bfloat16 or float32 (dtype=, --dtype); where they are, look at the weights of this layer."
+            )
 
     @contextmanager
     def _extracting(self, found: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
@@ -203,9 +225,11 @@ class _Collector:
             at = flat.nonzero()[:, 0]
             index = at % n_features
             value = flat[at].float() * norms[index]
-            if not bool((norms > 0).all()):  # a row of zeros writes nothing: what fires there is no firing of anything
+            if (
+                self.some_write_nothing[layer] and description.kind == "feature"
+            ):  # a row of zeros writes nothing: what fires there is no firing of anything
                 at, index, value = (column[value > 0] for column in (at, index, value))
-            found.append(((at // n_features).cpu(), index.cpu() + place * n_features, value.cpu()))
+            found.append((at // n_features, index + place * n_features, value))
 
         point = NEURONS if description.kind == "neuron" else ACTIVATIONS
         hooks = [

@@ -122,7 +122,7 @@ def describe_run(
     stream: Stream = "replacement",
     options: StoreOptions | None = None,
     share: tuple[int, int] | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: Dtype | None = None,
     progress: bool = True,
 ) -> Path | None:
@@ -177,7 +177,7 @@ def export_neuronpedia(folder: Path, out: Path, model_id: str | None, sae_set: s
 
 
 def export_dashboard(
-    folder: Path, out: Path, ids: Sequence[tuple[int, int]], data: str | None, device: str = "cpu"
+    folder: Path, out: Path, ids: Sequence[tuple[int, int]], data: str | None, device: str = "auto"
 ) -> list[Path]:
     """sae-dashboard's page of each layer, of chosen features of a run. Raises DashboardError."""
     require_dashboard()

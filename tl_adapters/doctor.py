@@ -22,6 +22,7 @@ from tl_adapters.chat import ChatFormat
 from tl_adapters.checkpoints import locate, mlp_tensor_names, read_config, read_vocabulary, remote_or_local_names
 from tl_adapters.compatibility import Finding, compare_configs, compare_vocabularies
 from tl_adapters.config import RunConfig
+from tl_adapters.devices import resolve_device
 from tl_adapters.errors import UserError
 from tl_adapters.fitting import last_part
 from tl_adapters.identity import ModelSamples, recorded_samples
@@ -33,7 +34,7 @@ _GB = 1e9
 
 
 def examine(
-    config: RunConfig, out: Path = Path(), device: str = "cpu", adapters: str | Path | None = None
+    config: RunConfig, out: Path = Path(), device: str = "auto", adapters: str | Path | None = None
 ) -> list[Finding]:
     """Check the pair, the data and the machine for the run that ``config`` describes, to be written under ``out``.
 
@@ -259,6 +260,7 @@ def estimate(config: RunConfig, described: PretrainedConfig, longest: int = 0) -
 
 
 def _memory(size: Size, device: str) -> Iterator[Finding]:
+    device = str(resolve_device(device))
     if device.startswith("cuda"):
         free, where = torch.cuda.mem_get_info(device)[0], device
     else:

@@ -1,8 +1,11 @@
 """What features do to the logits directly: the row they write, through the final norm's weight and the unembedding.
 
 The final norm's scale differs from token to token and is left out, so effects of one feature compare with each other
-and, in decoder-norm units, features of one model with each other; they are no differences of logits. Each row is less
-its mean over the vocabulary, which changes no probability.
+and, in decoder-norm units, features of one model with each other; they are no differences of logits. Where the MLP has
+a norm behind it (Gemma 2's ln2_post) that norm's weight is part of the effect and its scale is left out, too: it
+differs from layer to layer by more than ten times, so there only features of one layer compare with each other. What a
+feature does at given positions, every scale included, is in `circuit_roles` and in attribution graphs. Each row is
+less its mean over the vocabulary, which changes no probability.
 """
 
 from __future__ import annotations
@@ -44,15 +47,31 @@ class LayerEffects(NamedTuple):
     """Tokens in each of as many equal bins between them."""
 
 
-def logit_effects(pair: PairedModel, layer: int, written: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-    """Effect on the logits of what is written into the residual stream by the MLP of ``layer``; rows have mean 0."""
+def logit_effects(
+    pair: PairedModel,
+    layer: int,
+    written: Float[Tensor, "n d_model"],
+    unembedding: Float[Tensor, "d_vocab d_model"] | None = None,
+) -> Float[Tensor, "n d_vocab"]:
+    """Effect on the logits of what the MLP of ``layer`` writes, on the CPU; rows have mean 0.
+
+    Args:
+        pair: whose norms and unembedding it goes through.
+        layer: of the MLP.
+        written: rows that are written, such as a decoder's.
+        unembedding: the pair's in float32, where a caller has it; None casts it.
+    """
     written = written.detach().to(pair.model.W_E.device).float()
     for norm in (f"blocks.{layer}.ln2_post", "ln_final"):
         if norm == "ln_final" or hasattr(pair.model.blocks[layer], "ln2_post"):
             weight = pair.backend.norm(norm)
             written = written if weight is None else written * weight.float()
-    effects = written @ pair.backend.unembedding().detach().float().T
+    effects = written @ (_unembedding(pair) if unembedding is None else unembedding).T
     return (effects - effects.mean(-1, keepdim=True)).cpu()
+
+
+def _unembedding(pair: PairedModel) -> Float[Tensor, "d_vocab d_model"]:
+    return pair.backend.unembedding().detach().float()
 
 
 @torch.no_grad()
@@ -67,12 +86,12 @@ def layer_effects(
         written: decoder rows, or output rows of neurons, of any norm.
         words: token ids whose effects are kept one by one.
     """
-    chosen = torch.tensor(list(words), dtype=torch.long)
+    chosen, unembedding = torch.tensor(list(words), dtype=torch.long), _unembedding(pair)
     chunks = []
     for rows in written.split(pair.rows_at_once):
         norm = rows.float().norm(dim=-1)
         directions = rows / norm.clamp(min=1e-30)[:, None].to(rows.dtype)
-        chunks.append(_summary(logit_effects(pair, layer, directions), norm.cpu(), chosen))
+        chunks.append(_summary(logit_effects(pair, layer, directions, unembedding), norm.cpu(), chosen))
     return LayerEffects(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from tl_adapters.data import Batch, Trace, batches_by_length, readable_traces
 from tl_adapters.features import ALIVE_FIRINGS
+from tl_adapters.finite import by_place, require_finite_activations
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.losses import token_kl_from_residual
 from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.precision import host_float64, wide
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,19 @@ class DocumentSums:
 
 
 def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048) -> DocumentSums:
-    """One pass over ``traces`` (the target's own greedy text on held-out problems)."""
+    """One pass over ``traces`` (the target's own greedy text on held-out problems). Raises NotFiniteError."""
     traces = readable_traces(traces, pair.model.cfg)
     parts, order = [], []
     for rows, batch in batches_by_length(traces, tokens_per_batch):
         order += rows
-        parts.append(_measure_batch(pair, batch.to(pair.model.W_E.device)))
+        parts.append(_measure_batch(pair, batch.to(pair.model.W_E.device), rows))
     back = torch.tensor(order).argsort()
-    cat = lambda tensors: torch.cat([t.cpu() for t in tensors])[back]  # noqa: E731
+    cat = lambda tensors: torch.cat([host_float64(t) for t in tensors])[back]  # noqa: E731
     joined: dict[str, Any] = {}
     for name in DocumentSums.__dataclass_fields__:
         values = [getattr(part, name) for part in parts]
         if name == "firings":
-            joined[name] = torch.stack(values).sum(0).cpu()
+            joined[name] = torch.stack([host_float64(value) for value in values]).sum(0)
         elif isinstance(values[0], dict):
             joined[name] = {key: cat([v[key] for v in values]) for key in values[0]}
         else:
@@ -82,45 +84,48 @@ def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_
 
 
 @torch.no_grad()
-def _measure_batch(pair: PairedModel, batch: Batch) -> DocumentSums:
+def _measure_batch(pair: PairedModel, batch: Batch, documents: Sequence[int]) -> DocumentSums:
     with pair.routed("target"):
         target = pair.residual_streams(batch.tokens)
     with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
         replacement = pair.residual_streams(batch.tokens)
+    for name, streams in (("target", target), ("replacement", replacement)):
+        require_finite_activations(by_place(streams), batch.real, documents, f"The {name}")
     response, everything = batch.predicting_response, batch.predicting
 
     kl: dict[str, Tensor] = {}
-    kl_all: dict[str, Tensor] = {}
+    places = everything.nonzero(as_tuple=True)  # once: indexing with a mask asks the device how many there are
     for names, final in _variants(pair, target, replacement):
-        tokens = torch.zeros(batch.tokens.shape, dtype=torch.float64, device=final.device)
-        tokens[everything] = token_kl_from_residual(
-            target[-1][everything], final[everything], pair.unembed, pair.rows_at_once
-        ).double()
-        kl |= dict.fromkeys(names, (tokens * response).sum(1))
-        kl_all |= dict.fromkeys(names, tokens.sum(1))
+        tokens = wide(torch.zeros(batch.tokens.shape, device=final.device))
+        tokens[places] = token_kl_from_residual(target[-1][places], final[places], pair.unembed, pair.rows_at_once).to(
+            tokens
+        )
+        kl |= dict.fromkeys(names, torch.stack([(tokens * response).sum(1), tokens.sum(1)]))
+    of_response, of_all = host_float64(torch.stack(list(kl.values()), 1))
 
-    same = torch.zeros(batch.tokens.shape, dtype=torch.float64, device=batch.tokens.device)
-    same[response] = (_top1(pair, target[-1][response]) == _top1(pair, replacement[-1][response])).double()
-    errors = torch.stack([(r - t).double().square().sum(-1) for t, r in zip(target, replacement, strict=True)], -1)
-    energies = torch.stack([t.double().square().sum(-1) for t in target], -1)
-    active = torch.stack([(acts[layer] > 0).sum(-1).double() for layer in range(pair.n_layers)], -1)
-    real, answer = batch.real[..., None].double(), batch.response[..., None].double()
+    same = torch.zeros_like(response)
+    same[places] = _top1(pair, target[-1][places]) == _top1(pair, replacement[-1][places])
+    errors = torch.stack([(wide(r) - wide(t)).square().sum(-1) for t, r in zip(target, replacement, strict=True)], -1)
+    energies = torch.stack([wide(t).square().sum(-1) for t in target], -1)
+    active = torch.stack([(acts[layer] > 0).sum(-1) for layer in range(pair.n_layers)], -1)
+    real, answer = batch.real[..., None], batch.response[..., None]
+    count = lambda x, *dims: x.sum(dims).to(errors)  # noqa: E731
     both = lambda x: torch.stack([(x * real).sum(1), (x * real)[:, 1:].sum(1)], -1)  # noqa: E731
     return DocumentSums(
-        kl=kl,
-        kl_all=kl_all,
-        positions=response.sum(1).double(),
-        positions_all=everything.sum(1).double(),
-        same_top1=same.sum(1),
+        kl=dict(zip(kl, of_response, strict=True)),
+        kl_all=dict(zip(kl, of_all, strict=True)),
+        positions=count(response, 1),
+        positions_all=count(everything, 1),
+        same_top1=count(same & response, 1),
         error=(errors * answer).sum(1),
         energy=(energies * answer).sum(1),
         error_all=both(errors),
         energy_all=both(energies),
-        active=(active * answer).sum(1),
-        active_all=(active * real).sum(1),
-        tokens=batch.response.sum(1).double(),
-        tokens_all=batch.real.sum(1).double(),
-        firings=torch.stack([(acts[layer][batch.real] > 0).sum(0).double() for layer in range(pair.n_layers)]),
+        active=count(active * answer, 1),
+        active_all=count(active * real, 1),
+        tokens=count(batch.response, 1),
+        tokens_all=count(batch.real, 1),
+        firings=torch.stack([count((acts[layer] > 0) & real, 0, 1) for layer in range(pair.n_layers)]),
     )
 
 

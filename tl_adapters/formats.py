@@ -115,7 +115,9 @@ def from_saelens(
     n_layers = forms[0].pop("n_layers", None) or max(layers) + 1
     if any({**form, "n_layers": 0} != {**forms[0], "n_layers": 0} for form in forms):
         raise AdapterFormatError(f"The transcoders in {name} do not belong to one set; choose with sae_ids=.")
-    return AdapterSet(layers, None, AdapterMetadata(**forms[0]), n_layers)
+    result = AdapterSet(layers, None, AdapterMetadata(**forms[0]), n_layers)
+    result.require_finite(str(name))
+    return result
 
 
 def _transcoder_form(folder: Path) -> tuple[int, dict[str, Any]]:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.linear import Rows
+from tl_adapters.linear import Rows, firing_places
 from tl_adapters.paired import PairedModel
 
 Hook = tuple[str, Callable[..., Tensor | None]]
@@ -71,10 +71,7 @@ class GradientModel:
         self.read_by_unembedding = self._read[-1].detach().to(self.dtype)
         self._embedding, self._acts = embedding[0], [acts[layer] for layer in range(self.n_layers)]
         self.pre_activations = [pre[layer][0].detach().to(self.dtype) for layer in range(self.n_layers)]
-        found = [(a[0] > 0).nonzero() for a in self._acts]
-        self.active = torch.cat(
-            [torch.cat([torch.full_like(f[:, :1], layer), f], 1) for layer, f in enumerate(found)]
-        )  # [n_active, 3]: layer, position, index, sorted
+        self.active, found = firing_places([a.detach()[0] for a in self._acts])
         self.activations = torch.cat([a.detach()[0][tuple(f.T)] for a, f in zip(self._acts, found, strict=True)])
         self.offsets = [0, *torch.tensor([len(f) for f in found]).cumsum(0).tolist()]
         self._found = found

@@ -30,6 +30,7 @@ from tl_adapters.architectures import UnsupportedModelError, mlp_activation, req
 from tl_adapters.attention import FusedAttention
 from tl_adapters.checkpoints import PROJECTIONS
 from tl_adapters.masks import reads_whole
+from tl_adapters.precision import float32_logits, linear_in_float32
 from tl_adapters.routing import Backend, MLPWeights, RoutedMLP, WeightsProcessedError
 from tl_adapters.tokenization import give_tokenizer
 
@@ -303,8 +304,13 @@ class HookedBackend(Backend):
         return self.model(resid, start_at_layer=start, stop_at_layer=stop, attention_mask=attention_mask)
 
     def unembed(self, resid: Tensor) -> Tensor:
-        """Final norm and unembedding."""
-        return self.model(resid, start_at_layer=self.model.cfg.n_layers)
+        """Final norm and unembedding; logits are in float32 where the weights have less."""
+        with float32_logits(self.model.unembed, self.unembedding(), self._float32_logits):
+            return self.model(resid, start_at_layer=self.model.cfg.n_layers)
+
+    def _float32_logits(self, resid: Tensor) -> Tensor:
+        module = self.model.unembed
+        return module.hook_out(linear_in_float32(module.hook_in(resid), self.unembedding(), module.b_U))
 
 
 def _base_mlp(target: GatedMLP, weights: dict[str, Tensor]) -> GatedMLP:

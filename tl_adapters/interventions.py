@@ -14,6 +14,7 @@ as the hook point holds them; a store's are these times ``decoder_norm``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -79,12 +80,15 @@ def patched(
 
     Raises InterventionError, also within the block where the pass has another shape than the source.
     """
-    chosen = by_layer(pair, features)
+    chosen, device = by_layer(pair, features), pair.model.W_E.device
     if missing := sorted(set(chosen) - set(source)):
         raise InterventionError(f"The source has no activations of layers {missing}; record them in the other run.")
 
+    # Taken out and moved before the block, not in every pass of it.
+    taken = {layer: source[layer][..., index.to(source[layer].device)].to(device) for layer, index in chosen.items()}
+
     def change(acts: Tensor, layer: int) -> Tensor:
-        given = source[layer][..., chosen[layer].to(source[layer].device)]
+        given = taken[layer]
         if given.shape != acts.shape:
             raise InterventionError(
                 f"The source has activations of shape {tuple(source[layer].shape[:2])} (batch, pos) and this pass is "
@@ -108,8 +112,7 @@ def changed(pair: PairedModel, features: Features, change: Change, positions: Po
     Raises InterventionError for features that the adapters do not have and for negative positions; within the block,
     for a pass from the first token on that is shorter than the positions named (of a generation, that over the prompt).
     """
-    device = pair.model.W_E.device
-    chosen = {layer: index.to(device) for layer, index in by_layer(pair, features).items()}
+    chosen = by_layer(pair, features, pair.model.W_E.device)
     at = None if positions is None else torch.tensor(list(positions), dtype=torch.long)
     if at is not None and len(at) and int(at.min()) < 0:
         raise InterventionError(
@@ -118,7 +121,7 @@ def changed(pair: PairedModel, features: Features, change: Change, positions: Po
     places = None if at is None or not len(at) else _Places(pair, list(chosen), at)
 
     def hook_in(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
-        index = chosen[layer].to(acts.device)
+        index = chosen[layer]
         new = change(acts[..., index], layer)
         if places is not None:
             new = torch.where(places.hit(layer, acts)[..., None], new, acts[..., index])
@@ -187,7 +190,8 @@ def gated(
         route: one with adapters on.
         decoder_bias: keep what the adapters add whatever fires.
     """
-    adapters = pair.installed_adapters()
+    adapters, device = pair.installed_adapters(), pair.model.W_E.device
+    gates = {layer: gates[layer].to(device) for layer in adapters.layer_indices}  # not in every pass
 
     def multiply(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
         return acts * gates[layer].to(acts)
@@ -224,10 +228,10 @@ def only(
     """
     chosen = by_layer(pair, features)
     adapters = pair.installed_adapters()
-    gates = {layer: torch.zeros(adapters.n_features) for layer in adapters.layer_indices}
+    gates = torch.zeros(pair.n_layers, adapters.n_features)
     for layer, index in chosen.items():
-        gates[layer][index] = factor
-    return gated(pair, gates, route, decoder_bias)
+        gates[layer, index] = factor
+    return gated(pair, dict(enumerate(gates.to(pair.model.W_E.device))), route, decoder_bias)
 
 
 def inserted(pair: PairedModel, features: Features, factor: float = 1.0) -> Any:
@@ -240,10 +244,11 @@ def negated(pair: PairedModel, features: Features, scale: float = -0.5) -> Any:
     return only(pair, features, "target+adapter", scale)
 
 
-def by_layer(pair: PairedModel, features: Features) -> dict[int, Tensor]:
+def by_layer(pair: PairedModel, features: Features, device: torch.device | None = None) -> dict[int, Tensor]:
     """Layer to the indices chosen in it, each once; every intervention takes its features through here.
 
-    Raises InterventionError, and ForeignFeaturesError for features of other adapters.
+    They are moved to ``device`` together. Raises InterventionError, and ForeignFeaturesError for features of other
+    adapters.
     """
     adapters, features = pair.installed_adapters(), list(features)
     adapters.require_own(features)
@@ -255,5 +260,6 @@ def by_layer(pair: PairedModel, features: Features) -> dict[int, Tensor]:
             f"There are no features {shown}; the adapters have {adapters.n_features}, from 0, in each of the layers "
             f"{adapters.layer_indices}."
         )
-    layers = sorted({f.layer for f in wanted})
-    return {layer: torch.tensor([f.index for f in wanted if f.layer == layer]) for layer in layers}
+    sizes = Counter(f.layer for f in wanted)
+    indices = torch.tensor([f.index for f in wanted], dtype=torch.long, device=device)
+    return dict(zip(sizes, indices.split(list(sizes.values())), strict=True))

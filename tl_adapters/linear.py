@@ -17,6 +17,7 @@ No autograd graph: memory is the coefficients plus batch x (positions x d_model 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -105,12 +106,10 @@ class FrozenModel:
         self.pre_activations = [
             self._cached(f"blocks.{layer}.mlp.adapter.hook_sae_acts_pre") for layer in range(self.n_layers)
         ]
-        found = [(a > 0).nonzero() for a in acts]
-        self.active = torch.cat(
-            [torch.cat([torch.full_like(f[:, :1], layer), f], 1) for layer, f in enumerate(found)]
-        )  # [n_active, 3]: layer, position, index, sorted
+        self.active, found = firing_places(acts)
         self.activations = torch.cat([a[tuple(f.T)] for a, f in zip(acts, found, strict=True)])
         self.offsets = [0, *torch.tensor([len(f) for f in found]).cumsum(0).tolist()]
+        self._first_of = _first_of_position(self.active, self.n_layers, self.n_tokens)
         self.layers = [self._layer(pair, layer, acts[layer], found[layer]) for layer in range(self.n_layers)]
         self.encoders = [adapter.W_enc.detach().to(self.dtype) for adapter in pair.installed_adapters()]
         self.b_enc = [adapter.b_enc.detach().to(self.dtype) for adapter in pair.installed_adapters()]
@@ -203,12 +202,11 @@ class FrozenModel:
         """From resid_post of layer k to its resid_mid; reads off its features, its b_dec and, where frozen, its MLP."""
         c, window = self.layers[k], slice(self.start, stop)
         write = grad if c.out_of_mlp is None else grad * c.out_of_mlp[window]
-        inside = (c.positions >= self.start) & (c.positions < stop)
-        if bool(inside.any()):
-            where = self.offsets[k] + inside.nonzero()[:, 0]
-            out.features[:, where] = torch.einsum(
-                "bnd,nd->bn", write[:, c.positions[inside] - self.start], c.decoders[inside]
-            )
+        inside = slice(self._first_of[k][self.start], self._first_of[k][stop])  # a layer's features come by position
+        where = slice(self.offsets[k] + inside.start, self.offsets[k] + inside.stop)
+        out.features[:, where] = torch.einsum(
+            "bnd,nd->bn", write[:, c.positions[inside] - self.start], c.decoders[inside]
+        )
         out.decoder_biases.add_(write.sum(1) @ c.b_dec)
         if self.linearisation == "frozen_mlp":
             out.errors[:, k, window] = torch.einsum("btd,td->bt", write, c.base_out[window])
@@ -233,6 +231,25 @@ class FrozenModel:
         if c.b_v is not None:
             out.biases.add_(torch.einsum("bkhd,hd->b", mixed, c.b_v))
         return grad + (mixed.flatten(2) @ c.w_v.to(self.dtype)) * c.into_attention[window]
+
+
+def firing_places(acts: Sequence[Float[Tensor, "pos n_features"]]) -> tuple[Int[Tensor, "n 3"], list[Tensor]]:
+    """What fires as (layer, position, index), sorted, and the same by layer as [n, 2]; the device is waited for once.
+
+    Args:
+        acts: of every layer.
+    """
+    active = torch.stack([a > 0 for a in acts]).nonzero()
+    sizes = torch.bincount(active[:, 0].cpu(), minlength=len(acts)).tolist()
+    return active, list(active[:, 1:].split(sizes))
+
+
+def _first_of_position(active: Int[Tensor, "n 3"], n_layers: int, n_tokens: int) -> list[list[int]]:
+    """Per layer and position (and one more): how many of the layer's active features stand before it."""
+    counts = torch.zeros(n_layers, n_tokens + 1, dtype=torch.long)
+    layer, position, _ = active.cpu().T
+    counts.index_put_((layer, position + 1), torch.ones_like(layer), accumulate=True)
+    return counts.cumsum(1).tolist()
 
 
 _NEEDED = (

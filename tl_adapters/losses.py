@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_adapters.precision import at_least_float32, wide
+
 Unembed = Callable[[Tensor], Tensor]
 """[n, d_model] to logits [n, d_vocab]: final norm, unembedding and soft cap."""
 
@@ -20,8 +22,12 @@ Unembed = Callable[[Tensor], Tensor]
 def kl_per_token(
     target_logits: Float[Tensor, "*batch d_vocab"], logits: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
-    """KL(target || model) of the next-token distributions."""
-    target_logprobs, logprobs = (F.log_softmax(_at_least_float32(x), -1) for x in (target_logits, logits))
+    """KL(target || model) of the next-token distributions, in float32 at least.
+
+    Rounding in float32 is below 1e-5 nats (and 1e-5 of the value), and all there is of negative values; they are not
+    clamped, which would bias means. Logits of a low-precision model are to come from `PairedModel.unembed`.
+    """
+    target_logprobs, logprobs = (F.log_softmax(at_least_float32(x), -1) for x in (target_logits, logits))
     return (target_logprobs.exp() * (target_logprobs - logprobs)).sum(-1)
 
 
@@ -56,20 +62,20 @@ class _KLFromResidual(torch.autograd.Function):
         ctx: Any, target_resid: Tensor, resid: Tensor, mask: Tensor, unembed: Unembed, rows_at_once: int
     ) -> Tensor:
         targets, rows = target_resid[mask], resid.detach()[mask]
-        grads, total = torch.zeros_like(rows), rows.new_zeros((), dtype=torch.float64)
+        grads, sums = torch.zeros_like(rows), [at_least_float32(rows.new_zeros(()))]
         for chunk in _chunks(len(rows), rows_at_once):
             with torch.no_grad():
-                target_logprobs = F.log_softmax(_at_least_float32(unembed(targets[chunk])), -1)
+                target_logprobs = F.log_softmax(at_least_float32(unembed(targets[chunk])), -1)
             with torch.set_grad_enabled(ctx.needs_input_grad[1]):
                 row = rows[chunk].requires_grad_(ctx.needs_input_grad[1])
                 logits = unembed(row)
-            logprobs = F.log_softmax(_at_least_float32(logits.detach()), -1)
+            logprobs = F.log_softmax(at_least_float32(logits.detach()), -1)
             probs = target_logprobs.exp()
-            total += (probs * (target_logprobs - logprobs)).sum()
+            sums.append((probs * (target_logprobs - logprobs)).sum())
             if ctx.needs_input_grad[1]:  # d KL(p || softmax(z)) / dz = softmax(z) - p
                 grads[chunk] = torch.autograd.grad(logits, row, (logprobs.exp() - probs).to(logits.dtype))[0]
         ctx.save_for_backward(grads / len(rows), mask)
-        return (total / len(rows)).to(_at_least_float32(resid[:0]).dtype)
+        return (wide(torch.stack(sums)).sum() / len(rows)).to(sums[0].dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, None, None, None]:
@@ -93,10 +99,6 @@ def _chunks(n: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 def squared_error_ratio(
     target_resid: Float[Tensor, "batch pos d_model"],
     resid: Float[Tensor, "batch pos d_model"],
@@ -106,9 +108,9 @@ def squared_error_ratio(
 
     Term 4 is its mean over the residual stream at the embedding (where it is 0) and after every layer.
     """
-    weights = mask[..., None].to(_at_least_float32(resid[:0]).dtype)
-    target = _at_least_float32(target_resid)
-    error = ((_at_least_float32(resid) - target).square() * weights).sum()
+    weights = mask[..., None].to(at_least_float32(resid[:0]).dtype)
+    target = at_least_float32(target_resid)
+    error = ((at_least_float32(resid) - target).square() * weights).sum()
     return error / (target.square() * weights).sum()
 
 

@@ -30,6 +30,7 @@ from tl_adapters.fingerprints import differing
 from tl_adapters.fitting import adapter_scale
 from tl_adapters.intervals import wilson
 from tl_adapters.paired import PairedModel
+from tl_adapters.precision import host_float64, wide
 from tl_adapters.views import escape, table, with_interval
 
 SAME = 0.9
@@ -192,26 +193,32 @@ def _target_inputs(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch:
         batch = batch.to(pair.model.W_E.device)
         with pair.routed("target"), pair.recorded("mlp.hook_in") as read:
             pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
-        yield [read[layer][batch.real] for layer in range(pair.n_layers)]
+        places = batch.real.nonzero(as_tuple=True)
+        yield [read[layer][places] for layer in range(pair.n_layers)]
 
 
 class _InputMoments:
     """Mean and covariance of what every layer's MLP reads, summed over batches."""
 
     def __init__(self, pair: PairedModel) -> None:
-        zeros = torch.zeros(pair.n_layers, pair.model.cfg.d_model, dtype=torch.float64, device=pair.model.W_E.device)
+        zeros = wide(torch.zeros(pair.n_layers, pair.model.cfg.d_model, device=pair.model.W_E.device))
         self.n, self.sums = 0, zeros
         self.products = [torch.diag(row) for row in zeros]
+        self.about: list[Tensor] = []
+        """Per layer the first batch's mean, subtracted from everything: a large mean would cancel in float32."""
 
     def add(self, inputs: Sequence[Tensor]) -> None:
         self.n += len(inputs[0])
+        self.about = self.about or [wide(x).mean(0) for x in inputs]
         for layer, x in enumerate(inputs):
-            self.sums[layer] += x.double().sum(0)
-            self.products[layer] += x.double().T @ x.double()
+            moved = wide(x) - self.about[layer]
+            self.sums[layer] += moved.sum(0)
+            self.products[layer] += moved.T @ moved
 
     def covariance(self, layer: int) -> Float[Tensor, "d_model d_model"]:
-        mean = self.sums[layer] / self.n
-        return self.products[layer] / self.n - torch.outer(mean, mean)
+        """Of one layer, on the CPU in float64."""
+        mean = host_float64(self.sums[layer]) / self.n
+        return host_float64(self.products[layer]) / self.n - torch.outer(mean, mean)
 
 
 class _Reader:
@@ -248,17 +255,18 @@ class _Reader:
         return self.acts(layer, x)[:, self.alive[layer]]
 
     def encoders(self, layer: int) -> Float[Tensor, "d_model alive"]:
-        weight, scale = self.adapters[layer].W_enc[:, self.alive[layer]].double(), self.scales[layer]
-        return weight if scale is None else weight * scale.double()[:, None]
+        weight, scale = host_float64(self.adapters[layer].W_enc[:, self.alive[layer]]), self.scales[layer]
+        return weight if scale is None else weight * host_float64(scale)[:, None]
 
     def decoders(self, layer: int) -> Float[Tensor, "alive d_model"]:
-        return self.adapters[layer].W_dec[self.alive[layer]].double()
+        return host_float64(self.adapters[layer].W_dec[self.alive[layer]])
 
     def rates(self, tokens: int) -> dict[FeatureId, float]:
+        firings = {layer: self.firings[layer].tolist() for layer in self.alive}
         return {
-            FeatureId(layer, int(i)): int(self.firings[layer][i]) / tokens
+            FeatureId(layer, i): firings[layer][i] / tokens
             for layer, index in self.alive.items()
-            for i in index
+            for i in index.tolist()
         }
 
 
@@ -272,10 +280,10 @@ class _ProductSums:
     def add(self, a: Float[Tensor, "n n_a"], b: Float[Tensor, "n n_b"]) -> None:
         self.n += len(a)
         parts = (a.sum(0), a.square().sum(0), b.sum(0), b.square().sum(0), a.T @ b.to(a.dtype))
-        self.sums = [total + part.double() for total, part in zip(self.sums, parts, strict=True)]
+        self.sums = [total + wide(part) for total, part in zip(self.sums, parts, strict=True)]
 
     def correlation(self) -> Float[Tensor, "n_a n_b"]:
-        a, aa, b, bb, ab = (total / self.n for total in self.sums)
+        a, aa, b, bb, ab = (host_float64(total) / self.n for total in self.sums)
         spread = torch.outer(aa - a.square(), bb - b.square()).clamp(min=1e-300).sqrt()
         return (ab - torch.outer(a, b)) / spread
 
@@ -288,9 +296,10 @@ def _match_layer(
     a, b = (reader.encoders(layer).T for reader in (ours, theirs))
     values, vectors = torch.linalg.eigh(moments.covariance(layer))
     root = vectors * values.clamp(min=0).sqrt()
-    figures = torch.stack([correlation, decoders, _cosines(a, b), _cosines(a @ root, b @ root)], -1).cpu()
-    for i, j in one_to_one((correlation + decoders).cpu()):
-        yield Match(layer, int(ours.alive[layer][i]), int(theirs.alive[layer][j]), *figures[i, j].tolist())
+    figures = torch.stack([correlation, decoders, _cosines(a, b), _cosines(a @ root, b @ root)], -1)
+    mine, its = ours.alive[layer].tolist(), theirs.alive[layer].tolist()
+    for i, j in one_to_one(correlation + decoders):
+        yield Match(layer, mine[i], its[j], *figures[i, j].tolist())
 
 
 def one_to_one(scores: Float[Tensor, "n_a n_b"]) -> list[tuple[int, int]]:

@@ -29,6 +29,8 @@ from tl_adapters.activations import smallest_active, step
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.config import LossWeights
 from tl_adapters.data import Batch
+from tl_adapters.errors import UserError
+from tl_adapters.finite import by_place, require_finite_activations
 from tl_adapters.losses import (
     active_features,
     kl_from_residual,
@@ -39,6 +41,7 @@ from tl_adapters.losses import (
     token_kl_from_residual,
 )
 from tl_adapters.paired import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
+from tl_adapters.precision import host_float64, wide
 from tl_adapters.transcoder import TranscoderAdapter
 
 
@@ -64,10 +67,28 @@ class StepTerms:
     """Smallest activation per layer that the replacement's pass let through, of batchtopk only."""
 
 
+class PrecisionError(UserError, ValueError):
+    """A dtype in which the figures would be wrong."""
+
+
+def require_trainable(pair: PairedModel) -> None:
+    """Raises PrecisionError for a float16 model: its gradients are too small for that dtype, and vanish."""
+    if pair.model.cfg.dtype == torch.float16:
+        raise PrecisionError(
+            "Adapters cannot be trained through a float16 model: most of the KL's gradient is smaller than float16's "
+            "smallest numbers and would vanish. Load the models with dtype bfloat16, which needs as much memory, or "
+            "float32 (dtype=, --dtype). Adapters that are trained can be used in float16."
+        )
+
+
 def reference_step(
     pair: PairedModel, batch: Batch, cut: int, weights: LossWeights, sparsity_weight: float
 ) -> StepTerms:
-    """The step as the formulas read: six whole passes, one graph. Adds gradients to the adapters' ``.grad``."""
+    """The step as the formulas read: six whole passes, one graph. Adds gradients to the adapters' ``.grad``.
+
+    Raises PrecisionError for a float16 model.
+    """
+    require_trainable(pair)
     with pair.installed_adapters().training_on(batch.real):
         return _reference_step(pair, batch, cut, weights, sparsity_weight)
 
@@ -107,7 +128,11 @@ def _reference_step(
 def shared_prefix_step(
     pair: PairedModel, batch: Batch, cut: int, weights: LossWeights, sparsity_weight: float, want_l0: bool = False
 ) -> StepTerms:
-    """The same step with shared prefixes and one pass's graph at a time. Adds gradients to the adapters' ``.grad``."""
+    """The same step with shared prefixes and one pass's graph at a time. Adds gradients to the adapters' ``.grad``.
+
+    Raises PrecisionError for a float16 model.
+    """
+    require_trainable(pair)
     with pair.installed_adapters().training_on(batch.real):
         return _shared_prefix_step(pair, batch, cut, weights, sparsity_weight, want_l0)
 
@@ -201,32 +226,40 @@ def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any
     """Output KL, NMSE and L0 by layer of the replacement, as means over all counted tokens of ``batches``.
 
     Without cuts and weights, so that runs with other weights compare. NMSE is a ratio of sums over all batches.
+    Raises NotFiniteError.
     """
     n = pair.n_layers
     kl, positions, tokens = 0.0, 0, 0
-    errors, energies, active = (torch.zeros(n + 1, dtype=torch.float64) for _ in range(3))
+    errors, energies = torch.zeros(2, n + 1, dtype=torch.float64)
+    active = torch.zeros(n, dtype=torch.float64)
     for batch in batches:
         batch = batch.to(pair.model.W_E.device)
         with pair.routed("target"):
             target = pair.residual_streams(batch.tokens)
         with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
             replacement = pair.residual_streams(batch.tokens)
+        for name, streams in (("target", target), ("replacement", replacement)):
+            require_finite_activations(by_place(streams), batch.real, range(len(batch.tokens)), f"Validation, {name}")
         predicting, counted = batch.predicting, batch.counted
         values = token_kl_from_residual(
             target[-1][predicting], replacement[-1][predicting], pair.unembed, pair.rows_at_once
         )
         kl, positions, tokens = kl + float(values.sum()), positions + len(values), tokens + int(counted.sum())
-        for place, (ours, theirs) in enumerate(zip(replacement, target, strict=True)):
-            errors[place] += (ours[counted].double() - theirs[counted].double()).square().sum().cpu()
-            energies[place] += theirs[counted].double().square().sum().cpu()
-        for layer in range(n):
-            active[layer] += (acts[layer][counted] > 0).sum().cpu()
+        both = list(zip(replacement, target, strict=True))
+        errors += host_float64(torch.stack([_squares(wide(ours) - wide(theirs), counted) for ours, theirs in both]))
+        energies += host_float64(torch.stack([_squares(wide(theirs), counted) for _, theirs in both]))
+        active += host_float64(torch.stack([((acts[i] > 0) & counted[..., None]).sum() for i in range(n)]))
     return {
         "output_kl": kl / positions,
         "nmse": float((errors / energies).mean()),
-        "l0": (active[:n] / tokens).tolist(),
+        "l0": (active / tokens).tolist(),
         "tokens": tokens,
     }
+
+
+def _squares(x: Tensor, counted: Tensor) -> Tensor:
+    """Sum of squares over the tokens that count, without asking the device how many there are."""
+    return x.square().sum(-1).where(counted, 0.0).sum()
 
 
 def _weighted_sum(

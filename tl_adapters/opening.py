@@ -23,23 +23,31 @@ BUILTIN_TRACES = 20_000
 """Training documents of the built-in pair."""
 
 
-def load_builtin_pair(device: str = "cpu", dtype: torch.dtype | None = None, backend: str | None = None) -> PairedModel:
-    """The pair that ships with the package."""
+def load_builtin_pair(
+    device: str = "auto", dtype: torch.dtype | None = None, backend: str | None = None
+) -> PairedModel:
+    """The pair that ships with the package. ``device``: "auto" is the first there is of cuda, mps and cpu."""
     return PairedModel.from_pretrained(
         organism.BUILTIN_BASE, organism.BUILTIN_TARGET, device=device, dtype=dtype, backend=backend
     )
 
 
-def open_pair(config: RunConfig, device: str = "cpu") -> PairedModel:
-    """The pair that a configuration names. Raises what `PairedModel.from_pretrained` raises."""
+def open_pair(config: RunConfig, device: str = "auto") -> PairedModel:
+    """The pair that a configuration names, on ``device`` ("auto": the first there is of cuda, mps and cpu).
+
+    Raises what `PairedModel.from_pretrained` raises.
+    """
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     if not config.target:
         return load_builtin_pair(device, dtype, config.backend)
     return PairedModel.from_pretrained(config.base, config.target, device=device, dtype=dtype, backend=config.backend)
 
 
-def open_run(folder: Path, device: str = "cpu", dtype: Dtype | None = None) -> PairedModel:
-    """The pair of a run with its adapters in place. Raises UserError where the run has none yet."""
+def open_run(folder: Path, device: str = "auto", dtype: Dtype | None = None) -> PairedModel:
+    """The pair of a run with its adapters in place, on ``device`` ("auto": the first there is of cuda, mps and cpu).
+
+    Raises UserError where the run has no adapters yet, and DeviceError.
+    """
     require_adapters(folder)
     adapters = AdapterSet.from_pretrained(folder / "adapters")
     config = RunConfig.load(folder / "config.json")

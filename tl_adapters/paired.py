@@ -43,6 +43,7 @@ from tl_adapters.architectures import load_hf_model
 from tl_adapters.backends import backend_of, build_model
 from tl_adapters.compatibility import PairMismatchError
 from tl_adapters.config import ActivationName, TrainingConfig
+from tl_adapters.devices import resolve_device
 from tl_adapters.fingerprints import fingerprint
 from tl_adapters.fitting import adapter_scale, require_belonging
 from tl_adapters.identity import ModelSamples, base_samples
@@ -128,8 +129,9 @@ class PairedModel:
         Args:
             base, target: a folder, a hub name, or a Hugging Face model already loaded.
             dtype: of the model's weights; None keeps the target's own.
-            device: where the weights go; None leaves them where they are (a folder's on the CPU). A model in memory
-                is moved and cast in place, as its own ``.to`` does.
+            device: where the weights go. None is "auto" for a folder or a hub name, the first there is of cuda, mps
+                and cpu, and leaves a model in memory where it is; where a device is named, that is moved there and cast
+                in place, as its own ``.to`` does.
             tokenizer: the target's; None reads it from the target's folder, where there is one.
             backend: "hooked" (HookedTransformer) or "bridge" (TransformerBridge); None takes the first that the
                 installed TransformerLens has.
@@ -138,13 +140,16 @@ class PairedModel:
             UnsupportedModelError: an architecture or option that would not be exact.
             PairMismatchError: MLPs of different shapes or activations.
             CheckpointError: missing or damaged files.
+            DeviceError: a device that this machine does not have.
         """
+        stays = isinstance(target, PreTrainedModel) and device is None
+        where = None if stays else resolve_device(device)
         require_pair(base, target)
         base_mlps = read_base_mlps(base, model_config(target)["num_hidden_layers"])
         if isinstance(target, PreTrainedModel):
-            hf_target = target.to(device=device or target.device, dtype=dtype or target.dtype)
+            hf_target = target.to(device=where or target.device, dtype=dtype or target.dtype)
         else:
-            hf_target, tokenizer = load_hf_model(target, dtype, device, tokenizer)
+            hf_target, tokenizer = load_hf_model(target, dtype, where, tokenizer)
         return cls(
             build_model(hf_target, tokenizer, backend),
             base_mlps,
@@ -360,7 +365,7 @@ class PairedModel:
     def load_adapters(self, adapters: AdapterSet) -> None:
         """Put adapters in place; they share their weights with ``adapters``.
 
-        Raises PairMismatchError where depth, width or content show that they belong elsewhere.
+        Raises PairMismatchError where depth, width or content show that they belong elsewhere, and NotFiniteError.
         """
         planted = adapters.metadata.fingerprints.get("planted")
         if planted is not None and planted != self.fingerprints.get("planted"):
@@ -369,6 +374,7 @@ class PairedModel:
                 f"{self.target_id or 'a model'} without those features. Plant them again: "
                 "PairedModel.plant(base, planted)."
             )
+        adapters.require_finite("These adapters")
         require_belonging(adapters, self.backend, self.target_id, self._base_samples, self.base_id, self.fingerprints)
         scales = {layer: adapter_scale(adapters, self.backend, layer) for layer in adapters.layer_indices}
         self.adapters = adapters.to(self.model.W_E.device)
@@ -456,7 +462,11 @@ class PairedModel:
             yield latest
 
     def unembed(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        """Final norm and unembedding."""
+        """Final norm and unembedding; logits are in float32 at least.
+
+        A bfloat16 or float16 model itself rounds logits to its own dtype (bfloat16 to steps of 0.125 around 20), which
+        is more noise than many a divergence that is measured here.
+        """
         flat = resid.flatten(0, -2)[None]
         return self.backend.unembed(flat)[0].unflatten(0, resid.shape[:-1])
 

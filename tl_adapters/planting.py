@@ -28,6 +28,7 @@ from tl_adapters.faithfulness import faithfulness_block, measure_faithfulness
 from tl_adapters.features import ALIVE_FIRINGS
 from tl_adapters.matching import Matching, Share, match_features, shares_table
 from tl_adapters.paired import PairedModel
+from tl_adapters.precision import host_float64, wide
 from tl_adapters.references import ModelReference
 from tl_adapters.results import plain
 from tl_adapters.training import train
@@ -86,12 +87,12 @@ class _Inputs:
 
     def __init__(self, x: Float[Tensor, "n d_model"]) -> None:
         self.x = x
-        self.mean = sum((part.double().sum(0) for part in x.split(2**14)), torch.zeros_like(x[0].double())) / len(x)
-        moment = sum(((p := part.double() - self.mean).T @ p for part in x.split(2**14)), torch.zeros(()).to(self.mean))
-        values, vectors = torch.linalg.eigh(moment / len(x))
+        self.mean = sum((wide(part).sum(0) for part in x.split(2**14)), torch.zeros_like(wide(x[0]))) / len(x)
+        moment = sum(((p := wide(part) - self.mean).T @ p for part in x.split(2**14)), torch.zeros(()).to(self.mean))
+        values, vectors = torch.linalg.eigh(host_float64(moment) / len(x))
         values, vectors = values.flip(0), vectors.flip(1)
         kept = int((values.cumsum(0) < VARIANCE_KEPT * values.sum()).sum()) + 1
-        self.whiten = vectors[:, :kept] / values[:kept].sqrt()
+        self.whiten = (vectors[:, :kept] / values[:kept].sqrt()).to(self.mean)
 
     def direction(self, wanted: Float[Tensor, "k"]) -> Float[Tensor, "d_model"]:
         """The encoder of a direction in whitened coordinates; what it reads off has variance 1."""
@@ -99,7 +100,7 @@ class _Inputs:
 
     def towards(self, chosen: Tensor) -> Float[Tensor, "d_model"]:
         """The encoder that best tells the chosen tokens from the others (Fisher's discriminant)."""
-        return self.direction((self.x[chosen].double().mean(0) - self.mean) @ self.whiten)
+        return self.direction((wide(self.x[chosen]).mean(0) - self.mean) @ self.whiten)
 
     def scores(self, encoder: Float[Tensor, "d_model"]) -> Float[Tensor, "n"]:
         """What an encoder reads off, with mean 0."""
@@ -185,7 +186,7 @@ def plant_features(
                 )
                 used.add(found.tokens)
                 _write(adapter, index, found, inputs.mean, size, generator)
-                fires = float((found.activations > 0).double().mean())
+                fires = int((found.activations > 0).sum()) / len(found.activations)
                 where = FeatureId(layer, index)
                 records.append(PlantedFeature(where, kind, rate, fires, found.tokens, found.purity))
             streams = [pair.run_blocks(resid, layer, layer + 1) for resid in streams]
@@ -201,8 +202,8 @@ def _mlp_input(pair: PairedModel, resid: Tensor, batch: Batch, layer: int) -> Te
 def _output_size(pair: PairedModel, layer: int, x: Tensor) -> float:
     """Root mean square of the length of the base MLP's output."""
     _, base = pair.mlps[layer].weights()
-    total = sum(float((base.neurons(part) @ base.W_out).double().square().sum()) for part in x.split(2**14))
-    return math.sqrt(total / len(x))
+    sums = torch.stack([wide(base.neurons(part) @ base.W_out).square().sum() for part in x.split(2**14)])
+    return math.sqrt(float(host_float64(sums).sum()) / len(x))
 
 
 def _texts(batches: Sequence[Batch], d_vocab: int) -> list[Int[Tensor, "n"]]:
@@ -240,7 +241,8 @@ def _text_feature(
             encoder = inputs.towards(chosen)
             cut = None if tokens in used else _cut(inputs.scores(encoder), rate)
             if cut is not None:
-                purity = float(chosen[cut[1] > 0].double().mean())
+                fires = cut[1] > 0
+                purity = int((chosen & fires).sum()) / int(fires.sum())
                 if best is None or purity > (best.purity or 0):
                     best = _Found(encoder, *cut, tokens, purity)
     if best is None:
@@ -255,7 +257,7 @@ def _direction_feature(inputs: _Inputs, rate: float, generator: torch.Generator)
     """A random direction that has no crowd of equal inputs at its threshold."""
     for _ in range(10 * TRIES):
         wanted = torch.randn(inputs.whiten.shape[1], generator=generator, dtype=torch.float64)
-        encoder = inputs.direction(wanted.to(inputs.whiten.device))
+        encoder = inputs.direction(wanted.to(inputs.whiten))
         if (cut := _cut(inputs.scores(encoder), rate)) is not None:
             return _Found(encoder, *cut)
     raise PlantingError(f"No direction fires on a share of {rate:g} of these tokens; give more varied traces.")
@@ -283,7 +285,7 @@ def _write(
 ) -> None:
     """One feature's weights; ``size`` is the length of its contribution where it fires (root mean square)."""
     firing = found.activations[found.activations > 0]
-    direction = torch.randn(len(mean), generator=generator, dtype=torch.float64).to(mean.device)
+    direction = torch.randn(len(mean), generator=generator, dtype=torch.float64).to(mean)
     adapter.W_enc[:, index] = found.encoder.to(adapter.W_enc.dtype)
     adapter.b_enc[index] = -float(mean @ found.encoder) - found.threshold
     adapter.W_dec[index] = (direction / direction.norm() * size / firing.square().mean().sqrt()).to(adapter.W_dec.dtype)

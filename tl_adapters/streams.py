@@ -20,6 +20,7 @@ from tl_adapters.data import Trace, batches_by_length, readable_traces
 from tl_adapters.features import Stream
 from tl_adapters.intervals import Figure, bootstrap_ratio
 from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.precision import host_float64, wide
 
 MLP_INPUT = "mlp.hook_in"
 
@@ -81,14 +82,19 @@ def stream_agreement(
             with reading(pair, stream), pair.recorded(ACTIVATIONS) as recorded:
                 pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
             acts[stream] = dict(recorded)
-        for place, layer in enumerate(layers):
+        counts, products = [], []
+        for layer in layers:
             a, b = (acts[s][layer].float() * norms[layer] * batch.real[..., None] for s in ("target", "replacement"))
-            counts = [(x > 0).sum((1, 2)).double().cpu() for x in (a * b, a + b, b)]
-            both[place, rows], either[place, rows], replacement[place, rows] = counts
             fires = (a + b) > 0
-            x, y = a[fires].double(), b[fires].double()
-            moments[place] += torch.stack([fires.sum().double(), x.sum(), y.sum(), x @ x, y @ y, x @ y]).cpu()
-    share = lambda over, unit: Figure(*bootstrap_ratio(both[place], over[place]), len(traces), unit, split)  # noqa: E731
+            counts.append(torch.stack([(x > 0).sum((1, 2)) for x in (a * b, a + b, b)]))
+            x, y = wide(a).flatten(), wide(b).flatten()  # zero where neither fires
+            products.append(torch.stack([fires.sum().to(x.dtype), x.sum(), y.sum(), x @ x, y @ y, x @ y]))
+        both[:, rows], either[:, rows], replacement[:, rows] = host_float64(torch.stack(counts, 1))
+        moments += host_float64(torch.stack(products))
+
+    def share(place: int, over: Tensor, unit: str) -> Figure:
+        return Figure(*bootstrap_ratio(both[place], over[place]), len(traces), unit, split)
+
     found = []
     for place, layer in enumerate(layers):
         n, x, y, xx, yy, xy = moments[place].tolist()
@@ -96,8 +102,8 @@ def stream_agreement(
         found.append(
             LayerAgreement(
                 layer,
-                share(either, "firings on both streams, of those on either"),
-                share(replacement, "firings on both streams, of the replacement's"),
+                share(place, either, "firings on both streams, of those on either"),
+                share(place, replacement, "firings on both streams, of the replacement's"),
                 (n * xy - x * y) / spread if spread > 0 else float("nan"),
             )
         )

@@ -97,7 +97,7 @@ QUICK = Scale(
 """A look at everything in a few minutes; the adapters are not yet sparse."""
 
 
-def train_run(config: RunConfig, folder: Path, device: str = "cpu", progress: bool = True) -> None:
+def train_run(config: RunConfig, folder: Path, device: str = "auto", progress: bool = True) -> None:
     """A new run: survey the data, train, write results.json. Raises FolderExistsError before anything is loaded."""
     require_new(folder)
     pair = open_pair(config, device)
@@ -110,7 +110,7 @@ def train_run(config: RunConfig, folder: Path, device: str = "cpu", progress: bo
     train_stage(trainer, folder)
 
 
-def resume_run(folder: Path, device: str = "cpu", progress: bool = True, bad_rows: BadRows | None = None) -> None:
+def resume_run(folder: Path, device: str = "auto", progress: bool = True, bad_rows: BadRows | None = None) -> None:
     """Go on with a run that was stopped. Raises RunFolderError where it cannot be the same run.
 
     ``bad_rows`` replaces the run's own option: a row that stopped it may be left out from now on.
@@ -158,13 +158,13 @@ def train_stage(trainer: Trainer, folder: Path) -> None:
     )
 
 
-def evaluate_run(folder: Path, data: str | None, device: str = "cpu", dtype: Dtype | None = None) -> None:
+def evaluate_run(folder: Path, data: str | None, device: str = "auto", dtype: Dtype | None = None) -> None:
     """Measure a run's adapters: on held-out traces, or (the built-in pair) on its own report split.
 
     Args:
         folder: made by train or demo.
         data: a .jsonl file or a dataset's name; None for the built-in pair's own problems.
-        device: where to run.
+        device: where to run; "auto" is the first there is of cuda, mps and cpu.
         dtype: of the models, instead of the run's.
     """
     require_adapters(folder)
@@ -274,7 +274,7 @@ def baselines_stage(
 
 
 def demo(
-    folder: Path, scale: Scale, device: str = "cpu", dtype: torch.dtype | None = None, progress: bool = True
+    folder: Path, scale: Scale, device: str = "auto", dtype: torch.dtype | None = None, progress: bool = True
 ) -> Path:
     """The whole study on the built-in pair, into ``folder``; returns the path of report.html.
 

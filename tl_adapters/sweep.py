@@ -62,7 +62,7 @@ def sweep(
     *,
     held_out: str | None = None,
     documents: int = 300,
-    device: str = "cpu",
+    device: str = "auto",
     progress: bool = True,
 ) -> list[SweepPoint]:
     """Train and measure adapters for every combination of ``grid``, in a new folder or going on in an earlier one.
@@ -74,7 +74,7 @@ def sweep(
         held_out: a .jsonl file or a dataset's name to measure on; None for the built-in pair's own problems, or for
             what the configuration holds out (``data.validation_fraction`` or ``data.validation_split``).
         documents: how many held-out problems or documents are measured, at most.
-        device: where to run.
+        device: where to run; "auto" is the first there is of cuda, mps and cpu.
         progress: show progress bars.
 
     Returns:
@@ -111,7 +111,7 @@ def sweep(
         return [read_point(point) for point in record["points"]]
 
 
-def resume_sweep(folder: str | Path, device: str = "cpu", progress: bool = True) -> list[SweepPoint]:
+def resume_sweep(folder: str | Path, device: str = "auto", progress: bool = True) -> list[SweepPoint]:
     """Go on with a sweep that was stopped, as it was asked for. Raises what `sweep` raises."""
     record = _read(Path(folder))
     config = RunConfig.from_dict(record["config"])

@@ -35,9 +35,10 @@ from tl_adapters.atomic import DiskFullError
 from tl_adapters.batching import BatchOrder, EncodedDocuments, TracesInMemory, TraceSource
 from tl_adapters.chat import set_template_date
 from tl_adapters.config import RunConfig, TrainingConfig
-from tl_adapters.data import Trace, batches_by_length, readable_traces, require_ids
+from tl_adapters.data import Batch, Trace, batches_by_length, readable_traces, require_ids
 from tl_adapters.errors import UserError
-from tl_adapters.objective import StepTerms, held_out_terms, shared_prefix_step
+from tl_adapters.finite import NotFiniteError, by_place, require_finite_activations
+from tl_adapters.objective import StepTerms, held_out_terms, require_trainable, shared_prefix_step
 from tl_adapters.paired import PairedModel
 from tl_adapters.runfolder import METRICS, VALIDATION, RunFolder
 from tl_adapters.trackers import open_tracker, require_tracker
@@ -90,6 +91,7 @@ class Trainer:
     Raises:
         FolderExistsError: ``folder`` exists; `Trainer.resume` goes on with a run.
         DataError: there is nothing to train on.
+        PrecisionError: the models are in float16.
         TrackerError: the configuration names a tracker that is not installed.
     """
 
@@ -150,6 +152,7 @@ class Trainer:
         validation: Sequence[Trace],
         progress: bool,
     ) -> None:
+        require_trainable(pair)
         require_tracker(config.tracker)  # now: an extra that is missing leaves no folder behind
         self.pair, self.config, self.progress = pair, config, progress
         self.folder = None
@@ -234,8 +237,8 @@ class Trainer:
         cut = random.Random(f"{config.seed}-cut-{step}").randint(weights.lowest_cut, self.pair.n_layers)
         terms = shared_prefix_step(self.pair, batch, cut, weights, sparsity_weight(config, step), want_l0)
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), config.grad_clip)
-        if not (torch.isfinite(terms.total) and torch.isfinite(norm)):
-            raise TrainingError(self._not_finite(terms, float(norm)))
+        if not bool(torch.isfinite(terms.total) & torch.isfinite(norm)):
+            raise TrainingError(self._not_finite(terms, float(norm), batch))
         self.optimizer.step()
         self.optimizer.zero_grad()
         rate = min(1.0, 1 / (THRESHOLD_WINDOW * config.steps))
@@ -244,14 +247,33 @@ class Trainer:
         self.tokens += int(batch.real.sum())
         return terms
 
-    def _not_finite(self, terms: StepTerms, norm: float) -> str:
+    def _not_finite(self, terms: StepTerms, norm: float, batch: Batch) -> str:
         bad = [name for name in TERMS if not math.isfinite(float(getattr(terms, name)))]
         what = ", ".join(bad) or f"the gradient's norm ({norm})"
         kept = ""
         if self.folder is not None:
             last = [path.name for path in self.folder.checkpoints][-1:]
             kept = f" Kept in {self.folder.path}: {last[0] if last else 'no checkpoint yet'}."
-        return f"Step {self.step + 1}: {what} is not finite. Lower lr, or look at the data of this step.{kept}"
+        where = self._where_not_finite(batch) or "The forward passes are finite: lower lr, or grad_clip."
+        return f"Step {self.step + 1}: {what} is not finite. {where}{kept}"
+
+    @torch.no_grad()
+    def _where_not_finite(self, batch: Batch) -> str:
+        """Route, layer and document of the step's batch where activations are not finite; "" where all are."""
+        try:
+            for route in ("target", "replacement"):
+                with self.pair.routed(route):
+                    streams = by_place(self.pair.residual_streams(batch.tokens))
+                require_finite_activations(streams, batch.real, range(len(batch.tokens)), f"In this batch, the {route}")
+        except NotFiniteError as error:
+            return str(error)
+        bad = [
+            f"layer {layer}, {name}"
+            for layer, adapter in zip(self.adapters.layer_indices, self.adapters, strict=True)
+            for name, weight in adapter.named_parameters()
+            if weight.grad is not None and not bool(torch.isfinite(weight.grad).all())
+        ]
+        return f"The first gradient that is not: {bad[0]}. Lower lr, or look at the data of this step." if bad else ""
 
     def _how_to_go_on(self) -> str:
         if self.folder is None:

@@ -20,6 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.attribution import DifferenceTarget, LogitTarget, attribute, resolve_columns
 from tl_adapters.graphs import AttributionGraph, GraphError
 from tl_adapters.paired import ACTIVATIONS, PairedModel, adapters_in_float32
+from tl_adapters.precision import host_float64
 
 LINEARISATIONS = ("relp", "frozen_mlp", "gradient")
 CURVE = (5, 10, 20, 50, 100)
@@ -70,14 +71,25 @@ def total_effects(graph: AttributionGraph, target: int = 0) -> Float[Tensor, "n_
 
 
 @contextmanager
-def _features_scaled(pair: PairedModel, features: Int[Tensor, "n 3"], kept: Bool[Tensor, "batch n"]) -> Iterator[None]:
-    """Row b of the batch runs with the features that ``kept[b]`` leaves out set to zero; all others live."""
+def _features_scaled(
+    pair: PairedModel, features: Int[Tensor, "n 3"], kept: Bool[Tensor, "batch n"], n_positions: int
+) -> Iterator[None]:
+    """Row b of the batch runs with the features that ``kept[b]`` leaves out set to zero; all others live.
+
+    Args:
+        pair, features, kept: see above.
+        n_positions: of the passes; a target may stand before the prompt's end, and features after it are left out.
+    """
+    device, read = pair.model.W_E.device, (features[:, 1] < n_positions).nonzero()[:, 0]
+    read = read[features[read, 0].argsort(stable=True)]
+    sizes = torch.bincount(features[read, 0], minlength=pair.n_layers).tolist()
+    places = features[read].to(device).split(sizes)
+    factors = kept[:, read].to(device).split(sizes, 1)
 
     def zero(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
-        here = (features[:, 0] == layer) & (features[:, 1] < acts.shape[1])  # a target may stand before the end
-        _, position, index = features[here].to(acts.device).T
+        _, position, index = places[layer].T
         acts = acts.clone()
-        acts[:, position, index] *= kept[:, here].to(acts.device, acts.dtype)
+        acts[:, position, index] *= factors[layer].to(acts.dtype)
         return acts
 
     hooks = [(f"blocks.{layer}.{ACTIVATIONS}", partial(zero, layer=layer)) for layer in range(pair.n_layers)]
@@ -99,10 +111,10 @@ def values_with(
     values = []
     for rows in kept.split(batch_size):
         tokens = graph.tokens.to(pair.model.W_E.device)[None, : position + 1].expand(len(rows), -1)
-        with _features_scaled(pair, graph.features, rows):
+        with _features_scaled(pair, graph.features, rows, position + 1):
             residual = pair.run_blocks(pair.embed(tokens), 0, pair.n_layers)[:, position]
         values.append(pair.read_by_unembedding(residual) @ vector)
-    return torch.cat(values).double().cpu()
+    return host_float64(torch.cat(values))
 
 
 def ablation_effects(

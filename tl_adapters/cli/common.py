@@ -29,23 +29,21 @@ def common_parent(quiet: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """--quiet, --seed, --device and --dtype."""
     common = argparse.ArgumentParser(add_help=False, parents=[quiet])
     common.add_argument("--seed", type=int, default=None, help="seed of encoders, document order and cuts (default 0)")
-    common.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    common.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto, the first there is of cuda, mps, cpu)"
+    )
     common.add_argument("--dtype", choices=DTYPES, default=None, help="of the models (default: the target's own)")
     return common
 
 
 def device_of(name: str) -> str:
     """--device, if this machine has it. Raises UserError."""
-    import torch
+    from tl_adapters.devices import DeviceError, resolve_device
 
-    kind = name.partition(":")[0]
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind not in there or not re.fullmatch(r"\w+(:\d+)?", name):
-        raise UserError(f"--device {name!r} is not known; allowed are cpu, cuda, cuda:N and mps.")
-    index = name.partition(":")[2]
-    if not there[kind] or (index and (kind != "cuda" or int(index) >= torch.cuda.device_count())):
-        raise UserError(f"--device {name}: this machine has none, or torch was built without it. Try --device cpu.")
-    return name
+    try:
+        return str(resolve_device(name))
+    except DeviceError as error:
+        raise UserError(f"--{error}") from error
 
 
 def dtype_of(name: str | None):  # type: ignore[no-untyped-def]  # torch is not imported here
