@@ -6,10 +6,14 @@ refused by name: it would be a silently different model.
 
 from __future__ import annotations
 
+import copy
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,8 +23,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tl_adapters.checkpoints import CheckpointError, locate, read_config, tensor_shapes
+from tl_adapters.checkpoints import (
+    PROJECTIONS,
+    CheckpointError,
+    locate,
+    read_config,
+    require_unscaled,
+    require_whole_model,
+    tensor_shapes,
+)
 from tl_adapters.errors import UserError
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "Gemma2ForCausalLM")
 """Supported architectures, as config.json names them."""
@@ -74,12 +88,54 @@ def require_representable(config: PretrainedConfig) -> str:
     return str(architecture)
 
 
+def require_stock_code(config: Mapping[str, Any], name: str | Path) -> None:
+    """Raises UnsupportedModelError for a config.json that names modeling code of its own: it is never run here."""
+    auto_map = config.get("auto_map")
+    named = [auto_map[k] for k in ("AutoModelForCausalLM", "AutoModel") if k in auto_map] if auto_map else []
+    if named:
+        raise UnsupportedModelError(
+            f"The auto_map in config.json of {name} names modeling code of its own ({named[0]}). Such code is never "
+            "run here, and without it the model may be another one. If its weights are those of a stock architecture, "
+            "load it with transformers and trust_remote_code=False, and give the model in place of its name."
+        )
+
+
+def require_plain_mlps(config: Mapping[str, Any], tensors: Iterable[str], name: str | Path) -> None:
+    """Refuse MLPs that are more than their three matrices, as `require_representable` does for a whole model.
+
+    Args:
+        config: what config.json says.
+        tensors: names of all tensors of the checkpoint.
+        name: what the message calls the model.
+
+    Raises:
+        UnsupportedModelError: quantized or biased MLPs, or modeling code of its own.
+    """
+    require_stock_code(config, name)
+    if config.get("quantization_config"):
+        raise UnsupportedModelError(
+            f"{name} has quantized weights (quantization_config in its configuration), whose stored numbers are not "
+            "the weights. Give the checkpoint in bfloat16 or float32."
+        )
+    beside = {f".mlp.{projection}.": f".mlp.{projection}.weight" for projection in PROJECTIONS}
+    for tensor in tensors:
+        for part, weight in beside.items():
+            if part in tensor and not tensor.endswith(weight):
+                raise UnsupportedModelError(
+                    f"{name} has the tensor {tensor}: its MLPs are more than their three weight matrices (a bias, "
+                    "scales of quantized weights, LoRA), and only these are read. Give a plain checkpoint in bfloat16 "
+                    "or float32, with LoRA merged."
+                )
+
+
 def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfig:
     """The folder's configuration.
 
     ``without_adapters`` takes a checkpoint of the paper's authors as the hybrid that it holds.
     Raises CheckpointError, UnsupportedModelError.
     """
+    require_whole_model(folder)
+    require_stock_code(read_config(folder), folder)
     architectures = read_config(folder).get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "none"
     if architecture.endswith(AUTHORS_SUFFIX) and not without_adapters:
@@ -92,7 +148,7 @@ def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfi
         raise UnsupportedModelError(
             f"{folder} is of architecture {architectures}; supported: {', '.join(ARCHITECTURES)}."
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.architectures = [architecture.removesuffix(AUTHORS_SUFFIX)]
     return config
 
@@ -100,7 +156,7 @@ def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfi
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The folder's tokenizer; None where it has no tokenizer files."""
     if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return None
 
 
@@ -120,9 +176,15 @@ def load_hf_model(
     folder = locate(name)
     config = load_config(folder, without_adapters)
     require_representable(config)
-    tensor_shapes(folder)
+    _require_stock_shapes(folder, config)
+    require_unscaled(folder)
     hf_model, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        folder,
+        config=config,
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     if missing := sorted(info["missing_keys"]):
         # transformers would fill these at random and only log it.
@@ -132,3 +194,54 @@ def load_hf_model(
         )
     hf_model.config.name_or_path = str(name)
     return hf_model.to(device or "cpu"), tokenizer or load_tokenizer(folder)
+
+
+def stock_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that ``config`` describes, on the meta device: names, shapes and classes, and no memory."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # needs no other package
+    with torch.device("meta"):
+        return getattr(transformers, require_representable(config))(config)
+
+
+def _require_stock_shapes(folder: Path, config: PretrainedConfig) -> None:
+    """Raises CheckpointError where the files hold other tensors than a model of this configuration has."""
+    expected = {name: tuple(tensor.shape) for name, tensor in stock_model(config).state_dict().items()}
+    for name, shape in tensor_shapes(folder).items():
+        if name in expected and shape != expected[name]:
+            raise CheckpointError(
+                f"{name} of {folder} has shape {shape}, and by its config.json {expected[name]}. Correct config.json "
+                "(vocab_size where embeddings were resized), or save the model again with save_pretrained."
+            )
+        module = name.rpartition(".")[0]
+        if name not in expected and f"{module}.weight" in expected:
+            raise CheckpointError(
+                f"{folder} has the tensor {name}, which a {config.architectures[0]} of this configuration does not "
+                "have: a bias, or a scale of quantized weights, would be left out. Give a checkpoint that its "
+                "config.json describes."
+            )
+
+
+@torch.no_grad()
+def moved(hf_model: PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    """``hf_model`` on that device with parameters of that dtype, in place; None leaves either as it is.
+
+    Unlike the model's own ``.to(dtype)`` this casts no buffers. Rotary frequencies in bfloat16 are wrong by whole
+    turns after a few hundred positions; where an earlier cast rounded them, they are put back, with a warning.
+    """
+    if device is not None:
+        hf_model.to(device)
+    for parameter in hf_model.parameters():
+        if dtype is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    rotary = hf_model.model.rotary_emb
+    if not rotary.inv_freq.is_meta:
+        exact = type(rotary)(hf_model.config).inv_freq.to(rotary.inv_freq.device)
+        rounded = (exact.to(low).to(rotary.inv_freq.dtype) for low in (torch.bfloat16, torch.float16))
+        if any(torch.equal(values, rotary.inv_freq) for values in rounded):
+            log.warning(
+                "A cast of the whole model had rounded its rotary frequencies, which is wrong by whole turns after a "
+                "few hundred positions. They are exact again, as transformers' own dtype= keeps them."
+            )
+            rotary.inv_freq = rotary.original_inv_freq = exact
+    return hf_model

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.adapter import AdapterMetadata, AdapterSet
+from tl_adapters.agreement import record, require_hybrid
 from tl_adapters.architectures import AUTHORS_SUFFIX, load_hf_model
 from tl_adapters.backends import build_model
 from tl_adapters.checkpoints import (
@@ -191,11 +192,13 @@ def authors_pair(
             linear.weight = torch.nn.Parameter(
                 weight.to(linear.weight.device, linear.weight.dtype), requires_grad=False
             )
+    recording = record(hf_model, tokenizer, base_mlps=base_mlps)
     pair = PairedModel(
-        build_model(hf_model, tokenizer, backend),
+        build_model(hf_model, tokenizer, backend, recording),
         base_mlps,
         base=adapters.metadata.base or str(name),
         target=str(target),
     )
+    require_hybrid(pair.mlps, recording)
     pair.load_adapters(adapters)
     return pair

@@ -26,6 +26,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.fitting import last_part
 from tl_adapters.marks import same, stored_marks
 from tl_adapters.organism import BUILTIN
+from tl_adapters.references import require_plain_folder
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
@@ -102,6 +103,13 @@ def _weights(config: RunConfig, base: Path, target: Path, described: PretrainedC
         except UserError as error:
             yield Finding("error", f"{role}'s weights", str(error))
             continue
+        if role == "base":
+            here = name in BUILTIN or Path(name).is_dir()  # of a hub's model only the names of its tensors are here
+            try:
+                require_plain_folder(folder, read_config(folder), names, needed if here else ())
+            except UserError as error:
+                yield Finding("error", "base's weights", str(error))
+                continue
         missing = [tensor for tensor in needed if tensor not in names]
         if missing:
             says = f"{len(missing)} of {len(needed)} MLP tensors are not there, such as {missing[0]}."

@@ -39,7 +39,8 @@ from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.adapter import AdapterMetadata, AdapterSet, TranscoderAdapter
-from tl_adapters.architectures import load_hf_model
+from tl_adapters.agreement import record, require_hybrid
+from tl_adapters.architectures import load_hf_model, moved
 from tl_adapters.backends import backend_of, build_model
 from tl_adapters.compatibility import PairMismatchError
 from tl_adapters.config import ActivationName, TrainingConfig
@@ -47,8 +48,8 @@ from tl_adapters.fingerprints import fingerprint
 from tl_adapters.fitting import adapter_scale, attention_out, base_marks, require_belonging
 from tl_adapters.marks import LayerMarks
 from tl_adapters.references import (
+    GivenModel,
     MLPTensors,
-    ModelReference,
     base_fingerprint,
     model_commit,
     model_config,
@@ -56,6 +57,7 @@ from tl_adapters.references import (
     read_base_mlps,
     require_pair,
     require_shapes,
+    resolve,
 )
 from tl_adapters.routing import ROUTES, Route, RoutedMLP
 
@@ -109,8 +111,8 @@ class PairedModel:
     @classmethod
     def from_pretrained(
         cls,
-        base: ModelReference,
-        target: ModelReference,
+        base: GivenModel,
+        target: GivenModel,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -119,10 +121,12 @@ class PairedModel:
     ) -> PairedModel:
         """A pair from folders, hub names or models in memory.
 
-        The target is loaded once; of the base only the MLP tensors are read. Models in memory are not copied.
+        The target is loaded once; of the base only the MLP tensors are read. Models in memory are not copied. What the
+        pair computes is compared, layer by layer, with what the Hugging Face models compute (see `agreement`).
 
         Args:
-            base, target: a folder, a hub name, or a Hugging Face model already loaded.
+            base, target: a folder, a hub name, or a Hugging Face model already loaded (compiled or in DataParallel,
+                too), with LoRA merged.
             dtype: of the model's weights; None keeps the target's own.
             device: where the weights go; None leaves them where they are (a folder's on the CPU). A model in memory
                 is moved and cast in place, as its own ``.to`` does.
@@ -132,27 +136,33 @@ class PairedModel:
 
         Raises:
             UnsupportedModelError: an architecture or option that would not be exact.
+            DisagreementError: a model that computes something else than its configuration and weights say.
             PairMismatchError: MLPs of different shapes or activations.
             CheckpointError: missing or damaged files.
         """
+        base, target = resolve(base, "base"), resolve(target, "target")
         require_pair(base, target)
         base_mlps = read_base_mlps(base, model_config(target)["num_hidden_layers"])
         if isinstance(target, PreTrainedModel):
-            hf_target = target.to(device=device or target.device, dtype=dtype or target.dtype)
+            hf_target = moved(target, device, dtype)
         else:
             hf_target, tokenizer = load_hf_model(target, dtype, device, tokenizer)
-        return cls(
-            build_model(hf_target, tokenizer, backend),
+        in_memory = base if isinstance(base, PreTrainedModel) else None
+        recording = record(hf_target, tokenizer, in_memory, base_mlps)
+        pair = cls(
+            build_model(hf_target, tokenizer, backend, recording),
             base_mlps,
             base=model_name(base),
             target=model_name(target),
             revisions=(model_commit(base), model_commit(target)),
         )
+        require_hybrid(pair.mlps, recording)
+        return pair
 
     @classmethod
     def plant(
         cls,
-        base: ModelReference,
+        base: GivenModel,
         adapters: AdapterSet,
         *,
         dtype: torch.dtype | None = None,
