@@ -14,7 +14,7 @@ LEVELS = [
     {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"},
     {"architectures", "data", "endpoint", "marks", "transcoder"},
     {"adapter", "chat", "graphs", "likelihoods", "references"},
-    {"features", "harness", "routing", "pruning"},
+    {"features", "harness", "recording", "routing", "pruning"},
     {"agreement", "sources", "hooked", "bridged", "fitting", "graph_files", "parts"},
     {"backends"},
     {"batching", "paired"},

@@ -29,7 +29,6 @@ from tl_adapters.checkpoints import (
     locate,
     read_config,
     require_unscaled,
-    require_whole_model,
     tensor_shapes,
 )
 from tl_adapters.errors import UserError
@@ -134,7 +133,6 @@ def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfi
     ``without_adapters`` takes a checkpoint of the paper's authors as the hybrid that it holds.
     Raises CheckpointError, UnsupportedModelError.
     """
-    require_whole_model(folder)
     require_stock_code(read_config(folder), folder)
     architectures = read_config(folder).get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "none"
@@ -176,8 +174,7 @@ def load_hf_model(
     folder = locate(name)
     config = load_config(folder, without_adapters)
     require_representable(config)
-    _require_stock_shapes(folder, config)
-    require_unscaled(folder)
+    require_stock_files(folder, config)
     hf_model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -204,8 +201,9 @@ def stock_model(config: PretrainedConfig) -> PreTrainedModel:
         return getattr(transformers, require_representable(config))(config)
 
 
-def _require_stock_shapes(folder: Path, config: PretrainedConfig) -> None:
-    """Raises CheckpointError where the files hold other tensors than a model of this configuration has."""
+def require_stock_files(folder: Path, config: PretrainedConfig) -> None:
+    """Raises CheckpointError where a folder's files hold other tensors than a model of its configuration has."""
+    require_unscaled(folder)
     expected = {name: tuple(tensor.shape) for name, tensor in stock_model(config).state_dict().items()}
     for name, shape in tensor_shapes(folder).items():
         if name in expected and shape != expected[name]:
@@ -226,8 +224,9 @@ def _require_stock_shapes(folder: Path, config: PretrainedConfig) -> None:
 def moved(hf_model: PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | None) -> PreTrainedModel:
     """``hf_model`` on that device with parameters of that dtype, in place; None leaves either as it is.
 
-    Unlike the model's own ``.to(dtype)`` this casts no buffers. Rotary frequencies in bfloat16 are wrong by whole
-    turns after a few hundred positions; where an earlier cast rounded them, they are put back, with a warning.
+    Unlike the model's own ``.to(dtype)`` this casts no buffers. Rotary frequencies in bfloat16 make angles
+    that are off by tenths of a radian at a thousand positions; where an earlier cast rounded them, they are put back,
+    with a warning.
     """
     if device is not None:
         hf_model.to(device)
@@ -240,8 +239,8 @@ def moved(hf_model: PreTrainedModel, device: torch.device | str | None, dtype: t
         rounded = (exact.to(low).to(rotary.inv_freq.dtype) for low in (torch.bfloat16, torch.float16))
         if any(torch.equal(values, rotary.inv_freq) for values in rounded):
             log.warning(
-                "A cast of the whole model had rounded its rotary frequencies, which is wrong by whole turns after a "
-                "few hundred positions. They are exact again, as transformers' own dtype= keeps them."
+                "A cast of the whole model had rounded its rotary frequencies, so that angles are off by tenths of a "
+                "radian at a thousand positions. They are exact again, as transformers' own dtype= keeps them."
             )
             rotary.inv_freq = rotary.original_inv_freq = exact
     return hf_model

@@ -20,11 +20,12 @@ import torch
 from transformers import PreTrainedModel
 
 from tl_adapters.adapter import AdapterSet
-from tl_adapters.agreement import N_TOKENS, outputs_in_memory, require_base_weights, require_consistent
+from tl_adapters.agreement import require_base_weights, require_consistent
 from tl_adapters.architectures import AUTHORS_SUFFIX
 from tl_adapters.backends import backend_of
 from tl_adapters.compatibility import PairMismatchError, compare_configs, require_fit
 from tl_adapters.paired import PairedModel
+from tl_adapters.recording import N_TOKENS, outputs_in_memory
 from tl_adapters.references import GivenModel, model_config, model_name, read_base_mlps, resolve
 
 

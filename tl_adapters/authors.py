@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.adapter import AdapterMetadata, AdapterSet
-from tl_adapters.agreement import record, require_hybrid
+from tl_adapters.agreement import require_hybrid
 from tl_adapters.architectures import AUTHORS_SUFFIX, load_hf_model
 from tl_adapters.backends import build_model
 from tl_adapters.checkpoints import (
@@ -36,6 +36,7 @@ from tl_adapters.compatibility import compare_configs, require_fit
 from tl_adapters.marks import attention_out_name, second_norm_name, stored_marks
 from tl_adapters.mixing import write_hybrid
 from tl_adapters.paired import PairedModel
+from tl_adapters.recording import record
 from tl_adapters.references import read_base_mlps
 from tl_adapters.saelens import AdapterFormatError
 from tl_adapters.transcoder import adapter_of

@@ -14,9 +14,10 @@ from typing import Any, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tl_adapters.agreement import Recording, record, require_agreement
+from tl_adapters.agreement import require_agreement
 from tl_adapters.architectures import UnsupportedModelError
 from tl_adapters.config import BackendName
+from tl_adapters.recording import Recording, record
 from tl_adapters.routing import Backend
 
 

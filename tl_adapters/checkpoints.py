@@ -84,7 +84,7 @@ def require_whole_model(folder: Path) -> None:
     if not (folder / ADAPTER_FILE).is_file():
         return
     merge = "peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(new_folder)"
-    if any((folder / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
+    if (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} holds a model's weights and {ADAPTER_FILE}: transformers would apply the adapter of the peft "
             f"library to these weights, also where they were merged with it before. Remove {ADAPTER_FILE} if they "
@@ -109,7 +109,8 @@ def require_unscaled(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises CheckpointError."""
+    """The folder's config.json. Raises CheckpointError; also for a folder of LoRA weights."""
+    require_whole_model(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:

@@ -16,7 +16,13 @@ import torch
 from transformers import PretrainedConfig
 
 from tl_adapters.adapter import describe
-from tl_adapters.architectures import load_config, load_tokenizer, require_representable, rope_parameters
+from tl_adapters.architectures import (
+    load_config,
+    load_tokenizer,
+    require_representable,
+    require_stock_files,
+    rope_parameters,
+)
 from tl_adapters.batching import DataStatistics, open_documents
 from tl_adapters.chat import ChatFormat
 from tl_adapters.checkpoints import locate, mlp_tensor_names, read_config, read_vocabulary, remote_or_local_names
@@ -103,13 +109,15 @@ def _weights(config: RunConfig, base: Path, target: Path, described: PretrainedC
         except UserError as error:
             yield Finding("error", f"{role}'s weights", str(error))
             continue
-        if role == "base":
-            here = name in BUILTIN or Path(name).is_dir()  # of a hub's model only the names of its tensors are here
-            try:
+        here = name in BUILTIN or Path(name).is_dir()  # of a hub's model only the names of its tensors are here
+        try:
+            if role == "base":
                 require_plain_folder(folder, read_config(folder), names, needed if here else ())
-            except UserError as error:
-                yield Finding("error", "base's weights", str(error))
-                continue
+            elif here:
+                require_stock_files(folder, described)
+        except UserError as error:
+            yield Finding("error", f"{role}'s weights", str(error))
+            continue
         missing = [tensor for tensor in needed if tensor not in names]
         if missing:
             says = f"{len(missing)} of {len(needed)} MLP tensors are not there, such as {missing[0]}."

@@ -39,7 +39,7 @@ from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.adapter import AdapterMetadata, AdapterSet, TranscoderAdapter
-from tl_adapters.agreement import record, require_hybrid
+from tl_adapters.agreement import require_hybrid
 from tl_adapters.architectures import load_hf_model, moved
 from tl_adapters.backends import backend_of, build_model
 from tl_adapters.compatibility import PairMismatchError
@@ -47,6 +47,7 @@ from tl_adapters.config import ActivationName, TrainingConfig
 from tl_adapters.fingerprints import fingerprint
 from tl_adapters.fitting import adapter_scale, attention_out, base_marks, require_belonging
 from tl_adapters.marks import LayerMarks
+from tl_adapters.recording import record
 from tl_adapters.references import (
     GivenModel,
     MLPTensors,

@@ -22,7 +22,6 @@ from tl_adapters.checkpoints import (
     read_tensors,
     read_vocabulary,
     require_unscaled,
-    require_whole_model,
     tensor_shapes,
 )
 from tl_adapters.compatibility import PairMismatchError, compare_configs, compare_vocabularies, require_fit
@@ -171,7 +170,6 @@ def require_plain_folder(
     Raises:
         CheckpointError, UnsupportedModelError.
     """
-    require_whole_model(folder)
     require_plain_mlps(config, tensors, folder)
     if names:
         require_unscaled(folder, names)
