@@ -13,7 +13,7 @@ LEVELS = [
     | {"trackers", "views", "vocabulary", "organism"},
     {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"},
     {"architectures", "data", "endpoint", "marks", "transcoder"},
-    {"adapter", "chat", "graphs", "likelihoods", "references"},
+    {"adapter", "chat", "disagreement", "graphs", "likelihoods", "references"},
     {"features", "harness", "recording", "routing", "pruning"},
     {"agreement", "sources", "hooked", "bridged", "fitting", "graph_files", "parts"},
     {"backends"},

@@ -9,18 +9,17 @@ logits computed without it.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_adapters.recording import DisagreementError, Recording, first_of, is_low, named, norm, probe_tokens
+from tl_adapters.disagreement import DisagreementError, compare, named, norm, tolerance, versions
+from tl_adapters.recording import Recording, first_of, probe_tokens
 from tl_adapters.routing import Backend, RoutedMLP
 
 log = logging.getLogger(__name__)
@@ -29,19 +28,6 @@ NEW_TOKENS = 5
 """Greedy tokens that are made with the key-value cache."""
 WHOLE = 4.0
 """A pass through the whole model may be off by so many times what one block may be."""
-
-
-def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """What one block may be off by, relative to the norm of its output at a position.
-
-    In low precision eight units in the last place (measured on random models: one for a block, a tenth for an MLP).
-    In full precision 1e-4 (measured: 1e-6), unless torch was told to multiply float32 matrices in less.
-    """
-    if is_low(dtype):
-        return 8 * torch.finfo(dtype).eps
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and device.type != "cpu":
-        return 8 * torch.finfo(torch.bfloat16).eps
-    return 1e-4
 
 
 @torch.no_grad()
@@ -56,10 +42,9 @@ def require_agreement(backend: Backend, recording: Recording | None) -> None:
     """
     if recording is None:
         return
-    model, tokens, blocks = backend.model, recording.tokens, recording.blocks
-    compare = functools.partial(_compare, peculiar=recording.peculiar)
+    model, tokens, blocks = backend.model, recording.tokens, recording.own.blocks
     compare("The embedding of the target", blocks[0].input, backend.embed(tokens))
-    for layer, (block, mlp) in enumerate(zip(blocks, recording.mlps, strict=True)):
+    for layer, (block, mlp) in enumerate(zip(blocks, recording.own.mlps, strict=True)):
         compare(f"The MLP of layer {layer} of the target", mlp.output, first_of(model.blocks[layer].mlp(mlp.input)))
         compare(
             f"Layer {layer} of the target (attention, norms or sums: its MLP agrees)",
@@ -68,7 +53,7 @@ def require_agreement(backend: Backend, recording: Recording | None) -> None:
             given=block.input,
             rounding=None if recording.rounding is None else recording.rounding[layer],
         )
-    compare("The unembedding of the target", recording.logits, backend.unembed(blocks[-1].output))
+    compare("The unembedding of the target", recording.own.logits, backend.unembed(blocks[-1].output))
     composed = backend.unembed(backend.run_blocks(backend.embed(tokens), 0, len(blocks)))
     compare("The target as a whole (its parts agree)", composed, model(tokens), times=WHOLE)
     require_cache(model, tokens)
@@ -83,59 +68,19 @@ def require_hybrid(mlps: Sequence[RoutedMLP], recording: Recording | None) -> No
     """
     if recording is None or recording.base_outputs is None:
         return
-    for layer, (mlp, call, output) in enumerate(zip(mlps, recording.mlps, recording.base_outputs, strict=True)):
+    for layer, (mlp, call, output) in enumerate(zip(mlps, recording.own.mlps, recording.base_outputs, strict=True)):
         assert mlp.base is not None
-        _compare(f"The MLP of layer {layer} of the base", output, mlp.base(call.input))
+        compare(f"The MLP of layer {layer} of the base", output, mlp.base(call.input))
         require_base_weights(mlp, layer, call.input, output)
         of_target, _ = mlp.weights()
         ours = of_target.neurons(call.input) @ of_target.W_out
-        _compare(f"The MLP of layer {layer} of the target", call.output, ours, peculiar=recording.peculiar)
+        compare(f"The MLP of layer {layer} of the target", call.output, ours)
 
 
 def require_base_weights(mlp: RoutedMLP, layer: int, x: Tensor, output: Tensor) -> None:
     """Raises DisagreementError where the base's weights in a pair do not make ``output`` of ``x``."""
     _, weights = mlp.weights()
-    _compare(f"The MLP of layer {layer} of the base", output, weights.neurons(x) @ weights.W_out)
-
-
-def _compare(
-    what: str,
-    theirs: Tensor,
-    ours: Tensor,
-    *,
-    given: Tensor | None = None,
-    rounding: Tensor | None = None,
-    times: float = 1.0,
-    peculiar: Sequence[str] = (),
-) -> None:
-    """Raises DisagreementError where ``ours`` differs from ``theirs`` at some position by more than the tolerance.
-
-    Args:
-        what: subject of the message.
-        given: the residual stream that went in, where the output is that and something added; the tolerance is then
-            relative to what was added, and the rounding of the sums is allowed for.
-        rounding: what is allowed besides, relative like the tolerance.
-        times: a factor on the tolerance.
-        peculiar: what may be the cause.
-    """
-    coarser = max(theirs.dtype, ours.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    allowed = times * tolerance(coarser, ours.device)
-    added = norm(theirs if given is None else theirs - given)
-    sums = 0.0 if given is None else 2 * torch.finfo(coarser).eps * norm(theirs)
-    off = norm(ours.to(theirs.device) - theirs)
-    limit = (allowed + (0.0 if rounding is None else 4 * rounding)) * added + sums
-    if bool((off <= limit).all()):
-        return
-    at = int((off - limit).nan_to_num(torch.inf).flatten().argmax())
-    a, b = theirs.flatten(0, -2)[at].float(), ours.flatten(0, -2)[at].float()
-    place = int((a - b).abs().nan_to_num(torch.inf).argmax())
-    cause = f" What it has besides its class: {'; '.join(peculiar[:3])}." if peculiar else ""
-    raise DisagreementError(
-        f"{what} computes {float(b[place]):.6g} in TransformerLens where transformers computes {float(a[place]):.6g} "
-        f"(token {at} of {off.numel()}, dimension {place}; the outputs differ by "
-        f"{float(off.flatten()[at] / added.flatten()[at]):.2g} of their norm, allowed are {allowed:.2g} in "
-        f"{named(coarser)}). A pair of it would be another model.{cause} Installed: {versions()}."
-    )
+    compare(f"The MLP of layer {layer} of the base", output, weights.neurons(x) @ weights.W_out)
 
 
 @torch.no_grad()
@@ -205,8 +150,3 @@ def _without_tokenizer(model: Any) -> Iterator[None]:
         yield
     finally:
         model.tokenizer = tokenizer
-
-
-def versions() -> str:
-    """Installed releases of the libraries that compute."""
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens"))

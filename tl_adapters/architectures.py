@@ -196,7 +196,6 @@ def load_hf_model(
 def stock_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model that ``config`` describes, on the meta device: names, shapes and classes, and no memory."""
     config = copy.deepcopy(config)
-    config._attn_implementation = "eager"  # needs no other package
     with torch.device("meta"):
         return getattr(transformers, require_representable(config))(config)
 

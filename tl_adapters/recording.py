@@ -1,39 +1,37 @@
 """What a Hugging Face model computes on a few tokens, recorded before TransformerLens reads or changes it.
 
-What a model computes need not be what its configuration and weights say: there are biases set by hand, forward hooks,
-replaced forward methods, changed buffers. `record` runs the model as the user gave it, with all of these, and keeps
-what goes into and comes out of every decoder layer and MLP; `agreement` compares.
+What a model in memory computes need not be what its configuration and weights say: there are biases set by hand,
+forward hooks, replaced forward methods, LoRA. So `record` runs it as the user gave it, and then its own class with its
+weights, and refuses it where the two differ. They are the same code in the same dtype: in float32 they agree to
+rounding, and in bfloat16 and float16, where rounding would hide a small effect, to the last bit.
 
-In float32 the comparison finds any change that matters. In bfloat16 and float16 rounding alone moves the output of a
-block by one unit in the last place, so what a small change does cannot be told from it; there a model in memory that
-has hooks or replaced methods is refused for having them.
+The recording keeps what goes into and comes out of every decoder layer and MLP, for `agreement` to give to the model
+that TransformerLens makes.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tl_adapters.architectures import UnsupportedModelError, stock_model
+from tl_adapters.architectures import stock_model
 from tl_adapters.checkpoints import PROJECTIONS
+from tl_adapters.disagreement import DisagreementError, compare, is_low, named, norm
 from tl_adapters.references import MLPTensors
 
 log = logging.getLogger(__name__)
 
 N_TOKENS = 8
-
-
-class DisagreementError(UnsupportedModelError):
-    """A model of TransformerLens that computes something else than its Hugging Face model; says where and how much."""
 
 
 @dataclass
@@ -49,21 +47,25 @@ class Call:
         return hasattr(self, "output")
 
 
+class Pass(NamedTuple):
+    """One forward pass."""
+
+    blocks: list[Call]
+    """Of the decoder layers."""
+    mlps: list[Call]
+    logits: Float[Tensor, "1 pos d_vocab"]
+
+
 @dataclass(frozen=True)
 class Recording:
     """What a Hugging Face model computes on a few tokens."""
 
     tokens: Int[Tensor, "1 pos"]
-    blocks: list[Call]
-    """Decoder layers."""
-    mlps: list[Call]
+    own: Pass
     base_outputs: list[Tensor] | None
-    """What the base's MLPs return for the inputs of ``mlps``; None where there is no base."""
-    logits: Float[Tensor, "1 pos d_vocab"]
+    """What the base's MLPs return for the inputs of the target's; None where there is no base."""
     rounding: list[Tensor] | None
     """By how much the model's own attention implementations differ, per layer [1, pos]; None in full precision."""
-    peculiar: list[str]
-    """Hooks, replaced methods and foreign modules that the Hugging Face model has."""
 
 
 @torch.no_grad()
@@ -85,37 +87,49 @@ def record(
         The recording; None for a model on the meta device, which computes nothing.
 
     Raises:
-        DisagreementError: parameters that its architecture does not have, or numbers that are not finite.
+        DisagreementError: a model that computes something else than its class with its weights, or numbers that are
+            not finite.
     """
     if next(hf_model.parameters()).is_meta:
         log.info("The target has no values (meta device), so what it computes was not compared.")
         return None
-    stock = stock_model(hf_model.config)
-    _require_stock_tensors(hf_model, stock)
-    peculiar = peculiarities(hf_model, stock)
-    _refuse_what_rounding_hides(hf_model, peculiar)
+    stock = stock_model(hf_model.config).eval()
+    state = _state_of(hf_model, stock)
     tokens = _tokens_for(hf_model.config, tokenizer).to(hf_model.device)
     layers = list(hf_model.model.layers)
     with _evaluating(hf_model):
-        with _listening(layers) as blocks, _listening([layer.mlp for layer in layers]) as mlps:
-            logits = hf_model(input_ids=tokens, use_cache=False).logits
-        for layer, call in enumerate([*blocks, *mlps]):
-            if not call.was_made:
-                raise DisagreementError(f"The target's own forward pass does not run layer {layer % len(layers)}.")
-        for layer, call in enumerate(blocks):
-            if not bool(call.output.isfinite().all()):
-                raise DisagreementError(
-                    f"Layer {layer} of the target returns numbers that are not finite in {call.output.dtype}, in "
-                    "transformers itself. Load it in float32 or bfloat16; else its weights are damaged."
-                )
-        rounding = _rounding(hf_model, tokens, blocks) if is_low(logits.dtype) else None
+        own = _run(layers, lambda: hf_model(input_ids=tokens, use_cache=False))
+        _require_finite(own)
+        options = {"input_ids": tokens, "use_cache": False}
+        by_class = _run(list(stock.model.layers), lambda: functional_call(stock, state, (), options))
+        _require_stock_pass(own, by_class, peculiarities(hf_model, stock), type(stock).__name__)
+        rounding = _rounding(hf_model, tokens, own.blocks) if is_low(own.logits.dtype) else None
         outputs = None
         if base is not None:
-            outputs = outputs_in_memory(base, [mlp.input for mlp in mlps])
+            outputs = outputs_in_memory(base, [mlp.input for mlp in own.mlps])
         elif base_mlps is not None:
-            found = zip(layers, base_mlps, mlps, strict=True)
+            found = zip(layers, base_mlps, own.mlps, strict=True)
             outputs = [_with_weights(layer.mlp, weights, call.input) for layer, weights, call in found]
-    return Recording(tokens, blocks, mlps, outputs, logits, rounding, peculiar)
+    return Recording(tokens, own, outputs, rounding)
+
+
+def _run(layers: Sequence[nn.Module], forward: Callable[[], Any]) -> Pass:
+    with _listening(layers) as blocks, _listening([layer.get_submodule("mlp") for layer in layers]) as mlps:
+        logits = forward().logits
+    return Pass(blocks, mlps, logits)
+
+
+def _require_finite(run: Pass) -> None:
+    n = len(run.blocks)
+    for layer, call in enumerate([*run.blocks, *run.mlps]):
+        if not call.was_made:
+            raise DisagreementError(f"The target's own forward pass does not run layer {layer % n}.")
+    for layer, call in enumerate(run.blocks):
+        if not bool(call.output.isfinite().all()):
+            raise DisagreementError(
+                f"Layer {layer} of the target returns numbers that are not finite in {named(call.output.dtype)}, in "
+                "transformers itself. Load it in float32 or bfloat16; else its weights are damaged."
+            )
 
 
 def _tokens_for(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> Int[Tensor, "1 pos"]:
@@ -138,21 +152,30 @@ def _listed(ids: int | Sequence[int] | None) -> list[int]:
 
 @torch.no_grad()
 def outputs_in_memory(base: PreTrainedModel, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What the MLP modules of a base in memory return, its hooks and whatever else it has included."""
-    peculiar = [what for what in peculiarities(base, stock_model(base.config)) if ".mlp" in what]
-    _refuse_what_rounding_hides(base, peculiar)
+    """What the MLPs of a base in memory return for ``inputs``, one per layer.
+
+    Raises:
+        DisagreementError: MLPs that compute something else than their class with their weights.
+    """
+    stock = stock_model(base.config).eval()
     outputs = []
     with _evaluating(base):
-        for layer, x in zip(base.model.layers, inputs, strict=True):
-            like = layer.mlp.gate_proj.weight
-            outputs.append(first_of(layer.mlp(x.to(like.device, like.dtype))).to(x.device))
+        peculiar = [what for what in peculiarities(base, stock) if ".mlp" in what]
+        for number, (layer, x) in enumerate(zip(base.model.layers, inputs, strict=True)):
+            weights = {name: layer.mlp.get_submodule(name).weight for name in PROJECTIONS}
+            given = x.to(weights["gate_proj"].device, weights["gate_proj"].dtype)
+            own = first_of(layer.mlp(given))
+            by_class = _with_weights(stock.model.layers[number].mlp, weights, given)
+            what = f"The MLP of layer {number} of the base"
+            _compare_to_class(what, by_class, own, peculiar, type(stock).__name__)
+            outputs.append(own.to(x.device))
     return outputs
 
 
 def _with_weights(mlp: nn.Module, weights: MLPTensors, x: Tensor) -> Tensor:
     """The output of a Hugging Face MLP module with other weights; the module keeps its own."""
     swapped = {f"{name}.weight": weights[name].to(x.device, x.dtype) for name in PROJECTIONS}
-    return first_of(torch.func.functional_call(mlp, swapped, (x,)))
+    return first_of(functional_call(mlp, swapped, (x,)))
 
 
 @contextmanager
@@ -230,18 +253,55 @@ def _rounding(hf_model: PreTrainedModel, tokens: Tensor, blocks: Sequence[Call])
 # -- what a model in memory has besides its architecture ----------------------------------------------------------
 
 
-def _require_stock_tensors(hf_model: PreTrainedModel, stock: PreTrainedModel) -> None:
-    """Raises DisagreementError for parameters and buffers that a model of its configuration does not have."""
-    names = set(stock.state_dict())
+def _state_of(hf_model: PreTrainedModel, stock: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters and buffers of ``hf_model`` that ``stock`` has too. Raises DisagreementError for others."""
+    names = [name for name, _ in (*stock.named_parameters(remove_duplicate=False), *stock.named_buffers())]
     # What is parametrized has its weight all the same, computed, and under that name both libraries read it.
-    extra = [name for name in hf_model.state_dict() if name not in names and ".parametrizations." not in name]
+    known = {*names, *stock.state_dict()}
+    extra = [name for name in hf_model.state_dict() if name not in known and ".parametrizations." not in name]
     if extra:
         raise DisagreementError(
             f"The model in memory has {extra[0]}"
             + (f" and {len(extra) - 1} more tensors" if len(extra) > 1 else "")
-            + f", which a {hf_model.config.architectures[0]} of its configuration does not have: TransformerLens would "
-            "leave it out. Give a model without it."
+            + f", which a {type(stock).__name__} of its configuration does not have: TransformerLens would leave it "
+            "out. Give a model without it."
         )
+    state = {}
+    for name in names:
+        module, _, tensor = name.rpartition(".")
+        try:
+            state[name] = getattr(hf_model.get_submodule(module), tensor)
+        except AttributeError as error:
+            raise DisagreementError(f"The model in memory lacks {name} of a {type(stock).__name__}.") from error
+    return state
+
+
+def _require_stock_pass(own: Pass, by_class: Pass, peculiar: Sequence[str], name: str) -> None:
+    """Raises DisagreementError at the first place where a model differs from its class with its weights."""
+    compare = functools.partial(_compare_to_class, peculiar=peculiar, name=name)
+    compare("The embedding of the target", by_class.blocks[0].input, own.blocks[0].input)
+    for layer, (ours, theirs) in enumerate(zip(own.blocks, by_class.blocks, strict=True)):
+        mlp, stock_mlp = own.mlps[layer], by_class.mlps[layer]
+        if torch.equal(mlp.input, stock_mlp.input):
+            compare(f"The MLP of layer {layer} of the target", stock_mlp.output, mlp.output)
+        compare(f"Layer {layer} of the target", theirs.output, ours.output, given=theirs.input)
+    compare("The unembedding of the target", by_class.logits, own.logits)
+
+
+def _compare_to_class(
+    what: str, theirs: Tensor, ours: Tensor, peculiar: Sequence[str], name: str, given: Tensor | None = None
+) -> None:
+    compare(
+        what,
+        theirs,
+        ours,
+        given=given,
+        times=0.1,
+        # Without hooks and the like there is nothing that rounding could hide.
+        exact=bool(peculiar) and is_low(theirs.dtype),
+        where=("in the model in memory", f"a stock {name} with its weights"),
+        peculiar=peculiar,
+    )
 
 
 def peculiarities(hf_model: PreTrainedModel, stock: PreTrainedModel) -> list[str]:
@@ -267,28 +327,3 @@ def _source(hook: Any) -> str:
     while isinstance(hook, functools.partial):
         hook = hook.func
     return str(getattr(hook, "__module__", None) or "").partition(".")[0]
-
-
-def _refuse_what_rounding_hides(hf_model: PreTrainedModel, peculiar: Sequence[str]) -> None:
-    dtype = next(hf_model.parameters()).dtype
-    if peculiar and is_low(dtype):
-        raise DisagreementError(
-            f"The model in memory is not as its class makes it: {'; '.join(peculiar[:3])}. TransformerLens may leave "
-            f"that out, and in {named(dtype)} a small effect cannot be told from rounding. Remove it, or load the "
-            "model in float32, where the two are compared."
-        )
-
-
-def is_low(dtype: torch.dtype) -> bool:
-    """The dtype has fewer digits than float32."""
-    return dtype in (torch.float16, torch.bfloat16)
-
-
-def norm(x: Tensor) -> Tensor:
-    """[..., d] to [...], in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1)
-
-
-def named(dtype: torch.dtype) -> str:
-    """ "bfloat16" and the like."""
-    return str(dtype).removeprefix("torch.")

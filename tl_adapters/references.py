@@ -51,20 +51,21 @@ def resolve(model: GivenModel, role: str) -> ModelReference:
     """
     if isinstance(model, (str, Path)):
         return model
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    _refuse_wrapped(model, role)
-    _refuse_parameters(model, role)
-    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in ARCHITECTURES), None)
+    found: Any = model
+    while isinstance(found, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(found, "_orig_mod"):
+        found = found._orig_mod if hasattr(found, "_orig_mod") else found.module
+    _refuse_wrapped(found, role)
+    _refuse_parameters(found, role)
+    name = next((cls.__name__ for cls in type(found).__mro__ if cls.__name__ in ARCHITECTURES), None)
     if name is None:
-        inner = model.get_output_embeddings() is None
+        inner = found.get_output_embeddings() is None
         raise UnsupportedModelError(
-            f"The {role} is a {type(model).__name__}"
+            f"The {role} is a {type(found).__name__}"
             + (", the inner model without an unembedding; load it with AutoModelForCausalLM" if inner else "")
             + f". Supported: {', '.join(ARCHITECTURES)}."
         )
-    model.config.architectures = [name]
-    return model
+    found.config.architectures = [name]
+    return found
 
 
 def _refuse_wrapped(model: nn.Module, role: str) -> None:
