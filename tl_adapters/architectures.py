@@ -6,6 +6,8 @@ refused by name: it would be a silently different model.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tl_adapters.checkpoints import CheckpointError, locate, read_config, tensor_shapes
+from tl_adapters.checkpoints import (
+    PROJECTIONS,
+    CheckpointError,
+    locate,
+    read_config,
+)
 from tl_adapters.errors import UserError
 from tl_adapters.tokenization import load_tokenizer, warn_of_other_ids
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "Gemma2ForCausalLM")
 """Supported architectures, as config.json names them."""
@@ -74,12 +83,53 @@ def require_representable(config: PretrainedConfig) -> str:
     return str(architecture)
 
 
+def require_stock_code(config: Mapping[str, Any], name: str | Path) -> None:
+    """Raises UnsupportedModelError for a config.json that names modeling code of its own: it is never run here."""
+    auto_map = config.get("auto_map")
+    named = [auto_map[k] for k in ("AutoModelForCausalLM", "AutoModel") if k in auto_map] if auto_map else []
+    if named:
+        raise UnsupportedModelError(
+            f"The auto_map in config.json of {name} names modeling code of its own ({named[0]}). Such code is never "
+            "run here, and without it the model may be another one. If its weights are those of a stock architecture, "
+            "load it with transformers and trust_remote_code=False, and give the model in place of its name."
+        )
+
+
+def require_plain_mlps(config: Mapping[str, Any], tensors: Iterable[str], name: str | Path) -> None:
+    """Refuse MLPs that are more than their three matrices, as `require_representable` does for a whole model.
+
+    Args:
+        config: what config.json says.
+        tensors: names of all tensors of the checkpoint.
+        name: what the message calls the model.
+
+    Raises:
+        UnsupportedModelError: quantized or biased MLPs, or modeling code of its own.
+    """
+    require_stock_code(config, name)
+    if config.get("quantization_config"):
+        raise UnsupportedModelError(
+            f"{name} has quantized weights (quantization_config in its configuration), whose stored numbers are not "
+            "the weights. Give the checkpoint in bfloat16 or float32."
+        )
+    beside = {f".mlp.{projection}.": f".mlp.{projection}.weight" for projection in PROJECTIONS}
+    for tensor in tensors:
+        for part, weight in beside.items():
+            if part in tensor and not tensor.endswith(weight):
+                raise UnsupportedModelError(
+                    f"{name} has the tensor {tensor}: its MLPs are more than their three weight matrices (a bias, "
+                    "scales of quantized weights, LoRA), and only these are read. Give a plain checkpoint in bfloat16 "
+                    "or float32, with LoRA merged."
+                )
+
+
 def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfig:
     """The folder's configuration.
 
     ``without_adapters`` takes a checkpoint of the paper's authors as the hybrid that it holds.
     Raises CheckpointError, UnsupportedModelError.
     """
+    require_stock_code(read_config(folder), folder)
     architectures = read_config(folder).get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "none"
     if architecture.endswith(AUTHORS_SUFFIX) and not without_adapters:
@@ -92,7 +142,7 @@ def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfi
         raise UnsupportedModelError(
             f"{folder} is of architecture {architectures}; supported: {', '.join(ARCHITECTURES)}."
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.architectures = [architecture.removesuffix(AUTHORS_SUFFIX)]
     return config
 
@@ -113,9 +163,14 @@ def load_hf_model(
     folder = locate(name)
     config = load_config(folder, without_adapters)
     require_representable(config)
-    tensor_shapes(folder)
+    require_stock_files(folder, config)
     hf_model, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        folder,
+        config=config,
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     if missing := sorted(info["missing_keys"]):
         # transformers would fill these at random and only log it.

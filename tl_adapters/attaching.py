@@ -16,22 +16,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
+from transformers import PreTrainedModel
+
 from tl_adapters.adapter import AdapterSet
+from tl_adapters.agreement import require_base_weights, require_consistent
 from tl_adapters.architectures import AUTHORS_SUFFIX
 from tl_adapters.backends import backend_of
 from tl_adapters.compatibility import PairMismatchError, compare_configs, require_fit
 from tl_adapters.paired import PairedModel
-from tl_adapters.references import ModelReference, model_config, model_name, read_base_mlps
+from tl_adapters.recording import N_TOKENS, outputs_in_memory
+from tl_adapters.references import GivenModel, model_config, model_name, read_base_mlps, resolve
 
 
 def attach(
     model: Any,
     adapters: AdapterSet,
     *,
-    base: ModelReference | None = None,
+    base: GivenModel | None = None,
     on: Literal["own_mlp"] | None = None,
 ) -> PairedModel:
     """Put adapters, and the base's MLPs that they stand beside, into ``model``; it then computes the replacement.
+
+    Checked: that adapters, base and model fit and are those that the adapters were trained with, by content; that the
+    model's logits are finite and its greedy tokens the same with the key-value cache as without it (where it has no
+    hooks); that the MLPs of a base in memory compute what their weights say. Not checked, since there is no Hugging
+    Face model to hold it against: whether ``model`` computes what the target computes in transformers. It may lack a
+    bias, LoRA layers or a rope type that its loader left out. `PairedModel.from_pretrained` checks that.
 
     Args:
         model: the adapters' target as a HookedTransformer, HookedSAETransformer or TransformerBridge.
@@ -46,6 +57,8 @@ def attach(
     Raises:
         PairMismatchError: other layers, width, architecture, target or base than the adapters'; says both sides.
         UnsupportedModelError: not a gated-MLP model of TransformerLens, or one with adapters attached already.
+        DisagreementError: logits that are not finite, a key-value cache that changes tokens, a base in memory that
+            computes more than its MLPs' weights say.
         WeightsProcessedError: a TransformerBridge with processed weights.
     """
     if on not in (None, "own_mlp"):
@@ -58,8 +71,10 @@ def attach(
             + "; beside the model's own MLPs (on='own_mlp') they make another model."
         )
     backend = backend_of(model)
+    require_consistent(model)
     base_mlps = None
     if base is not None:
+        base = resolve(base, "base")
         require_fit(compare_configs(_described(model_config(base)), _described(backend.described)))
         base_mlps = read_base_mlps(base, backend.described["num_hidden_layers"])
     known = adapters.marks
@@ -76,12 +91,24 @@ def attach(
         ln2_weights=norms,
     )
     try:
+        if isinstance(base, PreTrainedModel):
+            _require_own_mlps(pair, base)
         pair.load_adapters(adapters)
         pair.route_layers("target+adapter" if base is None else "replacement", adapters.layer_indices)
     except BaseException:
         pair.release()
         raise
     return pair
+
+
+@torch.no_grad()
+def _require_own_mlps(pair: PairedModel, base: PreTrainedModel) -> None:
+    """Raises DisagreementError where a base in memory computes more than its MLPs' weights say."""
+    like = pair.model.W_E
+    shape = (pair.n_layers, 1, N_TOKENS, like.shape[-1])
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+    for layer, (x, output) in enumerate(zip(inputs, outputs_in_memory(base, list(inputs)), strict=True)):
+        require_base_weights(pair.mlps[layer], layer, x, output)
 
 
 def detach(pair: PairedModel) -> Any:
@@ -94,7 +121,7 @@ def attached(
     model: Any,
     adapters: AdapterSet,
     *,
-    base: ModelReference | None = None,
+    base: GivenModel | None = None,
     on: Literal["own_mlp"] | None = None,
 ) -> Iterator[PairedModel]:
     """`attach` for the length of a block."""

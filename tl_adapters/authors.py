@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.adapter import AdapterMetadata, AdapterSet
+from tl_adapters.agreement import require_hybrid
 from tl_adapters.architectures import AUTHORS_SUFFIX, load_hf_model
 from tl_adapters.backends import build_model
 from tl_adapters.checkpoints import (
@@ -36,6 +37,7 @@ from tl_adapters.devices import resolve_device
 from tl_adapters.marks import attention_out_name, second_norm_name, stored_marks
 from tl_adapters.mixing import write_hybrid
 from tl_adapters.paired import PairedModel
+from tl_adapters.recording import record
 from tl_adapters.references import read_base_mlps
 from tl_adapters.saelens import AdapterFormatError
 from tl_adapters.transcoder import adapter_of
@@ -194,11 +196,13 @@ def authors_pair(
             linear.weight = torch.nn.Parameter(
                 weight.to(linear.weight.device, linear.weight.dtype), requires_grad=False
             )
+    recording = record(hf_model, tokenizer, base_mlps=base_mlps)
     pair = PairedModel(
-        build_model(hf_model, tokenizer, backend),
+        build_model(hf_model, tokenizer, backend, recording),
         base_mlps,
         base=adapters.metadata.base or str(name),
         target=str(target),
     )
+    require_hybrid(pair.mlps, recording)
     pair.load_adapters(adapters)
     return pair

@@ -14,8 +14,10 @@ from typing import Any, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tl_adapters.agreement import require_agreement
 from tl_adapters.architectures import UnsupportedModelError
 from tl_adapters.config import BackendName
+from tl_adapters.recording import Recording, record
 from tl_adapters.routing import Backend
 
 
@@ -25,23 +27,41 @@ def default_backend() -> BackendName:
 
 
 def build_model(
-    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, backend: str | None = None
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    backend: str | None = None,
+    recording: Recording | None = None,
 ) -> Any:
-    """``hf_model`` as a HookedTransformer or TransformerBridge, sharing its weights. Raises UnsupportedModelError."""
+    """``hf_model`` as a HookedTransformer or TransformerBridge, sharing its weights, and computing the same.
+
+    Args:
+        hf_model: a bridge changes it in place.
+        tokenizer: given to the model.
+        backend: "hooked" or "bridge"; None takes `default_backend`.
+        recording: what ``hf_model`` computes, where the caller has it; else it is recorded here (see `agreement`).
+
+    Raises:
+        UnsupportedModelError: a model that TransformerLens does not represent.
+        DisagreementError: one that computes something else there.
+    """
     backend = backend or default_backend()
     if backend not in get_args(BackendName):
         raise UnsupportedModelError(f"No backend {backend!r}; there are {' and '.join(get_args(BackendName))}.")
-    if backend == "bridge":
-        from tl_adapters.bridged import build_bridge
-
-        return build_bridge(hf_model, tokenizer)
-    if not _has_hooked_transformer():
+    if backend == "hooked" and not _has_hooked_transformer():
         raise UnsupportedModelError(
             "TransformerLens 4 has no HookedTransformer. Use backend='bridge', or install 'transformer-lens<4'."
         )
-    from tl_adapters.hooked import build_hooked_transformer
+    recording = recording or record(hf_model, tokenizer)
+    if backend == "bridge":
+        from tl_adapters.bridged import build_bridge
 
-    return build_hooked_transformer(hf_model, tokenizer)
+        model: Any = build_bridge(hf_model, tokenizer)
+    else:
+        from tl_adapters.hooked import build_hooked_transformer
+
+        model = build_hooked_transformer(hf_model, tokenizer)
+    require_agreement(backend_of(model), recording)
+    return model
 
 
 def backend_of(model: Any) -> Backend:

@@ -156,7 +156,8 @@ class BridgedBackend(Backend):
         """Weights of the norm of that name as TransformerLens has them (Gemma 1 + w)."""
         weight = self.model.get_submodule(name).weight
         offset = getattr(self.model.cfg, "rmsnorm_uses_offset", False)
-        return weight.float().add(1).to(weight.dtype) if offset else weight
+        # In float32, as the model itself adds it.
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)).add(1) if offset else weight
 
     def attention_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """b_V [n_kv_heads, d_head] and b_O [d_model], where the layer has them."""

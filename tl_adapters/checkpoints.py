@@ -23,9 +23,13 @@ from tl_adapters.organism import BUILTIN
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
+"""What the peft library writes beside LoRA weights."""
 MLP_KEY = "model.layers.{}.mlp.{}.weight"
 PROJECTIONS = {"gate_proj": "W_gate", "up_proj": "W_in", "down_proj": "W_out"}
 """A gated MLP's weights, as Hugging Face and as TransformerLens name them (each the other's transpose)."""
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Names in a safetensors header of the dtypes whose values are the weights themselves."""
 DESCRIPTION_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
 """What describes a model without its weights."""
 
@@ -71,8 +75,42 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
+def require_whole_model(folder: Path) -> None:
+    """Raises CheckpointError for LoRA weights in a model's place, and for such weights beside a model's own.
+
+    transformers would look for the model that LoRA weights belong to, or apply them to weights that may hold them
+    already.
+    """
+    if not (folder / ADAPTER_FILE).is_file():
+        return
+    merge = "peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(new_folder)"
+    if (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds a model's weights and {ADAPTER_FILE}: transformers would apply the adapter of the peft "
+            f"library to these weights, also where they were merged with it before. Remove {ADAPTER_FILE} if they "
+            f"were; else merge them: {merge}."
+        )
+    raise CheckpointError(f"{folder} holds an adapter of the peft library and no whole model. Merge the two: {merge}.")
+
+
+def require_unscaled(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Raises CheckpointError where one of the named tensors (all, if None) is stored as quantized numbers."""
+    wanted = None if names is None else set(names)
+    for shard in shard_files(folder, wanted):
+        with _opened(folder / shard) as file:
+            for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
+                if (wanted is None or name in wanted) and (
+                    dtype := file.get_slice(name).get_dtype()
+                ) not in WEIGHT_DTYPES:
+                    raise CheckpointError(
+                        f"{name} of {folder} is stored in {dtype}: these are quantized numbers, not the weights. Give "
+                        "the checkpoint in bfloat16 or float32."
+                    )
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises CheckpointError."""
+    """The folder's config.json. Raises CheckpointError; also for a folder of LoRA weights."""
+    require_whole_model(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -194,16 +232,22 @@ def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
 
 
 def _shards(folder: Path) -> dict[str, str]:
-    """Tensor name to file name; empty for a checkpoint in one file."""
+    """Tensor name to file name; empty for a checkpoint in one file, which transformers, too, reads before an index."""
     index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file():
+        return {}
     if index.is_file():
         try:
             return dict(json.loads(index.read_text())["weight_map"])
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{index} is not an index of safetensors ({error}); copy it again.") from error
-    if (folder / SINGLE_FILE).is_file():
-        return {}
-    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read.")
+    if any(folder.glob("pytorch_model*.bin*")):
+        do = "it has weights of another format, and only safetensors are read: convert it with save_pretrained."
+    elif commit_of(folder):
+        do = "its weights were not downloaded: unset HF_HUB_OFFLINE, or download the repository first."
+    else:
+        do = "only safetensors are read: give the folder that holds them."
+    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; {do}")
 
 
 def _shard_of(folder: Path, name: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from tl_adapters.adapter import describe
-from tl_adapters.architectures import load_config, require_representable, rope_parameters
+from tl_adapters.architectures import load_config, require_representable, require_stock_files, rope_parameters
 from tl_adapters.batching import DataStatistics, open_documents
 from tl_adapters.chat import ChatFormat
 from tl_adapters.checkpoints import locate, mlp_tensor_names, read_config, read_vocabulary, remote_or_local_names
@@ -27,6 +27,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.fitting import last_part
 from tl_adapters.identity import ModelSamples, recorded_samples
 from tl_adapters.organism import BUILTIN
+from tl_adapters.references import require_plain_folder
 from tl_adapters.tokenization import load_tokenizer, without_embedding
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -103,6 +104,15 @@ def _weights(config: RunConfig, base: Path, target: Path, described: PretrainedC
     for role, name, folder in (("base", config.base, base), ("target", config.target, target)):
         try:
             names = remote_or_local_names(name, folder)
+        except UserError as error:
+            yield Finding("error", f"{role}'s weights", str(error))
+            continue
+        here = name in BUILTIN or Path(name).is_dir()  # of a hub's model only the names of its tensors are here
+        try:
+            if role == "base":
+                require_plain_folder(folder, read_config(folder), names, needed if here else ())
+            elif here:
+                require_stock_files(folder, described)
         except UserError as error:
             yield Finding("error", f"{role}'s weights", str(error))
             continue

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.components import RMSNorm
 from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
@@ -111,8 +112,13 @@ def build_hooked_transformer(
         # TransformerLens announces that 4.0 drops this class; pyproject.toml's range is where we answer that.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r".*")
         model = HookedTransformer(cfg, None, move_to_device=False)
-    # Gemma's norms come back in float32; in the model's own dtype the residual stream keeps it.
-    state = {name: tensor.detach().to(cfg.device, cfg.dtype) for name, tensor in convert(hf_model, cfg).items()}
+    offset = cfg.original_architecture == "Gemma2ForCausalLM"
+    state = {
+        name: tensor.detach().to(
+            cfg.device, _dtype_of_norms(cfg.dtype) if offset and name.endswith(".w") else cfg.dtype
+        )
+        for name, tensor in convert(hf_model, cfg).items()
+    }
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     parameters = dict(model.named_parameters())
     if unexpected or any(name in parameters for name in missing):
@@ -124,7 +130,52 @@ def build_hooked_transformer(
     for block in model.blocks:
         block.attn.__class__ = FusedAttention
     model.generation_config = hf_model.generation_config  # its end tokens and sampling: see generation.py
+    for module in model.modules():
+        if offset and type(module) is RMSNorm:
+            module.__class__ = OffsetRMSNorm
+        # Parameters came with the weights; what the constructor made beside them (rotary tables) lies on the CPU.
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(cfg.device))
+    if weight.device.type != "meta":
+        _require_rotary(model, hf_model)
     return model.requires_grad_(False).eval()
+
+
+class OffsetRMSNorm(RMSNorm):
+    """Gemma's norm, which multiplies by 1 + w in float32 before it casts; `w` is that factor, in float32 at least.
+
+    Stock RMSNorm multiplies after the cast, in the model's dtype: in bfloat16 that rounds 1 + w and the product.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As RMSNorm.forward."""
+        x = x.to(_dtype_of_norms(x.dtype))
+        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        return (self.hook_normalized(x / scale) * self.w).to(self.cfg.dtype)
+
+
+def _dtype_of_norms(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _require_rotary(model: HookedTransformer, hf_model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError where positions are rotated otherwise than in ``hf_model``.
+
+    The tables are compared as far as they reach here: on a few tokens one would not notice a wrong frequency.
+    """
+    attn = model.blocks[0].attn
+    positions = torch.arange(len(attn.rotary_cos), device=attn.rotary_cos.device)
+    cos, sin = hf_model.model.rotary_emb(attn.rotary_cos.float(), positions[None])
+    for ours, theirs in ((attn.rotary_cos, cos[0]), (attn.rotary_sin, sin[0])):
+        # Angles of some thousand radians are known to a few thousandths in float32.
+        off = (ours.float() - theirs.float()).abs().amax(-1) > 4e-3 + torch.finfo(ours.dtype).eps
+        if bool(off.any()):
+            at = int(off.nonzero()[0])
+            raise UnsupportedModelError(
+                f"The model's rotary embedding at position {at} is not what its configuration says (largest difference "
+                f"{float((ours[at].float() - theirs[at].float()).abs().max()):.2g}): its frequencies were changed or "
+                "rounded. Load it anew, with dtype= in from_pretrained in place of a cast."
+            )
 
 
 class RoutedGatedMLP(RoutedMLP, GatedMLP):

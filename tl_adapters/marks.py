@@ -105,7 +105,7 @@ def stored_marks(target: Path, base: Path, architecture: str, layer: int) -> Lay
     name = second_norm_name(architecture, layer)
     ln2_w = read_tensors(target, [name])[name].clone()  # may be a view of its whole shard
     if architecture == "Gemma2ForCausalLM":
-        ln2_w = (1 + ln2_w.float()).to(ln2_w.dtype)
+        ln2_w = 1 + ln2_w.to(torch.promote_types(ln2_w.dtype, torch.float32))
     return LayerMarks(
         ln2_w,
         read_values(target, attention_out_name(layer), sample_places),

@@ -25,8 +25,10 @@ from tl_adapters.checkpoints import (
     read_tensors,
     shard_files,
     shard_tensors,
+    tensor_shapes,
 )
 from tl_adapters.compatibility import PairMismatchError, compare_configs, require_fit
+from tl_adapters.references import require_plain_folder
 
 
 def write_hybrid(
@@ -56,6 +58,9 @@ def write_hybrid(
     mlps = locate(base) if base is not None else None
     if mlps is not None:
         require_fit(compare_configs(read_config(mlps), described))
+        require_plain_folder(
+            mlps, read_config(mlps), tensor_shapes(mlps), mlp_tensor_names(described["num_hidden_layers"])
+        )
     swapped = set(mlp_tensor_names(described["num_hidden_layers"])) if mlps is not None else set()
     extra = dict(beside_mlps or {})
     weight_map: dict[str, str] = {}

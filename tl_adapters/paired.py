@@ -39,7 +39,8 @@ from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.adapter import AdapterMetadata, AdapterSet, TranscoderAdapter
-from tl_adapters.architectures import load_hf_model
+from tl_adapters.agreement import require_hybrid
+from tl_adapters.architectures import load_hf_model, moved
 from tl_adapters.backends import backend_of, build_model
 from tl_adapters.compatibility import PairMismatchError
 from tl_adapters.config import ActivationName, TrainingConfig
@@ -48,9 +49,10 @@ from tl_adapters.fingerprints import fingerprint
 from tl_adapters.fitting import adapter_scale, require_belonging
 from tl_adapters.identity import ModelSamples, base_samples
 from tl_adapters.marks import LayerMarks, dtype_name
+from tl_adapters.recording import record
 from tl_adapters.references import (
+    GivenModel,
     MLPTensors,
-    ModelReference,
     base_fingerprint,
     model_commit,
     model_config,
@@ -58,6 +60,7 @@ from tl_adapters.references import (
     read_base_mlps,
     require_pair,
     require_shapes,
+    resolve,
 )
 from tl_adapters.routing import ROUTES, Route, RoutedMLP
 
@@ -114,8 +117,8 @@ class PairedModel:
     @classmethod
     def from_pretrained(
         cls,
-        base: ModelReference,
-        target: ModelReference,
+        base: GivenModel,
+        target: GivenModel,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -124,10 +127,12 @@ class PairedModel:
     ) -> PairedModel:
         """A pair from folders, hub names or models in memory.
 
-        The target is loaded once; of the base only the MLP tensors are read. Models in memory are not copied.
+        The target is loaded once; of the base only the MLP tensors are read. Models in memory are not copied. What the
+        pair computes is compared, layer by layer, with what the Hugging Face models compute (see `agreement`).
 
         Args:
-            base, target: a folder, a hub name, or a Hugging Face model already loaded.
+            base, target: a folder, a hub name, or a Hugging Face model already loaded (compiled or in DataParallel,
+                too), with LoRA merged.
             dtype: of the model's weights; None keeps the target's own.
             device: where the weights go. None is "auto" for a folder or a hub name, the first there is of cuda, mps
                 and cpu, and leaves a model in memory where it is; where a device is named, that is moved there and cast
@@ -138,30 +143,34 @@ class PairedModel:
 
         Raises:
             UnsupportedModelError: an architecture or option that would not be exact.
+            DisagreementError: a model that computes something else than its configuration and weights say.
             PairMismatchError: MLPs of different shapes or activations.
             CheckpointError: missing or damaged files.
             DeviceError: a device that this machine does not have.
         """
-        stays = isinstance(target, PreTrainedModel) and device is None
-        where = None if stays else resolve_device(device)
+        base, target = resolve(base, "base"), resolve(target, "target")
         require_pair(base, target)
         base_mlps = read_base_mlps(base, model_config(target)["num_hidden_layers"])
         if isinstance(target, PreTrainedModel):
-            hf_target = target.to(device=where or target.device, dtype=dtype or target.dtype)
+            hf_target = moved(target, None if device is None else resolve_device(device), dtype)
         else:
-            hf_target, tokenizer = load_hf_model(target, dtype, where, tokenizer)
-        return cls(
-            build_model(hf_target, tokenizer, backend),
+            hf_target, tokenizer = load_hf_model(target, dtype, resolve_device(device), tokenizer)
+        in_memory = base if isinstance(base, PreTrainedModel) else None
+        recording = record(hf_target, tokenizer, in_memory, base_mlps)
+        pair = cls(
+            build_model(hf_target, tokenizer, backend, recording),
             base_mlps,
             base=model_name(base),
             target=model_name(target),
             revisions=(model_commit(base), model_commit(target)),
         )
+        require_hybrid(pair.mlps, recording)
+        return pair
 
     @classmethod
     def plant(
         cls,
-        base: ModelReference,
+        base: GivenModel,
         adapters: AdapterSet,
         *,
         dtype: torch.dtype | None = None,

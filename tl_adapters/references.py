@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tl_adapters.architectures import ARCHITECTURES, UnsupportedModelError, require_plain_mlps
 from tl_adapters.checkpoints import (
     MLP_KEY,
     PROJECTIONS,
@@ -19,6 +21,8 @@ from tl_adapters.checkpoints import (
     read_config,
     read_tensors,
     read_vocabulary,
+    require_unscaled,
+    tensor_shapes,
 )
 from tl_adapters.compatibility import PairMismatchError, compare_configs, compare_vocabularies, require_fit
 from tl_adapters.fingerprints import fingerprint
@@ -27,8 +31,81 @@ log = logging.getLogger(__name__)
 
 ModelReference: TypeAlias = str | Path | PreTrainedModel
 """A folder, a hub name, or a Hugging Face model already loaded."""
+GivenModel: TypeAlias = str | Path | nn.Module
+"""The same before `resolve` has looked at it: a model may be compiled or in DataParallel, or be no whole model."""
 MLPTensors: TypeAlias = Mapping[str, Tensor]
 """One MLP's weights as Hugging Face names them: gate_proj, up_proj, down_proj."""
+
+
+def resolve(model: GivenModel, role: str) -> ModelReference:
+    """A model as the rest of this package takes it: a name as it is, a model in memory unwrapped and looked at.
+
+    The configuration of a model that was made in memory is given the name of its class, which it may lack.
+
+    Args:
+        model: what the user gave.
+        role: "base" or "target".
+
+    Raises:
+        UnsupportedModelError: what is no whole causal language model of Hugging Face, with what to give instead.
+    """
+    if isinstance(model, (str, Path)):
+        return model
+    found: Any = model
+    while isinstance(found, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(found, "_orig_mod"):
+        found = found._orig_mod if hasattr(found, "_orig_mod") else found.module
+    _refuse_wrapped(found, role)
+    _refuse_parameters(found, role)
+    name = next((cls.__name__ for cls in type(found).__mro__ if cls.__name__ in ARCHITECTURES), None)
+    if name is None:
+        inner = found.get_output_embeddings() is None
+        raise UnsupportedModelError(
+            f"The {role} is a {type(found).__name__}"
+            + (", the inner model without an unembedding; load it with AutoModelForCausalLM" if inner else "")
+            + f". Supported: {', '.join(ARCHITECTURES)}."
+        )
+    found.config.architectures = [name]
+    return found
+
+
+def _refuse_wrapped(model: nn.Module, role: str) -> None:
+    modules = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    if "peft" in modules or hasattr(model, "merge_and_unload"):
+        raise UnsupportedModelError(
+            f"The {role} has adapters of the peft library in it (LoRA and the like), and its weights do not hold what "
+            f"they compute. Merge them: peft.PeftModel's merge_and_unload() returns the {role} to give here (a folder "
+            "with an adapter is opened by peft.AutoPeftModelForCausalLM.from_pretrained)."
+        )
+    if "transformer_lens" in modules:
+        raise UnsupportedModelError(
+            f"The {role} is a model of TransformerLens, or inside a TransformerBridge (which changes the Hugging Face "
+            "model that it wraps). Give a folder, a hub name or a Hugging Face model loaded anew; adapters go into a "
+            "model of TransformerLens with attach(model, adapters, base=...)."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"The {role} is a {type(model).__name__}; give a folder, a hub name or a model that "
+            "AutoModelForCausalLM.from_pretrained returns."
+        )
+
+
+def _refuse_parameters(model: nn.Module, role: str) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise UnsupportedModelError(
+                f"{name} of the {role} is {str(parameter.dtype).removeprefix('torch.')}: these are quantized numbers, "
+                "not the weights. Load the model in bfloat16 or float32."
+            )
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if "meta" in devices and (role == "base" or len(devices) > 1):
+        raise UnsupportedModelError(
+            f"The {role} has parameters without values (offloaded by device_map, or made on the meta device). Load it "
+            "whole, without device_map, or give its folder or hub name."
+        )
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"The {role} is spread over {', '.join(devices)}; load it on one device, without device_map."
+        )
 
 
 def model_name(model: ModelReference) -> str:
@@ -60,14 +137,43 @@ def require_pair(base: ModelReference, target: ModelReference) -> None:
 
 
 def read_base_mlps(base: ModelReference, n_layers: int) -> list[MLPTensors]:
-    """The base's MLP weights per layer, as they are stored; nothing else of it is read. Raises CheckpointError."""
+    """The base's MLP weights per layer, as they are stored; nothing else of it is read.
+
+    Raises CheckpointError; UnsupportedModelError for MLPs that are more than their weights (see `require_plain_mlps`).
+    """
     names = mlp_tensor_names(n_layers)
     if isinstance(base, PreTrainedModel):
-        state = base.state_dict()
-        tensors = {name: state[name].detach() for name in names}
+        require_plain_mlps({**base.config.to_dict(), "auto_map": None}, _own_names(base), "The base")
+        # Through the modules, not state_dict(): a parametrized weight is there under other names.
+        tensors = {name: base.get_submodule(name.removesuffix(".weight")).weight.detach() for name in names}
     else:
-        tensors = read_tensors(locate(base), names)
+        folder = locate(base)
+        require_plain_folder(folder, read_config(folder), tensor_shapes(folder), names)
+        tensors = read_tensors(folder, names)
     return [{name: tensors[MLP_KEY.format(layer, name)] for name in PROJECTIONS} for layer in range(n_layers)]
+
+
+def _own_names(model: PreTrainedModel) -> Iterable[str]:
+    return (name for name in model.state_dict() if ".parametrizations." not in name)
+
+
+def require_plain_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Iterable[str], names: Sequence[str] = ()
+) -> None:
+    """Refuse a base whose MLPs, as transformers would load them, are not the matrices in its files.
+
+    Args:
+        folder: of the base.
+        config: its config.json.
+        tensors: names of all its tensors.
+        names: of those that will be read, where their files are in ``folder``.
+
+    Raises:
+        CheckpointError, UnsupportedModelError.
+    """
+    require_plain_mlps(config, tensors, folder)
+    if names:
+        require_unscaled(folder, names)
 
 
 def base_fingerprint(base_mlps: Sequence[MLPTensors]) -> str:

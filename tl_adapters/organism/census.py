@@ -145,9 +145,9 @@ def census(folder: Path, n: int = 1000) -> dict[str, Any]:
     The problems are of the kind that the pair's recipe.json names. Raises NoRecipeError where there is none.
     """
     kind = Recipe.of(folder).kind
-    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target", trust_remote_code=False)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", trust_remote_code=False)
+    target = AutoModelForCausalLM.from_pretrained(folder / "target", trust_remote_code=False)
     report, select = problems("report", n, kind=kind), problems("select", n, kind=kind)
 
     def rates(model: PreTrainedModel) -> tuple[dict[str, float], list[str]]:
