@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from tl_adapters.chat import ChatFormat
 from tl_adapters.completions import complete
 from tl_adapters.data import Trace
-from tl_adapters.intervals import Estimate, bootstrap_ratio, clustered_share, event_rate
+from tl_adapters.intervals import OPTIONAL, Estimate, bootstrap_ratio, clustered_share, event_rate
 
 THINK_OPENS = "<think>"
 HESITATION = ("wait",)
@@ -78,9 +78,9 @@ class Interval:
     """None where there is no interval."""
     high: float | None
     """None where there is no interval."""
-    undefined: float = 0.0
+    undefined: float = field(default=0.0, metadata=OPTIONAL)
     """Share of the bootstrap's draws that have no value."""
-    reason: str = ""
+    reason: str = field(default="", metadata=OPTIONAL)
     """Why there is none, or what it is where it is not the usual one."""
 
     @classmethod
