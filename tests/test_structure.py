@@ -8,17 +8,16 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
 LEVELS = [
-    {"activations", "attention", "checking", "columns", "errors", "fingerprints", "intervals", "masks"}
-    | {"precision", "views"},
-    {"arguments", "atomic", "compatibility", "config", "decoding", "devices", "finite", "losses"}
-    | {"organism", "posting", "results", "saelens", "server", "tokenization", "trackers"},
-    {"checkpoints", "completions", "data", "file_hashes", "grids", "replies", "report", "transcoder"}
-    | {"viewer", "vocabulary"},
-    {"architectures", "chat", "endpoint", "graphs", "likelihoods", "marks"},
-    {"adapter", "disagreement", "generation", "pruning", "references", "sources"},
-    {"batching", "benchmarks", "features", "formats", "graph_files", "harness", "mixing", "recording"}
-    | {"routing", "runfolder"},
-    {"agreement", "answering", "bridged", "hooked", "hub", "identity", "parts", "subjects", "sweep_pages"} | {"tasks"},
+    {"activations", "attention", "checking", "columns", "errors", "fingerprints", "masks", "precision"},
+    {"arguments", "atomic", "compatibility", "config", "decoding", "devices", "finite", "intervals"}
+    | {"losses", "posting", "strict_json", "tokenization", "trackers"},
+    {"completions", "data", "file_hashes", "grids", "organism", "replies", "results", "saelens"}
+    | {"transcoder", "views", "vocabulary"},
+    {"chat", "checkpoints", "endpoint", "graphs", "likelihoods", "report", "server", "viewer"},
+    {"architectures", "generation", "marks", "pruning", "sources"},
+    {"adapter", "batching", "benchmarks", "disagreement", "graph_files", "harness", "references"},
+    {"answering", "features", "formats", "mixing", "recording", "routing", "runfolder", "subjects", "tasks"},
+    {"agreement", "bridged", "hooked", "hub", "identity", "parts", "sweep_pages"},
     {"backends", "fitting"},
     {"doctor", "paired"},
     {"attaching", "authors", "baselines", "circuits", "effects", "faithfulness", "interventions", "linear"}

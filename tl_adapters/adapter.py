@@ -6,7 +6,6 @@ One layer's adapter is a `TranscoderAdapter` (`transcoder`). All of a set have o
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from tl_adapters.saelens import (
     transcoder_config,
     write_transcoder,
 )
+from tl_adapters.strict_json import dumps
 from tl_adapters.transcoder import TranscoderAdapter as TranscoderAdapter
 from tl_adapters.transcoder import adapter_of, require_activation
 
@@ -336,7 +336,7 @@ class AdapterSet(nn.Module):
             record["files"] = {
                 name: {"sha256": file_hash(out / name), "size": (out / name).stat().st_size} for name in files
             }
-            (out / METADATA_FILE).write_text(json.dumps({**record, "sha256": record_hash(record)}, indent=1) + "\n")
+            (out / METADATA_FILE).write_text(dumps({**record, "sha256": record_hash(record)}, indent=1) + "\n")
 
     @classmethod
     def from_pretrained(

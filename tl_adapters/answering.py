@@ -34,6 +34,7 @@ from tl_adapters.benchmarks import (
 from tl_adapters.decoding import CompletionError, Decoding
 from tl_adapters.errors import UserError
 from tl_adapters.generation import decoding_of, end_tokens
+from tl_adapters.strict_json import dumps
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
 
@@ -121,14 +122,14 @@ class Score:
     """Mean over problems of the share of right answers."""
     length: float
     """Mean response length in tokens."""
-    hesitation_per_1k: float
-    """Hesitations per 1,000 response tokens."""
+    hesitation_per_1k: float | None
+    """Hesitations per 1,000 response tokens; None where no response has a token."""
     truncated: float
     """Share of responses cut at the limit."""
     think_opened: float
     """Share of responses that open their thinking themselves."""
     ci: dict[str, Interval]
-    """Intervals of pass_at_1, length and hesitation_per_1k."""
+    """Intervals of all five."""
     words: tuple[str, ...]
     """What counts as a hesitation."""
     split: str
@@ -220,7 +221,7 @@ def _require_same(path: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings, or compare them with those that are there."""
     now = json.loads(json.dumps(settings))
     if not path.is_file():
-        write_text(path, json.dumps(now, indent=1) + "\n")
+        write_text(path, dumps(now, indent=1) + "\n")
         return
     was = json.loads(path.read_text(encoding="utf-8"))
     if other := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
@@ -253,7 +254,7 @@ def _from_record(record: Mapping[str, Any]) -> Answer:
 def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Add lines, and return when they are on the disk. Raises DiskFullError."""
     with room_for(path), path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.write("".join(dumps(record) + "\n" for record in records))
         file.flush()
         os.fsync(file.fileno())
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.atomic import write_text
+from tl_adapters.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +62,14 @@ class ReplyCache:
                 return kept, False, True
             text, cut = ask()
             if not cut:
-                write_text(path, json.dumps({**question, "reply": text}, indent=1) + "\n")
+                write_text(path, dumps({**question, "reply": text}, indent=1) + "\n")
             return text, cut, False
 
     def refuse(self, question: Mapping[str, Any], reason: str) -> None:
         """Note that the kept reply to a question cannot be used: it stays to be read, and is asked for again."""
         path = self.file(question)
         if path is not None and (text := _read(path)) is not None:
-            write_text(path, json.dumps({**question, "reply": text, "unusable": reason}, indent=1) + "\n")
+            write_text(path, dumps({**question, "reply": text, "unusable": reason}, indent=1) + "\n")
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
@@ -81,7 +82,7 @@ class ReplyCache:
         for parameters in (question["parameters"], {**question["parameters"], "max_tokens": 1024}):
             old = self._path(_name({**_without(question, "server"), "parameters": parameters}))
             if (text := _read(old)) is not None:
-                write_text(path, json.dumps({**question, "reply": text}, indent=1) + "\n")
+                write_text(path, dumps({**question, "reply": text}, indent=1) + "\n")
                 old.unlink(missing_ok=True)  # it is one server's only
                 return
 

@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.data import Trace, batches_by_length, readable_traces
 from tl_adapters.features import Stream
-from tl_adapters.intervals import Figure, bootstrap_ratio
+from tl_adapters.intervals import Figure, clustered_share
 from tl_adapters.paired import ACTIVATIONS, PairedModel
 from tl_adapters.precision import host_float64, wide
 
@@ -53,8 +53,9 @@ class LayerAgreement:
     """Firings on both streams, of the firings on either (Jaccard), over all features and tokens."""
     kept: Figure
     """Firings on both, of those on the replacement's stream."""
-    correlation: float
-    """Pearson correlation of activations in decoder-norm units, over all firings on either stream."""
+    correlation: float | None
+    """Pearson correlation of activations in decoder-norm units, over all firings on either stream; None where there is
+    none, or no spread."""
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def stream_agreement(
         moments += host_float64(torch.stack(products))
 
     def share(place: int, over: Tensor, unit: str) -> Figure:
-        return Figure(*bootstrap_ratio(both[place], over[place]), len(traces), unit, split)
+        return clustered_share(both[place], over[place]).figure(len(traces), unit, split)
 
     found = []
     for place, layer in enumerate(layers):
@@ -104,7 +105,7 @@ def stream_agreement(
                 layer,
                 share(place, either, "firings on both streams, of those on either"),
                 share(place, replacement, "firings on both streams, of the replacement's"),
-                (n * xy - x * y) / spread if spread > 0 else float("nan"),
+                (n * xy - x * y) / spread if spread > 0 else None,
             )
         )
     return found

@@ -50,7 +50,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """
     if not any((folder / file).is_file() for file in _FILES):
         return None
-    chosen = AutoTokenizer.from_pretrained(folder)
+    chosen = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     path = folder / "tokenizer.json"
     if not path.is_file():
         return chosen  # only the class can say what tokenizer.model means
