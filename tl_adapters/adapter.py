@@ -6,8 +6,9 @@ One layer's adapter is a `TranscoderAdapter` (`transcoder`). All of a set have o
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -515,8 +516,8 @@ def _known_files(folder: Path, record: dict[str, Any]) -> dict[str, dict[str, An
 
 def record_hash(record: Mapping[str, Any]) -> str:
     """Of what a set's description says, without the hash itself, whatever the order and the spaces it is written in."""
-    as_read = json.loads(json.dumps(record))
-    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+    as_read = json.loads(dumps(record))
+    return hashlib.sha256(dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _kept(folder: Path) -> tuple[dict[int, LayerMarks] | None, dict[str, Tensor] | None]:

@@ -6,12 +6,14 @@ refused by name: it would be a silently different model.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,12 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tl_adapters.checkpoints import (
-    PROJECTIONS,
-    CheckpointError,
-    locate,
-    read_config,
-)
+from tl_adapters.checkpoints import PROJECTIONS, CheckpointError, locate, read_config, require_unscaled, tensor_shapes
 from tl_adapters.errors import UserError
 from tl_adapters.tokenization import load_tokenizer, warn_of_other_ids
 
@@ -184,3 +181,55 @@ def load_hf_model(
     else:
         warn_of_other_ids(tokenizer, folder)
     return hf_model.to(device or "cpu"), tokenizer
+
+
+def stock_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that ``config`` describes, on the meta device: names, shapes and classes, and no memory."""
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        return getattr(transformers, require_representable(config))(config)
+
+
+def require_stock_files(folder: Path, config: PretrainedConfig) -> None:
+    """Raises CheckpointError where a folder's files hold other tensors than a model of its configuration has."""
+    require_unscaled(folder)
+    expected = {name: tuple(tensor.shape) for name, tensor in stock_model(config).state_dict().items()}
+    for name, shape in tensor_shapes(folder).items():
+        if name in expected and shape != expected[name]:
+            raise CheckpointError(
+                f"{name} of {folder} has shape {shape}, and by its config.json {expected[name]}. Correct config.json "
+                "(vocab_size where embeddings were resized), or save the model again with save_pretrained."
+            )
+        module = name.rpartition(".")[0]
+        if name not in expected and f"{module}.weight" in expected:
+            raise CheckpointError(
+                f"{folder} has the tensor {name}, which a {config.architectures[0]} of this configuration does not "
+                "have: a bias, or a scale of quantized weights, would be left out. Give a checkpoint that its "
+                "config.json describes."
+            )
+
+
+@torch.no_grad()
+def moved(hf_model: PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    """``hf_model`` on that device with parameters of that dtype, in place; None leaves either as it is.
+
+    Unlike the model's own ``.to(dtype)`` this casts no buffers. Rotary frequencies in bfloat16 make angles
+    that are off by tenths of a radian at a thousand positions; where an earlier cast rounded them, they are put back,
+    with a warning.
+    """
+    if device is not None:
+        hf_model.to(device)
+    for parameter in hf_model.parameters():
+        if dtype is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    rotary = hf_model.model.rotary_emb
+    if not rotary.inv_freq.is_meta:
+        exact = type(rotary)(hf_model.config).inv_freq.to(rotary.inv_freq.device)
+        rounded = (exact.to(low).to(rotary.inv_freq.dtype) for low in (torch.bfloat16, torch.float16))
+        if any(torch.equal(values, rotary.inv_freq) for values in rounded):
+            log.warning(
+                "A cast of the whole model had rounded its rotary frequencies, so that angles are off by tenths of a "
+                "radian at a thousand positions. They are exact again, as transformers' own dtype= keeps them."
+            )
+            rotary.inv_freq = rotary.original_inv_freq = exact
+    return hf_model

@@ -156,6 +156,7 @@ class Trainer:
         require_tracker(config.tracker)  # now: an extra that is missing leaves no folder behind
         self.pair, self.config, self.progress = pair, config, progress
         self.folder = None
+        source: TraceSource
         if isinstance(traces, TraceSource):
             source = traces
         else:
