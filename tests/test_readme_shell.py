@@ -1,0 +1,69 @@
+"""Every tl-adapters line of the README is run, on the small demo, with options that bound its size where it has them."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import small_scale
+from test_readme import blocks
+
+from tl_adapters import organism, study
+from tl_adapters.cli import main
+
+LINES = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("tl-adapters")]
+SMALL = ("--config", "small.yaml")
+BOUNDS = {
+    "features": ("--data", "traces.jsonl"),
+    "hesitation": ("--limit", "32"),
+    "benchmark": ("--limit", "8"),
+    "train": SMALL,
+    "sweep": (*SMALL, "--documents", "8"),
+    "serve": ("--port", "0"),
+}
+"""By subcommand, what the test adds to a line as it is printed."""
+ON_THE_HUB = ("push", "pull", "gsm8k", "--config paper")
+"""What only the hub can answer: offline, one error that says so."""
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(LINES) > 15
+
+
+@pytest.fixture
+def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which every line finds what it names."""
+    for name in ("demo", "mine"):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    (tmp_path / "BASE").symlink_to(organism.BASE)
+    (tmp_path / "TARGET").symlink_to(organism.TARGET)
+    shutil.copytree(run / "adapters", tmp_path / "adapters")
+    rows = [{"prompt": q, "response": r} for q, r in organism.reasoning_pairs("train", 40)]
+    for name in ("traces", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompt.txt").write_text("<|bos|><|user|>47+85+19=?<|assistant|><think>47+85=122.\n")
+    (tmp_path / "small.yaml").write_text("training:\n  steps: 2\n  n_features: 16\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "QUICK", small_scale())
+    monkeypatch.setattr("tl_adapters.server.ThreadingHTTPServer.serve_forever", lambda self: None)
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: " ".join(line.split("#")[0].split()[1:]))
+def test_a_line_runs_as_printed(line: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    out = Path(words[words.index("--out") + 1]) if "--out" in words else None
+    if out is not None and out.exists():
+        shutil.rmtree(out)
+    bounded = "--config" in words or "--resume" in words
+    quiet = () if words[0] == "config" else ("--quiet",)  # it has nothing to be quiet about
+    status = main([*words, *(() if bounded else BOUNDS.get(words[0], ())), *quiet])
+    printed = capsys.readouterr()
+    if any(name in line for name in ON_THE_HUB):
+        assert status == 2 and printed.err.startswith("error: ") and "Traceback" not in printed.err
+        assert out is None or not out.exists()
+        return
+    assert status == 0, printed.err
+    assert printed.out.strip()
+    assert out is None or out.exists()
