@@ -1,4 +1,4 @@
-"""Every tl-adapters line of the README is run, on the small demo, with options that bound its size where it has them."""
+"""Every tl-adapters line of the README is run on the small demo, with options that bound its size where it has them."""
 
 import json
 import shlex
