@@ -27,7 +27,7 @@ BAD: dict[str, Any] = {
     "turns that the template refuses": {"messages": [{"role": r, "content": r} for r in ("user", "user", "assistant")]},
     "no assistant": {"messages": [{"role": "user", "content": "q"}]},
 }
-OPTIONS = TrainingConfig(n_features=4, steps=120, tokens_per_batch=128, checkpoint_every=5, lr=1e-3)
+OPTIONS = TrainingConfig(n_features=4, steps=14, tokens_per_batch=512, checkpoint_every=3, lr=1e-3)
 
 
 @pytest.fixture(autouse=True)
@@ -74,19 +74,25 @@ def test_a_bad_line_of_a_file_is_named_before_anything_is_made(bad: str, folder:
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("kind", ["table", "stream"])
-def test_a_bad_row_is_named_and_a_run_goes_on_without_it(bad: str, kind: str, folder: Path) -> None:
+def test_a_bad_row_of_a_stream_is_named_and_a_run_goes_on_without_it(bad: str, folder: Path) -> None:
     write(folder, BAD[bad])
-    trainer = Trainer(pair_of(folder), documents(folder, kind), OPTIONS, folder / "run", progress=False)
+    trainer = Trainer(pair_of(folder), documents(folder, "stream"), OPTIONS, folder / "run", progress=False)
     with pytest.raises(DataError, match=rf"row {AT}: .*data\.bad_rows: drop"):
         trainer.run()
     with pytest.raises(DataError, match=rf"row {AT}: "):  # as it stands the run stops there again
-        Trainer.resume(pair_of(folder), documents(folder, kind), folder / "run", progress=False).run()
-    dropping = documents(folder, kind, bad_rows="drop")
+        Trainer.resume(pair_of(folder), documents(folder, "stream"), folder / "run", progress=False).run()
+    dropping = documents(folder, "stream", bad_rows="drop")
     resumed = Trainer.resume(pair_of(folder), dropping, folder / "run", progress=False)
     assert resumed.step > 0
     resumed.run()
     assert dropping.survey().bad_rows == 1 and "unusable rows left out 1" in str(dropping.survey())
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_row_of_a_downloaded_dataset_is_named(bad: str, folder: Path) -> None:
+    write(folder, BAD[bad])
+    with pytest.raises(DataError, match=rf"row {AT}: .*\. Mend the row.*data\.bad_rows: drop"):
+        documents(folder, "table").traces()
 
 
 @pytest.mark.parametrize("kind", ["file", "table", "stream"])
