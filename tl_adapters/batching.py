@@ -31,8 +31,10 @@ log = logging.getLogger(__name__)
 class TraceSource(Protocol):
     """Training documents, a window at a time."""
 
-    fingerprint: str
-    """Tells one set of documents from another."""
+    @property
+    def fingerprint(self) -> str:
+        """Tells one set of documents from another."""
+        ...
 
     def windows(self, epoch: int, position: Position) -> Iterator[tuple[Position, list[Trace]]]:
         """The windows of an epoch from ``position`` (a window's beginning) on, each with where it begins."""

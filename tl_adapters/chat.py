@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import takewhile, zip_longest
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -214,8 +215,8 @@ class ChatFormat:
             for row, (document, prompt) in enumerate(zip(documents, prompts, strict=True))
         ]
 
-    def _trace(self, document: Document, prompt: list[int], together: object, row: int) -> Trace:
-        whole, n, shift = together["input_ids"][row], len(prompt), len(document.prompt)  # type: ignore[index]
+    def _trace(self, document: Document, prompt: list[int], together: Any, row: int) -> Trace:
+        whole, n, shift = together["input_ids"][row], len(prompt), len(document.prompt)
         if whole[:n] != prompt or not self.tokenizer.is_fast:
             together = self.tokenizer([document.response], add_special_tokens=False)
             whole, row, shift = [*prompt, *together["input_ids"][0]], 0, 0
@@ -224,7 +225,7 @@ class ChatFormat:
         elif document.thinking == len(document.response):
             thinking = len(whole) - n
         elif self.tokenizer.is_fast:
-            last = together.char_to_token(row, shift + document.thinking - 1)  # type: ignore[attr-defined]
+            last = together.char_to_token(row, shift + document.thinking - 1)
             thinking = last + 1 - (n if shift else 0)
         else:
             head = self.tokenizer(document.response[: document.thinking], add_special_tokens=False)["input_ids"]
