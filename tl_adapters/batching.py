@@ -158,8 +158,9 @@ class EncodedDocuments:
             "chat": (tokenizer.chat_template, chat.turn_end, sorted(tokenizer.get_vocab().items())),
         }
         probed = {f.name: getattr(chat, f.name) for f in fields(chat) if f.name != "tokenizer"}
-        rendered = [document for document, _ in islice(self._reader.read("fingerprint", None), RENDERED)]
-        traces = chat.tokenize([d for c in rendered if (d := self._document(c)) is not None])
+        with self._reader.bad_rows.ignored(), self._bad_rows.ignored():  # they are met where they are read
+            rendered = [document for document, _ in islice(self._reader.read("fingerprint", None), RENDERED)]
+            traces = chat.tokenize([d for c in rendered if (d := self._document(c)) is not None])
         return {
             "data": _hashed(sorted(facts.items())),
             "data_files": self._reader.files,

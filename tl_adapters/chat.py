@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import takewhile, zip_longest
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -48,7 +49,7 @@ _QUESTION, _THOUGHT, _ANSWER = "what was asked", "what was thought", "what was a
 _BREAK, _CLOCK = "\n", "strftime_now"
 _DATE = "_tl_adapters_template_date"
 """Attribute of a tokenizer: the date that its template writes (`set_template_date`)."""
-_OTHER_DATE = datetime.date(1996, 2, 29)
+_OTHER_DATES = (datetime.date(1996, 2, 29), datetime.date(2031, 10, 17))  # no two parts of which are the same
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class ChatFormat:
             before_thinking=before_thinking,
             around_thinking=_around(base, (whole(_ANSWER, **{f: _THOUGHT}) for f in THINKING_FIELDS), think_start)
             or (f"{think_start}\n", f"\n{think_end}\n\n"),
-            date=None if prompt == _render(tokenizer, [question], opening=True, date=_OTHER_DATE) else date,
+            date=None if prompt == _render(tokenizer, [question], opening=True, date=_OTHER_DATES[0]) else date,
         )
 
     @property
@@ -215,8 +216,8 @@ class ChatFormat:
             for row, (document, prompt) in enumerate(zip(documents, prompts, strict=True))
         ]
 
-    def _trace(self, document: Document, prompt: list[int], together: object, row: int) -> Trace:
-        whole, n, shift = together["input_ids"][row], len(prompt), len(document.prompt)  # type: ignore[index]
+    def _trace(self, document: Document, prompt: list[int], together: Any, row: int) -> Trace:
+        whole, n, shift = together["input_ids"][row], len(prompt), len(document.prompt)
         if whole[:n] != prompt or not self.tokenizer.is_fast:
             together = self.tokenizer([document.response], add_special_tokens=False)
             whole, row, shift = [*prompt, *together["input_ids"][0]], 0, 0
@@ -225,7 +226,7 @@ class ChatFormat:
         elif document.thinking == len(document.response):
             thinking = len(whole) - n
         elif self.tokenizer.is_fast:
-            last = together.char_to_token(row, shift + document.thinking - 1)  # type: ignore[attr-defined]
+            last = together.char_to_token(row, shift + document.thinking - 1)
             thinking = last + 1 - (n if shift else 0)
         else:
             head = self.tokenizer(document.response[: document.thinking], add_special_tokens=False)["input_ids"]
@@ -289,12 +290,14 @@ class ChatFormat:
         codes = [question] * len(prompt) + [answer] * len(response)
         head = self._head(prompt)
         codes[:head] = [template] * head
+        begun = self._begun(prompt)
         # A prompt may end as the template ends it, or with its thinking opened, closed or left unopened.
-        tail = max(len(_shared_start([prompt[::-1], ending[::-1]])) for ending in self._prompt_ends)
-        begin = len(prompt) - tail
-        codes[begin : len(prompt)] = [template] * tail
-        opening = self._span(prompt[begin:], self.think_start)
-        opened = opening is not None and self._span(prompt[begin + opening[1] :], self.think_end) is None
+        tail = max(len(_shared_start([prompt[:begun][::-1], ending[::-1]])) for ending in self._prompt_ends)
+        begin = begun - tail
+        codes[begin:begun] = [template] * tail
+        codes[begun : len(prompt)] = [thinking] * (len(prompt) - begun)
+        opening = self._span(prompt[begin:begun], self.think_start)
+        opened = opening is not None and self._span(prompt[begin + opening[1] : begun], self.think_end) is None
         if opening is not None and opened:
             codes[begin + opening[0] : begin + opening[1]] = [think_start] * (opening[1] - opening[0])
         inside, closing = len(prompt), self.think_end
@@ -316,6 +319,16 @@ class ChatFormat:
             codes[-1] = end
         return codes
 
+    def _begun(self, prompt: tuple[int, ...]) -> int:
+        """Where the template's part of a prompt ends: before thinking that was put into the prompt (a prefill)."""
+        span = self._span(prompt, self.think_start, last=True)
+        if span is None or self._span(prompt[span[1] :], self.think_end) is not None:
+            return len(prompt)
+        if any(len(end) > 1 and prompt[-len(end) :] == end for end in self._prompt_ends):
+            return len(prompt)  # the template's own
+        before = max(len(_shared_start([prompt[: span[1]][::-1], end[::-1]])) for end in self._prompt_ends)
+        return span[1] if before > span[1] - span[0] else len(prompt)  # else a tag that somebody asks about
+
     def _head(self, prompt: tuple[int, ...]) -> int:
         """How many of a prompt's tokens the template writes before the question."""
         (before, after_date) = self._before
@@ -331,8 +344,8 @@ class ChatFormat:
         before, _ = self._edges(self.date)
         if self.date is None:
             return before, ()
-        other, _ = self._edges(_OTHER_DATE)
-        return before, _shared_start([before[::-1], other[::-1]])[::-1]
+        others = [self._edges(date)[0][::-1] for date in _OTHER_DATES]
+        return before, _shared_start([before[::-1], *others])[::-1]
 
     def _edges(self, date: datetime.date | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids of the template before and after a question."""
@@ -352,7 +365,7 @@ class ChatFormat:
         tail = len(after)
         whole = self._ids(prompt)
         ends = [after]
-        for text in (base, opened, base + closed):
+        for text in (base, opened, base + self.before_thinking + self.think_start, base + closed):
             ids = self._ids(text)
             ends.append(ids[min(len(whole) - tail, len(ids)) :])
         return ends
@@ -368,12 +381,16 @@ class ChatFormat:
                 return span, end
         return None
 
-    def _span(self, tokens: tuple[int, ...], tag: str) -> tuple[int, int] | None:
-        """First and last token (and one) that hold ``tag``, where it first stands in ``tokens``."""
+    def _span(self, tokens: tuple[int, ...], tag: str, last: bool = False) -> tuple[int, int] | None:
+        """First and last token (and one) that hold ``tag``, where it stands first in ``tokens``, or last."""
         single = self.tokenizer.get_added_vocab().get(tag)
         if single is not None:
-            return (place, place + 1) if (place := _find((single,), tokens)) is not None else None
-        at = self.tokenizer.decode(list(tokens)).find(tag)
+            if single not in tokens:
+                return None
+            place = len(tokens) - 1 - tokens[::-1].index(single) if last else tokens.index(single)
+            return place, place + 1
+        text = self.tokenizer.decode(list(tokens))
+        at = text.rfind(tag) if last else text.find(tag)
         if at < 0:
             return None
 
@@ -463,7 +480,7 @@ def _clock(date: datetime.date) -> str:
     """
     at = datetime.datetime.combine(date, datetime.time())
     fields = [f"%{flag}{letter}" for letter in "aAbBcdeDfFGHIjklmMnpPrRsStTuUVwWxXyYzZ" for flag in ("", "-")]
-    values = {field: at.strftime(field) for field in fields}
+    values = {field: at.strftime(field) for field in [*fields, "%%"]}
     table = ", ".join(f"({json.dumps(field)}, {json.dumps(value)})" for field, value in values.items())
     return (
         f"{{%- macro {_CLOCK}(format) -%}}{{%- set now = namespace(text=format) -%}}"

@@ -12,6 +12,7 @@ import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,10 +55,23 @@ class BadRows:
         self.drop = config.bad_rows == "drop"
         self.rows: dict[str, str] = {}
         """The rows that were left out, and why."""
+        self._ignored = False
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Within it rows that cannot be used are passed over, neither counted nor an error."""
+        self._ignored = True
+        try:
+            yield
+        finally:
+            self._ignored = False
 
     def meet(self, where: str, error: DataError) -> None:
         """Count a row that cannot be used. Raises DataError, with the row's place and what to do, unless dropping."""
+        if self._ignored:
+            return
         says = str(error) if str(error).startswith(where) else f"{where}: {error}"
+        says += "" if says.endswith(".") else "."
         if not self.drop:
             raise DataError(
                 f"{says} Mend the row, or leave such rows out and have them counted (data.bad_rows: drop; --bad-rows "
@@ -283,10 +297,11 @@ class RandomAccess:
 
     def _conversation(self, index: int) -> Conversation | None:
         try:
-            return self._columns.read(*self._records[index])
+            record, where = self._records[index]
         except DataError as error:  # no JSON; the message says which line
             self.bad_rows.meet(str(error).partition(": ")[0], error)
             return None
+        return self._columns.read(record, where)
 
     def read(self, seed: str, position: Position) -> Iterator[tuple[Conversation, Position]]:
         """As `Reader.read`."""
