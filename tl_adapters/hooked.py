@@ -239,7 +239,6 @@ class HookedBackend(Backend):
                     "This model has adapters attached already; detach those first, or use their PairedModel."
                 )
         self._class = type(model)
-        model.__class__ = reads_whole(type(model))
 
     @property
     def described(self) -> dict[str, Any]:
@@ -309,6 +308,7 @@ class HookedBackend(Backend):
     def install(self, layer: int, base: dict[str, Tensor] | None, base_scale: Tensor | None) -> None:
         """Turn the MLP of ``layer`` into a `RoutedGatedMLP` in place, with the base's weights beside it."""
         block = self.model.blocks[layer]
+        self.model.__class__ = reads_whole(self._class)  # until `uninstall`
         mlp = block.mlp
         # A HookedSAETransformer gives each MLP a forward of its own, only to call hook_in: ours calls it too.
         self._found[layer] = {"class": type(mlp), "hook_in": getattr(mlp, "hook_in", None)}
