@@ -111,8 +111,22 @@ def test_owned_features_are_features() -> None:
     assert one == FeatureId(1, 5) == (1, 5) and hash(one) == hash((1, 5)) and {one} == {FeatureId(1, 5)}
     assert isinstance(copy.deepcopy(one), OwnedFeatureId) and repr(one) == repr(FeatureId(1, 5))
     assert torch.arange(12).reshape(2, 6)[one] == 11
+    other = owned((0, 2), {"adapters": "b"})  # hides behind an equal one of the right adapters in any set
+    with pytest.raises(ForeignFeaturesError, match="of adapters b"):
+        made().installed_adapters().require_own([*circuit_of(made()).ids(), other])
     with pytest.raises(ForeignFeaturesError, match="no feature of adapters"):  # a neuron of a store of neurons
         made().installed_adapters().require_own([owned((1, 5), {})])
+
+
+def test_a_circuit_of_the_first_release_knows_the_whole_set_only() -> None:
+    circuit = circuit_of(made())
+    prints = {name: circuit.fingerprints[name] for name in ("adapters", "target", "base_mlps")}
+    circuit = replace(circuit, fingerprints=prints)
+    circuit.require_belonging(made())
+    with ablated(made(), circuit.ids()):
+        pass
+    with pytest.raises(ForeignFeaturesError), ablated(made(adapters=6), circuit.ids()):
+        pass
 
 
 def test_one_layer_of_a_set_knows_its_circuit(tmp_path: Path) -> None:
