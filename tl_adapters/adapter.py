@@ -231,16 +231,17 @@ class AdapterSet(nn.Module):
 
     def require_own(self, features: Iterable[FeatureId | tuple[int, int]]) -> None:
         """Raises ForeignFeaturesError for features that are known to be of other adapters (`OwnedFeatureId`)."""
-        known = {f for f in features if isinstance(f, OwnedFeatureId) and f.adapters is not None}
-        if not known:
-            return
-        ours = self.fingerprints
-        for feature in sorted(known):
-            if feature.adapters not in (ours["adapters"], ours.get(f"adapters.{feature.layer}")):
+        known = [f for f in features if isinstance(f, OwnedFeatureId) and f.adapters is not None]
+        layers = {f.layer for f in known} & set(self.layer_indices)
+        ours = {layer: fingerprint(self._content([layer])) for layer in layers}
+        others = [f for f in known if f.adapters != ours.get(f.layer)]
+        whole = self.fingerprint if others else ""  # which is all that features of earlier versions' files know
+        for feature in others:
+            if feature.adapters != whole:
                 of = f"of adapters {feature.adapters}" if feature.adapters else "no feature of adapters"
                 raise ForeignFeaturesError(
-                    f"Feature {feature.layer}.{feature.index} is {of}; the adapters here are {ours['adapters']}. A "
-                    "feature is a number of one set: load the adapters it was found in, or find features in these."
+                    f"Feature {feature.layer}.{feature.index} is {of}; the adapters here are {whole}. A feature is a "
+                    "number of one set: load the adapters it was found in, or find features in these."
                 )
 
     def normalized(self) -> AdapterSet:
@@ -260,7 +261,9 @@ class AdapterSet(nn.Module):
             tensors["W_enc"] *= self.marks[layer].ln2_w.to(ours.W_enc.device, ours.W_enc.dtype)[:, None]
             layers[layer] = adapter_of(tensors, ours.activation, ours.k)
         about = replace(self.metadata, reads="normalized")
-        return AdapterSet(layers, self.marks, about, self.n_layers, self.samples)
+        found = AdapterSet(layers, self.marks, about, self.n_layers, self.samples)
+        found.warned = self.warned
+        return found
 
     def require_finite(self, of: str) -> None:
         """Raises NotFiniteError, which begins with ``of`` and names the layer, where a weight is NaN or infinite."""
@@ -496,7 +499,8 @@ def describe(name: str | Path, *, revision: str | None = None, token: str | None
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AdapterFormatError(f"{folder / METADATA_FILE} is not a description of adapters: {error!r}.") from error
-    found = SetDescription(layers, **shape, metadata=metadata, fingerprint=adapters, marks=None, files=files)
+    size = shape["n_layers"], shape["d_model"], shape["n_features"]
+    found = SetDescription(layers, *size, metadata, adapters, None, None, files)
     if MARKS_FILE in (files or {}):
         found.require_file(folder, MARKS_FILE)
     marks, samples = _kept(folder)

@@ -30,7 +30,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -66,8 +66,7 @@ from tl_adapters.routing import ROUTES, Route, RoutedMLP
 
 log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class PairedModel:
@@ -492,15 +491,15 @@ class PairedModel:
         return max(1, 2**24 // self.model.cfg.d_vocab)
 
 
-def adapters_in_float32(function: Callable[Concatenate[PairedModel, P], R]) -> Callable[Concatenate[PairedModel, P], R]:
+def adapters_in_float32(function: F) -> F:
     """A function of a pair that computes with the pair's adapters in float32 at least, whatever they are kept in."""
 
     @wraps(function)
-    def in_float32(pair: PairedModel, *args: P.args, **kwargs: P.kwargs) -> R:
+    def in_float32(pair: PairedModel, *args: Any, **kwargs: Any) -> Any:
         with pair.installed_adapters().in_float32():
             return function(pair, *args, **kwargs)
 
-    return in_float32
+    return cast(F, in_float32)
 
 
 ACTIVATIONS = "mlp.adapter.hook_sae_acts_post"

@@ -1,13 +1,15 @@
 """Features, circuits, graphs and stores reach only the adapters they are numbers of (A11, A24)."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stores
 import torch
 from conftest import random_batch, random_model, randomise
 
@@ -16,11 +18,15 @@ from tl_adapters.attribution import attribute
 from tl_adapters.circuit_roles import circuit_edges
 from tl_adapters.circuits import Circuit, CircuitEdge, CircuitError, CircuitFeature
 from tl_adapters.cli.common import feature_ids
+from tl_adapters.collecting import collect_features
+from tl_adapters.feature_store import FeatureStore
+from tl_adapters.features import FeatureStoreError
 from tl_adapters.freezing import frozen
 from tl_adapters.graph_pages import write_graph
 from tl_adapters.graphs import AttributionGraph, GraphError
 from tl_adapters.interventions import ablated, added, clamped, inserted, negated, patched, scaled
 from tl_adapters.moments import Moments
+from tl_adapters.opening import load_builtin_pair
 from tl_adapters.paired import PairedModel
 from tl_adapters.validity import ablation_effects, values_with
 from tl_adapters.variants import less, rescaled, with_only, without
@@ -105,8 +111,22 @@ def test_owned_features_are_features() -> None:
     assert one == FeatureId(1, 5) == (1, 5) and hash(one) == hash((1, 5)) and {one} == {FeatureId(1, 5)}
     assert isinstance(copy.deepcopy(one), OwnedFeatureId) and repr(one) == repr(FeatureId(1, 5))
     assert torch.arange(12).reshape(2, 6)[one] == 11
+    other = owned((0, 2), {"adapters": "b"})  # hides behind an equal one of the right adapters in any set
+    with pytest.raises(ForeignFeaturesError, match="of adapters b"):
+        made().installed_adapters().require_own([*circuit_of(made()).ids(), other])
     with pytest.raises(ForeignFeaturesError, match="no feature of adapters"):  # a neuron of a store of neurons
         made().installed_adapters().require_own([owned((1, 5), {})])
+
+
+def test_a_circuit_of_the_first_release_knows_the_whole_set_only() -> None:
+    circuit = circuit_of(made())
+    prints = {name: circuit.fingerprints[name] for name in ("adapters", "target", "base_mlps")}
+    circuit = replace(circuit, fingerprints=prints)
+    circuit.require_belonging(made())
+    with ablated(made(), circuit.ids()):
+        pass
+    with pytest.raises(ForeignFeaturesError), ablated(made(adapters=6), circuit.ids()):
+        pass
 
 
 def test_one_layer_of_a_set_knows_its_circuit(tmp_path: Path) -> None:
@@ -177,3 +197,42 @@ def test_adapters_kept_narrow_are_taken_apart_in_float32(dtype: torch.dtype) -> 
         assert torch.equal(narrow.weights, graph.weights)
         relevance = ablation_effects(pair, graph, torch.arange(len(graph.features)))
         assert relevance.isfinite().all()
+
+
+def test_a_store_is_known_by_content_wherever_its_models_lie(tmp_path: Path) -> None:
+    """A24: models that were moved, or named by a relative path; one layer of the set; and another pair."""
+    pair, traces = stores.random_pair(), stores.documents()
+    collect = partial(collect_features, pair, folder=tmp_path / "store", options=stores.OPTIONS, progress=False)
+    collect(traces[:1])
+    before = pair.base_id, pair.target_id
+    try:
+        pair.base_id, pair.target_id = "../elsewhere/base", "/moved/target"
+        assert collect(traces[:2]).documents == 2
+    finally:
+        pair.base_id, pair.target_id = before
+    store = FeatureStore.load(tmp_path / "store")
+    store.require_features_of(pair)
+    whole = pair.installed_adapters()
+    layer = whole.layer_indices[-1]
+    some = load_builtin_pair()
+    some.load_adapters(AdapterSet({layer: whole[layer]}, whole.marks, whole.metadata, whole.n_layers, whole.samples))
+    store.require_features_of(some)
+    with ablated(some, [id for id in store.ids(0) if id.layer == layer][:3]):
+        pass
+    for name, message in (("target", "whose target are others"), (f"adapters.{layer}", "number of one set")):
+        other = replace(store.about, fingerprints={**store.about.fingerprints, name: "0"})
+        with pytest.raises(FeatureStoreError, match=message):
+            FeatureStore(other, store.part, {}, store.vocabulary).require_features_of(pair)
+    record = json.loads((tmp_path / "store" / "store.json").read_text())
+    record["fingerprints"]["base_mlps"] = "0"
+    (tmp_path / "store" / "store.json").write_text(json.dumps(record))
+    with pytest.raises(FeatureStoreError, match="was read with fingerprints .*base_mlps"):
+        collect(traces[:3])
+
+
+def test_a_store_of_neurons_gives_no_features_of_adapters() -> None:
+    pair = stores.random_pair()
+    options = dict(kind="neuron", stream="target", options=stores.OPTIONS, progress=False)
+    neurons = collect_features(pair, stores.documents()[:1], **options)  # type: ignore[arg-type]
+    with pytest.raises(ForeignFeaturesError, match="no feature of adapters"), ablated(pair, neurons.ids(1)[:1]):
+        pass
