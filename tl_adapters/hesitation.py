@@ -108,7 +108,7 @@ class BehaviourStudy:
              REACHED[c["reached"]]]
             for c in self.block.get("criteria", [])
         ]  # fmt: skip
-        return table(["asked", "measured", "to be", "reached"], rows) + self.circuit._repr_html_()
+        return table(["asked", "measured", "to be", ""], rows) + self.circuit._repr_html_()
 
 
 def analyze_hesitation(
