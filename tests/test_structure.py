@@ -9,20 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
 LEVELS = [
     {"errors", "precision"},
-    {
-        "activations",
-        "atomic",
-        "compatibility",
-        "config",
-        "devices",
-        "finite",
-        "fingerprints",
-        "losses",
-        "intervals",
-        "posting",
-        "results",
-    }
-    | {"trackers", "views", "vocabulary", "organism"},
+    {"activations", "atomic", "compatibility", "config", "fingerprints", "losses", "intervals", "posting", "results"}
+    | {"trackers", "views", "vocabulary", "organism", "devices", "finite"},
     {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"},
     {"architectures", "data", "endpoint", "marks", "references", "transcoder"},
     {"adapter", "chat", "graphs", "likelihoods"},

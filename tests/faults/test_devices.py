@@ -308,6 +308,18 @@ def test_rows_of_an_attribution_graph_wait_once_a_batch(device: PretendedDevice)
     assert not grown(*counts)
 
 
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
+def test_a_training_step_does_not_wait_by_layer(device: PretendedDevice, activation: str) -> None:
+    counts = []
+    for layers in (2, 4):
+        k = {"k": 5} if activation == "batchtopk" else {}
+        config = TrainingConfig(n_features=16, steps=1, activation=activation, **k)  # type: ignore[arg-type]
+        trainer = Trainer(tiny(device, layers), documents(), config, validation=documents(2, 1), progress=False)
+        counts.append(waits(device, trainer.run))
+    ours = lambda key: key[2] == "_one_step"  # noqa: E731 (torch's gradient clipping asks a device for its devices)
+    assert not grown(*counts, allowed=ours)
+
+
 def test_real_ablations_copy_once_for_all_layers(device: PretendedDevice) -> None:
     counts = []
     for layers in (2, 4):
