@@ -9,8 +9,20 @@ PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
 LEVELS = [
     {"errors", "precision"},
-    {"activations", "atomic", "compatibility", "config", "fingerprints", "losses", "intervals", "posting", "results"}
-    | {"trackers", "views", "vocabulary", "organism", "devices", "finite"},
+    {
+        "activations",
+        "atomic",
+        "compatibility",
+        "config",
+        "devices",
+        "finite",
+        "fingerprints",
+        "losses",
+        "intervals",
+        "posting",
+        "results",
+    }
+    | {"trackers", "views", "vocabulary", "organism"},
     {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"},
     {"architectures", "data", "endpoint", "marks", "references", "transcoder"},
     {"adapter", "chat", "graphs", "likelihoods"},
