@@ -391,8 +391,9 @@ def test_a_model_in_memory_stays_where_it_is_unless_a_device_is_named(device: Pr
 
 def test_what_auto_chose_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="tl_adapters"):
-        assert device_of("auto") == "cpu"
-    assert "device: cpu" in caplog.text
+        assert device_of("auto") == "auto" and not caplog.text  # an error of the command line stands alone
+        assert load_builtin_pair(device_of("auto")).model.W_E.device.type == "cpu"
+    assert "device: cpu (auto" in caplog.text
     for unknown in ("gpu", "mps:3", "cuda:-2", ""):
         with pytest.raises(UserError, match="--device"):
             device_of(unknown)
