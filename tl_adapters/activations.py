@@ -45,23 +45,28 @@ def topk(pre: Float[Tensor, "*batch n_features"], k: int) -> Float[Tensor, "*bat
 
 
 def batch_topk(
-    pre: Float[Tensor, "*batch n_features"], k: int, real: Bool[Tensor, "*batch"]
+    pre: Float[Tensor, "*batch n_features"], k: int, real: Bool[Tensor, "*batch"], n_real: int | None = None
 ) -> Float[Tensor, "*batch n_features"]:
     """The k * n largest positive ones of n real tokens together; padding takes no part and has none.
 
     Equal values at the edge are let through together, so that equal tokens get equal activations.
+
+    Args:
+        pre: pre-activations.
+        k: per token, on average.
+        real: the tokens that are not padding.
+        n_real: their number, where a caller has it; None asks the device, which waits for it.
     """
     positive = torch.relu(pre)
-    values = positive.detach()[real].flatten()
-    kept = min(k * int(real.sum()), len(values))
+    values = torch.where(real[..., None], positive.detach(), 0.0).flatten()  # zeros of padding are never among the k n
+    kept = min(k * (int(real.sum()) if n_real is None else n_real), len(values))
     smallest = values.topk(kept, sorted=False).values.amin()
     return torch.where((positive >= smallest) & real[..., None], positive, torch.zeros_like(positive))
 
 
 def smallest_active(acts: Float[Tensor, "*batch n_features"], real: Bool[Tensor, "*batch"]) -> Float[Tensor, ""]:
     """The smallest positive activation of the real tokens; 0 where there is none."""
-    acts = acts.detach()[real]
-    smallest = torch.where(acts > 0, acts, torch.inf).amin()
+    smallest = torch.where((acts > 0) & real[..., None], acts.detach(), torch.inf).amin()
     return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
 
 

@@ -279,13 +279,14 @@ class AdapterSet(nn.Module):
         Only batchtopk computes something else then: it selects among all features of all ``real`` tokens (padding is
         not real), and not by its threshold.
         """
+        n_real = int(real.sum()) if self.metadata.activation == "batchtopk" else None  # once, not in every layer
         for adapter in self:
-            adapter.training_tokens = real
+            adapter.training_tokens, adapter.n_training_tokens = real, n_real
         try:
             yield
         finally:
             for adapter in self:
-                adapter.training_tokens = None
+                adapter.training_tokens = adapter.n_training_tokens = None
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:

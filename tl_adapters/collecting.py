@@ -212,6 +212,10 @@ class _Collector:
 
     @contextmanager
     def _extracting(self, found: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
+        """Hooks that append what fires, on the model's device.
+
+        `nonzero` waits for the device once per layer and batch: the price of keeping nothing dense.
+        """
         pair, description = self.pair, self.description
 
         def extract(acts: Tensor, hook: HookPoint, place: int, layer: int) -> None:

@@ -139,4 +139,4 @@ def _mean_over(per_token: Tensor, mask: Tensor) -> Tensor:
 
 def active_features(acts: Float[Tensor, "batch pos n_features"], mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, ""]:
     """L0: mean number of active features over the tokens that count."""
-    return (acts > 0).sum(-1)[mask].float().mean()
+    return _mean_over((acts > 0).sum(-1).float(), mask)

@@ -156,11 +156,11 @@ def _shared_prefix_step(
             nmse = nmse + squared_error_ratio(target[layer + 1], resid, counted) / (n + 1)
             sparse = sparse + _sparsity(adapters[layer], pre.get(layer), acts[layer], counted)
             if want_l0:
-                l0[layer] = float(active_features(acts[layer].detach(), counted))
+                l0[layer] = active_features(acts[layer].detach(), counted)
         return resid, nmse, sparse
 
     zero = target[0].new_zeros(())
-    l0: dict[int, float] = {}
+    l0: dict[int, Tensor] = {}
     with pair.routed("replacement"), _recorded_features(pair) as (pre, acts):
         at_cut, nmse_below, sparse_below = replacement_blocks(target[0], range(cut))
         resume = at_cut.detach().requires_grad_()
@@ -190,7 +190,7 @@ def _shared_prefix_step(
     nmse, sparse = (nmse_below + nmse_above).detach(), (sparse_below + sparse_above).detach()
     output_kl, forward_bridge, backward_bridge = (t.detach() for t in (output_kl, forward_bridge, backward_bridge))
     total = weighted(output_kl, forward_bridge, backward_bridge, nmse, sparse)
-    by_layer = [l0[layer] for layer in range(n)] if want_l0 else None
+    by_layer = torch.stack([l0[layer] for layer in range(n)]).tolist() if want_l0 else None
     return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, sparse, total, by_layer, smallest)
 
 

@@ -42,6 +42,9 @@ class TranscoderAdapter(nn.Module):
     training_tokens: Tensor | None
     """Which tokens of the present batch are real, while the adapter trains; None while it evaluates."""
 
+    n_training_tokens: int | None
+    """How many of them, where batchtopk asks."""
+
     def __init__(
         self,
         d_model: int,
@@ -57,7 +60,7 @@ class TranscoderAdapter(nn.Module):
         super().__init__()
         require_activation(activation, k, n_features)
         self.activation, self.k, self.bandwidth = activation, k, bandwidth
-        self.training_tokens = None
+        self.training_tokens = self.n_training_tokens = None
         self.W_enc = nn.Parameter(torch.zeros(d_model, n_features, dtype=dtype, device=device))
         self.b_enc = nn.Parameter(torch.zeros(n_features, dtype=dtype, device=device))
         self.W_dec = nn.Parameter(torch.zeros(n_features, d_model, dtype=dtype, device=device))
@@ -96,7 +99,7 @@ class TranscoderAdapter(nn.Module):
             return topk(pre, self.k)
         if self.activation == "batchtopk" and self.training_tokens is not None:
             assert self.k is not None
-            return batch_topk(pre, self.k, self.training_tokens)
+            return batch_topk(pre, self.k, self.training_tokens, self.n_training_tokens)
         return jumprelu(pre, self.threshold, self.bandwidth)
 
     def decode(self, acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_model"]:

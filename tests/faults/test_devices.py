@@ -1,7 +1,7 @@
 """Every stage on a pretended device: no operator mixes devices, no float64 where there is none, few waits.
 
-The device is pretended (`pretended_device`), once as a GPU and once as MPS, which has no float64. A-models moves the
-buffers of a model that is built; here they are held on the device as if moved.
+The device is pretended (`pretended_device`), once as a GPU and once as MPS, which has no float64. Parameters go there
+by the library's own calls; buffers are put there in any case, so that what these tests say is about operators.
 """
 
 from collections import Counter
@@ -21,11 +21,13 @@ from tl_adapters.circuit_controls import best_steering, shifted_logits, stronges
 from tl_adapters.circuit_roles import circuit_edges, effects_at, sort_features
 from tl_adapters.circuit_search import SearchOptions, search_circuit
 from tl_adapters.circuit_trials import mediation, probabilities
+from tl_adapters.cli.common import device_of
 from tl_adapters.collecting import collect_features
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data import Trace
 from tl_adapters.devices import DeviceError, resolve_device
 from tl_adapters.effects import layer_effects
+from tl_adapters.errors import UserError
 from tl_adapters.faithfulness import faithfulness_block, measure_faithfulness
 from tl_adapters.freezing import frozen
 from tl_adapters.interventions import ablated, added, clamped, gated, inserted, negated, patched, scaled
@@ -62,13 +64,15 @@ def tiny(
     activation: str = "relu",
     architecture: str = "Qwen2ForCausalLM",
     n_features: int = 24,
+    backend: str | None = None,
 ) -> PairedModel:
     """A random pair that is built, and gets its adapters, on the device."""
     base, target = (
         random_model(seed, torch.float32, architecture, num_hidden_layers=layers, vocab_size=31) for seed in (1, 2)
     )
     device.hold(target)
-    return randomise(on(device, PairedModel.from_pretrained(base, target)), n_features, activation=activation)
+    pair = PairedModel.from_pretrained(base, target, backend=backend)
+    return randomise(on(device, pair), n_features, activation=activation)
 
 
 def documents(n: int = 4, seed: int = 0, vocab: int = 31) -> list[Trace]:
@@ -220,6 +224,19 @@ def test_circuits(device: PretendedDevice) -> None:
     mediation(pair, moments, found.order[:2], found.order[2:], "x")
 
 
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
+def test_a_bridge_goes_through_the_stages(device: PretendedDevice, architecture: str) -> None:
+    pair, features = tiny(device, architecture=architecture, backend="bridge"), [FeatureId(0, 1), FeatureId(1, 4)]
+    prompt = list(documents(1)[0].tokens)
+    measure_faithfulness(pair, documents())
+    effects_at(pair, some_moments())
+    for linearisation in ("relp", "gradient"):
+        attribute(pair, prompt, linearisation=linearisation, progress=False)
+    with inserted(pair, features) as model:
+        model(torch.tensor([prompt], device=DEVICE))
+    Trainer(pair, documents(), TrainingConfig(n_features=16, steps=2), progress=False).run()
+
+
 @pytest.fixture
 def builtin(device: PretendedDevice) -> PairedModel:
     pair = on(device, load_builtin_pair("cpu"))
@@ -308,6 +325,18 @@ def test_rows_of_an_attribution_graph_wait_once_a_batch(device: PretendedDevice)
     assert not grown(*counts)
 
 
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
+def test_a_training_step_does_not_wait_by_layer(device: PretendedDevice, activation: str) -> None:
+    counts = []
+    for layers in (2, 4):
+        k = {"k": 5} if activation == "batchtopk" else {}
+        config = TrainingConfig(n_features=16, steps=1, activation=activation, **k)  # type: ignore[arg-type]
+        trainer = Trainer(tiny(device, layers), documents(), config, validation=documents(2, 1), progress=False)
+        counts.append(waits(device, trainer.run))
+    ours = lambda key: key[2] == "_one_step"  # noqa: E731 (torch's gradient clipping asks a device for its devices)
+    assert not grown(*counts, allowed=ours)
+
+
 def test_real_ablations_copy_once_for_all_layers(device: PretendedDevice) -> None:
     counts = []
     for layers in (2, 4):
@@ -362,5 +391,9 @@ def test_a_model_in_memory_stays_where_it_is_unless_a_device_is_named(device: Pr
 
 def test_what_auto_chose_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="tl_adapters"):
-        resolve_device("auto")
-    assert "device: cpu" in caplog.text
+        assert device_of("auto") == "auto" and not caplog.text  # an error of the command line stands alone
+        assert load_builtin_pair(device_of("auto")).model.W_E.device.type == "cpu"
+    assert "device: cpu (auto" in caplog.text
+    for unknown in ("gpu", "mps:3", "cuda:-2", ""):
+        with pytest.raises(UserError, match="--device"):
+            device_of(unknown)

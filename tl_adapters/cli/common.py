@@ -37,11 +37,11 @@ def common_parent(quiet: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def device_of(name: str) -> str:
-    """--device, if this machine has it. Raises UserError."""
-    from tl_adapters.devices import DeviceError, resolve_device
+    """--device, if this machine has it; "auto" is chosen, and said, where the models are loaded. Raises UserError."""
+    from tl_adapters.devices import AUTO, DeviceError, resolve_device
 
     try:
-        return str(resolve_device(name))
+        return name if name == AUTO else str(resolve_device(name))
     except DeviceError as error:
         raise UserError(f"--{error}") from error
 
