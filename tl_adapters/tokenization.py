@@ -87,7 +87,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 def _opened(cls: Any, folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return cls.from_pretrained(folder)
+        return cls.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of a dozen classes, and some from the tokenizers library
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TokenizerError(f"{folder} has tokenizer files that {cls.__name__} cannot load: {reason}") from error
