@@ -18,6 +18,7 @@ LEVELS = [
     {"sources", "hooked", "bridged", "fitting", "graph_files", "parts"},
     {"backends"},
     {"batching", "paired"},
+    {"behaviors"},
     {
         "objective",
         "faithfulness",
@@ -36,6 +37,7 @@ LEVELS = [
     {
         "attribution",
         "benchmarking",
+        "banning",
         "circuit_controls",
         "circuit_criteria",
         "circuit_trials",

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_adapters.behaviors import Behaviour, counts
 from tl_adapters.benchmarks import Response, correctness, rate, respond
 from tl_adapters.freezing import frozen
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.interventions import Features, ablated
-from tl_adapters.moments import Moments, final_residual, log_odds
+from tl_adapters.moments import Moments, final_residual, margins_from, margins_where
 from tl_adapters.paired import PairedModel
 from tl_adapters.subjects import Injection, Subject
 from tl_adapters.variants import Variant
@@ -32,7 +33,10 @@ PLACES = ("moment", "boundary", "elsewhere")
 
 @torch.no_grad()
 def probabilities(pair: PairedModel, moments: Moments, variant: Variant, split: str) -> dict[str, Figure]:
-    """Probability of the words at moments, boundaries and elsewhere, with intervals over documents."""
+    """Probability of the behaviour at moments, boundaries and elsewhere, with intervals over documents.
+
+    Of a phrase: of all its tokens at the moments, elsewhere as far as the text shows it (see `moments`).
+    """
     sums = {place: torch.zeros(2, len(moments), dtype=torch.float64) for place in PLACES}
     for rows, batch in moments.batches():
         batch = batch.to(pair.model.W_E.device)
@@ -40,10 +44,10 @@ def probabilities(pair: PairedModel, moments: Moments, variant: Variant, split: 
             residual = final_residual(pair, batch.tokens)
             for place in PLACES:
                 at = getattr(batch, place)
-                said = torch.zeros(at.shape, dtype=torch.float64, device=at.device)
-                chunks = [log_odds(pair.unembed(r), batch.words) for r in residual[at].split(pair.rows_at_once)]
-                said[at] = torch.cat(chunks).sigmoid().double() if chunks else said[at]
-                sums[place][:, rows] = torch.stack([said.sum(1), at.sum(1).double()]).cpu()
+                found = margins_from(pair, residual, batch, at, pair.rows_at_once).sigmoid()
+                said = torch.zeros(at.shape, dtype=found.dtype, device=at.device)
+                said[at] = found
+                sums[place][:, rows] = torch.stack([said.cpu().double().sum(1), at.sum(1).cpu().double()])
     return {
         place: Figure(*bootstrap_ratio(*both), len(moments), "probability of the word", split)
         for place, both in sums.items()
@@ -68,7 +72,7 @@ def answers(
 def record(
     said: Sequence[Response],
     baseline: Sequence[Response],
-    words: Sequence[str],
+    words: Sequence[str] | Behaviour,
     split: str,
     slips: Sequence[bool] | None = None,
     signs: dict[str, int] | None = None,
@@ -78,7 +82,7 @@ def record(
     Args:
         said: by the arm; where it answers several times, all answers of one time after the other.
         baseline: by the unchanged arm, to the same problems, once. A problem is drawn with all answers to it.
-        words: what is counted.
+        words: what is counted: words and phrases, or a behavior that counts itself.
         split: of the problems.
         slips: of every problem, did the target's answer contain a wrong step?
         signs: regular expressions counted beside the words, per 1,000 tokens.
@@ -93,12 +97,12 @@ def record(
     def mean(values: Tensor) -> Tensor:
         return values.view(times, n).mean(0)
 
-    counts, lengths = mean(_counts(said, words)), mean(_lengths(said))
+    shown, lengths = mean(_counts(said, words)), mean(_lengths(said))
     was, were = _counts(baseline, words), _lengths(baseline)
     ones, right, before = torch.ones_like(lengths), mean(correctness(said)), correctness(baseline)
     found: dict[str, Any] = asdict(rate(said, split, words, list(range(n)) * times))
     if float(was.sum()):
-        left = bootstrap_ratio_of_ratios((counts, lengths), (was, were))
+        left = bootstrap_ratio_of_ratios((shown, lengths), (was, were))
         found["hesitation_cut"] = figure((1 - left[0], 1 - left[2], 1 - left[1]), "share of the hesitation rate")
     change = bootstrap_ratio_of_ratios((lengths, ones), (were, ones))
     found["length_change"] = figure((change[0] - 1, change[1] - 1, change[2] - 1), "share of the length")
@@ -117,8 +121,8 @@ def record(
     return found
 
 
-def _counts(said: Sequence[Response], words: Sequence[str]) -> Tensor:
-    return torch.tensor([r.count(words) for r in said], dtype=torch.float64)
+def _counts(said: Sequence[Response], words: Sequence[str] | Behaviour) -> Tensor:
+    return torch.tensor(counts(said, words), dtype=torch.float64)
 
 
 def _lengths(said: Sequence[Response]) -> Tensor:
@@ -160,10 +164,11 @@ def mediation(
         batch = batch.to(pair.model.W_E.device)
 
         def margin(into: str, batch: Moments = batch, rows: list[int] = rows) -> None:
-            said = torch.zeros(batch.moment.shape, dtype=torch.float64, device=batch.tokens.device)
-            logits = pair.model(batch.tokens)[batch.moment]  # whole: norms are held over every position
-            said[batch.moment] = log_odds(logits, batch.words).double()
-            sums[into][rows] = said.sum(1).cpu()
+            logits = pair.model(batch.tokens)  # whole: norms are held over every position
+            found = margins_where(lambda rows, places: logits[rows, places], batch, batch.moment)
+            said = torch.zeros(batch.moment.shape, dtype=found.dtype, device=batch.tokens.device)
+            said[batch.moment] = found
+            sums[into][rows] = said.cpu().double().sum(1)
 
         with pair.routed("replacement"):
             with frozen(pair, batch.tokens):
