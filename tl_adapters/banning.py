@@ -2,14 +2,15 @@
 
 A token alone is banned by its logit. Of a phrase ("Hold on") the first token must stay allowed, since other phrases
 begin with it: banned is a later token of it where the one before it in the phrase was just read. Of two tokens that is
-the phrase and nothing else. Of more it may be part of other phrases ("on" after "Hold" in "Hold on to"), so that pair of
-neighbors is taken that stands least often elsewhere in given texts, and how often it does is said.
+the phrase and nothing else. Of more it may be part of other phrases ("on" after "Hold" in "Hold on to"), so that pair
+of neighbors is taken that stands least often elsewhere in given texts, and how often it does is said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def banned_neighbors(moments: Moments) -> Neighbors:
     for phrase in (word for word in moments.words if isinstance(word, tuple)):
         within = _stands(moments, phrase)
         elsewhere: Neighbors = {}
-        for place, pair in enumerate(zip(phrase, phrase[1:], strict=False)):
+        for place, pair in enumerate(pairwise(phrase)):
             here = moments.predicting & (tokens == pair[0]) & (following == pair[1])
             elsewhere.setdefault(pair, int((here & ~within.roll(place, 1)).sum()))
         best = min(elsewhere, key=elsewhere.__getitem__)

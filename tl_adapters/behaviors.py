@@ -3,7 +3,7 @@
 A behavior is words or phrases that are said, or whatever a function finds in a trace. Two numbers are read off it:
 
 * *how often an answer shows it*. Words are counted in the answer's text, whole and in any case ("wait" per 1,000
-  response tokens is the hesitation rate). A function is asked: it counts as often as it finds something in the response;
+  response tokens is the hesitation rate). A function counts as often as it finds something in the response;
 * *where it begins* (its onsets) and which tokens it consists of. Words are looked up as the tokens of the model
   (`vocabulary.word_tokens`). A function returns positions, or (start, stop) where the behavior has more than one token.
 
@@ -65,18 +65,15 @@ class Behaviour:
     every answer, one cut at the limit included (that has no end token), and of none of the prompt anything counts."""
 
     def __post_init__(self) -> None:
-        words = [self.words] if isinstance(self.words, str) else list(self.words)
-        if isinstance(self.words, str) or not words or any(not word.strip() for word in words):
-            raise BehaviourError(
-                f"Got the words {self.words!r}; give a list of words or phrases, such as ('Wait', 'Hold on')."
-            )
+        _require_words(self.words)
 
     @classmethod
     def of(cls, words: Sequence[str] | Behaviour) -> Behaviour:
         """Words, any of which is the behavior; a behavior is taken as it is. Raises BehaviourError for no words."""
         if isinstance(words, Behaviour):
             return words
-        return cls(words=words if isinstance(words, str) else tuple(words))
+        _require_words(words)
+        return cls(words=tuple(words))
 
     @property
     def counted(self) -> tuple[str, ...]:
@@ -175,6 +172,12 @@ class Behaviour:
             begin, end = (min(place, len(response.text)) for place in ends)
             found.append((begin, end))
         return found
+
+
+def _require_words(words: Sequence[str]) -> None:
+    """Raises BehaviourError for a text where a list of words is meant, for no words, and for an empty one."""
+    if isinstance(words, str) or not words or any(not isinstance(w, str) or not w.strip() for w in words):
+        raise BehaviourError(f"Got the words {words!r}; give a list of words or phrases, such as ['Wait', 'Hold on'].")
 
 
 def counts(responses: Iterable[Answered], behaviour: Sequence[str] | Behaviour) -> list[int]:

@@ -237,7 +237,7 @@ class _Study:
         """What is to be known of a behaviour that is not said by single tokens; nothing of one that is."""
         words, find = self.found.moments.words, self.behaviour.find
         phrases = any(isinstance(word, tuple) for word in words)
-        found = {} if find is None else {"function": self.behaviour.function}
+        found: dict[str, Any] = {} if find is None else {"function": self.behaviour.function}
         if phrases or find is not None:
             found["measured"] = "the whole phrase" if phrases else "the token that begins it"
             found["begins_alike"] = {"select": self.found.moments.shared, "report": self.moments.shared}
