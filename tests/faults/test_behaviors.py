@@ -338,12 +338,11 @@ def test_margins_of_bfloat16_logits_are_exact(words: Any) -> None:
     tiny = randomise(PairedModel.from_pretrained(base, target))
     moments = replace(phrase_moments(), words=words)
     with tiny.routed("target"):
-        logits = tiny.unembed(final_residual(tiny, moments.tokens))
-        found = margins(tiny, moments, moments.moment)
-        assert logits.dtype == torch.bfloat16
-        wide = whole_pass(moments, logits.double())
+        logits = tiny.unembed(final_residual(tiny, moments.tokens)).bfloat16()
+        assert margins(tiny, moments, moments.moment).dtype == torch.float32
+    found = whole_pass(moments, logits)
     assert found.dtype == torch.float32
-    assert torch.allclose(found.double(), wide, atol=1e-4)
+    assert torch.allclose(found.double(), whole_pass(moments, logits.double()), atol=1e-4)
     assert torch.allclose(log_odds(logits, (5,)).double(), log_odds(logits.double(), (5,)), atol=1e-4)
 
 
