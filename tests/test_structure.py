@@ -15,20 +15,20 @@ LEVELS = [
     | {"transcoder", "views", "vocabulary"},
     {"chat", "checkpoints", "endpoint", "graphs", "likelihoods", "report", "server", "viewer"},
     {"architectures", "generation", "marks", "pruning", "sources"},
-    {"adapter", "batching", "benchmarks", "disagreement", "graph_files", "harness", "references"},
-    {"answering", "features", "formats", "mixing", "recording", "routing", "runfolder", "subjects", "tasks"},
+    {"adapter", "batching", "disagreement", "graph_files", "harness", "references"},
+    {"features", "formats", "mixing", "recording", "routing", "runfolder"},
     {"agreement", "bridged", "hooked", "hub", "identity", "parts", "sweep_pages"},
     {"backends", "fitting"},
     {"doctor", "paired"},
-    {"attaching", "authors", "baselines", "circuits", "effects", "faithfulness", "interventions", "linear"}
-    | {"matching", "moments", "objective", "opening", "streams"},
-    {"circuit_criteria", "circuit_roles", "circuit_search", "dashboards", "feature_views", "freezing"}
-    | {"gradients", "publishing", "store_files", "training", "variants"},
-    {"attribution", "benchmarking", "circuit_controls", "circuit_finding", "circuit_trials", "counting"}
-    | {"feature_store", "planting"},
-    {"circuit_drawing", "collecting", "excerpts", "feature_pages", "hesitation", "labels", "neuronpedia"}
-    | {"validity"},
-    {"circuit_cells", "describing", "graph_pages", "judging", "trials"},
+    {"attaching", "authors", "baselines", "behaviors", "circuits", "effects", "faithfulness"}
+    | {"interventions", "linear", "matching", "objective", "opening", "streams"},
+    {"benchmarks", "dashboards", "feature_views", "freezing", "gradients", "moments", "publishing"}
+    | {"store_files", "training", "variants"},
+    {"answering", "attribution", "banning", "circuit_controls", "circuit_criteria", "circuit_roles"}
+    | {"circuit_search", "counting", "feature_store", "planting", "subjects", "tasks"},
+    {"benchmarking", "circuit_drawing", "circuit_finding", "circuit_trials", "collecting", "excerpts"}
+    | {"feature_pages", "labels", "neuronpedia", "validity"},
+    {"circuit_cells", "describing", "graph_pages", "hesitation", "judging", "trials"},
     {"circuit_tables", "interpreting"},
     {"circuit_pages", "labelling"},
     {"circuit_stage"},

@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tl_adapters.atomic import alone_in, room_for, write_text
+from tl_adapters.behaviors import Behaviour
 from tl_adapters.benchmarks import (
     HESITATION,
     Checkable,
@@ -131,7 +132,7 @@ class Score:
     ci: dict[str, Interval]
     """Intervals of all five."""
     words: tuple[str, ...]
-    """What counts as a hesitation."""
+    """What counts as a hesitation: words and phrases, or the name of the function that finds it."""
     split: str
     """Split of the problems."""
     looping: float = 0.0
@@ -140,8 +141,8 @@ class Score:
     """Per 1,000 response tokens, those whose choice was closer than rounding."""
 
 
-def score(answers: Sequence[Answer], split: str, words: Sequence[str] = HESITATION) -> Score:
-    """Summarise answers, with intervals over problems."""
+def score(answers: Sequence[Answer], split: str, words: Sequence[str] | Behaviour = HESITATION) -> Score:
+    """Summarise answers, with intervals over problems; hesitations are the words, or what a behavior counts."""
     found = rate([a.response for a in answers], split, words, [a.problem for a in answers])
     return Score(
         n=found.n,
@@ -152,7 +153,7 @@ def score(answers: Sequence[Answer], split: str, words: Sequence[str] = HESITATI
         truncated=found.truncated,
         think_opened=found.think_opened,
         ci={"pass_at_1" if name == "accuracy" else name: interval for name, interval in found.ci.items()},
-        words=tuple(words),
+        words=words.counted if isinstance(words, Behaviour) else tuple(words),
         split=split,
         looping=found.looping,
         near_ties_per_1k=found.near_ties_per_1k,
@@ -245,8 +246,8 @@ def _from_record(record: Mapping[str, Any]) -> Answer:
         record["text"],
         record["truncated"],
         record["correct"],
-        record["end"],
-        record["near_ties"],
+        record.get("end"),  # not there in answers of the first release
+        record.get("near_ties", 0),
     )
     return Answer(record["problem"], record["sample"], said)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from tl_adapters.adapter import FeatureId
 from tl_adapters.answering import Sampling, Score, answer, score
+from tl_adapters.behaviors import Behaviour
 from tl_adapters.benchmarks import HESITATION
 from tl_adapters.chat import ChatFormat
 from tl_adapters.config import Dtype, RunConfig
@@ -105,7 +106,7 @@ def benchmark_run(
     options: Mapping[str, Any] | None = None,
     open_thinking: bool = False,
     limit: int | None = None,
-    words: Sequence[str] = HESITATION,
+    words: Sequence[str] | Behaviour = HESITATION,
     out: Path | None = None,
     device: str = "auto",
     dtype: Dtype | None = None,
@@ -121,7 +122,7 @@ def benchmark_run(
             answered greedily, tasks of the hub as generation_config.json says and in up to `LONGEST_ANSWER` tokens.
         open_thinking: make the model begin with the tag that opens the thinking, where the template does not.
         limit: the first so many problems of each task.
-        words: what counts as a hesitation.
+        words: what counts as a hesitation: words and phrases, or a behavior (a function may find it).
         out: folder of the answers; ``benchmarks`` in the run by default. What is there already is not asked again.
         device: where the models go; "auto" is the first there is of cuda, mps and cpu.
         dtype: of the models; the run's by default.

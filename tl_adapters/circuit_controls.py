@@ -24,7 +24,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapter import FeatureId
-from tl_adapters.moments import Moments, final_residual, log_odds
+from tl_adapters.behaviors import Words, first_tokens
+from tl_adapters.moments import Moments, final_residual, margins_from
 from tl_adapters.paired import PairedModel
 from tl_adapters.variants import Variant
 
@@ -77,9 +78,10 @@ def most_active_others(
     return [FeatureId(i // mass.shape[1], i % mass.shape[1]) for i in best]
 
 
-def shifted_logits(words: Sequence[int], by: float) -> Variant:
+def shifted_logits(words: Words | Sequence[int], by: float) -> Variant:
     """The replacement with the words' logits changed by so much; minus infinity bans them.
 
+    Of phrases it is the tokens that begin them, whatever comes after these (`banning` bans the phrases).
     The change comes before a soft cap, where the model has one: banned words then have the lowest logit there is.
     """
 
@@ -87,7 +89,7 @@ def shifted_logits(words: Sequence[int], by: float) -> Variant:
     def entered(pair: PairedModel) -> Iterator[Any]:
         def shift(module: object, inputs: object, logits: Tensor) -> Tensor:
             change = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-            change[list(words)] = by
+            change[list(first_tokens(words))] = by
             return logits + change
 
         handle = pair.model.unembed.register_forward_hook(shift)
@@ -149,7 +151,7 @@ def best_steering(pair: PairedModel, moments: Moments) -> Variant:
         for coefficient in COEFFICIENTS:
             variant = steered(layer, direction, coefficient)
             with variant.entered(pair):
-                said = log_odds(pair.unembed(final_residual(pair, batch.tokens)[batch.moment]), batch.words).sigmoid()
+                said = margins_from(pair, final_residual(pair, batch.tokens), batch, batch.moment).sigmoid()
             # The weakest that does it: a stronger push costs more elsewhere.
             tried.append((round(float(said.mean()), 2), coefficient, layer, variant))
     return min(tried, key=lambda t: t[:3])[3]
@@ -166,15 +168,17 @@ def strongest_neurons(pair: PairedModel, moments: Moments, n: int) -> list[tuple
 
     hooks = [(f"blocks.{layer}.mlp.hook_post", partial(multiply, layer=layer)) for layer in range(pair.n_layers)]
     with torch.enable_grad(), pair.routed("replacement"), pair.model.hooks(fwd_hooks=hooks):
-        said = log_odds(pair.unembed(final_residual(pair, batch.tokens)[batch.moment]), batch.words)
+        said = margins_from(pair, final_residual(pair, batch.tokens), batch, batch.moment)
         (effect,) = torch.autograd.grad(said.sum(), gates)
     best = effect.flatten().topk(min(n, effect.numel())).indices.tolist()
     return [(i // d_mlp, i % d_mlp) for i in best]
 
 
 def commonest_alternative(moments: Moments) -> int | None:
-    """The token that most often comes at the boundaries, where the words do not; None where there is no boundary."""
-    coming = torch.zeros_like(moments.tokens)
-    coming[:, :-1] = moments.tokens[:, 1:]
-    there = coming[moments.boundary]
+    """The token that most often comes at the boundaries, where the words do not; None where there is no boundary.
+
+    A token with which a phrase begins is none: it comes at moments, too.
+    """
+    there = moments.coming[moments.boundary]
+    there = there[~torch.isin(there, torch.tensor(first_tokens(moments.words), dtype=torch.long, device=there.device))]
     return int(there.mode().values) if len(there) else None

@@ -3,7 +3,8 @@
 All effects are on the margin (log-odds of the words), in nats, first order: activation times gradient in the real,
 nonlinear replacement, summed over every position that reaches a moment and averaged over moments.
 
-* *direct*: what a feature writes at the moment itself, read by final norm and unembedding, nothing in between;
+* *direct*: what a feature writes at the moment itself (and at a phrase's later tokens), read by final norm and
+  unembedding, nothing in between;
 * *total*: along all paths;
 * *through output features*: total, less total with the output features' activations held constant;
 * *on what follows*: total, but on the log-odds of the tokens that come after the word.
@@ -37,8 +38,9 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.adapter import FeatureId
 from tl_adapters.circuits import CircuitEdge, CircuitFeature, Role
 from tl_adapters.interventions import by_layer, gated
-from tl_adapters.moments import Moments, final_residual, log_odds
+from tl_adapters.moments import Moments, final_residual, margins_from
 from tl_adapters.paired import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel, adapters_in_float32
+from tl_adapters.precision import at_least_float32
 
 SHARE = 0.001
 """Of the summed positive effects of all features, from which one effect counts."""
@@ -81,23 +83,26 @@ def effects_at(
     norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1) for adapter in adapters])
     direct, total, mass, rate = torch.zeros(4, *shape, device=device)
     margin, n = 0.0, 0
-    for _, batch in moments.with_moments().batches(tokens_per_batch):
+    for _, batch in moments.having(at).batches(tokens_per_batch):
         batch = batch.to(device)
         places = getattr(batch, at)
         gates = torch.ones(shape, device=device, requires_grad=True)
         with torch.enable_grad(), _constant(pair, held), gated(pair, dict(enumerate(gates))), \
                 pair.recorded(ACTIVATIONS) as acts, _recorded_post_norms(pair) as scales:  # fmt: skip
-            residual = final_residual(pair, batch.tokens)[places]
-            said = log_odds(pair.unembed(residual), batch.words)
+            residual = final_residual(pair, batch.tokens)
+            said = margins_from(pair, residual, batch, places)
             through, reads = torch.autograd.grad(said.sum(), [gates, residual])
         total += through.detach()
         margin, n = margin + float(said.detach().sum()), n + len(said)
+        # Indices once per batch, for a mask makes the device wait at every use.
+        read = reads.ne(0).any(-1).nonzero(as_tuple=True)  # the places, and where phrases that begin there go on
         where = places.nonzero(as_tuple=True)
+        reads = at_least_float32(reads[read])
         for layer in range(pair.n_layers):
+            through_norm = reads if layer not in scales else reads / scales[layer].detach()[read].to(reads)
+            rows = _into_residual(pair, adapters[layer].W_dec.detach(), layer).to(reads)
+            direct[layer] += (acts[layer].detach()[read] * (through_norm @ rows.T)).sum(0)
             here = acts[layer].detach()[where]
-            through_norm = reads if layer not in scales else reads / scales[layer].detach()[where].to(reads)
-            written = through_norm @ _into_residual(pair, adapters[layer].W_dec.detach(), layer).T.to(reads)
-            direct[layer] += (here * written.to(here)).sum(0)
             mass[layer] += here.sum(0).float() * norms[layer]
             rate[layer] += (here > 0).sum(0).float()
     n = max(1, n)
@@ -134,7 +139,7 @@ def effects_on_what_follows(
         coming = batch.tokens.roll(-1, dims=1)[batch.follows][:, None]
         gates = torch.ones(shape, device=device, requires_grad=True)
         with torch.enable_grad(), gated(pair, dict(enumerate(gates))):
-            logits = pair.unembed(final_residual(pair, batch.tokens)[batch.follows])
+            logits = at_least_float32(pair.unembed(final_residual(pair, batch.tokens)[batch.follows]))
             others = logits.scatter(1, coming, -torch.inf).logsumexp(1)
             odds = logits.gather(1, coming)[:, 0] - others
         total += torch.autograd.grad(odds.sum(), gates)[0].cpu()
@@ -237,8 +242,7 @@ def _margin_in_hybrid(pair: PairedModel, moments: Moments) -> float:
     for _, batch in moments.with_moments().batches():
         batch = batch.to(pair.model.W_E.device)
         with pair.routed("hybrid"):
-            residual = final_residual(pair, batch.tokens)[batch.moment]
-        total += float(log_odds(pair.unembed(residual), batch.words).sum())
+            total += float(margins_from(pair, final_residual(pair, batch.tokens), batch, batch.moment).sum())
     return total / max(1, int(moments.moment.sum()))
 
 

@@ -39,7 +39,7 @@ def arms_section(block: Block, name: str, title: str, said: str) -> str:
     figures = [
         bars([bar(arms[arm], arm, key) for arm in drawn], caption, as_share)
         for key, caption, as_share in (
-            ("hesitation_per_1k", "Hesitations per 1,000 response tokens.", False),
+            ("hesitation_per_1k", f"{_counted(block, capital=True)} per 1,000 response tokens.", False),
             ("length", "Response length, tokens.", False),
             ("accuracy", "Accuracy.", True),
         )
@@ -50,15 +50,22 @@ def arms_section(block: Block, name: str, title: str, said: str) -> str:
     rivals = ""
     if rest:
         rivals = "<h3>Rivals and controls</h3>" + _records(
-            {arm: arms[arm] for arm in ["none", "both", *rest] if arm in arms}
+            {arm: arms[arm] for arm in ["none", "both", *rest] if arm in arms}, block
         )
-    main = _records({arm: arms[arm] for arm in drawn})
+    main = _records({arm: arms[arm] for arm in drawn}, block)
     return f'<h2>{title}</h2>{text}<div class="bars">{"".join(figures)}</div>{main}{rivals}'
 
 
-def _records(arms: Mapping[str, Block]) -> str:
+def _counted(block: Block, capital: bool = False) -> str:
+    """What is counted in answers, by the name that the study gave it."""
+    name = str(block.get("behaviour") or "hesitation")
+    said = "hesitations" if name == "hesitation" else f"occurrences of {name}"
+    return said[0].upper() + said[1:] if capital else said
+
+
+def _records(arms: Mapping[str, Block], block: Block) -> str:
     columns = [
-        (key, name, percent)
+        (key, name.replace("hesitations", shown_text(_counted(block))), percent)
         for key, name, percent in _COLUMNS
         if any(record.get(key) is not None for record in arms.values())
     ]
@@ -71,7 +78,7 @@ def _records(arms: Mapping[str, Block]) -> str:
 def sampled_section(block: Block) -> str:
     """Answers drawn at a temperature."""
     arms = block.get("sampled") or {}
-    return "<h2>Sampled, not greedy</h2>" + _records(arms) if arms else ""
+    return "<h2>Sampled, not greedy</h2>" + _records(arms, block) if arms else ""
 
 
 def injected_section(block: Block) -> str:
@@ -96,7 +103,14 @@ def probabilities_section(block: Block) -> str:
             rows = [[arm_name(a), *(shown((f or {}).get(p), as_share=True) for p in places)] for a, f in arms.items()]
             heads = {"moment": "at moments", "boundary": "at boundaries", "elsewhere": "elsewhere"}
             out.append(f"<h3>{title}</h3>" + table(["model", *(heads[p] for p in places)], rows))
-    return "<h2>On given text</h2><p>The same text for every model: no answer drifts.</p>" + "".join(out) if out else ""
+    what = ""
+    if block.get("measured"):
+        what = (
+            f" The probability is that of {shown_text(str(block['measured']))}; of a phrase it is that of all its "
+            "tokens at the moments, elsewhere of those up to and with the one at which the text parts from it."
+        )
+    text = f"<p>The same text for every model: no answer drifts.{what}</p>"
+    return f"<h2>On given text</h2>{text}" + "".join(out) if out else ""
 
 
 def mediation_section(block: Block) -> str:
@@ -128,7 +142,7 @@ def dose_section(block: Block) -> str:
             plot(
                 [Line("first n features out", n, value, (low, high))],
                 xlabel="features taken out",
-                ylabel="hesitations per 1,000 tokens",
+                ylabel=f"{_counted(block).partition(' of ')[0]} per 1,000 tokens",
                 caption="In the order in which the search took them, beyond the circuit too.",
             )
         )

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_adapters.behaviors import Behaviour, counts
 from tl_adapters.benchmarks import Response, correctness, rate, respond
 from tl_adapters.freezing import frozen
 from tl_adapters.intervals import (
@@ -34,7 +35,7 @@ from tl_adapters.intervals import (
     share,
 )
 from tl_adapters.interventions import Features, ablated
-from tl_adapters.moments import Moments, final_residual, log_odds
+from tl_adapters.moments import Moments, final_residual, margins_from, margins_where
 from tl_adapters.paired import PairedModel
 from tl_adapters.precision import host_float64, wide
 from tl_adapters.results import plain
@@ -69,9 +70,9 @@ def _probability_sums(pair: PairedModel, moments: Moments, variant: Variant) -> 
             residual = final_residual(pair, batch.tokens)
             for place in PLACES:
                 at = getattr(batch, place)
-                said = wide(torch.zeros(at.shape, device=at.device))
-                chunks = [log_odds(pair.unembed(r), batch.words) for r in residual[at].split(pair.rows_at_once)]
-                said[at] = torch.cat(chunks).sigmoid().to(said) if chunks else said[at]
+                found = wide(margins_from(pair, residual, batch, at, pair.rows_at_once).sigmoid())
+                said = found.new_zeros(at.shape)
+                said[at] = found
                 sums[place][:, rows] = host_float64(torch.stack([said.sum(1), at.sum(1).to(said)]))
     return sums
 
@@ -122,7 +123,7 @@ def answers(
 def record(
     said: Sequence[Response],
     baseline: Sequence[Response],
-    words: Sequence[str],
+    words: Sequence[str] | Behaviour,
     split: str,
     slips: Sequence[bool] | None = None,
     signs: dict[str, int] | None = None,
@@ -133,7 +134,7 @@ def record(
     Args:
         said: by the arm; where it answers several times, all answers of one time after the other.
         baseline: by the unchanged arm, to the same problems, once. A problem is drawn with all answers to it.
-        words: what is counted.
+        words: what is counted: words and phrases, or a behavior that counts itself.
         split: of the problems.
         slips: of every problem, did the target's answer contain a wrong step?
         signs: regular expressions counted beside the words, per 1,000 tokens.
@@ -177,8 +178,8 @@ def _unchanged(itself: bool) -> Estimate | None:
     return Estimate(0.0, 0.0, 0.0, reason="compared with itself") if itself else None
 
 
-def _counts(said: Sequence[Response], words: Sequence[str]) -> Tensor:
-    return torch.tensor([r.count(words) for r in said], dtype=torch.float64)
+def _counts(said: Sequence[Response], words: Sequence[str] | Behaviour) -> Tensor:
+    return torch.tensor(counts(said, words), dtype=torch.float64)
 
 
 def _lengths(said: Sequence[Response]) -> Tensor:
@@ -225,9 +226,10 @@ def mediation(
         batch = batch.to(pair.model.W_E.device)
 
         def margin(into: str, batch: Moments = batch, rows: list[int] = rows) -> None:
-            said = wide(torch.zeros(batch.moment.shape, device=batch.tokens.device))
-            logits = pair.model(batch.tokens)[batch.moment]  # whole: norms are held over every position
-            said[batch.moment] = log_odds(logits, batch.words).to(said)
+            logits = pair.model(batch.tokens)  # whole: norms are held over every position
+            found = wide(margins_where(lambda rows, places: logits[rows, places], batch, batch.moment))
+            said = found.new_zeros(batch.moment.shape)
+            said[batch.moment] = found
             sums[into][rows] = host_float64(said.sum(1))
 
         with pair.routed("replacement"):

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 
 from tl_adapters.adapter import FeatureId
+from tl_adapters.banning import banned, banned_neighbors
+from tl_adapters.behaviors import Behaviour, BehaviourError, Find
 from tl_adapters.benchmarks import Response, rate, respond, traces_of
 from tl_adapters.circuit_controls import (
     best_steering,
@@ -43,15 +45,14 @@ from tl_adapters.circuit_roles import effects_at
 from tl_adapters.circuit_search import SearchOptions, search_circuit
 from tl_adapters.circuit_trials import answers, corrected, mean_probabilities, mediation, probabilities, record
 from tl_adapters.circuits import ROLES, Circuit
-from tl_adapters.data import Trace
 from tl_adapters.intervals import Estimate, Figure
 from tl_adapters.interventions import only
-from tl_adapters.moments import Behaviour, BehaviourError, find_moments
+from tl_adapters.moments import find_moments
 from tl_adapters.paired import PairedModel
-from tl_adapters.subjects import Subject, kinds_of_hesitation
+from tl_adapters.subjects import Subject, kinds_at
 from tl_adapters.variants import Variant, less, on_route, without
 from tl_adapters.views import escape, table
-from tl_adapters.vocabulary import hesitation_tokens
+from tl_adapters.vocabulary import word_tokens
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class BehaviourStudy:
     """The circuit, and what it was found in."""
     block: dict[str, Any]
     """As results.json holds it, under "hesitation"."""
-    examples: list[dict[str, str]]
+    examples: list[dict[str, Any]]
     """Answers side by side."""
 
     @property
@@ -122,7 +123,7 @@ def analyze_behaviour(
     pair: PairedModel,
     subject: Subject,
     words: Sequence[str] = ("Wait",),
-    find: Callable[[Trace], Sequence[int]] | None = None,
+    find: Find | None = None,
     *,
     name: str = "hesitation",
     options: StudyOptions | None = None,
@@ -134,18 +135,20 @@ def analyze_behaviour(
     Args:
         pair: with adapters on every layer.
         subject: problems to choose on and to report on, with what can be checked about answers (`subjects`).
-        words: what is said.
-        find: instead of words, of a trace the positions of tokens that begin the behaviour. Rates of answers are then
-            counted for the words that stand at those places.
+        words: words or phrases that are said; their rate is how often answers say them, whole and in any case.
+        find: instead of words, of a trace the positions of tokens that begin the behaviour, or (start, stop) of its
+            tokens. Its rate is how often the function finds something in an answer, also in one cut at the limit. With
+            positions alone probabilities are those of the tokens that begin it, with (start, stop) of the whole.
         name: what results call it.
         options: how much is measured.
         seeds: of the adapters, recorded with every figure.
         progress: show bars.
 
-    Raises BehaviourError, and what generating raises.
+    A target that never does it has an empty study: no moments, no circuit, nothing tried. Raises BehaviourError, and
+    what generating raises.
     """
     options = options or StudyOptions()
-    behaviour = Behaviour(name, tuple(words), find)
+    behaviour = replace(Behaviour.of(words), name=name, find=find)
     study = _Study(pair, subject, behaviour, options, progress)
     block = study.run()
     return BehaviourStudy(study.found, _with_seeds(block, seeds), study.examples)
@@ -167,7 +170,7 @@ class _Study:
     ) -> None:
         self.pair, self.subject, self.behaviour, self.options = pair, subject, behaviour, options
         self.progress = progress
-        self.examples: list[dict[str, str]] = []
+        self.examples: list[dict[str, Any]] = []
         with pair.routed("target"):
             how: dict[str, Any] = {"max_new_tokens": subject.max_new_tokens, "temperature": subject.temperature}
             said = respond(pair.model, subject.select, **how)
@@ -178,7 +181,6 @@ class _Study:
         )
         self.moments = find_moments(pair, traces_of(self.target, tokenizer), behaviour, self.found.moments.words)
         self.some = self.moments.rows(range(min(PROBABILITY_DOCUMENTS, len(self.moments))))
-        self.counted = sorted({word.strip().casefold() for word in self.found.circuit.words})
         self.slips = (
             None
             if subject.slipped is None
@@ -200,6 +202,7 @@ class _Study:
             "words": list(circuit.words),
             "moments": {"select": self.found.moments.counts, "report": self.moments.counts},
             "circuit": self.size(),
+            **self.told(),
         }
         counts = block["moments"]
         if not self.order or not counts["report"]["moments"]:
@@ -230,6 +233,16 @@ class _Study:
         block["criteria"] = criteria(block, self.some)
         return block
 
+    def told(self) -> dict[str, Any]:
+        """What is to be known of a behaviour that is not said by single tokens; nothing of one that is."""
+        words, find = self.found.moments.words, self.behaviour.find
+        phrases = any(isinstance(word, tuple) for word in words)
+        found: dict[str, Any] = {} if find is None else {"function": self.behaviour.function}
+        if phrases or find is not None:
+            found["measured"] = "the whole phrase" if phrases else "the token that begins it"
+            found["begins_alike"] = {"select": self.found.moments.shared, "report": self.moments.shared}
+        return found
+
     # -- size -----------------------------------------------------------------------------------------------------
 
     def size(self) -> dict[str, Any]:
@@ -241,9 +254,9 @@ class _Study:
             "n": n,
             **{role: len(circuit.ids(role)) for role in ROLES},
             "alive": alive,
-            "share_of_alive": n / alive,
+            "share_of_alive": n / max(1, alive),
             "share_of_all": n / found.alive.numel(),
-            "share_of_activation": float(found.firings[layers, index].sum() / found.firings.sum()),
+            "share_of_activation": float(found.firings[layers, index].sum()) / max(1e-9, float(found.firings.sum())),
             "times_l0": n / max(1e-9, found.l0 * self.pair.n_layers),
             "distinct_directions": circuit.distinct_directions(self.pair.installed_adapters()),
             "strength": circuit.strength,
@@ -292,8 +305,8 @@ class _Study:
         """Probability, at the same places, of words that nothing was chosen on."""
         if not self.subject.held_out:
             return {}
-        found = hesitation_tokens(self.pair.model.tokenizer, self.subject.held_out)
-        if not (tokens := tuple(sorted(set(found.values()) - set(self.some.words)))):
+        found = word_tokens(self.pair.model.tokenizer, self.subject.held_out)
+        if not (tokens := tuple(word for word in found.values() if word not in self.some.words)):
             return {}
         texts = replace(self.some, words=tokens)
         arms = {
@@ -304,6 +317,8 @@ class _Study:
             "hybrid": on_route("hybrid"),
             "hybrid + both": self.added(self.order),
         }
+        if any(isinstance(word, tuple) for word in self.found.moments.words):
+            del arms["words banned"]  # a phrase is banned within itself, so nothing changes where it begins
         return {name: probabilities(self.pair, texts, variant, "report") for name, variant in arms.items()}
 
     def _arm(self, baseline: Sequence[Response] | None, variant: Variant, opened: bool = False) -> dict[str, Any]:
@@ -313,7 +328,12 @@ class _Study:
 
     def _record(self, said: Sequence[Response], baseline: Sequence[Response], of_sets: bool = False) -> dict[str, Any]:
         signs = {name: sum(r.matches(pattern) for r in said) for name, pattern in self.subject.signs.items()}
-        return record(said, baseline, self.counted, "report", self.slips, signs, of_sets)
+        return record(said, baseline, self.behaviour, "report", self.slips, signs, of_sets)
+
+    def ban(self) -> Variant:
+        """The words banned; of a phrase, one token after another, where that takes least of other text with it."""
+        moments = self.found.moments
+        return banned(moments.words, banned_neighbors(moments))
 
     def necessity(self) -> dict[str, Any]:
         """The replacement without sets of features, and its rivals."""
@@ -331,14 +351,17 @@ class _Study:
         found["bias_only"] = self._arm(plain, bias_only, opened=True)
         roles = self.found.roles
         rivals = {
-            "ban": shifted_logits(words, -torch.inf),
+            "ban": self.ban(),
             "logit_bias": shifted_logits(words, -max(0.0, roles.gap) if roles else 0.0),
             "steering": best_steering(pair, self.found.moments),
             "neurons": without_neurons(strongest_neurons(pair, self.found.moments, len(self.order))),
         }
         if (other := self._other_circuit()) is not None:
             rivals["other_tokens"] = other
-        return found | {name: self._arm(plain, variant) for name, variant in rivals.items()}
+        found |= {name: self._arm(plain, variant) for name, variant in rivals.items()}
+        if neighbors := banned_neighbors(self.found.moments):
+            found["ban"]["banned_elsewhere"] = sum(neighbors.values())
+        return found
 
     def _other_circuit(self) -> Variant | None:
         """The same search for the token that most often comes at the boundaries instead of the word."""
@@ -403,7 +426,7 @@ class _Study:
             "replacement - both": without(self.order),
             "replacement - random": without(self.random[0]),
             "replacement - others": without(self.others),
-            "word banned": shifted_logits(self.found.moments.words, -torch.inf),
+            "word banned": self.ban(),
             "hybrid": on_route("hybrid"),
             "hybrid + both": self.added(self.order),
             "hybrid + random": self.added(self.random[0]),
@@ -423,7 +446,7 @@ class _Study:
         for n in sorted({*(d for d in DOSES if d < len(order)), len(self.order), len(order)}):
             features = order[:n]
             told = answers(self.pair, few, without(features))
-            arm = record(told, self.plain[: len(told)], self.counted, "report")
+            arm = record(told, self.plain[: len(told)], self.behaviour, "report")
             said = [
                 probabilities(self.pair, self.some, variant, "report")["moment"].value
                 for variant in (without(features), self.added(features))
@@ -443,7 +466,7 @@ class _Study:
             said = answers(
                 self.pair, self.subject, variant, temperature=self.options.temperature, seed=self.options.seed
             )
-            found[name] = rate(said, "report", self.counted)
+            found[name] = rate(said, "report", self.behaviour)
         return found
 
     def mediation(self) -> dict[str, Any]:
@@ -478,18 +501,25 @@ class _Study:
         return found
 
     def _kinds(self, said: Sequence[Response]) -> dict[str, int]:
-        count = Counter(kind for r in said for kind in kinds_of_hesitation(r.text, self.counted))
+        count = Counter(kind for r in said for kind in kinds_at(r.text, self._places(r)))
         return {kind: count[kind] for kind in ("correction", "re-check", "restart")}
 
+    def _places(self, response: Response) -> list[tuple[int, int]]:
+        """Where an answer's text shows the behaviour."""
+        return self.behaviour.places(response, self.pair.model.tokenizer)
+
     def _show(self) -> None:
-        order = sorted(range(len(self.plain)), key=lambda i: -min(2, self.plain[i].count(self.counted)))
-        self.examples = [
-            {
-                "question": self.subject.report[i].question,
-                "replacement": self.plain[i].text,
-                "without the circuit": self.removed[i].text,
-                "hybrid, thinking opened": self.hybrid[i].text,
-                "with the circuit": self.inserted[i].text,
-            }
-            for i in order[:4]
-        ]
+        order = sorted(range(len(self.plain)), key=lambda i: -min(2, self.behaviour.count(self.plain[i])))
+        arms = {
+            "replacement": self.plain,
+            "without the circuit": self.removed,
+            "hybrid, thinking opened": self.hybrid,
+            "with the circuit": self.inserted,
+        }
+        for i in order[:4]:
+            shown = {name: said[i] for name, said in arms.items()}
+            example: dict[str, Any] = {"question": self.subject.report[i].question}
+            example |= {name: response.text for name, response in shown.items()}
+            if self.behaviour.find is not None:  # words are found again in the text, what a function found is not
+                example["places"] = {name: self._places(response) for name, response in shown.items()}
+            self.examples.append(example)
