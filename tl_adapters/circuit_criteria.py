@@ -85,6 +85,21 @@ def _of_correction(injected: Mapping[str, Figure]) -> list[Criterion]:
     return asked
 
 
+def correction_beside_others(more: Mapping[str, Figure]) -> list[Criterion]:
+    """The hard one: is correction lost without the circuit, and less of it without the most active other features?
+
+    Args:
+        more: by how much more is corrected without other features than without the circuit, paired by wrong step:
+            "others", as many of the most active ones, and "others_equal_harm", as many as harm as much elsewhere.
+    """
+    asked = []
+    for name, which in (("others", "as many"), ("others_equal_harm", "at equal harm elsewhere")):
+        if (figure := more.get(name)) is not None:
+            named = f"injected errors corrected: more without the most active others ({which}) than without it"
+            asked.append(_asked(named, figure.value, "above 0, whole paired interval", figure.low > 0))
+    return asked
+
+
 def _elsewhere(said: Mapping[str, Figure], texts: Moments) -> float:
     """Over boundaries and all other places together, each by how many there are."""
     counts = {place: float(getattr(texts, place).sum()) for place in ("boundary", "elsewhere") if place in said}

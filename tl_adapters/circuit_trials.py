@@ -3,7 +3,8 @@
 Two measurements of every arm (a `Variant`):
 
 * *probabilities*: over the target's own text, how likely the word is at the moments, at matched boundaries, and
-  elsewhere in the response; exact, cheap, with no text of the arm's own;
+  elsewhere in the response; exact, cheap, with no text of the arm's own. Beside them the harm elsewhere:
+  KL(replacement || arm) away from the moments and what follows them;
 * *answers*: the arm answers the problems itself, so what hesitation is for (length, accuracy, corrections) is seen.
 
 Arms are compared with the arm in which nothing is changed, paired by problem, with 95 % bootstrap intervals.
@@ -11,18 +12,21 @@ Arms are compared with the arm in which nothing is changed, paired by problem, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_adapters.benchmarks import Response, correctness, rate, respond
 from tl_adapters.freezing import frozen
 from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.interventions import Features, ablated
-from tl_adapters.moments import Moments, final_residual, log_odds
+from tl_adapters.losses import kl_per_token
+from tl_adapters.moments import BehaviourError, Moments, final_residual, log_odds
 from tl_adapters.paired import PairedModel
 from tl_adapters.subjects import Injection, Subject
 from tl_adapters.variants import Variant
@@ -30,11 +34,69 @@ from tl_adapters.variants import Variant
 PLACES = ("moment", "boundary", "elsewhere")
 
 
+def away(moments: Moments) -> Bool[Tensor, "batch pos"]:
+    """Where an arm should change nothing: the response without the moments and what follows them.
+
+    Matched boundaries are among these places: the word may come there, and what the model then says should stay.
+    """
+    return moments.predicting & ~moments.moment & ~moments.follows
+
+
 @torch.no_grad()
-def probabilities(pair: PairedModel, moments: Moments, variant: Variant, split: str) -> dict[str, Figure]:
-    """Probability of the words at moments, boundaries and elsewhere, with intervals over documents."""
+def kl_from_replacement(
+    pair: PairedModel, variant: Variant, plain: Float[Tensor, "n d_model"], residual: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n"]:
+    """KL(replacement || variant) of every place, in nats, in float32 at least; logits are formed chunk by chunk.
+
+    Args:
+        pair: with adapters.
+        variant: what it is entered for: it may change the logits alone.
+        plain: the replacement's final residual stream.
+        residual: the variant's.
+    """
+    parts = [residual.new_zeros(0)]
+    for was, becomes in zip(plain.split(pair.rows_at_once), residual.split(pair.rows_at_once), strict=True):
+        logits = pair.unembed(was)
+        with variant.entered(pair):
+            parts.append(kl_per_token(logits, pair.unembed(becomes)))
+    return torch.cat(parts)
+
+
+class Unchanged:
+    """The replacement's final residual stream over given texts, away from the moments: read once, for every arm."""
+
+    @torch.no_grad()
+    def __init__(self, pair: PairedModel, moments: Moments) -> None:
+        self.residuals = []
+        for _, batch in moments.batches():
+            batch = batch.to(pair.model.W_E.device)
+            with pair.routed("replacement"):
+                self.residuals.append(final_residual(pair, batch.tokens)[away(batch)].cpu())
+
+
+def kl_elsewhere(pair: PairedModel, moments: Moments, variant: Variant, split: str) -> Figure:
+    """KL(replacement || variant) in nats per token, away from the moments and what follows them (`away`).
+
+    The interval is over documents. Infinite for a variant that rules a token out. Raises BehaviourError where the
+    texts have no such place.
+    """
+    found = probabilities(pair, moments, variant, split, Unchanged(pair, moments))
+    if "kl_elsewhere" not in found:
+        raise BehaviourError("Every place of these responses is a moment or follows one; give longer texts.")
+    return found["kl_elsewhere"]
+
+
+@torch.no_grad()
+def probabilities(
+    pair: PairedModel, moments: Moments, variant: Variant, split: str, unchanged: Unchanged | None = None
+) -> dict[str, Figure]:
+    """Probability of the words at moments, boundaries and elsewhere, with intervals over documents.
+
+    With ``unchanged``, read over the same texts, the harm elsewhere too: "kl_elsewhere" (see `kl_elsewhere`).
+    """
     sums = {place: torch.zeros(2, len(moments), dtype=torch.float64) for place in PLACES}
-    for rows, batch in moments.batches():
+    harm = torch.zeros(2, len(moments), dtype=torch.float64)
+    for number, (rows, batch) in enumerate(moments.batches()):
         batch = batch.to(pair.model.W_E.device)
         with variant.entered(pair):  # the unembedding too: a variant may change the logits alone
             residual = final_residual(pair, batch.tokens)
@@ -44,11 +106,21 @@ def probabilities(pair: PairedModel, moments: Moments, variant: Variant, split: 
                 chunks = [log_odds(pair.unembed(r), batch.words) for r in residual[at].split(pair.rows_at_once)]
                 said[at] = torch.cat(chunks).sigmoid().double() if chunks else said[at]
                 sums[place][:, rows] = torch.stack([said.sum(1), at.sum(1).double()]).cpu()
-    return {
+        if unchanged is not None:
+            at = away(batch)
+            kl = kl_from_replacement(pair, variant, unchanged.residuals[number].to(residual), residual[at])
+            by_row = torch.zeros(at.shape, dtype=torch.float64).masked_scatter(at.cpu(), kl.cpu().double())
+            harm[:, rows] = torch.stack([by_row.sum(1), at.sum(1).cpu().double()])
+    found = {
         place: Figure(*bootstrap_ratio(*both), len(moments), "probability of the word", split)
         for place, both in sums.items()
         if float(both[1].sum())
     }
+    if float(harm[1].sum()):
+        finite = bool(harm.isfinite().all())
+        kl_figure = bootstrap_ratio(*harm) if finite else (math.inf, math.inf, math.inf)
+        found["kl_elsewhere"] = Figure(*kl_figure, len(moments), "nats per token", split)
+    return found
 
 
 def answers(
@@ -125,10 +197,10 @@ def _lengths(said: Sequence[Response]) -> Tensor:
     return torch.tensor([len(r.tokens) for r in said], dtype=torch.float64)
 
 
-def corrected(
-    pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject, split: str
-) -> Figure:
-    """Share of the wrong steps, put into an arm's mouth, that it sets right at once."""
+def corrections(
+    pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject
+) -> Float[Tensor, "n"]:
+    """Of every wrong step put into an arm's mouth: 1 where it is set right at once, 0 where it is not."""
     with variant.entered(pair) as model:
         said = respond(
             model,
@@ -136,8 +208,24 @@ def corrected(
             prefill=[i.prefill for i in injections],
             max_new_tokens=subject.max_new_tokens,
         )
-    right = torch.tensor([float(i.corrected(r.text)) for i, r in zip(injections, said, strict=True)])
+    return torch.tensor([float(i.corrected(r.text)) for i, r in zip(injections, said, strict=True)])
+
+
+def corrected(
+    pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject, split: str
+) -> Figure:
+    """Share of the wrong steps, put into an arm's mouth, that it sets right at once."""
+    return share_corrected(corrections(pair, injections, variant, subject), split)
+
+
+def share_corrected(right: Float[Tensor, "n"], split: str) -> Figure:
+    """The share of `corrections`, with its interval."""
     return Figure(*bootstrap_ratio(right, torch.ones_like(right)), len(right), "share corrected", split)
+
+
+def corrected_more(right: Float[Tensor, "n"], than: Float[Tensor, "n"], split: str) -> Figure:
+    """By how much one arm sets more of the same wrong steps right than another, paired by wrong step."""
+    return Figure(*bootstrap_ratio(right - than, torch.ones_like(right)), len(right), "share corrected", split)
 
 
 @torch.no_grad()
