@@ -84,7 +84,11 @@ def whole_block() -> dict[str, Any]:
                 ("steering", 5.0), ("neurons", math.nan),
             )
         },
-        "sufficiency": {a: record(r) for a, r in (("none", 1.0), ("output", 5.0), ("both", 25.0), ("b_dec_only", 1.0))},
+        "sufficiency": {
+            a: record(r) for a, r in (
+                ("none", 1.0), ("output", 5.0), ("both", 5.0), ("both_at_strength", 25.0), ("b_dec_only", 1.0)
+            )
+        },
         "transfer": {"none": record(20.0), "negated": record(3.0)},
         "injected": {"none": figure(0.7), "both": figure(0.1)},
         "mediation": {"total": figure(1.1, "nats"), "through_output": figure(0.9, "nats"), "share": figure(0.8)},
@@ -95,6 +99,13 @@ def whole_block() -> dict[str, Any]:
         "smallest": {"n": 5, "cut": 0.8},
         "kinds": {"none": {"correction": 4, "re-check": 3}, "both": {"correction": 0, "re-check": 1}},
         "sampled": {"none": record(18.0), "both": record(2.0)},
+        "controls": {
+            "circuit": {"setting": "10 features", "size": 10, "unit": "features", "p_moment_before": 0.8,
+                        "p_moment": 0.1, "kl_elsewhere": 0.02, "reached": True, "write_norm": 1.0},
+            "steering": {"setting": f"after layer 2, {HOSTILE}", "size": 1.75, "unit": HOSTILE, "p_moment_before": 0.8,
+                         "p_moment": 0.3, "kl_elsewhere": None, "reached": False},
+        },
+        "injected_more": {"others": figure(0.25), HOSTILE: None},
         "suppressors": {"n": 2, "ids": ["0.4"], "p_boundary_before": figure(0.1), "p_boundary_after": figure(0.2)},
         "bystanders": {"n": 1, "ids": ["2.2"], "p_before": figure(0.8), "p_after": figure(0.79)},
         "criteria": [{"name": "cut by both", "value": figure(0.95), "bar": ">= 50 %", "reached": True},
