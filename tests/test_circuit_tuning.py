@@ -183,7 +183,7 @@ def test_steering_is_the_least_harmful_of_all_that_have_the_effect(texts: Texts,
     for layer in range(N_LAYERS):
         direction = streams[layer + 1][batch.moment].mean(0) - streams[layer + 1][batch.boundary].mean(0)
         for after in (None, marks):
-            for coefficient in torch.linspace(0.25, 8, 32).tolist():
+            for coefficient in torch.linspace(0.5, 8, 16).tolist():
                 found = texts.measure(steered(layer, direction, coefficient, after))
                 if texts.plain.p_moment - found.p_moment >= (1 - SAME_EFFECT) * effect:
                     harms.append(found.kl)

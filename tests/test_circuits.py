@@ -76,7 +76,12 @@ def whole_block() -> dict[str, Any]:
             "share_of_all": 0.01, "share_of_activation": 0.1, "times_l0": 1.3, "distinct_directions": 7,
             "strength": 1.5, "by_layer": [3, 3, 2, 2], "alive": 333, "threshold": 0.05,
         },
-        "probabilities": {"target": places, "replacement - both": places, HOSTILE: {"moment": None}},
+        "probabilities": {
+            "target": places,
+            "replacement - both": {**places, "kl_elsewhere": figure(0.0213, "nats per token")},
+            "replacement, steering": {"kl_elsewhere": figure(0.0417, "nats per token")},
+            HOSTILE: {"moment": None},
+        },
         "other_words": {"replacement": {"moment": figure(0.1), "boundary": figure(0.2)}},
         "necessity": {
             a: record(r) for a, r in (
@@ -313,6 +318,20 @@ def test_the_page_of_a_whole_block(tmp_path: Path) -> None:
     ):
         assert text in html
     assert "<mark>Wait</mark>" in html and "the words banned" in html and "missed" in html
+
+
+def test_the_page_says_how_controls_were_set_and_what_every_arm_harms(tmp_path: Path) -> None:
+    html = write_circuit_page(tmp_path, whole_block(), made(), None, EXAMPLES).read_text()
+    controls, necessity, sufficiency, injected = (
+        html.partition(f"<h2>{title}")[2].partition("<h2>")[0]
+        for title in ("Controls", "Necessity", "Sufficiency", "Injected")
+    )
+    assert "80.0 % → 30.0 %" in controls and "<b>not reached</b>" in controls and "after layer 2" in controls
+    assert controls.count("not reached") == 1
+    for shown in ("KL elsewhere, nats per token", "0.0213", "0.0417"):  # of the circuit, of steering
+        assert shown in necessity
+    assert "KL elsewhere" not in sufficiency, "where it was not measured"
+    assert "the whole circuit, at strength 1.5" in sufficiency and "as many of the most active others" in injected
 
 
 def test_the_page_copes_with_anything_absent(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ TRIED_DOCUMENTS = 60
 SAME_EFFECT, SAME_HARM = 0.02, 0.05
 """An effect or a harm is reached within these shares of the circuit's."""
 TRIES = 12
-"""Sizes that are tried of one setting, at most: some double until the goal is passed, the others bisect."""
+"""Sizes that are tried of one setting, at most: some double until the goal is passed, the others close in on it."""
 MOST_COEFFICIENT, MOST_NATS, MOST_TIMES = 32.0, 64.0, 2.0
 """Largest sizes tried: of steering, of a logit bias, and of a set of all features (2 turns their activations over)."""
 
@@ -153,7 +153,8 @@ def size_for(
 ) -> tuple[float, Measured, bool]:
     """The size whose value is nearest to a goal, what it does, and whether that is within the tolerance.
 
-    From ``first`` on sizes double until the value has reached the goal (or ``most`` is passed); then they are bisected.
+    From ``first`` on sizes double until the value has reached the goal (or ``most`` is passed); then what is between is
+    divided where a straight line has the goal, or in halves.
 
     Args:
         measure: of a size above 0.
@@ -163,23 +164,32 @@ def size_for(
         tolerance: of the value; the search ends within it.
         hopeless: of what was measured below the goal: is it of no use to go on?
     """
-    low, high, size = 0.0, math.inf, min(first, most)
+    low, high, size = (0.0, -goal), (math.inf, math.inf), min(first, most)  # sizes and how far off they are
     best: tuple[float, float, Measured] | None = None
+    sides = list[bool]()
     for _ in range(TRIES):
         found = measure(size)
         off = value(found) - goal
         if not (math.isfinite(off) and math.isfinite(found.kl)):  # it breaks the model: too much
-            high = size
-        else:
-            if best is None or abs(off) < best[0]:
-                best = (abs(off), size, found)
-            if abs(off) <= tolerance or (off < 0 and (size >= most or hopeless(found))):
-                break
-            low, high = (size, high) if off < 0 else (low, size)
-        size = min(2 * size, most) if math.isinf(high) else (low + high) / 2
+            off = math.inf
+        elif best is None or abs(off) < best[0]:
+            best = (abs(off), size, found)
+        if abs(off) <= tolerance or (off < 0 and (size >= most or hopeless(found))):
+            break
+        low, high = ((size, off), high) if off < 0 else (low, (size, off))
+        sides.append(off < 0)
+        size = min(2 * size, most) if math.isinf(high[0]) else _between(low, high, sides)
     if best is None:
         return 0.0, Measured(math.nan, math.inf), False
     return best[1], best[2], best[0] <= tolerance
+
+
+def _between(low: tuple[float, float], high: tuple[float, float], sides: Sequence[bool]) -> float:
+    """Where a straight line from one to the other has the goal; the middle, where that came out on one side twice."""
+    part = 0.5
+    if math.isfinite(high[1]) and sides[-2:] not in ([True, True], [False, False]):
+        part = min(0.9, max(0.1, -low[1] / (high[1] - low[1])))
+    return low[0] + part * (high[0] - low[0])
 
 
 class _Effect:

@@ -337,7 +337,7 @@ class _Study:
         measure = partial(probabilities, self.pair, self.some, split="report", unchanged=unchanged)
         arms = {name: on_route(name) for name in ("target", "replacement", "hybrid")}
         arms |= {f"replacement - {name}": variant for name, variant in self.removals.items()}
-        arms |= {f"replacement, {name}": variant for name, variant in self.baselines.items()}
+        arms |= {f"replacement, {name}": self.baselines[name] for name in BASELINES}  # of a ban 0, and KL is infinite
         arms |= {f"hybrid + {name}": variant for name, variant in self.insertions.items()}
         found = {name: measure(variant=variant) for name, variant in arms.items()}
         sets = self.random[: self.options.probability_draws]
