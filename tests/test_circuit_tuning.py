@@ -128,7 +128,7 @@ def test_what_changes_nothing_harms_nothing_and_a_ban_harms_without_limit(pair: 
 
 def test_texts_without_an_onset_or_without_another_place_are_refused(pair: PairedModel, moments: Moments) -> None:
     nowhere = torch.zeros_like(moments.moment)
-    with pytest.raises(BehaviourError, match="no moment in these texts"):
+    with pytest.raises(BehaviourError, match="no onset in these texts"):
         Texts(pair, replace(moments, moment=nowhere))
     crowded = replace(moments, moment=moments.predicting, boundary=nowhere, follows=nowhere)
     with pytest.raises(BehaviourError, match="give longer texts"):
@@ -152,23 +152,23 @@ def test_baselines_do_what_the_circuit_does_and_say_where_they_cannot(
     before = state(pair)
     goal, found = settings(texts, circuit[:3])
     assert state(pair) == before
-    effect = texts.plain.p_moment - goal.p_moment
+    effect = texts.plain.p_onset - goal.p_onset
     assert effect > 0.01
     for name, setting in found.items():
-        missed = abs(setting.measured.p_moment - goal.p_moment)
+        missed = abs(setting.measured.p_onset - goal.p_onset)
         assert setting.reached == (missed <= SAME_EFFECT * effect), name
         assert setting.size > 0
         said = probabilities(pair, texts.moments, setting.variant, "select")["moment"].value
         harm = kl_elsewhere(pair, texts.moments, setting.variant, "select").value
-        assert (said, harm) == pytest.approx((setting.measured.p_moment, setting.measured.kl), abs=1e-5), name
+        assert (said, harm) == pytest.approx((setting.measured.p_onset, setting.measured.kl), abs=1e-5), name
         record = setting.record(texts.plain)
-        assert record["p_moment_before"] == texts.plain.p_moment > record["p_moment"] == setting.measured.p_moment
+        assert record["p_onset_before"] == texts.plain.p_onset > record["p_onset"] == setting.measured.p_onset
     assert found["bias"].reached
     assert found["steering"].reached
-    unreachable = replace(goal, p_moment=-1.0)
+    unreachable = replace(goal, p_onset=-1.0)
     nearest = tuned_neurons(texts, unreachable)
     assert not nearest.reached
-    assert nearest.measured.p_moment < texts.plain.p_moment
+    assert nearest.measured.p_onset < texts.plain.p_onset
 
 
 def test_steering_is_the_least_harmful_of_all_that_have_the_effect(texts: Texts, circuit: list[FeatureId]) -> None:
@@ -179,13 +179,13 @@ def test_steering_is_the_least_harmful_of_all_that_have_the_effect(texts: Texts,
     with torch.no_grad(), pair.routed("replacement"):
         streams = pair.residual_streams(batch.tokens)
     marks = sorted(set(batch.tokens[batch.moment].tolist()) - set(batch.words))
-    effect, harms = texts.plain.p_moment - goal.p_moment, []
+    effect, harms = texts.plain.p_onset - goal.p_onset, []
     for layer in range(N_LAYERS):
         direction = streams[layer + 1][batch.moment].mean(0) - streams[layer + 1][batch.boundary].mean(0)
         for after in (None, marks):
             for coefficient in torch.linspace(0.5, 8, 16).tolist():
                 found = texts.measure(steered(layer, direction, coefficient, after))
-                if texts.plain.p_moment - found.p_moment >= (1 - SAME_EFFECT) * effect:
+                if texts.plain.p_onset - found.p_onset >= (1 - SAME_EFFECT) * effect:
                     harms.append(found.kl)
     assert best.measured.kl <= 1.1 * min(harms), "but for the tolerance of the effect"
     assert best.measured.kl < 0.2 * max(harms), "and not the strongest"
@@ -274,7 +274,7 @@ def test_neuron_effects_are_slopes_and_what_is_written(pair: PairedModel, moment
     texts = Texts(pair, moments)
     strongest = by_size(found.at_mean, 1)
     small = without_neurons(strongest, found.mean, last=1e-2)
-    assert texts.measure(small).p_moment < texts.plain.p_moment
+    assert texts.measure(small).p_onset < texts.plain.p_onset
 
 
 # -- sets of features ---------------------------------------------------------------------------------------------

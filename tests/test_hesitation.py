@@ -231,11 +231,11 @@ def test_controls_are_set_on_the_select_split_and_read_on_the_other(study: Behav
     controls, given = study.block["controls"], study.block["probabilities"]
     texts, circuit = Texts(pair, study.found.moments), controls["circuit"]
     measured = texts.measure(without(list(study.found.search.order)))  # type: ignore[union-attr]
-    assert (circuit["p_moment"], circuit["kl_elsewhere"]) == (measured.p_moment, measured.kl)
+    assert (circuit["p_onset"], circuit["kl_elsewhere"]) == (measured.p_onset, measured.kl)
     assert circuit["write_norm"] == pytest.approx(1)
-    effect = texts.plain.p_moment - measured.p_moment
+    effect = texts.plain.p_onset - measured.p_onset
     for name in BASELINES:
-        reached = abs(controls[name]["p_moment"] - measured.p_moment) <= SAME_EFFECT * effect
+        reached = abs(controls[name]["p_onset"] - measured.p_onset) <= SAME_EFFECT * effect
         assert controls[name]["reached"] == reached
         assert 0 <= given[f"replacement, {name}"]["kl_elsewhere"].value < math.inf
     assert controls["logit_bias"]["reached"]

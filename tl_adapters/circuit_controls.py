@@ -4,8 +4,7 @@
   (moments and boundaries together) is nearest, drawn among the nearest five. Where a circuit is the most active set
   there is, no other set has its mass: so the share of the mass that each set holds is reported beside it;
 * a harder one: the most active of the other features at those places, whatever their layer;
-* both again, larger: with the circuit's summed write norm at the moments, and with its harm elsewhere
-  (`circuit_tuning`);
+* both again, with the circuit's summed write norm at the onsets, and with its harm elsewhere (`circuit_tuning`);
 * the word's logits set to minus infinity, or lowered by a bias;
 * a difference-of-means direction of the residual stream (moments less boundaries) taken off after a layer, everywhere
   or only at tokens after which the word may come;
@@ -248,7 +247,7 @@ def size_of_norm(order: Sequence[FeatureId], norms: Float[Tensor, "n_layers n_fe
 
     Args:
         order: of features.
-        norms: of every feature what it writes at the moments: mean activation times the norm of its decoder row.
+        norms: of every feature what it writes at the onsets, mean activation times the norm of its decoder row.
         goal: the circuit's sum.
 
     None where the features write nothing there: no factor makes them the circuit's equal.
@@ -302,11 +301,11 @@ class NeuronEffects:
     """What neurons of the base's MLPs do for the word, first order, and what they write elsewhere."""
 
     off: Float[Tensor, "n_layers d_mlp"]
-    """Summed over the moments, the margin lost without each neuron, in nats."""
+    """Summed over the onsets, the margin lost without each neuron, in nats."""
     at_mean: Float[Tensor, "n_layers d_mlp"]
     """The same, with the neuron held at its mean."""
     mean: Float[Tensor, "n_layers d_mlp"]
-    """Mean activation away from the moments and what follows them."""
+    """Mean activation away from the onsets and what follows them."""
     written_off: Float[Tensor, "n_layers d_mlp"]
     """Mean square of what is taken away there without the neuron: its activation squared, times the squared norm of
     its output row."""
@@ -315,7 +314,7 @@ class NeuronEffects:
 
 
 def neuron_effects(pair: PairedModel, moments: Moments, documents: int | None = None) -> NeuronEffects:
-    """Effects of every neuron over the first ``documents`` documents that have a moment (all, if None)."""
+    """Effects of every neuron over the first ``documents`` documents that have an onset (all, if None)."""
     device, n_layers = pair.model.W_E.device, pair.n_layers
     shape = (n_layers, pair.model.cfg.d_mlp)
     times, plus, total, squares = (torch.zeros(shape, device=device) for _ in range(4))

@@ -58,7 +58,7 @@ def arms_section(block: Block, name: str, title: str, said: str) -> str:
 
 
 def _with_harm(block: Block, name: str) -> dict[str, Block]:
-    """The arms of a part with what was read of each over given text: KL(replacement || arm) away from the moments."""
+    """The arms of a part, each with the KL(replacement || condition) elsewhere that was read over given text."""
     given, model = block.get("probabilities") or {}, {"necessity": "replacement", "sufficiency": "hybrid"}.get(name)
     found = {}
     for arm, record in (block.get(name) or {}).items():
@@ -116,7 +116,7 @@ def controls_section(block: Block) -> str:
             shown(c.get("setting")),
             f"{shown(c.get('size'))} {shown_text(str(c.get('unit', '')))}",
             shown(c.get("write_norm"), as_share=True),
-            f"{shown(c.get('p_moment_before'), as_share=True)} → {shown(c.get('p_moment'), as_share=True)}",
+            f"{shown(c.get('p_onset_before'), as_share=True)} → {shown(c.get('p_onset'), as_share=True)}",
             shown(c.get("kl_elsewhere")),
             "" if c.get("reached") else "<b>not reached</b>",
         ]
@@ -124,17 +124,17 @@ def controls_section(block: Block) -> str:
     ]
     text = (
         "<p>Set on the select split. Bias, steering and neurons have the circuit's effect, P(word) at the moments, at "
-        "the least harm elsewhere: KL(replacement || arm), in nats per token, over the response without the moments "
-        "and what follows them. Other features are as many as the circuit's, or as many as have its summed write norm "
-        "at the moments (activation times norm of the decoder row), or as many as do its harm elsewhere. Where the "
-        "goal cannot be reached the nearest is taken.</p>"
+        "the least harm elsewhere: KL(replacement || condition), in nats per token, over the response without the "
+        "moments and what follows them. Other features are as many as the circuit's, or as many as have its summed "
+        "write norm at the moments (activation times norm of the decoder row), or as many as do its harm elsewhere. "
+        "Where the goal cannot be reached the nearest is taken.</p>"
     )
     heads = ["", "chosen", "size", "write norm, of the circuit's", "P(word) at moments", "KL elsewhere", ""]
     return f"<h2>Controls</h2>{text}" + '<div class="wide">' + table(heads, rows) + "</div>"
 
 
 def probabilities_section(block: Block) -> str:
-    """Of the word, over the same text for every arm; beside it what the arm changes elsewhere."""
+    """Of the word, over the same text for every arm; beside it what the condition changes elsewhere."""
     out = []
     heads = {"moment": "at moments", "boundary": "at boundaries", "elsewhere": "elsewhere"}
     heads |= {"kl_elsewhere": "KL(replacement || model) away from moments, nats per token"}

@@ -4,7 +4,7 @@ Two measurements of every arm (a `Variant`):
 
 * *probabilities*: over the target's own text, how likely the word is at the moments, at matched boundaries, and
   elsewhere in the response; exact, cheap, with no text of the arm's own. Beside them the harm elsewhere:
-  KL(replacement || arm) away from the moments and what follows them;
+  KL(replacement || condition) away from the onsets and what follows them;
 * *answers*: the arm answers the problems itself, so what hesitation is for (length, accuracy, corrections) is seen.
 
 Arms are compared with the arm in which nothing is changed, paired by problem, with 95 % bootstrap intervals.
@@ -35,9 +35,9 @@ PLACES = ("moment", "boundary", "elsewhere")
 
 
 def away(moments: Moments) -> Bool[Tensor, "batch pos"]:
-    """Where an arm should change nothing: the response without the moments and what follows them.
+    """Where a condition should change nothing: the response without the onsets and what follows them.
 
-    Matched boundaries are among these places: the word may come there, and what the model then says should stay.
+    Matched control positions are among them: the word may come there and did not, and that should stay so.
     """
     return moments.predicting & ~moments.moment & ~moments.follows
 
@@ -46,7 +46,7 @@ def away(moments: Moments) -> Bool[Tensor, "batch pos"]:
 def kl_from_replacement(
     pair: PairedModel, variant: Variant, plain: Float[Tensor, "n d_model"], residual: Float[Tensor, "n d_model"]
 ) -> Float[Tensor, "n"]:
-    """KL(replacement || variant) of every place, in nats, in float32 at least; logits are formed chunk by chunk.
+    """KL(replacement || variant) at every position, in nats, in float32 at least; logits are formed chunk by chunk.
 
     Args:
         pair: with adapters.
@@ -63,7 +63,7 @@ def kl_from_replacement(
 
 
 class Unchanged:
-    """The replacement's final residual stream over given texts, away from the moments: read once, for every arm."""
+    """The replacement's final residual stream over given texts, away from the onsets: read once, for all conditions."""
 
     @torch.no_grad()
     def __init__(self, pair: PairedModel, moments: Moments) -> None:
@@ -75,14 +75,14 @@ class Unchanged:
 
 
 def kl_elsewhere(pair: PairedModel, moments: Moments, variant: Variant, split: str) -> Figure:
-    """KL(replacement || variant) in nats per token, away from the moments and what follows them (`away`).
+    """KL(replacement || variant) in nats per token, away from the onsets and what follows them (`away`).
 
-    The interval is over documents. Infinite for a variant that rules a token out. Raises BehaviourError where the
-    texts have no such place.
+    The interval is over documents. It is infinite for a variant that rules a token out. Raises BehaviourError where the
+    texts have no such position.
     """
     found = probabilities(pair, moments, variant, split, Unchanged(pair, moments))
     if "kl_elsewhere" not in found:
-        raise BehaviourError("Every place of these responses is a moment or follows one; give longer texts.")
+        raise BehaviourError("Every position of these responses is an onset or follows one; give longer texts.")
     return found["kl_elsewhere"]
 
 
@@ -200,7 +200,7 @@ def _lengths(said: Sequence[Response]) -> Tensor:
 def corrections(
     pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject
 ) -> Float[Tensor, "n"]:
-    """Of every wrong step put into an arm's mouth: 1 where it is set right at once, 0 where it is not."""
+    """Of every injected wrong step: 1 where the condition corrects it at once, 0 where it does not."""
     with variant.entered(pair) as model:
         said = respond(
             model,
@@ -224,7 +224,7 @@ def share_corrected(right: Float[Tensor, "n"], split: str) -> Figure:
 
 
 def corrected_more(right: Float[Tensor, "n"], than: Float[Tensor, "n"], split: str) -> Figure:
-    """By how much one arm sets more of the same wrong steps right than another, paired by wrong step."""
+    """By how much one condition corrects more of the same wrong steps than another, paired by wrong step."""
     return Figure(*bootstrap_ratio(right - than, torch.ones_like(right)), len(right), "share corrected", split)
 
 

@@ -1,14 +1,14 @@
-"""Baselines as strong as they can be: set on the select split to do at the moments what the circuit does.
+"""Baselines as strong as they can be: set on the select split to do at the onsets what the circuit does.
 
 A baseline that breaks the model, or that does less than the circuit, says nothing about the circuit. So each has one
-size that is set by bisection (a coefficient, nats of a bias, a number of neurons or features), and settings among
+size that is searched (a coefficient, nats of a bias, a number of neurons or features), and settings among
 which the one is taken that does it with the least harm elsewhere:
 
-* *effect*: mean probability of the words at the moments;
-* *harm*: mean KL(replacement || condition) away from the moments and what follows them (`circuit_trials.away`).
+* *effect*: how far the mean probability of the words at the onsets (`Moments.moment`) falls;
+* *harm*: mean KL(replacement || condition) away from the onsets and what follows them (`circuit_trials.away`).
 
 Steering, logit bias and neurons are set to the circuit's own effect. Other features are taken in an order (matched
-random sets, or the most active others) and enlarged to the circuit's summed write norm at the moments, and, another
+random sets, or the most active others) and enlarged to the circuit's summed write norm at the onsets, and, another
 time, to its harm elsewhere. Where a size cannot reach its goal the nearest is taken, and the record says so.
 """
 
@@ -54,8 +54,8 @@ MOST_COEFFICIENT, MOST_NATS, MOST_TIMES = 32.0, 64.0, 2.0
 class Measured:
     """What a condition does to the texts."""
 
-    p_moment: float
-    """Mean probability of the words at the moments."""
+    p_onset: float
+    """Mean probability of the words at the onsets."""
     kl: float
     """Harm elsewhere, in nats per token."""
 
@@ -85,8 +85,8 @@ class Setting:
             "setting": self.chosen,
             "size": self.size,
             "unit": self.unit,
-            "p_moment_before": plain.p_moment,
-            "p_moment": self.measured.p_moment,
+            "p_onset_before": plain.p_onset,
+            "p_onset": self.measured.p_onset,
             "kl_elsewhere": self.measured.kl,
             "reached": self.reached,
         }
@@ -98,19 +98,19 @@ class Texts:
     Args:
         pair: with adapters on every layer.
         moments: of the select split.
-        documents: so many that have a moment are read.
+        documents: so many that have an onset are read.
 
-    Raises BehaviourError where there is no moment, or no other place.
+    Raises BehaviourError where there is no onset, or no other position.
     """
 
     @torch.no_grad()
     def __init__(self, pair: PairedModel, moments: Moments, documents: int = TRIED_DOCUMENTS) -> None:
         if not bool(moments.moment.any()):
-            raise BehaviourError("There is no moment in these texts, so there is no effect that a baseline could have.")
+            raise BehaviourError("There is no onset in these texts, so there is no effect that a baseline could have.")
         self.pair, self.moments = pair, moments.with_moments(documents)
         self.batches = [batch.to(pair.model.W_E.device) for _, batch in self.moments.batches()]
         if not any(bool(away(batch).any()) for batch in self.batches):
-            raise BehaviourError("Every place of these responses is a moment or follows one; give longer texts.")
+            raise BehaviourError("Every position of these responses is an onset or follows one; give longer texts.")
         with pair.routed("replacement"):
             self.embedded = [pair.embed(batch.tokens) for batch in self.batches]
             self.final = [pair.run_blocks(resid, 0, pair.n_layers) for resid in self.embedded]
@@ -138,8 +138,8 @@ class Texts:
                 said += sum(log_odds(pair.unembed(r), batch.words).sigmoid().float().sum() for r in rows)
             at = away(batch)
             harm += kl_from_replacement(pair, variant, self.final[number][at], resid[at]).sum()
-        moments, others = (sum(int(places(b).sum()) for b in self.batches) for places in (lambda b: b.moment, away))
-        return Measured(float(said) / moments, float(harm) / others)
+        onsets, others = (sum(int(places(b).sum()) for b in self.batches) for places in (lambda b: b.moment, away))
+        return Measured(float(said) / onsets, float(harm) / others)
 
 
 def size_for(
@@ -193,18 +193,18 @@ def _between(low: tuple[float, float], high: tuple[float, float], sides: Sequenc
 
 
 class _Effect:
-    """Sizes that do at the moments what the circuit does; the least harmful so far is kept."""
+    """Sizes that do at the onsets what the circuit does; the least harmful so far is kept."""
 
     def __init__(self, texts: Texts, goal: Measured) -> None:
         self.texts = texts
-        self.wanted = texts.plain.p_moment - goal.p_moment
+        self.wanted = texts.plain.p_onset - goal.p_onset
         self.best: Setting | None = None
 
     def try_one(
         self, make: Callable[[float], Variant], chosen: str, unit: str, first: float, most: float, **given: Any
     ) -> None:
         """One setting, whose size is found; ``given`` goes to `Texts.measure`."""
-        if self.wanted <= 0:  # a circuit that does not hold the word up: to do nothing is to do as much
+        if self.wanted <= 0:  # the circuit does not lower the word, so doing nothing does as much
             if self.best is None:
                 self.best = Setting(on_route("replacement"), "not used", 0.0, unit, self.texts.plain, True)
             return
@@ -223,7 +223,7 @@ class _Effect:
             self.best = setting
 
     def _effect(self, measured: Measured) -> float:
-        return self.texts.plain.p_moment - measured.p_moment
+        return self.texts.plain.p_onset - measured.p_onset
 
     def _order(self, setting: Setting) -> tuple[bool, float, float]:
         """Those that do it first, by harm; then the nearest."""
@@ -238,9 +238,10 @@ class _Effect:
 
 @torch.no_grad()
 def tuned_steering(texts: Texts, goal: Measured) -> Setting:
-    """Difference of means (moments less boundaries) taken off at the layer and places that do it at the least harm.
+    """Difference of means (onsets less matched control positions), subtracted where that does it at the least harm.
 
-    Where there is no boundary the moments are held against all other places of the response.
+    The layer and the positions (all, or those where the word may come) are chosen. Without control positions the onsets
+    are compared with all other positions of the response.
 
     Args:
         texts: of the select split.
@@ -258,7 +259,7 @@ def tuned_steering(texts: Texts, goal: Measured) -> Setting:
         there = [s[b.boundary if boundary else away(b)] for s, b in zip(streams, texts.batches, strict=True)]
         direction = here - torch.cat(there).float().mean(0)
         for after, where in ((marks, "where the word may come"), (None, "everywhere")):
-            if after is not None and not after:  # every moment stands after a word: no token marks it
+            if after is not None and not after:  # every onset comes after a word of the behavior, so no token marks it
                 continue
             search.try_one(
                 lambda size, layer=layer, after=after, by=direction: steered(layer, by, size, after),  # type: ignore[misc]
@@ -313,12 +314,12 @@ def tuned_neurons(texts: Texts, goal: Measured) -> Setting:
 def of_equal_norm(
     texts: Texts, order: Sequence[FeatureId], norms: Float[Tensor, "n_layers n_features"], goal: float
 ) -> Setting:
-    """The first features of an order whose summed write norm at the moments is the circuit's.
+    """The first features of an order whose summed write norm at the onsets is the circuit's.
 
     Args:
         texts: of the select split.
         order: of features outside the circuit.
-        norms: of every feature, mean activation at the moments times the norm of its decoder row.
+        norms: of every feature, mean activation at the onsets times the norm of its decoder row.
         goal: the circuit's sum.
     """
     size = size_of_norm(order, norms, goal)
@@ -370,9 +371,9 @@ def set_controls(
         texts: of the select split.
         circuit: its features.
         orders: by name ("random", "others"), features outside the circuit in the order in which they join a set.
-        norms: of every feature, mean activation at the moments times the norm of its decoder row.
+        norms: of every feature, mean activation at the onsets times the norm of its decoder row.
 
-    Of each order there are three sets: NAME of the circuit's size, NAME_scaled of its write norm at the moments, and
+    Of each order there are three sets: NAME of the circuit's size, NAME_scaled of its write norm at the onsets, and
     NAME_equal_harm. "logit_bias", "steering" and "neurons" have the circuit's effect.
     """
     goal = texts.measure(without(circuit))
