@@ -26,7 +26,7 @@ from tl_adapters.circuit_controls import (
 )
 from tl_adapters.circuit_trials import answers, corrected, mediation, probabilities, record
 from tl_adapters.freezing import frozen
-from tl_adapters.intervals import bootstrap_ratio, bootstrap_ratio_of_ratios
+from tl_adapters.intervals import bootstrap_ratio, bootstrap_ratio_of_ratios, newcombe
 from tl_adapters.interventions import ablated
 from tl_adapters.moments import Moments, final_residual, log_odds
 from tl_adapters.opening import load_builtin_pair
@@ -75,8 +75,9 @@ def test_probabilities_are_those_of_a_plain_pass(pair: PairedModel, variant: Var
     assert tuple(found) == KINDS
     for kind in KINDS:
         at, figure = getattr(moments, kind), found[kind]
-        value, low, high = bootstrap_ratio((p * at).sum(1), at.sum(1).double())
-        assert max(abs(figure.value - value), abs(figure.low - low), abs(figure.high - high)) < 1e-6
+        found_ = bootstrap_ratio((p * at).sum(1), at.sum(1).double())
+        pairs = [(getattr(figure, name), getattr(found_, name)) for name in ("value", "low", "high")]
+        assert max(abs(ours - theirs) for ours, theirs in pairs) < 1e-6
         assert figure.low < figure.value < figure.high
         assert (figure.n, figure.split) == (len(moments), "report")
 
@@ -117,11 +118,11 @@ def test_mediation_is_defined_by_interventions(pair: PairedModel) -> None:
     }
     for name, top in expected.items():
         figure = found[name]
-        value, low, high = bootstrap_ratio(top, at.sum(1).double())
+        estimate = bootstrap_ratio(top, at.sum(1).double())
         # A bridge computes norms in float32, and itself with a held scale.
-        assert abs(figure.value - value) < 1e-5
-        assert max(abs(figure.low - low), abs(figure.high - high)) < 1e-5
-        assert abs(value) > 1e-3
+        assert abs(figure.value - estimate.value) < 1e-5
+        assert max(abs(figure.low - estimate.low), abs(figure.high - estimate.high)) < 1e-5
+        assert abs(estimate.value) > 1e-3
     assert abs(found["share"].value - found["through_output"].value / found["total"].value) < 1e-6
 
 
@@ -177,12 +178,12 @@ def test_a_record_is_what_is_counted() -> None:
     assert found["signs"] == {"hmm": pytest.approx(200)}
     lengths, were = (torch.tensor([float(len(r.tokens)) for r in said]) for said in (SAID, BASELINE))
     counts, was = torch.tensor([0.0, 1, 0, 0]), torch.tensor([2.0, 0, 1, 1])
-    _, low, high = bootstrap_ratio_of_ratios((counts, lengths), (was, were))
+    left = bootstrap_ratio_of_ratios((counts, lengths), (was, were))
     cut = found["hesitation_cut"]
-    assert (cut.low, cut.high) == (pytest.approx(1 - high), pytest.approx(1 - low))
+    assert (cut.low, cut.high) == (pytest.approx(1 - left.high), pytest.approx(1 - left.low))
     assert cut.low <= cut.value <= cut.high
-    _, low, high = bootstrap_ratio(torch.tensor([0.0, -1, 1, -1]), torch.ones(4))
-    assert (found["accuracy_change"].low, found["accuracy_change"].high) == (low, high)
+    change = newcombe(both=1, first=1, second=2, neither=0)  # one right only now, two only before
+    assert (found["accuracy_change"].low, found["accuracy_change"].high) == (change.low, change.high)
     assert not {"accuracy_with_slip", "accuracy_without_slip"} & set(found)
 
 
@@ -220,8 +221,8 @@ def test_several_answers_to_a_problem_are_drawn_together() -> None:
     other = [replace(r, correct=not r.correct) for r in SAID]
     mixed = record([*SAID, *other], BASELINE, ["wait"], "report")
     assert mixed["accuracy_change"].value == pytest.approx(0.5 - 0.75)
-    _, low, high = bootstrap_ratio(torch.tensor([-0.5, -0.5, 0.5, -0.5]), torch.ones(4))
-    assert (mixed["accuracy_change"].low, mixed["accuracy_change"].high) == (low, high)
+    change = bootstrap_ratio(torch.tensor([-0.5, -0.5, 0.5, -0.5]), torch.ones(4))
+    assert (mixed["accuracy_change"].low, mixed["accuracy_change"].high) == (change.low, change.high)
 
 
 # -- answers ------------------------------------------------------------------------------------------------------

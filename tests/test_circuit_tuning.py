@@ -41,7 +41,7 @@ from tl_adapters.circuit_tuning import (
     tuned_neurons,
     tuned_steering,
 )
-from tl_adapters.intervals import bootstrap_ratio
+from tl_adapters.intervals import OutcomesFigure, bootstrap_ratio
 from tl_adapters.interventions import InterventionError, inserted, only
 from tl_adapters.moments import BehaviourError, Moments
 from tl_adapters.paired import PairedModel
@@ -111,7 +111,9 @@ def test_harm_is_the_kl_of_plain_passes_away_from_onsets(
     assert bool((at & moments.boundary).any()), "matched control positions are among them"
     by_document = ((was.exp() * (was - becomes)).sum(-1) * at).sum(1)
     expected = bootstrap_ratio(by_document, at.sum(1).double())
-    assert (found.value, found.low, found.high) == pytest.approx(expected, abs=1e-5)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (expected.value, expected.low, expected.high), abs=1e-5
+    )
     assert found.value > 1e-3
     assert (found.n, found.unit, found.split) == (len(moments), "nats per token", "report")
     together = probabilities(pair, moments, variant, "report", Unchanged(pair, moments))
@@ -122,8 +124,10 @@ def test_harm_is_the_kl_of_plain_passes_away_from_onsets(
 def test_what_changes_nothing_harms_nothing_and_a_ban_harms_without_limit(pair: PairedModel, moments: Moments) -> None:
     for nothing in (on_route("replacement"), without([]), removed({}), shifted_logits(moments.words, 0.0)):
         figure = kl_elsewhere(pair, moments, nothing, "report")
-        assert (figure.value, figure.low, figure.high) == (0, 0, 0), nothing.name
-    assert kl_elsewhere(pair, moments, shifted_logits(moments.words, -torch.inf), "report").value == torch.inf
+        assert figure.value == 0, nothing.name
+    banned = kl_elsewhere(pair, moments, shifted_logits(moments.words, -torch.inf), "report")
+    assert (banned.value, banned.low, banned.high) == (None, None, None)
+    assert "infinite" in banned.reason
 
 
 def test_texts_without_an_onset_or_without_another_place_are_refused(pair: PairedModel, moments: Moments) -> None:
@@ -422,13 +426,20 @@ def test_a_size_that_breaks_the_model_is_too_large_and_a_hopeless_one_ends_it() 
 
 
 def test_correction_is_compared_with_the_others_step_by_step() -> None:
-    without_circuit = torch.tensor([0.0, 0, 0, 0, 1, 1, 0, 0] * 8)
-    without_others = torch.tensor([1.0, 1, 0, 0, 1, 1, 1, 0] * 8)
-    figure = corrected_more(without_others, without_circuit, "report")
+    def outcomes(right: str) -> OutcomesFigure:
+        return OutcomesFigure(
+            right.count("1") / len(right), 0, 1, len(right), "share corrected", "report", outcomes=right
+        )
+
+    circuit, others = outcomes("00001100" * 8), outcomes("11001110" * 8)
+    figure = corrected_more(others, circuit)
     assert figure.value == 3 / 8
+    assert figure.low is not None
+    assert figure.high is not None
     assert 0 < figure.low < 3 / 8 < figure.high
-    same = corrected_more(without_circuit, without_circuit, "report")
-    asked = correction_beside_others({"random": same, "others": figure, "others_equal_harm": same})
+    assert (figure.n, figure.split) == (64, "report")
+    arms = {"both": circuit, "random": circuit, "others": others, "others_equal_harm": circuit}
+    asked = correction_beside_others({f"replacement - {name}": arm for name, arm in arms.items()})
     assert [(c["value"], c["reached"]) for c in asked] == [(3 / 8, True), (0.0, False)]
     assert len({c["name"] for c in asked}) == 2
     assert correction_beside_others({}) == []

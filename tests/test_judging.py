@@ -93,7 +93,8 @@ def test_a_judge_that_knows_scores_high_on_tokens_and_half_on_chance(
         asked = len(fake.asked)
         again = auto_interpret(token_store, neuron_store, client(fake, cache=tmp_path), n=20, progress=False)
     assert report.neurons is not None and report.difference is not None
-    assert report.features.score.value > 0.95 and report.features.score.low > 0.9 and report.features.found == 1
+    assert report.features.score.value == 1 and report.features.found == 1
+    assert report.features.score.low == pytest.approx(0.025 ** (1 / 20))  # all 20 are right, which is not certainty
     assert 0.4 < report.neurons.score.value < 0.6
     assert report.difference.value == pytest.approx(report.features.score.value - report.neurons.score.value)
     assert 0.3 < report.difference.low < report.difference.value < report.difference.high < 0.65

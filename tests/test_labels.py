@@ -15,7 +15,7 @@ from made_stores import anywhere, made_store, on_its_token, real_store
 from tl_adapters.adapter import FeatureId
 from tl_adapters.effects import layer_effects
 from tl_adapters.features import Example, Feature, Label
-from tl_adapters.intervals import bootstrap_difference, bootstrap_kappa, bootstrap_strata, wilson
+from tl_adapters.intervals import bootstrap_difference, bootstrap_kappa, bootstrap_strata, share_interval
 from tl_adapters.labels import (
     CATEGORIES,
     FEW,
@@ -86,7 +86,7 @@ def test_the_share_must_be_high_and_sure(n: int) -> None:
         made = feature(sample=["x"] * hits + [f"o{i}" for i in range(n - hits)])
         # Other types may be among the three: count those too.
         best = [sum(sorted([hits, *([1] * (n - hits))], reverse=True)[:k]) for k in (1, 2, 3)]
-        holds = any(h / n >= MOST and wilson(h, n)[0] > 0.5 for h in best)
+        holds = any(h / n >= MOST and share_interval(h, n)[0] > 0.5 for h in best)
         assert (label(made).category == "input") == holds
     assert label(feature(sample=["x"] * 3)).category == "unlabelled"  # three firings prove nothing
 
@@ -316,7 +316,10 @@ def test_none_of_few_is_not_certainly_none() -> None:
     labels = some_labels({0: {"input": 10}, 1: {"input": 10}})
     shares = label_shares(labels, labels)
     assert shares["output"].count == 0 and shares["output"].weighted.low == 0
-    assert shares["output"].weighted.high == pytest.approx(wilson(0, 20)[1]) and 0.1 < wilson(0, 20)[1] < 0.2
+    assert (
+        shares["output"].weighted.high == pytest.approx(share_interval(0, 20)[1])
+        and 0.1 < share_interval(0, 20)[1] < 0.2
+    )
     assert shares["input"].weighted.high == 1 and 0.8 < shares["input"].weighted.low < 0.9
 
 
@@ -343,21 +346,11 @@ def test_the_weighted_interval_covers() -> None:
 # -- intervals that only labels use ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("hits", "n", "low", "high"), [(0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)]
-)
-def test_wilson(hits: int, n: int, low: float, high: float) -> None:
-    """Against published values."""
-    assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
-    assert wilson(n - hits, n) == pytest.approx((1 - high, 1 - low), abs=1e-4)
-    assert wilson(0, 0) == (0, 1)
-
-
 def test_strata_of_one_weight_are_a_mean_of_means() -> None:
     strata = [torch.tensor([0.0, 1.0]), torch.tensor([1.0])]
-    value, low, high = bootstrap_strata(strata, [1, 3])
-    assert value == 0.25 * 0.5 + 0.75 and low == 0.75 and high == 1.0
-    assert bootstrap_strata(strata, [10, 30]) == (value, low, high)
+    found = bootstrap_strata(strata, [1, 3])
+    assert found.value == 0.25 * 0.5 + 0.75 and found.low == 0.75 and found.high == 1.0
+    assert bootstrap_strata(strata, [10, 30]) == found
 
 
 def test_a_difference_has_the_interval_of_both() -> None:
@@ -365,22 +358,25 @@ def test_a_difference_has_the_interval_of_both() -> None:
     covered = 0
     for seed in range(200):
         a, b = torch.randn(40, generator=generator) + 1, 2 * torch.randn(60, generator=generator)
-        value, low, high = bootstrap_difference(a, b, seed)
-        assert value == pytest.approx(float(a.double().mean() - b.double().mean()))
-        covered += low <= 1 <= high
+        found = bootstrap_difference(a, b, seed)
+        assert found.value == pytest.approx(float(a.double().mean() - b.double().mean()))
+        covered += found.low <= 1 <= found.high
     assert 180 <= covered <= 199
 
 
 def test_kappa() -> None:
     first = torch.tensor([0] * 20 + [0] * 5 + [1] * 10 + [1] * 15)
     second = torch.tensor([0] * 20 + [1] * 5 + [0] * 10 + [1] * 15)
-    value, low, high = bootstrap_kappa(first, second)
-    assert value == pytest.approx(0.4) and low < 0.4 < high  # a textbook's: (0.7 - 0.5) / (1 - 0.5)
-    assert bootstrap_kappa(first, first)[0] == 1 and bootstrap_kappa(first, 1 - first)[0] < 0
-    assert math.isnan(bootstrap_kappa(torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long))[0])
+    found = bootstrap_kappa(first, second)
+    assert found.value == pytest.approx(0.4) and found.low < 0.4 < found.high  # a textbook's: (0.7 - 0.5) / (1 - 0.5)
+    alike = bootstrap_kappa(first, first)
+    assert alike.value == 1 and alike.low is None and "certain" in alike.reason
+    assert bootstrap_kappa(first, 1 - first).value < 0
+    same = bootstrap_kappa(torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long))
+    assert same.value is None and "same rating" in same.reason
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(5, (2, 4000), generator=generator)
-    assert abs(bootstrap_kappa(*random)[0]) < 0.03
+    assert abs(bootstrap_kappa(*random).value) < 0.03
 
 
 def test_shares_are_records() -> None:

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
 LEVELS = [
     {"errors"},
+    {"strict_json"},
     {"activations", "atomic", "compatibility", "config", "fingerprints", "losses", "intervals", "posting", "results"}
     | {"trackers", "views", "vocabulary", "organism"},
     {"attention", "checkpoints", "columns", "completions", "grids", "replies", "saelens", "server", "viewer"},

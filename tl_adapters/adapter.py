@@ -5,7 +5,6 @@ One layer's adapter is a `TranscoderAdapter` (`transcoder`). All of a set have o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -32,6 +31,7 @@ from tl_adapters.saelens import (
     transcoder_config,
     write_transcoder,
 )
+from tl_adapters.strict_json import dumps
 from tl_adapters.transcoder import TranscoderAdapter as TranscoderAdapter
 from tl_adapters.transcoder import adapter_of, require_activation
 
@@ -223,7 +223,7 @@ class AdapterSet(nn.Module):
                     for name, tensor in known._asdict().items()
                 }
                 save_file(kept, out / MARKS_FILE)
-            (out / METADATA_FILE).write_text(json.dumps(record, indent=1) + "\n")
+            (out / METADATA_FILE).write_text(dumps(record, indent=1) + "\n")
 
     @classmethod
     def from_pretrained(

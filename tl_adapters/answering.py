@@ -24,6 +24,7 @@ from tl_adapters.atomic import alone_in, room_for, write_text
 from tl_adapters.benchmarks import HESITATION, Checkable, Interval, Response, rate, respond
 from tl_adapters.completions import drawing
 from tl_adapters.errors import UserError
+from tl_adapters.strict_json import dumps
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
 
@@ -88,14 +89,14 @@ class Score:
     """Mean over problems of the share of right answers."""
     length: float
     """Mean response length in tokens."""
-    hesitation_per_1k: float
-    """Hesitations per 1,000 response tokens."""
+    hesitation_per_1k: float | None
+    """Hesitations per 1,000 response tokens; None where no response has a token."""
     truncated: float
     """Share of responses cut at the limit."""
     think_opened: float
     """Share of responses that open their thinking themselves."""
     ci: dict[str, Interval]
-    """Intervals of pass_at_1, length and hesitation_per_1k."""
+    """Intervals of all five."""
     words: tuple[str, ...]
     """What counts as a hesitation."""
     split: str
@@ -177,7 +178,7 @@ def _require_same(path: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings, or compare them with those that are there."""
     now = json.loads(json.dumps(settings))
     if not path.is_file():
-        write_text(path, json.dumps(now, indent=1) + "\n")
+        write_text(path, dumps(now, indent=1) + "\n")
         return
     was = json.loads(path.read_text(encoding="utf-8"))
     if other := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
@@ -204,7 +205,7 @@ def _from_record(record: Mapping[str, Any]) -> Answer:
 def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Add lines, and return when they are on the disk. Raises DiskFullError."""
     with room_for(path), path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.write("".join(dumps(record) + "\n" for record in records))
         file.flush()
         os.fsync(file.fileno())
 

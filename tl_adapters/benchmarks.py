@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from tl_adapters.chat import ChatFormat
 from tl_adapters.completions import complete
 from tl_adapters.data import Trace
-from tl_adapters.intervals import bootstrap_ratio
+from tl_adapters.intervals import Estimate, bootstrap_ratio, clustered_share, event_rate
 
 THINK_OPENS = "<think>"
 HESITATION = ("wait",)
@@ -72,10 +72,21 @@ class Response:
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % bootstrap interval over problems."""
+    """A 95 % interval over problems (see `intervals` for which one)."""
 
-    low: float
-    high: float
+    low: float | None
+    """None where there is no interval."""
+    high: float | None
+    """None where there is no interval."""
+    undefined: float = 0.0
+    """Share of the bootstrap's draws that have no value."""
+    reason: str = ""
+    """Why there is none, or what it is where it is not the usual one."""
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> Interval:
+        """An estimate's interval, without its value."""
+        return cls(estimate.low, estimate.high, estimate.undefined, estimate.reason)
 
 
 @dataclass(frozen=True)
@@ -88,14 +99,14 @@ class Rate:
     """Share answered rightly."""
     length: float
     """Mean response length in tokens."""
-    hesitation_per_1k: float
-    """Hesitations per 1,000 response tokens."""
+    hesitation_per_1k: float | None
+    """Hesitations per 1,000 response tokens; None where no response has a token."""
     truncated: float
     """Share of responses cut at the limit."""
     think_opened: float
     """Share of responses that open their thinking."""
     ci: dict[str, Interval]
-    """Intervals of accuracy, length and hesitation_per_1k."""
+    """Intervals of all five."""
     split: str
     """Split of the problems."""
 
@@ -166,6 +177,8 @@ def rate(
     split: str,
     words: Sequence[str] = HESITATION,
     problems: Sequence[int] | None = None,
+    together: float = 1.0,
+    sets: int = 1,
 ) -> Rate:
     """Summarise responses, with intervals over problems.
 
@@ -175,28 +188,31 @@ def rate(
         words: what counts as a hesitation.
         problems: number of the problem that each response answers; None is one response to each. Where a problem is
             answered several times its responses are drawn together, and ``accuracy`` is pass@1.
+        together: hesitations of a problem that has any, where that is known: where none is said, its rate's upper end
+            takes them to come so many at a time (`intervals.event_rate`).
+        sets: how many sets of features, drawn themselves, gave the responses, which stand set after set. Their choice
+            is then part of the intervals.
     """
     lengths = torch.tensor([len(r.tokens) for r in responses], dtype=torch.float64)
-    said = torch.tensor([1000.0 * r.count(words) for r in responses], dtype=torch.float64)
+    said = torch.tensor([r.count(words) for r in responses], dtype=torch.float64)
+    opened = torch.tensor([float(THINK_OPENS in r.text) for r in responses], dtype=torch.float64)
+    cut = torch.tensor([float(r.truncated) for r in responses], dtype=torch.float64)
     places = torch.arange(len(responses)) if problems is None else torch.tensor(problems).unique(return_inverse=True)[1]
-
-    def ratio(top: Float[Tensor, "n"], bottom: Float[Tensor, "n"]) -> tuple[float, float, float]:
-        nothing = torch.zeros(n, dtype=torch.float64)
-        return bootstrap_ratio(nothing.index_add(0, places, top), nothing.index_add(0, places, bottom))
-
     n, ones = int(places.max()) + 1, torch.ones_like(lengths)
+
+    def by_problem(values: Float[Tensor, "n"]) -> Float[Tensor, "*sets n_problems"]:
+        found = torch.zeros(sets, n, dtype=torch.float64)
+        for row, of, these in zip(found, places.chunk(sets), values.chunk(sets), strict=True):
+            row.index_add_(0, of, these)
+        return found if sets > 1 else found[0]
+
+    total = by_problem(ones)
     figures = {
-        "accuracy": ratio(correctness(responses), ones),
-        "length": ratio(lengths, ones),
-        "hesitation_per_1k": ratio(said, lengths),
+        "accuracy": clustered_share(by_problem(correctness(responses)), total),
+        "length": bootstrap_ratio(by_problem(lengths), total),
+        "hesitation_per_1k": event_rate(by_problem(said), by_problem(lengths), together).scaled(1000),
+        "truncated": clustered_share(by_problem(cut), total),
+        "think_opened": clustered_share(by_problem(opened), total),
     }
-    return Rate(
-        n=n,
-        accuracy=figures["accuracy"][0],
-        length=figures["length"][0],
-        hesitation_per_1k=figures["hesitation_per_1k"][0],
-        truncated=sum(r.truncated for r in responses) / len(responses),
-        think_opened=sum(THINK_OPENS in r.text for r in responses) / len(responses),
-        ci={name: Interval(low, high) for name, (_, low, high) in figures.items()},
-        split=split,
-    )
+    values: dict[str, Any] = {name: estimate.value for name, estimate in figures.items()}
+    return Rate(n=n, **values, ci={name: Interval.of(estimate) for name, estimate in figures.items()}, split=split)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tl_adapters.circuit_drawing import shown_text
-from tl_adapters.views import escape, with_interval
+from tl_adapters.views import escape, figure_cell
 
 Block = Mapping[str, Any]
 _ARMS = {
@@ -94,15 +94,10 @@ def shown(value: Any, as_share: bool | None = None) -> str:
     if value is None:
         return "-"
     if isinstance(value, Mapping):
-        if value.get("value") is None:
-            return "-"
         if as_share is None:
             as_share = str(value.get("unit", "")).startswith(("share", "accuracy", "probability"))
         form = percent if as_share else short
-        low, high = value.get("low"), value.get("high")
-        if low is None or high is None:
-            return form(value["value"])
-        return with_interval(form(value["value"]), f"{form(low)} to {form(high)}")
+        return figure_cell(value, form)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return percent(value) if as_share else short(value)
     return shown_text(str(value))

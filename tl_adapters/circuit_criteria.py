@@ -1,11 +1,19 @@
-"""What a circuit of hesitation is asked for, and whether this one does it: bars set before anything was measured."""
+"""What a circuit of hesitation is asked for, and whether this one does it: bars set before anything was measured.
+
+A criterion that claims that nothing happens (no change of accuracy, no effect of random features, the word not said)
+is about the whole 95 % interval, not the point estimate, and needs enough problems to be able to fail: at least so
+many that a change in the share of them that the bar allows would not go unseen (`intervals.unseen`), and so many that
+the interval, at its present width, would fit. With fewer it is neither reached nor missed, unless the interval lies
+wholly outside the bar.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from tl_adapters.intervals import Figure
+from tl_adapters.intervals import TAIL, Estimate, Figure, mcnemar, newcombe
 from tl_adapters.moments import Moments
 
 SHARE, CUT, SHORTER = 0.03, 0.95, 0.2
@@ -16,8 +24,11 @@ RANDOM_CUT = 0.05
 """Share of the hesitation rate that may be gone without a matched random set."""
 KEPT, FALSE = 0.8, 0.05
 """In the hybrid with it, P(word) at the target's moments as a share of the target's; P(word) where it says none."""
+REACHED = {True: "reached", False: "missed", None: "not known"}
+"""`Criterion`'s "reached" in words."""
 Criterion = dict[str, Any]
-"""name, value, bar in words, reached."""
+"""name, value, bar in words, reached (None: too few problems, or nothing to measure), n and needs (problems there are,
+and that it takes; None where no number of them matters)."""
 
 
 def criteria(block: Mapping[str, Any], texts: Moments) -> list[Criterion]:
@@ -30,8 +41,37 @@ def criteria(block: Mapping[str, Any], texts: Moments) -> list[Criterion]:
     return [*_of_its_absence(block), *_of_its_presence(block, texts), *_of_correction(block.get("injected") or {})]
 
 
-def _asked(name: str, value: float, bar: str, reached: bool) -> Criterion:
-    return {"name": name, "value": value, "bar": bar, "reached": bool(reached)}
+def _asked(name: str, value: float | None, bar: str, reached: bool | None) -> Criterion:
+    reached = None if reached is None or value is None else bool(reached)
+    return {"name": name, "value": value, "bar": bar, "reached": reached, "n": None, "needs": None}
+
+
+def _close(name: str, figure: Figure | None, bar: str, bound: float, centre: float = 0.0) -> Criterion:
+    """Asked: the figure's whole interval is within ``bound`` of ``centre``."""
+    if figure is None or figure.value is None or figure.low is None or figure.high is None:
+        why = "there is nothing to measure it on" if figure is None else figure.reason
+        return _asked(name, None if figure is None else figure.value, f"{bar}; {why}", None)
+    needs = problems_needed(figure, bound)
+    inside = centre - bound <= figure.low and figure.high <= centre + bound
+    outside = figure.high < centre - bound or figure.low > centre + bound
+    enough = figure.n >= needs
+    reached = False if outside else inside if enough else None
+    said = f"{bar}, with its whole interval; needs n >= {needs:,}; n = {figure.n:,}"
+    asked = _asked(name, figure.value, said + (": not enough problems" if reached is None else ""), reached)
+    return asked | {"n": figure.n, "needs": needs}
+
+
+def problems_needed(figure: Figure, bound: float) -> int:
+    """How many problems (documents) a claim takes that a figure is within ``bound``; the figure has an interval.
+
+    The larger of two: so many that what happens in a share ``bound`` of them would be seen (with 97.5 % probability),
+    and so many that half the interval's width, which shrinks with the root of n, is no more than ``bound``.
+    """
+    assert figure.low is not None
+    assert figure.high is not None
+    to_see = math.log(TAIL) / math.log(1 - bound)
+    to_fit = figure.n * ((figure.high - figure.low) / 2 / bound) ** 2
+    return math.ceil(max(to_see, to_fit) - 1e-9)
 
 
 def _of_its_absence(block: Mapping[str, Any]) -> list[Criterion]:
@@ -39,40 +79,40 @@ def _of_its_absence(block: Mapping[str, Any]) -> list[Criterion]:
     both, random = need["both"], need["random"]
     rounding = 1 / block["circuit"]["alive"]
     asked = [_asked("circuit, share of the alive features", share, "at most 3 %", share <= SHARE + rounding)]
-    cut = both["hesitation_cut"].value if "hesitation_cut" in both else 0.0
-    asked.append(_asked("hesitation gone without it", cut, "at least 95 %", cut >= CUT))
-    shorter = -both["length_change"].value
-    asked.append(_asked("responses shorter without it", shorter, "at least 20 %", shorter >= SHORTER))
+    asked.append(_close("hesitation gone without it", both.get("hesitation_cut"), "at least 95 %", 1 - CUT, 1.0))
+    shorter = both["length_change"].value
+    shorter = None if shorter is None else -shorter
+    asked.append(_asked("responses shorter without it", shorter, "at least 20 %", (shorter or 0.0) >= SHORTER))
     change = both.get("accuracy_change_without_slip", both["accuracy_change"])
     where = ", where the target makes no slip" if "accuracy_change_without_slip" in both else ""
     name = f"accuracy changed{where} (equivalence: its whole interval)"
-    within = change.low >= -SAME_ACCURACY and change.high <= SAME_ACCURACY
-    asked.append(_asked(name, change.value, "within 3 points", within))
+    asked.append(_close(name, change, "within 3 points", SAME_ACCURACY))
     if "hesitation_cut" in random:
-        gone = random["hesitation_cut"].value
-        asked.append(
-            _asked("hesitation gone without matched random features", gone, "less than 5 %", abs(gone) < RANDOM_CUT)
-        )
+        gone = random["hesitation_cut"]
+        asked.append(_close("hesitation gone without matched random features", gone, "less than 5 %", RANDOM_CUT))
     return asked
 
 
 def _of_its_presence(block: Mapping[str, Any], texts: Moments) -> list[Criterion]:
     said, change = block["probabilities"], block["sufficiency"]["both"]["accuracy_change"]
     added = said["hybrid + both"]
-    kept, false = added["moment"].value / said["target"]["moment"].value, _elsewhere(added, texts)
+    top, bottom = added["moment"].value, said["target"]["moment"].value
+    kept = top / bottom if bottom and top is not None else None
+    name = "P(word) at all other places of the response, hybrid + circuit"
     asked = [
-        _asked("P(word) at the target's moments, hybrid + circuit over target", kept, "at least 0.8", kept >= KEPT),
-        _asked("P(word) at all other places of the response, hybrid + circuit", false, "at most 0.05", false <= FALSE),
+        _asked(
+            "P(word) at the target's moments, hybrid + circuit over target", kept, "at least 0.8", (kept or 0.0) >= KEPT
+        ),
+        _close(name, _elsewhere(added, texts), "at most 0.05", FALSE),
     ]
     if "boundary" in added:
-        at = added["boundary"].value
         name = "P(word) at matched boundaries, hybrid + circuit (stricter)"
-        asked.append(_asked(name, at, "at most 0.05", at <= FALSE))
-    within = abs(change.value) <= SAME_HYBRID_ACCURACY
-    return [*asked, _asked("accuracy, hybrid + circuit less hybrid", change.value, "within 5 points", within)]
+        asked.append(_close(name, added["boundary"], "at most 0.05", FALSE))
+    name = "accuracy, hybrid + circuit less hybrid"
+    return [*asked, _close(name, change, "within 5 points", SAME_HYBRID_ACCURACY)]
 
 
-def _of_correction(injected: Mapping[str, Figure]) -> list[Criterion]:
+def _of_correction(injected: Mapping[str, Any]) -> list[Criterion]:
     if not injected:
         return []
     asked = []
@@ -80,27 +120,54 @@ def _of_correction(injected: Mapping[str, Figure]) -> list[Criterion]:
         ("replacement", "replacement - both", "injected errors corrected: lost without it"),
         ("hybrid + both", "hybrid", "injected errors corrected: gained by the hybrid with it"),
     ):
-        difference, clear = injected[more].value - injected[less].value, injected[less].high < injected[more].low
-        asked.append(_asked(name, difference, "above 0, intervals apart", clear))
+        asked.append(_more(name, injected[more].outcomes, injected[less].outcomes))
     return asked
 
 
-def correction_beside_others(more: Mapping[str, Figure]) -> list[Criterion]:
-    """The hard one: is correction lost without the circuit, and less of it without the most active other features?
+def correction_beside_others(injected: Mapping[str, Any]) -> list[Criterion]:
+    """The hard one: is less corrected without the circuit than without the most active other features?
 
-    Args:
-        more: by how much more is corrected without other features than without the circuit, paired by wrong step:
-            "others", as many of the most active ones, and "others_equal_harm", as many as harm as much elsewhere.
+    Against as many of them, and against as many as harm as much elsewhere.
     """
-    asked = []
-    for name, which in (("others", "as many"), ("others_equal_harm", "at equal harm elsewhere")):
-        if (figure := more.get(name)) is not None:
-            named = f"injected errors corrected: more without the most active others ({which}) than without it"
-            asked.append(_asked(named, figure.value, "above 0, whole paired interval", figure.low > 0))
-    return asked
+    return [
+        _more(
+            f"injected errors corrected: more without the most active others ({which}) than without it",
+            injected[f"replacement - {name}"].outcomes,
+            injected["replacement - both"].outcomes,
+        )
+        for name, which in (("others", "as many"), ("others_equal_harm", "at equal harm elsewhere"))
+        if f"replacement - {name}" in injected
+    ]
 
 
-def _elsewhere(said: Mapping[str, Figure], texts: Moments) -> float:
-    """Over boundaries and all other places together, each by how many there are."""
-    counts = {place: float(getattr(texts, place).sum()) for place in ("boundary", "elsewhere") if place in said}
-    return sum(n * said[place].value for place, n in counts.items()) / max(1.0, sum(counts.values()))
+def _more(name: str, more: str, less: str) -> Criterion:
+    """Asked: the first outcomes are more often right than the second, on the same things (Newcombe, McNemar)."""
+    pairs = list(zip(more, less, strict=True))
+    difference = newcombe(*(pairs.count(pair) for pair in (("1", "1"), ("1", "0"), ("0", "1"), ("0", "0"))))
+    p = mcnemar(more, less)
+    bar = (
+        f"above 0, with its whole interval ({difference.low:.3f} to {difference.high:.3f}) and by an exact test of "
+        f"the pairs (p = {p:.2g}, n = {len(pairs):,})"
+    )
+    clear = difference.low is not None and difference.low > 0 and p < 2 * TAIL
+    return _asked(name, difference.value, bar, clear) | {"n": len(pairs)}
+
+
+def _elsewhere(said: Mapping[str, Figure], texts: Moments) -> Figure | None:
+    """Over boundaries and all other places together, each by how many there are.
+
+    The interval's ends are put together likewise, as though both parts erred the same way: none is wider.
+    """
+    parts = [(float(getattr(texts, place).sum()), said[place]) for place in ("boundary", "elsewhere") if place in said]
+    if not parts:
+        return None
+    total = sum(n for n, _ in parts)
+
+    def joined(name: str) -> float | None:
+        ends = [(n, getattr(figure, name)) for n, figure in parts]
+        return None if any(end is None for _, end in ends) else sum(n * end for n, end in ends) / total
+
+    first = parts[0][1]
+    reason = next((figure.reason for _, figure in parts if figure.reason), "")
+    whole = Estimate(joined("value"), joined("low"), joined("high"), reason=reason)
+    return whole.figure(first.n, first.unit, first.split)

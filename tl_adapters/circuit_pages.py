@@ -12,6 +12,7 @@ from pathlib import Path
 from tl_adapters.adapter import FeatureId
 from tl_adapters.atomic import write_text
 from tl_adapters.circuit_cells import Block, arm_name, count, short, shown
+from tl_adapters.circuit_criteria import REACHED
 from tl_adapters.circuit_drawing import (
     SHOWN_EDGES,
     SHOWN_PER_ROLE,
@@ -91,7 +92,7 @@ def write_circuit_page(
 
     Raises DiskFullError.
     """
-    folder, block = Path(folder), plain(block)
+    folder, block = Path(folder), plain(block, null=True)
     if store is not None and store.about.fingerprints.get("adapters") != circuit.fingerprints.get("adapters"):
         store = None
     link = page_link(folder, store)
@@ -163,7 +164,7 @@ def _head(block: Block, circuit: Circuit, words: Sequence[str]) -> str:
         f'<p class="soft"><a href="report.html">← report</a></p><h1>The {shown_text(circuit.behaviour)} circuit</h1>'
         f'<p class="soft">Which features make the model say {said}, and what becomes of it without them. Found on the '
         f"{shown_text(circuit.split)} split, measured on another. A <i>moment</i> is a place before the word, a "
-        "<i>boundary</i> one like it where it is not. Intervals are 95 % bootstrap intervals over documents or "
+        "<i>boundary</i> one like it where it is not. Intervals are 95 % intervals over documents or "
         f"problems.</p>{table(['the circuit', ''], rows)}"
     )
 
@@ -176,7 +177,7 @@ def _criteria(block: Block) -> str:
             shown_text(str(c["name"])),
             shown(c.get("value")),
             shown(c.get("bar")),
-            "reached" if c.get("reached") else "<b>missed</b>",
+            "<b>missed</b>" if c.get("reached") is False else REACHED[c.get("reached")],
         ]
         for c in block["criteria"]
     ]

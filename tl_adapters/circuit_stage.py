@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from tl_adapters.hesitation import BehaviourStudy, StudyOptions, analyze_behavio
 from tl_adapters.opening import is_builtin, open_run, require_adapters
 from tl_adapters.paired import PairedModel
 from tl_adapters.results import plain, read_results, stage, write_results
+from tl_adapters.strict_json import dumps
 from tl_adapters.subjects import Subject, builtin_subject, halves
 from tl_adapters.tasks import load_problems
 
@@ -41,7 +41,7 @@ def hesitation_stage(
     with stage(folder, "hesitation"):
         study = analyze_behaviour(pair, subject, words, options=options, seeds=seeds, progress=progress)
         study.circuit.save(folder)
-        write_text(folder / EXAMPLES, "".join(json.dumps(e) + "\n" for e in study.examples))
+        write_text(folder / EXAMPLES, "".join(dumps(e) + "\n" for e in study.examples))
         store = FeatureStore.load(there) if (there := folder / FEATURES / STORE).is_dir() else None
         page = write_circuit_page(folder, plain(study.block), study.circuit, store, study.examples)
         study.block["page"] = page.name

@@ -7,12 +7,12 @@ Two measurements of every arm (a `Variant`):
   KL(replacement || condition) away from the onsets and what follows them;
 * *answers*: the arm answers the problems itself, so what hesitation is for (length, accuracy, corrections) is seen.
 
-Arms are compared with the arm in which nothing is changed, paired by problem, with 95 % bootstrap intervals.
+Arms are compared with the arm in which nothing is changed, paired by problem, with 95 % intervals
+(`intervals` says which).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -23,7 +23,18 @@ from torch import Tensor
 
 from tl_adapters.benchmarks import Response, correctness, rate, respond
 from tl_adapters.freezing import frozen
-from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios
+from tl_adapters.intervals import (
+    Estimate,
+    Figure,
+    OutcomesFigure,
+    SetsFigure,
+    bootstrap_ratio,
+    change_of_ratio,
+    clustered_share,
+    events_together,
+    paired_difference,
+    share,
+)
 from tl_adapters.interventions import Features, ablated
 from tl_adapters.losses import kl_per_token
 from tl_adapters.moments import BehaviourError, Moments, final_residual, log_odds
@@ -32,6 +43,30 @@ from tl_adapters.subjects import Injection, Subject
 from tl_adapters.variants import Variant
 
 PLACES = ("moment", "boundary", "elsewhere")
+FEW_SETS = 5
+"""A mean over fewer random sets than these says how many they are."""
+
+
+def probabilities(
+    pair: PairedModel, moments: Moments, variant: Variant, split: str, unchanged: Unchanged | None = None
+) -> dict[str, Figure]:
+    """Probability of the words at moments, boundaries and elsewhere, with intervals over documents.
+
+    With ``unchanged``, read over the same texts, the harm elsewhere too: "kl_elsewhere" (see `kl_elsewhere`).
+    """
+    return _probabilities(_probability_sums(pair, moments, variant, unchanged), split)
+
+
+def mean_probabilities(
+    pair: PairedModel,
+    moments: Moments,
+    variants: Sequence[Variant],
+    split: str,
+    unchanged: Unchanged | None = None,
+) -> dict[str, Figure]:
+    """The same as a mean over variants that were drawn themselves (random sets): their choice is in the interval."""
+    drawn = [_probability_sums(pair, moments, variant, unchanged) for variant in variants]
+    return _probabilities({place: torch.stack([sums[place] for sums in drawn]) for place in drawn[0]}, split)
 
 
 def away(moments: Moments) -> Bool[Tensor, "batch pos"]:
@@ -77,8 +112,8 @@ class Unchanged:
 def kl_elsewhere(pair: PairedModel, moments: Moments, variant: Variant, split: str) -> Figure:
     """KL(replacement || variant) in nats per token, away from the onsets and what follows them (`away`).
 
-    The interval is over documents. It is infinite for a variant that rules a token out. Raises BehaviourError where the
-    texts have no such position.
+    The interval is over documents. There is no value for a variant that rules a token out: its KL is infinite. Raises
+    BehaviourError where the texts have no such position.
     """
     found = probabilities(pair, moments, variant, split, Unchanged(pair, moments))
     if "kl_elsewhere" not in found:
@@ -87,13 +122,10 @@ def kl_elsewhere(pair: PairedModel, moments: Moments, variant: Variant, split: s
 
 
 @torch.no_grad()
-def probabilities(
-    pair: PairedModel, moments: Moments, variant: Variant, split: str, unchanged: Unchanged | None = None
-) -> dict[str, Figure]:
-    """Probability of the words at moments, boundaries and elsewhere, with intervals over documents.
-
-    With ``unchanged``, read over the same texts, the harm elsewhere too: "kl_elsewhere" (see `kl_elsewhere`).
-    """
+def _probability_sums(
+    pair: PairedModel, moments: Moments, variant: Variant, unchanged: Unchanged | None = None
+) -> dict[str, Float[Tensor, "2 n"]]:
+    """By place and document: the probabilities' sum, and how many there are; the KL elsewhere likewise."""
     sums = {place: torch.zeros(2, len(moments), dtype=torch.float64) for place in PLACES}
     harm = torch.zeros(2, len(moments), dtype=torch.float64)
     for number, (rows, batch) in enumerate(moments.batches()):
@@ -111,16 +143,30 @@ def probabilities(
             kl = kl_from_replacement(pair, variant, unchanged.residuals[number].to(residual), residual[at])
             by_row = torch.zeros(at.shape, dtype=torch.float64).masked_scatter(at.cpu(), kl.cpu().double())
             harm[:, rows] = torch.stack([by_row.sum(1), at.sum(1).cpu().double()])
-    found = {
-        place: Figure(*bootstrap_ratio(*both), len(moments), "probability of the word", split)
-        for place, both in sums.items()
-        if float(both[1].sum())
-    }
-    if float(harm[1].sum()):
-        finite = bool(harm.isfinite().all())
-        kl_figure = bootstrap_ratio(*harm) if finite else (math.inf, math.inf, math.inf)
-        found["kl_elsewhere"] = Figure(*kl_figure, len(moments), "nats per token", split)
+    return sums if unchanged is None else sums | {"kl_elsewhere": harm}
+
+
+def _probabilities(sums: dict[str, Float[Tensor, "*sets 2 n"]], split: str) -> dict[str, Figure]:
+    found: dict[str, Figure] = {}
+    for place, both in sums.items():
+        top, bottom = both.unbind(-2)
+        if not float(bottom.sum()):
+            continue
+        estimate = Estimate(None, None, None, reason="it is infinite: a token is ruled out")
+        if bool(top.isfinite().all()):
+            estimate = bootstrap_ratio(top, bottom)
+        unit = "nats per token" if place == "kl_elsewhere" else "probability of the word"
+        figure = estimate.figure(both.shape[-1], unit, split)
+        values = (top.sum(-1) / bottom.sum(-1)).reshape(-1).tolist()
+        found[place] = figure if both.ndim == 2 else _of_sets(figure, values)
     return found
+
+
+def _of_sets(figure: Figure, values: Sequence[float]) -> SetsFigure:
+    fields = {name: getattr(figure, name) for name in Figure.__dataclass_fields__}
+    few = "" if len(values) >= FEW_SETS else f"of only {len(values)} sets"
+    fields["reason"] = "; ".join(filter(None, (fields["reason"], few)))
+    return SetsFigure(**fields, draws=len(values), min=min(values), max=max(values))
 
 
 def answers(
@@ -144,6 +190,7 @@ def record(
     split: str,
     slips: Sequence[bool] | None = None,
     signs: dict[str, int] | None = None,
+    of_sets: bool = False,
 ) -> dict[str, Any]:
     """What results.json holds of an arm: its rates, and how they differ from the arm with nothing changed.
 
@@ -154,39 +201,44 @@ def record(
         split: of the problems.
         slips: of every problem, did the target's answer contain a wrong step?
         signs: regular expressions counted beside the words, per 1,000 tokens.
+        of_sets: the arm answers once with each of several sets of features that were drawn: their choice is part of
+            the intervals.
     """
-
-    def figure(numbers: tuple[float, float, float], unit: str) -> Figure:
-        return Figure(*numbers, len(baseline), unit, split)
-
     n = len(baseline)
     times = len(said) // max(1, n)
+    sets = times if of_sets else 1
 
-    def mean(values: Tensor) -> Tensor:
-        return values.view(times, n).mean(0)
+    def each(values: Tensor) -> Tensor:
+        return values.view(times, n) if sets > 1 else values.view(times, n).mean(0)
 
-    counts, lengths = mean(_counts(said, words)), mean(_lengths(said))
-    was, were = _counts(baseline, words), _lengths(baseline)
-    ones, right, before = torch.ones_like(lengths), mean(correctness(said)), correctness(baseline)
-    found: dict[str, Any] = asdict(rate(said, split, words, list(range(n)) * times))
+    counts, lengths, right = (each(values) for values in (_counts(said, words), _lengths(said), correctness(said)))
+    was, were, before = _counts(baseline, words), _lengths(baseline), correctness(baseline)
+    asked = list(range(n)) * times
+    found: dict[str, Any] = asdict(rate(said, split, words, asked, events_together(was), sets))
     if float(was.sum()):
-        left = bootstrap_ratio_of_ratios((counts, lengths), (was, were))
-        found["hesitation_cut"] = figure((1 - left[0], 1 - left[2], 1 - left[1]), "share of the hesitation rate")
-    change = bootstrap_ratio_of_ratios((lengths, ones), (were, ones))
-    found["length_change"] = figure((change[0] - 1, change[1] - 1, change[2] - 1), "share of the length")
-    found["accuracy_change"] = figure(bootstrap_ratio(right - before, ones), "accuracy")
+        left = _unchanged(said is baseline) or change_of_ratio((counts, lengths), (was, were))
+        found["hesitation_cut"] = left.scaled(-1).figure(n, "share of the hesitation rate", split)
+    change = _unchanged(said is baseline) or change_of_ratio((lengths, torch.ones_like(lengths)), (were, torch.ones(n)))
+    found["length_change"] = change.figure(n, "share of the length", split)
+    difference = _unchanged(said is baseline) or paired_difference(right, before)
+    found["accuracy_change"] = difference.figure(n, "accuracy", split)
     if slips is not None:
         made = torch.tensor(slips, dtype=torch.bool)
         for name, rows in (("without_slip", ~made), ("with_slip", made)):
-            if int(rows.sum()):
-                of = (right[rows], ones[rows])
-                found[f"accuracy_{name}"] = Figure(*bootstrap_ratio(*of), int(rows.sum()), "accuracy", split)
-                gone = bootstrap_ratio(right[rows] - before[rows], ones[rows])
-                found[f"accuracy_change_{name}"] = Figure(*gone, int(rows.sum()), "accuracy", split)
+            if several := int(rows.sum()):
+                of, gone = clustered_share(right[..., rows]), paired_difference(right[..., rows], before[rows])
+                found[f"accuracy_{name}"] = of.figure(several, "accuracy", split)
+                gone = _unchanged(said is baseline) or gone
+                found[f"accuracy_change_{name}"] = gone.figure(several, "accuracy", split)
     if signs:
         thousands = max(1.0, float(_lengths(said).sum())) / 1000
         found["signs"] = {name: matched / thousands for name, matched in signs.items()}
     return found
+
+
+def _unchanged(itself: bool) -> Estimate | None:
+    """The change of an arm that is compared with itself: none, by definition."""
+    return Estimate(0.0, 0.0, 0.0, reason="compared with itself") if itself else None
 
 
 def _counts(said: Sequence[Response], words: Sequence[str]) -> Tensor:
@@ -197,10 +249,10 @@ def _lengths(said: Sequence[Response]) -> Tensor:
     return torch.tensor([len(r.tokens) for r in said], dtype=torch.float64)
 
 
-def corrections(
-    pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject
-) -> Float[Tensor, "n"]:
-    """Of every injected wrong step: 1 where the condition corrects it at once, 0 where it does not."""
+def corrected(
+    pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject, split: str
+) -> OutcomesFigure:
+    """Share of the wrong steps, put into an arm's mouth, that it sets right at once."""
     with variant.entered(pair) as model:
         said = respond(
             model,
@@ -208,24 +260,18 @@ def corrections(
             prefill=[i.prefill for i in injections],
             max_new_tokens=subject.max_new_tokens,
         )
-    return torch.tensor([float(i.corrected(r.text)) for i, r in zip(injections, said, strict=True)])
+    right = [bool(i.corrected(r.text)) for i, r in zip(injections, said, strict=True)]
+    found = share(sum(right), len(right))
+    outcomes = "".join("1" if r else "0" for r in right)
+    return OutcomesFigure(
+        found.value, found.low, found.high, len(right), "share corrected", split, reason=found.reason, outcomes=outcomes
+    )
 
 
-def corrected(
-    pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject, split: str
-) -> Figure:
-    """Share of the wrong steps, put into an arm's mouth, that it sets right at once."""
-    return share_corrected(corrections(pair, injections, variant, subject), split)
-
-
-def share_corrected(right: Float[Tensor, "n"], split: str) -> Figure:
-    """The share of `corrections`, with its interval."""
-    return Figure(*bootstrap_ratio(right, torch.ones_like(right)), len(right), "share corrected", split)
-
-
-def corrected_more(right: Float[Tensor, "n"], than: Float[Tensor, "n"], split: str) -> Figure:
+def corrected_more(more: OutcomesFigure, less: OutcomesFigure) -> Figure:
     """By how much one condition corrects more of the same wrong steps than another, paired by wrong step."""
-    return Figure(*bootstrap_ratio(right - than, torch.ones_like(right)), len(right), "share corrected", split)
+    right, than = (torch.tensor([float(c) for c in figure.outcomes]) for figure in (more, less))
+    return paired_difference(right, than).figure(more.n, more.unit, more.split)
 
 
 @torch.no_grad()
@@ -266,7 +312,7 @@ def mediation(
                     margin(name)
 
     def figure(top: Tensor, unit: str = "nats of log-odds") -> Figure:
-        return Figure(*bootstrap_ratio(top, places), len(moments), unit, split)
+        return bootstrap_ratio(top, places).figure(len(moments), unit, split)
 
     total, through = sums["clean"] - sums["total"], sums["direct"] - sums["total"]
     found = {
@@ -275,5 +321,5 @@ def mediation(
         "interaction": figure(sums["template"] + sums["output"] - sums["free"] - sums["both"]),
     }
     if abs(float(total.sum())) > 1e-9:
-        found["share"] = Figure(*bootstrap_ratio(through, total), len(moments), "share of the total", split)
+        found["share"] = bootstrap_ratio(through, total).figure(len(moments), "share of the total", split)
     return found

@@ -27,6 +27,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.hub import HubError
 from tl_adapters.paired import PairedModel
 from tl_adapters.results import plain
+from tl_adapters.strict_json import dumps
 from tl_adapters.views import escape, table
 
 SCHEMA_VERSION = 1
@@ -234,8 +235,8 @@ class Circuit:
         return str(commit.commit_url)
 
     def _json(self) -> str:
-        record = {"schema_version": SCHEMA_VERSION, **plain(asdict(self))}
-        return json.dumps(record, indent=1, allow_nan=False) + "\n"
+        record = {"schema_version": SCHEMA_VERSION, **plain(asdict(self), null=True)}
+        return dumps(record, indent=1) + "\n"
 
     # -- beside adapters and other circuits -----------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_adapters.data import Batch, Trace, batches_by_length
 from tl_adapters.features import ALIVE_FIRINGS
-from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios
+from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios, clustered_share, event_rate
 from tl_adapters.losses import token_kl_from_residual
 from tl_adapters.paired import ACTIVATIONS, PairedModel
 
@@ -153,7 +153,10 @@ def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = 
     n, n_layers = len(sums.tokens), sums.active.shape[1]
 
     def figure(top: Tensor, bottom: Tensor, unit: str) -> Figure:
-        return Figure(*bootstrap_ratio(top, bottom), n, unit, split, seeds)
+        return bootstrap_ratio(top, bottom).figure(n, unit, split, seeds)
+
+    def l0(active: Tensor, tokens: Tensor, unit: str) -> Figure:
+        return event_rate(active, tokens).figure(n, unit, split, seeds)
 
     def kl(name: str, unit: str = "nats per response token") -> Figure:
         return figure(sums.kl[name], sums.positions, unit)
@@ -161,7 +164,7 @@ def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = 
     def against_full(name: str) -> Figure:
         full = (sums.kl["replacement"], sums.positions)
         ratio = bootstrap_ratio_of_ratios((sums.kl[name], sums.positions), full)
-        return Figure(*ratio, n, "KL over the KL of full replacement", split, seeds)
+        return ratio.figure(n, "KL over the KL of full replacement", split, seeds)
 
     layers = range(n_layers)
     share = bootstrap_ratio_of_ratios((sums.kl["replacement"], sums.positions), (sums.kl["hybrid"], sums.positions))
@@ -169,7 +172,7 @@ def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = 
     alive = (sums.firings >= ALIVE_FIRINGS).sum(1)
     return {
         "kl": {name: kl(name) for name in ("hybrid", "replacement")},
-        "kl_of_hybrid": Figure(*share, n, "KL of the replacement over KL of the hybrid", split, seeds),
+        "kl_of_hybrid": share.figure(n, "KL of the replacement over KL of the hybrid", split, seeds),
         "kl_all_tokens": {
             name: figure(sums.kl_all[name], sums.positions_all, "nats per token") for name in ("hybrid", "replacement")
         },
@@ -182,10 +185,12 @@ def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = 
         "nmse_without_position_0": [
             figure(sums.error_all[:, i, 1], sums.energy_all[:, i, 1], ratio) for i in range(n_layers + 1)
         ],
-        "l0": [figure(sums.active[:, i], sums.tokens, "active features per response token") for i in layers],
-        "l0_all_tokens": [figure(sums.active_all[:, i], sums.tokens_all, "active features per token") for i in layers],
+        "l0": [l0(sums.active[:, i], sums.tokens, "active features per response token") for i in layers],
+        "l0_all_tokens": [l0(sums.active_all[:, i], sums.tokens_all, "active features per token") for i in layers],
         "dead": (sums.firings.shape[1] - alive).tolist(),
-        "top1_agreement": figure(sums.same_top1, sums.positions, "share of response tokens"),
+        "top1_agreement": clustered_share(sums.same_top1, sums.positions).figure(
+            n, "share of response tokens", split, seeds
+        ),
         "tokens": {"response": int(sums.tokens.sum()), "all": int(sums.tokens_all.sum())},
     }
 

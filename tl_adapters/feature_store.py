@@ -6,7 +6,6 @@ Its files are those of `store_files`. Layers are read when they are asked for: a
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -55,6 +54,7 @@ from tl_adapters.store_files import (
     vocabulary_of,
 )
 from tl_adapters.streams import LayerAgreement
+from tl_adapters.strict_json import dumps
 
 NEIGHBOURS = 8
 """Neighbours told of each feature."""
@@ -297,14 +297,14 @@ class FeatureStore:
         """Keep how far the two streams agree (`streams.stream_agreement`), as plain records in ``agreement``."""
         self.agreement = plain(agreement)
         if self.folder is not None:
-            write_text(self.folder / AGREEMENT_FILE, json.dumps(self.agreement, indent=1) + "\n")
+            write_text(self.folder / AGREEMENT_FILE, dumps(self.agreement, indent=1) + "\n")
 
     def set_labels(self, labels: Mapping[FeatureId, Label]) -> None:
         """Name features; what others are called stays. Written to the store's folder, where it has one."""
         self.labels = dict(sorted({**self.labels, **labels}.items()))
         if self.folder is not None:
             record = {f"{id.layer}.{id.index}": asdict(label) for id, label in self.labels.items()}
-            write_text(self.folder / LABELS_FILE, json.dumps(record, indent=0) + "\n")
+            write_text(self.folder / LABELS_FILE, dumps(record, indent=0) + "\n")
 
 
 TABLE_COLUMNS = (

@@ -26,6 +26,7 @@ from tl_adapters.atomic import new_folder, write_text
 from tl_adapters.graphs import AttributionGraph, GraphError
 from tl_adapters.pruning import EDGE_THRESHOLD, NODE_THRESHOLD, PrunedGraph, feature_share, prune, scores
 from tl_adapters.saelens import AdapterFormatError, read_json
+from tl_adapters.strict_json import dumps
 
 METADATA_FILE, FEATURES_FOLDER, INDEX_FILE = "graph-metadata.json", "features", "index.json.gz"
 SCHEMA_VERSION = 1
@@ -405,6 +406,6 @@ def _packed(record: dict[str, Any]) -> bytes:
 def _to_json(record: dict[str, Any]) -> str:
     """Raises GraphError for NaN and infinities."""
     try:
-        return json.dumps(record, allow_nan=False)
+        return dumps(record)
     except ValueError as error:
         raise GraphError(f"Graph files hold finite numbers only ({error}); look at activations and weights.") from error

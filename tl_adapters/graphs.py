@@ -7,7 +7,6 @@ target's value, in the frozen linear model, comes from the source. Features are 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from tl_adapters.atomic import new_folder
 from tl_adapters.errors import UserError
 from tl_adapters.saelens import AdapterFormatError, read_json, read_safetensors
+from tl_adapters.strict_json import dumps
 
 GRAPH_FILE, TENSORS_FILE = "graph.json", "graph.safetensors"
 SCHEMA_VERSION = 1
@@ -119,7 +119,7 @@ class AttributionGraph:
         names = ("tokens", "features", "activations", "errors", "edges", "weights", "rows", "balance", "decoder_biases")
         with new_folder(folder) as out:
             save_file({name: getattr(self, name).contiguous() for name in names}, out / TENSORS_FILE)
-            (out / GRAPH_FILE).write_text(json.dumps(record, indent=1) + "\n")
+            (out / GRAPH_FILE).write_text(dumps(record, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> AttributionGraph:

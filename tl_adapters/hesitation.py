@@ -40,25 +40,25 @@ from tl_adapters.circuit_controls import (
     put_in,
     shifted_logits,
 )
-from tl_adapters.circuit_criteria import CUT, correction_beside_others, criteria
+from tl_adapters.circuit_criteria import CUT, REACHED, correction_beside_others, criteria
 from tl_adapters.circuit_finding import Found, find_circuit
 from tl_adapters.circuit_roles import effects_at
 from tl_adapters.circuit_search import SearchOptions, search_circuit
 from tl_adapters.circuit_trials import (
     Unchanged,
     answers,
+    corrected,
     corrected_more,
-    corrections,
+    mean_probabilities,
     mediation,
     probabilities,
     record,
-    share_corrected,
 )
 from tl_adapters.circuit_tuning import Setting, Texts, set_controls
 from tl_adapters.circuits import ROLES, Circuit
 from tl_adapters.completions import drawing
 from tl_adapters.data import Trace
-from tl_adapters.intervals import Figure
+from tl_adapters.intervals import Estimate, Figure, OutcomesFigure
 from tl_adapters.interventions import only
 from tl_adapters.moments import Behaviour, BehaviourError, find_moments
 from tl_adapters.paired import PairedModel
@@ -121,7 +121,7 @@ class BehaviourStudy:
     def _repr_html_(self) -> str:
         rows = [
             [escape(c["name"]), f"{c['value']:.3g}" if c["value"] is not None else "", escape(c["bar"]),
-             "yes" if c["reached"] else "no"]
+             REACHED[c["reached"]]]
             for c in self.block.get("criteria", [])
         ]  # fmt: skip
         return table(["asked", "measured", "to be", "reached"], rows) + self.circuit._repr_html_()
@@ -242,9 +242,9 @@ class _Study:
             log.info("%s: %s ...", self.behaviour.name, name)
             if found := measure():
                 block[name] = found
-        reached = [d["n"] for d in block["dose"] if d["hesitation_cut"] >= CUT]
+        reached = [d["n"] for d in block["dose"] if (d["hesitation_cut"] or 0.0) >= CUT]
         block["smallest"] = {"n": min(reached, default=None), "cut": CUT}
-        block["criteria"] = [*criteria(block, self.some), *correction_beside_others(block.get("injected_more", {}))]
+        block["criteria"] = [*criteria(block, self.some), *correction_beside_others(block.get("injected", {}))]
         return block
 
     # -- size -----------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ class _Study:
         found = {name: measure(variant=variant) for name, variant in arms.items()}
         sets = self.random[: self.options.probability_draws]
         for name, make in (("replacement - random", without), ("hybrid + random", self.added)):
-            found[name] = _mean_figures([measure(variant=make(features)) for features in sets])
+            found[name] = mean_probabilities(self.pair, self.some, [make(f) for f in sets], "report", unchanged)
         return found
 
     def other_words(self) -> dict[str, dict[str, Figure]]:
@@ -369,9 +369,9 @@ class _Study:
         self.latest = said
         return self._record(said, said if baseline is None else baseline)
 
-    def _record(self, said: Sequence[Response], baseline: Sequence[Response]) -> dict[str, Any]:
+    def _record(self, said: Sequence[Response], baseline: Sequence[Response], of_sets: bool = False) -> dict[str, Any]:
         signs = {name: sum(r.matches(pattern) for r in said) for name, pattern in self.subject.signs.items()}
-        return record(said, baseline, self.counted, "report", self.slips, signs)
+        return record(said, baseline, self.counted, "report", self.slips, signs, of_sets)
 
     def necessity(self) -> dict[str, Any]:
         """The replacement without sets of features, and its rivals."""
@@ -405,17 +405,18 @@ class _Study:
     def _random(
         self, baseline: Sequence[Response], make: Callable[[list[FeatureId]], Variant], opened: bool = False
     ) -> dict[str, Any]:
-        """The mean over matched random sets: every problem's answers of all draws are drawn together."""
+        """The mean over matched random sets: the intervals are over problems and over the choice of sets."""
         draws = [
             answers(self.pair, self.subject, make(features), opened=opened)
             for features in self.random[: self.options.draws]
         ]
         pooled = [r for said in draws for r in said]
         n = len(draws)
-        found = self._record(pooled, list(baseline))
-        cuts = [self._record(said, baseline).get("hesitation_cut") for said in draws]
+        found = self._record(pooled, list(baseline), of_sets=True)
+        each = [self._record(said, baseline).get("hesitation_cut") for said in draws]
+        cuts = [abs(cut.value) for cut in each if cut is not None and cut.value is not None]
         found["draws"] = n
-        found["largest_cut"] = max((abs(c.value) for c in cuts if c is not None), default=None)
+        found["smallest_cut"], found["largest_cut"] = min(cuts, default=None), max(cuts, default=None)
         return found
 
     def sufficiency(self) -> dict[str, Any]:
@@ -442,7 +443,7 @@ class _Study:
             "negated_random": self._arm(self.target, less(self.random[0])),
         }
 
-    def injected(self) -> dict[str, Figure]:
+    def injected(self) -> dict[str, OutcomesFigure]:
         """Wrong steps put into an arm's mouth: the test that no logit was looked at for."""
         taken_out = ("both", *CONTROLS)
         put_in = ("both", *self.stronger, "others")
@@ -460,12 +461,14 @@ class _Study:
         self.corrected_more: dict[str, Figure] = {}
         if not (injections := self.subject.injections):
             return {}
-        right = {name: corrections(self.pair, injections, variant, self.subject) for name, variant in arms.items()}
-        circuit = right["replacement - both"]
-        self.corrected_more = {
-            name: corrected_more(right[f"replacement - {name}"], circuit, "report") for name in ("random", *CONTROLS)
+        found = {
+            name: corrected(self.pair, injections, variant, self.subject, "report") for name, variant in arms.items()
         }
-        return {name: share_corrected(of_arm, "report") for name, of_arm in right.items()}
+        circuit = found["replacement - both"]
+        self.corrected_more = {
+            name: corrected_more(found[f"replacement - {name}"], circuit) for name in ("random", *CONTROLS)
+        }
+        return found
 
     def dose(self) -> list[dict[str, Any]]:
         """Hesitation by number of features, in the order in which the search took them, beyond the circuit too."""
@@ -480,10 +483,8 @@ class _Study:
                 probabilities(self.pair, self.some, variant, "report")["moment"].value
                 for variant in (without(features), self.added(features))
             ]
-            rate_ = Figure(
-                arm["hesitation_per_1k"], arm["ci"]["hesitation_per_1k"]["low"],
-                arm["ci"]["hesitation_per_1k"]["high"], arm["n"], "per 1,000 response tokens", "report",
-            )  # fmt: skip
+            interval = Estimate(arm["hesitation_per_1k"], **arm["ci"]["hesitation_per_1k"])
+            rate_ = interval.figure(arm["n"], "per 1,000 response tokens", "report")
             cut = arm["hesitation_cut"].value if "hesitation_cut" in arm else 0.0
             found.append(
                 {"n": n, "hesitation_per_1k": rate_, "hesitation_cut": cut, "p_moment": said[0], "p_inserted": said[1]}
@@ -548,12 +549,3 @@ class _Study:
             }
             for i in order[:4]
         ]
-
-
-def _mean_figures(draws: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
-    """Mean over draws of random sets; the interval is over the draws' values, which differ more than documents do."""
-    found = {}
-    for place, first in draws[0].items():
-        values = torch.tensor([draw[place].value for draw in draws], dtype=torch.float64)
-        found[place] = replace(first, value=float(values.mean()), low=float(values.min()), high=float(values.max()))
-    return found

@@ -23,6 +23,7 @@ from tl_adapters.checkpoints import fetch
 from tl_adapters.errors import UserError
 from tl_adapters.formats import require_transcoder, to_saelens
 from tl_adapters.saelens import HOOK_IN, HOOK_OUT
+from tl_adapters.views import interval_text
 
 CARD_FILE = "README.md"
 PAPER = "https://arxiv.org/abs/2602.20904"
@@ -207,10 +208,10 @@ def _figures_table(figures: Mapping[str, Any]) -> str:
     rows = ["| figure | value | 95 % interval | unit | on |", "|---|---|---|---|---|"]
     for name, figure in figures.items():
         if isinstance(figure, Mapping):
-            low, high = figure.get("low"), figure.get("high")
-            interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+            value = "-" if figure.get("value") is None else f"{figure['value']:.4g}"
+            interval = figure.get("reason", "") if value == "-" else interval_text(figure, "{:.4g}".format)
             where = f"{figure.get('split', '')}, n = {figure.get('n', '')}"
-            rows.append(f"| {_cell(name)} | {figure['value']:.4g} | {interval} | {figure.get('unit', '')} | {where} |")
+            rows.append(f"| {_cell(name)} | {value} | {_cell(interval)} | {figure.get('unit', '')} | {where} |")
         else:
             rows.append(f"| {_cell(name)} | {_cell(figure)} | | | |")
     return "\n".join(rows)

@@ -32,7 +32,7 @@ from tl_adapters.endpoint import Endpoint, Failure, Messages, Spent
 from tl_adapters.excerpts import asked_excerpt, profile, question
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import Label
-from tl_adapters.intervals import Figure, bootstrap_difference, bootstrap_ratio
+from tl_adapters.intervals import Figure, bootstrap_difference, clustered_share
 from tl_adapters.judging import JudgingError, one_line
 from tl_adapters.trials import Trial, trials_of
 
@@ -237,9 +237,7 @@ def _summary(
         reason = min(failed.values()) if failed else f"none can be tested ({skipped or 'none is alive'})"
         raise JudgingError(f"No {kind} got a detection score: {reason}. Collect more documents, or ask another model.")
     scores = torch.tensor([unit.score for unit in units], dtype=torch.float64)
-    figure = Figure(
-        *bootstrap_ratio(scores, torch.ones_like(scores)), n=len(units), unit="balanced accuracy", split=split
-    )
+    figure = clustered_share(scores).figure(len(units), "balanced accuracy", split)
     found, passed, unsure = (_mean([getattr(unit, name) for unit in units]) for name in ("found", "passed", "unsure"))
     return Detections(figure, found, passed, unsure, skipped, failed, units)
 
@@ -249,7 +247,7 @@ def _difference(features: Detections, neurons: Detections | None) -> Figure | No
         return None
     a, b = (torch.tensor([unit.score for unit in d.units], dtype=torch.float64) for d in (features, neurons))
     n = min(len(a), len(b))
-    return Figure(*bootstrap_difference(a, b), n=n, unit="balanced accuracy", split=features.score.split)
+    return bootstrap_difference(a, b).figure(n, "balanced accuracy", features.score.split)
 
 
 def _label(store: FeatureStore, results: Detections, model: str) -> None:

@@ -26,7 +26,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.excerpts import profile, question
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import Feature, Label
-from tl_adapters.intervals import Figure, bootstrap_kappa, wilson
+from tl_adapters.intervals import Figure, bootstrap_kappa, share
 from tl_adapters.labels import CategoryShare, label_shares
 
 CATEGORIES = {
@@ -221,7 +221,7 @@ def _agreement(pairs: Sequence[tuple[str, str]], split: str) -> Figure | None:
     if not pairs:
         return None
     same, n = sum(a == b for a, b in pairs), len(pairs)
-    return Figure(same / n, *wilson(same, n), n=n, unit="share of features judged alike twice", split=split)
+    return share(same, n).figure(n, "share of features judged alike twice", split)
 
 
 def _kappa(pairs: Sequence[tuple[str, str]], split: str, seed: int) -> Figure | None:
@@ -229,4 +229,4 @@ def _kappa(pairs: Sequence[tuple[str, str]], split: str, seed: int) -> Figure | 
         return None
     order = list(CATEGORIES)
     first, second = (torch.tensor([order.index(pair[side]) for pair in pairs]) for side in (0, 1))
-    return Figure(*bootstrap_kappa(first, second, seed), n=len(pairs), unit="Cohen's kappa", split=split)
+    return bootstrap_kappa(first, second, seed).figure(len(pairs), "Cohen's kappa", split)

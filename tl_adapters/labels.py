@@ -28,7 +28,7 @@ import torch
 from tl_adapters.adapter import FeatureId
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import Example, Feature, Label
-from tl_adapters.intervals import Figure, bootstrap_strata, wilson
+from tl_adapters.intervals import Estimate, Figure, bootstrap_strata, share, share_interval
 from tl_adapters.vocabulary import HESITATION_WORDS, says
 
 CATEGORIES = ("hesitation", "output", "input", "region", "unlabelled")
@@ -165,7 +165,7 @@ def _label(evidence: _Evidence, ordinary: float, words: Sequence[str]) -> Label:
 
 
 def _most(hits: int, n: int) -> bool:
-    return n > 0 and hits / n >= MOST and wilson(hits, n)[0] > SURE
+    return n > 0 and hits / n >= MOST and share_interval(hits, n)[0] > SURE
 
 
 def _token(example: Example) -> str:
@@ -208,7 +208,7 @@ class CategoryShare:
     count: int
     """Labelled features of it."""
     share: Figure
-    """Of the labelled features; Wilson's interval."""
+    """Of the labelled features; a share's interval."""
     weighted: Figure
     """Of all alive features: each layer's share, weighted by its alive features; bootstrap within layers."""
     by_layer: dict[int, float]
@@ -226,7 +226,7 @@ def label_shares(
     """Share of each of ``categories`` among alive features, of labels of all or of some of them.
 
     Intervals take features as draws from what another training would have found. A bootstrap of none is certain of
-    none: where a category has no feature, or all, its weighted interval is Wilson's, for the number of features that
+    none: where a category has no feature, or all, its weighted interval is a share's, for the number of features that
     weights as unequal are worth (one over the sum of weight squared over number). A layer without a labelled feature
     takes no part. Labels of other categories do not count; empty where none does.
     """
@@ -246,13 +246,14 @@ def _share(
     hits = {layer: torch.tensor([float(c == category) for c in found]) for layer, found in given.items()}
     weights = [n_alive[layer] for layer in given]
     count, n = sum(int(h.sum()) for h in hits.values()), sum(map(len, given.values()))
-    value, low, high = bootstrap_strata(list(hits.values()), weights, seed)
+    weighted = bootstrap_strata(list(hits.values()), weights, seed)
     if count in (0, n):
         worth = sum(weights) ** 2 / sum(w * w / len(h) for w, h in zip(weights, hits.values(), strict=True))
-        low, high = wilson(value * worth, worth)
+        value = float(count > 0)
+        weighted = Estimate(value, *share_interval(value * worth, worth))
     return CategoryShare(
         count,
-        Figure(count / n, *wilson(count, n), n=n, unit="share of labelled features", split=split),
-        Figure(value, low, high, n=n, unit="share of alive features", split=split),
+        share(count, n).figure(n, "share of labelled features", split),
+        weighted.figure(n, "share of alive features", split),
         {layer: float(h.mean()) for layer, h in hits.items()},
     )

@@ -27,7 +27,7 @@ from tl_adapters.data import Trace, batches_by_length
 from tl_adapters.errors import UserError
 from tl_adapters.features import ALIVE_FIRINGS
 from tl_adapters.fitting import adapter_scale
-from tl_adapters.intervals import wilson
+from tl_adapters.intervals import share_interval
 from tl_adapters.paired import PairedModel
 from tl_adapters.views import escape, table, with_interval
 
@@ -40,20 +40,20 @@ class MatchingError(UserError, ValueError):
 
 
 class Share(NamedTuple):
-    """k of n, with the 95 % Wilson interval (which takes features as independent draws)."""
+    """k of n, with the 95 % interval of a share of independent draws (`intervals.share_interval`)."""
 
     k: int
     n: int
 
     @property
-    def value(self) -> float:
-        """k / n; NaN for none of none."""
-        return self.k / self.n if self.n else math.nan
+    def value(self) -> float | None:
+        """k / n; None for none of none."""
+        return self.k / self.n if self.n else None
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 %."""
-        return wilson(self.k, self.n)
+        return share_interval(self.k, self.n)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,12 @@ class Matching:
 def shares_table(columns: dict[str, dict[str, Share]]) -> str:
     """Shares by firing rate as a table, a column per set."""
     names = list(dict.fromkeys(name for shares in columns.values() for name in shares))
-    cell = lambda s: with_interval(f"{s.value:.0%}", f"{s.interval[0]:.0%} to {s.interval[1]:.0%} of {s.n}")  # noqa: E731
+
+    def cell(s: Share) -> str:
+        if s.value is None:
+            return "-"
+        return with_interval(f"{s.value:.0%}", f"{s.interval[0]:.0%} to {s.interval[1]:.0%} of {s.n}")
+
     rows = [[escape(n), *(cell(s[n]) if n in s else "" for s in columns.values())] for n in names]
     return table(["firing rate", *map(escape, columns)], rows)
 

@@ -6,7 +6,6 @@ copied one at a time with the MLP tensors exchanged, so no model is ever whole i
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from tl_adapters.checkpoints import (
     shard_tensors,
 )
 from tl_adapters.compatibility import PairMismatchError, compare_configs, require_fit
+from tl_adapters.strict_json import dumps
 
 
 def write_hybrid(
@@ -79,7 +79,7 @@ def write_hybrid(
             save_file(tensors, out / shard, metadata={"format": "pt"})
         if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (out / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
+            (out / INDEX_FILE).write_text(dumps(index, indent=1) + "\n")
         for pattern in DESCRIPTION_FILES:
             for file in source.glob(pattern):
                 if file.name not in ("config.json", INDEX_FILE):
@@ -87,4 +87,4 @@ def write_hybrid(
         stream = "target" if base is None else "replacement" if beside_mlps else "hybrid"
         about = {"stream": stream, "target": str(target), "mlps_of": str(base or target)}
         written = {**described, "tl_adapters": about, **(config or {})}
-        (out / "config.json").write_text(json.dumps(written, indent=1) + "\n")
+        (out / "config.json").write_text(dumps(written, indent=1) + "\n")

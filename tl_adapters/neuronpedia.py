@@ -16,7 +16,6 @@ are those of *whether* the two fire, from the densities and the share of sampled
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from tl_adapters.adapter import LAYER_FOLDER, FeatureId
 from tl_adapters.atomic import new_folder
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import ALIVE_FIRINGS, Example, Feature, FeatureStoreError
+from tl_adapters.strict_json import dumps
 
 SETTINGS_FILE, SKIPPED_FILE, BATCH_FILE = "run_settings.json", "skipped_indexes.json", "batch-{}.json"
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -213,7 +213,7 @@ def _share(value: float) -> float:
 
 def _write(path: Path, record: dict[str, Any]) -> None:
     try:
-        path.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(dumps(record) + "\n", encoding="utf-8")
     except ValueError as error:
         raise FeatureStoreError(
             f"{path.name} would hold a number that is not finite ({error}), which Neuronpedia refuses; collect again."

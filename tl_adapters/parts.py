@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tl_adapters.atomic import new_folder
 from tl_adapters.features import FeatureStoreError
+from tl_adapters.strict_json import dumps
 
 TENTHS = 10
 BUCKETS, BUCKETS_PER_OCTAVE, LOWEST_OCTAVE = 96, 4, -10
@@ -231,7 +232,7 @@ def write_part(folder: Path, part: Part, layers: Sequence[int]) -> Part:
         for layer in layers:
             save_file(part.layer(layer).tensors(), out / layer_file(layer))
         save_file({name: tensor.contiguous() for name, tensor in vars(part.documents).items()}, out / DOCUMENTS_FILE)
-        (out / PART_FILE).write_text(json.dumps(asdict(part.totals)))
+        (out / PART_FILE).write_text(dumps(asdict(part.totals)))
     return Part.open(folder)
 
 

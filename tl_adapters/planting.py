@@ -31,7 +31,7 @@ from tl_adapters.paired import PairedModel
 from tl_adapters.references import ModelReference
 from tl_adapters.results import plain
 from tl_adapters.training import train
-from tl_adapters.views import table, with_interval
+from tl_adapters.views import figure_cell, table
 
 RATES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 VARIANCE_KEPT = 0.99
@@ -341,7 +341,7 @@ class PlantedReport:
 
     def _repr_html_(self) -> str:
         kl = self.faithfulness["kl_of_hybrid"]
-        of_hybrid = with_interval(f"{kl.value:.1%}", f"{kl.low:.1%} to {kl.high:.1%}")
+        of_hybrid = figure_cell(vars(kl), "{:.1%}".format)
         return shares_table(
             {"precision": {"all": self.precision}, "recall": {**self.recall, **self.recall_by_kind}}
         ) + table(["KL(replacement) / KL(hybrid)"], [[of_hybrid]])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.atomic import write_text
+from tl_adapters.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class ReplyCache:
             if kept is not None:
                 return kept, True
             text = ask()
-            write_text(path, json.dumps({**question, "reply": text}, indent=1) + "\n")
+            write_text(path, dumps({**question, "reply": text}, indent=1) + "\n")
             return text, False
 
 

@@ -6,13 +6,14 @@ It reads results.json and the .jsonl files of the run folder, so it can be made 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tl_adapters.atomic import write_text
 from tl_adapters.results import read_results
-from tl_adapters.views import Line, escape, marked, page, plot, table, with_interval
+from tl_adapters.views import Line, escape, figure_cell, marked, page, plot, table
 
 FILE = "report.html"
 Block = dict[str, Any]
@@ -72,7 +73,7 @@ def _summary(results: Block) -> str:
             *f["partial_of_full"]["last"][1:],
             *f["partial_of_full"]["only"],
         ]
-        worst = max(partial, key=lambda fig: fig["value"])
+        worst = max(partial, key=lambda fig: -math.inf if fig["value"] is None else fig["value"])
         l0 = [fig["value"] for fig in f["l0"]]
         rows += [
             ["KL(target || replacement)", _figure(f["kl"]["replacement"])],
@@ -89,7 +90,7 @@ def _summary(results: Block) -> str:
             ["accuracy recovered, against the base", _figure(b["recovered"]["base"], percent=True)],
         ]
     note = (
-        '<p class="soft">Intervals are 95 % bootstrap intervals over held-out documents or problems. KL is in nats per '
+        '<p class="soft">Intervals are 95 % intervals over held-out documents or problems. KL is in nats per '
         "response token, on the target's own greedy text.</p>"
     )
     return table(["figure", "measured"], rows) + note if rows else ""
@@ -167,10 +168,13 @@ def _behaviour(b: Block) -> str:
     for name in ("base", "target", "hybrid", "replacement"):
         rate = b[name]
         cells = [
-            with_interval(fmt(rate[key]), f"{fmt(rate['ci'][key]['low'])} to {fmt(rate['ci'][key]['high'])}")
-            for key, fmt in (("accuracy", _percent), ("length", _one), ("hesitation_per_1k", _one))
-        ]
-        rows.append([name, *cells, _percent(rate["think_opened"]), _percent(rate["truncated"])])
+            figure_cell({**(rate["ci"].get(key) or {}), "value": rate[key]}, fmt)
+            for key, fmt in (
+                ("accuracy", _percent), ("length", _one), ("hesitation_per_1k", _one), ("think_opened", _percent),
+                ("truncated", _percent),
+            )
+        ]  # fmt: skip
+        rows.append([name, *cells])
     header = ["model", "accuracy", "length, tokens", "hesitations per 1,000", "opens thinking", "cut at the limit"]
     text = (
         f"<p>{b['target']['n']:,} problems of the {escape(b['target']['split'])} split, greedy decoding. "
@@ -257,7 +261,7 @@ def _attribution(b: Block) -> str:
         f"{b['conservation']:.1e}); what the patterns, norms and gates do that the adapters move is not in it "
         "(unexplained).</p>"
     )
-    ranked = [[name, f"{value:.2f}"] for name, value in b["rank_correlation"].items()]
+    ranked = [[name, "-" if value is None else f"{value:.2f}"] for name, value in b["rank_correlation"].items()]
     truth = (
         "<p>Adding up is no proof. Rank correlation of the attributed with the real effect of taking each active "
         "feature away, mean over these moments:</p>" + table(["linearisation", "rank correlation"], ranked)
@@ -294,18 +298,16 @@ def _hesitation(b: Block) -> str:
                 rows.append([f"{named}, {title}", *_rate_cells(rate)])
     header = ["features", "accuracy", "length, tokens", "hesitations per 1,000"]
     text = f"<p>The features that make it say {words}: {roles or 'none of any role'} features{of}. See {link}.</p>"
-    reached = [bool(c.get("reached")) for c in b.get("criteria") or []]
-    said = f"<p>{sum(reached)} of {len(reached)} criteria reached.</p>" if reached else ""
+    reached = [c.get("reached") for c in b.get("criteria") or []]
+    open_ = f"; {reached.count(None)} not known, for want of problems" if None in reached else ""
+    said = f"<p>{reached.count(True)} of {len(reached)} criteria reached{open_}.</p>" if reached else ""
     return f"<h2>The hesitation circuit</h2>{text}{table(header, rows) if rows else ''}{said}"
 
 
 def _rate_cells(rate: Block) -> list[str]:
     cells = []
     for key, fmt in (("accuracy", _percent), ("length", _one), ("hesitation_per_1k", _one)):
-        ci = (rate.get("ci") or {}).get(key) or {}
-        value, low, high = rate.get(key), ci.get("low"), ci.get("high")
-        shown = "-" if value is None else fmt(value)
-        cells.append(shown if low is None or high is None else with_interval(shown, f"{fmt(low)} to {fmt(high)}"))
+        cells.append(figure_cell({**((rate.get("ci") or {}).get(key) or {}), "value": rate.get(key)}, fmt))
     return cells
 
 
@@ -331,13 +333,14 @@ def _origin(results: Block) -> str:
 
 
 def _banded(label: str, x: Sequence[float], figures: Sequence[Block]) -> Line:
-    values, lows, highs = ([f[key] for f in figures] for key in ("value", "low", "high"))
+    values, lows, highs = (
+        [math.nan if f[key] is None else f[key] for f in figures] for key in ("value", "low", "high")
+    )
     return Line(label, x, values, (lows, highs))
 
 
 def _figure(figure: Block, percent: bool = False) -> str:
-    fmt = _percent if percent else _short
-    return with_interval(fmt(figure["value"]), f"{fmt(figure['low'])} to {fmt(figure['high'])}")
+    return figure_cell(figure, _percent if percent else _short)
 
 
 def _percent(value: float) -> str:

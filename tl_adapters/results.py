@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.atomic import write_text
+from tl_adapters.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
@@ -48,21 +49,27 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 
 
 def write_results(folder: str | Path, **blocks: Any) -> dict[str, Any]:
-    """Add or replace blocks of results.json; returns the whole. Dataclasses are written as mappings."""
+    """Add or replace blocks of results.json; returns the whole. Dataclasses are written as mappings.
+
+    Raises NotFiniteError where a number is NaN or infinite: what has no value is None, with its reason beside it.
+    """
     results = {**read_results(folder), **{name: plain(block) for name, block in blocks.items()}}
-    write_text(Path(folder) / FILE, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_text(Path(folder) / FILE, dumps(results, indent=1) + "\n")
     return results
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: NaN (a ratio over nothing) becomes null."""
+def plain(value: Any, null: bool = False) -> Any:
+    """``value`` as JSON can hold it: mappings and lists. ``null`` makes NaN null, for files whose reader makes it NaN.
+
+    Otherwise NaN stays, and what writes it raises.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        return plain(asdict(value), null)
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, null) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
+        return [plain(item, null) for item in value]
+    if null and isinstance(value, float) and math.isnan(value):
         return None
     return value
 

@@ -29,6 +29,7 @@ from tl_adapters.atomic import FolderExistsError, new_folder, remove_partials, r
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
 from tl_adapters.results import versions
+from tl_adapters.strict_json import dumps
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 
@@ -71,8 +72,8 @@ class RunFolder:
         require_new(path)
         record = {"id": uuid.uuid4().hex[:12], "versions": versions(), "fingerprints": dict(fingerprints)}
         with new_folder(path) as out:
-            (out / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-            (out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+            (out / "config.json").write_text(dumps(config.to_dict(), indent=1) + "\n")
+            (out / "run.json").write_text(dumps(record, indent=1) + "\n")
             (out / METRICS).touch()
         return cls(path)
 
@@ -102,7 +103,7 @@ class RunFolder:
     def append(self, file: str, line: Mapping[str, Any]) -> None:
         """Add a line to one of the .jsonl files. Raises DiskFullError."""
         with room_for(self.path / file), (self.path / file).open("a") as out:
-            out.write(json.dumps(dict(line)) + "\n")
+            out.write(dumps(dict(line)) + "\n")
 
     def _cut_lines(self, file: str, step: int) -> None:
         if (self.path / file).is_file():
@@ -128,7 +129,7 @@ class RunFolder:
             with new_folder(where) as out:
                 adapters.save_pretrained(out / "adapters")
                 save_file(dict(optimizer), out / "optimizer.safetensors")
-                (out / "state.json").write_text(json.dumps(dict(state)))
+                (out / "state.json").write_text(dumps(dict(state)))
         for old in self.checkpoints[: -self.config.training.keep_checkpoints]:
             shutil.rmtree(old)
 

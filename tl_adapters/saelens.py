@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tl_adapters.errors import UserError
+from tl_adapters.strict_json import dumps
 
 LAYER_FILES = CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 HOOK_IN = {"mlp_input": "blocks.{}.mlp.hook_in", "normalized": "blocks.{}.ln2.hook_normalized"}
@@ -87,7 +88,7 @@ def write_transcoder(folder: Path, config: dict[str, Any], tensors: dict[str, Te
     """Write cfg.json and weights into a fresh ``folder``."""
     folder.mkdir()
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+    (folder / CONFIG_FILE).write_text(dumps(config, indent=1) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tl_adapters.effects import LayerEffects, layer_effects, written_rows
 from tl_adapters.features import FeatureStoreError, Kind, Label, Stream
 from tl_adapters.paired import PairedModel
 from tl_adapters.parts import Part, layer_file
+from tl_adapters.strict_json import dumps
 from tl_adapters.vocabulary import single_token, token_text
 
 SCHEMA_VERSION = 1
@@ -138,9 +139,9 @@ def open_store(pair: PairedModel, folder: Path, description: StoreDescription, *
         raise FeatureStoreError(f"{folder} is there already and is no feature store; choose another folder.")
     else:
         vocabulary = vocabulary_of(pair)
-        write_text(folder / VOCABULARY_FILE, json.dumps(vocabulary))
+        write_text(folder / VOCABULARY_FILE, dumps(vocabulary))
         record = {"schema_version": SCHEMA_VERSION, **asdict(description)}
-        write_text(folder / STORE_FILE, json.dumps(record, indent=1) + "\n")
+        write_text(folder / STORE_FILE, dumps(record, indent=1) + "\n")
     if first and not (folder / EFFECTS_FOLDER).is_dir():
         remove_partials(folder / EFFECTS_FOLDER)
         with new_folder(folder / EFFECTS_FOLDER) as out:

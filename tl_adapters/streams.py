@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.data import Trace, batches_by_length
 from tl_adapters.features import Stream
-from tl_adapters.intervals import Figure, bootstrap_ratio
+from tl_adapters.intervals import Figure, clustered_share
 from tl_adapters.paired import ACTIVATIONS, PairedModel
 
 MLP_INPUT = "mlp.hook_in"
@@ -52,8 +52,9 @@ class LayerAgreement:
     """Firings on both streams, of the firings on either (Jaccard), over all features and tokens."""
     kept: Figure
     """Firings on both, of those on the replacement's stream."""
-    correlation: float
-    """Pearson correlation of activations in decoder-norm units, over all firings on either stream."""
+    correlation: float | None
+    """Pearson correlation of activations in decoder-norm units, over all firings on either stream; None where there is
+    none, or no spread."""
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def stream_agreement(
             fires = (a + b) > 0
             x, y = a[fires].double(), b[fires].double()
             moments[place] += torch.stack([fires.sum().double(), x.sum(), y.sum(), x @ x, y @ y, x @ y]).cpu()
-    share = lambda over, unit: Figure(*bootstrap_ratio(both[place], over[place]), len(traces), unit, split)  # noqa: E731
+    share = lambda over, unit: clustered_share(both[place], over[place]).figure(len(traces), unit, split)  # noqa: E731
     found = []
     for place, layer in enumerate(layers):
         n, x, y, xx, yy, xy = moments[place].tolist()
@@ -97,7 +98,7 @@ def stream_agreement(
                 layer,
                 share(either, "firings on both streams, of those on either"),
                 share(replacement, "firings on both streams, of the replacement's"),
-                (n * xy - x * y) / spread if spread > 0 else float("nan"),
+                (n * xy - x * y) / spread if spread > 0 else None,
             )
         )
     return found

@@ -37,7 +37,7 @@ from tl_adapters.faithfulness import DocumentSums, faithfulness_block, features_
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.graph_pages import examine_moment
 from tl_adapters.hesitation import StudyOptions
-from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_recovered
+from tl_adapters.intervals import bootstrap_ratio, bootstrap_recovered, paired_difference
 from tl_adapters.opening import (
     BUILTIN_TRACES,
     is_builtin,
@@ -52,6 +52,7 @@ from tl_adapters.paired import PairedModel
 from tl_adapters.report import write_report
 from tl_adapters.results import read_results, stage, versions, write_results
 from tl_adapters.runfolder import RunFolder, require_new
+from tl_adapters.strict_json import dumps
 from tl_adapters.subjects import builtin_subject
 from tl_adapters.training import Trainer
 from tl_adapters.validity import LINEARISATIONS
@@ -107,7 +108,7 @@ def train_run(config: RunConfig, folder: Path, device: str = "cpu", progress: bo
     trainer = Trainer(
         pair, data, config.training, folder, validation=data.validation(), origin=config, progress=progress
     )
-    write_text(folder / "data.json", json.dumps(asdict(statistics), indent=1) + "\n")
+    write_text(folder / "data.json", dumps(asdict(statistics), indent=1) + "\n")
     train_stage(trainer, folder)
 
 
@@ -208,23 +209,25 @@ def behaviour_stage(
         right = {name: correctness(r) for name, r in responses.items()}
         seeds = tuple(read_results(folder).get("seeds", [0]))
         recovered = {
-            floor: Figure(
-                *bootstrap_recovered(right["replacement"], right[floor], right["target"]),
-                len(compared),
-                f"share of the accuracy gained over the {floor}",
-                split,
-                seeds,
+            floor: bootstrap_recovered(right["replacement"], right[floor], right["target"]).figure(
+                len(compared), f"share of the accuracy gained over the {floor}", split, seeds
             )
             for floor in ("hybrid", "base")
         }
-        write_results(
-            folder, behaviour={**{name: rate(r, split) for name, r in responses.items()}, "recovered": recovered}
-        )
+        gained = {
+            floor: {
+                model: paired_difference(right[model], right[floor]).figure(len(compared), "accuracy", split, seeds)
+                for model in ("target", "replacement")
+            }
+            for floor in ("hybrid", "base")
+        }
+        rates = {name: rate(r, split) for name, r in responses.items()}
+        write_results(folder, behaviour={**rates, "recovered": recovered, "gained": gained})
         shown = sorted(range(len(compared)), key=lambda i: -min(responses["target"][i].hesitations, 2))[:SHOWN_ANSWERS]
         answers = [
             {"question": compared[i].question, **{name: r[i].text for name, r in responses.items()}} for i in shown
         ]
-        write_text(folder / "answers.jsonl", "".join(json.dumps(a) + "\n" for a in answers))
+        write_text(folder / "answers.jsonl", "".join(dumps(a) + "\n" for a in answers))
     return target
 
 
@@ -238,7 +241,7 @@ def baselines_stage(
     def row(name: str, numbers: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
         return {
             "name": name,
-            "kl": Figure(*bootstrap_ratio(*numbers), len(traces), "nats per response token", split, seeds),
+            "kl": bootstrap_ratio(*numbers).figure(len(traces), "nats per response token", split, seeds),
         }
 
     with stage(folder, "baselines"):
@@ -257,7 +260,7 @@ def baselines_stage(
             by_rank[rank] = row(f"the MLP difference at rank {rank}", baseline_kl(pair, projected, traces))
         rows += by_rank.values()
         adapters_kl = rows[0]["kl"].value
-        enough = [rank for rank, r in by_rank.items() if r["kl"].value <= adapters_kl]
+        enough = [rank for rank, r in by_rank.items() if r["kl"].value <= adapters_kl]  # KLs of tokens that are there
         write_results(folder, baselines={"n": l0, "rows": rows, "rank_for_same_kl": min(enough, default=None)})
 
 
@@ -321,7 +324,8 @@ def attribution_stage(
                 "conservation": max((m["residual"] for m in found), default=None),
                 "influence_through_features": mean([m["influence_through_features"] for m in found]),
                 "rank_correlation": {
-                    name: mean([m["rank_correlation"][name] for m in found]) for name in LINEARISATIONS
+                    name: mean([r for m in found if (r := m["rank_correlation"][name]) is not None])
+                    for name in LINEARISATIONS
                 },
                 "moments": found,
             },

@@ -37,10 +37,11 @@ from tl_adapters.data import Trace
 from tl_adapters.errors import UserError
 from tl_adapters.faithfulness import DocumentSums, features_block
 from tl_adapters.grids import plan
-from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios, bootstrap_recovered
+from tl_adapters.intervals import Figure, bootstrap_ratio, bootstrap_ratio_of_ratios, bootstrap_recovered, event_rate
 from tl_adapters.opening import open_data, open_held_out, open_pair
 from tl_adapters.paired import PairedModel
 from tl_adapters.results import plain, read_results, versions
+from tl_adapters.strict_json import dumps
 from tl_adapters.study import faithfulness_stage, train_stage
 from tl_adapters.sweep_pages import Block, SweepPoint, on_the_front, read_point, write_page
 from tl_adapters.training import Trainer, TrainingInterrupted
@@ -231,20 +232,20 @@ def _figures(sums: DocumentSums, split: str, seeds: tuple[int, ...]) -> dict[str
     kl, hybrid = ((sums.kl[name], sums.positions) for name in ("replacement", "hybrid"))
     error, nats = (sums.error[:, -1], sums.energy[:, -1]), "nats per response token"
     found = {
-        "l0": (bootstrap_ratio(sums.active.mean(1), sums.tokens), "active features per response token and layer"),
+        "l0": (event_rate(sums.active.mean(1), sums.tokens), "active features per response token and layer"),
         "kl": (bootstrap_ratio(*kl), nats),
         "kl_hybrid": (bootstrap_ratio(*hybrid), nats),
         "kl_of_hybrid": (bootstrap_ratio_of_ratios(kl, hybrid), "KL of the replacement over KL of the hybrid"),
         "nmse": (bootstrap_ratio(*error), "squared error over squares, after the last layer"),
     }
     n = len(sums.tokens)
-    return {name: Figure(*interval, n, unit, split, seeds) for name, (interval, unit) in found.items()}
+    return {name: estimate.figure(n, unit, split, seeds) for name, (estimate, unit) in found.items()}
 
 
 def _recovered(bench: _Bench, split: str, seeds: tuple[int, ...]) -> Figure:
     target, hybrid = (correctness(bench.known_answers[route]) for route in ("target", "hybrid"))
-    interval = bootstrap_recovered(correctness(bench.answer("replacement")), hybrid, target)
-    return Figure(*interval, len(target), "share of the accuracy gained over the hybrid", split, seeds)
+    estimate = bootstrap_recovered(correctness(bench.answer("replacement")), hybrid, target)
+    return estimate.figure(len(target), "share of the accuracy gained over the hybrid", split, seeds)
 
 
 # -- what is kept -----------------------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def _write(folder: Path, record: Block) -> None:
     """Write sweep.json and the page."""
     points = [read_point(point) for point in record["points"]]
     record = {**record, "front": [point.name for point in on_the_front(points)]}
-    write_text(folder / FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_text(folder / FILE, dumps(record, indent=1) + "\n")
     write_page(folder, record, points)
 
 

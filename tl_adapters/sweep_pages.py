@@ -12,7 +12,7 @@ from typing import Any
 from tl_adapters.atomic import write_text
 from tl_adapters.features import ALIVE_FIRINGS
 from tl_adapters.intervals import Figure
-from tl_adapters.views import Line, escape, page, plot, table, with_interval
+from tl_adapters.views import Line, escape, interval_text, page, plot, table, with_interval
 
 PAGE = "sweep.html"
 FIGURES = ("l0", "kl", "kl_hybrid", "kl_of_hybrid", "nmse", "recovered")
@@ -55,8 +55,7 @@ def read_point(block: Block) -> SweepPoint:
 def _read_figure(block: Block | None) -> Figure | None:
     if block is None:
         return None
-    numbers = {key: math.nan if block[key] is None else block[key] for key in ("value", "low", "high")}
-    return Figure(**{**block, **numbers, "seeds": tuple(block["seeds"])})
+    return Figure(**{**block, "seeds": tuple(block["seeds"])})
 
 
 def pareto_front(costs: Sequence[tuple[float, float]]) -> list[int]:
@@ -73,7 +72,7 @@ def pareto_front(costs: Sequence[tuple[float, float]]) -> list[int]:
 
 def on_the_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     """The points that no other beats in L0 and KL."""
-    return [points[i] for i in pareto_front([(p.l0.value, p.kl.value) for p in points])]
+    return [points[i] for i in pareto_front([(nan(p.l0.value), nan(p.kl.value)) for p in points])]
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -103,9 +102,14 @@ def _cells(points: Sequence[SweepPoint]) -> tuple[list[str], list[list[tuple[str
 
 
 def _with_ends(figure: Figure | None, fmt: Callable[[float], str]) -> tuple[str, str]:
-    if figure is None or math.isnan(figure.value):
-        return "-", ""
-    return fmt(figure.value), f"{fmt(figure.low)} to {fmt(figure.high)}"
+    if figure is None or figure.value is None:
+        return "-", "" if figure is None else figure.reason
+    return fmt(figure.value), interval_text(vars(figure), fmt)
+
+
+def nan(value: float | None) -> float:
+    """A number that can be drawn or left out."""
+    return math.nan if value is None else value
 
 
 def _text(value: Any) -> str:
@@ -151,10 +155,10 @@ def _about(record: Block, points: Sequence[SweepPoint]) -> list[str]:
         first = points[0]
         texts.append(
             f"Measured on {first.l0.n:,} held-out documents ({first.l0.split}; {first.tokens:,} tokens). Intervals are "
-            "95 % bootstrap intervals over documents or problems. KL is in nats per response token; the hybrid's is "
-            f"{_short(first.kl_hybrid.value)}. NMSE is that of the residual stream after the last layer. A feature is "
-            f"alive if it fired at least {ALIVE_FIRINGS} times in these tokens. On the front are the points that no "
-            "other beats in L0 and KL."
+            "95 % intervals over documents or problems. KL is in nats per response token; the hybrid's is "
+            f"{_short(nan(first.kl_hybrid.value))}. NMSE is that of the residual stream after the last layer. A "
+            f"feature is alive if it fired at least {ALIVE_FIRINGS} times in these tokens. On the front are the "
+            "points that no other beats in L0 and KL."
         )
     if behaviour:
         said = " and ".join(f"the {name} {_percent(rate['accuracy'])}" for name, rate in behaviour.items())
@@ -183,14 +187,14 @@ def _tradeoff(
     lines = [
         Line(
             name,
-            [p.l0.value for p, _ in members],
-            [figure.value for _, figure in members],
-            ([figure.low for _, figure in members], [figure.high for _, figure in members]),
+            [nan(p.l0.value) for p, _ in members],
+            [nan(figure.value) for _, figure in members],
+            ([nan(figure.low) for _, figure in members], [nan(figure.high) for _, figure in members]),
             labels=[_text(next(iter(p.options.values()))) for p, _ in members],
         )
         for name, members in series.items()
     ]
-    costs = [(p.l0.value, sign * figure.value) for p, figure in shown]
+    costs = [(nan(p.l0.value), sign * nan(figure.value)) for p, figure in shown]
     front = sorted(costs[i] for i in pareto_front(costs))
     lines.append(Line("not beaten by any", [x for x, _ in front], [sign * y for _, y in front], dashed=True))
     beside = f" Beside the points: {next(iter(points[0].options))}."
@@ -201,6 +205,6 @@ def _tradeoff(
     )
 
 
-def _has_a_place(x: float, figure: Figure, log: bool) -> bool:
+def _has_a_place(x: float | None, figure: Figure, log: bool) -> bool:
     """A logarithmic axis has none for 0, such as the L0 of adapters that are all dead."""
-    return x > 0 and math.isfinite(figure.value) and (figure.value > 0 or not log)
+    return x is not None and x > 0 and figure.value is not None and (figure.value > 0 or not log)

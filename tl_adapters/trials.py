@@ -26,7 +26,7 @@ from tl_adapters.adapter import FeatureId
 from tl_adapters.excerpts import excerpt_at
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import Example, Feature
-from tl_adapters.intervals import wilson
+from tl_adapters.intervals import share_interval
 
 DESCRIBING = 8
 """Strongest examples to describe from, and as many random ones."""
@@ -189,7 +189,7 @@ class Others:
             name = self.store.about.regions[region]
             hits, share, tokens = self.once, self.feature.region_share[name], self.store.region_tokens[name]
         scale = self.unknown * share / tokens
-        return min(1.0, scale * hits / self.n), min(1.0, scale * wilson(hits, self.n)[1])
+        return min(1.0, scale * hits / self.n), min(1.0, scale * share_interval(hits, self.n)[1])
 
     def unlikely(self, document: int, region: int) -> Int[Tensor, "n"]:
         """Positions in a region of a document on which the feature is not likely to fire."""

@@ -114,11 +114,12 @@ def ablation_effects(
     return values[0] - values[1:]
 
 
-def rank_correlation(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> float:
-    """Spearman's, with mean ranks for ties; NaN where one side is constant."""
+def rank_correlation(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> float | None:
+    """Spearman's, with mean ranks for ties; None where one side is constant."""
     ranks = [_ranks(x.double()) for x in (a, b)]
     first, second = (r - r.mean() for r in ranks)
-    return float((first * second).sum() / (first.norm() * second.norm()))
+    spread = float(first.norm() * second.norm())
+    return float((first * second).sum()) / spread if spread > 0 else None
 
 
 def _ranks(x: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ import functools
 import html
 import importlib.util
 import io
-import json
 import math
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -23,6 +23,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from tl_adapters.strict_json import dumps
 
 _STYLE = """
 :root { --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --paper: #ffffff; --tint: #f6f8fa; --mark: #ffe28a; }
@@ -78,7 +80,7 @@ def marked(text: str, words: Sequence[str]) -> str:
 
 def inert_json(value: object) -> str:
     """JSON for a page's script: ASCII, and no character in it could end the script. Raises ValueError for NaN."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    text = dumps(value, separators=(",", ":"))
     for sign in "<>&":  # several times as fast as translate, and pages hold megabytes
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
@@ -109,7 +111,7 @@ def circuitsvis_view(parts: Sequence[str | tuple[str, Mapping[str, object]]]) ->
         name, (component, properties) = f"circuits-vis-{uuid.uuid4().hex[:12]}", part
         pieces.append(f'<div id="{name}" style="margin: 12px 0"></div>')
         # Tokens hold no "<" any more; what else could would end the script.
-        held = json.dumps(properties, allow_nan=False).replace("<", "\\u003c")
+        held = dumps(properties).replace("<", "\\u003c")
         calls.append(f'CircuitsVis.render("{name}", CircuitsVis.{component}, {held});')
     script = f'<script type="module">{_circuitsvis()}\n{"".join(calls)}</script>' if calls else ""
     return View("".join(pieces) + script)
@@ -146,6 +148,28 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def interval_text(figure: Mapping[str, Any], fmt: Callable[[float], str]) -> str:
+    """The ends of a figure's interval, or why there is none; and how many draws of the bootstrap had no value.
+
+    Args:
+        figure: with "low" and "high", and perhaps "reason" and "undefined", as results.json holds them.
+        fmt: writes an end.
+    """
+    low, high = figure.get("low"), figure.get("high")
+    if low is None or high is None:
+        return f"no interval: {figure['reason']}" if figure.get("reason") else ""
+    undefined = figure.get("undefined")
+    return f"{fmt(low)} to {fmt(high)}" + (f"; {undefined:.1%} of the draws without a value" if undefined else "")
+
+
+def figure_cell(figure: Mapping[str, Any], fmt: Callable[[float], str]) -> str:
+    """A table cell with a figure's value and its interval; "-" and the reason where it has no value."""
+    if figure.get("value") is None:
+        return with_interval("-", figure["reason"]) if figure.get("reason") else "-"
+    interval = interval_text(figure, fmt)
+    return with_interval(fmt(figure["value"]), interval) if interval else escape(fmt(figure["value"]))
 
 
 def with_interval(value: str, interval: str) -> str:

@@ -171,6 +171,7 @@ def add_hesitation(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 
 def _hesitation(args: argparse.Namespace) -> None:
+    from tl_adapters.circuit_criteria import REACHED
     from tl_adapters.circuit_stage import hesitation_of_run
     from tl_adapters.report import write_report
 
@@ -194,9 +195,8 @@ def _hesitation(args: argparse.Namespace) -> None:
         roles = ", ".join(f"{size[role]} {role}" for role in ("output", "template", "continuation"))
         print(f"{size['n']} features ({100 * size['share_of_alive']:.1f} % of the alive): {roles}")
         for asked in study.block["criteria"]:
-            print(
-                f"{'reached' if asked['reached'] else 'missed '}  {asked['name']}: {asked['value']:.3g}, {asked['bar']}"
-            )
+            value = "-" if asked["value"] is None else f"{asked['value']:.3g}"
+            print(f"{REACHED[asked['reached']]:9}  {asked['name']}: {value}, {asked['bar']}")
     run = args.run_folder
     print(f"page: {run / study.block['page']}\ncircuit: {run / 'circuit.json'}\nreport: {write_report(run)}")
     print(f"next: tl-adapters serve {run}")

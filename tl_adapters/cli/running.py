@@ -132,6 +132,7 @@ def add_benchmark(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 def _benchmark(args: argparse.Namespace) -> None:
     from tl_adapters.benchmarking import FOLDER, Answerer, benchmark_run
+    from tl_adapters.views import interval_text
 
     route = args.route or ("hybrid" if args.insert else "replacement")
     names = ("samples", "temperature", "top_p", "max_new_tokens", "batch_size", "seed")
@@ -153,11 +154,13 @@ def _benchmark(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; what was answered is in {out}, and the same command goes on.") from None
     for one in measured:
-        found, right = one.score, one.score.ci["pass_at_1"]
+        found = one.score
+        right = interval_text(vars(found.ci["pass_at_1"]), lambda share: f"{100 * share:.1f}")
+        hesitates = "-" if found.hesitation_per_1k is None else f"{found.hesitation_per_1k:.1f}"
         print(
-            f"{one.task}, {one.variant}: pass@1 {100 * found.pass_at_1:.1f} % ({100 * right.low:.1f} to "
-            f"{100 * right.high:.1f}) of {found.n} problems, {found.length:.0f} tokens, {found.hesitation_per_1k:.1f} "
-            f"{'/'.join(found.words)} per 1,000, {100 * found.truncated:.1f} % cut"
+            f"{one.task}, {one.variant}: pass@1 {100 * found.pass_at_1:.1f} % ({right}) of {found.n} problems, "
+            f"{found.length:.0f} tokens, {hesitates} {'/'.join(found.words)} per 1,000, {100 * found.truncated:.1f} % "
+            "cut"
         )
         print(f"answers: {one.folder}")
     print(f"next: tl-adapters benchmark {args.run_folder} --route {'replacement' if route == 'target' else 'target'}")

@@ -191,7 +191,9 @@ def _facts(store: FeatureStore, alive: int) -> list[tuple[str, str]]:
 
 
 def _agreement(store: FeatureStore) -> str:
-    overlaps = [layer["overlap"]["value"] for layer in store.agreement]
+    overlaps = [layer["overlap"]["value"] for layer in store.agreement if layer["overlap"]["value"] is not None]
+    if not overlaps:
+        return "nothing: no feature fires on either"
     return (
         f"{min(overlaps):.0%} to {max(overlaps):.0%} of the firings on the target's or the replacement's stream, by "
         "layer"
@@ -205,7 +207,9 @@ def _details(store: FeatureStore) -> list[tuple[str, str]]:
         *(
             (
                 f"streams, layer {layer['layer']}",
-                f"{layer['overlap']['value']:.1%} of the firings on either are on both",
+                "no feature fires on either"
+                if layer["overlap"]["value"] is None
+                else f"{layer['overlap']['value']:.1%} of the firings on either are on both",
             )
             for layer in store.agreement
         ),

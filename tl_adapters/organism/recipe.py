@@ -35,6 +35,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.organism import PAIR, traces
 from tl_adapters.organism.problems import KINDS, Kind, Problem, stream_problems
 from tl_adapters.organism.traces import Document
+from tl_adapters.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +267,7 @@ def _train_phase(model: Qwen2ForCausalLM, recipe: Recipe, phase: str, folder: Pa
 def _write_record(recipe: Recipe, losses: dict[str, float], folder: Path) -> None:
     """Write recipe.json: what decided the weights, and the loss at the end of each phase."""
     record = {**asdict(recipe), "hash": recipe.hash, "loss": losses, "threads": torch.get_num_threads()}
-    (folder / "recipe.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "recipe.json").write_text(dumps(record, indent=1) + "\n")
 
 
 def make_pair(recipe: Recipe, out: Path) -> None:
