@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -341,10 +342,12 @@ def test_the_page_is_self_contained_escaped_and_says_what_it_leaves_out(whole: P
     assert "Without 1 of 3 points" in page  # the L0 of 0 has no place on a logarithmic axis
 
 
-def test_the_table_marks_the_front() -> None:
+def test_the_table_marks_the_front(tmp_path: Path) -> None:
     lines = markdown(points((1.0, 0.9), (2.0, 0.5), (3.0, 0.7), option="a|b")).splitlines()
     assert lines[0].startswith("| a\\|b | n_features | L0 |")
     assert [line.endswith("| yes |") for line in lines[2:]] == [True, True, False]
     assert "| 0.9 (0.81 to 0.99) | 90.0 % (81.0 % to 99.0 %) |" in lines[2]
-    nothing = points((1.0, math.nan))
-    assert "| - | - |" in markdown(nothing)
+    unknown = Figure(None, None, None, 5, "x", "tune", reason="the denominator is 0")
+    nothing = [replace(point, kl=unknown, kl_of_hybrid=unknown) for point in points((1.0, 1.0))]
+    assert "| - (the denominator is 0) | - (the denominator is 0) |" in markdown(nothing)
+    assert "the denominator is 0" in write_page(tmp_path, {"config": {"target": ""}, "grid": {}}, nothing).read_text()

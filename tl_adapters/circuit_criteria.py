@@ -48,30 +48,31 @@ def _asked(name: str, value: float | None, bar: str, reached: bool | None) -> Cr
 
 def _close(name: str, figure: Figure | None, bar: str, bound: float, centre: float = 0.0) -> Criterion:
     """Asked: the figure's whole interval is within ``bound`` of ``centre``."""
-    if figure is None or figure.value is None or figure.low is None or figure.high is None:
+    if figure is None or figure.value is None:
         why = "there is nothing to measure it on" if figure is None else figure.reason
-        return _asked(name, None if figure is None else figure.value, f"{bar}; {why}", None)
-    needs = problems_needed(figure, bound)
-    inside = centre - bound <= figure.low and figure.high <= centre + bound
-    outside = figure.high < centre - bound or figure.low > centre + bound
-    enough = figure.n >= needs
-    reached = False if outside else inside if enough else None
+        return _asked(name, None, f"{bar}; {why}", None)
+    needs, reached, why = problems_needed(figure, bound), None, figure.reason
+    if figure.low is not None and figure.high is not None:
+        outside = figure.high < centre - bound or figure.low > centre + bound
+        inside = centre - bound <= figure.low and figure.high <= centre + bound
+        reached = False if outside else inside if figure.n >= needs else None
+    if figure.n < needs:
+        why = "" if reached is False else "not enough problems"
     said = f"{bar}, with its whole interval; needs n >= {needs:,}; n = {figure.n:,}"
-    asked = _asked(name, figure.value, said + (": not enough problems" if reached is None else ""), reached)
+    asked = _asked(name, figure.value, said + (f": {why}" if why else ""), reached)
     return asked | {"n": figure.n, "needs": needs}
 
 
 def problems_needed(figure: Figure, bound: float) -> int:
-    """How many problems (documents) a claim takes that a figure is within ``bound``; the figure has an interval.
+    """How many problems (documents) a claim takes that a figure is within ``bound``.
 
     The larger of two: so many that what happens in a share ``bound`` of them would be seen (with 97.5 % probability),
     and so many that half the interval's width, which shrinks with the root of n, is no more than ``bound``.
     """
-    assert figure.low is not None
-    assert figure.high is not None
-    to_see = math.log(TAIL) / math.log(1 - bound)
-    to_fit = figure.n * ((figure.high - figure.low) / 2 / bound) ** 2
-    return math.ceil(max(to_see, to_fit) - 1e-9)
+    needs = math.log(TAIL) / math.log(1 - bound)
+    if figure.low is not None and figure.high is not None:
+        needs = max(needs, figure.n * ((figure.high - figure.low) / 2 / bound) ** 2)
+    return math.ceil(needs - 1e-9)
 
 
 def _of_its_absence(block: Mapping[str, Any]) -> list[Criterion]:

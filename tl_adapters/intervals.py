@@ -33,6 +33,8 @@ from jaxtyping import Float, Int
 from scipy.stats import binomtest  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
+from tl_adapters.errors import UserError
+
 DRAWS = 1000
 TAIL = 0.025
 """Of the draws, beyond each end of an interval."""
@@ -40,6 +42,10 @@ _Z95 = 1.959963984540054
 """97.5 % point of the normal distribution."""
 _ZERO = 1e-12
 """A sum of less than this share of its terms' sizes is 0."""
+
+
+class IntervalError(UserError, ValueError):
+    """Numbers that no figure can be made of."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ class Figure:
     """Share of the bootstrap's draws that have no value."""
     reason: str = ""
     """Why there is no value or no interval, or what the interval is where it is not the usual one."""
+
+    def __post_init__(self) -> None:
+        for name in ("value", "low", "high"):
+            if (number := getattr(self, name)) is not None and not math.isfinite(number):
+                raise IntervalError(f"A figure's {name} is {number} ({self.unit}); what has no value is None.")
 
 
 @dataclass(frozen=True)
@@ -158,12 +169,14 @@ def clustered_share(
         totals: of how many, by cluster; 1 each by default.
         seed: of the draws.
 
-    Clusters that each are all or none, of equal size, make it a `share` of them. Where all clusters have one share a bootstrap says nothing; then it is
-    the interval of that share in as many independent draws as there are clusters, which is wider than theirs.
+    Clusters that each are all or none, of equal size, make it a `share` of them. Where all clusters have one share a
+    bootstrap says nothing; then it is the interval of that share in as many independent draws as there are clusters,
+    which is wider than theirs.
     """
-    totals = torch.ones_like(hits) if totals is None else totals
+    hits = hits.double()
+    totals = torch.ones_like(hits) if totals is None else totals.double()
     counted = totals > 0
-    shares = (hits / totals)[counted].double()
+    shares = (hits / totals)[counted]
     n = int(counted.reshape(-1, counted.shape[-1]).any(0).sum())
     if n == 0:
         return share(0, 0)
@@ -333,6 +346,12 @@ class _Sums:
     @classmethod
     def of(cls, values: Float[Tensor, "*sets n"], seed: int) -> _Sums:
         values = values.double()
+        n = values.shape[-1]
+        if bad := int((~values.isfinite()).reshape(-1, n).any(0).sum()):
+            raise IntervalError(
+                f"{bad} of {n} documents or problems have a number that is not finite, so nothing can be said of their "
+                "sum. Look at the model's weights and its dtype."
+            )
         documents = _draws(values.shape[-1], seed)
         scale = _whole(values.abs())
         if values.ndim == 1:
@@ -398,11 +417,25 @@ def bootstrap_strata(values: Sequence[Float[Tensor, "_"]], weights: Sequence[flo
 
 
 def bootstrap_difference(a: Float[Tensor, "n"], b: Float[Tensor, "m"], seed: int = 0) -> Estimate:
-    """Mean of ``a`` less mean of ``b``, with its 95 % percentile interval; the two are drawn independently."""
-    generator = torch.Generator().manual_seed(seed)
-    means = [v.double()[torch.randint(len(v), (DRAWS, len(v)), generator=generator)].mean(1) for v in (a, b)]
+    """Mean of ``a`` less mean of ``b``, with its 95 % percentile interval; the two are drawn independently.
+
+    Where all of ``a`` or all of ``b`` agree (scores from 0 to 1), the two means' own intervals are put together, as
+    Newcombe does with those of independent shares (Statistics in Medicine 17:873, 1998).
+    """
     value = float(a.double().mean() - b.double().mean())
-    return _percentiles(value, means[0] - means[1], min(len(a), len(b)))
+    if all(float(v.max() - v.min()) >= _ZERO for v in (a, b)):
+        generator = torch.Generator().manual_seed(seed)
+        means = [v.double()[torch.randint(len(v), (DRAWS, len(v)), generator=generator)].mean(1) for v in (a, b)]
+        return _percentiles(value, means[0] - means[1], min(len(a), len(b)))
+    below_a, above_a, below_b, above_b = (width for v in (a, b) for width in _widths(clustered_share(v, seed=seed)))
+    return Estimate(value, value - math.hypot(below_a, above_b), value + math.hypot(above_a, below_b))
+
+
+def _widths(estimate: Estimate) -> tuple[float, float]:
+    """From the value down to the lower end, and up to the upper one; 1 where a share has no interval."""
+    if estimate.value is None or estimate.low is None or estimate.high is None:
+        return 1.0, 1.0
+    return estimate.value - estimate.low, estimate.high - estimate.value
 
 
 def bootstrap_kappa(first: Int[Tensor, "n"], second: Int[Tensor, "n"], seed: int = 0) -> Estimate:

@@ -180,6 +180,8 @@ def _tradeoff(
     The first swept option is written beside the points; the others say which series a point belongs to.
     """
     shown = [(p, figure) for p in points if (figure := of(p)) is not None and _has_a_place(p.l0.value, figure, log)]
+    if not shown:
+        return f"<p>{escape(caption)} None of the {len(points)} points has a place on these axes.</p>"
     series: dict[str, list[tuple[SweepPoint, Figure]]] = {}
     for p, figure in shown:
         name = ", ".join(f"{key} {_text(value)}" for key, value in list(p.options.items())[1:])
