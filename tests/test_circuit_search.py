@@ -406,7 +406,7 @@ def test_mass_and_rate_are_those_of_the_places() -> None:
         pair.model(moments.tokens)
     for at in ("moment", "boundary"):
         effects = effects_at(pair, moments, at, tokens_per_batch=20)
-        texts = getattr(moments, at) & moments.moment.any(1, keepdim=True)
+        texts = getattr(moments, at)
         for layer in range(4):
             here = acts[layer][texts]
             norms = pair.installed_adapters()[layer].W_dec.norm(dim=1)

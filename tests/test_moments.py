@@ -166,7 +166,7 @@ def test_a_function_may_say_where_the_behaviour_begins(pair: PairedModel, wait: 
         return [trace.tokens.index(8, trace.prompt_length)]
 
     moments = find_moments(pair, [Trace((4, 7, 8, 7, 8, 7, 9, 3), 1)], Behaviour("first", find=first_eight))
-    assert (places(moments, "moment"), places(moments, "boundary")) == ([1], [5]), "a word not found is no boundary"
+    assert (places(moments, "moment"), places(moments, "boundary")) == ([1], [3, 5]), "what is not found is a boundary"
 
     def in_the_prompt(trace: Trace) -> list[int]:
         return [1]
@@ -200,14 +200,19 @@ def test_several_words_are_one_behaviour(pair: PairedModel, written: list[Trace]
 
 
 def test_what_cannot_be_studied_is_said(pair: PairedModel, written: list[Trace]) -> None:
-    with pytest.raises(BehaviourError, match=r"'doubt'.*none of Perchance, Forsooth is one token.*other words="):
-        find_moments(pair, written, Behaviour("doubt", ("Perchance", "Forsooth")))
-    with pytest.raises(BehaviourError, match="the function found no place"):
-        find_moments(pair, written, Behaviour("never", find=lambda trace: []))
-    with pytest.raises(VocabularyError, match="give single words"):
-        find_moments(pair, written, Behaviour(words=("two words",)))
+    with pytest.raises(VocabularyError, match="without spaces around them"):
+        find_moments(pair, written, Behaviour(words=(" Wait",)))
+    with pytest.raises(BehaviourError, match="give a list of words or phrases"):
+        Behaviour(words=())
     silent = find_moments(pair, [Trace((4, 5, 6, 7), 1)])
     assert silent.counts == {"documents": 1, "moments": 0, "boundaries": 0}
+
+
+def test_what_is_never_said_has_no_moments_whoever_asks(pair: PairedModel, written: list[Trace]) -> None:
+    """Words, words of several tokens and a function are one case."""
+    for never in (Behaviour("doubt", ("Perchance", "two words")), Behaviour("never", find=lambda trace: [])):
+        found = find_moments(pair, written, never)
+        assert found.counts == {"documents": len(written), "moments": 0, "boundaries": 0}
 
 
 def test_rows_keep_their_places(pair: PairedModel, written: list[Trace]) -> None:

@@ -19,6 +19,7 @@ LEVELS = [
     {"sources", "hooked", "bridged", "fitting", "graph_files", "parts"},
     {"backends"},
     {"batching", "paired"},
+    {"behaviors"},
     {
         "objective",
         "faithfulness",
@@ -37,6 +38,7 @@ LEVELS = [
     {
         "attribution",
         "benchmarking",
+        "banning",
         "circuit_controls",
         "circuit_criteria",
         "circuit_trials",

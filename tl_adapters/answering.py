@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tl_adapters.atomic import alone_in, room_for, write_text
+from tl_adapters.behaviors import Behaviour
 from tl_adapters.benchmarks import HESITATION, Checkable, Interval, Response, rate, respond
 from tl_adapters.completions import drawing
 from tl_adapters.errors import UserError
@@ -98,13 +99,13 @@ class Score:
     ci: dict[str, Interval]
     """Intervals of all five."""
     words: tuple[str, ...]
-    """What counts as a hesitation."""
+    """What counts as a hesitation: words and phrases, or the name of the function that finds it."""
     split: str
     """Split of the problems."""
 
 
-def score(answers: Sequence[Answer], split: str, words: Sequence[str] = HESITATION) -> Score:
-    """Summarise answers, with intervals over problems."""
+def score(answers: Sequence[Answer], split: str, words: Sequence[str] | Behaviour = HESITATION) -> Score:
+    """Summarise answers, with intervals over problems; hesitations are the words, or what a behavior counts."""
     found = rate([a.response for a in answers], split, words, [a.problem for a in answers])
     return Score(
         n=found.n,
@@ -115,7 +116,7 @@ def score(answers: Sequence[Answer], split: str, words: Sequence[str] = HESITATI
         truncated=found.truncated,
         think_opened=found.think_opened,
         ci={"pass_at_1" if name == "accuracy" else name: interval for name, interval in found.ci.items()},
-        words=tuple(words),
+        words=words.counted if isinstance(words, Behaviour) else tuple(words),
         split=split,
     )
 
@@ -197,7 +198,12 @@ def _as_record(one: Answer, question: str) -> dict[str, Any]:
 
 def _from_record(record: Mapping[str, Any]) -> Answer:
     said = Response(
-        tuple(record["prompt"]), tuple(record["tokens"]), record["text"], record["truncated"], record["correct"]
+        tuple(record["prompt"]),
+        tuple(record["tokens"]),
+        record["text"],
+        record["truncated"],
+        record["correct"],
+        record.get("end"),  # not there in answers of the first release
     )
     return Answer(record["problem"], record["sample"], said)
 

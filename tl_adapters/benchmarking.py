@@ -16,6 +16,7 @@ from typing import Any
 
 from tl_adapters.adapter import FeatureId
 from tl_adapters.answering import Sampling, Score, answer, score
+from tl_adapters.behaviors import Behaviour
 from tl_adapters.benchmarks import HESITATION
 from tl_adapters.chat import ChatFormat
 from tl_adapters.config import Dtype, RunConfig
@@ -99,7 +100,7 @@ def benchmark_run(
     options: Mapping[str, Any] | None = None,
     open_thinking: bool = False,
     limit: int | None = None,
-    words: Sequence[str] = HESITATION,
+    words: Sequence[str] | Behaviour = HESITATION,
     out: Path | None = None,
     device: str = "cpu",
     dtype: Dtype | None = None,
@@ -115,7 +116,7 @@ def benchmark_run(
             `R1_LIMIT` tokens, `R1_BATCH` problems at a time.
         open_thinking: make the model begin with the tag that opens the thinking, where the template does not.
         limit: the first so many problems of each task.
-        words: what counts as a hesitation.
+        words: what counts as a hesitation: words and phrases, or a behavior (a function may find it).
         out: folder of the answers; ``benchmarks`` in the run by default. What is there already is not asked again.
         device: where the models go.
         dtype: of the models; the run's by default.

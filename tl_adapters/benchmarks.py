@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,10 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tl_adapters.behaviors import Behaviour, counts
 from tl_adapters.chat import ChatFormat
 from tl_adapters.completions import complete
 from tl_adapters.data import Trace
 from tl_adapters.intervals import Estimate, bootstrap_ratio, clustered_share, event_rate
+from tl_adapters.vocabulary import pattern_of
 
 THINK_OPENS = "<think>"
 HESITATION = ("wait",)
@@ -55,6 +57,14 @@ class Response:
     """The limit came before the end token."""
     correct: bool
     """The answer is right (never, if truncated)."""
+    end: int | None = None
+    """The token that ended it; None where it is not known, or where the limit came before it."""
+
+    @property
+    def trace(self) -> Trace:
+        """The response as a document, with the token that ended it: what a function that finds a behavior is given."""
+        ending = () if self.end is None else (self.end,)
+        return Trace((*self.prompt, *self.tokens, *ending), len(self.prompt))
 
     @property
     def hesitations(self) -> int:
@@ -63,7 +73,7 @@ class Response:
 
     def count(self, words: Sequence[str]) -> int:
         """How often the response says one of ``words``, whole and in any case."""
-        return len(re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", self.text, re.IGNORECASE))
+        return len(pattern_of(words).findall(self.text))
 
     def matches(self, pattern: str) -> int:
         """How often a regular expression matches in the response."""
@@ -156,15 +166,16 @@ def respond(
         problems, prompts, completions, chat.tokenizer.batch_decode([c.tokens for c in completions]), strict=True
     )
     return [
-        Response(tuple(prompt), done.tokens, text, not done.ended, done.ended and problem.solved_by(text))
+        Response(tuple(prompt), done.tokens, text, not done.ended, done.ended and problem.solved_by(text), end)
         for problem, prompt, done, text in said
+        for end in [chat.tokenizer.eos_token_id if done.ended else None]
     ]
 
 
 def traces_of(responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase) -> list[Trace]:
     """Responses that came to their end, as documents: what a model said itself, to measure on."""
     end = tokenizer.eos_token_id
-    return [Trace((*r.prompt, *r.tokens, end), len(r.prompt)) for r in responses if not r.truncated]
+    return [replace(r, end=end if r.end is None else r.end).trace for r in responses if not r.truncated]
 
 
 def correctness(responses: Sequence[Response]) -> Float[Tensor, "n"]:
@@ -175,7 +186,7 @@ def correctness(responses: Sequence[Response]) -> Float[Tensor, "n"]:
 def rate(
     responses: Sequence[Response],
     split: str,
-    words: Sequence[str] = HESITATION,
+    words: Sequence[str] | Behaviour = HESITATION,
     problems: Sequence[int] | None = None,
     together: float = 1.0,
     sets: int = 1,
@@ -185,7 +196,7 @@ def rate(
     Args:
         responses: of one model; not none.
         split: of the problems.
-        words: what counts as a hesitation.
+        words: what counts as a hesitation: words and phrases, or a behavior that counts itself.
         problems: number of the problem that each response answers; None is one response to each. Where a problem is
             answered several times its responses are drawn together, and ``accuracy`` is pass@1.
         together: hesitations of a problem that has any, where that is known: where none is said, its rate's upper end
@@ -194,7 +205,7 @@ def rate(
             is then part of the intervals.
     """
     lengths = torch.tensor([len(r.tokens) for r in responses], dtype=torch.float64)
-    said = torch.tensor([r.count(words) for r in responses], dtype=torch.float64)
+    said = torch.tensor(counts(responses, words), dtype=torch.float64)
     opened = torch.tensor([float(THINK_OPENS in r.text) for r in responses], dtype=torch.float64)
     cut = torch.tensor([float(r.truncated) for r in responses], dtype=torch.float64)
     places = torch.arange(len(responses)) if problems is None else torch.tensor(problems).unique(return_inverse=True)[1]

@@ -28,8 +28,9 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapter import FeatureId
+from tl_adapters.behaviors import Words, first_tokens
 from tl_adapters.interventions import InterventionError, gated
-from tl_adapters.moments import Moments, final_residual, log_odds
+from tl_adapters.moments import Moments, final_residual, margins_from
 from tl_adapters.paired import PairedModel
 from tl_adapters.variants import Variant
 
@@ -99,16 +100,17 @@ def most_active_others(
     return [FeatureId(i // mass.shape[1], i % mass.shape[1]) for i in best]
 
 
-def shifted_logits(words: Sequence[int], by: float) -> Variant:
+def shifted_logits(words: Words | Sequence[int], by: float) -> Variant:
     """The replacement with the words' logits changed by so much; minus infinity bans them.
 
+    Of phrases it is the tokens that begin them, whatever comes after these (`banning` bans the phrases).
     The change comes before a soft cap, where the model has one: banned words then have the lowest logit there is.
     """
 
     @contextmanager
     def entered(pair: PairedModel) -> Iterator[Any]:
         change = torch.zeros_like(pair.backend.unembedding()[:, 0])
-        change[list(words)] = by
+        change[list(first_tokens(words))] = by
 
         def shift(module: object, inputs: object, logits: Tensor) -> Tensor:
             return logits + change
@@ -339,7 +341,7 @@ def neuron_effects(pair: PairedModel, moments: Moments, documents: int | None = 
 
         hooks = [(f"blocks.{layer}.mlp.hook_post", partial(multiply, layer=layer)) for layer in range(n_layers)]
         with torch.enable_grad(), pair.routed("replacement"), pair.model.hooks(fwd_hooks=hooks):
-            said = log_odds(pair.unembed(final_residual(pair, batch.tokens)[batch.moment]), batch.words)
+            said = margins_from(pair, final_residual(pair, batch.tokens), batch, batch.moment)
             by_gate, by_shift = torch.autograd.grad(said.sum(), [gates, shifts])
         times, plus, places = times + by_gate, plus + by_shift, places + int(away.sum())
     mean, square = total / max(1, places), squares / max(1, places)
@@ -360,8 +362,10 @@ def by_size(scores: Float[Tensor, "n_layers d_mlp"], n: int | None = None) -> li
 
 
 def commonest_alternative(moments: Moments) -> int | None:
-    """The token that most often comes at the boundaries, where the words do not; None where there is no boundary."""
-    coming = torch.zeros_like(moments.tokens)
-    coming[:, :-1] = moments.tokens[:, 1:]
-    there = coming[moments.boundary]
+    """The token that most often comes at the boundaries, where the words do not; None where there is no boundary.
+
+    A token with which a phrase begins is none: it comes at moments, too.
+    """
+    there = moments.coming[moments.boundary]
+    there = there[~torch.isin(there, torch.tensor(first_tokens(moments.words), dtype=torch.long, device=there.device))]
     return int(there.mode().values) if len(there) else None

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_adapters.behaviors import Behaviour, BehaviourError
 from tl_adapters.circuit_roles import Sorted, circuit_edges, sort_features
 from tl_adapters.circuit_search import Search, SearchOptions, search_circuit
 from tl_adapters.circuits import Circuit
 from tl_adapters.data import Trace
 from tl_adapters.features import ALIVE_FIRINGS
-from tl_adapters.moments import Behaviour, BehaviourError, Moments, find_moments
+from tl_adapters.moments import Moments, find_moments
 from tl_adapters.paired import ACTIVATIONS, PairedModel
 
 FEWEST_MOMENTS = 20
@@ -60,25 +61,33 @@ def find_circuit(
         options: of the search.
         progress: show a bar.
 
-    A target with fewer than `FEWEST_MOMENTS` moments has an empty circuit. Raises BehaviourError for a behaviour that
-    no token begins, or adapters that are dead.
+    A target with fewer than `FEWEST_MOMENTS` moments has an empty circuit, whether words or a function say so. Raises
+    BehaviourError where there are no answers, for words that the tokenizer cannot write, and for adapters that are dead
+    where there is something to find.
     """
     behaviour, options = behaviour or Behaviour(), options or SearchOptions()
     adapters = pair.installed_adapters()
+    if not traces:
+        raise BehaviourError(
+            f"There are no answers to look for {behaviour.name} in: none came to its end. Give more problems, or more "
+            "tokens for an answer (max_new_tokens)."
+        )
     words = behaviour.tokens(pair, traces)
-    moments = find_moments(pair, traces, behaviour)
+    moments = find_moments(pair, traces, behaviour, tuple(words.values()))
     fired, mass, l0 = _activity(pair, moments)
     alive = fired >= ALIVE_FIRINGS * min(1.0, int(moments.predicting.sum()) / 100_000)
     alive &= fired > 0
-    if not bool(alive.any()):
-        raise BehaviourError("No feature of these adapters fires on the target's text; train them first.")
     search = roles = None
     if int(moments.moment.sum()) >= FEWEST_MOMENTS:
+        if not bool(alive.any()):
+            raise BehaviourError("No feature of these adapters fires on the target's text; train them first.")
         search = search_circuit(pair, moments, alive, options, progress)
         roles = sort_features(pair, moments, search.order, alive)
     circuit = Circuit(
         behaviour=behaviour.name,
         words=tuple(words),
+        phrases=tuple(ids if isinstance(ids, tuple) else (ids,) for ids in words.values()),
+        function=behaviour.function,
         features=() if roles is None else roles.features,
         strength=options.strength,
         split=split,
@@ -95,17 +104,19 @@ def find_circuit(
 def _activity(pair: PairedModel, moments: Moments) -> tuple[Tensor, Tensor, float]:
     """Firings and summed activation (in decoder-norm units) of every feature over a text, and the mean L0."""
     adapters = pair.installed_adapters()
-    fired = torch.zeros(pair.n_layers, adapters.n_features)
+    device = pair.model.W_E.device
+    fired = torch.zeros(pair.n_layers, adapters.n_features, device=device)
     mass, n = torch.zeros_like(fired), 0
     norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1).cpu() for adapter in adapters])
     for _, batch in moments.batches():
-        batch = batch.to(pair.model.W_E.device)
+        batch = batch.to(device)
         real = batch.predicting
         with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
             pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
         n += int(real.sum())
         for layer in range(pair.n_layers):
             here = acts[layer][real].float()
-            fired[layer] += (here > 0).sum(0).cpu()
-            mass[layer] += here.sum(0).cpu()
+            fired[layer] += (here > 0).sum(0)
+            mass[layer] += here.sum(0)
+    fired, mass = fired.cpu(), mass.cpu()
     return fired, mass * norms, float(fired.sum()) / max(1, n * pair.n_layers)

@@ -39,12 +39,13 @@ from tl_adapters.feature_pages import feature_address
 from tl_adapters.feature_store import FeatureStore
 from tl_adapters.features import ALIVE_FIRINGS, Example, Feature
 from tl_adapters.results import plain
-from tl_adapters.views import escape, marked, page, table
+from tl_adapters.views import escape, marked_at, page, table
+from tl_adapters.vocabulary import pattern_of
 
 FILE = "hesitation.html"
 PAGES = "features/pages"
 """Where a run's feature pages are."""
-LISTED = 60
+LISTED, SHOWN_WORDS = 60, 12
 
 _MEANS = {
     "output": "raise the word themselves",
@@ -88,7 +89,8 @@ def write_circuit_page(
         block: "hesitation" of results.json; what is not in it is not shown.
         circuit: of the run.
         store: for what the features are called, promote and fire on; one of other adapters is not used.
-        examples: generations side by side: "question", and the name of every arm with what it said.
+        examples: generations side by side: "question", and the name of every arm with what it said; "places", where
+            there are any, has for each arm what is to be marked instead of the words, as (start, stop) of characters.
 
     Raises DiskFullError.
     """
@@ -100,7 +102,7 @@ def write_circuit_page(
     sections = [
         _head(block, circuit, words),
         _criteria(block),
-        _drawing(circuit, store, link),
+        _drawing(circuit, store, link, (block.get("moments") or {}).get(circuit.split) or {}),
         controls_section(block),
         arms_section(block, "necessity", "Necessity: the replacement without them", "Features taken out of"),
         arms_section(block, "sufficiency", "Sufficiency: the hybrid with them", "Features added to"),
@@ -145,7 +147,11 @@ def page_link(folder: Path, store: FeatureStore | None = None) -> Link:
 
 def _head(block: Block, circuit: Circuit, words: Sequence[str]) -> str:
     c = block.get("circuit") or {}
-    said = ", ".join(f"<mark>{shown_text(word)}</mark>" for word in words)
+    said = ", ".join(f"<mark>{shown_text(word)}</mark>" for word in words[:SHOWN_WORDS])
+    said += f" and {len(words) - SHOWN_WORDS:,} more" if len(words) > SHOWN_WORDS else ""
+    function = block.get("function")
+    does = f"say {said}" if said else f"do what is called {shown_text(circuit.behaviour)}"
+    does += f" (found by the function <code>{shown_text(str(function))}</code>)" if function else ""
     rows = [
         [f"{role} features: {_MEANS[role]}", str(c.get(role, sum(f.role == role for f in circuit.features)))]
         for role in ROLES
@@ -159,10 +165,12 @@ def _head(block: Block, circuit: Circuit, words: Sequence[str]) -> str:
         rows.append(["features by layer", shown_text(", ".join(map(str, c["by_layer"])))])
     for split, m in (block.get("moments") or {}).items():
         counts = f"{count(m.get('moments'))} moments, {count(m.get('boundaries'))} boundaries"
+        if alike := (block.get("begins_alike") or {}).get(split):
+            counts += f" ({count(alike)} of them before something else that begins alike)"
         rows.append([f"{shown_text(split)} split", f"{counts} in {count(m.get('documents'))} documents"])
     return (
         f'<p class="soft"><a href="report.html">← report</a></p><h1>The {shown_text(circuit.behaviour)} circuit</h1>'
-        f'<p class="soft">Which features make the model say {said}, and what becomes of it without them. Found on the '
+        f'<p class="soft">Which features make the model {does}, and what becomes of it without them. Found on the '
         f"{shown_text(circuit.split)} split, measured on another. A <i>moment</i> is a place before the word, a "
         "<i>boundary</i> one like it where it is not. Intervals are 95 % intervals over documents or "
         f"problems.</p>{table(['the circuit', ''], rows)}"
@@ -184,9 +192,14 @@ def _criteria(block: Block) -> str:
     return "<h2>What was asked of it</h2>" + table(["criterion", "measured", "bar", ""], rows)
 
 
-def _drawing(circuit: Circuit, store: FeatureStore | None, link: Link) -> str:
+def _drawing(circuit: Circuit, store: FeatureStore | None, link: Link, moments: Block) -> str:
     if not circuit.features:
-        return "<h2>The circuit</h2><p>No feature was found.</p>"
+        why = ""
+        if moments.get("moments") is not None:
+            n, documents = count(moments["moments"]), count(moments.get("documents"))
+            why = f" The model's {documents} answers of the {shown_text(circuit.split)} split hold {n} moments"
+            why += ": it never does it, so there is nothing to find a circuit of." if not moments["moments"] else "."
+        return f"<h2>The circuit</h2><p>No feature was found.{why}</p>"
     edges = f"the {min(SHOWN_EDGES, len(circuit.edges))} strongest of {len(circuit.edges):,} edges are drawn"
     text = (
         "<p>Area: total effect on the word's log-odds; hollow where it lowers them. Of each role at most "
@@ -241,8 +254,12 @@ def _generations(examples: Sequence[Block], words: Sequence[str]) -> str:
     out = []
     for example in examples:
         said = {arm: text for arm, text in example.items() if arm != "question" and isinstance(text, str)}
+        places = example.get("places") or {
+            arm: [match.span() for match in pattern_of(words).finditer(text)] if words else []
+            for arm, text in said.items()
+        }
         boxes = "".join(
-            f"<div><h4>{arm_name(arm)}</h4><pre>{marked(text, words) if words else escape(text)}</pre></div>"
+            f"<div><h4>{arm_name(arm)}</h4><pre>{marked_at(text, places.get(arm) or [])}</pre></div>"
             for arm, text in said.items()
         )
         question = escape(str(example.get("question", "")))

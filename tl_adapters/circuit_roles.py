@@ -3,7 +3,8 @@
 All effects are on the margin (log-odds of the words), in nats, first order: activation times gradient in the real,
 nonlinear replacement, summed over every position that reaches a moment and averaged over moments.
 
-* *direct*: what a feature writes at the moment itself, read by final norm and unembedding, nothing in between;
+* *direct*: what a feature writes at the moment itself (and at a phrase's later tokens), read by final norm and
+  unembedding, nothing in between;
 * *total*: along all paths;
 * *through output features*: total, less total with the output features' activations held constant;
 * *on what follows*: total, but on the log-odds of the tokens that come after the word.
@@ -37,7 +38,8 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.adapter import FeatureId
 from tl_adapters.circuits import CircuitEdge, CircuitFeature, Role
 from tl_adapters.interventions import by_layer, gated
-from tl_adapters.moments import Moments, final_residual, log_odds
+from tl_adapters.losses import at_least_float32
+from tl_adapters.moments import Moments, final_residual, margins_from
 from tl_adapters.paired import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
 
 SHARE = 0.001
@@ -78,27 +80,30 @@ def effects_at(
     adapters = pair.installed_adapters()
     shape, device = (pair.n_layers, adapters.n_features), pair.model.W_E.device
     norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1).cpu() for adapter in adapters])
-    direct, total, mass, rate = (torch.zeros(shape) for _ in range(4))
+    direct, total, mass, rate = (torch.zeros(shape, device=device) for _ in range(4))
     margin, n = 0.0, 0
-    for _, batch in moments.with_moments().batches(tokens_per_batch):
+    for _, batch in moments.having(at).batches(tokens_per_batch):
         batch = batch.to(device)
         places = getattr(batch, at)
         gates = torch.ones(shape, device=device, requires_grad=True)
         with torch.enable_grad(), _constant(pair, held), gated(pair, dict(enumerate(gates))), \
                 pair.recorded(ACTIVATIONS) as acts:  # fmt: skip
-            residual = final_residual(pair, batch.tokens)[places]
-            said = log_odds(pair.unembed(residual), batch.words)
+            residual = final_residual(pair, batch.tokens)
+            said = margins_from(pair, residual, batch, places)
             through, reads = torch.autograd.grad(said.sum(), [gates, residual])
-        total += through.detach().cpu()
+        total += through.detach()
         margin, n = margin + float(said.detach().sum()), n + len(said)
+        read = reads.ne(0).any(-1)  # the places, and where phrases that begin there go on
+        reads = at_least_float32(reads[read])
         for layer in range(pair.n_layers):
+            rows = at_least_float32(_into_residual(pair, adapters[layer].W_dec.detach(), layer))
+            direct[layer] += (acts[layer].detach()[read] * (reads @ rows.to(reads).T)).sum(0)
             here = acts[layer].detach()[places]
-            written = reads @ _into_residual(pair, adapters[layer].W_dec.detach(), layer).T
-            direct[layer] += (here * written.to(here)).sum(0).cpu()
-            mass[layer] += here.sum(0).float().cpu() * norms[layer]
-            rate[layer] += (here > 0).sum(0).float().cpu()
+            mass[layer] += here.sum(0, dtype=torch.float32)
+            rate[layer] += (here > 0).sum(0)
     n = max(1, n)
-    return Effects(direct / n, total / n, mass / n, rate / n, margin / n)
+    direct, total, mass, rate = (summed.cpu() / n for summed in (direct, total, mass, rate))
+    return Effects(direct, total, mass * norms, rate, margin / n)
 
 
 def _into_residual(pair: PairedModel, rows: Tensor, layer: int) -> Tensor:
@@ -119,7 +124,7 @@ def effects_on_what_follows(
         coming = batch.tokens.roll(-1, dims=1)[batch.follows][:, None]
         gates = torch.ones(shape, device=device, requires_grad=True)
         with torch.enable_grad(), gated(pair, dict(enumerate(gates))):
-            logits = pair.unembed(final_residual(pair, batch.tokens)[batch.follows])
+            logits = at_least_float32(pair.unembed(final_residual(pair, batch.tokens)[batch.follows]))
             others = logits.scatter(1, coming, -torch.inf).logsumexp(1)
             odds = logits.gather(1, coming)[:, 0] - others
         total += torch.autograd.grad(odds.sum(), gates)[0].cpu()
@@ -221,8 +226,7 @@ def _margin_in_hybrid(pair: PairedModel, moments: Moments) -> float:
     for _, batch in moments.with_moments().batches():
         batch = batch.to(pair.model.W_E.device)
         with pair.routed("hybrid"):
-            residual = final_residual(pair, batch.tokens)[batch.moment]
-        total += float(log_odds(pair.unembed(residual), batch.words).sum())
+            total += float(margins_from(pair, final_residual(pair, batch.tokens), batch, batch.moment).sum())
     return total / max(1, int(moments.moment.sum()))
 
 

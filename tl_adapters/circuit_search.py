@@ -9,6 +9,10 @@ Every feature has a gate. The circuit S has three aims, each a number over texts
 3. *continuation*: KL(target || hybrid + S) over what follows the word. Without it the hybrid says "Wait" and closes its
    thinking: the word comes and the answer breaks.
 
+The margin is the log-odds of the behaviour (`moments`): of a phrase those of all its tokens, so that a feature that
+raises its second token counts as one that raises its first. Where another phrase comes that begins alike, it is not to
+come.
+
 What is left is their weighted sum, in nats. Each round scores every alive feature by what it would still take off it
 *given what is in S*: minus the gradient with respect to its gate. The best ``per_round`` join S, until S is as large as
 asked for. So copies of what is in S already, which have a large effect of their own, are not taken again: a ranking by
@@ -31,8 +35,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_adapters.adapter import FeatureId
+from tl_adapters.behaviors import BehaviourError
 from tl_adapters.interventions import gated
-from tl_adapters.moments import BehaviourError, Moments, final_residual, log_odds
+from tl_adapters.losses import at_least_float32
+from tl_adapters.moments import Moments, final_residual, margins_from
 from tl_adapters.paired import PairedModel
 
 
@@ -56,7 +62,7 @@ class SearchOptions:
     continuation: float = 4.0
     """Weight of what follows the word. With a quarter of it answers of the hybrid break, on the built-in pair."""
     documents: int = 120
-    """Documents with a moment that are read in a round."""
+    """Documents with a moment that are read in a round; those with boundaries only are read in proportion."""
     tokens_per_batch: int = 4096
     """In a forward pass."""
 
@@ -104,8 +110,8 @@ class _Reference:
         self.places = self.batch.moment | self.batch.boundary
         with pair.routed("target"):
             residual = final_residual(pair, self.batch.tokens)
-        self.said = log_odds(pair.unembed(residual[self.places]), batch.words).sigmoid()
-        self.goes_on = pair.unembed(residual[self.batch.follows]).log_softmax(-1)
+        self.said = margins_from(pair, residual, self.batch, self.places).sigmoid()
+        self.goes_on = at_least_float32(pair.unembed(residual[self.batch.follows])).log_softmax(-1)
 
 
 def search_circuit(
@@ -129,7 +135,7 @@ def search_circuit(
     options = options or SearchOptions()
     if not bool(moments.moment.any()):
         raise BehaviourError("There is no moment in these texts, so there is nothing to find a circuit of.")
-    texts = moments.with_moments(options.documents)
+    texts = moments.with_places(options.documents)
     references = [_Reference(pair, batch) for _, batch in texts.batches(options.tokens_per_batch)]
     size, every = (_size(alive, options.share * times) for times in (1.0, options.further))
     chosen, order, aims = torch.zeros_like(alive), list[int](), list[Aims]()
@@ -181,13 +187,13 @@ def _aims(
     """Each aim, summed over its places, with S as far in as ``joined`` says (0 to 1)."""
     batch = reference.batch
     with gated(pair, dict(enumerate(1 - joined))):
-        margin = log_odds(pair.unembed(final_residual(pair, batch.tokens)[batch.moment]), batch.words)
+        margin = margins_from(pair, final_residual(pair, batch.tokens), batch, batch.moment)
         necessity = F.softplus(margin + 2).sum()
     with gated(pair, dict(enumerate(joined * strength)), decoder_bias=False):
         residual = final_residual(pair, batch.tokens)
-        margin = log_odds(pair.unembed(residual[reference.places]), batch.words)
+        margin = margins_from(pair, residual, batch, reference.places)
         sufficiency = (F.softplus(margin) - reference.said * margin).sum()
-        going_on = pair.unembed(residual[batch.follows]).log_softmax(-1)
+        going_on = at_least_float32(pair.unembed(residual[batch.follows])).log_softmax(-1)
         continuation = (reference.goes_on.exp() * (reference.goes_on - going_on)).sum()
     return necessity, sufficiency, continuation
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.atomic import write_text
+from tl_adapters.behaviors import Find
 from tl_adapters.circuit_pages import write_circuit_page
 from tl_adapters.config import Dtype
 from tl_adapters.describing import FOLDER as FEATURES
@@ -33,13 +34,20 @@ def hesitation_stage(
     folder: Path,
     options: StudyOptions | None = None,
     words: Sequence[str] = ("Wait",),
+    find: Find | None = None,
     *,
+    name: str = "hesitation",
     progress: bool = False,
 ) -> BehaviourStudy:
-    """Analyse, draw and record; writes circuit.json, hesitation.jsonl, hesitation.html and the block."""
+    """Analyse, draw and record; writes circuit.json, hesitation.jsonl, hesitation.html and the block.
+
+    Args: as `analyze_behaviour`, and the folder of the run.
+    """
     seeds = tuple(read_results(folder).get("seeds", [0]))
     with stage(folder, "hesitation"):
-        study = analyze_behaviour(pair, subject, words, options=options, seeds=seeds, progress=progress)
+        study = analyze_behaviour(
+            pair, subject, words, find, name=name, options=options, seeds=seeds, progress=progress
+        )
         study.circuit.save(folder)
         write_text(folder / EXAMPLES, "".join(dumps(e) + "\n" for e in study.examples))
         store = FeatureStore.load(there) if (there := folder / FEATURES / STORE).is_dir() else None
@@ -67,7 +75,7 @@ def hesitation_of_run(
     Args:
         folder: made by train or demo.
         task: name of a benchmark's problems and a local copy, or None for the hub's; None for the built-in pair's own.
-        words: what is said.
+        words: words or phrases that are said.
         share: size of the circuit as a share of the alive features; None for the search's default.
         limit: so many problems, both halves together.
         max_new_tokens: the limit of an answer.

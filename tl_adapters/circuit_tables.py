@@ -147,7 +147,14 @@ def probabilities_section(block: Block) -> str:
                 for a, f in arms.items()
             ]
             out.append(f"<h3>{title}</h3>" + table(["model", *(heads[p] for p in places)], rows))
-    return "<h2>On given text</h2><p>The same text for every model: no answer drifts.</p>" + "".join(out) if out else ""
+    what = ""
+    if block.get("measured"):
+        what = (
+            f" The probability is that of {shown_text(str(block['measured']))}; of a phrase it is that of all its "
+            "tokens at the moments, elsewhere of those up to and with the one at which the text parts from it."
+        )
+    text = f"<p>The same text for every model: no answer drifts.{what}</p>"
+    return f"<h2>On given text</h2>{text}" + "".join(out) if out else ""
 
 
 def mediation_section(block: Block) -> str:

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_adapters.behaviors import Behaviour, counts
 from tl_adapters.benchmarks import Response, correctness, rate, respond
 from tl_adapters.freezing import frozen
 from tl_adapters.intervals import (
@@ -37,7 +38,7 @@ from tl_adapters.intervals import (
 )
 from tl_adapters.interventions import Features, ablated
 from tl_adapters.losses import kl_per_token
-from tl_adapters.moments import BehaviourError, Moments, final_residual, log_odds
+from tl_adapters.moments import BehaviourError, Moments, final_residual, margins_from, margins_where
 from tl_adapters.paired import PairedModel
 from tl_adapters.subjects import Injection, Subject
 from tl_adapters.variants import Variant
@@ -50,8 +51,9 @@ FEW_SETS = 5
 def probabilities(
     pair: PairedModel, moments: Moments, variant: Variant, split: str, unchanged: Unchanged | None = None
 ) -> dict[str, Figure]:
-    """Probability of the words at moments, boundaries and elsewhere, with intervals over documents.
+    """Probability of the behaviour at moments, boundaries and elsewhere, with intervals over documents.
 
+    Of a phrase: of all its tokens at the moments, elsewhere as far as the text shows it (see `moments`).
     With ``unchanged``, read over the same texts, the harm elsewhere too: "kl_elsewhere" (see `kl_elsewhere`).
     """
     return _probabilities(_probability_sums(pair, moments, variant, unchanged), split)
@@ -134,10 +136,10 @@ def _probability_sums(
             residual = final_residual(pair, batch.tokens)
             for place in PLACES:
                 at = getattr(batch, place)
-                said = torch.zeros(at.shape, dtype=torch.float64, device=at.device)
-                chunks = [log_odds(pair.unembed(r), batch.words) for r in residual[at].split(pair.rows_at_once)]
-                said[at] = torch.cat(chunks).sigmoid().double() if chunks else said[at]
-                sums[place][:, rows] = torch.stack([said.sum(1), at.sum(1).double()]).cpu()
+                there = margins_from(pair, residual, batch, at, pair.rows_at_once).sigmoid()
+                said = torch.zeros(at.shape, dtype=there.dtype, device=at.device)
+                said[at] = there
+                sums[place][:, rows] = torch.stack([said.cpu().double().sum(1), at.sum(1).cpu().double()])
         if unchanged is not None:
             at = away(batch)
             kl = kl_from_replacement(pair, variant, unchanged.residuals[number].to(residual), residual[at])
@@ -186,7 +188,7 @@ def answers(
 def record(
     said: Sequence[Response],
     baseline: Sequence[Response],
-    words: Sequence[str],
+    words: Sequence[str] | Behaviour,
     split: str,
     slips: Sequence[bool] | None = None,
     signs: dict[str, int] | None = None,
@@ -197,7 +199,7 @@ def record(
     Args:
         said: by the arm; where it answers several times, all answers of one time after the other.
         baseline: by the unchanged arm, to the same problems, once. A problem is drawn with all answers to it.
-        words: what is counted.
+        words: what is counted: words and phrases, or a behavior that counts itself.
         split: of the problems.
         slips: of every problem, did the target's answer contain a wrong step?
         signs: regular expressions counted beside the words, per 1,000 tokens.
@@ -211,12 +213,12 @@ def record(
     def each(values: Tensor) -> Tensor:
         return values.view(times, n) if sets > 1 else values.view(times, n).mean(0)
 
-    counts, lengths, right = (each(values) for values in (_counts(said, words), _lengths(said), correctness(said)))
+    shown, lengths, right = (each(values) for values in (_counts(said, words), _lengths(said), correctness(said)))
     was, were, before = _counts(baseline, words), _lengths(baseline), correctness(baseline)
     asked = list(range(n)) * times
     found: dict[str, Any] = asdict(rate(said, split, words, asked, events_together(was), sets))
     if float(was.sum()):
-        left = _unchanged(said is baseline) or change_of_ratio((counts, lengths), (was, were))
+        left = _unchanged(said is baseline) or change_of_ratio((shown, lengths), (was, were))
         found["hesitation_cut"] = left.scaled(-1).figure(n, "share of the hesitation rate", split)
     change = _unchanged(said is baseline) or change_of_ratio((lengths, torch.ones_like(lengths)), (were, torch.ones(n)))
     found["length_change"] = change.figure(n, "share of the length", split)
@@ -241,8 +243,8 @@ def _unchanged(itself: bool) -> Estimate | None:
     return Estimate(0.0, 0.0, 0.0, reason="compared with itself") if itself else None
 
 
-def _counts(said: Sequence[Response], words: Sequence[str]) -> Tensor:
-    return torch.tensor([r.count(words) for r in said], dtype=torch.float64)
+def _counts(said: Sequence[Response], words: Sequence[str] | Behaviour) -> Tensor:
+    return torch.tensor(counts(said, words), dtype=torch.float64)
 
 
 def _lengths(said: Sequence[Response]) -> Tensor:
@@ -294,10 +296,11 @@ def mediation(
         batch = batch.to(pair.model.W_E.device)
 
         def margin(into: str, batch: Moments = batch, rows: list[int] = rows) -> None:
-            said = torch.zeros(batch.moment.shape, dtype=torch.float64, device=batch.tokens.device)
-            logits = pair.model(batch.tokens)[batch.moment]  # whole: norms are held over every position
-            said[batch.moment] = log_odds(logits, batch.words).double()
-            sums[into][rows] = said.sum(1).cpu()
+            logits = pair.model(batch.tokens)  # whole: norms are held over every position
+            found = margins_where(lambda rows, places: logits[rows, places], batch, batch.moment)
+            said = torch.zeros(batch.moment.shape, dtype=found.dtype, device=batch.tokens.device)
+            said[batch.moment] = found
+            sums[into][rows] = said.cpu().double().sum(1)
 
         with pair.routed("replacement"):
             with frozen(pair, batch.tokens):

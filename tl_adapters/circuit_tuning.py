@@ -36,7 +36,7 @@ from tl_adapters.circuit_controls import (
     without_neurons,
 )
 from tl_adapters.circuit_trials import away, kl_from_replacement
-from tl_adapters.moments import BehaviourError, Moments, log_odds
+from tl_adapters.moments import BehaviourError, Moments, margins_from
 from tl_adapters.paired import PairedModel
 from tl_adapters.variants import Variant, on_route, without
 
@@ -134,8 +134,8 @@ class Texts:
             with variant.entered(pair):
                 resid = pair.embed(batch.tokens)  # asked in any case: a variant may look at the tokens
                 resid = pair.run_blocks(resid if streams is None else streams[number], start, pair.n_layers)
-                rows = resid[batch.moment].split(pair.rows_at_once)
-                said += sum(log_odds(pair.unembed(r), batch.words).sigmoid().float().sum() for r in rows)
+                odds = margins_from(pair, resid, batch, batch.moment, pair.rows_at_once)
+                said += odds.sigmoid().float().sum()
             at = away(batch)
             harm += kl_from_replacement(pair, variant, self.final[number][at], resid[at]).sum()
         onsets, others = (sum(int(places(b).sum()) for b in self.batches) for places in (lambda b: b.moment, away))
@@ -250,7 +250,8 @@ def tuned_steering(texts: Texts, goal: Measured) -> Setting:
     pair, search = texts.pair, _Effect(texts, goal)
     boundary = any(bool(batch.boundary.any()) for batch in texts.batches)
     marked = {int(token) for b in texts.batches for token in b.tokens[b.moment].tolist()}
-    marks = sorted(marked - set(texts.moments.words))
+    ended = {word[-1] if isinstance(word, tuple) else word for word in texts.moments.words}
+    marks = sorted(marked - ended)
     before = texts.embedded
     for layer in range(pair.n_layers):
         with pair.routed("replacement"):

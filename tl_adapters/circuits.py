@@ -30,7 +30,8 @@ from tl_adapters.results import plain
 from tl_adapters.strict_json import dumps
 from tl_adapters.views import escape, table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, READ_VERSIONS = 2, (1, 2)
+"""Version 1 does not say which tokens the words are, nor which function found them."""
 FILE = "circuit.json"
 HUB_FILE = "circuits/{}.json"
 SAME_DIRECTION = 0.8
@@ -116,7 +117,7 @@ class Circuit:
     behaviour: str
     """What they do, such as "hesitation"."""
     words: tuple[str, ...]
-    """The words whose log-odds the effects are on."""
+    """The words and phrases whose log-odds the effects are on."""
     features: tuple[CircuitFeature, ...]
     """All of them, suppressors included."""
     strength: float
@@ -133,6 +134,10 @@ class Circuit:
     """Direct effect, in nats, from which a feature is an output feature."""
     edges: tuple[CircuitEdge, ...] = field(default=(), repr=False)
     """Effects among them, where they were measured."""
+    phrases: tuple[tuple[int, ...], ...] = ()
+    """The tokens of each of the words, in their order; empty where a file of version 1 does not say them."""
+    function: str | None = None
+    """The name of the function that found the behaviour; None where words are said."""
 
     def __len__(self) -> int:
         return len(self.features)
@@ -175,8 +180,9 @@ class Circuit:
         except (OSError, ValueError) as error:
             raise CircuitError(f"{path} is damaged ({error}); copy or download it again.") from error
         version = record.get("schema_version") if isinstance(record, dict) else None
-        if version != SCHEMA_VERSION:
-            raise CircuitError(f"{path} has schema_version {version}; this version reads {SCHEMA_VERSION}.")
+        if version not in READ_VERSIONS:
+            read = " and ".join(map(str, READ_VERSIONS))
+            raise CircuitError(f"{path} has schema_version {version}; this version reads {read}.")
         try:
             return _circuit_of(record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -289,7 +295,8 @@ class Circuit:
     def _repr_html_(self) -> str:
         counts = Counter(f.role for f in self.features)
         said = ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role]) or "no features"
-        words = ", ".join(f"<code>{escape(repr(word))}</code>" for word in self.words)
+        words = ", ".join(f"<code>{escape(repr(word))}</code>" for word in self.words[:_SHOWN])
+        words = ", ".join(filter(None, (words, self.function and f"found by {escape(self.function)}"))) or "never said"
         strongest = sorted(self.features, key=lambda f: -_size(f.total))[:_SHOWN]
         rows = [
             [f"{f.id.layer}.{f.id.index}", f.role] + [f"{value:+.3g}" for value in f.effects] + [f"{f.mass:.3g}"]
@@ -334,6 +341,8 @@ def _circuit_of(record: Mapping[str, Any]) -> Circuit:
         n_layers=n_layers,
         threshold=_number(record["threshold"]),
         edges=tuple(edges),
+        phrases=tuple(tuple(int(token) for token in phrase) for phrase in record.get("phrases", ())),
+        function=None if record.get("function") is None else str(record["function"]),
     )
 
 

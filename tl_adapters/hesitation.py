@@ -31,6 +31,8 @@ from typing import Any
 import torch
 
 from tl_adapters.adapter import FeatureId
+from tl_adapters.banning import banned, banned_neighbors
+from tl_adapters.behaviors import Behaviour, BehaviourError, Find
 from tl_adapters.benchmarks import Response, rate, respond, traces_of
 from tl_adapters.circuit_controls import (
     commonest_alternative,
@@ -38,7 +40,6 @@ from tl_adapters.circuit_controls import (
     matched_features,
     most_active_others,
     put_in,
-    shifted_logits,
 )
 from tl_adapters.circuit_criteria import CUT, REACHED, correction_beside_others, criteria
 from tl_adapters.circuit_finding import Found, find_circuit
@@ -57,15 +58,14 @@ from tl_adapters.circuit_trials import (
 from tl_adapters.circuit_tuning import Setting, Texts, set_controls
 from tl_adapters.circuits import ROLES, Circuit
 from tl_adapters.completions import drawing
-from tl_adapters.data import Trace
 from tl_adapters.intervals import Estimate, Figure, OutcomesFigure
 from tl_adapters.interventions import only
-from tl_adapters.moments import Behaviour, BehaviourError, find_moments
+from tl_adapters.moments import find_moments
 from tl_adapters.paired import PairedModel
-from tl_adapters.subjects import Subject, kinds_of_hesitation
+from tl_adapters.subjects import Subject, kinds_at
 from tl_adapters.variants import Variant, less, on_route, without
 from tl_adapters.views import escape, table
-from tl_adapters.vocabulary import hesitation_tokens
+from tl_adapters.vocabulary import word_tokens
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class BehaviourStudy:
     """The circuit, and what it was found in."""
     block: dict[str, Any]
     """As results.json holds it, under "hesitation"."""
-    examples: list[dict[str, str]]
+    examples: list[dict[str, Any]]
     """Answers side by side."""
 
     @property
@@ -138,7 +138,7 @@ def analyze_behaviour(
     pair: PairedModel,
     subject: Subject,
     words: Sequence[str] = ("Wait",),
-    find: Callable[[Trace], Sequence[int]] | None = None,
+    find: Find | None = None,
     *,
     name: str = "hesitation",
     options: StudyOptions | None = None,
@@ -150,18 +150,20 @@ def analyze_behaviour(
     Args:
         pair: with adapters on every layer.
         subject: problems to choose on and to report on, with what can be checked about answers (`subjects`).
-        words: what is said.
-        find: instead of words, of a trace the positions of tokens that begin the behaviour. Rates of answers are then
-            counted for the words that stand at those places.
+        words: words or phrases that are said; their rate is how often answers say them, whole and in any case.
+        find: instead of words, of a trace the positions of tokens that begin the behaviour, or (start, stop) of its
+            tokens. Its rate is how often the function finds something in an answer, also in one cut at the limit. With
+            positions alone probabilities are those of the tokens that begin it, with (start, stop) of the whole.
         name: what results call it.
         options: how much is measured.
         seeds: of the adapters, recorded with every figure.
         progress: show bars.
 
-    Raises BehaviourError, and what generating raises.
+    A target that never does it has an empty study: no moments, no circuit, nothing tried. Raises BehaviourError, and
+    what generating raises.
     """
     options = options or StudyOptions()
-    behaviour = Behaviour(name, tuple(words), find)
+    behaviour = replace(Behaviour.of(words), name=name, find=find)
     study = _Study(pair, subject, behaviour, options, progress)
     block = study.run()
     return BehaviourStudy(study.found, _with_seeds(block, seeds), study.examples)
@@ -183,7 +185,7 @@ class _Study:
     ) -> None:
         self.pair, self.subject, self.behaviour, self.options = pair, subject, behaviour, options
         self.progress = progress
-        self.examples: list[dict[str, str]] = []
+        self.examples: list[dict[str, Any]] = []
         with pair.routed("target"):
             said = respond(pair.model, subject.select, max_new_tokens=subject.max_new_tokens)
             self.target = respond(pair.model, subject.report, max_new_tokens=subject.max_new_tokens)
@@ -193,7 +195,6 @@ class _Study:
         )
         self.moments = find_moments(pair, traces_of(self.target, tokenizer), behaviour, self.found.moments.words)
         self.some = self.moments.rows(range(min(PROBABILITY_DOCUMENTS, len(self.moments))))
-        self.counted = sorted({word.strip().casefold() for word in self.found.circuit.words})
         self.slips = (
             None
             if subject.slipped is None
@@ -215,6 +216,7 @@ class _Study:
             "words": list(circuit.words),
             "moments": {"select": self.found.moments.counts, "report": self.moments.counts},
             "circuit": self.size(),
+            **self.told(),
         }
         counts = block["moments"]
         if not self.order or not counts["report"]["moments"]:
@@ -247,6 +249,16 @@ class _Study:
         block["criteria"] = [*criteria(block, self.some), *correction_beside_others(block.get("injected", {}))]
         return block
 
+    def told(self) -> dict[str, Any]:
+        """What is to be known of a behaviour that is not said by single tokens; nothing of one that is."""
+        words, find = self.found.moments.words, self.behaviour.find
+        phrases = any(isinstance(word, tuple) for word in words)
+        found: dict[str, Any] = {} if find is None else {"function": self.behaviour.function}
+        if phrases or find is not None:
+            found["measured"] = "the whole phrase" if phrases else "the token that begins it"
+            found["begins_alike"] = {"select": self.found.moments.shared, "report": self.moments.shared}
+        return found
+
     # -- size -----------------------------------------------------------------------------------------------------
 
     def size(self) -> dict[str, Any]:
@@ -258,9 +270,9 @@ class _Study:
             "n": n,
             **{role: len(circuit.ids(role)) for role in ROLES},
             "alive": alive,
-            "share_of_alive": n / alive,
+            "share_of_alive": n / max(1, alive),
             "share_of_all": n / found.alive.numel(),
-            "share_of_activation": float(found.firings[layers, index].sum() / found.firings.sum()),
+            "share_of_activation": float(found.firings[layers, index].sum()) / max(1e-9, float(found.firings.sum())),
             "times_l0": n / max(1e-9, found.l0 * self.pair.n_layers),
             "distinct_directions": circuit.distinct_directions(self.pair.installed_adapters()),
             "strength": circuit.strength,
@@ -305,7 +317,7 @@ class _Study:
             **({} if other is None else {"other_tokens": other}),
         }
         self.baselines: dict[str, Variant] = {
-            "ban": shifted_logits(self.found.moments.words, -torch.inf),
+            "ban": self.ban(),
             **{name: self.settings[name].variant for name in BASELINES},
         }
         self.insertions: dict[str, Variant] = {
@@ -349,8 +361,8 @@ class _Study:
         """Probability, at the same places, of words that nothing was chosen on."""
         if not self.subject.held_out:
             return {}
-        found = hesitation_tokens(self.pair.model.tokenizer, self.subject.held_out)
-        if not (tokens := tuple(sorted(set(found.values()) - set(self.some.words)))):
+        found = word_tokens(self.pair.model.tokenizer, self.subject.held_out)
+        if not (tokens := tuple(word for word in found.values() if word not in self.some.words)):
             return {}
         texts = replace(self.some, words=tokens)
         arms = {
@@ -362,6 +374,8 @@ class _Study:
             "hybrid + both": self.added(self.order),
             **{f"hybrid + {name}": variant for name, variant in self.stronger.items()},
         }
+        if any(isinstance(word, tuple) for word in self.found.moments.words):
+            del arms["words banned"]  # a phrase is banned within itself, so nothing changes where it begins
         return {name: probabilities(self.pair, texts, variant, "report") for name, variant in arms.items()}
 
     def _arm(self, baseline: Sequence[Response] | None, variant: Variant, opened: bool = False) -> dict[str, Any]:
@@ -371,7 +385,12 @@ class _Study:
 
     def _record(self, said: Sequence[Response], baseline: Sequence[Response], of_sets: bool = False) -> dict[str, Any]:
         signs = {name: sum(r.matches(pattern) for r in said) for name, pattern in self.subject.signs.items()}
-        return record(said, baseline, self.counted, "report", self.slips, signs, of_sets)
+        return record(said, baseline, self.behaviour, "report", self.slips, signs, of_sets)
+
+    def ban(self) -> Variant:
+        """The words banned; of a phrase, one token after another, where that takes least of other text with it."""
+        moments = self.found.moments
+        return banned(moments.words, banned_neighbors(moments))
 
     def necessity(self) -> dict[str, Any]:
         """The replacement without sets of features, and its rivals."""
@@ -386,7 +405,10 @@ class _Study:
         bias_only = Variant("decoder biases only", lambda pair: only(pair, [], "replacement", decoder_bias=True))
         found["bias_only"] = self._arm(plain, bias_only, opened=True)
         rivals = {name: v for name, v in {**self.removals, **self.baselines}.items() if name not in self.sets}
-        return found | {name: self._arm(plain, variant) for name, variant in rivals.items()}
+        found |= {name: self._arm(plain, variant) for name, variant in rivals.items()}
+        if neighbors := banned_neighbors(self.found.moments):
+            found["ban"]["banned_elsewhere"] = sum(neighbors.values())
+        return found
 
     def _other_circuit(self) -> Variant | None:
         """The same search for the token that most often comes at the boundaries instead of the word."""
@@ -478,7 +500,7 @@ class _Study:
         for n in sorted({*(d for d in DOSES if d < len(order)), len(self.order), len(order)}):
             features = order[:n]
             told = answers(self.pair, few, without(features))
-            arm = record(told, self.plain[: len(told)], self.counted, "report")
+            arm = record(told, self.plain[: len(told)], self.behaviour, "report")
             said = [
                 probabilities(self.pair, self.some, variant, "report")["moment"].value
                 for variant in (without(features), self.added(features))
@@ -497,7 +519,7 @@ class _Study:
         for name, variant in (("none", on_route("replacement")), ("both", without(self.order))):
             with drawing(self.pair.model.W_E.device, self.options.seed):
                 said = answers(self.pair, self.subject, variant, temperature=self.options.temperature)
-            found[name] = rate(said, "report", self.counted)
+            found[name] = rate(said, "report", self.behaviour)
         return found
 
     def mediation(self) -> dict[str, Any]:
@@ -532,20 +554,28 @@ class _Study:
         return found
 
     def _kinds(self, said: Sequence[Response]) -> dict[str, int]:
-        count = Counter(kind for r in said for kind in kinds_of_hesitation(r.text, self.counted))
+        count = Counter(kind for r in said for kind in kinds_at(r.text, self._places(r)))
         return {kind: count[kind] for kind in ("correction", "re-check", "restart")}
 
+    def _places(self, response: Response) -> list[tuple[int, int]]:
+        """Where an answer's text shows the behaviour."""
+        return self.behaviour.places(response, self.pair.model.tokenizer)
+
     def _show(self) -> None:
-        order = sorted(range(len(self.plain)), key=lambda i: -min(2, self.plain[i].count(self.counted)))
+        order = sorted(range(len(self.plain)), key=lambda i: -min(2, self.behaviour.count(self.plain[i])))
         strength = self.found.circuit.strength
-        titles = {"both": "with the circuit", "both_at_strength": f"with the circuit, at strength {strength:g}"}
-        self.examples = [
-            {
-                "question": self.subject.report[i].question,
-                "replacement": self.plain[i].text,
-                "without the circuit": self.removed[i].text,
-                "hybrid, thinking opened": self.hybrid[i].text,
-                **{titles[name]: said[i].text for name, said in self.inserted.items()},
-            }
-            for i in order[:4]
-        ]
+        arms = {
+            "replacement": self.plain,
+            "without the circuit": self.removed,
+            "hybrid, thinking opened": self.hybrid,
+            "with the circuit": self.inserted["both"],
+        }
+        if self.stronger:
+            arms[f"with the circuit, at strength {strength:g}"] = self.inserted["both_at_strength"]
+        for i in order[:4]:
+            shown = {name: said[i] for name, said in arms.items()}
+            example: dict[str, Any] = {"question": self.subject.report[i].question}
+            example |= {name: response.text for name, response in shown.items()}
+            if self.behaviour.find is not None:  # words are found again in the text, what a function found is not
+                example["places"] = {name: self._places(response) for name, response in shown.items()}
+            self.examples.append(example)

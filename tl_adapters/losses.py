@@ -21,7 +21,7 @@ def kl_per_token(
     target_logits: Float[Tensor, "*batch d_vocab"], logits: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
     """KL(target || model) of the next-token distributions."""
-    target_logprobs, logprobs = (F.log_softmax(_at_least_float32(x), -1) for x in (target_logits, logits))
+    target_logprobs, logprobs = (F.log_softmax(at_least_float32(x), -1) for x in (target_logits, logits))
     return (target_logprobs.exp() * (target_logprobs - logprobs)).sum(-1)
 
 
@@ -59,17 +59,17 @@ class _KLFromResidual(torch.autograd.Function):
         grads, total = torch.zeros_like(rows), rows.new_zeros((), dtype=torch.float64)
         for chunk in _chunks(len(rows), rows_at_once):
             with torch.no_grad():
-                target_logprobs = F.log_softmax(_at_least_float32(unembed(targets[chunk])), -1)
+                target_logprobs = F.log_softmax(at_least_float32(unembed(targets[chunk])), -1)
             with torch.set_grad_enabled(ctx.needs_input_grad[1]):
                 row = rows[chunk].requires_grad_(ctx.needs_input_grad[1])
                 logits = unembed(row)
-            logprobs = F.log_softmax(_at_least_float32(logits.detach()), -1)
+            logprobs = F.log_softmax(at_least_float32(logits.detach()), -1)
             probs = target_logprobs.exp()
             total += (probs * (target_logprobs - logprobs)).sum()
             if ctx.needs_input_grad[1]:  # d KL(p || softmax(z)) / dz = softmax(z) - p
                 grads[chunk] = torch.autograd.grad(logits, row, (logprobs.exp() - probs).to(logits.dtype))[0]
         ctx.save_for_backward(grads / len(rows), mask)
-        return (total / len(rows)).to(_at_least_float32(resid[:0]).dtype)
+        return (total / len(rows)).to(at_least_float32(resid[:0]).dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, None, None, None]:
@@ -93,7 +93,8 @@ def _chunks(n: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, anything else as it is: before a softmax, a logsumexp or a sum."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -106,9 +107,9 @@ def squared_error_ratio(
 
     Term 4 is its mean over the residual stream at the embedding (where it is 0) and after every layer.
     """
-    weights = mask[..., None].to(_at_least_float32(resid[:0]).dtype)
-    target = _at_least_float32(target_resid)
-    error = ((_at_least_float32(resid) - target).square() * weights).sum()
+    weights = mask[..., None].to(at_least_float32(resid[:0]).dtype)
+    target = at_least_float32(target_resid)
+    error = ((at_least_float32(resid) - target).square() * weights).sum()
     return error / (target.square() * weights).sum()
 
 

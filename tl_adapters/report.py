@@ -286,7 +286,7 @@ def _hesitation(b: Block) -> str:
     roles = ", ".join(f"{circuit[role]:,} {role}" for role in kinds if circuit.get(role) is not None)
     share = circuit.get("share_of_alive")
     share = share.get("value") if isinstance(share, dict) else share
-    words = ", ".join(map(escape, b.get("words") or []))
+    words = ", ".join(map(escape, b.get("words") or [])) or f"what {escape(str(b.get('function')))} finds"
     of = "" if share is None else f" ({_percent(share)} of the alive)"
     link = f'<a href="{escape(b.get("page") or "hesitation.html")}">the circuit, its features and every arm</a>'
     stronger = f"the whole circuit, at strength {circuit.get('strength') or 1:g}"

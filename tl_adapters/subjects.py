@@ -17,6 +17,7 @@ from typing import Any
 from tl_adapters.benchmarks import THINK_OPENS, Checkable, Response
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.census import corrects, with_injected_slip, written_steps
+from tl_adapters.vocabulary import pattern_of
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,24 @@ def halves(asked: Sequence[Checkable], max_new_tokens: int, prefill: str = THINK
 
 
 def kinds_of_hesitation(text: str, words: Sequence[str]) -> list[str]:
-    """What each hesitation leads to, told by the last number before the word and the last one that follows in its line.
+    """What each hesitation leads to, where words say where it is (`kinds_at`)."""
+    return kinds_at(text, [match.span() for match in pattern_of(words).finditer(text)])
 
-    What follows ends at the next of the words too.
+
+def kinds_at(text: str, places: Sequence[tuple[int, int]]) -> list[str]:
+    """What each hesitation leads to, told by the last number before it and the last one that follows in its line.
 
     "correction" where they differ, "re-check" where they are equal, "restart" where no number follows.
+
+    Args:
+        text: of an answer.
+        places: (start, stop) of each hesitation, from left to right. What follows ends at the next of them, too.
     """
-    said = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
     found = []
-    for match in said.finditer(text):
-        before = re.findall(r"\d+", text[: match.start()])
-        line = text[match.end() :].split("\n", 1)[0]
-        after = re.findall(r"\d+", said.split(line, maxsplit=1)[0])
+    for i, (start, stop) in enumerate(places):
+        before = re.findall(r"\d+", text[:start])
+        upto = places[i + 1][0] if i + 1 < len(places) else len(text)
+        after = re.findall(r"\d+", text[stop : max(stop, upto)].split("\n", 1)[0])
         if not after or not before:
             found.append("restart")
         else:

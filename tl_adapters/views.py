@@ -74,8 +74,19 @@ def escape(text: str) -> str:
 
 def marked(text: str, words: Sequence[str]) -> str:
     """``text`` as HTML with ``words`` highlighted, in any case."""
-    parts = re.split("(" + "|".join(rf"\b{re.escape(word)}\b" for word in words) + ")", text, flags=re.IGNORECASE)
-    return "".join(f"<mark>{escape(p)}</mark>" if i % 2 else escape(p) for i, p in enumerate(parts))
+    found = re.finditer("|".join(rf"\b{re.escape(word)}\b" for word in words), text, flags=re.IGNORECASE)
+    return marked_at(text, [match.span() for match in found])
+
+
+def marked_at(text: str, places: Sequence[Sequence[int]]) -> str:
+    """``text`` as HTML with places highlighted, each as (start, stop) of characters."""
+    out, done = [], 0
+    for start, stop in sorted(map(tuple, places)):
+        start = max(start, done)
+        if start < stop:
+            out.append(f"{escape(text[done:start])}<mark>{escape(text[start:stop])}</mark>")
+            done = stop
+    return "".join(out) + escape(text[done:])
 
 
 def inert_json(value: object) -> str:

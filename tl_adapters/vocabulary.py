@@ -2,12 +2,14 @@
 
 "Wait", "wait", " Wait" and " wait" are one word and up to four tokens. A word is counted where the tokenizer has it
 as one token, in one of its spellings: as written, in small letters, with a capital, in capitals, each with and without
-a space before it. What the tokenizer splits has no logit of its own and is left out.
+a space before it. What the tokenizer splits has no logit of its own and is left out, unless no spelling of it is one
+token: then it is a phrase ("Hold on"), and all its spellings are (`word_tokens`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -49,6 +51,68 @@ def hesitation_tokens(
         if len(ids) == 1 and ids[0] not in found.values() and says(tokenizer.decode(ids), [spelling]):
             found[spelling] = ids[0]
     return found
+
+
+def word_tokens(tokenizer: PreTrainedTokenizerBase | None, words: Sequence[str]) -> dict[str, int | tuple[int, ...]]:
+    """Spelling to token id, or to the ids of a spelling of several tokens; in the order of the words.
+
+    Of a word that is one token in some spelling only those spellings are taken (`hesitation_tokens`), of another one
+    all that the tokenizer can write. A spelling that holds another one of them is left out (" Hold on" where a space is
+    a token of its own): where it stands the other one does. Empty where the tokenizer can write none. Raises
+    VocabularyError for no tokenizer, no words, or a word that is empty or has spaces around it.
+    """
+    if tokenizer is None:
+        raise VocabularyError("There is no tokenizer to look words up in; give the target's tokenizer.")
+    bad = [word for word in words if not word or word != word.strip()]
+    if not words or bad:
+        raise VocabularyError(f"Got the words {bad or list(words)}; give words or phrases without spaces around them.")
+    found: dict[str, tuple[int, ...]] = {}
+    for word in words:
+        written = dict(
+            zip(
+                spellings(word),
+                map(tuple, tokenizer(list(spellings(word)), add_special_tokens=False)["input_ids"]),
+                strict=True,
+            )
+        )
+        written = {s: ids for s, ids in written.items() if ids and says(tokenizer.decode(list(ids)), [s])}
+        single = {s: ids for s, ids in written.items() if len(ids) == 1}
+        for spelling, ids in (single or written).items():
+            if ids not in found.values():
+                found.setdefault(spelling, ids)
+    return {spelling: ids[0] if len(ids) == 1 else ids for spelling, ids in without_extensions(found).items()}
+
+
+def without_extensions(phrases: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The phrases that hold no other one of them: where a longer one stands the shorter one does."""
+    held = set(phrases.values())
+    return {text: ids for text, ids in phrases.items() if not any(part in held for part in _parts(ids))}
+
+
+def _parts(ids: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """Everything in a row of tokens that is shorter than the whole."""
+    n = len(ids)
+    return {ids[i:j] for i in range(n) for j in range(i + 1, n + 1) if j - i < n}
+
+
+_BOUNDS = (r"(?<!\w)", r"(?!\w)")
+
+
+def pattern_of(words: Sequence[str]) -> re.Pattern[str]:
+    """Matches each of ``words`` in any case, whole: no letter or digit goes on where a word begins or ends with one.
+
+    A space in a phrase stands for any white space. Of two words that begin at one place the shorter one is matched.
+    """
+
+    def whole(word: str) -> str:
+        inner = r"\s+".join(map(re.escape, word.split()))
+        edges = word.strip()[:1], word.strip()[-1:]
+        before, after = (
+            "" if re.match(r"\w", edge) is None else bound for edge, bound in zip(edges, _BOUNDS, strict=True)
+        )
+        return before + inner + after
+
+    return re.compile("|".join(whole(word) for word in sorted(words, key=len)), re.IGNORECASE)
 
 
 def says(token: str, words: Sequence[str] = HESITATION_WORDS) -> bool:

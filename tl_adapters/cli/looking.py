@@ -159,7 +159,13 @@ def add_hesitation(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     hesitation.add_argument(
         "--task", metavar="NAME[=FILE]", help="problems (the built-in pair has its own): gsm8k, ..."
     )
-    hesitation.add_argument("--words", nargs="+", default=["Wait"], metavar="WORD", help="what is said (default: Wait)")
+    hesitation.add_argument(
+        "--words",
+        nargs="+",
+        default=["Wait"],
+        metavar="WORD",
+        help='what is said, such as Wait "Hold on" (default: Wait)',
+    )
     hesitation.add_argument(
         "--share", type=float, metavar="X", help="size, as a share of alive features (default: 0.03)"
     )

@@ -125,7 +125,9 @@ def add_benchmark(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     benchmark.add_argument("--batch-size", type=int, metavar="N", help="problems at a time (default: the task's)")
     benchmark.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each task")
     benchmark.add_argument("--open-thinking", action="store_true", help="the prompt ends with the tag that opens it")
-    benchmark.add_argument("--words", nargs="+", default=("wait",), help="what counts as hesitation (default: wait)")
+    benchmark.add_argument(
+        "--words", nargs="+", default=("wait",), help='what counts, such as wait "hold on" (default: wait)'
+    )
     benchmark.add_argument("--out", type=Path, help="folder of answers (default: RUN/benchmarks)")
     benchmark.set_defaults(run=_benchmark)
 
