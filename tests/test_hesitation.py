@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from tl_adapters.circuits import ROLES
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data import Trace
 from tl_adapters.hesitation import BehaviourStudy, StudyOptions, analyze_behaviour, analyze_hesitation
-from tl_adapters.intervals import Figure
+from tl_adapters.intervals import Figure, SetsFigure, mcnemar, newcombe
 from tl_adapters.interventions import only
 from tl_adapters.moments import Behaviour, BehaviourError, find_moments
 from tl_adapters.opening import load_builtin_pair
@@ -163,6 +164,9 @@ def test_every_figure_is_of_the_report_problems(study: BehaviourStudy) -> None:
     assert len(found) > 50
     assert {f.split for f in found} == {"report"}
     assert max(f.n for f in found) == 4, "several draws are no more problems"
+    drawn = study.block["probabilities"]["replacement - random"]["moment"]
+    assert isinstance(drawn, SetsFigure) and drawn.draws == OPTIONS.probability_draws
+    assert drawn.min <= drawn.value <= drawn.max and "only 2 sets" in drawn.reason
     assert {f.seeds for f in found} == {(0,)}
     assert study.circuit.split == "select"
 
@@ -297,12 +301,16 @@ def test_criteria_are_read_off_the_block(study: BehaviourStudy) -> None:
     criteria, block = study.block["criteria"], study.block
     assert len({c["name"] for c in criteria}) == len(criteria) >= 9
     for c in criteria:
-        assert set(c) == {"name", "value", "bar", "reached"}
-        assert isinstance(c["value"], float)
-        assert math.isfinite(c["value"])
-        assert isinstance(c["reached"], bool)
+        assert set(c) == {"name", "value", "bar", "reached", "n", "needs"}
+        assert (c["value"] is None and c["reached"] is None) or math.isfinite(c["value"])
+        assert c["reached"] is None or isinstance(c["reached"], bool)
+        assert c["needs"] is None or (f"needs n >= {c['needs']:,}; n = {c['n']}" in c["bar"])
         assert c["bar"]
     asked = {c["name"]: c for c in criteria}
+    gone, measured = asked["hesitation gone without it"], block["necessity"]["both"].get("hesitation_cut")
+    assert gone["value"] == (None if measured is None else measured.value), "none was there to be gone"
+    equal = asked["accuracy, hybrid + circuit less hybrid"]
+    assert (equal["reached"], equal["n"]) == (None, 4) and "not enough problems" in equal["bar"]
     share = asked["circuit, share of the alive features"]
     assert (share["value"], share["reached"]) == (block["circuit"]["share_of_alive"], False), "10 % is above 3 %"
     said = block["probabilities"]
@@ -319,7 +327,10 @@ def test_criteria_are_read_off_the_block(study: BehaviourStudy) -> None:
     i = block["injected"]
     lost = asked["injected errors corrected: lost without it"]
     assert lost["value"] == i["replacement"].value - i["replacement - both"].value
-    assert lost["reached"] == (i["replacement - both"].high < i["replacement"].low)
+    with_it, without_it = (i[name].outcomes for name in ("replacement", "replacement - both"))
+    pairs = list(zip(with_it, without_it, strict=True))
+    change = newcombe(*map(pairs.count, product("10", repeat=2)))
+    assert lost["reached"] == (change.low > 0 and mcnemar(with_it, without_it) < 0.05)
 
 
 # -- finding alone ------------------------------------------------------------------------------------------------
