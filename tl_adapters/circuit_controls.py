@@ -16,6 +16,7 @@ Here is how each of them is made; `circuit_tuning` sets bias, steering and neuro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,30 +195,25 @@ def without_neurons(
         held: what the activations become; None is 0.
         last: the share by which the last of them is changed, so that their number can be set finely.
     """
-    by_layer: dict[int, list[int]] = {}
-    shares: dict[int, list[float]] = {}
-    for place, (layer, index) in enumerate(neurons):
-        by_layer.setdefault(layer, []).append(index)
-        shares.setdefault(layer, []).append(last if place == len(neurons) - 1 else 1.0)
+    order = sorted(range(len(neurons)), key=lambda i: neurons[i])  # by layer
+    sizes = Counter(neurons[i][0] for i in order)
+
+    def change(acts: Tensor, hook: HookPoint, index: Tensor, kept: Tensor, instead: Tensor) -> Tensor:
+        return acts.index_copy(-1, index, acts[..., index] * kept + instead)
 
     @contextmanager
     def entered(pair: PairedModel) -> Iterator[Any]:
         like = pair.model.W_E
-
-        def turn_off(acts: Tensor, hook: HookPoint, index: Tensor, kept: Tensor, instead: Tensor) -> Tensor:
-            return acts.index_copy(-1, index, acts[..., index] * kept + instead)
-
-        hooks = []
-        for layer, chosen in by_layer.items():
-            index = torch.tensor(chosen, device=like.device)
-            share = torch.tensor(shares[layer], dtype=like.dtype, device=like.device)
-            value = torch.zeros_like(share) if held is None else held[layer].to(like)[index]
-            hooks.append(
-                (
-                    f"blocks.{layer}.mlp.hook_post",
-                    partial(turn_off, index=index, kept=1 - share, instead=share * value),
-                )
-            )
+        which = torch.tensor([neurons[i] for i in order], dtype=torch.long).reshape(-1, 2).to(like.device)
+        share = torch.tensor([last if i == len(neurons) - 1 else 1.0 for i in order]).to(like)
+        value = torch.zeros_like(share) if held is None else held.to(like)[which[:, 0], which[:, 1]]
+        of_layers = zip(
+            sizes, *(t.split(list(sizes.values())) for t in (which[:, 1], 1 - share, share * value)), strict=True
+        )
+        hooks = [
+            (f"blocks.{layer}.mlp.hook_post", partial(change, index=index, kept=kept, instead=instead))
+            for layer, index, kept, instead in of_layers
+        ]
         with pair.routed("replacement") as model, model.hooks(fwd_hooks=hooks):
             yield model
 
