@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,7 +21,7 @@ from tl_adapters.behaviors import Behaviour, counts
 from tl_adapters.chat import ChatFormat
 from tl_adapters.completions import complete
 from tl_adapters.data import Trace
-from tl_adapters.intervals import Estimate, bootstrap_ratio, clustered_share, event_rate
+from tl_adapters.intervals import OPTIONAL, Estimate, bootstrap_ratio, clustered_share, event_rate
 from tl_adapters.vocabulary import pattern_of
 
 THINK_OPENS = "<think>"
@@ -88,9 +88,9 @@ class Interval:
     """None where there is no interval."""
     high: float | None
     """None where there is no interval."""
-    undefined: float = 0.0
+    undefined: float = field(default=0.0, metadata=OPTIONAL)
     """Share of the bootstrap's draws that have no value."""
-    reason: str = ""
+    reason: str = field(default="", metadata=OPTIONAL)
     """Why there is none, or what it is where it is not the usual one."""
 
     @classmethod

@@ -14,7 +14,6 @@ Arms are compared with the arm in which nothing is changed, paired by problem, w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from tl_adapters.interventions import Features, ablated
 from tl_adapters.losses import kl_per_token
 from tl_adapters.moments import BehaviourError, Moments, final_residual, margins_from, margins_where
 from tl_adapters.paired import PairedModel
+from tl_adapters.results import plain
 from tl_adapters.subjects import Injection, Subject
 from tl_adapters.variants import Variant
 
@@ -216,7 +216,7 @@ def record(
     shown, lengths, right = (each(values) for values in (_counts(said, words), _lengths(said), correctness(said)))
     was, were, before = _counts(baseline, words), _lengths(baseline), correctness(baseline)
     asked = list(range(n)) * times
-    found: dict[str, Any] = asdict(rate(said, split, words, asked, events_together(was), sets))
+    found: dict[str, Any] = plain(rate(said, split, words, asked, events_together(was), sets))
     if float(was.sum()):
         left = _unchanged(said is baseline) or change_of_ratio((shown, lengths), (was, were))
         found["hesitation_cut"] = left.scaled(-1).figure(n, "share of the hesitation rate", split)

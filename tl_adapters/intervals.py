@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -42,6 +42,10 @@ _Z95 = 1.959963984540054
 """97.5 % point of the normal distribution."""
 _ZERO = 1e-12
 """A sum of less than this share of its terms' sizes is 0."""
+
+
+OPTIONAL = {"optional": True}
+"""Metadata of fields that a file leaves out where they have their default (`results.plain`)."""
 
 
 class IntervalError(UserError, ValueError):
@@ -66,9 +70,9 @@ class Figure:
     """Which problems or documents: train, select, tune or report."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the adapters measured."""
-    undefined: float = 0.0
-    """Share of the bootstrap's draws that have no value."""
-    reason: str = ""
+    undefined: float = field(default=0.0, metadata=OPTIONAL)
+    """Share of the bootstrap's draws that have no value; not written where there is none."""
+    reason: str = field(default="", metadata=OPTIONAL)
     """Why there is no value or no interval, or what the interval is where it is not the usual one."""
 
     def __post_init__(self) -> None:

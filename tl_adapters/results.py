@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,14 @@ def write_results(folder: str | Path, **blocks: Any) -> dict[str, Any]:
 
 
 def plain(value: Any, null: bool = False) -> Any:
-    """``value`` as JSON can hold it: mappings and lists. ``null`` makes NaN null, for files whose reader makes it NaN.
+    """``value`` as JSON can hold it: mappings and lists.
 
-    Otherwise NaN stays, and what writes it raises.
+    A dataclass's field whose metadata says "optional" is left out where it has its default. ``null`` makes NaN null,
+    for files whose reader makes it NaN; otherwise it stays, and what writes it raises.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value), null)
+        held = ((f, getattr(value, f.name)) for f in fields(value))
+        return {f.name: plain(item, null) for f, item in held if not (f.metadata.get("optional") and item == f.default)}
     if isinstance(value, dict):
         return {str(key): plain(item, null) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
