@@ -29,6 +29,8 @@ Words = tuple[int | tuple[int, ...], ...]
 """Tokens each of which is the behavior, and phrases: tokens that are it together."""
 Span = tuple[int, int]
 """Where something starts, and where it has stopped."""
+MOST_TOKENS = 2_000
+"""Of all phrases together that a function may find: what is measured of a phrase is its very tokens."""
 Find = Callable[[Trace], Sequence[int | Span]]
 """Of a trace, the positions of tokens that begin the behavior, or (start, stop) of all tokens of it."""
 
@@ -104,7 +106,13 @@ class Behaviour:
             for ids in sorted(said):
                 text = tokenizer.decode(list(ids))
                 known[text if text not in known else f"{text} {ids}"] = ids  # parts of characters have one text
-            return {text: ids[0] if len(ids) == 1 else ids for text, ids in without_extensions(known).items()}
+            phrases = without_extensions(known)
+            if (n := sum(len(ids) for ids in phrases.values() if len(ids) > 1)) > MOST_TOKENS:
+                raise BehaviourError(
+                    f"The function {self.function} found {len(phrases):,} different phrases of {n:,} tokens together; "
+                    f"at most {MOST_TOKENS:,} can be measured. Let it return positions, where no phrase is meant."
+                )
+            return {text: ids[0] if len(ids) == 1 else ids for text, ids in phrases.items()}
         if not (found := word_tokens(tokenizer, self.words)):
             raise BehaviourError(
                 f"Nothing begins the behaviour {self.name!r}: this model's tokenizer can write none of "
@@ -141,7 +149,9 @@ class Behaviour:
         spans: dict[int, int] = {}
         for place in self.find(trace):
             try:
-                start, stop = map(index, place) if isinstance(place, tuple) else (index(place), index(place) + 1)
+                start, stop = (
+                    map(index, place) if isinstance(place, (tuple, list)) else (index(place), index(place) + 1)
+                )
             except (TypeError, ValueError):
                 start = stop = -1
             if not 0 <= start < stop <= len(trace.tokens):

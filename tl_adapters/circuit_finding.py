@@ -67,11 +67,6 @@ def find_circuit(
     """
     behaviour, options = behaviour or Behaviour(), options or SearchOptions()
     adapters = pair.installed_adapters()
-    if not traces:
-        raise BehaviourError(
-            f"There are no answers to look for {behaviour.name} in: none came to its end. Give more problems, or more "
-            "tokens for an answer (max_new_tokens)."
-        )
     words = behaviour.tokens(pair, traces)
     moments = find_moments(pair, traces, behaviour, tuple(words.values()))
     fired, mass, l0 = _activity(pair, moments)

@@ -23,6 +23,7 @@ from tl_adapters.circuit_drawing import (
     signed,
     size,
 )
+from tl_adapters.circuit_finding import FEWEST_MOMENTS
 from tl_adapters.circuit_tables import (
     arms_section,
     controls_section,
@@ -198,7 +199,10 @@ def _drawing(circuit: Circuit, store: FeatureStore | None, link: Link, moments: 
         if moments.get("moments") is not None:
             n, documents = count(moments["moments"]), count(moments.get("documents"))
             why = f" The model's {documents} answers of the {shown_text(circuit.split)} split hold {n} moments"
-            why += ": it never does it, so there is nothing to find a circuit of." if not moments["moments"] else "."
+            if not moments["moments"]:
+                why += ": it never does it, so there is nothing to find a circuit of."
+            else:
+                why += f"; a circuit is searched from {FEWEST_MOMENTS} on."
         return f"<h2>The circuit</h2><p>No feature was found.{why}</p>"
     edges = f"the {min(SHOWN_EDGES, len(circuit.edges))} strongest of {len(circuit.edges):,} edges are drawn"
     text = (

@@ -40,7 +40,7 @@ def arms_section(block: Block, name: str, title: str, said: str) -> str:
     figures = [
         bars([bar(arms[arm], arm, key) for arm in drawn], caption, as_share)
         for key, caption, as_share in (
-            ("hesitation_per_1k", "Hesitations per 1,000 response tokens.", False),
+            ("hesitation_per_1k", f"{_counted(block, capital=True)} per 1,000 response tokens.", False),
             ("length", "Response length, tokens.", False),
             ("accuracy", "Accuracy.", True),
         )
@@ -68,9 +68,16 @@ def _with_harm(block: Block, name: str) -> dict[str, Block]:
     return found
 
 
-def _records(arms: Mapping[str, Block], block: Block | None = None) -> str:
+def _counted(block: Block, capital: bool = False) -> str:
+    """What is counted in answers, by the name that the study gave it."""
+    name = str(block.get("behaviour") or "hesitation")
+    said = "hesitations" if name == "hesitation" else f"occurrences of {name}"
+    return said[0].upper() + said[1:] if capital else said
+
+
+def _records(arms: Mapping[str, Block], block: Block) -> str:
     columns = [
-        (key, name, percent)
+        (key, name.replace("hesitations", shown_text(_counted(block))), percent)
         for key, name, percent in _COLUMNS
         if any(record.get(key) is not None for record in arms.values())
     ]
@@ -84,7 +91,7 @@ def _records(arms: Mapping[str, Block], block: Block | None = None) -> str:
 def sampled_section(block: Block) -> str:
     """Answers drawn at a temperature."""
     arms = block.get("sampled") or {}
-    return "<h2>Sampled, not greedy</h2>" + _records(arms) if arms else ""
+    return "<h2>Sampled, not greedy</h2>" + _records(arms, block) if arms else ""
 
 
 def injected_section(block: Block) -> str:
@@ -186,7 +193,7 @@ def dose_section(block: Block) -> str:
             plot(
                 [Line("first n features out", n, value, (low, high))],
                 xlabel="features taken out",
-                ylabel="hesitations per 1,000 tokens",
+                ylabel=f"{_counted(block).partition(' of ')[0]} per 1,000 tokens",
                 caption="In the order in which the search took them, beyond the circuit too.",
             )
         )

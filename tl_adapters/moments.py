@@ -141,10 +141,15 @@ def find_moments(
         behaviour: hesitation by default.
         words: tokens and phrases that it is, where other texts have told; None asks these.
 
-    Raises BehaviourError where the tokenizer can write none of the words. A target that never does it has no moments,
-    whether words or a function say so.
+    Raises BehaviourError where there are no texts, or the tokenizer can write none of the words. A target that never
+    does it has no moments, whether words or a function say so.
     """
     behaviour = behaviour or Behaviour()
+    if not traces:
+        raise BehaviourError(
+            f"There are no answers to look for {behaviour.name} in: none came to its end. Give more problems, or more "
+            "tokens for an answer (max_new_tokens)."
+        )
     words = tuple(behaviour.tokens(pair, traces).values()) if words is None else tuple(words)
     batch = collate(traces)
     predicting = batch.predicting_response
@@ -304,7 +309,7 @@ def _tree(words: Words) -> tuple[list[tuple[int, int]], list[tuple[int, int, int
     return going, [(*here, node) for here, node in edges.items()]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _said(words: Words, d_vocab: int, device: torch.device) -> Bool[Tensor, "nodes d_vocab"]:
     """Of every node, the tokens that go on from there."""
     going, edges = _tree(words)
@@ -314,6 +319,6 @@ def _said(words: Words, d_vocab: int, device: torch.device) -> Bool[Tensor, "nod
     return said.to(device)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _edges(words: Words, device: torch.device) -> Int[Tensor, "edges 3"]:
     return torch.tensor(_tree(words)[1], dtype=torch.long, device=device).reshape(-1, 3)

@@ -85,14 +85,15 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase | None, words: Sequence[str])
 
 def without_extensions(phrases: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The phrases that hold no other one of them: where a longer one stands the shorter one does."""
-    held = set(phrases.values())
-    return {text: ids for text, ids in phrases.items() if not any(part in held for part in _parts(ids))}
+    known = set(phrases.values())
+    lengths = sorted({len(ids) for ids in known})
 
+    def holds_another(ids: tuple[int, ...]) -> bool:
+        return any(
+            ids[start : start + n] in known for n in lengths if n < len(ids) for start in range(len(ids) - n + 1)
+        )
 
-def _parts(ids: tuple[int, ...]) -> set[tuple[int, ...]]:
-    """Everything in a row of tokens that is shorter than the whole."""
-    n = len(ids)
-    return {ids[i:j] for i in range(n) for j in range(i + 1, n + 1) if j - i < n}
+    return {text: ids for text, ids in phrases.items() if not holds_another(ids)}
 
 
 _BOUNDS = (r"(?<!\w)", r"(?!\w)")

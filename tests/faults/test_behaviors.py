@@ -24,15 +24,16 @@ from tl_adapters.behaviors import Behaviour, BehaviourError, counts
 from tl_adapters.benchmarks import Response, rate, respond, traces_of
 from tl_adapters.circuit_finding import find_circuit
 from tl_adapters.circuit_pages import write_circuit_page
-from tl_adapters.circuit_roles import effects_at, sort_features
+from tl_adapters.circuit_roles import circuit_edges, effects_at, sort_features
 from tl_adapters.circuit_search import SearchOptions, search_circuit
 from tl_adapters.circuit_stage import hesitation_stage
-from tl_adapters.circuit_trials import probabilities, record
+from tl_adapters.circuit_trials import mediation, probabilities, record
 from tl_adapters.circuits import Circuit, CircuitError
 from tl_adapters.data import Trace
+from tl_adapters.freezing import frozen
 from tl_adapters.hesitation import BehaviourStudy, StudyOptions, analyze_behaviour
-from tl_adapters.interventions import InterventionError, scaled
-from tl_adapters.moments import Moments, final_residual, find_moments, log_odds, margins
+from tl_adapters.interventions import InterventionError, ablated, scaled
+from tl_adapters.moments import Moments, final_residual, find_moments, log_odds, margins, margins_where
 from tl_adapters.opening import load_builtin_pair
 from tl_adapters.paired import PairedModel
 from tl_adapters.results import plain, read_results
@@ -222,6 +223,17 @@ def test_a_place_within_a_phrase_is_no_boundary(pair: PairedModel) -> None:
     assert moments.boundary[0].nonzero()[:, 0].tolist() == [6]
 
 
+def test_a_function_that_finds_whole_sentences_is_told_that_phrases_are_short(pair: PairedModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(5, 200, (30, 100), generator=generator).tolist()
+    traces = [Trace(tuple(tokens), 10) for tokens in rows]
+    whole = Behaviour("all", find=lambda t: [(t.prompt_length, len(t.tokens))])
+    with pytest.raises(BehaviourError, match=r"found 30 different phrases of 2,700 tokens together; at most 2,000"):
+        find_moments(pair, traces, whole)
+    assert counts([said(7, 8)], whole) == [1]
+    assert find_moments(pair, traces, Behaviour("starts", find=lambda t: [10])).counts["moments"] == 30
+
+
 def test_two_tokens_with_one_text_are_both_the_behavior(pair: PairedModel) -> None:
     """Parts of characters all decode to the replacement sign."""
     parts = [i for i in range(256) if pair.model.tokenizer.decode([i]) == "\ufffd"][:2]
@@ -303,6 +315,12 @@ def test_phrases_are_searched_sorted_and_measured() -> None:
     sorted_ = sort_features(tiny, moments, search.order, everything(tiny))
     values = [v for f in sorted_.features for v in f.effects] + [sorted_.gap]
     assert torch.tensor(values).isfinite().all()
+    held = mediation(tiny, moments, [(0, 3)], [(3, 4)], "report")  # type: ignore[list-item]
+    with torch.no_grad(), tiny.routed("replacement"), frozen(tiny, moments.tokens):
+        clean = whole_pass(moments, tiny.model(moments.tokens))
+        with ablated(tiny, [(0, 3)]):
+            lost = float((clean - whole_pass(moments, tiny.model(moments.tokens))).mean())
+    assert held["total"].value == pytest.approx(lost, abs=1e-5)
     found = probabilities(tiny, moments, on_route("target"), "report")
     with torch.no_grad(), tiny.routed("target"):
         expected = margins(tiny, moments, moments.boundary).sigmoid().mean()
@@ -323,15 +341,14 @@ def test_margins_of_bfloat16_logits_are_exact(words: Any) -> None:
         logits = tiny.unembed(final_residual(tiny, moments.tokens))
         found = margins(tiny, moments, moments.moment)
         assert logits.dtype == torch.bfloat16
-        wide = replace_unembed(tiny, moments, logits.double())
+        wide = whole_pass(moments, logits.double())
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), wide, atol=1e-4)
     assert torch.allclose(log_odds(logits, (5,)).double(), log_odds(logits.double(), (5,)), atol=1e-4)
 
 
-def replace_unembed(tiny: PairedModel, moments: Moments, logits: torch.Tensor) -> torch.Tensor:
-    from tl_adapters.moments import margins_where
-
+def whole_pass(moments: Moments, logits: torch.Tensor) -> torch.Tensor:
+    """Margins at the moments, of the logits of a whole pass."""
     return margins_where(lambda rows, places: logits[rows, places], moments, moments.moment)
 
 
@@ -342,6 +359,11 @@ def test_a_circuit_is_found_in_bfloat16_as_in_float64() -> None:
         tiny = randomise(PairedModel.from_pretrained(random_model(1, dtype), random_model(2, dtype)))
         moments = random_moments()
         search = search_circuit(tiny, moments, everything(tiny), SearchOptions(share=0.1), progress=False)
+        sorted_ = sort_features(tiny, moments, search.order, everything(tiny))
+        edges = circuit_edges(tiny, moments, sorted_.features)
+        assert (
+            torch.tensor([v for f in sorted_.features for v in f.effects] + [e.weight for e in edges]).isfinite().all()
+        )
         found[dtype] = (search, effects_at(tiny, moments))
     (exact, effects), (low, rounded) = found.values()
     assert low.aims[0].continuation >= 0
@@ -485,10 +507,12 @@ def subject(pair: PairedModel) -> Subject:
     return replace(builtin_subject(1, 1), select=chosen[0], report=chosen[1], injections=(), max_new_tokens=LIMIT)
 
 
-def studied(pair: PairedModel, subject: Subject, *asked: Any) -> BehaviourStudy:
+def studied(
+    pair: PairedModel, subject: Subject, words: Sequence[str], find: Any = None, name: str = "hesitation"
+) -> BehaviourStudy:
     doses, hesitation.DOSES = hesitation.DOSES, (4,)
     try:
-        return analyze_behaviour(pair, subject, *asked, options=OPTIONS, progress=False)
+        return analyze_behaviour(pair, subject, words, find, name=name, options=OPTIONS, progress=False)
     finally:
         hesitation.DOSES = doses
 
@@ -498,7 +522,7 @@ def studies(pair: PairedModel, subject: Subject) -> dict[str, BehaviourStudy]:
     """Of a phrase of two tokens whose first one, the end of a line, mostly goes on otherwise."""
     return {
         "words": studied(pair, subject, (".\nWait",)),
-        "find": studied(pair, subject, ("unused",), after_a_line),
+        "find": studied(pair, subject, ("unused",), after_a_line, "Doubt & <co>"),
     }
 
 
@@ -563,6 +587,8 @@ def test_pages_and_files_say_what_a_function_found(studies: dict[str, BehaviourS
     assert study.circuit.function == "after_a_line"
     page = write_circuit_page(tmp_path, study.block, study.circuit, None, study.examples).read_text()
     assert "found by the function <code>after_a_line</code>" in page
+    assert "Occurrences of Doubt &amp; &lt;co&gt; per 1,000 response tokens." in page
+    assert "<th>occurrences of Doubt &amp; &lt;co&gt; per 1,000</th>" in page
     assert "before something else that begins alike" in page
     assert "that of the whole phrase" in page
     shown = [(e[arm], places) for e in study.examples for arm, places in e["places"].items()]
@@ -640,5 +666,6 @@ def test_dead_adapters_on_a_null_pair_are_no_error_and_no_nan(asked: tuple[Any, 
 
 
 def test_where_every_answer_was_cut_it_is_said(pair: PairedModel) -> None:
-    with pytest.raises(BehaviourError, match=r"no answers to look for hesitation in.*max_new_tokens"):
-        find_circuit(pair, [], progress=False)
+    for ask in (lambda: find_circuit(pair, [], progress=False), lambda: find_moments(pair, [], Behaviour(find=never))):
+        with pytest.raises(BehaviourError, match=r"no answers to look for hesitation in.*max_new_tokens"):
+            ask()
