@@ -15,9 +15,7 @@ from test_interventions import state
 from tl_adapters.adapter import FeatureId
 from tl_adapters.benchmarks import Response, respond
 from tl_adapters.circuit_controls import (
-    COEFFICIENTS,
     NEAREST,
-    best_steering,
     commonest_alternative,
     matched_features,
     most_active_others,
@@ -348,32 +346,6 @@ def test_steering_takes_a_direction_off_one_residual_stream(pair: PairedModel) -
     with torch.no_grad(), steered(1, direction, 1.5).entered(pair):
         assert torch.allclose(pair.unembed(final_residual(pair, tokens)), by_hand, atol=1e-5)
     assert state(pair) == before
-
-
-def test_steering_is_the_direction_that_stops_the_word_best(pair: PairedModel) -> None:
-    moments, before = random_moments(), state(pair)
-    best = best_steering(pair, moments)
-    assert state(pair) == before
-    texts = moments.with_moments()
-    with torch.no_grad(), pair.routed("replacement"):
-        streams = pair.residual_streams(texts.tokens)
-    tried = {}
-    for layer in range(4):
-        after = streams[layer + 1]
-        direction = after[texts.moment].mean(0) - after[texts.boundary].mean(0)
-        for coefficient in COEFFICIENTS:
-            variant = steered(layer, direction, coefficient)
-            logits = logits_of(pair, variant, texts.tokens)
-            said = logits.softmax(-1)[..., list(texts.words)].sum(-1)[texts.moment].mean()
-            tried[variant.name] = (round(float(said), 2), coefficient, layer)
-    assert len(tried) == 16
-    assert best.name == min(tried, key=tried.__getitem__)
-
-
-def test_steering_without_boundaries_is_still_a_direction(pair: PairedModel) -> None:
-    moments = random_moments()
-    best = best_steering(pair, replace(moments, boundary=torch.zeros_like(moments.boundary)))
-    assert logits_of(pair, best, moments.tokens).isfinite().all()
 
 
 def test_neurons_that_are_off_write_nothing(pair: PairedModel) -> None:

@@ -76,7 +76,12 @@ def whole_block() -> dict[str, Any]:
             "share_of_all": 0.01, "share_of_activation": 0.1, "times_l0": 1.3, "distinct_directions": 7,
             "strength": 1.5, "by_layer": [3, 3, 2, 2], "alive": 333, "threshold": 0.05,
         },
-        "probabilities": {"target": places, "replacement - both": places, HOSTILE: {"moment": None}},
+        "probabilities": {
+            "target": places,
+            "replacement - both": {**places, "kl_elsewhere": figure(0.0213, "nats per token")},
+            "replacement, steering": {"kl_elsewhere": figure(0.0417, "nats per token")},
+            HOSTILE: {"moment": None},
+        },
         "other_words": {"replacement": {"moment": figure(0.1), "boundary": figure(0.2)}},
         "necessity": {
             a: record(r) for a, r in (
@@ -84,7 +89,11 @@ def whole_block() -> dict[str, Any]:
                 ("steering", 5.0), ("neurons", math.nan),
             )
         },
-        "sufficiency": {a: record(r) for a, r in (("none", 1.0), ("output", 5.0), ("both", 25.0), ("b_dec_only", 1.0))},
+        "sufficiency": {
+            a: record(r) for a, r in (
+                ("none", 1.0), ("output", 5.0), ("both", 5.0), ("both_at_strength", 25.0), ("b_dec_only", 1.0)
+            )
+        },
         "transfer": {"none": record(20.0), "negated": record(3.0)},
         "injected": {"none": figure(0.7), "both": figure(0.1)},
         "mediation": {"total": figure(1.1, "nats"), "through_output": figure(0.9, "nats"), "share": figure(0.8)},
@@ -95,6 +104,13 @@ def whole_block() -> dict[str, Any]:
         "smallest": {"n": 5, "cut": 0.8},
         "kinds": {"none": {"correction": 4, "re-check": 3}, "both": {"correction": 0, "re-check": 1}},
         "sampled": {"none": record(18.0), "both": record(2.0)},
+        "controls": {
+            "circuit": {"setting": "10 features", "size": 10, "unit": "features", "p_onset_before": 0.8,
+                        "p_onset": 0.1, "kl_elsewhere": 0.02, "reached": True, "write_norm": 1.0},
+            "steering": {"setting": f"after layer 2, {HOSTILE}", "size": 1.75, "unit": HOSTILE, "p_onset_before": 0.8,
+                         "p_onset": 0.3, "kl_elsewhere": None, "reached": False},
+        },
+        "injected_more": {"others": figure(0.25), HOSTILE: None},
         "suppressors": {"n": 2, "ids": ["0.4"], "p_boundary_before": figure(0.1), "p_boundary_after": figure(0.2)},
         "bystanders": {"n": 1, "ids": ["2.2"], "p_before": figure(0.8), "p_after": figure(0.79)},
         "criteria": [{"name": "cut by both", "value": figure(0.95), "bar": ">= 50 %", "reached": True},
@@ -306,6 +322,20 @@ def test_the_page_of_a_whole_block(tmp_path: Path) -> None:
     ):
         assert text in html
     assert "<mark>Wait</mark>" in html and "the words banned" in html and "missed" in html
+
+
+def test_the_page_says_how_controls_were_set_and_what_every_arm_harms(tmp_path: Path) -> None:
+    html = write_circuit_page(tmp_path, whole_block(), made(), None, EXAMPLES).read_text()
+    controls, necessity, sufficiency, injected = (
+        html.partition(f"<h2>{title}")[2].partition("<h2>")[0]
+        for title in ("Controls", "Necessity", "Sufficiency", "Injected")
+    )
+    assert "80.0 % → 30.0 %" in controls and "<b>not reached</b>" in controls and "after layer 2" in controls
+    assert controls.count("not reached") == 1
+    for shown in ("KL elsewhere, nats per token", "0.0213", "0.0417"):  # of the circuit, of steering
+        assert shown in necessity
+    assert "KL elsewhere" not in sufficiency, "where it was not measured"
+    assert "the whole circuit, at strength 1.5" in sufficiency and "as many of the most active others" in injected
 
 
 def test_the_page_copes_with_anything_absent(tmp_path: Path) -> None:

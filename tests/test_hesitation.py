@@ -20,7 +20,8 @@ from tl_adapters.chat import encode_traces
 from tl_adapters.circuit_criteria import CUT
 from tl_adapters.circuit_finding import FEWEST_MOMENTS, find_circuit
 from tl_adapters.circuit_search import SearchOptions
-from tl_adapters.circuit_trials import answers, probabilities, record
+from tl_adapters.circuit_trials import Unchanged, answers, probabilities, record
+from tl_adapters.circuit_tuning import SAME_EFFECT, SAME_HARM, Texts
 from tl_adapters.circuits import ROLES
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data import Trace
@@ -46,7 +47,11 @@ REMOVALS = (
     "template",
     "both",
     "random",
+    "random_scaled",
+    "random_equal_harm",
     "others",
+    "others_scaled",
+    "others_equal_harm",
     "bias_only",
     "ban",
     "logit_bias",
@@ -54,6 +59,9 @@ REMOVALS = (
     "neurons",
 )
 """Arms in which something is taken away; other_tokens is among them where there are boundaries."""
+BASELINES = ("logit_bias", "steering", "neurons")
+SETS, FORMS = ("random", "others"), ("", "_scaled", "_equal_harm")
+"""Other features that are taken away, and how many."""
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +118,7 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviourStudy) -> Non
     assert set(block) == {
         "behaviour", "words", "moments", "circuit", "probabilities", "other_words", "necessity", "sufficiency",
         "transfer", "injected", "mediation", "dose", "smallest", "kinds", "sampled", "suppressors", "bystanders",
-        "criteria",
+        "criteria", "controls", "injected_more",
     }  # fmt: skip
     assert (block["behaviour"], set(block["words"])) == ("hesitation", {"Wait", "wait", " Wait"})
     assert set(block["necessity"]) == {*REMOVALS, "other_tokens"}
@@ -119,16 +127,27 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviourStudy) -> Non
         "output",
         "template",
         "both",
-        "both_at_1",
+        "both_at_strength",
         "random",
+        "random_scaled",
+        "random_at_strength",
         "others",
+        "others_scaled",
+        "others_at_strength",
         "b_dec_only",
     }
     assert set(block["transfer"]) == {"none", "negated", "negated_random"}
-    arms = {f"{of} {name}" for of in ("replacement -", "hybrid +") for name in ("output", "template", "both", "random")}
-    routes = {"target", "replacement", "hybrid", "hybrid + both, at strength 1"}
-    assert set(block["probabilities"]) == arms | routes
-    assert len(block["injected"]) == 9
+    removed = {"output", "template", "both", "other_tokens", *(f"{of}{how}" for of in SETS for how in FORMS)}
+    arms = {f"replacement - {name}" for name in removed} | {f"replacement, {name}" for name in BASELINES}
+    arms |= {f"hybrid + {name}" for name in set(block["sufficiency"]) - {"none", "b_dec_only"}}
+    assert set(block["probabilities"]) == arms | {"target", "replacement", "hybrid"}
+    assert set(block["controls"]) == {"circuit", *BASELINES, *(f"{of}{how}" for of in SETS for how in FORMS)}
+    assert set(block["injected"]) == {
+        "target", "replacement", "hybrid", "word banned", "replacement - both", "hybrid + both",
+        "hybrid + both_at_strength", "hybrid + random", "hybrid + others",
+        *(f"replacement, {name}" for name in BASELINES), *(f"replacement - {of}{how}" for of in SETS for how in FORMS),
+    }  # fmt: skip
+    assert set(block["injected_more"]) == {f"{of}{how}" for of in SETS for how in FORMS}
     templates = study.found.roles.templates  # type: ignore[union-attr]
     measured = {"total", "through_output", "interaction", "share"} if templates else set()
     assert set(block["mediation"]) == {"n", *measured}
@@ -196,18 +215,46 @@ def test_arms_are_what_their_names_say(study: BehaviourStudy, pair: PairedModel,
     none, both = said(on_route("replacement")), said(without(order))
     same(study.block["necessity"]["none"], record(none, none, words, "report", slips))
     same(study.block["necessity"]["both"], record(both, none, words, "report", slips))
-    strength = study.circuit.strength
-    inserted = Variant("in", lambda pair: only(pair, order, "replacement", strength))
-    none, both = said(on_route("hybrid"), True), said(inserted, True)
-    same(study.block["sufficiency"]["both"], record(both, none, words, "report", slips))
+    none = said(on_route("hybrid"), True)
+    for name, strength in (("both_at_strength", study.circuit.strength), ("both", 1.0)):
+        inserted = Variant("in", partial(only, features=order, route="replacement", factor=strength))
+        same(study.block["sufficiency"][name], record(said(inserted, True), none, words, "report", slips))
     negated = Variant("negated", lambda pair: only(pair, order, "target+adapter", -0.5))
     none, both = said(on_route("target")), said(negated)
     same(study.block["transfer"]["negated"], record(both, none, words, "report", slips))
     moments = find_moments(pair, traces_of(none, pair.model.tokenizer))
     assert study.block["moments"]["report"] == moments.counts
     assert moments.counts["moments"] >= 3
+    unchanged = Unchanged(pair, moments)
     for name, variant in (("replacement - both", without(order)), ("hybrid + both", inserted)):
-        assert plain(study.block["probabilities"][name]) == plain(probabilities(pair, moments, variant, "report"))
+        found = probabilities(pair, moments, variant, "report", unchanged)
+        assert plain(study.block["probabilities"][name]) == plain(found)
+
+
+def test_controls_are_set_on_the_select_split_and_read_on_the_other(study: BehaviourStudy, pair: PairedModel) -> None:
+    controls, given = study.block["controls"], study.block["probabilities"]
+    texts, circuit = Texts(pair, study.found.moments), controls["circuit"]
+    measured = texts.measure(without(list(study.found.search.order)))  # type: ignore[union-attr]
+    assert (circuit["p_onset"], circuit["kl_elsewhere"]) == (measured.p_onset, measured.kl)
+    assert circuit["write_norm"] == pytest.approx(1)
+    effect = texts.plain.p_onset - measured.p_onset
+    for name in BASELINES:
+        reached = abs(controls[name]["p_onset"] - measured.p_onset) <= SAME_EFFECT * effect
+        assert controls[name]["reached"] == reached
+        assert 0 <= given[f"replacement, {name}"]["kl_elsewhere"].value < math.inf
+    assert controls["logit_bias"]["reached"]
+    assert given["replacement, logit_bias"]["moment"].value > 0, "and so it is no ban"
+    for of in SETS:
+        assert controls[of]["size"] <= circuit["size"]
+        assert controls[f"{of}_scaled"]["write_norm"] == pytest.approx(1)
+        off = abs(controls[f"{of}_equal_harm"]["kl_elsewhere"] - measured.kl)
+        assert controls[f"{of}_equal_harm"]["reached"] == (off <= SAME_HARM * measured.kl)
+    assert given["replacement"]["kl_elsewhere"].value == 0
+    assert given["hybrid"]["kl_elsewhere"].value > 0
+    more, injected = study.block["injected_more"], study.block["injected"]
+    for name, figure in more.items():
+        apart = injected[f"replacement - {name}"].value - injected["replacement - both"].value
+        assert figure.value == pytest.approx(apart)
 
 
 def test_words_that_nothing_was_chosen_on_are_read_at_the_same_places(
@@ -220,7 +267,8 @@ def test_words_that_nothing_was_chosen_on_are_read_at_the_same_places(
     others = replace(moments, words=tuple(ids[0] for ids in held_out))
     expected = probabilities(pair, others, without(list(study.found.search.order)), "report")  # type: ignore[union-attr]
     assert plain(found["replacement - both"]) == plain(expected)
-    assert set(found) == {"target", "replacement", "replacement - both", "words banned", "hybrid", "hybrid + both"}
+    arms = {"target", "replacement", "replacement - both", "words banned", "hybrid", "hybrid + both"}
+    assert set(found) == {*arms, "hybrid + both_at_strength"}
     assert found["words banned"]["moment"].value > found["replacement"]["moment"].value, "what is banned goes there"
 
 
@@ -245,7 +293,8 @@ def test_a_circuit_does_more_than_random_features_that_are_as_active(study: Beha
     assert said["replacement - both"] < 0.7 * said["replacement"]
     assert said["replacement - both"] < said["replacement - random"]
     assert said["hybrid + both"] > said["hybrid + random"]
-    assert said["hybrid + both"] > 3 * said["hybrid"]
+    assert said["hybrid + both_at_strength"] > 3 * said["hybrid"]
+    assert said["hybrid + both_at_strength"] > said["hybrid + both"] > said["hybrid"]
 
 
 def test_criteria_are_read_off_the_block(study: BehaviourStudy) -> None:

@@ -28,8 +28,8 @@ LEVELS = [
     | {"circuit_search", "counting", "feature_store", "planting", "subjects", "tasks"},
     {"benchmarking", "circuit_drawing", "circuit_finding", "circuit_trials", "collecting", "excerpts"}
     | {"feature_pages", "labels", "neuronpedia", "validity"},
-    {"circuit_cells", "describing", "graph_pages", "hesitation", "judging", "trials"},
-    {"circuit_tables", "interpreting"},
+    {"circuit_cells", "circuit_tuning", "describing", "graph_pages", "judging", "trials"},
+    {"circuit_tables", "hesitation", "interpreting"},
     {"circuit_pages", "labelling"},
     {"circuit_stage"},
     {"study"},

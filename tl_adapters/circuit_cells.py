@@ -16,15 +16,22 @@ _ARMS = {
     "output": "output features",
     "template": "template features",
     "both": "the whole circuit",
-    "both_at_1": "whole, at strength 1",
+    "both_at_strength": "the whole circuit, stronger",
+    "circuit": "the whole circuit",
     "random": "random features",
+    "random_scaled": "random features of equal write norm",
+    "random_equal_harm": "random features of equal harm elsewhere",
+    "random_at_strength": "random features, stronger",
     "bias_only": "decoder biases only",
     "b_dec_only": "decoder biases only",
-    "others": "four times as many of the most active others",
+    "others": "as many of the most active others",
+    "others_scaled": "most active others of equal write norm",
+    "others_equal_harm": "most active others of equal harm elsewhere",
+    "others_at_strength": "as many of the most active others, stronger",
     "ban": "the words banned",
     "logit_bias": "a bias on their logits",
     "steering": "a steering vector",
-    "neurons": "the target's neurons",
+    "neurons": "neurons of the base's MLPs",
     "other_tokens": "features of other tokens",
     "negated": "circuit, negated",
 }
@@ -96,9 +103,15 @@ def shown(value: Any, as_share: bool | None = None) -> str:
     return shown_text(str(value))
 
 
-def arm_name(name: str) -> str:
-    """As a reader is told it, escaped."""
-    return shown_text(_ARMS.get(name, name.replace(" both", " the circuit")))
+def arm_name(name: str, block: Block | None = None) -> str:
+    """As a reader is told it, escaped; ``block`` tells how much stronger the stronger circuit is."""
+    strength = ((block or {}).get("circuit") or {}).get("strength")
+    for sign in ("", " - ", " + ", ", "):  # "none", "replacement - both", "hybrid + both", "replacement, steering"
+        model, found, arm = name.partition(sign) if sign else ("", "", name)
+        if arm in _ARMS:
+            told = _ARMS[arm] if strength is None else _ARMS[arm].replace("stronger", f"at strength {strength:g}")
+            return shown_text(model + found + told)
+    return shown_text(name)
 
 
 def nan(value: float | None) -> float:

@@ -125,6 +125,22 @@ def _of_correction(injected: Mapping[str, Any]) -> list[Criterion]:
     return asked
 
 
+def correction_beside_others(injected: Mapping[str, Any]) -> list[Criterion]:
+    """The hard one: is less corrected without the circuit than without the most active other features?
+
+    Against as many of them, and against as many as harm as much elsewhere.
+    """
+    return [
+        _more(
+            f"injected errors corrected: more without the most active others ({which}) than without it",
+            injected[f"replacement - {name}"].outcomes,
+            injected["replacement - both"].outcomes,
+        )
+        for name, which in (("others", "as many"), ("others_equal_harm", "at equal harm elsewhere"))
+        if f"replacement - {name}" in injected
+    ]
+
+
 def _more(name: str, more: str, less: str) -> Criterion:
     """Asked: the first outcomes are more often right than the second, on the same things (Newcombe, McNemar)."""
     pairs = list(zip(more, less, strict=True))

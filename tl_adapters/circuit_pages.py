@@ -26,6 +26,7 @@ from tl_adapters.circuit_drawing import (
 from tl_adapters.circuit_finding import FEWEST_MOMENTS
 from tl_adapters.circuit_tables import (
     arms_section,
+    controls_section,
     dose_section,
     injected_section,
     kinds_section,
@@ -58,7 +59,7 @@ _MEANS = {
 _HOLDERS = {
     "circuit": "the circuit",
     "random": "matched random features",
-    "others": "four times as many of the most active others",
+    "others": "as many of the most active others",
 }
 _FACTS: tuple[tuple[str, str, bool | None], ...] = (
     ("share_of_alive", "promoting features, as a share of the alive ones", True),
@@ -67,7 +68,7 @@ _FACTS: tuple[tuple[str, str, bool | None], ...] = (
     ("times_l0", "promoting features, over the features active per token", None),
     ("distinct_directions", "distinct directions they write", None),
     ("alive", "alive features", None),
-    ("strength", "strength at which they are added", None),
+    ("strength", "strength at which they were searched; they are added at 1, and at this strength beside it", None),
     ("threshold", "direct effect from which a feature is an output feature, nats", None),
 )
 _STYLE = """<style>
@@ -104,6 +105,7 @@ def write_circuit_page(
         _head(block, circuit, words),
         _criteria(block),
         _drawing(circuit, store, link, (block.get("moments") or {}).get(circuit.split) or {}),
+        controls_section(block),
         arms_section(block, "necessity", "Necessity: the replacement without them", "Features taken out of"),
         arms_section(block, "sufficiency", "Sufficiency: the hybrid with them", "Features added to"),
         arms_section(block, "transfer", "Transfer: the target itself", "The circuit's decoders, negated, added to"),

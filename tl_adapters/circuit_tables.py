@@ -19,12 +19,13 @@ _COLUMNS: tuple[tuple[str, str, bool | None], ...] = (
     ("accuracy_without_slip", "accuracy, no slip", True),
     ("accuracy_with_slip", "accuracy, a slip", True),
     ("truncated", "cut off", True),
+    ("kl_elsewhere", "KL elsewhere, nats per token", False),
 )
 
 
 def arms_section(block: Block, name: str, title: str, said: str) -> str:
     """What an arm says: rates, lengths and accuracy, as bars and as a table."""
-    arms: Mapping[str, Block] = block.get(name) or {}
+    arms: Mapping[str, Block] = _with_harm(block, name)
     if not arms:
         return ""
     reference = arms.get("none") or next(iter(arms.values()))
@@ -56,6 +57,17 @@ def arms_section(block: Block, name: str, title: str, said: str) -> str:
     return f'<h2>{title}</h2>{text}<div class="bars">{"".join(figures)}</div>{main}{rivals}'
 
 
+def _with_harm(block: Block, name: str) -> dict[str, Block]:
+    """The arms of a part, each with the KL(replacement || condition) elsewhere that was read over given text."""
+    given, model = block.get("probabilities") or {}, {"necessity": "replacement", "sufficiency": "hybrid"}.get(name)
+    found = {}
+    for arm, record in (block.get(name) or {}).items():
+        keys = [model] if arm == "none" else [f"{model}{sign}{arm}" for sign in (" - ", " + ", ", ")]
+        harm = next((given[key].get("kl_elsewhere") for key in keys if given.get(key)), None)
+        found[arm] = record if harm is None else {**record, "kl_elsewhere": harm}
+    return found
+
+
 def _counted(block: Block, capital: bool = False) -> str:
     """What is counted in answers, by the name that the study gave it."""
     name = str(block.get("behaviour") or "hesitation")
@@ -70,7 +82,8 @@ def _records(arms: Mapping[str, Block], block: Block) -> str:
         if any(record.get(key) is not None for record in arms.values())
     ]
     rows = [
-        [arm_name(arm), *(cell(record, key, percent) for key, _, percent in columns)] for arm, record in arms.items()
+        [arm_name(arm, block), *(cell(record, key, percent) for key, _, percent in columns)]
+        for arm, record in arms.items()
     ]
     return '<div class="wide">' + table(["", *(name for _, name, _ in columns)], rows) + "</div>"
 
@@ -87,21 +100,59 @@ def injected_section(block: Block) -> str:
     if not arms:
         return ""
     rows = [
-        [arm_name(arm), shown(figure, as_share=True), count((figure or {}).get("n"))] for arm, figure in arms.items()
+        [arm_name(arm, block), shown(figure, as_share=True), count((figure or {}).get("n"))]
+        for arm, figure in arms.items()
     ]
     text = "<p>A wrong step is written into the model's answer; how often does it put it right?</p>"
-    return f"<h2>Injected errors</h2>{text}" + table(["", "corrected", "injected"], rows)
+    out = f"<h2>Injected errors</h2>{text}" + table(["", "corrected", "injected"], rows)
+    if more := block.get("injected_more") or {}:
+        rows = [[arm_name(arm, block), shown(figure, as_share=True)] for arm, figure in more.items()]
+        text = "<p>How much more is corrected without other features than without the circuit, paired by step:</p>"
+        out += text + table(["without, in place of the circuit", "more corrected"], rows)
+    return out
+
+
+def controls_section(block: Block) -> str:
+    """What the circuit is held against, and how each of it was set."""
+    controls = block.get("controls") or {}
+    if not controls:
+        return ""
+    rows = [
+        [
+            arm_name(name, block),
+            shown(c.get("setting")),
+            f"{shown(c.get('size'))} {shown_text(str(c.get('unit', '')))}",
+            shown(c.get("write_norm"), as_share=True),
+            f"{shown(c.get('p_onset_before'), as_share=True)} → {shown(c.get('p_onset'), as_share=True)}",
+            shown(c.get("kl_elsewhere")),
+            "" if c.get("reached") else "<b>not reached</b>",
+        ]
+        for name, c in controls.items()
+    ]
+    text = (
+        "<p>Set on the select split. Bias, steering and neurons have the circuit's effect, P(word) at the moments, at "
+        "the least harm elsewhere: KL(replacement || condition), in nats per token, over the response without the "
+        "moments and what follows them. Other features are as many as the circuit's, or as many as have its summed "
+        "write norm at the moments (activation times norm of the decoder row), or as many as do its harm elsewhere. "
+        "Where the goal cannot be reached the nearest is taken.</p>"
+    )
+    heads = ["", "chosen", "size", "write norm, of the circuit's", "P(word) at moments", "KL elsewhere", ""]
+    return f"<h2>Controls</h2>{text}" + '<div class="wide">' + table(heads, rows) + "</div>"
 
 
 def probabilities_section(block: Block) -> str:
-    """Of the word, over the same text for every arm."""
+    """Of the word, over the same text for every arm; beside it what the condition changes elsewhere."""
     out = []
+    heads = {"moment": "at moments", "boundary": "at boundaries", "elsewhere": "elsewhere"}
+    heads |= {"kl_elsewhere": "KL(replacement || model) away from moments, nats per token"}
     for name, title in (("probabilities", "Probability of the word"), ("other_words", "Probability of other words")):
         arms = block.get(name) or {}
-        places = [p for p in ("moment", "boundary", "elsewhere") if any((arm or {}).get(p) for arm in arms.values())]
+        places = [p for p in heads if any((arm or {}).get(p) for arm in arms.values())]
         if places:
-            rows = [[arm_name(a), *(shown((f or {}).get(p), as_share=True) for p in places)] for a, f in arms.items()]
-            heads = {"moment": "at moments", "boundary": "at boundaries", "elsewhere": "elsewhere"}
+            rows = [
+                [arm_name(a, block), *(shown((f or {}).get(p), as_share=p != "kl_elsewhere") for p in places)]
+                for a, f in arms.items()
+            ]
             out.append(f"<h3>{title}</h3>" + table(["model", *(heads[p] for p in places)], rows))
     what = ""
     if block.get("measured"):
@@ -174,7 +225,9 @@ def kinds_section(block: Block) -> str:
     if not kinds:
         return ""
     names = list(dict.fromkeys(kind for counts in kinds.values() for kind in counts or {}))
-    rows = [[arm_name(arm), *(count((counts or {}).get(kind)) for kind in names)] for arm, counts in kinds.items()]
+    rows = [
+        [arm_name(arm, block), *(count((counts or {}).get(kind)) for kind in names)] for arm, counts in kinds.items()
+    ]
     return "<h2>What follows the word</h2>" + table(["", *map(shown_text, names)], rows)
 
 

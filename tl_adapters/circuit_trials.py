@@ -3,7 +3,8 @@
 Two measurements of every arm (a `Variant`):
 
 * *probabilities*: over the target's own text, how likely the word is at the moments, at matched boundaries, and
-  elsewhere in the response; exact, cheap, with no text of the arm's own;
+  elsewhere in the response; exact, cheap, with no text of the arm's own. Beside them the harm elsewhere:
+  KL(replacement || condition) away from the onsets and what follows them;
 * *answers*: the arm answers the problems itself, so what hesitation is for (length, accuracy, corrections) is seen.
 
 Arms are compared with the arm in which nothing is changed, paired by problem, with 95 % intervals
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_adapters.behaviors import Behaviour, counts
@@ -35,7 +36,8 @@ from tl_adapters.intervals import (
     share,
 )
 from tl_adapters.interventions import Features, ablated
-from tl_adapters.moments import Moments, final_residual, margins_from, margins_where
+from tl_adapters.losses import kl_per_token
+from tl_adapters.moments import BehaviourError, Moments, final_residual, margins_from, margins_where
 from tl_adapters.paired import PairedModel
 from tl_adapters.precision import host_float64, wide
 from tl_adapters.results import plain
@@ -47,24 +49,89 @@ FEW_SETS = 5
 """A mean over fewer random sets than these says how many they are."""
 
 
-def probabilities(pair: PairedModel, moments: Moments, variant: Variant, split: str) -> dict[str, Figure]:
-    """Probability of the words at moments, boundaries and elsewhere, with intervals over documents."""
-    return _probabilities(_probability_sums(pair, moments, variant), split)
+def probabilities(
+    pair: PairedModel, moments: Moments, variant: Variant, split: str, unchanged: Unchanged | None = None
+) -> dict[str, Figure]:
+    """Probability of the behaviour at moments, boundaries and elsewhere, with intervals over documents.
+
+    Of a phrase: of all its tokens at the moments, elsewhere as far as the text shows it (see `moments`).
+    With ``unchanged``, read over the same texts, the harm elsewhere too: "kl_elsewhere" (see `kl_elsewhere`).
+    """
+    return _probabilities(_probability_sums(pair, moments, variant, unchanged), split)
 
 
 def mean_probabilities(
-    pair: PairedModel, moments: Moments, variants: Sequence[Variant], split: str
+    pair: PairedModel,
+    moments: Moments,
+    variants: Sequence[Variant],
+    split: str,
+    unchanged: Unchanged | None = None,
 ) -> dict[str, Figure]:
     """The same as a mean over variants that were drawn themselves (random sets): their choice is in the interval."""
-    drawn = [_probability_sums(pair, moments, variant) for variant in variants]
-    return _probabilities({place: torch.stack([sums[place] for sums in drawn]) for place in PLACES}, split)
+    drawn = [_probability_sums(pair, moments, variant, unchanged) for variant in variants]
+    return _probabilities({place: torch.stack([sums[place] for sums in drawn]) for place in drawn[0]}, split)
+
+
+def away(moments: Moments) -> Bool[Tensor, "batch pos"]:
+    """Where a condition should change nothing: the response without the onsets and what follows them.
+
+    Matched control positions are among them: the word may come there and did not, and that should stay so.
+    """
+    return moments.predicting & ~moments.moment & ~moments.follows
 
 
 @torch.no_grad()
-def _probability_sums(pair: PairedModel, moments: Moments, variant: Variant) -> dict[str, Float[Tensor, "2 n"]]:
-    """By place and document: the probabilities' sum, and how many there are."""
+def kl_from_replacement(
+    pair: PairedModel, variant: Variant, plain: Float[Tensor, "n d_model"], residual: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n"]:
+    """KL(replacement || variant) at every position, in nats, in float32 at least; logits are formed chunk by chunk.
+
+    Args:
+        pair: with adapters.
+        variant: what it is entered for: it may change the logits alone.
+        plain: the replacement's final residual stream.
+        residual: the variant's.
+    """
+    parts = [residual.new_zeros(0)]
+    for was, becomes in zip(plain.split(pair.rows_at_once), residual.split(pair.rows_at_once), strict=True):
+        logits = pair.unembed(was)
+        with variant.entered(pair):
+            parts.append(kl_per_token(logits, pair.unembed(becomes)))
+    return torch.cat(parts)
+
+
+class Unchanged:
+    """The replacement's final residual stream over given texts, away from the onsets: read once, for all conditions."""
+
+    @torch.no_grad()
+    def __init__(self, pair: PairedModel, moments: Moments) -> None:
+        self.residuals = []
+        for _, batch in moments.batches():
+            batch = batch.to(pair.model.W_E.device)
+            with pair.routed("replacement"):
+                self.residuals.append(final_residual(pair, batch.tokens)[away(batch)].cpu())
+
+
+def kl_elsewhere(pair: PairedModel, moments: Moments, variant: Variant, split: str) -> Figure:
+    """KL(replacement || variant) in nats per token, away from the onsets and what follows them (`away`).
+
+    The interval is over documents. There is no value for a variant that rules a token out: its KL is infinite. Raises
+    BehaviourError where the texts have no such position.
+    """
+    found = probabilities(pair, moments, variant, split, Unchanged(pair, moments))
+    if "kl_elsewhere" not in found:
+        raise BehaviourError("Every position of these responses is an onset or follows one; give longer texts.")
+    return found["kl_elsewhere"]
+
+
+@torch.no_grad()
+def _probability_sums(
+    pair: PairedModel, moments: Moments, variant: Variant, unchanged: Unchanged | None = None
+) -> dict[str, Float[Tensor, "2 n"]]:
+    """By place and document: the probabilities' sum, and how many there are; the KL elsewhere likewise."""
     sums = {place: torch.zeros(2, len(moments), dtype=torch.float64) for place in PLACES}
-    for rows, batch in moments.batches():
+    harm = torch.zeros(2, len(moments), dtype=torch.float64)
+    for number, (rows, batch) in enumerate(moments.batches()):
         batch = batch.to(pair.model.W_E.device)
         with variant.entered(pair):  # the unembedding too: a variant may change the logits alone
             residual = final_residual(pair, batch.tokens)
@@ -74,7 +141,12 @@ def _probability_sums(pair: PairedModel, moments: Moments, variant: Variant) -> 
                 said = found.new_zeros(at.shape)
                 said[at] = found
                 sums[place][:, rows] = host_float64(torch.stack([said.sum(1), at.sum(1).to(said)]))
-    return sums
+        if unchanged is not None:
+            at = away(batch)
+            kl = kl_from_replacement(pair, variant, unchanged.residuals[number].to(residual), residual[at])
+            by_row = torch.zeros(at.shape, dtype=torch.float64).masked_scatter(at.cpu(), host_float64(kl))
+            harm[:, rows] = torch.stack([by_row.sum(1), host_float64(at.sum(1))])
+    return sums if unchanged is None else sums | {"kl_elsewhere": harm}
 
 
 def _probabilities(sums: dict[str, Float[Tensor, "*sets 2 n"]], split: str) -> dict[str, Figure]:
@@ -83,7 +155,11 @@ def _probabilities(sums: dict[str, Float[Tensor, "*sets 2 n"]], split: str) -> d
         top, bottom = both.unbind(-2)
         if not float(bottom.sum()):
             continue
-        figure = bootstrap_ratio(top, bottom).figure(both.shape[-1], "probability of the word", split)
+        estimate = Estimate(None, None, None, reason="it is infinite: a token is ruled out")
+        if bool(top.isfinite().all()):
+            estimate = bootstrap_ratio(top, bottom)
+        unit = "nats per token" if place == "kl_elsewhere" else "probability of the word"
+        figure = estimate.figure(both.shape[-1], unit, split)
         values = (top.sum(-1) / bottom.sum(-1)).reshape(-1).tolist()
         found[place] = figure if both.ndim == 2 else _of_sets(figure, values)
     return found
@@ -148,12 +224,12 @@ def record(
     def each(values: Tensor) -> Tensor:
         return values.view(times, n) if sets > 1 else values.view(times, n).mean(0)
 
-    counts, lengths, right = (each(values) for values in (_counts(said, words), _lengths(said), correctness(said)))
+    shown, lengths, right = (each(values) for values in (_counts(said, words), _lengths(said), correctness(said)))
     was, were, before = _counts(baseline, words), _lengths(baseline), correctness(baseline)
     asked = list(range(n)) * times
     found: dict[str, Any] = plain(rate(said, split, words, asked, events_together(was), sets))
     if float(was.sum()):
-        left = _unchanged(said is baseline) or change_of_ratio((counts, lengths), (was, were))
+        left = _unchanged(said is baseline) or change_of_ratio((shown, lengths), (was, were))
         found["hesitation_cut"] = left.scaled(-1).figure(n, "share of the hesitation rate", split)
     change = _unchanged(said is baseline) or change_of_ratio((lengths, torch.ones_like(lengths)), (were, torch.ones(n)))
     found["length_change"] = change.figure(n, "share of the length", split)
@@ -188,7 +264,7 @@ def _lengths(said: Sequence[Response]) -> Tensor:
 
 def corrected(
     pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject, split: str
-) -> Figure:
+) -> OutcomesFigure:
     """Share of the wrong steps, put into an arm's mouth, that it sets right at once."""
     with variant.entered(pair) as model:
         said = respond(
@@ -204,6 +280,12 @@ def corrected(
     return OutcomesFigure(
         found.value, found.low, found.high, len(right), "share corrected", split, reason=found.reason, outcomes=outcomes
     )
+
+
+def corrected_more(more: OutcomesFigure, less: OutcomesFigure) -> Figure:
+    """By how much one condition corrects more of the same wrong steps than another, paired by wrong step."""
+    right, than = (torch.tensor([float(c) for c in figure.outcomes]) for figure in (more, less))
+    return paired_difference(right, than).figure(more.n, more.unit, more.split)
 
 
 @torch.no_grad()

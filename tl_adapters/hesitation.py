@@ -6,8 +6,12 @@
 4. on the report problems, which nothing was chosen on: what the model does without the circuit (necessity), what the
    hybrid does with it (sufficiency), what the target does with it negated (transfer), whether template works through
    output (mediation), whether wrong steps put into its mouth are still corrected (circuit_trials);
-5. beside every claim its control (circuit_controls): matched random features, banning or biasing the word, steering,
-   neurons, the circuit of another token.
+5. beside every claim its control (circuit_controls): matched random and most active other features (equal in size, in
+   write norm at the moments, in harm elsewhere), banning the word, the circuit of another token; and a bias on the
+   word, steering and neurons, each set on the select split to the circuit's own effect (circuit_tuning).
+
+The circuit is put in at strength 1: that is what is claimed. Where it was searched at another strength, the same at
+that strength stands beside it.
 
 Choosing features by the word's logit and then testing that logit would be circular. So nothing is chosen on what is
 reported, and the main test is one that no logit was looked at for: the correction of injected wrong steps.
@@ -31,21 +35,29 @@ from tl_adapters.banning import banned, banned_neighbors
 from tl_adapters.behaviors import Behaviour, BehaviourError, Find
 from tl_adapters.benchmarks import Response, rate, respond, traces_of
 from tl_adapters.circuit_controls import (
-    best_steering,
     commonest_alternative,
+    further_matched,
     matched_features,
     most_active_others,
-    shifted_logits,
-    strongest_neurons,
-    without_neurons,
+    put_in,
 )
-from tl_adapters.circuit_criteria import CUT, REACHED, criteria
+from tl_adapters.circuit_criteria import CUT, REACHED, correction_beside_others, criteria
 from tl_adapters.circuit_finding import Found, find_circuit
 from tl_adapters.circuit_roles import effects_at
 from tl_adapters.circuit_search import SearchOptions, search_circuit
-from tl_adapters.circuit_trials import answers, corrected, mean_probabilities, mediation, probabilities, record
+from tl_adapters.circuit_trials import (
+    Unchanged,
+    answers,
+    corrected,
+    corrected_more,
+    mean_probabilities,
+    mediation,
+    probabilities,
+    record,
+)
+from tl_adapters.circuit_tuning import Setting, Texts, set_controls
 from tl_adapters.circuits import ROLES, Circuit
-from tl_adapters.intervals import Estimate, Figure
+from tl_adapters.intervals import Estimate, Figure, OutcomesFigure
 from tl_adapters.interventions import only
 from tl_adapters.moments import find_moments
 from tl_adapters.paired import PairedModel
@@ -58,8 +70,10 @@ log = logging.getLogger(__name__)
 
 PROBABILITY_DOCUMENTS = 400
 """Report documents over which probabilities are read: they vary less than answers do."""
-OTHERS = 4
-"""The harder control: so many times as many features as the circuit has, the most active of the others."""
+CONTROLS = ("random_scaled", "random_equal_harm", "others", "others_scaled", "others_equal_harm")
+"""Sets of other features that are taken out, beside random ones of equal size, of which there are several draws."""
+BASELINES = ("logit_bias", "steering", "neurons")
+"""What is set to the circuit's own effect."""
 MEDIATION_DOCUMENTS = 200
 """Documents with a moment on which mediation is tested: patterns of every layer are held."""
 DOSE_PROBLEMS = 300
@@ -210,6 +224,7 @@ class _Study:
             return block
         self.random = self.random_sets()
         block["circuit"]["share_of_mass"] = self.masses
+        block["controls"] = self.set_controls()
         parts: dict[str, Callable[[], Any]] = {
             "probabilities": self.probabilities,
             "other_words": self.other_words,
@@ -217,6 +232,7 @@ class _Study:
             "sufficiency": self.sufficiency,
             "transfer": self.transfer,
             "injected": self.injected,
+            "injected_more": lambda: self.corrected_more,
             "mediation": self.mediation,
             "dose": self.dose,
             "kinds": lambda: self.kinds,
@@ -230,7 +246,7 @@ class _Study:
                 block[name] = found
         reached = [d["n"] for d in block["dose"] if (d["hesitation_cut"] or 0.0) >= CUT]
         block["smallest"] = {"n": min(reached, default=None), "cut": CUT}
-        block["criteria"] = criteria(block, self.some)
+        block["criteria"] = [*criteria(block, self.some), *correction_beside_others(block.get("injected", {}))]
         return block
 
     def told(self) -> dict[str, Any]:
@@ -273,7 +289,13 @@ class _Study:
         generator = torch.Generator().manual_seed(self.options.seed)
         n = max(self.options.draws, self.options.probability_draws)
         sets = [matched_features(self.order, mass, self.found.alive, generator) for _ in range(n)]
-        self.others = most_active_others(self.order, mass, self.found.alive, OTHERS * len(self.order))
+        everything = most_active_others(self.order, mass, self.found.alive, mass.numel())
+        self.others = everything[: len(self.order)]
+        self.written = here.mass
+        self.orders = {
+            "random": further_matched(self.order, sets[0], mass, self.found.alive, generator),
+            "others": everything,
+        }
         held = lambda features: float(sum(mass[f] for f in features))  # noqa: E731
         self.masses = {
             "circuit": held(self.order) / float(mass.sum()),
@@ -282,23 +304,57 @@ class _Study:
         }
         return sets
 
-    def added(self, features: Sequence[FeatureId], strength: float | None = None, bias: bool = False) -> Variant:
-        """The hybrid with features added, at the circuit's strength."""
-        factor = self.found.circuit.strength if strength is None else strength
-        entered = lambda pair: only(pair, features, "replacement", factor, decoder_bias=bias)  # noqa: E731
+    def set_controls(self) -> dict[str, Any]:
+        """What the circuit is held against, made on the select split (`circuit_tuning.set_controls`)."""
+        texts = Texts(self.pair, self.found.moments)
+        self.settings: dict[str, Setting] = set_controls(texts, self.order, self.orders, self.written)
+        strength = self.found.circuit.strength
+        self.stronger = {} if strength == 1 else {"both_at_strength": self.added(self.order, strength)}
+        other = self._other_circuit()
+        self.removals: dict[str, Variant] = {
+            **{name: without(features) for name, features in self.sets.items()},
+            **{name: self.settings[name].variant for name in CONTROLS},
+            **({} if other is None else {"other_tokens": other}),
+        }
+        self.baselines: dict[str, Variant] = {
+            "ban": self.ban(),
+            **{name: self.settings[name].variant for name in BASELINES},
+        }
+        self.insertions: dict[str, Variant] = {
+            **{name: self.added(features) for name, features in self.sets.items()},
+            "others": self.added(self.others),
+            **{name: put_in(self.settings[name].shares or {}) for name in ("random_scaled", "others_scaled")},
+            **self.stronger,
+        }
+        if self.stronger:
+            for name, features in (("random", self.random[0]), ("others", self.others)):
+                self.insertions[f"{name}_at_strength"] = self.added(features, strength)
+        whole = sum(float(self.written[f]) for f in self.order)
+        found = {name: setting.record(texts.plain) for name, setting in self.settings.items()}
+        for name, setting in self.settings.items():
+            shares = dict.fromkeys(self.order, 1.0) if name == "circuit" else setting.shares
+            if shares is not None and whole > 0:
+                written = sum(float(self.written[f]) * share for f, share in shares.items())
+                found[name]["write_norm"] = written / whole
+        return found
+
+    def added(self, features: Sequence[FeatureId], strength: float = 1.0, bias: bool = False) -> Variant:
+        """The hybrid with features added."""
+        entered = lambda pair: only(pair, features, "replacement", strength, decoder_bias=bias)  # noqa: E731
         return Variant(f"hybrid + {len(features)} features", entered)
 
     def probabilities(self) -> dict[str, dict[str, Figure]]:
-        """Of the word over the target's own text, by arm."""
-        measure = partial(probabilities, self.pair, self.some, split="report")
+        """Of the word over the target's own text, and the harm elsewhere, by arm."""
+        unchanged = Unchanged(self.pair, self.some)
+        measure = partial(probabilities, self.pair, self.some, split="report", unchanged=unchanged)
         arms = {name: on_route(name) for name in ("target", "replacement", "hybrid")}
-        arms |= {f"replacement - {name}": without(features) for name, features in self.sets.items()}
-        arms |= {f"hybrid + {name}": self.added(features) for name, features in self.sets.items()}
-        arms["hybrid + both, at strength 1"] = self.added(self.order, 1.0)
+        arms |= {f"replacement - {name}": variant for name, variant in self.removals.items()}
+        arms |= {f"replacement, {name}": self.baselines[name] for name in BASELINES}  # of a ban 0, and KL is infinite
+        arms |= {f"hybrid + {name}": variant for name, variant in self.insertions.items()}
         found = {name: measure(variant=variant) for name, variant in arms.items()}
         sets = self.random[: self.options.probability_draws]
         for name, make in (("replacement - random", without), ("hybrid + random", self.added)):
-            found[name] = mean_probabilities(self.pair, self.some, [make(f) for f in sets], "report")
+            found[name] = mean_probabilities(self.pair, self.some, [make(f) for f in sets], "report", unchanged)
         return found
 
     def other_words(self) -> dict[str, dict[str, Figure]]:
@@ -313,9 +369,10 @@ class _Study:
             "target": on_route("target"),
             "replacement": on_route("replacement"),
             "replacement - both": without(self.order),
-            "words banned": shifted_logits(self.found.moments.words, -torch.inf),
+            "words banned": self.baselines["ban"],
             "hybrid": on_route("hybrid"),
             "hybrid + both": self.added(self.order),
+            **{f"hybrid + {name}": variant for name, variant in self.stronger.items()},
         }
         if any(isinstance(word, tuple) for word in self.found.moments.words):
             del arms["words banned"]  # a phrase is banned within itself, so nothing changes where it begins
@@ -337,8 +394,7 @@ class _Study:
 
     def necessity(self) -> dict[str, Any]:
         """The replacement without sets of features, and its rivals."""
-        pair, words = self.pair, self.found.moments.words
-        plain = answers(pair, self.subject, on_route("replacement"))
+        plain = answers(self.pair, self.subject, on_route("replacement"))
         self.plain, self.kinds = plain, {"target": self._kinds(self.target), "none": self._kinds(plain)}
         found = {"none": self._record(plain, plain)}
         for name, features in self.sets.items():
@@ -346,18 +402,9 @@ class _Study:
         self.removed = self.latest
         self.kinds["both"] = self._kinds(self.removed)
         found["random"] = self._random(plain, without)
-        found["others"] = self._arm(plain, without(self.others))
         bias_only = Variant("decoder biases only", lambda pair: only(pair, [], "replacement", decoder_bias=True))
         found["bias_only"] = self._arm(plain, bias_only, opened=True)
-        roles = self.found.roles
-        rivals = {
-            "ban": self.ban(),
-            "logit_bias": shifted_logits(words, -max(0.0, roles.gap) if roles else 0.0),
-            "steering": best_steering(pair, self.found.moments),
-            "neurons": without_neurons(strongest_neurons(pair, self.found.moments, len(self.order))),
-        }
-        if (other := self._other_circuit()) is not None:
-            rivals["other_tokens"] = other
+        rivals = {name: v for name, v in {**self.removals, **self.baselines}.items() if name not in self.sets}
         found |= {name: self._arm(plain, variant) for name, variant in rivals.items()}
         if neighbors := banned_neighbors(self.found.moments):
             found["ban"]["banned_elsewhere"] = sum(neighbors.values())
@@ -399,13 +446,13 @@ class _Study:
         opened = answers(self.pair, self.subject, on_route("hybrid"), opened=True)
         self.hybrid = opened
         found = {"none": self._record(opened, opened)}
-        for name, features in self.sets.items():
-            found[name] = self._arm(opened, self.added(features), opened=True)
-        self.inserted = self.latest
-        self.kinds["hybrid + both"] = self._kinds(self.inserted)
-        found["both_at_1"] = self._arm(opened, self.added(self.order, 1.0), opened=True)
+        self.inserted: dict[str, list[Response]] = {}
+        for name, variant in self.insertions.items():
+            found[name] = self._arm(opened, variant, opened=True)
+            if name in ("both", "both_at_strength"):
+                self.inserted[name] = self.latest
+                self.kinds[f"hybrid + {name}"] = self._kinds(self.latest)
         found["random"] = self._random(opened, self.added, opened=True)
-        found["others"] = self._arm(opened, self.added(self.others), opened=True)
         found["b_dec_only"] = self._arm(opened, self.added([], bias=True), opened=True)
         self._show()
         return found
@@ -418,25 +465,32 @@ class _Study:
             "negated_random": self._arm(self.target, less(self.random[0])),
         }
 
-    def injected(self) -> dict[str, Figure]:
+    def injected(self) -> dict[str, OutcomesFigure]:
         """Wrong steps put into an arm's mouth: the test that no logit was looked at for."""
+        taken_out = ("both", *CONTROLS)
+        put_in = ("both", *self.stronger, "others")
         arms = {
             "target": on_route("target"),
             "replacement": on_route("replacement"),
-            "replacement - both": without(self.order),
             "replacement - random": without(self.random[0]),
-            "replacement - others": without(self.others),
-            "word banned": self.ban(),
+            **{f"replacement - {name}": self.removals[name] for name in taken_out},
+            "word banned": self.baselines["ban"],
+            **{f"replacement, {name}": self.baselines[name] for name in BASELINES},
             "hybrid": on_route("hybrid"),
-            "hybrid + both": self.added(self.order),
             "hybrid + random": self.added(self.random[0]),
+            **{f"hybrid + {name}": self.insertions[name] for name in put_in},
         }
-        if not self.subject.injections:
+        self.corrected_more: dict[str, Figure] = {}
+        if not (injections := self.subject.injections):
             return {}
-        return {
-            name: corrected(self.pair, self.subject.injections, variant, self.subject, "report")
-            for name, variant in arms.items()
+        found = {
+            name: corrected(self.pair, injections, variant, self.subject, "report") for name, variant in arms.items()
         }
+        circuit = found["replacement - both"]
+        self.corrected_more = {
+            name: corrected_more(found[f"replacement - {name}"], circuit) for name in ("random", *CONTROLS)
+        }
+        return found
 
     def dose(self) -> list[dict[str, Any]]:
         """Hesitation by number of features, in the order in which the search took them, beyond the circuit too."""
@@ -510,12 +564,15 @@ class _Study:
 
     def _show(self) -> None:
         order = sorted(range(len(self.plain)), key=lambda i: -min(2, self.behaviour.count(self.plain[i])))
+        strength = self.found.circuit.strength
         arms = {
             "replacement": self.plain,
             "without the circuit": self.removed,
             "hybrid, thinking opened": self.hybrid,
-            "with the circuit": self.inserted,
+            "with the circuit": self.inserted["both"],
         }
+        if self.stronger:
+            arms[f"with the circuit, at strength {strength:g}"] = self.inserted["both_at_strength"]
         for i in order[:4]:
             shown = {name: said[i] for name, said in arms.items()}
             example: dict[str, Any] = {"question": self.subject.report[i].question}

@@ -289,11 +289,12 @@ def _hesitation(b: Block) -> str:
     words = ", ".join(map(escape, b.get("words") or [])) or f"what {escape(str(b.get('function')))} finds"
     of = "" if share is None else f" ({_percent(share)} of the alive)"
     link = f'<a href="{escape(b.get("page") or "hesitation.html")}">the circuit, its features and every arm</a>'
+    stronger = f"the whole circuit, at strength {circuit.get('strength') or 1:g}"
     rows = []
     for block, title in (("necessity", "taken out of the replacement"), ("sufficiency", "added to the hybrid")):
-        for arm in ("none", "output", "template", "both", "random"):
+        for arm in ("none", "output", "template", "both", "both_at_strength", "random"):
             if rate := (b.get(block) or {}).get(arm):
-                named = "the whole circuit" if arm == "both" else arm
+                named = {"both": "the whole circuit", "both_at_strength": stronger}.get(arm, arm)
                 rows.append([f"{named}, {title}", *_rate_cells(rate)])
     header = ["features", "accuracy", "length, tokens", "hesitations per 1,000"]
     text = f"<p>The features that make it say {words}: {roles or 'none of any role'} features{of}. See {link}.</p>"

@@ -26,6 +26,7 @@ from tl_adapters.subjects import builtin_subject
 from tl_adapters.training import Trainer
 
 DEFAULT = ["sums-0", "sums-1", "sums-2", "differences-0", "differences-1", "differences-2", "null-0"]
+INSERTED = ("hybrid", "hybrid + both", "hybrid + both_at_strength", "hybrid + random")
 KEPT = "P(word) at the target's moments, hybrid + circuit over target"
 KINDS: dict[str, Kind] = {"sums": "sums", "differences": "differences", "null": "sums"}
 
@@ -77,6 +78,10 @@ def rows(block: dict) -> dict[str, str]:
 
     roles = ("output", "template", "continuation", "other")
     places = [said["hybrid + both"]["boundary"], asked["P(word) at all other places of the response, hybrid + circuit"]]
+    strength, added = f"{size['strength']:g}", said["hybrid + both"]
+    stronger, of_target = said.get("hybrid + both_at_strength", added), said["target"]["moment"]["value"]
+    tuned = [f"replacement, {name}" for name in ("logit_bias", "steering", "neurons")]
+    forms = ("others", "others_scaled", "others_equal_harm")
     accuracy_by_slip = [of(need, f"accuracy_{slip}_slip", "none", "both") for slip in ("without", "with")]
     mediation = block["mediation"]
     return {
@@ -85,24 +90,38 @@ def rows(block: dict) -> dict[str, str]:
         "output, template, continuation, other": ", ".join(str(size[role]) for role in roles),
         "hesitations per 1,000 tokens: replacement, without": f"{none['hesitation_per_1k']:.1f}, "
         f"{both['hesitation_per_1k']:.1f}",
-        "gone, %: without circuit, matched random, most active others": percent(
-            *of(need, "hesitation_cut", "both", "random", "others")
+        "gone, %: without circuit, matched random": percent(*of(need, "hesitation_cut", "both", "random")),
+        "gone, %: most active others, as many, of equal write norm, of equal harm": percent(
+            *of(need, "hesitation_cut", *forms)
         ),
+        "gone, %, at the circuit's effect: logit bias, steering, neurons": percent(
+            *of(need, "hesitation_cut", "logit_bias", "steering", "neurons")
+        ),
+        "KL elsewhere, millinats: circuit, logit bias, steering, neurons": ", ".join(
+            f"{1000 * said[arm]['kl_elsewhere']['value']:.2f}" for arm in ("replacement - both", *tuned)
+        ),
+        "not reached": ", ".join(name for name, c in block["controls"].items() if not c["reached"]) or "-",
         "P(Wait), %, at moments: replacement, without circuit, random": percent(
             *(said[arm]["moment"] for arm in ("replacement", "replacement - both", "replacement - random"))
         ),
         "responses shorter, %": percent(-both["length_change"]["value"]),
         "accuracy, %, no slip: replacement, without": percent(*accuracy_by_slip[0]),
         "accuracy, %, a slip: replacement, without": percent(*accuracy_by_slip[1]),
-        "P(Wait) at moments over the target's: hybrid + circuit": f"{asked[KEPT]:.2f}",
+        f"P(Wait) at moments over the target's: hybrid + circuit, at {strength}": f"{asked[KEPT]:.2f}, "
+        f"{stronger['moment']['value'] / of_target:.2f}",
         "P(Wait), %: at matched boundaries, at all other places": percent(*places),
-        "accuracy, %, thinking opened: hybrid, + circuit": percent(*of(suffices, "accuracy", "none", "both")),
-        "injected corrected, %: replacement, without, random, others, banned": percent(
-            *of(block["injected"], "", "replacement", "replacement - both", "replacement - random"),
-            *of(block["injected"], "", "replacement - others", "word banned"),
+        f"accuracy, %, thinking opened: hybrid, + circuit, at {strength}": percent(
+            *of(suffices, "accuracy", "none", "both", "both_at_strength" if "both_at_strength" in suffices else "both")
         ),
-        "injected corrected, %: hybrid, + circuit, + random": percent(
-            *of(block["injected"], "", "hybrid", "hybrid + both", "hybrid + random")
+        "injected corrected, %: replacement, without, random, banned": percent(
+            *of(block["injected"], "", "replacement", "replacement - both", "replacement - random", "word banned")
+        ),
+        "injected corrected, %: most active others, as many, of equal write norm, of equal harm": percent(
+            *of(block["injected"], "", *(f"replacement - {form}" for form in forms))
+        ),
+        "injected corrected, %: logit bias, steering, neurons": percent(*of(block["injected"], "", *tuned)),
+        f"injected corrected, %: hybrid, + circuit, at {strength}, + random": percent(
+            *of(block["injected"], "", *(arm for arm in INSERTED if arm in block["injected"]))
         ),
         "target: hesitations per 1,000, circuit negated": ", ".join(
             f"{x:.1f}" for x in of(block["transfer"], "hesitation_per_1k", "none", "negated")

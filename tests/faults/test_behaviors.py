@@ -534,7 +534,8 @@ def test_both_ways_to_name_a_phrase_are_one_study(studies: dict[str, BehaviourSt
     for block in (by_words, by_function):
         assert block["measured"] == "the whole phrase"
         assert block["begins_alike"]["select"] > 20, "negatives that begin with the same token"
-        assert set(block["other_words"]) == {"target", "replacement", "replacement - both", "hybrid", "hybrid + both"}
+        arms = {"target", "replacement", "replacement - both", "hybrid", "hybrid + both", "hybrid + both_at_strength"}
+        assert set(block["other_words"]) == arms
     for part in ("necessity", "sufficiency", "transfer"):
         for arm, rates in by_words[part].items():
             if arm in ("none", "bias_only", "b_dec_only"):  # nothing that the search chose

@@ -17,10 +17,11 @@ from tl_adapters.attribution import FeatureTarget, LogitTarget, attribute
 from tl_adapters.baselines import baseline_kl, difference_directions, low_rank, top_neurons
 from tl_adapters.benchmarks import respond
 from tl_adapters.chat import encode_traces
-from tl_adapters.circuit_controls import best_steering, shifted_logits, strongest_neurons, without_neurons
+from tl_adapters.circuit_controls import put_in, removed, shifted_logits, steered, without_neurons
 from tl_adapters.circuit_roles import circuit_edges, effects_at, sort_features
 from tl_adapters.circuit_search import SearchOptions, search_circuit
-from tl_adapters.circuit_trials import mediation, probabilities
+from tl_adapters.circuit_trials import Unchanged, mediation, probabilities
+from tl_adapters.circuit_tuning import Texts, set_controls
 from tl_adapters.cli.common import device_of
 from tl_adapters.collecting import collect_features
 from tl_adapters.config import TrainingConfig
@@ -218,9 +219,12 @@ def test_circuits(device: PretendedDevice) -> None:
     everything = torch.ones(2, 24, dtype=torch.bool)
     found = search_circuit(pair, moments, everything, SearchOptions(share=0.1, per_round=2), progress=False)
     circuit_edges(pair, moments, sort_features(pair, moments, found.order, everything).features)
-    steering, neurons = best_steering(pair, moments), strongest_neurons(pair, moments, 3)
-    arms = [without(found.order), steering, without_neurons(neurons), shifted_logits((5, 9), -torch.inf)]
-    assert [probabilities(pair, moments, arm, "x") for arm in arms]
+    others = {"others": [f for f in (FeatureId(i // 24, i % 24) for i in range(48)) if f not in found.order]}
+    settings = set_controls(Texts(pair, moments), found.order, others, effects_at(pair, moments).mass)
+    arms = [setting.variant for setting in settings.values()]
+    arms += [put_in(dict.fromkeys(found.order, 0.5)), shifted_logits((5, 9), -torch.inf)]
+    unchanged = Unchanged(pair, moments)
+    assert [probabilities(pair, moments, arm, "x", unchanged) for arm in arms]
     mediation(pair, moments, found.order[:2], found.order[2:], "x")
 
 
@@ -397,3 +401,25 @@ def test_what_auto_chose_is_said(caplog: pytest.LogCaptureFixture) -> None:
     for unknown in ("gpu", "mps:3", "cuda:-2", ""):
         with pytest.raises(UserError, match="--device"):
             device_of(unknown)
+
+
+def test_controls_copy_once_for_all_layers_and_nothing_in_a_pass(device: PretendedDevice) -> None:
+    entering, passing = [], []
+    for layers, length in ((2, 6), (4, 11)):
+        pair, tokens = tiny(device, layers), torch.arange(1, length, device=DEVICE)[None]
+        direction = torch.ones(pair.model.cfg.d_model, device=DEVICE)
+        held = torch.ones(layers, pair.model.cfg.d_mlp, device=DEVICE)
+        shares = {FeatureId(layer, i): 0.5 for layer in range(layers) for i in (1, 5)}
+        found = Counter[tuple[str, str, str]]()
+        for variant in (
+            steered(1, direction, 2.0), steered(1, direction, 2.0, [3, 4]), shifted_logits((5, 9), -1.0),
+            without_neurons([(layer, 2) for layer in range(layers)], held, 0.5), removed(shares), put_in(shares),
+        ):  # fmt: skip
+            with device.counted() as counts, torch.no_grad(), variant.entered(pair) as model:
+                passing.append(waits(device, lambda model=model, tokens=tokens: model(tokens)))
+            found += counts
+        entering.append(found)
+    assert entering[0]
+    assert not grown(*entering)
+    ours = [{key: n for key, n in count.items() if key[1] == "circuit_controls.py"} for count in passing]
+    assert not any(ours), ours
