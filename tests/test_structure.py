@@ -8,10 +8,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
 LEVELS = [
-    {"activations", "attention", "checking", "columns", "errors", "fingerprints", "masks", "precision"},
+    {"activations", "attention", "columns", "errors", "fingerprints", "masks", "precision"},
     {"arguments", "atomic", "compatibility", "config", "decoding", "devices", "finite", "intervals"}
     | {"losses", "posting", "strict_json", "tokenization", "trackers"},
-    {"completions", "data", "file_hashes", "grids", "organism", "replies", "results", "saelens"}
+    {"checking", "completions", "data", "file_hashes", "grids", "organism", "replies", "results", "saelens"}
     | {"transcoder", "views", "vocabulary"},
     {"chat", "checkpoints", "endpoint", "graphs", "likelihoods", "report", "server", "viewer"},
     {"architectures", "generation", "marks", "pruning", "sources"},

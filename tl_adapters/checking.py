@@ -7,11 +7,12 @@ even that does not help.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import threading
+
+from tl_adapters.strict_json import dumps
 
 SECONDS = 5
 """For reading an expression, and for comparing two."""
@@ -56,7 +57,7 @@ class _Checker:
             clock = threading.Timer(PATIENCE, process.kill)
             clock.start()
             try:
-                process.stdin.write(json.dumps([answer, said]) + "\n")
+                process.stdin.write(dumps([answer, said]) + "\n")
                 process.stdin.flush()
                 reply = process.stdout.readline()
             except OSError:  # it has ended

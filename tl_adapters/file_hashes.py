@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 
 from tl_adapters.atomic import write_text
+from tl_adapters.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,6 @@ def _remember(path: str, entry: list[Any]) -> None:
     entries = {known: kept for known, kept in _remembered().items() if known != path}
     entries[path] = entry
     try:
-        write_text(memory_file(), json.dumps(dict(list(entries.items())[-MOST:])))
+        write_text(memory_file(), dumps(dict(list(entries.items())[-MOST:])))
     except OSError as error:
         log.debug("hashes of files are not remembered: %s", error)

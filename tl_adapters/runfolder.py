@@ -192,7 +192,7 @@ class RunFolder:
         if not (self.path / "adapters").is_dir():
             record = json.loads((self.path / "run.json").read_text())
             record["spent"] = {"tokens": tokens, "seconds": seconds}
-            write_text(self.path / "run.json", json.dumps(record, indent=1) + "\n")
+            write_text(self.path / "run.json", dumps(record, indent=1) + "\n")
             adapters.save_pretrained(self.path / "adapters")
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         (self.path / ".lock").unlink(missing_ok=True)

@@ -124,7 +124,7 @@ def resume_run(folder: Path, device: str = "auto", progress: bool = True, bad_ro
     data = open_data(config, pair)
     trainer = Trainer.resume(pair, data, folder, validation=data.validation(), progress=progress)
     if bad_rows is not None:
-        write_text(folder / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+        write_text(folder / "config.json", dumps(config.to_dict(), indent=1) + "\n")
     log.info("going on from step %d of %d", trainer.step, trainer.config.steps)
     train_stage(trainer, folder)
 
