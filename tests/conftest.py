@@ -151,6 +151,14 @@ def pair(hf_models: tuple[PreTrainedModel, PreTrainedModel]) -> PairedModel:
     return randomise(PairedModel.from_pretrained(*hf_models))
 
 
+@pytest.fixture(params=["hooked", "bridge"])
+def bos_pair(request: pytest.FixtureRequest, tmp_path: Path) -> PairedModel:
+    """A pair whose tokenizer writes BOS itself and whose template opens the thinking, from two folders of the hub."""
+    from hub_folders import write_pair  # which imports this file
+
+    return PairedModel.from_pretrained(*write_pair(tmp_path / "hub", "R1-Distill-Llama"), backend=request.param)
+
+
 @pytest.fixture
 def batch() -> Batch:
     """Three documents of different lengths, padded on the right."""

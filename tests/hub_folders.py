@@ -17,7 +17,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 TEXTS = ["Wait, 47+85=132. How are you doing?\n\nHmm, no: the answer is 132, say I. <Qq> [A] Today we add."]
 """What the vocabularies are learned from; they also hold every byte."""
-_SPLIT = Regex(r"'s|'t|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""What byte-level vocabularies are split by; digits in threes (Llama 3) or one by one (Qwen)."""
 
 R1_TEMPLATE = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{{ bos_token }}"
@@ -111,6 +114,8 @@ class Kind:
     """What pads, where the folder names a token."""
     writes_bos: bool = False
     """The tokenizer writes BOS itself."""
+    digits: str = "{1,3}"
+    """Of a byte-level one: how many digits may be one token; "" as Qwen has it, one, and its normalizer too."""
     sentencepiece: bool = False
     """Spaces are ▁ and what is unknown is bytes; else byte-level BPE."""
     prefix_space: bool = False
@@ -133,7 +138,8 @@ KINDS: dict[str, Kind] = {
     ),
     "Qwen3": Kind(
         "Qwen3ForCausalLM", "Qwen2Tokenizer", QWEN3_TEMPLATE, _CHATML, "<|im_end|>", ("<|im_end|>", "<|endoftext|>"),
-        pad="<|endoftext|>", plain_tokens=_THINK, options={"add_bos_token": False, "add_prefix_space": False},
+        pad="<|endoftext|>", digits="", plain_tokens=_THINK,
+        options={"add_bos_token": False, "add_prefix_space": False},
     ),
     "Llama 2": Kind(
         "LlamaForCausalLM", "LlamaTokenizer", LLAMA2_TEMPLATE, ("<unk>", "<s>", "</s>"), "</s>", ("</s>", "<unk>"),
@@ -142,7 +148,8 @@ KINDS: dict[str, Kind] = {
     ),
     "Gemma": Kind(
         "Gemma2ForCausalLM", "GemmaTokenizer", GEMMA_TEMPLATE,
-        ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), "<eos>", ("<eos>", "<end_of_turn>"),
+        ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"), "<eos>",
+        ("<eos>", "<end_of_turn>"),
         bos="<bos>", pad="<pad>", writes_bos=True, sentencepiece=True, plain_tokens=("\n", "\n\n", "  "),
         options={"add_bos_token": True, "add_eos_token": False, "unk_token": "<unk>"},
     ),
@@ -153,7 +160,7 @@ KINDS: dict[str, Kind] = {
     ),
     "Qwen2 that closes": Kind(
         "Qwen2ForCausalLM", "Qwen2Tokenizer", CLOSING_TEMPLATE, _CHATML, "<|im_end|>", ("<|im_end|>", "<|endoftext|>"),
-        pad="<|endoftext|>", plain_tokens=_THINK,
+        pad="<|endoftext|>", digits="", plain_tokens=_THINK,
     ),
     "Qwen2 with its own": Kind(
         "Qwen2ForCausalLM", "PreTrainedTokenizerFast", CLOSING_TEMPLATE.replace("<think>\\n\\n</think>\\n\\n", ""),
@@ -172,9 +179,11 @@ def backend_tokenizer(kind: Kind) -> Tokenizer:
         tokenizer = _sentencepiece(kind)
     else:
         tokenizer = Tokenizer(models.BPE())
+        if not kind.digits:  # Qwen's
+            tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(_SPLIT, "isolated"),
+                pre_tokenizers.Split(Regex(_SPLIT % kind.digits), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

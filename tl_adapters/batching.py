@@ -7,20 +7,22 @@ to the next. Where a run stands is a window's beginning and the steps since, so 
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from tl_adapters.chat import ChatFormat, Conversation
+from tl_adapters.chat import ChatFormat, Conversation, Document
 from tl_adapters.config import REGIONS, DataConfig, Region
 from tl_adapters.data import Batch, DataError, Trace, collate, rows_by_length
-from tl_adapters.sources import Position, Reader, Stream, open_reader
+from tl_adapters.sources import BadRows, Position, Reader, Stream, open_reader
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,10 @@ log = logging.getLogger(__name__)
 class TraceSource(Protocol):
     """Training documents, a window at a time."""
 
-    fingerprint: str
-    """Tells one set of documents from another."""
+    @property
+    def fingerprint(self) -> str:
+        """Tells one set of documents from another."""
+        ...
 
     def windows(self, epoch: int, position: Position) -> Iterator[tuple[Position, list[Trace]]]:
         """The windows of an epoch from ``position`` (a window's beginning) on, each with where it begins."""
@@ -79,6 +83,8 @@ class DataStatistics:
     """Kept for validation."""
     without_thinking: int = 0
     """Used, but with no thinking part."""
+    bad_rows: int = 0
+    """No conversations, or refused by the chat template, and left out."""
     tokens: dict[str, int] | None = None
     """Tokens by region, of the documents used."""
     lengths: dict[str, int] | None = None
@@ -90,11 +96,18 @@ class DataStatistics:
         return (
             f"{self.used:,} of {self.documents:,} documents are used (too long: {self.truncated:,} truncated, "
             f"{self.dropped:,} dropped; held out {self.held_out:,}; nothing to count {self.nothing_counts:,}; without "
-            f"thinking {self.without_thinking:,}). Length in tokens: {lengths}. Tokens: {tokens}."
+            f"thinking {self.without_thinking:,}; unusable rows left out {self.bad_rows:,}). Length in tokens: "
+            f"{lengths}. Tokens: {tokens}."
         )
 
 
-_CHANGES_NO_TRACE = ("source", "domain_column", "survey_documents", "validation_documents")
+_CHANGES_NO_TRACE = (
+    "source", "domain_column", "survey_documents", "validation_documents", "bad_rows", "template_date"
+)  # fmt: skip
+_SINCE_0_2 = ("thinking_column", "system_column")
+"""Options that a run of 0.1 did not have: where they are not set, its fingerprint stays what it was."""
+RENDERED = 64
+"""Documents whose token ids are in the fingerprint: what a template, a tokenizer or changed data makes of them."""
 
 
 class EncodedDocuments:
@@ -123,17 +136,77 @@ class EncodedDocuments:
         self._reader, self._chat, self._config, self._seed, self._count = reader, chat, config, seed, tuple(count)
         self._max_tokens = min(config.max_tokens or max_tokens, max_tokens)
         self._validation_reader = validation
+        self._bad_rows = BadRows(config)  # those that the template refuses; the reader has its own
+        for conversation in getattr(reader, "kinds", {}).values():
+            self._document(conversation)  # a template that refuses a kind of row is said now, not after hours
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """What the traces were made from, part by part: options, files, chat template, and how it renders some.
+
+        "data" is what a run of version 0.1 recorded, so that such a run can be taken up.
+        """
+        config, chat, tokenizer = self._config, self._chat, self._chat.tokenizer
         # What the traces depend on: not where the file lies, nor what is only looked at.
         options = {key: value for key, value in asdict(config).items() if key not in _CHANGES_NO_TRACE}
-        tokenizer = chat.tokenizer
+        options = {key: value for key, value in options.items() if key not in _SINCE_0_2 or value is not None}
         facts = {
             **options,
-            "reader": reader.fingerprint,
+            "reader": self._reader.fingerprint,
             "max_tokens": self._max_tokens,
             "count": self._count,
             "chat": (tokenizer.chat_template, chat.turn_end, sorted(tokenizer.get_vocab().items())),
         }
-        self.fingerprint = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]
+        probed = {f.name: getattr(chat, f.name) for f in fields(chat) if f.name != "tokenizer"}
+        with self._reader.bad_rows.ignored(), self._bad_rows.ignored():  # they are met where they are read
+            rendered = [document for document, _ in islice(self._reader.read("fingerprint", None), RENDERED)]
+            traces = chat.tokenize([d for c in rendered if (d := self._document(c)) is not None])
+        return {
+            "data": _hashed(sorted(facts.items())),
+            "data_files": self._reader.files,
+            "chat_template": _hashed([str(tokenizer.chat_template), *sorted(map(repr, probed.items()))]),
+            "rendered_text": _hashed([trace.tokens for trace in traces]),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one set of documents from another."""
+        return _hashed(sorted(self.fingerprints.items()))
+
+    @property
+    def template_date(self) -> datetime.date | None:
+        """The date that the chat template writes into every document; None where it writes none."""
+        return self._chat.date
+
+    def dated(self, date: datetime.date) -> EncodedDocuments:
+        """The same documents with another date in them, where the chat template writes one."""
+        if self._chat.date in (None, date):
+            return self
+        chat = ChatFormat.of(self._chat.tokenizer, self._chat.think_start, self._chat.think_end, date)
+        return EncodedDocuments(
+            self._reader, chat, self._config, self._max_tokens, self._seed, self._count, self._validation_reader
+        )
+
+    def warning(self, statistics: DataStatistics) -> str | None:
+        """What to know of documents of which `survey` found ``statistics``: that the target thinks and none of them."""
+        if not statistics.used or statistics.without_thinking < statistics.used or not self._chat.writes_thinking:
+            return None
+        return (
+            f"None of the {statistics.used:,} documents has thinking, and the target thinks before it answers "
+            f"({self._chat.think_start} ... {self._chat.think_end}): adapters would learn from answers alone. Name the "
+            "column that holds the thinking (data.thinking_column), or the tags around it (data.think_start, "
+            "data.think_end)."
+        )
+
+    def log_survey(self) -> DataStatistics:
+        """What `survey` finds, logged; and what to know of it, each as a warning of its own."""
+        statistics = self.survey()
+        log.info("%s", statistics)
+        warnings = [difference.says for difference in self._chat.differences() if not difference.meant]
+        for says in [*warnings, self.warning(statistics)]:
+            if says:
+                log.warning("%s", says)
+        return statistics
 
     def windows(self, epoch: int, position: Position) -> Iterator[tuple[Position, list[Trace]]]:
         """As `TraceSource.windows`. Raises DataError where an epoch leaves nothing to train on."""
@@ -148,7 +221,8 @@ class EncodedDocuments:
         if not found:
             raise DataError(
                 f"{self._config.source} leaves nothing to train on: every document is held out, longer than "
-                f"{self._max_tokens} tokens, or without a token in {list(self._count)}."
+                f"{self._max_tokens} tokens, without a token in {list(self._count)}, or a row that cannot be used "
+                f"({self._unusable:,} were left out)."
             )
 
     def traces(self) -> list[Trace]:
@@ -180,7 +254,7 @@ class EncodedDocuments:
         kept = [c for c in conversations if not self._held_out(c)]
         statistics.held_out = len(conversations) - len(kept)
         traces = self._encode(kept, statistics)
-        statistics.used = len(traces)
+        statistics.used, statistics.bad_rows = len(traces), self._unusable
         statistics.without_thinking = sum(trace.thinking_length == 0 for trace in traces)
         lengths = sorted(len(trace.tokens) for trace in traces)
         if lengths:
@@ -198,14 +272,30 @@ class EncodedDocuments:
         share = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") / 2**64
         return share < self._config.validation_fraction
 
+    @property
+    def _unusable(self) -> int:
+        return len(self._reader.bad_rows.rows) + len(self._bad_rows.rows)
+
+    def _where(self, conversation: Conversation) -> str:
+        return str(getattr(conversation, "where", self._config.source))
+
+    def _document(self, conversation: Conversation) -> Document | None:
+        """The conversation as text; None where the template refuses it and such rows are dropped."""
+        try:
+            return self._chat.document(conversation)
+        except DataError as error:
+            self._bad_rows.meet(self._where(conversation), error)
+            return None
+
     def _encode(self, conversations: Sequence[Conversation], statistics: DataStatistics) -> list[Trace]:
         kept = []
-        for trace in self._chat.encode(conversations):
+        found = [(self._where(c), d) for c in conversations if (d := self._document(c)) is not None]
+        for (where, _), trace in zip(found, self._chat.tokenize([d for _, d in found]), strict=True):
             if len(trace.tokens) > self._max_tokens:
                 if self._config.too_long == "refuse":
                     raise DataError(
                         f"A document of {self._config.source} has {len(trace.tokens):,} tokens; max_tokens (or the "
-                        f"target's context) is {self._max_tokens:,}. Set too_long to truncate or drop."
+                        f"target's context) is {self._max_tokens:,}. It is {where}. Set too_long to truncate or drop."
                     )
                 if self._config.too_long == "drop":
                     statistics.dropped += 1
@@ -217,6 +307,10 @@ class EncodedDocuments:
             else:
                 statistics.nothing_counts += 1
         return kept
+
+
+def _hashed(facts: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def open_documents(

@@ -128,7 +128,7 @@ def respond(
     chat = ChatFormat.of(model.tokenizer)
     begun = [prefill] * len(problems) if isinstance(prefill, str) else prefill
     texts = [
-        chat.prompt([{"role": "user", "content": p.question}]) + beginning
+        chat.prompt([{"role": "user", "content": p.question}], beginning)
         for p, beginning in zip(problems, begun, strict=True)
     ]
     prompts = chat.tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -8,11 +8,13 @@ document still differs from the template's own rendering of the whole, `ChatForm
 from __future__ import annotations
 
 import datetime
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import takewhile
+from functools import cached_property, lru_cache
+from itertools import takewhile, zip_longest
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -43,9 +45,10 @@ THINK_TAGS = (
 """Forms of the tags around thinking that published models and data sets use."""
 
 _QUESTION, _THOUGHT, _ANSWER = "what was asked", "what was thought", "what was answered"
+_BREAK, _CLOCK = "\n", "strftime_now"
 _DATE = "_tl_adapters_template_date"
 """Attribute of a tokenizer: the date that its template writes (`set_template_date`)."""
-_OTHER_DATE = datetime.date(1996, 2, 29)
+_OTHER_DATES = (datetime.date(1996, 2, 29), datetime.date(2031, 10, 17))  # no two parts of which are the same
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,19 @@ class Document:
     """How many characters of the response are thinking, its tags included."""
     domain: str = ""
     """What the document is about, where the data says so."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where documents are not what the template itself would write."""
+
+    says: str
+    """What differs, as a sentence."""
+    meant: bool
+    """It is as it should be: documents are what a model reads and writes when it responds."""
+
+    def __str__(self) -> str:
+        return self.says
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ class ChatFormat:
             what = "There is no tokenizer" if tokenizer is None else "The tokenizer has no chat template"
             raise DataError(f"{what}; traces cannot be rendered in the target's format. Give the target's tokenizer.")
         think_start, think_end = _tags_of(tokenizer, think_start, think_end)
-        date = date or getattr(tokenizer, _DATE, None) or datetime.date.today()
+        date = date or getattr(tokenizer, _DATE, None) or _today()
         question = {"role": "user", "content": _QUESTION}
 
         def whole(content: str, **fields: str) -> str:
@@ -119,7 +135,9 @@ class ChatFormat:
         if _QUESTION not in prompt or _ANSWER not in thinking or _ANSWER not in plain:
             raise DataError("The tokenizer's chat template leaves out what was asked or answered; it cannot be used.")
         base, block = _thinking_block(prompt, think_start, think_end)
-        before_answer = _between(prompt, plain, _ANSWER) or _between(base, plain, _ANSWER) or ""
+        before_answer = _between(prompt, plain, _ANSWER)
+        if before_answer is None:
+            before_answer = _between(base, plain, _ANSWER) or ""
         before_thinking = _between(base, thinking, think_start) if _THOUGHT in thinking else None
         if before_thinking is None:
             before_thinking = "" if think_end in before_answer else before_answer
@@ -134,7 +152,7 @@ class ChatFormat:
             before_thinking=before_thinking,
             around_thinking=_around(base, (whole(_ANSWER, **{f: _THOUGHT}) for f in THINKING_FIELDS), think_start)
             or (f"{think_start}\n", f"\n{think_end}\n\n"),
-            date=None if prompt == _render(tokenizer, [question], opening=True, date=_OTHER_DATE) else date,
+            date=None if prompt == _render(tokenizer, [question], opening=True, date=_OTHER_DATES[0]) else date,
         )
 
     @property
@@ -156,7 +174,8 @@ class ChatFormat:
         field = next((f for f in THINKING_FIELDS if f in str(self.tokenizer.chat_template)), THINKING_FIELDS[0])
         turns = [{**m, field: thought} if (thought := _thought(m)) else m for m in messages]
         text = _render(self.tokenizer, turns, opening=True, date=self.date)
-        return "".join(self._join(text, beginning)) if beginning else text
+        opens = beginning.lstrip().startswith(self.think_start)
+        return "".join(self._join(text, beginning)) if opens else text + beginning
 
     def render(self, conversation: Conversation) -> tuple[str, str]:
         """The prompt's text and the response's, which together are the document."""
@@ -196,8 +215,8 @@ class ChatFormat:
             for row, (document, prompt) in enumerate(zip(documents, prompts, strict=True))
         ]
 
-    def _trace(self, document: Document, prompt: list[int], together: object, row: int) -> Trace:
-        whole, n, shift = together["input_ids"][row], len(prompt), len(document.prompt)  # type: ignore[index]
+    def _trace(self, document: Document, prompt: list[int], together: Any, row: int) -> Trace:
+        whole, n, shift = together["input_ids"][row], len(prompt), len(document.prompt)
         if whole[:n] != prompt or not self.tokenizer.is_fast:
             together = self.tokenizer([document.response], add_special_tokens=False)
             whole, row, shift = [*prompt, *together["input_ids"][0]], 0, 0
@@ -206,16 +225,17 @@ class ChatFormat:
         elif document.thinking == len(document.response):
             thinking = len(whole) - n
         elif self.tokenizer.is_fast:
-            last = together.char_to_token(row, shift + document.thinking - 1)  # type: ignore[attr-defined]
+            last = together.char_to_token(row, shift + document.thinking - 1)
             thinking = last + 1 - (n if shift else 0)
         else:
             head = self.tokenizer(document.response[: document.thinking], add_special_tokens=False)["input_ids"]
             thinking = min(len(whole) - n, len(head))
         return Trace(tuple(whole), n, thinking, document.domain)
 
-    def differences(self) -> list[str]:
-        """Where documents differ from the template's own rendering of a whole conversation, a sentence each."""
-        user, found = {"role": "user", "content": _QUESTION}, []
+    def differences(self) -> list[Difference]:
+        """Where documents differ from the template's own rendering of a whole conversation."""
+        user: Message = {"role": "user", "content": _QUESTION}
+        found: list[Difference] = []
         answer = {"role": "assistant", "content": _ANSWER}
         thinks = {**answer, "content": _THOUGHT.join(self.around_thinking) + _ANSWER}
         probes = {
@@ -229,31 +249,37 @@ class ChatFormat:
                 template = _render(self.tokenizer, turns, opening=False, date=self.date)
                 ours = self.document(turns)
             except DataError:
-                found.append(f"The template refuses {what}.")
+                found.append(Difference(f"The template refuses {what}.", meant=True))
                 continue
             found += self._difference(what, ours, template)
         bos = self.tokenizer.bos_token
         if writes_bos(self.tokenizer) and not self.prompt([user]).startswith(str(bos)):
-            found.append(f"The tokenizer puts {bos!r} before a text, the template does not; documents have none.")
+            says = f"The tokenizer puts {bos!r} before a text, the template does not; documents have none."
+            found.append(Difference(says, meant=False))
         return list(dict.fromkeys(found))
 
-    def _difference(self, what: str, ours: Document, template: str) -> list[str]:
+    def _difference(self, what: str, ours: Document, template: str) -> list[Difference]:
         text = ours.prompt + ours.response
         if _THOUGHT in text and _THOUGHT not in template:
-            return ["The template strips the thinking of a finished response; documents keep it."]
+            says = "The template strips the thinking of a finished response; documents keep it."
+            return [Difference(says, meant=True)]
         if not template.startswith(text):
-            place = len(_shared_start([tuple(text), tuple(template)]))
+            _, block = _thinking_block(ours.prompt, self.think_start, self.think_end)
+            if block and not template.startswith(ours.prompt) and template.startswith(ours.prompt[: -len(block)]):
+                says = f"The template ends a prompt with {block!r}, which it does not write before a finished response"
+                return [Difference(f"{says}; documents have it, as a model has read it that responds.", meant=True)]
+            place = next(i for i, (a, b) in enumerate(zip_longest(text, template)) if a != b)
             shown = slice(max(0, place - 20), place + 30)
-            return [f"For {what} documents have {text[shown]!r} where the template writes {template[shown]!r}."]
+            says = f"For {what} documents have {text[shown]!r} where the template writes {template[shown]!r}."
+            return [Difference(says, meant=False)]
         found = []
         if rest := template[len(text) :]:
-            found.append(f"The template writes {rest!r} after the end of a response; documents stop before it.")
+            says = f"The template writes {rest!r} after the end of a response; documents stop before it."
+            found.append(Difference(says, meant=True))
         (trace,) = self.tokenize([ours])
         if tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) != trace.tokens:
-            found.append(
-                f"For {what} a token of the whole text would reach from the prompt into the response; documents have "
-                "the prompt's own ids, as a model has that responds."
-            )
+            says = f"For {what} a token of the whole text would reach from the prompt into the response; documents "
+            found.append(Difference(f"{says}have the prompt's own ids, as a model that responds has.", meant=True))
         return found
 
     def regions(self, trace: Trace) -> list[int]:
@@ -263,12 +289,14 @@ class ChatFormat:
         codes = [question] * len(prompt) + [answer] * len(response)
         head = self._head(prompt)
         codes[:head] = [template] * head
+        begun = self._begun(prompt)
         # A prompt may end as the template ends it, or with its thinking opened, closed or left unopened.
-        tail = max(len(_shared_start([prompt[::-1], ending[::-1]])) for ending in self._prompt_ends)
-        begin = len(prompt) - tail
-        codes[begin : len(prompt)] = [template] * tail
-        opening = self._span(prompt[begin:], self.think_start)
-        opened = opening is not None and self._span(prompt[begin + opening[1] :], self.think_end) is None
+        tail = max(len(_shared_start([prompt[:begun][::-1], ending[::-1]])) for ending in self._prompt_ends)
+        begin = begun - tail
+        codes[begin:begun] = [template] * tail
+        codes[begun : len(prompt)] = [thinking] * (len(prompt) - begun)
+        opening = self._span(prompt[begin:begun], self.think_start)
+        opened = opening is not None and self._span(prompt[begin + opening[1] : begun], self.think_end) is None
         if opening is not None and opened:
             codes[begin + opening[0] : begin + opening[1]] = [think_start] * (opening[1] - opening[0])
         inside, closing = len(prompt), self.think_end
@@ -290,6 +318,16 @@ class ChatFormat:
             codes[-1] = end
         return codes
 
+    def _begun(self, prompt: tuple[int, ...]) -> int:
+        """Where the template's part of a prompt ends: before thinking that was put into the prompt (a prefill)."""
+        span = self._span(prompt, self.think_start, last=True)
+        if span is None or self._span(prompt[span[1] :], self.think_end) is not None:
+            return len(prompt)
+        if any(len(end) > 1 and prompt[-len(end) :] == end for end in self._prompt_ends):
+            return len(prompt)  # the template's own
+        before = max(len(_shared_start([prompt[: span[1]][::-1], end[::-1]])) for end in self._prompt_ends)
+        return span[1] if before > span[1] - span[0] else len(prompt)  # else a tag that somebody asks about
+
     def _head(self, prompt: tuple[int, ...]) -> int:
         """How many of a prompt's tokens the template writes before the question."""
         (before, after_date) = self._before
@@ -305,8 +343,8 @@ class ChatFormat:
         before, _ = self._edges(self.date)
         if self.date is None:
             return before, ()
-        other, _ = self._edges(_OTHER_DATE)
-        return before, _shared_start([before[::-1], other[::-1]])[::-1]
+        others = [self._edges(date)[0][::-1] for date in _OTHER_DATES]
+        return before, _shared_start([before[::-1], *others])[::-1]
 
     def _edges(self, date: datetime.date | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids of the template before and after a question."""
@@ -326,7 +364,7 @@ class ChatFormat:
         tail = len(after)
         whole = self._ids(prompt)
         ends = [after]
-        for text in (base, opened, base + closed):
+        for text in (base, opened, base + self.before_thinking + self.think_start, base + closed):
             ids = self._ids(text)
             ends.append(ids[min(len(whole) - tail, len(ids)) :])
         return ends
@@ -342,12 +380,16 @@ class ChatFormat:
                 return span, end
         return None
 
-    def _span(self, tokens: tuple[int, ...], tag: str) -> tuple[int, int] | None:
-        """First and last token (and one) that hold ``tag``, where it first stands in ``tokens``."""
+    def _span(self, tokens: tuple[int, ...], tag: str, last: bool = False) -> tuple[int, int] | None:
+        """First and last token (and one) that hold ``tag``, where it stands first in ``tokens``, or last."""
         single = self.tokenizer.get_added_vocab().get(tag)
         if single is not None:
-            return (place, place + 1) if (place := _find((single,), tokens)) is not None else None
-        at = self.tokenizer.decode(list(tokens)).find(tag)
+            if single not in tokens:
+                return None
+            place = len(tokens) - 1 - tokens[::-1].index(single) if last else tokens.index(single)
+            return place, place + 1
+        text = self.tokenizer.decode(list(tokens))
+        at = text.rfind(tag) if last else text.find(tag)
         if at < 0:
             return None
 
@@ -373,7 +415,8 @@ class ChatFormat:
         if thought is None or self._tags(content)[1] in content:
             return content
         before, between = self.around_thinking
-        return f"{before}{thought.strip(chr(10))}{between}{content.lstrip(chr(10))}"
+        answer = f"{between}{content.lstrip(_BREAK)}" if content.strip() else ""  # it was cut off while it thought
+        return f"{before}{thought.strip(_BREAK)}{answer}"
 
     def _join(self, prompt: str, text: str) -> tuple[str, str]:
         """A rendered prompt and (the beginning of) a response, so that what opens the thinking stands once."""
@@ -409,18 +452,40 @@ def set_template_date(tokenizer: PreTrainedTokenizerBase | None, date: datetime.
         setattr(tokenizer, _DATE, date)
 
 
+def _today() -> datetime.date:
+    return datetime.date.today()
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Conversation, opening: bool, date: datetime.date | None
 ) -> str:
-    # Every call gives the clock that a template reads: one run must not read two days.
-    clock = {} if date is None else {"strftime_now": datetime.datetime.combine(date, datetime.time()).strftime}
+    template = tokenizer.get_chat_template()
+    if date is not None and _CLOCK in template:
+        template = _clock(date) + template
     try:
         return tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=opening, **clock
+            [dict(m) for m in messages], chat_template=template, tokenize=False, add_generation_prompt=opening
         )
     except Exception as error:  # templates raise in their own words, in several classes
         roles = [m["role"] for m in messages]
         raise DataError(f"The chat template refuses a conversation of roles {roles}: {error}") from error
+
+
+@lru_cache
+def _clock(date: datetime.date) -> str:
+    """A template's definition of the function that it reads the date from: one run must not read two days.
+
+    Written as a macro: transformers turns what it is given for a template's own functions into plain data.
+    """
+    at = datetime.datetime.combine(date, datetime.time())
+    fields = [f"%{flag}{letter}" for letter in "aAbBcdeDfFGHIjklmMnpPrRsStTuUVwWxXyYzZ" for flag in ("", "-")]
+    values = {field: at.strftime(field) for field in [*fields, "%%"]}
+    table = ", ".join(f"({json.dumps(field)}, {json.dumps(value)})" for field, value in values.items())
+    return (
+        f"{{%- macro {_CLOCK}(format) -%}}{{%- set now = namespace(text=format) -%}}"
+        f"{{%- for field, value in [{table}] -%}}{{%- set now.text = now.text | replace(field, value) -%}}"
+        "{%- endfor -%}{{- now.text -}}{%- endmacro %}\n"
+    )
 
 
 def _has_tags(tokenizer: PreTrainedTokenizerBase, think_end: str) -> bool:

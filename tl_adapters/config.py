@@ -7,6 +7,7 @@ An unknown key is an error that names the nearest known one, an impossible value
 from __future__ import annotations
 
 import ast
+import datetime
 import difflib
 import inspect
 import json
@@ -29,6 +30,14 @@ class ConfigError(UserError, ValueError):
 def _require(condition: bool, name: str, given: object, allowed: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {given!r}; allowed is {allowed}.")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ LOSS_WEIGHTS = {
 
 
 TooLong = Literal["truncate", "drop", "refuse"]
+BadRows = Literal["refuse", "drop"]
 Region = Literal["prompt", "thinking", "answer"]
 REGIONS: tuple[Region, ...] = get_args(Region)
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -88,14 +98,25 @@ class DataConfig:
     """Column of questions; null finds prompt, question or problem."""
     response_column: str | None = None
     """Column of whole responses, thinking included; null finds response, completion or generation."""
+    thinking_column: str | None = None
+    """Column of the response's thinking, where that has one of its own; null finds reasoning_content, reasoning or
+    thinking."""
+    system_column: str | None = None
+    """Column of a system turn that comes before the others; null finds system."""
     domain_column: str | None = None
     """Column that says what a document is about (math, code, ...), for counting by domain; null finds domain."""
     max_tokens: int | None = None
     """Longest document in tokens; null is the target's context length."""
     too_long: TooLong = "truncate"
     """What happens to a longer document: "truncate", "drop" (both are counted and said) or "refuse" (an error)."""
+    bad_rows: BadRows = "refuse"
+    """What happens to a row that is no conversation, or one that the chat template refuses: "refuse" (an error that
+    names it) or "drop" (left out and counted)."""
+    template_date: str | None = None
+    """What a chat template that writes today's date is to write, as YYYY-MM-DD; null is the day on which the run is
+    started, and the run then keeps it here."""
     think_start: str = "<think>"
-    """What opens the thinking part of a response."""
+    """What opens the thinking part of a response; "<think>" stands for whatever published form the target has."""
     think_end: str = "</think>"
     """What ends it; the answer follows."""
     shuffle_window: int = 4096
@@ -116,6 +137,12 @@ class DataConfig:
         _require(0 <= fraction < 1, "data.validation_fraction", fraction, "a number >= 0 and below 1")
         _require(self.max_tokens is None or self.max_tokens >= 2, "data.max_tokens", self.max_tokens, "null or >= 2")
         _require(bool(self.think_end), "data.think_end", self.think_end, "a string that is not empty")
+        _require(
+            self.template_date is None or _is_date(self.template_date),
+            "data.template_date",
+            self.template_date,
+            "null or a date such as 2026-02-28",
+        )
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,16 @@ def collate(traces: Sequence[Trace], count: Sequence[Region] = REGIONS) -> Batch
     return Batch(tokens, region, tuple(count))
 
 
+def require_ids(batch: Batch, d_vocab: int) -> None:
+    """Raises DataError where a batch has token ids that a model of ``d_vocab`` embeddings cannot read."""
+    if batch.tokens.numel() and not 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < d_vocab:
+        bad = batch.tokens[(batch.tokens < 0) | (batch.tokens >= d_vocab)].unique().tolist()
+        raise DataError(
+            f"Documents have the token ids {bad[:5]}, and the model has embeddings of 0 to {d_vocab - 1} only. Encode "
+            "them with the target's own tokenizer."
+        )
+
+
 def rows_by_length(traces: Sequence[Trace], tokens_per_batch: int) -> list[list[int]]:
     """Group traces of similar length into batches of at most ``tokens_per_batch`` tokens, padding included.
 

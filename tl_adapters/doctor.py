@@ -74,6 +74,8 @@ def examine(
             )
             statistics = documents.survey()
             findings.append(_data(statistics))
+            if says := documents.warning(statistics):
+                findings.append(Finding("warning", "thinking", says))
             longest = (statistics.lengths or {}).get("longest", longest)
         elif config.data.max_tokens is None:
             longest = 0  # nothing is known of the documents: the batch's tokens are what is counted
@@ -165,8 +167,9 @@ def _by_name(role: str, recorded: str, given: str) -> Finding:
 
 def _chat(chat: ChatFormat, described: PretrainedConfig) -> Iterator[Finding]:
     says = f"responses end with {chat.turn_end!r}; a prompt " + ("opens" if chat.opens_thinking else "does not open")
-    kept = "The template strips past thinking; traces keep it, since responses are rendered as they stand."
-    yield Finding("ok", "chat template", f"{says} the thinking.", kept if chat.strips_thinking else "")
+    yield Finding("ok", "chat template", f"{says} the thinking.")
+    for difference in chat.differences():
+        yield Finding("ok" if difference.meant else "warning", "chat template", difference.says)
     for tag in (chat.think_start, chat.think_end):
         pieces = chat.tokenizer(tag, add_special_tokens=False)["input_ids"]
         if len(pieces) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 from tl_adapters import organism
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.batching import EncodedDocuments, open_documents
-from tl_adapters.chat import ChatFormat
-from tl_adapters.config import Dtype, RunConfig
+from tl_adapters.chat import ChatFormat, set_template_date
+from tl_adapters.config import DataConfig, Dtype, RunConfig
 from tl_adapters.data import DataError
 from tl_adapters.errors import UserError
 from tl_adapters.paired import PairedModel
@@ -43,6 +44,7 @@ def open_run(folder: Path, device: str = "cpu", dtype: Dtype | None = None) -> P
     adapters = AdapterSet.from_pretrained(folder / "adapters")
     config = RunConfig.load(folder / "config.json")
     pair = open_pair(replace(config, dtype=dtype or config.dtype), device)
+    set_template_date(pair.model.tokenizer, _date(config.data))
     pair.load_adapters(adapters)
     return pair
 
@@ -53,10 +55,14 @@ def require_adapters(folder: Path) -> None:
         raise UserError(f"{folder} holds no adapters; give a folder that train or demo made and has come to its end.")
 
 
+def _date(data: DataConfig) -> datetime.date | None:
+    return None if data.template_date is None else datetime.date.fromisoformat(data.template_date)
+
+
 def open_data(config: RunConfig, pair: PairedModel) -> EncodedDocuments:
     """The documents that a configuration names, in the target's chat format. Raises DataError."""
     data, training = config.data, config.training
-    chat = ChatFormat.of(pair.model.tokenizer, data.think_start, data.think_end)
+    chat = ChatFormat.of(pair.model.tokenizer, data.think_start, data.think_end, _date(data))
     n_ctx = pair.model.cfg.n_ctx
     if data.source:
         return open_documents(data, chat, n_ctx, training.seed, training.count)

@@ -14,6 +14,7 @@ checkpoint when a run is resumed. One process works in a run folder at a time.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -31,6 +32,9 @@ from tl_adapters.errors import UserError
 from tl_adapters.results import versions
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
+
+
+log = logging.getLogger(__name__)
 
 
 class RunFolderError(UserError, RuntimeError):
@@ -88,7 +92,17 @@ class RunFolder:
         self._lock.release()
 
     def require_same(self, fingerprints: Mapping[str, str]) -> None:
-        """Raises RunFolderError where pair or data are not those the run was started with."""
+        """Raises RunFolderError where pair or data are not those the run was started with.
+
+        What an earlier version did not record is not compared; that is said.
+        """
+        if unknown := [what.replace("_", " ") for what in fingerprints if what not in self.fingerprints]:
+            log.warning(
+                "%s was started by a version that recorded nothing of %s; that they are what they were then is not "
+                "checked.",
+                self.path,
+                ", ".join(unknown),
+            )
         for what, was in self.fingerprints.items():
             now = fingerprints.get(what)
             if now != was:

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from tl_adapters.checkpoints import read_vocabulary
 from tl_adapters.circuit_search import SearchOptions
 from tl_adapters.circuit_stage import PROBLEMS, hesitation_stage
 from tl_adapters.compatibility import require_same_ids
-from tl_adapters.config import Dtype, RunConfig, TrainingConfig
+from tl_adapters.config import BadRows, Dtype, RunConfig, TrainingConfig
 from tl_adapters.data import Trace
 from tl_adapters.describing import features_stage
 from tl_adapters.errors import UserError
@@ -102,8 +102,7 @@ def train_run(config: RunConfig, folder: Path, device: str = "cpu", progress: bo
     require_new(folder)
     pair = open_pair(config, device)
     data = open_data(config, pair)
-    statistics = data.survey()
-    log.info("%s", statistics)
+    statistics = data.log_survey()
     trainer = Trainer(
         pair, data, config.training, folder, validation=data.validation(), origin=config, progress=progress
     )
@@ -111,13 +110,20 @@ def train_run(config: RunConfig, folder: Path, device: str = "cpu", progress: bo
     train_stage(trainer, folder)
 
 
-def resume_run(folder: Path, device: str = "cpu", progress: bool = True) -> None:
-    """Go on with a run that was stopped. Raises RunFolderError where it cannot be the same run."""
+def resume_run(folder: Path, device: str = "cpu", progress: bool = True, bad_rows: BadRows | None = None) -> None:
+    """Go on with a run that was stopped. Raises RunFolderError where it cannot be the same run.
+
+    ``bad_rows`` replaces the run's own option: a row that stopped it may be left out from now on.
+    """
     config = RunConfig.load(folder / "config.json") if folder.is_dir() else RunConfig()
     RunFolder.open(folder).release()
+    if bad_rows is not None:
+        config = replace(config, data=replace(config.data, bad_rows=bad_rows))
     pair = open_pair(config, device)
     data = open_data(config, pair)
     trainer = Trainer.resume(pair, data, folder, validation=data.validation(), progress=progress)
+    if bad_rows is not None:
+        write_text(folder / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
     log.info("going on from step %d of %d", trainer.step, trainer.config.steps)
     train_stage(trainer, folder)
 
@@ -165,7 +171,7 @@ def evaluate_run(folder: Path, data: str | None, device: str = "cpu", dtype: Dty
     pair = open_run(folder, device, dtype)
     if data is not None:
         documents = open_held_out(config, data, pair)
-        log.info("%s", documents.survey())
+        documents.log_survey()
         faithfulness_stage(pair, documents.traces(), folder, split=Path(data).name)
     else:
         fit = encode_traces(organism.reasoning_pairs("train", Scale().documents), pair.model.tokenizer)

@@ -139,7 +139,7 @@ class _Bench:
         key = (training.seed, training.count)
         if key not in self._data:
             documents = open_data(replace(self.config, training=training), self.pair)
-            log.info("%s", documents.survey())
+            documents.log_survey()
             self._data[key] = documents, documents.validation()
         return self._data[key]
 
@@ -298,7 +298,8 @@ def _require_fingerprints(folder: Path, record: Block, bench: _Bench, todo: Iter
         found["held-out text"] = TracesInMemory(bench.text[0]).fingerprint
     for run in todo:
         which = f"training data (seed {run.training.seed}, {'+'.join(run.training.count)})"
-        found[which] = bench.data(run.training)[0].fingerprint
+        for part, value in bench.data(run.training)[0].fingerprints.items():
+            found[which if part == "data" else f"{part.replace('_', ' ')} of {which}"] = value
     now = {f"fingerprint of {what}": value for what, value in found.items()}
     known = record.get("fingerprints", {})
     _require_same(

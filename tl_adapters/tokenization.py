@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -49,30 +50,47 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """
     if not any((folder / file).is_file() for file in _FILES):
         return None
-    chosen = AutoTokenizer.from_pretrained(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
-        return chosen  # only the class can say what tokenizer.model means
-    file = Tokenizer.from_file(str(path))
+        return _opened(AutoTokenizer, folder)  # only the class can say what tokenizer.model means
+    try:
+        file = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise TokenizerError(f"{path} is not a tokenizer ({error}); copy it again.") from error
     known = file.get_vocab(with_added_tokens=True)
-    apart = difference(chosen, file)
-    if apart is None and chosen.get_vocab().items() <= known.items():
+    chosen: PreTrainedTokenizerBase | None = None
+    try:
+        chosen = _opened(AutoTokenizer, folder)
+        apart = difference(chosen, file)
+    except TokenizerError as error:
+        apart = str(error)
+    if chosen is not None and apart is None and chosen.get_vocab().items() <= known.items():
         return chosen
-    plain = PreTrainedTokenizerFast.from_pretrained(folder)
+    plain = _opened(PreTrainedTokenizerFast, folder)
     if (still := difference(plain, file)) is not None:
         raise TokenizerError(
             f"No tokenizer class of transformers gives the ids of {path}: {still}. Training on other ids than the "
             "model's would be wrong without a word; mend the tokenizer's files, or install another transformers."
         )
-    if apart is None and chosen.get_vocab() == plain.get_vocab():
+    if chosen is not None and apart is None and chosen.get_vocab() == plain.get_vocab():
         return chosen  # the folder's own configuration names the tokens that tokenizer.json lacks
-    log.warning(
-        "%s would be read as a %s, which %s; PreTrainedTokenizerFast is used, which gives the ids of tokenizer.json.",
+    log.log(
+        logging.WARNING if apart else logging.INFO,
+        "%s would be read by the class that transformers chooses for it (%s), which %s; PreTrainedTokenizerFast is "
+        "used, which gives the ids of tokenizer.json.",
         folder,
         type(chosen).__name__,
         f"gives other ids than tokenizer.json: {apart}" if apart else "adds tokens that the folder does not name",
     )
     return plain
+
+
+def _opened(cls: Any, folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return cls.from_pretrained(folder)
+    except Exception as error:  # of a dozen classes, and some from the tokenizers library
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TokenizerError(f"{folder} has tokenizer files that {cls.__name__} cannot load: {reason}") from error
 
 
 def warn_of_other_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -93,10 +111,18 @@ def difference(tokenizer: PreTrainedTokenizerBase, file: Tokenizer) -> str | Non
     for text in _probes(file):
         if any(token in text for token in own):
             continue
-        ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # a class that makes another tokenizer of the file may not even be able to use it
+            return f"on {text!r} {type(tokenizer).__name__} fails ({error})"
         theirs = file.encode(text, add_special_tokens=False).ids
         if ours != theirs:
-            return f"{text!r} becomes {_shown(ours)} by {type(tokenizer).__name__} and {_shown(theirs)} by the file"
+            place = next(i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b)
+            kind = type(tokenizer).__name__
+            return (
+                f"from token {place} on {text!r} becomes {_shown(ours[place:])} by {kind} and {_shown(theirs[place:])} "
+                "by the file"
+            )
     return None
 
 
@@ -105,7 +131,7 @@ def _probes(file: Tokenizer) -> list[str]:
     return [*PROBES, *(f"Wait {token.content}\nso {token.content} 1" for _, token in added)]
 
 
-def _shown(ids: Sequence[int], most: int = 24) -> str:
+def _shown(ids: Sequence[int], most: int = 12) -> str:
     return str(list(ids[:most]))[:-1] + (", ...]" if len(ids) > most else "]")
 
 

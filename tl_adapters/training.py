@@ -13,6 +13,7 @@ moments and a few counters: a run that is stopped or killed goes on from its las
 
 from __future__ import annotations
 
+import datetime
 import logging
 import math
 import random
@@ -31,9 +32,10 @@ from tqdm import tqdm
 
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.atomic import DiskFullError
-from tl_adapters.batching import BatchOrder, TracesInMemory, TraceSource
+from tl_adapters.batching import BatchOrder, EncodedDocuments, TracesInMemory, TraceSource
+from tl_adapters.chat import set_template_date
 from tl_adapters.config import RunConfig, TrainingConfig
-from tl_adapters.data import Trace, batches_by_length
+from tl_adapters.data import Trace, batches_by_length, require_ids
 from tl_adapters.errors import UserError
 from tl_adapters.objective import StepTerms, held_out_terms, shared_prefix_step
 from tl_adapters.paired import PairedModel
@@ -108,6 +110,8 @@ class Trainer:
         self._set_up(pair, traces, config, validation, progress)
         if folder is not None:
             whole = replace(origin or _origin(pair), training=config)
+            if (date := self._template_date) is not None:
+                whole = replace(whole, data=replace(whole.data, template_date=date.isoformat()))
             self.folder = RunFolder.create(folder, whole, self._fingerprints)
 
     @classmethod
@@ -128,6 +132,8 @@ class Trainer:
         run = RunFolder.open(folder)
         trainer = cls.__new__(cls)
         try:
+            if isinstance(traces, EncodedDocuments) and run.config.data.template_date is not None:
+                traces = traces.dated(datetime.date.fromisoformat(run.config.data.template_date))
             trainer._set_up(pair, traces, run.config.training, validation, progress)
             run.require_same(trainer._fingerprints)
             trainer._go_on_in(run)
@@ -148,7 +154,10 @@ class Trainer:
         self.pair, self.config, self.progress = pair, config, progress
         self.folder = None
         source = TracesInMemory(traces, config.count) if isinstance(traces, Sequence) else traces
+        self._template_date = source.template_date if isinstance(source, EncodedDocuments) else None
+        set_template_date(pair.model.tokenizer, self._template_date)
         self.order = BatchOrder(source, config.tokens_per_batch, config.seed, config.count)
+        require_ids(self.order[0], pair.model.cfg.d_vocab)  # now: no run folder is left behind
         held_out = [trace for trace in validation if trace.counts(config.count)]
         self.validation = [batch for _, batch in batches_by_length(held_out, config.tokens_per_batch, config.count)]
         self.adapters = pair.new_adapters(
@@ -164,7 +173,8 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
-        self._fingerprints = {**pair.fingerprints, "data": source.fingerprint}
+        documents = source.fingerprints if isinstance(source, EncodedDocuments) else {"data": source.fingerprint}
+        self._fingerprints = {**pair.fingerprints, **documents}
 
     def run(self, on_step: Callable[[int, StepTerms], None] | None = None) -> AdapterSet:
         """Train to the end and return the adapters; with a folder, they are saved there.
@@ -210,7 +220,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * warmup_cosine(step, config.steps, config.warmup_fraction)
         weights = config.loss_weights
-        batch = self.order[step].to(self.pair.model.W_E.device)
+        batch = self.order[step]
+        require_ids(batch, self.pair.model.cfg.d_vocab)  # on the CPU still, where it costs nothing
+        batch = batch.to(self.pair.model.W_E.device)
         cut = random.Random(f"{config.seed}-cut-{step}").randint(weights.lowest_cut, self.pair.n_layers)
         terms = shared_prefix_step(self.pair, batch, cut, weights, sparsity_weight(config, step), want_l0)
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), config.grad_clip)

@@ -139,8 +139,10 @@ def prompt_tokens(
     if not text.strip():
         raise VariantError("The prompt is empty; give a question, or with raw text what the model is to go on with.")
     if not raw:
-        text = ChatFormat.of(tokenizer).prompt([{"role": "user", "content": text.strip()}])
-    if open_thinking and not text.rstrip().endswith(think_start):
+        chat = ChatFormat.of(tokenizer, think_start)
+        opening = chat.think_start if open_thinking else ""
+        text = chat.prompt([{"role": "user", "content": text.strip()}], opening)
+    elif open_thinking and not text.rstrip().endswith(think_start):
         text += think_start
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 

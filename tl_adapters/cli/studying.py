@@ -91,6 +91,7 @@ def add_train(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     train.add_argument("--target", help="folder or hub name of the target")
     train.add_argument("--data", help="a .jsonl file of prompts and responses, or a dataset's name on the hub")
     train.add_argument("--config", help="a YAML or JSON file, or the name of a configuration that ships")
+    train.add_argument("--bad-rows", choices=("refuse", "drop"), help="rows that cannot be used (default: refuse)")
     place = train.add_mutually_exclusive_group(required=True)
     place.add_argument("--out", type=Path, help="run folder to make")
     place.add_argument("--resume", type=Path, metavar="RUN", help="run folder to go on in; takes its own options")
@@ -98,6 +99,8 @@ def add_train(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from tl_adapters import study
     from tl_adapters.opening import is_builtin
 
@@ -106,9 +109,11 @@ def _train(args: argparse.Namespace) -> None:
         given = [f"--{name}" for name in ("base", "target", "data", "config", "seed", "dtype") if getattr(args, name)]
         if given:
             raise UserError(f"--resume takes the run's own options; leave out {', '.join(given)}.")
-        study.resume_run(folder, device_of(args.device), progress=not args.quiet)
+        study.resume_run(folder, device_of(args.device), progress=not args.quiet, bad_rows=args.bad_rows)
     else:
         config = _run_config(args)
+        if args.bad_rows:
+            config = replace(config, data=replace(config.data, bad_rows=args.bad_rows))
         if config.target and not config.data.source:
             raise UserError(
                 "--data is missing: a .jsonl file of prompts and responses, or a dataset's name on the hub."
