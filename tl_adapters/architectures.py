@@ -214,22 +214,36 @@ def moved(hf_model: PreTrainedModel, device: torch.device | str | None, dtype: t
     """``hf_model`` on that device with parameters of that dtype, in place; None leaves either as it is.
 
     Unlike the model's own ``.to(dtype)`` this casts no buffers. Rotary frequencies in bfloat16 make angles
-    that are off by tenths of a radian at a thousand positions; where an earlier cast rounded them, they are put back,
-    with a warning.
+    that are off by tenths of a radian at a thousand positions; where an earlier cast rounded them (or the factor of
+    Gemma's embedding), they are put back, with a warning.
     """
     if device is not None:
         hf_model.to(device)
     for parameter in hf_model.parameters():
         if dtype is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    rotary = hf_model.model.rotary_emb
-    if not rotary.inv_freq.is_meta:
-        exact = type(rotary)(hf_model.config).inv_freq.to(rotary.inv_freq.device)
-        rounded = (exact.to(low).to(rotary.inv_freq.dtype) for low in (torch.bfloat16, torch.float16))
-        if any(torch.equal(values, rotary.inv_freq) for values in rounded):
-            log.warning(
-                "A cast of the whole model had rounded its rotary frequencies, so that angles are off by tenths of a "
-                "radian at a thousand positions. They are exact again, as transformers' own dtype= keeps them."
-            )
-            rotary.inv_freq = rotary.original_inv_freq = exact
+    if not hf_model.model.rotary_emb.inv_freq.is_meta:
+        _restore_constants(hf_model)
     return hf_model
+
+
+def _restore_constants(hf_model: PreTrainedModel) -> None:
+    """Put back, with a warning, what a cast of the whole model has rounded and its configuration says exactly."""
+    rotary, embedding = hf_model.model.rotary_emb, hf_model.model.embed_tokens
+    exact = {(rotary, "inv_freq"): type(rotary)(hf_model.config).inv_freq}
+    if hasattr(embedding, "scalar_embed_scale"):
+        exact[embedding, "embed_scale"] = torch.tensor(embedding.scalar_embed_scale)
+    for (module, name), values in exact.items():
+        here = getattr(module, name)
+        values = values.to(here.device)
+        rounded = (values.to(low).to(here.dtype) for low in (torch.bfloat16, torch.float16))
+        if torch.equal(values, here.to(values.dtype)) or not any(torch.equal(low, here) for low in rounded):
+            continue  # as it should be, or changed in another way, which is not ours to undo
+        log.warning(
+            "A cast of the whole model had rounded its %s (rotary frequencies are then off by tenths of a radian at a "
+            "thousand positions). It is exact again, as transformers' own dtype= keeps it.",
+            name,
+        )
+        setattr(module, name, values)
+        if module is rotary:
+            rotary.original_inv_freq = values

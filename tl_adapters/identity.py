@@ -100,7 +100,7 @@ class ModelSamples:
             if len(there[stored]) == 1:
                 values[name] = read_tensors(folder, [stored])[stored].clone()  # may be a view of its whole shard
                 if architecture == "Gemma2ForCausalLM":
-                    values[name] = (1 + values[name].float()).to(values[name].dtype)
+                    values[name] = 1 + values[name].to(torch.promote_types(values[name].dtype, torch.float32))
             else:
                 name = "embedding" if name == "embedding_scaled" else name
                 values[name] = read_values(folder, stored, sample_places)
@@ -135,12 +135,22 @@ class ModelSamples:
             factor = recorded[norm][self.columns[name]]
         here = self.values[name]
         offset = self.norm_offset if norm in self.folded or ".ln" in name or name == "ln_final" else 0.0
-        if agrees(values, here, factor, processed=processed, offset=offset):
+        stored_in = self._dtypes(recorded) if offset else frozenset()
+        if agrees(values, here, factor, processed=processed, offset=offset, stored_in=stored_in):
             return True
         if name != "unembedding" or not processed or "unembedding_mean" not in recorded:
             return False
         mean = recorded["unembedding_mean"][self.columns[name]]
         return agrees(values, here, factor, processed=True, shift=mean)
+
+    def _dtypes(self, recorded: Mapping[str, Tensor]) -> frozenset[torch.dtype]:
+        """The dtypes of this model and of the recorded one, by a matrix of both."""
+        return frozenset(
+            tensor.dtype
+            for tensors in (self.values, recorded)
+            for name, tensor in tensors.items()
+            if name.endswith("self_attn.o_proj")
+        )
 
     def _same_embedding(self, name: str, values: Tensor, processed: bool) -> bool:
         if name in self.values:

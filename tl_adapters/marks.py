@@ -48,6 +48,7 @@ def agrees(
     processed: bool = False,
     shift: Tensor | None = None,
     offset: float = 0.0,
+    stored_in: frozenset[torch.dtype] = frozenset(),
 ) -> bool:
     """Whether ``present`` holds the values that were ``recorded``, as casts and weight processing change them.
 
@@ -58,13 +59,15 @@ def agrees(
         shift: what was taken off the recorded values before that (their mean, where an unembedding was centered), [n].
         offset: what a norm's weights were stored without (Gemma's 1, where TransformerLens has 1 + w); of ``factor``
             where there is one, else of ``recorded``.
+        stored_in: dtypes that weights without the offset went through; with it they are in float32 at least.
 
     In one dtype and without processing they must be equal. Else each dtype that values went through may have moved
     them by half a unit in the last place, and a product's factors before it; arithmetic in float32 by little more.
     """
     if recorded.shape != present.shape:
         return False
-    if recorded.dtype == present.dtype and not processed and factor is None:
+    same_model = recorded.dtype == present.dtype and len(stored_in) < 2
+    if same_model and not processed and factor is None:
         return torch.equal(recorded, present)
     dtypes = {present.dtype, *([recorded.dtype] if recorded.dtype != present.dtype else [])}
     if processed:
@@ -84,7 +87,9 @@ def agrees(
         room = _ARITHMETIC * (size + stored)
     for dtype in dtypes:
         half = 0.5 * _unit(size, dtype) * (1 if shift is None else 2)
-        room = room + half + 0.5 * torch.finfo(dtype).eps * stored
+        room = room + half
+    for dtype in dtypes | stored_in:
+        room = room + 0.5 * torch.finfo(dtype).eps * stored
     fits = expected.abs() <= torch.finfo(present.dtype).max
     return bool(((present.double() - expected).abs() <= room)[fits].all())
 

@@ -12,6 +12,7 @@ from transformer_lens.components import GroupedQueryAttention
 from transformers import PreTrainedModel
 
 from tl_adapters.adapter import AdapterSet
+from tl_adapters.architectures import moved as cast_back
 from tl_adapters.attaching import attach, detach
 from tl_adapters.compatibility import PairMismatchError
 from tl_adapters.fingerprints import differing
@@ -144,7 +145,7 @@ def test_the_same_models_are_taken_cast_either_way_and_by_either_library(archite
 
 def users_own(hf: PreTrainedModel, **options: bool):  # type: ignore[no-untyped-def]
     """A processed HookedTransformer, as TransformerLens's from_pretrained gives it."""
-    found = build_hooked_transformer(hf)
+    found = build_hooked_transformer(cast_back(hf, None, None))
     for block in found.blocks:
         block.attn.__class__ = GroupedQueryAttention
     for parameter in found.parameters():
