@@ -24,7 +24,7 @@ from tl_adapters.checkpoints import fetch
 from tl_adapters.config import ActivationName
 from tl_adapters.errors import UserError
 from tl_adapters.file_hashes import file_hash
-from tl_adapters.fingerprints import fingerprint
+from tl_adapters.fingerprints import fingerprint, fingerprints
 from tl_adapters.finite import require_finite_weights
 from tl_adapters.marks import LayerMarks
 from tl_adapters.saelens import (
@@ -219,8 +219,8 @@ class AdapterSet(nn.Module):
 
         So some layers of a set, loaded or exported alone, are known as layers of that set.
         """
-        layers = {f"adapters.{layer}": fingerprint(self._content([layer])) for layer in self.layer_indices}
-        return {"adapters": self.fingerprint, **layers}
+        layers = {f"adapters.{layer}": self._content([layer]) for layer in self.layer_indices}
+        return fingerprints({"adapters": self._content(self.layer_indices), **layers})
 
     def _content(self, layers: Sequence[int]) -> list[tuple[str, Tensor]]:
         names = ["b_enc", "W_dec", "b_dec", *(["threshold"] if self.metadata.activation in THRESHOLDED else [])]
@@ -233,7 +233,7 @@ class AdapterSet(nn.Module):
         """Raises ForeignFeaturesError for features that are known to be of other adapters (`OwnedFeatureId`)."""
         known = [f for f in features if isinstance(f, OwnedFeatureId) and f.adapters is not None]
         layers = {f.layer for f in known} & set(self.layer_indices)
-        ours = {layer: fingerprint(self._content([layer])) for layer in layers}
+        ours = fingerprints({layer: self._content([layer]) for layer in layers})
         others = [f for f in known if f.adapters != ours.get(f.layer)]
         whole = self.fingerprint if others else ""  # which is all that features of earlier versions' files know
         for feature in others:

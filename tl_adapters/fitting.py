@@ -11,6 +11,7 @@ from torch import Tensor
 from tl_adapters.adapter import AdapterSet
 from tl_adapters.compatibility import PairMismatchError
 from tl_adapters.fingerprints import differing
+from tl_adapters.finite import require_finite_weights
 from tl_adapters.identity import ModelSamples, layer_and_weight, recorded_samples
 from tl_adapters.marks import agrees, dtype_name
 from tl_adapters.routing import Backend
@@ -57,6 +58,9 @@ def require_belonging(
     known = recorded_samples(adapters)
     if of_target := {name: values for name, values in known.items() if not name.startswith("base.")}:
         here = ModelSamples.of(backend)
+        require_finite_weights(
+            ((_placed(name), values) for name, values in here.values.items()), "The target's weights"
+        )
         for name in here.differing(of_target):
             _refuse_target(adapters, target, *layer_and_weight(name))
     for name, there in (base_mlps or {}).items():
@@ -82,6 +86,11 @@ def _require_fingerprints(adapters: AdapterSet, target: str, base: str, fingerpr
         _refuse_target(adapters, target, None, "projections, embeddings or norms")
     if "base_mlps" in differs:
         _refuse_base(adapters, base, None)
+
+
+def _placed(name: str) -> str:
+    layer, weight = layer_and_weight(name)
+    return weight if layer is None else f"layer {layer}, {weight}"
 
 
 def _refuse_target(adapters: AdapterSet, target: str, layer: int | None, what: str) -> None:

@@ -184,7 +184,7 @@ def _following(moment: Tensor, may_come: Tensor, predicting: Tensor) -> Tensor:
 def log_odds(logits: Float[Tensor, "*batch d_vocab"], words: Words | Sequence[int]) -> Float[Tensor, "*batch"]:
     """log p(words) - log p(all other tokens), in nats and in float32 at least; of phrases only the first tokens."""
     logits = at_least_float32(logits)
-    said = _said(tuple(words), logits.shape[-1], logits.device)[0]
+    said = _said(tuple(words), logits.shape[-1]).to(logits.device)[0]
     inside, outside = logits.masked_fill(~said, -torch.inf), logits.masked_fill(said, -torch.inf)
     return inside.logsumexp(-1) - outside.logsumexp(-1)
 
@@ -231,19 +231,30 @@ def margins_where(
     """
     rows, places = at.nonzero(as_tuple=True)
     node, steps = torch.zeros_like(rows), list[_Step]()
-    edges = _edges(tuple(moments.words), moments.tokens.device)
+    edges = _edges(tuple(moments.words)).to(moments.tokens.device)
     coming = moments.coming
     while True:
+        if not len(edges):  # every word is one token
+            steps.append(_Step(rows, places, node, coming[rows, places], None))
+            break
         match = (edges[:, 0] == node[:, None]) & (edges[:, 1] == coming[rows, places][:, None])
-        into = (match.any(1) & moments.predicting[rows, places]).nonzero()[:, 0] if len(edges) else None
+        into = (match.any(1) & moments.predicting[rows, places]).nonzero()[:, 0]
         steps.append(_Step(rows, places, node, coming[rows, places], into))
-        if into is None or not len(into):
+        if not len(into):
             break
         node = edges[match[into].long().argmax(1), 2]
         rows, places = rows[into], places[into] + 1
+    tables = dict[int, Tensor]()
+
+    def said_of(d_vocab: int) -> Tensor:
+        """Made on the device once, when the width of the logits is known."""
+        if d_vocab not in tables:
+            tables[d_vocab] = _said(tuple(moments.words), d_vocab).to(moments.tokens.device)
+        return tables[d_vocab]
+
     found = None
     for step in reversed(steps):
-        found = step.margins(logits_at, tuple(moments.words), found, rows_at_once)
+        found = step.margins(logits_at, said_of, found, rows_at_once)
     assert found is not None
     return found
 
@@ -262,7 +273,7 @@ class _Step:
     def margins(
         self,
         logits_at: Callable[[Tensor, Tensor], Tensor],
-        words: Words,
+        said_of: Callable[[int], Tensor],
         further: Tensor | None,
         rows_at_once: int | None,
     ) -> Tensor:
@@ -276,7 +287,7 @@ class _Step:
         found = []
         for part in torch.arange(n, device=self.rows.device).split(max(1, rows_at_once or n)):
             logits = at_least_float32(logits_at(self.rows[part], self.places[part]))
-            said = _said(words, logits.shape[-1], logits.device)[self.node[part]]
+            said = said_of(logits.shape[-1])[self.node[part]]
             inside, outside = logits.masked_fill(~said, -torch.inf), logits.masked_fill(said, -torch.inf)
             if rest is not None:
                 token, on, odds = self.coming[part, None], goes_on[part, None], rest[part, None]
@@ -310,15 +321,15 @@ def _tree(words: Words) -> tuple[list[tuple[int, int]], list[tuple[int, int, int
 
 
 @lru_cache(maxsize=4)
-def _said(words: Words, d_vocab: int, device: torch.device) -> Bool[Tensor, "nodes d_vocab"]:
+def _said(words: Words, d_vocab: int) -> Bool[Tensor, "nodes d_vocab"]:
     """Of every node, the tokens that go on from there."""
     going, edges = _tree(words)
     said = torch.zeros(len(edges) + 1, d_vocab, dtype=torch.bool)
     for node, token in going:
         said[node, token] = True
-    return said.to(device)
+    return said
 
 
 @lru_cache(maxsize=4)
-def _edges(words: Words, device: torch.device) -> Int[Tensor, "edges 3"]:
-    return torch.tensor(_tree(words)[1], dtype=torch.long, device=device).reshape(-1, 3)
+def _edges(words: Words) -> Int[Tensor, "edges 3"]:
+    return torch.tensor(_tree(words)[1], dtype=torch.long).reshape(-1, 3)

@@ -45,7 +45,7 @@ from tl_adapters.backends import backend_of, build_model
 from tl_adapters.compatibility import PairMismatchError
 from tl_adapters.config import ActivationName, TrainingConfig
 from tl_adapters.devices import resolve_device
-from tl_adapters.fingerprints import fingerprint
+from tl_adapters.fingerprints import fingerprints
 from tl_adapters.fitting import adapter_scale, require_belonging
 from tl_adapters.identity import ModelSamples, base_samples
 from tl_adapters.marks import LayerMarks, dtype_name
@@ -222,13 +222,12 @@ class PairedModel:
             [] if self.planted is None else [(f"planted.{name}", p) for name, p in self.planted.state_dict().items()]
         )
         name = "target" if self._is_unprocessed else "target_processed"
-        found = {
-            name: fingerprint([*weights, ("unembedding", self.backend.unembedding()), *planted]),
-            f"{name}_embedding_and_norms": fingerprint(self._embedding_and_norms()),
-            "dtype": dtype_name(self.model.cfg.dtype),
+        groups = {
+            name: [*weights, ("unembedding", self.backend.unembedding()), *planted],
+            f"{name}_embedding_and_norms": list(self._embedding_and_norms()),
+            **({"planted": planted} if planted else {}),
         }
-        if planted:
-            found["planted"] = fingerprint(planted)
+        found = {**fingerprints(groups), "dtype": dtype_name(self.model.cfg.dtype)}
         if self._base_fingerprint is None or self._base_samples is None:
             return found
         dtype = dtype_name(next(iter(self._base_samples.values())).dtype)
@@ -242,9 +241,12 @@ class PairedModel:
         """What "target" leaves out; the same of one model in both libraries."""
         if self.backend.described["architectures"] != ["Gemma2ForCausalLM"]:  # tied, and scaled in one of the two
             yield "embedding", self.backend.embedding()
-        for layer in range(self.n_layers):
+        biases = [list(self.backend.projection_biases(layer)) for layer in range(self.n_layers)]
+        there = [bias.any() for of_layer in biases for _, bias in of_layer]
+        not_zero = iter(torch.stack(there).tolist() if there else ())  # one look at the device
+        for layer, of_layer in enumerate(biases):
             yield from ((f"{layer}.{n}", weight) for n, weight in self.backend.norms(layer) if weight is not None)
-            yield from ((f"{layer}.{n}", b) for n, b in self.backend.projection_biases(layer) if bool(b.any()))
+            yield from ((f"{layer}.{n}", bias) for n, bias in of_layer if next(not_zero))
         if (final := self.backend.norm("ln_final")) is not None:
             yield "ln_final", final
 

@@ -242,8 +242,14 @@ def test_a_bridge_goes_through_the_stages(device: PretendedDevice, architecture:
 
 
 @pytest.fixture
-def builtin(device: PretendedDevice) -> PairedModel:
-    pair = on(device, load_builtin_pair("cpu"))
+def loaded() -> PairedModel:
+    """Read from its files before a device is pretended: transformers' loader has function modes of its own."""
+    return load_builtin_pair("cpu")
+
+
+@pytest.fixture
+def builtin(loaded: PairedModel, device: PretendedDevice) -> PairedModel:
+    pair = on(device, loaded)
     randomise(pair, n_features=16)
     with torch.no_grad():
         for adapter in pair.installed_adapters():
@@ -251,7 +257,7 @@ def builtin(device: PretendedDevice) -> PairedModel:
     return pair
 
 
-def test_collection(device: PretendedDevice, builtin: PairedModel) -> None:
+def test_collection(builtin: PairedModel, device: PretendedDevice) -> None:
     traces = encode_traces(reasoning_pairs("report", 4), builtin.model.tokenizer)
     options = StoreOptions(examples=2, sample=2, before=2, after=2, tokens_per_batch=200)
     for kind, stream in (("feature", "replacement"), ("feature", "target"), ("neuron", "target")):
@@ -261,7 +267,7 @@ def test_collection(device: PretendedDevice, builtin: PairedModel) -> None:
         assert store.ids(1)
 
 
-def test_generation(device: PretendedDevice, builtin: PairedModel) -> None:
+def test_generation(builtin: PairedModel, device: PretendedDevice) -> None:
     features = [FeatureId(0, 3), FeatureId(1, 2)]
     prompt = encode_traces(reasoning_pairs("report", 1), builtin.model.tokenizer)[0].tokens[:12]
     variants = [on_route("target"), without(features), with_only(features)]

@@ -159,8 +159,12 @@ def test_positions_are_those_of_the_sequence_in_a_cached_generation_too(backend:
 
 def test_a_circuit_is_inserted_at_its_own_strength(tmp_path: Path) -> None:
     features = tuple(CircuitFeature(FeatureId(i, 3), "output", 1.0, 0.0, 1.0, 0.0, 1.0, 1.0) for i in range(3))
+    pair, tokens = made(), torch.tensor([[20, 21, 22]])
+    known = {**pair.fingerprints, **pair.installed_adapters().fingerprints}
     for name, strength in (("a", 2.5), ("b", 4.0)):
-        Circuit("hesitation", ("Wait",), features, strength, "select", {}, 24, 4, 0.1).save(tmp_path / f"{name}.json")
+        Circuit("hesitation", ("Wait",), features, strength, "select", known, 24, 4, 0.1).save(
+            tmp_path / f"{name}.json"
+        )
     a, b = (str(tmp_path / f"{name}.json") for name in "ab")
     assert insertion_strength([a]) == insertion_strength([f"{a}:output"]) == insertion_strength([a, a]) == 2.5
     assert insertion_strength(["1.2", "0.3"]) == 1.0
@@ -170,7 +174,6 @@ def test_a_circuit_is_inserted_at_its_own_strength(tmp_path: Path) -> None:
     from argparse import Namespace
 
     nothing: dict[str, Any] = dict(route=["hybrid"], ablate=[], negate=[], scale=[])
-    pair, tokens = made(), torch.tensor([[20, 21, 22]])
     for given, factor in ((None, 2.5), (1.0, 1.0)):
         (_, variant) = _variants(Namespace(insert=[[a]], strength=given, **nothing))
         with torch.no_grad(), variant.entered(pair):

@@ -21,6 +21,7 @@ from tl_adapters.objective import held_out_terms
 from tl_adapters.opening import load_builtin_pair
 from tl_adapters.organism import reasoning_pairs
 from tl_adapters.paired import PairedModel
+from tl_adapters.saelens import AdapterFormatError
 from tl_adapters.store_files import StoreOptions
 from tl_adapters.training import Trainer, TrainingError
 
@@ -62,14 +63,22 @@ def test_weights_are_not_saved(pair: PairedModel, tmp_path: Path, value: float) 
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("read", [AdapterSet.from_pretrained, lambda path: from_saelens(path, ["layer_2"])])
-def test_weights_are_not_loaded(pair: PairedModel, tmp_path: Path, read: object) -> None:
+@pytest.mark.parametrize(
+    ("read", "error", "match"),
+    [
+        (AdapterSet.from_pretrained, AdapterFormatError, "was edited"),  # the hash of the file comes first
+        (lambda path: from_saelens(path, ["layer_2"]), NotFiniteError, "layer 2, W_enc"),
+    ],
+)
+def test_weights_are_not_loaded(
+    pair: PairedModel, tmp_path: Path, read: object, error: type[Exception], match: str
+) -> None:
     pair.installed_adapters().save_pretrained(tmp_path / "set")
     file = tmp_path / "set" / "layer_2" / "sae_weights.safetensors"
     tensors = load_file(file)
-    tensors["W_enc"][0, 0] = math.inf  # the one weight that no content hash covers
+    tensors["W_enc"][0, 0] = math.inf
     save_file(tensors, file)
-    with pytest.raises(NotFiniteError, match="layer 2, W_enc"):
+    with pytest.raises(error, match=match):
         read(tmp_path / "set")  # type: ignore[operator]
 
 
@@ -177,10 +186,17 @@ def test_an_infinite_activation_is_seen_where_adapters_only_read(builtin: Paired
 
 
 def test_training_names_step_route_layer_and_document(pair: PairedModel) -> None:
-    poison_layer(pair, 2, math.nan)
     config = TrainingConfig(n_features=8, steps=2)
+    trainer = Trainer(pair, [Trace((1, 2, 3, 4, 5), 1)], config, progress=False)
+    poison_layer(pair, 2, math.nan)
     with pytest.raises(TrainingError, match=r"Step 1: output_kl.*In this batch, the target: layer 2, document 0"):
-        Trainer(pair, [Trace((1, 2, 3, 4, 5), 1)], config, progress=False).run()
+        trainer.run()
+
+
+def test_weights_of_the_target_that_are_not_finite_are_named_and_not_called_another_model(pair: PairedModel) -> None:
+    poison_layer(pair, 2, math.nan)
+    with pytest.raises(NotFiniteError, match=r"The target's weights.*layer 2.*mlp.down_proj"):
+        pair.new_adapters(8)
 
 
 def test_training_names_the_gradient_where_only_that_is_not_finite(pair: PairedModel) -> None:
