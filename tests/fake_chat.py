@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -45,14 +46,15 @@ class FakeChat:
                     fake.asked.append({"path": self.path, **body})
                     fake.headers.append({k.lower(): v for k, v in self.headers.items()})
                     fake.times.append(time.monotonic())
+                says: str | Says = ""
                 try:
                     says = fake.answer(body["messages"])
-                    fake.reply(self, Says(says) if isinstance(says, str) else says)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass
-                finally:
+                    time.sleep(0.0 if isinstance(says, str) else says.delay)
+                finally:  # before the reply: whoever gets it may ask again at once
                     with fake._lock:
                         fake.now -= 1
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    fake.reply(self, Says(says) if isinstance(says, str) else says)
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -70,7 +72,6 @@ class FakeChat:
 
     @staticmethod
     def reply(handler: BaseHTTPRequestHandler, says: Says) -> None:
-        time.sleep(says.delay)
         completion = {"choices": [{"message": {"role": "assistant", "content": says.text}}], "usage": says.usage}
         data = (json.dumps(completion) if says.body is None else says.body).encode()
         handler.send_response(says.status)

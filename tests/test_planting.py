@@ -180,7 +180,7 @@ def test_what_is_planted_is_frozen_counted_and_asked_for(base: PreTrainedModel, 
     for elsewhere in (plain, other):
         with pytest.raises(PairMismatchError, match=r"Plant them again: PairedModel.plant\(base, planted\)"):
             elsewhere.load_adapters(again)
-    with pytest.raises(MatchingError, match="different pairs: their target and planted differ"):
+    with pytest.raises(MatchingError, match="different pairs: their planted and target differ"):
         seed_agreement(pair, again, other.new_adapters(6), [])
 
 

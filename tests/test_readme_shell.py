@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import small_scale
 from test_readme import blocks
 
 from tl_adapters import organism, study
@@ -15,7 +14,6 @@ from tl_adapters.cli import main
 LINES = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("tl-adapters")]
 SMALL = ("--config", "small.yaml")
 BOUNDS = {
-    "features": ("--data", "traces.jsonl"),
     "hesitation": ("--limit", "32"),
     "benchmark": ("--limit", "8"),
     "train": SMALL,
@@ -45,7 +43,8 @@ def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "prompt.txt").write_text("<|bos|><|user|>47+85+19=?<|assistant|><think>47+85=122.\n")
     (tmp_path / "small.yaml").write_text("training:\n  steps: 2\n  n_features: 16\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "QUICK", small_scale())
+    # The demo itself is run once for all tests; here its command is.
+    monkeypatch.setattr(study, "demo", lambda folder, *args, **options: shutil.copytree(run, folder) / "report.html")
     monkeypatch.setattr("tl_adapters.server.ThreadingHTTPServer.serve_forever", lambda self: None)
     return tmp_path
 
@@ -53,6 +52,10 @@ def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("line", LINES, ids=lambda line: " ".join(line.split("#")[0].split()[1:]))
 def test_a_line_runs_as_printed(line: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(line, comments=True)[1:]
+    if "--resume" in words:
+        shutil.rmtree("runs/mine")
+        begin = ["train", "--base", "BASE", "--target", "TARGET", "--data", "traces.jsonl", "--out", "runs/mine"]
+        assert main([*begin, *SMALL, "--quiet"]) == 0
     out = Path(words[words.index("--out") + 1]) if "--out" in words else None
     if out is not None and out.exists():
         shutil.rmtree(out)

@@ -58,6 +58,7 @@ def test_the_blocks_are_those_of_the_schema(results: dict[str, Any]) -> None:
     rate = results["behaviour"]["target"]
     assert set(rate) == {
         "n", "accuracy", "length", "hesitation_per_1k", "truncated", "think_opened", "ci", "split",
+        "looping", "near_ties_per_1k",
     }  # fmt: skip
     assert results["train"]["steps"] == 30 and results["features"]["total"] == 64 * N_LAYERS
 

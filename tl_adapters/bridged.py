@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.architectures import ARCHITECTURES, UnsupportedModelError, mlp_activation, require_representable
 from tl_adapters.checkpoints import PROJECTIONS
+from tl_adapters.marks import with_offset
 from tl_adapters.precision import float32_logits, linear_in_float32
 from tl_adapters.routing import Backend, MLPWeights, RoutedMLP, WeightsProcessedError
 from tl_adapters.tokenization import give_tokenizer
@@ -156,8 +157,7 @@ class BridgedBackend(Backend):
         """Weights of the norm of that name as TransformerLens has them (Gemma 1 + w)."""
         weight = self.model.get_submodule(name).weight
         offset = getattr(self.model.cfg, "rmsnorm_uses_offset", False)
-        # In float32, as the model itself adds it.
-        return weight.to(torch.promote_types(weight.dtype, torch.float32)).add(1) if offset else weight
+        return with_offset(weight) if offset else weight
 
     def attention_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """b_V [n_kv_heads, d_head] and b_O [d_model], where the layer has them."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tl_adapters.adapter import AdapterSet, SetDescription
 from tl_adapters.checkpoints import read_tensors, read_values, tensor_shapes
-from tl_adapters.marks import agrees, sample, sample_places, second_norm_name
+from tl_adapters.marks import agrees, sample, sample_places, second_norm_name, with_offset
 from tl_adapters.references import MLPTensors
 from tl_adapters.routing import Backend
 
@@ -100,7 +100,7 @@ class ModelSamples:
             if len(there[stored]) == 1:
                 values[name] = read_tensors(folder, [stored])[stored].clone()  # may be a view of its whole shard
                 if architecture == "Gemma2ForCausalLM":
-                    values[name] = 1 + values[name].to(torch.promote_types(values[name].dtype, torch.float32))
+                    values[name] = with_offset(values[name])
             else:
                 name = "embedding" if name == "embedding_scaled" else name
                 values[name] = read_values(folder, stored, sample_places)

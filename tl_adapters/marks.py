@@ -94,6 +94,11 @@ def agrees(
     return bool(((present.double() - expected).abs() <= room)[fits].all())
 
 
+def with_offset(weight: Tensor) -> Tensor:
+    """Gemma's 1 + w, which it computes in float32 from weights of any dtype; at least in float32."""
+    return (1 + weight.float()).to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """As configurations write it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
@@ -110,7 +115,7 @@ def stored_marks(target: Path, base: Path, architecture: str, layer: int) -> Lay
     name = second_norm_name(architecture, layer)
     ln2_w = read_tensors(target, [name])[name].clone()  # may be a view of its whole shard
     if architecture == "Gemma2ForCausalLM":
-        ln2_w = 1 + ln2_w.to(torch.promote_types(ln2_w.dtype, torch.float32))
+        ln2_w = with_offset(ln2_w)
     return LayerMarks(
         ln2_w,
         read_values(target, attention_out_name(layer), sample_places),

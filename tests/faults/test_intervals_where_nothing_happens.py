@@ -1,6 +1,7 @@
 """Nothing seen is not nothing there: no interval of no width, no equivalence from five problems, no NaN in a file."""
 
 import ast
+import functools
 import json
 import math
 from dataclasses import replace
@@ -151,6 +152,7 @@ def block_of(n: int, wrong: int = 0, unlike: str = "a b c d") -> tuple[dict[str,
     return block, Moments(batch.tokens, some, *(some & (drawn == kind) for kind in range(3)), (5,))
 
 
+@functools.cache  # thousands of problems are drawn a thousand times
 def asked(n: int, **options: Any) -> dict[str, Criterion]:
     return {c["name"]: c for c in criteria(*block_of(n, **options))}
 
