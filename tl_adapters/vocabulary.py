@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -116,16 +117,19 @@ def pattern_of(words: Sequence[str]) -> re.Pattern[str]:
 
     A space in a phrase stands for any white space. Of two words that begin at one place the shorter one is matched.
     """
+    return _pattern(tuple(words))
 
-    def whole(word: str) -> str:
-        inner = r"\s+".join(map(re.escape, word.split()))
-        edges = word.strip()[:1], word.strip()[-1:]
-        before, after = (
-            "" if re.match(r"\w", edge) is None else bound for edge, bound in zip(edges, _BOUNDS, strict=True)
-        )
-        return before + inner + after
 
-    return re.compile("|".join(whole(word) for word in sorted(words, key=len)), re.IGNORECASE)
+@lru_cache(maxsize=64)  # asked for every answer
+def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(_whole, sorted(words, key=len))), re.IGNORECASE)
+
+
+def _whole(word: str) -> str:
+    inner = r"\s+".join(map(re.escape, word.split()))
+    edges = word.strip()[:1], word.strip()[-1:]
+    before, after = ("" if re.match(r"\w", edge) is None else bound for edge, bound in zip(edges, _BOUNDS, strict=True))
+    return before + inner + after
 
 
 def says(token: str, words: Sequence[str] = HESITATION_WORDS) -> bool:
