@@ -66,6 +66,24 @@ def items(given: Any, kind: type[T] | tuple[type[T], ...], what: str, advice: st
     return found
 
 
+def whole_numbers(given: Any, below: int, what: str) -> list[int]:
+    """Whole numbers from 0 to ``below`` - 1. Raises ArgumentError for anything else, negative ones included."""
+    found = [_whole_number(one) for one in _items(given, what, f"whole numbers from 0 to {below - 1}")]
+    if wrong := [one for one in found if one is None or not 0 <= one < below]:
+        raise ArgumentError(f"{what} is {_shown(given)}; {wrong[0]} is not a whole number from 0 to {below - 1}.")
+    return [one for one in found if one is not None]
+
+
+def feature_pairs(given: Iterable[T], what: str = "features") -> list[T]:
+    """Features, each a pair of whole numbers (layer, index), as they were given. Raises ArgumentError for others."""
+    advice = "give pairs (layer, index), such as [(2, 17)]"
+    found = _items(given, what, advice)
+    for one in found:
+        if not isinstance(one, Sequence) or len(one) != 2 or any(_whole_number(number) is None for number in one):
+            raise ArgumentError(f"{what} holds {_shown(one)}; {advice}.")
+    return found
+
+
 def prompt_response_pairs(given: Any) -> list[tuple[str, str]]:
     """(question, response) pairs, given as pairs of texts or as rows {"prompt": ..., "response": ...}.
 

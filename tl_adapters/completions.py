@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tl_adapters.arguments import token_ids
 from tl_adapters.decoding import Completion, CompletionError, Decoding, decode
 
 
@@ -37,6 +38,7 @@ def complete(
 
     Raises CompletionError for a prompt that is empty or fills the context.
     """
+    prompts = [token_ids(prompt, model.cfg.d_vocab, "a prompt") for prompt in prompts]
     n_ctx = model.cfg.n_ctx
     if bad := [len(prompt) for prompt in prompts if not 0 < len(prompt) < n_ctx]:
         raise CompletionError(f"A prompt has {bad[0]} tokens; the model reads 1 to {n_ctx - 1} and one more.")

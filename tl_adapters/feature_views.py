@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 
 from tl_adapters.adapter import FeatureId
-from tl_adapters.arguments import choice, token_ids
+from tl_adapters.arguments import choice, feature_pairs, token_ids
 from tl_adapters.errors import UserError
 from tl_adapters.features import Stream
 from tl_adapters.paired import ACTIVATIONS, PairedModel
@@ -37,7 +37,7 @@ def show_features(
     """
     choice(stream, get_args(Stream), "stream")
     adapters = pair.installed_adapters()
-    features = [FeatureId(*feature) for feature in ids]
+    features = [FeatureId(*feature) for feature in feature_pairs(ids, "ids")]
     bad = [f for f in features if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]
     if bad or not features:
         raise UserError(

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapter import FeatureId
+from tl_adapters.arguments import feature_pairs
 from tl_adapters.errors import UserError
 from tl_adapters.paired import ACTIVATIONS, PairedModel
 from tl_adapters.routing import ROUTES, Route
@@ -247,10 +248,10 @@ def negated(pair: PairedModel, features: Features, scale: float = -0.5) -> Any:
 def by_layer(pair: PairedModel, features: Features, device: torch.device | None = None) -> dict[int, Tensor]:
     """Layer to the indices chosen in it, each once; every intervention takes its features through here.
 
-    They are moved to ``device`` together. Raises InterventionError, and ForeignFeaturesError for features of other
-    adapters.
+    They are moved to ``device`` together. Raises ArgumentError for what is not a feature, InterventionError for one
+    that the adapters do not have, and ForeignFeaturesError for one of other adapters.
     """
-    adapters, features = pair.installed_adapters(), list(features)
+    adapters, features = pair.installed_adapters(), feature_pairs(features)
     adapters.require_own(features)
     wanted = sorted({FeatureId(*feature) for feature in features})
     bad = [f for f in wanted if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]

@@ -32,7 +32,7 @@ from torch.nn.functional import logsigmoid
 from tl_adapters.behaviors import Behaviour as Behaviour
 from tl_adapters.behaviors import BehaviourError as BehaviourError
 from tl_adapters.behaviors import Words, first_tokens
-from tl_adapters.data import Trace, collate, rows_by_length
+from tl_adapters.data import Trace, collate, readable_traces, rows_by_length
 from tl_adapters.paired import PairedModel
 from tl_adapters.precision import at_least_float32
 
@@ -150,6 +150,7 @@ def find_moments(
             f"There are no answers to look for {behaviour.name} in: none came to its end. Give more problems, or more "
             "tokens for an answer (max_new_tokens)."
         )
+    traces = readable_traces(traces, pair.model.cfg)
     words = tuple(behaviour.tokens(pair, traces).values()) if words is None else tuple(words)
     batch = collate(traces)
     predicting = batch.predicting_response

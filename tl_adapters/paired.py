@@ -41,6 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tl_adapters.adapter import AdapterMetadata, AdapterSet, TranscoderAdapter
 from tl_adapters.agreement import require_hybrid
 from tl_adapters.architectures import load_hf_model, moved
+from tl_adapters.arguments import whole_numbers
 from tl_adapters.backends import backend_of, build_model
 from tl_adapters.compatibility import PairMismatchError
 from tl_adapters.config import ActivationName, TrainingConfig
@@ -276,7 +277,8 @@ class PairedModel:
             if route not in ROUTES:
                 raise ValueError(f"No route {route!r}; known routes are {', '.join(ROUTES)}.")
             route = ROUTES[route]
-        mlps, chosen = self.mlps, range(self.n_layers) if layers is None else layers
+        n = self.n_layers
+        mlps, chosen = self.mlps, range(n) if layers is None else whole_numbers(layers, n, "layers (only=)")
         if route.base_mlp and not self.has_base:
             raise PairMismatchError(
                 "This model was given no base: its adapters stand beside its own MLPs. Its routes are 'target' and "

@@ -14,10 +14,13 @@ from tl_adapters.arguments import ArgumentError, items, prompt_response_pairs, t
 from tl_adapters.attribution import LogitTarget, attribute
 from tl_adapters.chat import encode_traces
 from tl_adapters.collecting import collect_features
+from tl_adapters.completions import complete
 from tl_adapters.data import DataError, Trace, readable_traces
 from tl_adapters.faithfulness import measure_faithfulness
 from tl_adapters.feature_views import show_features
+from tl_adapters.interventions import ablated
 from tl_adapters.labels import rule_labels
+from tl_adapters.moments import find_moments
 from tl_adapters.paired import PairedModel
 from tl_adapters.training import train
 from tl_adapters.vocabulary import hesitation_tokens
@@ -154,3 +157,31 @@ def test_a_text_is_no_sequence_of_texts() -> None:
     assert texts(("Wait", "Hmm"), "words") == ("Wait", "Hmm")
     with pytest.raises(ArgumentError, match="whole"):
         items([1, True], int, "numbers", "give whole numbers")
+
+
+@pytest.mark.parametrize("features", [(0, 3), "0.3", {0: 3}, [3], ["03"], [(0, 3, 1)], [(0, 1.5)], 3])
+def test_features_are_pairs(pair: PairedModel, features: Any) -> None:
+    for call in (lambda: ablated(pair, features).__enter__(), lambda: show_features(pair, IDS, features)):
+        with pytest.raises(ArgumentError, match="layer, index"):
+            call()
+
+
+@pytest.mark.parametrize("layers", ["01", [-1], [4], [0.5], {1: 2}, 3])
+def test_layers_are_whole_numbers_that_there_are(pair: PairedModel, layers: Any) -> None:
+    with pytest.raises(ArgumentError, match="from 0 to 3"), pair.routed(only=layers):
+        pass
+    assert [route.adapter for route in pair.routes] == [False] * 4
+
+
+def test_prompts_to_complete_are_sequences_of_ids(pair: PairedModel) -> None:
+    options: dict[str, Any] = dict(ends=[1], max_new_tokens=2, batch_size=2)
+    alone = complete(pair.model, [IDS], **options)
+    assert complete(pair.model, torch.tensor([IDS, IDS]), **options) == alone * 2  # type: ignore[arg-type]
+    for wrong in (["Wait"], IDS, [[61]]):
+        with pytest.raises(ArgumentError):
+            complete(pair.model, wrong, **options)  # type: ignore[arg-type]
+
+
+def test_onsets_are_looked_for_in_traces(builtin: PairedModel) -> None:
+    with pytest.raises(ArgumentError, match="encode_traces"):
+        find_moments(builtin, [(PROMPT, RESPONSE)])  # type: ignore[list-item]
