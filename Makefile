@@ -51,9 +51,10 @@ harness: $(VENV)H/installed  ## our routes in lm-evaluation-harness
 	$(VENV)H/bin/python -m pytest tests/test_harness.py
 
 # The invariants of every part, on the lowest versions that pyproject.toml allows and on the newest published ones.
-CORE := tests/test_paired.py tests/test_bridged.py tests/test_attaching.py tests/test_objective.py tests/test_training.py \
-	tests/test_chat.py tests/test_sources.py tests/test_linear.py tests/test_interventions.py tests/test_answering.py \
-	tests/test_adapter.py tests/test_formats.py tests/test_authors.py tests/test_hub.py tests/faults
+CORE := tests/test_paired.py tests/test_bridged.py tests/test_attaching.py tests/test_objective.py tests/test_chat.py \
+	tests/test_sources.py tests/test_linear.py tests/test_adapter.py tests/test_formats.py tests/test_authors.py \
+	tests/test_hub.py tests/faults/test_model_is_what_it_computes.py tests/faults/test_tokenizers.py \
+	tests/faults/test_masks.py
 
 $(VENV)-lowest/installed: pyproject.toml .ci/bounds.py
 	$(PYTHON) -m venv $(VENV)-lowest
