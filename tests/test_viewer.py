@@ -183,6 +183,10 @@ def command(profile: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+class Navigated(Exception):
+    """The page that was asked is being left for another one."""
+
+
 class Browser:
     """One tab of a headless Chromium, driven over its debugging socket."""
 
@@ -220,7 +224,10 @@ class Browser:
         """Wait for a true answer."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            answer = ask()
+            try:
+                answer = ask()
+            except Navigated:  # asked while one page gives way to the next
+                answer = None
             if answer:
                 return answer
             time.sleep(0.05)
@@ -236,6 +243,8 @@ class Browser:
             if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"):
                 self.errors.append(json.dumps(answer["params"]))
             if answer.get("id") == self.sent:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise Navigated(answer)
                 assert "error" not in answer, answer
                 return answer["result"]
 
