@@ -168,6 +168,8 @@ def load_hf_model(
         use_safetensors=True,
         output_loading_info=True,
         trust_remote_code=False,
+        # Fused attention of earlier releases of transformers leaves out Gemma 2's soft cap of the scores.
+        attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else None,
     )
     if missing := sorted(info["missing_keys"]):
         # transformers would fill these at random and only log it.
