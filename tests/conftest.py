@@ -1,5 +1,6 @@
 """Tiny random pairs for every test, a closed network, and jaxtyping annotations that are checked."""
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -17,7 +18,7 @@ from beartype import BeartypeConf, beartype
 from filelock import FileLock
 from jaxtyping import install_import_hook
 
-torch.backends.mps.is_available = lambda: False  # likewise, within this process
+torch.backends.mps.is_available = functools.cache(lambda: False)  # likewise; cached, as torch 2.14 looks into it
 
 check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 install_import_hook("tl_adapters", "conftest.check_types")
