@@ -16,12 +16,13 @@ from tl_adapters.adapter import FeatureId
 from tl_adapters.benchmarks import Response, respond
 from tl_adapters.circuit_controls import (
     NEAREST,
+    by_size,
     commonest_alternative,
     matched_features,
     most_active_others,
+    neuron_effects,
     shifted_logits,
     steered,
-    strongest_neurons,
     without_neurons,
 )
 from tl_adapters.circuit_trials import answers, corrected, mediation, probabilities, record
@@ -364,10 +365,11 @@ def test_neurons_that_are_off_write_nothing(pair: PairedModel) -> None:
 def test_the_strongest_neurons_have_the_largest_slopes() -> None:
     pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
     before = state(pair)
-    every = strongest_neurons(pair, moments, 10_000)
+    effects = neuron_effects(pair, moments).off
+    every = by_size(effects, 10_000)
     assert state(pair) == before
     assert sorted(every) == [(layer, i) for layer in range(4) for i in range(48)]
-    assert strongest_neurons(pair, moments, 5) == every[:5]
+    assert by_size(effects, 5) == every[:5]
     texts = moments.with_moments()
 
     @torch.no_grad()

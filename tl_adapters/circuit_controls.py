@@ -346,11 +346,6 @@ def neuron_effects(pair: PairedModel, moments: Moments, documents: int | None = 
     return NeuronEffects(times, times - mean * plus, mean, square * rows, variance * rows)
 
 
-def strongest_neurons(pair: PairedModel, moments: Moments, n: int) -> list[tuple[int, int]]:
-    """(layer, index) of the base MLP's neurons whose activations, times the margin's gradient, are largest in sum."""
-    return by_size(neuron_effects(pair, moments).off, n)
-
-
 def by_size(scores: Float[Tensor, "n_layers d_mlp"], n: int | None = None) -> list[tuple[int, int]]:
     """(layer, index) of the ``n`` largest scores, largest first; of all, if None."""
     best = scores.flatten().topk(min(scores.numel() if n is None else n, scores.numel())).indices.tolist()

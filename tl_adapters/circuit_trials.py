@@ -265,7 +265,7 @@ def _lengths(said: Sequence[Response]) -> Tensor:
 def corrected(
     pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject, split: str
 ) -> OutcomesFigure:
-    """Share of the wrong steps, put into an arm's mouth, that it sets right at once."""
+    """Share of the wrong steps, written into the model's answer, that it corrects at once."""
     with variant.entered(pair) as model:
         said = respond(
             model,

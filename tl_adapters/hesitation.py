@@ -5,7 +5,7 @@
 3. each gets its role by formula (circuit_roles): output, template, continuation, suppressor;
 4. on the report problems, which nothing was chosen on: what the model does without the circuit (necessity), what the
    hybrid does with it (sufficiency), what the target does with it negated (transfer), whether template works through
-   output (mediation), whether wrong steps put into its mouth are still corrected (circuit_trials);
+   output (mediation), whether wrong steps written into its answer are still corrected (circuit_trials);
 5. beside every claim its control (circuit_controls): matched random and most active other features (equal in size, in
    write norm at the moments, in harm elsewhere), banning the word, the circuit of another token; and a bias on the
    word, steering and neurons, each set on the select split to the circuit's own effect (circuit_tuning).
@@ -466,7 +466,7 @@ class _Study:
         }
 
     def injected(self) -> dict[str, OutcomesFigure]:
-        """Wrong steps put into an arm's mouth: the test that no logit was looked at for."""
+        """Wrong steps written into the model's answer: the test that no logit was looked at for."""
         taken_out = ("both", *CONTROLS)
         put_in = ("both", *self.stronger, "others")
         arms = {

@@ -363,7 +363,7 @@ def _data_files(config: DataConfig, split: str) -> str:
         of_split = next((found for name, found in files.items() if str(name) == split.partition("[")[0]), None)
         paths = [str(path) for found in ([of_split] if of_split is not None else files.values()) for path in found]
     except Exception as error:  # a dozen classes, as above; the documents themselves were found
-        log.debug("The files of %s cannot be told: %s", config.source, error)
+        log.warning("Which files %s has cannot be told, so a change of them goes unnoticed: %s", config.source, error)
         return ""
     return hashlib.sha256(repr(sorted(map(_file_facts, paths))).encode()).hexdigest()[:16] if paths else ""
 

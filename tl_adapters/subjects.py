@@ -1,7 +1,7 @@
 """What a behaviour is studied on: problems for choosing, others for reporting, and what can be checked in an answer.
 
 Features are chosen on the select problems and every figure is of the report problems. Of the built-in kind of problem
-more is known than of others: which steps were wrong, and how to put a wrong one into the model's mouth.
+more is known than of others: which steps were wrong, and how to write a wrong one into the model's answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tl_adapters.vocabulary import pattern_of
 
 @dataclass(frozen=True)
 class Injection:
-    """A wrong step put into the model's mouth."""
+    """A wrong step written into the model's answer."""
 
     problem: Checkable
     """What was asked."""
