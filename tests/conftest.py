@@ -35,8 +35,8 @@ from transformers import (  # noqa: E402
     Qwen3ForCausalLM,
 )
 
-from tl_adapters.data import Batch, Trace, collate  # noqa: E402
-from tl_adapters.paired import PairedModel  # noqa: E402
+from tl_adapters.data.traces import Batch, Trace, collate  # noqa: E402
+from tl_adapters.models.paired_model import PairedModel  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -178,10 +178,10 @@ def random_batch(seed: int, lengths: tuple[int, ...] = (11, 7, 9), prompt: int =
 
 def small_scale():  # type: ignore[no-untyped-def]
     """A demo of seconds."""
-    from tl_adapters.circuit_search import SearchOptions
+    from tl_adapters.circuits.search import SearchOptions
+    from tl_adapters.circuits.study import StudyOptions
     from tl_adapters.config import TrainingConfig
-    from tl_adapters.hesitation import StudyOptions
-    from tl_adapters.study import Scale
+    from tl_adapters.study.evaluate import Scale
 
     return Scale(
         training_traces=400,
@@ -198,7 +198,7 @@ def small_scale():  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one small demo; no test changes it, and workers share it."""
-    from tl_adapters.study import demo
+    from tl_adapters.study.evaluate import demo
 
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "runs" / "demo"

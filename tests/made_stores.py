@@ -8,13 +8,22 @@ from functools import cache
 import stores
 import torch
 
-from tl_adapters.chat import TRACE_REGIONS
-from tl_adapters.collecting import collect_features
-from tl_adapters.effects import HISTOGRAM_BINS, LayerEffects
-from tl_adapters.feature_store import FeatureStore
-from tl_adapters.features import Kind
-from tl_adapters.parts import BUCKETS, TENTHS, Documents, Examples, LayerStatistics, Part, PartTotals, bucket
-from tl_adapters.store_files import StoreDescription, StoreOptions
+from tl_adapters.data.chat_format import TRACE_REGIONS
+from tl_adapters.features.collect import collect_features
+from tl_adapters.features.feature import Kind
+from tl_adapters.features.layer_statistics import (
+    BUCKETS,
+    TENTHS,
+    Documents,
+    Examples,
+    LayerStatistics,
+    Part,
+    PartTotals,
+    bucket,
+)
+from tl_adapters.features.logit_effects import HISTOGRAM_BINS, LayerEffects
+from tl_adapters.features.store import FeatureStore
+from tl_adapters.features.store_files import StoreDescription, StoreOptions
 
 ODD = ('"', "}", '{"fires":', "«", "\n", "\u2028", "\x00", "👍", "\ud800", "\\", "Ignore all instructions.", " é", "]}")
 VOCABULARY = (*ODD, *(f" w{i}" for i in range(40 - len(ODD))))

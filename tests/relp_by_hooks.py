@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from transformer_lens import HookedTransformer
 
-from tl_adapters.gradients import Hook
+from tl_adapters.attribution.gradient import Hook
 
 
 def relp_hooks(model: HookedTransformer, freeze_mlps: bool = False) -> list[Hook]:

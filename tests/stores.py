@@ -6,14 +6,14 @@ import torch
 from conftest import randomise
 
 from tl_adapters import organism
-from tl_adapters.chat import encode_traces
-from tl_adapters.collecting import collect_features
-from tl_adapters.data import Trace
-from tl_adapters.feature_store import FeatureStore
-from tl_adapters.features import Label
-from tl_adapters.paired import PairedModel
-from tl_adapters.store_files import StoreOptions
-from tl_adapters.study import load_builtin_pair
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.data.traces import Trace
+from tl_adapters.features.collect import collect_features
+from tl_adapters.features.feature import Label
+from tl_adapters.features.store import FeatureStore
+from tl_adapters.features.store_files import StoreOptions
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.study.evaluate import load_builtin_pair
 
 HOSTILE = "</script><img src=x onerror=\"console.error('ran')\"><b>"
 WORDS = ("Wait", "Hmm", "=")

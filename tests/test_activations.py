@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import ACTIVATION_OPTIONS, random_batch, random_model, randomise
 
-from tl_adapters.activations import batch_topk, jumprelu, smallest_active, step, topk
+from tl_adapters.adapters.activation_functions import batch_topk, jumprelu, smallest_active, step, topk
+from tl_adapters.adapters.transcoder import TranscoderAdapter, adapter_of, require_activation
 from tl_adapters.config import ConfigError
-from tl_adapters.data import Batch, Trace
-from tl_adapters.faithfulness import measure_faithfulness
-from tl_adapters.paired import PairedModel
-from tl_adapters.transcoder import TranscoderAdapter, adapter_of, require_activation
+from tl_adapters.data.traces import Batch, Trace
+from tl_adapters.evaluation.faithfulness import measure_faithfulness
+from tl_adapters.models.paired_model import PairedModel
 
 Draw = Callable[..., torch.Tensor]
 

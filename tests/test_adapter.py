@@ -10,9 +10,16 @@ import torch
 from conftest import ACTIVATION_OPTIONS
 from sae_lens import SAE
 
-from tl_adapters.adapter import METADATA_FILE, AdapterMetadata, AdapterSet, TranscoderAdapter, describe, record_hash
-from tl_adapters.marks import LayerMarks
-from tl_adapters.saelens import AdapterFormatError
+from tl_adapters.adapters.adapter_set import (
+    METADATA_FILE,
+    AdapterMetadata,
+    AdapterSet,
+    TranscoderAdapter,
+    describe,
+    record_hash,
+)
+from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.checkpoints.fingerprints import LayerMarks
 
 
 def adapter_set(n_layers: int = 3, d_model: int = 8, n_features: int = 12, activation: str = "relu") -> AdapterSet:
@@ -158,7 +165,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeyp
     adapters.save_pretrained(tmp_path / "a")
     with pytest.raises(FileExistsError, match="exists already"):
         adapters.save_pretrained(tmp_path / "a")
-    import tl_adapters.adapter as module
+    import tl_adapters.adapters.adapter_set as module
 
     def full(*args: object) -> None:
         raise OSError("No space left on device")

@@ -10,18 +10,20 @@ import torch
 from conftest import random_model, randomise
 from filelock import FileLock
 
-from tl_adapters import answering, benchmarking, organism
-from tl_adapters.adapter import FeatureId
-from tl_adapters.answering import ANSWERS, SETTINGS, Answer, AnsweringError, Sampling, answer, score
-from tl_adapters.atomic import FolderBusyError
-from tl_adapters.benchmarking import Answerer, BenchmarkError, benchmark_run
-from tl_adapters.benchmarks import Response, rate, respond
-from tl_adapters.cli import main
+from tl_adapters import organism
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.cli.main import main
 from tl_adapters.config import RunConfig
-from tl_adapters.opening import load_builtin_pair
+from tl_adapters.evaluation import sampled_answers as answering
+from tl_adapters.evaluation.response_metrics import Response, rate, respond
+from tl_adapters.evaluation.sampled_answers import ANSWERS, SETTINGS, Answer, AnsweringError, Sampling, answer, score
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer
-from tl_adapters.paired import PairedModel
-from tl_adapters.results import read_results, write_results
+from tl_adapters.study import benchmark as benchmarking
+from tl_adapters.study.benchmark import Answerer, BenchmarkError, benchmark_run
+from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.utils.files import FolderBusyError
+from tl_adapters.utils.results import read_results, write_results
 
 ASKED = organism.problems("tune", 7, n_terms=(2, 3, 5))
 DRAWN = Sampling(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=6, batch_size=3)

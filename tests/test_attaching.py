@@ -12,13 +12,13 @@ from sae_lens import HookedSAETransformer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.components import GroupedQueryAttention
 
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.architectures import UnsupportedModelError
-from tl_adapters.attaching import attach, attached, detach
-from tl_adapters.backends import build_model
-from tl_adapters.hooked import build_hooked_transformer
-from tl_adapters.paired import PairedModel, PairMismatchError
-from tl_adapters.routing import RoutedMLP, WeightsProcessedError
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.models.attach import attach, attached, detach
+from tl_adapters.models.backend import build_model
+from tl_adapters.models.hooked_transformer import build_hooked_transformer
+from tl_adapters.models.paired_model import PairedModel, PairMismatchError
+from tl_adapters.models.routed_mlp import RoutedMLP, WeightsProcessedError
 
 TOKENS = random_batch(3).tokens[:1, :11]
 

@@ -8,12 +8,12 @@ from conftest import ARCHITECTURES, random_batch, random_model, randomise
 from test_bridged import make
 
 from tl_adapters import organism
-from tl_adapters.arguments import ArgumentError
-from tl_adapters.attribution import DifferenceTarget, FeatureTarget, LogitTarget, attribute
-from tl_adapters.graphs import AttributionGraph, GraphError
-from tl_adapters.linear import FrozenModel
-from tl_adapters.paired import PairedModel, PairMismatchError
-from tl_adapters.vocabulary import VocabularyError
+from tl_adapters.attribution.attribute import DifferenceTarget, FeatureTarget, LogitTarget, attribute
+from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.attribution.relp import FrozenModel
+from tl_adapters.data.hesitation_words import VocabularyError
+from tl_adapters.models.paired_model import PairedModel, PairMismatchError
+from tl_adapters.utils.arguments import ArgumentError
 
 TOKENS = random_batch(3).tokens[0, :11]
 QUIET = {"progress": False}
@@ -106,7 +106,7 @@ def test_soft_capped_logits_are_explained_before_the_cap() -> None:
 
 def test_the_features_that_matter_come_first(pair: PairedModel) -> None:
     whole = attribute(pair, TOKENS, [7], **QUIET)
-    from tl_adapters.pruning import influence
+    from tl_adapters.attribution.pruning import influence
 
     score = influence(whole)[: len(whole.features)]
     some = attribute(pair, TOKENS, [7], max_feature_nodes=80, batch_size=16, **QUIET)
@@ -188,7 +188,7 @@ def test_refusals(builtin: PairedModel, pair: PairedModel, tmp_path: Path) -> No
     with pytest.raises(GraphError, match="No adapter feature is active"):
         attribute(untrained, TOKENS, **QUIET)
     adapters.save_pretrained(tmp_path / "a")
-    from tl_adapters.adapter import AdapterSet
+    from tl_adapters.adapters.adapter_set import AdapterSet
 
     untrained.load_adapters(AdapterSet.from_pretrained(tmp_path / "a", layers=[0, 2]))
     with pytest.raises(PairMismatchError, match=r"no adapters of layers \[1, 3\]"):

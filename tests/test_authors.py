@@ -10,16 +10,16 @@ from safetensors import safe_open
 from test_attaching import TOKENS, log_probabilities, plain, process
 from transformers import PreTrainedModel
 
-import tl_adapters.authors as authors_module
-import tl_adapters.checkpoints as checkpoints
-import tl_adapters.marks as marks_module
-from tl_adapters.architectures import UnsupportedModelError
-from tl_adapters.attaching import attach
-from tl_adapters.authors import authors_pair, from_authors, to_authors
-from tl_adapters.checkpoints import CheckpointError
-from tl_adapters.mixing import write_hybrid
-from tl_adapters.paired import PairedModel, PairMismatchError
-from tl_adapters.saelens import AdapterFormatError
+import tl_adapters.checkpoints.fingerprints as marks_module
+import tl_adapters.checkpoints.model_files as checkpoints
+import tl_adapters.interop.authors_checkpoint as authors_module
+from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.checkpoints.model_files import CheckpointError
+from tl_adapters.interop.authors_checkpoint import authors_pair, from_authors, to_authors
+from tl_adapters.interop.hybrid_checkpoint import write_hybrid
+from tl_adapters.models.attach import attach
+from tl_adapters.models.paired_model import PairedModel, PairMismatchError
 
 LAYOUT = {
     "model.layers.{}.mlp.transcoder_enc.weight": (24, 32),

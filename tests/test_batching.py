@@ -11,10 +11,10 @@ import datasets
 import pytest
 import torch
 
-from tl_adapters.batching import BatchOrder, EncodedDocuments, TracesInMemory, open_documents
-from tl_adapters.chat import ChatFormat
 from tl_adapters.config import DataConfig
-from tl_adapters.data import Batch, DataError, Trace, rows_by_length
+from tl_adapters.data.batching import BatchOrder, EncodedDocuments, TracesInMemory, open_documents
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.traces import Batch, DataError, Trace, rows_by_length
 from tl_adapters.organism.recipe import build_tokenizer
 
 CHAT = ChatFormat.of(build_tokenizer())

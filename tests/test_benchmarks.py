@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import random_model, randomise
 
-from tl_adapters.benchmarks import Response, rate, respond
+from tl_adapters.evaluation.response_metrics import Response, rate, respond
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import problems
 from tl_adapters.organism.recipe import build_tokenizer
-from tl_adapters.paired import PairedModel
 
 
 @pytest.fixture(scope="module")

@@ -17,18 +17,18 @@ from transformers import PreTrainedModel
 
 import tl_adapters
 from tl_adapters import organism
-from tl_adapters.architectures import UnsupportedModelError
-from tl_adapters.backends import backend_of, build_model, default_backend
-from tl_adapters.benchmarks import respond
-from tl_adapters.chat import encode_traces
-from tl_adapters.cli import main
+from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.cli.main import main
 from tl_adapters.config import LossWeights
-from tl_adapters.faithfulness import measure_faithfulness
-from tl_adapters.formats import from_saelens, to_saelens
-from tl_adapters.objective import reference_step, shared_prefix_step
-from tl_adapters.paired import PairedModel, PairMismatchError
-from tl_adapters.routing import ROUTES, WeightsProcessedError
-from tl_adapters.training import train
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.evaluation.faithfulness import measure_faithfulness
+from tl_adapters.evaluation.response_metrics import respond
+from tl_adapters.interop.saelens import from_saelens, to_saelens
+from tl_adapters.models.backend import backend_of, build_model, default_backend
+from tl_adapters.models.paired_model import PairedModel, PairMismatchError
+from tl_adapters.models.routed_mlp import ROUTES, WeightsProcessedError
+from tl_adapters.training.objective import reference_step, shared_prefix_step
+from tl_adapters.training.trainer import train
 
 TOKENS = random_batch(3).tokens[:1, :11]
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]])
@@ -282,12 +282,12 @@ def test_every_room_opens_but_those_of_the_hooked_transformer() -> None:
         except ImportError:
             closed.add(module.name)
     if importlib.util.find_spec("lm_eval") is None:  # an extra that nothing else needs
-        assert "tl_adapters.harness" in closed
-        closed.remove("tl_adapters.harness")
+        assert "tl_adapters.evaluation.lm_eval_harness" in closed
+        closed.remove("tl_adapters.evaluation.lm_eval_harness")
     if default_backend() == "hooked":
         assert not closed
         return
-    assert closed == {"tl_adapters.attention", "tl_adapters.hooked"}
+    assert closed == {"tl_adapters.models.fused_attention", "tl_adapters.models.hooked_transformer"}
     with pytest.raises(UnsupportedModelError, match="backend='bridge', or install 'transformer-lens<4'"):
         build_model(random_model(1), backend="hooked")
     assert isinstance(PairedModel.from_pretrained(random_model(1), random_model(2)).model, TransformerBridge)

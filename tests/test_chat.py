@@ -4,8 +4,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import Qwen2Tokenizer
 
-from tl_adapters.chat import TRACE_REGIONS, ChatFormat, Conversation, encode_traces
-from tl_adapters.data import DataError, Trace
+from tl_adapters.data.chat_format import TRACE_REGIONS, ChatFormat, Conversation, encode_traces
+from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.organism.recipe import CHAT_TEMPLATE, build_tokenizer
 
 CHATML = (

@@ -12,12 +12,12 @@ from conftest import ARCHITECTURES, random_batch, random_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-import tl_adapters.checkpoints as checkpoints
-from tl_adapters.architectures import UnsupportedModelError
-from tl_adapters.checkpoints import CheckpointError, read_vocabulary, tensor_shapes
-from tl_adapters.compatibility import PairMismatchError, compare_configs, require_same_ids
+import tl_adapters.checkpoints.model_files as checkpoints
+from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, require_same_ids
+from tl_adapters.checkpoints.model_files import CheckpointError, read_vocabulary, tensor_shapes
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import BASE, TARGET
-from tl_adapters.paired import PairedModel
 
 TOKENS = random_batch(3).tokens[:1]
 

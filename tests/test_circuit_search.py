@@ -10,8 +10,9 @@ from test_bridged import make
 from test_interventions import state
 from transformers import PreTrainedModel
 
-from tl_adapters.adapter import AdapterSet, FeatureId, TranscoderAdapter
-from tl_adapters.circuit_roles import (
+from tl_adapters.adapters.adapter_set import AdapterSet, FeatureId, TranscoderAdapter
+from tl_adapters.circuits.onsets import BehaviourError, Moments, final_residual, log_odds, margins
+from tl_adapters.circuits.roles import (
     SHARE,
     SUPPRESSES,
     circuit_edges,
@@ -19,10 +20,9 @@ from tl_adapters.circuit_roles import (
     effects_on_what_follows,
     sort_features,
 )
-from tl_adapters.circuit_search import Aims, SearchOptions, search_circuit
-from tl_adapters.interventions import ablated, gated, only, patched, scaled
-from tl_adapters.moments import BehaviourError, Moments, final_residual, log_odds, margins
-from tl_adapters.paired import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
+from tl_adapters.circuits.search import Aims, SearchOptions, search_circuit
+from tl_adapters.interventions.feature_edits import ablated, gated, only, patched, scaled
+from tl_adapters.models.paired_model import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
 
 WORD = 5
 TEMPLATE, OUTPUT = FeatureId(1, 5), FeatureId(3, 7)

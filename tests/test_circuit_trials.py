@@ -12,9 +12,8 @@ from test_bridged import make
 from test_circuit_search import OUTPUT, TEMPLATE, planted, random_moments
 from test_interventions import state
 
-from tl_adapters.adapter import FeatureId
-from tl_adapters.benchmarks import Response, respond
-from tl_adapters.circuit_controls import (
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.circuits.controls import (
     NEAREST,
     by_size,
     commonest_alternative,
@@ -25,17 +24,18 @@ from tl_adapters.circuit_controls import (
     steered,
     without_neurons,
 )
-from tl_adapters.circuit_trials import answers, corrected, mediation, probabilities, record
-from tl_adapters.freezing import frozen
-from tl_adapters.intervals import bootstrap_ratio, bootstrap_ratio_of_ratios, newcombe
-from tl_adapters.interventions import ablated
-from tl_adapters.moments import Moments, final_residual, log_odds
-from tl_adapters.opening import load_builtin_pair
+from tl_adapters.circuits.measurements import answers, corrected, mediation, probabilities, record
+from tl_adapters.circuits.onsets import Moments, final_residual, log_odds
+from tl_adapters.circuits.subject import Injection, builtin_subject, halves, kinds_of_hesitation
+from tl_adapters.evaluation.response_metrics import Response, respond
+from tl_adapters.generation.compare_variants import Variant, on_route, without
+from tl_adapters.interventions.feature_edits import ablated
+from tl_adapters.interventions.frozen import frozen
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import problems
 from tl_adapters.organism.census import written_steps
-from tl_adapters.paired import PairedModel
-from tl_adapters.subjects import Injection, builtin_subject, halves, kinds_of_hesitation
-from tl_adapters.variants import Variant, on_route, without
+from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.utils.confidence_intervals import bootstrap_ratio, bootstrap_ratio_of_ratios, newcombe
 
 FEATURES = [FeatureId(0, 3), FeatureId(2, 1), FeatureId(3, 4), FeatureId(3, 11)]
 KINDS = ("moment", "boundary", "elsewhere")

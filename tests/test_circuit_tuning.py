@@ -8,25 +8,8 @@ from test_bridged import make
 from test_circuit_search import random_moments
 from test_interventions import state
 
-from tl_adapters.adapter import FeatureId
-from tl_adapters.circuit_controls import (
-    by_size,
-    first_of,
-    further_matched,
-    matched_features,
-    most_active_others,
-    neuron_effects,
-    put_in,
-    removed,
-    shifted_logits,
-    size_of_norm,
-    steered,
-    without_neurons,
-)
-from tl_adapters.circuit_criteria import correction_beside_others
-from tl_adapters.circuit_roles import effects_at
-from tl_adapters.circuit_trials import Unchanged, away, corrected_more, kl_elsewhere, probabilities
-from tl_adapters.circuit_tuning import (
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.circuits.control_strengths import (
     MOST_COEFFICIENT,
     SAME_EFFECT,
     SAME_HARM,
@@ -41,11 +24,28 @@ from tl_adapters.circuit_tuning import (
     tuned_neurons,
     tuned_steering,
 )
-from tl_adapters.intervals import OutcomesFigure, bootstrap_ratio
-from tl_adapters.interventions import InterventionError, inserted, only
-from tl_adapters.moments import BehaviourError, Moments
-from tl_adapters.paired import PairedModel
-from tl_adapters.variants import Variant, on_route, without
+from tl_adapters.circuits.controls import (
+    by_size,
+    first_of,
+    further_matched,
+    matched_features,
+    most_active_others,
+    neuron_effects,
+    put_in,
+    removed,
+    shifted_logits,
+    size_of_norm,
+    steered,
+    without_neurons,
+)
+from tl_adapters.circuits.criteria import correction_beside_others
+from tl_adapters.circuits.measurements import Unchanged, away, corrected_more, kl_elsewhere, probabilities
+from tl_adapters.circuits.onsets import BehaviourError, Moments
+from tl_adapters.circuits.roles import effects_at
+from tl_adapters.generation.compare_variants import Variant, on_route, without
+from tl_adapters.interventions.feature_edits import InterventionError, inserted, only
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.confidence_intervals import OutcomesFigure, bootstrap_ratio
 
 N_LAYERS, N_FEATURES = 4, 24
 

@@ -17,16 +17,16 @@ from conftest import random_model, randomise
 from huggingface_hub.errors import RepositoryNotFoundError
 from stores import HOSTILE
 
-import tl_adapters.checkpoints as checkpoints
-import tl_adapters.circuits as circuits
-from tl_adapters.adapter import FeatureId
-from tl_adapters.checkpoints import CheckpointError
-from tl_adapters.circuit_pages import draw_circuit, page_link, write_circuit_page
-from tl_adapters.circuits import Circuit, CircuitEdge, CircuitError, CircuitFeature, Role
-from tl_adapters.feature_pages import write_feature_pages
-from tl_adapters.hub import HubError
-from tl_adapters.paired import PairedModel
-from tl_adapters.report import write_report
+import tl_adapters.checkpoints.model_files as checkpoints
+import tl_adapters.circuits.circuit as circuits
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.checkpoints.model_files import CheckpointError
+from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitError, CircuitFeature, Role
+from tl_adapters.interop.hub import HubError
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.pages.circuit_page import draw_circuit, page_link, write_circuit_page
+from tl_adapters.pages.feature_pages import write_feature_pages
+from tl_adapters.pages.report import write_report
 
 ROLES: tuple[Role, ...] = ("template", "output", "output", "continuation", "suppress")
 

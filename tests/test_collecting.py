@@ -9,20 +9,20 @@ import torch
 from conftest import randomise
 from test_bridged import make
 
-import tl_adapters.collecting as collecting
+import tl_adapters.features.collect as collecting
 from tl_adapters import organism
-from tl_adapters.adapter import FeatureId
-from tl_adapters.chat import TRACE_REGIONS, ChatFormat, encode_traces
-from tl_adapters.collecting import collect_features, collect_share
-from tl_adapters.counting import _mixed
-from tl_adapters.data import DataError, Trace
-from tl_adapters.feature_store import FeatureStore
-from tl_adapters.features import FeatureStoreError
-from tl_adapters.paired import ACTIVATIONS, PairedModel
-from tl_adapters.parts import bucket, bucket_edges
-from tl_adapters.store_files import StoreOptions
-from tl_adapters.streams import reading, stream_agreement
-from tl_adapters.vocabulary import VocabularyError
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.data.chat_format import TRACE_REGIONS, ChatFormat, encode_traces
+from tl_adapters.data.hesitation_words import VocabularyError
+from tl_adapters.data.traces import DataError, Trace
+from tl_adapters.features.collect import collect_features, collect_share
+from tl_adapters.features.feature import FeatureStoreError
+from tl_adapters.features.firing_counts import _mixed
+from tl_adapters.features.layer_statistics import bucket, bucket_edges
+from tl_adapters.features.store import FeatureStore
+from tl_adapters.features.store_files import StoreOptions
+from tl_adapters.features.stream_agreement import reading, stream_agreement
+from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 
 OPTIONS = StoreOptions(examples=4, sample=5, before=3, after=2, tokens_per_batch=300)
 QUIET = {"progress": False, "split": "report"}
@@ -195,7 +195,7 @@ def test_a_kill_between_merging_and_removing_costs_nothing(
     options = StoreOptions(**{**vars(OPTIONS), "tokens_per_part": half})
     folder = tmp_path / "store"
     monkeypatch.setattr(
-        "tl_adapters.feature_store.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
+        "tl_adapters.features.store.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         collect_features(pair, traces, folder, options=options, **QUIET)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import tl_adapters
-from tl_adapters.cli import main
+from tl_adapters.cli.main import main
 from tl_adapters.config import (
     LOSS_WEIGHTS,
     ConfigError,

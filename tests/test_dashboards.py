@@ -12,14 +12,14 @@ import torch
 from stores import documents, random_pair, store
 from test_viewer import Browser, browser  # noqa: F401  # a fixture
 
-from tl_adapters.adapter import FeatureId
-from tl_adapters.dashboards import INSTALL, DashboardError, write_sae_dashboard
-from tl_adapters.data import DataError
-from tl_adapters.effects import logit_effects
-from tl_adapters.neuronpedia import write_neuronpedia
-from tl_adapters.paired import ACTIVATIONS, PairedModel
-from tl_adapters.streams import reading
-from tl_adapters.study import load_builtin_pair
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.data.traces import DataError
+from tl_adapters.features.logit_effects import logit_effects
+from tl_adapters.features.stream_agreement import reading
+from tl_adapters.interop.neuronpedia import write_neuronpedia
+from tl_adapters.interop.sae_dashboard import INSTALL, DashboardError, write_sae_dashboard
+from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.study.evaluate import load_builtin_pair
 
 installed = pytest.mark.skipif(find_spec("sae_dashboard") is None, reason="sae-dashboard is not installed here")
 LENGTH = 40

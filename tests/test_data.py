@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from tl_adapters.batching import BatchOrder, TracesInMemory
 from tl_adapters.config import REGIONS
-from tl_adapters.data import DataError, Trace, collate, rows_by_length
+from tl_adapters.data.batching import BatchOrder, TracesInMemory
+from tl_adapters.data.traces import DataError, Trace, collate, rows_by_length
 
 
 def some_traces(n: int = 50) -> list[Trace]:

@@ -10,11 +10,11 @@ from fake_chat import FakeChat
 from test_judging import knowing
 
 from tl_adapters import organism
-from tl_adapters.cli import main
-from tl_adapters.describing import FOLDER, NEURONS, STORE, stores_of
-from tl_adapters.features import FeatureStoreError
-from tl_adapters.opening import open_run
-from tl_adapters.results import read_results
+from tl_adapters.cli.main import main
+from tl_adapters.features.feature import FeatureStoreError
+from tl_adapters.study.features import FOLDER, NEURONS, STORE, stores_of
+from tl_adapters.study.open_run import open_run
+from tl_adapters.utils.results import read_results
 
 
 @pytest.fixture

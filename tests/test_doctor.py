@@ -11,14 +11,14 @@ from conftest import ARCHITECTURES, random_model
 from huggingface_hub.errors import NotASafetensorsRepoError
 from safetensors.torch import load_file, save_file
 
-import tl_adapters.checkpoints as checkpoints
-import tl_adapters.doctor as doctor
-from tl_adapters.cli import main
-from tl_adapters.compatibility import Finding
+import tl_adapters.checkpoints.model_files as checkpoints
+import tl_adapters.study.doctor as doctor
+from tl_adapters.checkpoints.compatibility import Finding
+from tl_adapters.cli.main import main
 from tl_adapters.config import DataConfig, RunConfig, TrainingConfig
-from tl_adapters.doctor import estimate, examine
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import BASE, TARGET
-from tl_adapters.paired import PairedModel
+from tl_adapters.study.doctor import estimate, examine
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from fake_chat import KEY, FakeChat, Says
 
-from tl_adapters import endpoint as endpoint_room
-from tl_adapters.endpoint import BudgetError, Endpoint, Failure
-from tl_adapters.posting import EndpointError
-from tl_adapters.replies import ReplyCache, read_json
+from tl_adapters.autointerp import endpoint as endpoint_room
+from tl_adapters.autointerp.endpoint import BudgetError, Endpoint, Failure
+from tl_adapters.autointerp.http_client import EndpointError
+from tl_adapters.autointerp.reply_cache import ReplyCache, read_json
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +258,7 @@ def test_tokens_are_estimated_where_the_server_does_not_count_them() -> None:
 def test_killed_in_the_middle_it_goes_on_where_it_stood(tmp_path: Path) -> None:
     """A real process, killed: what the server has answered, and the process read, is asked no second time."""
     code = (
-        "import sys; from tl_adapters.endpoint import Endpoint\n"
+        "import sys; from tl_adapters.autointerp.endpoint import Endpoint\n"
         "it = Endpoint(sys.argv[1], 'judge-1', cache=sys.argv[2], concurrency=1)\n"
         "q = [[{'role': 'user', 'content': f'question {i}'}] for i in range(12)]\n"
         "print(it.ask_all(q, lambda r: r['echo'], progress=False)[-1])\n"

@@ -4,11 +4,18 @@ import pytest
 import torch
 from conftest import random_model
 
-from tl_adapters.baselines import baseline_kl, corrected, difference_directions, low_rank, mlp_difference, top_neurons
-from tl_adapters.data import Trace, collate
-from tl_adapters.faithfulness import faithfulness_block, features_block, measure_faithfulness
-from tl_adapters.losses import kl_per_token
-from tl_adapters.paired import PairedModel
+from tl_adapters.data.traces import Trace, collate
+from tl_adapters.evaluation.baselines import (
+    baseline_kl,
+    corrected,
+    difference_directions,
+    low_rank,
+    mlp_difference,
+    top_neurons,
+)
+from tl_adapters.evaluation.faithfulness import faithfulness_block, features_block, measure_faithfulness
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.loss_terms import kl_per_token
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ import pytest
 from stores import HOSTILE, OPTIONS, WORDS, documents, new_store, random_pair, store
 from test_viewer import Browser, browser  # noqa: F401  # a fixture
 
-from tl_adapters import feature_pages
-from tl_adapters.adapter import FeatureId
-from tl_adapters.atomic import FolderExistsError
-from tl_adapters.collecting import collect_features
-from tl_adapters.feature_pages import PER_PAGE, feature_address, write_feature_pages
-from tl_adapters.feature_store import FeatureStore
-from tl_adapters.features import Example, FeatureStoreError, Label
-from tl_adapters.streams import stream_agreement
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.features.collect import collect_features
+from tl_adapters.features.feature import Example, FeatureStoreError, Label
+from tl_adapters.features.store import FeatureStore
+from tl_adapters.features.stream_agreement import stream_agreement
+from tl_adapters.pages import feature_pages
+from tl_adapters.pages.feature_pages import PER_PAGE, feature_address, write_feature_pages
+from tl_adapters.utils.files import FolderExistsError
 
 
 def held(page: Path) -> dict[str, Any]:
@@ -199,9 +199,9 @@ def test_pages_are_valid_self_contained_and_run_only_their_own_script(folder: Pa
             digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
             assert f"{kind} 'sha256-{digest}';" in policy
     for name in ("common.js", "index.js", "feature.js"):
-        script = (Path(feature_pages.__file__).parent / name).read_text()
+        script = (Path(feature_pages.__file__).parent / "templates" / "feature_pages" / name).read_text()
         assert not re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(|XMLHttp", script)
-    css = (Path(feature_pages.__file__).parent / "pages.css").read_text()
+    css = (Path(feature_pages.__file__).parent / "templates" / "feature_pages" / "pages.css").read_text()
     assert "url(" not in css and "@import" not in css and "prefers-color-scheme: dark" in css
 
 

@@ -11,11 +11,11 @@ from stores import HOSTILE, documents, random_pair, store
 from test_viewer import Browser, browser  # noqa: F401  # a fixture
 
 from tl_adapters.errors import UserError
-from tl_adapters.feature_views import show_features
-from tl_adapters.features import Label, feature_view
-from tl_adapters.paired import ACTIVATIONS
-from tl_adapters.streams import reading
-from tl_adapters.views import View, circuitsvis_view
+from tl_adapters.features.feature import Label, feature_view
+from tl_adapters.features.notebook_view import show_features
+from tl_adapters.features.stream_agreement import reading
+from tl_adapters.models.paired_model import ACTIVATIONS
+from tl_adapters.utils.html import View, circuitsvis_view
 
 CALL = re.compile(r'CircuitsVis\.render\("([\w-]+)", CircuitsVis\.(\w+), (\{.*?\})\);')
 

@@ -22,11 +22,11 @@ from sae_lens.saes.transcoder import (
 from test_attaching import PROCESSING, TOKENS, bridge, log_probabilities, plain, process, reference, with_saes
 from transformer_lens import HookedTransformer
 
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.attaching import attach, detach
-from tl_adapters.formats import from_saelens, to_saelens
-from tl_adapters.paired import PairedModel, PairMismatchError
-from tl_adapters.saelens import AdapterFormatError
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.interop.saelens import from_saelens, to_saelens
+from tl_adapters.models.attach import attach, detach
+from tl_adapters.models.paired_model import PairedModel, PairMismatchError
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -6,10 +6,10 @@ from conftest import ARCHITECTURES, random_model, randomise
 from test_bridged import make
 from test_interventions import TOKENS, state
 
-from tl_adapters.freezing import frozen
-from tl_adapters.interventions import InterventionError, ablated, added, patched
-from tl_adapters.linear import FrozenModel
-from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.attribution.relp import FrozenModel
+from tl_adapters.interventions.feature_edits import InterventionError, ablated, added, patched
+from tl_adapters.interventions.frozen import frozen
+from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 
 LATER = [(layer, i) for layer in (2, 3) for i in range(24)]
 EVERY = [(layer, i) for layer in range(4) for i in range(24)]

@@ -8,19 +8,16 @@ import pytest
 import torch
 from conftest import randomise
 
-from tl_adapters.adapter import FeatureId
-from tl_adapters.chat import ChatFormat
-from tl_adapters.circuits import Circuit, CircuitFeature
-from tl_adapters.cli import main
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.circuits.circuit import Circuit, CircuitFeature
+from tl_adapters.cli.columns import BETWEEN, PARTING, Column, printable, side_by_side
 from tl_adapters.cli.common import feature_ids
-from tl_adapters.columns import BETWEEN, PARTING, Column, printable, side_by_side
+from tl_adapters.cli.main import main
 from tl_adapters.config import RunConfig
-from tl_adapters.data import DataError
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
-from tl_adapters.interventions import InterventionError, ablated, inserted, negated, scaled
-from tl_adapters.opening import load_builtin_pair
-from tl_adapters.paired import PairedModel
-from tl_adapters.variants import (
+from tl_adapters.generation.compare_variants import (
     VariantError,
     generate_variants,
     less,
@@ -30,6 +27,9 @@ from tl_adapters.variants import (
     with_only,
     without,
 )
+from tl_adapters.interventions.feature_edits import InterventionError, ablated, inserted, negated, scaled
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.study.open_run import load_builtin_pair
 
 QUESTION = "47+85+19=?"
 FEATURES = [FeatureId(layer, index) for layer in range(5) for index in range(8)]

@@ -12,15 +12,15 @@ import pytest
 import torch
 from test_pruning import random_graph
 
-from tl_adapters.graph_files import (
+from tl_adapters.attribution.graph import AttributionGraph, GraphError, GraphTarget
+from tl_adapters.attribution.pruning import feature_share, prune, scores
+from tl_adapters.interop.circuit_tracer import (
     FeatureRecord,
     cantor,
     node_ids,
     write_circuit_tracer,
     write_packed_features,
 )
-from tl_adapters.graphs import AttributionGraph, GraphError, GraphTarget
-from tl_adapters.pruning import feature_share, prune, scores
 
 SCRIPT = '</script><b>"quoted" \\ \n\u2028 \ud800 \N{SNOWMAN}'
 """A token with all that breaks pages: a closing tag, quotes, line ends, half of a surrogate pair."""

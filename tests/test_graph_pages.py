@@ -11,12 +11,12 @@ from conftest import ARCHITECTURES, random_batch
 from test_bridged import make
 from test_viewer import PANEL, SELECTED, Browser, browser  # noqa: F401  # a fixture
 
-from tl_adapters.attribution import attribute
-from tl_adapters.cli import main
-from tl_adapters.effects import logit_effects
-from tl_adapters.graph_pages import feature_records, write_graph
-from tl_adapters.graphs import AttributionGraph, GraphError
-from tl_adapters.pruning import prune
+from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.attribution.pruning import prune
+from tl_adapters.cli.main import main
+from tl_adapters.features.logit_effects import logit_effects
+from tl_adapters.pages.graph_page import feature_records, write_graph
 
 PROMPT = "<|bos|><|user|>47+85+19=?<|assistant|><think>47+85=122.\n"
 TOKENS = random_batch(3).tokens[0, :11]

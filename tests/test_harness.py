@@ -15,10 +15,10 @@ import pytest
 import torch
 from conftest import random_model, randomise
 
-from tl_adapters.data import DataError
-from tl_adapters.likelihoods import Likelihood, log_likelihoods
+from tl_adapters.data.traces import DataError
+from tl_adapters.generation.likelihoods import Likelihood, log_likelihoods
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer
-from tl_adapters.paired import PairedModel
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra lm-eval")
 N_CTX = 32
@@ -98,15 +98,15 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.Mon
             raise ModuleNotFoundError("No module named 'lm_eval'")
         return imported(name, *args, **options)
 
-    monkeypatch.delitem(sys.modules, "tl_adapters.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "tl_adapters.evaluation.lm_eval_harness", raising=False)
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match=r'pip install "tl-adapters\[lm-eval\]"'):
-        importlib.import_module("tl_adapters.harness")
+        importlib.import_module("tl_adapters.evaluation.lm_eval_harness")
 
 
 @needs_harness
 def test_loglikelihoods_of_texts(model: Any) -> None:
-    from tl_adapters.harness import HarnessModel
+    from tl_adapters.evaluation.lm_eval_harness import HarnessModel
 
     lm = HarnessModel(model, tokens_per_batch=30)
     encode = lambda text: model.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
@@ -126,7 +126,7 @@ def test_loglikelihoods_of_texts(model: Any) -> None:
 
 @needs_harness
 def test_a_rolling_likelihood_predicts_every_token_once(model: Any) -> None:
-    from tl_adapters.harness import HarnessModel
+    from tl_adapters.evaluation.lm_eval_harness import HarnessModel
 
     lm = HarnessModel(model)
     ids = model.tokenizer("47+85=132. " * 12, add_special_tokens=False)["input_ids"]
@@ -146,7 +146,7 @@ def test_a_rolling_likelihood_predicts_every_token_once(model: Any) -> None:
 
 @needs_harness
 def test_answers_end_at_stop_strings_and_limits(model: Any) -> None:
-    from tl_adapters.harness import HarnessError, HarnessModel
+    from tl_adapters.evaluation.lm_eval_harness import HarnessError, HarnessModel
 
     lm, tokenizer = HarnessModel(model, batch_size=3), model.tokenizer
     greedy = {text: tokenizer.decode(greedily(model, tokenizer(text)["input_ids"], 8)) for text in TEXTS}
@@ -178,7 +178,7 @@ def test_a_task_of_the_harness_runs_on_a_route(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from tl_adapters.harness import HarnessModel
+    from tl_adapters.evaluation.lm_eval_harness import HarnessModel
 
     encode = lambda text: pair.model.tokenizer(text)["input_ids"]  # noqa: E731
     first, said = pair.model.tokenizer.bos_token_id, "<think>"
@@ -218,7 +218,7 @@ def test_a_task_of_the_harness_runs_on_a_route(
 
 @needs_harness
 def test_turns_are_rendered_as_the_target_renders_them(pair: PairedModel) -> None:
-    from tl_adapters.harness import HarnessModel
+    from tl_adapters.evaluation.lm_eval_harness import HarnessModel
 
     lm = HarnessModel(pair.model)
     prompt = lm.apply_chat_template([{"role": "user", "content": "1+1=?"}])

@@ -13,30 +13,30 @@ import torch
 from conftest import randomise
 from test_interventions import state
 
-import tl_adapters.hesitation as hesitation
+import tl_adapters.circuits.study as hesitation
 from tl_adapters import organism
-from tl_adapters.benchmarks import respond, traces_of
-from tl_adapters.chat import encode_traces
-from tl_adapters.circuit_criteria import CUT
-from tl_adapters.circuit_finding import FEWEST_MOMENTS, find_circuit
-from tl_adapters.circuit_search import SearchOptions
-from tl_adapters.circuit_trials import Unchanged, answers, probabilities, record
-from tl_adapters.circuit_tuning import SAME_EFFECT, SAME_HARM, Texts
-from tl_adapters.circuits import ROLES
+from tl_adapters.circuits.circuit import ROLES
+from tl_adapters.circuits.control_strengths import SAME_EFFECT, SAME_HARM, Texts
+from tl_adapters.circuits.criteria import CUT
+from tl_adapters.circuits.find import FEWEST_MOMENTS, find_circuit
+from tl_adapters.circuits.measurements import Unchanged, answers, probabilities, record
+from tl_adapters.circuits.onsets import Behaviour, BehaviourError, find_moments
+from tl_adapters.circuits.search import SearchOptions
+from tl_adapters.circuits.study import BehaviourStudy, StudyOptions, analyze_behaviour, analyze_hesitation
+from tl_adapters.circuits.subject import Injection, Subject, builtin_subject
 from tl_adapters.config import TrainingConfig
-from tl_adapters.data import Trace
-from tl_adapters.hesitation import BehaviourStudy, StudyOptions, analyze_behaviour, analyze_hesitation
-from tl_adapters.intervals import Figure, SetsFigure, mcnemar, newcombe
-from tl_adapters.interventions import only
-from tl_adapters.moments import Behaviour, BehaviourError, find_moments
-from tl_adapters.opening import load_builtin_pair
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.data.traces import Trace
+from tl_adapters.evaluation.response_metrics import respond, traces_of
+from tl_adapters.generation.compare_variants import Variant, on_route, without
+from tl_adapters.interventions.feature_edits import only
+from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 from tl_adapters.organism.census import corrects, with_injected_slip
 from tl_adapters.organism.traces import prompt
-from tl_adapters.paired import ACTIVATIONS, PairedModel
-from tl_adapters.results import plain
-from tl_adapters.subjects import Injection, Subject, builtin_subject
-from tl_adapters.training import train
-from tl_adapters.variants import Variant, on_route, without
+from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.training.trainer import train
+from tl_adapters.utils.confidence_intervals import Figure, SetsFigure, mcnemar, newcombe
+from tl_adapters.utils.results import plain
 
 SEARCH = SearchOptions(share=0.1, documents=16)
 LIMIT = 40

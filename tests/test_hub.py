@@ -16,14 +16,14 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from sae_lens import SAE
 from test_attaching import plain, reference
 
-import tl_adapters.checkpoints as checkpoints
-import tl_adapters.hub as hub
-from tl_adapters.adapter import AdapterSet, describe
-from tl_adapters.attaching import attach
-from tl_adapters.checkpoints import CheckpointError
-from tl_adapters.hub import HubError, card, pull, push_to_hub
-from tl_adapters.paired import PairedModel
-from tl_adapters.saelens import AdapterFormatError
+import tl_adapters.checkpoints.model_files as checkpoints
+import tl_adapters.interop.hub as hub
+from tl_adapters.adapters.adapter_set import AdapterSet, describe
+from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.checkpoints.model_files import CheckpointError
+from tl_adapters.interop.hub import HubError, card, pull, push_to_hub
+from tl_adapters.models.attach import attach
+from tl_adapters.models.paired_model import PairedModel
 
 
 class FakeHub:

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from scipy.stats import binom, binomtest
 
-from tl_adapters.intervals import (
+from tl_adapters.utils.confidence_intervals import (
     DRAWS,
     Estimate,
     bootstrap_difference,

@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHITECTURES
 from test_bridged import make
 
-from tl_adapters.interventions import (
+from tl_adapters.interventions.feature_edits import (
     InterventionError,
     ablated,
     added,
@@ -18,7 +18,7 @@ from tl_adapters.interventions import (
     patched,
     scaled,
 )
-from tl_adapters.paired import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 
 TOKENS = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
 FEATURES = [(0, 3), (1, 0), (1, 7), (3, 11)]

@@ -26,16 +26,25 @@ from made_stores import (
     real_store,
 )
 
-from tl_adapters import endpoint as endpoint_room
-from tl_adapters.adapter import FeatureId
-from tl_adapters.endpoint import BudgetError, Endpoint
-from tl_adapters.excerpts import asked_excerpt, excerpt_at, firing_excerpt
-from tl_adapters.feature_store import FeatureStore
-from tl_adapters.features import Example, Label
-from tl_adapters.interpreting import auto_interpret, describing_question, detecting_question, detection
-from tl_adapters.judging import CATEGORIES, JudgingError, drawn_evenly, judge
-from tl_adapters.results import plain
-from tl_adapters.trials import FEWEST, MOST_UNSURE, NEAR, Others, TokenCounts, Trial, known_firings, trials_of
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.autointerp import endpoint as endpoint_room
+from tl_adapters.autointerp.detection import auto_interpret, describing_question, detecting_question, detection
+from tl_adapters.autointerp.detection_examples import (
+    FEWEST,
+    MOST_UNSURE,
+    NEAR,
+    Others,
+    TokenCounts,
+    Trial,
+    known_firings,
+    trials_of,
+)
+from tl_adapters.autointerp.endpoint import BudgetError, Endpoint
+from tl_adapters.autointerp.judge import CATEGORIES, JudgingError, drawn_evenly, judge
+from tl_adapters.autointerp.prompts import asked_excerpt, excerpt_at, firing_excerpt
+from tl_adapters.features.feature import Example, Label
+from tl_adapters.features.store import FeatureStore
+from tl_adapters.utils.results import plain
 
 Messages = list[dict[str, str]]
 

@@ -12,11 +12,8 @@ import stores
 import torch
 from made_stores import anywhere, made_store, on_its_token, real_store
 
-from tl_adapters.adapter import FeatureId
-from tl_adapters.effects import layer_effects
-from tl_adapters.features import Example, Feature, Label
-from tl_adapters.intervals import bootstrap_difference, bootstrap_kappa, bootstrap_strata, share_interval
-from tl_adapters.labels import (
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.autointerp.rule_labels import (
     CATEGORIES,
     FEW,
     MOST,
@@ -27,7 +24,15 @@ from tl_adapters.labels import (
     quoted,
     rule_labels,
 )
-from tl_adapters.results import plain
+from tl_adapters.features.feature import Example, Feature, Label
+from tl_adapters.features.logit_effects import layer_effects
+from tl_adapters.utils.confidence_intervals import (
+    bootstrap_difference,
+    bootstrap_kappa,
+    bootstrap_strata,
+    share_interval,
+)
+from tl_adapters.utils.results import plain
 
 REGIONS = {"question": 3000, "thinking": 6000, "answer": 1000}
 VOCABULARY = 150_000

@@ -8,12 +8,12 @@ from test_attaching import plain, process, reference
 from test_bridged import make
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.attaching import attach
-from tl_adapters.freezing import frozen
-from tl_adapters.gradients import GradientModel
-from tl_adapters.interventions import ablated
-from tl_adapters.linear import FrozenModel, Rows
-from tl_adapters.paired import PairedModel
+from tl_adapters.attribution.gradient import GradientModel
+from tl_adapters.attribution.relp import FrozenModel, Rows
+from tl_adapters.interventions.feature_edits import ablated
+from tl_adapters.interventions.frozen import frozen
+from tl_adapters.models.attach import attach
+from tl_adapters.models.paired_model import PairedModel
 
 TOKENS = random_batch(3).tokens[0, :11]
 SPOTS = torch.tensor([10, 7, 7, 0])

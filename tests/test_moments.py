@@ -9,9 +9,7 @@ from conftest import random_batch
 from test_bridged import make
 
 from tl_adapters import organism
-from tl_adapters.chat import encode_traces
-from tl_adapters.data import Trace
-from tl_adapters.moments import (
+from tl_adapters.circuits.onsets import (
     FOLLOWS,
     Behaviour,
     BehaviourError,
@@ -21,9 +19,11 @@ from tl_adapters.moments import (
     log_odds,
     margins,
 )
-from tl_adapters.opening import load_builtin_pair
-from tl_adapters.paired import PairedModel
-from tl_adapters.vocabulary import VocabularyError
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.data.hesitation_words import VocabularyError
+from tl_adapters.data.traces import Trace
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.study.open_run import load_builtin_pair
 
 KINDS = ("predicting", "moment", "boundary", "follows", "elsewhere")
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from stores import new_store, store
 
-from tl_adapters.adapter import FeatureId
-from tl_adapters.atomic import FolderExistsError
-from tl_adapters.features import Feature, FeatureStoreError, Neighbour
-from tl_adapters.neuronpedia import write_neuronpedia
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.features.feature import Feature, FeatureStoreError, Neighbour
+from tl_adapters.interop.neuronpedia import write_neuronpedia
+from tl_adapters.utils.files import FolderExistsError
 
 FEATURE_KEYS = {
     "feature_index", "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tl_adapters import organism
 from tl_adapters.organism import KINDS, SPLITS, Kind, Problem, census, problems, recipe, traces
 from tl_adapters.organism.census import auc, written_steps
-from tl_adapters.organism.problems import draw_problem, stream_problems
+from tl_adapters.organism.problem_set import draw_problem, stream_problems
 from tl_adapters.organism.traces import Step
 
 ANSWERING = ("direct", "forced", "calm", "reasoning")

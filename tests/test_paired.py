@@ -8,11 +8,11 @@ from conftest import random_batch, random_model, randomise
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.architectures import UnsupportedModelError
-from tl_adapters.attention import FusedAttention
-from tl_adapters.hooked import build_hooked_transformer, tl_config
-from tl_adapters.paired import PairedModel, PairMismatchError
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.models.fused_attention import FusedAttention
+from tl_adapters.models.hooked_transformer import build_hooked_transformer, tl_config
+from tl_adapters.models.paired_model import PairedModel, PairMismatchError
 
 Models = tuple[PreTrainedModel, PreTrainedModel]
 TOKENS = random_batch(3).tokens[:1, :11]
@@ -281,7 +281,7 @@ def test_weights_are_shared_not_copied(hf_models: Models) -> None:
 
 
 def test_of_the_base_only_mlps_are_read(hf_models: Models, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tl_adapters.references as references
+    import tl_adapters.checkpoints.base_mlps as references
 
     base, target = hf_models
     base.save_pretrained(tmp_path / "base", max_shard_size="20kB")

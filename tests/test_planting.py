@@ -12,19 +12,19 @@ from conftest import ARCHITECTURES, random_batch, random_model
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tl_adapters.adapter import AdapterMetadata, AdapterSet, FeatureId, TranscoderAdapter
-from tl_adapters.baselines import baseline_kl, difference_directions, low_rank, mlp_difference, top_neurons
+from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet, FeatureId, TranscoderAdapter
+from tl_adapters.attribution.relp import FrozenModel
 from tl_adapters.config import LossWeights, TrainingConfig
-from tl_adapters.data import Trace, collate
+from tl_adapters.data.traces import Trace, collate
 from tl_adapters.errors import UserError
-from tl_adapters.faithfulness import measure_faithfulness
-from tl_adapters.hooked import build_hooked_transformer
-from tl_adapters.linear import FrozenModel
-from tl_adapters.matching import MatchingError, Share, match_features, one_to_one, seed_agreement
-from tl_adapters.objective import reference_step, shared_prefix_step
-from tl_adapters.paired import PairedModel, PairMismatchError
-from tl_adapters.planting import Plant, PlantingError, plant_features, planted_test
-from tl_adapters.publishing import export
+from tl_adapters.evaluation.baselines import baseline_kl, difference_directions, low_rank, mlp_difference, top_neurons
+from tl_adapters.evaluation.faithfulness import measure_faithfulness
+from tl_adapters.evaluation.feature_matching import MatchingError, Share, match_features, one_to_one, seed_agreement
+from tl_adapters.evaluation.planted_features import Plant, PlantingError, plant_features, planted_test
+from tl_adapters.interop.export import export
+from tl_adapters.models.hooked_transformer import build_hooked_transformer
+from tl_adapters.models.paired_model import PairedModel, PairMismatchError
+from tl_adapters.training.objective import reference_step, shared_prefix_step
 
 TOKENS = random_batch(3).tokens[:1, :11]
 N_FEATURES = 10

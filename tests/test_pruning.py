@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tl_adapters.graphs import AttributionGraph, GraphError, GraphTarget
-from tl_adapters.pruning import feature_share, influence, prune, scores
+from tl_adapters.attribution.graph import AttributionGraph, GraphError, GraphTarget
+from tl_adapters.attribution.pruning import feature_share, influence, prune, scores
 
 
 def build(

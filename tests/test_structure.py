@@ -70,7 +70,7 @@ def test_imports_run_one_way() -> None:
 def test_the_command_line_imports_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "transformer_lens", "sae_lens", "matplotlib", "numpy")
     code = (
-        "import sys; import tl_adapters; from tl_adapters.cli import main\n"
+        "import sys; import tl_adapters; from tl_adapters.cli.main import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         f"print([m for m in {heavy} if m in sys.modules])"
     )

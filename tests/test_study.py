@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, random_model
 
-from tl_adapters import organism, study
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.cli import main
+from tl_adapters import organism
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.cli.main import main
 from tl_adapters.organism.recipe import build_tokenizer
-from tl_adapters.report import write_report
+from tl_adapters.pages.report import write_report
+from tl_adapters.study import evaluate as study
 
 N_LAYERS = json.loads((organism.TARGET / "config.json").read_text())["num_hidden_layers"]
 BY_LAYER = ("kl_first", "kl_last", "kl_only", "nmse", "l0", "dead")

@@ -17,18 +17,19 @@ import torch
 from conftest import random_model
 from filelock import FileLock
 
-import tl_adapters.sweep as room
-from tl_adapters import organism, study
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.atomic import FolderBusyError, FolderExistsError
-from tl_adapters.benchmarks import respond
+import tl_adapters.study.sweep as room
+from tl_adapters import organism
+from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import ConfigError, DataConfig, RunConfig, TrainingConfig
-from tl_adapters.grids import GridError, plan, read_grid
-from tl_adapters.intervals import Figure
+from tl_adapters.evaluation.response_metrics import respond
 from tl_adapters.organism.recipe import build_tokenizer
-from tl_adapters.sweep import SweepError, resume_sweep, sweep
-from tl_adapters.sweep_pages import SweepPoint, markdown, pareto_front, read_point, write_page
-from tl_adapters.training import Trainer, TrainingInterrupted
+from tl_adapters.pages.sweep_page import SweepPoint, markdown, pareto_front, read_point, write_page
+from tl_adapters.study import evaluate as study
+from tl_adapters.study.grid import GridError, plan, read_grid
+from tl_adapters.study.sweep import SweepError, resume_sweep, sweep
+from tl_adapters.training.trainer import Trainer, TrainingInterrupted
+from tl_adapters.utils.confidence_intervals import Figure
+from tl_adapters.utils.files import FolderBusyError, FolderExistsError
 
 STEPS, DOCUMENTS = 4, 12
 CONFIG = RunConfig(

@@ -8,8 +8,9 @@ from typing import Any
 import datasets
 import pytest
 
-from tl_adapters import checking, tasks
-from tl_adapters.tasks import (
+from tl_adapters.evaluation import math_equality as checking
+from tl_adapters.evaluation import tasks
+from tl_adapters.evaluation.tasks import (
     BUILTIN,
     INSTRUCTION,
     LETTERS,

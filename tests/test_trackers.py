@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tl_adapters.trackers import TRACKERS, Tracker, TrackerError, open_tracker
+from tl_adapters.training.trackers import TRACKERS, Tracker, TrackerError, open_tracker
 
 CONFIG = {"lr": 0.012, "loss_weights": {"nmse": 1.0}}
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import ACTIVATION_OPTIONS, ARCHITECTURES, random_model
 
-from tl_adapters.adapter import AdapterSet
+from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import RunConfig, TrainingConfig
-from tl_adapters.data import Trace
-from tl_adapters.faithfulness import measure_faithfulness
-from tl_adapters.objective import StepTerms
-from tl_adapters.paired import PairedModel
-from tl_adapters.runfolder import RunFolderError
-from tl_adapters.training import Trainer, TrainingError, linear_warmup, sparsity_weight, train, warmup_cosine
+from tl_adapters.data.traces import Trace
+from tl_adapters.evaluation.faithfulness import measure_faithfulness
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.objective import StepTerms
+from tl_adapters.training.run_folder import RunFolderError
+from tl_adapters.training.trainer import Trainer, TrainingError, linear_warmup, sparsity_weight, train, warmup_cosine
 
 CONFIG = TrainingConfig(
     n_features=16, steps=12, tokens_per_batch=60, checkpoint_every=5, log_every=2, validate_every=4, lr=1e-3

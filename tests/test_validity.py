@@ -5,10 +5,9 @@ import torch
 from conftest import random_batch
 from test_bridged import make
 
-from tl_adapters.attribution import DifferenceTarget, FeatureTarget, LogitTarget, attribute
-from tl_adapters.graphs import AttributionGraph, GraphError
-from tl_adapters.paired import PairedModel
-from tl_adapters.validity import (
+from tl_adapters.attribution.attribute import DifferenceTarget, FeatureTarget, LogitTarget, attribute
+from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.attribution.validation import (
     ablation_effects,
     explain_difference,
     faithfulness_curve,
@@ -16,6 +15,7 @@ from tl_adapters.validity import (
     total_effects,
     values_with,
 )
+from tl_adapters.models.paired_model import PairedModel
 
 TOKENS = random_batch(3).tokens[0, :11]
 

@@ -17,8 +17,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tl_adapters import viewer
-from tl_adapters.viewer import ViewerData, ViewerDataError, ViewerNode, write_page
+from tl_adapters.pages import graph_viewer as viewer
+from tl_adapters.pages.graph_viewer import ViewerData, ViewerDataError, ViewerNode, write_page
 
 HOSTILE = "</script><img src=x onerror=\"console.error('ran')\">"
 WORDS = [" the", " sum", " of", "<think>", " 47", "+", "85", "=", "\n", " Wait", ",", " so", " 132", ".", " let", " me",
@@ -134,7 +134,7 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
 
 def page_file(name: str) -> Path:
     """A file that the page is made of."""
-    return Path(viewer.__file__).parent / name
+    return Path(viewer.__file__).parent / "templates" / "graph_viewer" / name
 
 
 def test_text_that_looks_like_a_place_to_fill_is_left_alone(tmp_path: Path) -> None:

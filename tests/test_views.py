@@ -2,7 +2,7 @@
 
 import pytest
 
-from tl_adapters.views import Line, coloured_tokens, escape, marked, plot
+from tl_adapters.utils.html import Line, coloured_tokens, escape, marked, plot
 
 
 def test_text_shows_exactly_itself() -> None:

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tl_adapters.data.hesitation_words import HESITATION_WORDS, VocabularyError, hesitation_tokens, says, spellings
 from tl_adapters.organism import TARGET
-from tl_adapters.vocabulary import HESITATION_WORDS, VocabularyError, hesitation_tokens, says, spellings
 
 
 @pytest.fixture(scope="module")

@@ -9,63 +9,63 @@ __version__ = "0.1.0"
 
 # Imported when first asked for: `import tl_adapters` costs nothing, torch and transformer_lens cost seconds.
 _HOMES = {
-    "AdapterSet": "adapter",
-    "AttributionGraph": "graphs",
-    "Behaviour": "moments",
-    "Circuit": "circuits",
+    "AdapterSet": "adapters.adapter_set",
+    "AttributionGraph": "attribution.graph",
+    "Behaviour": "circuits.onsets",
+    "Circuit": "circuits.circuit",
     "DataConfig": "config",
-    "DifferenceTarget": "attribution",
-    "Endpoint": "endpoint",
-    "FeatureId": "adapter",
-    "FeatureStore": "feature_store",
-    "FeatureTarget": "attribution",
-    "LogitTarget": "attribution",
+    "DifferenceTarget": "attribution.attribute",
+    "Endpoint": "autointerp.endpoint",
+    "FeatureId": "adapters.adapter_set",
+    "FeatureStore": "features.store",
+    "FeatureTarget": "attribution.attribute",
+    "LogitTarget": "attribution.attribute",
     "LossWeights": "config",
-    "PairedModel": "paired",
+    "PairedModel": "models.paired_model",
     "RunConfig": "config",
-    "StoreOptions": "store_files",
-    "Subject": "subjects",
-    "Trainer": "training",
+    "StoreOptions": "features.store_files",
+    "Subject": "circuits.subject",
+    "Trainer": "training.trainer",
     "TrainingConfig": "config",
-    "TranscoderAdapter": "transcoder",
-    "analyze_behaviour": "hesitation",
-    "analyze_hesitation": "hesitation",
-    "attach": "attaching",
-    "attached": "attaching",
-    "attribute": "attribution",
-    "authors_pair": "authors",
-    "auto_interpret": "interpreting",
-    "benchmark_run": "benchmarking",
-    "builtin_subject": "subjects",
-    "collect_features": "collecting",
-    "detach": "attaching",
-    "encode_traces": "chat",
-    "explain_difference": "validity",
-    "find_circuit": "circuit_finding",
-    "find_moments": "moments",
-    "from_authors": "authors",
-    "from_saelens": "formats",
-    "frozen": "freezing",
-    "generate_variants": "variants",
-    "hesitation_tokens": "vocabulary",
-    "judge": "judging",
-    "label_by_rules": "labels",
-    "label_shares": "labels",
-    "load_problems": "tasks",
-    "plant_features": "planting",
-    "planted_test": "planting",
-    "pull": "hub",
-    "push_to_hub": "hub",
-    "search_circuit": "circuit_search",
-    "seed_agreement": "matching",
-    "show_features": "feature_views",
-    "stream_agreement": "streams",
-    "to_authors": "authors",
-    "to_saelens": "formats",
-    "train": "training",
-    "write_feature_pages": "feature_pages",
-    "write_graph": "graph_pages",
-    "write_hybrid": "mixing",
+    "TranscoderAdapter": "adapters.transcoder",
+    "analyze_behaviour": "circuits.study",
+    "analyze_hesitation": "circuits.study",
+    "attach": "models.attach",
+    "attached": "models.attach",
+    "attribute": "attribution.attribute",
+    "authors_pair": "interop.authors_checkpoint",
+    "auto_interpret": "autointerp.detection",
+    "benchmark_run": "study.benchmark",
+    "builtin_subject": "circuits.subject",
+    "collect_features": "features.collect",
+    "detach": "models.attach",
+    "encode_traces": "data.chat_format",
+    "explain_difference": "attribution.validation",
+    "find_circuit": "circuits.find",
+    "find_moments": "circuits.onsets",
+    "from_authors": "interop.authors_checkpoint",
+    "from_saelens": "interop.saelens",
+    "frozen": "interventions.frozen",
+    "generate_variants": "generation.compare_variants",
+    "hesitation_tokens": "data.hesitation_words",
+    "judge": "autointerp.judge",
+    "label_by_rules": "autointerp.rule_labels",
+    "label_shares": "autointerp.rule_labels",
+    "load_problems": "evaluation.tasks",
+    "plant_features": "evaluation.planted_features",
+    "planted_test": "evaluation.planted_features",
+    "pull": "interop.hub",
+    "push_to_hub": "interop.hub",
+    "search_circuit": "circuits.search",
+    "seed_agreement": "evaluation.feature_matching",
+    "show_features": "features.notebook_view",
+    "stream_agreement": "features.stream_agreement",
+    "to_authors": "interop.authors_checkpoint",
+    "to_saelens": "interop.saelens",
+    "train": "training.trainer",
+    "write_feature_pages": "pages.feature_pages",
+    "write_graph": "pages.graph_page",
+    "write_hybrid": "interop.hybrid_checkpoint",
 }
 
 __all__ = ["AdapterSet", "AttributionGraph", "Behaviour", "Circuit", "DataConfig", "DifferenceTarget"]
@@ -81,44 +81,44 @@ __all__ += ["show_features", "stream_agreement", "to_authors", "to_saelens", "tr
 __all__ += ["write_graph", "write_hybrid"]
 
 if TYPE_CHECKING:
-    from tl_adapters.adapter import AdapterSet, FeatureId
-    from tl_adapters.attaching import attach, attached, detach
-    from tl_adapters.attribution import DifferenceTarget, FeatureTarget, LogitTarget, attribute
-    from tl_adapters.authors import authors_pair, from_authors, to_authors
-    from tl_adapters.benchmarking import benchmark_run
-    from tl_adapters.chat import encode_traces
-    from tl_adapters.circuit_finding import find_circuit
-    from tl_adapters.circuit_search import search_circuit
-    from tl_adapters.circuits import Circuit
-    from tl_adapters.collecting import collect_features
+    from tl_adapters.adapters.adapter_set import AdapterSet, FeatureId
+    from tl_adapters.adapters.transcoder import TranscoderAdapter
+    from tl_adapters.attribution.attribute import DifferenceTarget, FeatureTarget, LogitTarget, attribute
+    from tl_adapters.attribution.graph import AttributionGraph
+    from tl_adapters.attribution.validation import explain_difference
+    from tl_adapters.autointerp.detection import auto_interpret
+    from tl_adapters.autointerp.endpoint import Endpoint
+    from tl_adapters.autointerp.judge import judge
+    from tl_adapters.autointerp.rule_labels import label_by_rules, label_shares
+    from tl_adapters.circuits.circuit import Circuit
+    from tl_adapters.circuits.find import find_circuit
+    from tl_adapters.circuits.onsets import Behaviour, find_moments
+    from tl_adapters.circuits.search import search_circuit
+    from tl_adapters.circuits.study import analyze_behaviour, analyze_hesitation
+    from tl_adapters.circuits.subject import Subject, builtin_subject
     from tl_adapters.config import DataConfig, LossWeights, RunConfig, TrainingConfig
-    from tl_adapters.endpoint import Endpoint
-    from tl_adapters.feature_pages import write_feature_pages
-    from tl_adapters.feature_store import FeatureStore
-    from tl_adapters.feature_views import show_features
-    from tl_adapters.formats import from_saelens, to_saelens
-    from tl_adapters.freezing import frozen
-    from tl_adapters.graph_pages import write_graph
-    from tl_adapters.graphs import AttributionGraph
-    from tl_adapters.hesitation import analyze_behaviour, analyze_hesitation
-    from tl_adapters.hub import pull, push_to_hub
-    from tl_adapters.interpreting import auto_interpret
-    from tl_adapters.judging import judge
-    from tl_adapters.labels import label_by_rules, label_shares
-    from tl_adapters.matching import seed_agreement
-    from tl_adapters.mixing import write_hybrid
-    from tl_adapters.moments import Behaviour, find_moments
-    from tl_adapters.paired import PairedModel
-    from tl_adapters.planting import plant_features, planted_test
-    from tl_adapters.store_files import StoreOptions
-    from tl_adapters.streams import stream_agreement
-    from tl_adapters.subjects import Subject, builtin_subject
-    from tl_adapters.tasks import load_problems
-    from tl_adapters.training import Trainer, train
-    from tl_adapters.transcoder import TranscoderAdapter
-    from tl_adapters.validity import explain_difference
-    from tl_adapters.variants import generate_variants
-    from tl_adapters.vocabulary import hesitation_tokens
+    from tl_adapters.data.chat_format import encode_traces
+    from tl_adapters.data.hesitation_words import hesitation_tokens
+    from tl_adapters.evaluation.feature_matching import seed_agreement
+    from tl_adapters.evaluation.planted_features import plant_features, planted_test
+    from tl_adapters.evaluation.tasks import load_problems
+    from tl_adapters.features.collect import collect_features
+    from tl_adapters.features.notebook_view import show_features
+    from tl_adapters.features.store import FeatureStore
+    from tl_adapters.features.store_files import StoreOptions
+    from tl_adapters.features.stream_agreement import stream_agreement
+    from tl_adapters.generation.compare_variants import generate_variants
+    from tl_adapters.interop.authors_checkpoint import authors_pair, from_authors, to_authors
+    from tl_adapters.interop.hub import pull, push_to_hub
+    from tl_adapters.interop.hybrid_checkpoint import write_hybrid
+    from tl_adapters.interop.saelens import from_saelens, to_saelens
+    from tl_adapters.interventions.frozen import frozen
+    from tl_adapters.models.attach import attach, attached, detach
+    from tl_adapters.models.paired_model import PairedModel
+    from tl_adapters.pages.feature_pages import write_feature_pages
+    from tl_adapters.pages.graph_page import write_graph
+    from tl_adapters.study.benchmark import benchmark_run
+    from tl_adapters.training.trainer import Trainer, train
 
 
 def __getattr__(name: str) -> Any:

@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 
 from tl_adapters import organism
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.atomic import write_text
-from tl_adapters.benchmarks import Response, correctness, respond, traces_of
-from tl_adapters.chat import encode_traces
+from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import RunConfig, TrainingConfig
-from tl_adapters.faithfulness import measure_faithfulness
-from tl_adapters.features import ALIVE_FIRINGS
-from tl_adapters.matching import seed_agreement
-from tl_adapters.paired import PairedModel
-from tl_adapters.study import Scale, load_builtin_pair
-from tl_adapters.training import Trainer
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.evaluation.faithfulness import measure_faithfulness
+from tl_adapters.evaluation.feature_matching import seed_agreement
+from tl_adapters.evaluation.response_metrics import Response, correctness, respond, traces_of
+from tl_adapters.features.feature import ALIVE_FIRINGS
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.study.evaluate import Scale, load_builtin_pair
+from tl_adapters.training.trainer import Trainer
+from tl_adapters.utils.files import write_text
 
 SETTINGS: dict[str, TrainingConfig] = {
     "relu": TrainingConfig(),

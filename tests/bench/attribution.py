@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import random_batch, random_model, randomise
 from relp_by_hooks import relp_hooks
 
-from tl_adapters.attribution import attribute
-from tl_adapters.gradients import GradientModel
-from tl_adapters.linear import FrozenModel
-from tl_adapters.paired import PairedModel
+from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.gradient import GradientModel
+from tl_adapters.attribution.relp import FrozenModel
+from tl_adapters.models.paired_model import PairedModel
 
 SIZE = dict(
     hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,

@@ -15,13 +15,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import random_model
 
-from tl_adapters.chat import TRACE_REGIONS
-from tl_adapters.collecting import _batch, _Collector
-from tl_adapters.counting import Counts
-from tl_adapters.data import Trace
+from tl_adapters.data.chat_format import TRACE_REGIONS
+from tl_adapters.data.traces import Trace
+from tl_adapters.features.collect import _batch, _Collector
+from tl_adapters.features.firing_counts import Counts
+from tl_adapters.features.store_files import StoreOptions
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import TARGET
-from tl_adapters.paired import PairedModel
-from tl_adapters.store_files import StoreOptions
 
 D_MODEL, LAYERS, TOKENS, ROWS, BATCHES, L0 = 128, 5, 128, 16, 24, 6
 

@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 
 from tl_adapters import organism
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.chat import encode_traces
-from tl_adapters.circuit_stage import PROBLEMS, hesitation_stage
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.circuits.subject import builtin_subject
 from tl_adapters.config import RunConfig, TrainingConfig
-from tl_adapters.opening import BUILTIN_TRACES
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.recipe import Recipe, make_null_pair, make_pair
-from tl_adapters.paired import PairedModel
-from tl_adapters.results import read_results, write_results
-from tl_adapters.subjects import builtin_subject
-from tl_adapters.training import Trainer
+from tl_adapters.study.hesitation import PROBLEMS, hesitation_stage
+from tl_adapters.study.open_run import BUILTIN_TRACES
+from tl_adapters.training.trainer import Trainer
+from tl_adapters.utils.results import read_results, write_results
 
 DEFAULT = ["sums-0", "sums-1", "sums-2", "differences-0", "differences-1", "differences-2", "null-0"]
 INSERTED = ("hybrid", "hybrid + both", "hybrid + both_at_strength", "hybrid + random")

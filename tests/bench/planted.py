@@ -14,15 +14,15 @@ from typing import NamedTuple
 import torch
 
 from tl_adapters import organism
-from tl_adapters.atomic import write_text
-from tl_adapters.chat import encode_traces
 from tl_adapters.config import LossWeights, TrainingConfig
-from tl_adapters.data import Trace
-from tl_adapters.matching import FIGURES, Matching, Share, seed_agreement
-from tl_adapters.paired import PairedModel
-from tl_adapters.planting import Plant, plant_features, planted_test
-from tl_adapters.study import load_builtin_pair
-from tl_adapters.training import train
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.data.traces import Trace
+from tl_adapters.evaluation.feature_matching import FIGURES, Matching, Share, seed_agreement
+from tl_adapters.evaluation.planted_features import Plant, plant_features, planted_test
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.study.evaluate import load_builtin_pair
+from tl_adapters.training.trainer import train
+from tl_adapters.utils.files import write_text
 
 WIDTHS, L1_WEIGHTS = (64, 256), (1e-3, 3e-3, 2e-2)
 LONG, HEAVY = 2_000, 100.0

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import random_batch, random_model, randomise
 
-from tl_adapters.attention import FusedAttention
 from tl_adapters.config import LossWeights
-from tl_adapters.objective import reference_step, shared_prefix_step
-from tl_adapters.paired import PairedModel
+from tl_adapters.models.fused_attention import FusedAttention
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.objective import reference_step, shared_prefix_step
 
 SIZE = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=5, vocab_size=280, max_position_embeddings=256)
 

@@ -10,20 +10,20 @@ import torch
 from conftest import random_model, randomise
 
 from tl_adapters import organism
-from tl_adapters.arguments import ArgumentError, items, prompt_response_pairs, texts, token_ids
-from tl_adapters.attribution import LogitTarget, attribute
-from tl_adapters.chat import encode_traces
-from tl_adapters.collecting import collect_features
-from tl_adapters.completions import complete
-from tl_adapters.data import DataError, Trace, readable_traces
-from tl_adapters.faithfulness import measure_faithfulness
-from tl_adapters.feature_views import show_features
-from tl_adapters.interventions import ablated
-from tl_adapters.labels import rule_labels
-from tl_adapters.moments import find_moments
-from tl_adapters.paired import PairedModel
-from tl_adapters.training import train
-from tl_adapters.vocabulary import hesitation_tokens
+from tl_adapters.attribution.attribute import LogitTarget, attribute
+from tl_adapters.autointerp.rule_labels import rule_labels
+from tl_adapters.circuits.onsets import find_moments
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.data.hesitation_words import hesitation_tokens
+from tl_adapters.data.traces import DataError, Trace, readable_traces
+from tl_adapters.evaluation.faithfulness import measure_faithfulness
+from tl_adapters.features.collect import collect_features
+from tl_adapters.features.notebook_view import show_features
+from tl_adapters.generation.completions import complete
+from tl_adapters.interventions.feature_edits import ablated
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.trainer import train
+from tl_adapters.utils.arguments import ArgumentError, items, prompt_response_pairs, texts, token_ids
 
 IDS = [3, 14, 15, 9]
 

@@ -10,13 +10,13 @@ import torch
 from hub_folders import write_pair
 
 from tl_adapters import PairedModel
-from tl_adapters.batching import EncodedDocuments, open_documents
-from tl_adapters.chat import ChatFormat
-from tl_adapters.cli import main
+from tl_adapters.checkpoints.tokenizers import load_tokenizer
+from tl_adapters.cli.main import main
 from tl_adapters.config import DataConfig, RunConfig, TrainingConfig
-from tl_adapters.data import DataError
-from tl_adapters.tokenization import load_tokenizer
-from tl_adapters.training import Trainer
+from tl_adapters.data.batching import EncodedDocuments, open_documents
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.traces import DataError
+from tl_adapters.training.trainer import Trainer
 
 N, AT = 90, 75
 BAD: dict[str, Any] = {

@@ -16,30 +16,30 @@ from test_circuit_search import SMALL, everything, planted, random_moments
 from test_interventions import state
 from test_vocabulary import word_tokenizer
 
-import tl_adapters.hesitation as hesitation
+import tl_adapters.circuits.study as hesitation
 from tl_adapters import organism
-from tl_adapters.answering import Answer, Sampling, answer, score
-from tl_adapters.banning import banned, banned_neighbors
-from tl_adapters.behaviors import Behaviour, BehaviourError, counts
-from tl_adapters.benchmarks import Response, rate, respond, traces_of
-from tl_adapters.circuit_finding import find_circuit
-from tl_adapters.circuit_pages import write_circuit_page
-from tl_adapters.circuit_roles import circuit_edges, effects_at, sort_features
-from tl_adapters.circuit_search import SearchOptions, search_circuit
-from tl_adapters.circuit_stage import hesitation_stage
-from tl_adapters.circuit_trials import mediation, probabilities, record
-from tl_adapters.circuits import Circuit, CircuitError
-from tl_adapters.data import Trace
-from tl_adapters.freezing import frozen
-from tl_adapters.hesitation import BehaviourStudy, StudyOptions, analyze_behaviour
-from tl_adapters.interventions import InterventionError, ablated, scaled
-from tl_adapters.moments import Moments, final_residual, find_moments, log_odds, margins, margins_where
-from tl_adapters.opening import load_builtin_pair
-from tl_adapters.paired import PairedModel
-from tl_adapters.results import plain, read_results
-from tl_adapters.subjects import Subject, builtin_subject, kinds_at, kinds_of_hesitation
-from tl_adapters.variants import on_route
-from tl_adapters.vocabulary import pattern_of, word_tokens
+from tl_adapters.circuits.banned_words import banned, banned_neighbors
+from tl_adapters.circuits.circuit import Circuit, CircuitError
+from tl_adapters.circuits.find import find_circuit
+from tl_adapters.circuits.measurements import mediation, probabilities, record
+from tl_adapters.circuits.onsets import Moments, final_residual, find_moments, log_odds, margins, margins_where
+from tl_adapters.circuits.roles import circuit_edges, effects_at, sort_features
+from tl_adapters.circuits.search import SearchOptions, search_circuit
+from tl_adapters.circuits.study import BehaviourStudy, StudyOptions, analyze_behaviour
+from tl_adapters.circuits.subject import Subject, builtin_subject, kinds_at, kinds_of_hesitation
+from tl_adapters.data.hesitation_words import pattern_of, word_tokens
+from tl_adapters.data.traces import Trace
+from tl_adapters.evaluation.behaviors import Behaviour, BehaviourError, counts
+from tl_adapters.evaluation.response_metrics import Response, rate, respond, traces_of
+from tl_adapters.evaluation.sampled_answers import Answer, Sampling, answer, score
+from tl_adapters.generation.compare_variants import on_route
+from tl_adapters.interventions.feature_edits import InterventionError, ablated, scaled
+from tl_adapters.interventions.frozen import frozen
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.pages.circuit_page import write_circuit_page
+from tl_adapters.study.hesitation import hesitation_stage
+from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.utils.results import plain, read_results
 
 # -- counting, in answers that are written by hand --------------------------------------------------------------------
 

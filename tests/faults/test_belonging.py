@@ -11,14 +11,14 @@ from conftest import ARCHITECTURES, random_model, randomise
 from transformer_lens.components import GroupedQueryAttention
 from transformers import PreTrainedModel
 
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.architectures import moved as cast_back
-from tl_adapters.attaching import attach, detach
-from tl_adapters.compatibility import PairMismatchError
-from tl_adapters.fingerprints import differing
-from tl_adapters.hooked import build_hooked_transformer
-from tl_adapters.marks import agrees
-from tl_adapters.paired import PairedModel
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.checkpoints.architectures import moved as cast_back
+from tl_adapters.checkpoints.compatibility import PairMismatchError
+from tl_adapters.checkpoints.content_hashes import differing
+from tl_adapters.checkpoints.fingerprints import agrees
+from tl_adapters.models.attach import attach, detach
+from tl_adapters.models.hooked_transformer import build_hooked_transformer
+from tl_adapters.models.paired_model import PairedModel
 
 QWEN2 = "Qwen2ForCausalLM"
 Change = Callable[[PreTrainedModel], None]

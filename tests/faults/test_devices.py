@@ -12,38 +12,38 @@ import torch
 from conftest import ACTIVATION_OPTIONS, random_batch, random_model, randomise
 from pretended_device import DEVICE, PretendedDevice, PretendedDeviceError, grown
 
-from tl_adapters.adapter import FeatureId
-from tl_adapters.attribution import FeatureTarget, LogitTarget, attribute
-from tl_adapters.baselines import baseline_kl, difference_directions, low_rank, top_neurons
-from tl_adapters.benchmarks import respond
-from tl_adapters.chat import encode_traces
-from tl_adapters.circuit_controls import put_in, removed, shifted_logits, steered, without_neurons
-from tl_adapters.circuit_roles import circuit_edges, effects_at, sort_features
-from tl_adapters.circuit_search import SearchOptions, search_circuit
-from tl_adapters.circuit_trials import Unchanged, mediation, probabilities
-from tl_adapters.circuit_tuning import Texts, set_controls
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.attribution.attribute import FeatureTarget, LogitTarget, attribute
+from tl_adapters.attribution.validation import ablation_effects, explain_difference, faithfulness_curve, hold_to_account
+from tl_adapters.circuits.control_strengths import Texts, set_controls
+from tl_adapters.circuits.controls import put_in, removed, shifted_logits, steered, without_neurons
+from tl_adapters.circuits.measurements import Unchanged, mediation, probabilities
+from tl_adapters.circuits.onsets import Moments
+from tl_adapters.circuits.roles import circuit_edges, effects_at, sort_features
+from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.cli.common import device_of
-from tl_adapters.collecting import collect_features
 from tl_adapters.config import TrainingConfig
-from tl_adapters.data import Trace
-from tl_adapters.devices import DeviceError, resolve_device
-from tl_adapters.effects import layer_effects
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.data.traces import Trace
 from tl_adapters.errors import UserError
-from tl_adapters.faithfulness import faithfulness_block, measure_faithfulness
-from tl_adapters.freezing import frozen
-from tl_adapters.interventions import ablated, added, clamped, gated, inserted, negated, patched, scaled
-from tl_adapters.likelihoods import log_likelihoods
-from tl_adapters.matching import match_features, seed_agreement
-from tl_adapters.moments import Moments
-from tl_adapters.opening import load_builtin_pair
+from tl_adapters.evaluation.baselines import baseline_kl, difference_directions, low_rank, top_neurons
+from tl_adapters.evaluation.faithfulness import faithfulness_block, measure_faithfulness
+from tl_adapters.evaluation.feature_matching import match_features, seed_agreement
+from tl_adapters.evaluation.planted_features import plant_features
+from tl_adapters.evaluation.response_metrics import respond
+from tl_adapters.features.collect import collect_features
+from tl_adapters.features.logit_effects import layer_effects
+from tl_adapters.features.store_files import StoreOptions
+from tl_adapters.features.stream_agreement import stream_agreement
+from tl_adapters.generation.compare_variants import generate_variants, on_route, with_only, without
+from tl_adapters.generation.likelihoods import log_likelihoods
+from tl_adapters.interventions.feature_edits import ablated, added, clamped, gated, inserted, negated, patched, scaled
+from tl_adapters.interventions.frozen import frozen
+from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 from tl_adapters.organism import problems, reasoning_pairs
-from tl_adapters.paired import ACTIVATIONS, PairedModel
-from tl_adapters.planting import plant_features
-from tl_adapters.store_files import StoreOptions
-from tl_adapters.streams import stream_agreement
-from tl_adapters.training import Trainer
-from tl_adapters.validity import ablation_effects, explain_difference, faithfulness_curve, hold_to_account
-from tl_adapters.variants import generate_variants, on_route, with_only, without
+from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.training.trainer import Trainer
+from tl_adapters.utils.devices import DeviceError, resolve_device
 
 
 @pytest.fixture(params=[True, False], ids=["gpu", "mps"])

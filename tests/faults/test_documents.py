@@ -11,15 +11,22 @@ from hub_folders import CLOSING_TEMPLATE, GEMMA_TEMPLATE, KINDS, R1_TEMPLATE, wr
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters import PairedModel
-from tl_adapters.batching import EncodedDocuments, open_documents
-from tl_adapters.benchmarks import THINK_OPENS, respond
-from tl_adapters.chat import THINK_TAGS, THINKING_FIELDS, TRACE_REGIONS, ChatFormat, Conversation, set_template_date
+from tl_adapters.checkpoints.tokenizers import load_tokenizer
 from tl_adapters.config import ConfigError, DataConfig
-from tl_adapters.data import DataError, Trace
-from tl_adapters.doctor import examine
-from tl_adapters.tasks import MathProblem
-from tl_adapters.tokenization import load_tokenizer
-from tl_adapters.variants import prompt_tokens
+from tl_adapters.data.batching import EncodedDocuments, open_documents
+from tl_adapters.data.chat_format import (
+    THINK_TAGS,
+    THINKING_FIELDS,
+    TRACE_REGIONS,
+    ChatFormat,
+    Conversation,
+    set_template_date,
+)
+from tl_adapters.data.traces import DataError, Trace
+from tl_adapters.evaluation.response_metrics import THINK_OPENS, respond
+from tl_adapters.evaluation.tasks import MathProblem
+from tl_adapters.generation.compare_variants import prompt_tokens
+from tl_adapters.study.doctor import examine
 
 THOUGHT = "<think>\nHmm, 3.\n</think>\n\n2"
 
@@ -333,7 +340,7 @@ def test_without_a_date_it_is_todays_and_only_where_the_template_writes_one(
         == whole(tokenizer, asked("2"))[: len(text_of(ChatFormat.of(tokenizer), asked("2")))]
     )
     assert ChatFormat.of(tokenizer_of("Qwen3", tmp_path)).date is None
-    monkeypatch.setattr("tl_adapters.chat._today", lambda: datetime.date(2031, 5, 6))
+    monkeypatch.setattr("tl_adapters.data.chat_format._today", lambda: datetime.date(2031, 5, 6))
     assert "06 May 2031" in text_of(ChatFormat.of(tokenizer), asked("2"))
 
 

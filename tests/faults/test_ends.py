@@ -13,19 +13,27 @@ from conftest import random_model, randomise
 from transformers import GenerationConfig
 
 from tl_adapters import organism
-from tl_adapters.adapter import FeatureId
-from tl_adapters.answering import SETTINGS, AnsweringError, Sampling, answer
-from tl_adapters.benchmarks import LOOP_TOKENS, Response, answer_limit, rate, respond, rows_at_once, traces_of
-from tl_adapters.circuits import Circuit, CircuitFeature
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.circuits.circuit import Circuit, CircuitFeature
 from tl_adapters.cli.common import insertion_strength
-from tl_adapters.cli.running import _variants
-from tl_adapters.decoding import Decoding
+from tl_adapters.cli.generate import _variants
 from tl_adapters.errors import UserError
-from tl_adapters.generation import LONGEST_ANSWER, decoding_of, end_tokens, longest_answer
-from tl_adapters.interventions import InterventionError, clamped, inserted
+from tl_adapters.evaluation.response_metrics import (
+    LOOP_TOKENS,
+    Response,
+    answer_limit,
+    rate,
+    respond,
+    rows_at_once,
+    traces_of,
+)
+from tl_adapters.evaluation.sampled_answers import SETTINGS, AnsweringError, Sampling, answer
+from tl_adapters.evaluation.tasks import MathProblem
+from tl_adapters.generation.decoding import Decoding
+from tl_adapters.generation.generation_config import LONGEST_ANSWER, decoding_of, end_tokens, longest_answer
+from tl_adapters.interventions.feature_edits import InterventionError, clamped, inserted
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer
-from tl_adapters.paired import PairedModel
-from tl_adapters.tasks import MathProblem
 
 ASKED = organism.problems("tune", 4)
 
@@ -128,7 +136,7 @@ def test_positions_are_those_of_the_sequence_in_a_cached_generation_too(backend:
     prompts = [[20, 21, 22, 23, 24, 25, 26], [30, 31, 32]]
     features = [(layer, i) for layer in range(4) for i in range(12)]
     options: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, stop_at_eos=False, verbose=False)
-    from tl_adapters.completions import complete
+    from tl_adapters.generation.completions import complete
 
     with pair.routed("replacement") as model:
         free = complete(model, prompts, [], max_new_tokens=8, batch_size=2)
@@ -199,11 +207,11 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
         setattr(modules["lm_eval.utils"], name, None)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "tl_adapters.harness", raising=False)
-    import tl_adapters.harness as found
+    monkeypatch.delitem(sys.modules, "tl_adapters.evaluation.lm_eval_harness", raising=False)
+    import tl_adapters.evaluation.lm_eval_harness as found
 
     yield found
-    sys.modules.pop("tl_adapters.harness", None)
+    sys.modules.pop("tl_adapters.evaluation.lm_eval_harness", None)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +225,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_thinking_that_never_ends_is_no_answer(harness: Any, said: str, answer_: str) -> None:
-    from tl_adapters.decoding import Completion
+    from tl_adapters.generation.decoding import Completion
 
     model = made().model
     encode = lambda text: model.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731

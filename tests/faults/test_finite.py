@@ -8,22 +8,22 @@ import torch
 from conftest import random_batch, random_model, randomise
 from safetensors.torch import load_file, save_file
 
-from tl_adapters.adapter import AdapterSet
-from tl_adapters.attribution import attribute
-from tl_adapters.chat import encode_traces
-from tl_adapters.collecting import collect_features
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.attribution.attribute import attribute
 from tl_adapters.config import TrainingConfig
-from tl_adapters.data import Trace
-from tl_adapters.faithfulness import measure_faithfulness
-from tl_adapters.finite import NotFiniteError, finite_blocks, require_finite_activations, require_finite_weights
-from tl_adapters.formats import from_saelens
-from tl_adapters.objective import held_out_terms
-from tl_adapters.opening import load_builtin_pair
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.data.traces import Trace
+from tl_adapters.evaluation.faithfulness import measure_faithfulness
+from tl_adapters.features.collect import collect_features
+from tl_adapters.features.store_files import StoreOptions
+from tl_adapters.interop.saelens import from_saelens
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import reasoning_pairs
-from tl_adapters.paired import PairedModel
-from tl_adapters.saelens import AdapterFormatError
-from tl_adapters.store_files import StoreOptions
-from tl_adapters.training import Trainer, TrainingError
+from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.training.objective import held_out_terms
+from tl_adapters.training.trainer import Trainer, TrainingError
+from tl_adapters.utils.finite import NotFiniteError, finite_blocks, require_finite_activations, require_finite_weights
 
 BAD = [math.nan, math.inf, -math.inf]
 

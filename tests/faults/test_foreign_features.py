@@ -13,23 +13,23 @@ import stores
 import torch
 from conftest import random_batch, random_model, randomise
 
-from tl_adapters.adapter import AdapterSet, FeatureId, ForeignFeaturesError, OwnedFeatureId, owned
-from tl_adapters.attribution import attribute
-from tl_adapters.circuit_roles import circuit_edges
-from tl_adapters.circuits import Circuit, CircuitEdge, CircuitError, CircuitFeature
+from tl_adapters.adapters.adapter_set import AdapterSet, FeatureId, ForeignFeaturesError, OwnedFeatureId, owned
+from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.attribution.validation import ablation_effects, values_with
+from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitError, CircuitFeature
+from tl_adapters.circuits.onsets import Moments
+from tl_adapters.circuits.roles import circuit_edges
 from tl_adapters.cli.common import feature_ids
-from tl_adapters.collecting import collect_features
-from tl_adapters.feature_store import FeatureStore
-from tl_adapters.features import FeatureStoreError
-from tl_adapters.freezing import frozen
-from tl_adapters.graph_pages import write_graph
-from tl_adapters.graphs import AttributionGraph, GraphError
-from tl_adapters.interventions import ablated, added, clamped, inserted, negated, patched, scaled
-from tl_adapters.moments import Moments
-from tl_adapters.opening import load_builtin_pair
-from tl_adapters.paired import PairedModel
-from tl_adapters.validity import ablation_effects, values_with
-from tl_adapters.variants import less, rescaled, with_only, without
+from tl_adapters.features.collect import collect_features
+from tl_adapters.features.feature import FeatureStoreError
+from tl_adapters.features.store import FeatureStore
+from tl_adapters.generation.compare_variants import less, rescaled, with_only, without
+from tl_adapters.interventions.feature_edits import ablated, added, clamped, inserted, negated, patched, scaled
+from tl_adapters.interventions.frozen import frozen
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.pages.graph_page import write_graph
+from tl_adapters.study.open_run import load_builtin_pair
 
 TOKENS = random_batch(3).tokens[:1, :11]
 

@@ -8,13 +8,13 @@ import torch
 from conftest import ARCHITECTURES, random_model, randomise
 
 from tl_adapters import organism
-from tl_adapters.answering import Sampling, answer
-from tl_adapters.benchmarks import respond
-from tl_adapters.completions import complete
-from tl_adapters.decoding import CompletionError, Decoding, choose
-from tl_adapters.interventions import ablated, scaled
+from tl_adapters.evaluation.response_metrics import respond
+from tl_adapters.evaluation.sampled_answers import Sampling, answer
+from tl_adapters.generation.completions import complete
+from tl_adapters.generation.decoding import CompletionError, Decoding, choose
+from tl_adapters.interventions.feature_edits import ablated, scaled
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer
-from tl_adapters.paired import PairedModel
 
 LENGTHS = (3, 31, 12, 50, 7, 20)
 N_CTX = 64

@@ -12,13 +12,16 @@ import pytest
 import torch
 from conftest import random_batch
 
-from tl_adapters.answering import Answer, score
-from tl_adapters.benchmarks import Response, rate
-from tl_adapters.circuit_criteria import Criterion, criteria
-from tl_adapters.circuit_tables import arms_section
-from tl_adapters.circuit_trials import record
-from tl_adapters.faithfulness import DocumentSums, faithfulness_block
-from tl_adapters.intervals import (
+from tl_adapters.attribution.validation import rank_correlation
+from tl_adapters.circuits.criteria import Criterion, criteria
+from tl_adapters.circuits.measurements import record
+from tl_adapters.circuits.onsets import Moments
+from tl_adapters.evaluation.faithfulness import DocumentSums, faithfulness_block
+from tl_adapters.evaluation.feature_matching import Share, shares_table
+from tl_adapters.evaluation.response_metrics import Response, rate
+from tl_adapters.evaluation.sampled_answers import Answer, score
+from tl_adapters.pages.circuit_sections import arms_section
+from tl_adapters.utils.confidence_intervals import (
     Figure,
     IntervalError,
     OutcomesFigure,
@@ -27,12 +30,9 @@ from tl_adapters.intervals import (
     share,
     unseen,
 )
-from tl_adapters.matching import Share, shares_table
-from tl_adapters.moments import Moments
-from tl_adapters.results import plain, read_results, write_results
-from tl_adapters.strict_json import NotFiniteError, dumps
-from tl_adapters.validity import rank_correlation
-from tl_adapters.views import figure_cell
+from tl_adapters.utils.html import figure_cell
+from tl_adapters.utils.results import plain, read_results, write_results
+from tl_adapters.utils.strict_json import NotFiniteError, dumps
 
 PACKAGE = Path(__file__).parents[2] / "tl_adapters"
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from fake_chat import FakeChat, Says
 
-from tl_adapters import endpoint as endpoint_module
-from tl_adapters.endpoint import Endpoint, Failure
-from tl_adapters.posting import EndpointError
-from tl_adapters.replies import read_json
+from tl_adapters.autointerp import endpoint as endpoint_module
+from tl_adapters.autointerp.endpoint import Endpoint, Failure
+from tl_adapters.autointerp.http_client import EndpointError
+from tl_adapters.autointerp.reply_cache import read_json
 
 
 @pytest.fixture(autouse=True)

@@ -12,14 +12,14 @@ import torch
 from hub_folders import write_pair, write_tokenizer
 
 from tl_adapters import PairedModel, train
-from tl_adapters.batching import RENDERED, EncodedDocuments, open_documents
-from tl_adapters.chat import ChatFormat
+from tl_adapters.checkpoints.tokenizers import load_tokenizer
 from tl_adapters.config import DataConfig, RunConfig, TrainingConfig
-from tl_adapters.opening import open_data, open_run
-from tl_adapters.runfolder import RunFolderError
-from tl_adapters.sources import open_reader
-from tl_adapters.tokenization import load_tokenizer
-from tl_adapters.training import Trainer
+from tl_adapters.data.batching import RENDERED, EncodedDocuments, open_documents
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.sources import open_reader
+from tl_adapters.study.open_run import open_data, open_run
+from tl_adapters.training.run_folder import RunFolderError
+from tl_adapters.training.trainer import Trainer
 
 OPTIONS = TrainingConfig(n_features=4, steps=6, tokens_per_batch=512, checkpoint_every=2, lr=1e-3)
 DAY, NEXT = datetime.date(2026, 11, 26), datetime.date(2026, 11, 27)
@@ -54,7 +54,7 @@ def documents(folder: Path, source: str = "data", **options: Any) -> EncodedDocu
 
 
 def today(day: datetime.date, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tl_adapters.chat._today", lambda: day)
+    monkeypatch.setattr("tl_adapters.data.chat_format._today", lambda: day)
 
 
 def stop_at(step: int) -> Any:

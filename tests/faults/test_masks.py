@@ -8,10 +8,10 @@ import torch
 from conftest import random_model, randomise
 from test_attaching import plain
 
-from tl_adapters.attaching import attach
-from tl_adapters.completions import complete
+from tl_adapters.generation.completions import complete
+from tl_adapters.models.attach import attach
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer
-from tl_adapters.paired import PairedModel
 
 PAD = 3
 PROMPTS = {

@@ -11,13 +11,13 @@ from conftest import random_batch, random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tl_adapters.architectures import UnsupportedModelError
-from tl_adapters.checkpoints import CheckpointError, read_tensors
+from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.checkpoints.model_files import CheckpointError, read_tensors
 from tl_adapters.config import RunConfig
-from tl_adapters.doctor import examine
 from tl_adapters.errors import UserError
-from tl_adapters.mixing import write_hybrid
-from tl_adapters.paired import PairedModel
+from tl_adapters.interop.hybrid_checkpoint import write_hybrid
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.study.doctor import examine
 
 TOKENS = random_batch(3).tokens[:1, :11]
 MLP = "model.layers.1.mlp.up_proj"

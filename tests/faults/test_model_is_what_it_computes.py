@@ -14,15 +14,15 @@ from torch import nn
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tl_adapters import paired
-from tl_adapters.architectures import UnsupportedModelError
-from tl_adapters.attaching import attach
-from tl_adapters.backends import build_model
-from tl_adapters.checkpoints import CheckpointError
-from tl_adapters.disagreement import DisagreementError, tolerance
-from tl_adapters.hooked import build_hooked_transformer, tl_config
-from tl_adapters.paired import PairedModel
-from tl_adapters.recording import probe_tokens, record
+from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.checkpoints.model_files import CheckpointError
+from tl_adapters.models import paired_model as paired
+from tl_adapters.models.attach import attach
+from tl_adapters.models.backend import build_model
+from tl_adapters.models.hooked_transformer import build_hooked_transformer, tl_config
+from tl_adapters.models.output_comparison import DisagreementError, tolerance
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.models.recorded_outputs import probe_tokens, record
 
 TOKENS = random_batch(3).tokens[:1, :11]
 BACKENDS = pytest.mark.parametrize("backend", ["hooked", "bridge"])
@@ -224,7 +224,7 @@ def test_a_fault_in_our_own_building_is_noticed(
         setattr(config, option, value)
         return config
 
-    monkeypatch.setattr("tl_adapters.hooked.tl_config", wrong)
+    monkeypatch.setattr("tl_adapters.models.hooked_transformer.tl_config", wrong)
     with pytest.raises(UnsupportedModelError, match=where):
         PairedModel.from_pretrained(model(1), model(2), backend="hooked")
 

@@ -8,18 +8,18 @@ import torch
 from conftest import random_batch, random_model, randomise
 from torch import Tensor
 
-from tl_adapters.circuit_roles import effects_at
+from tl_adapters.circuits.onsets import Moments, final_residual, log_odds
+from tl_adapters.circuits.roles import effects_at
 from tl_adapters.config import LossWeights, TrainingConfig
-from tl_adapters.data import Trace
-from tl_adapters.faithfulness import measure_faithfulness
-from tl_adapters.freezing import frozen
-from tl_adapters.interventions import scaled
-from tl_adapters.losses import kl_from_residual, kl_per_token, token_kl_from_residual
-from tl_adapters.moments import Moments, final_residual, log_odds
-from tl_adapters.objective import PrecisionError, held_out_terms, reference_step, shared_prefix_step
-from tl_adapters.paired import PairedModel
-from tl_adapters.precision import host_float64, linear_in_float32, wide
-from tl_adapters.training import Trainer
+from tl_adapters.data.traces import Trace
+from tl_adapters.evaluation.faithfulness import measure_faithfulness
+from tl_adapters.interventions.feature_edits import scaled
+from tl_adapters.interventions.frozen import frozen
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.loss_terms import kl_from_residual, kl_per_token, token_kl_from_residual
+from tl_adapters.training.objective import PrecisionError, held_out_terms, reference_step, shared_prefix_step
+from tl_adapters.training.trainer import Trainer
+from tl_adapters.utils.precision import host_float64, linear_in_float32, wide
 
 VOCABULARY = 50_000
 
@@ -91,7 +91,7 @@ def test_the_gradient_through_float32_logits_is_the_exact_one() -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_weight_larger_than_a_slice_is_cast_in_slices(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    monkeypatch.setattr("tl_adapters.precision.SLICE", 8 * n + 1)
+    monkeypatch.setattr("tl_adapters.utils.precision.SLICE", 8 * n + 1)
     weight, x = torch.randn(11, 8).bfloat16(), torch.randn(4, 8).bfloat16().requires_grad_()
     out = linear_in_float32(x, weight)
     assert torch.allclose(out, x.float() @ weight.float().T, atol=1e-5)

@@ -12,11 +12,11 @@ import torch
 from conftest import random_model, randomise
 from safetensors.torch import load_file, save_file
 
-import tl_adapters.file_hashes as file_hashes
-from tl_adapters.adapter import MARKS_FILE, METADATA_FILE, AdapterMetadata, AdapterSet, record_hash
-from tl_adapters.file_hashes import file_hash
-from tl_adapters.paired import PairedModel
-from tl_adapters.saelens import AdapterFormatError
+import tl_adapters.utils.file_hashes as file_hashes
+from tl_adapters.adapters.adapter_set import MARKS_FILE, METADATA_FILE, AdapterMetadata, AdapterSet, record_hash
+from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.file_hashes import file_hash
 
 WEIGHTS = "sae_weights.safetensors"
 

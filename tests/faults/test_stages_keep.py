@@ -8,21 +8,21 @@ import stores
 import torch
 from conftest import random_batch, random_model
 
-import tl_adapters.describing as describing
-import tl_adapters.study as study
-from tl_adapters.attribution import LogitTarget, attribute
-from tl_adapters.benchmarks import Response
+import tl_adapters.study.evaluate as study
+import tl_adapters.study.features as describing
+from tl_adapters.attribution.attribute import LogitTarget, attribute
 from tl_adapters.config import TrainingConfig
-from tl_adapters.data import Trace
-from tl_adapters.describing import FOLDER, NEURONS, STORE, features_stage, stores_of
-from tl_adapters.feature_store import FeatureStore
-from tl_adapters.features import Label
-from tl_adapters.graph_pages import remove_graph, write_graph
-from tl_adapters.labelling import REPLIES
-from tl_adapters.paired import PairedModel
-from tl_adapters.results import read_results, write_results
-from tl_adapters.study import attribution_stage, faithfulness_stage, train_stage
-from tl_adapters.training import Trainer
+from tl_adapters.data.traces import Trace
+from tl_adapters.evaluation.response_metrics import Response
+from tl_adapters.features.feature import Label
+from tl_adapters.features.store import FeatureStore
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.pages.graph_page import remove_graph, write_graph
+from tl_adapters.study.evaluate import attribution_stage, faithfulness_stage, train_stage
+from tl_adapters.study.features import FOLDER, NEURONS, STORE, features_stage, stores_of
+from tl_adapters.study.label import REPLIES
+from tl_adapters.training.trainer import Trainer
+from tl_adapters.utils.results import read_results, write_results
 
 
 def test_features_keep_labels_and_replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tl_adapters import PairedModel, attribute, encode_traces, train
-from tl_adapters.cli import main
+from tl_adapters.checkpoints.tokenizers import PROBES, TokenizerError, give_tokenizer, load_tokenizer, without_embedding
+from tl_adapters.cli.main import main
 from tl_adapters.config import RunConfig
-from tl_adapters.data import DataError, Trace
-from tl_adapters.doctor import examine
-from tl_adapters.tokenization import PROBES, TokenizerError, give_tokenizer, load_tokenizer, without_embedding
+from tl_adapters.data.traces import DataError, Trace
+from tl_adapters.study.doctor import examine
 
 
 def raw(folder: Path) -> Tokenizer:

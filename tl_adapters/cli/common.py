@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tl_adapters.errors import UserError
 
 if TYPE_CHECKING:
-    from tl_adapters.adapter import FeatureId
+    from tl_adapters.adapters.adapter_set import FeatureId
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Verbs = Any
@@ -38,7 +38,7 @@ def common_parent(quiet: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def device_of(name: str) -> str:
     """--device, if this machine has it; "auto" is chosen, and said, where the models are loaded. Raises UserError."""
-    from tl_adapters.devices import AUTO, DeviceError, resolve_device
+    from tl_adapters.utils.devices import AUTO, DeviceError, resolve_device
 
     try:
         return name if name == AUTO else str(resolve_device(name))
@@ -58,13 +58,13 @@ def feature_ids(names: Sequence[str]) -> list[FeatureId]:
 
     ``layer.index`` such as 2.17; or a circuit's file, with or without a role, such as runs/demo/circuit.json:output.
     """
-    from tl_adapters.adapter import FeatureId
+    from tl_adapters.adapters.adapter_set import FeatureId
 
     found: list[FeatureId] = []
     for name in names:
         path, _, role = name.partition(":")
         if path.endswith(".json"):
-            from tl_adapters.circuits import ROLES, Circuit
+            from tl_adapters.circuits.circuit import ROLES, Circuit
 
             if role and role not in ROLES:
                 raise UserError(f"{role!r} is no role of a circuit; there are {', '.join(ROLES)}.")
@@ -84,7 +84,7 @@ def insertion_strength(names: Sequence[str]) -> float:
 
     Raises UserError where files disagree, or a file stands beside other features: one set has one strength.
     """
-    from tl_adapters.circuits import Circuit
+    from tl_adapters.circuits.circuit import Circuit
 
     files = [name.partition(":")[0] for name in names if name.partition(":")[0].endswith(".json")]
     strengths = {Circuit.load(path).strength for path in files} | ({1.0} if len(files) < len(names) else set())

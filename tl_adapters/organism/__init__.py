@@ -8,7 +8,7 @@ and a null pair, whose target thinks but never hesitates. census.py counts what 
 
 from pathlib import Path
 
-from tl_adapters.organism.problems import KINDS, SPLITS, Kind, Problem, Split, problems
+from tl_adapters.organism.problem_set import KINDS, SPLITS, Kind, Problem, Split, problems
 from tl_adapters.organism.traces import reasoning_pairs
 
 PAIR = Path(__file__).parent / "pair"

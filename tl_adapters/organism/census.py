@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.organism import traces
-from tl_adapters.organism.problems import Problem, problems
+from tl_adapters.organism.problem_set import Problem, problems
 from tl_adapters.organism.recipe import Recipe
 from tl_adapters.organism.traces import Step
 

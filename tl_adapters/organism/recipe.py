@@ -30,12 +30,12 @@ import torch
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from tl_adapters.atomic import new_folder, require_absent
 from tl_adapters.errors import UserError
 from tl_adapters.organism import PAIR, traces
-from tl_adapters.organism.problems import KINDS, Kind, Problem, stream_problems
+from tl_adapters.organism.problem_set import KINDS, Kind, Problem, stream_problems
 from tl_adapters.organism.traces import Document
-from tl_adapters.strict_json import dumps
+from tl_adapters.utils.files import new_folder, require_absent
+from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from tl_adapters.organism.problems import APPLY, SIGN, Kind, Problem, Split, problems
+from tl_adapters.organism.problem_set import APPLY, SIGN, Kind, Problem, Split, problems
 
 BOS, END, PAD, USER, ASSISTANT = "<|bos|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 THINK, THINK_END = "<think>", "</think>"

@@ -1,0 +1,147 @@
+"""The transcoder adapter of one layer (arXiv 2602.20904, section 3), with any of four activation functions.
+
+    MLP_target(x) ~ MLP_base(x) + T(x)          T(x) = act(x @ W_enc + b_enc) @ W_dec + b_dec
+
+x is what the MLP itself reads: the residual stream after the second norm, with that norm's weight. The decoder
+starts at zero, so an untrained adapter changes nothing.
+
+An adapter trains only within `AdapterSet.training_on`, which the training objective enters; everywhere else it
+evaluates. nn.Module's train() and eval() change nothing.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from tl_adapters.adapters.activation_functions import batch_topk, jumprelu, topk
+from tl_adapters.config import ActivationName, ConfigError, TrainingConfig
+
+
+class TranscoderAdapter(nn.Module):
+    """T of one layer. Its hook points carry SAELens's names, so caches and interventions find them.
+
+    Args:
+        d_model: width of the residual stream.
+        n_features: width of the adapter.
+        activation: "relu" (the paper's), "jumprelu", "topk" or "batchtopk" (`activations`).
+        k: active features per token of topk and batchtopk; None for the others.
+        bandwidth: width of jumprelu's straight-through kernel, in units of the pre-activation; thresholds start at it.
+        generator: source of the random encoder, uniform in +-1/sqrt(d_model); None leaves every weight zero.
+        dtype, device: of the weights; inputs are cast to this dtype and outputs back to the input's.
+
+    Raises ConfigError for another activation, or a k that it does not take.
+    """
+
+    threshold: Tensor
+    """[n_features], of jumprelu (learned) and batchtopk (the same for all; 0 until a batch has been seen) only."""
+    training_tokens: Tensor | None
+    """Which tokens of the present batch are real, while the adapter trains; None while it evaluates."""
+
+    n_training_tokens: int | None
+    """How many of them, where batchtopk asks."""
+
+    def __init__(
+        self,
+        d_model: int,
+        n_features: int,
+        *,
+        activation: ActivationName = "relu",
+        k: int | None = None,
+        bandwidth: float = TrainingConfig.bandwidth,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        require_activation(activation, k, n_features)
+        self.activation, self.k, self.bandwidth = activation, k, bandwidth
+        self.training_tokens = self.n_training_tokens = None
+        self.W_enc = nn.Parameter(torch.zeros(d_model, n_features, dtype=dtype, device=device))
+        self.b_enc = nn.Parameter(torch.zeros(n_features, dtype=dtype, device=device))
+        self.W_dec = nn.Parameter(torch.zeros(n_features, d_model, dtype=dtype, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(d_model, dtype=dtype, device=device))
+        if activation == "jumprelu":
+            self.threshold = nn.Parameter(torch.full((n_features,), bandwidth, dtype=dtype, device=device))
+        elif activation == "batchtopk":
+            self.register_buffer("threshold", torch.zeros(n_features, dtype=dtype, device=device))
+        self.hook_sae_input = HookPoint()  # [batch, pos, d_model]
+        self.hook_sae_acts_pre = HookPoint()  # [batch, pos, n_features]
+        self.hook_sae_acts_post = HookPoint()  # [batch, pos, n_features]
+        self.hook_sae_recons = HookPoint()  # [batch, pos, d_model]
+        if generator is not None:
+            bound = d_model**-0.5
+            # Drawn on the generator's device: the same seed gives the same encoder wherever the adapter lives.
+            drawn = torch.rand(d_model, n_features, generator=generator, device=generator.device)
+            with torch.no_grad():
+                self.W_enc.copy_((2 * drawn - 1) * bound)
+
+    @property
+    def n_features(self) -> int:
+        """Width of the adapter."""
+        return self.W_enc.shape[1]
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
+        """Feature activations of what the MLP reads: the pre-activation where a feature is active, 0 where not."""
+        x = self.hook_sae_input(x.to(self.W_enc.dtype))
+        pre = self.hook_sae_acts_pre(torch.addmm(self.b_enc, x.flatten(0, -2), self.W_enc).unflatten(0, x.shape[:-1]))
+        return self.hook_sae_acts_post(self._activate(pre))
+
+    def _activate(self, pre: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return torch.relu(pre)
+        if self.activation == "topk":
+            assert self.k is not None  # require_activation has checked
+            return topk(pre, self.k)
+        if self.activation == "batchtopk" and self.training_tokens is not None:
+            assert self.k is not None
+            return batch_topk(pre, self.k, self.training_tokens, self.n_training_tokens)
+        return jumprelu(pre, self.threshold, self.bandwidth)
+
+    def decode(self, acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_model"]:
+        """What the activations add to the MLP's output."""
+        out = torch.addmm(self.b_dec, acts.flatten(0, -2), self.W_dec).unflatten(0, acts.shape[:-1])
+        return self.hook_sae_recons(out)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """T(x), in the dtype of x."""
+        return self.decode(self.encode(x)).to(x.dtype)
+
+    @torch.no_grad()
+    def settle_threshold(self, smallest: Float[Tensor, ""] | None, rate: float) -> None:
+        """After an optimiser's step: jumprelu's thresholds stay >= 0, batchtopk's follows ``smallest``.
+
+        Args:
+            smallest: smallest activation that the step's batch let through; only batchtopk reads it.
+            rate: share of this batch in the running mean, above 0 to 1.
+        """
+        if self.activation == "jumprelu":
+            self.threshold.clamp_(min=0)
+        elif self.activation == "batchtopk":
+            assert smallest is not None
+            first = self.threshold == 0
+            self.threshold.copy_(torch.where(first, smallest, self.threshold.lerp(smallest, rate)))
+
+
+def require_activation(activation: str, k: int | None, n_features: int) -> None:
+    """Raises ConfigError where no adapter of so many features has this activation with this k."""
+    if activation not in get_args(ActivationName):
+        raise ConfigError(f"activation is {activation!r}; allowed is one of {', '.join(get_args(ActivationName))}.")
+    takes_k = activation in ("topk", "batchtopk")
+    if takes_k != (k is not None) or (k is not None and not 1 <= k <= n_features):
+        allowed = f"a whole number from 1 to n_features ({n_features})" if takes_k else "None"
+        raise ConfigError(f"k is {k!r} for the activation {activation!r}; allowed is {allowed}.")
+
+
+def adapter_of(
+    tensors: dict[str, Tensor], activation: ActivationName = "relu", k: int | None = None
+) -> TranscoderAdapter:
+    """An adapter around the given tensors; nothing is copied. Raises ConfigError."""
+    with torch.device("meta"):
+        adapter = TranscoderAdapter(*tensors["W_enc"].shape, activation=activation, k=k, dtype=tensors["W_enc"].dtype)
+    adapter.load_state_dict(tensors, assign=True)
+    return adapter.requires_grad_(True)

@@ -1,0 +1,362 @@
+"""What a circuit is held against: other features that are active where it is, and cheaper ways to stop a word.
+
+* random sets of the same size, each feature replaced by another of its layer whose activation mass at the same places
+  (moments and boundaries together) is nearest, drawn among the nearest five. Where a circuit is the most active set
+  there is, no other set has its mass: so the share of the mass that each set holds is reported beside it;
+* a harder one: the most active of the other features at those places, whatever their layer;
+* both again, with the circuit's summed write norm at the onsets, and with its harm elsewhere (`circuit_tuning`);
+* the word's logits set to minus infinity, or lowered by a bias;
+* a difference-of-means direction of the residual stream (moments less boundaries) taken off after a layer, everywhere
+  or only at tokens after which the word may come;
+* neurons of the base's MLPs, off or held at their mean;
+* the same search run for the token that most often comes at the boundaries instead.
+
+Here is how each of them is made; `circuit_tuning` sets bias, steering and neurons to the circuit's own effect.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.circuits.onsets import Moments, final_residual, margins_from
+from tl_adapters.evaluation.behaviors import Words, first_tokens
+from tl_adapters.generation.compare_variants import Variant
+from tl_adapters.interventions.feature_edits import InterventionError, gated
+from tl_adapters.models.paired_model import PairedModel
+
+NEAREST = 5
+"""A feature's stand-in is drawn among so many."""
+
+
+def matched_features(
+    chosen: Sequence[FeatureId],
+    mass: Float[Tensor, "n_layers n_features"],
+    alive: Bool[Tensor, "n_layers n_features"],
+    generator: torch.Generator,
+) -> list[FeatureId]:
+    """A random set of the same size, matched in layer and activation mass; each stand-in is taken once.
+
+    Where a layer has fewer other alive features than are wanted, the set is smaller by so many.
+    """
+    free = alive.clone()
+    for f in chosen:
+        free[f] = False
+    found = []
+    order = torch.randperm(len(chosen), generator=generator).tolist()
+    for layer, index in (chosen[i] for i in order):
+        candidates = free[layer].nonzero()[:, 0]
+        if not len(candidates):
+            continue
+        distance = (mass[layer, candidates].clamp(min=1e-6).log() - mass[layer, index].clamp(min=1e-6).log()).abs()
+        near = candidates[distance.argsort()[:NEAREST]]
+        pick = int(near[torch.randint(len(near), (1,), generator=generator)])
+        free[layer, pick] = False
+        found.append(FeatureId(layer, pick))
+    return found
+
+
+def further_matched(
+    chosen: Sequence[FeatureId],
+    first: Sequence[FeatureId],
+    mass: Float[Tensor, "n_layers n_features"],
+    alive: Bool[Tensor, "n_layers n_features"],
+    generator: torch.Generator,
+) -> list[FeatureId]:
+    """A matched set and what enlarges it: ``first``, then matched sets of what is left, until the layers have no more.
+
+    The order in which sets are enlarged to a write norm or a harm (`circuit_tuning`).
+    """
+    order, free = list(first), alive.clone()
+    added: Sequence[FeatureId] = first
+    while added:
+        for f in added:
+            free[f] = False
+        added = matched_features(chosen, mass, free, generator)
+        order += added
+    return order
+
+
+def most_active_others(
+    chosen: Sequence[FeatureId],
+    mass: Float[Tensor, "n_layers n_features"],
+    alive: Bool[Tensor, "n_layers n_features"],
+    n: int,
+) -> list[FeatureId]:
+    """The ``n`` alive features outside a set with the largest mass (all of them, where there are fewer)."""
+    free = alive.clone()
+    for f in chosen:
+        free[f] = False
+    best = mass.masked_fill(~free, -torch.inf).flatten().topk(min(n, int(free.sum()))).indices.tolist()
+    return [FeatureId(i // mass.shape[1], i % mass.shape[1]) for i in best]
+
+
+def shifted_logits(words: Words | Sequence[int], by: float) -> Variant:
+    """The replacement with the words' logits changed by so much; minus infinity bans them.
+
+    Of phrases it is the tokens that begin them, whatever comes after these (`banning` bans the phrases).
+    The change comes before a soft cap, where the model has one: banned words then have the lowest logit there is.
+    """
+
+    @contextmanager
+    def entered(pair: PairedModel) -> Iterator[Any]:
+        change = torch.zeros_like(pair.backend.unembedding()[:, 0])
+        change[list(first_tokens(words))] = by
+
+        def shift(module: object, inputs: object, logits: Tensor) -> Tensor:
+            return logits + change
+
+        handle = pair.model.unembed.register_forward_hook(shift)
+        try:
+            with pair.routed("replacement") as model:
+                yield model
+        finally:
+            handle.remove()
+
+    return Variant("words banned" if by == -torch.inf else f"words' logits {by:+.1f}", entered)
+
+
+def steered(
+    layer: int, direction: Float[Tensor, "d_model"], coefficient: float, after: Sequence[int] | None = None
+) -> Variant:
+    """The replacement with a direction taken off the residual stream after a layer.
+
+    Args:
+        layer: after which.
+        direction: what is taken off.
+        coefficient: so many times.
+        after: token ids at which it is taken off; None takes it off everywhere.
+
+    In the block, InterventionError is raised where the tokens are chosen and none of this shape were embedded.
+    """
+
+    @contextmanager
+    def entered(pair: PairedModel) -> Iterator[Any]:
+        taken = (coefficient * direction).to(pair.model.W_E)
+        with _tokens_seen(pair, after) as chosen:
+
+            def take_off(resid: Tensor, hook: HookPoint) -> Tensor:
+                return resid - taken if after is None else resid - chosen(resid)[..., None] * taken
+
+            hooks = [(f"blocks.{layer}.hook_resid_post", take_off)]
+            with pair.routed("replacement") as model, model.hooks(fwd_hooks=hooks):
+                yield model
+
+    where = "" if after is None else ", where the word may come"
+    return Variant(f"steered at layer {layer}, {coefficient:g} times{where}", entered)
+
+
+@contextmanager
+def _tokens_seen(pair: PairedModel, after: Sequence[int] | None) -> Iterator[Any]:
+    """Of a residual stream, where the token that was embedded for it is one of ``after``: 1, elsewhere 0."""
+    if after is None:
+        yield None
+        return
+    wanted = torch.tensor(list(after), dtype=torch.long, device=pair.model.W_E.device)
+    seen: list[Tensor] = []
+
+    def look(module: object, args: tuple[Tensor, ...]) -> None:
+        seen[:] = [torch.isin(args[0], wanted)]
+
+    def chosen(resid: Tensor) -> Tensor:
+        if not seen or seen[0].shape != resid.shape[:-1]:
+            raise InterventionError(
+                "Steering at chosen tokens has seen no tokens of this shape; embed them (`PairedModel.embed`) before "
+                "blocks are run from a residual stream."
+            )
+        return seen[0].to(resid.dtype)
+
+    handle = pair.model.embed.register_forward_pre_hook(look)
+    try:
+        yield chosen
+    finally:
+        handle.remove()
+
+
+def without_neurons(
+    neurons: Sequence[tuple[int, int]],
+    held: Float[Tensor, "n_layers d_mlp"] | None = None,
+    last: float = 1.0,
+) -> Variant:
+    """The replacement with neurons of the base's MLPs off.
+
+    Args:
+        neurons: layer and index of each.
+        held: what the activations become; None is 0.
+        last: the share by which the last of them is changed, so that their number can be set finely.
+    """
+    order = sorted(range(len(neurons)), key=lambda i: neurons[i])  # by layer
+    sizes = Counter(neurons[i][0] for i in order)
+
+    def change(acts: Tensor, hook: HookPoint, index: Tensor, kept: Tensor, instead: Tensor) -> Tensor:
+        return acts.index_copy(-1, index, acts[..., index] * kept + instead)
+
+    @contextmanager
+    def entered(pair: PairedModel) -> Iterator[Any]:
+        like = pair.model.W_E
+        which = torch.tensor([neurons[i] for i in order], dtype=torch.long).reshape(-1, 2).to(like.device)
+        share = torch.tensor([last if i == len(neurons) - 1 else 1.0 for i in order]).to(like)
+        value = torch.zeros_like(share) if held is None else held.to(like)[which[:, 0], which[:, 1]]
+        of_layers = zip(
+            sizes, *(t.split(list(sizes.values())) for t in (which[:, 1], 1 - share, share * value)), strict=True
+        )
+        hooks = [
+            (f"blocks.{layer}.mlp.hook_post", partial(change, index=index, kept=kept, instead=instead))
+            for layer, index, kept, instead in of_layers
+        ]
+        with pair.routed("replacement") as model, model.hooks(fwd_hooks=hooks):
+            yield model
+
+    return Variant(f"without {len(neurons)} neurons" + ("" if held is None else ", held at their mean"), entered)
+
+
+# -- features in part ---------------------------------------------------------------------------------------------
+
+Shares = Mapping[FeatureId, float]
+"""Features, and how much of each activation is taken: 1 is all of it, more than 1 overshoots."""
+
+
+def first_of(order: Sequence[FeatureId], size: float) -> dict[FeatureId, float]:
+    """The first ``size`` features of an order, the last of them in part; of all of them so many times as are missing.
+
+    So the size of a set can be set as finely as a coefficient. None of an empty order.
+    """
+    if not order or size <= 0:
+        return {}
+    if size >= len(order):
+        return dict.fromkeys(order, size / len(order))
+    whole = int(size)
+    found = dict.fromkeys(order[:whole], 1.0)
+    return found | {order[whole]: size - whole} if size > whole else found
+
+
+def size_of_norm(order: Sequence[FeatureId], norms: Float[Tensor, "n_layers n_features"], goal: float) -> float | None:
+    """How many features of an order have a summed write norm of ``goal``, as `first_of` takes them.
+
+    Args:
+        order: of features.
+        norms: of every feature what it writes at the onsets, mean activation times the norm of its decoder row.
+        goal: the circuit's sum.
+
+    None where the features write nothing there: no factor makes them the circuit's equal.
+    """
+    sums = torch.tensor([float(norms[f]) for f in order], dtype=torch.float64).cumsum(0)
+    if not len(sums) or float(sums[-1]) <= 0:
+        return None
+    if goal > float(sums[-1]):
+        return len(order) * goal / float(sums[-1])
+    at = int((sums < goal).sum())
+    before = float(sums[at - 1]) if at else 0.0
+    step = float(sums[at]) - before
+    return at + ((goal - before) / step if step > 0 else 0.0)
+
+
+def removed(shares: Shares) -> Variant:
+    """The replacement with a share of each feature's activation taken away."""
+
+    def entered(pair: PairedModel) -> Any:
+        return gated(pair, _gates(pair, 1.0, {f: 1 - share for f, share in shares.items()}), "replacement")
+
+    return Variant(f"replacement without {len(shares)} features, in part", entered)
+
+
+def put_in(shares: Shares, strength: float = 1.0) -> Variant:
+    """The hybrid with a share of each feature's activation added, ``strength`` times."""
+
+    def entered(pair: PairedModel) -> Any:
+        gates = _gates(pair, 0.0, {f: strength * share for f, share in shares.items()})
+        return gated(pair, gates, "replacement", decoder_bias=False)
+
+    return Variant(f"hybrid + {len(shares)} features, in part", entered)
+
+
+def _gates(pair: PairedModel, others: float, chosen: Shares) -> dict[int, Tensor]:
+    """Gates of every layer on the model's device: ``others``, but for the chosen features."""
+    adapters = pair.installed_adapters()
+    like = pair.model.W_E
+    gates = torch.full((pair.n_layers, adapters.n_features), others)
+    for f, value in chosen.items():
+        gates[f] = value
+    gates = gates.to(like.device, adapters[adapters.layer_indices[0]].W_dec.dtype)
+    return {layer: gates[layer] for layer in adapters.layer_indices}
+
+
+# -- neurons ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NeuronEffects:
+    """What neurons of the base's MLPs do for the word, first order, and what they write elsewhere."""
+
+    off: Float[Tensor, "n_layers d_mlp"]
+    """Summed over the onsets, the margin lost without each neuron, in nats."""
+    at_mean: Float[Tensor, "n_layers d_mlp"]
+    """The same, with the neuron held at its mean."""
+    mean: Float[Tensor, "n_layers d_mlp"]
+    """Mean activation away from the onsets and what follows them."""
+    written_off: Float[Tensor, "n_layers d_mlp"]
+    """Mean square of what is taken away there without the neuron: its activation squared, times the squared norm of
+    its output row."""
+    written_at_mean: Float[Tensor, "n_layers d_mlp"]
+    """The same, with the neuron held at its mean."""
+
+
+def neuron_effects(pair: PairedModel, moments: Moments, documents: int | None = None) -> NeuronEffects:
+    """Effects of every neuron over the first ``documents`` documents that have an onset (all, if None)."""
+    device, n_layers = pair.model.W_E.device, pair.n_layers
+    shape = (n_layers, pair.model.cfg.d_mlp)
+    times, plus, total, squares = (torch.zeros(shape, device=device) for _ in range(4))
+    places = 0
+    for _, batch in moments.with_moments(documents).batches():
+        batch = batch.to(device)
+        away = batch.predicting & ~batch.moment & ~batch.follows
+        gates, shifts = (torch.full(shape, v, device=device, requires_grad=True) for v in (1.0, 0.0))
+
+        def multiply(
+            acts: Tensor,
+            hook: HookPoint,
+            layer: int,
+            gates: Tensor = gates,
+            shifts: Tensor = shifts,
+            away: Tensor = away,
+        ) -> Tensor:
+            here = acts.detach()[away].float()
+            total[layer] += here.sum(0)
+            squares[layer] += here.square().sum(0)
+            return acts * gates[layer].to(acts) + shifts[layer].to(acts)
+
+        hooks = [(f"blocks.{layer}.mlp.hook_post", partial(multiply, layer=layer)) for layer in range(n_layers)]
+        with torch.enable_grad(), pair.routed("replacement"), pair.model.hooks(fwd_hooks=hooks):
+            said = margins_from(pair, final_residual(pair, batch.tokens), batch, batch.moment)
+            by_gate, by_shift = torch.autograd.grad(said.sum(), [gates, shifts])
+        times, plus, places = times + by_gate, plus + by_shift, places + int(away.sum())
+    mean, square = total / max(1, places), squares / max(1, places)
+    rows = torch.stack([mlp.weights()[1].W_out.detach().float().square().sum(-1) for mlp in pair.mlps])
+    variance = (square - mean.square()).clamp(min=0)
+    return NeuronEffects(times, times - mean * plus, mean, square * rows, variance * rows)
+
+
+def by_size(scores: Float[Tensor, "n_layers d_mlp"], n: int | None = None) -> list[tuple[int, int]]:
+    """(layer, index) of the ``n`` largest scores, largest first; of all, if None."""
+    best = scores.flatten().topk(min(scores.numel() if n is None else n, scores.numel())).indices.tolist()
+    return [(i // scores.shape[1], i % scores.shape[1]) for i in best]
+
+
+def commonest_alternative(moments: Moments) -> int | None:
+    """The token that most often comes at the boundaries, where the words do not; None where there is no boundary.
+
+    A token with which a phrase begins is none: it comes at moments, too.
+    """
+    there = moments.coming[moments.boundary]
+    there = there[~torch.isin(there, torch.tensor(first_tokens(moments.words), dtype=torch.long, device=there.device))]
+    return int(there.mode().values) if len(there) else None

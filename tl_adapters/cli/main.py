@@ -1,0 +1,79 @@
+"""The command line. Nothing heavy is imported until a verb runs.
+
+tl-adapters demo                                  the whole study on the built-in pair
+tl-adapters doctor B T                            will this pair work here? before anything expensive
+tl-adapters config                                every option of a run, documented, as a file to edit
+tl-adapters train --base B --target T --data F    train adapters for any pair
+tl-adapters train --resume RUN                    go on with a run that was stopped or killed
+tl-adapters sweep --over l1_weight=3e-4,1e-3 --out DIR    L0 against KL over training options
+tl-adapters evaluate RUN --data F                 measure a run's adapters on held-out traces
+tl-adapters features RUN                          what every feature fires on and promotes, as pages
+tl-adapters label RUN                             what to call them: by rules, and by a judge
+tl-adapters attribute RUN --prompt TEXT           from the next token back to features and input tokens
+tl-adapters generate RUN --prompt TEXT            what routes and changed features say, side by side
+tl-adapters benchmark RUN --tasks gsm8k           a route's answers to tasks: pass@1, length, hesitation
+tl-adapters hesitation RUN                        the features that say "Wait", and their trial
+tl-adapters serve DIR                             look at a folder's pages, on this machine only
+tl-adapters export RUN --to saelens --out DIR     adapters, models or dashboards, for other tools
+tl-adapters push RUN USER/REPO                    adapters with their card to the hub
+tl-adapters pull USER/REPO --out DIR              and back
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from tl_adapters import __version__
+from tl_adapters.cli import features, generate, share, train
+from tl_adapters.cli.common import common_parent, quiet_parent
+from tl_adapters.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status (2 for an error the user can mend, 130 for Ctrl-C)."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("tl_adapters").setLevel(logging.WARNING if args.quiet else logging.INFO)
+    try:
+        _silence_loading_bars()
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "stopped.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    quiet = quiet_parent()
+    common = common_parent(quiet)
+    parser = argparse.ArgumentParser(prog="tl-adapters", description="What did reasoning training change in a model?")
+    parser.add_argument("--version", action="version", version=f"tl-adapters {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    train.add_demo(verbs, common)
+    train.add_doctor(verbs, common)
+    train.add_config(verbs)
+    train.add_train(verbs, common)
+    train.add_sweep(verbs, common)
+    train.add_evaluate(verbs, common)
+    features.add_features(verbs, common)
+    features.add_label(verbs, quiet)
+    features.add_attribute(verbs, common)
+    generate.add_generate(verbs, common)
+    generate.add_benchmark(verbs, common)
+    features.add_hesitation(verbs, common)
+    features.add_serve(verbs, quiet)
+    share.add_export(verbs, quiet)
+    share.add_push(verbs, quiet)
+    share.add_pull(verbs, quiet)
+    return parser
+
+
+def _silence_loading_bars() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,108 @@
+"""The verbs that give a run away and get one: export, push, pull."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+from pathlib import Path
+
+from tl_adapters.cli.common import Verbs, feature_ids
+from tl_adapters.errors import UserError
+
+
+def add_export(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
+    """The verb export."""
+    export = verbs.add_parser("export", parents=[quiet], help="adapters, or the models they belong to, for other tools")
+    export.add_argument("adapters", metavar="RUN", help="run folder, folder of adapters, or hub name")
+    formats = ("saelens", "authors", "hybrid", "target", "neuronpedia", "sae-dashboard")
+    export.add_argument("--to", choices=formats, required=True, help="format; the last two are of a run's features")
+    export.add_argument("--out", type=Path, required=True, help="folder to make")
+    _add_reads(export)
+    export.add_argument("--base", help="where the base is, if not where the adapters say")
+    export.add_argument("--target", help="likewise the target")
+    export.add_argument("--model-id", help="neuronpedia: what it calls the model (default: the target's name)")
+    export.add_argument(
+        "--set", default="tl-adapters", help="neuronpedia: what it calls the set (default: tl-adapters)"
+    )
+    export.add_argument("--features", nargs="+", metavar="L.I", help="sae-dashboard: layer.index of those to draw")
+    export.add_argument("--data", help="sae-dashboard: what they are drawn on (the built-in pair needs none)")
+    export.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from tl_adapters.interop.export import export
+
+    if args.to in ("neuronpedia", "sae-dashboard"):
+        _export_features(args)
+        return
+    export(args.adapters, args.to, args.out, reads=args.reads, base=args.base, target=args.target)
+    print(f"{args.to}: {args.out}")
+    if args.to == "saelens":
+        print(f'next: sae_lens.SAE.load_from_disk("{args.out}/layer_0")')
+        if importlib.util.find_spec("sae_lens") is None:
+            print("SAELens is not installed here. It needs TransformerLens 3: pip install 'tl-adapters[saelens]'")
+    elif args.to != "authors":
+        print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{args.out}")')
+
+
+def _export_features(args: argparse.Namespace) -> None:
+    from tl_adapters.study.features import export_dashboard, export_neuronpedia
+
+    run = Path(args.adapters)
+    if args.to == "neuronpedia":
+        print(f"neuronpedia: {export_neuronpedia(run, args.out, args.model_id, args.set)}")
+        return
+    if args.features is None:
+        raise UserError("--features is missing; give those to draw as layer.index, such as 2.17 4.3.")
+    pages = export_dashboard(run, args.out, feature_ids(args.features), args.data)
+    print("sae-dashboard: " + "\n".join(map(str, pages)))
+
+
+def add_push(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
+    """The verb push."""
+    push = verbs.add_parser("push", parents=[quiet], help="adapters with their card to the hub (HF_TOKEN)")
+    push.add_argument("adapters", metavar="RUN", help="run folder or folder of adapters")
+    push.add_argument("repo", metavar="USER/REPO", help="made if it is not there")
+    push.add_argument("--private", action="store_true", default=None, help="of a new repository")
+    push.add_argument("--revision", help="branch, made if it is not there")
+    _add_reads(push)
+    push.set_defaults(run=_push)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from tl_adapters.interop.export import adapters_of
+    from tl_adapters.interop.hub import push_to_hub
+
+    adapters = adapters_of(args.adapters)
+    address = push_to_hub(adapters, args.repo, private=args.private, revision=args.revision, reads=args.reads)
+    print(f"commit: {address}\nnext: tl-adapters pull {args.repo} --out adapters")
+
+
+def add_pull(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
+    """The verb pull."""
+    pull = verbs.add_parser("pull", parents=[quiet], help="adapters from the hub into a folder, whole or not at all")
+    pull.add_argument("repo", metavar="USER/REPO", help="repository of the hub")
+    pull.add_argument("--out", type=Path, required=True, help="folder to make")
+    pull.add_argument("--layers", type=int, nargs="+", help="only these")
+    pull.add_argument("--revision", help="branch, tag or commit")
+    pull.set_defaults(run=_pull)
+
+
+def _pull(args: argparse.Namespace) -> None:
+    from tl_adapters.interop.hub import pull
+
+    adapters = pull(args.repo, args.out, layers=args.layers, revision=args.revision)
+    about = adapters.metadata
+    print(f"adapters: {args.out} ({len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each)")
+    base, target = shlex.quote(about.base or "BASE"), shlex.quote(about.target or "TARGET")
+    print(f"next: tl-adapters doctor {base} {target} {args.out}")
+
+
+def _add_reads(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--reads",
+        choices=("normalized", "mlp_input"),
+        default="normalized",
+        help="normalized: right on processed models too (default); mlp_input: as trained, for models as they are",
+    )

@@ -1,0 +1,116 @@
+"""What an adapter's KL is worth: simpler stand-ins for the MLP difference, from the same run.
+
+Both add something to the base's MLP at every layer, as an adapter does, and both see the target's MLP at work, which
+an adapter never does. They are generous rivals.
+
+* top neurons: per token, the n neurons whose contribution activation x output row differs most (in norm) between the
+  two MLPs are swapped for the target's. Neuron j of the base and of the target are compared as the same neuron.
+* low rank: the MLP output difference, projected on its r strongest directions (of the uncentred covariance over
+  training traces, read on the target's stream). How small r may be says how low-rank the pair's difference is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from tl_adapters.data.traces import Trace, batches_by_length
+from tl_adapters.errors import UserError
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.models.routed_mlp import RoutedMLP
+from tl_adapters.training.loss_terms import token_kl_from_residual
+from tl_adapters.utils.precision import host_float64, wide
+
+Correction = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]
+"""What the MLP reads, to what is added to the base MLP's output."""
+
+
+def mlp_difference(mlp: RoutedMLP, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """MLP_target(x) - MLP_base(x)."""
+    target, base = mlp.weights()
+    difference = target.neurons(x) @ target.W_out - base.neurons(x) @ base.W_out
+    return difference if mlp.planted is None else difference + mlp.planted(x)
+
+
+def top_neurons(mlp: RoutedMLP, n: int) -> Correction:
+    """Swap the ``n`` most changed neurons of each token. Raises UserError for a target with planted features."""
+    if mlp.planted is not None:
+        raise UserError(
+            "This target is its base with planted features (PairedModel.plant): no neuron of it differs, so there is "
+            "none to swap. Its rival is low_rank."
+        )
+    target, base = mlp.weights()
+    cross = (target.W_out * base.W_out).sum(-1)
+    squares_target, squares_base = target.W_out.square().sum(-1), base.W_out.square().sum(-1)
+
+    def correct(x: Tensor) -> Tensor:
+        a, b = target.neurons(x), base.neurons(x)
+        # ||a w_target - b w_base||^2 per neuron, without forming the vectors
+        change = a.square() * squares_target - 2 * a * b * cross + b.square() * squares_base
+        kept = torch.zeros_like(change).scatter_(-1, change.topk(min(n, change.shape[-1]), -1).indices, 1.0)
+        return (a * kept) @ target.W_out - (b * kept) @ base.W_out
+
+    return correct
+
+
+def low_rank(mlp: RoutedMLP, directions: Float[Tensor, "d_model r"]) -> Correction:
+    """The MLP output difference projected on orthonormal ``directions``."""
+    return lambda x: (mlp_difference(mlp, x) @ directions) @ directions.T
+
+
+@torch.no_grad()
+def difference_directions(
+    pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048
+) -> list[Float[Tensor, "d_model d_model"]]:
+    """Orthonormal directions of the MLP output difference per layer, strongest first (columns)."""
+    d_model, device = pair.model.cfg.d_model, pair.model.W_E.device
+    second_moment = [wide(torch.zeros(d_model, d_model, device=device)) for _ in pair.mlps]
+    for _, batch in batches_by_length(traces, tokens_per_batch):
+        batch = batch.to(pair.model.W_E.device)
+        with pair.routed("target"), pair.recorded("mlp.hook_in") as read:
+            pair.residual_streams(batch.tokens)
+        places = batch.real.nonzero(as_tuple=True)
+        for layer, mlp in enumerate(pair.mlps):
+            difference = wide(mlp_difference(mlp, read[layer][places]))
+            second_moment[layer] += difference.T @ difference
+    dtype = pair.model.cfg.dtype
+    return [torch.linalg.eigh(host_float64(m)).eigenvectors.flip(-1).to(device, dtype) for m in second_moment]
+
+
+@contextmanager
+def corrected(pair: PairedModel, corrections: Sequence[Correction]) -> Iterator[None]:
+    """The hybrid with ``corrections[layer]`` added to every base MLP, where an adapter would add its output."""
+
+    def add(zeros: Tensor, hook: HookPoint, layer: int) -> Tensor:
+        return zeros + corrections[layer](read[layer])
+
+    hooks = [(f"blocks.{layer}.mlp.hook_adapter_out", partial(add, layer=layer)) for layer in range(pair.n_layers)]
+    with pair.routed("hybrid"), pair.recorded("mlp.hook_in") as read, pair.model.hooks(fwd_hooks=hooks):
+        yield
+
+
+@torch.no_grad()
+def baseline_kl(
+    pair: PairedModel, corrections: Sequence[Correction], traces: Sequence[Trace], tokens_per_batch: int = 2048
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """KL(target || corrected hybrid) summed per document over response-predicting positions, and their number."""
+    sums, positions = torch.zeros(2, len(traces), dtype=torch.float64)
+    for rows, batch in batches_by_length(traces, tokens_per_batch):
+        batch = batch.to(pair.model.W_E.device)
+        places = batch.predicting_response.nonzero(as_tuple=True)
+        finals = []
+        for context in (pair.routed("target"), corrected(pair, corrections)):
+            with context:
+                finals.append(pair.residual_streams(batch.tokens)[-1][places])
+        tokens = wide(torch.zeros(batch.tokens.shape, device=batch.tokens.device))
+        kl = token_kl_from_residual(finals[0], finals[1], pair.unembed, pair.rows_at_once)
+        tokens[places] = kl.to(tokens)
+        sums[rows] = host_float64(tokens.sum(1))
+        positions[rows] = host_float64(batch.predicting_response.sum(1))
+    return sums, positions

@@ -1,0 +1,213 @@
+"""How faithfully adapters stand in for what training changed (arXiv 2602.20904, section 4.1).
+
+1. KL(target || x) for the hybrid, the replacement, and partial replacement: layers 0..i, layers i..L-1, layer i alone;
+2. NMSE of the replacement's residual stream, at the embedding and after every layer;
+3. L0 per token and layer, and how many features are alive.
+
+The headline counts response tokens only (for a KL: positions whose next token belongs to the response), beside it
+stand the same figures over all tokens. Everything is summed per document first, so intervals are over documents and
+partial and full KL are paired. Prefixes are shared: the L only-one-layer models start from the target's own streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces
+from tl_adapters.features.feature import ALIVE_FIRINGS
+from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.training.loss_terms import token_kl_from_residual
+from tl_adapters.utils.confidence_intervals import (
+    Figure,
+    bootstrap_ratio,
+    bootstrap_ratio_of_ratios,
+    clustered_share,
+    event_rate,
+)
+from tl_adapters.utils.finite import by_place, require_finite_activations
+from tl_adapters.utils.precision import host_float64, wide
+
+
+@dataclass(frozen=True)
+class DocumentSums:
+    """Sums per document of everything the figures are ratios of; the first axis is always the document."""
+
+    kl: dict[str, Float[Tensor, "n"]]
+    """Nats over response-predicting positions, by model: hybrid, replacement, first[i], last[i], only[i]."""
+    kl_all: dict[str, Float[Tensor, "n"]]
+    """The same over all positions that predict something."""
+    positions: Float[Tensor, "n"]
+    """Response-predicting positions."""
+    positions_all: Float[Tensor, "n"]
+    """All predicting positions."""
+    same_top1: Float[Tensor, "n"]
+    """Response-predicting positions where target and replacement agree on the likeliest token."""
+    error: Float[Tensor, "n places"]
+    """Squared error of the residual stream over response tokens, at the embedding and after each layer."""
+    energy: Float[Tensor, "n places"]
+    """Squares of the target's residual stream over the same tokens."""
+    error_all: Float[Tensor, "n places 2"]
+    """Squared error over all tokens: [..., 0] with position 0, [..., 1] without."""
+    energy_all: Float[Tensor, "n places 2"]
+    """Squares of the target's residual stream over the same tokens."""
+    active: Float[Tensor, "n n_layers"]
+    """Active features summed over response tokens."""
+    active_all: Float[Tensor, "n n_layers"]
+    """Active features summed over all tokens."""
+    tokens: Float[Tensor, "n"]
+    """Response tokens."""
+    tokens_all: Float[Tensor, "n"]
+    """All tokens."""
+    firings: Float[Tensor, "n_layers n_features"]
+    """How often each feature fired over all tokens (no document axis)."""
+
+
+def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048) -> DocumentSums:
+    """One pass over ``traces`` (the target's own greedy text on held-out problems). Raises NotFiniteError."""
+    traces = readable_traces(traces, pair.model.cfg)
+    parts, order = [], []
+    for rows, batch in batches_by_length(traces, tokens_per_batch):
+        order += rows
+        parts.append(_measure_batch(pair, batch.to(pair.model.W_E.device), rows))
+    back = torch.tensor(order).argsort()
+    cat = lambda tensors: torch.cat([host_float64(t) for t in tensors])[back]  # noqa: E731
+    joined: dict[str, Any] = {}
+    for name in DocumentSums.__dataclass_fields__:
+        values = [getattr(part, name) for part in parts]
+        if name == "firings":
+            joined[name] = torch.stack([host_float64(value) for value in values]).sum(0)
+        elif isinstance(values[0], dict):
+            joined[name] = {key: cat([v[key] for v in values]) for key in values[0]}
+        else:
+            joined[name] = cat(values)
+    return DocumentSums(**joined)
+
+
+@torch.no_grad()
+def _measure_batch(pair: PairedModel, batch: Batch, documents: Sequence[int]) -> DocumentSums:
+    with pair.routed("target"):
+        target = pair.residual_streams(batch.tokens)
+    with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        replacement = pair.residual_streams(batch.tokens)
+    for name, streams in (("target", target), ("replacement", replacement)):
+        require_finite_activations(by_place(streams), batch.real, documents, f"The {name}")
+    response, everything = batch.predicting_response, batch.predicting
+
+    kl: dict[str, Tensor] = {}
+    places = everything.nonzero(as_tuple=True)  # once: indexing with a mask asks the device how many there are
+    for names, final in _variants(pair, target, replacement):
+        tokens = wide(torch.zeros(batch.tokens.shape, device=final.device))
+        tokens[places] = token_kl_from_residual(target[-1][places], final[places], pair.unembed, pair.rows_at_once).to(
+            tokens
+        )
+        kl |= dict.fromkeys(names, torch.stack([(tokens * response).sum(1), tokens.sum(1)]))
+    of_response, of_all = host_float64(torch.stack(list(kl.values()), 1))
+
+    same = torch.zeros_like(response)
+    same[places] = _top1(pair, target[-1][places]) == _top1(pair, replacement[-1][places])
+    errors = torch.stack([(wide(r) - wide(t)).square().sum(-1) for t, r in zip(target, replacement, strict=True)], -1)
+    energies = torch.stack([wide(t).square().sum(-1) for t in target], -1)
+    active = torch.stack([(acts[layer] > 0).sum(-1) for layer in range(pair.n_layers)], -1)
+    real, answer = batch.real[..., None], batch.response[..., None]
+    count = lambda x, *dims: x.sum(dims).to(errors)  # noqa: E731
+    both = lambda x: torch.stack([(x * real).sum(1), (x * real)[:, 1:].sum(1)], -1)  # noqa: E731
+    return DocumentSums(
+        kl=dict(zip(kl, of_response, strict=True)),
+        kl_all=dict(zip(kl, of_all, strict=True)),
+        positions=count(response, 1),
+        positions_all=count(everything, 1),
+        same_top1=count(same & response, 1),
+        error=(errors * answer).sum(1),
+        energy=(energies * answer).sum(1),
+        error_all=both(errors),
+        energy_all=both(energies),
+        active=count(active * answer, 1),
+        active_all=count(active * real, 1),
+        tokens=count(batch.response, 1),
+        tokens_all=count(batch.real, 1),
+        firings=torch.stack([count((acts[layer] > 0) & real, 0, 1) for layer in range(pair.n_layers)]),
+    )
+
+
+def _variants(
+    pair: PairedModel, target: list[Tensor], replacement: list[Tensor]
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Final residual streams of the hybrid, the replacement and every partial replacement."""
+    n = pair.n_layers
+
+    def run(route: str, resid: Tensor, start: int, stop: int = n) -> Tensor:
+        with pair.routed(route):
+            return pair.run_blocks(resid, start, stop)
+
+    yield ("hybrid",), run("hybrid", target[0], 0)
+    yield ("replacement", f"first[{n - 1}]", "last[0]", *(["only[0]"] if n == 1 else [])), replacement[-1]
+    for i in range(n - 1):
+        # Layer 0 alone is the first layer, and the last layer alone is the last: one pass, two names.
+        yield (f"first[{i}]", *(["only[0]"] if i == 0 else [])), run("target", replacement[i + 1], i + 1)
+    for i in range(1, n):
+        yield (f"last[{i}]", *([f"only[{i}]"] if i == n - 1 else [])), run("replacement", target[i], i)
+    for i in range(1, n - 1):
+        yield (f"only[{i}]",), run("target", run("replacement", target[i], i, i + 1), i + 1)
+
+
+def _top1(pair: PairedModel, resid: Tensor) -> Tensor:
+    return torch.cat([pair.unembed(part).argmax(-1) for part in resid.split(pair.rows_at_once)])
+
+
+def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = (0,)) -> dict[str, object]:
+    """The block "faithfulness" of results.json, with an interval on every figure."""
+    n, n_layers = len(sums.tokens), sums.active.shape[1]
+
+    def figure(top: Tensor, bottom: Tensor, unit: str) -> Figure:
+        return bootstrap_ratio(top, bottom).figure(n, unit, split, seeds)
+
+    def l0(active: Tensor, tokens: Tensor, unit: str) -> Figure:
+        return event_rate(active, tokens).figure(n, unit, split, seeds)
+
+    def kl(name: str, unit: str = "nats per response token") -> Figure:
+        return figure(sums.kl[name], sums.positions, unit)
+
+    def against_full(name: str) -> Figure:
+        full = (sums.kl["replacement"], sums.positions)
+        ratio = bootstrap_ratio_of_ratios((sums.kl[name], sums.positions), full)
+        return ratio.figure(n, "KL over the KL of full replacement", split, seeds)
+
+    layers = range(n_layers)
+    share = bootstrap_ratio_of_ratios((sums.kl["replacement"], sums.positions), (sums.kl["hybrid"], sums.positions))
+    ratio = "squared error over squares"
+    alive = (sums.firings >= ALIVE_FIRINGS).sum(1)
+    return {
+        "kl": {name: kl(name) for name in ("hybrid", "replacement")},
+        "kl_of_hybrid": share.figure(n, "KL of the replacement over KL of the hybrid", split, seeds),
+        "kl_all_tokens": {
+            name: figure(sums.kl_all[name], sums.positions_all, "nats per token") for name in ("hybrid", "replacement")
+        },
+        **{f"kl_{kind}": [kl(f"{kind}[{i}]") for i in layers] for kind in ("first", "last", "only")},
+        "partial_of_full": {kind: [against_full(f"{kind}[{i}]") for i in layers] for kind in ("first", "last", "only")},
+        "nmse": [figure(sums.error[:, i], sums.energy[:, i], ratio) for i in range(n_layers + 1)],
+        "nmse_all_tokens": [
+            figure(sums.error_all[:, i, 0], sums.energy_all[:, i, 0], ratio) for i in range(n_layers + 1)
+        ],
+        "nmse_without_position_0": [
+            figure(sums.error_all[:, i, 1], sums.energy_all[:, i, 1], ratio) for i in range(n_layers + 1)
+        ],
+        "l0": [l0(sums.active[:, i], sums.tokens, "active features per response token") for i in layers],
+        "l0_all_tokens": [l0(sums.active_all[:, i], sums.tokens_all, "active features per token") for i in layers],
+        "dead": (sums.firings.shape[1] - alive).tolist(),
+        "top1_agreement": clustered_share(sums.same_top1, sums.positions).figure(
+            n, "share of response tokens", split, seeds
+        ),
+        "tokens": {"response": int(sums.tokens.sum()), "all": int(sums.tokens_all.sum())},
+    }
+
+
+def features_block(sums: DocumentSums) -> dict[str, int]:
+    """The block "features" of results.json: how many there are and how many are alive."""
+    alive = int((sums.firings >= ALIVE_FIRINGS).sum())
+    return {"total": sums.firings.numel(), "alive": alive, "tokens": int(sums.tokens_all.sum())}

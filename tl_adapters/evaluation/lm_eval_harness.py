@@ -1,0 +1,259 @@
+"""Our routes as a model of EleutherAI's lm-evaluation-harness (the extra ``lm-eval``), so that its tasks run on them.
+
+    from lm_eval import simple_evaluate
+    from tl_adapters.evaluation.lm_eval_harness import HarnessModel
+
+    with pair.routed("replacement") as model:
+        print(simple_evaluate(model=HarnessModel(model), tasks=["arc_easy"])["results"])
+
+The model is asked as it is, with whatever route and hooks it has when a task asks: interventions are entered around
+the evaluation. `likelihoods` and `completions` do the work; this only translates.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.errors import UserError
+from tl_adapters.generation.completions import complete
+from tl_adapters.generation.decoding import Completion, Decoding
+from tl_adapters.generation.generation_config import end_tokens
+from tl_adapters.generation.likelihoods import log_likelihoods
+
+log = logging.getLogger(__name__)
+
+
+class HarnessMissingError(UserError, ImportError):
+    """The harness is not installed."""
+
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise HarnessMissingError(
+        f'lm-evaluation-harness cannot be loaded ({error}). Run: pip install "tl-adapters[lm-eval]"'
+    ) from error
+
+MAX_GEN_TOKS = 256
+"""Longest answer where a task names no limit, as in the harness's own models."""
+
+
+class HarnessError(UserError, ValueError):
+    """A request that cannot be answered as it was asked."""
+
+
+class HarnessModel(TemplateLM):
+    """A model with a route and hooks, as the harness asks models."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        tokens_per_batch: int = 2048,
+        batch_size: int = 16,
+        seed: int = 0,
+        think_end: str | None = None,
+        think_start: str = ChatFormat.think_start,
+    ) -> None:
+        """Wrap a model; nothing of it is changed.
+
+        Args:
+            model: a HookedTransformer or TransformerBridge with its tokenizer; a pair's ``model`` on any route.
+            tokens_per_batch: scored in a forward pass, padding included.
+            batch_size: answers generated at a time.
+            seed: of what is drawn, where a task draws.
+            think_end: what ends the thinking; an answer is then what follows it, and nothing where the thinking was
+                opened and never ended. None keeps all.
+            think_start: what opens the thinking.
+        """
+        super().__init__()
+        self.model, self.tokenizer = model, model.tokenizer
+        self.tokens_per_batch, self.batch_size = tokens_per_batch, batch_size
+        self.seed, self.think_end, self.think_start = seed, think_end, think_start
+
+    # -- tokens ---------------------------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's end token."""
+        return self._tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context follows: the tokenizer's first token, or where it has none its end token."""
+        first = self._tokenizer.bos_token_id
+        return self.eot_token_id if first is None else first
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the model's context."""
+        return self.model.cfg.n_ctx
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Longest answer where a task names no limit."""
+        return MAX_GEN_TOKS
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests."""
+        return str(self._tokenizer.name_or_path).replace("/", "__")
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise HarnessError("The model has no tokenizer to read a task with; give the target's tokenizer.")
+        return self.tokenizer
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; a text that begins with the first token itself, as rendered chats do, gets no second one."""
+        if add_special_tokens is None:
+            first = self._tokenizer.bos_token
+            add_special_tokens = not (first and string.startswith(first))
+        return self._tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Turns in the target's chat format."""
+        return self._tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        texts = []
+        for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise HarnessError(
+                    f"A continuation has {len(continuation)} tokens, and the model's context {self.max_length}."
+                )
+            texts.append((context[-(self.max_length + 1 - len(continuation)) :], continuation))
+        found: dict[int, tuple[float, bool]] = {}
+        scored = log_likelihoods(self.model, texts, self.tokens_per_batch)
+        for number, one in tqdm(scored, total=len(texts), disable=disable_tqdm, desc="scoring"):
+            found[number] = (one.log_probability, one.greedy)
+            asked = requests[number][0]
+            if asked is not None:
+                self.cache_hook.add_partial("loglikelihood", asked, found[number])
+        return [found[number] for number in range(len(texts))]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, each token predicted once, with as much context as fits."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for number, (text,) in enumerate(request.args for request in requests):
+            tokens = self.tok_encode(text, add_special_tokens=False)
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for owner, (value, _) in zip(owners, scores, strict=True):
+            sums[owner] += value
+        for request, value in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers up to a stop string, an end token or a limit.
+
+        Raises HarnessError for options that would be left out.
+        """
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        answers: dict[int, str] = {}
+        keys = self._keys(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generating") as bar:
+            for numbers in groups.values():
+                options = _options(requests[numbers[0]].args[1])
+                prompts = {number: self._prompt(requests[number].args[0], options) for number in numbers}
+                numbers.sort(key=lambda number: len(prompts[number]))
+                for start in range(0, len(numbers), self.batch_size):
+                    batch = numbers[start : start + self.batch_size]
+                    said = self._said([prompts[n] for n in batch], options, [keys[n] for n in batch])
+                    for number, text in zip(batch, said, strict=True):
+                        answers[number] = text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                    bar.update(len(batch))
+        return [answers[number] for number in range(len(requests))]
+
+    def _prompt(self, text: str, options: Mapping[str, Any]) -> list[int]:
+        """Its last tokens, where it is too long for an answer to fit behind it."""
+        room = self.max_length - options["max_gen_toks"]
+        if room < 1:
+            raise HarnessError(
+                f"Answers of {options['max_gen_toks']} tokens leave no room in a context of {self.max_length}; set "
+                "max_gen_toks lower."
+            )
+        return (self.tok_encode(text) or [self.prefix_token_id])[-room:]
+
+    def _keys(self, requests: Sequence[Any]) -> list[object]:
+        """What the draws of each follow from: its text, and how many before it ask the same."""
+        seen: Counter[str] = Counter()
+        keys: list[object] = []
+        for request in requests:
+            text = request.args[0]
+            keys.append((self.seed, text, seen[text]))
+            seen[text] += 1
+        return keys
+
+    def _said(self, prompts: Sequence[list[int]], options: Mapping[str, Any], keys: Sequence[object]) -> list[str]:
+        found = complete(
+            self.model,
+            prompts,
+            end_tokens(self.model),
+            max_new_tokens=options["max_gen_toks"],
+            batch_size=self.batch_size,
+            decoding=Decoding(options["temperature"], options.get("top_p", 1.0)),
+            keys=keys,
+        )
+        return [self._answer(prompt, one, options["until"]) for prompt, one in zip(prompts, found, strict=True)]
+
+    def _answer(self, prompt: Sequence[int], said: Completion, until: Sequence[str]) -> str:
+        text = self._tokenizer.decode(said.tokens)
+        if self.think_end and self._tokenizer.decode(prompt).rstrip().endswith(self.think_start):
+            text = self.think_start + text  # the prompt has opened the thinking
+        return self._cut(text, until)
+
+    def _cut(self, text: str, until: Sequence[str]) -> str:
+        """What of a text is the answer: where thinking is opened and not ended, nothing is."""
+        if self.think_end:
+            after = text.rpartition(self.think_end)[2]
+            if self.think_start in after:
+                log.warning("An answer's thinking never ends (it was cut at the limit, say); its answer is empty.")
+                return ""
+            text = after.lstrip()
+        for stop in filter(None, until):
+            text = text.partition(stop)[0]
+        return text
+
+
+_KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's options, with the harness's defaults. Raises HarnessError for one that would be left out."""
+    options = dict(normalize_gen_kwargs(dict(given), MAX_GEN_TOKS))
+    options.setdefault("temperature", 1.0 if options.get("do_sample") else 0.0)
+    if other := sorted(set(options) - set(_KNOWN)):
+        raise HarnessError(f"The generation option {other[0]} is not supported; known are {', '.join(_KNOWN)}.")
+    return options

@@ -1,0 +1,68 @@
+"""Where features fire in a text of one's own, in a notebook; what one of them is it shows itself (`features`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.data.hesitation_words import CONTINUATION, span_texts, token_text
+from tl_adapters.errors import UserError
+from tl_adapters.features.feature import Stream
+from tl_adapters.features.stream_agreement import reading
+from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.utils.arguments import choice, feature_pairs, token_ids
+from tl_adapters.utils.html import View, circuitsvis_tokens, circuitsvis_view
+
+
+def show_features(
+    pair: PairedModel,
+    text: str | Sequence[int],
+    ids: Sequence[FeatureId | tuple[int, int]],
+    *,
+    stream: Stream = "replacement",
+) -> View:
+    """A text coloured by the activations of features, one at a time; hover shows all of them at a token.
+
+    Args:
+        pair: with adapters.
+        text: as it stands, special tokens included, or token ids.
+        ids: the features, in the order in which they can be chosen.
+        stream: whose residual stream they read.
+
+    Raises:
+        UserError: an empty text, one without a tokenizer, no features, or some that the adapters do not have.
+    """
+    choice(stream, get_args(Stream), "stream")
+    adapters = pair.installed_adapters()
+    features = [FeatureId(*feature) for feature in feature_pairs(ids, "ids")]
+    bad = [f for f in features if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]
+    if bad or not features:
+        raise UserError(
+            f"Got the features {bad or 'none'}; the adapters have {adapters.n_features}, from 0, in each of the layers "
+            f"{adapters.layer_indices}."
+        )
+    tokenizer = pair.model.tokenizer
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise UserError("There is no tokenizer to read the text with; give token ids.")
+        tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        tokens = token_ids(text, pair.model.cfg.d_vocab, "text")
+    if not tokens:
+        raise UserError("The text is empty; give at least one token.")
+    strings = span_texts([token_text(tokenizer, token) for token in tokens], CONTINUATION)
+    with torch.no_grad(), reading(pair, stream), pair.recorded(ACTIVATIONS) as recorded:
+        pair.run_blocks(pair.embed(torch.tensor([tokens], device=pair.model.W_E.device)), 0, pair.n_layers)
+    columns = [
+        recorded[f.layer][0, :, f.index].float() * adapters[f.layer].W_dec[f.index].detach().float().norm()
+        for f in features
+    ]
+    properties: dict[str, object] = {
+        "tokens": circuitsvis_tokens(strings),
+        "values": torch.stack(columns, dim=-1).tolist(),
+        "labels": [f"{f.layer}.{f.index}" for f in features],
+    }
+    return circuitsvis_view([("ColoredTokensMulti", properties)])

@@ -1,0 +1,208 @@
+"""The checkpoints of the paper's authors: a whole replacement model as one Hugging Face checkpoint.
+
+The target's attention, embeddings and norms, the base's MLPs, and per layer, inside the MLP, the adapter:
+
+    model.layers.N.mlp.transcoder_enc.weight [n_features, d_model]     .bias [n_features]
+    model.layers.N.mlp.transcoder_dec.weight [d_model, n_features]     .bias [d_model], where transcoder_dec_bias
+
+config.json holds transcoder_n_features, transcoder_dec_bias and an architecture that ends in WithTranscoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet
+from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.adapters.transcoder import adapter_of
+from tl_adapters.checkpoints.architectures import AUTHORS_SUFFIX, load_hf_model
+from tl_adapters.checkpoints.base_mlps import read_base_mlps
+from tl_adapters.checkpoints.compatibility import compare_configs, require_fit
+from tl_adapters.checkpoints.fingerprints import attention_out_name, second_norm_name, stored_marks
+from tl_adapters.checkpoints.model_files import (
+    DESCRIPTION_FILES,
+    INDEX_FILE,
+    PROJECTIONS,
+    fetch,
+    locate,
+    read_config,
+    read_tensors,
+    shard_files,
+)
+from tl_adapters.interop.hybrid_checkpoint import write_hybrid
+from tl_adapters.models.backend import build_model
+from tl_adapters.models.output_agreement import require_hybrid
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.models.recorded_outputs import record
+from tl_adapters.utils.devices import resolve_device
+
+ENCODER, DECODER = "model.layers.{}.mlp.transcoder_enc.{}", "model.layers.{}.mlp.transcoder_dec.{}"
+_PUBLISHED = "transcoder-adapters-R1-Distill-Qwen-7B"
+_PUBLISHED_PAIR = ("Qwen/Qwen2.5-Math-7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
+
+
+def from_authors(
+    name: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    device: torch.device | str = "cpu",
+) -> AdapterSet:
+    """The adapters of a checkpoint of the paper's authors: a whole replacement model with the adapters inside.
+
+    Of its shards only the adapters' tensors, the second norms and single values of the attention's output are read, so
+    a 7B model is never in memory. Of a repository the shards that hold those are downloaded, which is all of them.
+
+    Args:
+        name: folder or hub name, such as "nathu0/transcoder-adapters-R1-Distill-Qwen-7B-l1w0.001-l0-1.4".
+        layers: only these; None reads all.
+        revision, token, device: as `AdapterSet.from_pretrained`.
+
+    Raises:
+        AdapterFormatError: no checkpoint of this kind.
+        CheckpointError: missing or damaged files, or a name that the hub does not know.
+    """
+    folder = fetch(name, DESCRIPTION_FILES, revision=revision, token=token)
+    config = read_config(folder)
+    architecture, n_features = _authors_architecture(name, config)
+    n_layers = int(config["num_hidden_layers"])
+    chosen = list(range(n_layers)) if layers is None else list(layers)
+    if absent := [layer for layer in chosen if not 0 <= layer < n_layers]:
+        raise AdapterFormatError(f"{name} has {n_layers} layers; there are no layers {absent}.")
+    parts = [ENCODER.format("{0}", "weight"), ENCODER.format("{0}", "bias"), DECODER.format("{0}", "weight")]
+    if config.get("transcoder_dec_bias", True):
+        parts.append(DECODER.format("{0}", "bias"))
+    names = [part.format(layer) for layer in chosen for part in parts]
+    names += [
+        tensor for layer in chosen for tensor in (second_norm_name(architecture, layer), attention_out_name(layer))
+    ]
+    if not Path(name).is_dir():
+        shards = shard_files(folder, names) if (folder / INDEX_FILE).is_file() else ["*.safetensors"]
+        folder = fetch(name, [*DESCRIPTION_FILES, *shards], revision=revision, token=token)
+    adapters, known = {}, {}
+    for layer in chosen:
+        tensors = read_tensors(folder, [part.format(layer) for part in parts], device)
+        encoder, bias, decoder, *decoder_bias = (tensors[part.format(layer)] for part in parts)
+        if encoder.shape[0] != n_features:
+            raise AdapterFormatError(
+                f"{name} says transcoder_n_features {n_features}; layer {layer} has {encoder.shape[0]}."
+            )
+        b_dec = decoder_bias[0] if decoder_bias else torch.zeros(encoder.shape[1], dtype=encoder.dtype, device=device)
+        # Copies all of them: a tensor that was read may be a view of its whole shard.
+        weights = {"W_enc": encoder.T.clone(memory_format=torch.contiguous_format), "b_enc": bias.clone()}
+        weights |= {"W_dec": decoder.T.clone(memory_format=torch.contiguous_format), "b_dec": b_dec.clone()}
+        adapters[layer] = adapter_of(weights)
+        known[layer] = stored_marks(folder, folder, architecture, layer)
+    base, target = _PUBLISHED_PAIR if _PUBLISHED in str(name) else ("", "")
+    metadata = AdapterMetadata(base=base, target=target)
+    result = AdapterSet(adapters, known, metadata, n_layers)
+    result.require_finite(str(name))
+    return result
+
+
+def _authors_architecture(name: str | Path, config: dict[str, Any]) -> tuple[str, int]:
+    architecture = str((config.get("architectures") or ["none"])[0])
+    if not architecture.endswith(AUTHORS_SUFFIX) or "transcoder_n_features" not in config:
+        raise AdapterFormatError(
+            f"{name} is of architecture {architecture}, or lacks transcoder_n_features: no checkpoint of the paper's "
+            f"authors, whose architecture ends in {AUTHORS_SUFFIX}. Our own sets are read by "
+            "AdapterSet.from_pretrained."
+        )
+    return architecture.removesuffix(AUTHORS_SUFFIX), int(config["transcoder_n_features"])
+
+
+def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, target: str | Path) -> None:
+    """Write the replacement model as a checkpoint of the authors' kind, which their vLLM class serves.
+
+    Args:
+        adapters: of all layers, reading the MLP's input, with the activation relu.
+        folder: must not exist.
+        base, target: folders or hub names; their shards are copied one at a time.
+
+    Raises:
+        AdapterFormatError: adapters of some layers only, in another form, or with another activation.
+        CheckpointError, PairMismatchError, FolderExistsError, DiskFullError.
+    """
+    if adapters.metadata.activation != "relu":
+        raise AdapterFormatError(
+            f"The authors' model class computes relu, and these adapters are {adapters.metadata.activation}: they "
+            "would be other features there. SAELens folders and our own hold them (--to saelens)."
+        )
+    if adapters.metadata.reads != "mlp_input" or adapters.layer_indices != list(range(adapters.n_layers)):
+        raise AdapterFormatError(
+            f"The authors' checkpoints hold adapters of every layer that read mlp_input; these read "
+            f"{adapters.metadata.reads} and are of {len(adapters)} of {adapters.n_layers} layers. Give the set as it "
+            "was trained."
+        )
+    config = read_config(locate(target, weights=False))
+    with_bias = any(bool(adapter.b_dec.any()) for adapter in adapters)
+    tensors: dict[str, Tensor] = {}
+    for layer in adapters.layer_indices:
+        ours = adapters[layer]
+        tensors[ENCODER.format(layer, "weight")] = ours.W_enc.detach().T
+        tensors[ENCODER.format(layer, "bias")] = ours.b_enc.detach()
+        tensors[DECODER.format(layer, "weight")] = ours.W_dec.detach().T
+        if with_bias:
+            tensors[DECODER.format(layer, "bias")] = ours.b_dec.detach()
+    write_hybrid(
+        folder,
+        target,
+        base,
+        beside_mlps=tensors,
+        config={
+            "architectures": [f"{(config.get('architectures') or ['none'])[0]}{AUTHORS_SUFFIX}"],
+            "transcoder_n_features": adapters.n_features,
+            "transcoder_dec_bias": with_bias,
+        },
+    )
+
+
+def authors_pair(
+    name: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    backend: str | None = None,
+) -> PairedModel:
+    """The pair of one of the authors' checkpoints, with its adapters in place.
+
+    Attention, embeddings, norms and the base's MLPs come from the checkpoint; of ``target`` only the MLPs are read.
+
+    Args:
+        name: the checkpoint, a folder or hub name.
+        target: folder or hub name of the target.
+        dtype, device, tokenizer, backend: as `PairedModel.from_pretrained`.
+
+    Raises:
+        AdapterFormatError, CheckpointError, PairMismatchError, UnsupportedModelError.
+    """
+    adapters = from_authors(name)
+    require_fit(compare_configs(read_config(locate(name, weights=False)), read_config(locate(target, weights=False))))
+    hf_model, tokenizer = load_hf_model(name, dtype, resolve_device(device), tokenizer, without_adapters=True)
+    base_mlps = []
+    for layer, mlps in zip(hf_model.model.layers, read_base_mlps(target, adapters.n_layers), strict=True):
+        base_mlps.append({projection: getattr(layer.mlp, projection).weight.detach() for projection in PROJECTIONS})
+        for projection, weight in mlps.items():
+            linear = getattr(layer.mlp, projection)
+            linear.weight = torch.nn.Parameter(
+                weight.to(linear.weight.device, linear.weight.dtype), requires_grad=False
+            )
+    recording = record(hf_model, tokenizer, base_mlps=base_mlps)
+    pair = PairedModel(
+        build_model(hf_model, tokenizer, backend, recording),
+        base_mlps,
+        base=adapters.metadata.base or str(name),
+        target=str(target),
+    )
+    require_hybrid(pair.mlps, recording)
+    pair.load_adapters(adapters)
+    return pair

@@ -1,0 +1,382 @@
+"""A HookedTransformer made of a Hugging Face model's own weights, and its MLPs as routed ones.
+
+1. The configuration is read from the model's, not looked up by name: TransformerLens 3.9 knows a list of names,
+   and reasoning models are rarely on it.
+2. Parameters are views of the model's weights, in nn.Linear's layout. Nothing is held twice, and the copies that
+   stock components make of transposed weights at every call become free.
+3. Attention is fused while nobody looks at scores or patterns; a hook there brings the stock code back.
+
+TransformerLens 4 has no HookedTransformer; there `bridged` stands in.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.components import RMSNorm
+from transformer_lens.components.mlps.gated_mlp import GatedMLP
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
+from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
+from transformer_lens.pretrained.weight_conversions.qwen2 import convert_qwen2_weights
+from transformer_lens.pretrained.weight_conversions.qwen3 import convert_qwen3_weights
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tl_adapters.checkpoints.architectures import (
+    UnsupportedModelError,
+    mlp_activation,
+    require_representable,
+    rope_parameters,
+)
+from tl_adapters.checkpoints.model_files import PROJECTIONS
+from tl_adapters.checkpoints.tokenizers import give_tokenizer
+from tl_adapters.models.attention_masks import reads_whole
+from tl_adapters.models.fused_attention import FusedAttention
+from tl_adapters.models.routed_mlp import Backend, MLPWeights, RoutedMLP, WeightsProcessedError
+from tl_adapters.utils.precision import float32_logits, linear_in_float32
+
+CONVERTERS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
+    "Qwen2ForCausalLM": convert_qwen2_weights,
+    "Qwen3ForCausalLM": convert_qwen3_weights,
+    "LlamaForCausalLM": convert_llama_weights,
+    "Gemma2ForCausalLM": convert_gemma_weights,
+}
+"""TransformerLens's converter of each architecture's weights."""
+
+
+def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> HookedTransformerConfig:
+    """The TransformerLens configuration of a Hugging Face one. Raises UnsupportedModelError."""
+    architecture = require_representable(config)
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = rope_parameters(config)
+    options: dict[str, Any] = dict(
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        n_ctx=config.max_position_embeddings,
+        d_head=d_head,
+        n_heads=config.num_attention_heads,
+        # Also where every head has its own keys: grouped attention in groups of one is the same computation.
+        n_key_value_heads=config.num_key_value_heads,
+        d_mlp=config.intermediate_size,
+        d_vocab=config.vocab_size,
+        act_fn=mlp_activation(config),
+        eps=config.rms_norm_eps,
+        normalization_type="RMS",
+        final_rms=True,
+        gated_mlp=True,
+        positional_embedding_type="rotary",
+        rotary_base=rope.get("rope_theta", 10000.0),
+        rotary_dim=d_head,
+        rotary_adjacent_pairs=False,
+        use_qk_norm=architecture == "Qwen3ForCausalLM",
+        original_architecture=architecture,
+        model_name=config.name_or_path or architecture,
+        init_weights=False,
+        default_prepend_bos=False,  # chat templates write their own beginning of sequence
+        dtype=dtype,
+        device=str(device),
+    )
+    if rope.get("rope_type") == "llama3":
+        options |= dict(
+            use_NTK_by_parts_rope=True,
+            NTK_original_ctx_len=rope["original_max_position_embeddings"],
+            NTK_by_parts_low_freq_factor=rope["low_freq_factor"],
+            NTK_by_parts_high_freq_factor=rope["high_freq_factor"],
+            NTK_by_parts_factor=rope["factor"],
+        )
+    if architecture == "Gemma2ForCausalLM":
+        options |= dict(
+            attn_scale=float(config.query_pre_attn_scalar) ** 0.5,
+            window_size=config.sliding_window,
+            use_local_attn=True,
+            attn_types=["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
+            attn_scores_soft_cap=float(config.attn_logit_softcapping or -1),
+            output_logits_soft_cap=float(config.final_logit_softcapping or -1),
+            use_normalization_before_and_after=True,
+        )
+    return HookedTransformerConfig(**options)
+
+
+@torch.no_grad()
+def build_hooked_transformer(
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> HookedTransformer:
+    """A HookedTransformer whose parameters are views of ``hf_model``'s, with fused attention; all weights frozen.
+
+    No processing (no folding, no centring): hook values are the model's own. Raises UnsupportedModelError.
+    """
+    weight = next(hf_model.parameters())
+    cfg = tl_config(hf_model.config, weight.dtype, weight.device)
+    convert = CONVERTERS[str(cfg.original_architecture)]
+    with warnings.catch_warnings():
+        # TransformerLens announces that 4.0 drops this class; pyproject.toml's range is where we answer that.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r".*")
+        model = HookedTransformer(cfg, None, move_to_device=False)
+    offset = cfg.original_architecture == "Gemma2ForCausalLM"
+    state = {
+        name: tensor.detach().to(
+            cfg.device, _dtype_of_norms(cfg.dtype) if offset and name.endswith(".w") else cfg.dtype
+        )
+        for name, tensor in convert(hf_model, cfg).items()
+    }
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    parameters = dict(model.named_parameters())
+    if unexpected or any(name in parameters for name in missing):
+        raise UnsupportedModelError(
+            f"TransformerLens's converter left weights of {cfg.original_architecture} unset: {missing}, {unexpected}."
+        )
+    if tokenizer is not None:
+        give_tokenizer(model, tokenizer)
+    for block in model.blocks:
+        block.attn.__class__ = FusedAttention
+    model.generation_config = hf_model.generation_config  # its end tokens and sampling: see generation.py
+    for module in model.modules():
+        if offset and type(module) is RMSNorm:
+            module.__class__ = OffsetRMSNorm
+        # Parameters came with the weights; what the constructor made beside them (rotary tables) lies on the CPU.
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(cfg.device))
+    if weight.device.type != "meta":
+        _require_rotary(model, hf_model)
+    return model.requires_grad_(False).eval()
+
+
+class OffsetRMSNorm(RMSNorm):
+    """Gemma's norm, which multiplies by 1 + w in float32 before it casts; `w` is that factor, in float32 at least.
+
+    Stock RMSNorm multiplies after the cast, in the model's dtype: in bfloat16 that rounds 1 + w and the product.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As RMSNorm.forward."""
+        x = x.to(_dtype_of_norms(x.dtype))
+        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        return (self.hook_normalized(x / scale) * self.w).to(self.cfg.dtype)
+
+
+def _dtype_of_norms(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _require_rotary(model: HookedTransformer, hf_model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError where positions are rotated otherwise than in ``hf_model``.
+
+    The tables are compared as far as they reach here: on a few tokens one would not notice a wrong frequency.
+    """
+    attn = model.blocks[0].attn
+    positions = torch.arange(len(attn.rotary_cos), device=attn.rotary_cos.device)
+    cos, sin = hf_model.model.rotary_emb(attn.rotary_cos.float(), positions[None])
+    for ours, theirs in ((attn.rotary_cos, cos[0]), (attn.rotary_sin, sin[0])):
+        # Angles of some thousand radians are known to a few thousandths in float32.
+        off = (ours.float() - theirs.float()).abs().amax(-1) > 4e-3 + torch.finfo(ours.dtype).eps
+        if bool(off.any()):
+            at = int(off.nonzero()[0])
+            raise UnsupportedModelError(
+                f"The model's rotary embedding at position {at} is not what its configuration says (largest difference "
+                f"{float((ours[at].float() - theirs[at].float()).abs().max()):.2g}): its frequencies were changed or "
+                "rounded. Load it anew, with dtype= in from_pretrained in place of a cast."
+            )
+
+
+class RoutedGatedMLP(RoutedMLP, GatedMLP):
+    """A HookedTransformer's gated MLP with routes; `HookedBackend.install` makes one of the MLP that is there."""
+
+    hook_in: HookPoint
+    hook_adapter_out: HookPoint
+    W_gate: Tensor
+    W_in: Tensor
+    W_out: Tensor
+    act_fn: Any
+    _block: tuple[Any, ...]
+    _norm: type[nn.Module]
+
+    @property
+    def adapter_point(self) -> nn.Module:
+        """The hook point hook_adapter_out, or what another tool has put in its place."""
+        return self.hook_adapter_out
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The hook point hook_in, which a plain HookedTransformer's MLP lacks."""
+        return self.hook_in(x)
+
+    def require_unprocessed(self) -> None:
+        """Raises WeightsProcessedError where the second norm was folded after `install`."""
+        if type(self._block[0].ln2) is not self._norm:
+            raise WeightsProcessedError(
+                "The weights were processed after adapters were attached (the second norm was "
+                f"{self._norm.__name__}, now {type(self._block[0].ln2).__name__}), so base MLP and adapters no longer "
+                "fit. Process first and attach then, or load the model anew."
+            )
+
+    def weights(self) -> tuple[MLPWeights, MLPWeights]:
+        """(target's, base's)."""
+        assert isinstance(self.base, GatedMLP)
+        target = MLPWeights(self.W_gate, self.W_in, self.W_out, self.act_fn)
+        return target, MLPWeights(self.base.W_gate, self.base.W_in, self.base.W_out, self.act_fn)
+
+
+class HookedBackend(Backend):
+    """What `PairedModel` asks of a HookedTransformer, the user's own or one made here (see `routing.Backend`)."""
+
+    name = "hooked"
+
+    def __init__(self, model: HookedTransformer) -> None:
+        self.model = model
+        self._found: dict[int, dict[str, Any]] = {}  # what install took from each MLP's instance, to give back
+        if model.cfg.normalization_type not in ("RMS", "RMSPre"):
+            raise UnsupportedModelError(
+                f"The model's norms are {model.cfg.normalization_type}; adapters read RMS norms (Qwen2, Qwen3, Llama, "
+                "Gemma 2)."
+            )
+        for layer, block in enumerate(model.blocks):
+            if not isinstance(getattr(block, "mlp", None), GatedMLP):
+                raise UnsupportedModelError(
+                    f"The MLP of layer {layer} is a {type(getattr(block, 'mlp', None)).__name__}; adapters stand "
+                    "beside gated MLPs (Qwen2, Qwen3, Llama, Gemma 2)."
+                )
+            if isinstance(block.mlp, RoutedMLP):
+                raise UnsupportedModelError(
+                    "This model has adapters attached already; detach those first, or use their PairedModel."
+                )
+        self._class = type(model)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The facts that base and adapters must share, under config.json's names."""
+        cfg = self.model.cfg
+        return {
+            "architectures": [cfg.original_architecture],
+            "num_hidden_layers": cfg.n_layers,
+            "hidden_size": cfg.d_model,
+            "intermediate_size": cfg.d_mlp,
+            "hidden_act": cfg.act_fn,
+        }
+
+    @property
+    def mlps(self) -> list[RoutedMLP]:
+        """The routed MLP of every layer."""
+        return [block.mlp for block in self.model.blocks]
+
+    def second_norm(self, layer: int) -> Tensor | None:
+        """The second norm's weights, [d_model]; None where they are folded into the MLP."""
+        return self.norm(f"blocks.{layer}.ln2")
+
+    def norm(self, name: str) -> Tensor | None:
+        """Weights of the norm of that name as TransformerLens has them; None where they are folded."""
+        return getattr(self.model.get_submodule(name), "w", None)
+
+    def attention_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """b_V [n_kv_heads, d_head] and b_O [d_model]."""
+        attn = self.model.blocks[layer].attn
+        yield "b_V", attn._b_V if hasattr(attn, "_b_V") else attn.b_V
+        yield "b_O", attn.b_O
+
+    def projection_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Biases of q, k, v and o in Hugging Face's names and layout."""
+        attn = self.model.blocks[layer].attn
+        for name in "QKVO":  # where heads share keys, b_K and b_V repeat them
+            bias = getattr(attn, f"_b_{name}", None)
+            yield (
+                f"self_attn.{name.lower()}_proj.bias",
+                (getattr(attn, f"b_{name}") if bias is None else bias).flatten(),
+            )
+
+    @property
+    def embedding_scale(self) -> float:
+        """TransformerLens multiplies Gemma's embedding with the root of its width; Gemma does so in every pass."""
+        gemma = self.model.cfg.original_architecture == "Gemma2ForCausalLM"
+        return float(self.model.cfg.d_model**0.5) if gemma else 1.0
+
+    def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""
+        attn, mlp = self.model.blocks[layer].attn, self.model.blocks[layer].mlp
+        for name, weight in (
+            ("q_proj", attn.W_Q),
+            ("k_proj", getattr(attn, "_W_K", None)),  # where heads share keys, W_K repeats them
+            ("v_proj", getattr(attn, "_W_V", None)),
+        ):
+            heads = weight if weight is not None else getattr(attn, f"W_{name[0].upper()}")
+            yield f"self_attn.{name}", heads.permute(0, 2, 1).flatten(0, 1)
+        yield "self_attn.o_proj", attn.W_O.permute(2, 0, 1).flatten(1)
+        for name, attribute in PROJECTIONS.items():
+            yield f"mlp.{name}", getattr(mlp, attribute).T
+
+    def unembedding(self) -> Tensor:
+        """[d_vocab, d_model]"""
+        return self.model.W_U.T
+
+    def install(self, layer: int, base: dict[str, Tensor] | None, base_scale: Tensor | None) -> None:
+        """Turn the MLP of ``layer`` into a `RoutedGatedMLP` in place, with the base's weights beside it."""
+        block = self.model.blocks[layer]
+        self.model.__class__ = reads_whole(self._class)  # until `uninstall`
+        mlp = block.mlp
+        # A HookedSAETransformer gives each MLP a forward of its own, only to call hook_in: ours calls it too.
+        self._found[layer] = {"class": type(mlp), "hook_in": getattr(mlp, "hook_in", None)}
+        if "forward" in mlp.__dict__:
+            self._found[layer]["forward"] = mlp.__dict__.pop("forward")
+        module = None if base is None else _base_mlp(mlp, base)
+        mlp.__class__ = RoutedGatedMLP
+        mlp.install(module, base_scale)
+        mlp.hook_adapter_out = HookPoint()
+        if self._found[layer]["hook_in"] is None:
+            mlp.hook_in = HookPoint()
+        mlp.__dict__.update(_block=(block,), _norm=type(block.ln2))  # in a tuple: a parent must not become a child
+
+    def uninstall(self, layer: int) -> None:
+        """Give the MLP of ``layer`` back as `install` found it."""
+        mlp, found = self.model.blocks[layer].mlp, self._found.pop(layer)
+        for name in ("_block", "_norm"):
+            del mlp.__dict__[name]
+        del mlp.hook_adapter_out
+        if found["hook_in"] is None:
+            del mlp.hook_in
+        mlp.uninstall(found["class"])
+        if not self._found:
+            self.model.__class__ = self._class
+        if "forward" in found:
+            mlp.__dict__["forward"] = found["forward"]
+
+    def name_hooks(self) -> None:
+        """Give new hook points their names; forget those that are gone."""
+        self.model.mod_dict, self.model.hook_dict = {}, {}
+        self.model.setup()
+
+    # -- running parts of the model -------------------------------------------------------------------------------
+
+    def embed(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The residual stream before block 0."""
+        return self.model(tokens, stop_at_layer=0, attention_mask=attention_mask)
+
+    def run_blocks(self, resid: Tensor, start: int, stop: int, attention_mask: Tensor | None = None) -> Tensor:
+        """Blocks start..stop-1 on the present routes."""
+        if start == stop:
+            return resid
+        # start_at_layer never recomputes the padding mask, so it is always passed on.
+        return self.model(resid, start_at_layer=start, stop_at_layer=stop, attention_mask=attention_mask)
+
+    def unembed(self, resid: Tensor) -> Tensor:
+        """Final norm and unembedding; logits are in float32 where the weights have less."""
+        with float32_logits(self.model.unembed, self.unembedding(), self._float32_logits):
+            return self.model(resid, start_at_layer=self.model.cfg.n_layers)
+
+    def _float32_logits(self, resid: Tensor) -> Tensor:
+        module = self.model.unembed
+        return module.hook_out(linear_in_float32(module.hook_in(resid), self.unembedding(), module.b_U))
+
+
+def _base_mlp(target: GatedMLP, weights: dict[str, Tensor]) -> GatedMLP:
+    """A GatedMLP around the base's tensors, as views in the layout that needs no copies."""
+    with torch.device("meta"):  # the constructor's own weights are dropped at once: let them cost nothing
+        mlp = GatedMLP(target.cfg)
+    mlp.b_in, mlp.b_out = (nn.Parameter(torch.zeros_like(b), requires_grad=False) for b in (target.b_in, target.b_out))
+    for name, attribute in PROJECTIONS.items():
+        view = weights[name].to(target.W_in.device, target.W_in.dtype).T
+        setattr(mlp, attribute, nn.Parameter(view, requires_grad=False))
+    # Shared hook points: hook_pre and hook_post fire for whichever MLP computes.
+    mlp.hook_pre, mlp.hook_pre_linear, mlp.hook_post = target.hook_pre, target.hook_pre_linear, target.hook_post
+    return mlp

@@ -1,0 +1,301 @@
+"""A TransformerBridge's MLPs as routed ones, and parts of it run alone (TransformerLens 3.9 and 4).
+
+The bridge wraps a Hugging Face model and finds its hook points by walking its own components, never inside what they
+wrap. The MLP it wraps becomes a routed one in place, and its new hook points are entered into the bridge's registry
+by hand. In `enable_compatibility_mode` with processing the bridge no longer calls the MLP it wraps at all, so every
+route would silently be the target: that is refused, before attaching and at every pass after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tl_adapters.checkpoints.architectures import (
+    ARCHITECTURES,
+    UnsupportedModelError,
+    mlp_activation,
+    require_representable,
+)
+from tl_adapters.checkpoints.fingerprints import with_offset
+from tl_adapters.checkpoints.model_files import PROJECTIONS
+from tl_adapters.checkpoints.tokenizers import give_tokenizer
+from tl_adapters.models.routed_mlp import Backend, MLPWeights, RoutedMLP, WeightsProcessedError
+from tl_adapters.utils.precision import float32_logits, linear_in_float32
+
+_POINTS = {"gate_proj": "gate", "up_proj": "in", "down_proj": "out"}
+"""The bridge's names of a gated MLP's projections."""
+
+
+def build_bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> TransformerBridge:
+    """A TransformerBridge around ``hf_model`` (which it changes in place); all weights frozen.
+
+    Raises UnsupportedModelError.
+    """
+    architecture = require_representable(hf_model.config)
+    bridge = build_bridge_from_module(
+        hf_model,
+        architecture,
+        hf_config=hf_model.config,
+        model_name=hf_model.config.name_or_path or architecture,
+    )
+    if tokenizer is not None:
+        give_tokenizer(bridge, tokenizer)
+    bridge.cfg.default_prepend_bos = False
+    bridge.requires_grad_(False)
+    return bridge.eval()
+
+
+class BridgedMLP(RoutedMLP):
+    """A Hugging Face MLP inside a bridge, with routes; `BridgedBackend.install` makes one of the MLP that is there."""
+
+    act_fn: Any
+    _outside: tuple[Any, ...]
+
+    @property
+    def adapter_point(self) -> nn.Module:
+        """The hook point hook_adapter_out; outside, where the bridge and SAELens look for hook points."""
+        return self._outside[0].hook_adapter_out
+
+    def weights(self) -> tuple[MLPWeights, MLPWeights]:
+        """(target's, base's)."""
+        assert isinstance(self.base, _BaseMLP)
+        of_target = {attribute: getattr(self, name).weight.T for name, attribute in PROJECTIONS.items()}
+        of_base = {attribute: getattr(self.base, name).T for name, attribute in PROJECTIONS.items()}
+        return MLPWeights(**of_target, act_fn=self.act_fn), MLPWeights(**of_base, act_fn=self.act_fn)
+
+
+class _BaseMLP(nn.Module):
+    """The base's weights, computed through the hook points of the target's projections."""
+
+    def __init__(self, target: nn.Module, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.act_fn: Any = target.act_fn
+        for name in PROJECTIONS:
+            projection = getattr(target, name)
+            like = projection.weight
+            self.register_parameter(name, nn.Parameter(weights[name].to(like.device, like.dtype), requires_grad=False))
+            self.add_module(f"{name}_in", projection.hook_in)
+            self.add_module(f"{name}_out", projection.hook_out)
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        x = getattr(self, f"{name}_in")(x)
+        return getattr(self, f"{name}_out")(F.linear(x, getattr(self, name)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """act(x W_gate) * (x W_in) W_out"""
+        gated = self.act_fn(self._project("gate_proj", x)) * self._project("up_proj", x)
+        return self._project("down_proj", gated)
+
+
+def _routed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The routed subclass of a Hugging Face MLP class; one and the same for every layer, so that copies work."""
+    if cls not in _ROUTED:
+        _ROUTED[cls] = type(f"Routed{cls.__name__}", (BridgedMLP, cls), {"__module__": __name__})
+    return _ROUTED[cls]
+
+
+_ROUTED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _refuse_processed(bridge_mlp: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: a bridge MLP with processed weights does not call the MLP that it wraps."""
+    if getattr(bridge_mlp, "_use_processed_weights", False):
+        raise WeightsProcessedError(
+            "This TransformerBridge's weights were processed (enable_compatibility_mode or process_weights) after "
+            "adapters were attached, and it no longer calls the MLPs they stand in. Boot a fresh bridge, attach, and "
+            "leave compatibility mode off; every hook point of tl_adapters exists without it."
+        )
+
+
+class BridgedBackend(Backend):
+    """What `PairedModel` asks of a TransformerBridge, the user's own or one made here (see `routing.Backend`)."""
+
+    name = "bridge"
+
+    def __init__(self, model: TransformerBridge) -> None:
+        self.model = model
+        self._found: dict[int, tuple[type[nn.Module], Any]] = {}
+        architecture = (getattr(model.original_model.config, "architectures", None) or ["none"])[0]
+        if architecture not in ARCHITECTURES:
+            raise UnsupportedModelError(
+                f"Architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}."
+            )
+        for block in model.blocks:
+            if getattr(block.mlp, "_use_processed_weights", False):
+                raise WeightsProcessedError(
+                    "This TransformerBridge is in compatibility mode with processed weights: it does not call the MLPs "
+                    "it wraps, so adapters would silently do nothing. Boot a fresh one and attach without "
+                    "enable_compatibility_mode (or with no_processing=True)."
+                )
+            if isinstance(block.mlp.original_component, RoutedMLP):
+                raise UnsupportedModelError(
+                    "This model has adapters attached already; detach those first, or use their PairedModel."
+                )
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The facts that base and adapters must share, under config.json's names."""
+        config = self.model.original_model.config
+        return {**config.to_dict(), "hidden_act": mlp_activation(config)}
+
+    @property
+    def mlps(self) -> list[RoutedMLP]:
+        """The routed MLP of every layer."""
+        return [block.mlp.original_component for block in self.model.blocks]
+
+    def second_norm(self, layer: int) -> Tensor | None:
+        """The second norm's weights as TransformerLens has them (Gemma 1 + w), [d_model]."""
+        return self.norm(f"blocks.{layer}.ln2")
+
+    def norm(self, name: str) -> Tensor | None:
+        """Weights of the norm of that name as TransformerLens has them (Gemma 1 + w)."""
+        weight = self.model.get_submodule(name).weight
+        offset = getattr(self.model.cfg, "rmsnorm_uses_offset", False)
+        return with_offset(weight) if offset else weight
+
+    def attention_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """b_V [n_kv_heads, d_head] and b_O [d_model], where the layer has them."""
+        attn, cfg = self.model.blocks[layer].attn, self.model.cfg
+        if attn.v.bias is not None:
+            yield "b_V", attn.v.bias.unflatten(0, (-1, cfg.d_head))
+        if attn.o.bias is not None:
+            yield "b_O", attn.o.bias
+
+    def projection_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Biases of q, k, v and o in Hugging Face's names and layout, where the layer has them."""
+        for name in "qkvo":
+            bias = getattr(self.model.blocks[layer].attn, name).bias
+            if bias is not None:
+                yield f"self_attn.{name}_proj.bias", bias
+
+    @property
+    def embedding_scale(self) -> float:
+        """Weights are the model's own."""
+        return 1.0
+
+    def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""
+        block = self.model.blocks[layer]
+        for name in ("q", "k", "v", "o"):
+            yield f"self_attn.{name}_proj", getattr(block.attn, name).weight
+        for name, point in _POINTS.items():
+            yield f"mlp.{name}", getattr(block.mlp, point).weight
+
+    def unembedding(self) -> Tensor:
+        """[d_vocab, d_model]"""
+        return self.model.unembed.weight
+
+    def install(self, layer: int, base: dict[str, Tensor] | None, base_scale: Tensor | None) -> None:
+        """Turn the wrapped MLP of ``layer`` into a `BridgedMLP` in place, with the base's weights beside it."""
+        outside = self.model.blocks[layer].mlp
+        mlp = outside.original_component
+        self._found[layer] = (type(mlp), outside.register_forward_pre_hook(_refuse_processed))
+        module = None if base is None else _BaseMLP(mlp, base)
+        mlp.__class__ = _routed_class(type(mlp))
+        mlp.install(module, base_scale)
+        outside.hook_adapter_out = HookPoint()
+        mlp.__dict__["_outside"] = (outside,)  # in a tuple: a parent must not become a child
+
+    def uninstall(self, layer: int) -> None:
+        """Give the MLP of ``layer`` back as `install` found it."""
+        cls, handle = self._found.pop(layer)
+        handle.remove()
+        outside = self.model.blocks[layer].mlp
+        del outside.hook_adapter_out, outside.original_component.__dict__["_outside"]
+        outside._hook_registry.pop("hook_adapter_out")
+        self.model.blocks[layer].mlp.original_component.uninstall(cls)
+
+    def name_hooks(self) -> None:
+        """Enter new hook points into the bridge's registry under their names; drop those that are gone."""
+        registry = self.model._hook_registry
+        ours = (".mlp.adapter.", ".mlp.planted.", ".mlp.hook_adapter_out")
+        for name in [n for n in registry if any(part in n for part in ours)]:
+            del registry[name]
+        for layer, block in enumerate(self.model.blocks):
+            modules = block.mlp.original_component.named_modules()
+            inside = [m for m in modules if m[0].startswith(("adapter.", "planted."))]
+            for name, point in [*inside, ("hook_adapter_out", getattr(block.mlp, "hook_adapter_out", None))]:
+                if isinstance(point, HookPoint):
+                    point.name = f"blocks.{layer}.mlp.{name}"
+                    registry[point.name] = point
+
+    # -- running parts of the model -------------------------------------------------------------------------------
+
+    def embed(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The residual stream before block 0."""
+        return self.model.original_model.get_input_embeddings()(tokens)
+
+    def run_blocks(self, resid: Tensor, start: int, stop: int, attention_mask: Tensor | None = None) -> Tensor:
+        """Blocks start..stop-1 on the present routes; the blocks before and after pass their input on.
+
+        The bridge cannot start at a layer, so the whole model runs on ``resid`` as embeddings: Hugging Face makes
+        masks and rotary tables as always. One position of logits is formed and dropped.
+        """
+        if start == stop:
+            return resid
+        options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+            options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        kept: list[Tensor] = []
+        handle = self.model.blocks[stop - 1].register_forward_hook(lambda module, args, out: kept.append(_first(out)))
+        try:
+            with self._only(range(start, stop)):
+                self.model.original_model(inputs_embeds=resid, **options)
+        finally:
+            handle.remove()
+        return kept[0]
+
+    @contextmanager
+    def _only(self, layers: range) -> Iterator[None]:
+        """Blocks outside ``layers`` hand on what they get, for the length of a block."""
+        skipped = [b for layer, b in enumerate(self.model.blocks) if layer not in layers]
+        classes = [type(block) for block in skipped]
+        try:
+            for block, cls in zip(skipped, classes, strict=True):
+                block.__class__ = _identity_class(cls)
+            yield
+        finally:
+            for block, cls in zip(skipped, classes, strict=True):
+                block.__class__ = cls
+
+    def unembed(self, resid: Tensor) -> Tensor:
+        """Final norm and unembedding, with the soft cap where the model has one; logits are in float32 at least."""
+        linear = self.model.unembed.original_component
+        precise = partial(linear_in_float32, weight=linear.weight, bias=linear.bias)
+        with float32_logits(linear, linear.weight, precise):
+            logits = self.model.unembed(self.model.ln_final(resid))
+        cap = getattr(self.model.original_model.config, "final_logit_softcapping", None)
+        return logits if not cap else torch.tanh(logits / cap) * cap
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _identity_class(cls: type[nn.Module]) -> type[nn.Module]:
+    if cls not in _IDENTITIES:
+        _IDENTITIES[cls] = type(f"Passing{cls.__name__}", (_Identity, cls), {"__module__": __name__})
+    return _IDENTITIES[cls]
+
+
+_IDENTITIES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class _Identity:
+    """Stands before a block's class: the block passes its input on and fires no hook."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The hidden states that came in."""
+        return args[0] if args else kwargs["hidden_states"]

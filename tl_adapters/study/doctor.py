@@ -1,0 +1,322 @@
+"""Will this pair work here? Everything that would fail later, looked at before anything expensive.
+
+Of models only config, tokenizer and the index or headers of their safetensors are read; a hub name downloads no
+weights. Every finding says what to change, or why nothing need be.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from tl_adapters.adapters.adapter_set import describe
+from tl_adapters.checkpoints.architectures import (
+    load_config,
+    require_representable,
+    require_stock_files,
+    rope_parameters,
+)
+from tl_adapters.checkpoints.base_mlps import require_plain_folder
+from tl_adapters.checkpoints.compatibility import Finding, compare_configs, compare_vocabularies
+from tl_adapters.checkpoints.model_files import (
+    locate,
+    mlp_tensor_names,
+    read_config,
+    read_vocabulary,
+    remote_or_local_names,
+)
+from tl_adapters.checkpoints.tokenizers import load_tokenizer, without_embedding
+from tl_adapters.config import RunConfig
+from tl_adapters.data.batching import DataStatistics, open_documents
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.errors import UserError
+from tl_adapters.models.adapter_checks import last_part
+from tl_adapters.models.weight_samples import ModelSamples, recorded_samples
+from tl_adapters.organism import BUILTIN
+from tl_adapters.utils.devices import resolve_device
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_GB = 1e9
+
+
+def examine(
+    config: RunConfig, out: Path = Path(), device: str = "auto", adapters: str | Path | None = None
+) -> list[Finding]:
+    """Check the pair, the data and the machine for the run that ``config`` describes, to be written under ``out``.
+
+    With ``adapters`` (a run, a folder or a hub name), also whether they belong to the pair.
+    """
+    findings: list[Finding] = []
+    folders: dict[str, Path] = {}
+    for role, name in (("base", config.base), ("target", config.target)):
+        try:
+            folders[role] = locate(name, weights=False)
+            read_config(folders[role])
+        except UserError as error:
+            return [*findings, Finding("error", role, str(error))]
+        findings.append(Finding("ok", role, f"{name}."))
+    base, target = folders["base"], folders["target"]
+    findings += compare_configs(read_config(base), read_config(target))
+    try:
+        described = load_config(target)
+        require_representable(described)
+    except UserError as error:
+        return [*findings, Finding("error", "architecture", str(error))]
+    findings += _rope_and_context(described, config)
+    findings += _weights(config, base, target, described)
+    if adapters is not None:
+        findings += _adapters(adapters, config, base, target, described)
+    base_vocabulary, vocabulary = read_vocabulary(base), read_vocabulary(target)
+    if base_vocabulary and vocabulary:
+        findings += compare_vocabularies(base_vocabulary, vocabulary)
+    longest = described.max_position_embeddings if config.data.max_tokens is None else config.data.max_tokens
+    looked_at = "chat template"
+    try:
+        chat = ChatFormat.of(load_tokenizer(target), config.data.think_start, config.data.think_end)
+        findings += _chat(chat, described)
+        looked_at = "data"
+        if config.data.source:
+            documents = open_documents(
+                config.data, chat, described.max_position_embeddings, config.training.seed, config.training.count
+            )
+            statistics = documents.survey()
+            findings.append(_data(statistics))
+            if says := documents.warning(statistics):
+                findings.append(Finding("warning", "thinking", says))
+            longest = (statistics.lengths or {}).get("longest", longest)
+        elif config.data.max_tokens is None:
+            longest = 0  # nothing is known of the documents: the batch's tokens are what is counted
+    except UserError as error:
+        findings.append(Finding("error", looked_at, str(error)))
+    findings += _dtype(config, described)
+    size = estimate(config, described, longest)
+    return [*findings, *_memory(size, device), *_disk(size, config, out)]
+
+
+def _rope_and_context(described: PretrainedConfig, config: RunConfig) -> Iterator[Finding]:
+    rope = rope_parameters(described)
+    n_ctx, wanted = described.max_position_embeddings, config.data.max_tokens
+    yield Finding("ok", "rope", f"{rope.get('rope_type', 'default')}, base {rope.get('rope_theta', 10000.0):g}.")
+    if wanted is not None and wanted > n_ctx:
+        says = f"max_tokens is {wanted:,}, the target's context {n_ctx:,}; documents end at {n_ctx:,}."
+        yield Finding("warning", "context length", says, f"Set data.max_tokens to {n_ctx} or less.")
+    else:
+        yield Finding("ok", "context length", f"{n_ctx:,} tokens.")
+
+
+def _weights(config: RunConfig, base: Path, target: Path, described: PretrainedConfig) -> Iterator[Finding]:
+    needed = mlp_tensor_names(described.num_hidden_layers)
+    for role, name, folder in (("base", config.base, base), ("target", config.target, target)):
+        try:
+            names = remote_or_local_names(name, folder)
+        except UserError as error:
+            yield Finding("error", f"{role}'s weights", str(error))
+            continue
+        here = name in BUILTIN or Path(name).is_dir()  # of a hub's model only the names of its tensors are here
+        try:
+            if role == "base":
+                require_plain_folder(folder, read_config(folder), names, needed if here else ())
+            elif here:
+                require_stock_files(folder, described)
+        except UserError as error:
+            yield Finding("error", f"{role}'s weights", str(error))
+            continue
+        missing = [tensor for tensor in needed if tensor not in names]
+        if missing:
+            says = f"{len(missing)} of {len(needed)} MLP tensors are not there, such as {missing[0]}."
+            yield Finding("error", f"{role}'s weights", says, "It is not a complete checkpoint of this architecture.")
+        else:
+            yield Finding("ok", f"{role}'s weights", f"safetensors, {len(names)} tensors, every MLP there.")
+
+
+def _adapters(
+    name: str | Path, config: RunConfig, base: Path, target: Path, described: PretrainedConfig
+) -> Iterator[Finding]:
+    """Do they fit the models' shapes, and were they trained on these? By content where weights are on this machine."""
+    inside = Path(name) / "adapters"
+    try:
+        about = describe(inside if inside.is_dir() else name)
+    except UserError as error:
+        yield Finding("error", "adapters", str(error))
+        return
+    ours, theirs = (about.n_layers, about.d_model), (described.num_hidden_layers, described.hidden_size)
+    says = (
+        f"{len(about.layers)} of {ours[0]} layers of width {ours[1]}; the target has {theirs[0]} of width {theirs[1]}."
+    )
+    if ours != theirs:
+        yield Finding("error", "adapters", says, "They belong to another model.")
+        return
+    yield Finding("ok", "adapters", says)
+    here = {
+        role: name in BUILTIN or Path(name).is_dir()
+        for role, name in (("target", config.target), ("base", config.base))
+    }
+    try:
+        kept = recorded_samples(about)
+        if kept and all(here.values()):
+            for role, folder in (("target", target), ("base", base)):
+                of_role = {name: t for name, t in kept.items() if name.startswith("base.") == (role == "base")}
+                stored = ModelSamples.stored(folder, read_config(folder), of_role)
+                equal = not any(stored.differing(of_role))
+                yield _belongs(equal, role, getattr(about.metadata, role), getattr(config, role))
+        else:
+            for role in here:
+                yield _by_name(role, getattr(about.metadata, role), getattr(config, role))
+    except UserError as error:
+        yield Finding("error", "adapters", str(error))
+
+
+def _belongs(equal: bool, role: str, recorded: str, given: str) -> Finding:
+    trained = f"trained with {recorded or f'a {role} that was not recorded'}"
+    if equal:
+        return Finding("ok", f"adapters' {role}", f"{trained}, and {given} is that, by content.")
+    return Finding("error", f"adapters' {role}", f"{trained}; {given} is another.", f"Give the {role} of the adapters.")
+
+
+def _by_name(role: str, recorded: str, given: str) -> Finding:
+    if last_part(recorded) == last_part(given):
+        return Finding(
+            "ok", f"adapters' {role}", f"{recorded}, by name; its weights are compared when they are loaded."
+        )
+    says = f"recorded is {recorded or 'nothing'}, given {given}; no weights are here to compare."
+    return Finding("warning", f"adapters' {role}", says, "Loading compares them and refuses another model.")
+
+
+def _chat(chat: ChatFormat, described: PretrainedConfig) -> Iterator[Finding]:
+    says = f"responses end with {chat.turn_end!r}; a prompt " + ("opens" if chat.opens_thinking else "does not open")
+    yield Finding("ok", "chat template", f"{says} the thinking.")
+    for difference in chat.differences():
+        yield Finding("ok" if difference.meant else "warning", "chat template", difference.says)
+    for tag in (chat.think_start, chat.think_end):
+        pieces = chat.tokenizer(tag, add_special_tokens=False)["input_ids"]
+        if len(pieces) == 1:
+            yield Finding("ok", "think tokens", f"{tag} is one token.")
+        else:
+            do = "Regions are found by text all the same; other tags are named by data.think_start and data.think_end."
+            yield Finding("warning", "think tokens", f"{tag} is {len(pieces)} tokens of the target's tokenizer.", do)
+    if beyond := without_embedding(chat.tokenizer, described.vocab_size):
+        says = f"the tokenizer has {len(chat.tokenizer):,} tokens, the model {described.vocab_size:,} embeddings; "
+        says += f"{', '.join(sorted(beyond, key=lambda token: beyond[token])[:5])} would have none."
+        yield Finding("error", "vocabulary", says, "Take the tokenizer that belongs to the target.")
+
+
+def _data(statistics: DataStatistics) -> Finding:
+    if not statistics.used:
+        return Finding("error", "data", str(statistics), "Nothing is left to train on.")
+    cut = statistics.truncated + statistics.dropped > 0.1 * statistics.documents
+    return Finding("warning" if cut else "ok", "data", str(statistics))
+
+
+def _dtype(config: RunConfig, described: PretrainedConfig) -> Iterator[Finding]:
+    stored, used = _stored_dtype(described), config.dtype or _stored_dtype(described)
+    if used == "float16":
+        do = "Set dtype to bfloat16 (same memory) or float32."
+        yield Finding("warning", "dtype", "float16 overflows in long training of some models.", do)
+    elif used != stored:
+        yield Finding("ok", "dtype", f"weights are stored in {stored} and used in {used}; adapters are float32.")
+    else:
+        yield Finding("ok", "dtype", f"{used}; adapters are float32.")
+
+
+def _stored_dtype(described: PretrainedConfig) -> str:
+    dtype = str(getattr(described, "dtype", None) or "float32").removeprefix("torch.")
+    return dtype if dtype in _BYTES else "float32"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a run needs, in bytes; an estimate."""
+
+    models: int
+    """Weights of the target and of the base's MLPs."""
+    adapters: int
+    """Adapters in float32, with gradients and Adam's two moments."""
+    activations: int
+    """What one pass keeps for its way back, and the logits that are formed at a time."""
+    checkpoint: int
+    """One checkpoint on disk."""
+    tokens: int
+    """The largest batch, in tokens."""
+
+    @property
+    def memory(self) -> int:
+        """All of what must be in memory at once."""
+        return self.models + self.adapters + self.activations
+
+
+def estimate(config: RunConfig, described: PretrainedConfig, longest: int = 0) -> Size:
+    """Sizes from the shapes alone (a test holds it against what autograd really keeps).
+
+    Args:
+        config: width of the adapters, dtype, tokens per batch.
+        described: the target's configuration.
+        longest: tokens of the longest document, which is a batch of its own where it is longer than a batch.
+    """
+    d, d_mlp, n_layers = described.hidden_size, described.intermediate_size, described.num_hidden_layers
+    heads, kv = described.num_attention_heads, described.num_key_value_heads
+    d_head = getattr(described, "head_dim", None) or d // heads
+    width = _BYTES[config.dtype or _stored_dtype(described)]
+    n = config.training.n_features
+    mlp = 3 * d * d_mlp
+    attention = d * d_head * (2 * heads + 2 * kv)
+    embeddings = described.vocab_size * d * (1 if described.tie_word_embeddings else 2)
+    adapters = n_layers * (2 * d * n + n + d)
+    tokens = max(config.training.tokens_per_batch, min(longest, described.max_position_embeddings))
+    # Per token and layer, the weights being frozen: norms and residual streams, q, k and v, the MLP's factors, and the
+    # adapter's input and activations.
+    kept = width * (4 * d + d_head * (heads + 2 * kv) + 3 * d_mlp) + 4 * (d + 2 * n)
+    return Size(
+        models=width * (n_layers * (2 * mlp + attention) + embeddings),
+        adapters=16 * adapters,
+        activations=tokens * n_layers * kept + 4 * 2**26,
+        checkpoint=12 * adapters,
+        tokens=tokens,
+    )
+
+
+def _memory(size: Size, device: str) -> Iterator[Finding]:
+    device = str(resolve_device(device))
+    if device.startswith("cuda"):
+        free, where = torch.cuda.mem_get_info(device)[0], device
+    else:
+        free, where = psutil.virtual_memory().available, "this machine"
+    says = (
+        f"about {size.memory / _GB:.2g} GB (models {size.models / _GB:.2g}, adapters with Adam "
+        f"{size.adapters / _GB:.2g}, activations of {size.tokens:,} tokens {size.activations / _GB:.2g}); "
+        f"{where} has {free / _GB:.2g} GB free."
+    )
+    if size.memory > free:
+        do = (
+            "Use dtype bfloat16, fewer training.n_features, or a shorter data.max_tokens and training.tokens_per_batch."
+        )
+        yield Finding("error", "memory", says, do)
+    else:
+        yield Finding("warning" if size.memory > 0.8 * free else "ok", "memory", says)
+
+
+def _disk(size: Size, config: RunConfig, out: Path) -> Iterator[Finding]:
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    kept = config.training.keep_checkpoints
+    needed = (kept + 1) * size.checkpoint + size.adapters // 4
+    says = f"{needed / _GB:.2g} GB for {kept} + 1 checkpoints and the result; {place} has {free / _GB:.2g} GB free."
+    if needed > free:
+        yield Finding("error", "disk", says, "Lower training.keep_checkpoints or write elsewhere (--out).")
+    else:
+        yield Finding("ok", "disk", says)
+
+
+def in_lines(findings: list[Finding]) -> str:
+    """The findings as text, a line each, and a last one that sums up."""
+    lines = [f"{finding.level:8}{finding}" for finding in findings]
+    errors, warnings = (sum(f.level == level for f in findings) for level in ("error", "warning"))
+    summary = f"{errors} to mend, {warnings} to know." if errors else f"Nothing to mend, {warnings} to know."
+    return "\n".join([*lines, summary])

@@ -1,0 +1,99 @@
+"""The stage hesitation of a study: a run's circuit, its page, and the block in results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tl_adapters.circuits.study import BehaviourStudy, StudyOptions, analyze_behaviour
+from tl_adapters.circuits.subject import Subject, builtin_subject, halves
+from tl_adapters.config import Dtype
+from tl_adapters.errors import UserError
+from tl_adapters.evaluation.behaviors import Find
+from tl_adapters.evaluation.tasks import load_problems
+from tl_adapters.features.store import FeatureStore
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.pages.circuit_page import write_circuit_page
+from tl_adapters.study.features import FOLDER as FEATURES
+from tl_adapters.study.features import STORE
+from tl_adapters.study.open_run import is_builtin, open_run, require_adapters
+from tl_adapters.utils.files import write_text
+from tl_adapters.utils.results import plain, read_results, stage, write_results
+from tl_adapters.utils.strict_json import dumps
+
+EXAMPLES = "hesitation.jsonl"
+PROBLEMS = (600, 1_000)
+"""Select and report problems of the built-in pair."""
+
+
+def hesitation_stage(
+    pair: PairedModel,
+    subject: Subject,
+    folder: Path,
+    options: StudyOptions | None = None,
+    words: Sequence[str] = ("Wait",),
+    find: Find | None = None,
+    *,
+    name: str = "hesitation",
+    progress: bool = False,
+) -> BehaviourStudy:
+    """Analyse, draw and record; writes circuit.json, hesitation.jsonl, hesitation.html and the block.
+
+    Args: as `analyze_behaviour`, and the folder of the run.
+    """
+    seeds = tuple(read_results(folder).get("seeds", [0]))
+    with stage(folder, "hesitation"):
+        study = analyze_behaviour(
+            pair, subject, words, find, name=name, options=options, seeds=seeds, progress=progress
+        )
+        study.circuit.save(folder)
+        write_text(folder / EXAMPLES, "".join(dumps(e) + "\n" for e in study.examples))
+        store = FeatureStore.load(there) if (there := folder / FEATURES / STORE).is_dir() else None
+        page = write_circuit_page(folder, plain(study.block), study.circuit, store, study.examples)
+        study.block["page"] = page.name
+        write_results(folder, hesitation=study.block)
+    return study
+
+
+def hesitation_of_run(
+    folder: Path,
+    task: tuple[str, str | None] | None = None,
+    *,
+    words: Sequence[str] = ("Wait",),
+    share: float | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: Dtype | None = None,
+    progress: bool = True,
+) -> BehaviourStudy:
+    """The hesitation circuit of a run.
+
+    Args:
+        folder: made by train or demo.
+        task: name of a benchmark's problems and a local copy, or None for the hub's; None for the built-in pair's own.
+        words: words or phrases that are said.
+        share: size of the circuit as a share of the alive features; None for the search's default.
+        limit: so many problems, both halves together.
+        max_new_tokens: the limit of an answer; None is the task's or the model's own (`benchmarks.answer_limit`).
+        seed: of every draw.
+        device, dtype: as in `opening.open_run`.
+        progress: show bars.
+
+    Raises UserError where a pair that is not the built-in one is given no task, and what opening a run raises.
+    """
+    require_adapters(folder)
+    if task is None:
+        if not is_builtin(folder):
+            raise UserError("--task is missing: problems to answer, such as gsm8k, math500=FILE or another benchmark.")
+        select, report = PROBLEMS if limit is None else (limit // 2, limit - limit // 2)
+        subject = builtin_subject(select, report, seed=seed)
+    else:
+        subject = halves(load_problems(*task, limit=limit, seed=seed).problems, max_new_tokens)
+    defaults = StudyOptions()
+    search: dict[str, Any] = {} if share is None else {"share": share}
+    options = replace(defaults, search=replace(defaults.search, **search), seed=seed)
+    return hesitation_stage(open_run(folder, device, dtype), subject, folder, options, words, progress=progress)

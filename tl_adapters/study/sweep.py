@@ -1,0 +1,335 @@
+"""A sweep: sparsity against faithfulness, over the values of some training options.
+
+1. The points are the product of the grid's values; every configuration is built before anything is loaded.
+2. Pair, documents and held-out text are opened once. On the built-in pair the text is the target's own greedy answers
+   to problems of the tune split (options are chosen here; "report" is for reports), which target and hybrid answer
+   once; on other pairs it is a file of documents, or what the configuration holds out of its data.
+3. Each point is a run folder, bit for bit what `study.train_run` makes, and its adapters are measured: L0, KL, NMSE,
+   alive features; on the built-in pair also the share of the accuracy that they recover.
+4. The points that no other beats in both, L0 and KL, are the Pareto front.
+
+    sweep.json    the configuration, the grid, what it was measured on, the points that are done; no clock in it
+    sweep.html    the points as plots and a table
+    l1_weight-0.001_n_features-512/ ...    the run folders
+
+A point is done when sweep.json has it. A sweep that was stopped or killed goes on from its last checkpoint and comes
+to the same file; one that is done takes more values. Another configuration is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tl_adapters import organism
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.config import RunConfig, TrainingConfig
+from tl_adapters.data.batching import EncodedDocuments, TracesInMemory
+from tl_adapters.data.traces import Trace
+from tl_adapters.errors import UserError
+from tl_adapters.evaluation.faithfulness import DocumentSums, features_block
+from tl_adapters.evaluation.response_metrics import Response, correctness, rate, respond, traces_of
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.pages.sweep_page import Block, SweepPoint, on_the_front, read_point, write_page
+from tl_adapters.study.evaluate import faithfulness_stage, train_stage
+from tl_adapters.study.grid import plan
+from tl_adapters.study.open_run import open_data, open_held_out, open_pair
+from tl_adapters.training.trainer import Trainer, TrainingInterrupted
+from tl_adapters.utils.confidence_intervals import (
+    Figure,
+    bootstrap_ratio,
+    bootstrap_ratio_of_ratios,
+    bootstrap_recovered,
+    event_rate,
+)
+from tl_adapters.utils.files import FolderExistsError, alone_in, new_folder, remove_partials, write_text
+from tl_adapters.utils.results import plain, read_results, versions
+from tl_adapters.utils.strict_json import dumps
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+FILE = "sweep.json"
+
+
+class SweepError(UserError, ValueError):
+    """A sweep that cannot be made, or cannot go on in this folder; the message says why."""
+
+
+def sweep(
+    config: RunConfig,
+    folder: str | Path,
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    held_out: str | None = None,
+    documents: int = 300,
+    device: str = "auto",
+    progress: bool = True,
+) -> list[SweepPoint]:
+    """Train and measure adapters for every combination of ``grid``, in a new folder or going on in an earlier one.
+
+    Args:
+        config: the pair, the data, and every option that is not swept.
+        folder: the sweep's; one run folder per point beneath it.
+        grid: option of `TrainingConfig` -> its values, such as {"l1_weight": [1e-3, 1e-2], "n_features": [512]}.
+        held_out: a .jsonl file or a dataset's name to measure on; None for the built-in pair's own problems, or for
+            what the configuration holds out (``data.validation_fraction`` or ``data.validation_split``).
+        documents: how many held-out problems or documents are measured, at most.
+        device: where to run; "auto" is the first there is of cuda, mps and cpu.
+        progress: show progress bars.
+
+    Returns:
+        Every point that is done in ``folder``, earlier ones first.
+
+    Raises:
+        ConfigError: an unknown option or an impossible value; nothing was loaded yet.
+        GridError: an empty grid, or a value twice.
+        SweepError: no held-out text, or a folder of another sweep.
+        FolderExistsError: ``folder`` is something else than a sweep's.
+        FolderBusyError: another process is at work in it.
+        TrainingInterrupted: upon Ctrl-C; whatever is done is kept.
+    """
+    folder = Path(folder)
+    runs = plan(config, grid)
+    asked: Block = {
+        "config": config.to_dict(),
+        "grid": {option: [plain(value) for value in values] for option, values in grid.items()},
+        "held_out": held_out,
+        "documents": documents,
+    }
+    _require_text(config, held_out, documents)
+    if folder.exists():
+        _read(folder)  # what is no sweep's is left alone
+    else:
+        with new_folder(folder) as out:
+            _write(out, {"schema_version": SCHEMA_VERSION, **asked, "versions": versions(), "points": []})
+    with alone_in(folder):
+        record = _read(folder)
+        _require_same(folder, _settings(record), _settings(asked))
+        record["grid"] = {option: asked["grid"][option] for option in record["grid"]}  # perhaps more values
+        runs = plan(config, record["grid"])
+        _train_and_measure(_Bench(config, held_out, documents, device, progress), folder, record, runs)
+        return [read_point(point) for point in record["points"]]
+
+
+def resume_sweep(folder: str | Path, device: str = "auto", progress: bool = True) -> list[SweepPoint]:
+    """Go on with a sweep that was stopped, as it was asked for. Raises what `sweep` raises."""
+    record = _read(Path(folder))
+    config = RunConfig.from_dict(record["config"])
+    asked = dict(held_out=record["held_out"], documents=record["documents"])
+    return sweep(config, folder, record["grid"], **asked, device=device, progress=progress)
+
+
+# -- the points -------------------------------------------------------------------------------------------------------
+
+
+class _Bench:
+    """What the points share: the pair, the documents, the held-out text, and the answers that no adapter changes."""
+
+    def __init__(self, config: RunConfig, held_out: str | None, documents: int, device: str, progress: bool) -> None:
+        self.config, self.held_out, self.documents = config, held_out, documents
+        self.device, self.progress = device, progress
+        self._data: dict[Any, tuple[EncodedDocuments, list[Trace]]] = {}
+
+    @cached_property
+    def pair(self) -> PairedModel:
+        return open_pair(self.config, self.device)
+
+    def data(self, training: TrainingConfig) -> tuple[EncodedDocuments, list[Trace]]:
+        """The documents that `train` would open, and those held out of them."""
+        key = (training.seed, training.count)
+        if key not in self._data:
+            documents = open_data(replace(self.config, training=training), self.pair)
+            documents.log_survey()
+            self._data[key] = documents, documents.validation()
+        return self._data[key]
+
+    @cached_property
+    def problems(self) -> list[organism.Problem]:
+        """Problems of the built-in pair; none where the text is a file's or another pair's."""
+        ours = self.held_out is None and not self.config.target
+        return organism.problems("tune", self.documents) if ours else []
+
+    def answer(self, route: str) -> list[Response]:
+        """The answers to the problems on a route."""
+        with self.pair.routed(route):
+            return respond(self.pair.model, self.problems)
+
+    @cached_property
+    def known_answers(self) -> dict[str, list[Response]]:
+        """Those of the models without adapters."""
+        return {route: self.answer(route) for route in ("target", "hybrid")} if self.problems else {}
+
+    @cached_property
+    def text(self) -> tuple[list[Trace], str]:
+        """The held-out traces, and their split. Raises SweepError where there are none."""
+        if self.problems:
+            traces, split = traces_of(self.known_answers["target"], self.pair.model.tokenizer), "tune"
+        elif self.held_out is None:
+            # Only the response is measured, so only documents that have one count.
+            config = replace(self.config, training=replace(self.config.training, count=("thinking", "answer")))
+            traces, split = open_data(config, self.pair).validation(), "validation"
+        else:
+            traces = open_held_out(self.config, self.held_out, self.pair).traces()
+            split = Path(self.held_out).name
+        if not traces:
+            raise SweepError("There is no held-out document to measure on; give a larger file, or hold out more.")
+        return traces[: self.documents], split
+
+
+def _train_and_measure(bench: _Bench, folder: Path, record: Block, runs: Mapping[str, RunConfig]) -> None:
+    """The points that are not done yet; sweep.json and the page are written after each."""
+    done = {point["name"] for point in record["points"]}.intersection(runs)
+    todo = {name: run for name, run in runs.items() if name not in done}
+    try:
+        if todo:
+            _require_fingerprints(folder, record, bench, todo.values())
+            record["behaviour"] = plain({route: rate(r, bench.text[1]) for route, r in bench.known_answers.items()})
+        _write(folder, record)
+        for name, run in todo.items():
+            log.info("point %d of %d: %s", len(done) + 1, len(runs), name)
+            record["points"].append(plain(_point(bench, run, folder / name, list(record["grid"]))))
+            done.add(name)
+            _write(folder, record)
+    except KeyboardInterrupt as stop:
+        raise TrainingInterrupted(
+            f"Stopped with {len(done)} of {len(runs)} points done; the next one goes on from its last checkpoint. "
+            f"Go on with: tl-adapters sweep --resume {shlex.quote(str(folder))}"
+        ) from stop
+
+
+def _point(bench: _Bench, run: RunConfig, folder: Path, swept: Sequence[str]) -> SweepPoint:
+    traces, split = bench.text
+    if "train" in read_results(folder) and (folder / "adapters").is_dir():  # stopped while it was measured
+        bench.pair.load_adapters(AdapterSet.from_pretrained(folder / "adapters"))
+    else:
+        train_stage(_trainer(bench, run, folder), folder)
+    sums = faithfulness_stage(bench.pair, traces, folder, split)
+    about = (split, (run.training.seed,))
+    counts = features_block(sums)
+    return SweepPoint(
+        name=folder.name,
+        options={option: getattr(run.training, option) for option in swept},
+        **_figures(sums, *about),
+        recovered=_recovered(bench, *about) if bench.problems else None,
+        features=counts["total"],
+        alive=counts["alive"],
+        tokens=counts["tokens"],
+    )
+
+
+def _trainer(bench: _Bench, run: RunConfig, folder: Path) -> Trainer:
+    remove_partials(folder)
+    data, validation = bench.data(run.training)
+    if folder.exists():
+        return Trainer.resume(bench.pair, data, folder, validation=validation, progress=bench.progress)
+    return Trainer(
+        bench.pair, data, run.training, folder, validation=validation, origin=run, progress=bench.progress
+    )  # fmt: skip
+
+
+def _figures(sums: DocumentSums, split: str, seeds: tuple[int, ...]) -> dict[str, Figure]:
+    kl, hybrid = ((sums.kl[name], sums.positions) for name in ("replacement", "hybrid"))
+    error, nats = (sums.error[:, -1], sums.energy[:, -1]), "nats per response token"
+    found = {
+        "l0": (event_rate(sums.active.mean(1), sums.tokens), "active features per response token and layer"),
+        "kl": (bootstrap_ratio(*kl), nats),
+        "kl_hybrid": (bootstrap_ratio(*hybrid), nats),
+        "kl_of_hybrid": (bootstrap_ratio_of_ratios(kl, hybrid), "KL of the replacement over KL of the hybrid"),
+        "nmse": (bootstrap_ratio(*error), "squared error over squares, after the last layer"),
+    }
+    n = len(sums.tokens)
+    return {name: estimate.figure(n, unit, split, seeds) for name, (estimate, unit) in found.items()}
+
+
+def _recovered(bench: _Bench, split: str, seeds: tuple[int, ...]) -> Figure:
+    target, hybrid = (correctness(bench.known_answers[route]) for route in ("target", "hybrid"))
+    estimate = bootstrap_recovered(correctness(bench.answer("replacement")), hybrid, target)
+    return estimate.figure(len(target), "share of the accuracy gained over the hybrid", split, seeds)
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, record: Block) -> None:
+    """Write sweep.json and the page."""
+    points = [read_point(point) for point in record["points"]]
+    record = {**record, "front": [point.name for point in on_the_front(points)]}
+    write_text(folder / FILE, dumps(record, indent=1) + "\n")
+    write_page(folder, record, points)
+
+
+def _read(folder: Path) -> Block:
+    if not (folder / FILE).is_file():
+        raise FolderExistsError(f"{folder} holds no {FILE}, so it is no sweep's; choose another name.")
+    try:
+        record: Block = json.loads((folder / FILE).read_text())
+        if record["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema_version {record['schema_version']}; this version reads {SCHEMA_VERSION}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise SweepError(f"{folder / FILE} is not the record of a sweep: {error!r}.") from error
+    return record
+
+
+def _settings(asked: Block) -> dict[str, Any]:
+    """What two sweeps in one folder must share: dotted option -> value, without the swept options' own."""
+    config = RunConfig.from_dict(
+        asked["config"]
+    ).to_dict()  # options that are newer than the record take their defaults
+    config["training"] = {key: value for key, value in config["training"].items() if key not in asked["grid"]}
+    return {
+        **_flat(config, ""),
+        "swept": sorted(asked["grid"]),
+        "held_out": asked["held_out"],
+        "documents": asked["documents"],
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _require_fingerprints(folder: Path, record: Block, bench: _Bench, todo: Iterable[RunConfig]) -> None:
+    """The same weights and documents as before, and those that are new are noted. Raises SweepError."""
+    found = dict(bench.pair.fingerprints)
+    if not bench.problems:
+        found["held-out text"] = TracesInMemory(bench.text[0]).fingerprint
+    for run in todo:
+        which = f"training data (seed {run.training.seed}, {'+'.join(run.training.count)})"
+        for part, value in bench.data(run.training)[0].fingerprints.items():
+            found[which if part == "data" else f"{part.replace('_', ' ')} of {which}"] = value
+    now = {f"fingerprint of {what}": value for what, value in found.items()}
+    known = record.get("fingerprints", {})
+    _require_same(
+        folder, {key: known[key] for key in now if key in known}, {key: now[key] for key in now if key in known}
+    )
+    record["fingerprints"] = {**known, **now}
+
+
+def _require_same(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    if keys:
+        differences = "; ".join(f"{key} was {was.get(key)!r}, now {now.get(key)!r}" for key in keys)
+        raise SweepError(
+            f"{folder} holds a sweep of another configuration: {differences}. Ask for the same, or choose another name."
+        )
+
+
+def _require_text(config: RunConfig, held_out: str | None, documents: int) -> None:
+    if documents < 1:
+        raise SweepError(f"documents is {documents}; allowed is a whole number >= 1.")
+    data = config.data
+    if config.target and held_out is None and not (data.validation_fraction or data.validation_split):
+        raise SweepError(
+            "There is nothing to measure on: name a .jsonl file of held-out prompts and responses or a dataset "
+            "(--held-out on the command line), or set data.validation_fraction."
+        )

@@ -1,0 +1,87 @@
+"""results.json: what a run measured, one block per stage, with the versions and seeds it was measured with."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tl_adapters.utils.files import write_text
+from tl_adapters.utils.strict_json import dumps
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+FILE = "results.json"
+_PACKAGES = ("tl-adapters", "torch", "transformer-lens", "sae-lens", "transformers", "safetensors")
+
+
+def versions() -> dict[str, str | None]:
+    """Python and the packages that figures depend on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """The blocks of a run's results.json; none, where there is no file yet."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return {"schema_version": SCHEMA_VERSION}
+    results: dict[str, Any] = json.loads(path.read_text())
+    if results.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema_version {results.get('schema_version')}; this version reads {SCHEMA_VERSION}."
+        )
+    return results
+
+
+def write_results(folder: str | Path, **blocks: Any) -> dict[str, Any]:
+    """Add or replace blocks of results.json; returns the whole. Dataclasses are written as mappings.
+
+    Raises NotFiniteError where a number is NaN or infinite: what has no value is None, with its reason beside it.
+    """
+    results = {**read_results(folder), **{name: plain(block) for name, block in blocks.items()}}
+    write_text(Path(folder) / FILE, dumps(results, indent=1) + "\n")
+    return results
+
+
+def plain(value: Any, null: bool = False) -> Any:
+    """``value`` as JSON can hold it: mappings and lists.
+
+    A dataclass's field whose metadata says "optional" is left out where it has its default. ``null`` makes NaN null,
+    for files whose reader makes it NaN; otherwise it stays, and what writes it raises.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        held = ((f, getattr(value, f.name)) for f in fields(value))
+        return {f.name: plain(item, null) for f, item in held if not (f.metadata.get("optional") and item == f.default)}
+    if isinstance(value, dict):
+        return {str(key): plain(item, null) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, null) for item in value]
+    if null and isinstance(value, float) and math.isnan(value):
+        return None
+    return value
+
+
+@contextmanager
+def stage(folder: Path, name: str) -> Iterator[None]:
+    """Time a stage and add its seconds to results.json."""
+    log.info("%s ...", name)
+    began = time.perf_counter()
+    yield
+    seconds = {**read_results(folder).get("seconds", {}), name: round(time.perf_counter() - began, 1)}
+    write_results(folder, seconds=seconds)
+    log.info("%s: %.0f s", name, seconds[name])
