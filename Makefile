@@ -28,7 +28,7 @@ $(VENV)4/installed: pyproject.toml constraints.txt
 	touch $@
 
 bridge: $(VENV)4/installed  ## the same pair on TransformerLens 4, where SAELens cannot be installed
-	$(VENV)4/bin/python -m pytest tests/test_bridged.py
+	$(VENV)4/bin/python -m pytest tests/models/test_transformer_bridge.py
 
 $(VENV)D/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)D
@@ -39,7 +39,7 @@ $(VENV)D/installed: pyproject.toml constraints.txt
 	touch $@
 
 dashboards: $(VENV)D/installed  ## pages by sae-dashboard, whose own pins allow none of today's libraries
-	$(VENV)D/bin/python -m pytest tests/test_dashboards.py
+	$(VENV)D/bin/python -m pytest tests/interop/test_sae_dashboard.py
 
 $(VENV)H/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)H
@@ -48,13 +48,13 @@ $(VENV)H/installed: pyproject.toml constraints.txt
 	touch $@
 
 harness: $(VENV)H/installed  ## our routes in lm-evaluation-harness
-	$(VENV)H/bin/python -m pytest tests/test_harness.py
+	$(VENV)H/bin/python -m pytest tests/evaluation/test_lm_eval_harness.py
 
 # The invariants of every part, on the lowest versions that pyproject.toml allows and on the newest published ones.
-CORE := tests/test_paired.py tests/test_bridged.py tests/test_attaching.py tests/test_objective.py tests/test_chat.py \
-	tests/test_sources.py tests/test_linear.py tests/test_adapter.py tests/test_formats.py tests/test_authors.py \
-	tests/test_hub.py tests/faults/test_model_is_what_it_computes.py tests/faults/test_tokenizers.py \
-	tests/faults/test_masks.py
+CORE := tests/models/test_paired_model.py tests/models/test_transformer_bridge.py tests/models/test_attach.py tests/training/test_objective.py tests/data/test_chat_format.py \
+	tests/data/test_sources.py tests/attribution/test_relp.py tests/adapters/test_adapter_set.py tests/interop/test_saelens.py tests/interop/test_authors_checkpoint.py \
+	tests/interop/test_hub.py tests/models/test_output_agreement.py tests/checkpoints/test_tokenizers.py \
+	tests/models/test_attention_masks.py
 
 $(VENV)-lowest/installed: pyproject.toml .ci/bounds.py
 	$(PYTHON) -m venv $(VENV)-lowest

@@ -9,7 +9,6 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for notebooks' kernels: as many workers as cores
 
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,19 +22,12 @@ torch.backends.mps.is_available = functools.cache(lambda: False)  # likewise; ca
 check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 install_import_hook("tl_adapters", "conftest.check_types")
 
+from helpers.random_models import ARCHITECTURES, random_batch, random_model, randomise  # noqa: E402
 from transformers import (  # noqa: E402
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
-from tl_adapters.data.traces import Batch, Trace, collate  # noqa: E402
+from tl_adapters.data.traces import Batch  # noqa: E402
 from tl_adapters.models.paired_model import PairedModel  # noqa: E402
 
 
@@ -63,86 +55,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
-ARCHITECTURES = {
-    "Qwen2ForCausalLM": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "Qwen3ForCausalLM": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 12}),
-    "LlamaForCausalLM": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {
-            "tie_word_embeddings": True,
-            "num_key_value_heads": 4,  # every head has its own keys
-            "rope_parameters": {
-                "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-            },
-        },
-    ),
-    "Gemma2ForCausalLM": (
-        Gemma2Config,
-        Gemma2ForCausalLM,
-        {
-            "tie_word_embeddings": True, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 4,
-            "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
-        },
-    ),
-}  # fmt: skip
-"""Per architecture what the others lack: head width, llama3 rope, tied weights, post-norms, windows, soft caps."""
-
-
-def random_model(
-    seed: int, dtype: torch.dtype = torch.float64, architecture: str = "Qwen2ForCausalLM", **overrides: object
-) -> PreTrainedModel:
-    """A small model with every weight random, norms and biases included (ones and zeros hide bugs)."""
-    config_class, model_class, peculiar = ARCHITECTURES[architecture]
-    options: dict[str, object] = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=61,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        architectures=[architecture],
-        attn_implementation="eager",
-    )
-    model = model_class(config_class(**{**options, **peculiar, **overrides})).to(dtype)
-    offset = 0 if architecture == "Gemma2ForCausalLM" else 1  # Gemma's norms multiply by 1 + w
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(dtype)
-            if "norm" in name:
-                weight.copy_(offset + 0.4 * noise)
-            else:
-                weight.copy_(noise * (0.3 if weight.ndim == 1 else 1.3 * weight.shape[-1] ** -0.5))
-    return model.eval()
-
-
-ACTIVATION_OPTIONS: dict[str, dict[str, object]] = {
-    "relu": {},
-    "jumprelu": {"activation": "jumprelu", "bandwidth": 1.5},
-    "topk": {"activation": "topk", "k": 5},
-    "batchtopk": {"activation": "batchtopk", "k": 5},
-}
-"""Options of new adapters by activation; a law of adapters holds for all four."""
-
-
-def randomise(pair: PairedModel, n_features: int = 24, seed: int = 5, activation: str = "relu") -> PairedModel:
-    """Install adapters whose every weight is random, so that no law holds because something is zero."""
-    options = ACTIVATION_OPTIONS[activation]
-    adapters = pair.new_adapters(n_features, seed=seed, dtype=pair.model.cfg.dtype, **options)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for weight in adapters.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-        for adapter in adapters:
-            if activation in ("jumprelu", "batchtopk"):
-                adapter.threshold.copy_(torch.randn(n_features, generator=generator).abs() * 0.3)
-    return pair
-
-
 @pytest.fixture(params=ARCHITECTURES)
 def hf_models(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedModel]:
     """(base, target) in float64; every law that reads a pair is asserted on every architecture."""
@@ -158,7 +70,7 @@ def pair(hf_models: tuple[PreTrainedModel, PreTrainedModel]) -> PairedModel:
 @pytest.fixture(params=["hooked", "bridge"])
 def bos_pair(request: pytest.FixtureRequest, tmp_path: Path) -> PairedModel:
     """A pair whose tokenizer writes BOS itself and whose template opens the thinking, from two folders of the hub."""
-    from hub_folders import write_pair  # which imports this file
+    from helpers.hub_folders import write_pair  # which imports this file
 
     return PairedModel.from_pretrained(*write_pair(tmp_path / "hub", "R1-Distill-Llama"), backend=request.param)
 
@@ -167,13 +79,6 @@ def bos_pair(request: pytest.FixtureRequest, tmp_path: Path) -> PairedModel:
 def batch() -> Batch:
     """Three documents of different lengths, padded on the right."""
     return random_batch(3)
-
-
-def random_batch(seed: int, lengths: tuple[int, ...] = (11, 7, 9), prompt: int = 3, vocab: int = 61) -> Batch:
-    """Documents of random tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    draw: Callable[[int], list[int]] = lambda n: torch.randint(1, vocab, (n,), generator=generator).tolist()  # noqa: E731
-    return collate([Trace(tuple(draw(n)), prompt) for n in lengths])
 
 
 def small_scale():  # type: ignore[no-untyped-def]

@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.readme import ROOT, blocks
 
 from tl_adapters import organism
-from tl_adapters.cli import _parser
+from tl_adapters.cli.main import _parser
 from tl_adapters.interop.export import export
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_python_runs(

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_readme import blocks
+from helpers.readme import blocks
 
 from tl_adapters import organism
 from tl_adapters.cli.main import main

@@ -7,64 +7,56 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
-LEVELS = [
-    {"activations", "attention", "columns", "errors", "fingerprints", "masks", "precision"},
-    {"arguments", "atomic", "compatibility", "config", "decoding", "devices", "finite", "intervals"}
-    | {"losses", "posting", "strict_json", "tokenization", "trackers"},
-    {"checking", "completions", "data", "file_hashes", "grids", "organism", "replies", "results", "saelens"}
-    | {"transcoder", "views", "vocabulary"},
-    {"chat", "checkpoints", "endpoint", "graphs", "likelihoods", "report", "server", "viewer"},
-    {"architectures", "generation", "marks", "pruning", "sources"},
-    {"adapter", "batching", "disagreement", "graph_files", "harness", "references"},
-    {"features", "formats", "mixing", "recording", "routing", "runfolder"},
-    {"agreement", "bridged", "hooked", "hub", "identity", "parts", "sweep_pages"},
-    {"backends", "fitting"},
-    {"doctor", "paired"},
-    {"attaching", "authors", "baselines", "behaviors", "circuits", "effects", "faithfulness"}
-    | {"interventions", "linear", "matching", "objective", "opening", "streams"},
-    {"benchmarks", "dashboards", "feature_views", "freezing", "gradients", "moments", "publishing"}
-    | {"store_files", "training", "variants"},
-    {"answering", "attribution", "banning", "circuit_controls", "circuit_criteria", "circuit_roles"}
-    | {"circuit_search", "counting", "feature_store", "planting", "subjects", "tasks"},
-    {"benchmarking", "circuit_drawing", "circuit_finding", "circuit_trials", "collecting", "excerpts"}
-    | {"feature_pages", "labels", "neuronpedia", "validity"},
-    {"circuit_cells", "circuit_tuning", "describing", "graph_pages", "judging", "trials"},
-    {"circuit_tables", "hesitation", "interpreting"},
-    {"circuit_pages", "labelling"},
-    {"circuit_stage"},
-    {"study"},
-    {"sweep"},
-    {"cli"},
-]
-"""From the bottom up. A room imports rooms of lower levels only; results imports atomic, organism its own modules."""
-WITHIN_A_LEVEL = {("results", "atomic"), ("organism", "atomic")}
+ORDER = ["errors", "config", "utils", "organism", "checkpoints", "adapters", "data", "models", "training", "features"]
+ORDER += ["interventions", "attribution", "generation", "evaluation", "autointerp", "interop", "circuits", "pages"]
+ORDER += ["study", "cli"]
+"""From the bottom up: a package imports those before it and itself."""
 
 
-def rooms() -> dict[str, set[str]]:
-    """Room -> rooms it imports. A package is one room."""
+def imports() -> dict[str, set[str]]:
+    """Module -> modules of this package that it imports, wherever in the file."""
+    modules = {".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py")}
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if room == "__init__":
-            continue
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        names = set()
         for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tl_adapters"):
-                tail = node.module.split(".")[1:]
-                names = tail[:1] or [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tl_adapters":
+                inside = node.module.removeprefix("tl_adapters").lstrip(".")
+                whole = {f"{inside}.{alias.name}".lstrip(".") for alias in node.names}
+                names |= (whole & modules) or {inside}
             elif isinstance(node, ast.Import):
-                names = [a.name.split(".")[1] for a in node.names if a.name.startswith("tl_adapters.")]
-            found.setdefault(room, set()).update(n for n in names if n not in (room, "__version__"))
+                names |= {a.name.removeprefix("tl_adapters.") for a in node.names if a.name.startswith("tl_adapters.")}
+        found[module] = {f"{n}.__init__" if f"{n}.__init__" in modules else n for n in names if n}
     return found
 
 
-def test_imports_run_one_way() -> None:
-    level = {room: i for i, level in enumerate(LEVELS) for room in level}
-    found = rooms()
-    assert set(found) == set(level), "a room without a level, or a level without a room"
-    for room, imported in found.items():
-        for other in imported:
-            assert level[other] < level[room] or (room, other) in WITHIN_A_LEVEL, f"{room} imports {other}"
+def package_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_packages_import_one_way() -> None:
+    found = {module: names for module, names in imports().items() if module != "__init__"}
+    assert {package_of(m) for m in found} == set(ORDER), "a package without a place in ORDER, or the reverse"
+    for module, names in found.items():
+        for other in names:
+            assert ORDER.index(package_of(other)) <= ORDER.index(package_of(module)), f"{module} imports {other}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    found = imports()
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, f"a cycle: {' -> '.join([*way, module])}"
+        if module not in done:
+            for other in found.get(module, ()):
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in found:
+        if module != "__init__":
+            visit(module, ())
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:

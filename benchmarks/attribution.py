@@ -1,0 +1,88 @@
+"""RelP rows by hand against autograd per target on one retained graph: ``python benchmarks/attribution.py``.
+
+At 6 layers, d_model 256, 2,048 features, 48 tokens and about 1,200 active features, interleaved in one run; then how
+long a graph of a 2,000-token prompt takes at the built-in pair's size (max_feature_nodes 1,000).
+"""
+
+import logging
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from helpers.random_models import random_batch, random_model, randomise
+from helpers.relp_by_hooks import relp_hooks
+
+from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.gradient import GradientModel
+from tl_adapters.attribution.relp import FrozenModel
+from tl_adapters.models.paired_model import PairedModel
+
+SIZE = dict(
+    hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
+    vocab_size=1024, max_position_embeddings=2048,
+)  # fmt: skip
+DEMO = SIZE | dict(hidden_size=128, intermediate_size=320, num_hidden_layers=5, num_attention_heads=4, vocab_size=280)
+
+
+def sparse_pair(size: dict[str, int], n_features: int, tokens: torch.Tensor, active: int) -> PairedModel:
+    """A random pair whose encoder biases leave about ``active`` features active on ``tokens``."""
+    pair = PairedModel.from_pretrained(random_model(1, torch.float32, **size), random_model(2, torch.float32, **size))
+    randomise(pair, n_features=n_features)
+    per_layer = active // pair.n_layers
+    for layer, adapter in enumerate(pair.installed_adapters()):
+        with torch.no_grad():
+            adapter.W_dec.mul_(0.05)
+        adapter.b_enc.data.zero_()
+        pre = FrozenModel(pair, tokens).pre_activations[layer]
+        adapter.b_enc.data.fill_(-float(pre.flatten().topk(per_layer).values[-1]))
+    return pair
+
+
+def against_autograd() -> None:
+    tokens = random_batch(0, lengths=(48,), vocab=1024).tokens[0]
+    pair = sparse_pair(SIZE, 2048, tokens, 1200)
+    model, autograd = FrozenModel(pair, tokens), GradientModel(pair, tokens, relp_hooks(pair.model))
+    ratios: dict[str, list[float]] = {"per target": [], "batched": []}
+    for layer in (2, 4, 5):
+        here = model.active[model.active[:, 0] == layer][:64]
+        vectors = model.encoders[layer][:, here[:, 2]].T
+        for _ in range(3):
+            began = time.perf_counter()
+            ours = model.rows(layer, here[:, 1], vectors)
+            middle = time.perf_counter()
+            for i in range(len(here)):
+                theirs = autograd.rows(layer, here[i : i + 1, 1], vectors[i : i + 1])
+            last = time.perf_counter()
+            autograd.rows(layer, here[:, 1], vectors)
+            ratios["per target"].append((last - middle) / (middle - began))
+            ratios["batched"].append((time.perf_counter() - last) / (middle - began))
+        assert torch.allclose(ours.tokens[-1:], theirs.tokens, atol=1e-3)  # rounding may switch a feature on or off
+    for name, values in ratios.items():
+        print(
+            f"{len(model.active)} active features; autograd {name} / by hand = {statistics.median(values):.1f} "
+            f"({min(values):.1f} to {max(values):.1f})"
+        )
+
+
+def long_prompt() -> None:
+    tokens = random_batch(0, lengths=(2000,), vocab=280).tokens[0]
+    pair = sparse_pair(DEMO, 512, tokens, 40_000)
+    began = time.perf_counter()
+    graph = attribute(pair, tokens, max_feature_nodes=1000, progress=False)
+    seconds = time.perf_counter() - began
+    print(
+        f"2,000 tokens, {graph.about['active_features']:,} active features, 1,000 feature nodes: {seconds:.0f} s, "
+        f"{len(graph.weights):,} edges, residual {graph.residual:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("tl_adapters").setLevel(logging.INFO)
+    against_autograd()
+    long_prompt()

@@ -1,0 +1,165 @@
+"""The README's hesitation table. ``python benchmarks/hesitation.py OUT [PAIR-SEED ...]``.
+
+Pairs: ``sums`` (the built-in one), ``differences`` (another seed and kind of problem, by the recipe) and ``null`` (a
+target that thinks and never hesitates, by the recipe). By default three seeds of each of the first two, one of the
+null pair. What is in OUT already is not made again: pairs (forty minutes each on one core), adapters, studies.
+"""
+
+import argparse
+import logging
+import random
+from pathlib import Path
+
+import torch
+
+from tl_adapters import organism
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.circuits.subject import builtin_subject
+from tl_adapters.config import RunConfig, TrainingConfig
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.organism import Kind, problems, traces
+from tl_adapters.organism.recipe import Recipe, make_null_pair, make_pair
+from tl_adapters.study.hesitation import PROBLEMS, hesitation_stage
+from tl_adapters.study.open_run import BUILTIN_TRACES
+from tl_adapters.training.trainer import Trainer
+from tl_adapters.utils.results import read_results, write_results
+
+DEFAULT = ["sums-0", "sums-1", "sums-2", "differences-0", "differences-1", "differences-2", "null-0"]
+INSERTED = ("hybrid", "hybrid + both", "hybrid + both_at_strength", "hybrid + random")
+KEPT = "P(word) at the target's moments, hybrid + circuit over target"
+KINDS: dict[str, Kind] = {"sums": "sums", "differences": "differences", "null": "sums"}
+
+
+def open_pair(out: Path, name: str) -> PairedModel:
+    if name == "sums":
+        return PairedModel.from_pretrained(organism.BASE, organism.TARGET)
+    folder = out / f"pair-{name}"
+    if not folder.is_dir():
+        if name == "null":
+            make_null_pair(organism.PAIR, folder)
+        else:
+            make_pair(Recipe(seed=1, kind="differences"), folder)
+    return PairedModel.from_pretrained(folder / "base", folder / "target")
+
+
+def training_pairs(name: str, seed: int) -> list[tuple[str, str]]:
+    if name != "null":
+        return organism.reasoning_pairs("train", BUILTIN_TRACES, seed, kind=KINDS[name])
+    rng = random.Random(f"traces-train-{seed}")
+    calm = [(p, traces.calm_document(p, rng)) for p in problems("train", BUILTIN_TRACES, seed)]
+    return [(p.question, document.completion.removesuffix(traces.END)) for p, document in calm]
+
+
+def study(out: Path, job: str) -> dict:
+    name, _, seed = job.partition("-")
+    folder = out / job
+    if "hesitation" not in read_results(folder):
+        pair = open_pair(out, name)
+        if not (folder / "adapters").is_dir():
+            encoded = encode_traces(training_pairs(name, int(seed)), pair.model.tokenizer)
+            Trainer(pair, encoded, TrainingConfig(seed=int(seed)), folder, origin=RunConfig(), progress=False).run()
+        pair.load_adapters(AdapterSet.from_pretrained(folder / "adapters"))
+        write_results(folder, seeds=[int(seed)])
+        hesitation_stage(pair, builtin_subject(*PROBLEMS, kind=KINDS[name], seed=int(seed)), folder)
+    return read_results(folder)["hesitation"]
+
+
+def rows(block: dict) -> dict[str, str]:
+    """What the README says of one study."""
+    size, need, suffices, said = (block[k] for k in ("circuit", "necessity", "sufficiency", "probabilities"))
+    both, none, asked = need["both"], need["none"], {c["name"]: c["value"] for c in block["criteria"]}
+
+    def percent(*shares: float | dict) -> str:
+        return ", ".join(f"{100 * (x['value'] if isinstance(x, dict) else x):.1f}" for x in shares)
+
+    def of(arms: dict, key: str, *names: str) -> list:
+        return [arms[name][key] if key else arms[name] for name in names]
+
+    roles = ("output", "template", "continuation", "other")
+    places = [said["hybrid + both"]["boundary"], asked["P(word) at all other places of the response, hybrid + circuit"]]
+    strength, added = f"{size['strength']:g}", said["hybrid + both"]
+    stronger, of_target = said.get("hybrid + both_at_strength", added), said["target"]["moment"]["value"]
+    tuned = [f"replacement, {name}" for name in ("logit_bias", "steering", "neurons")]
+    forms = ("others", "others_scaled", "others_equal_harm")
+    accuracy_by_slip = [of(need, f"accuracy_{slip}_slip", "none", "both") for slip in ("without", "with")]
+    mediation = block["mediation"]
+    return {
+        "features; % of the alive, of all activation": f"{size['n']}; "
+        + percent(size["share_of_alive"], size["share_of_activation"]),
+        "output, template, continuation, other": ", ".join(str(size[role]) for role in roles),
+        "hesitations per 1,000 tokens: replacement, without": f"{none['hesitation_per_1k']:.1f}, "
+        f"{both['hesitation_per_1k']:.1f}",
+        "gone, %: without circuit, matched random": percent(*of(need, "hesitation_cut", "both", "random")),
+        "gone, %: most active others, as many, of equal write norm, of equal harm": percent(
+            *of(need, "hesitation_cut", *forms)
+        ),
+        "gone, %, at the circuit's effect: logit bias, steering, neurons": percent(
+            *of(need, "hesitation_cut", "logit_bias", "steering", "neurons")
+        ),
+        "KL elsewhere, millinats: circuit, logit bias, steering, neurons": ", ".join(
+            f"{1000 * said[arm]['kl_elsewhere']['value']:.2f}" for arm in ("replacement - both", *tuned)
+        ),
+        "not reached": ", ".join(name for name, c in block["controls"].items() if not c["reached"]) or "-",
+        "P(Wait), %, at moments: replacement, without circuit, random": percent(
+            *(said[arm]["moment"] for arm in ("replacement", "replacement - both", "replacement - random"))
+        ),
+        "responses shorter, %": percent(-both["length_change"]["value"]),
+        "accuracy, %, no slip: replacement, without": percent(*accuracy_by_slip[0]),
+        "accuracy, %, a slip: replacement, without": percent(*accuracy_by_slip[1]),
+        f"P(Wait) at moments over the target's: hybrid + circuit, at {strength}": f"{asked[KEPT]:.2f}, "
+        f"{stronger['moment']['value'] / of_target:.2f}",
+        "P(Wait), %: at matched boundaries, at all other places": percent(*places),
+        f"accuracy, %, thinking opened: hybrid, + circuit, at {strength}": percent(
+            *of(suffices, "accuracy", "none", "both", "both_at_strength" if "both_at_strength" in suffices else "both")
+        ),
+        "injected corrected, %: replacement, without, random, banned": percent(
+            *of(block["injected"], "", "replacement", "replacement - both", "replacement - random", "word banned")
+        ),
+        "injected corrected, %: most active others, as many, of equal write norm, of equal harm": percent(
+            *of(block["injected"], "", *(f"replacement - {form}" for form in forms))
+        ),
+        "injected corrected, %: logit bias, steering, neurons": percent(*of(block["injected"], "", *tuned)),
+        f"injected corrected, %: hybrid, + circuit, at {strength}, + random": percent(
+            *of(block["injected"], "", *(arm for arm in INSERTED if arm in block["injected"]))
+        ),
+        "target: hesitations per 1,000, circuit negated": ", ".join(
+            f"{x:.1f}" for x in of(block["transfer"], "hesitation_per_1k", "none", "negated")
+        ),
+        "other words per 1,000: without, banned": ", ".join(
+            f"{need[arm]['signs']['another word']:.1f}" for arm in ("both", "ban")
+        ),
+        "template features anywhere; off, nats; share of it through output, %": f"{mediation['n']}; "
+        + (f"{mediation['total']['value']:.2f}; {percent(mediation['share'])}" if "share" in mediation else "-"),
+    }
+
+
+def table(found: dict[str, dict]) -> str:
+    """Markdown: a column for each study that found a circuit, a row for each thing measured."""
+    studied = {job: rows(block) for job, block in found.items() if "criteria" in block}
+    lines = [f"{job}: no circuit; moments {block['moments']}" for job, block in found.items() if job not in studied]
+    if studied:
+        lines += ["", "| measured | " + " | ".join(studied) + " |", "|---" * (len(studied) + 1) + "|"]
+        for name in next(iter(studied.values())):
+            lines.append(f"| {name} | " + " | ".join(columns[name] for columns in studied.values()) + " |")
+    for job in studied:
+        missed = [c["name"] for c in found[job]["criteria"] if not c["reached"]]
+        lines.append(f"{job}, missed: {'; '.join(missed) or 'nothing'}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("jobs", nargs="*", default=DEFAULT)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    found = {}
+    for job in options.jobs:
+        found[job] = study(options.out, job)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

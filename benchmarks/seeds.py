@@ -1,0 +1,66 @@
+"""The README's table: the demo for several seeds, mean and worst. ``python benchmarks/seeds.py runs/seeds 0 1 2``.
+
+A seed whose folder is there already is not run again.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def far_from_one(values: list[float]) -> float:
+    return max(values, key=lambda v: abs(v - 1))
+
+
+def worst_partial(f: dict) -> float:
+    p = f["partial_of_full"]
+    return max(figure["value"] for figure in (*p["first"][:-1], *p["last"][1:], *p["only"]))
+
+
+def recovered(r: dict, floor: str) -> float:
+    return r["behaviour"]["recovered"][floor]["value"]
+
+
+def against_target(r: dict, key: str) -> float:
+    return r["behaviour"]["replacement"][key] / r["behaviour"]["target"][key]
+
+
+ROWS: list[tuple[str, str, Callable[[dict], float], Callable[[list[float]], float]]] = [
+    ("KL(replacement) / KL(hybrid)", "{:.2%}", lambda r: r["faithfulness"]["kl_of_hybrid"]["value"], max),
+    ("worst partial KL / full KL", "{:.3f}", lambda r: worst_partial(r["faithfulness"]), max),
+    ("accuracy recovered, against the hybrid", "{:.1%}", lambda r: recovered(r, "hybrid"), min),
+    ("accuracy recovered, against the base", "{:.1%}", lambda r: recovered(r, "base"), min),
+    ("length, replacement / target", "{:.3f}", lambda r: against_target(r, "length"), far_from_one),
+    ("hesitation, replacement / target", "{:.3f}", lambda r: against_target(r, "hesitation_per_1k"), far_from_one),
+    ("mean L0 per token and layer", "{:.2f}", lambda r: mean([f["value"] for f in r["faithfulness"]["l0"]]), max),
+    ("largest L0 of a layer", "{:.2f}", lambda r: max(f["value"] for f in r["faithfulness"]["l0"]), max),
+    ("same likeliest token", "{:.2%}", lambda r: r["faithfulness"]["top1_agreement"]["value"], min),
+    ("alive features", "{:.0f}", lambda r: r["features"]["alive"], min),
+    ("training, seconds", "{:.0f}", lambda r: r["train"]["seconds"], max),
+    ("evaluation, seconds", "{:.0f}", lambda r: sum(r["seconds"].values()) - r["seconds"]["train"], max),
+]  # fmt: skip
+
+
+def main() -> None:
+    folder, seeds = Path(sys.argv[1]), sys.argv[2:]
+    runs = []
+    for seed in seeds:
+        out = folder / f"seed-{seed}"
+        if not (out / "report.html").is_file():
+            command = [sys.executable, "-m", "tl_adapters.cli", "demo", "--seed", seed, "--out", str(out)]
+            subprocess.run(command, check=True)
+        runs.append(json.loads((out / "results.json").read_text()))
+    print(f"| figure | mean of {len(runs)} seeds | worst |\n|---|---|---|")
+    for name, form, read, worst in ROWS:
+        values = [read(run) for run in runs]
+        print(f"| {name} | {form.format(mean(values))} | {form.format(worst(values))} |")
+
+
+if __name__ == "__main__":
+    main()

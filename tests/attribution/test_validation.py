@@ -1,0 +1,121 @@
+"""Graphs against interventions in the real model, and the difference that only diffing can draw."""
+
+import pytest
+import torch
+from helpers.pairs import make
+from helpers.random_models import random_batch
+
+from tl_adapters.attribution.attribute import DifferenceTarget, FeatureTarget, LogitTarget, attribute
+from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.attribution.validation import (
+    ablation_effects,
+    explain_difference,
+    faithfulness_curve,
+    rank_correlation,
+    total_effects,
+    values_with,
+)
+from tl_adapters.models.paired_model import PairedModel
+
+TOKENS = random_batch(3).tokens[0, :11]
+
+
+@pytest.fixture(scope="module")
+def pair() -> PairedModel:
+    return make("Qwen2ForCausalLM", "hooked")
+
+
+@pytest.fixture(scope="module")
+def graph(pair: PairedModel) -> AttributionGraph:
+    return attribute(pair, TOKENS, [LogitTarget(7), DifferenceTarget(3, 9, 6)], progress=False)
+
+
+def logits(pair: PairedModel, route: str) -> torch.Tensor:
+    with torch.no_grad(), pair.routed(route):
+        out = pair.model(TOKENS[None])[0]
+    return out - out.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_total_effects_are_the_solution_of_the_linear_system(graph: AttributionGraph, target: int) -> None:
+    n = len(graph.features)
+    matrix = torch.zeros(graph.n_nodes, graph.n_nodes, dtype=torch.float64)
+    matrix[graph.edges[0], graph.edges[1]] = graph.weights
+    relative = matrix[:n, :n] / graph.activations[:, None]
+    expected = torch.linalg.solve(
+        torch.eye(n, dtype=torch.float64) - relative.T, matrix[graph.first_target + target, :n]
+    )
+    assert (total_effects(graph, target) - expected).abs().max() < 1e-9
+    assert (expected - matrix[graph.first_target + target, :n]).abs().max() > 1e-3  # paths count
+
+
+def test_ablations_are_real(pair: PairedModel, graph: AttributionGraph) -> None:
+    chosen = torch.arange(0, len(graph.features), 60)
+    found = ablation_effects(pair, graph, chosen)
+    for node, effect in zip(chosen.tolist(), found.tolist(), strict=True):
+        layer, position, index = graph.features[node].tolist()
+
+        def zero(acts: torch.Tensor, hook: object) -> torch.Tensor:
+            acts = acts.clone()
+            acts[0, position, index] = 0
+            return acts
+
+        with pair.model.hooks(fwd_hooks=[(f"blocks.{layer}.mlp.adapter.hook_sae_acts_post", zero)]):
+            without = logits(pair, "replacement")[-1, 7]
+        assert effect == pytest.approx(float(logits(pair, "replacement")[-1, 7] - without), abs=1e-8)
+    other = ablation_effects(pair, graph, chosen, target=1)
+    late = graph.features[chosen, 1] > 6
+    assert (other[late].abs() < 1e-12).all() and other[~late].abs().max() > 1e-3
+    assert not any(block.mlp.adapter.hook_sae_acts_post._forward_hooks for block in pair.model.blocks)
+
+
+def test_curves_begin_and_end_where_they_must(pair: PairedModel, graph: AttributionGraph) -> None:
+    n = len(graph.features)
+    effects = ablation_effects(pair, graph, torch.arange(n))
+    curve = faithfulness_curve(pair, graph, effects, [0, 20, n])
+    assert curve.keeping[0] == pytest.approx(0) and curve.keeping[2] == pytest.approx(1)
+    assert curve.removing[0] == pytest.approx(1) and curve.removing[2] == pytest.approx(0)
+    full, none = values_with(pair, graph, torch.stack([torch.ones(n), torch.zeros(n)]).bool())
+    by_chance = faithfulness_curve(pair, graph, torch.rand(n, generator=torch.Generator().manual_seed(0)), [20])
+    sign = 1 if full > none else -1
+    best = faithfulness_curve(pair, graph, sign * effects, [20])
+    assert best.removing[0] < by_chance.removing[0]
+
+
+def test_rank_correlation() -> None:
+    a = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert rank_correlation(a, a**3) == pytest.approx(1)
+    assert rank_correlation(a, -a) == pytest.approx(-1)
+    assert rank_correlation(a, torch.tensor([1.0, 1.0, 2.0, 2.0])) == pytest.approx(2 / 5**0.5)
+    assert rank_correlation(a, torch.tensor([2.0, 1.0, 4.0, 3.0])) == pytest.approx(0.6)
+
+
+def test_the_difference_between_replacement_and_hybrid(pair: PairedModel) -> None:
+    found = explain_difference(pair, TOKENS, LogitTarget(7), progress=False)
+    assert found.replacement == pytest.approx(float(logits(pair, "replacement")[-1, 7]), abs=1e-8)
+    assert found.hybrid == pytest.approx(float(logits(pair, "hybrid")[-1, 7]), abs=1e-8)
+    parts = found.features + found.decoder_biases + found.unexplained
+    assert parts == pytest.approx(found.replacement - found.hybrid, abs=1e-8)
+    row = found.graph.edges[0] == found.graph.first_target
+    nodes = found.graph.edges[1] < len(found.graph.features)
+    assert float(found.graph.weights[row & nodes].sum()) == pytest.approx(found.features, abs=1e-8)
+    few = explain_difference(pair, TOKENS, LogitTarget(7), max_feature_nodes=40, progress=False)
+    assert few.features == pytest.approx(found.features, abs=1e-8)  # leaves that are no nodes count too
+    with pytest.raises(GraphError, match="takes no window"):
+        explain_difference(pair, TOKENS, LogitTarget(7), window=4, progress=False)
+    # where adapters add nothing but a bias, features explain nothing; without that, there is nothing to explain
+    silent = make("Qwen2ForCausalLM", "hooked")
+    for adapter in silent.installed_adapters():
+        adapter.W_dec.data.zero_()
+    biased = explain_difference(silent, TOKENS, LogitTarget(7), progress=False)
+    assert biased.features == 0 and abs(biased.decoder_biases) > 1e-3
+    for adapter in silent.installed_adapters():
+        adapter.b_dec.data.zero_()
+    nothing = explain_difference(silent, TOKENS, LogitTarget(7), progress=False)
+    assert nothing.unexplained == pytest.approx(0, abs=1e-10) and nothing.replacement == pytest.approx(nothing.hybrid)
+
+
+def test_features_have_no_logit(pair: PairedModel) -> None:
+    graph = attribute(pair, TOKENS, [FeatureTarget(2, 6, 8)], progress=False)
+    with pytest.raises(GraphError, match="feature 2/6, no logit"):
+        ablation_effects(pair, graph, torch.tensor([0]))

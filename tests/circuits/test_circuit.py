@@ -1,0 +1,385 @@
+"""A circuit as an artefact, drawn, and as the page of a run, on made-up circuits and figures."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import stores
+from helpers.random_models import random_model, randomise
+from helpers.stores import HOSTILE
+from huggingface_hub.errors import RepositoryNotFoundError
+
+import tl_adapters.checkpoints.model_files as checkpoints
+import tl_adapters.circuits.circuit as circuits
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.checkpoints.model_files import CheckpointError
+from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitError, CircuitFeature, Role
+from tl_adapters.interop.hub import HubError
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.pages.circuit_page import draw_circuit, page_link, write_circuit_page
+from tl_adapters.pages.feature_pages import write_feature_pages
+from tl_adapters.pages.report import write_report
+
+ROLES: tuple[Role, ...] = ("template", "output", "output", "continuation", "suppress")
+
+
+def made(fingerprint: str = "aaaa", n: int = 10, words: tuple[str, ...] = (" Wait",)) -> Circuit:
+    """Roles and layers in turn; the first feature's contrast is NaN."""
+    features = []
+    for i in range(n):
+        role, size = ROLES[i % 5], 0.1 * (i + 1)
+        total = -size if role == "suppress" else size
+        id = FeatureId(i % 4, i)
+        features.append(
+            CircuitFeature(id, role, total / 2, total / 4, total, total / 8, math.nan if i == 0 else size, size)
+        )
+    ids = [f.id for f in features]
+    edges = [CircuitEdge(ids[1], None, 0.5)] + ([CircuitEdge(ids[0], ids[1], -0.2)] if n else [])
+    return Circuit(
+        "hesitation", words, tuple(features), 1.5, "select",
+        {"adapters": fingerprint, "target": "t", "base_mlps": "b"}, 40, 4, 0.05, tuple(edges),
+    )  # fmt: skip
+
+
+def figure(value: float, unit: str = "share") -> dict[str, Any]:
+    return {"value": value, "low": 0.9 * value, "high": 1.1 * value, "n": 9, "unit": unit, "split": "report"}
+
+
+def record(rate: float) -> dict[str, Any]:
+    ci = {
+        k: {"low": 0.9 * v, "high": 1.1 * v}
+        for k, v in (("accuracy", 0.8), ("length", 99), ("hesitation_per_1k", rate))
+    }
+    return {
+        "n": 1200, "accuracy": 0.8, "length": 99.0, "hesitation_per_1k": rate, "truncated": 0.01, "think_opened": 1.0,
+        "ci": ci, "split": "report", "accuracy_without_slip": figure(0.9), "accuracy_with_slip": None,
+        "hesitation_cut": figure(1 - rate / 20), "length_change": figure(-0.2), "accuracy_change": figure(0.01),
+        "draws": 3,
+    }  # fmt: skip
+
+
+def whole_block() -> dict[str, Any]:
+    places = {"moment": figure(0.4), "boundary": figure(math.nan), "elsewhere": figure(0.001)}
+    return {
+        "behaviour": "hesitation", "words": ["Wait", "</script><b>"], "page": "hesitation.html",
+        "moments": {s: {"documents": 300, "moments": 410, "boundaries": 1234} for s in ("select", "report")},
+        "circuit": {
+            "n": 10, "output": 4, "template": 2, "continuation": 2, "suppress": 2, "share_of_alive": 0.03,
+            "share_of_all": 0.01, "share_of_activation": 0.1, "times_l0": 1.3, "distinct_directions": 7,
+            "strength": 1.5, "by_layer": [3, 3, 2, 2], "alive": 333, "threshold": 0.05,
+        },
+        "probabilities": {
+            "target": places,
+            "replacement - both": {**places, "kl_elsewhere": figure(0.0213, "nats per token")},
+            "replacement, steering": {"kl_elsewhere": figure(0.0417, "nats per token")},
+            HOSTILE: {"moment": None},
+        },
+        "other_words": {"replacement": {"moment": figure(0.1), "boundary": figure(0.2)}},
+        "necessity": {
+            a: record(r) for a, r in (
+                ("none", 20.0), ("output", 8.0), ("template", 11.0), ("both", 1.0), ("random", 19.0), ("ban", 0.0),
+                ("steering", 5.0), ("neurons", math.nan),
+            )
+        },
+        "sufficiency": {
+            a: record(r) for a, r in (
+                ("none", 1.0), ("output", 5.0), ("both", 5.0), ("both_at_strength", 25.0), ("b_dec_only", 1.0)
+            )
+        },
+        "transfer": {"none": record(20.0), "negated": record(3.0)},
+        "injected": {"none": figure(0.7), "both": figure(0.1)},
+        "mediation": {"total": figure(1.1, "nats"), "through_output": figure(0.9, "nats"), "share": figure(0.8)},
+        "dose": [
+            {"n": n, "hesitation_per_1k": figure(20 / n), "p_moment": 0.4 / n, "p_inserted": math.nan}
+            for n in (1, 2, 5, 10)
+        ],
+        "smallest": {"n": 5, "cut": 0.8},
+        "kinds": {"none": {"correction": 4, "re-check": 3}, "both": {"correction": 0, "re-check": 1}},
+        "sampled": {"none": record(18.0), "both": record(2.0)},
+        "controls": {
+            "circuit": {"setting": "10 features", "size": 10, "unit": "features", "p_onset_before": 0.8,
+                        "p_onset": 0.1, "kl_elsewhere": 0.02, "reached": True, "write_norm": 1.0},
+            "steering": {"setting": f"after layer 2, {HOSTILE}", "size": 1.75, "unit": HOSTILE, "p_onset_before": 0.8,
+                         "p_onset": 0.3, "kl_elsewhere": None, "reached": False},
+        },
+        "injected_more": {"others": figure(0.25), HOSTILE: None},
+        "suppressors": {"n": 2, "ids": ["0.4"], "p_boundary_before": figure(0.1), "p_boundary_after": figure(0.2)},
+        "bystanders": {"n": 1, "ids": ["2.2"], "p_before": figure(0.8), "p_after": figure(0.79)},
+        "criteria": [{"name": "cut by both", "value": figure(0.95), "bar": ">= 50 %", "reached": True},
+                     {"name": "random", "value": 0.05, "bar": 0.1, "reached": False}],
+    }  # fmt: skip
+
+
+EXAMPLES = [{"question": "47+85=? <b>", "replacement": f"132. Wait, {HOSTILE}", "both taken out": "132."}]
+
+
+# -- the artefact --------------------------------------------------------------------------------------------------
+
+
+def test_roles_and_signs() -> None:
+    circuit = made()
+    assert len(circuit.ids()) == 8 and circuit.ids("suppress") == [FeatureId(0, 4), FeatureId(1, 9)]
+    assert circuit.ids("output", "template") == sorted(circuit.ids("output") + circuit.ids("template"))
+    assert [circuit.feature(id).sign for id in ((0, 0), (0, 4))] == [1, -1]
+    with pytest.raises(CircuitError, match="not in this circuit"):
+        circuit.feature((3, 39))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    circuit = made()
+    assert circuit.save(tmp_path) == tmp_path / "circuit.json"
+    circuit.save(tmp_path / "other.json")
+    for place in (tmp_path, tmp_path / "circuit.json", tmp_path / "other.json"):
+        back = Circuit.load(place)
+        assert math.isnan(back.features[0].contrast)
+        whole = replace(back.features[0], contrast=0.0)
+        assert replace(back, features=()) == replace(circuit, features=())
+        assert (whole, *back.features[1:]) == (replace(circuit.features[0], contrast=0.0), *circuit.features[1:])
+    assert "null" in (tmp_path / "circuit.json").read_text() and "NaN" not in (tmp_path / "circuit.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema_version": 9}, "schema_version 9; this version reads 1"),
+        ({"n_features": 3}, "damaged .no feature 3.3 in 4 layers of 3"),
+        ({"features": [{"id": [0, 1], "role": "boss"}]}, "no role 'boss'"),
+        ({"words": None}, "damaged"),
+        ({"features": None}, "damaged"),
+    ],
+)
+def test_damaged_files_are_refused_in_one_line(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    path = made().save(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CircuitError, match=words) as caught:
+        Circuit.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_cut_files(tmp_path: Path) -> None:
+    with pytest.raises(CircuitError, match="There is no circuit at .*hesitation RUN"):
+        Circuit.load(tmp_path)
+    path = made().save(tmp_path)
+    record = json.loads(path.read_text())
+    del record["strength"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(CircuitError, match="no 'strength'"):
+        Circuit.load(path)
+    for text in (path.read_text()[:100], "[]"):
+        path.write_text(text)
+        with pytest.raises(CircuitError):
+            Circuit.load(path)
+
+
+def test_it_is_of_one_set_of_adapters() -> None:
+    pair = randomise(PairedModel.from_pretrained(*(random_model(seed, torch.float32) for seed in (1, 2))))
+    adapters = pair.installed_adapters()
+    replace(made(adapters.fingerprint), fingerprints={**pair.fingerprints, **adapters.fingerprints}).require_belonging(
+        pair
+    )
+    with pytest.raises(CircuitError, match="in a pair whose base_mlps and target are others"):
+        made(adapters.fingerprint).require_belonging(pair)
+    for call in (lambda: made().require_belonging(pair), lambda: made().distinct_directions(adapters)):
+        with pytest.raises(CircuitError, match=f"adapters aaaa, and .* {adapters.fingerprint}"):
+            call()
+    with pytest.raises(CircuitError, match="the other circuit is of bbbb"):
+        made().compare(made("bbbb"))
+
+
+def test_distinct_directions() -> None:
+    pair = randomise(PairedModel.from_pretrained(*(random_model(seed, torch.float32) for seed in (1, 2))))
+    adapters, rows = pair.installed_adapters(), torch.eye(pair.installed_adapters().d_model)
+    decoder = torch.stack([rows[0], rows[0] + 0.5 * rows[1], rows[0] + 1.2 * rows[1], -rows[0], rows[2]])
+    with torch.no_grad():
+        adapters[0].W_dec[:5] = decoder
+    features = tuple(CircuitFeature(FeatureId(0, i), "output", 1.0, 0.0, 1.0, 0.0, 1.0, 1.0) for i in range(5))
+    circuit = replace(made(adapters.fingerprint), features=features)
+    assert circuit.distinct_directions(adapters) == 3  # a chain of three, its opposite, and another
+    assert circuit.distinct_directions(adapters, cosine=0.999) == 5
+    assert replace(circuit, features=()).distinct_directions(adapters) == 0
+
+
+def test_compare() -> None:
+    a, b = made(n=10), made(n=8)
+    b = replace(b, features=(replace(b.features[0], role="output"), *b.features[1:]))
+    found = a.compare(b)
+    assert (len(found.shared), len(found.only_a), found.only_b) == (8, 2, ())
+    assert found.jaccard == 0.8 and found.role_agreement == 7 / 8
+    empty = replace(a, features=())
+    assert math.isnan(empty.compare(empty).jaccard) and empty.compare(a).jaccard == 0
+
+
+def test_it_draws_itself_in_a_notebook() -> None:
+    html = made(n=30, words=(HOSTILE,))._repr_html_()
+    assert "<script" not in html and "<img" not in html and "and 10 more" in html
+    assert "no features" in replace(made(), features=())._repr_html_()
+
+
+# -- the hub -------------------------------------------------------------------------------------------------------
+
+
+class FakeHub:
+    """A repository as a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def client(self, token: str | None = None) -> Any:
+        return self
+
+    def upload_file(
+        self, path_or_fileobj: bytes, path_in_repo: str, repo_id: str, revision: str | None, commit_message: str
+    ) -> Any:
+        if not (self.root / repo_id).is_dir():
+            raise RepositoryNotFoundError(f"404: {repo_id}", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+        (self.root / repo_id / path_in_repo).parent.mkdir(exist_ok=True)
+        (self.root / repo_id / path_in_repo).write_bytes(path_or_fileobj)
+        return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/0123abcd")
+
+    def snapshot_download(self, name: str, revision: str | None, allow_patterns: list[str], token: str | None) -> str:
+        if not (self.root / name).is_dir():
+            raise RepositoryNotFoundError(f"404: {name}", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+        return str(self.root / name)
+
+
+def test_up_and_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, circuit = FakeHub(tmp_path), replace(made(), features=made().features[1:])
+    monkeypatch.setattr(circuits, "HfApi", fake.client)
+    monkeypatch.setattr(checkpoints, "snapshot_download", fake.snapshot_download)
+    with pytest.raises(
+        HubError, match=r"did not take circuits/hesitation.json into user/repo.*Push its adapters first"
+    ):
+        circuit.push("user/repo")
+    (tmp_path / "user/repo").mkdir(parents=True)
+    assert circuit.push("user/repo") == "https://huggingface.co/user/repo/commit/0123abcd"
+    assert Circuit.from_hub("user/repo") == circuit
+    with pytest.raises(CircuitError, match="holds no circuit 'doubt'"):
+        Circuit.from_hub("user/repo", "doubt")
+    with pytest.raises(CheckpointError, match="404"):
+        Circuit.from_hub("user/none")
+    with pytest.raises(CircuitError, match="not a circuit's name"):
+        circuit.push("user/repo", "../secret")
+
+
+# -- the drawing and the page --------------------------------------------------------------------------------------
+
+
+def stored() -> tuple[Circuit, Any]:
+    """A circuit of the alive features of a store with hostile tokens and labels."""
+    store = stores.new_store()
+    store.vocabulary = [HOSTILE if i % 2 else "\ud800\x00" for i in range(len(store.vocabulary))]
+    ids = store.ids()[:20]
+    features = tuple(replace(f, id=id) for f, id in zip(made(n=20).features, ids, strict=True))
+    edges = (CircuitEdge(ids[1], None, 0.5), CircuitEdge(ids[0], ids[1], 0.2))
+    return replace(made(store.about.fingerprints["adapters"]), features=features, edges=edges), store
+
+
+def test_the_drawing() -> None:
+    circuit, store = stored()
+    svg = draw_circuit(replace(circuit, words=("</script><b>",)), store, lambda id: f'p"{id.index}.html')
+    assert "<script" not in svg and "<b>" not in svg and "<img" not in svg and 'href="p"' not in svg
+    assert svg.count("<circle") == 20 and svg.count("<path") == 2 and "nan" not in svg
+    assert "a &lt;b&gt;bold&lt;/b&gt;" in svg  # the label
+    assert (
+        draw_circuit(made(n=300), None, lambda id: None).count("<circle") == 60 * 4
+    )  # of five roles' worth, two are output
+    assert draw_circuit(replace(circuit, features=(), edges=()), None, lambda id: None).startswith("<svg")
+
+
+def test_the_page_of_a_whole_block(tmp_path: Path) -> None:
+    circuit, store = stored()
+    write_feature_pages(stores.new_store(), tmp_path / "features" / "pages", ids=circuit.ids(), progress=False)
+    html = write_circuit_page(tmp_path, whole_block(), circuit, store, EXAMPLES).read_text()
+    assert (
+        "<script" not in html
+        and "<img" not in html
+        and "nan" not in html.lower()
+        and "http"
+        not in html.replace("http://www.w3.org", "")
+        .replace("http://purl.org", "")
+        .replace("http://creativecommons.org", "")
+        .replace("https://matplotlib.org", "")
+    )
+    first = circuit.ids()[0]
+    address = page_link(tmp_path, store)(first)
+    assert address and (tmp_path / address.partition("#")[0]).is_file() and f'href="{address}"' in html
+    for text in (
+        "Necessity",
+        "Sufficiency",
+        "Transfer",
+        "Injected",
+        "On given text",
+        "How many it takes",
+        "a steering",
+    ):
+        assert text in html
+    assert "<mark>Wait</mark>" in html and "the words banned" in html and "missed" in html
+
+
+def test_the_page_says_how_controls_were_set_and_what_every_arm_harms(tmp_path: Path) -> None:
+    html = write_circuit_page(tmp_path, whole_block(), made(), None, EXAMPLES).read_text()
+    controls, necessity, sufficiency, injected = (
+        html.partition(f"<h2>{title}")[2].partition("<h2>")[0]
+        for title in ("Controls", "Necessity", "Sufficiency", "Injected")
+    )
+    assert "80.0 % → 30.0 %" in controls and "<b>not reached</b>" in controls and "after layer 2" in controls
+    assert controls.count("not reached") == 1
+    for shown in ("KL elsewhere, nats per token", "0.0213", "0.0417"):  # of the circuit, of steering
+        assert shown in necessity
+    assert "KL elsewhere" not in sufficiency, "where it was not measured"
+    assert "the whole circuit, at strength 1.5" in sufficiency and "as many of the most active others" in injected
+
+
+def test_the_page_copes_with_anything_absent(tmp_path: Path) -> None:
+    block = whole_block()
+    for name in [None, *block]:
+        without = {k: v for k, v in block.items() if k not in (name, "dose")}  # whose plots take a while
+        write_circuit_page(tmp_path, without, made(), None, [])
+        write_circuit_page(tmp_path, {name: block[name]} if name else {}, made(), None, [])
+    for name in ("necessity", "sufficiency"):
+        for arm in block[name]:
+            less = {"circuit": block["circuit"], name: {k: v for k, v in block[name].items() if k != arm}}
+            write_circuit_page(tmp_path, less, made(), None, [])
+    html = write_circuit_page(tmp_path, {}, replace(made(), features=(), edges=()), stores.store(), []).read_text()
+    assert "No feature was found" in html
+
+
+def test_the_report_links_to_it(tmp_path: Path) -> None:
+    results = {
+        "schema_version": 1, "pair": {"base": "b", "target": "t", "n_layers": 4, "d_model": 8},
+        "train": {"n_features": 40}, "hesitation": json.loads(json.dumps(whole_block()).replace("NaN", "null")),
+    }  # fmt: skip
+    for block in (results["hesitation"], {"words": ["wait"]}):
+        (tmp_path / "results.json").write_text(json.dumps({**results, "hesitation": block}))
+        html = write_report(tmp_path).read_text()
+        assert 'href="hesitation.html"' in html and "<script" not in html and "The hesitation circuit" in html
+
+
+@pytest.mark.browser
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI needs a Chromium; .ci/run installs one")
+        pytest.skip("no Chromium on this machine")
+    circuit, store = stored()
+    path = write_circuit_page(tmp_path, whole_block(), circuit, store, EXAMPLES)
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--v=0",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}", "--window-size=1120,4600",
+        "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert done.stdout.count("<circle") >= 20 and done.stdout.count("<svg") == 1 + 9 + 2
+    assert (tmp_path / "page.png").stat().st_size > 20_000

@@ -1,0 +1,444 @@
+"""Controls of a circuit: each is set to the circuit's own effect, write norm or harm, and at the least harm."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.pairs import make, state
+from helpers.planted_circuits import random_moments
+
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.circuits.control_strengths import (
+    MOST_COEFFICIENT,
+    SAME_EFFECT,
+    SAME_HARM,
+    Measured,
+    Setting,
+    Texts,
+    of_equal_harm,
+    of_equal_norm,
+    set_controls,
+    size_for,
+    tuned_logit_bias,
+    tuned_neurons,
+    tuned_steering,
+)
+from tl_adapters.circuits.controls import (
+    by_size,
+    first_of,
+    further_matched,
+    matched_features,
+    most_active_others,
+    neuron_effects,
+    put_in,
+    removed,
+    shifted_logits,
+    size_of_norm,
+    steered,
+    without_neurons,
+)
+from tl_adapters.circuits.criteria import correction_beside_others
+from tl_adapters.circuits.measurements import Unchanged, away, corrected_more, kl_elsewhere, probabilities
+from tl_adapters.circuits.onsets import BehaviourError, Moments
+from tl_adapters.circuits.roles import effects_at
+from tl_adapters.generation.compare_variants import Variant, on_route, without
+from tl_adapters.interventions.feature_edits import InterventionError, inserted, only
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.confidence_intervals import OutcomesFigure, bootstrap_ratio
+
+N_LAYERS, N_FEATURES = 4, 24
+
+
+@pytest.fixture(params=["hooked", "bridge"], scope="module")
+def pair(request: pytest.FixtureRequest) -> PairedModel:
+    return make("Qwen2ForCausalLM", request.param)
+
+
+@pytest.fixture(scope="module")
+def moments() -> Moments:
+    return random_moments()
+
+
+@pytest.fixture(scope="module")
+def texts(pair: PairedModel, moments: Moments) -> Texts:
+    return Texts(pair, moments)
+
+
+@pytest.fixture(scope="module")
+def norms(pair: PairedModel, moments: Moments) -> torch.Tensor:
+    return effects_at(pair, moments).mass
+
+
+@pytest.fixture(scope="module")
+def circuit(pair: PairedModel, moments: Moments) -> list[FeatureId]:
+    """The six features with the largest effect on the word."""
+    best = effects_at(pair, moments).total.flatten().topk(6).indices.tolist()
+    return [FeatureId(i // N_FEATURES, i % N_FEATURES) for i in best]
+
+
+@pytest.fixture(scope="module")
+def others(circuit: list[FeatureId], norms: torch.Tensor) -> list[FeatureId]:
+    return most_active_others(circuit, norms, norms > 0, norms.numel())
+
+
+@torch.no_grad()
+def logits_of(pair: PairedModel, variant: Variant, tokens: torch.Tensor) -> torch.Tensor:
+    with variant.entered(pair) as model:
+        return model(tokens)
+
+
+# -- harm elsewhere -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [without([FeatureId(0, 3), FeatureId(3, 1)]), shifted_logits((5, 9), -2.0), on_route("hybrid")],
+    ids=["ablated", "logits alone", "hybrid"],
+)
+def test_harm_is_the_kl_of_plain_passes_away_from_onsets(
+    pair: PairedModel, moments: Moments, variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PairedModel, "rows_at_once", 3)  # several chunks of logits
+    before = state(pair)
+    found = kl_elsewhere(pair, moments, variant, "report")
+    assert state(pair) == before
+    was, becomes = (
+        logits_of(pair, v, moments.tokens).log_softmax(-1).double() for v in (on_route("replacement"), variant)
+    )
+    at = moments.predicting & ~moments.moment & ~moments.follows
+    assert torch.equal(at, away(moments))
+    assert bool((at & moments.boundary).any()), "matched control positions are among them"
+    by_document = ((was.exp() * (was - becomes)).sum(-1) * at).sum(1)
+    expected = bootstrap_ratio(by_document, at.sum(1).double())
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (expected.value, expected.low, expected.high), abs=1e-5
+    )
+    assert found.value > 1e-3
+    assert (found.n, found.unit, found.split) == (len(moments), "nats per token", "report")
+    together = probabilities(pair, moments, variant, "report", Unchanged(pair, moments))
+    assert together.pop("kl_elsewhere") == found
+    assert together == probabilities(pair, moments, variant, "report")
+
+
+def test_what_changes_nothing_harms_nothing_and_a_ban_harms_without_limit(pair: PairedModel, moments: Moments) -> None:
+    for nothing in (on_route("replacement"), without([]), removed({}), shifted_logits(moments.words, 0.0)):
+        figure = kl_elsewhere(pair, moments, nothing, "report")
+        assert figure.value == 0, nothing.name
+    banned = kl_elsewhere(pair, moments, shifted_logits(moments.words, -torch.inf), "report")
+    assert (banned.value, banned.low, banned.high) == (None, None, None)
+    assert "infinite" in banned.reason
+
+
+def test_texts_without_an_onset_or_without_another_place_are_refused(pair: PairedModel, moments: Moments) -> None:
+    nowhere = torch.zeros_like(moments.moment)
+    with pytest.raises(BehaviourError, match="no onset in these texts"):
+        Texts(pair, replace(moments, moment=nowhere))
+    crowded = replace(moments, moment=moments.predicting, boundary=nowhere, follows=nowhere)
+    with pytest.raises(BehaviourError, match="give longer texts"):
+        Texts(pair, crowded)
+    with pytest.raises(BehaviourError, match="give longer texts"):
+        kl_elsewhere(pair, crowded, on_route("hybrid"), "report")
+
+
+# -- baselines ----------------------------------------------------------------------------------------------------
+
+
+def settings(texts: Texts, circuit: list[FeatureId]) -> tuple[Measured, dict[str, Setting]]:
+    goal = texts.measure(without(circuit))
+    tuned = {"bias": tuned_logit_bias(texts, goal), "steering": tuned_steering(texts, goal)}
+    return goal, tuned | {"neurons": tuned_neurons(texts, goal)}
+
+
+def test_baselines_do_what_the_circuit_does_and_say_where_they_cannot(
+    pair: PairedModel, moments: Moments, texts: Texts, circuit: list[FeatureId]
+) -> None:
+    before = state(pair)
+    goal, found = settings(texts, circuit[:3])
+    assert state(pair) == before
+    effect = texts.plain.p_onset - goal.p_onset
+    assert effect > 0.01
+    for name, setting in found.items():
+        missed = abs(setting.measured.p_onset - goal.p_onset)
+        assert setting.reached == (missed <= SAME_EFFECT * effect), name
+        assert setting.size > 0
+        said = probabilities(pair, texts.moments, setting.variant, "select")["moment"].value
+        harm = kl_elsewhere(pair, texts.moments, setting.variant, "select").value
+        assert (said, harm) == pytest.approx((setting.measured.p_onset, setting.measured.kl), abs=1e-5), name
+        record = setting.record(texts.plain)
+        assert record["p_onset_before"] == texts.plain.p_onset > record["p_onset"] == setting.measured.p_onset
+    assert found["bias"].reached
+    assert found["steering"].reached
+    unreachable = replace(goal, p_onset=-1.0)
+    nearest = tuned_neurons(texts, unreachable)
+    assert not nearest.reached
+    assert nearest.measured.p_onset < texts.plain.p_onset
+
+
+def test_steering_is_the_least_harmful_of_all_that_have_the_effect(texts: Texts, circuit: list[FeatureId]) -> None:
+    """By hand: every layer, both kinds of place, a grid of coefficients."""
+    goal = texts.measure(without(circuit[:3]))
+    best = tuned_steering(texts, goal)
+    pair, batch = texts.pair, texts.moments
+    with torch.no_grad(), pair.routed("replacement"):
+        streams = pair.residual_streams(batch.tokens)
+    marks = sorted(set(batch.tokens[batch.moment].tolist()) - set(batch.words))
+    effect, harms = texts.plain.p_onset - goal.p_onset, []
+    for layer in range(N_LAYERS):
+        direction = streams[layer + 1][batch.moment].mean(0) - streams[layer + 1][batch.boundary].mean(0)
+        for after in (None, marks):
+            for coefficient in torch.linspace(0.5, 8, 16).tolist():
+                found = texts.measure(steered(layer, direction, coefficient, after))
+                if texts.plain.p_onset - found.p_onset >= (1 - SAME_EFFECT) * effect:
+                    harms.append(found.kl)
+    assert best.measured.kl <= 1.1 * min(harms), "but for the tolerance of the effect"
+    assert best.measured.kl < 0.2 * max(harms), "and not the strongest"
+
+
+def test_a_tuned_bias_is_no_ban(pair: PairedModel, moments: Moments, texts: Texts, circuit: list[FeatureId]) -> None:
+    bias = tuned_logit_bias(texts, texts.measure(without(circuit[:3])))
+    assert 0 < bias.size < 20
+    said = logits_of(pair, bias.variant, moments.tokens).softmax(-1)[..., list(moments.words)]
+    banned = logits_of(pair, shifted_logits(moments.words, -torch.inf), moments.tokens).softmax(-1)
+    assert float(said.min()) > 0 == float(banned[..., list(moments.words)].max())
+
+
+def test_baselines_of_a_circuit_without_effect_do_nothing(texts: Texts) -> None:
+    """A variant of the fault: where the circuit raises the word there is nothing to lower."""
+    _, found = settings(texts, [])
+    for setting in found.values():
+        assert (setting.size, setting.reached, setting.measured) == (0.0, True, texts.plain)
+        assert setting.variant.name == "replacement"
+
+
+def test_baselines_without_control_positions(pair: PairedModel, moments: Moments, circuit: list[FeatureId]) -> None:
+    """Moments are then held against all other places of the response."""
+    texts = Texts(pair, replace(moments, boundary=torch.zeros_like(moments.boundary)))
+    goal = texts.measure(without(circuit[:3]))
+    best = tuned_steering(texts, goal)
+    assert best.reached
+    assert best.size < MOST_COEFFICIENT
+    assert logits_of(pair, best.variant, moments.tokens).isfinite().all()
+
+
+def test_steering_acts_at_chosen_tokens_only_and_in_cached_generation_too(pair: PairedModel, moments: Moments) -> None:
+    tokens, before = moments.tokens[:2, :5], state(pair)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    marks = [int(t) for t in tokens[0, 1:3]]
+    variant = steered(1, direction, 8.0, marks)
+    at = torch.isin(tokens, torch.tensor(marks))[..., None].to(pair.model.W_E.dtype)
+    with torch.no_grad(), pair.routed("replacement"):
+        streams = pair.residual_streams(tokens)
+        by_hand = pair.unembed(pair.run_blocks(streams[2] - 8 * at * direction, 2, N_LAYERS))
+    assert torch.allclose(logits_of(pair, variant, tokens), by_hand, atol=1e-5)
+    everything = steered(0, direction, 8.0, list(range(61)))
+    with torch.no_grad(), everything.entered(pair) as model:
+        said = model.generate(
+            tokens[:1], max_new_tokens=6, do_sample=False, stop_at_eos=False, prepend_bos=False, verbose=False
+        )
+    at_once = logits_of(pair, everything, said)[0, tokens.shape[1] - 1 : -1].argmax(-1)
+    assert torch.equal(said[0, tokens.shape[1] :], at_once)
+    assert state(pair) == before
+
+
+def test_steering_at_tokens_that_were_not_embedded_is_refused(pair: PairedModel, moments: Moments) -> None:
+    resid = torch.zeros(1, 3, 32, dtype=pair.model.W_E.dtype)
+    refused = pytest.raises(InterventionError, match="no tokens of this shape")
+    with torch.no_grad(), steered(1, torch.ones(32), 1.0, [5]).entered(pair), refused:
+        pair.run_blocks(resid, 0, N_LAYERS)
+
+
+def test_neurons_held_at_a_value_and_the_last_in_part(pair: PairedModel, moments: Moments) -> None:
+    held = torch.full((N_LAYERS, 48), 0.5)
+    variant = without_neurons([(0, 3), (2, 7), (2, 9)], held, last=0.25)
+    with torch.no_grad(), variant.entered(pair), pair.recorded("mlp.hook_post") as after:
+        pair.model(moments.tokens)
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded("mlp.hook_post") as plain:
+        pair.model(moments.tokens)
+    assert bool((after[0][..., 3] == 0.5).all())
+    assert torch.equal(after[0][..., 4], plain[0][..., 4])
+    assert len(after) == N_LAYERS
+    in_part = without_neurons([(0, 9)], held, last=0.25)
+    with torch.no_grad(), in_part.entered(pair), pair.recorded("mlp.hook_post") as part:
+        pair.model(moments.tokens)
+    assert torch.allclose(part[0][..., 9], 0.75 * plain[0][..., 9] + 0.125, atol=1e-6)
+
+
+def test_neuron_effects_are_slopes_and_what_is_written(pair: PairedModel, moments: Moments) -> None:
+    found = neuron_effects(pair, moments)
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded("mlp.hook_post") as acts:
+        pair.model(moments.with_moments().tokens)
+    at = away(moments.with_moments())
+    here = torch.stack([acts[layer][at] for layer in range(N_LAYERS)])
+    assert torch.allclose(found.mean, here.mean(1).float(), atol=1e-5)
+    rows = torch.stack([mlp.weights()[1].W_out.square().sum(-1) for mlp in pair.mlps]).detach()
+    assert torch.allclose(found.written_off, (here.square().mean(1) * rows).float(), rtol=1e-3, atol=1e-6)
+    spread = here.var(1, unbiased=False) * rows
+    assert torch.allclose(found.written_at_mean, spread.float(), rtol=1e-2, atol=1e-5)
+    texts = Texts(pair, moments)
+    strongest = by_size(found.at_mean, 1)
+    small = without_neurons(strongest, found.mean, last=1e-2)
+    assert texts.measure(small).p_onset < texts.plain.p_onset
+
+
+# -- sets of features ---------------------------------------------------------------------------------------------
+
+
+def test_features_in_part_are_between_none_and_all(pair: PairedModel, moments: Moments) -> None:
+    features = [FeatureId(0, 3), FeatureId(1, 2), FeatureId(3, 4)]
+    assert first_of(features, 1.5) == {features[0]: 1.0, features[1]: 0.5}
+    assert first_of(features, 2) == dict.fromkeys(features[:2], 1.0)
+    assert first_of(features, 4.5) == dict.fromkeys(features, 1.5)
+    assert first_of([], 3) == first_of(features, 0) == {}
+    for ours, plain in (
+        (removed(dict.fromkeys(features, 1.0)), without(features)),
+        (put_in(dict.fromkeys(features, 1.0), 1.7), Variant("in", lambda pair: inserted(pair, features, 1.7))),
+        (put_in({}), Variant("nothing", lambda pair: only(pair, [], "replacement"))),
+    ):
+        assert torch.allclose(*(logits_of(pair, v, moments.tokens) for v in (ours, plain)), atol=1e-6)
+    with (
+        torch.no_grad(),
+        removed({features[0]: 0.25}).entered(pair),
+        pair.recorded("mlp.adapter.hook_sae_recons") as part,
+    ):
+        pair.model(moments.tokens)
+    whole, none = {}, {}
+    for into, variant in ((whole, on_route("replacement")), (none, without(features[:1]))):
+        with torch.no_grad(), variant.entered(pair), pair.recorded("mlp.adapter.hook_sae_recons") as found:
+            pair.model(moments.tokens)
+        into.update(found)
+    assert torch.allclose(part[0], 0.75 * whole[0] + 0.25 * none[0], atol=1e-5)
+
+
+def test_scaled_sets_write_as_much_at_the_onsets_as_the_circuit(
+    texts: Texts, circuit: list[FeatureId], others: list[FeatureId], norms: torch.Tensor
+) -> None:
+    def written(shares: dict[FeatureId, float]) -> float:
+        return sum(float(norms[f]) * share for f, share in shares.items())
+
+    whole = dict.fromkeys(circuit, 1.0)
+    enlarged = of_equal_norm(texts, others, norms, written(whole))
+    assert enlarged.shares is not None
+    assert written(dict(enlarged.shares)) == pytest.approx(written(whole))
+    assert enlarged.reached
+    assert len(enlarged.shares) < len(others)
+    assert sorted(set(enlarged.shares.values()))[1:] in ([], [1.0]), "whole, but for the last"
+    few = of_equal_norm(texts, others[-3:], norms, written(whole))
+    assert few.shares is not None
+    assert written(dict(few.shares)) == pytest.approx(written(whole))
+    assert set(few.shares) == set(others[-3:])
+    assert len(set(few.shares.values())) == 1
+    assert "times" in few.chosen
+    silent = of_equal_norm(texts, others, torch.zeros_like(norms), 1.0)
+    assert (silent.reached, silent.shares) == (False, {})
+    assert size_of_norm([], norms, 1.0) is None
+    assert size_of_norm(others[:2], norms, float(norms[others[0]])) == pytest.approx(1.0)
+
+
+def test_sets_of_equal_harm_have_it_or_say_that_they_have_not(
+    texts: Texts, circuit: list[FeatureId], others: list[FeatureId]
+) -> None:
+    goal = texts.measure(without(circuit))
+    found = of_equal_harm(texts, others, goal, len(circuit))
+    assert found.reached
+    assert abs(found.measured.kl - goal.kl) <= SAME_HARM * goal.kl
+    too_little = of_equal_harm(texts, others[-1:], replace(goal, kl=50.0), len(circuit))
+    assert not too_little.reached
+    assert too_little.size > 1, "beyond its whole activation"
+    small = of_equal_harm(texts, others, replace(goal, kl=1e-3), len(circuit))
+    assert small.reached
+    assert small.size < 2, "fewer than the circuit has"
+    assert of_equal_harm(texts, [], goal, 4).reached is False
+
+
+@pytest.mark.parametrize("n", [1, N_LAYERS * N_FEATURES], ids=["one feature", "all features"])
+def test_controls_of_the_smallest_and_the_largest_circuit(
+    pair: PairedModel, moments: Moments, texts: Texts, norms: torch.Tensor, circuit: list[FeatureId], n: int
+) -> None:
+    """Variants of the fault: of all features there are no others, and everything says so."""
+    alive, generator = torch.ones_like(norms, dtype=torch.bool), torch.Generator().manual_seed(0)
+    order = (circuit + most_active_others(circuit, norms, alive, norms.numel()))[:n]
+    first = matched_features(order, norms, alive, generator)
+    orders = {
+        "random": further_matched(order, first, norms, alive, generator),
+        "others": most_active_others(order, norms, alive, norms.numel()),
+    }
+    found = set_controls(texts, order, orders, norms)
+    assert set(found) == {
+        "circuit", "random", "random_scaled", "random_equal_harm", "others", "others_scaled", "others_equal_harm",
+        "logit_bias", "steering", "neurons",
+    }  # fmt: skip
+    for setting in found.values():
+        assert logits_of(pair, setting.variant, moments.tokens).isfinite().all()
+    others = [name for name in found if name.startswith(("random", "others"))]
+    if n == 1:
+        assert all(found[name].shares for name in others)
+        assert found["random"].size == found["others"].size == 1
+    else:
+        assert not any(found[name].reached or found[name].shares for name in others)
+
+
+def test_matched_sets_are_enlarged_by_matched_sets(norms: torch.Tensor, circuit: list[FeatureId]) -> None:
+    alive, generator = norms > 0, torch.Generator().manual_seed(1)
+    first = matched_features(circuit, norms, alive, generator)
+    order = further_matched(circuit, first, norms, alive, generator)
+    assert order[: len(first)] == first
+    assert len(set(order)) == len(order)
+    assert not set(order) & set(circuit)
+    layers = {f.layer for f in circuit}
+    free = sum(int(alive[layer].sum()) for layer in layers) - sum(bool(alive[f]) for f in circuit)
+    assert len(order) == free, "until the circuit's layers have no more"
+
+
+# -- the search for a size ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("goal", [0.003, 0.9, 7.0, 19.5])
+def test_a_size_is_found_by_doubling_and_bisection(goal: float) -> None:
+    tried: list[float] = []
+
+    def measure(size: float) -> Measured:
+        tried.append(size)
+        return Measured(0.0, size)
+
+    size, found, reached = size_for(measure, lambda m: m.kl, goal, 1.0, 32.0, 0.05 * goal)
+    assert reached
+    assert abs(size - goal) <= 0.05 * goal
+    assert found.kl == size
+    assert len(tried) <= 12
+    assert size_for(measure, lambda m: m.kl, 99.0, 1.0, 32.0, 1.0)[0::2] == (32.0, False)
+
+
+def test_a_size_that_breaks_the_model_is_too_large_and_a_hopeless_one_ends_it() -> None:
+    def measure(size: float) -> Measured:
+        return Measured(0.0, size if size < 3 else float("nan"))
+
+    size, _, reached = size_for(measure, lambda m: m.kl, 2.5, 1.0, 32.0, 0.1)
+    assert reached
+    assert abs(size - 2.5) <= 0.1
+    assert size_for(lambda size: Measured(0.0, float("nan")), lambda m: m.kl, 2.5, 1.0, 32.0, 0.1)[0::2] == (0.0, False)
+    tried: list[float] = []
+    size_for(lambda s: tried.append(s) or Measured(0.0, s), lambda m: m.kl, 9.0, 1.0, 32.0, 0.1, lambda m: m.kl >= 2)  # type: ignore[func-returns-value]
+    assert tried == [1.0, 2.0]
+
+
+# -- injected errors against the others ---------------------------------------------------------------------------
+
+
+def test_correction_is_compared_with_the_others_step_by_step() -> None:
+    def outcomes(right: str) -> OutcomesFigure:
+        return OutcomesFigure(
+            right.count("1") / len(right), 0, 1, len(right), "share corrected", "report", outcomes=right
+        )
+
+    circuit, others = outcomes("00001100" * 8), outcomes("11001110" * 8)
+    figure = corrected_more(others, circuit)
+    assert figure.value == 3 / 8
+    assert figure.low is not None
+    assert figure.high is not None
+    assert 0 < figure.low < 3 / 8 < figure.high
+    assert (figure.n, figure.split) == (64, "report")
+    arms = {"both": circuit, "random": circuit, "others": others, "others_equal_harm": circuit}
+    asked = correction_beside_others({f"replacement - {name}": arm for name, arm in arms.items()})
+    assert [(c["value"], c["reached"]) for c in asked] == [(3 / 8, True), (0.0, False)]
+    assert len({c["name"] for c in asked}) == 2
+    assert correction_beside_others({}) == []

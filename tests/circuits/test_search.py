@@ -1,0 +1,506 @@
+"""Gates, the search and the roles: against plain arithmetic, finite differences, and a circuit that was planted."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.pairs import make, state
+from helpers.planted_circuits import (
+    N_FEATURES,
+    N_VOCAB,
+    OUTPUT,
+    SMALL,
+    TEMPLATE,
+    WORD,
+    everything,
+    pair_with,
+    planted,
+    quiet_layers,
+    random_moments,
+    word_direction,
+)
+from helpers.random_models import random_batch, random_model
+
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.circuits.onsets import BehaviourError, Moments, final_residual, log_odds, margins
+from tl_adapters.circuits.roles import (
+    SHARE,
+    SUPPRESSES,
+    circuit_edges,
+    effects_at,
+    effects_on_what_follows,
+    sort_features,
+)
+from tl_adapters.circuits.search import Aims, SearchOptions, search_circuit
+from tl_adapters.interventions.feature_edits import ablated, gated, only, patched, scaled
+from tl_adapters.models.paired_model import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
+
+STEP = 1e-5
+
+
+COPIES, ALONE = (FeatureId(3, 7), FeatureId(3, 8)), FeatureId(3, 9)
+
+
+def doubled(backend: str = "hooked") -> tuple[PairedModel, Moments]:
+    """Two copies that say the word together, and a third feature that says it where they do not fire."""
+    base, layers = random_model(1, vocab_size=N_VOCAB), quiet_layers()
+    with torch.no_grad():
+        layers[3].W_enc[:, 8] = layers[3].W_enc[:, 7]
+        layers[3].W_enc[:, 9] = -layers[3].W_enc[:, 7]
+        layers[3].b_enc[[7, 8]] = -0.7
+        layers[3].b_enc[9] = -1.6
+        layers[3].W_dec[[7, 8]] = 6 * word_direction(base)
+        layers[3].W_dec[9] = 8 * word_direction(base)
+    return pair_with(base, layers, [*COPIES, ALONE], backend)
+
+
+def mean_margin(pair: PairedModel, moments: Moments, at: str = "moment") -> float:
+    with torch.no_grad():
+        return float(margins(pair, moments, getattr(moments, at)).mean())
+
+
+@pytest.fixture(scope="module")
+def circuit() -> tuple[PairedModel, Moments]:
+    return planted()
+
+
+# -- gates --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["hooked", "bridge"])
+def pair(request: pytest.FixtureRequest) -> PairedModel:
+    return make("Qwen2ForCausalLM", request.param)
+
+
+TOKENS = random_batch(6, (9, 9)).tokens
+
+
+@torch.no_grad()
+def test_gates_of_one_are_the_route_itself(pair: PairedModel) -> None:
+    before = state(pair)
+    ones = {layer: torch.ones(24) for layer in range(4)}
+    for route in ("replacement", "target+adapter"):
+        with gated(pair, ones, route) as model:
+            found = model(TOKENS)
+        with pair.routed(route):
+            assert torch.allclose(found, pair.model(TOKENS), atol=1e-10)
+    assert state(pair) == before
+
+
+@torch.no_grad()
+def test_gates_multiply_and_zeros_leave_only_the_others(pair: PairedModel) -> None:
+    features, factor = [(0, 3), (1, 0), (1, 7), (3, 11)], -1.5
+    gates = {layer: torch.zeros(24) for layer in range(4)}
+    for layer, index in features:
+        gates[layer][index] = factor
+    for bias in (False, True):
+        with gated(pair, gates, decoder_bias=bias) as model:
+            found = model(TOKENS)
+        with only(pair, features, "replacement", factor, decoder_bias=bias) as model:
+            assert torch.equal(found, model(TOKENS))
+    with pair.routed("replacement"), ablated(pair, features) as model:
+        without = model(TOKENS)
+    gates = {layer: torch.ones(24) for layer in range(4)}
+    for layer, index in features:
+        gates[layer][index] = 0
+    with gated(pair, gates) as model:
+        assert torch.allclose(model(TOKENS), without, atol=1e-10)
+
+
+@torch.no_grad()
+def test_without_the_bias_gates_of_zero_are_the_hybrid(pair: PairedModel) -> None:
+    nothing = {layer: torch.zeros(24) for layer in range(4)}
+    with gated(pair, nothing, decoder_bias=False) as model:
+        bare = model(TOKENS)
+    with gated(pair, nothing) as model:
+        biased = model(TOKENS)
+    with pair.routed("hybrid"):
+        hybrid = pair.model(TOKENS)
+    assert torch.allclose(bare, hybrid, atol=1e-10)
+    assert not torch.allclose(biased, hybrid, atol=1e-3)
+
+
+def test_the_gradient_of_a_gate_is_its_finite_difference(pair: PairedModel) -> None:
+    before = state(pair)
+    gates = torch.ones(4, 24, dtype=torch.float64, requires_grad=True)
+
+    def loss(gates: torch.Tensor) -> torch.Tensor:
+        with gated(pair, dict(enumerate(gates))) as model:
+            return log_odds(model(TOKENS), (WORD,)).sum()
+
+    (gradient,) = torch.autograd.grad(loss(gates), gates)
+    assert state(pair) == before
+    strongest = gradient.abs().flatten().topk(3).indices.tolist()
+    for i in strongest:
+        at = (i // 24, i % 24)
+        shift = torch.zeros(4, 24, dtype=torch.float64)
+        shift[at] = STEP
+        with torch.no_grad():
+            slope = float(loss(gates + shift) - loss(gates - shift)) / (2 * STEP)
+        # A bridge's norms are Hugging Face's, in float32.
+        tolerance = 1e-5 if pair.backend.name == "hooked" else 5e-2
+        assert abs(slope - float(gradient[at])) < tolerance * abs(slope)
+
+
+# -- search -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_what_says_the_word_is_found_first_and_does_all(backend: str) -> None:
+    pair, moments = doubled(backend)
+    before = state(pair)
+    search = search_circuit(pair, moments, everything(pair), SMALL, progress=False)
+    assert set(search.order[:3]) == {*COPIES, ALONE}
+    assert len(search.order) == len(set(search.order)) == 6
+    assert [a.n for a in search.aims] == [0, 2, 4, 6]
+    none, four = search.aims[0], search.aims[2]
+    assert none.necessity > 1.5
+    assert four.necessity < 0.2 * none.necessity
+    assert four.sufficiency < 0.5 * none.sufficiency
+    assert none.necessity > search.aims[1].necessity > four.necessity
+    assert state(pair) == before
+
+
+def test_a_feature_that_works_through_another_is_necessary(circuit: tuple[PairedModel, Moments]) -> None:
+    """Alone it does nothing, so a step from nothing cannot see that it suffices; that it is needed can be seen."""
+    pair, moments = circuit
+    options = replace(SMALL, sufficiency=0.0)
+    search = search_circuit(pair, moments, everything(pair), options, progress=False)
+    assert set(search.order[:2]) == {TEMPLATE, OUTPUT}
+    none, two = search.aims[:2]
+    assert none.necessity > 4
+    assert two.necessity < 0.1 * none.necessity
+    assert two.sufficiency < 0.2 * none.sufficiency
+    assert two.continuation < 0.2 * none.continuation
+
+
+def test_a_copy_of_what_is_chosen_waits_for_what_else_there_is() -> None:
+    """Enough of one copy is added that the other has nothing left to do; by effect alone both copies come first."""
+    pair, moments = doubled()
+    total = effects_at(pair, moments).total
+    assert set(strongest(total, 2)) == set(COPIES)
+    options = SearchOptions(2 / (4 * N_FEATURES), 1.0, 1, strength=2.0, necessity=0, continuation=0)
+    search = search_circuit(pair, moments, everything(pair), options, progress=False)
+    assert search.order[0] in COPIES
+    assert search.order[1] == ALONE
+
+
+def test_aims_are_what_they_say(circuit: tuple[PairedModel, Moments]) -> None:
+    """Recomputed with ablations and insertions, at every round."""
+    pair, moments = circuit
+    options = replace(SMALL, strength=1.3, tokens_per_batch=40)  # several batches
+    search = search_circuit(pair, moments, everything(pair), options, progress=False)
+    texts = moments.with_moments()
+    with torch.no_grad():
+        target = pair.model(texts.tokens)
+    for aims in search.aims:
+        chosen = list(search.order[: aims.n])
+        with torch.no_grad():
+            with pair.routed("replacement"), ablated(pair, chosen) as model:
+                without = log_odds(model(texts.tokens), (WORD,))[texts.moment]
+            with only(pair, chosen, "replacement", 1.3) as model:
+                inserted = model(texts.tokens)
+        at = texts.moment | texts.boundary
+        said, p = log_odds(target, (WORD,))[at].sigmoid(), log_odds(inserted, (WORD,))[at].sigmoid()
+        entropy = -(said * p.log() + (1 - said) * (1 - p).log()).mean()
+        a, b = (x.log_softmax(-1)[texts.follows] for x in (target, inserted))
+        expected = [(1 + (without + 2).exp()).log().mean(), entropy, (a.exp() * (a - b)).sum(-1).mean()]
+        found = [aims.necessity, aims.sufficiency, aims.continuation]
+        assert torch.allclose(torch.tensor(found).double(), torch.stack(expected).double(), rtol=1e-5)
+
+
+def test_a_search_is_the_same_twice_and_takes_only_what_is_alive(circuit: tuple[PairedModel, Moments]) -> None:
+    pair, moments = circuit
+    alive = everything(pair)
+    alive[OUTPUT] = False
+    alive[0] = False
+    options = SearchOptions(share=0.2, per_round=4, tokens_per_batch=60)
+    one, two = (search_circuit(pair, moments, alive, options, progress=False) for _ in range(2))
+    assert one == two
+    assert len(set(one.order)) == len(one.order) == round(0.2 * int(alive.sum()))
+    assert all(alive[f] for f in one.order)
+    assert OUTPUT not in one.order
+    whole = search_circuit(pair, moments, alive, replace(options, share=1.0, per_round=50), progress=False)
+    assert {tuple(f) for f in whole.order} == {tuple(f) for f in alive.nonzero().tolist()}
+    few = torch.zeros_like(alive)
+    few[TEMPLATE] = True
+    assert search_circuit(pair, moments, few, SearchOptions(), progress=False).order == (TEMPLATE,), "at least one"
+
+
+def test_a_search_goes_on_beyond_the_circuit(circuit: tuple[PairedModel, Moments]) -> None:
+    pair, moments = circuit
+    small = search_circuit(pair, moments, everything(pair), replace(SMALL, further=2.5), progress=False)
+    large = search_circuit(pair, moments, everything(pair), replace(SMALL, share=15 / (4 * N_FEATURES)), progress=False)
+    assert (len(small.order), len(small.further)) == (6, 9)
+    assert small.order + small.further == large.order
+    assert [a.n for a in small.aims] == [0, 2, 4, 6, 8, 10, 12, 14, 15]
+    odd = search_circuit(pair, moments, everything(pair), replace(SMALL, per_round=4, further=1.5), progress=False)
+    assert [a.n for a in odd.aims] == [0, 4, 6, 9], "the circuit is whole before more join"
+
+
+def test_adapters_are_given_back_as_they_were() -> None:
+    pair, moments = planted()
+    parameters = list(pair.installed_adapters().parameters())
+    parameters[1].requires_grad_(False)
+    flags = [p.requires_grad for p in parameters]
+    assert len(set(flags)) == 2
+    search_circuit(pair, moments, everything(pair), replace(SMALL, documents=1), progress=False)
+    assert [p.requires_grad for p in parameters] == flags
+    assert all(p.grad is None for p in parameters)
+    with pytest.raises(RuntimeError):
+        search_circuit(pair, moments, everything(pair)[:, :3], SMALL, progress=False)
+    assert [p.requires_grad for p in parameters] == flags
+
+
+def test_only_so_many_documents_are_read(circuit: tuple[PairedModel, Moments]) -> None:
+    pair, moments = circuit
+    two = search_circuit(pair, moments, everything(pair), replace(SMALL, documents=2), progress=False)
+    first = search_circuit(pair, moments.with_moments(2), everything(pair), SMALL, progress=False)
+    every = search_circuit(pair, moments, everything(pair), SMALL, progress=False)
+    assert two == first
+    assert two.aims[0] != every.aims[0]
+
+
+def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Moments]) -> None:
+    pair, moments = circuit
+    silent = replace(moments, moment=torch.zeros_like(moments.moment))
+    with pytest.raises(BehaviourError, match="no moment in these texts"):
+        search_circuit(pair, silent, everything(pair), progress=False)
+    for wrong in (
+        {"share": 0.0},
+        {"share": 1.5},
+        {"per_round": 0},
+        {"strength": 0.0},
+        {"documents": 0},
+        {"further": 0.9},
+    ):
+        with pytest.raises(BehaviourError, match="share is above 0 and at most 1"):
+            SearchOptions(**wrong)  # type: ignore[arg-type]
+
+
+# -- roles --------------------------------------------------------------------------------------------------------
+
+
+def slope(measure: Callable[[float], float]) -> float:
+    return (measure(STEP) - measure(-STEP)) / (2 * STEP)
+
+
+def strongest(effects: torch.Tensor, n: int = 4) -> list[FeatureId]:
+    width = effects.shape[1]
+    return [FeatureId(i // width, i % width) for i in effects.abs().flatten().topk(n).indices.tolist()]
+
+
+@pytest.mark.parametrize("at", ["moment", "boundary"])
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
+def test_a_total_effect_is_the_slope_of_the_margin_in_the_features_gate(architecture: str, at: str) -> None:
+    pair, moments = make(architecture, "hooked"), random_moments()
+    effects = effects_at(pair, moments, at, tokens_per_batch=30)
+    assert abs(effects.margin - replacement_margin(pair, moments, at)) < 1e-6
+
+    def measure(feature: FeatureId, by: float) -> float:
+        with scaled(pair, [feature], 1 + by):
+            return replacement_margin(pair, moments, at)
+
+    for feature in strongest(effects.total):
+        assert abs(slope(lambda by, f=feature: measure(f, by)) / float(effects.total[feature]) - 1) < 1e-4
+
+
+def replacement_margin(pair: PairedModel, moments: Moments, at: str) -> float:
+    with pair.routed("replacement"):
+        return mean_margin(pair, moments, at)
+
+
+def test_a_direct_effect_is_what_the_feature_writes_there_read_by_the_unembedding() -> None:
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    effects = effects_at(pair, moments)
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        residual = final_residual(pair, moments.tokens)[moments.moment]
+    for feature in strongest(effects.direct):
+        layer, index = feature
+        written = acts[layer][moments.moment][:, index, None] * pair.installed_adapters()[layer].W_dec[index]
+
+        @torch.no_grad()
+        def moved(by: float, written: torch.Tensor = written) -> float:
+            return float(log_odds(pair.unembed(residual + by * written), moments.words).mean())
+
+        assert abs(slope(moved) / float(effects.direct[feature]) - 1) < 1e-4
+
+
+def test_the_last_layer_has_direct_effects_only_and_the_others_have_more() -> None:
+    effects = effects_at(make("Qwen2ForCausalLM", "hooked"), random_moments())
+    assert torch.allclose(effects.total[3], effects.direct[3], atol=1e-6)
+    assert not torch.allclose(effects.total[2], effects.direct[2], atol=1e-2)
+
+
+def test_mass_and_rate_are_those_of_the_places() -> None:
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        pair.model(moments.tokens)
+    for at in ("moment", "boundary"):
+        effects = effects_at(pair, moments, at, tokens_per_batch=20)
+        texts = getattr(moments, at)
+        for layer in range(4):
+            here = acts[layer][texts]
+            norms = pair.installed_adapters()[layer].W_dec.norm(dim=1)
+            assert torch.allclose(effects.mass[layer], (here.mean(0) * norms).float(), atol=1e-5)
+            assert torch.allclose(effects.rate[layer], (here > 0).float().mean(0), atol=1e-6)
+
+
+def test_an_effect_with_others_held_is_its_slope_while_they_keep_their_values() -> None:
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    before = state(pair)
+    held = [FeatureId(2, i) for i in range(0, 24, 2)] + [FeatureId(3, i) for i in range(0, 24, 3)]
+    free, constant = effects_at(pair, moments), effects_at(pair, moments, held=held)
+    assert state(pair) == before
+    assert torch.equal(free.direct, constant.direct)
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        pair.model(moments.tokens)
+    source = dict(acts)
+
+    def measure(feature: FeatureId, by: float) -> float:
+        with patched(pair, held, source), scaled(pair, [feature], 1 + by):
+            return replacement_margin(pair, moments, "moment")
+
+    differ = (free.total - constant.total)[:2]
+    for feature in strongest(differ):
+        found = slope(lambda by, f=feature: measure(f, by))
+        assert abs(found / float(constant.total[feature]) - 1) < 1e-4
+        assert abs(float(differ[feature])) > 1e-2
+
+
+def test_an_effect_on_what_follows_is_the_slope_of_the_log_odds_of_what_comes() -> None:
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    effects = effects_on_what_follows(pair, moments, tokens_per_batch=30)
+    texts = moments.with_moments()
+    coming = torch.zeros_like(texts.tokens)
+    coming[:, :-1] = texts.tokens[:, 1:]
+
+    @torch.no_grad()
+    def measure(by: float, feature: FeatureId) -> float:
+        with pair.routed("replacement"), scaled(pair, [feature], 1 + by):
+            p = pair.model(texts.tokens).softmax(-1).gather(-1, coming[..., None])[..., 0][texts.follows]
+        return float((p / (1 - p)).log().mean())
+
+    for feature in strongest(effects):
+        assert abs(slope(lambda by, f=feature: measure(by, f)) / float(effects[feature]) - 1) < 1e-4
+
+
+def test_a_planted_circuit_is_sorted(circuit: tuple[PairedModel, Moments]) -> None:
+    pair, moments = circuit
+    sorted_ = sort_features(pair, moments, [TEMPLATE, OUTPUT], everything(pair))
+    template, output = sorted_.features[:2]
+    assert (template.id, template.role) == (TEMPLATE, "template")
+    assert (output.id, output.role) == (OUTPUT, "output")
+    with pair.routed("hybrid"):
+        hybrid = mean_margin(pair, moments)
+    assert abs(sorted_.gap - (replacement_margin(pair, moments, "moment") - hybrid)) < 1e-5
+    assert sorted_.gap > 5
+    direct = effects_at(pair, moments).direct
+    assert sorted_.threshold == SHARE * float(direct[everything(pair)].clamp(min=0).sum())
+    assert output.direct > 0.1 * sorted_.gap
+    assert template.direct < sorted_.threshold < template.through
+    edges = circuit_edges(pair, moments, sorted_.features)
+    word, between = (
+        next(e for e in edges if (e.source, e.target) == ends) for ends in ((OUTPUT, None), (TEMPLATE, OUTPUT))
+    )
+    assert word.weight == output.direct
+    assert between.weight > 0.1 * sorted_.gap
+
+
+def test_roles_are_what_the_formulas_say() -> None:
+    """On a random pair, where features of every role are."""
+    pair, moments, alive = make("Qwen2ForCausalLM", "hooked"), random_moments(), torch.ones(4, 24, dtype=torch.bool)
+    alive[:, 20:] = False
+    chosen = [FeatureId(layer, i) for layer in (3, 1, 0, 2) for i in range(0, 12, 2)]
+    here, there = effects_at(pair, moments), effects_at(pair, moments, "boundary")
+    sorted_ = sort_features(pair, moments, chosen, alive)
+    outputs = [f for f in chosen if here.direct[f] >= sorted_.threshold]
+    through = here.total - effects_at(pair, moments, held=outputs).total
+    follows = effects_on_what_follows(pair, moments)
+    assert sorted_.threshold == SHARE * float(here.direct[alive].clamp(min=0).sum())
+    enough = SHARE * float(follows[alive].clamp(min=0).sum())
+    mine = sorted_.features[: len(chosen)]
+    assert [f.id for f in mine] == chosen, "in the order in which they joined"
+    assert {f.role for f in mine} == {"output", "template", "continuation", "other"}
+    for f in mine:
+        is_template, goes_on = through[f.id] >= sorted_.threshold, follows[f.id] >= enough
+        none = "template" if is_template else "continuation" if goes_on else "other"
+        assert f.role == ("output" if f.id in outputs else none)
+        assert f.follows == float(follows[f.id])
+        assert f.direct == float(here.direct[f.id])
+        assert f.total == float(here.total[f.id])
+        assert f.through == (0 if f.id in outputs else float(through[f.id]))
+        assert abs(f.contrast - float(here.total[f.id] - there.total[f.id])) < 1e-6
+        assert f.mass == float(here.mass[f.id])
+    against = torch.minimum(here.total, there.total)
+    outside = [FeatureId(*f) for f in alive.nonzero().tolist() if FeatureId(*f) not in chosen]
+    rest = sorted_.features[len(chosen) :]
+    assert {f.id for f in rest} == {f for f in outside if against[f] <= -sorted_.threshold * SUPPRESSES / SHARE}
+    assert {f.role for f in rest} == {"suppress"}
+    assert [float(against[f.id]) for f in rest] == sorted(float(against[f.id]) for f in rest), "strongest first"
+    asked = [FeatureId(*f) for f in alive.nonzero().tolist()]
+    expected = {f for f in asked if f not in outputs and here.direct[f] < sorted_.threshold <= through[f]}
+    assert set(sorted_.templates) == expected
+    assert expected - set(chosen), "outside of the circuit, too"
+    assert [float(through[f]) for f in sorted_.templates] == sorted((float(through[f]) for f in expected), reverse=True)
+    idle = [f for f in outside if max(abs(float(e.total[f])) for e in (here, there)) < sorted_.threshold / 10]
+    assert set(sorted_.bystanders) == {f for f in idle if here.rate[f] > max(0.05, 2 * float(there.rate[f]) - 1e-9)}
+
+
+def test_a_feature_that_fires_before_the_word_and_does_nothing_is_a_bystander() -> None:
+    pair, moments = planted()
+    idle = FeatureId(2, 3)
+    adapters = pair.installed_adapters()
+    with torch.no_grad():
+        adapters[2].W_enc[:, 3] = adapters[3].W_enc[:, 7]  # it reads what the template writes
+        adapters[2].b_enc[3] = -1.5
+        adapters[2].W_dec[3] = 0
+    sorted_ = sort_features(pair, moments, [TEMPLATE, OUTPUT], everything(pair))
+    assert sorted_.bystanders[0] == idle or idle in sorted_.bystanders
+    assert idle not in [f.id for f in sorted_.features]
+    assert idle not in sort_features(pair, moments, [TEMPLATE, OUTPUT, idle], everything(pair)).bystanders
+    dead = everything(pair)
+    dead[idle] = False
+    assert idle not in sort_features(pair, moments, [TEMPLATE, OUTPUT], dead).bystanders
+
+
+def test_an_edge_is_a_slope_of_what_the_output_feature_reads() -> None:
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    chosen = [FeatureId(layer, i) for layer in range(4) for i in range(8)]
+    features = sort_features(pair, moments, chosen, torch.zeros(4, 24, dtype=torch.bool)).features
+    edges = circuit_edges(pair, moments, features)
+    role = {f.id: f.role for f in features}
+    by_id = {f.id: f for f in features}
+    assert {e.source for e in edges if e.target is None} == {f for f in role if role[f] == "output"}
+    between = [e for e in edges if e.target is not None]
+    assert all(role[e.target] == "output" and e.source.layer < e.target.layer for e in between if e.target)
+    assert not any(role[e.source] == "output" for e in between)
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        pair.model(moments.tokens)
+    plain = dict(acts)
+
+    @torch.no_grad()
+    def read(source: FeatureId, target: FeatureId, by: float) -> float:
+        with pair.routed("replacement"), scaled(pair, [source], 1 + by), pair.recorded(PRE_ACTIVATIONS) as pre:
+            pair.model(moments.tokens)
+        fires = moments.moment & (plain[target.layer][..., target.index] > 0)
+        return float(pre[target.layer][..., target.index][fires].sum() / moments.moment.sum())
+
+    for edge in sorted(between, key=lambda e: -abs(e.weight))[:4]:
+        source, target = edge.source, edge.target
+        assert target is not None
+        unit = by_id[target].direct / float(plain[target.layer][..., target.index][moments.moment].mean())
+        found = slope(lambda by, s=source, t=target: read(s, t, by)) * unit
+        assert abs(found / edge.weight - 1) < 1e-4
+
+
+def test_an_architecture_with_post_norms_has_a_circuit_too() -> None:
+    pair, moments = make("Gemma2ForCausalLM", "bridge", dtype=torch.float32), random_moments()
+    alive = torch.ones(4, 24, dtype=torch.bool)
+    search = search_circuit(pair, moments, alive, SearchOptions(share=0.1), progress=False)
+    assert len(search.order) == 10
+    sorted_ = sort_features(pair, moments, search.order, alive)
+    values = [v for f in sorted_.features for v in (f.direct, f.through, f.total, f.contrast, f.mass)]
+    assert torch.tensor(values).isfinite().all()
+    assert isinstance(search.aims[-1], Aims)

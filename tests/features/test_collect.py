@@ -1,0 +1,344 @@
+"""The feature store against a plain reference, and what must not change it: batches, order, parts, processes, stops."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.pairs import make
+from helpers.random_models import randomise
+
+import tl_adapters.features.collect as collecting
+from tl_adapters import organism
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.data.chat_format import TRACE_REGIONS, ChatFormat, encode_traces
+from tl_adapters.data.hesitation_words import VocabularyError
+from tl_adapters.data.traces import DataError, Trace
+from tl_adapters.features.collect import collect_features, collect_share
+from tl_adapters.features.feature import FeatureStoreError
+from tl_adapters.features.firing_counts import _mixed
+from tl_adapters.features.layer_statistics import bucket, bucket_edges
+from tl_adapters.features.store import FeatureStore
+from tl_adapters.features.store_files import StoreOptions
+from tl_adapters.features.stream_agreement import reading, stream_agreement
+from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+
+OPTIONS = StoreOptions(examples=4, sample=5, before=3, after=2, tokens_per_batch=300)
+QUIET = {"progress": False, "split": "report"}
+
+
+@pytest.fixture(scope="module")
+def pair() -> PairedModel:
+    """The built-in pair with random adapters of which every twentieth feature or so fires."""
+    pair = randomise(PairedModel.from_pretrained(organism.BASE, organism.TARGET, dtype=torch.float64), n_features=40)
+    with torch.no_grad():
+        for adapter in pair.installed_adapters():
+            adapter.b_enc -= 5.0
+            adapter.W_dec[3] = 0  # writes nothing: never a firing, however often its encoder says so
+    return pair
+
+
+@pytest.fixture(scope="module")
+def traces(pair: PairedModel) -> list[Trace]:
+    found = encode_traces(organism.reasoning_pairs("report", 24), pair.model.tokenizer)
+    return [
+        Trace(t.tokens, t.prompt_length, t.thinking_length, ("sums", "products")[i % 2]) for i, t in enumerate(found)
+    ]
+
+
+def activations(pair: PairedModel, trace: Trace, stream: str = "replacement") -> torch.Tensor:
+    """[layers, pos, n_features] in decoder-norm units, one document at a time."""
+    with reading(pair, stream), pair.recorded(ACTIVATIONS) as acts, torch.no_grad():
+        pair.model(torch.tensor([trace.tokens]))
+    norms = [adapter.W_dec.norm(dim=-1) for adapter in pair.installed_adapters()]
+    return torch.stack([acts[layer][0] * norms[layer] for layer in range(pair.n_layers)]).detach()
+
+
+@pytest.mark.parametrize("stream", ["replacement", "target"])
+def test_the_store_equals_a_plain_reference(pair: PairedModel, traces: list[Trace], stream: str) -> None:
+    store = collect_features(pair, traces, stream=stream, options=OPTIONS, words=["Wait"], **QUIET)
+    dense = [activations(pair, trace, stream) for trace in traces]
+    chat = ChatFormat.of(pair.model.tokenizer)
+    regions = [torch.tensor(chat.regions(trace)) for trace in traces]
+    assert store.tokens == sum(len(t.tokens) for t in traces) and store.documents == len(traces)
+    for layer in range(pair.n_layers):
+        statistics, _ = store.layer(layer)
+        fires = [(d[layer] > 0) for d in dense]
+        assert statistics.count.tolist() == sum(f.sum(0) for f in fires).tolist()
+        assert torch.allclose(statistics.total, sum(d[layer].sum(0) for d in dense), atol=1e-4)
+        for code in range(len(TRACE_REGIONS)):
+            expected = sum(f[r == code].sum(0) for f, r in zip(fires, regions, strict=True))
+            assert statistics.region[:, code].tolist() == expected.tolist()
+        for place, domain in enumerate(store.part.totals.domains):
+            expected = sum(f.sum(0) for f, t in zip(fires, traces, strict=True) if t.domain == domain)
+            assert statistics.domain[:, place].tolist() == expected.tolist()
+        assert statistics.histogram.sum(1).tolist() == statistics.count.tolist()
+        thinking = torch.zeros(40, 10, dtype=torch.long)
+        for f, r in zip(fires, regions, strict=True):
+            inside = (r == TRACE_REGIONS.index("thinking")).nonzero()[:, 0].tolist()
+            for i, at in enumerate(inside):
+                thinking[:, i * 10 // len(inside)] += f[at]
+        assert statistics.tenth.tolist() == thinking.tolist()
+    alive = store.ids(1)
+    assert len(alive) > 30 and FeatureId(0, 3) not in alive
+    for feature in store.features(alive):
+        layer, index = feature.id
+        of = [d[layer, :, index] for d in dense]
+        strongest = sorted((float(o.max()) for o in of if o.max() > 0), reverse=True)[:4]
+        assert [e.values[e.at] for e in feature.top] == pytest.approx(strongest, rel=1e-5)
+        assert len({e.document for e in feature.top}) == len(feature.top)
+        assert len(feature.sample) == min(5, feature.firings)
+        assert len({(e.document, e.position) for e in feature.sample}) == len(feature.sample)
+        for example in (*feature.top, *feature.sample):
+            trace, values = traces[example.document], of[example.document]
+            first = max(0, example.position - 3)
+            window = slice(first, example.position + 3)
+            assert example.token_ids == trace.tokens[window] and example.at == example.position - first
+            assert list(example.values) == pytest.approx(values[window].tolist(), rel=2e-3, abs=1e-6)
+            assert example.values[example.at] > 0
+
+
+def test_neighbours_are_what_fires_beside_the_sample(pair: PairedModel, traces: list[Trace]) -> None:
+    options = StoreOptions(examples=1, sample=1000, neighbours=200, tokens_per_batch=300)
+    store = collect_features(pair, traces, options=options, **QUIET)
+    dense = torch.cat([activations(pair, trace) for trace in traces], 1)
+    fires = (dense > 0).double()
+    for feature in store.features(store.ids()):
+        layer, index = feature.id
+        here = fires[layer, :, index] > 0
+        together = fires[:, here].mean(1)
+        together[layer, index] = 0
+        excess = (together - fires.mean(1)).flatten()
+        for neighbour in feature.neighbours:
+            assert neighbour.share == pytest.approx(float(together[neighbour.id]), abs=1e-6)
+            assert neighbour.density == pytest.approx(float(fires.mean(1)[neighbour.id]), abs=1e-6)
+        if feature.neighbours:
+            found = [n.share - n.density for n in feature.neighbours]
+            best = excess[excess > 1e-9].sort(descending=True).values[: len(found)]
+            assert found == pytest.approx(best.tolist(), abs=1e-6)
+
+
+def same(a: FeatureStore, b: FeatureStore) -> None:
+    """Equal but for the numbers of the documents."""
+    assert (a.tokens, a.documents, a.region_tokens) == (b.tokens, b.documents, b.region_tokens)
+    text = lambda example: (example.token_ids, example.position)  # noqa: E731
+    values = lambda examples: sorted(e.values[e.at] for e in examples)  # noqa: E731
+    for x, y in zip(a.features(a.ids(0)), b.features(b.ids(0)), strict=True):
+        assert (x.id, x.firings, x.histogram, x.regions, x.thinking, x.domains) == (
+            y.id, y.firings, y.histogram, y.regions, y.thinking, y.domains,
+        )  # fmt: skip
+        assert Counter(map(text, x.top)) == Counter(map(text, y.top))
+        assert Counter(map(text, x.sample)) == Counter(map(text, y.sample))
+        for kind in ("top", "sample"):
+            assert values(getattr(x, kind)) == pytest.approx(values(getattr(y, kind)), rel=1e-4, abs=1e-4)
+        assert {n.id for n in x.neighbours} == {n.id for n in y.neighbours}
+
+
+def test_batches_order_parts_and_processes_change_nothing(
+    pair: PairedModel, traces: list[Trace], tmp_path: Path
+) -> None:
+    whole = collect_features(pair, traces, options=OPTIONS, **QUIET)
+    small = StoreOptions(**{**vars(OPTIONS), "tokens_per_batch": 64, "tokens_per_part": 300})
+    same(whole, collect_features(pair, traces[::-1], options=small, **QUIET))
+    folder = tmp_path / "store"
+    for number in (1, 0):
+        collect_share(pair, traces, folder, (number, 2), options=small, **QUIET)
+        if number == 1:
+            with pytest.raises(FeatureStoreError, match="parts that are not merged"):
+                FeatureStore.load(folder)
+    same(whole, collect_features(pair, traces, folder, options=small, **QUIET))
+    assert len(list(folder.glob("part-*"))) == 1
+    same(whole, FeatureStore.load(folder))
+
+
+def test_a_stopped_collection_goes_on_and_more_can_be_added(
+    pair: PairedModel, traces: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    third = 1 + sum(len(trace.tokens) for trace in traces[:18]) // 3
+    options = StoreOptions(**{**vars(OPTIONS), "tokens_per_part": third})
+    write, folder, written = collecting.write_part, tmp_path / "store", []
+
+    def stop_at_the_third(path: Path, *args: object) -> object:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write(path, *args)
+
+    monkeypatch.setattr(collecting, "write_part", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        collect_features(pair, traces[:18], folder, options=options, **QUIET)
+    passes = []
+    monkeypatch.setattr(collecting, "write_part", write)
+    part = collecting._Collector._part
+    monkeypatch.setattr(collecting._Collector, "_part", lambda self, *args: passes.append(args[1]) or part(self, *args))
+    same(
+        collect_features(pair, traces[:18], options=options, **QUIET),
+        collect_features(pair, traces[:18], folder, options=options, **QUIET),
+    )
+    assert len(passes) == 4 and passes[2] == passes[3], "three in memory, and only the third of those in the folder"
+    added = collect_features(pair, traces[18:], folder, options=options, **QUIET)
+    same(collect_features(pair, traces, options=options, **QUIET), added)
+    grown = tmp_path / "grown"
+    collect_features(pair, traces[:18], grown, options=options, **QUIET)
+    other_cut = StoreOptions(**{**vars(OPTIONS), "tokens_per_part": third - 100})
+    same(added, collect_features(pair, [*traces, *traces[:5]], grown, options=other_cut, **QUIET))
+    del passes[:]
+    again = collect_features(pair, traces[18:], folder, options=options, **QUIET)
+    assert passes == [] and again.documents == len(traces), "no document is counted twice"
+
+
+def test_a_kill_between_merging_and_removing_costs_nothing(
+    pair: PairedModel, traces: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = 1 + sum(len(trace.tokens) for trace in traces) // 2
+    options = StoreOptions(**{**vars(OPTIONS), "tokens_per_part": half})
+    folder = tmp_path / "store"
+    monkeypatch.setattr(
+        "tl_adapters.features.store.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        collect_features(pair, traces, folder, options=options, **QUIET)
+    monkeypatch.undo()
+    assert len(list(folder.glob("part-*"))) == 3
+    store = FeatureStore.load(folder)
+    assert store.documents == len(traces)
+    same(store, collect_features(pair, traces, folder, options=options, **QUIET))
+    assert len(list(folder.glob("part-*"))) == 1, "what is merged is cleared away"
+
+
+def test_the_sample_is_uniform() -> None:
+    """Each of many firings is drawn equally often, over seeds; a neighbour's fate says nothing."""
+    drawn = torch.zeros(60)
+    positions = torch.arange(60)
+    for seed in range(400):
+        mixed = _mixed(torch.tensor(12345) ^ _mixed(positions * 977 + 5 ^ _mixed(torch.tensor(seed))))
+        drawn[((mixed >> 1) & 0x7FFFFFFFFFFFFFFF).topk(6).indices] += 1
+    expected = 400 * 6 / 60
+    assert ((drawn - expected).square() / (expected * 0.9)).sum() < 99.6  # chi-squared, 59 degrees: p = 0.0007
+    assert len(_mixed(torch.arange(10_000)).unique()) == 10_000
+
+
+def test_neurons_are_the_targets_own(pair: PairedModel, traces: list[Trace]) -> None:
+    options = StoreOptions(examples=3, sample=3, neurons_per_token=6, tokens_per_batch=300)
+    store = collect_features(pair, traces, kind="neuron", stream="target", options=options, **QUIET)
+    assert store.about.n_features == pair.model.cfg.d_mlp
+    counts = torch.zeros(pair.n_layers, pair.model.cfg.d_mlp, dtype=torch.long)
+    for trace in traces:
+        with pair.routed("target"):
+            _, cache = pair.model.run_with_cache(torch.tensor([trace.tokens]))
+        for layer in range(pair.n_layers):
+            size = cache[f"blocks.{layer}.mlp.hook_post"][0].clamp(min=0) * pair.model.blocks[layer].mlp.W_out.norm(
+                dim=1
+            )
+            top = size.topk(6)
+            counts[layer].index_add_(0, top.indices[top.values > 0], torch.ones_like(top.indices[top.values > 0]))
+    assert store.firings.tolist() == counts.tolist()
+    with pytest.raises(FeatureStoreError, match="give stream='target'"):
+        collect_features(pair, traces, kind="neuron", **QUIET)
+
+
+def test_effects_are_in_decoder_norm_units(pair: PairedModel, traces: list[Trace]) -> None:
+    store = collect_features(pair, traces[:4], options=OPTIONS, words=["Wait", "Hmm"], **QUIET)
+    feature = store.feature(store.ids(1)[0])
+    row = pair.installed_adapters()[feature.id.layer].W_dec[feature.id.index].detach()
+    logits = (row / row.norm() * pair.model.ln_final.w) @ pair.model.W_U
+    logits = logits - logits.mean()
+    assert feature.decoder_norm == pytest.approx(float(row.norm()), rel=1e-5)
+    assert [e for _, e in feature.promotes] == pytest.approx(logits.topk(10).values.tolist(), abs=1e-4)
+    assert [e for _, e in feature.suppresses] == pytest.approx((-(-logits).topk(10).values).tolist(), abs=1e-4)
+    assert feature.effects["Wait"] == pytest.approx(
+        float(logits[pair.model.tokenizer("Wait")["input_ids"][0]]), abs=1e-4
+    )
+    assert feature.effect_spread == pytest.approx(float(logits.std(correction=0)), rel=1e-4)
+    assert sum(n for _, _, n in feature.effect_histogram) == pair.model.cfg.d_vocab
+    assert feature.effect_kurtosis == pytest.approx(
+        float((logits / logits.std(correction=0)).pow(4).mean() - 3), rel=1e-3
+    )
+
+
+def test_quantiles_are_good_to_a_bucket(pair: PairedModel, traces: list[Trace]) -> None:
+    store = collect_features(pair, traces, options=OPTIONS, **QUIET)
+    dense = torch.cat([activations(pair, trace) for trace in traces], 1)
+    for feature in store.features(store.ids(30)):
+        values = dense[feature.id.layer, :, feature.id.index]
+        values = values[values > 0]
+        for share, told in feature.quantiles:
+            lower, higher = (float(values.quantile(share, interpolation=how)) for how in ("lower", "higher"))
+            assert lower / 2**0.26 < told < higher * 2**0.26
+    assert (bucket_edges()[bucket(dense[dense > 2**-10])] <= dense[dense > 2**-10]).all()
+
+
+def test_the_table_and_a_feature_say_the_same(pair: PairedModel, traces: list[Trace]) -> None:
+    store = collect_features(pair, traces, options=OPTIONS, words=["Wait"], **QUIET)
+    table = store.table(1)
+    assert len({len(column) for column in table.values()}) == 1
+    for row, feature in enumerate(store.features(store.ids(1))):
+        assert (table["layer"][row], table["index"][row]) == feature.id
+        assert table["firings"][row] == feature.firings and table["mean"][row] == pytest.approx(feature.mean)
+        assert table["max"][row] == pytest.approx(feature.max)
+        assert table["promotes"][row] == [token for token, _ in feature.promotes[:3]]
+        assert table["effects"][row] == list(feature.effects.values())
+        region = table["region"][row]
+        assert (
+            feature.region_share[region]
+            == max(feature.region_share.values())
+            == pytest.approx(table["region_share"][row])
+        )
+        tokens = Counter(e.tokens[e.at] for e in feature.sample)
+        assert [tokens[t] for t in table["fires_on"][row]] == [n for _, n in tokens.most_common(3)]
+
+
+def test_the_streams_agree_as_far_as_they_do(pair: PairedModel, traces: list[Trace]) -> None:
+    found = stream_agreement(pair, traces[:6], "report")
+    for layer, agreement in enumerate(found):
+        a, b = (torch.cat([activations(pair, t, s)[layer] for t in traces[:6]]) for s in ("target", "replacement"))
+        both, either = ((a > 0) & (b > 0)).sum(), ((a > 0) | (b > 0)).sum()
+        assert agreement.overlap.value == pytest.approx(float(both / either))
+        assert agreement.kept.value == pytest.approx(float(both / (b > 0).sum()))
+        fires = (a + b) > 0
+        assert agreement.correlation == pytest.approx(float(torch.corrcoef(torch.stack([a[fires], b[fires]]))[0, 1]))
+    assert found[0].overlap.value == 1.0, "below the first adapter the two streams are one"
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_both_backends_read_the_same(backend: str, pair: PairedModel, traces: list[Trace]) -> None:
+    hooked = collect_features(pair, traces[:4], options=OPTIONS, **QUIET)
+    other = PairedModel.from_pretrained(organism.BASE, organism.TARGET, dtype=torch.float64, backend=backend)
+    other.load_adapters(pair.installed_adapters())
+    same(hooked, collect_features(other, traces[:4], options=OPTIONS, **QUIET))
+
+
+def test_refusals_in_one_line(pair: PairedModel, traces: list[Trace], tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    collect_features(pair, traces[:3], folder, options=OPTIONS, **QUIET)
+    with pytest.raises(FeatureStoreError, match="was read with stream 'replacement'; asked for is 'target'"):
+        collect_features(pair, traces[:3], folder, stream="target", options=OPTIONS, **QUIET)
+    with pytest.raises(FeatureStoreError, match="was read with options"):
+        collect_features(pair, traces[:3], folder, **QUIET)
+    with pytest.raises(DataError, match="no documents"):
+        collect_features(pair, [], **QUIET)
+    with pytest.raises(VocabularyError, match="is 2 tokens"):
+        collect_features(pair, traces[:3], words=["Wait,"], **QUIET)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(FeatureStoreError, match="is no feature store"):
+        collect_features(pair, traces[:3], tmp_path / "other", **QUIET)
+    with pytest.raises(FeatureStoreError, match="holds no feature store"):
+        FeatureStore.load(tmp_path / "other")
+    with pytest.raises(FeatureStoreError, match="allowed is a whole number"):
+        StoreOptions(examples=0)
+    with pytest.raises(FeatureStoreError, match="number < of"):
+        collect_share(pair, traces, folder, (2, 2))
+    with pytest.raises(DataError, match="no tokenizer"):
+        collect_features(make("Qwen2ForCausalLM", "hooked"), traces[:3], **QUIET)
+    for file in ("vocabulary.json", "labels.json", "agreement.json"):
+        kept = (folder / file).read_bytes() if (folder / file).exists() else None
+        (folder / file).write_text("{")
+        with pytest.raises(FeatureStoreError, match=rf"{file} (is missing or damaged|cannot be read)"):
+            FeatureStore.load(folder)
+        (folder / file).unlink() if kept is None else (folder / file).write_bytes(kept)
+    record = json.loads((folder / "store.json").read_text())
+    (folder / "store.json").write_text(json.dumps({**record, "schema_version": 99}))
+    with pytest.raises(FeatureStoreError, match="schema_version 99"):
+        FeatureStore.load(folder)

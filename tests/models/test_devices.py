@@ -1,0 +1,431 @@
+"""Every stage on a pretended device: no operator mixes devices, no float64 where there is none, few waits.
+
+The device is pretended (`pretended_device`), once as a GPU and once as MPS, which has no float64. Parameters go there
+by the library's own calls; buffers are put there in any case, so that what these tests say is about operators.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers.pretended_device import DEVICE, PretendedDevice, PretendedDeviceError, grown
+from helpers.random_models import ACTIVATION_OPTIONS, random_batch, random_model, randomise
+
+from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.attribution.attribute import FeatureTarget, LogitTarget, attribute
+from tl_adapters.attribution.validation import ablation_effects, explain_difference, faithfulness_curve, hold_to_account
+from tl_adapters.circuits.control_strengths import Texts, set_controls
+from tl_adapters.circuits.controls import put_in, removed, shifted_logits, steered, without_neurons
+from tl_adapters.circuits.measurements import Unchanged, mediation, probabilities
+from tl_adapters.circuits.onsets import Moments
+from tl_adapters.circuits.roles import circuit_edges, effects_at, sort_features
+from tl_adapters.circuits.search import SearchOptions, search_circuit
+from tl_adapters.cli.common import device_of
+from tl_adapters.config import TrainingConfig
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.data.traces import Trace
+from tl_adapters.errors import UserError
+from tl_adapters.evaluation.baselines import baseline_kl, difference_directions, low_rank, top_neurons
+from tl_adapters.evaluation.faithfulness import faithfulness_block, measure_faithfulness
+from tl_adapters.evaluation.feature_matching import match_features, seed_agreement
+from tl_adapters.evaluation.planted_features import plant_features
+from tl_adapters.evaluation.response_metrics import respond
+from tl_adapters.features.collect import collect_features
+from tl_adapters.features.logit_effects import layer_effects
+from tl_adapters.features.store_files import StoreOptions
+from tl_adapters.features.stream_agreement import stream_agreement
+from tl_adapters.generation.compare_variants import generate_variants, on_route, with_only, without
+from tl_adapters.generation.likelihoods import log_likelihoods
+from tl_adapters.interventions.feature_edits import ablated, added, clamped, gated, inserted, negated, patched, scaled
+from tl_adapters.interventions.frozen import frozen
+from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.organism import problems, reasoning_pairs
+from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.training.trainer import Trainer
+from tl_adapters.utils.devices import DeviceError, resolve_device
+
+
+@pytest.fixture(params=[True, False], ids=["gpu", "mps"])
+def device(request: pytest.FixtureRequest) -> Iterator[PretendedDevice]:
+    with PretendedDevice(float64=request.param) as emulator:
+        yield emulator
+
+
+def on(device: PretendedDevice, pair: PairedModel) -> PairedModel:
+    """The pair with everything of it on the device."""
+    device.hold(pair.model)
+    pair.model.cfg.device = str(DEVICE)
+    return pair
+
+
+def tiny(
+    device: PretendedDevice,
+    layers: int = 2,
+    activation: str = "relu",
+    architecture: str = "Qwen2ForCausalLM",
+    n_features: int = 24,
+    backend: str | None = None,
+) -> PairedModel:
+    """A random pair that is built, and gets its adapters, on the device."""
+    base, target = (
+        random_model(seed, torch.float32, architecture, num_hidden_layers=layers, vocab_size=31) for seed in (1, 2)
+    )
+    device.hold(target)
+    pair = PairedModel.from_pretrained(base, target, backend=backend)
+    return randomise(on(device, pair), n_features, activation=activation)
+
+
+def documents(n: int = 4, seed: int = 0, vocab: int = 31) -> list[Trace]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Trace(tuple(torch.randint(1, vocab, (9 + i % 3,), generator=generator).tolist()), 3, domain="x")
+        for i in range(n)
+    ]
+
+
+def some_moments() -> Moments:
+    batch = random_batch(3, (12, 9, 11), vocab=31)
+    drawn = torch.randint(4, batch.tokens.shape, generator=torch.Generator().manual_seed(3))
+    places = [batch.predicting_response & (drawn == kind) for kind in range(3)]
+    return Moments(batch.tokens, batch.predicting_response, places[0], places[1], places[2], (5, 9))
+
+
+# -- the emulator itself ----------------------------------------------------------------------------------------------
+
+
+def test_the_emulator_refuses_what_a_device_refuses(device: PretendedDevice) -> None:
+    x, host = torch.ones(3, device=DEVICE), torch.ones(3)
+    assert x.device == DEVICE and host.device.type == "cpu" and x.cpu().device.type == "cpu"
+    assert (x * 2 + torch.tensor(1.0)).device == DEVICE  # a number of the CPU may stand beside it
+    for wrong in (
+        lambda: x + host,
+        lambda: torch.stack([x, host]),
+        lambda: host[x.long()],
+        lambda: x.index_copy(0, torch.tensor([1]), x[:1]),
+        lambda: x.numpy(),
+        lambda: torch.rand(3, generator=torch.Generator(), device=DEVICE),
+    ):
+        with pytest.raises(PretendedDeviceError):
+            wrong()
+    if not device.float64:
+        with pytest.raises(PretendedDeviceError, match="float64"):
+            x.double()
+
+
+def test_the_emulator_counts_waits(device: PretendedDevice) -> None:
+    x = torch.ones(3, 2, device=DEVICE)
+    for act, kind in (
+        (lambda: float(x.sum()), "sync"),
+        (lambda: x.tolist(), "sync"),
+        (lambda: x[x > 0], "sync"),
+        (lambda: x.nonzero(), "sync"),
+        (lambda: x.cpu(), "to_host"),
+        (lambda: x[torch.tensor([1, 2])], "to_device"),
+        (lambda: x[[0, 1]], "to_device"),
+        (lambda: torch.tensor([1.0], device=x.device), "to_device"),
+    ):
+        before = len(device.events)
+        act()
+        assert [event.kind for event in device.events[before:]] == [kind]
+    before = len(device.events)
+    x[x > 0] = 1.0
+    assert x[1:, 0].sum().device == DEVICE and len(device.events) == before
+
+
+def test_a_gradient_goes_back_where_its_tensor_came_from(device: PretendedDevice) -> None:
+    host = torch.ones(3, requires_grad=True)
+    (host.to(DEVICE) * torch.ones(3, device=DEVICE)).sum().backward()
+    assert host.grad is not None and host.grad.device.type == "cpu"
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
+def test_training(device: PretendedDevice, activation: str) -> None:
+    k = {"k": 5} if "topk" in activation else {}
+    config = TrainingConfig(
+        n_features=16, steps=3, tokens_per_batch=24, activation=activation, log_every=1, validate_every=2, **k
+    )  # type: ignore[arg-type]
+    trainer = Trainer(tiny(device), documents(), config, validation=documents(2, 1), progress=False)
+    adapters = trainer.run()
+    assert all(device.holds(weight) and weight.isfinite().all() for weight in adapters.state_dict().values())
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
+def test_faithfulness_and_what_stands_beside_it(device: PretendedDevice, architecture: str) -> None:
+    pair, traces = tiny(device, architecture=architecture), documents()
+    faithfulness_block(measure_faithfulness(pair, traces), "x")
+    baseline_kl(pair, [top_neurons(mlp, 3) for mlp in pair.mlps], traces)
+    directions = difference_directions(pair, traces)
+    baseline_kl(pair, [low_rank(mlp, d[:, :4]) for mlp, d in zip(pair.mlps, directions, strict=True)], traces)
+    stream_agreement(pair, traces)
+    layer_effects(pair, 0, pair.installed_adapters()[0].W_dec, words=(3, 4))
+
+
+def test_matching_and_planting(device: PretendedDevice) -> None:
+    pair, traces = tiny(device), documents(80)
+    matching = match_features(pair.installed_adapters(), pair.installed_adapters(), pair, traces)
+    assert matching.matches and all(m.same for m in matching.matches)
+    assert seed_agreement(pair, pair.installed_adapters(), pair.installed_adapters(), traces).matches
+    plant = plant_features(pair, traces, per_layer=2, rates=(0.02,))
+    assert all(device.holds(weight) for weight in plant.adapters.parameters())
+
+
+@pytest.mark.parametrize("linearisation", ["relp", "frozen_mlp", "gradient"])
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
+def test_attribution(device: PretendedDevice, linearisation: str, architecture: str) -> None:
+    pair, quiet = tiny(device, architecture=architecture), {"linearisation": linearisation, "progress": False}
+    prompt = list(documents(1)[0].tokens)
+    attribute(pair, prompt, **quiet)  # type: ignore[arg-type]
+    few = {"max_feature_nodes": 6, "batch_size": 4, "window": None if linearisation == "gradient" else 4}
+    attribute(pair, prompt, [3, LogitTarget(4), FeatureTarget(1, 2, -1)], **few, **quiet)  # type: ignore[arg-type]
+
+
+def test_real_ablations(device: PretendedDevice) -> None:
+    pair, prompt = tiny(device), list(documents(1)[0].tokens)
+    hold_to_account(pair, prompt, LogitTarget(3))
+    explain_difference(pair, prompt, LogitTarget(3), progress=False)
+    graph = attribute(pair, prompt, [3], progress=False)
+    effects = ablation_effects(pair, graph, torch.arange(4))
+    faithfulness_curve(pair, graph, torch.randn(len(graph.features)), [2, 5])
+    assert not device.holds(effects)
+
+
+def test_interventions(device: PretendedDevice) -> None:
+    pair, tokens = tiny(device), random_batch(3, vocab=31).to(DEVICE).tokens
+    features = [FeatureId(0, 3), FeatureId(1, 2), FeatureId(1, 7)]
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as source:
+        pair.model(tokens)
+    kept = {layer: acts.cpu() for layer, acts in source.items()}  # of another run: it may be anywhere
+    gates = torch.ones(2, 24, requires_grad=True)
+    for changed in (
+        ablated(pair, features), scaled(pair, features, 2.0), clamped(pair, features, 1.0, [2, 4]),
+        added(pair, features, 1.0, range(3)), patched(pair, features, dict(source)), patched(pair, features, kept, [1]),
+    ):  # fmt: skip
+        with pair.routed("replacement"), changed as model:
+            model(tokens)
+    for changed in (inserted(pair, features), negated(pair, features), gated(pair, dict(enumerate(gates)))):
+        with changed as model:
+            out = model(tokens)
+    assert torch.autograd.grad(out.sum(), gates)[0].device.type == "cpu"
+    with pair.routed("replacement"), frozen(pair, tokens.cpu(), mlps=True, features=features, layers=[1]) as model:
+        model(tokens)
+
+
+def test_circuits(device: PretendedDevice) -> None:
+    pair, moments = tiny(device), some_moments()
+    everything = torch.ones(2, 24, dtype=torch.bool)
+    found = search_circuit(pair, moments, everything, SearchOptions(share=0.1, per_round=2), progress=False)
+    circuit_edges(pair, moments, sort_features(pair, moments, found.order, everything).features)
+    others = {"others": [f for f in (FeatureId(i // 24, i % 24) for i in range(48)) if f not in found.order]}
+    settings = set_controls(Texts(pair, moments), found.order, others, effects_at(pair, moments).mass)
+    arms = [setting.variant for setting in settings.values()]
+    arms += [put_in(dict.fromkeys(found.order, 0.5)), shifted_logits((5, 9), -torch.inf)]
+    unchanged = Unchanged(pair, moments)
+    assert [probabilities(pair, moments, arm, "x", unchanged) for arm in arms]
+    mediation(pair, moments, found.order[:2], found.order[2:], "x")
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
+def test_a_bridge_goes_through_the_stages(device: PretendedDevice, architecture: str) -> None:
+    pair, features = tiny(device, architecture=architecture, backend="bridge"), [FeatureId(0, 1), FeatureId(1, 4)]
+    prompt = list(documents(1)[0].tokens)
+    measure_faithfulness(pair, documents())
+    effects_at(pair, some_moments())
+    for linearisation in ("relp", "gradient"):
+        attribute(pair, prompt, linearisation=linearisation, progress=False)
+    with inserted(pair, features) as model:
+        model(torch.tensor([prompt], device=DEVICE))
+    Trainer(pair, documents(), TrainingConfig(n_features=16, steps=2), progress=False).run()
+
+
+@pytest.fixture
+def loaded() -> PairedModel:
+    """Read from its files before a device is pretended: transformers' loader has function modes of its own."""
+    return load_builtin_pair("cpu")
+
+
+@pytest.fixture
+def builtin(loaded: PairedModel, device: PretendedDevice) -> PairedModel:
+    pair = on(device, loaded)
+    randomise(pair, n_features=16)
+    with torch.no_grad():
+        for adapter in pair.installed_adapters():
+            adapter.b_enc -= 4.0
+    return pair
+
+
+def test_collection(builtin: PairedModel, device: PretendedDevice) -> None:
+    traces = encode_traces(reasoning_pairs("report", 4), builtin.model.tokenizer)
+    options = StoreOptions(examples=2, sample=2, before=2, after=2, tokens_per_batch=200)
+    for kind, stream in (("feature", "replacement"), ("feature", "target"), ("neuron", "target")):
+        store = collect_features(
+            builtin, traces, kind=kind, stream=stream, options=options, words=["Wait"], progress=False
+        )  # type: ignore[arg-type]
+        assert store.ids(1)
+
+
+def test_generation(builtin: PairedModel, device: PretendedDevice) -> None:
+    features = [FeatureId(0, 3), FeatureId(1, 2)]
+    prompt = encode_traces(reasoning_pairs("report", 1), builtin.model.tokenizer)[0].tokens[:12]
+    variants = [on_route("target"), without(features), with_only(features)]
+    generate_variants(builtin, prompt, variants, max_new_tokens=3, progress=False)
+    generate_variants(builtin, prompt, variants[:1], max_new_tokens=3, temperature=0.7, top_p=0.9, progress=False)
+    for temperature in (0.0, 0.7):
+        respond(builtin.model, problems("report", 2), max_new_tokens=3, temperature=temperature)
+    assert len(list(log_likelihoods(builtin.model, [(prompt[:5], prompt[5:8]), (prompt[:3], prompt[3:9])]))) == 2
+
+
+# -- how often is waited ----------------------------------------------------------------------------------------------
+
+
+def waits(device: PretendedDevice, act: Callable[[], object]) -> Counter[tuple[str, str, str]]:
+    with device.counted() as found:
+        act()
+    return found
+
+
+def test_a_changed_pass_copies_nothing_by_layer_or_token(device: PretendedDevice) -> None:
+    counts = []
+    for layers, length in ((2, 6), (4, 11)):
+        pair = tiny(device, layers)
+        tokens = torch.arange(1, length, device=DEVICE)[None]
+        features = [FeatureId(layer, i) for layer in range(layers) for i in (1, 5)]
+        with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as source:
+            pair.model(tokens)
+        for changed in (
+            ablated(pair, features), scaled(pair, features, 2.0, [1, 3]), patched(pair, features, dict(source)),
+            inserted(pair, features), negated(pair, features),
+        ):  # fmt: skip
+            with torch.no_grad(), pair.routed("replacement"), changed as model:
+                counts.append(waits(device, lambda model=model, tokens=tokens: model(tokens)))
+    ours = [{key: n for key, n in count.items() if key[1] == "interventions.py"} for count in counts]
+    assert not any(ours), ours
+
+
+def test_entering_an_intervention_copies_once_for_all_layers(device: PretendedDevice) -> None:
+    counts = []
+    for layers in (2, 4):
+        pair, found = tiny(device, layers), Counter[tuple[str, str, str]]()
+        features = [FeatureId(layer, i) for layer in range(layers) for i in (1, 5)]
+        for make in (ablated, inserted, negated):
+
+            def enter(make: Callable[..., object] = make, pair: PairedModel = pair, which: object = features) -> None:
+                with make(pair, which):  # type: ignore[attr-defined]
+                    pass
+
+            found += waits(device, enter)
+        counts.append(found)
+    assert counts[0] and not grown(*counts)
+
+
+def test_rows_of_an_attribution_graph_wait_once_a_batch(device: PretendedDevice) -> None:
+    """The longer prompt has more tokens, features and rows, and as many batches: one per layer."""
+    pair, counts, rows = tiny(device, 3), [], []
+    for length in (4, 12):
+        graphs: list[object] = []
+        prompt = list(range(1, length))
+        counts.append(
+            waits(device, lambda p=prompt, g=graphs: g.append(attribute(pair, p, [3], batch_size=9999, progress=False)))
+        )
+        rows.append(len(graphs[0].rows))  # type: ignore[attr-defined]
+    assert rows[1] > 2 * rows[0]
+    assert not grown(*counts)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
+def test_a_training_step_does_not_wait_by_layer(device: PretendedDevice, activation: str) -> None:
+    counts = []
+    for layers in (2, 4):
+        k = {"k": 5} if activation == "batchtopk" else {}
+        config = TrainingConfig(n_features=16, steps=1, activation=activation, **k)  # type: ignore[arg-type]
+        trainer = Trainer(tiny(device, layers), documents(), config, validation=documents(2, 1), progress=False)
+        counts.append(waits(device, trainer.run))
+    ours = lambda key: key[2] == "_one_step"  # noqa: E731 (torch's gradient clipping asks a device for its devices)
+    assert not grown(*counts, allowed=ours)
+
+
+def test_real_ablations_copy_once_for_all_layers(device: PretendedDevice) -> None:
+    counts = []
+    for layers in (2, 4):
+        pair = tiny(device, layers)
+        graph = attribute(pair, list(range(1, 9)), [3], progress=False)
+        counts.append(waits(device, lambda pair=pair, graph=graph: ablation_effects(pair, graph, torch.arange(4))))
+    assert counts[0] and not grown(*counts)
+
+
+def test_effects_and_faithfulness_do_not_wait_by_layer(device: PretendedDevice) -> None:
+    counts: list[Counter[tuple[str, str, str]]] = []
+    for layers in (2, 4):
+        pair, moments = tiny(device, layers), some_moments()
+        counts.append(
+            waits(device, lambda pair=pair: measure_faithfulness(pair, documents()))
+            + waits(device, lambda pair=pair: stream_agreement(pair, documents()))
+            + waits(device, lambda pair=pair, moments=moments: effects_at(pair, moments))
+        )
+    assert not grown(*counts)
+
+
+def test_matches_are_read_from_the_device_by_layer_and_not_by_feature(device: PretendedDevice) -> None:
+    counts = []
+    for n_features in (12, 48):
+        pair = tiny(device, n_features=n_features)
+        both = pair.installed_adapters()
+        counts.append(waits(device, lambda pair=pair, both=both: match_features(both, both, pair, documents(80))))
+    assert not grown(*counts)
+
+
+# -- which device -----------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_the_best_device_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_device("auto") == resolve_device(None) == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("mps") and resolve_device("mps:0").type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto") == torch.device("cuda") and resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(DeviceError, match="cuda, cuda:1, mps, cpu"):
+        resolve_device("cuda:2")
+
+
+def test_a_model_in_memory_stays_where_it_is_unless_a_device_is_named(device: PretendedDevice) -> None:
+    base, target = (random_model(seed, torch.float32, num_hidden_layers=2) for seed in (1, 2))
+    device.hold(target)
+    assert device.holds(PairedModel.from_pretrained(base, target).model.W_E)
+    with pytest.raises(DeviceError, match="This machine has cpu"):
+        PairedModel.from_pretrained(base, base, device="cuda:7")
+
+
+def test_what_auto_chose_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="tl_adapters"):
+        assert device_of("auto") == "auto" and not caplog.text  # an error of the command line stands alone
+        assert load_builtin_pair(device_of("auto")).model.W_E.device.type == "cpu"
+    assert "device: cpu (auto" in caplog.text
+    for unknown in ("gpu", "mps:3", "cuda:-2", ""):
+        with pytest.raises(UserError, match="--device"):
+            device_of(unknown)
+
+
+def test_controls_copy_once_for_all_layers_and_nothing_in_a_pass(device: PretendedDevice) -> None:
+    entering, passing = [], []
+    for layers, length in ((2, 6), (4, 11)):
+        pair, tokens = tiny(device, layers), torch.arange(1, length, device=DEVICE)[None]
+        direction = torch.ones(pair.model.cfg.d_model, device=DEVICE)
+        held = torch.ones(layers, pair.model.cfg.d_mlp, device=DEVICE)
+        shares = {FeatureId(layer, i): 0.5 for layer in range(layers) for i in (1, 5)}
+        found = Counter[tuple[str, str, str]]()
+        for variant in (
+            steered(1, direction, 2.0), steered(1, direction, 2.0, [3, 4]), shifted_logits((5, 9), -1.0),
+            without_neurons([(layer, 2) for layer in range(layers)], held, 0.5), removed(shares), put_in(shares),
+        ):  # fmt: skip
+            with device.counted() as counts, torch.no_grad(), variant.entered(pair) as model:
+                passing.append(waits(device, lambda model=model, tokens=tokens: model(tokens)))
+            found += counts
+        entering.append(found)
+    assert entering[0]
+    assert not grown(*entering)
+    ours = [{key: n for key, n in count.items() if key[1] == "circuit_controls.py"} for count in passing]
+    assert not any(ours), ours

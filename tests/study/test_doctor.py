@@ -1,0 +1,236 @@
+"""The doctor finds what would fail later, from descriptions alone, and says what to change."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.random_models import ARCHITECTURES, random_model
+from huggingface_hub.errors import NotASafetensorsRepoError
+from safetensors.torch import load_file, save_file
+
+import tl_adapters.checkpoints.model_files as checkpoints
+import tl_adapters.study.doctor as doctor
+from tl_adapters.checkpoints.compatibility import Finding
+from tl_adapters.cli.main import main
+from tl_adapters.config import DataConfig, RunConfig, TrainingConfig
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.organism import BASE, TARGET
+from tl_adapters.study.doctor import estimate, examine
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Copies of the built-in pair, to be spoilt."""
+    for name, origin in (("base", BASE), ("target", TARGET)):
+        shutil.copytree(origin, tmp_path / name)
+    return tmp_path / "base", tmp_path / "target"
+
+
+def found(config: RunConfig, level: str) -> list[Finding]:
+    return [finding for finding in examine(config) if finding.level == level]
+
+
+def pair_of(folders: tuple[Path, Path], **data: object) -> RunConfig:
+    return RunConfig(base=str(folders[0]), target=str(folders[1]), data=DataConfig(**data))
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_good_pair_has_nothing_to_mend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(BASE), str(TARGET)]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing to mend, 0 to know." in out and "next: tl-adapters train --base" in out
+    subjects = (
+        "architecture", "d_mlp", "rope", "context length", "base's weights", "token ids", "chat template",
+        "think tokens", "dtype", "memory", "disk",
+    )  # fmt: skip
+    for subject in subjects:
+        assert f"ok      {subject}: " in out, subject
+
+
+def test_a_bad_pair_ends_with_status_1(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    edit(folders[0] / "config.json", intermediate_size=64)
+    assert main(["doctor", *map(str, folders)]) == 1
+    out = capsys.readouterr().out
+    assert "error   d_mlp: intermediate_size is 64 in the base and 320 in the target." in out
+    assert "1 to mend" in out and "next:" not in out
+
+
+@pytest.mark.parametrize(
+    ("side", "values", "subject", "says"),
+    [
+        (0, {"max_position_embeddings": 9}, "context length", "9 in the base and 256"),
+        (0, {"vocab_size": 9}, "vocabulary size", "9 in the base"),
+        (0, {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope", "5.0"),
+    ],
+)
+def test_what_may_differ_is_to_know(
+    folders: tuple[Path, Path], side: int, values: dict[str, object], subject: str, says: str
+) -> None:
+    edit(folders[side] / "config.json", **values)
+    (finding,) = found(pair_of(folders), "warning")
+    assert finding.subject == subject and says in finding.says and "Only the base's MLPs" in finding.do
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
+        ({"architectures": ["FancyForCausalLM"]}, "FancyForCausalLM"),
+    ],
+)
+def test_what_cannot_be_exact_is_to_mend(folders: tuple[Path, Path], values: dict[str, object], says: str) -> None:
+    for folder in folders:
+        edit(folder / "config.json", **values)
+    (finding,) = found(pair_of(folders), "error")
+    assert finding.subject == "architecture" and says in finding.says
+
+
+def test_weights_are_seen_in_their_headers(folders: tuple[Path, Path]) -> None:
+    base = folders[0] / "model.safetensors"
+    whole = load_file(base)
+    base.write_bytes(base.read_bytes()[:-10])
+    assert [(f.subject, "damaged" in f.says) for f in found(pair_of(folders), "error")] == [("base's weights", True)]
+    save_file({k: v for k, v in whole.items() if "layers.4.mlp" not in k}, base)
+    (finding,) = found(pair_of(folders), "error")
+    assert "3 of 15 MLP tensors are not there, such as model.layers.4.mlp.gate_proj" in finding.says
+
+
+def test_tokenizers_and_templates(folders: tuple[Path, Path]) -> None:
+    record = json.loads((folders[0] / "tokenizer.json").read_text())
+    record["added_tokens"][-1]["id"] += 1
+    edit(folders[0] / "tokenizer.json", **record)
+    (finding,) = found(pair_of(folders), "warning")
+    assert finding.subject == "token ids" and "1 of the target's 279" in finding.says
+    (finding,) = found(pair_of((BASE, TARGET), think_end="</reasoning>"), "warning")
+    assert finding.subject == "think tokens" and "</reasoning> is" in finding.says
+    for file in folders[1].glob("tokenizer*"):
+        file.unlink()
+    (folders[1] / "chat_template.jinja").unlink(missing_ok=True)
+    (finding,) = found(pair_of(folders), "error")
+    assert finding.subject == "chat template" and "no tokenizer" in finding.says
+
+
+def test_data_is_surveyed(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    lines = [{"prompt": "47+85=?", "response": "<think>" + "47+85=132.\n" * n + "</think>132"} for n in (1, 2, 3, 40)]
+    (tmp_path / "traces.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = str(tmp_path / "traces.jsonl")
+    (finding,) = found(pair_of(folders, source=source), "warning")
+    assert finding.subject == "data" and "4 of 4 documents are used (too long: 1 truncated" in finding.says
+    (finding,) = found(pair_of(folders, source=source, too_long="refuse"), "error")
+    assert finding.subject == "data" and "max_tokens" in finding.says
+    (tmp_path / "traces.jsonl").write_text("{")
+    (finding,) = found(pair_of(folders, source=source), "error")
+    assert "line 1" in finding.says
+    (finding,) = found(pair_of(folders, max_tokens=10**6), "warning")
+    assert finding.subject == "context length" and "Set data.max_tokens to 256" in finding.do
+
+
+def test_memory_and_disk(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
+    memory, disk = found(pair_of(folders), "error")
+    assert memory.subject == "memory" and "bfloat16" in memory.do
+    assert disk.subject == "disk" and "keep_checkpoints" in disk.do
+
+
+def test_of_hub_models_no_weights_are_downloaded(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {f"org/{folder.name}": folder for folder in folders}
+    names = dict.fromkeys(load_file(folders[1] / "model.safetensors"), "model-00001.safetensors")
+    for folder in folders:
+        (folder / "model.safetensors").unlink()
+    (folders[0] / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    asked: list[str] = []
+
+    def fake(name: str, revision: str | None, allow_patterns: list[str], token: str | None) -> str:
+        asked.extend(allow_patterns)
+        return str(parts[name])
+
+    def header(name: str) -> SimpleNamespace:
+        if name != "org/target":
+            raise NotASafetensorsRepoError(name)
+        return SimpleNamespace(weight_map=names)
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", fake)
+    monkeypatch.setattr(checkpoints, "get_safetensors_metadata", header)
+    findings = examine(RunConfig(base="org/base", target="org/target"))
+    assert {f.level for f in findings} == {"ok"}
+    assert not any("safetensors" in pattern and pattern != "*.json" for pattern in asked)
+    (folders[0] / "model.safetensors.index.json").unlink()
+    (finding,) = found(RunConfig(base="org/base", target="org/target"), "error")
+    assert finding.subject == "base's weights" and "no readable safetensors on the hub" in finding.says
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
+    shape = dict(hidden_size=64, intermediate_size=192, num_attention_heads=4, head_dim=16)
+    base, target = (random_model(seed, torch.float32, architecture, **shape) for seed in (1, 2))
+    n_params = sum(p.numel() for p in target.parameters())
+    pair = PairedModel.from_pretrained(base, target)
+    adapters = pair.new_adapters(96)
+    config = RunConfig(training=TrainingConfig(n_features=96, tokens_per_batch=4 * 60))
+    size = estimate(config, target.config)
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in pair.model.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(1, 61, (4, 60), generator=torch.Generator().manual_seed(0))
+    with pair.routed("replacement"), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        streams = pair.residual_streams(tokens)
+    assert streams[-1].requires_grad
+    assert 0.5 < (size.activations - 4 * 2**26) / sum(kept.values()) < 2
+    assert size.adapters == 16 * sum(p.numel() for p in adapters.parameters())
+    mlps = sum(p.numel() for name, p in base.named_parameters() if ".mlp." in name)
+    assert 0.98 < size.models / (4 * (n_params + mlps)) < 1.02
+
+
+def test_do_the_adapters_belong(tmp_path: Path, folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    pair = PairedModel.from_pretrained(*folders)
+    pair.new_adapters(8).save_pretrained(tmp_path / "run" / "adapters")
+    assert main(["doctor", *map(str, folders), str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    for says in (
+        f"adapters: {pair.n_layers} of {pair.n_layers} layers of width 128",
+        "adapters' target: trained with",
+        "adapters' base: trained ",
+    ):
+        assert f"ok      {says}" in out
+    assert out.count("by content") == 2
+    assert main(["doctor", str(folders[1]), str(folders[0]), str(tmp_path / "run")]) == 1  # the wrong way round
+    out = capsys.readouterr().out
+    assert "error   adapters' target: trained with" in out and "error   adapters' base: trained with" in out
+    random_model(2, torch.float32).save_pretrained(tmp_path / "small")
+    small = PairedModel.from_pretrained(tmp_path / "small", tmp_path / "small")
+    small.new_adapters(8).save_pretrained(tmp_path / "other")
+    assert main(["doctor", *map(str, folders), str(tmp_path / "other")]) == 1
+    assert "4 of 4 layers of width 32; " in capsys.readouterr().out
+    assert main(["doctor", *map(str, folders), str(tmp_path / "nothing")]) == 1
+    assert "error   adapters: " in capsys.readouterr().out
+
+
+def test_adapters_of_hub_models_are_compared_by_name(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = PairedModel.from_pretrained(*folders)
+    pair.base_id, pair.target_id = "org/base", "org/other"
+    pair.new_adapters(8).save_pretrained(tmp_path / "a")
+    places = {"mirror/base": str(folders[0]), "mirror/target": str(folders[1])}
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda name, **options: places[name])
+    names = SimpleNamespace(weight_map=checkpoints.tensor_shapes(folders[0]))
+    monkeypatch.setattr(checkpoints, "get_safetensors_metadata", lambda name: names)
+    config = RunConfig(base="mirror/base", target="mirror/target")
+    findings = {f.subject: f for f in examine(config, adapters=tmp_path / "a")}
+    assert findings["adapters' base"].level == "ok" and "by name" in findings["adapters' base"].says
+    assert findings["adapters' target"].level == "warning"
+    assert "recorded is org/other, given mirror/target" in findings["adapters' target"].says

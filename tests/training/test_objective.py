@@ -1,0 +1,179 @@
+"""The fast objective equals the objective as the formulas read, and its terms are what is optimised."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers.random_models import ACTIVATION_OPTIONS, random_batch, random_model, randomise
+
+from tl_adapters.config import LossWeights
+from tl_adapters.data.traces import Batch
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.loss_terms import kl_from_residual, l0_penalty, masked_kl, sparsity, squared_error_ratio
+from tl_adapters.training.objective import StepTerms, held_out_terms, reference_step, shared_prefix_step
+
+WEIGHTS = LossWeights(output_kl=0.7, forward_bridge=1.3, backward_bridge=1.9, nmse=0.4, lowest_cut=0)
+
+
+def gradients(pair: PairedModel) -> dict[str, torch.Tensor]:
+    assert pair.adapters is not None
+    found = {name: p.grad.clone() for name, p in pair.adapters.named_parameters()}
+    pair.adapters.zero_grad()
+    return found
+
+
+TERMS = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity", "total")
+OTHERS = [name for name in ACTIVATION_OPTIONS if name != "relu"]
+
+
+def make(activation: str) -> PairedModel:
+    models = (random_model(seed) for seed in (1, 2))
+    return randomise(PairedModel.from_pretrained(*models), activation=activation)
+
+
+@pytest.mark.parametrize("cut", range(5))
+def test_shared_prefixes_change_neither_value_nor_gradient(pair: PairedModel, batch: Batch, cut: int) -> None:
+    both_steps_agree(pair, batch, cut)
+
+
+@pytest.mark.parametrize("cut", range(5))
+@pytest.mark.parametrize("activation", OTHERS)
+def test_nor_with_any_other_activation(activation: str, batch: Batch, cut: int) -> None:
+    both_steps_agree(make(activation), batch, cut)
+
+
+def both_steps_agree(pair: PairedModel, batch: Batch, cut: int) -> None:
+    slow = reference_step(pair, batch, cut, WEIGHTS, 0.05)
+    slow_gradients = gradients(pair)
+    fast = shared_prefix_step(pair, batch, cut, WEIGHTS, 0.05)
+    fast_gradients = gradients(pair)
+    for name in TERMS:
+        assert abs(getattr(slow, name) - getattr(fast, name)) < 1e-10, name
+    assert (slow.smallest is None) is (fast.smallest is None)
+    for ours, theirs in zip(slow.smallest or [], fast.smallest or [], strict=True):
+        assert abs(ours - theirs) < 1e-10 and ours > 0
+    for name, gradient in slow_gradients.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(fast_gradients[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
+def test_the_total_is_the_weighted_sum_of_the_terms(activation: str, batch: Batch) -> None:
+    t: StepTerms = shared_prefix_step(make(activation), batch, 2, WEIGHTS, 0.05)
+    assert bool(t.sparsity > 0) is (activation in ("relu", "jumprelu"))
+    expected = 0.7 * t.output_kl + 1.3 * t.forward_bridge + 1.9 * t.backward_bridge + 0.4 * t.nmse + 0.05 * t.sparsity
+    assert abs(t.total - expected) < 1e-12
+
+
+def test_at_the_ends_the_bridges_are_the_pure_models(pair: PairedModel, batch: Batch) -> None:
+    for step in (reference_step, shared_prefix_step):
+        lowest, highest = step(pair, batch, 0, WEIGHTS, 0.0), step(pair, batch, 4, WEIGHTS, 0.0)
+        assert abs(lowest.forward_bridge) < 1e-12 and abs(highest.backward_bridge) < 1e-12
+        assert abs(lowest.backward_bridge - lowest.output_kl) < 1e-12
+        assert abs(highest.forward_bridge - highest.output_kl) < 1e-12
+        assert lowest.output_kl > 0.01
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
+@pytest.mark.parametrize("step", [reference_step, shared_prefix_step])
+def test_padding_changes_neither_term_nor_gradient(activation: str, step: Callable[..., StepTerms]) -> None:
+    pair = make(activation)
+    one = random_batch(4, lengths=(8,))
+    padded = Batch(*(torch.nn.functional.pad(t, (0, 5)) for t in (one.tokens, one.region)))
+    a, of_one = step(pair, one, 2, WEIGHTS, 0.05), gradients(pair)
+    b, of_padded = step(pair, padded, 2, WEIGHTS, 0.05), gradients(pair)
+    for name in TERMS:
+        assert abs(getattr(a, name) - getattr(b, name)) < 1e-10, name
+    for name, gradient in of_one.items():
+        torch.testing.assert_close(of_padded[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
+def test_steps_train_and_what_is_held_out_evaluates(activation: str, batch: Batch) -> None:
+    pair = make(activation)
+    before = {name: value.clone() for name, value in pair.installed_adapters().state_dict().items()}
+    terms = shared_prefix_step(pair, batch, 2, WEIGHTS, 0.05, want_l0=True)
+    held_out = held_out_terms(pair, [batch])
+    assert terms.l0 is not None
+    if activation == "batchtopk":
+        assert terms.l0 == pytest.approx([5.0] * 4)  # k per real token of the batch
+        assert all(abs(count - 5) > 0.1 for count in held_out["l0"])  # by these thresholds: any number
+    else:
+        assert terms.l0 == pytest.approx(held_out["l0"])
+        assert terms.l0 == [5.0] * 4 if activation == "topk" else max(terms.l0) > 1
+        assert terms.output_kl == pytest.approx(held_out["output_kl"], abs=1e-10)
+    assert all(torch.equal(value, before[name]) for name, value in pair.installed_adapters().state_dict().items())
+    assert all(adapter.training_tokens is None for adapter in pair.installed_adapters())
+
+
+def test_batchtopk_counts_real_tokens_whatever_the_objective_counts(batch: Batch) -> None:
+    pair = make("batchtopk")
+    answers = Batch(batch.tokens, batch.region, ("answer",))
+    everything, some = (shared_prefix_step(pair, b, 2, WEIGHTS, 0.0) for b in (batch, answers))
+    assert [float(v) for v in everything.smallest or []] == [float(v) for v in some.smallest or []]
+    assert abs(everything.output_kl - some.output_kl) > 1e-3
+
+
+def test_the_l0_term_is_jumprelus_l0_and_moves_only_thresholds(batch: Batch) -> None:
+    pair = make("jumprelu")
+    terms = shared_prefix_step(pair, batch, 2, LossWeights(0, 0, 0, 0), 1.0, want_l0=True)
+    assert terms.l0 is not None
+    assert float(terms.sparsity) == pytest.approx(sum(terms.l0), abs=1e-5)  # one is summed in float32
+    for name, gradient in gradients(pair).items():
+        assert bool(gradient.any()) is name.endswith("threshold"), name
+        assert (gradient <= 0).all()  # a higher threshold, fewer features
+
+
+def test_the_terms_against_plain_python() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    counted = [(0, 0), (0, 1), (1, 0)]
+    p, q = draw(2, 3, 5), draw(2, 3, 5)
+    kls = [sum(a * (a / b).log() for a, b in zip(p[i].softmax(0), q[i].softmax(0), strict=True)) for i in counted]
+    assert abs(masked_kl(p, q, mask) - sum(kls) / 3) < 1e-12
+    error = sum(((p[i] - q[i]) ** 2).sum() for i in counted) / sum((p[i] ** 2).sum() for i in counted)
+    assert abs(squared_error_ratio(p, q, mask) - error) < 1e-12
+    acts, decoder = draw(2, 3, 4).relu(), draw(4, 6)
+    l1 = sum(acts[i][f] * decoder[f].norm() for i in counted for f in range(4)) / 3
+    assert abs(sparsity(acts, decoder, mask) - l1) < 1e-12
+    active = (acts > 0).double()
+    l0 = sum(float(acts[i][f] > 0) for i in counted for f in range(4)) / 3
+    assert abs(l0_penalty(active, mask) - l0) < 1e-12
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 100])
+def test_kl_in_chunks_is_the_kl(rows_at_once: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target, resid = (torch.randn(2, 6, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    W_U = torch.randn(8, 13, generator=generator, dtype=torch.float64)
+    mask = torch.rand(2, 6, generator=generator) > 0.3
+    resid.requires_grad_()
+    whole = masked_kl(target @ W_U, resid @ W_U, mask)
+    (expected,) = torch.autograd.grad(3 * whole, resid)
+    chunked = kl_from_residual(target, resid, mask, lambda x: x @ W_U, rows_at_once)
+    (found,) = torch.autograd.grad(3 * chunked, resid)
+    assert abs(whole - chunked) < 1e-12
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_only_adapters_learn(pair: PairedModel, batch: Batch) -> None:
+    shared_prefix_step(pair, batch, 2, WEIGHTS, 0.05)
+    learning = {name for name, p in pair.model.named_parameters() if p.grad is not None}
+    assert learning == {f"blocks.{i}.mlp.adapter.{w}" for i in range(4) for w in ("W_enc", "b_enc", "W_dec", "b_dec")}
+
+
+def test_an_untrained_adapter_has_the_hybrids_loss() -> None:
+    pair = PairedModel.from_pretrained(random_model(1), random_model(2))
+    pair.new_adapters(16, dtype=torch.float64)
+    batch = collate_one()
+    with pair.routed("hybrid"):
+        hybrid = pair.model(batch.tokens)
+    target = pair.model(batch.tokens)
+    terms = shared_prefix_step(pair, batch, 4, LossWeights(), 0.1)
+    assert abs(terms.output_kl - masked_kl(target, hybrid, batch.predicting)) < 1e-10
+    assert terms.sparsity == 0
+
+
+def collate_one() -> Batch:
+    return random_batch(9, lengths=(10,))

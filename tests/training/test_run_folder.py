@@ -1,0 +1,302 @@
+"""A run folder survives: kills at any moment, a full disk, Ctrl-C, a second process; and goes on bit for bit."""
+
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.random_models import random_model
+
+import tl_adapters.utils.files
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.cli.main import main
+from tl_adapters.config import DataConfig, TrainingConfig
+from tl_adapters.data.batching import EncodedDocuments
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.sources import Columns, PairList, RandomAccess
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.organism import reasoning_pairs
+from tl_adapters.organism.recipe import build_tokenizer
+from tl_adapters.training.objective import StepTerms
+from tl_adapters.training.run_folder import RunFolderError
+from tl_adapters.training.trainer import Trainer, TrainingError, TrainingInterrupted
+from tl_adapters.utils.files import DiskFullError, new_folder, write_text
+
+CONFIG = TrainingConfig(
+    n_features=16, steps=130, tokens_per_batch=200, checkpoint_every=3, keep_checkpoints=3, log_every=1,
+    validate_every=7, lr=1e-3,
+)  # fmt: skip
+
+
+def pair(seed: int = 2) -> PairedModel:
+    base, target = (random_model(s, torch.float32, vocab_size=300, max_position_embeddings=128) for s in (1, seed))
+    return PairedModel.from_pretrained(base, target)
+
+
+def documents(n: int = 40) -> EncodedDocuments:
+    """A few windows an epoch, so that where a run stands is more than a step."""
+    data = DataConfig(shuffle_window=12, validation_fraction=0.1)
+    reader = RandomAccess(PairList(reasoning_pairs("train", n), "text"), Columns(data))
+    return EncodedDocuments(reader, ChatFormat.of(build_tokenizer()), data, max_tokens=128)
+
+
+def start_or_resume(folder: Path, config: TrainingConfig = CONFIG) -> Trainer:
+    data = documents()
+    options = dict(validation=data.validation(), progress=False)
+    if folder.exists():
+        return Trainer.resume(pair(), data, folder, **options)
+    return Trainer(pair(), data, config, folder, **options)
+
+
+def work(folder: Path, parent: Connection, die_at_rename: int | None = None, before: bool = True) -> None:
+    """What a process does: train on, and wait at every step until it is told to go on.
+
+    Kills itself at a rename, where one is named.
+    """
+    torch.set_num_threads(1)
+    if die_at_rename is not None:
+        renames, replace = iter(range(10**6)), os.replace
+
+        def rename(*paths: object) -> None:
+            last = next(renames) == die_at_rename
+            if last and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*paths)  # type: ignore[arg-type]
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        tl_adapters.utils.files.os.replace = rename  # type: ignore[attr-defined]
+
+    def tell(step: int, terms: StepTerms | None = None) -> None:
+        parent.send(step)
+        parent.recv()
+
+    trainer = start_or_resume(folder)
+    tell(trainer.step)
+    trainer.run(on_step=tell)
+
+
+@pytest.fixture(scope="module")
+def context() -> multiprocessing.context.ForkServerContext:
+    """Processes that start in a moment: their server has imported everything once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
+        )
+        multiprocessing.forkserver.ensure_running()  # it looks for modules along this path only
+    return context
+
+
+@contextmanager
+def process(context: multiprocessing.context.ForkServerContext, *arguments: object) -> Iterator[tuple]:
+    steps, told = context.Pipe()
+    child = context.Process(target=work, args=(arguments[0], told, *arguments[1:]))
+    child.start()
+    told.close()
+    yield child, steps
+    child.join()
+
+
+def until_end(steps: Connection) -> list[int]:
+    found = []
+    try:
+        while True:
+            found.append(steps.recv())
+            steps.send("go on")
+    except (EOFError, OSError):
+        return found
+
+
+@pytest.fixture(scope="module")
+def whole(context: multiprocessing.context.ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with process(context, folder) as (child, steps):
+        assert until_end(steps)[-1] == CONFIG.steps
+    return folder
+
+
+def same(folder: Path, whole: Path) -> None:
+    """Bit for bit: weights, and every line that was written on the way."""
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    ours, theirs = (AdapterSet.from_pretrained(f / "adapters").state_dict() for f in (folder, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
+    left = [p.name for p in folder.rglob(".*")]
+    assert not left, left
+
+
+def test_a_run_killed_twenty_times_is_the_run_never_killed(
+    context: multiprocessing.context.ForkServerContext, whole: Path, tmp_path: Path
+) -> None:
+    folder, rng, resumed_at, killed_after = tmp_path / "run", random.Random(0), [], []
+    for _ in range(20):
+        with process(context, folder) as (child, steps):
+            resumed_at.append(step := steps.recv())
+            last = step + rng.randint(1, 9)
+            while step < last:
+                steps.send("go on")
+                step = steps.recv()
+            steps.send("go on")
+            time.sleep(rng.uniform(0, 0.03))  # about a step: within what is written after this one, or in the next
+            child.kill()
+            killed_after.append(step)
+        assert child.exitcode == -signal.SIGKILL
+        kept = sorted((folder / "checkpoints").glob("step-*"))
+        assert len(kept) <= CONFIG.keep_checkpoints + 1
+    assert len(set(killed_after)) > 10 and 0 < resumed_at[-1] < CONFIG.steps
+    for at, after in zip(resumed_at[1:], killed_after, strict=False):
+        newest = after // CONFIG.checkpoint_every * CONFIG.checkpoint_every
+        assert newest - CONFIG.checkpoint_every <= at <= newest + CONFIG.checkpoint_every
+    with process(context, folder) as (child, steps):
+        assert until_end(steps)[-1] == CONFIG.steps
+    same(folder, whole)
+
+
+def test_killed_at_a_rename_it_goes_on_as_well(
+    context: multiprocessing.context.ForkServerContext, whole: Path, tmp_path: Path
+) -> None:
+    """Just before and just after what makes a folder, a checkpoint or a file appear under its name."""
+    folder = tmp_path / "run"
+    for rename in (0, 1, 2, 3, 4):
+        for before in (True, False):
+            with process(context, folder, rename, before) as (child, steps):
+                until_end(steps)
+            assert child.exitcode == -signal.SIGKILL
+    with process(context, folder) as (child, steps):
+        assert until_end(steps)[-1] == CONFIG.steps
+    same(folder, whole)
+
+
+def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, terms: StepTerms) -> None:
+        if step == 14:
+            raise Stop
+
+    with pytest.raises(Stop):
+        start_or_resume(tmp_path / "run").run(on_step=stop)
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000006", "step-00000009", "step-00000012"]
+
+
+def test_ctrl_c_stops_between_two_steps_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
+    def interrupt(step: int, terms: StepTerms) -> None:
+        if step == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    torch.set_num_threads(1)
+    before = signal.getsignal(signal.SIGINT)
+    trainer = start_or_resume(tmp_path / "run")
+    with pytest.raises(TrainingInterrupted, match=f"step 7 of 130. Go on with: tl-adapters train --resume {tmp_path}"):
+        trainer.run(on_step=interrupt)
+    resumed = start_or_resume(tmp_path / "run")
+    assert resumed.step == 7 and signal.getsignal(signal.SIGINT) is before
+    resumed.run()
+    same(tmp_path / "run", whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    def interrupt(step: int, terms: StepTerms) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        start_or_resume(tmp_path / "run").run(on_step=interrupt)
+    assert not isinstance(raised.value, TrainingInterrupted)
+
+
+def test_the_command_line_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, step = tmp_path / "c.yaml", Trainer._one_step
+    config.write_text("training: {steps: 4, n_features: 8, tokens_per_batch: 200, log_every: 1}\n")
+
+    def interrupted(self: Trainer, want_l0: bool) -> StepTerms:
+        if self.step == 1:
+            signal.raise_signal(signal.SIGTERM)  # what a cluster sends before it takes the machine
+        return step(self, want_l0)
+
+    monkeypatch.setattr(Trainer, "_one_step", interrupted)
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "run"), "--quiet"]) == 130
+    assert f"tl-adapters train --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    monkeypatch.setattr(Trainer, "_one_step", step)
+    assert main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0  # done already: nothing changes
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() == lines
+
+
+def test_two_processes_in_one_folder_are_refused(tmp_path: Path) -> None:
+    first = start_or_resume(tmp_path / "run")
+    with pytest.raises(RunFolderError, match="Another process is training in"):
+        start_or_resume(tmp_path / "run")
+    assert first.folder is not None
+    first.folder.release()
+    start_or_resume(tmp_path / "run")
+
+
+def test_another_pair_or_other_data_is_refused(tmp_path: Path) -> None:
+    start_or_resume(tmp_path / "run").folder.release()
+    with pytest.raises(RunFolderError, match="other target"):
+        Trainer.resume(pair(seed=3), documents(), tmp_path / "run", progress=False)
+    with pytest.raises(RunFolderError, match="other data"):
+        Trainer.resume(pair(), documents(41), tmp_path / "run", progress=False)
+    start_or_resume(tmp_path / "run")  # a refusal holds no lock
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """The kernel refuses to write further, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    with files_no_larger_than(100), pytest.raises(DiskFullError, match="no room to write .*notes.txt"):
+        write_text(tmp_path / "notes.txt", "x" * 1000)
+    with files_no_larger_than(100), pytest.raises(DiskFullError), new_folder(tmp_path / "folder") as out:
+        (out / "notes.txt").write_text("x" * 1000)
+    with files_no_larger_than(1000), pytest.raises(DiskFullError, match="adapters"):
+        pair().new_adapters(64).save_pretrained(tmp_path / "adapters")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_during_training_keeps_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    trainer = start_or_resume(tmp_path / "run")
+
+    def fill(step: int, terms: StepTerms) -> None:
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    with (
+        files_no_larger_than(10**9),
+        pytest.raises(TrainingError, match="Stopped at step 6: There is no room.*step-00000006.*train --resume"),
+    ):
+        trainer.run(on_step=fill)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    start_or_resume(tmp_path / "run").run()
+    same(tmp_path / "run", whole)

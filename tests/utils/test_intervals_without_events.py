@@ -1,0 +1,294 @@
+"""Nothing seen is not nothing there: no interval of no width, no equivalence from five problems, no NaN in a file."""
+
+import ast
+import functools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.random_models import random_batch
+
+from tl_adapters.attribution.validation import rank_correlation
+from tl_adapters.circuits.criteria import Criterion, criteria
+from tl_adapters.circuits.measurements import record
+from tl_adapters.circuits.onsets import Moments
+from tl_adapters.evaluation.faithfulness import DocumentSums, faithfulness_block
+from tl_adapters.evaluation.feature_matching import Share, shares_table
+from tl_adapters.evaluation.response_metrics import Response, rate
+from tl_adapters.evaluation.sampled_answers import Answer, score
+from tl_adapters.pages.circuit_sections import arms_section
+from tl_adapters.utils.confidence_intervals import (
+    Figure,
+    IntervalError,
+    OutcomesFigure,
+    bootstrap_ratio,
+    bootstrap_recovered,
+    share,
+    unseen,
+)
+from tl_adapters.utils.html import figure_cell
+from tl_adapters.utils.results import plain, read_results, write_results
+from tl_adapters.utils.strict_json import NotFiniteError, dumps
+
+PACKAGE = Path(__file__).parents[2] / "tl_adapters"
+
+
+def response(text: str = "a b c d", correct: bool = True, truncated: bool = False) -> Response:
+    return Response((1,), tuple(range(len(text.split()))), text, truncated, correct)
+
+
+# -- rates ------------------------------------------------------------------------------------------------------------
+
+
+def test_none_of_a_thousand_is_up_to_0_37_percent() -> None:
+    found = rate([response()] * 1000, "report")
+    for name in ("truncated", "think_opened"):
+        assert (getattr(found, name), found.ci[name].low) == (0, 0)
+        assert found.ci[name].high == pytest.approx(0.003682, abs=1e-6)
+    assert (found.accuracy, found.ci["accuracy"].high) == (1, 1)
+    assert found.ci["accuracy"].low == pytest.approx(1 - 0.003682, abs=1e-6)
+    hesitates = found.ci["hesitation_per_1k"]
+    assert (found.hesitation_per_1k, hesitates.low) == (0, 0)
+    assert hesitates.high == pytest.approx(1000 * 3.689 / 4000, abs=1e-3) and "Poisson" in hesitates.reason
+
+
+def test_samples_that_all_agree_are_as_many_as_there_are_problems() -> None:
+    """Not in the list: pass@1 of eight samples to each of ten problems, all wrong; or half of each right."""
+    for right in (0, 4):
+        answers = [Answer(i, s, response(correct=s < right)) for s in range(8) for i in range(10)]
+        interval = score(answers, "test").ci["pass_at_1"]
+        assert interval.high == pytest.approx(unseen(10) if not right else 0.7634, abs=1e-4)
+
+
+def test_answers_without_a_token_have_no_rate(tmp_path: Path) -> None:
+    """Not in the list: every answer ends at once, so hesitations per token are nothing over nothing."""
+    found = rate([response("", correct=False)] * 3, "report")
+    assert found.hesitation_per_1k is None and found.ci["hesitation_per_1k"].reason
+    write_results(tmp_path, behaviour={"target": found})
+    assert read_results(tmp_path)["behaviour"]["target"]["hesitation_per_1k"] is None
+
+
+def test_one_problem_has_no_bootstrap_interval() -> None:
+    """Not in the list."""
+    found = rate([response("wait a b")], "report")
+    for name in ("length", "hesitation_per_1k"):
+        assert (found.ci[name].low, found.ci[name].high) == (None, None) and "there is one" in found.ci[name].reason
+    assert found.ci["accuracy"].low == pytest.approx(0.025)
+
+
+# -- an arm against another -------------------------------------------------------------------------------------------
+
+
+def hesitating(n: int, wrong: int = 0) -> list[Response]:
+    return [response("wait a b c" if i % 2 else "a b c d", correct=i >= wrong) for i in range(n)]
+
+
+def test_an_arm_that_changes_nothing_in_five_problems() -> None:
+    found = record([*hesitating(5)], hesitating(5), ["wait"], "report")
+    for name in ("hesitation_cut", "length_change", "accuracy_change"):
+        figure = found[name]
+        assert (figure.value, figure.low, figure.high) == (0, -unseen(5), unseen(5)), name
+    baseline = hesitating(5)
+    itself = record(baseline, baseline, ["wait"], "report")["accuracy_change"]
+    assert (itself.value, itself.low, itself.high, itself.reason) == (0, 0, 0, "compared with itself")
+
+
+def test_all_hesitation_gone_is_not_known_to_the_last_digit() -> None:
+    silent = [response("a b c d") for _ in range(40)]
+    cut = record(silent, hesitating(40), ["wait"], "report")["hesitation_cut"]
+    assert cut.value == cut.high == 1 and 0.5 < cut.low < 0.95
+    many = record(silent * 50, hesitating(2000), ["wait"], "report")["hesitation_cut"]
+    assert cut.low < many.low < 1, "and better known from more"
+
+
+def test_the_random_sets_are_drawn_too() -> None:
+    """Three sets, of which one takes all hesitation away: its choice is in the interval, its extremes have names."""
+    baseline = hesitating(60)
+    said = [*hesitating(60), *hesitating(60), *[response() for _ in range(60)]]
+    pooled = record(said, baseline, ["wait"], "report")
+    sets = record(said, baseline, ["wait"], "report", of_sets=True)
+    assert sets["hesitation_cut"].value == pytest.approx(1 / 3) == pytest.approx(pooled["hesitation_cut"].value)
+    assert sets["hesitation_cut"].low < 0.01 and sets["hesitation_cut"].high > 0.6
+    assert pooled["hesitation_cut"].low > 0.3
+    rate_ = sets["ci"]["hesitation_per_1k"]
+    assert rate_["high"] - rate_["low"] > 2 * (
+        pooled["ci"]["hesitation_per_1k"]["high"] - pooled["ci"]["hesitation_per_1k"]["low"]
+    )
+
+
+# -- criteria ---------------------------------------------------------------------------------------------------------
+
+
+def block_of(n: int, wrong: int = 0, unlike: str = "a b c d") -> tuple[dict[str, Any], Moments]:
+    """An analysis in which nothing but hesitation changes, on n problems."""
+    baseline = hesitating(n)
+    removed = [response(unlike, correct=i >= wrong) for i in range(n)]
+    p = Figure(0.9, 0.88, 0.92, n, "probability of the word", "report")
+    low = share(0, n).figure(n, "probability of the word", "report")
+    places = {"moment": p, "boundary": low, "elsewhere": low}
+    corrected = {
+        name: OutcomesFigure(right / n, None, None, n, "share", "report", outcomes="1" * right + "0" * (n - right))
+        for name, right in (
+            ("replacement", n), ("replacement - both", n // 2), ("hybrid", n // 3), ("hybrid + both", n // 3),
+        )
+    }  # fmt: skip
+    block = {
+        "circuit": {"share_of_alive": 0.01, "alive": 1000},
+        "necessity": {
+            "both": record(removed, baseline, ["wait"], "report"),
+            "random": record([*baseline], baseline, ["wait"], "report"),
+        },
+        "sufficiency": {"both": record([*baseline], baseline, ["wait"], "report")},
+        "probabilities": {"target": places, "hybrid + both": places},
+        "injected": corrected,
+    }
+    batch = random_batch(0)
+    some = batch.predicting_response
+    drawn = torch.arange(some.shape[1]) % 3
+    return block, Moments(batch.tokens, some, *(some & (drawn == kind) for kind in range(3)), (5,))
+
+
+@functools.cache  # thousands of problems are drawn a thousand times
+def asked(n: int, **options: Any) -> dict[str, Criterion]:
+    return {c["name"]: c for c in criteria(*block_of(n, **options))}
+
+
+ABSENCES = [
+    "accuracy changed (equivalence: its whole interval)",
+    "hesitation gone without matched random features",
+    "accuracy, hybrid + circuit less hybrid",
+    "P(word) at all other places of the response, hybrid + circuit",
+    "P(word) at matched boundaries, hybrid + circuit (stricter)",
+    "hesitation gone without it",
+]
+
+
+@pytest.mark.parametrize("name", ABSENCES)
+def test_absence_takes_enough_problems(name: str) -> None:
+    few, many = asked(5)[name], asked(4000)[name]
+    assert few["reached"] is None and few["needs"] > few["n"] == 5
+    assert "not enough problems" in few["bar"] and f"needs n >= {few['needs']:,}; n = 5" in few["bar"]
+    assert many["reached"] is True and many["needs"] <= many["n"] == 4000, many
+
+
+def test_how_many_it_takes() -> None:
+    """At 3 points, what happens in 3 % of the problems must not go unseen: 122 problems, by (1 - 0.03)^n < 2.5 %."""
+    name = ABSENCES[0]
+    assert asked(121)[name]["reached"] is None and asked(122)[name]["reached"] is True
+    assert asked(122)[name]["needs"] == 122
+
+
+def test_what_is_clearly_changed_is_missed_with_few_problems_too() -> None:
+    """Not in the list: twenty of twenty answers made wrong are no want of problems."""
+    name = ABSENCES[0]
+    assert asked(20, wrong=20)[name]["reached"] is False
+    assert asked(20, wrong=1)[name]["reached"] is None
+    assert asked(4000, wrong=200)[name]["reached"] is False
+
+
+def test_injected_errors_are_compared_pair_by_pair() -> None:
+    name = "injected errors corrected: lost without it"
+    assert asked(5)[name]["reached"] is False and asked(60)[name]["reached"] is True
+    assert "exact test" in asked(60)[name]["bar"] and asked(60)[name]["n"] == 60
+    assert asked(60)["injected errors corrected: gained by the hybrid with it"]["reached"] is False
+
+
+def test_criteria_without_anything_to_measure_are_open() -> None:
+    """Not in the list: the replacement never hesitates, so nothing can be gone; answers without a token."""
+    block, texts = block_of(50)
+    del block["necessity"]["both"]["hesitation_cut"]
+    block["probabilities"]["target"] = {"moment": Figure(0.0, 0.0, 0.1, 50, "p", "report")}
+    found = {c["name"]: c for c in criteria(block, texts)}
+    for name in ("hesitation gone without it", "P(word) at the target's moments, hybrid + circuit over target"):
+        assert (found[name]["value"], found[name]["reached"]) == (None, None)
+    empty = asked(50, unlike="")
+    assert (empty["hesitation gone without it"]["value"], empty["hesitation gone without it"]["reached"]) == (
+        None,
+        None,
+    )
+    dumps(plain(list(found.values())))
+
+
+# -- ratios -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_was_gained_that_could_be_recovered() -> None:
+    same = torch.tensor([1.0, 0.0, 1.0])
+    found = bootstrap_recovered(same, same, same).figure(3, "share", "report")
+    assert (found.value, found.low, found.high) == (None, None, None) and found.reason
+    seldom = torch.zeros(300)
+    seldom[0] = 1.0
+    found = bootstrap_recovered(seldom, torch.zeros(300), seldom).figure(300, "share", "report")
+    assert found.value == 1 and found.undefined == pytest.approx(math.exp(-1), abs=0.05)
+    assert found.low is None and "draws have no value" in found.reason
+
+
+def test_dead_adapters_and_a_perfect_match_have_honest_intervals() -> None:
+    """Not in the list: L0 of a layer that never fires, and agreement on every token."""
+    n = 20
+    ones = torch.ones(n, dtype=torch.float64)
+    kl = dict.fromkeys(("hybrid", "replacement", "first[0]", "last[0]", "only[0]"), 0 * ones)
+    sums = DocumentSums(
+        kl, kl, 30 * ones, 30 * ones, 30 * ones, ones[:, None].expand(n, 2), ones[:, None].expand(n, 2),
+        ones[:, None, None].expand(n, 2, 2), ones[:, None, None].expand(n, 2, 2), torch.zeros(n, 1).double(),
+        torch.zeros(n, 1).double(), 30 * ones, 30 * ones, torch.zeros(1, 8).double(),
+    )  # fmt: skip
+    block = faithfulness_block(sums, "report")
+    assert block["l0"][0].value == 0 and block["l0"][0].high == pytest.approx(3.689 / 600, abs=1e-5)
+    assert block["top1_agreement"].value == 1 and block["top1_agreement"].low == pytest.approx(1 - unseen(n))
+    assert block["kl_of_hybrid"].value is None and block["partial_of_full"]["only"][0].value is None
+    dumps(plain(block))
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_nan_is_refused_with_its_key(tmp_path: Path) -> None:
+    write_results(tmp_path, seeds=[0])
+    before = (tmp_path / "results.json").read_text()
+    for bad in (math.nan, math.inf):
+        with pytest.raises(NotFiniteError, match=r"faithfulness\.kl\[1\]\.value is (nan|inf)"):
+            write_results(tmp_path, faithfulness={"kl": [{"value": 1.0}, {"value": bad}]})
+    assert (tmp_path / "results.json").read_text() == before
+    assert dumps({"a": [None, 1.5]}) == json.dumps({"a": [None, 1.5]})
+
+
+def test_a_figure_is_never_nan() -> None:
+    for name in ("value", "low", "high"):
+        with pytest.raises(IntervalError, match=name):
+            replace(Figure(0.5, 0.4, 0.6, 3, "share", "report"), **{name: math.nan})
+    with pytest.raises(IntervalError, match="1 of 3 documents"):
+        bootstrap_ratio(torch.tensor([1.0, math.nan, 2.0]), torch.ones(3))
+
+
+def test_every_writer_goes_through_one_door() -> None:
+    """What is only hashed, compared or shown may use json.dumps; what is written may not."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        for call in calls:
+            name = ast.unparse(call.func)
+            inside = {ast.unparse(node) for argument in call.args for node in ast.walk(argument)}
+            if name == "json.dump" or (name.endswith(("write_text", ".write")) and "json.dumps" in inside):
+                found.append(f"{path.name}:{call.lineno}")
+    assert not found, "write strict_json.dumps there, which refuses NaN with its key"
+
+
+def test_what_has_no_value_is_none_and_shown_as_such() -> None:
+    assert rank_correlation(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0])) is None
+    assert Share(0, 0).value is None and "<td>-</td>" in shares_table({"x": {"all": Share(0, 0)}})
+    form = "{:.2f}".format
+    assert figure_cell({"value": None, "reason": "over nothing"}, form) == "-<small>over nothing</small>"
+    assert figure_cell({"value": 1.0, "low": None, "high": None, "reason": "one problem"}, form) == (
+        "1.00<small>no interval: one problem</small>"
+    )
+    assert "2.0% of the draws" in figure_cell({"value": 1.0, "low": 0.5, "high": 2.0, "undefined": 0.02}, form)
+    answers = [response("wait a b")]
+    html = arms_section(
+        {"necessity": {"none": plain(record(answers, answers, ["wait"], "report"))}}, "necessity", "", ""
+    )
+    assert "there is one" in html and "nan" not in html.lower() and "None" not in html
