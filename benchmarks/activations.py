@@ -19,10 +19,12 @@ from tl_adapters.config import RunConfig, TrainingConfig
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.evaluation.feature_matching import seed_agreement
-from tl_adapters.evaluation.response_metrics import Response, correctness, respond, traces_of
+from tl_adapters.evaluation.response_metrics import correctness
 from tl_adapters.features.feature import ALIVE_FIRINGS
+from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.evaluate import Scale, load_builtin_pair
+from tl_adapters.study.evaluate import load_builtin_pair
+from tl_adapters.study.scale import Scale
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.files import write_text
 

@@ -86,7 +86,7 @@ def small_scale():  # type: ignore[no-untyped-def]
     from tl_adapters.circuits.search import SearchOptions
     from tl_adapters.circuits.study import StudyOptions
     from tl_adapters.config import TrainingConfig
-    from tl_adapters.study.evaluate import Scale
+    from tl_adapters.study.scale import Scale
 
     return Scale(
         training_traces=400,
@@ -103,7 +103,7 @@ def small_scale():  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one small demo; no test changes it, and workers share it."""
-    from tl_adapters.study.evaluate import demo
+    from tl_adapters.study.demo import demo
 
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "runs" / "demo"

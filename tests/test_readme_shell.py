@@ -10,7 +10,6 @@ from helpers.readme import blocks
 
 from tl_adapters import organism
 from tl_adapters.cli.main import main
-from tl_adapters.study import evaluate as study
 
 LINES = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("tl-adapters")]
 SMALL = ("--config", "small.yaml")
@@ -45,7 +44,8 @@ def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "small.yaml").write_text("training:\n  steps: 2\n  n_features: 16\n")
     monkeypatch.chdir(tmp_path)
     # The demo itself is run once for all tests; here its command is.
-    monkeypatch.setattr(study, "demo", lambda folder, *args, **options: shutil.copytree(run, folder) / "report.html")
+    copied = lambda folder, *args, **options: shutil.copytree(run, folder) / "report.html"  # noqa: E731
+    monkeypatch.setattr("tl_adapters.study.demo.demo", copied)
     monkeypatch.setattr("tl_adapters.pages.server.ThreadingHTTPServer.serve_forever", lambda self: None)
     return tmp_path
 

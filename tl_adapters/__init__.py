@@ -14,12 +14,12 @@ _HOMES = {
     "Behaviour": "circuits.onsets",
     "Circuit": "circuits.circuit",
     "DataConfig": "config",
-    "DifferenceTarget": "attribution.attribute",
+    "DifferenceTarget": "attribution.targets",
     "Endpoint": "autointerp.endpoint",
-    "FeatureId": "adapters.adapter_set",
+    "FeatureId": "adapters.feature_id",
     "FeatureStore": "features.store",
-    "FeatureTarget": "attribution.attribute",
-    "LogitTarget": "attribution.attribute",
+    "FeatureTarget": "attribution.targets",
+    "LogitTarget": "attribution.targets",
     "LossWeights": "config",
     "PairedModel": "models.paired_model",
     "RunConfig": "config",
@@ -81,10 +81,12 @@ __all__ += ["show_features", "stream_agreement", "to_authors", "to_saelens", "tr
 __all__ += ["write_graph", "write_hybrid"]
 
 if TYPE_CHECKING:
-    from tl_adapters.adapters.adapter_set import AdapterSet, FeatureId
+    from tl_adapters.adapters.adapter_set import AdapterSet
+    from tl_adapters.adapters.feature_id import FeatureId
     from tl_adapters.adapters.transcoder import TranscoderAdapter
-    from tl_adapters.attribution.attribute import DifferenceTarget, FeatureTarget, LogitTarget, attribute
+    from tl_adapters.attribution.attribute import attribute
     from tl_adapters.attribution.graph import AttributionGraph
+    from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget
     from tl_adapters.attribution.validation import explain_difference
     from tl_adapters.autointerp.detection import auto_interpret
     from tl_adapters.autointerp.endpoint import Endpoint

@@ -8,10 +8,11 @@ from helpers.pairs import make
 from helpers.random_models import ARCHITECTURES, random_batch, random_model, randomise
 
 from tl_adapters import organism
-from tl_adapters.attribution.attribute import DifferenceTarget, FeatureTarget, LogitTarget, attribute
+from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.relp import FrozenModel
-from tl_adapters.data.hesitation_words import VocabularyError
+from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget
+from tl_adapters.data.tokens import VocabularyError
 from tl_adapters.models.paired_model import PairedModel, PairMismatchError
 from tl_adapters.utils.arguments import ArgumentError
 

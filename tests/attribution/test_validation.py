@@ -5,8 +5,9 @@ import torch
 from helpers.pairs import make
 from helpers.random_models import random_batch
 
-from tl_adapters.attribution.attribute import DifferenceTarget, FeatureTarget, LogitTarget, attribute
+from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget
 from tl_adapters.attribution.validation import (
     ablation_effects,
     explain_difference,

@@ -27,7 +27,7 @@ from helpers.made_stores import (
     real_store,
 )
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.autointerp import endpoint as endpoint_room
 from tl_adapters.autointerp.detection import auto_interpret, describing_question, detecting_question, detection
 from tl_adapters.autointerp.detection_examples import (

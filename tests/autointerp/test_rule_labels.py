@@ -12,7 +12,7 @@ import torch
 from helpers import stores
 from helpers.made_stores import anywhere, made_store, on_its_token, real_store
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.autointerp.rule_labels import (
     CATEGORIES,
     FEW,

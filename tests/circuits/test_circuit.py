@@ -19,7 +19,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 import tl_adapters.checkpoints.model_files as checkpoints
 import tl_adapters.circuits.circuit as circuits
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.checkpoints.model_files import CheckpointError
 from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitError, CircuitFeature, Role
 from tl_adapters.interop.hub import HubError

@@ -7,7 +7,7 @@ import torch
 from helpers.pairs import make, state
 from helpers.planted_circuits import random_moments
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.control_strengths import (
     MOST_COEFFICIENT,
     SAME_EFFECT,
@@ -32,17 +32,15 @@ from tl_adapters.circuits.controls import (
     neuron_effects,
     put_in,
     removed,
-    shifted_logits,
     size_of_norm,
-    steered,
-    without_neurons,
 )
 from tl_adapters.circuits.criteria import correction_beside_others
 from tl_adapters.circuits.measurements import Unchanged, away, corrected_more, kl_elsewhere, probabilities
 from tl_adapters.circuits.onsets import BehaviourError, Moments
 from tl_adapters.circuits.roles import effects_at
-from tl_adapters.generation.compare_variants import Variant, on_route, without
+from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
 from tl_adapters.interventions.feature_edits import InterventionError, inserted, only
+from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.confidence_intervals import OutcomesFigure, bootstrap_ratio
 

@@ -11,7 +11,7 @@ from helpers.pairs import make, state
 from helpers.planted_circuits import OUTPUT, TEMPLATE, planted, random_moments
 from helpers.random_models import random_batch
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.controls import (
     NEAREST,
     by_size,
@@ -19,17 +19,15 @@ from tl_adapters.circuits.controls import (
     matched_features,
     most_active_others,
     neuron_effects,
-    shifted_logits,
-    steered,
-    without_neurons,
 )
 from tl_adapters.circuits.measurements import answers, corrected, mediation, probabilities, record
 from tl_adapters.circuits.onsets import Moments, final_residual, log_odds
+from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
 from tl_adapters.circuits.subject import Injection, builtin_subject, halves, kinds_of_hesitation
-from tl_adapters.evaluation.response_metrics import Response, respond
-from tl_adapters.generation.compare_variants import Variant, on_route, without
+from tl_adapters.generation.responses import Response, respond
 from tl_adapters.interventions.feature_edits import ablated
 from tl_adapters.interventions.frozen import frozen
+from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import problems
 from tl_adapters.organism.census import written_steps

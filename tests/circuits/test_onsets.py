@@ -20,7 +20,7 @@ from tl_adapters.circuits.onsets import (
     margins,
 )
 from tl_adapters.data.chat_format import encode_traces
-from tl_adapters.data.hesitation_words import VocabularyError
+from tl_adapters.data.tokens import VocabularyError
 from tl_adapters.data.traces import Trace
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import load_builtin_pair

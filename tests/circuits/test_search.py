@@ -22,7 +22,7 @@ from helpers.planted_circuits import (
 )
 from helpers.random_models import random_batch, random_model
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.onsets import BehaviourError, Moments, final_residual, log_odds, margins
 from tl_adapters.circuits.roles import (
     SHARE,

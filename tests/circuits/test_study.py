@@ -27,9 +27,9 @@ from tl_adapters.circuits.subject import Injection, Subject, builtin_subject
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.traces import Trace
-from tl_adapters.evaluation.response_metrics import respond, traces_of
-from tl_adapters.generation.compare_variants import Variant, on_route, without
+from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.interventions.feature_edits import only
+from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 from tl_adapters.organism.census import corrects, with_injected_slip
 from tl_adapters.organism.traces import prompt

@@ -23,9 +23,9 @@ from tl_adapters.data.chat_format import (
     set_template_date,
 )
 from tl_adapters.data.traces import DataError, Trace
-from tl_adapters.evaluation.response_metrics import THINK_OPENS, respond
 from tl_adapters.evaluation.tasks import MathProblem
 from tl_adapters.generation.compare_variants import prompt_tokens
+from tl_adapters.generation.responses import THINK_OPENS, respond
 from tl_adapters.study.doctor import examine
 
 THOUGHT = "<think>\nHmm, 3.\n</think>\n\n2"

@@ -4,7 +4,8 @@ import pytest
 from helpers.word_tokenizers import word_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tl_adapters.data.hesitation_words import HESITATION_WORDS, VocabularyError, hesitation_tokens, says, spellings
+from tl_adapters.data.hesitation_words import HESITATION_WORDS, hesitation_tokens, says, spellings
+from tl_adapters.data.tokens import VocabularyError
 from tl_adapters.organism import TARGET
 
 

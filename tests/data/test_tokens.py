@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tl_adapters.autointerp.prompts import asked_excerpt, firing_excerpt
-from tl_adapters.data.hesitation_words import CONTINUATION, span_texts, token_text
+from tl_adapters.data.tokens import CONTINUATION, span_texts, token_text
 from tl_adapters.features.feature import Example
 
 TEXTS = ["日本は 47+85=132.", "naïve  café\n\n🤔 wait", "x é̀ \u200d🏳️\u200d🌈", " leading", "<think>\nWait</think>"]

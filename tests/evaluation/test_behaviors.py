@@ -29,11 +29,12 @@ from tl_adapters.circuits.subject import Subject, builtin_subject, kinds_at, kin
 from tl_adapters.data.hesitation_words import pattern_of, word_tokens
 from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.behaviors import Behaviour, BehaviourError, counts
-from tl_adapters.evaluation.response_metrics import Response, rate, respond, traces_of
+from tl_adapters.evaluation.response_metrics import rate
 from tl_adapters.evaluation.sampled_answers import Answer, Sampling, answer, score
-from tl_adapters.generation.compare_variants import on_route
+from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.interventions.feature_edits import InterventionError, ablated, scaled
 from tl_adapters.interventions.frozen import frozen
+from tl_adapters.interventions.variants import on_route
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.circuit_page import write_circuit_page
 from tl_adapters.study.hesitation import hesitation_stage

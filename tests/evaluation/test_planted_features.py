@@ -12,7 +12,8 @@ from helpers.random_models import ARCHITECTURES, random_batch, random_model
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet, FeatureId, TranscoderAdapter
+from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet, TranscoderAdapter
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.attribution.relp import FrozenModel
 from tl_adapters.config import LossWeights, TrainingConfig
 from tl_adapters.data.traces import Trace, collate

@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers.random_models import random_model, randomise
 
-from tl_adapters.evaluation.response_metrics import Response, rate, respond
+from tl_adapters.evaluation.response_metrics import rate
+from tl_adapters.generation.responses import Response, respond
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import problems
 from tl_adapters.organism.recipe import build_tokenizer

@@ -11,12 +11,13 @@ from filelock import FileLock
 from helpers.random_models import random_model, randomise
 
 from tl_adapters import organism
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.cli.main import main
 from tl_adapters.config import RunConfig
 from tl_adapters.evaluation import sampled_answers as answering
-from tl_adapters.evaluation.response_metrics import Response, rate, respond
+from tl_adapters.evaluation.response_metrics import rate
 from tl_adapters.evaluation.sampled_answers import ANSWERS, SETTINGS, Answer, AnsweringError, Sampling, answer, score
+from tl_adapters.generation.responses import Response, respond
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer
 from tl_adapters.study import benchmark as benchmarking

@@ -11,9 +11,9 @@ from helpers.random_models import randomise
 
 import tl_adapters.features.collect as collecting
 from tl_adapters import organism
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.data.chat_format import TRACE_REGIONS, ChatFormat, encode_traces
-from tl_adapters.data.hesitation_words import VocabularyError
+from tl_adapters.data.tokens import VocabularyError
 from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.features.collect import collect_features, collect_share
 from tl_adapters.features.feature import FeatureStoreError

@@ -15,7 +15,7 @@ from tl_adapters.features.feature import Label, feature_view
 from tl_adapters.features.notebook_view import show_features
 from tl_adapters.features.stream_agreement import reading
 from tl_adapters.models.paired_model import ACTIVATIONS
-from tl_adapters.utils.html import View, circuitsvis_view
+from tl_adapters.utils.notebook import View, circuitsvis_view
 
 CALL = re.compile(r'CircuitsVis\.render\("([\w-]+)", CircuitsVis\.(\w+), (\{.*?\})\);')
 

@@ -13,7 +13,8 @@ import torch
 from helpers import stores
 from helpers.random_models import random_batch, random_model, randomise
 
-from tl_adapters.adapters.adapter_set import AdapterSet, FeatureId, ForeignFeaturesError, OwnedFeatureId, owned
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.feature_id import FeatureId, ForeignFeaturesError, OwnedFeatureId, owned
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.validation import ablation_effects, values_with
@@ -24,9 +25,9 @@ from tl_adapters.cli.common import feature_ids
 from tl_adapters.features.collect import collect_features
 from tl_adapters.features.feature import FeatureStoreError
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.generation.compare_variants import less, rescaled, with_only, without
 from tl_adapters.interventions.feature_edits import ablated, added, clamped, inserted, negated, patched, scaled
 from tl_adapters.interventions.frozen import frozen
+from tl_adapters.interventions.variants import less, rescaled, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import write_graph
 from tl_adapters.study.open_run import load_builtin_pair

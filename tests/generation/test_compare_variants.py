@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.random_models import randomise
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import Circuit, CircuitFeature
 from tl_adapters.cli.columns import BETWEEN, PARTING, Column, printable, side_by_side
 from tl_adapters.cli.common import feature_ids
@@ -17,17 +17,9 @@ from tl_adapters.config import RunConfig
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
-from tl_adapters.generation.compare_variants import (
-    VariantError,
-    generate_variants,
-    less,
-    on_route,
-    prompt_tokens,
-    rescaled,
-    with_only,
-    without,
-)
+from tl_adapters.generation.compare_variants import generate_variants, prompt_tokens
 from tl_adapters.interventions.feature_edits import InterventionError, ablated, inserted, negated, scaled
+from tl_adapters.interventions.variants import VariantError, less, on_route, rescaled, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import load_builtin_pair
 

@@ -8,10 +8,10 @@ import torch
 from helpers.random_models import ARCHITECTURES, random_model, randomise
 
 from tl_adapters import organism
-from tl_adapters.evaluation.response_metrics import respond
 from tl_adapters.evaluation.sampled_answers import Sampling, answer
 from tl_adapters.generation.completions import complete
 from tl_adapters.generation.decoding import CompletionError, Decoding, choose
+from tl_adapters.generation.responses import respond
 from tl_adapters.interventions.feature_edits import ablated, scaled
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer

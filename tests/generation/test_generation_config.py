@@ -13,24 +13,17 @@ from helpers.random_models import random_model, randomise
 from transformers import GenerationConfig
 
 from tl_adapters import organism
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import Circuit, CircuitFeature
 from tl_adapters.cli.common import insertion_strength
 from tl_adapters.cli.generate import _variants
 from tl_adapters.errors import UserError
-from tl_adapters.evaluation.response_metrics import (
-    LOOP_TOKENS,
-    Response,
-    answer_limit,
-    rate,
-    respond,
-    rows_at_once,
-    traces_of,
-)
+from tl_adapters.evaluation.response_metrics import rate
 from tl_adapters.evaluation.sampled_answers import SETTINGS, AnsweringError, Sampling, answer
 from tl_adapters.evaluation.tasks import MathProblem
 from tl_adapters.generation.decoding import Decoding
 from tl_adapters.generation.generation_config import LONGEST_ANSWER, decoding_of, end_tokens, longest_answer
+from tl_adapters.generation.responses import LOOP_TOKENS, Response, answer_limit, respond, rows_at_once, traces_of
 from tl_adapters.interventions.feature_edits import InterventionError, clamped, inserted
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer

@@ -8,7 +8,8 @@ import torch
 from helpers.random_models import random_batch, random_model
 from transformers import PreTrainedModel
 
-from tl_adapters.adapters.adapter_set import AdapterSet, FeatureId, TranscoderAdapter
+from tl_adapters.adapters.adapter_set import AdapterSet, TranscoderAdapter
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.onsets import Moments
 from tl_adapters.circuits.search import SearchOptions
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel

@@ -11,7 +11,7 @@ from sae_lens import HookedSAETransformer
 from transformer_lens import HookedTransformer
 from transformer_lens.components import GroupedQueryAttention
 
-from tl_adapters.models.backend import build_model
+from tl_adapters.models.build import build_model
 from tl_adapters.models.hooked_transformer import build_hooked_transformer
 from tl_adapters.models.paired_model import PairedModel
 

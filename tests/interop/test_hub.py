@@ -16,7 +16,8 @@ from sae_lens import SAE
 from tl_adapters.adapters.adapter_set import AdapterSet, describe
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
 from tl_adapters.checkpoints.model_files import CheckpointError
-from tl_adapters.interop.hub import HubError, card, pull, push_to_hub
+from tl_adapters.interop.hub import HubError, pull, push_to_hub
+from tl_adapters.interop.model_card import card
 from tl_adapters.models.attach import attach
 from tl_adapters.models.paired_model import PairedModel
 

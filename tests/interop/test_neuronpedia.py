@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.stores import new_store, store
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.features.feature import Feature, FeatureStoreError, Neighbour
 from tl_adapters.interop.neuronpedia import write_neuronpedia
 from tl_adapters.utils.files import FolderExistsError

@@ -12,7 +12,7 @@ import torch
 from helpers.browser import Browser, browser  # noqa: F401  # a fixture
 from helpers.stores import documents, random_pair, store
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.data.traces import DataError
 from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.features.stream_agreement import reading

@@ -12,15 +12,17 @@ import torch
 from helpers.pretended_device import DEVICE, PretendedDevice, PretendedDeviceError, grown
 from helpers.random_models import ACTIVATION_OPTIONS, random_batch, random_model, randomise
 
-from tl_adapters.adapters.adapter_set import FeatureId
-from tl_adapters.attribution.attribute import FeatureTarget, LogitTarget, attribute
+from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.targets import FeatureTarget, LogitTarget
 from tl_adapters.attribution.validation import ablation_effects, explain_difference, faithfulness_curve, hold_to_account
 from tl_adapters.circuits.control_strengths import Texts, set_controls
-from tl_adapters.circuits.controls import put_in, removed, shifted_logits, steered, without_neurons
+from tl_adapters.circuits.controls import put_in, removed
 from tl_adapters.circuits.measurements import Unchanged, mediation, probabilities
 from tl_adapters.circuits.onsets import Moments
 from tl_adapters.circuits.roles import circuit_edges, effects_at, sort_features
 from tl_adapters.circuits.search import SearchOptions, search_circuit
+from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
 from tl_adapters.cli.common import device_of
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data.chat_format import encode_traces
@@ -30,15 +32,16 @@ from tl_adapters.evaluation.baselines import baseline_kl, difference_directions,
 from tl_adapters.evaluation.faithfulness import faithfulness_block, measure_faithfulness
 from tl_adapters.evaluation.feature_matching import match_features, seed_agreement
 from tl_adapters.evaluation.planted_features import plant_features
-from tl_adapters.evaluation.response_metrics import respond
 from tl_adapters.features.collect import collect_features
 from tl_adapters.features.logit_effects import layer_effects
 from tl_adapters.features.store_files import StoreOptions
 from tl_adapters.features.stream_agreement import stream_agreement
-from tl_adapters.generation.compare_variants import generate_variants, on_route, with_only, without
+from tl_adapters.generation.compare_variants import generate_variants
 from tl_adapters.generation.likelihoods import log_likelihoods
+from tl_adapters.generation.responses import respond
 from tl_adapters.interventions.feature_edits import ablated, added, clamped, gated, inserted, negated, patched, scaled
 from tl_adapters.interventions.frozen import frozen
+from tl_adapters.interventions.variants import on_route, with_only, without
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 from tl_adapters.organism import problems, reasoning_pairs
 from tl_adapters.study.open_run import load_builtin_pair

@@ -18,7 +18,7 @@ from tl_adapters.checkpoints.architectures import UnsupportedModelError
 from tl_adapters.checkpoints.model_files import CheckpointError
 from tl_adapters.models import paired_model as paired
 from tl_adapters.models.attach import attach
-from tl_adapters.models.backend import build_model
+from tl_adapters.models.build import build_model
 from tl_adapters.models.hooked_transformer import build_hooked_transformer, tl_config
 from tl_adapters.models.output_comparison import DisagreementError, tolerance
 from tl_adapters.models.paired_model import PairedModel

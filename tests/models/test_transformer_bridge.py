@@ -23,9 +23,9 @@ from tl_adapters.cli.main import main
 from tl_adapters.config import LossWeights
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.evaluation.faithfulness import measure_faithfulness
-from tl_adapters.evaluation.response_metrics import respond
+from tl_adapters.generation.responses import respond
 from tl_adapters.interop.saelens import from_saelens, to_saelens
-from tl_adapters.models.backend import backend_of, build_model, default_backend
+from tl_adapters.models.build import backend_of, build_model, default_backend
 from tl_adapters.models.paired_model import PairedModel, PairMismatchError
 from tl_adapters.models.routed_mlp import ROUTES, WeightsProcessedError
 from tl_adapters.training.objective import reference_step, shared_prefix_step

@@ -13,7 +13,7 @@ import pytest
 from helpers.browser import Browser, browser  # noqa: F401  # a fixture
 from helpers.stores import HOSTILE, OPTIONS, WORDS, documents, new_store, random_pair, store
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.features.collect import collect_features
 from tl_adapters.features.feature import Example, FeatureStoreError, Label
 from tl_adapters.features.store import FeatureStore

@@ -17,7 +17,6 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.cli.main import main
 from tl_adapters.organism.recipe import build_tokenizer
 from tl_adapters.pages.report import write_report
-from tl_adapters.study import evaluate as study
 
 N_LAYERS = json.loads((organism.TARGET / "config.json").read_text())["num_hidden_layers"]
 BY_LAYER = ("kl_first", "kl_last", "kl_only", "nmse", "l0", "dead")
@@ -220,7 +219,7 @@ def test_an_earlier_demo_is_moved_not_overwritten(tmp_path: Path, monkeypatch: p
         (folder / "report.html").write_text(str(len(list(folder.parent.iterdir()))))
         return folder / "report.html"
 
-    monkeypatch.setattr(study, "demo", short)
+    monkeypatch.setattr("tl_adapters.study.demo.demo", short)
     monkeypatch.chdir(tmp_path)
     for _ in range(3):
         assert main(["demo", "--quiet"]) == 0

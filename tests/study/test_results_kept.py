@@ -8,19 +8,22 @@ import torch
 from helpers import stores
 from helpers.random_models import random_batch, random_model
 
-import tl_adapters.study.evaluate as study
 import tl_adapters.study.features as describing
-from tl_adapters.attribution.attribute import LogitTarget, attribute
+from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.targets import LogitTarget, token_id
+from tl_adapters.attribution.validation import LINEARISATIONS
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data.traces import Trace
-from tl_adapters.evaluation.response_metrics import Response
 from tl_adapters.features.feature import Label
 from tl_adapters.features.store import FeatureStore
+from tl_adapters.generation.responses import Response
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import remove_graph, write_graph
-from tl_adapters.study.evaluate import attribution_stage, faithfulness_stage, train_stage
+from tl_adapters.study.attribution import attribution_stage
+from tl_adapters.study.evaluation_stages import faithfulness_stage
 from tl_adapters.study.features import FOLDER, NEURONS, STORE, features_stage, stores_of
 from tl_adapters.study.label import REPLIES
+from tl_adapters.study.train import train_stage
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.results import read_results, write_results
 
@@ -73,10 +76,10 @@ def test_graphs_of_the_users_own_stay(tmp_path: Path, monkeypatch: pytest.Monkey
     def drawn(pair: PairedModel, tokens: object, target: LogitTarget, folder: Path, name: str, store: object) -> dict:
         page, _ = write_graph(pair, graph, folder, name)
         found = {"page": f"{folder.name}/{page.name}", "residual": 0.0, "influence_through_features": 1.0}
-        return found | {"rank_correlation": dict.fromkeys(study.LINEARISATIONS, 1.0)}
+        return found | {"rank_correlation": dict.fromkeys(LINEARISATIONS, 1.0)}
 
-    monkeypatch.setattr(study, "examine_moment", drawn)
-    word = study.token_id(pair, "Wait")
+    monkeypatch.setattr("tl_adapters.study.attribution.examine_moment", drawn)
+    word = token_id(pair, "Wait")
     said = Response(tuple(tokens), (word,), "Wait", False, True)
 
     def listed() -> set[str]:

@@ -8,7 +8,6 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ import tl_adapters.study.sweep as room
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import ConfigError, DataConfig, RunConfig, TrainingConfig
-from tl_adapters.evaluation.response_metrics import respond
+from tl_adapters.generation.responses import respond
 from tl_adapters.organism.recipe import build_tokenizer
 from tl_adapters.pages.sweep_page import SweepPoint, markdown, pareto_front, read_point, write_page
-from tl_adapters.study import evaluate as study
 from tl_adapters.study.grid import GridError, plan, read_grid
+from tl_adapters.study.open_run import open_run
 from tl_adapters.study.sweep import SweepError, resume_sweep, sweep
+from tl_adapters.study.train import train_run
 from tl_adapters.training.trainer import Trainer, TrainingInterrupted
 from tl_adapters.utils.confidence_intervals import Figure
 from tl_adapters.utils.files import FolderBusyError, FolderExistsError
@@ -43,7 +43,7 @@ NAMES = ["l1_weight-0.001_seed-0", "l1_weight-0.001_seed-3"]
 def few_documents() -> Iterator[None]:
     """The built-in pair's own text, but less of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "Scale", partial(study.Scale, training_traces=60))
+        patch.setattr("tl_adapters.study.open_run.BUILTIN_TRACES", 60)
         yield
 
 
@@ -93,7 +93,7 @@ def test_a_point_is_the_run_that_train_makes(whole: Path, tmp_path: Path) -> Non
     """Also of another seed, so of other documents: sharing pair and data between the points changes no bit."""
     for name in NAMES:
         config = RunConfig.load(whole / name / "config.json")
-        study.train_run(config, tmp_path / name, progress=False)
+        train_run(config, tmp_path / name, progress=False)
         ours, theirs = (AdapterSet.from_pretrained(f / name / "adapters").state_dict() for f in (whole, tmp_path))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         for file in ("metrics.jsonl", "config.json"):
@@ -118,7 +118,7 @@ def test_the_figures_are_those_of_the_run_and_of_its_answers(whole: Path) -> Non
         assert point.l0.seeds == (point.options["seed"],) and point.l0.split == "tune"
     assert len({point.kl.value for point in points.values()}) == len(points)
 
-    pair, right = study.open_run(whole / NAMES[0]), {}
+    pair, right = open_run(whole / NAMES[0]), {}
     for route in ("target", "hybrid", "replacement"):
         with pair.routed(route):
             right[route] = sum(r.correct for r in respond(pair.model, organism.problems("tune", DOCUMENTS)))

@@ -9,8 +9,9 @@ from helpers.random_models import ACTIVATION_OPTIONS, random_batch, random_model
 from tl_adapters.config import LossWeights
 from tl_adapters.data.traces import Batch
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.training.loss_terms import kl_from_residual, l0_penalty, masked_kl, sparsity, squared_error_ratio
+from tl_adapters.training.loss_terms import l0_penalty, sparsity, squared_error_ratio
 from tl_adapters.training.objective import StepTerms, held_out_terms, reference_step, shared_prefix_step
+from tl_adapters.utils.kl_divergence import kl_from_residual, masked_kl
 
 WEIGHTS = LossWeights(output_kl=0.7, forward_bridge=1.3, backward_bridge=1.9, nmse=0.4, lowest_cut=0)
 

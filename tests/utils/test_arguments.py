@@ -10,7 +10,8 @@ import torch
 from helpers.random_models import random_model, randomise
 
 from tl_adapters import organism
-from tl_adapters.attribution.attribute import LogitTarget, attribute
+from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.targets import LogitTarget
 from tl_adapters.autointerp.rule_labels import rule_labels
 from tl_adapters.circuits.onsets import find_moments
 from tl_adapters.data.chat_format import encode_traces

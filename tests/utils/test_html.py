@@ -2,7 +2,9 @@
 
 import pytest
 
-from tl_adapters.utils.html import Line, coloured_tokens, escape, marked, plot
+from tl_adapters.utils.html import escape, marked
+from tl_adapters.utils.notebook import coloured_tokens
+from tl_adapters.utils.plots import Line, plot
 
 
 def test_text_shows_exactly_itself() -> None:

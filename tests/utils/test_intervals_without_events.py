@@ -18,8 +18,9 @@ from tl_adapters.circuits.measurements import record
 from tl_adapters.circuits.onsets import Moments
 from tl_adapters.evaluation.faithfulness import DocumentSums, faithfulness_block
 from tl_adapters.evaluation.feature_matching import Share, shares_table
-from tl_adapters.evaluation.response_metrics import Response, rate
+from tl_adapters.evaluation.response_metrics import rate
 from tl_adapters.evaluation.sampled_answers import Answer, score
+from tl_adapters.generation.responses import Response
 from tl_adapters.pages.circuit_sections import arms_section
 from tl_adapters.utils.confidence_intervals import (
     Figure,

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tl_adapters.adapters.feature_id import FeatureId, ForeignFeaturesError, OwnedFeatureId
 from tl_adapters.adapters.saelens_folder import (
     HOOK_IN,
     HOOK_OUT,
@@ -38,7 +39,6 @@ from tl_adapters.checkpoints.content_hashes import fingerprint, fingerprints
 from tl_adapters.checkpoints.fingerprints import LayerMarks
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.config import ActivationName
-from tl_adapters.errors import UserError
 from tl_adapters.utils.file_hashes import file_hash
 from tl_adapters.utils.files import new_folder
 from tl_adapters.utils.finite import require_finite_weights
@@ -52,39 +52,6 @@ LAYER_FOLDER = "layer_{}"
 _SAMPLE_PREFIX = "samples/"
 
 log = logging.getLogger(__name__)
-
-
-class FeatureId(NamedTuple):
-    """One feature of an adapter set. Means something only together with the set: seeds number features anew."""
-
-    layer: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody misses on a pair
-
-
-class OwnedFeatureId(FeatureId):
-    """A FeatureId that knows the adapters it is a number of, and is equal to one that does not.
-
-    Circuits and feature stores give their features out like this, so wherever these reach a pair, alone or in any
-    list, `AdapterSet.require_own` refuses those of other adapters.
-    """
-
-    adapters: str | None = None
-    """Fingerprint of the layer's adapter or of the whole set; "" for what is no feature of adapters."""
-
-    def __new__(cls, layer: int, index: int, adapters: str | None = None) -> OwnedFeatureId:
-        """As FeatureId, with the fingerprint."""
-        self = super().__new__(cls, layer, index)
-        self.adapters = adapters
-        return self
-
-    def __repr__(self) -> str:
-        return f"FeatureId(layer={self.layer}, index={self.index})"
-
-
-def owned(id: FeatureId | tuple[int, int], fingerprints: Mapping[str, str]) -> OwnedFeatureId:
-    """The feature as one of the adapters of ``fingerprints`` (`AdapterSet.fingerprints`)."""
-    layer, index = id
-    return OwnedFeatureId(layer, index, fingerprints.get(f"adapters.{layer}", fingerprints.get("adapters", "")))
 
 
 @dataclass(frozen=True)
@@ -123,10 +90,6 @@ class AdapterMetadata:
                     f"{name} is {getattr(self, name)!r}; allowed is one of {', '.join(allowed)}. These adapters were "
                     "made with a newer version of tl_adapters, or their description was edited."
                 )
-
-
-class ForeignFeaturesError(UserError, ValueError):
-    """Features of other adapters than those they are asked of: a feature is a number of one set."""
 
 
 class AdapterSet(nn.Module):

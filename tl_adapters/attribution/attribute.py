@@ -17,10 +17,9 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,64 +27,27 @@ from tl_adapters.attribution.gradient import GradientModel
 from tl_adapters.attribution.graph import AttributionGraph, GraphError, GraphTarget
 from tl_adapters.attribution.pruning import influence
 from tl_adapters.attribution.relp import FrozenModel
+from tl_adapters.attribution.targets import (
+    DifferenceTarget,
+    FeatureTarget,
+    LogitTarget,
+    ResolvedTarget,
+    Target,
+    absolute_position,
+    decoded,
+    prompt_tokens,
+    resolve_target,
+    salient,
+)
 from tl_adapters.checkpoints.content_hashes import differing
-from tl_adapters.data.hesitation_words import single_token, token_text
 from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
-from tl_adapters.utils.arguments import choice, items, token_ids
+from tl_adapters.utils.arguments import choice, items
 from tl_adapters.utils.finite import finite_blocks
 from tl_adapters.utils.results import versions
 
 log = logging.getLogger(__name__)
 
 Linearisation = Literal["relp", "frozen_mlp", "gradient"]
-
-
-@dataclass(frozen=True)
-class LogitTarget:
-    """A token's logit, less the mean logit, before any soft cap."""
-
-    token: int | str
-    """Vocabulary index, or the text of one token."""
-    position: int = -1
-    """The position that predicts it."""
-
-
-@dataclass(frozen=True)
-class DifferenceTarget:
-    """One token's logit less another's."""
-
-    token: int | str
-    """What is asked for."""
-    against: int | str
-    """What it is compared with."""
-    position: int = -1
-    """The position that predicts them."""
-
-
-@dataclass(frozen=True)
-class FeatureTarget:
-    """A feature's pre-activation."""
-
-    layer: int
-    """Of the feature."""
-    index: int
-    """Of the feature."""
-    position: int
-    """Where in the prompt."""
-
-
-Target = LogitTarget | DifferenceTarget | FeatureTarget
-
-
-class _Resolved(NamedTuple):
-    """A target as the linear model takes it."""
-
-    layer: int
-    position: int
-    vector: Tensor
-    value: float
-    constant: float
-    about: GraphTarget
 
 
 @dataclass
@@ -173,8 +135,8 @@ def attribute(
             + ": there is nothing to attribute to. Are these trained adapters, and is the prompt in the chat format?"
         )
     if targets is None:
-        targets = salient(pair, model, _place(position, len(tokens)), mass, max_logits)
-    resolved = [_resolve(pair, model, target, position) for target in targets]
+        targets = salient(pair, model, absolute_position(position, len(tokens)), mass, max_logits)
+    resolved = [resolve_target(pair, model, target, position) for target in targets]
     if not resolved:
         raise GraphError("targets is empty; name at least one, or leave it out for the likeliest next tokens.")
     if early := [t.about.label for t in resolved if t.position < start]:
@@ -212,102 +174,6 @@ def _origin(pair: PairedModel) -> dict[str, Any]:
     }
 
 
-def prompt_tokens(pair: PairedModel, prompt: str | Sequence[int] | Tensor) -> Int[Tensor, "pos"]:
-    """The prompt's token ids; nothing is added to text.
-
-    Raises GraphError for an empty or too long one, ArgumentError for several prompts or what holds no token ids.
-    """
-    if isinstance(prompt, str):
-        if pair.model.tokenizer is None:
-            raise GraphError("This model has no tokenizer; give the prompt as token ids.")
-        tokens = torch.tensor(pair.model.tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=torch.long)
-    else:
-        tokens = torch.tensor(token_ids(prompt, pair.model.cfg.d_vocab, "prompt"), dtype=torch.long)
-    n_ctx = pair.model.cfg.n_ctx
-    if not 0 < len(tokens) <= n_ctx:
-        raise GraphError(f"The prompt has {len(tokens)} tokens; the model's context is 1 to {n_ctx:,}.")
-    return tokens
-
-
-def token_id(pair: PairedModel, token: int | str) -> int:
-    """Vocabulary index of a token given as index or text. Raises GraphError and VocabularyError."""
-    if isinstance(token, int):
-        if not 0 <= token < pair.model.cfg.d_vocab:
-            raise GraphError(f"There is no token {token}; the vocabulary has {pair.model.cfg.d_vocab:,}.")
-        return token
-    return single_token(pair.model.tokenizer, token)
-
-
-def salient(
-    pair: PairedModel, model: FrozenModel | GradientModel, position: int, mass: float, most: int
-) -> list[LogitTarget]:
-    """The likeliest next tokens whose probabilities reach ``mass``, at most ``most``."""
-    probabilities = _probabilities(pair, model, position)
-    top = probabilities.topk(min(most, len(probabilities)))
-    enough = int((top.values.cumsum(0) < mass).sum()) + 1
-    return [LogitTarget(int(token), position) for token in top.indices[:enough]]
-
-
-@torch.no_grad()
-def _probabilities(pair: PairedModel, model: FrozenModel | GradientModel, position: int) -> Tensor:
-    residual = model.final_residual[position].to(pair.model.W_E.dtype)
-    return pair.unembed(residual[None])[0].to(model.dtype).softmax(-1)
-
-
-def _place(position: int, n: int) -> int:
-    place = position + n if position < 0 else position
-    if not 0 <= place < n:
-        raise GraphError(f"There is no position {position} in a prompt of {n} tokens.")
-    return place
-
-
-def _resolve(
-    pair: PairedModel, model: FrozenModel | GradientModel, target: Target | str | int, position: int
-) -> _Resolved:
-    if isinstance(target, (str, int)):
-        target = LogitTarget(target, position)
-    place = _place(target.position, model.n_tokens)
-    if isinstance(target, FeatureTarget):
-        layer, index = target.layer, target.index
-        if not 0 <= layer < model.n_layers or not 0 <= index < model.encoders[0].shape[1]:
-            raise GraphError(
-                f"There is no feature {layer}/{index}: there are {model.n_layers} layers of "
-                f"{model.encoders[0].shape[1]} features."
-            )
-        value, constant = float(model.pre_activations[layer][place, index]), float(model.b_enc[layer][index])
-        about = GraphTarget(f"feature {layer}/{index}", place, 1.0)
-        return _Resolved(layer, place, model.encoders[layer][:, index], value, constant, about)
-    token = token_id(pair, target.token)
-    name = decoded(pair, token)
-    if isinstance(target, DifferenceTarget):
-        against = token_id(pair, target.against)
-        about = GraphTarget(f"{name!r} - {decoded(pair, against)!r}", place, 1.0, token, against=against)
-    else:
-        probability = float(_probabilities(pair, model, place)[token])
-        about = GraphTarget(name, place, probability, token, probability)
-    vector = unembedding_column(pair, token, about.against, model.dtype)
-    return _Resolved(model.n_layers, place, vector, float(model.read_by_unembedding[place] @ vector), 0.0, about)
-
-
-def unembedding_column(
-    pair: PairedModel, token: int, against: int | None, dtype: torch.dtype
-) -> Float[Tensor, "d_model"]:
-    """A logit's direction: the token's column of the unembedding less another's, or less the mean column."""
-    columns = pair.backend.unembedding().detach()
-    other = columns.mean(0, dtype=dtype) if against is None else columns[against].to(dtype)
-    return columns[token].to(dtype) - other
-
-
-def resolve_columns(pair: PairedModel, graph: AttributionGraph, target: int) -> tuple[int, Float[Tensor, "d_model"]]:
-    """Position and direction of a graph's logit target. Raises GraphError for a feature, or another pair's graph."""
-    require_graph_of(pair, graph)
-    about = graph.targets[target]
-    if about.token is None:
-        raise GraphError(f"Target {target} is {about.label}, no logit.")
-    dtype = torch.promote_types(pair.model.W_E.dtype, torch.float32)
-    return about.position, unembedding_column(pair, about.token, about.against, dtype)
-
-
 def require_graph_of(pair: PairedModel, graph: AttributionGraph) -> None:
     """Raises GraphError where a graph is of other adapters or models than the pair's, by fingerprint."""
     differs = differing(graph.about.get("fingerprints") or {}, _fingerprints(pair))
@@ -322,11 +188,6 @@ def _fingerprints(pair: PairedModel) -> dict[str, str]:
     return {**pair.fingerprints, **pair.installed_adapters().fingerprints}
 
 
-def decoded(pair: PairedModel, token: int) -> str:
-    """A token's text; its number where the model has no tokenizer."""
-    return token_text(pair.model.tokenizer, token)
-
-
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +198,7 @@ def _n_errors(model: FrozenModel | GradientModel) -> int:
 
 def _attribute_batch(
     model: FrozenModel | GradientModel,
-    targets: Sequence[_Resolved],
+    targets: Sequence[ResolvedTarget],
     nodes: Sequence[int],
     edges: _Edges,
     batch_size: int,
@@ -364,7 +225,7 @@ def _attribute_batch(
         bar.update(len(batch))
 
 
-def _batches(order: Sequence[int], targets: Sequence[_Resolved], size: int) -> Iterator[list[int]]:
+def _batches(order: Sequence[int], targets: Sequence[ResolvedTarget], size: int) -> Iterator[list[int]]:
     batch: list[int] = []
     for i in order:
         if batch and (len(batch) == size or targets[i].layer != targets[batch[0]].layer):
@@ -377,7 +238,7 @@ def _batches(order: Sequence[int], targets: Sequence[_Resolved], size: int) -> I
 def _attribute_features(
     pair: PairedModel,
     model: FrozenModel | GradientModel,
-    resolved: Sequence[_Resolved],
+    resolved: Sequence[ResolvedTarget],
     edges: _Edges,
     eligible: Tensor,
     n_rows: int,
@@ -414,11 +275,11 @@ class _Active:
         self.places = model.active.tolist()
         self.values, self.constants = torch.stack([torch.cat(values), torch.cat(constants)]).tolist()
 
-    def target(self, model: FrozenModel | GradientModel, column: int) -> _Resolved:
+    def target(self, model: FrozenModel | GradientModel, column: int) -> ResolvedTarget:
         """One of them, by its column."""
         layer, position, index = self.places[column]
         vector, about = model.encoders[layer][:, index], GraphTarget("", position, 1.0)
-        return _Resolved(layer, position, vector, self.values[column], self.constants[column], about)
+        return ResolvedTarget(layer, position, vector, self.values[column], self.constants[column], about)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
@@ -427,7 +288,7 @@ class _Active:
 def _assemble(
     pair: PairedModel,
     model: FrozenModel | GradientModel,
-    resolved: Sequence[_Resolved],
+    resolved: Sequence[ResolvedTarget],
     edges: _Edges,
     chosen: Tensor,
     adds_up: bool = True,

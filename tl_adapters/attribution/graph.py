@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_adapters.adapters.saelens_folder import AdapterFormatError, read_json, read_safetensors
-from tl_adapters.data.hesitation_words import CONTINUATION, span_texts
+from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
 from tl_adapters.utils.files import new_folder
 from tl_adapters.utils.strict_json import dumps

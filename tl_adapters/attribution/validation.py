@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.attribution.attribute import DifferenceTarget, LogitTarget, attribute, resolve_columns
+from tl_adapters.attribution.attribute import attribute, require_graph_of
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.attribution.targets import DifferenceTarget, LogitTarget, unembedding_column
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import host_float64
 
@@ -219,3 +220,13 @@ def explain_difference(
     features = float(graph.weights[from_features].sum() + graph.balance[row, 2])
     biases = float(graph.decoder_biases[row])
     return Difference(value, hybrid, features, biases, value - hybrid - features - biases, graph)
+
+
+def resolve_columns(pair: PairedModel, graph: AttributionGraph, target: int) -> tuple[int, Float[Tensor, "d_model"]]:
+    """Position and direction of a graph's logit target. Raises GraphError for a feature, or another pair's graph."""
+    require_graph_of(pair, graph)
+    about = graph.targets[target]
+    if about.token is None:
+        raise GraphError(f"Target {target} is {about.label}, no logit.")
+    dtype = torch.promote_types(pair.model.W_E.dtype, torch.float32)
+    return about.position, unembedding_column(pair, about.token, about.against, dtype)

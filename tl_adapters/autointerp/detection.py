@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.autointerp.detection_examples import Trial, trials_of
 from tl_adapters.autointerp.endpoint import Endpoint, Failure, Messages, Spent
 from tl_adapters.autointerp.judge import JudgingError, one_line

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.autointerp.prompts import excerpt_at
 from tl_adapters.features.feature import Example, Feature
 from tl_adapters.features.store import FeatureStore

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.autointerp.endpoint import Endpoint, Failure, Messages, Spent
 from tl_adapters.autointerp.prompts import profile, question
 from tl_adapters.autointerp.rule_labels import CategoryShare, label_shares

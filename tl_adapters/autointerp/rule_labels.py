@@ -25,7 +25,7 @@ from statistics import median
 
 import torch
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.data.hesitation_words import HESITATION_WORDS, says
 from tl_adapters.features.feature import Example, Feature, Label
 from tl_adapters.features.store import FeatureStore

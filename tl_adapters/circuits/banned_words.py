@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tl_adapters.circuits.onsets import Moments
 from tl_adapters.evaluation.behaviors import Words
-from tl_adapters.generation.compare_variants import Variant
 from tl_adapters.interventions.feature_edits import InterventionError
+from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
 
 Neighbors = dict[tuple[int, int], int]

@@ -20,7 +20,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped,unused-ignore]
 
-from tl_adapters.adapters.adapter_set import AdapterSet, FeatureId, owned
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.feature_id import FeatureId, owned
 from tl_adapters.checkpoints.content_hashes import differing
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.errors import UserError

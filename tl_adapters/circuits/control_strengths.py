@@ -23,21 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_adapters.adapters.adapter_set import FeatureId
-from tl_adapters.circuits.controls import (
-    Shares,
-    by_size,
-    first_of,
-    neuron_effects,
-    removed,
-    shifted_logits,
-    size_of_norm,
-    steered,
-    without_neurons,
-)
+from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.circuits.controls import Shares, by_size, first_of, neuron_effects, removed, size_of_norm
 from tl_adapters.circuits.measurements import away, kl_from_replacement
 from tl_adapters.circuits.onsets import BehaviourError, Moments, margins_from
-from tl_adapters.generation.compare_variants import Variant, on_route, without
+from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
+from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
 
 TRIED_DOCUMENTS = 60

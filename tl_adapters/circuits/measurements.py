@@ -23,12 +23,12 @@ from torch import Tensor
 from tl_adapters.circuits.onsets import BehaviourError, Moments, final_residual, margins_from, margins_where
 from tl_adapters.circuits.subject import Injection, Subject
 from tl_adapters.evaluation.behaviors import Behaviour, counts
-from tl_adapters.evaluation.response_metrics import Response, correctness, rate, respond
-from tl_adapters.generation.compare_variants import Variant
+from tl_adapters.evaluation.response_metrics import correctness, rate
+from tl_adapters.generation.responses import Response, respond
 from tl_adapters.interventions.feature_edits import Features, ablated
 from tl_adapters.interventions.frozen import frozen
+from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.training.loss_terms import kl_per_token
 from tl_adapters.utils.confidence_intervals import (
     Estimate,
     Figure,
@@ -41,6 +41,7 @@ from tl_adapters.utils.confidence_intervals import (
     paired_difference,
     share,
 )
+from tl_adapters.utils.kl_divergence import kl_per_token
 from tl_adapters.utils.precision import host_float64, wide
 from tl_adapters.utils.results import plain
 

@@ -35,7 +35,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import CircuitEdge, CircuitFeature, Role
 from tl_adapters.circuits.onsets import Moments, final_residual, margins_from
 from tl_adapters.interventions.feature_edits import by_layer, gated

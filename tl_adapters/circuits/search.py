@@ -34,7 +34,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.onsets import Moments, final_residual, margins_from
 from tl_adapters.evaluation.behaviors import BehaviourError
 from tl_adapters.interventions.feature_edits import gated

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.banned_words import banned, banned_neighbors
 from tl_adapters.circuits.circuit import ROLES, Circuit
 from tl_adapters.circuits.control_strengths import Setting, Texts, set_controls
@@ -59,9 +59,10 @@ from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.circuits.subject import Subject, kinds_at
 from tl_adapters.data.hesitation_words import word_tokens
 from tl_adapters.evaluation.behaviors import Behaviour, BehaviourError, Find
-from tl_adapters.evaluation.response_metrics import Response, rate, respond, traces_of
-from tl_adapters.generation.compare_variants import Variant, less, on_route, without
+from tl_adapters.evaluation.response_metrics import rate
+from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.interventions.feature_edits import only
+from tl_adapters.interventions.variants import Variant, less, on_route, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.confidence_intervals import Estimate, Figure, OutcomesFigure
 from tl_adapters.utils.html import escape, table

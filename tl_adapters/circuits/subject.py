@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from tl_adapters.data.hesitation_words import pattern_of
-from tl_adapters.evaluation.response_metrics import THINK_OPENS, Checkable, Response
+from tl_adapters.generation.responses import THINK_OPENS, Checkable, Response
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.census import corrects, with_injected_slip, written_steps
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tl_adapters.errors import UserError
 
 if TYPE_CHECKING:
-    from tl_adapters.adapters.adapter_set import FeatureId
+    from tl_adapters.adapters.feature_id import FeatureId
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Verbs = Any
@@ -58,7 +58,7 @@ def feature_ids(names: Sequence[str]) -> list[FeatureId]:
 
     ``layer.index`` such as 2.17; or a circuit's file, with or without a role, such as runs/demo/circuit.json:output.
     """
-    from tl_adapters.adapters.adapter_set import FeatureId
+    from tl_adapters.adapters.feature_id import FeatureId
 
     found: list[FeatureId] = []
     for name in names:

@@ -27,7 +27,20 @@ import sys
 from collections.abc import Sequence
 
 from tl_adapters import __version__
-from tl_adapters.cli import features, generate, share, train
+from tl_adapters.cli import (
+    attribute,
+    benchmark,
+    demo,
+    doctor,
+    evaluate,
+    features,
+    generate,
+    hesitation,
+    serve,
+    share,
+    sweep,
+    train,
+)
 from tl_adapters.cli.common import common_parent, quiet_parent
 from tl_adapters.errors import UserError
 
@@ -54,19 +67,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tl-adapters", description="What did reasoning training change in a model?")
     parser.add_argument("--version", action="version", version=f"tl-adapters {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    train.add_demo(verbs, common)
-    train.add_doctor(verbs, common)
+    demo.add_demo(verbs, common)
+    doctor.add_doctor(verbs, common)
     train.add_config(verbs)
     train.add_train(verbs, common)
-    train.add_sweep(verbs, common)
-    train.add_evaluate(verbs, common)
+    sweep.add_sweep(verbs, common)
+    evaluate.add_evaluate(verbs, common)
     features.add_features(verbs, common)
     features.add_label(verbs, quiet)
-    features.add_attribute(verbs, common)
+    attribute.add_attribute(verbs, common)
     generate.add_generate(verbs, common)
-    generate.add_benchmark(verbs, common)
-    features.add_hesitation(verbs, common)
-    features.add_serve(verbs, quiet)
+    benchmark.add_benchmark(verbs, common)
+    hesitation.add_hesitation(verbs, common)
+    serve.add_serve(verbs, quiet)
     share.add_export(verbs, quiet)
     share.add_push(verbs, quiet)
     share.add_pull(verbs, quiet)

@@ -22,7 +22,6 @@ from torch import Tensor
 from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
-from tl_adapters.training.loss_terms import token_kl_from_residual
 from tl_adapters.utils.confidence_intervals import (
     Figure,
     bootstrap_ratio,
@@ -31,6 +30,7 @@ from tl_adapters.utils.confidence_intervals import (
     event_rate,
 )
 from tl_adapters.utils.finite import by_place, require_finite_activations
+from tl_adapters.utils.kl_divergence import token_kl_from_residual
 from tl_adapters.utils.precision import host_float64, wide
 
 

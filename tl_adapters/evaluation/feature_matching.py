@@ -22,7 +22,8 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
-from tl_adapters.adapters.adapter_set import AdapterSet, FeatureId
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.checkpoints.content_hashes import differing
 from tl_adapters.data.traces import Trace, batches_by_length, readable_traces
 from tl_adapters.errors import UserError

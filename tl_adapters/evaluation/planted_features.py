@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet, FeatureId, TranscoderAdapter
+from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet, TranscoderAdapter
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.checkpoints.base_mlps import ModelReference
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces

@@ -20,20 +20,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tl_adapters.data.hesitation_words import HESITATION
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.behaviors import Behaviour
-from tl_adapters.evaluation.response_metrics import (
-    HESITATION,
-    Checkable,
-    Interval,
-    Response,
-    answer_limit,
-    rate,
-    respond,
-    rows_at_once,
-)
+from tl_adapters.evaluation.response_metrics import Interval, rate
 from tl_adapters.generation.decoding import CompletionError, Decoding
 from tl_adapters.generation.generation_config import decoding_of, end_tokens
+from tl_adapters.generation.responses import Checkable, Response, answer_limit, respond, rows_at_once
 from tl_adapters.utils.files import alone_in, room_for, write_text
 from tl_adapters.utils.strict_json import dumps
 

@@ -31,7 +31,7 @@ from typing import Any
 from tl_adapters import organism
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.math_equality import equal
-from tl_adapters.evaluation.response_metrics import Checkable
+from tl_adapters.generation.responses import Checkable
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 """What follows every question."""

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tl_adapters.adapters.adapter_set import FeatureId
-from tl_adapters.data.hesitation_words import CONTINUATION, span_texts
+from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
-from tl_adapters.utils.html import View, circuitsvis_tokens, circuitsvis_view, escape, table
+from tl_adapters.utils.html import escape, table
+from tl_adapters.utils.notebook import View, circuitsvis_tokens, circuitsvis_view
 
 ALIVE_FIRINGS = 10
 """A feature is alive if it fired at least this often."""

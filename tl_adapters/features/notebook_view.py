@@ -7,14 +7,14 @@ from typing import get_args
 
 import torch
 
-from tl_adapters.adapters.adapter_set import FeatureId
-from tl_adapters.data.hesitation_words import CONTINUATION, span_texts, token_text
+from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.data.tokens import CONTINUATION, span_texts, token_text
 from tl_adapters.errors import UserError
 from tl_adapters.features.feature import Stream
 from tl_adapters.features.stream_agreement import reading
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 from tl_adapters.utils.arguments import choice, feature_pairs, token_ids
-from tl_adapters.utils.html import View, circuitsvis_tokens, circuitsvis_view
+from tl_adapters.utils.notebook import View, circuitsvis_tokens, circuitsvis_view
 
 
 def show_features(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.checkpoints.content_hashes import differing
 from tl_adapters.features.feature import (
     ALIVE_FIRINGS,

@@ -18,10 +18,10 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tl_adapters.adapters.adapter_set import FeatureId, OwnedFeatureId, owned
+from tl_adapters.adapters.feature_id import FeatureId, OwnedFeatureId, owned
 from tl_adapters.checkpoints.content_hashes import differing
 from tl_adapters.data.chat_format import TRACE_REGIONS
-from tl_adapters.data.hesitation_words import single_token, token_text
+from tl_adapters.data.tokens import single_token, token_text
 from tl_adapters.features.feature import FeatureStoreError, Kind, Label, Stream
 from tl_adapters.features.layer_statistics import Part, layer_file
 from tl_adapters.features.logit_effects import LayerEffects, layer_effects, written_rows

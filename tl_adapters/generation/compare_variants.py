@@ -7,86 +7,24 @@ Every variant has the same prompt and draws from the same seed: where one says s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tl_adapters.adapters.adapter_set import FeatureId
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.hesitation_words import HESITATION_WORDS
-from tl_adapters.errors import UserError
 from tl_adapters.generation.completions import complete
 from tl_adapters.generation.decoding import Completion, CompletionError
 from tl_adapters.generation.generation_config import decoding_of, end_tokens, longest_answer
-from tl_adapters.interventions.feature_edits import ablated, inserted, negated, scaled
+from tl_adapters.interventions.variants import Variant, VariantError
 from tl_adapters.models.paired_model import PairedModel
 
 DEFAULT_ROUTES = ("target", "hybrid", "replacement")
 """What is compared when nothing else is asked for."""
-NAMED = 3
-"""Features that a variant's name lists; of more it says how many."""
 _HESITATION = re.compile(rf"\b(?:{'|'.join(map(re.escape, HESITATION_WORDS))})\b", re.IGNORECASE)
-
-
-class VariantError(UserError, ValueError):
-    """A prompt or options with which nothing can be generated."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to run a pair."""
-
-    name: str
-    """What its text is headed with."""
-    entered: Callable[[PairedModel], AbstractContextManager[Any]]
-    """Of a pair: what to enter, so that its model is this variant."""
-
-
-def on_route(route: str) -> Variant:
-    """A route of `routing.ROUTES` as it is."""
-    return Variant(route, lambda pair: pair.routed(route))
-
-
-def without(features: Sequence[FeatureId]) -> Variant:
-    """The replacement with ``features`` off."""
-    return Variant(f"replacement without {_listed(features)}", _replacement(lambda pair: ablated(pair, features)))
-
-
-def rescaled(features: Sequence[FeatureId], factor: float) -> Variant:
-    """The replacement with ``features`` firing ``factor`` times as strongly."""
-    name = f"replacement with {factor:g} x {_listed(features)}"
-    return Variant(name, _replacement(lambda pair: scaled(pair, features, factor)))
-
-
-def with_only(features: Sequence[FeatureId], strength: float = 1.0) -> Variant:
-    """The hybrid with ``features`` added, firing ``strength`` times as strongly, and nothing else of the adapters."""
-    name = f"hybrid with only {'' if strength == 1 else f'{strength:g} x '}{_listed(features)}"
-    return Variant(name, lambda pair: inserted(pair, features, strength))
-
-
-def less(features: Sequence[FeatureId]) -> Variant:
-    """The target with half of what ``features`` add taken off its MLPs (`interventions.negated`)."""
-    return Variant(f"target less {_listed(features)}", lambda pair: negated(pair, features))
-
-
-def _listed(features: Sequence[FeatureId]) -> str:
-    shown = ", ".join(f"{layer}.{index}" for layer, index in features[:NAMED])
-    return shown if len(features) <= NAMED else f"{shown} and {len(features) - NAMED} more"
-
-
-def _replacement(
-    change: Callable[[PairedModel], AbstractContextManager[Any]],
-) -> Callable[[PairedModel], AbstractContextManager[Any]]:
-    @contextmanager
-    def entered(pair: PairedModel) -> Iterator[Any]:
-        with pair.routed("replacement"), change(pair) as model:
-            yield model
-
-    return entered
 
 
 @dataclass(frozen=True)

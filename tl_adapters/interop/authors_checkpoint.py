@@ -36,7 +36,7 @@ from tl_adapters.checkpoints.model_files import (
     shard_files,
 )
 from tl_adapters.interop.hybrid_checkpoint import write_hybrid
-from tl_adapters.models.backend import build_model
+from tl_adapters.models.build import build_model
 from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.recorded_outputs import record

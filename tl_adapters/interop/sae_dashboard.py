@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_adapters.adapters.adapter_set import LAYER_FOLDER, FeatureId
+from tl_adapters.adapters.adapter_set import LAYER_FOLDER
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.adapters.saelens_folder import HOOK_IN
 from tl_adapters.data.traces import DataError, Trace, readable_traces
 from tl_adapters.errors import UserError

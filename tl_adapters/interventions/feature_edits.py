@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 from tl_adapters.models.routed_mlp import ROUTES, Route

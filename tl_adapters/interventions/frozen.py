@@ -35,7 +35,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.interventions.feature_edits import Features, InterventionError, patched
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 

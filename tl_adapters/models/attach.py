@@ -23,7 +23,7 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.architectures import AUTHORS_SUFFIX
 from tl_adapters.checkpoints.base_mlps import GivenModel, model_config, model_name, read_base_mlps, resolve
 from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, require_fit
-from tl_adapters.models.backend import backend_of
+from tl_adapters.models.build import backend_of
 from tl_adapters.models.output_agreement import require_base_weights, require_consistent
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.recorded_outputs import N_TOKENS, outputs_in_memory

@@ -1,88 +1,95 @@
-"""The seam to TransformerLens: the two kinds of model that can carry a pair, behind one set of questions.
-
-    "hooked"   HookedTransformer: what users of TransformerLens 3 and SAELens have; fast
-    "bridge"   TransformerBridge: TransformerLens 3.9 and 4, any name that Hugging Face knows
-
-Both give the same hook names and, to rounding, the same values. TransformerLens 4 has only the second.
-"""
+"""What a TransformerLens model must answer to carry a pair, whichever of the two kinds it is."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from typing import Any, get_args
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
 
-from tl_adapters.checkpoints.architectures import UnsupportedModelError
-from tl_adapters.config import BackendName
-from tl_adapters.models.output_agreement import require_agreement
-from tl_adapters.models.recorded_outputs import Recording, record
-from tl_adapters.models.routed_mlp import Backend
+from tl_adapters.models.routed_mlp import RoutedMLP
 
 
-def default_backend() -> BackendName:
-    """ "hooked" where TransformerLens still has HookedTransformer, else "bridge"."""
-    return "hooked" if _has_hooked_transformer() else "bridge"
+class Backend(ABC):
+    """What `PairedModel` asks of the library that runs the model: TransformerLens, of one kind or another."""
 
+    model: Any
+    """The TransformerLens model itself."""
+    name: str
+    """ "hooked" or "bridge"."""
 
-def build_model(
-    hf_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    backend: str | None = None,
-    recording: Recording | None = None,
-) -> Any:
-    """``hf_model`` as a HookedTransformer or TransformerBridge, sharing its weights, and computing the same.
+    @property
+    @abstractmethod
+    def described(self) -> dict[str, Any]:
+        """The facts that base and adapters must share, under config.json's names."""
 
-    Args:
-        hf_model: a bridge changes it in place.
-        tokenizer: given to the model.
-        backend: "hooked" or "bridge"; None takes `default_backend`.
-        recording: what ``hf_model`` computes, where the caller has it; else it is recorded here (see `agreement`).
+    @property
+    @abstractmethod
+    def mlps(self) -> list[RoutedMLP]:
+        """The routed MLP of every layer, once installed."""
 
-    Raises:
-        UnsupportedModelError: a model that TransformerLens does not represent.
-        DisagreementError: one that computes something else there.
-    """
-    backend = backend or default_backend()
-    if backend not in get_args(BackendName):
-        raise UnsupportedModelError(f"No backend {backend!r}; there are {' and '.join(get_args(BackendName))}.")
-    if backend == "hooked" and not _has_hooked_transformer():
-        raise UnsupportedModelError(
-            "TransformerLens 4 has no HookedTransformer. Use backend='bridge', or install 'transformer-lens<4'."
-        )
-    recording = recording or record(hf_model, tokenizer)
-    if backend == "bridge":
-        from tl_adapters.models.transformer_bridge import build_bridge
+    @abstractmethod
+    def second_norm(self, layer: int) -> Tensor | None:
+        """The second norm's weights as TransformerLens has them, [d_model]; None where they are folded."""
 
-        model: Any = build_bridge(hf_model, tokenizer)
-    else:
-        from tl_adapters.models.hooked_transformer import build_hooked_transformer
+    @abstractmethod
+    def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""
 
-        model = build_hooked_transformer(hf_model, tokenizer)
-    require_agreement(backend_of(model), recording)
-    return model
+    @abstractmethod
+    def attention_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """b_V [n_kv_heads, d_head] and b_O [d_model], where the layer has them."""
 
+    @abstractmethod
+    def projection_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Biases of q, k, v and o in Hugging Face's names and layout, where the layer has them."""
 
-def backend_of(model: Any) -> Backend:
-    """The backend of a model that is there already. Raises UnsupportedModelError for anything else."""
-    bridge = importlib.import_module("transformer_lens.model_bridge").TransformerBridge
-    if isinstance(model, bridge):
-        from tl_adapters.models.transformer_bridge import BridgedBackend
+    @abstractmethod
+    def norm(self, name: str) -> Tensor | None:
+        """Weights of the norm of that name ("ln_final", "blocks.3.ln1") as TransformerLens has them; None: folded."""
 
-        return BridgedBackend(model)
-    if _has_hooked_transformer():
-        from transformer_lens import HookedTransformer
+    def norms(self, layer: int) -> Iterator[tuple[str, Tensor | None]]:
+        """Every norm of a layer, by its name within the block, and its weights (`norm`)."""
+        block = self.model.blocks[layer]
+        for name in ("ln1", "ln1_post", "ln2", "ln2_post", "attn.q_norm", "attn.k_norm"):
+            outer, _, inner = name.rpartition(".")
+            if getattr(getattr(block, outer) if outer else block, inner, None) is not None:
+                yield name, self.norm(f"blocks.{layer}.{name}")
 
-        if isinstance(model, HookedTransformer):
-            from tl_adapters.models.hooked_transformer import HookedBackend
+    @property
+    @abstractmethod
+    def embedding_scale(self) -> float:
+        """What `embedding` is multiplied with here already; 1 for the model's own weights."""
 
-            return HookedBackend(model)
-    raise UnsupportedModelError(
-        f"A {type(model).__name__} is not a model of TransformerLens; give a HookedTransformer (SAELens's included) or "
-        "a TransformerBridge. A Hugging Face model goes into PairedModel.from_pretrained(base, target)."
-    )
+    def embedding(self) -> Tensor:
+        """[d_vocab, d_model]"""
+        return self.model.W_E
 
+    @abstractmethod
+    def unembedding(self) -> Tensor:
+        """[d_vocab, d_model]"""
 
-def _has_hooked_transformer() -> bool:
-    return importlib.util.find_spec("transformer_lens.HookedTransformer") is not None
+    @abstractmethod
+    def install(self, layer: int, base: dict[str, Tensor] | None, base_scale: Tensor | None) -> None:
+        """Make the MLP of ``layer`` a routed one in place."""
+
+    @abstractmethod
+    def uninstall(self, layer: int) -> None:
+        """Give the MLP of ``layer`` back as `install` found it."""
+
+    @abstractmethod
+    def name_hooks(self) -> None:
+        """Make new hook points known to the model under their names, and forget those that are gone."""
+
+    @abstractmethod
+    def embed(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The residual stream before block 0."""
+
+    @abstractmethod
+    def run_blocks(self, resid: Tensor, start: int, stop: int, attention_mask: Tensor | None = None) -> Tensor:
+        """Blocks start..stop-1 on the present routes."""
+
+    @abstractmethod
+    def unembed(self, resid: Tensor) -> Tensor:
+        """Final norm and unembedding, [batch, pos, d_model] to [batch, pos, d_vocab]."""

@@ -36,8 +36,9 @@ from tl_adapters.checkpoints.architectures import (
 from tl_adapters.checkpoints.model_files import PROJECTIONS
 from tl_adapters.checkpoints.tokenizers import give_tokenizer
 from tl_adapters.models.attention_masks import reads_whole
+from tl_adapters.models.backend import Backend
 from tl_adapters.models.fused_attention import FusedAttention
-from tl_adapters.models.routed_mlp import Backend, MLPWeights, RoutedMLP, WeightsProcessedError
+from tl_adapters.models.routed_mlp import MLPWeights, RoutedMLP, WeightsProcessedError
 from tl_adapters.utils.precision import float32_logits, linear_in_float32
 
 CONVERTERS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {

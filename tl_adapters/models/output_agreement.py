@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_adapters.models.backend import Backend
 from tl_adapters.models.output_comparison import DisagreementError, compare, named, norm, tolerance, versions
 from tl_adapters.models.recorded_outputs import Recording, first_of, probe_tokens
-from tl_adapters.models.routed_mlp import Backend, RoutedMLP
+from tl_adapters.models.routed_mlp import RoutedMLP
 
 log = logging.getLogger(__name__)
 

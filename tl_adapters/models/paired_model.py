@@ -57,7 +57,7 @@ from tl_adapters.checkpoints.content_hashes import fingerprints
 from tl_adapters.checkpoints.fingerprints import LayerMarks, dtype_name
 from tl_adapters.config import ActivationName, TrainingConfig
 from tl_adapters.models.adapter_checks import adapter_scale, require_belonging
-from tl_adapters.models.backend import backend_of, build_model
+from tl_adapters.models.build import backend_of, build_model
 from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.recorded_outputs import record
 from tl_adapters.models.routed_mlp import ROUTES, Route, RoutedMLP

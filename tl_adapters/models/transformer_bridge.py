@@ -30,7 +30,8 @@ from tl_adapters.checkpoints.architectures import (
 from tl_adapters.checkpoints.fingerprints import with_offset
 from tl_adapters.checkpoints.model_files import PROJECTIONS
 from tl_adapters.checkpoints.tokenizers import give_tokenizer
-from tl_adapters.models.routed_mlp import Backend, MLPWeights, RoutedMLP, WeightsProcessedError
+from tl_adapters.models.backend import Backend
+from tl_adapters.models.routed_mlp import MLPWeights, RoutedMLP, WeightsProcessedError
 from tl_adapters.utils.precision import float32_logits, linear_in_float32
 
 _POINTS = {"gate_proj": "gate", "up_proj": "in", "down_proj": "out"}

@@ -19,7 +19,7 @@ from tl_adapters.adapters.adapter_set import AdapterSet, SetDescription
 from tl_adapters.checkpoints.base_mlps import MLPTensors
 from tl_adapters.checkpoints.fingerprints import agrees, sample, sample_places, second_norm_name, with_offset
 from tl_adapters.checkpoints.model_files import read_tensors, read_values, tensor_shapes
-from tl_adapters.models.routed_mlp import Backend
+from tl_adapters.models.backend import Backend
 
 _READS_THROUGH = {"q_proj": "ln1", "k_proj": "ln1", "v_proj": "ln1", "gate_proj": "ln2", "up_proj": "ln2"}
 """The norm that stands before a projection."""

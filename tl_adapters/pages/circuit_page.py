@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.checkpoints.content_hashes import differing
 from tl_adapters.circuits.circuit import EFFECTS, ROLES, Circuit
 from tl_adapters.circuits.criteria import REACHED

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from tl_adapters.pages.circuit_cells import Block, arm_name, bar, bars, cell, count, nan, shown
 from tl_adapters.pages.circuit_diagram import shown_text
-from tl_adapters.utils.html import Line, plot, table
+from tl_adapters.utils.html import table
+from tl_adapters.utils.plots import Line, plot
 
 _FIGURE_ARMS = ("none", "output", "template", "both", "random")
 _COLUMNS: tuple[tuple[str, str, bool | None], ...] = (

@@ -7,16 +7,15 @@ prompt and, where the run has a feature store, the store's examples; there it ha
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tl_adapters.attribution.attribute import LogitTarget, attribute, decoded, require_graph_of
+from tl_adapters.attribution.attribute import require_graph_of
 from tl_adapters.attribution.graph import AttributionGraph
 from tl_adapters.attribution.pruning import EDGE_THRESHOLD, NODE_THRESHOLD, PrunedGraph, feature_share, prune
-from tl_adapters.attribution.validation import explain_difference, hold_to_account
+from tl_adapters.attribution.targets import decoded
 from tl_adapters.features.feature import Feature
 from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.features.store import FeatureStore
@@ -98,37 +97,6 @@ def remove_graph(folder: str | Path, name: str) -> None:
     remove_circuit_tracer(folder / "circuit-tracer", name)
     shutil.rmtree(folder / name, ignore_errors=True)
     (folder / f"{name}.html").unlink(missing_ok=True)
-
-
-def examine_moment(
-    pair: PairedModel,
-    tokens: Sequence[int],
-    target: LogitTarget,
-    folder: Path,
-    name: str,
-    store: FeatureStore | None = None,
-) -> dict[str, Any]:
-    """Draw the graph of what is about to be said, and say how far it is true; what was found, for results.json."""
-    graph = attribute(pair, tokens, progress=False)
-    if target.token not in [t.token for t in graph.targets]:
-        likeliest = [LogitTarget(t.token) for t in graph.targets if t.token is not None]
-        graph = attribute(pair, tokens, [*likeliest, target], progress=False)
-    page, _ = write_graph(pair, graph, folder, name, node_threshold=0.95, store=store)  # tokens: much of 0.8
-    difference = explain_difference(pair, tokens, target, progress=False)
-    probability = next(t.probability for t in graph.targets if t.token == target.token)
-    return {
-        "page": f"{folder.name}/{page.name}",
-        "prompt": graph.text,
-        "word": decoded(pair, int(target.token)),
-        "probability": probability,
-        "residual": graph.residual,
-        "influence_through_features": feature_share(graph),
-        "difference": {
-            part: getattr(difference, part)
-            for part in ("replacement", "hybrid", "features", "decoder_biases", "unexplained")
-        },
-        **hold_to_account(pair, tokens, target),
-    }
 
 
 @torch.no_grad()

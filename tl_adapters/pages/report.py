@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.html import Line, escape, figure_cell, marked, page, plot, table
+from tl_adapters.utils.html import escape, figure_cell, marked, page, table
+from tl_adapters.utils.plots import Line, plot
 from tl_adapters.utils.results import read_results
 
 FILE = "report.html"

@@ -12,7 +12,8 @@ from typing import Any
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.utils.confidence_intervals import Figure
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.html import Line, escape, interval_text, page, plot, table, with_interval
+from tl_adapters.utils.html import escape, interval_text, page, table, with_interval
+from tl_adapters.utils.plots import Line, plot
 
 PAGE = "sweep.html"
 FIGURES = ("l0", "kl", "kl_hybrid", "kl_of_hybrid", "nmse", "recovered")

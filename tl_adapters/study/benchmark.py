@@ -14,16 +14,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tl_adapters.adapters.adapter_set import FeatureId
+from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.config import Dtype, RunConfig
 from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.hesitation_words import HESITATION
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.behaviors import Behaviour
-from tl_adapters.evaluation.response_metrics import HESITATION
 from tl_adapters.evaluation.sampled_answers import Sampling, Score, answer, score
 from tl_adapters.evaluation.tasks import BUILTIN, TASKS, load_problems, require_task
-from tl_adapters.generation.compare_variants import NAMED, Variant, on_route, with_only, without
 from tl_adapters.generation.generation_config import LONGEST_ANSWER, end_tokens
+from tl_adapters.interventions.variants import NAMED, Variant, on_route, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import ROUTES
 from tl_adapters.study.open_run import is_builtin, open_run, require_adapters

@@ -22,12 +22,12 @@ from tl_adapters.config import Dtype, RunConfig
 from tl_adapters.data.hesitation_words import hesitation_tokens
 from tl_adapters.data.traces import Trace
 from tl_adapters.errors import UserError
-from tl_adapters.evaluation.response_metrics import respond, traces_of
 from tl_adapters.features.collect import collect_features, collect_share
 from tl_adapters.features.feature import Stream
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.features.store_files import LABELS_FILE, StoreOptions, read_description, read_labels
 from tl_adapters.features.stream_agreement import stream_agreement
+from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.interop.neuronpedia import write_neuronpedia
 from tl_adapters.interop.sae_dashboard import require_dashboard, write_sae_dashboard
 from tl_adapters.models.adapter_checks import last_part

@@ -34,12 +34,14 @@ from tl_adapters.data.batching import EncodedDocuments, TracesInMemory
 from tl_adapters.data.traces import Trace
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.faithfulness import DocumentSums, features_block
-from tl_adapters.evaluation.response_metrics import Response, correctness, rate, respond, traces_of
+from tl_adapters.evaluation.response_metrics import correctness, rate
+from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.sweep_page import Block, SweepPoint, on_the_front, read_point, write_page
-from tl_adapters.study.evaluate import faithfulness_stage, train_stage
+from tl_adapters.study.evaluation_stages import faithfulness_stage
 from tl_adapters.study.grid import plan
 from tl_adapters.study.open_run import open_data, open_held_out, open_pair
+from tl_adapters.study.train import train_stage
 from tl_adapters.training.trainer import Trainer, TrainingInterrupted
 from tl_adapters.utils.confidence_intervals import (
     Figure,

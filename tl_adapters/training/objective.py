@@ -32,16 +32,9 @@ from tl_adapters.config import LossWeights
 from tl_adapters.data.traces import Batch
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
-from tl_adapters.training.loss_terms import (
-    active_features,
-    kl_from_residual,
-    l0_penalty,
-    masked_kl,
-    sparsity,
-    squared_error_ratio,
-    token_kl_from_residual,
-)
+from tl_adapters.training.loss_terms import active_features, l0_penalty, sparsity, squared_error_ratio
 from tl_adapters.utils.finite import by_place, require_finite_activations
+from tl_adapters.utils.kl_divergence import kl_from_residual, masked_kl, token_kl_from_residual
 from tl_adapters.utils.precision import host_float64, wide
 
 

@@ -5,24 +5,14 @@ Everything is inlined, so a page opens offline; every piece of text that comes f
 
 from __future__ import annotations
 
-import functools
 import html
-import importlib.util
-import io
-import math
 import re
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from tl_adapters.utils.strict_json import dumps
 
@@ -47,24 +37,6 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
 mark { background: var(--mark); border-radius: 3px; padding: 0 2px; font-weight: 600; }
 @media (max-width: 720px) { .answers { grid-template-columns: 1fr; } }
 """
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a plot."""
-
-    label: str
-    """Its name in the legend."""
-    x: Sequence[float]
-    """Horizontal positions."""
-    y: Sequence[float]
-    """Values."""
-    band: tuple[Sequence[float], Sequence[float]] | None = None
-    """Lower and upper ends of an interval around the values."""
-    dashed: bool = False
-    """Drawn dashed: a reference, not a measurement along x."""
-    labels: Sequence[str] | None = None
-    """A text beside each place, shown as it is; the places are then points that no line joins, a band their bars."""
 
 
 def escape(text: str) -> str:
@@ -95,63 +67,6 @@ def inert_json(value: object) -> str:
     for sign in "<>&":  # several times as fast as translate, and pages hold megabytes
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
-
-
-@dataclass(frozen=True)
-class View:
-    """A piece of HTML that a notebook shows."""
-
-    html: str = field(repr=False)
-    """Self-contained: nothing is loaded from anywhere."""
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-
-def circuitsvis_view(parts: Sequence[str | tuple[str, Mapping[str, object]]]) -> View:
-    """HTML and circuitsvis's components (name, properties) one after the other, its script in it once.
-
-    circuitsvis itself writes 1.3 MB of script for each component, and asks the network first. Properties are those of
-    the component; tokens are to be escaped (`circuitsvis_tokens`). Raises ValueError for a number that is not finite.
-    """
-    pieces, calls = [], []
-    for part in parts:
-        if isinstance(part, str):
-            pieces.append(part)
-            continue
-        name, (component, properties) = f"circuits-vis-{uuid.uuid4().hex[:12]}", part
-        pieces.append(f'<div id="{name}" style="margin: 12px 0"></div>')
-        # Tokens hold no "<" any more; what else could would end the script.
-        held = dumps(properties).replace("<", "\\u003c")
-        calls.append(f'CircuitsVis.render("{name}", CircuitsVis.{component}, {held});')
-    script = f'<script type="module">{_circuitsvis()}\n{"".join(calls)}</script>' if calls else ""
-    return View("".join(pieces) + script)
-
-
-def circuitsvis_tokens(tokens: Sequence[str]) -> list[str]:
-    """Tokens as circuitsvis is to have them: it inserts them as HTML, and shows no line breaks."""
-    return [html.escape(token, quote=False).replace("\n", "↵\n") for token in tokens]
-
-
-@functools.cache
-def _circuitsvis() -> str:
-    """circuitsvis's script, read without importing it, which takes seconds."""
-    package = importlib.util.find_spec("circuitsvis")
-    assert package is not None
-    assert package.origin is not None
-    script = Path(package.origin).parent / "dist" / "cdn" / "iife.js"
-    return script.read_text(encoding="utf-8").replace("</script>", "<\\/script>")
-
-
-def coloured_tokens(tokens: Sequence[str], values: Sequence[float]) -> View:
-    """A text with each token coloured by its value, by circuitsvis; hover shows the value.
-
-    Raises ValueError for values that are not finite.
-    """
-    values = [float(value) for value in values]
-    if len(tokens) != len(values) or not all(map(math.isfinite, values)):
-        raise ValueError(f"Got {len(tokens)} tokens and {len(values)} values; give one finite value for each token.")
-    return circuitsvis_view([("ColoredTokens", {"tokens": circuitsvis_tokens(tokens), "values": values})])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -186,68 +101,6 @@ def figure_cell(figure: Mapping[str, Any], fmt: Callable[[float], str]) -> str:
 def with_interval(value: str, interval: str) -> str:
     """A table cell with an interval under its value."""
     return f"{escape(value)}<small>{escape(interval)}</small>"
-
-
-def plot(
-    lines: Sequence[Line],
-    *,
-    xlabel: str,
-    ylabel: str,
-    caption: str,
-    log: bool = False,
-    whole: bool = False,
-    log_x: bool = False,
-) -> str:
-    """Lines and points as an SVG figure; ``log`` scales y, ``log_x`` x, ``whole`` keeps x ticks at whole numbers."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tl_adapters", "font.size": 9}):
-        figure, axes = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
-        for line in lines:
-            if line.labels is not None:
-                _points(axes, line, line.labels)
-                continue
-            (drawn,) = axes.plot(
-                line.x, line.y, "--" if line.dashed else "-", marker="." if whole and not line.dashed else "",
-                linewidth=1.4, label=line.label,
-            )  # fmt: skip
-            if line.band is not None:
-                axes.fill_between(line.x, *line.band, alpha=0.2, color=drawn.get_color(), linewidth=0)
-        axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
-        if log_x:
-            axes.set_xscale("log")
-        for axis in [*([axes.xaxis] if log_x else []), *([axes.yaxis] if log else [])]:
-            axis.set_major_formatter(_PlainLog())
-            axis.set_minor_formatter(_PlainLog(minor_thresholds=(2, 0.4)))  # matplotlib's own: labels if they are few
-        if whole:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-        legend = figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # a $ is a $
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    svg = out.getvalue()
-    return f"<figure>{svg[svg.index('<svg') :]}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-class _PlainLog(LogFormatter):
-    """0.01 where matplotlib writes a power of ten: easier to read, and much faster to draw."""
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:g}" if super().__call__(x, pos) else ""
-
-
-def _points(axes: Axes, line: Line, labels: Sequence[str]) -> None:
-    bars = None
-    if line.band is not None:
-        lows, highs = line.band
-        down = [max(0.0, y - low) for y, low in zip(line.y, lows, strict=True)]
-        bars = (down, [max(0.0, high - y) for y, high in zip(line.y, highs, strict=True)])
-    axes.errorbar(line.x, line.y, yerr=bars, fmt="o", markersize=4, elinewidth=1, label=line.label)
-    for x, y, label in zip(line.x, line.y, labels, strict=True):
-        axes.annotate(
-            label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, parse_math=False  # a $ is a $
-        )  # fmt: skip
 
 
 def page(title: str, body: str) -> str:

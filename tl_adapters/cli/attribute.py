@@ -1,0 +1,57 @@
+"""The subcommand attribute."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tl_adapters.cli.common import Verbs, device_of, read_prompt
+
+
+def add_attribute(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """The verb attribute."""
+    attribute = verbs.add_parser("attribute", parents=[common], help="from the next token back to features and tokens")
+    attribute.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
+    prompt = attribute.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text as the model reads it, chat tokens included")
+    prompt.add_argument("--prompt-file", type=Path, help="a text file that holds it")
+    attribute.add_argument("--target", action="append", help="a token to explain (default: the likeliest next ones)")
+    attribute.add_argument("--linearisation", choices=("relp", "frozen_mlp", "gradient"), default="relp")
+    attribute.add_argument("--max-feature-nodes", type=int, default=5000, metavar="N", help="the most influential")
+    attribute.add_argument("--window", type=int, metavar="N", help="nodes at the last N positions only")
+    attribute.add_argument("--exclude-bos", action="store_true", help="no features at the first position")
+    attribute.add_argument("--node-threshold", type=float, default=0.8, help="influence that the page's nodes hold")
+    attribute.add_argument("--edge-threshold", type=float, default=0.98, help="likewise its edges")
+    attribute.add_argument("--out", type=Path, help="folder of graphs (default: RUN/graphs)")
+    attribute.add_argument("--name", help="of the page (default: graph-1, graph-2, ...)")
+    attribute.set_defaults(run=_attribute)
+
+
+def _attribute(args: argparse.Namespace) -> None:
+    from tl_adapters.attribution.attribute import attribute
+    from tl_adapters.features.store import FeatureStore
+    from tl_adapters.pages.graph_page import write_graph
+    from tl_adapters.study.features import FOLDER, STORE
+    from tl_adapters.study.open_run import open_run
+
+    prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
+    pair = open_run(args.run_folder, device_of(args.device), args.dtype)
+    graph = attribute(
+        pair,
+        prompt,
+        args.target,
+        linearisation=args.linearisation,
+        max_feature_nodes=args.max_feature_nodes,
+        window=args.window,
+        exclude_bos=args.exclude_bos,
+        progress=not args.quiet,
+    )
+    out = args.out or args.run_folder / "graphs"
+    name = args.name or next(f"graph-{i}" for i in range(1, 10**6) if not (out / f"graph-{i}").exists())
+    store = FeatureStore.load(where) if (where := args.run_folder / FOLDER / STORE).is_dir() else None
+    thresholds = dict(node_threshold=args.node_threshold, edge_threshold=args.edge_threshold)
+    page, url = write_graph(pair, graph, out, name, **thresholds, store=store)
+    checked = f"conservation residual {graph.residual:.1e}" if graph.adds_up else "a gradient does not add up"
+    print(f"{len(graph.features):,} features, {len(graph.weights):,} edges, {checked}")
+    print(f"page: {page}\ngraph: {out / name}\ncircuit-tracer: {out / 'circuit-tracer'}, {url}")
+    print(f"next: tl-adapters serve {out}")

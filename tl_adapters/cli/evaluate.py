@@ -1,0 +1,24 @@
+"""The subcommand evaluate."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tl_adapters.cli.common import Verbs, device_of
+
+
+def add_evaluate(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """The verb evaluate."""
+    evaluate = verbs.add_parser("evaluate", parents=[common], help="measure a run's adapters on held-out traces")
+    evaluate.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
+    evaluate.add_argument("--data", help=".jsonl of held-out traces, or a dataset (the built-in pair needs none)")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from tl_adapters.pages.report import write_report
+    from tl_adapters.study import evaluate as study
+
+    study.evaluate_run(args.run_folder, args.data, device_of(args.device), args.dtype)
+    print(f"report: {write_report(args.run_folder)}\nfigures: {args.run_folder / 'results.json'}")

@@ -1,0 +1,67 @@
+"""The subcommand hesitation."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tl_adapters.cli.common import Verbs, device_of
+
+
+def add_hesitation(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """The verb hesitation."""
+    hesitation = verbs.add_parser("hesitation", parents=[common], help="the features that say a word, and their trial")
+    hesitation.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
+    hesitation.add_argument(
+        "--task", metavar="NAME[=FILE]", help="problems (the built-in pair has its own): gsm8k, ..."
+    )
+    hesitation.add_argument(
+        "--words",
+        nargs="+",
+        default=["Wait"],
+        metavar="WORD",
+        help='what is said, such as Wait "Hold on" (default: Wait)',
+    )
+    hesitation.add_argument(
+        "--share", type=float, metavar="X", help="size, as a share of alive features (default: 0.03)"
+    )
+    hesitation.add_argument("--limit", type=int, metavar="N", help="problems, half to choose on and half to report on")
+    hesitation.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer (default: the task's, or generation_config.json's, or 32,768)",
+    )
+    hesitation.set_defaults(run=_hesitation)
+
+
+def _hesitation(args: argparse.Namespace) -> None:
+    from tl_adapters.circuits.criteria import REACHED
+    from tl_adapters.pages.report import write_report
+    from tl_adapters.study.hesitation import hesitation_of_run
+
+    name, _, source = (args.task or "").partition("=")
+    study = hesitation_of_run(
+        args.run_folder,
+        (name, source or None) if name else None,
+        words=args.words,
+        share=args.share,
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed or 0,
+        device=device_of(args.device),
+        dtype=args.dtype,
+        progress=not args.quiet,
+    )
+    size = study.block["circuit"]
+    if not size["n"]:
+        print(f"no circuit: the target's answers hold {study.block['moments']['select']['moments']} moments")
+    else:
+        roles = ", ".join(f"{size[role]} {role}" for role in ("output", "template", "continuation"))
+        print(f"{size['n']} features ({100 * size['share_of_alive']:.1f} % of the alive): {roles}")
+        for asked in study.block["criteria"]:
+            value = "-" if asked["value"] is None else f"{asked['value']:.3g}"
+            print(f"{REACHED[asked['reached']]:9}  {asked['name']}: {value}, {asked['bar']}")
+    run = args.run_folder
+    print(f"page: {run / study.block['page']}\ncircuit: {run / 'circuit.json'}\nreport: {write_report(run)}")
+    print(f"next: tl-adapters serve {run}")

@@ -1,0 +1,24 @@
+"""The subcommand serve."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tl_adapters.cli.common import Verbs
+
+
+def add_serve(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
+    """The verb serve."""
+    serve = verbs.add_parser("serve", parents=[quiet], help="look at a folder's pages, on this machine only")
+    serve.add_argument("folder", type=Path, metavar="DIR", help="a run, or a folder of graphs")
+    serve.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default: 8000)")
+    serve.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from tl_adapters.pages.server import HOST, make_server
+
+    with make_server(args.folder, args.port) as server:
+        print(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C ends it)", flush=True)
+        server.serve_forever()

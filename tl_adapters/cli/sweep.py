@@ -1,0 +1,55 @@
+"""The subcommand sweep."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from tl_adapters.cli.common import Verbs, device_of
+from tl_adapters.cli.train import _run_config
+from tl_adapters.errors import UserError
+
+
+def add_sweep(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    """The verb sweep."""
+    sweep = verbs.add_parser("sweep", parents=[common], help="sparsity against faithfulness over training options")
+    sweep.add_argument("--over", nargs="+", metavar="OPTION=V,V", help="such as l1_weight=3e-4,1e-3 n_features=128,512")
+    sweep.add_argument("--base", help="folder or hub name of the base (default: the built-in pair)")
+    sweep.add_argument("--target", help="folder or hub name of the target")
+    sweep.add_argument("--data", help="training documents: a .jsonl file, or a dataset's name on the hub")
+    sweep.add_argument("--config", help="a YAML or JSON file, or the name of a configuration that ships")
+    sweep.add_argument("--held-out", metavar="DATA", help="what is measured on (the built-in pair needs none)")
+    sweep.add_argument("--documents", type=int, metavar="N", help="held-out problems or documents (default: 300)")
+    place = sweep.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", type=Path, help="folder to make, or to go on in")
+    place.add_argument("--resume", type=Path, metavar="DIR", help="folder to go on in; takes its own options")
+    sweep.set_defaults(run=_sweep)
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from tl_adapters.pages.sweep_page import PAGE, markdown, on_the_front
+    from tl_adapters.study.grid import read_grid
+    from tl_adapters.study.sweep import resume_sweep, sweep
+
+    device, progress = device_of(args.device), not args.quiet
+    if args.resume:
+        names = ("over", "base", "target", "data", "config", "held_out", "documents", "seed", "dtype")
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+        if given:
+            raise UserError(f"--resume takes the sweep's own options; leave out {', '.join(given)}.")
+        points = resume_sweep(args.resume, device, progress=progress)
+    else:
+        if not args.over:
+            raise UserError("--over is missing: options and their values, such as l1_weight=3e-4,1e-3,3e-3.")
+        config = _run_config(args)
+        if config.target and not config.data.source:
+            raise UserError("--data is missing: the training documents, a .jsonl file or a dataset's name on the hub.")
+        points = sweep(
+            config, args.out, read_grid(args.over), held_out=args.held_out,
+            documents=300 if args.documents is None else args.documents, device=device, progress=progress,
+        )  # fmt: skip
+    folder = args.resume or args.out
+    print(f"{markdown(points)}\n\npage: {folder / PAGE}\nfigures: {folder / 'sweep.json'}")
+    chosen = shlex.quote(str(folder / (on_the_front(points) or points)[0].name))
+    print(f"next: tl-adapters evaluate {chosen}{'' if points[0].recovered else ' --data HELD_OUT.jsonl'}")

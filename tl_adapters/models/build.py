@@ -1,0 +1,88 @@
+"""The seam to TransformerLens: the two kinds of model that can carry a pair, behind one set of questions.
+
+    "hooked"   HookedTransformer: what users of TransformerLens 3 and SAELens have; fast
+    "bridge"   TransformerBridge: TransformerLens 3.9 and 4, any name that Hugging Face knows
+
+Both give the same hook names and, to rounding, the same values. TransformerLens 4 has only the second.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any, get_args
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.config import BackendName
+from tl_adapters.models.backend import Backend
+from tl_adapters.models.output_agreement import require_agreement
+from tl_adapters.models.recorded_outputs import Recording, record
+
+
+def default_backend() -> BackendName:
+    """ "hooked" where TransformerLens still has HookedTransformer, else "bridge"."""
+    return "hooked" if _has_hooked_transformer() else "bridge"
+
+
+def build_model(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    backend: str | None = None,
+    recording: Recording | None = None,
+) -> Any:
+    """``hf_model`` as a HookedTransformer or TransformerBridge, sharing its weights, and computing the same.
+
+    Args:
+        hf_model: a bridge changes it in place.
+        tokenizer: given to the model.
+        backend: "hooked" or "bridge"; None takes `default_backend`.
+        recording: what ``hf_model`` computes, where the caller has it; else it is recorded here (see `agreement`).
+
+    Raises:
+        UnsupportedModelError: a model that TransformerLens does not represent.
+        DisagreementError: one that computes something else there.
+    """
+    backend = backend or default_backend()
+    if backend not in get_args(BackendName):
+        raise UnsupportedModelError(f"No backend {backend!r}; there are {' and '.join(get_args(BackendName))}.")
+    if backend == "hooked" and not _has_hooked_transformer():
+        raise UnsupportedModelError(
+            "TransformerLens 4 has no HookedTransformer. Use backend='bridge', or install 'transformer-lens<4'."
+        )
+    recording = recording or record(hf_model, tokenizer)
+    if backend == "bridge":
+        from tl_adapters.models.transformer_bridge import build_bridge
+
+        model: Any = build_bridge(hf_model, tokenizer)
+    else:
+        from tl_adapters.models.hooked_transformer import build_hooked_transformer
+
+        model = build_hooked_transformer(hf_model, tokenizer)
+    require_agreement(backend_of(model), recording)
+    return model
+
+
+def backend_of(model: Any) -> Backend:
+    """The backend of a model that is there already. Raises UnsupportedModelError for anything else."""
+    bridge = importlib.import_module("transformer_lens.model_bridge").TransformerBridge
+    if isinstance(model, bridge):
+        from tl_adapters.models.transformer_bridge import BridgedBackend
+
+        return BridgedBackend(model)
+    if _has_hooked_transformer():
+        from transformer_lens import HookedTransformer
+
+        if isinstance(model, HookedTransformer):
+            from tl_adapters.models.hooked_transformer import HookedBackend
+
+            return HookedBackend(model)
+    raise UnsupportedModelError(
+        f"A {type(model).__name__} is not a model of TransformerLens; give a HookedTransformer (SAELens's included) or "
+        "a TransformerBridge. A Hugging Face model goes into PairedModel.from_pretrained(base, target)."
+    )
+
+
+def _has_hooked_transformer() -> bool:
+    return importlib.util.find_spec("transformer_lens.HookedTransformer") is not None

@@ -1,0 +1,87 @@
+"""The attribution stage of a study: graphs of a few onsets of hesitation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.pruning import feature_share
+from tl_adapters.attribution.targets import LogitTarget, decoded, token_id
+from tl_adapters.attribution.validation import LINEARISATIONS, explain_difference, hold_to_account
+from tl_adapters.features.store import FeatureStore
+from tl_adapters.generation.responses import Response
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.pages.graph_page import remove_graph, write_graph
+from tl_adapters.utils.results import read_results, stage, write_results
+
+HESITATION, GRAPHS = "Wait", 3
+
+
+def attribution_stage(
+    pair: PairedModel, responses: Sequence[Response], folder: Path, split: str, store: FeatureStore | None = None
+) -> None:
+    """Add the block attribution: graphs of the first hesitation in three of the target's answers, and their truth."""
+    word = token_id(pair, HESITATION)
+    moments = [
+        (*response.prompt, *response.tokens[: response.tokens.index(word)])
+        for response in responses
+        if word in response.tokens and not response.truncated
+    ][:GRAPHS]
+    graphs = folder / "graphs"
+    with stage(folder, "attribution"):
+        for earlier in (read_results(folder).get("attribution") or {}).get("moments", []):
+            remove_graph(graphs, Path(earlier["page"]).stem)  # of an earlier evaluation; other graphs stay
+        names = (name for i in count(1) if not (graphs / (name := f"moment-{i}")).exists())
+        found = [
+            examine_moment(pair, tokens, LogitTarget(word), graphs, name, store)
+            for tokens, name in zip(moments, names, strict=False)
+        ]
+        mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731
+        write_results(
+            folder,
+            attribution={
+                "graphs": len(found),
+                "split": split,
+                "conservation": max((m["residual"] for m in found), default=None),
+                "influence_through_features": mean([m["influence_through_features"] for m in found]),
+                "rank_correlation": {
+                    name: mean([r for m in found if (r := m["rank_correlation"][name]) is not None])
+                    for name in LINEARISATIONS
+                },
+                "moments": found,
+            },
+        )
+
+
+def examine_moment(
+    pair: PairedModel,
+    tokens: Sequence[int],
+    target: LogitTarget,
+    folder: Path,
+    name: str,
+    store: FeatureStore | None = None,
+) -> dict[str, Any]:
+    """Draw the graph of what is about to be said, and say how far it is true; what was found, for results.json."""
+    graph = attribute(pair, tokens, progress=False)
+    if target.token not in [t.token for t in graph.targets]:
+        likeliest = [LogitTarget(t.token) for t in graph.targets if t.token is not None]
+        graph = attribute(pair, tokens, [*likeliest, target], progress=False)
+    page, _ = write_graph(pair, graph, folder, name, node_threshold=0.95, store=store)  # tokens: much of 0.8
+    difference = explain_difference(pair, tokens, target, progress=False)
+    probability = next(t.probability for t in graph.targets if t.token == target.token)
+    return {
+        "page": f"{folder.name}/{page.name}",
+        "prompt": graph.text,
+        "word": decoded(pair, int(target.token)),
+        "probability": probability,
+        "residual": graph.residual,
+        "influence_through_features": feature_share(graph),
+        "difference": {
+            part: getattr(difference, part)
+            for part in ("replacement", "hybrid", "features", "decoder_biases", "unexplained")
+        },
+        **hold_to_account(pair, tokens, target),
+    }

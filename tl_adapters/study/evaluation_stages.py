@@ -1,0 +1,123 @@
+"""The stages that measure adapters: faithfulness, behavior, baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_adapters import organism
+from tl_adapters.checkpoints.architectures import load_hf_model
+from tl_adapters.checkpoints.compatibility import require_same_ids
+from tl_adapters.checkpoints.model_files import read_vocabulary
+from tl_adapters.data.traces import Trace
+from tl_adapters.evaluation.baselines import Correction, baseline_kl, difference_directions, low_rank, top_neurons
+from tl_adapters.evaluation.faithfulness import DocumentSums, faithfulness_block, features_block, measure_faithfulness
+from tl_adapters.evaluation.response_metrics import correctness, rate
+from tl_adapters.generation.responses import Response, respond
+from tl_adapters.models.build import build_model
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.confidence_intervals import bootstrap_ratio, bootstrap_recovered, paired_difference
+from tl_adapters.utils.files import write_text
+from tl_adapters.utils.results import read_results, stage, write_results
+from tl_adapters.utils.strict_json import dumps
+
+RANKS = (1, 2, 4, 8, 16, 32)
+SHOWN_ANSWERS = 4
+
+
+def faithfulness_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, split: str) -> DocumentSums:
+    """Add the blocks faithfulness and, where no features were collected, features, measured on ``traces``."""
+    results = read_results(folder)
+    seeds = tuple(results.get("seeds", [0]))
+    collected = "documents" in results.get("features", {})  # what is known of the run's features is not replaced
+    with stage(folder, "faithfulness"):
+        sums = measure_faithfulness(pair, traces)
+        blocks = {} if collected else {"features": features_block(sums)}
+        write_results(folder, faithfulness=faithfulness_block(sums, split, seeds), **blocks)
+    return sums
+
+
+def behaviour_stage(
+    pair: PairedModel, problems: Sequence[organism.Problem], n_compared: int, folder: Path, max_new_tokens: int = 160
+) -> list[Response]:
+    """Add the block behaviour and answers.jsonl; returns the target's responses to all ``problems``.
+
+    The first ``n_compared`` are also answered by the real base, the hybrid and the replacement. The real base is
+    loaded once, here, and freed.
+    """
+    split, compared = problems[0].split, problems[:n_compared]
+    answer = partial(respond, max_new_tokens=max_new_tokens)
+    with stage(folder, "behaviour"):
+        with pair.routed("target"):
+            target = answer(pair.model, problems)
+        responses = {"target": target[:n_compared]}
+        for route in ("hybrid", "replacement"):
+            with pair.routed(route):
+                responses[route] = answer(pair.model, compared)
+        # The real base reads the target's token ids here, so they must mean the same to it.
+        require_same_ids(read_vocabulary(organism.BASE), pair.model.tokenizer.get_vocab())
+        base = build_model(
+            *load_hf_model(organism.BASE, pair.model.cfg.dtype, pair.model.W_E.device, pair.model.tokenizer),
+            pair.backend.name,
+        )
+        responses["base"] = answer(base, compared)
+        right = {name: correctness(r) for name, r in responses.items()}
+        seeds = tuple(read_results(folder).get("seeds", [0]))
+        recovered = {
+            floor: bootstrap_recovered(right["replacement"], right[floor], right["target"]).figure(
+                len(compared), f"share of the accuracy gained over the {floor}", split, seeds
+            )
+            for floor in ("hybrid", "base")
+        }
+        gained = {
+            floor: {
+                model: paired_difference(right[model], right[floor]).figure(len(compared), "accuracy", split, seeds)
+                for model in ("target", "replacement")
+            }
+            for floor in ("hybrid", "base")
+        }
+        rates = {name: rate(r, split) for name, r in responses.items()}
+        write_results(folder, behaviour={**rates, "recovered": recovered, "gained": gained})
+        shown = sorted(range(len(compared)), key=lambda i: -min(responses["target"][i].hesitations, 2))[:SHOWN_ANSWERS]
+        answers = [
+            {"question": compared[i].question, **{name: r[i].text for name, r in responses.items()}} for i in shown
+        ]
+        write_text(folder / "answers.jsonl", "".join(dumps(a) + "\n" for a in answers))
+    return target
+
+
+def baselines_stage(
+    pair: PairedModel, fit: Sequence[Trace], traces: Sequence[Trace], sums: DocumentSums, folder: Path, split: str
+) -> None:
+    """Add the block baselines: KL of simpler stand-ins at equal activity, and of the adapters on the same traces."""
+    l0 = (sums.active.sum(0) / sums.tokens.sum()).ceil().int().clamp(min=1).tolist()
+    seeds = tuple(read_results(folder).get("seeds", [0]))
+
+    def row(name: str, numbers: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
+        return {
+            "name": name,
+            "kl": bootstrap_ratio(*numbers).figure(len(traces), "nats per response token", split, seeds),
+        }
+
+    with stage(folder, "baselines"):
+        directions = difference_directions(pair, fit)
+        n = len(traces)
+        rows = [row("adapters", (sums.kl["replacement"][:n], sums.positions[:n]))]
+        for factor in (1, 8):
+            swapped: list[Correction] = [top_neurons(mlp, factor * k) for mlp, k in zip(pair.mlps, l0, strict=True)]
+            label = f"the {factor} x n most changed neurons of each token" if factor > 1 else (
+                "the n most changed neurons of each token"
+            )  # fmt: skip
+            rows.append(row(label, baseline_kl(pair, swapped, traces)))
+        by_rank = {}
+        for rank in [r for r in RANKS if r < pair.model.cfg.d_model]:
+            projected = [low_rank(mlp, d[:, :rank]) for mlp, d in zip(pair.mlps, directions, strict=True)]
+            by_rank[rank] = row(f"the MLP difference at rank {rank}", baseline_kl(pair, projected, traces))
+        rows += by_rank.values()
+        adapters_kl = rows[0]["kl"].value
+        enough = [rank for rank, r in by_rank.items() if r["kl"].value <= adapters_kl]  # KLs of tokens that are there
+        write_results(folder, baselines={"n": l0, "rows": rows, "rank_for_same_kl": min(enough, default=None)})
