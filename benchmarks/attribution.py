@@ -19,7 +19,7 @@ from helpers.relp_by_hooks import relp_hooks
 
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.gradient import GradientModel
-from tl_adapters.attribution.relp import FrozenModel
+from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.models.paired_model import PairedModel
 
 SIZE = dict(
@@ -38,7 +38,7 @@ def sparse_pair(size: dict[str, int], n_features: int, tokens: torch.Tensor, act
         with torch.no_grad():
             adapter.W_dec.mul_(0.05)
         adapter.b_enc.data.zero_()
-        pre = FrozenModel(pair, tokens).pre_activations[layer]
+        pre = LinearizedModel(pair, tokens).pre_activations[layer]
         adapter.b_enc.data.fill_(-float(pre.flatten().topk(per_layer).values[-1]))
     return pair
 
@@ -46,7 +46,7 @@ def sparse_pair(size: dict[str, int], n_features: int, tokens: torch.Tensor, act
 def against_autograd() -> None:
     tokens = random_batch(0, lengths=(48,), vocab=1024).tokens[0]
     pair = sparse_pair(SIZE, 2048, tokens, 1200)
-    model, autograd = FrozenModel(pair, tokens), GradientModel(pair, tokens, relp_hooks(pair.model))
+    model, autograd = LinearizedModel(pair, tokens), GradientModel(pair, tokens, relp_hooks(pair.model))
     ratios: dict[str, list[float]] = {"per target": [], "batched": []}
     for layer in (2, 4, 5):
         here = model.active[model.active[:, 0] == layer][:64]

@@ -1,9 +1,14 @@
 """The house: imports run one way, the command line is light, and nothing unsafe is used."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+import tl_adapters
 
 PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
@@ -57,6 +62,66 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     for module in found:
         if module != "__init__":
             visit(module, ())
+
+
+PACKAGES = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+
+
+def test_packages_are_few_and_of_readable_size() -> None:
+    assert 12 <= len(PACKAGES) <= 18
+    for package in PACKAGES:
+        modules = [path for path in package.glob("*.py") if not path.stem.startswith("__")]
+        assert 3 <= len(modules) <= 16, f"{package.name} holds {len(modules)} modules"
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_a_package_says_what_each_module_is_for(package: Path) -> None:
+    tree = ast.parse((package / "__init__.py").read_text())
+    if package.name != "organism":  # whose names are public: `organism.BASE`, `organism.problems`
+        assert len(tree.body) == 1, f"{package.name}/__init__.py holds more than a docstring"
+        listed = re.findall(r"^\* `(\w+)`: \S", ast.get_docstring(tree) or "", re.M)
+        assert listed == sorted(path.stem for path in package.glob("*.py") if not path.stem.startswith("__"))
+
+
+def test_functions_and_classes_fit_on_a_screen() -> None:
+    large = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > (250 if isinstance(node, ast.ClassDef) else 60):
+                    large.append(f"{path.relative_to(PACKAGE)}: {node.name} has {lines} lines")
+    assert not large
+
+
+def test_the_front_door_has_one_list() -> None:
+    """`EXPORTS` is the list; what type checkers read and the modules themselves agree with it."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    assert {
+        alias.asname: (node.module or "").removeprefix("tl_adapters.")
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    } == tl_adapters.EXPORTS
+    assert tl_adapters.__all__ == sorted(tl_adapters.EXPORTS)
+    assert list(tl_adapters.EXPORTS) == sorted(tl_adapters.EXPORTS, key=lambda name: (name.lower(), name))
+    for name, module in tl_adapters.EXPORTS.items():
+        tree = ast.parse((PACKAGE / Path(*module.split("."))).with_suffix(".py").read_text())
+        assert name in defined(tree), f"{module} does not define {name}"
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Names that a module defines at its top level."""
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {t.id for n in tree.body if isinstance(n, ast.Assign) for t in ast.walk(n) if isinstance(t, ast.Name)}
+    return names | {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+
+
+def test_a_renamed_name_still_works_and_warns() -> None:
+    for old, new in tl_adapters.RENAMED.items():
+        with pytest.warns(FutureWarning, match=f"{old} is now tl_adapters.{new}"):
+            assert getattr(tl_adapters, old) is getattr(tl_adapters, new)
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:

@@ -1,133 +1,204 @@
-"""tl_adapters: what did reasoning training change inside this model? Transcoder adapters for TransformerLens."""
+"""tl_adapters: what did reasoning training change inside this model? Transcoder adapters for TransformerLens.
+
+Three names are enough to begin: `PairedModel` opens a base and its reasoning-tuned target as one TransformerLens model,
+`train` learns its adapters, and `AdapterSet` keeps and loads them. `EXPORTS` lists every public name with its module.
+"""
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Imported when first asked for: `import tl_adapters` costs nothing, torch and transformer_lens cost seconds.
-_HOMES = {
+EXPORTS = {
+    "ablated": "interventions.feature_edits",
+    "ablation_effects": "attribution.validation",
     "AdapterSet": "adapters.adapter_set",
-    "AttributionGraph": "attribution.graph",
-    "Behaviour": "circuits.onsets",
-    "Circuit": "circuits.circuit",
-    "DataConfig": "config",
-    "DifferenceTarget": "attribution.targets",
-    "Endpoint": "autointerp.endpoint",
-    "FeatureId": "adapters.feature_id",
-    "FeatureStore": "features.store",
-    "FeatureTarget": "attribution.targets",
-    "LogitTarget": "attribution.targets",
-    "LossWeights": "config",
-    "PairedModel": "models.paired_model",
-    "RunConfig": "config",
-    "StoreOptions": "features.store_files",
-    "Subject": "circuits.subject",
-    "Trainer": "training.trainer",
-    "TrainingConfig": "config",
-    "TranscoderAdapter": "adapters.transcoder",
-    "analyze_behaviour": "circuits.study",
+    "added": "interventions.feature_edits",
+    "analyze_behavior": "circuits.study",
     "analyze_hesitation": "circuits.study",
     "attach": "models.attach",
     "attached": "models.attach",
     "attribute": "attribution.attribute",
+    "AttributionGraph": "attribution.graph",
     "authors_pair": "interop.authors_checkpoint",
     "auto_interpret": "autointerp.detection",
+    "Behavior": "evaluation.behaviors",
     "benchmark_run": "study.benchmark",
+    "build_model": "models.build",
     "builtin_subject": "circuits.subject",
+    "Circuit": "circuits.circuit",
+    "clamped": "interventions.feature_edits",
     "collect_features": "features.collect",
+    "colored_tokens": "utils.notebook",
+    "DataConfig": "config",
     "detach": "models.attach",
+    "DifferenceTarget": "attribution.targets",
+    "draw_circuit": "pages.circuit_diagram",
     "encode_traces": "data.chat_format",
+    "Endpoint": "autointerp.endpoint",
     "explain_difference": "attribution.validation",
+    "FeatureId": "adapters.feature_id",
+    "FeatureStore": "features.store",
+    "FeatureTarget": "attribution.targets",
     "find_circuit": "circuits.find",
-    "find_moments": "circuits.onsets",
+    "find_onsets": "circuits.onsets",
     "from_authors": "interop.authors_checkpoint",
     "from_saelens": "interop.saelens",
     "frozen": "interventions.frozen",
     "generate_variants": "generation.compare_variants",
+    "HarnessModel": "evaluation.lm_eval_harness",
     "hesitation_tokens": "data.hesitation_words",
+    "inserted": "interventions.feature_edits",
     "judge": "autointerp.judge",
     "label_by_rules": "autointerp.rule_labels",
     "label_shares": "autointerp.rule_labels",
+    "load_hf_model": "checkpoints.architectures",
     "load_problems": "evaluation.tasks",
+    "LogitTarget": "attribution.targets",
+    "LossWeights": "config",
+    "matched_features": "circuits.controls",
+    "measure_faithfulness": "evaluation.faithfulness",
+    "most_active_others": "circuits.controls",
+    "negated": "interventions.feature_edits",
+    "only": "interventions.feature_edits",
+    "PairedModel": "models.paired_model",
+    "patched": "interventions.feature_edits",
     "plant_features": "evaluation.planted_features",
     "planted_test": "evaluation.planted_features",
+    "prune": "attribution.pruning",
     "pull": "interop.hub",
     "push_to_hub": "interop.hub",
+    "respond": "generation.responses",
+    "RunConfig": "config",
+    "scaled": "interventions.feature_edits",
     "search_circuit": "circuits.search",
+    "SearchOptions": "circuits.search",
     "seed_agreement": "evaluation.feature_matching",
+    "shifted_logits": "circuits.steering",
     "show_features": "features.notebook_view",
+    "StoreOptions": "features.store_files",
     "stream_agreement": "features.stream_agreement",
+    "StudyOptions": "circuits.study",
+    "Subject": "circuits.subject",
     "to_authors": "interop.authors_checkpoint",
     "to_saelens": "interop.saelens",
+    "Trace": "data.traces",
+    "traces_of": "generation.responses",
     "train": "training.trainer",
+    "Trainer": "training.trainer",
+    "TrainingConfig": "config",
+    "TranscoderAdapter": "adapters.transcoder",
+    "UserError": "errors",
+    "Variant": "interventions.variants",
     "write_feature_pages": "pages.feature_pages",
     "write_graph": "pages.graph_page",
     "write_hybrid": "interop.hybrid_checkpoint",
 }
+"""Public name -> module that defines it. A name is imported when it is first asked for, because torch and
+transformer_lens take seconds: `import tl_adapters` and `tl-adapters --help` need neither."""
 
-__all__ = ["AdapterSet", "AttributionGraph", "Behaviour", "Circuit", "DataConfig", "DifferenceTarget"]
-__all__ += ["Endpoint", "FeatureId", "FeatureStore", "FeatureTarget", "LogitTarget", "LossWeights"]
-__all__ += ["PairedModel", "RunConfig", "StoreOptions", "Subject", "Trainer", "TrainingConfig"]
-__all__ += ["TranscoderAdapter", "analyze_behaviour", "analyze_hesitation", "attach", "attached"]
-__all__ += ["attribute", "authors_pair", "auto_interpret", "benchmark_run", "builtin_subject"]
-__all__ += ["collect_features", "detach", "encode_traces", "explain_difference", "find_circuit"]
-__all__ += ["find_moments", "from_authors", "from_saelens", "frozen", "generate_variants"]
-__all__ += ["hesitation_tokens", "judge", "label_by_rules", "label_shares", "load_problems"]
-__all__ += ["plant_features", "planted_test", "pull", "push_to_hub", "search_circuit", "seed_agreement"]
-__all__ += ["show_features", "stream_agreement", "to_authors", "to_saelens", "train", "write_feature_pages"]
-__all__ += ["write_graph", "write_hybrid"]
+RENAMED = {"Behaviour": "Behavior", "analyze_behaviour": "analyze_behavior", "find_moments": "find_onsets"}
+"""Names of the first release, and what they are called now. They still work, with a FutureWarning."""
+
+__all__ = sorted(EXPORTS)
 
 if TYPE_CHECKING:
-    from tl_adapters.adapters.adapter_set import AdapterSet
-    from tl_adapters.adapters.feature_id import FeatureId
-    from tl_adapters.adapters.transcoder import TranscoderAdapter
-    from tl_adapters.attribution.attribute import attribute
-    from tl_adapters.attribution.graph import AttributionGraph
-    from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget
-    from tl_adapters.attribution.validation import explain_difference
-    from tl_adapters.autointerp.detection import auto_interpret
-    from tl_adapters.autointerp.endpoint import Endpoint
-    from tl_adapters.autointerp.judge import judge
-    from tl_adapters.autointerp.rule_labels import label_by_rules, label_shares
-    from tl_adapters.circuits.circuit import Circuit
-    from tl_adapters.circuits.find import find_circuit
-    from tl_adapters.circuits.onsets import Behaviour, find_moments
-    from tl_adapters.circuits.search import search_circuit
-    from tl_adapters.circuits.study import analyze_behaviour, analyze_hesitation
-    from tl_adapters.circuits.subject import Subject, builtin_subject
-    from tl_adapters.config import DataConfig, LossWeights, RunConfig, TrainingConfig
-    from tl_adapters.data.chat_format import encode_traces
-    from tl_adapters.data.hesitation_words import hesitation_tokens
-    from tl_adapters.evaluation.feature_matching import seed_agreement
-    from tl_adapters.evaluation.planted_features import plant_features, planted_test
-    from tl_adapters.evaluation.tasks import load_problems
-    from tl_adapters.features.collect import collect_features
-    from tl_adapters.features.notebook_view import show_features
-    from tl_adapters.features.store import FeatureStore
-    from tl_adapters.features.store_files import StoreOptions
-    from tl_adapters.features.stream_agreement import stream_agreement
-    from tl_adapters.generation.compare_variants import generate_variants
-    from tl_adapters.interop.authors_checkpoint import authors_pair, from_authors, to_authors
-    from tl_adapters.interop.hub import pull, push_to_hub
-    from tl_adapters.interop.hybrid_checkpoint import write_hybrid
-    from tl_adapters.interop.saelens import from_saelens, to_saelens
-    from tl_adapters.interventions.frozen import frozen
-    from tl_adapters.models.attach import attach, attached, detach
-    from tl_adapters.models.paired_model import PairedModel
-    from tl_adapters.pages.feature_pages import write_feature_pages
-    from tl_adapters.pages.graph_page import write_graph
-    from tl_adapters.study.benchmark import benchmark_run
-    from tl_adapters.training.trainer import Trainer, train
+    from tl_adapters.adapters.adapter_set import AdapterSet as AdapterSet
+    from tl_adapters.adapters.feature_id import FeatureId as FeatureId
+    from tl_adapters.adapters.transcoder import TranscoderAdapter as TranscoderAdapter
+    from tl_adapters.attribution.attribute import attribute as attribute
+    from tl_adapters.attribution.graph import AttributionGraph as AttributionGraph
+    from tl_adapters.attribution.pruning import prune as prune
+    from tl_adapters.attribution.targets import DifferenceTarget as DifferenceTarget
+    from tl_adapters.attribution.targets import FeatureTarget as FeatureTarget
+    from tl_adapters.attribution.targets import LogitTarget as LogitTarget
+    from tl_adapters.attribution.validation import ablation_effects as ablation_effects
+    from tl_adapters.attribution.validation import explain_difference as explain_difference
+    from tl_adapters.autointerp.detection import auto_interpret as auto_interpret
+    from tl_adapters.autointerp.endpoint import Endpoint as Endpoint
+    from tl_adapters.autointerp.judge import judge as judge
+    from tl_adapters.autointerp.rule_labels import label_by_rules as label_by_rules
+    from tl_adapters.autointerp.rule_labels import label_shares as label_shares
+    from tl_adapters.checkpoints.architectures import load_hf_model as load_hf_model
+    from tl_adapters.circuits.circuit import Circuit as Circuit
+    from tl_adapters.circuits.controls import matched_features as matched_features
+    from tl_adapters.circuits.controls import most_active_others as most_active_others
+    from tl_adapters.circuits.find import find_circuit as find_circuit
+    from tl_adapters.circuits.onsets import find_onsets as find_onsets
+    from tl_adapters.circuits.search import SearchOptions as SearchOptions
+    from tl_adapters.circuits.search import search_circuit as search_circuit
+    from tl_adapters.circuits.steering import shifted_logits as shifted_logits
+    from tl_adapters.circuits.study import StudyOptions as StudyOptions
+    from tl_adapters.circuits.study import analyze_behavior as analyze_behavior
+    from tl_adapters.circuits.study import analyze_hesitation as analyze_hesitation
+    from tl_adapters.circuits.subject import Subject as Subject
+    from tl_adapters.circuits.subject import builtin_subject as builtin_subject
+    from tl_adapters.config import DataConfig as DataConfig
+    from tl_adapters.config import LossWeights as LossWeights
+    from tl_adapters.config import RunConfig as RunConfig
+    from tl_adapters.config import TrainingConfig as TrainingConfig
+    from tl_adapters.data.chat_format import encode_traces as encode_traces
+    from tl_adapters.data.hesitation_words import hesitation_tokens as hesitation_tokens
+    from tl_adapters.data.traces import Trace as Trace
+    from tl_adapters.errors import UserError as UserError
+    from tl_adapters.evaluation.behaviors import Behavior as Behavior
+    from tl_adapters.evaluation.faithfulness import measure_faithfulness as measure_faithfulness
+    from tl_adapters.evaluation.feature_matching import seed_agreement as seed_agreement
+    from tl_adapters.evaluation.lm_eval_harness import HarnessModel as HarnessModel
+    from tl_adapters.evaluation.planted_features import plant_features as plant_features
+    from tl_adapters.evaluation.planted_features import planted_test as planted_test
+    from tl_adapters.evaluation.tasks import load_problems as load_problems
+    from tl_adapters.features.collect import collect_features as collect_features
+    from tl_adapters.features.notebook_view import show_features as show_features
+    from tl_adapters.features.store import FeatureStore as FeatureStore
+    from tl_adapters.features.store_files import StoreOptions as StoreOptions
+    from tl_adapters.features.stream_agreement import stream_agreement as stream_agreement
+    from tl_adapters.generation.compare_variants import generate_variants as generate_variants
+    from tl_adapters.generation.responses import respond as respond
+    from tl_adapters.generation.responses import traces_of as traces_of
+    from tl_adapters.interop.authors_checkpoint import authors_pair as authors_pair
+    from tl_adapters.interop.authors_checkpoint import from_authors as from_authors
+    from tl_adapters.interop.authors_checkpoint import to_authors as to_authors
+    from tl_adapters.interop.hub import pull as pull
+    from tl_adapters.interop.hub import push_to_hub as push_to_hub
+    from tl_adapters.interop.hybrid_checkpoint import write_hybrid as write_hybrid
+    from tl_adapters.interop.saelens import from_saelens as from_saelens
+    from tl_adapters.interop.saelens import to_saelens as to_saelens
+    from tl_adapters.interventions.feature_edits import ablated as ablated
+    from tl_adapters.interventions.feature_edits import added as added
+    from tl_adapters.interventions.feature_edits import clamped as clamped
+    from tl_adapters.interventions.feature_edits import inserted as inserted
+    from tl_adapters.interventions.feature_edits import negated as negated
+    from tl_adapters.interventions.feature_edits import only as only
+    from tl_adapters.interventions.feature_edits import patched as patched
+    from tl_adapters.interventions.feature_edits import scaled as scaled
+    from tl_adapters.interventions.frozen import frozen as frozen
+    from tl_adapters.interventions.variants import Variant as Variant
+    from tl_adapters.models.attach import attach as attach
+    from tl_adapters.models.attach import attached as attached
+    from tl_adapters.models.attach import detach as detach
+    from tl_adapters.models.build import build_model as build_model
+    from tl_adapters.models.paired_model import PairedModel as PairedModel
+    from tl_adapters.pages.circuit_diagram import draw_circuit as draw_circuit
+    from tl_adapters.pages.feature_pages import write_feature_pages as write_feature_pages
+    from tl_adapters.pages.graph_page import write_graph as write_graph
+    from tl_adapters.study.benchmark import benchmark_run as benchmark_run
+    from tl_adapters.training.trainer import Trainer as Trainer
+    from tl_adapters.training.trainer import train as train
+    from tl_adapters.utils.notebook import colored_tokens as colored_tokens
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"tl_adapters.{_HOMES[name]}"), name)
-    raise AttributeError(f"tl_adapters has no {name!r}; it has {', '.join(_HOMES)}.")
+    if name in RENAMED:
+        warnings.warn(f"tl_adapters.{name} is now tl_adapters.{RENAMED[name]}.", FutureWarning, stacklevel=2)
+        name = RENAMED[name]
+    if name in EXPORTS:
+        return getattr(importlib.import_module(f"tl_adapters.{EXPORTS[name]}"), name)
+    raise AttributeError(f"tl_adapters has no {name!r}. Its public names are {', '.join(EXPORTS)}.")
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOMES)
+    return sorted([*EXPORTS, "__version__"])

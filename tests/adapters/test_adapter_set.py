@@ -19,7 +19,7 @@ from tl_adapters.adapters.adapter_set import (
     record_hash,
 )
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
-from tl_adapters.checkpoints.fingerprints import LayerMarks
+from tl_adapters.checkpoints.layer_samples import LayerSamples
 
 
 def adapter_set(n_layers: int = 3, d_model: int = 8, n_features: int = 12, activation: str = "relu") -> AdapterSet:
@@ -32,7 +32,7 @@ def adapter_set(n_layers: int = 3, d_model: int = 8, n_features: int = 12, activ
                 weight.add_(torch.randn(weight.shape, generator=generator))
             if activation in ("jumprelu", "batchtopk"):
                 adapter.threshold.copy_(torch.rand(n_features, generator=generator))
-    kept = [LayerMarks(*torch.randn(3, d_model, generator=generator)) for _ in range(n_layers)]
+    kept = [LayerSamples(*torch.randn(3, d_model, generator=generator)) for _ in range(n_layers)]
     k = layers[0].k
     about = AdapterMetadata(base="b", target="t", figures={"kl": 0.5}, activation=layers[0].activation, k=k)
     return AdapterSet(layers, kept, about)

@@ -13,7 +13,7 @@ from helpers.random_models import random_model, randomise
 from safetensors.torch import load_file, save_file
 
 import tl_adapters.utils.file_hashes as file_hashes
-from tl_adapters.adapters.adapter_set import MARKS_FILE, METADATA_FILE, AdapterMetadata, AdapterSet, record_hash
+from tl_adapters.adapters.adapter_set import METADATA_FILE, SAMPLES_FILE, AdapterMetadata, AdapterSet, record_hash
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.file_hashes import file_hash
@@ -68,13 +68,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a high bit of W_enc": lambda f: flip(f / "layer_1" / WEIGHTS, "W_enc", 30),
     "the lowest bit of W_enc": lambda f: flip(f / "layer_0" / WEIGHTS, "W_enc", 0),
     "the lowest bit of W_dec": lambda f: flip(f / "layer_0" / WEIGHTS, "W_dec", 0),
-    "a bit of the models' samples": lambda f: flip(f / MARKS_FILE, "0.ln2_w", 3),
+    "a bit of the models' samples": lambda f: flip(f / SAMPLES_FILE, "0.ln2_w", 3),
     "swapped layers": swapped,
     "a layer of the other form": of_the_other_form,
     "an edited cfg.json": edited("layer_1/cfg.json", lambda r: r.update(dtype="float16")),
     "an edited description": edited(METADATA_FILE, lambda r: r.update(reads="normalized")),
     "another target": edited(METADATA_FILE, lambda r: r.update(target="org/other")),
-    "no samples": lambda f: (f / MARKS_FILE).unlink(),
+    "no samples": lambda f: (f / SAMPLES_FILE).unlink(),
     "a cast layer": lambda f: save_file(
         {name: t.half().float() for name, t in load_file(f / "layer_0" / WEIGHTS).items()}, f / "layer_0" / WEIGHTS
     ),
@@ -115,8 +115,8 @@ def as_the_first_release_wrote_it(folder: Path) -> None:
     edited(METADATA_FILE, older)(folder)
     for cfg in folder.glob("layer_*/cfg.json"):
         edited(f"{cfg.parent.name}/cfg.json", lambda r: of_models(r["metadata"]["tl_adapters"]["fingerprints"]))(folder)
-    kept = {name: t for name, t in load_file(folder / MARKS_FILE).items() if not name.startswith("samples/")}
-    save_file(kept, folder / MARKS_FILE)
+    kept = {name: t for name, t in load_file(folder / SAMPLES_FILE).items() if not name.startswith("samples/")}
+    save_file(kept, folder / SAMPLES_FILE)
 
 
 def test_sets_of_the_first_release_load_with_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

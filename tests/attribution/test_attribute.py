@@ -10,7 +10,7 @@ from helpers.random_models import ARCHITECTURES, random_batch, random_model, ran
 from tl_adapters import organism
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
-from tl_adapters.attribution.relp import FrozenModel
+from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget
 from tl_adapters.data.tokens import VocabularyError
 from tl_adapters.models.paired_model import PairedModel, PairMismatchError
@@ -60,7 +60,7 @@ def test_every_row_adds_up(architecture: str, options: dict[str, object]) -> Non
 
 
 def test_nodes_and_edges_are_the_linear_models(pair: PairedModel) -> None:
-    graph, model = attribute(pair, TOKENS, **QUIET), FrozenModel(pair, TOKENS)
+    graph, model = attribute(pair, TOKENS, **QUIET), LinearizedModel(pair, TOKENS)
     assert torch.equal(graph.features, model.active)
     assert torch.equal(graph.activations, model.activations)
     matrix = dense(graph)

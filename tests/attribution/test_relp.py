@@ -9,7 +9,7 @@ from helpers.users_models import plain, process, reference
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.attribution.gradient import GradientModel
-from tl_adapters.attribution.relp import FrozenModel, Rows
+from tl_adapters.attribution.relp import LinearizedModel, Rows
 from tl_adapters.interventions.feature_edits import ablated
 from tl_adapters.interventions.frozen import frozen
 from tl_adapters.models.attach import attach
@@ -24,7 +24,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def targets(pair: PairedModel, model: FrozenModel | GradientModel, layer: int, start: int = 0):  # type: ignore[no-untyped-def]
+def targets(pair: PairedModel, model: LinearizedModel | GradientModel, layer: int, start: int = 0):  # type: ignore[no-untyped-def]
     """(positions, vectors, values, own constants) of every feature target of a layer, or of logits."""
     if layer == model.n_layers:
         columns = pair.backend.unembedding().detach()[[3, 9, 12, 60]].to(model.dtype)
@@ -45,7 +45,7 @@ def total(rows: Rows) -> torch.Tensor:
 @pytest.mark.parametrize("linearisation", ["relp", "frozen_mlp"])
 def test_every_target_is_the_sum_of_its_leaves_and_constants(architecture: str, linearisation: str, start: int) -> None:
     pair = make(architecture, "hooked")
-    model = FrozenModel(pair, TOKENS, linearisation, start)
+    model = LinearizedModel(pair, TOKENS, linearisation, start)
     assert len(model.active) > 300
     for layer in range(5):
         positions, vectors, values, own = targets(pair, model, layer, start)
@@ -61,7 +61,7 @@ def test_every_target_is_the_sum_of_its_leaves_and_constants(architecture: str, 
 def test_every_activation_conserves(activation: str, start: int) -> None:
     models = (random_model(seed) for seed in (1, 2))
     pair = randomise(PairedModel.from_pretrained(*models), activation=activation)
-    model = FrozenModel(pair, TOKENS, "relp", start)
+    model = LinearizedModel(pair, TOKENS, "relp", start)
     by_hooks = GradientModel(pair, TOKENS, relp_hooks(pair.model))
     assert len(model.active) == (5 * 4 * 11 if activation == "topk" else len(model.active)) > 100
     assert torch.equal(model.activations, torch.cat([p[tuple(a.T)] for p, a in by_layer(model)]))
@@ -74,7 +74,7 @@ def test_every_activation_conserves(activation: str, start: int) -> None:
             assert (rows.features - theirs.features).abs().max() < 1e-10
 
 
-def by_layer(model: FrozenModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def by_layer(model: LinearizedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per layer: pre-activations, and the positions and indices of active features."""
     layers = model.active[:, 0]
     return [(model.pre_activations[layer], model.active[layers == layer, 1:]) for layer in range(4)]
@@ -82,7 +82,7 @@ def by_layer(model: FrozenModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def test_on_a_bridge_to_the_precision_of_hugging_faces_norms(architecture: str) -> None:
     pair, reference = make(architecture), make(architecture, "hooked")
-    model, expected = FrozenModel(pair, TOKENS), FrozenModel(reference, TOKENS)
+    model, expected = LinearizedModel(pair, TOKENS), LinearizedModel(reference, TOKENS)
     for layer in (2, 4):
         positions, vectors, values, own = targets(pair, model, layer)
         rows = model.rows(layer, positions, vectors)
@@ -95,7 +95,7 @@ def test_on_a_bridge_to_the_precision_of_hugging_faces_norms(architecture: str) 
 @pytest.mark.parametrize("freeze_mlps", [False, True])
 def test_it_is_what_autograd_says(architecture: str, freeze_mlps: bool) -> None:
     pair = make(architecture, "hooked")
-    model = FrozenModel(pair, TOKENS, "frozen_mlp" if freeze_mlps else "relp")
+    model = LinearizedModel(pair, TOKENS, "frozen_mlp" if freeze_mlps else "relp")
     by_hooks = GradientModel(pair, TOKENS, relp_hooks(pair.model, freeze_mlps))
     assert torch.equal(model.active, by_hooks.active)
     for layer in range(5):
@@ -108,7 +108,7 @@ def test_it_is_what_autograd_says(architecture: str, freeze_mlps: bool) -> None:
 def test_a_bfloat16_models_weights_are_not_copied() -> None:
     models = (random_model(seed, torch.float32).to(torch.bfloat16) for seed in (1, 2))
     pair = randomise(PairedModel.from_pretrained(*models))
-    model = FrozenModel(pair, TOKENS)
+    model = LinearizedModel(pair, TOKENS)
     pointer = lambda t: t.untyped_storage().data_ptr()  # noqa: E731
     assert pointer(model.layers[1].w_down) == pointer(pair.mlps[1].base.W_out)
     assert pointer(model.layers[1].w_v) == pointer(pair.model.blocks[1].attn._W_V)
@@ -120,7 +120,7 @@ def test_a_bfloat16_models_weights_are_not_copied() -> None:
 
 def test_plain_gradients_are_something_else(architecture: str) -> None:
     pair = make(architecture, "hooked")
-    model, plain_gradient = FrozenModel(pair, TOKENS), GradientModel(pair, TOKENS)
+    model, plain_gradient = LinearizedModel(pair, TOKENS), GradientModel(pair, TOKENS)
     positions, vectors, values, own = targets(pair, model, 4)
     rows = plain_gradient.rows(4, positions, vectors)
     assert (rows.features - model.rows(4, positions, vectors).features).abs().max() > 1e-2
@@ -156,7 +156,7 @@ def test_plain_gradients_are_something_else(architecture: str) -> None:
 def test_interventions_in_the_frozen_model_give_the_edges(architecture: str, linearisation: str) -> None:
     """With patterns and scales held, and MLPs held or linear, taking a feature away moves a target by just its edge."""
     pair = make(architecture, "hooked")
-    model = FrozenModel(pair, TOKENS, linearisation)
+    model = LinearizedModel(pair, TOKENS, linearisation)
     every = [(layer, index) for layer in range(4) for index in range(24)]
     with pair.routed("replacement"):
         _, cache = pair.model.run_with_cache(TOKENS[None])
@@ -197,8 +197,8 @@ def test_in_a_model_with_folded_norms(reads: str) -> None:
     model = plain()
     process(model, "fold_ln")
     theirs = attach(model, adapters if reads == "mlp_input" else adapters.normalized(), base=random_model(1))
-    expected = FrozenModel(make("Qwen2ForCausalLM", "hooked"), TOKENS)
-    folded = FrozenModel(theirs, TOKENS)
+    expected = LinearizedModel(make("Qwen2ForCausalLM", "hooked"), TOKENS)
+    folded = LinearizedModel(theirs, TOKENS)
     assert torch.equal(folded.active, expected.active)
     positions, vectors, values, own = targets(theirs, folded, 3)
     rows = folded.rows(3, positions, vectors)

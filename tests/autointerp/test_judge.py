@@ -34,11 +34,11 @@ from tl_adapters.autointerp.detection_examples import (
     FEWEST,
     MOST_UNSURE,
     NEAR,
+    DetectionExample,
     Others,
     TokenCounts,
-    Trial,
+    detection_examples_of,
     known_firings,
-    trials_of,
 )
 from tl_adapters.autointerp.endpoint import BudgetError, Endpoint
 from tl_adapters.autointerp.judge import CATEGORIES, JudgingError, drawn_evenly, judge
@@ -133,8 +133,8 @@ def test_a_judge_that_always_says_the_same_gets_exactly_half(always: bool, token
 
 
 def test_the_score_is_balanced_accuracy(token_store: MadeStore) -> None:
-    (trial,) = trials_of(token_store, [FeatureId(0, 1)])
-    assert isinstance(trial, Trial)
+    (trial,) = detection_examples_of(token_store, [FeatureId(0, 1)])
+    assert isinstance(trial, DetectionExample)
     firings = {i for i, fires in enumerate(trial.fires, start=1) if fires}
     others = set(range(1, len(trial.fires) + 1)) - firings
     assert len(firings) == len(others)
@@ -178,8 +178,8 @@ def test_units_without_a_usable_reply_are_named() -> None:
 
 
 @cache
-def every_trial(store: FeatureStore) -> list[Trial]:
-    found = [trial for trial in trials_of(store, store.ids()) if isinstance(trial, Trial)]
+def every_trial(store: FeatureStore) -> list[DetectionExample]:
+    found = [trial for trial in detection_examples_of(store, store.ids()) if isinstance(trial, DetectionExample)]
     assert found
     return found
 
@@ -313,16 +313,18 @@ def test_firings_are_spread_over_the_strengths(token_store: MadeStore) -> None:
 
 def test_a_trial_depends_on_its_seed_alone(a_store: FeatureStore) -> None:
     ids = a_store.ids()[:8]
-    once, again, other = (list(trials_of(a_store, ids, seed)) for seed in (0, 0, 1))
+    once, again, other = (list(detection_examples_of(a_store, ids, seed)) for seed in (0, 0, 1))
     assert once == again != other
-    assert list(trials_of(a_store, ids[::-1], 0)) == once[::-1]
+    assert list(detection_examples_of(a_store, ids[::-1], 0)) == once[::-1]
 
 
 def test_what_cannot_be_tested_is_not(token_store: MadeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = made_store(lambda feature, tokens, g: torch.rand(tokens.shape, generator=g) < 0.5)
-    assert set(trials_of(dense, dense.ids())) == {"too few tokens like its firings on which it does not fire"}
+    assert set(detection_examples_of(dense, dense.ids())) == {
+        "too few tokens like its firings on which it does not fire"
+    }
     one = made_store(lambda feature, tokens, g: (tokens == feature) & (torch.arange(80) == 7)[:, None] & (tokens >= 0))
-    few = list(trials_of(one, one.ids(1)))
+    few = list(detection_examples_of(one, one.ids(1)))
     assert few and set(few) == {"too few firings, or in too few documents"}
     with FakeChat(knowing) as fake, pytest.raises(JudgingError, match="Collect more documents"):
         auto_interpret(dense, None, client(fake), n=5, progress=False)
@@ -332,7 +334,7 @@ def test_what_cannot_be_tested_is_not(token_store: MadeStore, monkeypatch: pytes
 def test_a_feature_of_the_first_token_has_no_others() -> None:
     """Every token like its firings is one of its firings: nothing is invented in their place."""
     first = made_store(lambda feature, tokens, g: (torch.arange(tokens.shape[1]) < 2).expand(tokens.shape))
-    assert {str(t) for t in trials_of(first, first.ids())} == {
+    assert {str(t) for t in detection_examples_of(first, first.ids())} == {
         "too few tokens like its firings on which it does not fire"
     }
 

@@ -16,7 +16,7 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.autointerp.rule_labels import (
     CATEGORIES,
     FEW,
-    MOST,
+    MOSTLY_SHARE,
     POPULATION,
     CategoryShare,
     label_by_rules,
@@ -91,7 +91,7 @@ def test_the_share_must_be_high_and_sure(n: int) -> None:
         made = feature(sample=["x"] * hits + [f"o{i}" for i in range(n - hits)])
         # Other types may be among the three: count those too.
         best = [sum(sorted([hits, *([1] * (n - hits))], reverse=True)[:k]) for k in (1, 2, 3)]
-        holds = any(h / n >= MOST and share_interval(h, n)[0] > 0.5 for h in best)
+        holds = any(h / n >= MOSTLY_SHARE and share_interval(h, n)[0] > 0.5 for h in best)
         assert (label(made).category == "input") == holds
     assert label(feature(sample=["x"] * 3)).category == "unlabelled"  # three firings prove nothing
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.pairs import make, state
-from helpers.planted_circuits import random_moments
+from helpers.planted_circuits import random_onsets
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.control_strengths import (
@@ -36,13 +36,13 @@ from tl_adapters.circuits.controls import (
 )
 from tl_adapters.circuits.criteria import correction_beside_others
 from tl_adapters.circuits.measurements import Unchanged, away, corrected_more, kl_elsewhere, probabilities
-from tl_adapters.circuits.onsets import BehaviourError, Moments
+from tl_adapters.circuits.onsets import BehaviorError, Onsets
 from tl_adapters.circuits.roles import effects_at
 from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
 from tl_adapters.interventions.feature_edits import InterventionError, inserted, only
 from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.confidence_intervals import OutcomesFigure, bootstrap_ratio
+from tl_adapters.utils.confidence_intervals import OutcomesMeasurement, bootstrap_ratio
 
 N_LAYERS, N_FEATURES = 4, 24
 
@@ -53,22 +53,22 @@ def pair(request: pytest.FixtureRequest) -> PairedModel:
 
 
 @pytest.fixture(scope="module")
-def moments() -> Moments:
-    return random_moments()
+def moments() -> Onsets:
+    return random_onsets()
 
 
 @pytest.fixture(scope="module")
-def texts(pair: PairedModel, moments: Moments) -> Texts:
+def texts(pair: PairedModel, moments: Onsets) -> Texts:
     return Texts(pair, moments)
 
 
 @pytest.fixture(scope="module")
-def norms(pair: PairedModel, moments: Moments) -> torch.Tensor:
+def norms(pair: PairedModel, moments: Onsets) -> torch.Tensor:
     return effects_at(pair, moments).mass
 
 
 @pytest.fixture(scope="module")
-def circuit(pair: PairedModel, moments: Moments) -> list[FeatureId]:
+def circuit(pair: PairedModel, moments: Onsets) -> list[FeatureId]:
     """The six features with the largest effect on the word."""
     best = effects_at(pair, moments).total.flatten().topk(6).indices.tolist()
     return [FeatureId(i // N_FEATURES, i % N_FEATURES) for i in best]
@@ -94,7 +94,7 @@ def logits_of(pair: PairedModel, variant: Variant, tokens: torch.Tensor) -> torc
     ids=["ablated", "logits alone", "hybrid"],
 )
 def test_harm_is_the_kl_of_plain_passes_away_from_onsets(
-    pair: PairedModel, moments: Moments, variant: Variant, monkeypatch: pytest.MonkeyPatch
+    pair: PairedModel, moments: Onsets, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PairedModel, "rows_at_once", 3)  # several chunks of logits
     before = state(pair)
@@ -118,7 +118,7 @@ def test_harm_is_the_kl_of_plain_passes_away_from_onsets(
     assert together == probabilities(pair, moments, variant, "report")
 
 
-def test_what_changes_nothing_harms_nothing_and_a_ban_harms_without_limit(pair: PairedModel, moments: Moments) -> None:
+def test_what_changes_nothing_harms_nothing_and_a_ban_harms_without_limit(pair: PairedModel, moments: Onsets) -> None:
     for nothing in (on_route("replacement"), without([]), removed({}), shifted_logits(moments.words, 0.0)):
         figure = kl_elsewhere(pair, moments, nothing, "report")
         assert figure.value == 0, nothing.name
@@ -127,14 +127,14 @@ def test_what_changes_nothing_harms_nothing_and_a_ban_harms_without_limit(pair: 
     assert "infinite" in banned.reason
 
 
-def test_texts_without_an_onset_or_without_another_place_are_refused(pair: PairedModel, moments: Moments) -> None:
+def test_texts_without_an_onset_or_without_another_place_are_refused(pair: PairedModel, moments: Onsets) -> None:
     nowhere = torch.zeros_like(moments.moment)
-    with pytest.raises(BehaviourError, match="no onset in these texts"):
+    with pytest.raises(BehaviorError, match="no onset in these texts"):
         Texts(pair, replace(moments, moment=nowhere))
     crowded = replace(moments, moment=moments.predicting, boundary=nowhere, follows=nowhere)
-    with pytest.raises(BehaviourError, match="give longer texts"):
+    with pytest.raises(BehaviorError, match="give longer texts"):
         Texts(pair, crowded)
-    with pytest.raises(BehaviourError, match="give longer texts"):
+    with pytest.raises(BehaviorError, match="give longer texts"):
         kl_elsewhere(pair, crowded, on_route("hybrid"), "report")
 
 
@@ -148,7 +148,7 @@ def settings(texts: Texts, circuit: list[FeatureId]) -> tuple[Measured, dict[str
 
 
 def test_baselines_do_what_the_circuit_does_and_say_where_they_cannot(
-    pair: PairedModel, moments: Moments, texts: Texts, circuit: list[FeatureId]
+    pair: PairedModel, moments: Onsets, texts: Texts, circuit: list[FeatureId]
 ) -> None:
     before = state(pair)
     goal, found = settings(texts, circuit[:3])
@@ -192,7 +192,7 @@ def test_steering_is_the_least_harmful_of_all_that_have_the_effect(texts: Texts,
     assert best.measured.kl < 0.2 * max(harms), "and not the strongest"
 
 
-def test_a_tuned_bias_is_no_ban(pair: PairedModel, moments: Moments, texts: Texts, circuit: list[FeatureId]) -> None:
+def test_a_tuned_bias_is_no_ban(pair: PairedModel, moments: Onsets, texts: Texts, circuit: list[FeatureId]) -> None:
     bias = tuned_logit_bias(texts, texts.measure(without(circuit[:3])))
     assert 0 < bias.size < 20
     said = logits_of(pair, bias.variant, moments.tokens).softmax(-1)[..., list(moments.words)]
@@ -208,7 +208,7 @@ def test_baselines_of_a_circuit_without_effect_do_nothing(texts: Texts) -> None:
         assert setting.variant.name == "replacement"
 
 
-def test_baselines_without_control_positions(pair: PairedModel, moments: Moments, circuit: list[FeatureId]) -> None:
+def test_baselines_without_control_positions(pair: PairedModel, moments: Onsets, circuit: list[FeatureId]) -> None:
     """Moments are then held against all other places of the response."""
     texts = Texts(pair, replace(moments, boundary=torch.zeros_like(moments.boundary)))
     goal = texts.measure(without(circuit[:3]))
@@ -218,7 +218,7 @@ def test_baselines_without_control_positions(pair: PairedModel, moments: Moments
     assert logits_of(pair, best.variant, moments.tokens).isfinite().all()
 
 
-def test_steering_acts_at_chosen_tokens_only_and_in_cached_generation_too(pair: PairedModel, moments: Moments) -> None:
+def test_steering_acts_at_chosen_tokens_only_and_in_cached_generation_too(pair: PairedModel, moments: Onsets) -> None:
     tokens, before = moments.tokens[:2, :5], state(pair)
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     marks = [int(t) for t in tokens[0, 1:3]]
@@ -238,14 +238,14 @@ def test_steering_acts_at_chosen_tokens_only_and_in_cached_generation_too(pair: 
     assert state(pair) == before
 
 
-def test_steering_at_tokens_that_were_not_embedded_is_refused(pair: PairedModel, moments: Moments) -> None:
+def test_steering_at_tokens_that_were_not_embedded_is_refused(pair: PairedModel, moments: Onsets) -> None:
     resid = torch.zeros(1, 3, 32, dtype=pair.model.W_E.dtype)
     refused = pytest.raises(InterventionError, match="no tokens of this shape")
     with torch.no_grad(), steered(1, torch.ones(32), 1.0, [5]).entered(pair), refused:
         pair.run_blocks(resid, 0, N_LAYERS)
 
 
-def test_neurons_held_at_a_value_and_the_last_in_part(pair: PairedModel, moments: Moments) -> None:
+def test_neurons_held_at_a_value_and_the_last_in_part(pair: PairedModel, moments: Onsets) -> None:
     held = torch.full((N_LAYERS, 48), 0.5)
     variant = without_neurons([(0, 3), (2, 7), (2, 9)], held, last=0.25)
     with torch.no_grad(), variant.entered(pair), pair.recorded("mlp.hook_post") as after:
@@ -261,7 +261,7 @@ def test_neurons_held_at_a_value_and_the_last_in_part(pair: PairedModel, moments
     assert torch.allclose(part[0][..., 9], 0.75 * plain[0][..., 9] + 0.125, atol=1e-6)
 
 
-def test_neuron_effects_are_slopes_and_what_is_written(pair: PairedModel, moments: Moments) -> None:
+def test_neuron_effects_are_slopes_and_what_is_written(pair: PairedModel, moments: Onsets) -> None:
     found = neuron_effects(pair, moments)
     with torch.no_grad(), pair.routed("replacement"), pair.recorded("mlp.hook_post") as acts:
         pair.model(moments.with_moments().tokens)
@@ -281,7 +281,7 @@ def test_neuron_effects_are_slopes_and_what_is_written(pair: PairedModel, moment
 # -- sets of features ---------------------------------------------------------------------------------------------
 
 
-def test_features_in_part_are_between_none_and_all(pair: PairedModel, moments: Moments) -> None:
+def test_features_in_part_are_between_none_and_all(pair: PairedModel, moments: Onsets) -> None:
     features = [FeatureId(0, 3), FeatureId(1, 2), FeatureId(3, 4)]
     assert first_of(features, 1.5) == {features[0]: 1.0, features[1]: 0.5}
     assert first_of(features, 2) == dict.fromkeys(features[:2], 1.0)
@@ -350,7 +350,7 @@ def test_sets_of_equal_harm_have_it_or_say_that_they_have_not(
 
 @pytest.mark.parametrize("n", [1, N_LAYERS * N_FEATURES], ids=["one feature", "all features"])
 def test_controls_of_the_smallest_and_the_largest_circuit(
-    pair: PairedModel, moments: Moments, texts: Texts, norms: torch.Tensor, circuit: list[FeatureId], n: int
+    pair: PairedModel, moments: Onsets, texts: Texts, norms: torch.Tensor, circuit: list[FeatureId], n: int
 ) -> None:
     """Variants of the fault: of all features there are no others, and everything says so."""
     alive, generator = torch.ones_like(norms, dtype=torch.bool), torch.Generator().manual_seed(0)
@@ -423,8 +423,8 @@ def test_a_size_that_breaks_the_model_is_too_large_and_a_hopeless_one_ends_it() 
 
 
 def test_correction_is_compared_with_the_others_step_by_step() -> None:
-    def outcomes(right: str) -> OutcomesFigure:
-        return OutcomesFigure(
+    def outcomes(right: str) -> OutcomesMeasurement:
+        return OutcomesMeasurement(
             right.count("1") / len(right), 0, 1, len(right), "share corrected", "report", outcomes=right
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from helpers.pairs import make, state
-from helpers.planted_circuits import OUTPUT, TEMPLATE, planted, random_moments
+from helpers.planted_circuits import OUTPUT, TEMPLATE, planted, random_onsets
 from helpers.random_models import random_batch
 
 from tl_adapters.adapters.feature_id import FeatureId
@@ -21,7 +21,7 @@ from tl_adapters.circuits.controls import (
     neuron_effects,
 )
 from tl_adapters.circuits.measurements import answers, corrected, mediation, probabilities, record
-from tl_adapters.circuits.onsets import Moments, final_residual, log_odds
+from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds
 from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
 from tl_adapters.circuits.subject import Injection, builtin_subject, halves, kinds_of_hesitation
 from tl_adapters.generation.responses import Response, respond
@@ -66,7 +66,7 @@ def logits_of(pair: PairedModel, variant: Variant, tokens: torch.Tensor) -> torc
     ids=["target", "hybrid", "ablated", "shifted"],
 )
 def test_probabilities_are_those_of_a_plain_pass(pair: PairedModel, variant: Variant) -> None:
-    moments, before = random_moments(), state(pair)
+    moments, before = random_onsets(), state(pair)
     found = probabilities(pair, moments, variant, "report")
     assert state(pair) == before
     p = logits_of(pair, variant, moments.tokens).softmax(-1)[..., list(moments.words)].sum(-1)
@@ -81,7 +81,7 @@ def test_probabilities_are_those_of_a_plain_pass(pair: PairedModel, variant: Var
 
 
 def test_a_kind_of_place_that_is_not_there_has_no_probability(pair: PairedModel) -> None:
-    moments = random_moments()
+    moments = random_onsets()
     none = replace(moments, boundary=torch.zeros_like(moments.boundary))
     assert set(probabilities(pair, none, on_route("target"), "report")) == {"moment", "elsewhere"}
 
@@ -90,7 +90,7 @@ def test_a_kind_of_place_that_is_not_there_has_no_probability(pair: PairedModel)
 
 
 def test_mediation_is_defined_by_interventions(pair: PairedModel) -> None:
-    moments, template, output = random_moments(), [FeatureId(0, 3), FeatureId(1, 0)], FEATURES[1:]
+    moments, template, output = random_onsets(), [FeatureId(0, 3), FeatureId(1, 0)], FEATURES[1:]
     before = state(pair)
     found = mediation(pair, moments, template, output, "report")
     assert state(pair) == before
@@ -125,7 +125,7 @@ def test_mediation_is_defined_by_interventions(pair: PairedModel) -> None:
 
 
 def test_features_that_are_not_there_have_no_effect_to_mediate() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     nothing = mediation(pair, moments, [], FEATURES, "report")
     assert abs(nothing["total"].value) + abs(nothing["through_output"].value) < 1e-9
     assert abs(nothing["interaction"].value) < 1e-9
@@ -360,7 +360,7 @@ def test_neurons_that_are_off_write_nothing(pair: PairedModel) -> None:
 
 
 def test_the_strongest_neurons_have_the_largest_slopes() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     before = state(pair)
     effects = neuron_effects(pair, moments).off
     every = by_size(effects, 10_000)
@@ -390,7 +390,7 @@ def test_the_commonest_alternative_is_what_comes_at_boundaries() -> None:
     boundary = torch.zeros_like(tokens, dtype=torch.bool)
     boundary[0, [1, 3, 5]] = True
     no = torch.zeros_like(boundary)
-    moments = Moments(tokens, ~no, no, boundary, no, (2,))
+    moments = Onsets(tokens, ~no, no, boundary, no, (2,))
     assert commonest_alternative(moments) == 4
     assert commonest_alternative(replace(moments, boundary=no)) is None
 

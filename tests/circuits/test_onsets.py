@@ -11,11 +11,11 @@ from helpers.random_models import random_batch
 from tl_adapters import organism
 from tl_adapters.circuits.onsets import (
     FOLLOWS,
-    Behaviour,
-    BehaviourError,
-    Moments,
+    Behavior,
+    BehaviorError,
+    Onsets,
     final_residual,
-    find_moments,
+    find_onsets,
     log_odds,
     margins,
 )
@@ -44,7 +44,7 @@ def written(pair: PairedModel) -> list[Trace]:
     return encode_traces(organism.reasoning_pairs("select", 60), pair.model.tokenizer)
 
 
-def places(moments: Moments, kind: str, row: int = 0) -> list[int]:
+def places(moments: Onsets, kind: str, row: int = 0) -> list[int]:
     return getattr(moments, kind)[row].nonzero()[:, 0].tolist()
 
 
@@ -92,7 +92,7 @@ def test_every_place_of_a_text_made_by_hand(pair: PairedModel, wait: int) -> Non
     #                  0  1  2       3  4  5     6  7   8  9  10 11
     first = Trace((5, 8, wait, 7, 8, wait, 9, 10, 8, 11, 8, 3), 3)
     second = Trace((8, 6, 8, 8, wait, 9, 12, 3), 2)
-    moments = find_moments(pair, [first, second])
+    moments = find_onsets(pair, [first, second])
     assert {pair.model.tokenizer.decode([word]) for word in moments.words} == {"Wait", "wait", " Wait"}
     assert [places(moments, kind) for kind in KINDS] == [list(range(2, 11)), [4], [8, 10], [5, 6, 7], [2, 3, 9]]
     # A mark before a mark is a boundary; so the prompt's last token may be one, and its other tokens may not.
@@ -104,7 +104,7 @@ def test_every_place_of_a_text_made_by_hand(pair: PairedModel, wait: int) -> Non
 def test_what_the_target_wrote_is_read_as_the_definitions_say(
     pair: PairedModel, wait: int, written: list[Trace]
 ) -> None:
-    moments = find_moments(pair, written)
+    moments = find_onsets(pair, written)
     assert int(moments.moment.sum()) > 10
     assert int(moments.boundary.sum()) > 10
     for row, kinds in enumerate(by_hand(written, wait)):
@@ -120,7 +120,7 @@ def test_what_the_target_wrote_is_read_as_the_definitions_say(
 def test_the_prompt_and_padding_never_count(pair: PairedModel, wait: int) -> None:
     """Token 0 pads, and is a real token too: as a mark it would make boundaries of the padding."""
     traces = [Trace((0, wait, 4, 0, wait, 9, 0, 5), 3), Trace((4, 5, 6), 1)]
-    moments = find_moments(pair, traces)
+    moments = find_onsets(pair, traces)
     assert places(moments, "moment") == [3]
     assert places(moments, "boundary") == [6]
     assert places(moments, "boundary", 1) == []
@@ -128,13 +128,13 @@ def test_the_prompt_and_padding_never_count(pair: PairedModel, wait: int) -> Non
 
 
 def test_what_follows_ends_after_so_many_tokens(pair: PairedModel, wait: int) -> None:
-    moments = find_moments(pair, [Trace((5, 8, wait, *[9] * 40, 3), 1)])
+    moments = find_onsets(pair, [Trace((5, 8, wait, *[9] * 40, 3), 1)])
     assert places(moments, "follows") == list(range(2, 2 + FOLLOWS))
     assert places(moments, "elsewhere") == [0, *range(2 + FOLLOWS, 43)]
 
 
 def test_a_word_right_after_a_word_is_no_mark_of_words(pair: PairedModel, wait: int) -> None:
-    moments = find_moments(pair, [Trace((5, 8, wait, wait, 9, 10, 8, 3), 1), Trace((5, 8, wait, 9, 11, 3), 1)])
+    moments = find_onsets(pair, [Trace((5, 8, wait, wait, 9, 10, 8, 3), 1), Trace((5, 8, wait, 9, 11, 3), 1)])
     assert places(moments, "moment") == [1, 2]
     assert places(moments, "boundary") == [6]
     assert places(moments, "follows") == [3, 4, 5]
@@ -148,7 +148,7 @@ def test_a_function_may_say_where_the_behaviour_begins(pair: PairedModel, wait: 
     def after_seven(trace: Trace) -> list[int]:
         return [i + 1 for i, token in enumerate(trace.tokens) if token == 7 and i + 1 < len(trace.tokens)]
 
-    moments = find_moments(pair, [first, second], Behaviour("after", find=after_seven))
+    moments = find_onsets(pair, [first, second], Behavior("after", find=after_seven))
     assert moments.words == (3, 4, 9)
     assert places(moments, "moment") == [2, 7]
     assert places(moments, "boundary") == []
@@ -157,7 +157,7 @@ def test_a_function_may_say_where_the_behaviour_begins(pair: PairedModel, wait: 
     def only_nine(trace: Trace) -> list[int]:
         return [i for i, token in enumerate(trace.tokens) if token == 9]
 
-    moments = find_moments(pair, [first, second], Behaviour("nine", find=only_nine))
+    moments = find_onsets(pair, [first, second], Behavior("nine", find=only_nine))
     assert moments.words == (9,)
     assert (places(moments, "moment"), places(moments, "boundary")) == ([2], [7])
     assert (places(moments, "moment", 1), places(moments, "boundary", 1)) == ([], [1])
@@ -165,32 +165,32 @@ def test_a_function_may_say_where_the_behaviour_begins(pair: PairedModel, wait: 
     def first_eight(trace: Trace) -> list[int]:
         return [trace.tokens.index(8, trace.prompt_length)]
 
-    moments = find_moments(pair, [Trace((4, 7, 8, 7, 8, 7, 9, 3), 1)], Behaviour("first", find=first_eight))
+    moments = find_onsets(pair, [Trace((4, 7, 8, 7, 8, 7, 9, 3), 1)], Behavior("first", find=first_eight))
     assert (places(moments, "moment"), places(moments, "boundary")) == ([1], [3, 5]), "what is not found is a boundary"
 
     def in_the_prompt(trace: Trace) -> list[int]:
         return [1]
 
-    assert not find_moments(pair, [first], Behaviour("prompt", find=in_the_prompt)).moment.any()
+    assert not find_onsets(pair, [first], Behavior("prompt", find=in_the_prompt)).moment.any()
 
 
 def test_a_function_that_finds_the_words_finds_the_same(pair: PairedModel, wait: int, written: list[Trace]) -> None:
-    found = find_moments(pair, written, Behaviour(find=lambda t: [i for i, x in enumerate(t.tokens) if x == wait]))
-    plain = find_moments(pair, written)
+    found = find_onsets(pair, written, Behavior(find=lambda t: [i for i, x in enumerate(t.tokens) if x == wait]))
+    plain = find_onsets(pair, written)
     assert set(found.words) < set(plain.words), "the others are never said"
     assert all(torch.equal(getattr(found, kind), getattr(plain, kind)) for kind in KINDS)
 
 
 def test_words_may_be_those_that_other_texts_told(pair: PairedModel, wait: int, written: list[Trace]) -> None:
-    never = Behaviour("never", find=lambda trace: [])
-    found = find_moments(pair, written, never, words=(wait, 9))
+    never = Behavior("never", find=lambda trace: [])
+    found = find_onsets(pair, written, never, words=(wait, 9))
     assert found.words == (wait, 9)
     assert not found.moment.any()
 
 
 def test_several_words_are_one_behaviour(pair: PairedModel, written: list[Trace]) -> None:
     both, one, other = (
-        find_moments(pair, written, Behaviour(words=words)) for words in (("Wait", "Hmm"), ("Wait",), ("Hmm",))
+        find_onsets(pair, written, Behavior(words=words)) for words in (("Wait", "Hmm"), ("Wait",), ("Hmm",))
     )
     assert set(both.words) == {*one.words, *other.words}
     assert other.moment.any()
@@ -201,22 +201,22 @@ def test_several_words_are_one_behaviour(pair: PairedModel, written: list[Trace]
 
 def test_what_cannot_be_studied_is_said(pair: PairedModel, written: list[Trace]) -> None:
     with pytest.raises(VocabularyError, match="without spaces around them"):
-        find_moments(pair, written, Behaviour(words=(" Wait",)))
-    with pytest.raises(BehaviourError, match="give a list of words or phrases"):
-        Behaviour(words=())
-    silent = find_moments(pair, [Trace((4, 5, 6, 7), 1)])
+        find_onsets(pair, written, Behavior(words=(" Wait",)))
+    with pytest.raises(BehaviorError, match="give a list of words or phrases"):
+        Behavior(words=())
+    silent = find_onsets(pair, [Trace((4, 5, 6, 7), 1)])
     assert silent.counts == {"documents": 1, "moments": 0, "boundaries": 0}
 
 
 def test_what_is_never_said_has_no_moments_whoever_asks(pair: PairedModel, written: list[Trace]) -> None:
     """Words, words of several tokens and a function are one case."""
-    for never in (Behaviour("doubt", ("Perchance", "two words")), Behaviour("never", find=lambda trace: [])):
-        found = find_moments(pair, written, never)
+    for never in (Behavior("doubt", ("Perchance", "two words")), Behavior("never", find=lambda trace: [])):
+        found = find_onsets(pair, written, never)
         assert found.counts == {"documents": len(written), "moments": 0, "boundaries": 0}
 
 
 def test_rows_keep_their_places(pair: PairedModel, written: list[Trace]) -> None:
-    moments = find_moments(pair, written)
+    moments = find_onsets(pair, written)
     index = [4, 0, 9]
     some = moments.rows(index)
     assert some.words == moments.words
@@ -231,7 +231,7 @@ def test_rows_keep_their_places(pair: PairedModel, written: list[Trace]) -> None
 
 
 def test_documents_with_a_moment_come_in_their_order(pair: PairedModel, written: list[Trace]) -> None:
-    moments = find_moments(pair, written)
+    moments = find_onsets(pair, written)
     has = [i for i in range(len(written)) if moments.moment[i].any()]
     assert 3 < len(has) < len(written)
     for n in (None, 3, 1000):
@@ -240,11 +240,11 @@ def test_documents_with_a_moment_come_in_their_order(pair: PairedModel, written:
         for row, i in enumerate(has[:n]):
             assert places(some, "moment", row) == places(moments, "moment", i)
     assert int(moments.with_moments().moment.sum()) == int(moments.moment.sum())
-    assert len(find_moments(pair, [Trace((4, 5, 6, 7), 1)]).with_moments()) == 0
+    assert len(find_onsets(pair, [Trace((4, 5, 6, 7), 1)]).with_moments()) == 0
 
 
 def test_batches_have_every_document_once(pair: PairedModel, written: list[Trace]) -> None:
-    moments = find_moments(pair, written)
+    moments = find_onsets(pair, written)
     seen = []
     for limit in (200, 4096):
         batches = list(moments.batches(limit))
@@ -260,7 +260,7 @@ def test_batches_have_every_document_once(pair: PairedModel, written: list[Trace
 
 
 def test_to_is_the_same_elsewhere(pair: PairedModel, written: list[Trace]) -> None:
-    moments = find_moments(pair, written[:3])
+    moments = find_onsets(pair, written[:3])
     there = moments.to("meta")
     assert there.words == moments.words
     assert {getattr(there, kind).device.type for kind in ("tokens", *KINDS)} == {"meta"}
@@ -274,7 +274,7 @@ def test_margins_are_the_log_odds_of_a_plain_pass(architecture: str, backend: st
     pair, tokens = make(architecture, backend), random_batch(3).tokens
     at = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.3
     no = torch.zeros_like(at)
-    moments = Moments(tokens, ~no, at, no, no, (7, 12))
+    moments = Onsets(tokens, ~no, at, no, no, (7, 12))
     for route in ("target", "hybrid", "replacement"):
         with pair.routed(route):
             found, logits = margins(pair, moments, at), pair.model(tokens)

@@ -17,13 +17,13 @@ from helpers.planted_circuits import (
     pair_with,
     planted,
     quiet_layers,
-    random_moments,
+    random_onsets,
     word_direction,
 )
 from helpers.random_models import random_batch, random_model
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.circuits.onsets import BehaviourError, Moments, final_residual, log_odds, margins
+from tl_adapters.circuits.onsets import BehaviorError, Onsets, final_residual, log_odds, margins
 from tl_adapters.circuits.roles import (
     SHARE,
     SUPPRESSES,
@@ -42,7 +42,7 @@ STEP = 1e-5
 COPIES, ALONE = (FeatureId(3, 7), FeatureId(3, 8)), FeatureId(3, 9)
 
 
-def doubled(backend: str = "hooked") -> tuple[PairedModel, Moments]:
+def doubled(backend: str = "hooked") -> tuple[PairedModel, Onsets]:
     """Two copies that say the word together, and a third feature that says it where they do not fire."""
     base, layers = random_model(1, vocab_size=N_VOCAB), quiet_layers()
     with torch.no_grad():
@@ -55,13 +55,13 @@ def doubled(backend: str = "hooked") -> tuple[PairedModel, Moments]:
     return pair_with(base, layers, [*COPIES, ALONE], backend)
 
 
-def mean_margin(pair: PairedModel, moments: Moments, at: str = "moment") -> float:
+def mean_margin(pair: PairedModel, moments: Onsets, at: str = "moment") -> float:
     with torch.no_grad():
         return float(margins(pair, moments, getattr(moments, at)).mean())
 
 
 @pytest.fixture(scope="module")
-def circuit() -> tuple[PairedModel, Moments]:
+def circuit() -> tuple[PairedModel, Onsets]:
     return planted()
 
 
@@ -162,7 +162,7 @@ def test_what_says_the_word_is_found_first_and_does_all(backend: str) -> None:
     assert state(pair) == before
 
 
-def test_a_feature_that_works_through_another_is_necessary(circuit: tuple[PairedModel, Moments]) -> None:
+def test_a_feature_that_works_through_another_is_necessary(circuit: tuple[PairedModel, Onsets]) -> None:
     """Alone it does nothing, so a step from nothing cannot see that it suffices; that it is needed can be seen."""
     pair, moments = circuit
     options = replace(SMALL, sufficiency=0.0)
@@ -186,7 +186,7 @@ def test_a_copy_of_what_is_chosen_waits_for_what_else_there_is() -> None:
     assert search.order[1] == ALONE
 
 
-def test_aims_are_what_they_say(circuit: tuple[PairedModel, Moments]) -> None:
+def test_aims_are_what_they_say(circuit: tuple[PairedModel, Onsets]) -> None:
     """Recomputed with ablations and insertions, at every round."""
     pair, moments = circuit
     options = replace(SMALL, strength=1.3, tokens_per_batch=40)  # several batches
@@ -210,7 +210,7 @@ def test_aims_are_what_they_say(circuit: tuple[PairedModel, Moments]) -> None:
         assert torch.allclose(torch.tensor(found).double(), torch.stack(expected).double(), rtol=1e-5)
 
 
-def test_a_search_is_the_same_twice_and_takes_only_what_is_alive(circuit: tuple[PairedModel, Moments]) -> None:
+def test_a_search_is_the_same_twice_and_takes_only_what_is_alive(circuit: tuple[PairedModel, Onsets]) -> None:
     pair, moments = circuit
     alive = everything(pair)
     alive[OUTPUT] = False
@@ -228,7 +228,7 @@ def test_a_search_is_the_same_twice_and_takes_only_what_is_alive(circuit: tuple[
     assert search_circuit(pair, moments, few, SearchOptions(), progress=False).order == (TEMPLATE,), "at least one"
 
 
-def test_a_search_goes_on_beyond_the_circuit(circuit: tuple[PairedModel, Moments]) -> None:
+def test_a_search_goes_on_beyond_the_circuit(circuit: tuple[PairedModel, Onsets]) -> None:
     pair, moments = circuit
     small = search_circuit(pair, moments, everything(pair), replace(SMALL, further=2.5), progress=False)
     large = search_circuit(pair, moments, everything(pair), replace(SMALL, share=15 / (4 * N_FEATURES)), progress=False)
@@ -253,7 +253,7 @@ def test_adapters_are_given_back_as_they_were() -> None:
     assert [p.requires_grad for p in parameters] == flags
 
 
-def test_only_so_many_documents_are_read(circuit: tuple[PairedModel, Moments]) -> None:
+def test_only_so_many_documents_are_read(circuit: tuple[PairedModel, Onsets]) -> None:
     pair, moments = circuit
     two = search_circuit(pair, moments, everything(pair), replace(SMALL, documents=2), progress=False)
     first = search_circuit(pair, moments.with_moments(2), everything(pair), SMALL, progress=False)
@@ -262,10 +262,10 @@ def test_only_so_many_documents_are_read(circuit: tuple[PairedModel, Moments]) -
     assert two.aims[0] != every.aims[0]
 
 
-def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Moments]) -> None:
+def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Onsets]) -> None:
     pair, moments = circuit
     silent = replace(moments, moment=torch.zeros_like(moments.moment))
-    with pytest.raises(BehaviourError, match="no moment in these texts"):
+    with pytest.raises(BehaviorError, match="no moment in these texts"):
         search_circuit(pair, silent, everything(pair), progress=False)
     for wrong in (
         {"share": 0.0},
@@ -275,7 +275,7 @@ def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Moments]) -> None
         {"documents": 0},
         {"further": 0.9},
     ):
-        with pytest.raises(BehaviourError, match="share is above 0 and at most 1"):
+        with pytest.raises(BehaviorError, match="share is above 0 and at most 1"):
             SearchOptions(**wrong)  # type: ignore[arg-type]
 
 
@@ -294,7 +294,7 @@ def strongest(effects: torch.Tensor, n: int = 4) -> list[FeatureId]:
 @pytest.mark.parametrize("at", ["moment", "boundary"])
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
 def test_a_total_effect_is_the_slope_of_the_margin_in_the_features_gate(architecture: str, at: str) -> None:
-    pair, moments = make(architecture, "hooked"), random_moments()
+    pair, moments = make(architecture, "hooked"), random_onsets()
     effects = effects_at(pair, moments, at, tokens_per_batch=30)
     assert abs(effects.margin - replacement_margin(pair, moments, at)) < 1e-6
 
@@ -306,13 +306,13 @@ def test_a_total_effect_is_the_slope_of_the_margin_in_the_features_gate(architec
         assert abs(slope(lambda by, f=feature: measure(f, by)) / float(effects.total[feature]) - 1) < 1e-4
 
 
-def replacement_margin(pair: PairedModel, moments: Moments, at: str) -> float:
+def replacement_margin(pair: PairedModel, moments: Onsets, at: str) -> float:
     with pair.routed("replacement"):
         return mean_margin(pair, moments, at)
 
 
 def test_a_direct_effect_is_what_the_feature_writes_there_read_by_the_unembedding() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     effects = effects_at(pair, moments)
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
         residual = final_residual(pair, moments.tokens)[moments.moment]
@@ -328,13 +328,13 @@ def test_a_direct_effect_is_what_the_feature_writes_there_read_by_the_unembeddin
 
 
 def test_the_last_layer_has_direct_effects_only_and_the_others_have_more() -> None:
-    effects = effects_at(make("Qwen2ForCausalLM", "hooked"), random_moments())
+    effects = effects_at(make("Qwen2ForCausalLM", "hooked"), random_onsets())
     assert torch.allclose(effects.total[3], effects.direct[3], atol=1e-6)
     assert not torch.allclose(effects.total[2], effects.direct[2], atol=1e-2)
 
 
 def test_mass_and_rate_are_those_of_the_places() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
         pair.model(moments.tokens)
     for at in ("moment", "boundary"):
@@ -348,7 +348,7 @@ def test_mass_and_rate_are_those_of_the_places() -> None:
 
 
 def test_an_effect_with_others_held_is_its_slope_while_they_keep_their_values() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     before = state(pair)
     held = [FeatureId(2, i) for i in range(0, 24, 2)] + [FeatureId(3, i) for i in range(0, 24, 3)]
     free, constant = effects_at(pair, moments), effects_at(pair, moments, held=held)
@@ -370,7 +370,7 @@ def test_an_effect_with_others_held_is_its_slope_while_they_keep_their_values() 
 
 
 def test_an_effect_on_what_follows_is_the_slope_of_the_log_odds_of_what_comes() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     effects = effects_on_what_follows(pair, moments, tokens_per_batch=30)
     texts = moments.with_moments()
     coming = torch.zeros_like(texts.tokens)
@@ -386,7 +386,7 @@ def test_an_effect_on_what_follows_is_the_slope_of_the_log_odds_of_what_comes() 
         assert abs(slope(lambda by, f=feature: measure(by, f)) / float(effects[feature]) - 1) < 1e-4
 
 
-def test_a_planted_circuit_is_sorted(circuit: tuple[PairedModel, Moments]) -> None:
+def test_a_planted_circuit_is_sorted(circuit: tuple[PairedModel, Onsets]) -> None:
     pair, moments = circuit
     sorted_ = sort_features(pair, moments, [TEMPLATE, OUTPUT], everything(pair))
     template, output = sorted_.features[:2]
@@ -410,7 +410,7 @@ def test_a_planted_circuit_is_sorted(circuit: tuple[PairedModel, Moments]) -> No
 
 def test_roles_are_what_the_formulas_say() -> None:
     """On a random pair, where features of every role are."""
-    pair, moments, alive = make("Qwen2ForCausalLM", "hooked"), random_moments(), torch.ones(4, 24, dtype=torch.bool)
+    pair, moments, alive = make("Qwen2ForCausalLM", "hooked"), random_onsets(), torch.ones(4, 24, dtype=torch.bool)
     alive[:, 20:] = False
     chosen = [FeatureId(layer, i) for layer in (3, 1, 0, 2) for i in range(0, 12, 2)]
     here, there = effects_at(pair, moments), effects_at(pair, moments, "boundary")
@@ -466,7 +466,7 @@ def test_a_feature_that_fires_before_the_word_and_does_nothing_is_a_bystander() 
 
 
 def test_an_edge_is_a_slope_of_what_the_output_feature_reads() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_moments()
+    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     chosen = [FeatureId(layer, i) for layer in range(4) for i in range(8)]
     features = sort_features(pair, moments, chosen, torch.zeros(4, 24, dtype=torch.bool)).features
     edges = circuit_edges(pair, moments, features)
@@ -496,7 +496,7 @@ def test_an_edge_is_a_slope_of_what_the_output_feature_reads() -> None:
 
 
 def test_an_architecture_with_post_norms_has_a_circuit_too() -> None:
-    pair, moments = make("Gemma2ForCausalLM", "bridge", dtype=torch.float32), random_moments()
+    pair, moments = make("Gemma2ForCausalLM", "bridge", dtype=torch.float32), random_onsets()
     alive = torch.ones(4, 24, dtype=torch.bool)
     search = search_circuit(pair, moments, alive, SearchOptions(share=0.1), progress=False)
     assert len(search.order) == 10

@@ -18,11 +18,11 @@ from tl_adapters import organism
 from tl_adapters.circuits.circuit import ROLES
 from tl_adapters.circuits.control_strengths import SAME_EFFECT, SAME_HARM, Texts
 from tl_adapters.circuits.criteria import CUT
-from tl_adapters.circuits.find import FEWEST_MOMENTS, find_circuit
+from tl_adapters.circuits.find import FEWEST_ONSETS, find_circuit
 from tl_adapters.circuits.measurements import Unchanged, answers, probabilities, record
-from tl_adapters.circuits.onsets import Behaviour, BehaviourError, find_moments
+from tl_adapters.circuits.onsets import Behavior, BehaviorError, find_onsets
 from tl_adapters.circuits.search import SearchOptions
-from tl_adapters.circuits.study import BehaviourStudy, StudyOptions, analyze_behaviour, analyze_hesitation
+from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior, analyze_hesitation
 from tl_adapters.circuits.subject import Injection, Subject, builtin_subject
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data.chat_format import encode_traces
@@ -35,7 +35,7 @@ from tl_adapters.organism.census import corrects, with_injected_slip
 from tl_adapters.organism.traces import prompt
 from tl_adapters.study.open_run import load_builtin_pair
 from tl_adapters.training.trainer import train
-from tl_adapters.utils.confidence_intervals import Figure, SetsFigure, mcnemar, newcombe
+from tl_adapters.utils.confidence_intervals import Measurement, SetsMeasurement, mcnemar, newcombe
 from tl_adapters.utils.results import plain
 
 SEARCH = SearchOptions(share=0.1, documents=16)
@@ -92,7 +92,7 @@ def subject(pair: PairedModel) -> Subject:
 
 
 @pytest.fixture(scope="module")
-def study(pair: PairedModel, subject: Subject) -> BehaviourStudy:
+def study(pair: PairedModel, subject: Subject) -> BehaviorStudy:
     before, doses = state(pair), hesitation.DOSES
     hesitation.DOSES = (4, 1000)
     try:
@@ -103,8 +103,8 @@ def study(pair: PairedModel, subject: Subject) -> BehaviourStudy:
     return found
 
 
-def figures(block: Any) -> list[Figure]:
-    if isinstance(block, Figure):
+def figures(block: Any) -> list[Measurement]:
+    if isinstance(block, Measurement):
         return [block]
     inner = block.values() if isinstance(block, dict) else block if isinstance(block, list) else ()
     return [figure for item in inner for figure in figures(item)]
@@ -113,7 +113,7 @@ def figures(block: Any) -> list[Figure]:
 # -- the block ----------------------------------------------------------------------------------------------------
 
 
-def test_every_part_is_there_and_goes_into_results(study: BehaviourStudy) -> None:
+def test_every_part_is_there_and_goes_into_results(study: BehaviorStudy) -> None:
     block = json.loads(json.dumps(plain(study.block), allow_nan=False))
     assert set(block) == {
         "behaviour", "words", "moments", "circuit", "probabilities", "other_words", "necessity", "sufficiency",
@@ -159,19 +159,19 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviourStudy) -> Non
     assert all(c["name"] in study._repr_html_() for c in block["criteria"] if not set("<>&'") & set(c["name"]))
 
 
-def test_every_figure_is_of_the_report_problems(study: BehaviourStudy) -> None:
+def test_every_figure_is_of_the_report_problems(study: BehaviorStudy) -> None:
     found = figures(study.block)
     assert len(found) > 50
     assert {f.split for f in found} == {"report"}
     assert max(f.n for f in found) == 4, "several draws are no more problems"
     drawn = study.block["probabilities"]["replacement - random"]["moment"]
-    assert isinstance(drawn, SetsFigure) and drawn.draws == OPTIONS.probability_draws
+    assert isinstance(drawn, SetsMeasurement) and drawn.draws == OPTIONS.probability_draws
     assert drawn.min <= drawn.value <= drawn.max and "only 2 sets" in drawn.reason
     assert {f.seeds for f in found} == {(0,)}
     assert study.circuit.split == "select"
 
 
-def test_the_circuit_is_as_large_as_it_says(study: BehaviourStudy, pair: PairedModel) -> None:
+def test_the_circuit_is_as_large_as_it_says(study: BehaviorStudy, pair: PairedModel) -> None:
     size, found, circuit = study.block["circuit"], study.found, study.circuit
     promoting = circuit.ids()
     assert found.search is not None
@@ -189,7 +189,7 @@ def test_the_circuit_is_as_large_as_it_says(study: BehaviourStudy, pair: PairedM
     assert study.block["moments"]["select"] == found.moments.counts
 
 
-def test_what_fires_is_counted_over_the_response(study: BehaviourStudy, pair: PairedModel) -> None:
+def test_what_fires_is_counted_over_the_response(study: BehaviorStudy, pair: PairedModel) -> None:
     found = study.found
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
         pair.model(found.moments.tokens)
@@ -202,7 +202,7 @@ def test_what_fires_is_counted_over_the_response(study: BehaviourStudy, pair: Pa
     assert torch.allclose(found.firings, mass.detach(), rtol=1e-3, atol=1e-3)
 
 
-def test_arms_are_what_their_names_say(study: BehaviourStudy, pair: PairedModel, subject: Subject) -> None:
+def test_arms_are_what_their_names_say(study: BehaviorStudy, pair: PairedModel, subject: Subject) -> None:
     order, words = list(study.found.search.order), ["wait"]  # type: ignore[union-attr]
     slips = [subject.slipped(p, r) for p, r in zip(subject.report, respond(pair.model, subject.report), strict=True)]  # type: ignore[misc]
 
@@ -222,7 +222,7 @@ def test_arms_are_what_their_names_say(study: BehaviourStudy, pair: PairedModel,
     negated = Variant("negated", lambda pair: only(pair, order, "target+adapter", -0.5))
     none, both = said(on_route("target")), said(negated)
     same(study.block["transfer"]["negated"], record(both, none, words, "report", slips))
-    moments = find_moments(pair, traces_of(none, pair.model.tokenizer))
+    moments = find_onsets(pair, traces_of(none, pair.model.tokenizer))
     assert study.block["moments"]["report"] == moments.counts
     assert moments.counts["moments"] >= 3
     unchanged = Unchanged(pair, moments)
@@ -231,7 +231,7 @@ def test_arms_are_what_their_names_say(study: BehaviourStudy, pair: PairedModel,
         assert plain(study.block["probabilities"][name]) == plain(found)
 
 
-def test_controls_are_set_on_the_select_split_and_read_on_the_other(study: BehaviourStudy, pair: PairedModel) -> None:
+def test_controls_are_set_on_the_select_split_and_read_on_the_other(study: BehaviorStudy, pair: PairedModel) -> None:
     controls, given = study.block["controls"], study.block["probabilities"]
     texts, circuit = Texts(pair, study.found.moments), controls["circuit"]
     measured = texts.measure(without(list(study.found.search.order)))  # type: ignore[union-attr]
@@ -258,12 +258,12 @@ def test_controls_are_set_on_the_select_split_and_read_on_the_other(study: Behav
 
 
 def test_words_that_nothing_was_chosen_on_are_read_at_the_same_places(
-    study: BehaviourStudy, pair: PairedModel, subject: Subject
+    study: BehaviorStudy, pair: PairedModel, subject: Subject
 ) -> None:
     tokenizer, found = pair.model.tokenizer, study.block["other_words"]
     held_out = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Hmm", " Hmm", "hmm", " hmm", "No")]
     assert all(len(ids) == 1 for ids in held_out)
-    moments = find_moments(pair, traces_of(respond(pair.model, subject.report, max_new_tokens=LIMIT), tokenizer))
+    moments = find_onsets(pair, traces_of(respond(pair.model, subject.report, max_new_tokens=LIMIT), tokenizer))
     others = replace(moments, words=tuple(ids[0] for ids in held_out))
     expected = probabilities(pair, others, without(list(study.found.search.order)), "report")  # type: ignore[union-attr]
     assert plain(found["replacement - both"]) == plain(expected)
@@ -272,7 +272,7 @@ def test_words_that_nothing_was_chosen_on_are_read_at_the_same_places(
     assert found["words banned"]["moment"].value > found["replacement"]["moment"].value, "what is banned goes there"
 
 
-def test_doses_grow_to_the_whole(study: BehaviourStudy) -> None:
+def test_doses_grow_to_the_whole(study: BehaviorStudy) -> None:
     doses, block = study.block["dose"], study.block
     found = study.found.search
     assert found is not None
@@ -288,7 +288,7 @@ def test_doses_grow_to_the_whole(study: BehaviourStudy) -> None:
     assert block["smallest"]["n"] == min(enough, default=None)
 
 
-def test_a_circuit_does_more_than_random_features_that_are_as_active(study: BehaviourStudy) -> None:
+def test_a_circuit_does_more_than_random_features_that_are_as_active(study: BehaviorStudy) -> None:
     said = {name: p["moment"].value for name, p in study.block["probabilities"].items()}
     assert said["replacement - both"] < 0.7 * said["replacement"]
     assert said["replacement - both"] < said["replacement - random"]
@@ -297,7 +297,7 @@ def test_a_circuit_does_more_than_random_features_that_are_as_active(study: Beha
     assert said["hybrid + both_at_strength"] > said["hybrid + both"] > said["hybrid"]
 
 
-def test_criteria_are_read_off_the_block(study: BehaviourStudy) -> None:
+def test_criteria_are_read_off_the_block(study: BehaviorStudy) -> None:
     criteria, block = study.block["criteria"], study.block
     assert len({c["name"] for c in criteria}) == len(criteria) >= 9
     for c in criteria:
@@ -342,7 +342,7 @@ def traces(pair: PairedModel, subject: Subject) -> list[Trace]:
 
 
 def test_finding_is_the_first_part_and_the_same_twice(
-    study: BehaviourStudy, pair: PairedModel, traces: list[Trace]
+    study: BehaviorStudy, pair: PairedModel, traces: list[Trace]
 ) -> None:
     found = find_circuit(pair, traces, options=SEARCH, progress=False)
     assert found.circuit == study.circuit
@@ -355,7 +355,7 @@ def test_finding_is_the_first_part_and_the_same_twice(
 
 def test_a_function_finds_what_the_word_finds(pair: PairedModel, traces: list[Trace]) -> None:
     wait = pair.model.tokenizer("Wait", add_special_tokens=False)["input_ids"][0]
-    behaviour = Behaviour("doubt", find=lambda trace: [i for i, t in enumerate(trace.tokens) if t == wait])
+    behaviour = Behavior("doubt", find=lambda trace: [i for i, t in enumerate(trace.tokens) if t == wait])
     options = replace(SEARCH, share=0.03)
     found = find_circuit(pair, traces, behaviour, split="tune", options=options, progress=False)
     plainly = find_circuit(pair, traces, options=options, progress=False)
@@ -370,7 +370,7 @@ def test_fewer_moments_than_that_are_no_behaviour(pair: PairedModel, traces: lis
     wait = pair.model.tokenizer("Wait", add_special_tokens=False)["input_ids"][0]
     doubting = [trace for trace in traces if wait in trace.tokens[trace.prompt_length :]]
     each = [trace.tokens.count(wait) for trace in doubting]
-    enough = next(n for n in range(len(each)) if sum(each[:n]) >= FEWEST_MOMENTS)
+    enough = next(n for n in range(len(each)) if sum(each[:n]) >= FEWEST_ONSETS)
     options = replace(SEARCH, share=0.01)
     assert len(find_circuit(pair, doubting[:enough], options=options, progress=False).circuit)
     found = find_circuit(pair, doubting[: enough - 1], options=options, progress=False)
@@ -385,9 +385,9 @@ def test_adapters_that_do_nothing_have_no_circuit(traces: list[Trace]) -> None:
     with torch.no_grad():
         for adapter in other.installed_adapters():
             adapter.b_enc.fill_(-1e3)
-    with pytest.raises(BehaviourError, match="No feature of these adapters fires.*train them first"):
+    with pytest.raises(BehaviorError, match="No feature of these adapters fires.*train them first"):
         find_circuit(other, traces, progress=False)
-    never = find_circuit(other, traces, Behaviour("doubt", ("Perchance",)), progress=False)
+    never = find_circuit(other, traces, Behavior("doubt", ("Perchance",)), progress=False)
     assert never.circuit.features == (), "where nothing is said there is nothing to find, dead or not"
 
 
@@ -414,7 +414,7 @@ def test_a_target_that_never_says_the_word_has_no_circuit_and_no_arms() -> None:
 
 
 def test_a_report_without_a_moment_has_a_circuit_and_no_arms(pair: PairedModel, subject: Subject) -> None:
-    study = analyze_behaviour(
+    study = analyze_behavior(
         pair, replace(subject, report=subject.report[3:]), name="doubt", options=OPTIONS, seeds=(4,), progress=False
     )
     assert set(study.block) == {"behaviour", "words", "moments", "circuit"}

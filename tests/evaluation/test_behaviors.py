@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.pairs import make, state
-from helpers.planted_circuits import SMALL, everything, planted, random_moments
+from helpers.planted_circuits import SMALL, everything, planted, random_onsets
 from helpers.random_models import random_batch, random_model, randomise
 from helpers.word_tokenizers import word_tokenizer
 
@@ -21,14 +21,14 @@ from tl_adapters.circuits.banned_words import banned, banned_neighbors
 from tl_adapters.circuits.circuit import Circuit, CircuitError
 from tl_adapters.circuits.find import find_circuit
 from tl_adapters.circuits.measurements import mediation, probabilities, record
-from tl_adapters.circuits.onsets import Moments, final_residual, find_moments, log_odds, margins, margins_where
+from tl_adapters.circuits.onsets import Onsets, final_residual, find_onsets, log_odds, margins, margins_where
 from tl_adapters.circuits.roles import circuit_edges, effects_at, sort_features
 from tl_adapters.circuits.search import SearchOptions, search_circuit
-from tl_adapters.circuits.study import BehaviourStudy, StudyOptions, analyze_behaviour
+from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
 from tl_adapters.circuits.subject import Subject, builtin_subject, kinds_at, kinds_of_hesitation
 from tl_adapters.data.hesitation_words import pattern_of, word_tokens
 from tl_adapters.data.traces import Trace
-from tl_adapters.evaluation.behaviors import Behaviour, BehaviourError, counts
+from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, counts
 from tl_adapters.evaluation.response_metrics import rate
 from tl_adapters.evaluation.sampled_answers import Answer, Sampling, answer, score
 from tl_adapters.generation.responses import Response, respond, traces_of
@@ -63,7 +63,7 @@ def row(*phrase: int) -> Callable[[Trace], list[tuple[int, int]]]:
     return find
 
 
-HOLD_ON = Behaviour("holding", find=row(HOLD, ON))
+HOLD_ON = Behavior("holding", find=row(HOLD, ON))
 
 
 def test_the_rate_of_a_found_phrase_is_of_what_is_found_and_not_of_its_words() -> None:
@@ -83,26 +83,26 @@ def test_the_rate_of_a_found_phrase_is_of_what_is_found_and_not_of_its_words() -
 def test_an_answer_cut_at_the_limit_counts_and_has_no_end_token() -> None:
     whole, cut = said(7, HOLD, ON), said(7, HOLD, ON, end=None)
     assert counts([whole, cut], HOLD_ON) == [1, 1]
-    at_the_end = Behaviour("closing", find=lambda t: [len(t.tokens) - 1] if t.tokens[-1] == END else [])
+    at_the_end = Behavior("closing", find=lambda t: [len(t.tokens) - 1] if t.tokens[-1] == END else [])
     assert counts([whole, cut], at_the_end) == [1, 0]
-    last_words = Behaviour("last", find=row(HOLD, ON, END))
+    last_words = Behavior("last", find=row(HOLD, ON, END))
     assert counts([whole, cut, said(HOLD, ON, 7)], last_words) == [1, 0, 0]
 
 
 @pytest.mark.parametrize("phrase", [(ON, THINK, 7), (8, THINK)])
 def test_a_phrase_may_cross_the_end_of_thinking(phrase: tuple[int, ...]) -> None:
     answer = said(HOLD, ON, THINK, 7, 8, THINK, 9)
-    assert counts([answer, said(ON, 7, THINK)], Behaviour("crossing", find=row(*phrase))) == [1, 0]
+    assert counts([answer, said(ON, 7, THINK)], Behavior("crossing", find=row(*phrase))) == [1, 0]
 
 
 def test_what_a_function_finds_in_the_prompt_or_twice_counts_not_or_once() -> None:
-    twice = Behaviour("twice", find=lambda t: [4, (4, 6), 1, 4])
+    twice = Behavior("twice", find=lambda t: [4, (4, 6), 1, 4])
     assert counts([said(7, 8, 9)], twice) == [1]
     for wrong in ([99], [-1], [(5, 5)], [2.5], [(1, 2, 3)], ["so"]):
         with pytest.raises(
-            BehaviourError, match=r"found .* in a trace of 7 tokens; it is to return positions from 0 to 6"
+            BehaviorError, match=r"found .* in a trace of 7 tokens; it is to return positions from 0 to 6"
         ):
-            counts([said(7, 8, 9)], Behaviour("wrong", find=lambda t, wrong=wrong: wrong))
+            counts([said(7, 8, 9)], Behavior("wrong", find=lambda t, wrong=wrong: wrong))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_phrases_are_counted_whole_in_any_case_with_any_white_space(
 ) -> None:
     response = Response((1,), (1,), text, False, True)
     assert response.count(words) == n == counts([response], words)[0]
-    places = Behaviour.of(words).places(response, pair.model.tokenizer)
+    places = Behavior.of(words).places(response, pair.model.tokenizer)
     assert len(places) == n
     assert all(pattern_of(words).fullmatch(text[start:stop]) for start, stop in places)
 
@@ -136,9 +136,9 @@ def test_words_that_are_no_list_of_words_are_refused_wherever_something_is_count
         lambda: rate(answers, "report", words),
         lambda: score([Answer(0, 0, answers[0])], "report", words),
         lambda: record(answers, answers, words, "report"),
-        lambda: analyze_behaviour(pair, builtin_subject(1, 1), words),
+        lambda: analyze_behavior(pair, builtin_subject(1, 1), words),
     ):
-        with pytest.raises(BehaviourError, match="give a list of words or phrases"):
+        with pytest.raises(BehaviorError, match="give a list of words or phrases"):
             count()
 
 
@@ -150,7 +150,7 @@ def test_a_benchmark_counts_what_a_function_finds_and_keeps_what_it_needs(tmp_pa
     responses = [one.response for one in answers[0]]
     assert {r.truncated for r in responses} == {True, False}
     assert all((r.end is None) == r.truncated for r in responses)
-    closing = Behaviour("closing", find=lambda t: [i for i, x in enumerate(t.tokens) if x == responses_end(responses)])
+    closing = Behavior("closing", find=lambda t: [i for i, x in enumerate(t.tokens) if x == responses_end(responses)])
     found = score(answers[1], "report", closing)
     finished = sum(not r.truncated for r in responses)
     assert found.hesitation_per_1k == pytest.approx(1000 * finished / sum(len(r.tokens) for r in responses))
@@ -196,16 +196,16 @@ def test_a_word_of_several_tokens_is_a_phrase_in_every_spelling(pair: PairedMode
 def test_words_that_the_tokenizer_cannot_write_are_refused() -> None:
     unknown = make("Qwen2ForCausalLM", "hooked")
     unknown.model.tokenizer = word_tokenizer("x")
-    with pytest.raises(BehaviourError, match=r"'doubt': this model's tokenizer can write none of Hold on; .*find="):
-        find_moments(unknown, [Trace((1, 2, 3), 1)], Behaviour("doubt", ("Hold on",)))
+    with pytest.raises(BehaviorError, match=r"'doubt': this model's tokenizer can write none of Hold on; .*find="):
+        find_onsets(unknown, [Trace((1, 2, 3), 1)], Behavior("doubt", ("Hold on",)))
 
 
 def test_what_else_begins_alike_is_a_control_position(pair: PairedModel) -> None:
     wait, comma, three, five = (ids(pair, text)[0] for text in ("Wait", ",", "3", "5"))
     #              0  1  2     3      4      5  6     7      8     9  10    11     12    13
     trace = Trace((9, 8, wait, comma, three, 8, wait, comma, five, 8, wait, comma, three, 8), 1)
-    for behaviour in (Behaviour(words=("Wait,3",)), Behaviour(find=row(wait, comma, three))):
-        moments = find_moments(pair, [trace], behaviour)
+    for behaviour in (Behavior(words=("Wait,3",)), Behavior(find=row(wait, comma, three))):
+        moments = find_onsets(pair, [trace], behaviour)
         assert (wait, comma, three) in moments.words
         places = {kind: getattr(moments, kind)[0].nonzero()[:, 0].tolist() for kind in ("moment", "boundary")}
         assert places == {"moment": [1, 9], "boundary": [5]}
@@ -218,7 +218,7 @@ def test_what_else_begins_alike_is_a_control_position(pair: PairedModel) -> None
 def test_a_place_within_a_phrase_is_no_boundary(pair: PairedModel) -> None:
     """The phrase holds the very token after which it begins."""
     trace = Trace((9, 8, 4, 8, 6, 3, 8, 5, 3), 1)
-    moments = find_moments(pair, [trace], Behaviour(find=row(4, 8, 6)))
+    moments = find_onsets(pair, [trace], Behavior(find=row(4, 8, 6)))
     assert moments.moment[0].nonzero()[:, 0].tolist() == [1]
     assert moments.boundary[0].nonzero()[:, 0].tolist() == [6]
 
@@ -227,18 +227,18 @@ def test_a_function_that_finds_whole_sentences_is_told_that_phrases_are_short(pa
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(5, 200, (30, 100), generator=generator).tolist()
     traces = [Trace(tuple(tokens), 10) for tokens in rows]
-    whole = Behaviour("all", find=lambda t: [(t.prompt_length, len(t.tokens))])
-    with pytest.raises(BehaviourError, match=r"found 30 different phrases of 2,700 tokens together; at most 2,000"):
-        find_moments(pair, traces, whole)
+    whole = Behavior("all", find=lambda t: [(t.prompt_length, len(t.tokens))])
+    with pytest.raises(BehaviorError, match=r"found 30 different phrases of 2,700 tokens together; at most 2,000"):
+        find_onsets(pair, traces, whole)
     assert counts([said(7, 8)], whole) == [1]
-    assert find_moments(pair, traces, Behaviour("starts", find=lambda t: [10])).counts["moments"] == 30
+    assert find_onsets(pair, traces, Behavior("starts", find=lambda t: [10])).counts["moments"] == 30
 
 
 def test_two_tokens_with_one_text_are_both_the_behavior(pair: PairedModel) -> None:
     """Parts of characters all decode to the replacement sign."""
     parts = [i for i in range(256) if pair.model.tokenizer.decode([i]) == "\ufffd"][:2]
     trace = Trace((9, parts[0], 8, parts[1], 8), 1)
-    found = Behaviour(find=lambda t: [1, 3]).tokens(pair, [trace])
+    found = Behavior(find=lambda t: [1, 3]).tokens(pair, [trace])
     assert sorted(found.values()) == sorted(parts)  # type: ignore[type-var]
 
 
@@ -248,7 +248,7 @@ PHRASES = ((4, 5), (4, 6, 7), 9)
 """Two that begin alike, and a single token."""
 
 
-def phrase_moments(seed: int = 2) -> Moments:
+def phrase_moments(seed: int = 2) -> Onsets:
     """Texts of few different tokens, so that phrases are begun, parted from and ended; every place is measured."""
     batch = random_batch(seed, (19, 12, 16), vocab=10)
     tokens = batch.tokens.clone()
@@ -257,7 +257,7 @@ def phrase_moments(seed: int = 2) -> Moments:
     tokens[2, 4:7] = torch.tensor([4, 6, 5])
     tokens[2, 14:16] = torch.tensor([4, 6])  # the text ends within a phrase
     at, no = batch.predicting_response, torch.zeros_like(batch.predicting_response)
-    return Moments(tokens, at, at, no, no, PHRASES)
+    return Onsets(tokens, at, at, no, no, PHRASES)
 
 
 def by_hand(p: torch.Tensor, tokens: list[int], place: int, n: int) -> float:
@@ -287,7 +287,7 @@ def test_the_probability_of_a_phrase_is_the_product_over_its_tokens(architecture
     assert any(abs(a - float(b)) > 1e-3 for a, b in zip(expected, first_token(p, moments), strict=True))
 
 
-def first_token(p: torch.Tensor, moments: Moments) -> torch.Tensor:
+def first_token(p: torch.Tensor, moments: Onsets) -> torch.Tensor:
     return p[..., [4, 9]].sum(-1)[moments.moment]
 
 
@@ -309,7 +309,7 @@ def test_odds_of_phrases_take_gradients_through_all_their_tokens() -> None:
 
 
 def test_phrases_are_searched_sorted_and_measured() -> None:
-    tiny, moments = make("Qwen2ForCausalLM", "hooked"), random_moments(vocab=10)
+    tiny, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets(vocab=10)
     moments = replace(moments, words=PHRASES)
     search = search_circuit(tiny, moments, everything(tiny), SearchOptions(share=0.1), progress=False)
     sorted_ = sort_features(tiny, moments, search.order, everything(tiny))
@@ -346,7 +346,7 @@ def test_margins_of_bfloat16_logits_are_exact(words: Any) -> None:
     assert torch.allclose(log_odds(logits, (5,)).double(), log_odds(logits.double(), (5,)), atol=1e-4)
 
 
-def whole_pass(moments: Moments, logits: torch.Tensor) -> torch.Tensor:
+def whole_pass(moments: Onsets, logits: torch.Tensor) -> torch.Tensor:
     """Margins at the moments, of the logits of a whole pass."""
     return margins_where(lambda rows, places: logits[rows, places], moments, moments.moment)
 
@@ -356,7 +356,7 @@ def test_a_circuit_is_found_in_bfloat16_as_in_float64() -> None:
     found = {}
     for dtype in (torch.float64, torch.bfloat16):
         tiny = randomise(PairedModel.from_pretrained(random_model(1, dtype), random_model(2, dtype)))
-        moments = random_moments()
+        moments = random_onsets()
         search = search_circuit(tiny, moments, everything(tiny), SearchOptions(share=0.1), progress=False)
         sorted_ = sort_features(tiny, moments, search.order, everything(tiny))
         edges = circuit_edges(tiny, moments, sorted_.features)
@@ -374,7 +374,7 @@ def test_a_circuit_is_found_in_bfloat16_as_in_float64() -> None:
 # -- documents without an onset ---------------------------------------------------------------------------------------
 
 
-def with_quiet_documents(moments: Moments) -> Moments:
+def with_quiet_documents(moments: Onsets) -> Onsets:
     """The first and the last of five documents have boundaries only."""
     moment = moments.moment.clone()
     moment[[0, 4]] = False
@@ -388,7 +388,7 @@ def test_documents_without_an_onset_are_read_in_proportion() -> None:
     moment, boundary, none = (torch.zeros(n, 4, dtype=torch.bool) for _ in range(3))
     moment[::3, 1] = True
     boundary[1::3, 2] = True  # a third has boundaries only, a third nothing
-    moments = Moments(tokens, torch.ones_like(moment), moment, boundary, none, (5,))
+    moments = Onsets(tokens, torch.ones_like(moment), moment, boundary, none, (5,))
     assert len(moments.with_places()) == 20
     for documents, all_ in ((10, 20), (5, 10), (1, 2)):
         some = moments.with_places(documents)
@@ -402,7 +402,7 @@ def test_documents_without_an_onset_are_read_in_proportion() -> None:
 
 
 def test_boundaries_count_whether_or_not_their_document_has_an_onset() -> None:
-    tiny, moments = make("Qwen2ForCausalLM", "hooked"), with_quiet_documents(random_moments())
+    tiny, moments = make("Qwen2ForCausalLM", "hooked"), with_quiet_documents(random_onsets())
     effects = effects_at(tiny, moments, "boundary")
     with torch.no_grad(), tiny.routed("replacement"):
         assert effects.margin == pytest.approx(float(margins(tiny, moments, moments.boundary).mean()), abs=1e-6)
@@ -454,7 +454,7 @@ def test_of_three_tokens_the_neighbors_are_banned_that_stand_least_elsewhere() -
     tokens[0, 2:14] = torch.tensor([4, 5, 6, 1, 4, 5, 7, 1, 4, 5, 6, 2])
     tokens[1, 2:9] = torch.tensor([5, 6, 1, 4, 5, 6, 3])
     at, no = batch.predicting_response, torch.zeros_like(batch.predicting_response)
-    moments = Moments(tokens, at, at, no, no, ((4, 5, 6), 3))
+    moments = Onsets(tokens, at, at, no, no, ((4, 5, 6), 3))
     assert banned_neighbors(moments) == {(4, 5): 1}, "one (5, 6) begins in the prompt's reach, one (4, 5) goes on to 7"
     assert banned_neighbors(replace(moments, words=((1, 4, 5),))) == {(1, 4): 0}
     assert banned_neighbors(replace(moments, words=(3,))) == {}
@@ -508,16 +508,16 @@ def subject(pair: PairedModel) -> Subject:
 
 def studied(
     pair: PairedModel, subject: Subject, words: Sequence[str], find: Any = None, name: str = "hesitation"
-) -> BehaviourStudy:
+) -> BehaviorStudy:
     doses, hesitation.DOSES = hesitation.DOSES, (4,)
     try:
-        return analyze_behaviour(pair, subject, words, find, name=name, options=OPTIONS, progress=False)
+        return analyze_behavior(pair, subject, words, find, name=name, options=OPTIONS, progress=False)
     finally:
         hesitation.DOSES = doses
 
 
 @pytest.fixture(scope="module")
-def studies(pair: PairedModel, subject: Subject) -> dict[str, BehaviourStudy]:
+def studies(pair: PairedModel, subject: Subject) -> dict[str, BehaviorStudy]:
     """Of a phrase of two tokens whose first one, the end of a line, mostly goes on otherwise."""
     return {
         "words": studied(pair, subject, (".\nWait",)),
@@ -525,7 +525,7 @@ def studies(pair: PairedModel, subject: Subject) -> dict[str, BehaviourStudy]:
     }
 
 
-def test_both_ways_to_name_a_phrase_are_one_study(studies: dict[str, BehaviourStudy], pair: PairedModel) -> None:
+def test_both_ways_to_name_a_phrase_are_one_study(studies: dict[str, BehaviorStudy], pair: PairedModel) -> None:
     by_words, by_function = (studies[name].block for name in ("words", "find"))
     assert len(LINE_WAIT) == 2
     assert by_words["moments"] == by_function["moments"]
@@ -546,7 +546,7 @@ def test_both_ways_to_name_a_phrase_are_one_study(studies: dict[str, BehaviourSt
 
 
 def test_the_rate_of_a_phrase_is_that_of_the_targets_answers(
-    studies: dict[str, BehaviourStudy], pair: PairedModel, subject: Subject
+    studies: dict[str, BehaviorStudy], pair: PairedModel, subject: Subject
 ) -> None:
     with pair.routed("target"):
         told = respond(pair.model, subject.report, max_new_tokens=LIMIT)
@@ -559,7 +559,7 @@ def test_the_rate_of_a_phrase_is_that_of_the_targets_answers(
 
 @torch.no_grad()
 def test_the_target_says_the_phrase_at_its_onsets_and_less_often_where_the_line_goes_on(
-    studies: dict[str, BehaviourStudy], pair: PairedModel
+    studies: dict[str, BehaviorStudy], pair: PairedModel
 ) -> None:
     """The first token alone is as likely at both, so that of the phrase is what tells them apart."""
     found = {place: f.value for place, f in studies["words"].block["probabilities"]["target"].items()}
@@ -574,12 +574,12 @@ def test_the_target_says_the_phrase_at_its_onsets_and_less_often_where_the_line_
     assert float(whole.mean()) < float(first[alike].mean()) - 0.3
 
 
-def margins_at(pair: PairedModel, moments: Moments, at: torch.Tensor) -> torch.Tensor:
+def margins_at(pair: PairedModel, moments: Onsets, at: torch.Tensor) -> torch.Tensor:
     with pair.routed("target"):
         return margins(pair, moments, at).sigmoid()
 
 
-def test_pages_and_files_say_what_a_function_found(studies: dict[str, BehaviourStudy], tmp_path: Path) -> None:
+def test_pages_and_files_say_what_a_function_found(studies: dict[str, BehaviorStudy], tmp_path: Path) -> None:
     study = studies["find"]
     study.circuit.save(tmp_path)
     assert Circuit.load(tmp_path) == study.circuit
@@ -596,7 +596,7 @@ def test_pages_and_files_say_what_a_function_found(studies: dict[str, BehaviourS
 
 
 def test_circuits_of_the_first_release_are_read_and_of_a_later_one_refused(
-    studies: dict[str, BehaviourStudy], tmp_path: Path
+    studies: dict[str, BehaviorStudy], tmp_path: Path
 ) -> None:
     path = studies["find"].circuit.save(tmp_path)
     written = json.loads(path.read_text())
@@ -612,8 +612,8 @@ def test_circuits_of_the_first_release_are_read_and_of_a_later_one_refused(
 def test_positions_alone_measure_the_token_that_begins_it(pair: PairedModel, subject: Subject) -> None:
     with pair.routed("target"):
         traces = traces_of(respond(pair.model, subject.select, max_new_tokens=LIMIT), pair.model.tokenizer)
-    starts = Behaviour("lines", find=lambda t: [start for start, _ in after_a_line(t)])
-    moments = find_moments(pair, traces, starts)
+    starts = Behavior("lines", find=lambda t: [start for start, _ in after_a_line(t)])
+    moments = find_onsets(pair, traces, starts)
     assert moments.words == LINE_WAIT[:1]
     assert moments.shared > 20, "what else begins with that token stays a negative"
 
@@ -659,12 +659,12 @@ def test_dead_adapters_on_a_null_pair_are_no_error_and_no_nan(asked: tuple[Any, 
     with torch.no_grad():
         for adapter in dead.installed_adapters():
             adapter.b_enc.fill_(-1e3)
-    study = analyze_behaviour(dead, builtin_subject(4, 3), *asked, options=OPTIONS, progress=False)
+    study = analyze_behavior(dead, builtin_subject(4, 3), *asked, options=OPTIONS, progress=False)
     assert study.block["circuit"]["share_of_activation"] == 0 == study.block["circuit"]["alive"]
     json.dumps(study.block["circuit"], allow_nan=False)
 
 
 def test_where_every_answer_was_cut_it_is_said(pair: PairedModel) -> None:
-    for ask in (lambda: find_circuit(pair, [], progress=False), lambda: find_moments(pair, [], Behaviour(find=never))):
-        with pytest.raises(BehaviourError, match=r"no answers to look for hesitation in.*max_new_tokens"):
+    for ask in (lambda: find_circuit(pair, [], progress=False), lambda: find_onsets(pair, [], Behavior(find=never))):
+        with pytest.raises(BehaviorError, match=r"no answers to look for hesitation in.*max_new_tokens"):
             ask()

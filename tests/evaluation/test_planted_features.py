@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet, TranscoderAdapter
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.attribution.relp import FrozenModel
+from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.config import LossWeights, TrainingConfig
 from tl_adapters.data.traces import Trace, collate
 from tl_adapters.errors import UserError
@@ -227,7 +227,7 @@ def test_objective_and_graphs_know_it(base: PreTrainedModel) -> None:
     assert terms.output_kl > 1e-3 and all(p.grad is None for p in pair.planted.parameters())
     plain = PairedModel.from_pretrained(base, base)  # the replacement is the same model in both
     plain.load_adapters(adapters)
-    graphs = [FrozenModel(p, TOKENS[0]) for p in (pair, plain)]
+    graphs = [LinearizedModel(p, TOKENS[0]) for p in (pair, plain)]
     spots, vectors = torch.tensor([10]), torch.randn(1, 32, dtype=torch.float64)
     close(*(g.rows(4, spots, vectors).features for g in graphs), 1e-12)
 

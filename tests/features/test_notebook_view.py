@@ -15,12 +15,12 @@ from tl_adapters.features.feature import Label, feature_view
 from tl_adapters.features.notebook_view import show_features
 from tl_adapters.features.stream_agreement import reading
 from tl_adapters.models.paired_model import ACTIVATIONS
-from tl_adapters.utils.notebook import View, circuitsvis_view
+from tl_adapters.utils.notebook import NotebookView, circuitsvis_view
 
 CALL = re.compile(r'CircuitsVis\.render\("([\w-]+)", CircuitsVis\.(\w+), (\{.*?\})\);')
 
 
-def calls(view: View) -> list[tuple[str, dict[str, object]]]:
+def calls(view: NotebookView) -> list[tuple[str, dict[str, object]]]:
     """The components of a view, and what they are given; each has its place, the script is there once."""
     html = view._repr_html_()
     assert html.count('<script type="module">') == html.count("</script>") <= 1

@@ -19,7 +19,7 @@ from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.validation import ablation_effects, values_with
 from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitError, CircuitFeature
-from tl_adapters.circuits.onsets import Moments
+from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.circuits.roles import circuit_edges
 from tl_adapters.cli.common import feature_ids
 from tl_adapters.features.collect import collect_features
@@ -104,7 +104,7 @@ def test_the_command_line_hands_a_circuit_on_as_whose_it_is(tmp_path: Path) -> N
     with pytest.raises(ForeignFeaturesError), ablated(made(adapters=6), tuple(ids)):
         pass
     with pytest.raises(ForeignFeaturesError, match="number of one set"):
-        circuit_edges(made(adapters=6), object.__new__(Moments), Circuit.load(file).features)
+        circuit_edges(made(adapters=6), object.__new__(Onsets), Circuit.load(file).features)
 
 
 def test_owned_features_are_features() -> None:

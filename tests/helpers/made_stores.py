@@ -13,7 +13,7 @@ from tl_adapters.features.collect import collect_features
 from tl_adapters.features.feature import Kind
 from tl_adapters.features.layer_statistics import (
     BUCKETS,
-    TENTHS,
+    DECILES,
     Documents,
     Examples,
     LayerStatistics,
@@ -79,7 +79,7 @@ def made_store(fires: Fires, kind: Kind = "feature", seed: int = 0) -> MadeStore
         identity=torch.arange(DOCUMENTS),
     )  # fmt: skip
     region_tokens = torch.bincount(codes, minlength=len(TRACE_REGIONS)) * DOCUMENTS
-    totals = PartTotals([], DOCUMENTS, region_tokens.tolist(), [1] * TENTHS, [""], [tokens.numel()])
+    totals = PartTotals([], DOCUMENTS, region_tokens.tolist(), [1] * DECILES, [""], [tokens.numel()])
     options = StoreOptions(before=6, after=3)
     about = StoreDescription(
         kind, "target", "report", "base", "target", list(LAYERS), PER_LAYER, {}, [], options=options
@@ -104,7 +104,7 @@ def _statistics(
     top = [[(d, p) for d, p in places if values[i, d, p] > 0][:20] for i, places in enumerate(strongest)]
     drawn = [v.nonzero()[torch.randperm(int((v > 0).sum()), generator=generator)][:20].tolist() for v in values]
     return LayerStatistics(
-        fires.sum((1, 2)), values.sum((1, 2)).double(), region, torch.zeros(len(values), TENTHS, dtype=torch.long),
+        fires.sum((1, 2)), values.sum((1, 2)).double(), region, torch.zeros(len(values), DECILES, dtype=torch.long),
         fires.sum((1, 2))[:, None], histogram, _examples(values, top, options), _examples(values, drawn, options),
     )  # fmt: skip
 

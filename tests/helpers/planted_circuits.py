@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tl_adapters.adapters.adapter_set import AdapterSet, TranscoderAdapter
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.circuits.onsets import Moments
+from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.circuits.search import SearchOptions
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 
@@ -45,7 +45,7 @@ def quiet_layers() -> list[TranscoderAdapter]:
 
 def pair_with(
     base: PreTrainedModel, layers: list[TranscoderAdapter], features: list[FeatureId], backend: str = "hooked"
-) -> tuple[PairedModel, Moments]:
+) -> tuple[PairedModel, Onsets]:
     """The base and the base with the layers planted, and adapters that are them. Moments are where features fire."""
     pair = PairedModel.plant(base, AdapterSet(layers), backend=backend)
     adapters = pair.new_adapters(N_FEATURES, dtype=torch.float64)
@@ -60,10 +60,10 @@ def pair_with(
     follows = torch.zeros_like(moment)
     follows[:, 1:] = moment[:, :-1] & ~moment[:, 1:] & predicting[:, 1:]
     boundary = predicting & ~moment & ~follows & (torch.arange(moment.shape[1]) % 3 != 0)
-    return pair, Moments(batch.tokens, predicting, moment, boundary, follows, (WORD,))
+    return pair, Onsets(batch.tokens, predicting, moment, boundary, follows, (WORD,))
 
 
-def planted(backend: str = "hooked") -> tuple[PairedModel, Moments]:
+def planted(backend: str = "hooked") -> tuple[PairedModel, Onsets]:
     """A template that writes what an output feature reads, and that writes the word."""
     base, layers = random_model(1, vocab_size=N_VOCAB), quiet_layers()
     reads = (base.lm_head.weight * base.model.norm.weight).detach()
@@ -81,12 +81,12 @@ def planted(backend: str = "hooked") -> tuple[PairedModel, Moments]:
     return pair_with(base, layers, [TEMPLATE], backend)
 
 
-def random_moments(seed: int = 3, vocab: int = 61) -> Moments:
+def random_onsets(seed: int = 3, vocab: int = 61) -> Onsets:
     """Places of every kind, drawn."""
     batch = random_batch(seed, LENGTHS, vocab=vocab)
     predicting = batch.predicting_response
     drawn = torch.randint(4, batch.tokens.shape, generator=torch.Generator().manual_seed(seed))
-    return Moments(batch.tokens, predicting, *(predicting & (drawn == kind) for kind in range(3)), (WORD, 9))
+    return Onsets(batch.tokens, predicting, *(predicting & (drawn == kind) for kind in range(3)), (WORD, 9))
 
 
 def everything(pair: PairedModel) -> torch.Tensor:

@@ -10,7 +10,7 @@ from helpers.users_models import TOKENS, log_probabilities, plain, process
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-import tl_adapters.checkpoints.fingerprints as marks_module
+import tl_adapters.checkpoints.layer_samples as marks_module
 import tl_adapters.checkpoints.model_files as checkpoints
 import tl_adapters.interop.authors_checkpoint as authors_module
 from tl_adapters.adapters.saelens_folder import AdapterFormatError

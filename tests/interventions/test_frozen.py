@@ -5,7 +5,7 @@ import torch
 from helpers.pairs import TOKENS, make, state
 from helpers.random_models import ARCHITECTURES, random_model, randomise
 
-from tl_adapters.attribution.relp import FrozenModel
+from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.interventions.feature_edits import InterventionError, ablated, added, patched
 from tl_adapters.interventions.frozen import frozen
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
@@ -64,7 +64,7 @@ def test_with_nothing_intervened_it_is_the_reference(architecture: str, kind) ->
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
 def test_with_everything_held_logits_are_linear_in_a_feature_and_the_slope_is_its_edge(architecture: str, kind) -> None:  # type: ignore[no-untyped-def]
     pair, tokens = make(architecture, kind[0]), TOKENS[:1]
-    model = FrozenModel(pair, tokens[0], "frozen_mlp")
+    model = LinearizedModel(pair, tokens[0], "frozen_mlp")
     layer, position, index = next(place.tolist() for place in model.active if place[0] == 1 and place[1] == 4)
     columns = pair.backend.unembedding()[[3, 9, 12]]
     rows = model.rows(4, torch.tensor([8, 8, 8]), columns)

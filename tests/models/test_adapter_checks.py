@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.architectures import moved as cast_back
 from tl_adapters.checkpoints.compatibility import PairMismatchError
-from tl_adapters.checkpoints.content_hashes import differing
-from tl_adapters.checkpoints.fingerprints import agrees
+from tl_adapters.checkpoints.fingerprints import differing
+from tl_adapters.checkpoints.layer_samples import agrees
 from tl_adapters.models.attach import attach, detach
 from tl_adapters.models.hooked_transformer import build_hooked_transformer
 from tl_adapters.models.paired_model import PairedModel

@@ -19,7 +19,7 @@ from tl_adapters.attribution.validation import ablation_effects, explain_differe
 from tl_adapters.circuits.control_strengths import Texts, set_controls
 from tl_adapters.circuits.controls import put_in, removed
 from tl_adapters.circuits.measurements import Unchanged, mediation, probabilities
-from tl_adapters.circuits.onsets import Moments
+from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.circuits.roles import circuit_edges, effects_at, sort_features
 from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
@@ -87,11 +87,11 @@ def documents(n: int = 4, seed: int = 0, vocab: int = 31) -> list[Trace]:
     ]
 
 
-def some_moments() -> Moments:
+def some_moments() -> Onsets:
     batch = random_batch(3, (12, 9, 11), vocab=31)
     drawn = torch.randint(4, batch.tokens.shape, generator=torch.Generator().manual_seed(3))
     places = [batch.predicting_response & (drawn == kind) for kind in range(3)]
-    return Moments(batch.tokens, batch.predicting_response, places[0], places[1], places[2], (5, 9))
+    return Onsets(batch.tokens, batch.predicting_response, places[0], places[1], places[2], (5, 9))
 
 
 # -- the emulator itself ----------------------------------------------------------------------------------------------

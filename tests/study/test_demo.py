@@ -121,7 +121,7 @@ def test_the_page_in_a_browser(run: Path, tmp_path: Path) -> None:
         "Training",
         "Faithfulness",
         "What that KL is worth",
-        "Behaviour",
+        "Behavior",
         "What the features are",
         "Why it hesitates",
     ):

@@ -12,7 +12,7 @@ from helpers.judges import knowing
 from tl_adapters import organism
 from tl_adapters.cli.main import main
 from tl_adapters.features.feature import FeatureStoreError
-from tl_adapters.study.features import FOLDER, NEURONS, STORE, stores_of
+from tl_adapters.study.features import FEATURES_FOLDER, NEURONS_FOLDER, STORE_FOLDER, stores_of
 from tl_adapters.study.open_run import open_run
 from tl_adapters.utils.results import read_results
 
@@ -22,7 +22,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
     """A run of one's own, without its features."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    shutil.rmtree(folder / FOLDER)
+    shutil.rmtree(folder / FEATURES_FOLDER)
     return folder
 
 
@@ -77,12 +77,12 @@ def test_the_verb_reads_any_documents(copy: Path, tmp_path: Path, capsys: pytest
     assert store.documents == neurons.documents == 12 and store.about.split == "mine.jsonl"
     feature = store.feature(store.ids(1)[0])
     assert set(feature.domains) == {"even", "odd"} and len(feature.top) <= 4
-    before = (copy / FOLDER / STORE / "store.json").read_bytes()
+    before = (copy / FEATURES_FOLDER / STORE_FOLDER / "store.json").read_bytes()
     assert main(["features", str(copy), *common]) == 0, "again is nothing new"
     assert store.documents == stores_of(copy)[0].documents
     assert main(["features", str(copy), *common, "--stream", "target"]) == 2
     assert "was read with stream 'replacement'" in capsys.readouterr().err
-    assert (copy / FOLDER / STORE / "store.json").read_bytes() == before
+    assert (copy / FEATURES_FOLDER / STORE_FOLDER / "store.json").read_bytes() == before
 
 
 def test_a_run_is_labelled_by_rules_and_by_a_judge(
@@ -108,7 +108,7 @@ def test_a_run_is_labelled_by_rules_and_by_a_judge(
     assert sum(share["count"] for share in rules.values()) == len(store.ids()), "the rules' shares are of all"
     report = (folder / "report.html").read_text()
     assert "What a model calls them" in report and "detection score" in report
-    shutil.rmtree(folder / FOLDER)
+    shutil.rmtree(folder / FEATURES_FOLDER)
     assert main(["label", str(folder)]) == 2
     assert "holds no feature store" in capsys.readouterr().err
 
@@ -145,4 +145,4 @@ def test_refusals_in_one_line(copy: Path, tmp_path: Path, capsys: pytest.Capture
     assert "--data is missing" in fails(str(copy))
     with pytest.raises(FeatureStoreError, match="holds no feature store"):
         stores_of(copy)
-    assert not (copy / FOLDER / NEURONS).exists()
+    assert not (copy / FEATURES_FOLDER / NEURONS_FOLDER).exists()

@@ -11,7 +11,7 @@ from helpers.random_models import random_batch, random_model
 import tl_adapters.study.features as describing
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.targets import LogitTarget, token_id
-from tl_adapters.attribution.validation import LINEARISATIONS
+from tl_adapters.attribution.validation import LINEARIZATIONS
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data.traces import Trace
 from tl_adapters.features.feature import Label
@@ -21,7 +21,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import remove_graph, write_graph
 from tl_adapters.study.attribution import attribution_stage
 from tl_adapters.study.evaluation_stages import faithfulness_stage
-from tl_adapters.study.features import FOLDER, NEURONS, STORE, features_stage, stores_of
+from tl_adapters.study.features import FEATURES_FOLDER, NEURONS_FOLDER, STORE_FOLDER, features_stage, stores_of
 from tl_adapters.study.label import REPLIES
 from tl_adapters.study.train import train_stage
 from tl_adapters.training.trainer import Trainer
@@ -36,16 +36,16 @@ def test_features_keep_labels_and_replies(tmp_path: Path, monkeypatch: pytest.Mo
     judged, neuron = Label("sums of two numbers", "reasoning output", "judge-1", 0.8), Label("commas", "", "judge-1")
     store.set_labels({store.ids(1)[0]: judged})
     neurons.set_labels({neurons.ids(1)[0]: neuron})
-    replies = tmp_path / FOLDER / REPLIES
+    replies = tmp_path / FEATURES_FOLDER / REPLIES
     replies.mkdir()
     (replies / "paid.json").write_text("{}")
     write_results(tmp_path, labels={"judge": 1})
     again = features_stage(pair, traces[2:5], tmp_path, "report")
     assert again.documents == 3 and stores_of(tmp_path)[0].documents == 3
     assert again.labels[store.ids(1)[0]] == judged
-    assert FeatureStore.load(tmp_path / FOLDER / NEURONS).labels[neurons.ids(1)[0]] == neuron
+    assert FeatureStore.load(tmp_path / FEATURES_FOLDER / NEURONS_FOLDER).labels[neurons.ids(1)[0]] == neuron
     assert (replies / "paid.json").is_file() and read_results(tmp_path)["labels"] == {"judge": 1}
-    assert sorted(p.name for p in (tmp_path / FOLDER).iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / FEATURES_FOLDER).iterdir()) == [
         "neuron_pages", "neurons", "pages", "replies", "store",
     ]  # fmt: skip
 
@@ -76,7 +76,7 @@ def test_graphs_of_the_users_own_stay(tmp_path: Path, monkeypatch: pytest.Monkey
     def drawn(pair: PairedModel, tokens: object, target: LogitTarget, folder: Path, name: str, store: object) -> dict:
         page, _ = write_graph(pair, graph, folder, name)
         found = {"page": f"{folder.name}/{page.name}", "residual": 0.0, "influence_through_features": 1.0}
-        return found | {"rank_correlation": dict.fromkeys(LINEARISATIONS, 1.0)}
+        return found | {"rank_correlation": dict.fromkeys(LINEARIZATIONS, 1.0)}
 
     monkeypatch.setattr("tl_adapters.study.attribution.examine_moment", drawn)
     word = token_id(pair, "Wait")
@@ -118,4 +118,4 @@ def test_resuming_a_finished_run_changes_no_figure(tmp_path: Path) -> None:
     del record["spent"]  # a run of the first release
     (folder / "run.json").write_text(json.dumps(record))
     assert resume().tokens == spent["tokens"]
-    assert (folder / STORE).exists() is False
+    assert (folder / STORE_FOLDER).exists() is False

@@ -28,7 +28,7 @@ from tl_adapters.study.open_run import open_run
 from tl_adapters.study.sweep import SweepError, resume_sweep, sweep
 from tl_adapters.study.train import train_run
 from tl_adapters.training.trainer import Trainer, TrainingInterrupted
-from tl_adapters.utils.confidence_intervals import Figure
+from tl_adapters.utils.confidence_intervals import Measurement
 from tl_adapters.utils.files import FolderBusyError, FolderExistsError
 
 STEPS, DOCUMENTS = 4, 12
@@ -317,8 +317,8 @@ def test_the_front_is_what_no_point_beats() -> None:
 
 
 def points(*places: tuple[float, float], option: str = "l1_weight") -> list[SweepPoint]:
-    def figure(value: float) -> Figure:
-        return Figure(value, 0.9 * value, 1.1 * value, 5, "x", "tune")
+    def figure(value: float) -> Measurement:
+        return Measurement(value, 0.9 * value, 1.1 * value, 5, "x", "tune")
 
     return [
         SweepPoint(
@@ -348,7 +348,7 @@ def test_the_table_marks_the_front(tmp_path: Path) -> None:
     assert lines[0].startswith("| a\\|b | n_features | L0 |")
     assert [line.endswith("| yes |") for line in lines[2:]] == [True, True, False]
     assert "| 0.9 (0.81 to 0.99) | 90.0 % (81.0 % to 99.0 %) |" in lines[2]
-    unknown = Figure(None, None, None, 5, "x", "tune", reason="the denominator is 0")
+    unknown = Measurement(None, None, None, 5, "x", "tune", reason="the denominator is 0")
     nothing = [replace(point, kl=unknown, kl_of_hybrid=unknown) for point in points((1.0, 1.0))]
     assert "| - (the denominator is 0) | - (the denominator is 0) |" in markdown(nothing)
     assert "the denominator is 0" in write_page(tmp_path, {"config": {"target": ""}, "grid": {}}, nothing).read_text()

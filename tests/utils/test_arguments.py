@@ -13,7 +13,7 @@ from tl_adapters import organism
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.targets import LogitTarget
 from tl_adapters.autointerp.rule_labels import rule_labels
-from tl_adapters.circuits.onsets import find_moments
+from tl_adapters.circuits.onsets import find_onsets
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.hesitation_words import hesitation_tokens
 from tl_adapters.data.traces import DataError, Trace, readable_traces
@@ -185,4 +185,4 @@ def test_prompts_to_complete_are_sequences_of_ids(pair: PairedModel) -> None:
 
 def test_onsets_are_looked_for_in_traces(builtin: PairedModel) -> None:
     with pytest.raises(ArgumentError, match="encode_traces"):
-        find_moments(builtin, [(PROMPT, RESPONSE)])  # type: ignore[list-item]
+        find_onsets(builtin, [(PROMPT, RESPONSE)])  # type: ignore[list-item]

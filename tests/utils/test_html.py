@@ -3,7 +3,7 @@
 import pytest
 
 from tl_adapters.utils.html import escape, marked
-from tl_adapters.utils.notebook import coloured_tokens
+from tl_adapters.utils.notebook import colored_tokens
 from tl_adapters.utils.plots import Line, plot
 
 
@@ -13,12 +13,12 @@ def test_text_shows_exactly_itself() -> None:
 
 
 def test_coloured_tokens_are_escaped_and_offline() -> None:
-    view = coloured_tokens(["<think>", "</script>", "4"], [0.0, 1.0, 2.0])._repr_html_()
+    view = colored_tokens(["<think>", "</script>", "4"], [0.0, 1.0, 2.0])._repr_html_()
     assert "&lt;think&gt;" in view and "&lt;/script&gt;" in view
     assert '"<think>"' not in view and "unpkg" not in view.rsplit("</script>", 2)[-2]
     for values in ([0.0, 1.0], [0.0, 1.0, float("nan")]):
         with pytest.raises(ValueError, match="one finite value for each token"):
-            coloured_tokens(["a", "b", "c"], values)
+            colored_tokens(["a", "b", "c"], values)
 
 
 def test_a_plot_is_the_same_every_time() -> None:

@@ -15,7 +15,7 @@ from helpers.random_models import random_batch
 from tl_adapters.attribution.validation import rank_correlation
 from tl_adapters.circuits.criteria import Criterion, criteria
 from tl_adapters.circuits.measurements import record
-from tl_adapters.circuits.onsets import Moments
+from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.evaluation.faithfulness import DocumentSums, faithfulness_block
 from tl_adapters.evaluation.feature_matching import Share, shares_table
 from tl_adapters.evaluation.response_metrics import rate
@@ -23,9 +23,9 @@ from tl_adapters.evaluation.sampled_answers import Answer, score
 from tl_adapters.generation.responses import Response
 from tl_adapters.pages.circuit_sections import arms_section
 from tl_adapters.utils.confidence_intervals import (
-    Figure,
     IntervalError,
-    OutcomesFigure,
+    Measurement,
+    OutcomesMeasurement,
     bootstrap_ratio,
     bootstrap_recovered,
     share,
@@ -124,15 +124,15 @@ def test_the_random_sets_are_drawn_too() -> None:
 # -- criteria ---------------------------------------------------------------------------------------------------------
 
 
-def block_of(n: int, wrong: int = 0, unlike: str = "a b c d") -> tuple[dict[str, Any], Moments]:
+def block_of(n: int, wrong: int = 0, unlike: str = "a b c d") -> tuple[dict[str, Any], Onsets]:
     """An analysis in which nothing but hesitation changes, on n problems."""
     baseline = hesitating(n)
     removed = [response(unlike, correct=i >= wrong) for i in range(n)]
-    p = Figure(0.9, 0.88, 0.92, n, "probability of the word", "report")
+    p = Measurement(0.9, 0.88, 0.92, n, "probability of the word", "report")
     low = share(0, n).figure(n, "probability of the word", "report")
     places = {"moment": p, "boundary": low, "elsewhere": low}
     corrected = {
-        name: OutcomesFigure(right / n, None, None, n, "share", "report", outcomes="1" * right + "0" * (n - right))
+        name: OutcomesMeasurement(right / n, None, None, n, "share", "report", outcomes="1" * right + "0" * (n - right))
         for name, right in (
             ("replacement", n), ("replacement - both", n // 2), ("hybrid", n // 3), ("hybrid + both", n // 3),
         )
@@ -150,7 +150,7 @@ def block_of(n: int, wrong: int = 0, unlike: str = "a b c d") -> tuple[dict[str,
     batch = random_batch(0)
     some = batch.predicting_response
     drawn = torch.arange(some.shape[1]) % 3
-    return block, Moments(batch.tokens, some, *(some & (drawn == kind) for kind in range(3)), (5,))
+    return block, Onsets(batch.tokens, some, *(some & (drawn == kind) for kind in range(3)), (5,))
 
 
 @functools.cache  # thousands of problems are drawn a thousand times
@@ -202,7 +202,7 @@ def test_criteria_without_anything_to_measure_are_open() -> None:
     """Not in the list: the replacement never hesitates, so nothing can be gone; answers without a token."""
     block, texts = block_of(50)
     del block["necessity"]["both"]["hesitation_cut"]
-    block["probabilities"]["target"] = {"moment": Figure(0.0, 0.0, 0.1, 50, "p", "report")}
+    block["probabilities"]["target"] = {"moment": Measurement(0.0, 0.0, 0.1, 50, "p", "report")}
     found = {c["name"]: c for c in criteria(block, texts)}
     for name in ("hesitation gone without it", "P(word) at the target's moments, hybrid + circuit over target"):
         assert (found[name]["value"], found[name]["reached"]) == (None, None)
@@ -261,7 +261,7 @@ def test_nan_is_refused_with_its_key(tmp_path: Path) -> None:
 def test_a_figure_is_never_nan() -> None:
     for name in ("value", "low", "high"):
         with pytest.raises(IntervalError, match=name):
-            replace(Figure(0.5, 0.4, 0.6, 3, "share", "report"), **{name: math.nan})
+            replace(Measurement(0.5, 0.4, 0.6, 3, "share", "report"), **{name: math.nan})
     with pytest.raises(IntervalError, match="1 of 3 documents"):
         bootstrap_ratio(torch.tensor([1.0, math.nan, 2.0]), torch.ones(3))
 

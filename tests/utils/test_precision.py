@@ -8,7 +8,7 @@ import torch
 from helpers.random_models import random_batch, random_model, randomise
 from torch import Tensor
 
-from tl_adapters.circuits.onsets import Moments, final_residual, log_odds
+from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds
 from tl_adapters.circuits.roles import effects_at
 from tl_adapters.config import LossWeights, TrainingConfig
 from tl_adapters.data.traces import Trace
@@ -159,7 +159,7 @@ def test_a_direct_effect_is_the_slope_of_the_margin_with_every_scale_held(archit
     moment = torch.zeros_like(batch.predicting_response)
     moment[0, [4, 7]] = True
     nowhere = torch.zeros_like(moment)
-    moments = Moments(batch.tokens, batch.predicting_response, moment, nowhere, nowhere, (5, 9))
+    moments = Onsets(batch.tokens, batch.predicting_response, moment, nowhere, nowhere, (5, 9))
     direct = effects_at(pair, moments).direct
 
     def margin(features: list[tuple[int, int]], factor: float, place: int) -> Tensor:

@@ -35,8 +35,8 @@ from tl_adapters.adapters.saelens_folder import (
 )
 from tl_adapters.adapters.transcoder import TranscoderAdapter as TranscoderAdapter
 from tl_adapters.adapters.transcoder import adapter_of, require_activation
-from tl_adapters.checkpoints.content_hashes import fingerprint, fingerprints
-from tl_adapters.checkpoints.fingerprints import LayerMarks
+from tl_adapters.checkpoints.fingerprints import fingerprint, fingerprints
+from tl_adapters.checkpoints.layer_samples import LayerSamples
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.config import ActivationName
 from tl_adapters.utils.file_hashes import file_hash
@@ -44,9 +44,9 @@ from tl_adapters.utils.files import new_folder
 from tl_adapters.utils.finite import require_finite_weights
 from tl_adapters.utils.strict_json import dumps
 
-METADATA_FILE, MARKS_FILE = "tl_adapters.json", "layer_marks.safetensors"
-SCHEMA_VERSION = 3
-READABLE_VERSIONS = (2, SCHEMA_VERSION)
+METADATA_FILE, SAMPLES_FILE = "tl_adapters.json", "layer_marks.safetensors"
+SET_SCHEMA_VERSION = 3
+READABLE_VERSIONS = (2, SET_SCHEMA_VERSION)
 """Version 2 has neither hashes of its files nor samples of all weights."""
 LAYER_FOLDER = "layer_{}"
 _SAMPLE_PREFIX = "samples/"
@@ -109,7 +109,7 @@ class AdapterSet(nn.Module):
     def __init__(
         self,
         layers: Sequence[TranscoderAdapter] | Mapping[int, TranscoderAdapter],
-        marks: Sequence[LayerMarks] | Mapping[int, LayerMarks] | None = None,
+        marks: Sequence[LayerSamples] | Mapping[int, LayerSamples] | None = None,
         metadata: AdapterMetadata | None = None,
         n_layers: int | None = None,
         samples: Mapping[str, Tensor] | None = None,
@@ -119,11 +119,11 @@ class AdapterSet(nn.Module):
         self.samples = None if samples is None else {name: t.detach().cpu() for name, t in samples.items()}
         by_layer = dict(layers) if isinstance(layers, Mapping) else dict(enumerate(layers))
         self.n_layers = n_layers or len(by_layer)
-        self.marks: dict[int, LayerMarks] | None = None
+        self.marks: dict[int, LayerSamples] | None = None
         if marks is not None:
             known = marks if isinstance(marks, Mapping) else dict(enumerate(marks))
             self.marks = {
-                layer: LayerMarks(*(t.detach().to("cpu", copy=True) for t in known[layer])) for layer in sorted(known)
+                layer: LayerSamples(*(t.detach().to("cpu", copy=True) for t in known[layer])) for layer in sorted(known)
             }
         if not by_layer or not set(by_layer) <= set(by_layer if self.marks is None else self.marks):
             raise ValueError(
@@ -281,7 +281,7 @@ class AdapterSet(nn.Module):
             "n_layers": self.n_layers,
         }
         record = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": SET_SCHEMA_VERSION,
             "layers": self.layer_indices,
             "d_model": self.d_model,
             "n_features": self.n_features,
@@ -299,7 +299,7 @@ class AdapterSet(nn.Module):
             }
             kept |= {f"{_SAMPLE_PREFIX}{name}": t.contiguous() for name, t in (self.samples or {}).items()}
             if kept:
-                save_file(kept, out / MARKS_FILE)
+                save_file(kept, out / SAMPLES_FILE)
             files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
             record["files"] = {
                 name: {"sha256": file_hash(out / name), "size": (out / name).stat().st_size} for name in files
@@ -370,7 +370,7 @@ class AdapterSet(nn.Module):
 def set_files(layers: Sequence[int]) -> list[str]:
     """The files of a set with adapters of these layers."""
     folders = [LAYER_FOLDER.format(layer) for layer in layers]
-    return [METADATA_FILE, MARKS_FILE, *(f"{folder}/{file}" for folder in folders for file in LAYER_FILES)]
+    return [METADATA_FILE, SAMPLES_FILE, *(f"{folder}/{file}" for folder in folders for file in LAYER_FILES)]
 
 
 @dataclass(frozen=True)
@@ -389,7 +389,7 @@ class SetDescription:
     """Where they come from."""
     fingerprint: str
     """Content hash of the adapters."""
-    marks: dict[int, LayerMarks] | None
+    marks: dict[int, LayerSamples] | None
     """What is kept of the target."""
     samples: dict[str, Tensor] | None = None
     """Of every weight of target and base; None in sets of earlier versions."""
@@ -439,7 +439,7 @@ class SetDescription:
 
 def describe(name: str | Path, *, revision: str | None = None, token: str | None = None) -> SetDescription:
     """A set's description; of a repository no weights are downloaded. Raises AdapterFormatError, CheckpointError."""
-    folder = fetch(name, [METADATA_FILE, MARKS_FILE], revision=revision, token=token)
+    folder = fetch(name, [METADATA_FILE, SAMPLES_FILE], revision=revision, token=token)
     if not (folder / METADATA_FILE).is_file():
         raise AdapterFormatError(
             f"{name} holds no {METADATA_FILE}: it is not a set of adapters. SAELens folders of others are read by "
@@ -451,7 +451,7 @@ def describe(name: str | Path, *, revision: str | None = None, token: str | None
             f"{name} has schema_version {version}; this version reads {' and '.join(map(str, READABLE_VERSIONS))}. "
             "Read it with the version of tl_adapters that wrote it, or update."
         )
-    files = _known_files(folder, record) if version == SCHEMA_VERSION else None
+    files = _known_files(folder, record) if version == SET_SCHEMA_VERSION else None
     record.pop("schema_version")
     try:
         shape = {key: int(record.pop(key)) for key in ("n_layers", "d_model", "n_features")}
@@ -465,8 +465,8 @@ def describe(name: str | Path, *, revision: str | None = None, token: str | None
         raise AdapterFormatError(f"{folder / METADATA_FILE} is not a description of adapters: {error!r}.") from error
     size = shape["n_layers"], shape["d_model"], shape["n_features"]
     found = SetDescription(layers, *size, metadata, adapters, None, None, files)
-    if MARKS_FILE in (files or {}):
-        found.require_file(folder, MARKS_FILE)
+    if SAMPLES_FILE in (files or {}):
+        found.require_file(folder, SAMPLES_FILE)
     marks, samples = _kept(folder)
     return replace(found, marks=marks, samples=samples)
 
@@ -488,15 +488,17 @@ def record_hash(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
-def _kept(folder: Path) -> tuple[dict[int, LayerMarks] | None, dict[str, Tensor] | None]:
+def _kept(folder: Path) -> tuple[dict[int, LayerSamples] | None, dict[str, Tensor] | None]:
     """The marks of layers, and the samples of all weights, where there are any."""
-    if not (folder / MARKS_FILE).is_file():
+    if not (folder / SAMPLES_FILE).is_file():
         return None, None
-    tensors = read_safetensors(folder / MARKS_FILE)
+    tensors = read_safetensors(folder / SAMPLES_FILE)
     samples = {n.removeprefix(_SAMPLE_PREFIX): tensors.pop(n) for n in list(tensors) if n.startswith(_SAMPLE_PREFIX)}
     try:
         layers = sorted({int(name.partition(".")[0]) for name in tensors})
-        marks = {layer: LayerMarks(*(tensors[f"{layer}.{name}"] for name in LayerMarks._fields)) for layer in layers}
+        marks = {
+            layer: LayerSamples(*(tensors[f"{layer}.{name}"] for name in LayerSamples._fields)) for layer in layers
+        }
     except (KeyError, ValueError) as error:
-        raise AdapterFormatError(f"{folder / MARKS_FILE} is incomplete ({error!r}); copy it again.") from error
+        raise AdapterFormatError(f"{folder / SAMPLES_FILE} is incomplete ({error!r}); copy it again.") from error
     return marks or None, samples or None

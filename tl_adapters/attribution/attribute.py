@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tl_adapters.attribution.gradient import GradientModel
 from tl_adapters.attribution.graph import AttributionGraph, GraphError, GraphTarget
 from tl_adapters.attribution.pruning import influence
-from tl_adapters.attribution.relp import FrozenModel
+from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.attribution.targets import (
     DifferenceTarget,
     FeatureTarget,
@@ -39,7 +39,7 @@ from tl_adapters.attribution.targets import (
     resolve_target,
     salient,
 )
-from tl_adapters.checkpoints.content_hashes import differing
+from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
 from tl_adapters.utils.arguments import choice, items
 from tl_adapters.utils.finite import finite_blocks
@@ -47,7 +47,7 @@ from tl_adapters.utils.results import versions
 
 log = logging.getLogger(__name__)
 
-Linearisation = Literal["relp", "frozen_mlp", "gradient"]
+Linearization = Literal["relp", "frozen_mlp", "gradient"]
 
 
 @dataclass
@@ -105,7 +105,7 @@ def attribute(
         PairMismatchError: adapters missing on some layers.
         NotFiniteError: activations that are NaN or infinite.
     """
-    choice(linearisation, get_args(Linearisation), "linearisation")
+    choice(linearisation, get_args(Linearization), "linearisation")
     if targets is not None:
         advice = "give tokens (texts or ids), LogitTarget, DifferenceTarget or FeatureTarget"
         targets = items(targets, (str, int, LogitTarget, DifferenceTarget, FeatureTarget), "targets", advice)
@@ -122,11 +122,11 @@ def attribute(
         raise GraphError("window= needs linearisation 'relp' or 'frozen_mlp': a gradient knows no window.")
     everywhere = torch.ones(1, len(tokens), dtype=torch.bool, device=pair.model.W_E.device)
     with finite_blocks(pair.model, pair.n_layers, everywhere, [0], "The replacement on this prompt"):
-        model: FrozenModel | GradientModel
+        model: LinearizedModel | GradientModel
         if linearisation == "gradient":
             model = GradientModel(pair, tokens)
         else:
-            model = FrozenModel(pair, tokens, "frozen_mlp" if linearisation == "frozen_mlp" else "relp", start)
+            model = LinearizedModel(pair, tokens, "frozen_mlp" if linearisation == "frozen_mlp" else "relp", start)
     eligible = model.active[:, 1] >= start + (1 if exclude_bos and start == 0 else 0)
     if not bool(eligible.any()):
         raise GraphError(
@@ -191,13 +191,13 @@ def _fingerprints(pair: PairedModel) -> dict[str, str]:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def _n_errors(model: FrozenModel | GradientModel) -> int:
-    frozen = isinstance(model, FrozenModel) and model.linearisation == "frozen_mlp"
+def _n_errors(model: LinearizedModel | GradientModel) -> int:
+    frozen = isinstance(model, LinearizedModel) and model.linearisation == "frozen_mlp"
     return model.n_layers * model.n_tokens if frozen else 0
 
 
 def _attribute_batch(
-    model: FrozenModel | GradientModel,
+    model: LinearizedModel | GradientModel,
     targets: Sequence[ResolvedTarget],
     nodes: Sequence[int],
     edges: _Edges,
@@ -237,7 +237,7 @@ def _batches(order: Sequence[int], targets: Sequence[ResolvedTarget], size: int)
 
 def _attribute_features(
     pair: PairedModel,
-    model: FrozenModel | GradientModel,
+    model: LinearizedModel | GradientModel,
     resolved: Sequence[ResolvedTarget],
     edges: _Edges,
     eligible: Tensor,
@@ -266,7 +266,7 @@ def _attribute_features(
 class _Active:
     """The active features as targets; what is known of all of them is read from the device at once."""
 
-    def __init__(self, model: FrozenModel | GradientModel) -> None:
+    def __init__(self, model: LinearizedModel | GradientModel) -> None:
         values, constants = [], []
         for layer, (start, stop) in enumerate(itertools.pairwise(model.offsets)):
             _, position, index = model.active[start:stop].T
@@ -275,7 +275,7 @@ class _Active:
         self.places = model.active.tolist()
         self.values, self.constants = torch.stack([torch.cat(values), torch.cat(constants)]).tolist()
 
-    def target(self, model: FrozenModel | GradientModel, column: int) -> ResolvedTarget:
+    def target(self, model: LinearizedModel | GradientModel, column: int) -> ResolvedTarget:
         """One of them, by its column."""
         layer, position, index = self.places[column]
         vector, about = model.encoders[layer][:, index], GraphTarget("", position, 1.0)
@@ -287,7 +287,7 @@ class _Active:
 
 def _assemble(
     pair: PairedModel,
-    model: FrozenModel | GradientModel,
+    model: LinearizedModel | GradientModel,
     resolved: Sequence[ResolvedTarget],
     edges: _Edges,
     chosen: Tensor,

@@ -23,7 +23,7 @@ from tl_adapters.utils.files import new_folder
 from tl_adapters.utils.strict_json import dumps
 
 GRAPH_FILE, TENSORS_FILE = "graph.json", "graph.safetensors"
-SCHEMA_VERSION = 1
+GRAPH_SCHEMA_VERSION = 1
 
 
 class GraphError(UserError, ValueError):
@@ -120,7 +120,7 @@ class AttributionGraph:
     def save(self, folder: str | Path) -> None:
         """Write graph.json and graph.safetensors. Raises FolderExistsError, DiskFullError."""
         record = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": GRAPH_SCHEMA_VERSION,
             "strings": self.strings,
             "n_layers": self.n_layers,
             "targets": [asdict(target) for target in self.targets],
@@ -140,9 +140,10 @@ class AttributionGraph:
             tensors = read_safetensors(Path(folder) / TENSORS_FILE)
         except AdapterFormatError as error:
             raise GraphError(f"{folder} is no attribution graph: {error}") from error
-        if record.get("schema_version") != SCHEMA_VERSION:
+        if record.get("schema_version") != GRAPH_SCHEMA_VERSION:
             raise GraphError(
-                f"{folder} has schema_version {record.get('schema_version')}; this version reads {SCHEMA_VERSION}."
+                f"{folder} has schema_version {record.get('schema_version')}; this version reads "
+                f"{GRAPH_SCHEMA_VERSION}."
             )
         try:
             return cls(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tl_adapters.models.paired_model import PairedModel
 
-Linearisation = Literal["relp", "frozen_mlp"]
+Linearization = Literal["relp", "frozen_mlp"]
 
 
 class Rows(NamedTuple):
@@ -74,7 +74,7 @@ class _Layer:
     b_dec: Tensor  # [d_model]
 
 
-class FrozenModel:
+class LinearizedModel:
     """The linear model of one prompt on the pair's replacement route.
 
     Args:
@@ -86,7 +86,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def __init__(
-        self, pair: PairedModel, tokens: Int[Tensor, "pos"], linearisation: Linearisation = "relp", start: int = 0
+        self, pair: PairedModel, tokens: Int[Tensor, "pos"], linearisation: Linearization = "relp", start: int = 0
     ) -> None:
         self.n_layers, self.n_tokens, self.start = pair.n_layers, len(tokens), start
         self.linearisation = linearisation

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_adapters.attribution.gradient import GradientModel
 from tl_adapters.attribution.graph import GraphError, GraphTarget
-from tl_adapters.attribution.relp import FrozenModel
+from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.data.tokens import single_token, token_text
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.arguments import token_ids
@@ -93,7 +93,7 @@ def token_id(pair: PairedModel, token: int | str) -> int:
 
 
 def salient(
-    pair: PairedModel, model: FrozenModel | GradientModel, position: int, mass: float, most: int
+    pair: PairedModel, model: LinearizedModel | GradientModel, position: int, mass: float, most: int
 ) -> list[LogitTarget]:
     """The likeliest next tokens whose probabilities reach ``mass``, at most ``most``."""
     probabilities = _probabilities(pair, model, position)
@@ -103,7 +103,7 @@ def salient(
 
 
 @torch.no_grad()
-def _probabilities(pair: PairedModel, model: FrozenModel | GradientModel, position: int) -> Tensor:
+def _probabilities(pair: PairedModel, model: LinearizedModel | GradientModel, position: int) -> Tensor:
     residual = model.final_residual[position].to(pair.model.W_E.dtype)
     return pair.unembed(residual[None])[0].to(model.dtype).softmax(-1)
 
@@ -117,7 +117,7 @@ def absolute_position(position: int, n: int) -> int:
 
 
 def resolve_target(
-    pair: PairedModel, model: FrozenModel | GradientModel, target: Target | str | int, position: int
+    pair: PairedModel, model: LinearizedModel | GradientModel, target: Target | str | int, position: int
 ) -> ResolvedTarget:
     """Layer, position, direction and value of what is attributed, in the linearized model of one prompt.
 
@@ -128,7 +128,7 @@ def resolve_target(
         position: in the prompt; negative positions count from its end.
 
     Raises:
-        GraphError: the position or the feature does not exist, or the feature does not fire there.
+        GraphError: the position or the feature does not exist.
     """
     if isinstance(target, (str, int)):
         target = LogitTarget(target, position)

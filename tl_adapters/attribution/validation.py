@@ -23,7 +23,7 @@ from tl_adapters.attribution.targets import DifferenceTarget, LogitTarget, unemb
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import host_float64
 
-LINEARISATIONS = ("relp", "frozen_mlp", "gradient")
+LINEARIZATIONS = ("relp", "frozen_mlp", "gradient")
 CURVE = (5, 10, 20, 50, 100)
 
 
@@ -35,7 +35,7 @@ def hold_to_account(pair: PairedModel, prompt: Sequence[int], target: LogitTarge
     """
     graphs = {
         name: attribute(pair, prompt, [target], linearisation=name, max_feature_nodes=10**9, progress=False)
-        for name in LINEARISATIONS
+        for name in LINEARIZATIONS
     }
     relp = graphs["relp"]
     real = ablation_effects(pair, relp, torch.arange(len(relp.features)))

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.autointerp.detection_examples import Trial, trials_of
+from tl_adapters.autointerp.detection_examples import DetectionExample, detection_examples_of
 from tl_adapters.autointerp.endpoint import Endpoint, Failure, Messages, Spent
 from tl_adapters.autointerp.judge import JudgingError, one_line
 from tl_adapters.autointerp.prompts import asked_excerpt, profile, question
 from tl_adapters.features.feature import Label
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.utils.confidence_intervals import Figure, bootstrap_difference, clustered_share
+from tl_adapters.utils.confidence_intervals import Measurement, bootstrap_difference, clustered_share
 
 _DESCRIBE = """You study the inside of a language model that was trained to think at length before it answers. \
 One unit of it is shown to you as JSON. Each excerpt is a list of pieces of text; a piece written as \
@@ -79,7 +79,7 @@ class Detection:
 class Detections:
     """The detection scores of features, or of neurons."""
 
-    score: Figure
+    score: Measurement
     """Mean over features."""
     found: float
     """Mean share of the firings found."""
@@ -105,7 +105,7 @@ class InterpretationReport:
     """Of the adapters."""
     neurons: Detections | None
     """Of the target's MLP, drawn from the same layers; None if there was no store of them."""
-    difference: Figure | None
+    difference: Measurement | None
     """Mean score of features less that of neurons."""
     spent: Spent
     """What it cost."""
@@ -153,18 +153,20 @@ def auto_interpret(
     return InterpretationReport(endpoint.model, features, neurons, _difference(features, neurons), endpoint.spent, seed)
 
 
-def _drawn_trials(store: FeatureStore, quota: Mapping[int, int], seed: int) -> tuple[list[Trial], dict[str, int]]:
+def _drawn_trials(
+    store: FeatureStore, quota: Mapping[int, int], seed: int
+) -> tuple[list[DetectionExample], dict[str, int]]:
     """As many trials as asked for from each layer, where it has so many features that can be tested."""
     by_layer: dict[int, list[FeatureId]] = defaultdict(list)
     for id in store.ids():
         by_layer[id.layer].append(id)
-    found: list[Trial] = []
+    found: list[DetectionExample] = []
     skipped = Counter[str]()
     for layer, wanted in sorted(quota.items()):
         ids, there = by_layer[layer], len(found)
         random.Random(f"{seed} layer {layer}").shuffle(ids)
-        for trial in trials_of(store, ids, seed):
-            if isinstance(trial, Trial):
+        for trial in detection_examples_of(store, ids, seed):
+            if isinstance(trial, DetectionExample):
                 found.append(trial)
             else:
                 skipped[trial] += 1
@@ -173,7 +175,9 @@ def _drawn_trials(store: FeatureStore, quota: Mapping[int, int], seed: int) -> t
     return found, dict(skipped)
 
 
-def _ask(endpoint: Endpoint, trials: Sequence[Trial], progress: bool) -> list[tuple[str, set[int]] | Failure]:
+def _ask(
+    endpoint: Endpoint, trials: Sequence[DetectionExample], progress: bool
+) -> list[tuple[str, set[int]] | Failure]:
     """Of each trial the description and the numbers of the excerpts it was said to fire on."""
     describing = [describing_question(trial) for trial in trials]
     explanations = endpoint.ask_all(describing, _explanation, progress=progress, what="describe")
@@ -189,12 +193,12 @@ def _ask(endpoint: Endpoint, trials: Sequence[Trial], progress: bool) -> list[tu
     return outcomes
 
 
-def describing_question(trial: Trial) -> Messages:
+def describing_question(trial: DetectionExample) -> Messages:
     """What a description is asked with."""
     return question(_DESCRIBE, profile(trial.feature, trial.describing))
 
 
-def detecting_question(trial: Trial, explanation: str) -> Messages:
+def detecting_question(trial: DetectionExample, explanation: str) -> Messages:
     """What a description is tested with: the excerpts in the order of the trial, numbered from 1."""
     excerpts = [{"number": i, **asked_excerpt(e)} for i, e in enumerate(trial.excerpts, start=1)]
     return question(_DETECT, {"fires": explanation, "excerpts": excerpts})
@@ -213,7 +217,7 @@ def _numbers(reply: Any, highest: int) -> set[int]:
     return set(numbers)
 
 
-def detection(trial: Trial, explanation: str, said: set[int]) -> Detection:
+def detection(trial: DetectionExample, explanation: str, said: set[int]) -> Detection:
     """The score of one reply: the numbers of the excerpts it was said to fire on."""
     hits = [i in said for i in range(1, len(trial.fires) + 1)]
     right = [hit == fires for hit, fires in zip(hits, trial.fires, strict=True)]
@@ -229,7 +233,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _summary(
-    outcomes: Sequence[tuple[Trial, tuple[str, set[int]] | Failure]], skipped: dict[str, int], split: str, kind: str
+    outcomes: Sequence[tuple[DetectionExample, tuple[str, set[int]] | Failure]],
+    skipped: dict[str, int],
+    split: str,
+    kind: str,
 ) -> Detections:
     units = tuple(detection(trial, *out) for trial, out in outcomes if not isinstance(out, Failure))
     failed = {trial.feature.name: out.reason for trial, out in outcomes if isinstance(out, Failure)}
@@ -242,7 +249,7 @@ def _summary(
     return Detections(figure, found, passed, unsure, skipped, failed, units)
 
 
-def _difference(features: Detections, neurons: Detections | None) -> Figure | None:
+def _difference(features: Detections, neurons: Detections | None) -> Measurement | None:
     if neurons is None:
         return None
     a, b = (torch.tensor([unit.score for unit in d.units], dtype=torch.float64) for d in (features, neurons))

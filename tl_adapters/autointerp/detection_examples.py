@@ -43,7 +43,7 @@ NEAR = (4, 0.1)
 
 
 @dataclass(frozen=True)
-class Trial:
+class DetectionExample:
     """What a feature is described from, and what the description is tested on."""
 
     feature: Feature
@@ -73,14 +73,16 @@ class TokenCounts:
         return self._counts.get(region * self.width + token, 0)
 
 
-def trials_of(store: FeatureStore, ids: Iterable[FeatureId], seed: int = 0) -> Iterator[Trial | str]:
+def detection_examples_of(
+    store: FeatureStore, ids: Iterable[FeatureId], seed: int = 0
+) -> Iterator[DetectionExample | str]:
     """A trial of each feature, or why there can be none."""
     counts = TokenCounts(store)
     for feature in store.features(ids):
         yield trial_of(store, feature, counts, seed)
 
 
-def trial_of(store: FeatureStore, feature: Feature, counts: TokenCounts, seed: int = 0) -> Trial | str:
+def trial_of(store: FeatureStore, feature: Feature, counts: TokenCounts, seed: int = 0) -> DetectionExample | str:
     """A trial of one feature, or why there can be none; the same for the same seed."""
     generator = random.Random(f"{seed} {feature.kind} {feature.name}")
     documents = sorted({example.document for example in feature.sample})
@@ -98,7 +100,7 @@ def trial_of(store: FeatureStore, feature: Feature, counts: TokenCounts, seed: i
     order = list(range(len(both)))
     generator.shuffle(order)
     place = {which: i for i, which in enumerate(order)}
-    return Trial(
+    return DetectionExample(
         feature,
         tuple(describing),
         tuple(both[i] for i in order),

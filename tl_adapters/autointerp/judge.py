@@ -27,7 +27,7 @@ from tl_adapters.autointerp.rule_labels import CategoryShare, label_shares
 from tl_adapters.errors import UserError
 from tl_adapters.features.feature import Feature, Label
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.utils.confidence_intervals import Figure, bootstrap_kappa, share
+from tl_adapters.utils.confidence_intervals import Measurement, bootstrap_kappa, share
 
 CATEGORIES = {
     "language": "grammar, wording, names, layout: text of any kind, tied to no subject and to no course of thought",
@@ -93,11 +93,11 @@ class JudgeReport:
     """By category."""
     groups: dict[str, CategoryShare]
     """By the first word of the category: language, domain, reasoning, uninterpretable."""
-    agreement: Figure | None
+    agreement: Measurement | None
     """Share of features whose second verdict has the category of the first; None if none was judged twice."""
-    group_agreement: Figure | None
+    group_agreement: Measurement | None
     """Likewise of the groups."""
-    kappa: Figure | None
+    kappa: Measurement | None
     """Cohen's kappa of the two verdicts' categories."""
     spent: Spent
     """What it cost."""
@@ -217,14 +217,14 @@ def _group(category: str) -> str:
     return category.partition(":")[0]
 
 
-def _agreement(pairs: Sequence[tuple[str, str]], split: str) -> Figure | None:
+def _agreement(pairs: Sequence[tuple[str, str]], split: str) -> Measurement | None:
     if not pairs:
         return None
     same, n = sum(a == b for a, b in pairs), len(pairs)
     return share(same, n).figure(n, "share of features judged alike twice", split)
 
 
-def _kappa(pairs: Sequence[tuple[str, str]], split: str, seed: int) -> Figure | None:
+def _kappa(pairs: Sequence[tuple[str, str]], split: str, seed: int) -> Measurement | None:
     if not pairs:
         return None
     order = list(CATEGORIES)

@@ -30,13 +30,13 @@ from tl_adapters.data.hesitation_words import HESITATION_WORDS, says
 from tl_adapters.features.feature import Example, Feature, Label
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.arguments import texts
-from tl_adapters.utils.confidence_intervals import Estimate, Figure, bootstrap_strata, share, share_interval
+from tl_adapters.utils.confidence_intervals import Estimate, Measurement, bootstrap_strata, share, share_interval
 
 CATEGORIES = ("hesitation", "output", "input", "region", "unlabelled")
 """Categories of the rules; of several that hold the first counts."""
 SOURCE = "rules"
 """Who gave these labels."""
-MOST, SURE = 0.8, 0.5
+MOSTLY_SHARE, MOSTLY_LOWER_BOUND = 0.8, 0.5
 """Mostly: this share of the firings, and more than half of them with 97.5 % confidence (four of four, 8 of 9, 9 of 11):
 a label names what one sees nearly every time, and three firings prove nothing."""
 FEW = 3
@@ -167,7 +167,7 @@ def _label(evidence: _Evidence, ordinary: float, words: Sequence[str]) -> Label:
 
 
 def _most(hits: int, n: int) -> bool:
-    return n > 0 and hits / n >= MOST and share_interval(hits, n)[0] > SURE
+    return n > 0 and hits / n >= MOSTLY_SHARE and share_interval(hits, n)[0] > MOSTLY_LOWER_BOUND
 
 
 def _token(example: Example) -> str:
@@ -209,9 +209,9 @@ class CategoryShare:
 
     count: int
     """Labelled features of it."""
-    share: Figure
+    share: Measurement
     """Of the labelled features; a share's interval."""
-    weighted: Figure
+    weighted: Measurement
     """Of all alive features: each layer's share, weighted by its alive features; bootstrap within layers."""
     by_layer: dict[int, float]
     """Layer to the share of its labelled features."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tl_adapters.checkpoints.architectures import ARCHITECTURES, UnsupportedModelError, require_plain_mlps
 from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, compare_vocabularies, require_fit
-from tl_adapters.checkpoints.content_hashes import fingerprint
+from tl_adapters.checkpoints.fingerprints import fingerprint
 from tl_adapters.checkpoints.model_files import (
     MLP_KEY,
     PROJECTIONS,

@@ -1,138 +1,66 @@
-"""By what adapters know their target and base again: content, not names; in memory and in files.
-
-A few values of every matrix, and every norm and bias whole. `agrees` compares them with a model's: bit for bit where
-both are of one dtype, and else with no more room than the roundings in between leave, which is less than a change of
-one unit in the last place of the coarser dtype.
-"""
+"""Which weights were these? Short content hashes, so that files of one model are never used with another's."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from tl_adapters.checkpoints.model_files import MLP_KEY, read_tensors, read_values
+K = TypeVar("K")
 
-SAMPLES = 64
-_ARITHMETIC = 2.0**-20
-"""Relative; what a few operations in float32 leave. A change of one unit in bfloat16's last place is at least 2^-8."""
-_SECOND_NORM = {"Gemma2ForCausalLM": "model.layers.{}.pre_feedforward_layernorm.weight"}
-_SECOND_NORM_DEFAULT = "model.layers.{}.post_attention_layernorm.weight"
-_ATTENTION_OUT = "model.layers.{}.self_attn.o_proj.weight"
+HASHED_VALUES = 1024
+"""Values read of each tensor: any training moves some of them, and a 7B model is done in a second."""
 
 
-class LayerMarks(NamedTuple):
-    """What adapters keep of one layer of their models: to know them again, and to fit models with folded norms."""
-
-    ln2_w: Tensor
-    """The target's second-norm weights as TransformerLens has them (Gemma 1 + w), [d_model]."""
-    attention_out: Tensor
-    """Values of the target's attention output projection, [at most 64]."""
-    base_mlp_out: Tensor
-    """Values of the base's down projection, [at most 64]."""
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """16 hex digits of the names, shapes and `HASHED_VALUES` evenly spaced values of named tensors, in order."""
+    return fingerprints({"": tensors})[""]
 
 
-def sample(weight: Tensor) -> Tensor:
-    """Evenly spaced values of a matrix in Hugging Face's layout, on the CPU."""
-    places = sample_places(weight.numel()).to(weight.device)
-    return weight.detach()[torch.unravel_index(places, weight.shape)].to("cpu", copy=True)
+def fingerprints(groups: Mapping[K, Iterable[tuple[str, Tensor]]]) -> dict[K, str]:
+    """`fingerprint` of several groups of named tensors, with one copy from each device for all of them."""
+    named = [(key, name, tensor) for key, tensors in groups.items() for name, tensor in tensors]
+    digests = {key: hashlib.sha256() for key in groups}
+    for (key, name, tensor), values in zip(named, _to_host([_sampled(t) for _, _, t in named]), strict=True):
+        digests[key].update(f"{name}{tuple(tensor.shape)}".encode())
+        digests[key].update(values.numpy().tobytes())
+    return {key: digest.hexdigest()[:16] for key, digest in digests.items()}
 
 
-def agrees(
-    recorded: Tensor,
-    present: Tensor,
-    factor: Tensor | float | None = None,
-    *,
-    processed: bool = False,
-    shift: Tensor | None = None,
-    offset: float = 0.0,
-    stored_in: frozenset[torch.dtype] = frozenset(),
-) -> bool:
-    """Whether ``present`` holds the values that were ``recorded``, as casts and weight processing change them.
+def _sampled(tensor: Tensor) -> Tensor:
+    places = torch.arange(0, tensor.numel(), max(1, tensor.numel() // HASHED_VALUES), device=tensor.device)[
+        :HASHED_VALUES
+    ]
+    # Indexed, not flattened: weights are transposed views, and flattening one copies it.
+    return tensor.detach()[torch.unravel_index(places, tensor.shape)].to(torch.float32)
 
-    Args:
-        recorded, present: values of one weight, on the CPU, [n].
-        factor: what the recorded values were multiplied with since (a folded norm's weights at these places).
-        processed: TransformerLens processed the model's weights, in float32.
-        shift: what was taken off the recorded values before that (their mean, where an unembedding was centered), [n].
-        offset: what a norm's weights were stored without (Gemma's 1, where TransformerLens has 1 + w); of ``factor``
-            where there is one, else of ``recorded``.
-        stored_in: dtypes that weights without the offset went through; with it they are in float32 at least.
 
-    In one dtype and without processing they must be equal. Else each dtype that values went through may have moved
-    them by half a unit in the last place, and a product's factors before it; arithmetic in float32 by little more.
+def _to_host(samples: list[Tensor]) -> list[Tensor]:
+    """The samples on the CPU, those of each device in one copy."""
+    found = list(samples)
+    for device in {sample.device for sample in samples if sample.device.type != "cpu"}:
+        there = [i for i, sample in enumerate(samples) if sample.device == device]
+        joined = torch.cat([samples[i] for i in there]).cpu()
+        for i, values in zip(there, joined.split([len(samples[i]) for i in there]), strict=True):
+            found[i] = values.contiguous()
+    return found
+
+
+def differing(recorded: Mapping[str, str], present: Mapping[str, str]) -> list[str]:
+    """Names of the fingerprints that both sides have and that differ.
+
+    Those of a target ("target...") and of a base ("base_mlps") are compared only where both sides took them in the same
+    dtype ("dtype", "base_dtype"): a cast changes every value. Of adapters ("adapters", and "adapters.N" of single
+    layers) those of the layers are compared where both sides have them, so that some layers of a set are known as
+    layers of that set.
     """
-    if recorded.shape != present.shape:
-        return False
-    same_model = recorded.dtype == present.dtype and len(stored_in) < 2
-    if same_model and not processed and factor is None:
-        return torch.equal(recorded, present)
-    dtypes = {present.dtype, *([recorded.dtype] if recorded.dtype != present.dtype else [])}
-    if processed:
-        dtypes.add(torch.float32)
-    expected = recorded.double()
-    size = expected.abs()
-    if shift is not None:
-        size = size.max().expand_as(size)  # a mean is as exact as what it is the mean of is large
-        expected = expected - shift.double()
-    if factor is None:
-        room = _ARITHMETIC * size
-        stored = (expected - offset).abs() * (offset != 0)  # rounded itself before the offset was added
-    else:
-        by = torch.as_tensor(factor, dtype=torch.float64).expand_as(expected)
-        stored = size * ((by - offset).abs() * (offset != 0) + 2 * by.abs())  # of both factors
-        expected, size = expected * by, size * by.abs()
-        room = _ARITHMETIC * (size + stored)
-    for dtype in dtypes:
-        half = 0.5 * _unit(size, dtype) * (1 if shift is None else 2)
-        room = room + half
-    for dtype in dtypes | stored_in:
-        room = room + 0.5 * torch.finfo(dtype).eps * stored
-    fits = expected.abs() <= torch.finfo(present.dtype).max
-    return bool(((present.double() - expected).abs() <= room)[fits].all())
-
-
-def with_offset(weight: Tensor) -> Tensor:
-    """Gemma's 1 + w, which it computes in float32 from weights of any dtype; at least in float32."""
-    return (1 + weight.float()).to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As configurations write it: "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _unit(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The unit in the last place of values, which are not negative, in a dtype."""
-    about = torch.finfo(dtype)
-    return about.eps * torch.exp2(values.clamp(min=about.smallest_normal).log2().floor())
-
-
-def stored_marks(target: Path, base: Path, architecture: str, layer: int) -> LayerMarks:
-    """The marks of a layer in checkpoints' files; of matrices only single values are read. Raises CheckpointError."""
-    name = second_norm_name(architecture, layer)
-    ln2_w = read_tensors(target, [name])[name].clone()  # may be a view of its whole shard
-    if architecture == "Gemma2ForCausalLM":
-        ln2_w = with_offset(ln2_w)
-    return LayerMarks(
-        ln2_w,
-        read_values(target, attention_out_name(layer), sample_places),
-        read_values(base, MLP_KEY.format(layer, "down_proj"), sample_places),
-    )
-
-
-def second_norm_name(architecture: str, layer: int) -> str:
-    """The tensor of the norm before the MLP."""
-    return _SECOND_NORM.get(architecture, _SECOND_NORM_DEFAULT).format(layer)
-
-
-def attention_out_name(layer: int) -> str:
-    """The tensor of the attention's output projection."""
-    return _ATTENTION_OUT.format(layer)
-
-
-def sample_places(n: int) -> Tensor:
-    """Places of the samples in a flattened matrix of so many values."""
-    return torch.linspace(0, n - 1, min(SAMPLES, n), dtype=torch.float64).round().long()
+    both = recorded.keys() & present.keys()
+    for dtype, of_it in (("dtype", "target"), ("base_dtype", "base_mlps")):
+        if dtype in both and recorded[dtype] != present[dtype]:
+            both = {name for name in both if not name.startswith(of_it)}
+    if any(name.startswith("adapters.") for name in both):
+        both = both - {"adapters"}
+    return sorted(name for name in both - {"dtype", "base_dtype"} if recorded[name] != present[name])

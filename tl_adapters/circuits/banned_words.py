@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_adapters.circuits.onsets import Moments
+from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.evaluation.behaviors import Words
 from tl_adapters.interventions.feature_edits import InterventionError
 from tl_adapters.interventions.variants import Variant
@@ -26,7 +26,7 @@ Neighbors = dict[tuple[int, int], int]
 """A token and the one after it, to how often they stand in given texts without the phrase that they are of."""
 
 
-def banned_neighbors(moments: Moments) -> Neighbors:
+def banned_neighbors(moments: Onsets) -> Neighbors:
     """Of every phrase, the two neighboring tokens that stand least often in the responses outside of the phrase.
 
     Of several the first.
@@ -44,7 +44,7 @@ def banned_neighbors(moments: Moments) -> Neighbors:
     return found
 
 
-def _stands(moments: Moments, phrase: tuple[int, ...]) -> Tensor:
+def _stands(moments: Onsets, phrase: tuple[int, ...]) -> Tensor:
     """Where a phrase begins, its first token included."""
     tokens = moments.tokens
     here = tokens == phrase[0]

@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components  # type: ignore[import-unt
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId, owned
-from tl_adapters.checkpoints.content_hashes import differing
+from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.errors import UserError
 from tl_adapters.interop.hub import HubError
@@ -32,9 +32,9 @@ from tl_adapters.utils.html import escape, table
 from tl_adapters.utils.results import plain
 from tl_adapters.utils.strict_json import dumps
 
-SCHEMA_VERSION, READ_VERSIONS = 2, (1, 2)
+CIRCUIT_SCHEMA_VERSION, CIRCUIT_READABLE_VERSIONS = 2, (1, 2)
 """Version 1 does not say which tokens the words are, nor which function found them."""
-FILE = "circuit.json"
+CIRCUIT_FILE = "circuit.json"
 HUB_FILE = "circuits/{}.json"
 SAME_DIRECTION = 0.8
 """Above this cosine of their decoder rows two features of a layer write the same direction."""
@@ -169,7 +169,7 @@ class Circuit:
 
         Raises DiskFullError.
         """
-        path = Path(path) if Path(path).suffix == ".json" else Path(path) / FILE
+        path = Path(path) if Path(path).suffix == ".json" else Path(path) / CIRCUIT_FILE
         write_text(path, self._json())
         return path
 
@@ -179,7 +179,7 @@ class Circuit:
 
         Raises CircuitError where there is none, where it is damaged, or of another version.
         """
-        path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        path = Path(path) / CIRCUIT_FILE if Path(path).is_dir() else Path(path)
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -187,8 +187,8 @@ class Circuit:
         except (OSError, ValueError) as error:
             raise CircuitError(f"{path} is damaged ({error}); copy or download it again.") from error
         version = record.get("schema_version") if isinstance(record, dict) else None
-        if version not in READ_VERSIONS:
-            read = " and ".join(map(str, READ_VERSIONS))
+        if version not in CIRCUIT_READABLE_VERSIONS:
+            read = " and ".join(map(str, CIRCUIT_READABLE_VERSIONS))
             raise CircuitError(f"{path} has schema_version {version}; this version reads {read}.")
         try:
             return _circuit_of(record)
@@ -248,7 +248,7 @@ class Circuit:
         return str(commit.commit_url)
 
     def _json(self) -> str:
-        record = {"schema_version": SCHEMA_VERSION, **plain(asdict(self), null=True)}
+        record = {"schema_version": CIRCUIT_SCHEMA_VERSION, **plain(asdict(self), null=True)}
         return dumps(record, indent=1) + "\n"
 
     # -- beside adapters and other circuits -----------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch import Tensor
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.controls import Shares, by_size, first_of, neuron_effects, removed, size_of_norm
 from tl_adapters.circuits.measurements import away, kl_from_replacement
-from tl_adapters.circuits.onsets import BehaviourError, Moments, margins_from
+from tl_adapters.circuits.onsets import BehaviorError, Onsets, margins_from
 from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
 from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
@@ -95,13 +95,13 @@ class Texts:
     """
 
     @torch.no_grad()
-    def __init__(self, pair: PairedModel, moments: Moments, documents: int = TRIED_DOCUMENTS) -> None:
+    def __init__(self, pair: PairedModel, moments: Onsets, documents: int = TRIED_DOCUMENTS) -> None:
         if not bool(moments.moment.any()):
-            raise BehaviourError("There is no onset in these texts, so there is no effect that a baseline could have.")
+            raise BehaviorError("There is no onset in these texts, so there is no effect that a baseline could have.")
         self.pair, self.moments = pair, moments.with_moments(documents)
         self.batches = [batch.to(pair.model.W_E.device) for _, batch in self.moments.batches()]
         if not any(bool(away(batch).any()) for batch in self.batches):
-            raise BehaviourError("Every position of these responses is an onset or follows one; give longer texts.")
+            raise BehaviorError("Every position of these responses is an onset or follows one; give longer texts.")
         with pair.routed("replacement"):
             self.embedded = [pair.embed(batch.tokens) for batch in self.batches]
             self.final = [pair.run_blocks(resid, 0, pair.n_layers) for resid in self.embedded]

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.circuits.onsets import Moments, final_residual, margins_from
+from tl_adapters.circuits.onsets import Onsets, final_residual, margins_from
 from tl_adapters.evaluation.behaviors import first_tokens
 from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.interventions.variants import Variant
@@ -190,7 +190,7 @@ class NeuronEffects:
     """The same, with the neuron held at its mean."""
 
 
-def neuron_effects(pair: PairedModel, moments: Moments, documents: int | None = None) -> NeuronEffects:
+def neuron_effects(pair: PairedModel, moments: Onsets, documents: int | None = None) -> NeuronEffects:
     """Effects of every neuron over the first ``documents`` documents that have an onset (all, if None)."""
     device, n_layers = pair.model.W_E.device, pair.n_layers
     shape = (n_layers, pair.model.cfg.d_mlp)
@@ -231,7 +231,7 @@ def by_size(scores: Float[Tensor, "n_layers d_mlp"], n: int | None = None) -> li
     return [(i // scores.shape[1], i % scores.shape[1]) for i in best]
 
 
-def commonest_alternative(moments: Moments) -> int | None:
+def commonest_alternative(moments: Onsets) -> int | None:
     """The token that most often comes at the boundaries, where the words do not; None where there is no boundary.
 
     A token with which a phrase begins is none: it comes at moments, too.

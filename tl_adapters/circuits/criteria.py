@@ -13,8 +13,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tl_adapters.circuits.onsets import Moments
-from tl_adapters.utils.confidence_intervals import TAIL, Estimate, Figure, mcnemar, newcombe
+from tl_adapters.circuits.onsets import Onsets
+from tl_adapters.utils.confidence_intervals import TAIL, Estimate, Measurement, mcnemar, newcombe
 
 SHARE, CUT, SHORTER = 0.03, 0.95, 0.2
 """Of the alive features; of the hesitation rate gone without it; of the length gone without it."""
@@ -31,7 +31,7 @@ Criterion = dict[str, Any]
 and that it takes; None where no number of them matters)."""
 
 
-def criteria(block: Mapping[str, Any], texts: Moments) -> list[Criterion]:
+def criteria(block: Mapping[str, Any], texts: Onsets) -> list[Criterion]:
     """The bars, measured.
 
     Args:
@@ -46,7 +46,7 @@ def _asked(name: str, value: float | None, bar: str, reached: bool | None) -> Cr
     return {"name": name, "value": value, "bar": bar, "reached": reached, "n": None, "needs": None}
 
 
-def _close(name: str, figure: Figure | None, bar: str, bound: float, centre: float = 0.0) -> Criterion:
+def _close(name: str, figure: Measurement | None, bar: str, bound: float, centre: float = 0.0) -> Criterion:
     """Asked: the figure's whole interval is within ``bound`` of ``centre``."""
     if figure is None or figure.value is None:
         why = "there is nothing to measure it on" if figure is None else figure.reason
@@ -63,7 +63,7 @@ def _close(name: str, figure: Figure | None, bar: str, bound: float, centre: flo
     return asked | {"n": figure.n, "needs": needs}
 
 
-def problems_needed(figure: Figure, bound: float) -> int:
+def problems_needed(figure: Measurement, bound: float) -> int:
     """How many problems (documents) a claim takes that a figure is within ``bound``.
 
     The larger of two: so many that what happens in a share ``bound`` of them would be seen (with 97.5 % probability),
@@ -94,7 +94,7 @@ def _of_its_absence(block: Mapping[str, Any]) -> list[Criterion]:
     return asked
 
 
-def _of_its_presence(block: Mapping[str, Any], texts: Moments) -> list[Criterion]:
+def _of_its_presence(block: Mapping[str, Any], texts: Onsets) -> list[Criterion]:
     said, change = block["probabilities"], block["sufficiency"]["both"]["accuracy_change"]
     added = said["hybrid + both"]
     top, bottom = added["moment"].value, said["target"]["moment"].value
@@ -154,7 +154,7 @@ def _more(name: str, more: str, less: str) -> Criterion:
     return _asked(name, difference.value, bar, clear) | {"n": len(pairs)}
 
 
-def _elsewhere(said: Mapping[str, Figure], texts: Moments) -> Figure | None:
+def _elsewhere(said: Mapping[str, Measurement], texts: Onsets) -> Measurement | None:
     """Over boundaries and all other places together, each by how many there are.
 
     The interval's ends are put together likewise, as though both parts erred the same way: none is wider.

@@ -10,15 +10,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_adapters.circuits.circuit import Circuit
-from tl_adapters.circuits.onsets import Moments, find_moments
+from tl_adapters.circuits.onsets import Onsets, find_onsets
 from tl_adapters.circuits.roles import Sorted, circuit_edges, sort_features
 from tl_adapters.circuits.search import Search, SearchOptions, search_circuit
 from tl_adapters.data.traces import Trace
-from tl_adapters.evaluation.behaviors import Behaviour, BehaviourError
+from tl_adapters.evaluation.behaviors import Behavior, BehaviorError
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel, adapters_in_float32
 
-FEWEST_MOMENTS = 20
+FEWEST_ONSETS = 20
 """With fewer moments on the select problems there is no behaviour to find a circuit of."""
 
 
@@ -28,7 +28,7 @@ class Found:
 
     circuit: Circuit
     """Features and roles; empty where there was nothing to find."""
-    moments: Moments
+    moments: Onsets
     """Of the select problems."""
     alive: Bool[Tensor, "n_layers n_features"]
     """Features that fired often enough to be asked."""
@@ -46,7 +46,7 @@ class Found:
 def find_circuit(
     pair: PairedModel,
     traces: Sequence[Trace],
-    behaviour: Behaviour | None = None,
+    behaviour: Behavior | None = None,
     *,
     split: str = "select",
     options: SearchOptions | None = None,
@@ -62,21 +62,21 @@ def find_circuit(
         options: of the search.
         progress: show a bar.
 
-    A target with fewer than `FEWEST_MOMENTS` moments has an empty circuit, whether words or a function say so. Raises
+    A target with fewer than `FEWEST_ONSETS` moments has an empty circuit, whether words or a function say so. Raises
     BehaviourError where there are no answers, for words that the tokenizer cannot write, and for adapters that are dead
     where there is something to find.
     """
-    behaviour, options = behaviour or Behaviour(), options or SearchOptions()
+    behaviour, options = behaviour or Behavior(), options or SearchOptions()
     adapters = pair.installed_adapters()
     words = behaviour.tokens(pair, traces)
-    moments = find_moments(pair, traces, behaviour, tuple(words.values()))
+    moments = find_onsets(pair, traces, behaviour, tuple(words.values()))
     fired, mass, l0 = _activity(pair, moments)
     alive = fired >= ALIVE_FIRINGS * min(1.0, int(moments.predicting.sum()) / 100_000)
     alive &= fired > 0
     search = roles = None
-    if int(moments.moment.sum()) >= FEWEST_MOMENTS:
+    if int(moments.moment.sum()) >= FEWEST_ONSETS:
         if not bool(alive.any()):
-            raise BehaviourError("No feature of these adapters fires on the target's text; train them first.")
+            raise BehaviorError("No feature of these adapters fires on the target's text; train them first.")
         search = search_circuit(pair, moments, alive, options, progress)
         roles = sort_features(pair, moments, search.order, alive)
     circuit = Circuit(
@@ -97,7 +97,7 @@ def find_circuit(
 
 
 @torch.no_grad()
-def _activity(pair: PairedModel, moments: Moments) -> tuple[Tensor, Tensor, float]:
+def _activity(pair: PairedModel, moments: Onsets) -> tuple[Tensor, Tensor, float]:
     """Firings and summed activation (in decoder-norm units) of every feature over a text, and the mean L0."""
     adapters = pair.installed_adapters()
     device = pair.model.W_E.device

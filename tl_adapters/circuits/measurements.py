@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_adapters.circuits.onsets import BehaviourError, Moments, final_residual, margins_from, margins_where
+from tl_adapters.circuits.onsets import BehaviorError, Onsets, final_residual, margins_from, margins_where
 from tl_adapters.circuits.subject import Injection, Subject
-from tl_adapters.evaluation.behaviors import Behaviour, counts
+from tl_adapters.evaluation.behaviors import Behavior, counts
 from tl_adapters.evaluation.response_metrics import correctness, rate
 from tl_adapters.generation.responses import Response, respond
 from tl_adapters.interventions.feature_edits import Features, ablated
@@ -31,9 +31,9 @@ from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.confidence_intervals import (
     Estimate,
-    Figure,
-    OutcomesFigure,
-    SetsFigure,
+    Measurement,
+    OutcomesMeasurement,
+    SetsMeasurement,
     bootstrap_ratio,
     change_of_ratio,
     clustered_share,
@@ -51,8 +51,8 @@ FEW_SETS = 5
 
 
 def probabilities(
-    pair: PairedModel, moments: Moments, variant: Variant, split: str, unchanged: Unchanged | None = None
-) -> dict[str, Figure]:
+    pair: PairedModel, moments: Onsets, variant: Variant, split: str, unchanged: Unchanged | None = None
+) -> dict[str, Measurement]:
     """Probability of the behaviour at moments, boundaries and elsewhere, with intervals over documents.
 
     Of a phrase: of all its tokens at the moments, elsewhere as far as the text shows it (see `moments`).
@@ -63,17 +63,17 @@ def probabilities(
 
 def mean_probabilities(
     pair: PairedModel,
-    moments: Moments,
+    moments: Onsets,
     variants: Sequence[Variant],
     split: str,
     unchanged: Unchanged | None = None,
-) -> dict[str, Figure]:
+) -> dict[str, Measurement]:
     """The same as a mean over variants that were drawn themselves (random sets): their choice is in the interval."""
     drawn = [_probability_sums(pair, moments, variant, unchanged) for variant in variants]
     return _probabilities({place: torch.stack([sums[place] for sums in drawn]) for place in drawn[0]}, split)
 
 
-def away(moments: Moments) -> Bool[Tensor, "batch pos"]:
+def away(moments: Onsets) -> Bool[Tensor, "batch pos"]:
     """Where a condition should change nothing: the response without the onsets and what follows them.
 
     Matched control positions are among them: the word may come there and did not, and that should stay so.
@@ -105,7 +105,7 @@ class Unchanged:
     """The replacement's final residual stream over given texts, away from the onsets: read once, for all conditions."""
 
     @torch.no_grad()
-    def __init__(self, pair: PairedModel, moments: Moments) -> None:
+    def __init__(self, pair: PairedModel, moments: Onsets) -> None:
         self.residuals = []
         for _, batch in moments.batches():
             batch = batch.to(pair.model.W_E.device)
@@ -113,7 +113,7 @@ class Unchanged:
                 self.residuals.append(final_residual(pair, batch.tokens)[away(batch)].cpu())
 
 
-def kl_elsewhere(pair: PairedModel, moments: Moments, variant: Variant, split: str) -> Figure:
+def kl_elsewhere(pair: PairedModel, moments: Onsets, variant: Variant, split: str) -> Measurement:
     """KL(replacement || variant) in nats per token, away from the onsets and what follows them (`away`).
 
     The interval is over documents. There is no value for a variant that rules a token out: its KL is infinite. Raises
@@ -121,13 +121,13 @@ def kl_elsewhere(pair: PairedModel, moments: Moments, variant: Variant, split: s
     """
     found = probabilities(pair, moments, variant, split, Unchanged(pair, moments))
     if "kl_elsewhere" not in found:
-        raise BehaviourError("Every position of these responses is an onset or follows one; give longer texts.")
+        raise BehaviorError("Every position of these responses is an onset or follows one; give longer texts.")
     return found["kl_elsewhere"]
 
 
 @torch.no_grad()
 def _probability_sums(
-    pair: PairedModel, moments: Moments, variant: Variant, unchanged: Unchanged | None = None
+    pair: PairedModel, moments: Onsets, variant: Variant, unchanged: Unchanged | None = None
 ) -> dict[str, Float[Tensor, "2 n"]]:
     """By place and document: the probabilities' sum, and how many there are; the KL elsewhere likewise."""
     sums = {place: torch.zeros(2, len(moments), dtype=torch.float64) for place in PLACES}
@@ -150,8 +150,8 @@ def _probability_sums(
     return sums if unchanged is None else sums | {"kl_elsewhere": harm}
 
 
-def _probabilities(sums: dict[str, Float[Tensor, "*sets 2 n"]], split: str) -> dict[str, Figure]:
-    found: dict[str, Figure] = {}
+def _probabilities(sums: dict[str, Float[Tensor, "*sets 2 n"]], split: str) -> dict[str, Measurement]:
+    found: dict[str, Measurement] = {}
     for place, both in sums.items():
         top, bottom = both.unbind(-2)
         if not float(bottom.sum()):
@@ -166,11 +166,11 @@ def _probabilities(sums: dict[str, Float[Tensor, "*sets 2 n"]], split: str) -> d
     return found
 
 
-def _of_sets(figure: Figure, values: Sequence[float]) -> SetsFigure:
-    fields = {name: getattr(figure, name) for name in Figure.__dataclass_fields__}
+def _of_sets(figure: Measurement, values: Sequence[float]) -> SetsMeasurement:
+    fields = {name: getattr(figure, name) for name in Measurement.__dataclass_fields__}
     few = "" if len(values) >= FEW_SETS else f"of only {len(values)} sets"
     fields["reason"] = "; ".join(filter(None, (fields["reason"], few)))
-    return SetsFigure(**fields, draws=len(values), min=min(values), max=max(values))
+    return SetsMeasurement(**fields, draws=len(values), min=min(values), max=max(values))
 
 
 def answers(
@@ -200,7 +200,7 @@ def answers(
 def record(
     said: Sequence[Response],
     baseline: Sequence[Response],
-    words: Sequence[str] | Behaviour,
+    words: Sequence[str] | Behavior,
     split: str,
     slips: Sequence[bool] | None = None,
     signs: dict[str, int] | None = None,
@@ -255,7 +255,7 @@ def _unchanged(itself: bool) -> Estimate | None:
     return Estimate(0.0, 0.0, 0.0, reason="compared with itself") if itself else None
 
 
-def _counts(said: Sequence[Response], words: Sequence[str] | Behaviour) -> Tensor:
+def _counts(said: Sequence[Response], words: Sequence[str] | Behavior) -> Tensor:
     return torch.tensor(counts(said, words), dtype=torch.float64)
 
 
@@ -265,7 +265,7 @@ def _lengths(said: Sequence[Response]) -> Tensor:
 
 def corrected(
     pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject, split: str
-) -> OutcomesFigure:
+) -> OutcomesMeasurement:
     """Share of the wrong steps, written into the model's answer, that it corrects at once."""
     with variant.entered(pair) as model:
         said = respond(
@@ -278,12 +278,12 @@ def corrected(
     right = [bool(i.corrected(r.text)) for i, r in zip(injections, said, strict=True)]
     found = share(sum(right), len(right))
     outcomes = "".join("1" if r else "0" for r in right)
-    return OutcomesFigure(
+    return OutcomesMeasurement(
         found.value, found.low, found.high, len(right), "share corrected", split, reason=found.reason, outcomes=outcomes
     )
 
 
-def corrected_more(more: OutcomesFigure, less: OutcomesFigure) -> Figure:
+def corrected_more(more: OutcomesMeasurement, less: OutcomesMeasurement) -> Measurement:
     """By how much one condition corrects more of the same wrong steps than another, paired by wrong step."""
     right, than = (torch.tensor([float(c) for c in figure.outcomes]) for figure in (more, less))
     return paired_difference(right, than).figure(more.n, more.unit, more.split)
@@ -291,8 +291,8 @@ def corrected_more(more: OutcomesFigure, less: OutcomesFigure) -> Figure:
 
 @torch.no_grad()
 def mediation(
-    pair: PairedModel, moments: Moments, template: Features, output: Features, split: str
-) -> dict[str, Figure]:
+    pair: PairedModel, moments: Onsets, template: Features, output: Features, split: str
+) -> dict[str, Measurement]:
     """Do template features work through output features? Real interventions, in nats of the margin at the moments.
 
     * total: what the margin loses without the template features (patterns and norms held);
@@ -308,7 +308,7 @@ def mediation(
     for rows, batch in moments.batches(2048):
         batch = batch.to(pair.model.W_E.device)
 
-        def margin(into: str, batch: Moments = batch, rows: list[int] = rows) -> None:
+        def margin(into: str, batch: Onsets = batch, rows: list[int] = rows) -> None:
             logits = pair.model(batch.tokens)  # whole: norms are held over every position
             found = wide(margins_where(lambda rows, places: logits[rows, places], batch, batch.moment))
             said = found.new_zeros(batch.moment.shape)
@@ -327,7 +327,7 @@ def mediation(
                 with ablated(pair, features):
                     margin(name)
 
-    def figure(top: Tensor, unit: str = "nats of log-odds") -> Figure:
+    def figure(top: Tensor, unit: str = "nats of log-odds") -> Measurement:
         return bootstrap_ratio(top, places).figure(len(moments), unit, split)
 
     total, through = sums["clean"] - sums["total"], sums["direct"] - sums["total"]

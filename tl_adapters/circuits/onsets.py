@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tl_adapters.data.traces import Trace, collate, readable_traces, rows_by_length
-from tl_adapters.evaluation.behaviors import Behaviour as Behaviour
-from tl_adapters.evaluation.behaviors import BehaviourError as BehaviourError
+from tl_adapters.evaluation.behaviors import Behavior as Behavior
+from tl_adapters.evaluation.behaviors import BehaviorError as BehaviorError
 from tl_adapters.evaluation.behaviors import Words, first_tokens
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.precision import at_least_float32
@@ -41,7 +41,7 @@ FOLLOWS = 24
 
 
 @dataclass(frozen=True)
-class Moments:
+class Onsets:
     """Texts of one list with the places of a behaviour in them. Rows are documents, padded on the right."""
 
     tokens: Int[Tensor, "batch pos"]
@@ -81,21 +81,21 @@ class Moments:
         """How many there are, as results.json holds it."""
         return {"documents": len(self), "moments": int(self.moment.sum()), "boundaries": int(self.boundary.sum())}
 
-    def rows(self, index: Tensor | Sequence[int]) -> Moments:
+    def rows(self, index: Tensor | Sequence[int]) -> Onsets:
         """Some of the documents, no wider than the longest of them."""
         index = torch.as_tensor(index)
         used = (self.tokens[index] != 0) | self.predicting[index]
         width = int(used.any(0).nonzero().max()) + 1 if bool(used.any()) else 1
         return self._of(lambda places: places[index, :width])
 
-    def with_moments(self, n: int | None = None) -> Moments:
+    def with_moments(self, n: int | None = None) -> Onsets:
         """The first ``n`` documents that have a moment (all of them, if None), in their order.
 
         For what is measured at moments and after them alone; where boundaries count, see `with_places`.
         """
         return self.rows(self.moment.any(1).nonzero()[:n, 0])
 
-    def with_places(self, n: int | None = None) -> Moments:
+    def with_places(self, n: int | None = None) -> Onsets:
         """The first ``n`` documents that have a moment, and of those that have boundaries only as large a part.
 
         These are taken at even distances; all documents are in their order. So moments and boundaries are there in the
@@ -107,32 +107,32 @@ class Moments:
         spread = torch.arange(kept, device=others.device) * len(others) // max(1, kept)
         return self.rows(torch.cat([first, others[spread]]).sort().values)
 
-    def having(self, kind: str) -> Moments:
+    def having(self, kind: str) -> Onsets:
         """All documents that have a place of a kind ("moment", "boundary", "follows"), in their order."""
         return self.rows(getattr(self, kind).any(1).nonzero()[:, 0])
 
-    def batches(self, tokens_per_batch: int = 4096) -> Iterator[tuple[list[int], Moments]]:
+    def batches(self, tokens_per_batch: int = 4096) -> Iterator[tuple[list[int], Onsets]]:
         """All documents once, similar lengths together, with their numbers."""
         lengths = ((self.tokens != 0) | self.predicting).long()
         ends = (lengths * torch.arange(1, lengths.shape[1] + 1)).amax(1).tolist()
         for rows in rows_by_length([Trace((1,) * max(1, end), 0) for end in ends], tokens_per_batch):
             yield rows, self.rows(rows)
 
-    def to(self, device: torch.device | str) -> Moments:
+    def to(self, device: torch.device | str) -> Onsets:
         """The same on another device."""
         return self._of(lambda places: places.to(device))
 
-    def _of(self, change: Callable[[Tensor], Tensor]) -> Moments:
+    def _of(self, change: Callable[[Tensor], Tensor]) -> Onsets:
         places = [change(t) for t in (self.tokens, self.predicting, self.moment, self.boundary, self.follows)]
-        return Moments(places[0], places[1], places[2], places[3], places[4], self.words)
+        return Onsets(places[0], places[1], places[2], places[3], places[4], self.words)
 
 
-def find_moments(
+def find_onsets(
     pair: PairedModel,
     traces: Sequence[Trace],
-    behaviour: Behaviour | None = None,
+    behaviour: Behavior | None = None,
     words: Words | None = None,
-) -> Moments:
+) -> Onsets:
     """Moments, matched boundaries and what follows, in texts that the target wrote.
 
     Args:
@@ -144,9 +144,9 @@ def find_moments(
     Raises BehaviourError where there are no texts, or the tokenizer can write none of the words. A target that never
     does it has no moments, whether words or a function say so.
     """
-    behaviour = behaviour or Behaviour()
+    behaviour = behaviour or Behavior()
     if not traces:
-        raise BehaviourError(
+        raise BehaviorError(
             f"There are no answers to look for {behaviour.name} in: none came to its end. Give more problems, or more "
             "tokens for an answer (max_new_tokens)."
         )
@@ -169,7 +169,7 @@ def find_moments(
     may_come = ((predicting & torch.isin(batch.tokens, marks)) | moment) & ~inside
     boundary = may_come & ~moment
     follows = _following(moment, may_come, predicting) | inside
-    return Moments(batch.tokens, predicting, moment, boundary, follows, words)
+    return Onsets(batch.tokens, predicting, moment, boundary, follows, words)
 
 
 def _following(moment: Tensor, may_come: Tensor, predicting: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def final_residual(pair: PairedModel, tokens: Int[Tensor, "batch pos"]) -> Float
     return pair.run_blocks(pair.embed(tokens), 0, pair.n_layers)
 
 
-def margins(pair: PairedModel, moments: Moments, at: Bool[Tensor, "batch pos"]) -> Float[Tensor, "n"]:
+def margins(pair: PairedModel, moments: Onsets, at: Bool[Tensor, "batch pos"]) -> Float[Tensor, "n"]:
     """Log-odds of the behaviour at the chosen places, on the present routes."""
     return margins_from(pair, final_residual(pair, moments.tokens), moments, at)
 
@@ -203,7 +203,7 @@ def margins(pair: PairedModel, moments: Moments, at: Bool[Tensor, "batch pos"]) 
 def margins_from(
     pair: PairedModel,
     residual: Float[Tensor, "batch pos d_model"],
-    moments: Moments,
+    moments: Onsets,
     at: Bool[Tensor, "batch pos"],
     rows_at_once: int | None = None,
 ) -> Float[Tensor, "n"]:
@@ -221,7 +221,7 @@ def margins_from(
 
 def margins_where(
     logits_at: Callable[[Tensor, Tensor], Tensor],
-    moments: Moments,
+    moments: Onsets,
     at: Bool[Tensor, "batch pos"],
     rows_at_once: int | None = None,
 ) -> Float[Tensor, "n"]:

@@ -37,7 +37,7 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import CircuitEdge, CircuitFeature, Role
-from tl_adapters.circuits.onsets import Moments, final_residual, margins_from
+from tl_adapters.circuits.onsets import Onsets, final_residual, margins_from
 from tl_adapters.interventions.feature_edits import by_layer, gated
 from tl_adapters.models.paired_model import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import at_least_float32
@@ -69,7 +69,7 @@ class Effects:
 @adapters_in_float32
 def effects_at(
     pair: PairedModel,
-    moments: Moments,
+    moments: Onsets,
     at: str = "moment",
     held: Sequence[FeatureId] = (),
     tokens_per_batch: int = 4096,
@@ -129,7 +129,7 @@ def _recorded_post_norms(pair: PairedModel) -> Iterator[dict[int, Tensor]]:
 
 @adapters_in_float32
 def effects_on_what_follows(
-    pair: PairedModel, moments: Moments, tokens_per_batch: int = 4096
+    pair: PairedModel, moments: Onsets, tokens_per_batch: int = 4096
 ) -> Float[Tensor, "n_layers n_features"]:
     """Mean total effect of every feature on the log-odds of the tokens that come after the word, in nats."""
     shape, device = (pair.n_layers, pair.installed_adapters().n_features), pair.model.W_E.device
@@ -181,7 +181,7 @@ class Sorted:
 @adapters_in_float32
 def sort_features(
     pair: PairedModel,
-    moments: Moments,
+    moments: Onsets,
     chosen: Sequence[FeatureId],
     alive: Bool[Tensor, "n_layers n_features"],
 ) -> Sorted:
@@ -237,7 +237,7 @@ def _ids(found: Tensor, order: Tensor) -> list[FeatureId]:
 
 
 @torch.no_grad()
-def _margin_in_hybrid(pair: PairedModel, moments: Moments) -> float:
+def _margin_in_hybrid(pair: PairedModel, moments: Onsets) -> float:
     total = 0.0
     for _, batch in moments.with_moments().batches():
         batch = batch.to(pair.model.W_E.device)
@@ -247,7 +247,7 @@ def _margin_in_hybrid(pair: PairedModel, moments: Moments) -> float:
 
 
 @adapters_in_float32
-def circuit_edges(pair: PairedModel, moments: Moments, features: Sequence[CircuitFeature]) -> tuple[CircuitEdge, ...]:
+def circuit_edges(pair: PairedModel, moments: Onsets, features: Sequence[CircuitFeature]) -> tuple[CircuitEdge, ...]:
     """Edges of the drawing: direct effects on the word, and effects of the others on the strongest output features.
 
     An edge between features is the effect on the target's pre-activation at the moments, times what a unit of that

@@ -35,8 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.circuits.onsets import Moments, final_residual, margins_from
-from tl_adapters.evaluation.behaviors import BehaviourError
+from tl_adapters.circuits.onsets import Onsets, final_residual, margins_from
+from tl_adapters.evaluation.behaviors import BehaviorError
 from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import at_least_float32
@@ -69,7 +69,7 @@ class SearchOptions:
     def __post_init__(self) -> None:
         counts = min(self.further, self.per_round, self.documents)
         if not 0 < self.share <= 1 or counts < 1 or self.strength <= 0:
-            raise BehaviourError(
+            raise BehaviorError(
                 f"Got {self}; share is above 0 and at most 1, further, per_round and documents are at least 1, and "
                 "strength is above 0."
             )
@@ -105,7 +105,7 @@ class _Reference:
     """What the target says, and what the hybrid would: read once, asked in every round."""
 
     @torch.no_grad()
-    def __init__(self, pair: PairedModel, batch: Moments) -> None:
+    def __init__(self, pair: PairedModel, batch: Onsets) -> None:
         self.batch = batch.to(pair.model.W_E.device)
         self.places = self.batch.moment | self.batch.boundary
         with pair.routed("target"):
@@ -117,7 +117,7 @@ class _Reference:
 @adapters_in_float32
 def search_circuit(
     pair: PairedModel,
-    moments: Moments,
+    moments: Onsets,
     alive: Bool[Tensor, "n_layers n_features"],
     options: SearchOptions | None = None,
     progress: bool = True,
@@ -135,7 +135,7 @@ def search_circuit(
     """
     options = options or SearchOptions()
     if not bool(moments.moment.any()):
-        raise BehaviourError("There is no moment in these texts, so there is nothing to find a circuit of.")
+        raise BehaviorError("There is no moment in these texts, so there is nothing to find a circuit of.")
     texts = moments.with_places(options.documents)
     references = [_Reference(pair, batch) for _, batch in texts.batches(options.tokens_per_batch)]
     size, every = (_size(alive, options.share * times) for times in (1.0, options.further))

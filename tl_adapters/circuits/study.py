@@ -16,7 +16,7 @@ that strength stands beside it.
 Choosing features by the word's logit and then testing that logit would be circular. So nothing is chosen on what is
 reported, and the main test is one that no logit was looked at for: the correction of injected wrong steps.
 
-`find_circuit` is steps 1 to 3, `analyze_behaviour` all of them, `analyze_hesitation` the named case.
+`find_circuit` is steps 1 to 3, `analyze_behavior` all of them, `analyze_hesitation` the named case.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ from tl_adapters.circuits.measurements import (
     probabilities,
     record,
 )
-from tl_adapters.circuits.onsets import find_moments
+from tl_adapters.circuits.onsets import find_onsets
 from tl_adapters.circuits.roles import effects_at
 from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.circuits.subject import Subject, kinds_at
 from tl_adapters.data.hesitation_words import word_tokens
-from tl_adapters.evaluation.behaviors import Behaviour, BehaviourError, Find
+from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, Find
 from tl_adapters.evaluation.response_metrics import rate
 from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.interventions.feature_edits import only
 from tl_adapters.interventions.variants import Variant, less, on_route, without
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.confidence_intervals import Estimate, Figure, OutcomesFigure
+from tl_adapters.utils.confidence_intervals import Estimate, Measurement, OutcomesMeasurement
 from tl_adapters.utils.html import escape, table
 
 log = logging.getLogger(__name__)
@@ -99,11 +99,11 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         if self.draws < 1 or self.probability_draws < 1 or self.temperature <= 0:
-            raise BehaviourError(f"Got {self}; draws are at least 1 each, and the temperature is above 0.")
+            raise BehaviorError(f"Got {self}; draws are at least 1 each, and the temperature is above 0.")
 
 
 @dataclass
-class BehaviourStudy:
+class BehaviorStudy:
     """What an analysis found; in a notebook its main table."""
 
     found: Found
@@ -129,12 +129,12 @@ class BehaviourStudy:
 
 def analyze_hesitation(
     pair: PairedModel, subject: Subject, options: StudyOptions | None = None, *, progress: bool = True
-) -> BehaviourStudy:
-    """`analyze_behaviour` of the word "Wait"."""
-    return analyze_behaviour(pair, subject, options=options, progress=progress)
+) -> BehaviorStudy:
+    """`analyze_behavior` of the word "Wait"."""
+    return analyze_behavior(pair, subject, options=options, progress=progress)
 
 
-def analyze_behaviour(
+def analyze_behavior(
     pair: PairedModel,
     subject: Subject,
     words: Sequence[str] = ("Wait",),
@@ -144,7 +144,7 @@ def analyze_behaviour(
     options: StudyOptions | None = None,
     seeds: tuple[int, ...] = (0,),
     progress: bool = True,
-) -> BehaviourStudy:
+) -> BehaviorStudy:
     """Find the circuit of a behaviour, split it, and test it by intervention (see the module's text).
 
     Args:
@@ -163,14 +163,14 @@ def analyze_behaviour(
     what generating raises.
     """
     options = options or StudyOptions()
-    behaviour = replace(Behaviour.of(words), name=name, find=find)
+    behaviour = replace(Behavior.of(words), name=name, find=find)
     study = _Study(pair, subject, behaviour, options, progress)
     block = study.run()
-    return BehaviourStudy(study.found, _with_seeds(block, seeds), study.examples)
+    return BehaviorStudy(study.found, _with_seeds(block, seeds), study.examples)
 
 
 def _with_seeds(value: Any, seeds: tuple[int, ...]) -> Any:
-    if isinstance(value, Figure):
+    if isinstance(value, Measurement):
         return replace(value, seeds=seeds)
     if isinstance(value, dict):
         return {key: _with_seeds(item, seeds) for key, item in value.items()}
@@ -181,7 +181,7 @@ class _Study:
     """One analysis: what is known so far, and its parts in the order in which they run."""
 
     def __init__(
-        self, pair: PairedModel, subject: Subject, behaviour: Behaviour, options: StudyOptions, progress: bool
+        self, pair: PairedModel, subject: Subject, behaviour: Behavior, options: StudyOptions, progress: bool
     ) -> None:
         self.pair, self.subject, self.behaviour, self.options = pair, subject, behaviour, options
         self.progress = progress
@@ -194,7 +194,7 @@ class _Study:
         self.found = find_circuit(
             pair, traces_of(said, tokenizer), behaviour, options=options.search, progress=progress
         )
-        self.moments = find_moments(pair, traces_of(self.target, tokenizer), behaviour, self.found.moments.words)
+        self.moments = find_onsets(pair, traces_of(self.target, tokenizer), behaviour, self.found.moments.words)
         self.some = self.moments.rows(range(min(PROBABILITY_DOCUMENTS, len(self.moments))))
         self.slips = (
             None
@@ -344,7 +344,7 @@ class _Study:
         entered = lambda pair: only(pair, features, "replacement", strength, decoder_bias=bias)  # noqa: E731
         return Variant(f"hybrid + {len(features)} features", entered)
 
-    def probabilities(self) -> dict[str, dict[str, Figure]]:
+    def probabilities(self) -> dict[str, dict[str, Measurement]]:
         """Of the word over the target's own text, and the harm elsewhere, by arm."""
         unchanged = Unchanged(self.pair, self.some)
         measure = partial(probabilities, self.pair, self.some, split="report", unchanged=unchanged)
@@ -358,7 +358,7 @@ class _Study:
             found[name] = mean_probabilities(self.pair, self.some, [make(f) for f in sets], "report", unchanged)
         return found
 
-    def other_words(self) -> dict[str, dict[str, Figure]]:
+    def other_words(self) -> dict[str, dict[str, Measurement]]:
         """Probability, at the same places, of words that nothing was chosen on."""
         if not self.subject.held_out:
             return {}
@@ -466,7 +466,7 @@ class _Study:
             "negated_random": self._arm(self.target, less(self.random[0])),
         }
 
-    def injected(self) -> dict[str, OutcomesFigure]:
+    def injected(self) -> dict[str, OutcomesMeasurement]:
         """Wrong steps written into the model's answer: the test that no logit was looked at for."""
         taken_out = ("both", *CONTROLS)
         put_in = ("both", *self.stronger, "others")
@@ -481,7 +481,7 @@ class _Study:
             "hybrid + random": self.added(self.random[0]),
             **{f"hybrid + {name}": self.insertions[name] for name in put_in},
         }
-        self.corrected_more: dict[str, Figure] = {}
+        self.corrected_more: dict[str, Measurement] = {}
         if not (injections := self.subject.injections):
             return {}
         found = {

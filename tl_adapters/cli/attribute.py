@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs, device_of, read_prompt
+from tl_adapters.cli.common import Subcommands, device_of, read_prompt
 
 
-def add_attribute(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+def add_attribute(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
     """The verb attribute."""
-    attribute = verbs.add_parser("attribute", parents=[common], help="from the next token back to features and tokens")
+    attribute = subcommands.add_parser(
+        "attribute", parents=[common], help="from the next token back to features and tokens"
+    )
     attribute.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
     prompt = attribute.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text as the model reads it, chat tokens included")
@@ -31,7 +33,7 @@ def _attribute(args: argparse.Namespace) -> None:
     from tl_adapters.attribution.attribute import attribute
     from tl_adapters.features.store import FeatureStore
     from tl_adapters.pages.graph_page import write_graph
-    from tl_adapters.study.features import FOLDER, STORE
+    from tl_adapters.study.features import FEATURES_FOLDER, STORE_FOLDER
     from tl_adapters.study.open_run import open_run
 
     prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
@@ -48,7 +50,7 @@ def _attribute(args: argparse.Namespace) -> None:
     )
     out = args.out or args.run_folder / "graphs"
     name = args.name or next(f"graph-{i}" for i in range(1, 10**6) if not (out / f"graph-{i}").exists())
-    store = FeatureStore.load(where) if (where := args.run_folder / FOLDER / STORE).is_dir() else None
+    store = FeatureStore.load(where) if (where := args.run_folder / FEATURES_FOLDER / STORE_FOLDER).is_dir() else None
     thresholds = dict(node_threshold=args.node_threshold, edge_threshold=args.edge_threshold)
     page, url = write_graph(pair, graph, out, name, **thresholds, store=store)
     checked = f"conservation residual {graph.residual:.1e}" if graph.adds_up else "a gradient does not add up"

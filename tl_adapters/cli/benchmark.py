@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs, device_of, feature_ids
+from tl_adapters.cli.common import Subcommands, device_of, feature_ids
 from tl_adapters.cli.generate import _STRENGTH, _strength
 
 
-def add_benchmark(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+def add_benchmark(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
     """The verb benchmark."""
-    benchmark = verbs.add_parser(
+    benchmark = subcommands.add_parser(
         "benchmark", parents=[common], help="a route's answers to tasks: pass@1, length, waits"
     )
     benchmark.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
@@ -48,13 +48,13 @@ def add_benchmark(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    from tl_adapters.study.benchmark import FOLDER, Answerer, benchmark_run
+    from tl_adapters.study.benchmark import BENCHMARKS_FOLDER, Answerer, benchmark_run
     from tl_adapters.utils.html import interval_text
 
     route = args.route or ("hybrid" if args.insert else "replacement")
     names = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "batch_size", "seed")
     strength = _strength(args.strength, args.insert)
-    out = args.out or args.run_folder / FOLDER
+    out = args.out or args.run_folder / BENCHMARKS_FOLDER
     try:
         measured = benchmark_run(
             args.run_folder,

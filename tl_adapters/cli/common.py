@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tl_adapters.adapters.feature_id import FeatureId
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-Verbs = Any
+Subcommands = Any
 """What argparse's add_subparsers gives; it has no public name."""
 
 

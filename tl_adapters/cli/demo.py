@@ -6,14 +6,16 @@ import argparse
 import logging
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs, device_of, dtype_of
+from tl_adapters.cli.common import Subcommands, device_of, dtype_of
 
 log = logging.getLogger(__name__)
 
 
-def add_demo(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+def add_demo(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
     """The verb demo."""
-    demo = verbs.add_parser("demo", parents=[common], help="the whole study on the built-in pair, offline, on a CPU")
+    demo = subcommands.add_parser(
+        "demo", parents=[common], help="the whole study on the built-in pair, offline, on a CPU"
+    )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
     demo.add_argument("--quick", action="store_true", help="a look at everything in a few minutes")
     demo.set_defaults(run=_demo)

@@ -6,13 +6,15 @@ import argparse
 import shlex
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs, device_of
+from tl_adapters.cli.common import Subcommands, device_of
 from tl_adapters.cli.train import _run_config
 
 
-def add_doctor(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+def add_doctor(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
     """The verb doctor."""
-    doctor = verbs.add_parser("doctor", parents=[common], help="will this pair work here? before anything expensive")
+    doctor = subcommands.add_parser(
+        "doctor", parents=[common], help="will this pair work here? before anything expensive"
+    )
     doctor.add_argument("base", metavar="BASE", help="folder or hub name; of hub models no weights are downloaded")
     doctor.add_argument("target", metavar="TARGET", help="folder or hub name")
     doctor.add_argument("adapters", metavar="ADAPTERS", nargs="?", help="run, folder or hub name: do they belong?")

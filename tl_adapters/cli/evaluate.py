@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs, device_of
+from tl_adapters.cli.common import Subcommands, device_of
 
 
-def add_evaluate(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+def add_evaluate(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
     """The verb evaluate."""
-    evaluate = verbs.add_parser("evaluate", parents=[common], help="measure a run's adapters on held-out traces")
+    evaluate = subcommands.add_parser("evaluate", parents=[common], help="measure a run's adapters on held-out traces")
     evaluate.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
     evaluate.add_argument("--data", help=".jsonl of held-out traces, or a dataset (the built-in pair needs none)")
     evaluate.set_defaults(run=_evaluate)

@@ -6,13 +6,15 @@ import argparse
 import re
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs, device_of
+from tl_adapters.cli.common import Subcommands, device_of
 from tl_adapters.errors import UserError
 
 
-def add_features(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+def add_features(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
     """The verb features."""
-    features = verbs.add_parser("features", parents=[common], help="what every feature fires on and promotes, as pages")
+    features = subcommands.add_parser(
+        "features", parents=[common], help="what every feature fires on and promotes, as pages"
+    )
     features.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
     features.add_argument("--data", help=".jsonl of traces, or a dataset (the built-in pair needs none)")
     features.add_argument("--stream", choices=("replacement", "target"), default="replacement", help="what they read")
@@ -26,7 +28,7 @@ def add_features(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 def _features(args: argparse.Namespace) -> None:
     from tl_adapters.features.store_files import StoreOptions
     from tl_adapters.pages.report import write_report
-    from tl_adapters.study.features import FOLDER, STORE, describe_run
+    from tl_adapters.study.features import FEATURES_FOLDER, STORE_FOLDER, describe_run
 
     given = {"examples": args.examples, "sample": args.sample, "tokens_per_batch": args.tokens_per_batch}
     options = StoreOptions(
@@ -44,9 +46,11 @@ def _features(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     if page is None:
-        print(f"parts: {run / FOLDER / STORE}\nnext: the same without --share, when every process is done")
+        print(
+            f"parts: {run / FEATURES_FOLDER / STORE_FOLDER}\nnext: the same without --share, when every process is done"
+        )
         return
-    print(f"pages: {page}\nstore: {run / FOLDER / STORE}\nreport: {write_report(run)}")
+    print(f"pages: {page}\nstore: {run / FEATURES_FOLDER / STORE_FOLDER}\nreport: {write_report(run)}")
     print(f"next: tl-adapters label {run}")
 
 
@@ -57,9 +61,11 @@ def _share(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def add_label(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
+def add_label(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
     """The verb label."""
-    label = verbs.add_parser("label", parents=[quiet], help="what to call a run's features: by rules, and by a judge")
+    label = subcommands.add_parser(
+        "label", parents=[quiet], help="what to call a run's features: by rules, and by a judge"
+    )
     label.add_argument("run_folder", type=Path, metavar="RUN", help="folder whose features were collected")
     label.add_argument("--judge", type=int, nargs="?", const=0, metavar="N", help="sort N features, or all, by a model")
     label.add_argument("--retest", type=int, default=50, metavar="N", help="of them judged twice (default: 50)")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tl_adapters.cli.common import Verbs, device_of, feature_ids, insertion_strength, read_prompt
+from tl_adapters.cli.common import Subcommands, device_of, feature_ids, insertion_strength, read_prompt
 from tl_adapters.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 _STRENGTH = "how strongly --insert's features fire (default: a circuit's own strength; 1 for features by name)"
 
 
-def add_generate(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+def add_generate(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
     """The verb generate."""
-    generate = verbs.add_parser("generate", parents=[common], help="what routes and changed features say, side by side")
+    generate = subcommands.add_parser(
+        "generate", parents=[common], help="what routes and changed features say, side by side"
+    )
     generate.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="a question; the target's chat template is put around it")

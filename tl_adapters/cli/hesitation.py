@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs, device_of
+from tl_adapters.cli.common import Subcommands, device_of
 
 
-def add_hesitation(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+def add_hesitation(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
     """The verb hesitation."""
-    hesitation = verbs.add_parser("hesitation", parents=[common], help="the features that say a word, and their trial")
+    hesitation = subcommands.add_parser(
+        "hesitation", parents=[common], help="the features that say a word, and their trial"
+    )
     hesitation.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
     hesitation.add_argument(
         "--task", metavar="NAME[=FILE]", help="problems (the built-in pair has its own): gsm8k, ..."

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs
+from tl_adapters.cli.common import Subcommands
 
 
-def add_serve(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
+def add_serve(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
     """The verb serve."""
-    serve = verbs.add_parser("serve", parents=[quiet], help="look at a folder's pages, on this machine only")
+    serve = subcommands.add_parser("serve", parents=[quiet], help="look at a folder's pages, on this machine only")
     serve.add_argument("folder", type=Path, metavar="DIR", help="a run, or a folder of graphs")
     serve.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default: 8000)")
     serve.set_defaults(run=_serve)

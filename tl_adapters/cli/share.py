@@ -7,13 +7,15 @@ import importlib.util
 import shlex
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs, feature_ids
+from tl_adapters.cli.common import Subcommands, feature_ids
 from tl_adapters.errors import UserError
 
 
-def add_export(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
+def add_export(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
     """The verb export."""
-    export = verbs.add_parser("export", parents=[quiet], help="adapters, or the models they belong to, for other tools")
+    export = subcommands.add_parser(
+        "export", parents=[quiet], help="adapters, or the models they belong to, for other tools"
+    )
     export.add_argument("adapters", metavar="RUN", help="run folder, folder of adapters, or hub name")
     formats = ("saelens", "authors", "hybrid", "target", "neuronpedia", "sae-dashboard")
     export.add_argument("--to", choices=formats, required=True, help="format; the last two are of a run's features")
@@ -59,9 +61,9 @@ def _export_features(args: argparse.Namespace) -> None:
     print("sae-dashboard: " + "\n".join(map(str, pages)))
 
 
-def add_push(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
+def add_push(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
     """The verb push."""
-    push = verbs.add_parser("push", parents=[quiet], help="adapters with their card to the hub (HF_TOKEN)")
+    push = subcommands.add_parser("push", parents=[quiet], help="adapters with their card to the hub (HF_TOKEN)")
     push.add_argument("adapters", metavar="RUN", help="run folder or folder of adapters")
     push.add_argument("repo", metavar="USER/REPO", help="made if it is not there")
     push.add_argument("--private", action="store_true", default=None, help="of a new repository")
@@ -79,9 +81,11 @@ def _push(args: argparse.Namespace) -> None:
     print(f"commit: {address}\nnext: tl-adapters pull {args.repo} --out adapters")
 
 
-def add_pull(verbs: Verbs, quiet: argparse.ArgumentParser) -> None:
+def add_pull(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
     """The verb pull."""
-    pull = verbs.add_parser("pull", parents=[quiet], help="adapters from the hub into a folder, whole or not at all")
+    pull = subcommands.add_parser(
+        "pull", parents=[quiet], help="adapters from the hub into a folder, whole or not at all"
+    )
     pull.add_argument("repo", metavar="USER/REPO", help="repository of the hub")
     pull.add_argument("--out", type=Path, required=True, help="folder to make")
     pull.add_argument("--layers", type=int, nargs="+", help="only these")

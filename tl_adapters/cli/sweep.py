@@ -6,14 +6,16 @@ import argparse
 import shlex
 from pathlib import Path
 
-from tl_adapters.cli.common import Verbs, device_of
+from tl_adapters.cli.common import Subcommands, device_of
 from tl_adapters.cli.train import _run_config
 from tl_adapters.errors import UserError
 
 
-def add_sweep(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+def add_sweep(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
     """The verb sweep."""
-    sweep = verbs.add_parser("sweep", parents=[common], help="sparsity against faithfulness over training options")
+    sweep = subcommands.add_parser(
+        "sweep", parents=[common], help="sparsity against faithfulness over training options"
+    )
     sweep.add_argument("--over", nargs="+", metavar="OPTION=V,V", help="such as l1_weight=3e-4,1e-3 n_features=128,512")
     sweep.add_argument("--base", help="folder or hub name of the base (default: the built-in pair)")
     sweep.add_argument("--target", help="folder or hub name of the target")

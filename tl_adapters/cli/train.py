@@ -6,16 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tl_adapters.cli.common import Verbs, device_of
+from tl_adapters.cli.common import Subcommands, device_of
 from tl_adapters.errors import UserError
 
 if TYPE_CHECKING:
     from tl_adapters.config import RunConfig
 
 
-def add_config(verbs: Verbs) -> None:
+def add_config(subcommands: Subcommands) -> None:
     """The verb config."""
-    config = verbs.add_parser("config", help="every option of a run, documented, as YAML to edit")
+    config = subcommands.add_parser("config", help="every option of a run, documented, as YAML to edit")
     config.add_argument("name", nargs="?", help="a configuration that ships, or a file (default: the defaults)")
     config.add_argument("--list", action="store_true", help="the configurations that ship")
     config.set_defaults(run=_config, quiet=False)
@@ -30,9 +30,9 @@ def _config(args: argparse.Namespace) -> None:
         print(commented_yaml(RunConfig.load(args.name) if args.name else RunConfig()))
 
 
-def add_train(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+def add_train(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
     """The verb train."""
-    train = verbs.add_parser("train", parents=[common], help="train adapters for a pair, or go on with a run")
+    train = subcommands.add_parser("train", parents=[common], help="train adapters for a pair, or go on with a run")
     train.add_argument("--base", help="folder or hub name of the base (default: the built-in pair)")
     train.add_argument("--target", help="folder or hub name of the target")
     train.add_argument("--data", help="a .jsonl file of prompts and responses, or a dataset's name on the hub")

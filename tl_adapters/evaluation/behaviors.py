@@ -35,7 +35,7 @@ Find = Callable[[Trace], Sequence[int | Span]]
 """Of a trace, the positions of tokens that begin the behavior, or (start, stop) of all tokens of it."""
 
 
-class BehaviourError(UserError, ValueError):
+class BehaviorError(UserError, ValueError):
     """A behaviour that cannot be studied on this pair or these texts."""
 
 
@@ -55,7 +55,7 @@ class Answered(Protocol):
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behavior:
     """What is studied: words or phrases that are said, or places that a function finds in a trace."""
 
     name: str = "hesitation"
@@ -70,9 +70,9 @@ class Behaviour:
         _require_words(self.words)
 
     @classmethod
-    def of(cls, words: Sequence[str] | Behaviour) -> Behaviour:
+    def of(cls, words: Sequence[str] | Behavior) -> Behavior:
         """Words, any of which is the behavior; a behavior is taken as it is. Raises BehaviourError for no words."""
-        if isinstance(words, Behaviour):
+        if isinstance(words, Behavior):
             return words
         _require_words(words)
         return cls(words=tuple(words))
@@ -108,13 +108,13 @@ class Behaviour:
                 known[text if text not in known else f"{text} {ids}"] = ids  # parts of characters have one text
             phrases = without_extensions(known)
             if (n := sum(len(ids) for ids in phrases.values() if len(ids) > 1)) > MOST_TOKENS:
-                raise BehaviourError(
+                raise BehaviorError(
                     f"The function {self.function} found {len(phrases):,} different phrases of {n:,} tokens together; "
                     f"at most {MOST_TOKENS:,} can be measured. Let it return positions, where no phrase is meant."
                 )
             return {text: ids[0] if len(ids) == 1 else ids for text, ids in phrases.items()}
         if not (found := word_tokens(tokenizer, self.words)):
-            raise BehaviourError(
+            raise BehaviorError(
                 f"Nothing begins the behaviour {self.name!r}: this model's tokenizer can write none of "
                 f"{', '.join(self.words)}; give other words= or a function (find=)."
             )
@@ -155,7 +155,7 @@ class Behaviour:
             except (TypeError, ValueError):
                 start = stop = -1
             if not 0 <= start < stop <= len(trace.tokens):
-                raise BehaviourError(
+                raise BehaviorError(
                     f"The function {self.function} found {place!r} in a trace of {len(trace.tokens)} tokens; it is to "
                     f"return positions from 0 to {len(trace.tokens) - 1}, or (start, stop) of tokens."
                 )
@@ -187,12 +187,12 @@ class Behaviour:
 def _require_words(words: Sequence[str]) -> None:
     """Raises BehaviourError for a text where a list of words is meant, for no words, and for an empty one."""
     if isinstance(words, str) or not words or any(not isinstance(w, str) or not w.strip() for w in words):
-        raise BehaviourError(f"Got the words {words!r}; give a list of words or phrases, such as ['Wait', 'Hold on'].")
+        raise BehaviorError(f"Got the words {words!r}; give a list of words or phrases, such as ['Wait', 'Hold on'].")
 
 
-def counts(responses: Iterable[Answered], behaviour: Sequence[str] | Behaviour) -> list[int]:
+def counts(responses: Iterable[Answered], behaviour: Sequence[str] | Behavior) -> list[int]:
     """How often each response shows a behavior, or says one of some words. Raises BehaviourError."""
-    asked = Behaviour.of(behaviour)
+    asked = Behavior.of(behaviour)
     return [asked.count(response) for response in responses]
 
 

@@ -23,7 +23,7 @@ from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_tr
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 from tl_adapters.utils.confidence_intervals import (
-    Figure,
+    Measurement,
     bootstrap_ratio,
     bootstrap_ratio_of_ratios,
     clustered_share,
@@ -164,16 +164,16 @@ def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = 
     """The block "faithfulness" of results.json, with an interval on every figure."""
     n, n_layers = len(sums.tokens), sums.active.shape[1]
 
-    def figure(top: Tensor, bottom: Tensor, unit: str) -> Figure:
+    def figure(top: Tensor, bottom: Tensor, unit: str) -> Measurement:
         return bootstrap_ratio(top, bottom).figure(n, unit, split, seeds)
 
-    def l0(active: Tensor, tokens: Tensor, unit: str) -> Figure:
+    def l0(active: Tensor, tokens: Tensor, unit: str) -> Measurement:
         return event_rate(active, tokens).figure(n, unit, split, seeds)
 
-    def kl(name: str, unit: str = "nats per response token") -> Figure:
+    def kl(name: str, unit: str = "nats per response token") -> Measurement:
         return figure(sums.kl[name], sums.positions, unit)
 
-    def against_full(name: str) -> Figure:
+    def against_full(name: str) -> Measurement:
         full = (sums.kl["replacement"], sums.positions)
         ratio = bootstrap_ratio_of_ratios((sums.kl[name], sums.positions), full)
         return ratio.figure(n, "KL over the KL of full replacement", split, seeds)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.checkpoints.content_hashes import differing
+from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.data.traces import Trace, batches_by_length, readable_traces
 from tl_adapters.errors import UserError
 from tl_adapters.features.feature import ALIVE_FIRINGS

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_adapters.data.hesitation_words import HESITATION
-from tl_adapters.evaluation.behaviors import Behaviour, counts
+from tl_adapters.evaluation.behaviors import Behavior, counts
 from tl_adapters.generation.responses import THINK_OPENS, Response
 from tl_adapters.utils.confidence_intervals import OPTIONAL, Estimate, bootstrap_ratio, clustered_share, event_rate
 
@@ -77,7 +77,7 @@ def correctness(responses: Sequence[Response]) -> Float[Tensor, "n"]:
 def rate(
     responses: Sequence[Response],
     split: str,
-    words: Sequence[str] | Behaviour = HESITATION,
+    words: Sequence[str] | Behavior = HESITATION,
     problems: Sequence[int] | None = None,
     together: float = 1.0,
     sets: int = 1,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tl_adapters.data.hesitation_words import HESITATION
 from tl_adapters.errors import UserError
-from tl_adapters.evaluation.behaviors import Behaviour
+from tl_adapters.evaluation.behaviors import Behavior
 from tl_adapters.evaluation.response_metrics import Interval, rate
 from tl_adapters.generation.decoding import CompletionError, Decoding
 from tl_adapters.generation.generation_config import decoding_of, end_tokens
@@ -134,7 +134,7 @@ class Score:
     """Per 1,000 response tokens, those whose choice was closer than rounding."""
 
 
-def score(answers: Sequence[Answer], split: str, words: Sequence[str] | Behaviour = HESITATION) -> Score:
+def score(answers: Sequence[Answer], split: str, words: Sequence[str] | Behavior = HESITATION) -> Score:
     """Summarise answers, with intervals over problems; hesitations are the words, or what a behavior counts."""
     found = rate([a.response for a in answers], split, words, [a.problem for a in answers])
     return Score(
@@ -146,7 +146,7 @@ def score(answers: Sequence[Answer], split: str, words: Sequence[str] | Behaviou
         truncated=found.truncated,
         think_opened=found.think_opened,
         ci={"pass_at_1" if name == "accuracy" else name: interval for name, interval in found.ci.items()},
-        words=words.counted if isinstance(words, Behaviour) else tuple(words),
+        words=words.counted if isinstance(words, Behavior) else tuple(words),
         split=split,
         looping=found.looping,
         near_ties_per_1k=found.near_ties_per_1k,

@@ -32,7 +32,7 @@ from tl_adapters.data.traces import DataError, Trace, collate, readable_traces, 
 from tl_adapters.features.feature import FeatureStoreError, Kind, Stream
 from tl_adapters.features.firing_counts import Counts, TokenBatch
 from tl_adapters.features.layer_statistics import (
-    TENTHS,
+    DECILES,
     Documents,
     Part,
     PartTotals,
@@ -255,7 +255,7 @@ def _batch(
         codes = torch.tensor(regions[i])
         region[place, : len(codes)] = codes
         inside = (codes == thinking).nonzero()[:, 0]
-        tenth[place, inside] = torch.arange(len(inside)) * TENTHS // max(1, len(inside))
+        tenth[place, inside] = torch.arange(len(inside)) * DECILES // max(1, len(inside))
     return TokenBatch(
         tokens,
         document=torch.tensor(list(rows)),

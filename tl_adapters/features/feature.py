@@ -18,7 +18,7 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
 from tl_adapters.utils.html import escape, table
-from tl_adapters.utils.notebook import View, circuitsvis_tokens, circuitsvis_view
+from tl_adapters.utils.notebook import NotebookView, circuitsvis_tokens, circuitsvis_view
 
 ALIVE_FIRINGS = 10
 """A feature is alive if it fired at least this often."""
@@ -155,7 +155,7 @@ class Feature:
         return feature_view(self).html
 
 
-def feature_view(feature: Feature) -> View:
+def feature_view(feature: Feature) -> NotebookView:
     """A feature's figures, what it writes, where it fires, and its examples: strongest first, then a random sample."""
     label = feature.label
     named = "" if label is None else f" · {escape(label.text)}"

@@ -16,8 +16,8 @@ from torch import Tensor
 from tl_adapters.data.chat_format import TRACE_REGIONS
 from tl_adapters.features.layer_statistics import (
     BUCKETS,
+    DECILES,
     SUMS,
-    TENTHS,
     Examples,
     LayerStatistics,
     best,
@@ -53,10 +53,10 @@ class Counts:
         n, long = description.n_flat, torch.long
         self.count, self.total = torch.zeros(n, dtype=long), torch.zeros(n, dtype=torch.float64)
         self.region, self.tenth, self.domain, self.histogram = (
-            torch.zeros(n, width, dtype=long) for width in (len(TRACE_REGIONS), TENTHS, n_domains, BUCKETS)
+            torch.zeros(n, width, dtype=long) for width in (len(TRACE_REGIONS), DECILES, n_domains, BUCKETS)
         )
         self.region_tokens, self.tenth_tokens, self.domain_tokens = (
-            torch.zeros(width, dtype=long) for width in (len(TRACE_REGIONS), TENTHS, n_domains)
+            torch.zeros(width, dtype=long) for width in (len(TRACE_REGIONS), DECILES, n_domains)
         )
         width = options.before + 1 + options.after
         self.top = _Best(options.examples, n, Examples.none(width, 0))

@@ -24,7 +24,7 @@ from tl_adapters.features.feature import FeatureStoreError
 from tl_adapters.utils.files import new_folder
 from tl_adapters.utils.strict_json import dumps
 
-TENTHS = 10
+DECILES = 10
 BUCKETS, BUCKETS_PER_OCTAVE, LOWEST_OCTAVE = 96, 4, -10
 """Histogram of activations: quarter octaves from 2^-10 to 2^14; what lies beyond counts in the outermost."""
 PART_FILE, DOCUMENTS_FILE = "part.json", "documents.safetensors"

@@ -14,7 +14,7 @@ from tl_adapters.features.feature import Stream
 from tl_adapters.features.stream_agreement import reading
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
 from tl_adapters.utils.arguments import choice, feature_pairs, token_ids
-from tl_adapters.utils.notebook import View, circuitsvis_tokens, circuitsvis_view
+from tl_adapters.utils.notebook import NotebookView, circuitsvis_tokens, circuitsvis_view
 
 
 def show_features(
@@ -23,7 +23,7 @@ def show_features(
     ids: Sequence[FeatureId | tuple[int, int]],
     *,
     stream: Stream = "replacement",
-) -> View:
+) -> NotebookView:
     """A text coloured by the activations of features, one at a time; hover shows all of them at a token.
 
     Args:

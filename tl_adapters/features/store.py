@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.checkpoints.content_hashes import differing
+from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.features.feature import (
     ALIVE_FIRINGS,
     QUANTILES,

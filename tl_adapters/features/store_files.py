@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from tl_adapters.adapters.feature_id import FeatureId, OwnedFeatureId, owned
-from tl_adapters.checkpoints.content_hashes import differing
+from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.data.chat_format import TRACE_REGIONS
 from tl_adapters.data.tokens import single_token, token_text
 from tl_adapters.features.feature import FeatureStoreError, Kind, Label, Stream
@@ -29,7 +29,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.files import new_folder, remove_partials, write_text
 from tl_adapters.utils.strict_json import dumps
 
-SCHEMA_VERSION = 1
+STORE_SCHEMA_VERSION = 1
 STORE_FILE, VOCABULARY_FILE, EFFECTS_FOLDER = "store.json", "vocabulary.json", "effects"
 AGREEMENT_FILE, LABELS_FILE = "agreement.json", "labels.json"
 
@@ -145,7 +145,7 @@ def open_store(pair: PairedModel, folder: Path, description: StoreDescription, *
     else:
         vocabulary = vocabulary_of(pair)
         write_text(folder / VOCABULARY_FILE, dumps(vocabulary))
-        record = {"schema_version": SCHEMA_VERSION, **asdict(description)}
+        record = {"schema_version": STORE_SCHEMA_VERSION, **asdict(description)}
         write_text(folder / STORE_FILE, dumps(record, indent=1) + "\n")
     if first and not (folder / EFFECTS_FOLDER).is_dir():
         remove_partials(folder / EFFECTS_FOLDER)
@@ -172,8 +172,10 @@ def read_description(folder: Path) -> StoreDescription:
     """What a store was read on. Raises FeatureStoreError where the folder holds none."""
     try:
         record = json.loads((folder / STORE_FILE).read_text())
-        if (version := record.pop("schema_version")) != SCHEMA_VERSION:
-            raise FeatureStoreError(f"{folder} has schema_version {version}; this version reads {SCHEMA_VERSION}.")
+        if (version := record.pop("schema_version")) != STORE_SCHEMA_VERSION:
+            raise FeatureStoreError(
+                f"{folder} has schema_version {version}; this version reads {STORE_SCHEMA_VERSION}."
+            )
         return StoreDescription(**{**record, "options": StoreOptions(**record["options"])})
     except (OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, FeatureStoreError):

@@ -19,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.data.traces import Trace, batches_by_length, readable_traces
 from tl_adapters.features.feature import Stream
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
-from tl_adapters.utils.confidence_intervals import Figure, clustered_share
+from tl_adapters.utils.confidence_intervals import Measurement, clustered_share
 from tl_adapters.utils.precision import host_float64, wide
 
 MLP_INPUT = "mlp.hook_in"
@@ -49,9 +49,9 @@ class LayerAgreement:
 
     layer: int
     """Which layer."""
-    overlap: Figure
+    overlap: Measurement
     """Firings on both streams, of the firings on either (Jaccard), over all features and tokens."""
-    kept: Figure
+    kept: Measurement
     """Firings on both, of those on the replacement's stream."""
     correlation: float | None
     """Pearson correlation of activations in decoder-norm units, over all firings on either stream; None where there is
@@ -93,7 +93,7 @@ def stream_agreement(
         both[:, rows], either[:, rows], replacement[:, rows] = host_float64(torch.stack(counts, 1))
         moments += host_float64(torch.stack(products))
 
-    def share(place: int, over: Tensor, unit: str) -> Figure:
+    def share(place: int, over: Tensor, unit: str) -> Measurement:
         return clustered_share(both[place], over[place]).figure(len(traces), unit, split)
 
     found = []

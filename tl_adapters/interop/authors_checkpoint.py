@@ -24,7 +24,7 @@ from tl_adapters.adapters.transcoder import adapter_of
 from tl_adapters.checkpoints.architectures import AUTHORS_SUFFIX, load_hf_model
 from tl_adapters.checkpoints.base_mlps import read_base_mlps
 from tl_adapters.checkpoints.compatibility import compare_configs, require_fit
-from tl_adapters.checkpoints.fingerprints import attention_out_name, second_norm_name, stored_marks
+from tl_adapters.checkpoints.layer_samples import attention_out_name, second_norm_name, stored_samples
 from tl_adapters.checkpoints.model_files import (
     DESCRIPTION_FILES,
     INDEX_FILE,
@@ -99,7 +99,7 @@ def from_authors(
         weights = {"W_enc": encoder.T.clone(memory_format=torch.contiguous_format), "b_enc": bias.clone()}
         weights |= {"W_dec": decoder.T.clone(memory_format=torch.contiguous_format), "b_dec": b_dec.clone()}
         adapters[layer] = adapter_of(weights)
-        known[layer] = stored_marks(folder, folder, architecture, layer)
+        known[layer] = stored_samples(folder, folder, architecture, layer)
     base, target = _PUBLISHED_PAIR if _PUBLISHED in str(name) else ("", "")
     metadata = AdapterMetadata(base=base, target=target)
     result = AdapterSet(adapters, known, metadata, n_layers)

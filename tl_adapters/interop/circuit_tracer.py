@@ -29,7 +29,7 @@ from tl_adapters.utils.files import new_folder, write_text
 from tl_adapters.utils.strict_json import dumps
 
 METADATA_FILE, FEATURES_FOLDER, INDEX_FILE = "graph-metadata.json", "features", "index.json.gz"
-SCHEMA_VERSION = 1
+CIRCUIT_TRACER_SCHEMA_VERSION = 1
 _SCAN = "./data/features"
 """Tells the viewer to read the features beside the graphs, not from the hub."""
 
@@ -212,7 +212,7 @@ def _metadata(graph: AttributionGraph, slug: str, node_threshold: float, edge_th
         "prompt_tokens": graph.shown,
         "prompt": graph.text,
         "node_threshold": node_threshold,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": CIRCUIT_TRACER_SCHEMA_VERSION,
         # from here on for Neuronpedia, and for people
         "info": {
             "description": f"What {named} owes to the features of transcoder adapters.",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from tl_adapters.adapters.adapter_set import MARKS_FILE, METADATA_FILE, AdapterMetadata, AdapterSet
+from tl_adapters.adapters.adapter_set import METADATA_FILE, SAMPLES_FILE, AdapterMetadata, AdapterSet
 from tl_adapters.adapters.saelens_folder import (
     ARCHITECTURES,
     CONFIG_FILE,
@@ -92,9 +92,9 @@ def from_saelens(
         AdapterFormatError: another architecture (a skip connection, ...), normalised inputs, or other hooks;
             nothing is read as something that it is not.
     """
-    patterns = [METADATA_FILE, MARKS_FILE, CONFIG_FILE, "*.safetensors", f"*/{CONFIG_FILE}", "*/*.safetensors"]
+    patterns = [METADATA_FILE, SAMPLES_FILE, CONFIG_FILE, "*.safetensors", f"*/{CONFIG_FILE}", "*/*.safetensors"]
     if sae_ids is not None:
-        patterns = [METADATA_FILE, MARKS_FILE, *(f"{sae_id}/*" for sae_id in sae_ids)]
+        patterns = [METADATA_FILE, SAMPLES_FILE, *(f"{sae_id}/*" for sae_id in sae_ids)]
     folder = fetch(name, patterns, revision=revision, token=token)
     if sae_ids is None and (folder / METADATA_FILE).is_file():
         return AdapterSet.from_pretrained(folder, device=device)

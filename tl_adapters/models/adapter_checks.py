@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.compatibility import PairMismatchError
-from tl_adapters.checkpoints.content_hashes import differing
-from tl_adapters.checkpoints.fingerprints import agrees, dtype_name
+from tl_adapters.checkpoints.fingerprints import differing
+from tl_adapters.checkpoints.layer_samples import agrees, dtype_name
 from tl_adapters.models.backend import Backend
-from tl_adapters.models.weight_samples import ModelSamples, layer_and_weight, recorded_samples
+from tl_adapters.models.model_samples import ModelSamples, layer_and_weight, recorded_samples
 from tl_adapters.utils.finite import require_finite_weights
 
 log = logging.getLogger(__name__)

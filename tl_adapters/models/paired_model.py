@@ -53,15 +53,15 @@ from tl_adapters.checkpoints.base_mlps import (
     resolve,
 )
 from tl_adapters.checkpoints.compatibility import PairMismatchError
-from tl_adapters.checkpoints.content_hashes import fingerprints
-from tl_adapters.checkpoints.fingerprints import LayerMarks, dtype_name
+from tl_adapters.checkpoints.fingerprints import fingerprints
+from tl_adapters.checkpoints.layer_samples import LayerSamples, dtype_name
 from tl_adapters.config import ActivationName, TrainingConfig
 from tl_adapters.models.adapter_checks import adapter_scale, require_belonging
 from tl_adapters.models.build import backend_of, build_model
+from tl_adapters.models.model_samples import ModelSamples, base_samples
 from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.recorded_outputs import record
 from tl_adapters.models.routed_mlp import ROUTES, Route, RoutedMLP
-from tl_adapters.models.weight_samples import ModelSamples, base_samples
 from tl_adapters.utils.arguments import whole_numbers
 from tl_adapters.utils.devices import resolve_device
 
@@ -406,7 +406,7 @@ class PairedModel:
         return self.adapters
 
     @property
-    def marks(self) -> list[LayerMarks]:
+    def marks(self) -> list[LayerSamples]:
         """What adapters keep of these models. Raises PairMismatchError for a model that they cannot be trained on."""
         if self._base_samples is None:
             raise PairMismatchError("This model was given no base; train adapters on a pair that has one.")
@@ -418,7 +418,7 @@ class PairedModel:
             )
         known = self.samples
         return [
-            LayerMarks(norm, known[f"{layer}.self_attn.o_proj"], known[f"base.{layer}.mlp.down_proj"])
+            LayerSamples(norm, known[f"{layer}.self_attn.o_proj"], known[f"base.{layer}.mlp.down_proj"])
             for layer, norm in enumerate(norms)
             if norm is not None
         ]

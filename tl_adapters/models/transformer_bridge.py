@@ -27,7 +27,7 @@ from tl_adapters.checkpoints.architectures import (
     mlp_activation,
     require_representable,
 )
-from tl_adapters.checkpoints.fingerprints import with_offset
+from tl_adapters.checkpoints.layer_samples import with_offset
 from tl_adapters.checkpoints.model_files import PROJECTIONS
 from tl_adapters.checkpoints.tokenizers import give_tokenizer
 from tl_adapters.models.backend import Backend

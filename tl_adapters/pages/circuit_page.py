@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.checkpoints.content_hashes import differing
+from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.circuits.circuit import EFFECTS, ROLES, Circuit
 from tl_adapters.circuits.criteria import REACHED
-from tl_adapters.circuits.find import FEWEST_MOMENTS
+from tl_adapters.circuits.find import FEWEST_ONSETS
 from tl_adapters.data.hesitation_words import pattern_of
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature
 from tl_adapters.features.store import FeatureStore
@@ -44,7 +44,7 @@ from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import escape, marked_at, page, table
 from tl_adapters.utils.results import plain
 
-FILE = "hesitation.html"
+HESITATION_PAGE = "hesitation.html"
 PAGES = "features/pages"
 """Where a run's feature pages are."""
 LISTED, SHOWN_WORDS = 60, 12
@@ -119,7 +119,7 @@ def write_circuit_page(
         _features(circuit, store, link),
         _generations(examples, words),
     ]
-    path = folder / FILE
+    path = folder / HESITATION_PAGE
     body = _STYLE + "\n".join(filter(None, sections))
     write_text(path, page(f"The {circuit.behaviour} circuit", body.encode("utf-8", "replace").decode()))
     return path
@@ -203,7 +203,7 @@ def _drawing(circuit: Circuit, store: FeatureStore | None, link: Link, moments: 
             if not moments["moments"]:
                 why += ": it never does it, so there is nothing to find a circuit of."
             else:
-                why += f"; a circuit is searched from {FEWEST_MOMENTS} on."
+                why += f"; a circuit is searched from {FEWEST_ONSETS} on."
         return f"<h2>The circuit</h2><p>No feature was found.{why}</p>"
     edges = f"the {min(SHOWN_EDGES, len(circuit.edges))} strongest of {len(circuit.edges):,} edges are drawn"
     text = (

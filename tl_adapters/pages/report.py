@@ -16,7 +16,7 @@ from tl_adapters.utils.html import escape, figure_cell, marked, page, table
 from tl_adapters.utils.plots import Line, plot
 from tl_adapters.utils.results import read_results
 
-FILE = "report.html"
+REPORT_PAGE = "report.html"
 Block = dict[str, Any]
 
 
@@ -46,7 +46,7 @@ def write_report(folder: str | Path) -> Path:
     if answers:
         sections.append(_answers(answers))
     sections.append(_origin(results))
-    path = folder / FILE
+    path = folder / REPORT_PAGE
     write_text(path, page("What reasoning training changed", "\n".join(sections)))
     return path
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.features.feature import ALIVE_FIRINGS
-from tl_adapters.utils.confidence_intervals import Figure
+from tl_adapters.utils.confidence_intervals import Measurement
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import escape, interval_text, page, table, with_interval
 from tl_adapters.utils.plots import Line, plot
@@ -28,17 +28,17 @@ class SweepPoint:
     """Its run folder, within the sweep's."""
     options: dict[str, Any]
     """The swept options and their values here."""
-    l0: Figure
+    l0: Measurement
     """Active features per response token, mean over layers."""
-    kl: Figure
+    kl: Measurement
     """KL(target || replacement) per response token."""
-    kl_hybrid: Figure
+    kl_hybrid: Measurement
     """KL(target || hybrid) on the same tokens: what having no adapters costs."""
-    kl_of_hybrid: Figure
+    kl_of_hybrid: Measurement
     """The first over the second, paired by document."""
-    nmse: Figure
+    nmse: Measurement
     """Squared error of the residual stream after the last layer, over the target's squares."""
-    recovered: Figure | None
+    recovered: Measurement | None
     """Share of the accuracy gained over the hybrid that the adapters recover; None where no problem was answered."""
     features: int
     """Features of all layers."""
@@ -53,10 +53,10 @@ def read_point(block: Block) -> SweepPoint:
     return SweepPoint(**{**block, **{name: _read_figure(block[name]) for name in FIGURES}})
 
 
-def _read_figure(block: Block | None) -> Figure | None:
+def _read_figure(block: Block | None) -> Measurement | None:
     if block is None:
         return None
-    return Figure(**{**block, "seeds": tuple(block["seeds"])})
+    return Measurement(**{**block, "seeds": tuple(block["seeds"])})
 
 
 def pareto_front(costs: Sequence[tuple[float, float]]) -> list[int]:
@@ -102,7 +102,7 @@ def _cells(points: Sequence[SweepPoint]) -> tuple[list[str], list[list[tuple[str
     return header, rows
 
 
-def _with_ends(figure: Figure | None, fmt: Callable[[float], str]) -> tuple[str, str]:
+def _with_ends(figure: Measurement | None, fmt: Callable[[float], str]) -> tuple[str, str]:
     if figure is None or figure.value is None:
         return "-", "" if figure is None else figure.reason
     return fmt(figure.value), interval_text(vars(figure), fmt)
@@ -169,7 +169,7 @@ def _about(record: Block, points: Sequence[SweepPoint]) -> list[str]:
 
 def _tradeoff(
     points: Sequence[SweepPoint],
-    of: Callable[[SweepPoint], Figure | None],
+    of: Callable[[SweepPoint], Measurement | None],
     *,
     ylabel: str,
     caption: str,
@@ -183,7 +183,7 @@ def _tradeoff(
     shown = [(p, figure) for p in points if (figure := of(p)) is not None and _has_a_place(p.l0.value, figure, log)]
     if not shown:
         return f"<p>{escape(caption)} None of the {len(points)} points has a place on these axes.</p>"
-    series: dict[str, list[tuple[SweepPoint, Figure]]] = {}
+    series: dict[str, list[tuple[SweepPoint, Measurement]]] = {}
     for p, figure in shown:
         name = ", ".join(f"{key} {_text(value)}" for key, value in list(p.options.items())[1:])
         series.setdefault(name or "points", []).append((p, figure))
@@ -208,6 +208,6 @@ def _tradeoff(
     )
 
 
-def _has_a_place(x: float | None, figure: Figure, log: bool) -> bool:
+def _has_a_place(x: float | None, figure: Measurement, log: bool) -> bool:
     """A logarithmic axis has none for 0, such as the L0 of adapters that are all dead."""
     return x is not None and x > 0 and figure.value is not None and (figure.value > 0 or not log)

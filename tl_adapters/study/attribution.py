@@ -10,7 +10,7 @@ from typing import Any
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.pruning import feature_share
 from tl_adapters.attribution.targets import LogitTarget, decoded, token_id
-from tl_adapters.attribution.validation import LINEARISATIONS, explain_difference, hold_to_account
+from tl_adapters.attribution.validation import LINEARIZATIONS, explain_difference, hold_to_account
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.generation.responses import Response
 from tl_adapters.models.paired_model import PairedModel
@@ -36,7 +36,7 @@ def attribution_stage(
             remove_graph(graphs, Path(earlier["page"]).stem)  # of an earlier evaluation; other graphs stay
         names = (name for i in count(1) if not (graphs / (name := f"moment-{i}")).exists())
         found = [
-            examine_moment(pair, tokens, LogitTarget(word), graphs, name, store)
+            attribute_onset(pair, tokens, LogitTarget(word), graphs, name, store)
             for tokens, name in zip(moments, names, strict=False)
         ]
         mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731
@@ -49,14 +49,14 @@ def attribution_stage(
                 "influence_through_features": mean([m["influence_through_features"] for m in found]),
                 "rank_correlation": {
                     name: mean([r for m in found if (r := m["rank_correlation"][name]) is not None])
-                    for name in LINEARISATIONS
+                    for name in LINEARIZATIONS
                 },
                 "moments": found,
             },
         )
 
 
-def examine_moment(
+def attribute_onset(
     pair: PairedModel,
     tokens: Sequence[int],
     target: LogitTarget,

@@ -19,7 +19,7 @@ from tl_adapters.config import Dtype, RunConfig
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.hesitation_words import HESITATION
 from tl_adapters.errors import UserError
-from tl_adapters.evaluation.behaviors import Behaviour
+from tl_adapters.evaluation.behaviors import Behavior
 from tl_adapters.evaluation.sampled_answers import Sampling, Score, answer, score
 from tl_adapters.evaluation.tasks import BUILTIN, TASKS, load_problems, require_task
 from tl_adapters.generation.generation_config import LONGEST_ANSWER, end_tokens
@@ -31,7 +31,7 @@ from tl_adapters.utils.results import plain, read_results, write_results
 
 log = logging.getLogger(__name__)
 
-FOLDER = "benchmarks"
+BENCHMARKS_FOLDER = "benchmarks"
 """Folder of answers within a run, and block of its results.json."""
 
 
@@ -106,7 +106,7 @@ def benchmark_run(
     options: Mapping[str, Any] | None = None,
     open_thinking: bool = False,
     limit: int | None = None,
-    words: Sequence[str] | Behaviour = HESITATION,
+    words: Sequence[str] | Behavior = HESITATION,
     out: Path | None = None,
     device: str = "auto",
     dtype: Dtype | None = None,
@@ -145,7 +145,7 @@ def benchmark_run(
     prefill = _opening(run, pair) if open_thinking else ""
     measured = []
     for task in loaded:
-        folder = (out or run / FOLDER) / task.task / _slug(who.variant.name)
+        folder = (out or run / BENCHMARKS_FOLDER) / task.task / _slug(who.variant.name)
         sampling = replace(samplings[task.task], prefill=prefill).chosen(pair.model, task.problems)
         facts = {"task": task.task, "source": task.source, "split": task.split, **about}
         log.info("%s: %s, %s", task.task, who.variant.name, sampling.decoding)
@@ -179,5 +179,5 @@ def _slug(name: str) -> str:
 
 
 def _add(run: Path, task: str, variant: str, block: Mapping[str, Any]) -> None:
-    found = read_results(run).get(FOLDER, {})
-    write_results(run, **{FOLDER: {**found, task: {**found.get(task, {}), variant: block}}})
+    found = read_results(run).get(BENCHMARKS_FOLDER, {})
+    write_results(run, **{BENCHMARKS_FOLDER: {**found, task: {**found.get(task, {}), variant: block}}})

@@ -37,7 +37,7 @@ from tl_adapters.data.batching import DataStatistics, open_documents
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.errors import UserError
 from tl_adapters.models.adapter_checks import last_part
-from tl_adapters.models.weight_samples import ModelSamples, recorded_samples
+from tl_adapters.models.model_samples import ModelSamples, recorded_samples
 from tl_adapters.organism import BUILTIN
 from tl_adapters.utils.devices import resolve_device
 

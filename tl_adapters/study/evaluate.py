@@ -18,7 +18,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.generation.responses import traces_of
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.attribution import attribution_stage
-from tl_adapters.study.evaluation_stages import baselines_stage, behaviour_stage, faithfulness_stage
+from tl_adapters.study.evaluation_stages import baselines_stage, behavior_stage, faithfulness_stage
 from tl_adapters.study.features import features_stage
 from tl_adapters.study.hesitation import hesitation_stage
 from tl_adapters.study.open_run import (
@@ -55,7 +55,7 @@ def evaluate_run(folder: Path, data: str | None, device: str = "auto", dtype: Dt
 
 def evaluate_builtin(pair: PairedModel, folder: Path, scale: Scale, fit: Sequence[Trace]) -> None:
     """Every evaluation stage on the report split; ``fit`` are training traces, for the low-rank baseline."""
-    target = behaviour_stage(
+    target = behavior_stage(
         pair, organism.problems("report", scale.documents), scale.problems, folder, scale.max_new_tokens
     )
     traces = traces_of(target, pair.model.tokenizer)

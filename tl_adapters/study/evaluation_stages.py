@@ -41,7 +41,7 @@ def faithfulness_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path,
     return sums
 
 
-def behaviour_stage(
+def behavior_stage(
     pair: PairedModel, problems: Sequence[organism.Problem], n_compared: int, folder: Path, max_new_tokens: int = 160
 ) -> list[Response]:
     """Add the block behaviour and answers.jsonl; returns the target's responses to all ``problems``.

@@ -17,7 +17,7 @@ from typing import Any
 from tl_adapters import organism
 from tl_adapters.autointerp.rule_labels import SOURCE as BY_RULES
 from tl_adapters.autointerp.rule_labels import label_by_rules, label_shares
-from tl_adapters.checkpoints.content_hashes import differing
+from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.config import Dtype, RunConfig
 from tl_adapters.data.hesitation_words import hesitation_tokens
 from tl_adapters.data.traces import Trace
@@ -38,7 +38,13 @@ from tl_adapters.utils.results import read_results, stage, write_results
 
 log = logging.getLogger(__name__)
 
-FOLDER, STORE, NEURONS, PAGES, NEURON_PAGES = "features", "store", "neurons", "pages", "neuron_pages"
+FEATURES_FOLDER, STORE_FOLDER, NEURONS_FOLDER, PAGES_FOLDER, NEURON_PAGES_FOLDER = (
+    "features",
+    "store",
+    "neurons",
+    "pages",
+    "neuron_pages",
+)
 AGREEMENT_DOCUMENTS = 200
 """Documents on which the two streams are compared."""
 OWN_PROBLEMS = 1_800
@@ -51,17 +57,17 @@ def features_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, spl
     Stores of an earlier evaluation are replaced once the new ones are whole, and what a judge or a person called their
     features is carried over. Stores that were collected on other documents (`describe_run`) stay, and are described.
     """
-    here = folder / FOLDER
+    here = folder / FEATURES_FOLDER
     with stage(folder, "features"):
-        if _is_others(here / STORE, split):
+        if _is_others(here / STORE_FOLDER, split):
             store, neurons = stores_of(folder)
             store.require_features_of(pair)
-            log.info("the features stay those that were collected on %s, in %s", store.about.split, here / STORE)
+            log.info("the features stay those that were collected on %s, in %s", store.about.split, here / STORE_FOLDER)
         else:
             store, neurons = _collect_anew(pair, traces, here, split)
         name_and_record(folder, store, neurons)
-        draw(store, here / PAGES)
-        draw(neurons, here / NEURON_PAGES)
+        draw(store, here / PAGES_FOLDER)
+        draw(neurons, here / NEURON_PAGES_FOLDER)
     return store
 
 
@@ -78,7 +84,7 @@ def _collect_anew(
     shutil.rmtree(fresh, ignore_errors=True)
     made = collect_both(pair, traces, fresh, split, StoreOptions(), progress=False)
     made[0].set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
-    for name, store in zip((STORE, NEURONS), made, strict=True):
+    for name, store in zip((STORE_FOLDER, NEURONS_FOLDER), made, strict=True):
         if (here / name).is_dir():
             same = not differing(read_description(here / name).fingerprints, store.about.fingerprints)
             if same and (here / name / LABELS_FILE).is_file():
@@ -87,7 +93,7 @@ def _collect_anew(
             shutil.rmtree(here / name)
         (fresh / name).rename(here / name)
     fresh.rmdir()
-    return FeatureStore.load(here / STORE), FeatureStore.load(here / NEURONS)
+    return FeatureStore.load(here / STORE_FOLDER), FeatureStore.load(here / NEURONS_FOLDER)
 
 
 def collect_both(
@@ -103,14 +109,14 @@ def collect_both(
     """Stores of the adapters' features and of as many neurons a token and layer as features fire there."""
     words = list(hesitation_tokens(pair.model.tokenizer))
     common: dict[str, Any] = dict(split=split, words=words, progress=progress)
-    store = collect_features(pair, traces, here / STORE, stream=stream, options=options, **common)
+    store = collect_features(pair, traces, here / STORE_FOLDER, stream=stream, options=options, **common)
     active = float(store.firings.sum()) / max(1, store.tokens * len(store.about.layers))
-    there = here / NEURONS
+    there = here / NEURONS_FOLDER
     # A store that is added to keeps its number: one store means one thing.
     n = read_description(there).options.neurons_per_token if there.is_dir() else max(1, round(active))
     options = replace(options, neurons_per_token=n)
     neurons = collect_features(
-        pair, traces, here / NEURONS, kind="neuron", stream="target", options=options, **common
+        pair, traces, here / NEURONS_FOLDER, kind="neuron", stream="target", options=options, **common
     )  # fmt: skip
     return store, neurons
 
@@ -140,12 +146,12 @@ def describe_run(
     require_adapters(folder)
     if data is None and not is_builtin(folder):
         raise UserError("--data is missing: a .jsonl file of prompts and responses, or a dataset's name on the hub.")
-    pair, here, options = open_run(folder, device, dtype), folder / FOLDER, options or StoreOptions()
+    pair, here, options = open_run(folder, device, dtype), folder / FEATURES_FOLDER, options or StoreOptions()
     traces, split = _documents(pair, folder, data)
     if share is not None:
         words = list(hesitation_tokens(pair.model.tokenizer))
         collect_share(
-            pair, traces, here / STORE, share, stream=stream, split=split, options=options, words=words,
+            pair, traces, here / STORE_FOLDER, share, stream=stream, split=split, options=options, words=words,
             progress=progress,
         )  # fmt: skip
         return None
@@ -153,8 +159,8 @@ def describe_run(
     if not store.agreement:
         store.set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
     name_and_record(folder, store, neurons)
-    draw(neurons, here / NEURON_PAGES, progress=progress)
-    return draw(store, here / PAGES, progress=progress)
+    draw(neurons, here / NEURON_PAGES_FOLDER, progress=progress)
+    return draw(store, here / PAGES_FOLDER, progress=progress)
 
 
 def _documents(pair: PairedModel, folder: Path, data: str | None) -> tuple[Sequence[Trace], str]:
@@ -167,7 +173,9 @@ def _documents(pair: PairedModel, folder: Path, data: str | None) -> tuple[Seque
 
 def stores_of(folder: Path) -> tuple[FeatureStore, FeatureStore]:
     """The features and the neurons of a run. Raises FeatureStoreError where they were not collected yet."""
-    return FeatureStore.load(folder / FOLDER / STORE), FeatureStore.load(folder / FOLDER / NEURONS)
+    return FeatureStore.load(folder / FEATURES_FOLDER / STORE_FOLDER), FeatureStore.load(
+        folder / FEATURES_FOLDER / NEURONS_FOLDER
+    )
 
 
 def export_neuronpedia(folder: Path, out: Path, model_id: str | None, sae_set: str) -> Path:
@@ -220,7 +228,7 @@ def name_and_record(folder: Path, store: FeatureStore, neurons: FeatureStore) ->
             "per_token": neurons.about.options.neurons_per_token,
             "labels": shares[1],
         },
-        "page": f"{FOLDER}/{PAGES}/index.html",
+        "page": f"{FEATURES_FOLDER}/{PAGES_FOLDER}/index.html",
     }
     results = write_results(folder, features={**read_results(folder).get("features", {}), **block})
     return dict(results["features"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tl_adapters.circuits.study import BehaviourStudy, StudyOptions, analyze_behaviour
+from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
 from tl_adapters.circuits.subject import Subject, builtin_subject, halves
 from tl_adapters.config import Dtype
 from tl_adapters.errors import UserError
@@ -16,8 +16,8 @@ from tl_adapters.evaluation.tasks import load_problems
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.circuit_page import write_circuit_page
-from tl_adapters.study.features import FOLDER as FEATURES
-from tl_adapters.study.features import STORE
+from tl_adapters.study.features import FEATURES_FOLDER as FEATURES
+from tl_adapters.study.features import STORE_FOLDER
 from tl_adapters.study.open_run import is_builtin, open_run, require_adapters
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.results import plain, read_results, stage, write_results
@@ -38,19 +38,17 @@ def hesitation_stage(
     *,
     name: str = "hesitation",
     progress: bool = False,
-) -> BehaviourStudy:
+) -> BehaviorStudy:
     """Analyse, draw and record; writes circuit.json, hesitation.jsonl, hesitation.html and the block.
 
-    Args: as `analyze_behaviour`, and the folder of the run.
+    Args: as `analyze_behavior`, and the folder of the run.
     """
     seeds = tuple(read_results(folder).get("seeds", [0]))
     with stage(folder, "hesitation"):
-        study = analyze_behaviour(
-            pair, subject, words, find, name=name, options=options, seeds=seeds, progress=progress
-        )
+        study = analyze_behavior(pair, subject, words, find, name=name, options=options, seeds=seeds, progress=progress)
         study.circuit.save(folder)
         write_text(folder / EXAMPLES, "".join(dumps(e) + "\n" for e in study.examples))
-        store = FeatureStore.load(there) if (there := folder / FEATURES / STORE).is_dir() else None
+        store = FeatureStore.load(there) if (there := folder / FEATURES / STORE_FOLDER).is_dir() else None
         page = write_circuit_page(folder, plain(study.block), study.circuit, store, study.examples)
         study.block["page"] = page.name
         write_results(folder, hesitation=study.block)
@@ -69,7 +67,7 @@ def hesitation_of_run(
     device: str = "auto",
     dtype: Dtype | None = None,
     progress: bool = True,
-) -> BehaviourStudy:
+) -> BehaviorStudy:
     """The hesitation circuit of a run.
 
     Args:

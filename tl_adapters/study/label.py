@@ -14,7 +14,14 @@ from typing import Any
 from tl_adapters.autointerp.detection import auto_interpret
 from tl_adapters.autointerp.endpoint import Endpoint
 from tl_adapters.autointerp.judge import judge
-from tl_adapters.study.features import FOLDER, NEURON_PAGES, PAGES, draw, name_and_record, stores_of
+from tl_adapters.study.features import (
+    FEATURES_FOLDER,
+    NEURON_PAGES_FOLDER,
+    PAGES_FOLDER,
+    draw,
+    name_and_record,
+    stores_of,
+)
 from tl_adapters.utils.results import plain, read_results, write_results
 
 REPLIES = "replies"
@@ -47,7 +54,7 @@ def label_run(
     store, neurons = stores_of(folder)
     rules = name_and_record(folder, store, neurons)["labels"]
     block: dict[str, Any] = {}
-    asked = {"cache": folder / FOLDER / REPLIES, "seed": seed, **(endpoint or {})}
+    asked = {"cache": folder / FEATURES_FOLDER / REPLIES, "seed": seed, **(endpoint or {})}
     if judge_n is not None:
         report = judge(store, Endpoint(**asked), judge_n or None, retest=retest, seed=seed, progress=progress)
         block["judge"] = plain(report)
@@ -56,6 +63,6 @@ def label_run(
         block["detection"] = plain(tested)
     if block:
         write_results(folder, labels={**read_results(folder).get("labels", {}), **block})
-    draw(store, folder / FOLDER / PAGES, progress=progress)
-    draw(neurons, folder / FOLDER / NEURON_PAGES, progress=progress)
+    draw(store, folder / FEATURES_FOLDER / PAGES_FOLDER, progress=progress)
+    draw(neurons, folder / FEATURES_FOLDER / NEURON_PAGES_FOLDER, progress=progress)
     return {"rules": rules, **block}

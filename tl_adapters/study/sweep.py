@@ -44,7 +44,7 @@ from tl_adapters.study.open_run import open_data, open_held_out, open_pair
 from tl_adapters.study.train import train_stage
 from tl_adapters.training.trainer import Trainer, TrainingInterrupted
 from tl_adapters.utils.confidence_intervals import (
-    Figure,
+    Measurement,
     bootstrap_ratio,
     bootstrap_ratio_of_ratios,
     bootstrap_recovered,
@@ -56,8 +56,8 @@ from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-FILE = "sweep.json"
+SWEEP_SCHEMA_VERSION = 1
+SWEEP_FILE = "sweep.json"
 
 
 class SweepError(UserError, ValueError):
@@ -110,7 +110,7 @@ def sweep(
         _read(folder)  # what is no sweep's is left alone
     else:
         with new_folder(folder) as out:
-            _write(out, {"schema_version": SCHEMA_VERSION, **asked, "versions": versions(), "points": []})
+            _write(out, {"schema_version": SWEEP_SCHEMA_VERSION, **asked, "versions": versions(), "points": []})
     with alone_in(folder):
         record = _read(folder)
         _require_same(folder, _settings(record), _settings(asked))
@@ -236,7 +236,7 @@ def _trainer(bench: _Bench, run: RunConfig, folder: Path) -> Trainer:
     )  # fmt: skip
 
 
-def _figures(sums: DocumentSums, split: str, seeds: tuple[int, ...]) -> dict[str, Figure]:
+def _figures(sums: DocumentSums, split: str, seeds: tuple[int, ...]) -> dict[str, Measurement]:
     kl, hybrid = ((sums.kl[name], sums.positions) for name in ("replacement", "hybrid"))
     error, nats = (sums.error[:, -1], sums.energy[:, -1]), "nats per response token"
     found = {
@@ -250,7 +250,7 @@ def _figures(sums: DocumentSums, split: str, seeds: tuple[int, ...]) -> dict[str
     return {name: estimate.figure(n, unit, split, seeds) for name, (estimate, unit) in found.items()}
 
 
-def _recovered(bench: _Bench, split: str, seeds: tuple[int, ...]) -> Figure:
+def _recovered(bench: _Bench, split: str, seeds: tuple[int, ...]) -> Measurement:
     target, hybrid = (correctness(bench.known_answers[route]) for route in ("target", "hybrid"))
     estimate = bootstrap_recovered(correctness(bench.answer("replacement")), hybrid, target)
     return estimate.figure(len(target), "share of the accuracy gained over the hybrid", split, seeds)
@@ -263,19 +263,19 @@ def _write(folder: Path, record: Block) -> None:
     """Write sweep.json and the page."""
     points = [read_point(point) for point in record["points"]]
     record = {**record, "front": [point.name for point in on_the_front(points)]}
-    write_text(folder / FILE, dumps(record, indent=1) + "\n")
+    write_text(folder / SWEEP_FILE, dumps(record, indent=1) + "\n")
     write_page(folder, record, points)
 
 
 def _read(folder: Path) -> Block:
-    if not (folder / FILE).is_file():
-        raise FolderExistsError(f"{folder} holds no {FILE}, so it is no sweep's; choose another name.")
+    if not (folder / SWEEP_FILE).is_file():
+        raise FolderExistsError(f"{folder} holds no {SWEEP_FILE}, so it is no sweep's; choose another name.")
     try:
-        record: Block = json.loads((folder / FILE).read_text())
-        if record["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema_version {record['schema_version']}; this version reads {SCHEMA_VERSION}")
+        record: Block = json.loads((folder / SWEEP_FILE).read_text())
+        if record["schema_version"] != SWEEP_SCHEMA_VERSION:
+            raise ValueError(f"schema_version {record['schema_version']}; this version reads {SWEEP_SCHEMA_VERSION}")
     except (ValueError, KeyError, TypeError) as error:
-        raise SweepError(f"{folder / FILE} is not the record of a sweep: {error!r}.") from error
+        raise SweepError(f"{folder / SWEEP_FILE} is not the record of a sweep: {error!r}.") from error
     return record
 
 

@@ -53,7 +53,7 @@ class IntervalError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """One measured number as results.json holds it."""
 
     value: float | None
@@ -82,7 +82,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class SetsFigure(Figure):
+class SetsMeasurement(Measurement):
     """The mean over sets that were drawn themselves; the interval covers the choice of sets and of documents."""
 
     draws: int = 0
@@ -94,7 +94,7 @@ class SetsFigure(Figure):
 
 
 @dataclass(frozen=True)
-class OutcomesFigure(Figure):
+class OutcomesMeasurement(Measurement):
     """A share with the outcomes themselves, so that two models asked the same things can be compared pair by pair."""
 
     outcomes: str = ""
@@ -116,9 +116,9 @@ class Estimate:
     reason: str = ""
     """Why there is no value or no interval, or what the interval is where it is not the usual one."""
 
-    def figure(self, n: int, unit: str, split: str, seeds: tuple[int, ...] = (0,)) -> Figure:
-        """As results.json holds it; arguments as the fields of `Figure`."""
-        return Figure(self.value, self.low, self.high, n, unit, split, seeds, self.undefined, self.reason)
+    def figure(self, n: int, unit: str, split: str, seeds: tuple[int, ...] = (0,)) -> Measurement:
+        """As results.json holds it; arguments as the fields of `Measurement`."""
+        return Measurement(self.value, self.low, self.high, n, unit, split, seeds, self.undefined, self.reason)
 
     def scaled(self, factor: float, shift: float = 0.0) -> Estimate:
         """The estimate of factor * x + shift; a negative factor exchanges the ends."""

@@ -10,7 +10,7 @@ from tl_adapters.errors import UserError
 
 log = logging.getLogger(__name__)
 
-KINDS = ("cuda", "mps", "cpu")
+DEVICE_KINDS = ("cuda", "mps", "cpu")
 """Devices that models are run on."""
 AUTO = "auto"
 """The first that is there of cuda, mps and cpu."""
@@ -44,7 +44,7 @@ def resolve_device(device: str | torch.device | None = AUTO) -> torch.device:
         asked = torch.device(device)
     except RuntimeError as error:
         raise DeviceError(f"device {str(device)!r} is not known. {has}") from error
-    if asked.type not in KINDS:
+    if asked.type not in DEVICE_KINDS:
         raise DeviceError(f"device {str(device)!r} is not known. {has}")
     there = {torch.device(name) for name in available_devices()}
     if asked not in there and not (asked.index == 0 and torch.device(asked.type) in there):

@@ -25,7 +25,7 @@ REMEMBERED_FROM = 2**20
 SETTLED = 2.0
 """Seconds since a file's last change before its hash is remembered: a file system's clock may not tell two changes
 that are closer together apart."""
-MOST = 20_000
+MOST_REMEMBERED = 20_000
 """Entries kept, the latest ones."""
 
 
@@ -76,6 +76,6 @@ def _remember(path: str, entry: list[Any]) -> None:
     entries = {known: kept for known, kept in _remembered().items() if known != path}
     entries[path] = entry
     try:
-        write_text(memory_file(), dumps(dict(list(entries.items())[-MOST:])))
+        write_text(memory_file(), dumps(dict(list(entries.items())[-MOST_REMEMBERED:])))
     except OSError as error:
         log.debug("hashes of files are not remembered: %s", error)

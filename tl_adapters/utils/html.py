@@ -10,10 +10,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from tl_adapters.utils.strict_json import dumps
 
 _STYLE = """

@@ -15,7 +15,7 @@ from tl_adapters.utils.strict_json import dumps
 
 
 @dataclass(frozen=True)
-class View:
+class NotebookView:
     """A piece of HTML that a notebook shows."""
 
     html: str = field(repr=False)
@@ -25,7 +25,7 @@ class View:
         return self.html
 
 
-def circuitsvis_view(parts: Sequence[str | tuple[str, Mapping[str, object]]]) -> View:
+def circuitsvis_view(parts: Sequence[str | tuple[str, Mapping[str, object]]]) -> NotebookView:
     """HTML and circuitsvis's components (name, properties) one after the other, its script in it once.
 
     circuitsvis itself writes 1.3 MB of script for each component, and asks the network first. Properties are those of
@@ -42,7 +42,7 @@ def circuitsvis_view(parts: Sequence[str | tuple[str, Mapping[str, object]]]) ->
         held = dumps(properties).replace("<", "\\u003c")
         calls.append(f'CircuitsVis.render("{name}", CircuitsVis.{component}, {held});')
     script = f'<script type="module">{_circuitsvis()}\n{"".join(calls)}</script>' if calls else ""
-    return View("".join(pieces) + script)
+    return NotebookView("".join(pieces) + script)
 
 
 def circuitsvis_tokens(tokens: Sequence[str]) -> list[str]:
@@ -60,7 +60,7 @@ def _circuitsvis() -> str:
     return script.read_text(encoding="utf-8").replace("</script>", "<\\/script>")
 
 
-def coloured_tokens(tokens: Sequence[str], values: Sequence[float]) -> View:
+def colored_tokens(tokens: Sequence[str], values: Sequence[float]) -> NotebookView:
     """A text with each token coloured by its value, by circuitsvis; hover shows the value.
 
     Raises ValueError for values that are not finite.

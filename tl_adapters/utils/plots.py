@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from tl_adapters.utils.html import escape
@@ -44,7 +44,8 @@ def plot(
 ) -> str:
     """Lines and points as an SVG figure; ``log`` scales y, ``log_x`` x, ``whole`` keeps x ticks at whole numbers."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tl_adapters", "font.size": 9}):
-        figure, axes = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
+        figure = Figure(figsize=(4.6, 3.4), layout="constrained")  # not pyplot, whose backend is the user's
+        axes = figure.subplots()
         for line in lines:
             if line.labels is not None:
                 _points(axes, line, line.labels)
@@ -69,7 +70,6 @@ def plot(
             text.set_parse_math(False)  # a $ is a $
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
-        plt.close(figure)
     svg = out.getvalue()
     return f"<figure>{svg[svg.index('<svg') :]}<figcaption>{escape(caption)}</figcaption></figure>"
 

@@ -19,8 +19,8 @@ from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-FILE = "results.json"
+RESULTS_SCHEMA_VERSION = 1
+RESULTS_FILE = "results.json"
 _PACKAGES = ("tl-adapters", "torch", "transformer-lens", "sae-lens", "transformers", "safetensors")
 
 
@@ -37,13 +37,13 @@ def versions() -> dict[str, str | None]:
 
 def read_results(folder: str | Path) -> dict[str, Any]:
     """The blocks of a run's results.json; none, where there is no file yet."""
-    path = Path(folder) / FILE
+    path = Path(folder) / RESULTS_FILE
     if not path.is_file():
-        return {"schema_version": SCHEMA_VERSION}
+        return {"schema_version": RESULTS_SCHEMA_VERSION}
     results: dict[str, Any] = json.loads(path.read_text())
-    if results.get("schema_version") != SCHEMA_VERSION:
+    if results.get("schema_version") != RESULTS_SCHEMA_VERSION:
         raise ValueError(
-            f"{path} has schema_version {results.get('schema_version')}; this version reads {SCHEMA_VERSION}."
+            f"{path} has schema_version {results.get('schema_version')}; this version reads {RESULTS_SCHEMA_VERSION}."
         )
     return results
 
@@ -54,7 +54,7 @@ def write_results(folder: str | Path, **blocks: Any) -> dict[str, Any]:
     Raises NotFiniteError where a number is NaN or infinite: what has no value is None, with its reason beside it.
     """
     results = {**read_results(folder), **{name: plain(block) for name, block in blocks.items()}}
-    write_text(Path(folder) / FILE, dumps(results, indent=1) + "\n")
+    write_text(Path(folder) / RESULTS_FILE, dumps(results, indent=1) + "\n")
     return results
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet, SetDescription
 from tl_adapters.checkpoints.base_mlps import MLPTensors
-from tl_adapters.checkpoints.fingerprints import agrees, sample, sample_places, second_norm_name, with_offset
+from tl_adapters.checkpoints.layer_samples import agrees, sample, sample_places, second_norm_name, with_offset
 from tl_adapters.checkpoints.model_files import read_tensors, read_values, tensor_shapes
 from tl_adapters.models.backend import Backend
 
