@@ -24,7 +24,7 @@ from tl_adapters.data.chat_format import (
 )
 from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.evaluation.tasks import MathProblem
-from tl_adapters.generation.compare_variants import prompt_tokens
+from tl_adapters.generation.compare_variants import tokenize_question
 from tl_adapters.generation.responses import THINK_OPENS, respond
 from tl_adapters.study.doctor import examine
 
@@ -175,8 +175,8 @@ def test_an_opened_prompt_has_its_tag_once(template: str, opening: str, tmp_path
 def test_no_caller_opens_a_thinking_twice(bos_pair: PairedModel) -> None:
     tokenizer = bos_pair.model.tokenizer
     tag = tokenizer.convert_tokens_to_ids("<think>")
-    assert prompt_tokens(tokenizer, "1+1=?", open_thinking=True).count(tag) == 1
-    assert prompt_tokens(tokenizer, "1+1=?").count(tag) == 1
+    assert tokenize_question(tokenizer, "1+1=?", open_thinking=True).count(tag) == 1
+    assert tokenize_question(tokenizer, "1+1=?").count(tag) == 1
     for prefill in (THINK_OPENS, f"{THINK_OPENS}1+1=3.\n"):
         (said,) = respond(bos_pair.model, [MathProblem("1+1=?", "2")], max_new_tokens=2, prefill=prefill)
         assert said.prompt.count(tag) == 1

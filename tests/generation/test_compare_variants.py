@@ -17,7 +17,7 @@ from tl_adapters.config import RunConfig
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
-from tl_adapters.generation.compare_variants import generate_variants, prompt_tokens
+from tl_adapters.generation.compare_variants import generate_variants, tokenize_question
 from tl_adapters.interventions.feature_edits import InterventionError, ablated, inserted, negated, scaled
 from tl_adapters.interventions.variants import VariantError, less, on_route, rescaled, with_only, without
 from tl_adapters.models.paired_model import PairedModel
@@ -39,7 +39,7 @@ def pair(request: pytest.FixtureRequest) -> PairedModel:
 
 @pytest.fixture(scope="module")
 def prompt(pair: PairedModel) -> list[int]:
-    return prompt_tokens(pair.model.tokenizer, QUESTION)
+    return tokenize_question(pair.model.tokenizer, QUESTION)
 
 
 @torch.no_grad()
@@ -123,22 +123,22 @@ def test_where_texts_part_is_where_a_token_does(pair: PairedModel, prompt: list[
 def test_a_prompt_is_a_question_or_what_the_model_reads(pair: PairedModel) -> None:
     tokenizer = pair.model.tokenizer
     rendered = ChatFormat.of(tokenizer).prompt([{"role": "user", "content": QUESTION}])
-    decoded = lambda *args, **options: tokenizer.decode(prompt_tokens(tokenizer, *args, **options))  # noqa: E731
+    decoded = lambda *args, **options: tokenizer.decode(tokenize_question(tokenizer, *args, **options))  # noqa: E731
     assert decoded(f" {QUESTION}\n") == rendered, "an editor's line break is no part of a question"
     assert decoded(QUESTION, open_thinking=True) == rendered + "<think>"
     assert decoded(QUESTION, raw=True) == QUESTION
     assert decoded(QUESTION + "<think>\n", raw=True, open_thinking=True) == QUESTION + "<think>\n"
     assert decoded(QUESTION, open_thinking=True, think_start="<|end|>") == rendered + "<|end|>"
     with pytest.raises(VariantError, match="prompt is empty"):
-        prompt_tokens(tokenizer, " \n")
+        tokenize_question(tokenizer, " \n")
     with pytest.raises(VariantError, match="no tokenizer"):
-        prompt_tokens(None, QUESTION)
+        tokenize_question(None, QUESTION)
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
         assert decoded(QUESTION, raw=True) == QUESTION
         with pytest.raises(DataError, match="no chat template"):
-            prompt_tokens(tokenizer, QUESTION)
-        (said,) = generate_variants(pair, prompt_tokens(tokenizer, rendered, raw=True), [on_route("target")])
+            tokenize_question(tokenizer, QUESTION)
+        (said,) = generate_variants(pair, tokenize_question(tokenizer, rendered, raw=True), [on_route("target")])
     finally:
         tokenizer.chat_template = template
     assert said.text.endswith("</think>151") and not said.truncated

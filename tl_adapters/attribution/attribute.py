@@ -35,7 +35,7 @@ from tl_adapters.attribution.targets import (
     Target,
     absolute_position,
     decoded,
-    prompt_tokens,
+    prompt_token_ids,
     resolve_target,
     salient,
 )
@@ -116,7 +116,7 @@ def attribute(
     }
     if wrong := {name: value for name, value in counts.items() if value < 1}:
         raise GraphError(f"Got {wrong}; at least 1 each.")
-    tokens = prompt_tokens(pair, prompt)
+    tokens = prompt_token_ids(pair, prompt)
     start = 0 if window is None else max(0, len(tokens) - window)
     if linearisation == "gradient" and start:
         raise GraphError("window= needs linearisation 'relp' or 'frozen_mlp': a gradient knows no window.")

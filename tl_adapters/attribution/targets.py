@@ -66,7 +66,7 @@ class ResolvedTarget(NamedTuple):
     about: GraphTarget
 
 
-def prompt_tokens(pair: PairedModel, prompt: str | Sequence[int] | Tensor) -> Int[Tensor, "pos"]:
+def prompt_token_ids(pair: PairedModel, prompt: str | Sequence[int] | Tensor) -> Int[Tensor, "pos"]:
     """The prompt's token ids; nothing is added to text.
 
     Raises GraphError for an empty or too long one, ArgumentError for several prompts or what holds no token ids.

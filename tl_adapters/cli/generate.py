@@ -56,7 +56,7 @@ def add_generate(subcommands: Subcommands, common: argparse.ArgumentParser) -> N
 def _generate(args: argparse.Namespace) -> None:
     from tl_adapters.cli.columns import side_by_side
     from tl_adapters.config import RunConfig
-    from tl_adapters.generation.compare_variants import generate_variants, prompt_tokens
+    from tl_adapters.generation.compare_variants import generate_variants, tokenize_question
     from tl_adapters.generation.generation_config import decoding_of, longest_answer
     from tl_adapters.study.open_run import open_run
 
@@ -64,7 +64,7 @@ def _generate(args: argparse.Namespace) -> None:
     variants = _variants(args)
     pair = open_run(args.run_folder, device_of(args.device), args.dtype)
     think_start = RunConfig.load(args.run_folder / "config.json").data.think_start
-    prompt = prompt_tokens(
+    prompt = tokenize_question(
         pair.model.tokenizer, text, raw=args.raw, open_thinking=args.open_thinking, think_start=think_start
     )
     said = generate_variants(

@@ -55,7 +55,7 @@ class Continuation:
         return f"{len(self.tokens)} tokens; hesitation words: {len(words)}, wait: {words.count('wait')}; {ending}"
 
 
-def prompt_tokens(
+def tokenize_question(
     tokenizer: PreTrainedTokenizerBase | None,
     text: str,
     *,
@@ -108,7 +108,7 @@ def generate_variants(
 
     Args:
         pair: with a tokenizer, and with adapters where a variant needs them.
-        prompt: token ids (`prompt_tokens`).
+        prompt: token ids (`tokenize_question`).
         variants: the first is what the others are compared with.
         max_new_tokens: the limit; None is the model's own (`generation.longest_answer`). Where the model's context is
             full before, that is the limit.
