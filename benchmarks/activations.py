@@ -23,7 +23,7 @@ from tl_adapters.evaluation.response_metrics import correctness
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.evaluate import load_builtin_pair
+from tl_adapters.study.open_run import load_builtin_pair
 from tl_adapters.study.scale import Scale
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.files import write_text

@@ -20,7 +20,7 @@ from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.feature_matching import FIGURES, Matching, Share, seed_agreement
 from tl_adapters.evaluation.planted_features import Plant, plant_features, planted_test
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.evaluate import load_builtin_pair
+from tl_adapters.study.open_run import load_builtin_pair
 from tl_adapters.training.trainer import train
 from tl_adapters.utils.files import write_text
 

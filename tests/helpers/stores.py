@@ -13,7 +13,7 @@ from tl_adapters.features.feature import Label
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.features.store_files import StoreOptions
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.evaluate import load_builtin_pair
+from tl_adapters.study.open_run import load_builtin_pair
 
 HOSTILE = "</script><img src=x onerror=\"console.error('ran')\"><b>"
 WORDS = ("Wait", "Hmm", "=")

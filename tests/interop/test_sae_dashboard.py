@@ -19,7 +19,7 @@ from tl_adapters.features.stream_agreement import reading
 from tl_adapters.interop.neuronpedia import write_neuronpedia
 from tl_adapters.interop.sae_dashboard import INSTALL, DashboardError, write_sae_dashboard
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
-from tl_adapters.study.evaluate import load_builtin_pair
+from tl_adapters.study.open_run import load_builtin_pair
 
 installed = pytest.mark.skipif(find_spec("sae_dashboard") is None, reason="sae-dashboard is not installed here")
 LENGTH = 40
