@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_adapters.adapters.l0 import active_counts
 from tl_adapters.circuits.circuit import Circuit
 from tl_adapters.circuits.onsets import Onsets, find_onsets
 from tl_adapters.circuits.roles import Sorted, circuit_edges, sort_features
@@ -102,7 +103,7 @@ def _activity(pair: PairedModel, moments: Onsets) -> tuple[Tensor, Tensor, float
     adapters = pair.installed_adapters()
     device = pair.model.W_E.device
     fired = torch.zeros(pair.n_layers, adapters.n_features, device=device)
-    mass, n = torch.zeros_like(fired), 0
+    mass, n, active = torch.zeros_like(fired), 0, torch.zeros((), dtype=torch.long, device=device)
     norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1).cpu() for adapter in adapters])
     for _, batch in moments.batches():
         batch = batch.to(device)
@@ -111,8 +112,9 @@ def _activity(pair: PairedModel, moments: Onsets) -> tuple[Tensor, Tensor, float
             pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
         n += int(real.sum())
         for layer in range(pair.n_layers):
+            active += active_counts(acts[layer], real).sum()
             here = acts[layer][real].float()
             fired[layer] += (here > 0).sum(0)
             mass[layer] += here.sum(0)
     fired, mass = fired.cpu(), mass.cpu()
-    return fired, mass * norms, float(fired.sum()) / max(1, n * pair.n_layers)
+    return fired, mass * norms, float(active) / max(1, n * pair.n_layers)

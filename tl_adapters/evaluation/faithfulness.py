@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_adapters.adapters.l0 import active_counts
 from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
@@ -67,6 +68,11 @@ class DocumentSums:
     firings: Float[Tensor, "n_layers n_features"]
     """How often each feature fired over all tokens (no document axis)."""
 
+    @property
+    def l0(self) -> Float[Tensor, "n_layers"]:
+        """L0 of each layer over the response tokens of all documents."""
+        return self.active.sum(0) / self.tokens.sum()
+
 
 def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048) -> DocumentSums:
     """One pass over ``traces`` (the target's own greedy text on held-out problems). Raises NotFiniteError."""
@@ -113,9 +119,9 @@ def _measure_batch(pair: PairedModel, batch: Batch, documents: Sequence[int]) ->
     same[places] = _top1(pair, target[-1][places]) == _top1(pair, replacement[-1][places])
     errors = torch.stack([(wide(r) - wide(t)).square().sum(-1) for t, r in zip(target, replacement, strict=True)], -1)
     energies = torch.stack([wide(t).square().sum(-1) for t in target], -1)
-    active = torch.stack([(acts[layer] > 0).sum(-1) for layer in range(pair.n_layers)], -1)
     real, answer = batch.real[..., None], batch.response[..., None]
     count = lambda x, *dims: x.sum(dims).to(errors)  # noqa: E731
+    active = lambda mask: torch.stack([active_counts(acts[i], mask) for i in range(pair.n_layers)], -1).to(errors)  # noqa: E731
     both = lambda x: torch.stack([(x * real).sum(1), (x * real)[:, 1:].sum(1)], -1)  # noqa: E731
     return DocumentSums(
         kl=dict(zip(kl, of_response, strict=True)),
@@ -127,8 +133,8 @@ def _measure_batch(pair: PairedModel, batch: Batch, documents: Sequence[int]) ->
         energy=(energies * answer).sum(1),
         error_all=both(errors),
         energy_all=both(energies),
-        active=count(active * answer, 1),
-        active_all=count(active * real, 1),
+        active=active(batch.response),
+        active_all=active(batch.real),
         tokens=count(batch.response, 1),
         tokens_all=count(batch.real, 1),
         firings=torch.stack([count((acts[layer] > 0) & real, 0, 1) for layer in range(pair.n_layers)]),

@@ -94,7 +94,7 @@ def baselines_stage(
     pair: PairedModel, fit: Sequence[Trace], traces: Sequence[Trace], sums: DocumentSums, folder: Path, split: str
 ) -> None:
     """Add the block baselines: KL of simpler stand-ins at equal activity, and of the adapters on the same traces."""
-    l0 = (sums.active.sum(0) / sums.tokens.sum()).ceil().int().clamp(min=1).tolist()
+    l0 = sums.l0.ceil().int().clamp(min=1).tolist()
     seeds = tuple(read_results(folder).get("seeds", [0]))
 
     def row(name: str, numbers: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:

@@ -47,8 +47,3 @@ def l0_penalty(active: Float[Tensor, "batch pos n_features"], mask: Bool[Tensor,
 
 def _mean_over(per_token: Tensor, mask: Tensor) -> Tensor:
     return (per_token * mask.to(per_token.dtype)).sum() / mask.sum()
-
-
-def active_features(acts: Float[Tensor, "batch pos n_features"], mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-    """L0: mean number of active features over the tokens that count."""
-    return _mean_over((acts > 0).sum(-1).float(), mask)

@@ -27,12 +27,13 @@ from torch import Tensor
 
 from tl_adapters.adapters.activation_functions import smallest_active, step
 from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.l0 import active_counts, l0
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.config import LossWeights
 from tl_adapters.data.traces import Batch
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
-from tl_adapters.training.loss_terms import active_features, l0_penalty, sparsity, squared_error_ratio
+from tl_adapters.training.loss_terms import l0_penalty, sparsity, squared_error_ratio
 from tl_adapters.utils.finite import by_place, require_finite_activations
 from tl_adapters.utils.kl_divergence import kl_from_residual, masked_kl, token_kl_from_residual
 from tl_adapters.utils.precision import host_float64, wide
@@ -149,11 +150,11 @@ def _shared_prefix_step(
             nmse = nmse + squared_error_ratio(target[layer + 1], resid, counted) / (n + 1)
             sparse = sparse + _sparsity(adapters[layer], pre.get(layer), acts[layer], counted)
             if want_l0:
-                l0[layer] = active_features(acts[layer].detach(), counted)
+                l0_by_layer[layer] = l0(acts[layer].detach(), counted)
         return resid, nmse, sparse
 
     zero = target[0].new_zeros(())
-    l0: dict[int, Tensor] = {}
+    l0_by_layer: dict[int, Tensor] = {}
     with pair.routed("replacement"), _recorded_features(pair) as (pre, acts):
         at_cut, nmse_below, sparse_below = replacement_blocks(target[0], range(cut))
         resume = at_cut.detach().requires_grad_()
@@ -183,7 +184,7 @@ def _shared_prefix_step(
     nmse, sparse = (nmse_below + nmse_above).detach(), (sparse_below + sparse_above).detach()
     output_kl, forward_bridge, backward_bridge = (t.detach() for t in (output_kl, forward_bridge, backward_bridge))
     total = weighted(output_kl, forward_bridge, backward_bridge, nmse, sparse)
-    by_layer = torch.stack([l0[layer] for layer in range(n)]).tolist() if want_l0 else None
+    by_layer = torch.stack([l0_by_layer[layer] for layer in range(n)]).tolist() if want_l0 else None
     return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, sparse, total, by_layer, smallest)
 
 
@@ -241,7 +242,7 @@ def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any
         both = list(zip(replacement, target, strict=True))
         errors += host_float64(torch.stack([_squares(wide(ours) - wide(theirs), counted) for ours, theirs in both]))
         energies += host_float64(torch.stack([_squares(wide(theirs), counted) for _, theirs in both]))
-        active += host_float64(torch.stack([((acts[i] > 0) & counted[..., None]).sum() for i in range(n)]))
+        active += host_float64(torch.stack([active_counts(acts[i], counted).sum() for i in range(n)]))
     return {
         "output_kl": kl / positions,
         "nmse": float((errors / energies).mean()),
