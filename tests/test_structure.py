@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tl_adapters
 
@@ -183,3 +184,15 @@ def test_every_module_says_what_it_is_and_the_package_is_typed() -> None:
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), f"{path} does not say what it is"
+
+
+def test_the_pre_commit_hook_formats_as_the_tests_do() -> None:
+    root = PACKAGE.parent
+    pinned = re.search(r"^ruff==(\S+)$", (root / "constraints.txt").read_text(), re.M)
+    hook = re.search(r"ruff-pre-commit\n\s+rev: v(\S+)$", (root / ".pre-commit-config.yaml").read_text(), re.M)
+    assert pinned and hook and pinned[1] == hook[1]
+
+
+def test_one_version_everywhere() -> None:
+    citation = yaml.safe_load((PACKAGE.parent / "CITATION.cff").read_text())
+    assert citation["version"] == tl_adapters.__version__
