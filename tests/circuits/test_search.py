@@ -34,7 +34,7 @@ from tl_adapters.circuits.roles import (
 )
 from tl_adapters.circuits.search import Aims, SearchOptions, search_circuit
 from tl_adapters.interventions.feature_edits import ablated, gated, only, patched, scaled
-from tl_adapters.models.paired_model import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel
 
 STEP = 1e-5
 
@@ -314,7 +314,7 @@ def replacement_margin(pair: PairedModel, moments: Onsets, at: str) -> float:
 def test_a_direct_effect_is_what_the_feature_writes_there_read_by_the_unembedding() -> None:
     pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     effects = effects_at(pair, moments)
-    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
         residual = final_residual(pair, moments.tokens)[moments.moment]
     for feature in strongest(effects.direct):
         layer, index = feature
@@ -335,7 +335,7 @@ def test_the_last_layer_has_direct_effects_only_and_the_others_have_more() -> No
 
 def test_mass_and_rate_are_those_of_the_places() -> None:
     pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
-    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
         pair.model(moments.tokens)
     for at in ("moment", "boundary"):
         effects = effects_at(pair, moments, at, tokens_per_batch=20)
@@ -354,7 +354,7 @@ def test_an_effect_with_others_held_is_its_slope_while_they_keep_their_values() 
     free, constant = effects_at(pair, moments), effects_at(pair, moments, held=held)
     assert state(pair) == before
     assert torch.equal(free.direct, constant.direct)
-    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
         pair.model(moments.tokens)
     source = dict(acts)
 
@@ -476,13 +476,13 @@ def test_an_edge_is_a_slope_of_what_the_output_feature_reads() -> None:
     between = [e for e in edges if e.target is not None]
     assert all(role[e.target] == "output" and e.source.layer < e.target.layer for e in between if e.target)
     assert not any(role[e.source] == "output" for e in between)
-    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
         pair.model(moments.tokens)
     plain = dict(acts)
 
     @torch.no_grad()
     def read(source: FeatureId, target: FeatureId, by: float) -> float:
-        with pair.routed("replacement"), scaled(pair, [source], 1 + by), pair.recorded(PRE_ACTIVATIONS) as pre:
+        with pair.routed("replacement"), scaled(pair, [source], 1 + by), pair.recorded(PRE_ACTS_HOOK) as pre:
             pair.model(moments.tokens)
         fires = moments.moment & (plain[target.layer][..., target.index] > 0)
         return float(pre[target.layer][..., target.index][fires].sum() / moments.moment.sum())

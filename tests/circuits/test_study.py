@@ -30,7 +30,7 @@ from tl_adapters.data.traces import Trace
 from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.interventions.feature_edits import only
 from tl_adapters.interventions.variants import Variant, on_route, without
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.organism.census import corrects, with_injected_slip
 from tl_adapters.organism.traces import prompt
 from tl_adapters.study.open_run import load_builtin_pair
@@ -191,7 +191,7 @@ def test_the_circuit_is_as_large_as_it_says(study: BehaviorStudy, pair: PairedMo
 
 def test_what_fires_is_counted_over_the_response(study: BehaviorStudy, pair: PairedModel) -> None:
     found = study.found
-    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
         pair.model(found.moments.tokens)
     at = found.moments.predicting
     fired = torch.stack([(acts[layer][at] > 0).sum(0) for layer in range(pair.n_layers)])

@@ -22,7 +22,7 @@ from tl_adapters.features.layer_statistics import bucket, bucket_edges
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.features.store_files import StoreOptions
 from tl_adapters.features.stream_agreement import reading, stream_agreement
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 
 OPTIONS = StoreOptions(examples=4, sample=5, before=3, after=2, tokens_per_batch=300)
 QUIET = {"progress": False, "split": "report"}
@@ -49,7 +49,7 @@ def traces(pair: PairedModel) -> list[Trace]:
 
 def activations(pair: PairedModel, trace: Trace, stream: str = "replacement") -> torch.Tensor:
     """[layers, pos, n_features] in decoder-norm units, one document at a time."""
-    with reading(pair, stream), pair.recorded(ACTIVATIONS) as acts, torch.no_grad():
+    with reading(pair, stream), pair.recorded(ACTS_HOOK) as acts, torch.no_grad():
         pair.model(torch.tensor([trace.tokens]))
     norms = [adapter.W_dec.norm(dim=-1) for adapter in pair.installed_adapters()]
     return torch.stack([acts[layer][0] * norms[layer] for layer in range(pair.n_layers)]).detach()

@@ -12,7 +12,7 @@ from tl_adapters.adapters.adapter_set import AdapterSet, TranscoderAdapter
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.circuits.search import SearchOptions
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 
 WORD = 5
 TEMPLATE, OUTPUT = FeatureId(1, 5), FeatureId(3, 7)
@@ -54,7 +54,7 @@ def pair_with(
             mine.copy_(its)
     batch = random_batch(11, LENGTHS, vocab=N_VOCAB)
     predicting = batch.predicting_response
-    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
         pair.model(batch.tokens)
     moment = predicting & torch.stack([acts[f.layer][..., f.index] > 0.3 for f in features]).any(0)
     follows = torch.zeros_like(moment)

@@ -18,7 +18,7 @@ from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.features.stream_agreement import reading
 from tl_adapters.interop.neuronpedia import write_neuronpedia
 from tl_adapters.interop.sae_dashboard import INSTALL, DashboardError, write_sae_dashboard
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.study.open_run import load_builtin_pair
 
 installed = pytest.mark.skipif(find_spec("sae_dashboard") is None, reason="sae-dashboard is not installed here")
@@ -67,7 +67,7 @@ def test_it_reads_the_stream_and_writes_what_the_layer_does(activation: str, str
     assert [page.name for page in pages] == [f"layer_{layer}.html" for layer in sorted({id.layer for id in ids})]
     assert pair.routes == routes
     rows = torch.tensor([t.tokens[:LENGTH] for t in documents() if len(t.tokens) >= LENGTH])
-    with torch.no_grad(), reading(pair, stream), pair.recorded(ACTIVATIONS) as acts:
+    with torch.no_grad(), reading(pair, stream), pair.recorded(ACTS_HOOK) as acts:
         pair.model(rows)
     for layer, index in ids:
         shown = dashboard(tmp_path / "pages" / f"layer_{layer}.html")[str(index)]
@@ -96,7 +96,7 @@ def test_its_page_opens_offline(browser: Browser, tmp_path: Path) -> None:  # no
     browser.errors.clear()
     browser.open(tmp_path / "page.html")
     browser.until(lambda: browser.js("document.querySelectorAll('.js-plotly-plot svg').length"))
-    assert "TOP ACTIVATIONS" in browser.js("document.body.innerText")
+    assert "TOP ACTS_HOOK" in browser.js("document.body.innerText")
     assert not [error for error in browser.errors if '"error"' in error or "exception" in error]
 
 

@@ -16,7 +16,7 @@ from tl_adapters.interventions.feature_edits import (
     patched,
     scaled,
 )
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 
 FEATURES = [(0, 3), (1, 0), (1, 7), (3, 11)]
 
@@ -27,7 +27,7 @@ def pair(request: pytest.FixtureRequest) -> PairedModel:
 
 
 def activations(pair: PairedModel, route: str = "replacement") -> dict[int, torch.Tensor]:
-    with pair.routed(route), pair.recorded(ACTIVATIONS) as acts, torch.no_grad():
+    with pair.routed(route), pair.recorded(ACTS_HOOK) as acts, torch.no_grad():
         pair.model(TOKENS)
     return dict(acts)
 
@@ -45,7 +45,7 @@ def by_hand(pair: PairedModel, change, bias: bool, base: bool) -> torch.Tensor: 
         (f"blocks.{i}.mlp.adapter.hook_sae_recons", lambda out, hook, i=i: write(out, hook, i))
         for i in range(pair.n_layers)
     ]
-    with pair.routed("replacement" if base else "target+adapter"), pair.recorded(ACTIVATIONS) as latest:
+    with pair.routed("replacement" if base else "target+adapter"), pair.recorded(ACTS_HOOK) as latest:
         return pair.model.run_with_hooks(TOKENS, fwd_hooks=hooks)
 
 

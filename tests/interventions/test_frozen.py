@@ -8,7 +8,7 @@ from helpers.random_models import ARCHITECTURES, random_model, randomise
 from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.interventions.feature_edits import InterventionError, ablated, added, patched
 from tl_adapters.interventions.frozen import frozen
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 
 LATER = [(layer, i) for layer in (2, 3) for i in range(24)]
 EVERY = [(layer, i) for layer in range(4) for i in range(24)]
@@ -92,7 +92,7 @@ def test_with_everything_held_logits_are_linear_in_a_feature_and_the_slope_is_it
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
 def test_held_features_take_out_what_goes_through_them_and_no_more(architecture: str, kind) -> None:  # type: ignore[no-untyped-def]
     pair = make(architecture, kind[0])
-    names = [f"blocks.{layer}.{ACTIVATIONS}" for layer in range(4)]
+    names = [f"blocks.{layer}.{ACTS_HOOK}" for layer in range(4)]
     with pair.routed("replacement"):
         plain = run(pair, *names)
         with ablated(pair, EARLY):
@@ -125,7 +125,7 @@ def test_in_the_linear_model_the_total_effect_is_the_direct_and_the_mediated(arc
         with (
             frozen(pair, TOKENS, mlps=True, features=others),
             ablated(pair, EARLY),
-            pair.recorded(ACTIVATIONS) as moved,
+            pair.recorded(ACTS_HOOK) as moved,
         ):
             logits(pair)
         with frozen(pair, TOKENS, mlps=True, features=others), patched(pair, mediators, dict(moved)):

@@ -42,7 +42,7 @@ from tl_adapters.generation.responses import respond
 from tl_adapters.interventions.feature_edits import ablated, added, clamped, gated, inserted, negated, patched, scaled
 from tl_adapters.interventions.frozen import frozen
 from tl_adapters.interventions.variants import on_route, with_only, without
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.organism import problems, reasoning_pairs
 from tl_adapters.study.open_run import load_builtin_pair
 from tl_adapters.training.trainer import Trainer
@@ -199,7 +199,7 @@ def test_real_ablations(device: PretendedDevice) -> None:
 def test_interventions(device: PretendedDevice) -> None:
     pair, tokens = tiny(device), random_batch(3, vocab=31).to(DEVICE).tokens
     features = [FeatureId(0, 3), FeatureId(1, 2), FeatureId(1, 7)]
-    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as source:
+    with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as source:
         pair.model(tokens)
     kept = {layer: acts.cpu() for layer, acts in source.items()}  # of another run: it may be anywhere
     gates = torch.ones(2, 24, requires_grad=True)
@@ -296,7 +296,7 @@ def test_a_changed_pass_copies_nothing_by_layer_or_token(device: PretendedDevice
         pair = tiny(device, layers)
         tokens = torch.arange(1, length, device=DEVICE)[None]
         features = [FeatureId(layer, i) for layer in range(layers) for i in (1, 5)]
-        with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTIVATIONS) as source:
+        with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as source:
             pair.model(tokens)
         for changed in (
             ablated(pair, features), scaled(pair, features, 2.0, [1, 3]), patched(pair, features, dict(source)),

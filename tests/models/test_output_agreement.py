@@ -19,10 +19,10 @@ from tl_adapters.checkpoints.model_files import CheckpointError
 from tl_adapters.models import paired_model as paired
 from tl_adapters.models.attach import attach
 from tl_adapters.models.build import build_model
+from tl_adapters.models.hf_outputs import probe_tokens, record_hf_outputs
 from tl_adapters.models.hooked_transformer import build_hooked_transformer, tl_config
 from tl_adapters.models.output_comparison import DisagreementError, tolerance
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.models.recorded_outputs import probe_tokens, record
 
 TOKENS = random_batch(3).tokens[:1, :11]
 BACKENDS = pytest.mark.parametrize("backend", ["hooked", "bridge"])
@@ -279,10 +279,10 @@ def test_where_scores_are_large_rounding_is_measured() -> None:
             for name in ("q_proj", "k_proj"):
                 layer.self_attn.get_submodule(name).bias.mul_(60)
     target = target.bfloat16()
-    recording = record(target)
-    assert recording is not None and recording.rounding is not None
-    assert max(float(r.max()) for r in recording.rounding) > tolerance(torch.bfloat16, torch.device("cpu"))
-    build_model(target, backend="bridge", recording=recording)
+    hf_outputs = record_hf_outputs(target)
+    assert hf_outputs is not None and hf_outputs.attention_rounding is not None
+    assert max(float(r.max()) for r in hf_outputs.attention_rounding) > tolerance(torch.bfloat16, torch.device("cpu"))
+    build_model(target, backend="bridge", hf_outputs=hf_outputs)
 
 
 @BACKENDS
@@ -311,7 +311,7 @@ def test_the_model_is_left_as_it_was_found() -> None:
     target.model.layers[0].eval()
     modes = [module.training for module in target.modules()]
     state = {name: value.clone() for name, value in target.state_dict().items()}
-    record(target, base=target)
+    record_hf_outputs(target, base=target)
     assert [module.training for module in target.modules()] == modes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in target.modules())
     assert all(torch.equal(value, state[name]) for name, value in target.state_dict().items())
@@ -533,7 +533,7 @@ def test_a_model_made_in_memory_needs_no_architectures(backend: str) -> None:
     target.__class__ = Mine
     base.config.architectures = target.config.architectures = None
     pair = PairedModel.from_pretrained(base, target, backend=backend)
-    assert pair.backend.described["architectures"] == ["Qwen2ForCausalLM"]
+    assert pair.backend.hf_config["architectures"] == ["Qwen2ForCausalLM"]
 
 
 def partly_on_meta(hf: PreTrainedModel) -> PreTrainedModel:

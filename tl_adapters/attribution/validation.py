@@ -20,7 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.attribution.attribute import attribute, require_graph_of
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.targets import DifferenceTarget, LogitTarget, unembedding_column
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel, adapters_in_float32
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import host_float64
 
 LINEARIZATIONS = ("relp", "frozen_mlp", "gradient")
@@ -93,7 +93,7 @@ def _features_scaled(
         acts[:, position, index] *= factors[layer].to(acts.dtype)
         return acts
 
-    hooks = [(f"blocks.{layer}.{ACTIVATIONS}", partial(zero, layer=layer)) for layer in range(pair.n_layers)]
+    hooks = [(f"blocks.{layer}.{ACTS_HOOK}", partial(zero, layer=layer)) for layer in range(pair.n_layers)]
     with pair.routed("replacement"), pair.model.hooks(fwd_hooks=hooks):
         yield
 

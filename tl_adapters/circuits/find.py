@@ -17,7 +17,7 @@ from tl_adapters.circuits.search import Search, SearchOptions, search_circuit
 from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.behaviors import Behavior, BehaviorError
 from tl_adapters.features.feature import ALIVE_FIRINGS
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel, adapters_in_float32
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
 
 FEWEST_ONSETS = 20
 """With fewer moments on the select problems there is no behaviour to find a circuit of."""
@@ -108,7 +108,7 @@ def _activity(pair: PairedModel, moments: Onsets) -> tuple[Tensor, Tensor, float
     for _, batch in moments.batches():
         batch = batch.to(device)
         real = batch.predicting
-        with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        with pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
             pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
         n += int(real.sum())
         for layer in range(pair.n_layers):

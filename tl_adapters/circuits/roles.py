@@ -39,7 +39,7 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import CircuitEdge, CircuitFeature, Role
 from tl_adapters.circuits.onsets import Onsets, final_residual, margins_from
 from tl_adapters.interventions.feature_edits import by_layer, gated
-from tl_adapters.models.paired_model import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel, adapters_in_float32
+from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import at_least_float32
 
 SHARE = 0.001
@@ -88,7 +88,7 @@ def effects_at(
         places = getattr(batch, at)
         gates = torch.ones(shape, device=device, requires_grad=True)
         with torch.enable_grad(), _constant(pair, held), gated(pair, dict(enumerate(gates))), \
-                pair.recorded(ACTIVATIONS) as acts, _recorded_post_norms(pair) as scales:  # fmt: skip
+                pair.recorded(ACTS_HOOK) as acts, _recorded_post_norms(pair) as scales:  # fmt: skip
             residual = final_residual(pair, batch.tokens)
             said = margins_from(pair, residual, batch, places)
             through, reads = torch.autograd.grad(said.sum(), [gates, residual])
@@ -155,7 +155,7 @@ def _constant(pair: PairedModel, features: Sequence[FeatureId]) -> Iterator[None
         return acts.index_copy(-1, index, acts[..., index].detach())
 
     hooks = [
-        (f"blocks.{layer}.{ACTIVATIONS}", partial(detach, index=index))
+        (f"blocks.{layer}.{ACTS_HOOK}", partial(detach, index=index))
         for layer, index in by_layer(pair, features, pair.model.W_E.device).items()
     ]
     with pair.model.hooks(fwd_hooks=hooks):
@@ -263,8 +263,8 @@ def circuit_edges(pair: PairedModel, moments: Onsets, features: Sequence[Circuit
     device = pair.model.W_E.device
     batch = texts.to(device)
     gates = torch.ones(pair.n_layers, pair.installed_adapters().n_features, device=device, requires_grad=True)
-    with torch.enable_grad(), gated(pair, dict(enumerate(gates))), pair.recorded(PRE_ACTIVATIONS) as pre, \
-            pair.recorded(ACTIVATIONS) as acts:  # fmt: skip
+    with torch.enable_grad(), gated(pair, dict(enumerate(gates))), pair.recorded(PRE_ACTS_HOOK) as pre, \
+            pair.recorded(ACTS_HOOK) as acts:  # fmt: skip
         final_residual(pair, batch.tokens)
     for f in outputs[:EDGE_TARGETS]:
         fires = (acts[f.id.layer][..., f.id.index] > 0) & batch.moment

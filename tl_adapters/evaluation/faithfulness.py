@@ -22,7 +22,7 @@ from torch import Tensor
 from tl_adapters.adapters.l0 import active_counts
 from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces
 from tl_adapters.features.feature import ALIVE_FIRINGS
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.utils.confidence_intervals import (
     Measurement,
     bootstrap_ratio,
@@ -99,7 +99,7 @@ def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_
 def _measure_batch(pair: PairedModel, batch: Batch, documents: Sequence[int]) -> DocumentSums:
     with pair.routed("target"):
         target = pair.residual_streams(batch.tokens)
-    with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+    with pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
         replacement = pair.residual_streams(batch.tokens)
     for name, streams in (("target", target), ("replacement", replacement)):
         require_finite_activations(by_place(streams), batch.real, documents, f"The {name}")

@@ -42,7 +42,7 @@ from tl_adapters.features.logit_effects import written_rows
 from tl_adapters.features.store import FeatureStore, finish
 from tl_adapters.features.store_files import StoreDescription, StoreOptions, open_store
 from tl_adapters.features.stream_agreement import reading
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.utils.arguments import choice, texts
 from tl_adapters.utils.finite import NotFiniteError, finite_blocks
 
@@ -235,7 +235,7 @@ class _Collector:
                 at, index, value = (column[value > 0] for column in (at, index, value))
             found.append((at // n_features, index + place * n_features, value))
 
-        point = NEURONS if description.kind == "neuron" else ACTIVATIONS
+        point = NEURONS if description.kind == "neuron" else ACTS_HOOK
         hooks = [
             (f"blocks.{layer}.{point}", partial(extract, place=place, layer=layer))
             for place, layer in enumerate(description.layers)

@@ -12,7 +12,7 @@ from tl_adapters.data.tokens import CONTINUATION, span_texts, token_text
 from tl_adapters.errors import UserError
 from tl_adapters.features.feature import Stream
 from tl_adapters.features.stream_agreement import reading
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.utils.arguments import choice, feature_pairs, token_ids
 from tl_adapters.utils.notebook import NotebookView, circuitsvis_tokens, circuitsvis_view
 
@@ -54,7 +54,7 @@ def show_features(
     if not tokens:
         raise UserError("The text is empty; give at least one token.")
     strings = span_texts([token_text(tokenizer, token) for token in tokens], CONTINUATION)
-    with torch.no_grad(), reading(pair, stream), pair.recorded(ACTIVATIONS) as recorded:
+    with torch.no_grad(), reading(pair, stream), pair.recorded(ACTS_HOOK) as recorded:
         pair.run_blocks(pair.embed(torch.tensor([tokens], device=pair.model.W_E.device)), 0, pair.n_layers)
     columns = [
         recorded[f.layer][0, :, f.index].float() * adapters[f.layer].W_dec[f.index].detach().float().norm()

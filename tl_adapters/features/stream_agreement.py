@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.data.traces import Trace, batches_by_length, readable_traces
 from tl_adapters.features.feature import Stream
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.utils.confidence_intervals import Measurement, clustered_share
 from tl_adapters.utils.precision import host_float64, wide
 
@@ -80,7 +80,7 @@ def stream_agreement(
         batch = batch.to(pair.model.W_E.device)
         acts: dict[Stream, dict[int, Tensor]] = {}
         for stream in ("target", "replacement"):
-            with reading(pair, stream), pair.recorded(ACTIVATIONS) as recorded:
+            with reading(pair, stream), pair.recorded(ACTS_HOOK) as recorded:
                 pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
             acts[stream] = dict(recorded)
         counts, products = [], []

@@ -37,9 +37,9 @@ from tl_adapters.checkpoints.model_files import (
 )
 from tl_adapters.interop.hybrid_checkpoint import write_hybrid
 from tl_adapters.models.build import build_model
+from tl_adapters.models.hf_outputs import record_hf_outputs
 from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.models.recorded_outputs import record
 from tl_adapters.utils.devices import resolve_device
 
 ENCODER, DECODER = "model.layers.{}.mlp.transcoder_enc.{}", "model.layers.{}.mlp.transcoder_dec.{}"
@@ -196,13 +196,13 @@ def authors_pair(
             linear.weight = torch.nn.Parameter(
                 weight.to(linear.weight.device, linear.weight.dtype), requires_grad=False
             )
-    recording = record(hf_model, tokenizer, base_mlps=base_mlps)
+    hf_outputs = record_hf_outputs(hf_model, tokenizer, base_mlps=base_mlps)
     pair = PairedModel(
-        build_model(hf_model, tokenizer, backend, recording),
+        build_model(hf_model, tokenizer, backend, hf_outputs),
         base_mlps,
         base=adapters.metadata.base or str(name),
         target=str(target),
     )
-    require_hybrid(pair.mlps, recording)
+    require_hybrid(pair.mlps, hf_outputs)
     pair.load_adapters(adapters)
     return pair

@@ -27,7 +27,7 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.errors import UserError
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.models.routed_mlp import ROUTES, Route
 from tl_adapters.utils.arguments import feature_pairs
 
@@ -128,7 +128,7 @@ def changed(pair: PairedModel, features: Features, change: Change, positions: Po
             new = torch.where(places.hit(layer, acts)[..., None], new, acts[..., index])
         return acts if places is None and at is not None else acts.index_copy(-1, index, new)
 
-    hooks = [(f"blocks.{layer}.{ACTIVATIONS}", partial(hook_in, layer=layer)) for layer in chosen]
+    hooks = [(f"blocks.{layer}.{ACTS_HOOK}", partial(hook_in, layer=layer)) for layer in chosen]
     with nullcontext() if places is None else places, pair.model.hooks(fwd_hooks=hooks):
         yield pair.model
 
@@ -201,7 +201,7 @@ def gated(
         return out - adapters[layer].b_dec.to(out)
 
     hooks: list[tuple[str, Any]] = [
-        (f"blocks.{layer}.{ACTIVATIONS}", partial(multiply, layer=layer)) for layer in adapters.layer_indices
+        (f"blocks.{layer}.{ACTS_HOOK}", partial(multiply, layer=layer)) for layer in adapters.layer_indices
     ]
     if not decoder_bias:
         hooks += [

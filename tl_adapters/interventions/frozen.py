@@ -37,7 +37,7 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.interventions.feature_edits import Features, InterventionError, patched
-from tl_adapters.models.paired_model import ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 
 NEURONS = "mlp.hook_post"
 """The hook point of the neurons of whichever MLP computes, within a block."""
@@ -88,7 +88,7 @@ def frozen(
     if bad := sorted(set(free) - set(range(pair.n_layers))):
         raise InterventionError(f"There are no layers {bad}; the model has 0 to {pair.n_layers - 1}.")
     held = _held_points(pair, attention, norms, mlps, free)
-    activations = {feature.layer: f"blocks.{feature.layer}.{ACTIVATIONS}" for feature in chosen}
+    activations = {feature.layer: f"blocks.{feature.layer}.{ACTS_HOOK}" for feature in chosen}
     reference = _record(pair, tokens, attention_mask, {*held, *activations.values()})
 
     def hold(value: Tensor, hook: HookPoint, name: str) -> Tensor:
@@ -119,7 +119,7 @@ def _held_points(pair: PairedModel, attention: bool, norms: bool, mlps: bool, fr
         if layer in free:
             parts = ["attn.hook_pattern"] * attention + neurons * mlps
         else:
-            parts = ["hook_attn_out", *neurons, ACTIVATIONS]
+            parts = ["hook_attn_out", *neurons, ACTS_HOOK]
         names += [f"blocks.{layer}.{part}" for part in parts]
     return names
 

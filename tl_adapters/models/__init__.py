@@ -1,17 +1,24 @@
 """How do base, target and adapters share one TransformerLens model?
 
-* `adapter_checks`: Do these adapters belong to this model and this base, and what must they be fed here?
-* `attach`: Adapters in a model that the user already has: a HookedTransformer, SAELens's HookedSAETransformer, a
-* `attention_masks`: A HookedTransformer that reads the token ids it is given, and masks only what it is told to
-* `backend`: What a TransformerLens model must answer to carry a pair, whichever of the two kinds it is
-* `build`: The seam to TransformerLens: the two kinds of model that can carry a pair, behind one set of questions
-* `fused_attention`: Fused attention for a HookedTransformer: fast while nobody looks at scores or patterns, stock
-* `hooked_transformer`: A HookedTransformer made of a Hugging Face model's own weights, and its MLPs as routed ones
-* `model_samples`: Which model is this? Samples of every weight of a model, and which of them are not those of another
-* `output_agreement`: Does a model of TransformerLens compute what the Hugging Face model that it was made of
-* `output_comparison`: Two outputs that should be the same: how far they may be apart, and what is said where they
-* `paired_model`: PairedModel: one TransformerLens model that computes the target, the hybrid and the replacement
-* `recorded_outputs`: What a Hugging Face model computes on a few tokens, recorded before TransformerLens reads or
-* `routed_mlp`: What one layer computes: the target's MLP or the base's, with or without the adapter
-* `transformer_bridge`: A TransformerBridge's MLPs as routed ones, and parts of it run alone (TransformerLens 3.9 and
+* `adapter_checks`: whether adapters were trained with this target and base, and the scale of their input
+* `attach`: adapters put into a TransformerLens model that the user already has, and taken out again
+* `attention_masks`: a HookedTransformer that masks only what the caller masks, whatever its tokenizer pads with
+* `backend`: the interface that a TransformerLens model must offer to carry a pair
+* `build`: a TransformerLens model made of a Hugging Face model, and the backend of an existing one
+* `fused_attention`: attention through torch's fused kernel wherever no hook reads scores or patterns
+* `hf_outputs`: what the Hugging Face models compute on a few tokens, recorded before TransformerLens changes them
+* `hooked_transformer`: HookedTransformer as a backend, made of a Hugging Face model's own weights
+* `output_agreement`: whether a TransformerLens model computes what its Hugging Face model computes
+* `output_comparison`: the tolerance within which two outputs agree, and the error where they do not
+* `paired_model`: PairedModel, one TransformerLens model that computes the target, the hybrid and the replacement
+* `routed_mlp`: what one layer computes: the target's MLP or the base's, with or without the adapter
+* `transformer_bridge`: TransformerBridge as a backend
+* `weight_identity`: samples of a model's weights, and the comparison that tells one model from another
+
+Three questions decide whether models and adapters belong together, and each has one place:
+
+1. Do configurations and tensor shapes fit? `checkpoints.compatibility`, and `checkpoints.base_mlps` for the tensors.
+2. Are these the weights that the adapters were trained with? `adapter_checks`, which compares by `weight_identity`.
+3. Do outputs agree? `hf_outputs` compares a Hugging Face model in memory with the stock model of its class;
+   `output_agreement` compares the TransformerLens model with that. Both compare by `output_comparison`.
 """

@@ -13,7 +13,7 @@ from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.checkpoints.layer_samples import agrees, dtype_name
 from tl_adapters.models.backend import Backend
-from tl_adapters.models.model_samples import ModelSamples, layer_and_weight, recorded_samples
+from tl_adapters.models.weight_identity import ModelSamples, layer_and_weight, recorded_samples
 from tl_adapters.utils.finite import require_finite_weights
 
 log = logging.getLogger(__name__)
@@ -145,13 +145,13 @@ def adapter_scale(adapters: AdapterSet, backend: Backend, layer: int) -> Tensor 
 
 def _require_names(role: str, recorded: str, given: str) -> None:
     """For adapters that carry no marks: by name, where both names are known."""
-    if recorded and given and last_part(recorded) != last_part(given):
+    if recorded and given and short_model_name(recorded) != short_model_name(given):
         raise PairMismatchError(
             f"These adapters carry no marks of their {role}, and by name it is {recorded}; given is {given}. Give the "
             f"whole set as it was saved, which knows its {role} by content, or the {role} of that name."
         )
 
 
-def last_part(name: str) -> str:
+def short_model_name(name: str) -> str:
     """The part of an id or path that copies of a model usually share."""
     return name.rstrip("/").rpartition("/")[2].lower()

@@ -24,9 +24,9 @@ from tl_adapters.checkpoints.architectures import AUTHORS_SUFFIX
 from tl_adapters.checkpoints.base_mlps import GivenModel, model_config, model_name, read_base_mlps, resolve
 from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, require_fit
 from tl_adapters.models.build import backend_of
+from tl_adapters.models.hf_outputs import N_PROBE_TOKENS, mlp_outputs_in_memory
 from tl_adapters.models.output_agreement import require_base_weights, require_consistent
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.models.recorded_outputs import N_TOKENS, outputs_in_memory
 
 
 def attach(
@@ -75,8 +75,8 @@ def attach(
     base_mlps = None
     if base is not None:
         base = resolve(base, "base")
-        require_fit(compare_configs(_described(model_config(base)), _described(backend.described)))
-        base_mlps = read_base_mlps(base, backend.described["num_hidden_layers"])
+        require_fit(compare_configs(_comparable(model_config(base)), _comparable(backend.hf_config)))
+        base_mlps = read_base_mlps(base, backend.hf_config["num_hidden_layers"])
     known = adapters.marks
     norms = (
         [known[layer].ln2_w for layer in range(adapters.n_layers)]
@@ -105,9 +105,9 @@ def attach(
 def _require_own_mlps(pair: PairedModel, base: PreTrainedModel) -> None:
     """Raises DisagreementError where a base in memory computes more than its MLPs' weights say."""
     like = pair.model.W_E
-    shape = (pair.n_layers, 1, N_TOKENS, like.shape[-1])
+    shape = (pair.n_layers, 1, N_PROBE_TOKENS, like.shape[-1])
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
-    for layer, (x, output) in enumerate(zip(inputs, outputs_in_memory(base, list(inputs)), strict=True)):
+    for layer, (x, output) in enumerate(zip(inputs, mlp_outputs_in_memory(base, list(inputs)), strict=True)):
         require_base_weights(pair.mlps[layer], layer, x, output)
 
 
@@ -132,7 +132,7 @@ def attached(
         detach(pair)
 
 
-def _described(config: dict[str, Any]) -> dict[str, Any]:
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """What base and target must share; TransformerLens keeps the architecture and not the model type."""
     architecture = str((config.get("architectures") or ["none"])[0]).removesuffix(AUTHORS_SUFFIX)
     return {**config, "model_type": architecture}

@@ -21,7 +21,7 @@ class Backend(ABC):
 
     @property
     @abstractmethod
-    def described(self) -> dict[str, Any]:
+    def hf_config(self) -> dict[str, Any]:
         """The facts that base and adapters must share, under config.json's names."""
 
     @property

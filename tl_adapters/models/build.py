@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
 from tl_adapters.config import BackendName
 from tl_adapters.models.backend import Backend
+from tl_adapters.models.hf_outputs import HFOutputs, record_hf_outputs
 from tl_adapters.models.output_agreement import require_agreement
-from tl_adapters.models.recorded_outputs import Recording, record
 
 
 def default_backend() -> BackendName:
@@ -30,7 +30,7 @@ def build_model(
     hf_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     backend: str | None = None,
-    recording: Recording | None = None,
+    hf_outputs: HFOutputs | None = None,
 ) -> Any:
     """``hf_model`` as a HookedTransformer or TransformerBridge, sharing its weights, and computing the same.
 
@@ -38,7 +38,7 @@ def build_model(
         hf_model: a bridge changes it in place.
         tokenizer: given to the model.
         backend: "hooked" or "bridge"; None takes `default_backend`.
-        recording: what ``hf_model`` computes, where the caller has it; else it is recorded here (see `agreement`).
+        hf_outputs: what ``hf_model`` computes, where the caller has it; else it is recorded here (see `agreement`).
 
     Raises:
         UnsupportedModelError: a model that TransformerLens does not represent.
@@ -51,7 +51,7 @@ def build_model(
         raise UnsupportedModelError(
             "TransformerLens 4 has no HookedTransformer. Use backend='bridge', or install 'transformer-lens<4'."
         )
-    recording = recording or record(hf_model, tokenizer)
+    hf_outputs = hf_outputs or record_hf_outputs(hf_model, tokenizer)
     if backend == "bridge":
         from tl_adapters.models.transformer_bridge import build_bridge
 
@@ -60,7 +60,7 @@ def build_model(
         from tl_adapters.models.hooked_transformer import build_hooked_transformer
 
         model = build_hooked_transformer(hf_model, tokenizer)
-    require_agreement(backend_of(model), recording)
+    require_agreement(backend_of(model), hf_outputs)
     return model
 
 

@@ -247,7 +247,7 @@ class HookedBackend(Backend):
         self._class = type(model)
 
     @property
-    def described(self) -> dict[str, Any]:
+    def hf_config(self) -> dict[str, Any]:
         """The facts that base and adapters must share, under config.json's names."""
         cfg = self.model.cfg
         return {

@@ -1,7 +1,7 @@
 """Does a model of TransformerLens compute what the Hugging Face model that it was made of computes?
 
 A model may compute more than its configuration and weights say, and a release of either library may change what the
-other does. So `require_agreement` gives every block of the new model the inputs that `recording` has of the Hugging
+other does. So `require_agreement` gives every block of the new model the inputs that `hf_outputs` has of the Hugging
 Face model: errors do not add up that way, and the first layer that differs is named. `require_hybrid` does the same for
 the target with the base's MLP modules, and `require_cache` holds greedy tokens made with the key-value cache against
 logits computed without it.
@@ -19,8 +19,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_adapters.models.backend import Backend
+from tl_adapters.models.hf_outputs import HFOutputs, hidden_states, probe_tokens
 from tl_adapters.models.output_comparison import DisagreementError, compare, named, norm, tolerance, versions
-from tl_adapters.models.recorded_outputs import Recording, first_of, probe_tokens
 from tl_adapters.models.routed_mlp import RoutedMLP
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ WHOLE = 4.0
 
 
 @torch.no_grad()
-def require_agreement(backend: Backend, recording: Recording | None) -> None:
+def require_agreement(backend: Backend, hf_outputs: HFOutputs | None) -> None:
     """Give every part of the model what its Hugging Face model was given, and compare what comes out.
 
     The embedding, then MLP and block of each layer, the final norm with the unembedding, all of it together, and a few
@@ -41,35 +41,39 @@ def require_agreement(backend: Backend, recording: Recording | None) -> None:
     Raises:
         DisagreementError: names the first layer that differs, with both numbers.
     """
-    if recording is None:
+    if hf_outputs is None:
         return
-    model, tokens, blocks = backend.model, recording.tokens, recording.own.blocks
+    model, tokens, blocks, mlps = backend.model, hf_outputs.tokens, hf_outputs.target.blocks, hf_outputs.target.mlps
     compare("The embedding of the target", blocks[0].input, backend.embed(tokens))
-    for layer, (block, mlp) in enumerate(zip(blocks, recording.own.mlps, strict=True)):
-        compare(f"The MLP of layer {layer} of the target", mlp.output, first_of(model.blocks[layer].mlp(mlp.input)))
+    for layer, (block, mlp) in enumerate(zip(blocks, mlps, strict=True)):
+        compare(
+            f"The MLP of layer {layer} of the target", mlp.output, hidden_states(model.blocks[layer].mlp(mlp.input))
+        )
         compare(
             f"Layer {layer} of the target (attention, norms or sums: its MLP agrees)",
             block.output,
             backend.run_blocks(block.input, layer, layer + 1),
             given=block.input,
-            rounding=None if recording.rounding is None else recording.rounding[layer],
+            rounding=None if hf_outputs.attention_rounding is None else hf_outputs.attention_rounding[layer],
         )
-    compare("The unembedding of the target", recording.own.logits, backend.unembed(blocks[-1].output))
+    compare("The unembedding of the target", hf_outputs.target.logits, backend.unembed(blocks[-1].output))
     composed = backend.unembed(backend.run_blocks(backend.embed(tokens), 0, len(blocks)))
     compare("The target as a whole (its parts agree)", composed, model(tokens), times=WHOLE)
     require_cache(model, tokens)
 
 
 @torch.no_grad()
-def require_hybrid(mlps: Sequence[RoutedMLP], recording: Recording | None) -> None:
+def require_hybrid(mlps: Sequence[RoutedMLP], hf_outputs: HFOutputs | None) -> None:
     """Compare the base's MLPs in a pair, and both models' weights as other code reads them, with Hugging Face's MLPs.
 
     Raises:
         DisagreementError: names the first layer that differs, with both numbers.
     """
-    if recording is None or recording.base_outputs is None:
+    if hf_outputs is None or hf_outputs.base_mlp_outputs is None:
         return
-    for layer, (mlp, call, output) in enumerate(zip(mlps, recording.own.mlps, recording.base_outputs, strict=True)):
+    for layer, (mlp, call, output) in enumerate(
+        zip(mlps, hf_outputs.target.mlps, hf_outputs.base_mlp_outputs, strict=True)
+    ):
         assert mlp.base is not None
         compare(f"The MLP of layer {layer} of the base", output, mlp.base(call.input))
         require_base_weights(mlp, layer, call.input, output)

@@ -58,10 +58,10 @@ from tl_adapters.checkpoints.layer_samples import LayerSamples, dtype_name
 from tl_adapters.config import ActivationName, TrainingConfig
 from tl_adapters.models.adapter_checks import adapter_scale, require_belonging
 from tl_adapters.models.build import backend_of, build_model
-from tl_adapters.models.model_samples import ModelSamples, base_samples
+from tl_adapters.models.hf_outputs import record_hf_outputs
 from tl_adapters.models.output_agreement import require_hybrid
-from tl_adapters.models.recorded_outputs import record
 from tl_adapters.models.routed_mlp import ROUTES, Route, RoutedMLP
+from tl_adapters.models.weight_identity import ModelSamples, base_samples
 from tl_adapters.utils.arguments import whole_numbers
 from tl_adapters.utils.devices import resolve_device
 
@@ -99,7 +99,7 @@ class PairedModel:
         self.planted: AdapterSet | None = None
         self.has_base = base_mlps is not None
         if base_mlps is not None:
-            require_shapes(base_mlps, self.backend.described)
+            require_shapes(base_mlps, self.backend.hf_config)
         self._base_fingerprint = None if base_mlps is None else base_fingerprint(base_mlps)
         self._base_samples = None if base_mlps is None else base_samples(base_mlps)
         for layer in range(self.n_layers):
@@ -156,15 +156,15 @@ class PairedModel:
         else:
             hf_target, tokenizer = load_hf_model(target, dtype, resolve_device(device), tokenizer)
         in_memory = base if isinstance(base, PreTrainedModel) else None
-        recording = record(hf_target, tokenizer, in_memory, base_mlps)
+        hf_outputs = record_hf_outputs(hf_target, tokenizer, in_memory, base_mlps)
         pair = cls(
-            build_model(hf_target, tokenizer, backend, recording),
+            build_model(hf_target, tokenizer, backend, hf_outputs),
             base_mlps,
             base=model_name(base),
             target=model_name(target),
             revisions=(model_commit(base), model_commit(target)),
         )
-        require_hybrid(pair.mlps, recording)
+        require_hybrid(pair.mlps, hf_outputs)
         return pair
 
     @classmethod
@@ -240,7 +240,7 @@ class PairedModel:
 
     def _embedding_and_norms(self) -> Iterator[tuple[str, Tensor]]:
         """What "target" leaves out; the same of one model in both libraries."""
-        if self.backend.described["architectures"] != ["Gemma2ForCausalLM"]:  # tied, and scaled in one of the two
+        if self.backend.hf_config["architectures"] != ["Gemma2ForCausalLM"]:  # tied, and scaled in one of the two
             yield "embedding", self.backend.embedding()
         biases = [list(self.backend.projection_biases(layer)) for layer in range(self.n_layers)]
         there = [bias.any() for of_layer in biases for _, bias in of_layer]
@@ -506,7 +506,7 @@ def adapters_in_float32(function: F) -> F:
     return cast(F, in_float32)
 
 
-ACTIVATIONS = "mlp.adapter.hook_sae_acts_post"
+ACTS_HOOK = "mlp.adapter.hook_sae_acts_post"
 """The hook point of the feature activations, within a block."""
-PRE_ACTIVATIONS = "mlp.adapter.hook_sae_acts_pre"
+PRE_ACTS_HOOK = "mlp.adapter.hook_sae_acts_pre"
 """The hook point of what the activation function reads, within a block."""

@@ -145,7 +145,7 @@ class BridgedBackend(Backend):
                 )
 
     @property
-    def described(self) -> dict[str, Any]:
+    def hf_config(self) -> dict[str, Any]:
         """The facts that base and adapters must share, under config.json's names."""
         config = self.model.original_model.config
         return {**config.to_dict(), "hidden_act": mlp_activation(config)}

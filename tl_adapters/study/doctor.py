@@ -36,8 +36,8 @@ from tl_adapters.config import RunConfig
 from tl_adapters.data.batching import DataStatistics, open_documents
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.errors import UserError
-from tl_adapters.models.adapter_checks import last_part
-from tl_adapters.models.model_samples import ModelSamples, recorded_samples
+from tl_adapters.models.adapter_checks import short_model_name
+from tl_adapters.models.weight_identity import ModelSamples, recorded_samples
 from tl_adapters.organism import BUILTIN
 from tl_adapters.utils.devices import resolve_device
 
@@ -180,7 +180,7 @@ def _belongs(equal: bool, role: str, recorded: str, given: str) -> Finding:
 
 
 def _by_name(role: str, recorded: str, given: str) -> Finding:
-    if last_part(recorded) == last_part(given):
+    if short_model_name(recorded) == short_model_name(given):
         return Finding(
             "ok", f"adapters' {role}", f"{recorded}, by name; its weights are compared when they are loaded."
         )

@@ -30,7 +30,7 @@ from tl_adapters.features.stream_agreement import stream_agreement
 from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.interop.neuronpedia import write_neuronpedia
 from tl_adapters.interop.sae_dashboard import require_dashboard, write_sae_dashboard
-from tl_adapters.models.adapter_checks import last_part
+from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.feature_pages import write_feature_pages
 from tl_adapters.study.open_run import is_builtin, open_held_out, open_run, require_adapters
@@ -181,7 +181,7 @@ def stores_of(folder: Path) -> tuple[FeatureStore, FeatureStore]:
 def export_neuronpedia(folder: Path, out: Path, model_id: str | None, sae_set: str) -> Path:
     """Neuronpedia's batch files of a run's features. Raises FeatureStoreError where they were not collected yet."""
     store, _ = stores_of(folder)
-    return write_neuronpedia(store, out, model_id or last_part(store.about.target), sae_set)
+    return write_neuronpedia(store, out, model_id or short_model_name(store.about.target), sae_set)
 
 
 def export_dashboard(

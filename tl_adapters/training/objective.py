@@ -32,7 +32,7 @@ from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.config import LossWeights
 from tl_adapters.data.traces import Batch
 from tl_adapters.errors import UserError
-from tl_adapters.models.paired_model import ACTIVATIONS, PRE_ACTIVATIONS, PairedModel
+from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel
 from tl_adapters.training.loss_terms import l0_penalty, sparsity, squared_error_ratio
 from tl_adapters.utils.finite import by_place, require_finite_activations
 from tl_adapters.utils.kl_divergence import kl_from_residual, masked_kl, token_kl_from_residual
@@ -191,9 +191,9 @@ def _shared_prefix_step(
 @contextmanager
 def _recorded_features(pair: PairedModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
     """Layer -> pre-activations (empty where the sparsity term does not read them), and layer -> activations."""
-    with pair.recorded(ACTIVATIONS) as acts:
+    with pair.recorded(ACTS_HOOK) as acts:
         if pair.installed_adapters().metadata.activation == "jumprelu":
-            with pair.recorded(PRE_ACTIVATIONS) as pre:
+            with pair.recorded(PRE_ACTS_HOOK) as pre:
                 yield pre, acts
         else:
             yield {}, acts
@@ -230,7 +230,7 @@ def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any
         batch = batch.to(pair.model.W_E.device)
         with pair.routed("target"):
             target = pair.residual_streams(batch.tokens)
-        with pair.routed("replacement"), pair.recorded(ACTIVATIONS) as acts:
+        with pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
             replacement = pair.residual_streams(batch.tokens)
         for name, streams in (("target", target), ("replacement", replacement)):
             require_finite_activations(by_place(streams), batch.real, range(len(batch.tokens)), f"Validation, {name}")

@@ -77,7 +77,7 @@ class ModelSamples:
             {name: sample_places(w.numel()) % w.shape[-1] for name, w in matrices.items()},
             frozenset(name for name, weight in norms.items() if weight is None),
             float(backend.model.cfg.d_model) ** 0.5,
-            1.0 if backend.described["architectures"] == ["Gemma2ForCausalLM"] else 0.0,
+            1.0 if backend.hf_config["architectures"] == ["Gemma2ForCausalLM"] else 0.0,
         )
 
     @classmethod

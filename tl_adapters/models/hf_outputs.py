@@ -1,11 +1,11 @@
 """What a Hugging Face model computes on a few tokens, recorded before TransformerLens reads or changes it.
 
 What a model in memory computes need not be what its configuration and weights say: there are biases set by hand,
-forward hooks, replaced forward methods, LoRA. So `record` runs it as the user gave it, and then its own class with its
-weights, and refuses it where the two differ. They are the same code in the same dtype: in float32 they agree to
-rounding, and in bfloat16 and float16, where rounding would hide a small effect, to the last bit.
+forward hooks, replaced forward methods, LoRA. So `record_hf_outputs` runs it as the user gave it, and then its own
+class with its weights, and refuses it where the two differ. They are the same code in the same dtype: in float32 they
+agree to rounding, and in bfloat16 and float16, where rounding would hide a small effect, to the last bit.
 
-The recording keeps what goes into and comes out of every decoder layer and MLP, for `agreement` to give to the model
+The hf_outputs keeps what goes into and comes out of every decoder layer and MLP, for `agreement` to give to the model
 that TransformerLens makes.
 """
 
@@ -31,11 +31,11 @@ from tl_adapters.models.output_comparison import DisagreementError, compare, is_
 
 log = logging.getLogger(__name__)
 
-N_TOKENS = 8
+N_PROBE_TOKENS = 8
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """What one module was given and returned in the Hugging Face model, [1, pos, d_model] each."""
 
     input: Tensor = field(init=False)
@@ -47,35 +47,35 @@ class Call:
         return hasattr(self, "output")
 
 
-class Pass(NamedTuple):
+class ForwardPass(NamedTuple):
     """One forward pass."""
 
-    blocks: list[Call]
+    blocks: list[ModuleCall]
     """Of the decoder layers."""
-    mlps: list[Call]
+    mlps: list[ModuleCall]
     logits: Float[Tensor, "1 pos d_vocab"]
 
 
 @dataclass(frozen=True)
-class Recording:
+class HFOutputs:
     """What a Hugging Face model computes on a few tokens."""
 
     tokens: Int[Tensor, "1 pos"]
-    own: Pass
-    base_outputs: list[Tensor] | None
+    target: ForwardPass
+    base_mlp_outputs: list[Tensor] | None
     """What the base's MLPs return for the inputs of the target's; None where there is no base."""
-    rounding: list[Tensor] | None
+    attention_rounding: list[Tensor] | None
     """By how much the model's own attention implementations differ, per layer [1, pos]; None in full precision."""
 
 
 @torch.no_grad()
-def record(
+def record_hf_outputs(
     hf_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     base: PreTrainedModel | None = None,
     base_mlps: Sequence[MLPTensors] | None = None,
-) -> Recording | None:
-    """What ``hf_model`` computes on `N_TOKENS` tokens; to be called before TransformerLens changes it.
+) -> HFOutputs | None:
+    """What ``hf_model`` computes on `N_PROBE_TOKENS` tokens; to be called before TransformerLens changes it.
 
     Args:
         hf_model: the target, with its hooks and whatever else it has.
@@ -84,7 +84,7 @@ def record(
         base_mlps: the base's MLP weights, which are put into the target's MLP modules where there is no ``base``.
 
     Returns:
-        The recording; None for a model on the meta device, which computes nothing.
+        The hf_outputs; None for a model on the meta device, which computes nothing.
 
     Raises:
         DisagreementError: a model that computes something else than its class with its weights, or numbers that are
@@ -106,20 +106,20 @@ def record(
         rounding = _rounding(hf_model, tokens, own.blocks) if is_low(own.logits.dtype) else None
         outputs = None
         if base is not None:
-            outputs = outputs_in_memory(base, [mlp.input for mlp in own.mlps])
+            outputs = mlp_outputs_in_memory(base, [mlp.input for mlp in own.mlps])
         elif base_mlps is not None:
             found = zip(layers, base_mlps, own.mlps, strict=True)
             outputs = [_with_weights(layer.mlp, weights, call.input) for layer, weights, call in found]
-    return Recording(tokens, own, outputs, rounding)
+    return HFOutputs(tokens, own, outputs, rounding)
 
 
-def _run(layers: Sequence[nn.Module], forward: Callable[[], Any]) -> Pass:
+def _run(layers: Sequence[nn.Module], forward: Callable[[], Any]) -> ForwardPass:
     with _listening(layers) as blocks, _listening([layer.get_submodule("mlp") for layer in layers]) as mlps:
         logits = forward().logits
-    return Pass(blocks, mlps, logits)
+    return ForwardPass(blocks, mlps, logits)
 
 
-def _require_finite(run: Pass) -> None:
+def _require_finite(run: ForwardPass) -> None:
     n = len(run.blocks)
     for layer, call in enumerate([*run.blocks, *run.mlps]):
         if not call.was_made:
@@ -141,9 +141,9 @@ def _tokens_for(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> Int[T
 
 
 def probe_tokens(n: int, n_ctx: int, special: Collection[int] = ()) -> Int[Tensor, "1 pos"]:
-    """Different ids below ``n`` of a fixed draw, none of them ``special``; at most `N_TOKENS`, and ``n_ctx``."""
+    """Different ids below ``n`` of a fixed draw, none of them ``special``; at most `N_PROBE_TOKENS`, and ``n_ctx``."""
     drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
-    return torch.tensor([[i for i in drawn if i not in special][: min(N_TOKENS, n_ctx)]])
+    return torch.tensor([[i for i in drawn if i not in special][: min(N_PROBE_TOKENS, n_ctx)]])
 
 
 def _listed(ids: int | Sequence[int] | None) -> list[int]:
@@ -151,7 +151,7 @@ def _listed(ids: int | Sequence[int] | None) -> list[int]:
 
 
 @torch.no_grad()
-def outputs_in_memory(base: PreTrainedModel, inputs: Sequence[Tensor]) -> list[Tensor]:
+def mlp_outputs_in_memory(base: PreTrainedModel, inputs: Sequence[Tensor]) -> list[Tensor]:
     """What the MLPs of a base in memory return for ``inputs``, one per layer.
 
     Raises:
@@ -164,7 +164,7 @@ def outputs_in_memory(base: PreTrainedModel, inputs: Sequence[Tensor]) -> list[T
         for number, (layer, x) in enumerate(zip(base.model.layers, inputs, strict=True)):
             weights = {name: layer.mlp.get_submodule(name).weight for name in PROJECTIONS}
             given = x.to(weights["gate_proj"].device, weights["gate_proj"].dtype)
-            own = first_of(layer.mlp(given))
+            own = hidden_states(layer.mlp(given))
             by_class = _with_weights(stock.model.layers[number].mlp, weights, given)
             what = f"The MLP of layer {number} of the base"
             _compare_to_class(what, by_class, own, peculiar, type(stock).__name__)
@@ -175,7 +175,7 @@ def outputs_in_memory(base: PreTrainedModel, inputs: Sequence[Tensor]) -> list[T
 def _with_weights(mlp: nn.Module, weights: MLPTensors, x: Tensor) -> Tensor:
     """The output of a Hugging Face MLP module with other weights; the module keeps its own."""
     swapped = {f"{name}.weight": weights[name].to(x.device, x.dtype) for name in PROJECTIONS}
-    return first_of(functional_call(mlp, swapped, (x,)))
+    return hidden_states(functional_call(mlp, swapped, (x,)))
 
 
 @contextmanager
@@ -191,15 +191,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _listening(modules: Sequence[nn.Module]) -> Iterator[list[Call]]:
+def _listening(modules: Sequence[nn.Module]) -> Iterator[list[ModuleCall]]:
     """The last call of each module, with all that other hooks do to its input and output counted in."""
-    calls = [Call() for _ in modules]
+    calls = [ModuleCall() for _ in modules]
 
-    def before(module: nn.Module, args: Any, kwargs: Any, call: Call) -> None:
+    def before(module: nn.Module, args: Any, kwargs: Any, call: ModuleCall) -> None:
         call.input = (args[0] if args else kwargs["hidden_states"]).detach().clone()
 
-    def after(module: nn.Module, args: Any, output: Any, call: Call) -> None:
-        call.output = first_of(output).detach().clone()
+    def after(module: nn.Module, args: Any, output: Any, call: ModuleCall) -> None:
+        call.output = hidden_states(output).detach().clone()
 
     handles = []
     for module, call in zip(modules, calls, strict=True):
@@ -213,12 +213,12 @@ def _listening(modules: Sequence[nn.Module]) -> Iterator[list[Call]]:
             handle.remove()
 
 
-def first_of(output: Any) -> Tensor:
+def hidden_states(output: Any) -> Tensor:
     """The hidden states in what a module returned."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def _rounding(hf_model: PreTrainedModel, tokens: Tensor, blocks: Sequence[Call]) -> list[Tensor] | None:
+def _rounding(hf_model: PreTrainedModel, tokens: Tensor, blocks: Sequence[ModuleCall]) -> list[Tensor] | None:
     """How far each layer's output moves, relative to what it adds, between fused and eager attention of transformers.
 
     A model with large query or key biases has scores whose rounding in bfloat16 is felt; how much, only it can tell.
@@ -276,7 +276,7 @@ def _state_of(hf_model: PreTrainedModel, stock: PreTrainedModel) -> dict[str, Te
     return state
 
 
-def _require_stock_pass(own: Pass, by_class: Pass, peculiar: Sequence[str], name: str) -> None:
+def _require_stock_pass(own: ForwardPass, by_class: ForwardPass, peculiar: Sequence[str], name: str) -> None:
     """Raises DisagreementError at the first place where a model differs from its class with its weights."""
     compare = functools.partial(_compare_to_class, peculiar=peculiar, name=name)
     compare("The embedding of the target", by_class.blocks[0].input, own.blocks[0].input)
