@@ -17,8 +17,8 @@ from tl_adapters import organism
 from tl_adapters.config import LossWeights, TrainingConfig
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.traces import Trace
-from tl_adapters.evaluation.feature_matching import FIGURES, Matching, Share, seed_agreement
-from tl_adapters.evaluation.planted_features import Plant, plant_features, planted_test
+from tl_adapters.evaluation.feature_matching import MATCH_STATISTICS, Matching, Share, seed_agreement
+from tl_adapters.evaluation.planted_features import PlantedSet, plant_features, planted_test
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import load_builtin_pair
 from tl_adapters.training.trainer import train
@@ -68,7 +68,7 @@ def cells(steps: int) -> list[Cell]:
     return list(dict.fromkeys([*middle, Cell(64, 1e-3, LONG), *heavy, *beyond, *grid, Cell(64, 1e-3, steps, seed=1)]))
 
 
-def run_cell(out: Path, cell: Cell, plant: Plant, traces: list[Trace], held_out: list[Trace]) -> None:
+def run_cell(out: Path, cell: Cell, plant: PlantedSet, traces: list[Trace], held_out: list[Trace]) -> None:
     weights = LossWeights(nmse=cell.nmse)
     config = TrainingConfig(
         n_features=cell.width, l1_weight=cell.l1_weight, steps=cell.steps, seed=cell.seed, loss_weights=weights
@@ -115,7 +115,7 @@ def print_tables(folder: Path) -> None:
             a, b = (of(found[side].get(name, {"k": 0, "n": 0})) for side in ("a", "b"))
             print(f"| {name} | {percent(a)} | {a.n} | {percent(b)} | {b.n} |")
         print("\n| over the matches | 10 % | 25 % | median | 75 % | 90 % |\n|---|---|---|---|---|---|")
-        for figure in FIGURES:
+        for figure in MATCH_STATISTICS:
             print(f"| {figure} | " + " | ".join(f"{v:.2f}" for v in found["quantiles"][figure]) + " |")
 
 
@@ -133,7 +133,7 @@ def main() -> None:
 
     traces, held_out = text("train", TRAINING, 0), text("report", EVALUATION, 0)
     todo = cells(args.steps)
-    plants: dict[float, Plant] = {}
+    plants: dict[float, PlantedSet] = {}
     seeds = args.out / f"seeds-{args.steps}.json"
     for i, cell in enumerate(todo):
         if i == BEFORE_SEEDS and not seeds.is_file():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_adapters.attribution.graph import AttributionGraph, GraphError, GraphTarget
-from tl_adapters.attribution.pruning import feature_share, influence, prune, scores
+from tl_adapters.attribution.pruning import feature_share, graph_scores, influence, prune
 
 
 def dense(graph: AttributionGraph) -> tuple[Tensor, Tensor]:
@@ -113,8 +113,8 @@ def test_feature_share_and_scores_against_dense_matrices(with_errors: bool) -> N
         errors, tokens = slice(n_features, graph.first_token), slice(graph.first_token, graph.first_target)
         replacement = total[tokens].sum() / total[leaves].sum()
         completeness = ((1 - matrix[:, errors].sum(1)) * total).sum() / total.sum()
-        assert scores(graph) == pytest.approx((float(replacement), float(completeness)), abs=1e-9)
-        assert (scores(graph) == (1, 1)) == (not with_errors)
+        assert graph_scores(graph) == pytest.approx((float(replacement), float(completeness)), abs=1e-9)
+        assert (graph_scores(graph) == (1, 1)) == (not with_errors)
 
 
 def test_a_graph_by_hand() -> None:
@@ -124,7 +124,7 @@ def test_a_graph_by_hand() -> None:
     expected = [0.1125, 0.15, 0.2, 0.15, 0.15, 0.3 + 0.2, 0, 0]
     assert influence(graph).tolist() == pytest.approx(expected)
     assert feature_share(graph) == pytest.approx((0.15 + 0.2) / 0.8)
-    assert scores(graph)[0] == pytest.approx(0.65 / 0.8)
+    assert graph_scores(graph)[0] == pytest.approx(0.65 / 0.8)
     # of 1.2625 in all the second token has 0.5 and node 2 has 0.2, which is more than half
     pruned = prune(graph, 0.5, 1.0)
     assert pruned.node_mask.tolist() == [False, False, True, False, True, True, True, True]
@@ -160,11 +160,11 @@ def test_graphs_of_next_to_nothing() -> None:
     pruned = prune(empty)
     assert pruned.node_mask.tolist() == [True] * 3 and pruned.edge_mask.shape == (0,)
     assert pruned.cumulative.tolist() == [1.0] * 3 and not influence(empty).any()
-    assert feature_share(empty) == 0.0 and scores(empty) == (1.0, 1.0)
+    assert feature_share(empty) == 0.0 and graph_scores(empty) == (1.0, 1.0)
     assert feature_share(build([(0, 0, 1)], [], 2, [1.0], {(3, 0): -2.0})) == 1.0  # ends in a feature never attributed
     zero = build([(0, 0, 1)], [], 2, [1.0], {(0, 1): 0.0, (3, 0): 0.0})
     assert prune(zero).node_mask.tolist() == [False, True, True, True] and not prune(zero).edge_mask.any()
-    assert influence(zero).tolist() == [0.0] * 4 and feature_share(zero) == 0.0 and scores(zero) == (1.0, 1.0)
+    assert influence(zero).tolist() == [0.0] * 4 and feature_share(zero) == 0.0 and graph_scores(zero) == (1.0, 1.0)
     faint = build([], [], 2, [1.0], {(2, 0): 3e-12, (2, 1): 1e-12})  # as circuit-tracer: rounding is no influence
     assert influence(faint).tolist() == pytest.approx([0.03, 0.01, 0.0])
 
@@ -193,7 +193,7 @@ def test_what_is_no_sorted_acyclic_graph_is_refused(changes: dict[str, Tensor], 
     graph = build([(1, 0, 1), (1, 0, 2)], [], 2, [1.0], {(0, 2): 1.0, (4, 0): 1.0}, dtype=torch.float32)
     influence(graph)
     broken = AttributionGraph(**{**vars(graph), **changes})
-    for question in (influence, prune, feature_share, scores):
+    for question in (influence, prune, feature_share, graph_scores):
         with pytest.raises(GraphError, match=message):
             question(broken)
 

@@ -14,7 +14,7 @@ from tl_adapters.attribution.validation import (
     faithfulness_curve,
     rank_correlation,
     total_effects,
-    values_with,
+    values_with_features,
 )
 from tl_adapters.models.paired_model import PairedModel
 
@@ -76,7 +76,7 @@ def test_curves_begin_and_end_where_they_must(pair: PairedModel, graph: Attribut
     curve = faithfulness_curve(pair, graph, effects, [0, 20, n])
     assert curve.keeping[0] == pytest.approx(0) and curve.keeping[2] == pytest.approx(1)
     assert curve.removing[0] == pytest.approx(1) and curve.removing[2] == pytest.approx(0)
-    full, none = values_with(pair, graph, torch.stack([torch.ones(n), torch.zeros(n)]).bool())
+    full, none = values_with_features(pair, graph, torch.stack([torch.ones(n), torch.zeros(n)]).bool())
     by_chance = faithfulness_curve(pair, graph, torch.rand(n, generator=torch.Generator().manual_seed(0)), [20])
     sign = 1 if full > none else -1
     best = faithfulness_curve(pair, graph, sign * effects, [20])

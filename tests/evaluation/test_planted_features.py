@@ -21,7 +21,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.evaluation.baselines import baseline_kl, difference_directions, low_rank, mlp_difference, top_neurons
 from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.evaluation.feature_matching import MatchingError, Share, match_features, one_to_one, seed_agreement
-from tl_adapters.evaluation.planted_features import Plant, PlantingError, plant_features, planted_test
+from tl_adapters.evaluation.planted_features import PlantedSet, PlantingError, plant_features, planted_test
 from tl_adapters.interop.export import export
 from tl_adapters.models.hooked_transformer import build_hooked_transformer
 from tl_adapters.models.paired_model import PairedModel, PairMismatchError
@@ -254,12 +254,12 @@ RATES = (0.1, 0.03, 0.01)
 
 
 @pytest.fixture(scope="module")
-def plant(base: PreTrainedModel) -> Plant:
+def plant(base: PreTrainedModel) -> PlantedSet:
     return plant_features(base, skewed_traces(), per_layer=6, rates=RATES, strength=2.0)
 
 
 @torch.no_grad()
-def test_planted_features_are_what_they_are_said_to_be(base: PreTrainedModel, plant: Plant) -> None:
+def test_planted_features_are_what_they_are_said_to_be(base: PreTrainedModel, plant: PlantedSet) -> None:
     pair = PairedModel.plant(base, plant.adapters)
     traces = skewed_traces()
     batch = collate(traces)
@@ -289,7 +289,7 @@ def test_planted_features_are_what_they_are_said_to_be(base: PreTrainedModel, pl
     assert len({(f.feature.layer, f.tokens) for f in plant.features if f.tokens}) == 12
 
 
-def test_planting_is_a_function_of_its_seed_and_leaves_a_pair_alone(base: PreTrainedModel, plant: Plant) -> None:
+def test_planting_is_a_function_of_its_seed_and_leaves_a_pair_alone(base: PreTrainedModel, plant: PlantedSet) -> None:
     pair = PairedModel.from_pretrained(base, base)
     mine = pair.new_adapters(3)
     options = dict(per_layer=6, rates=RATES, strength=2.0)
@@ -343,7 +343,7 @@ def shuffled(plant: AdapterSet, dead: int = 0, junk: int = 0, seed: int = 0) -> 
     return AdapterSet(layers, plant.marks)
 
 
-def test_the_same_features_in_another_order_are_found(base: PreTrainedModel, plant: Plant) -> None:
+def test_the_same_features_in_another_order_are_found(base: PreTrainedModel, plant: PlantedSet) -> None:
     pair, traces = PairedModel.plant(base, plant.adapters), skewed_traces(seed=3)
     found = match_features(shuffled(plant.adapters, dead=1, junk=3), plant.adapters, pair, traces)
     assert len(found.a) == 4 * 8 and len(found.b) == 24
@@ -360,7 +360,7 @@ def test_the_same_features_in_another_order_are_found(base: PreTrainedModel, pla
 
 @pytest.mark.parametrize("tokens_per_batch", [64, 4096])
 @torch.no_grad()
-def test_matching_is_the_formula(base: PreTrainedModel, plant: Plant, tokens_per_batch: int) -> None:
+def test_matching_is_the_formula(base: PreTrainedModel, plant: PlantedSet, tokens_per_batch: int) -> None:
     pair, traces = PairedModel.plant(base, plant.adapters), skewed_traces(40, seed=3)
     theirs = AdapterSet(list(random_set()), plant.adapters.marks)
     found = match_features(theirs.normalized(), plant.adapters, pair, traces, tokens_per_batch=tokens_per_batch)
@@ -428,7 +428,7 @@ def test_share(k: int, n: int) -> None:
     assert Share(k, n).value == k / n and Share(0, 0).value is None
 
 
-def test_sets_of_other_shapes_are_refused(base: PreTrainedModel, plant: Plant) -> None:
+def test_sets_of_other_shapes_are_refused(base: PreTrainedModel, plant: PlantedSet) -> None:
     pair = PairedModel.plant(base, plant.adapters)
     with pytest.raises(MatchingError, match="4 layers of width 16; the pair has 4 of width 32"):
         match_features(AdapterSet([TranscoderAdapter(16, 3)] * 4), plant.adapters, pair, skewed_traces(4))

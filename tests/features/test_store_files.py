@@ -17,7 +17,7 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId, ForeignFeaturesError, OwnedFeatureId, owned
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
-from tl_adapters.attribution.validation import ablation_effects, values_with
+from tl_adapters.attribution.validation import ablation_effects, values_with_features
 from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitError, CircuitFeature
 from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.circuits.roles import circuit_edges
@@ -27,7 +27,7 @@ from tl_adapters.features.feature import FeatureStoreError
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.interventions.feature_edits import ablated, added, clamped, inserted, negated, patched, scaled
 from tl_adapters.interventions.frozen import frozen
-from tl_adapters.interventions.variants import less, rescaled, with_only, without
+from tl_adapters.interventions.variants import rescaled, with_negated, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import write_graph
 from tl_adapters.study.open_run import load_builtin_pair
@@ -66,7 +66,7 @@ INTERVENTIONS: dict[str, Callable[[PairedModel, Any], Any]] = {
     "frozen": lambda pair, ids: frozen(pair, TOKENS, features=ids),
     "without": lambda pair, ids: without(ids).entered(pair),
     "with_only": lambda pair, ids: with_only(ids).entered(pair),
-    "less": lambda pair, ids: less(ids).entered(pair),
+    "less": lambda pair, ids: with_negated(ids).entered(pair),
     "rescaled": lambda pair, ids: rescaled(ids, 2.0).entered(pair),
 }
 FORMS: dict[str, Callable[[Circuit], Any]] = {
@@ -169,7 +169,7 @@ def test_graphs_of_other_pairs_are_refused(tmp_path: Path) -> None:
         kept = torch.ones(1, len(graph.features), dtype=torch.bool)
         for call in (
             lambda: ablation_effects(other, graph, chosen),
-            lambda: values_with(other, graph, kept),
+            lambda: values_with_features(other, graph, kept),
             lambda: write_graph(other, graph, tmp_path / "graphs", "x"),
         ):
             with pytest.raises(GraphError, match="others than here, by fingerprint"):

@@ -17,9 +17,9 @@ from tl_adapters.config import RunConfig
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
-from tl_adapters.generation.compare_variants import generate_variants, tokenize_question
+from tl_adapters.generation.compare_variants import VariantError, generate_variants, tokenize_question
 from tl_adapters.interventions.feature_edits import InterventionError, ablated, inserted, negated, scaled
-from tl_adapters.interventions.variants import VariantError, less, on_route, rescaled, with_only, without
+from tl_adapters.interventions.variants import on_route, rescaled, with_negated, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import load_builtin_pair
 
@@ -58,7 +58,7 @@ def test_a_variant_is_what_the_model_says_with_that_route_and_those_features(
 ) -> None:
     some = FEATURES[::5]
     variants = [on_route("target"), on_route("hybrid"), on_route("replacement")]
-    variants += [without(some), rescaled(some, 3.0), with_only(some), less(some)]
+    variants += [without(some), rescaled(some, 3.0), with_only(some), with_negated(some)]
     before = torch.get_rng_state(), pair.routes, pair.model.tokenizer
     said = generate_variants(pair, prompt, variants, max_new_tokens=12, progress=False)
     assert torch.equal(torch.get_rng_state(), before[0]) and pair.routes == before[1]

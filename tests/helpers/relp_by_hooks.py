@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from transformer_lens import HookedTransformer
 
-from tl_adapters.attribution.gradient import Hook
+from tl_adapters.attribution.gradient import ForwardHook
 
 
-def relp_hooks(model: HookedTransformer, freeze_mlps: bool = False) -> list[Hook]:
+def relp_hooks(model: HookedTransformer, freeze_mlps: bool = False) -> list[ForwardHook]:
     """Freeze patterns, norm scales and activation slopes; halve what goes through gate * up."""
     kept: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -26,7 +26,7 @@ def relp_hooks(model: HookedTransformer, freeze_mlps: bool = False) -> list[Hook
     def detach(value, hook):  # type: ignore[no-untyped-def]
         return value.detach()
 
-    hooks: list[Hook] = []
+    hooks: list[ForwardHook] = []
     for layer in range(model.cfg.n_layers):
         name = f"blocks.{layer}."
         hooks.append((f"{name}mlp.hook_pre", partial(keep, what="gate", layer=layer)))

@@ -13,7 +13,7 @@ import torch
 from helpers.random_graphs import random_graph
 
 from tl_adapters.attribution.graph import AttributionGraph, GraphError, GraphTarget
-from tl_adapters.attribution.pruning import feature_share, prune, scores
+from tl_adapters.attribution.pruning import feature_share, graph_scores, prune
 from tl_adapters.interop.circuit_tracer import (
     FeatureRecord,
     cantor,
@@ -147,7 +147,7 @@ def test_the_lists_of_keys(tmp_path: Path) -> None:
     assert (about["slug"], about["scan"], about["schema_version"]) == ("a-graph_1.2", "./data/features", 1)
     assert about["prompt_tokens"] == graph.strings and about["prompt"] == "".join(graph.strings)
     assert about["transcoder_list"] == ["abc"] and about["node_threshold"] == 0.9
-    replacement, completeness = scores(graph)
+    replacement, completeness = graph_scores(graph)
     assert 0 < replacement < 1 and 0 < completeness < 1 and 0 < feature_share(graph) < 1
     assert about["tl_adapters"] == {
         "conservation_residual": 0.0,

@@ -15,7 +15,12 @@ from helpers.random_models import ACTIVATION_OPTIONS, random_batch, random_model
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.targets import FeatureTarget, LogitTarget
-from tl_adapters.attribution.validation import ablation_effects, explain_difference, faithfulness_curve, hold_to_account
+from tl_adapters.attribution.validation import (
+    ablation_effects,
+    compare_linearizations,
+    explain_difference,
+    faithfulness_curve,
+)
 from tl_adapters.circuits.control_strengths import Texts, set_controls
 from tl_adapters.circuits.controls import put_in, removed
 from tl_adapters.circuits.measurements import Unchanged, mediation, probabilities
@@ -188,7 +193,7 @@ def test_attribution(device: PretendedDevice, linearisation: str, architecture: 
 
 def test_real_ablations(device: PretendedDevice) -> None:
     pair, prompt = tiny(device), list(documents(1)[0].tokens)
-    hold_to_account(pair, prompt, LogitTarget(3))
+    compare_linearizations(pair, prompt, LogitTarget(3))
     explain_difference(pair, prompt, LogitTarget(3), progress=False)
     graph = attribute(pair, prompt, [3], progress=False)
     effects = ablation_effects(pair, graph, torch.arange(4))

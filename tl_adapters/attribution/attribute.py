@@ -34,10 +34,10 @@ from tl_adapters.attribution.targets import (
     ResolvedTarget,
     Target,
     absolute_position,
-    decoded,
+    likeliest_next_tokens,
     prompt_token_ids,
     resolve_target,
-    salient,
+    token_label,
 )
 from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
@@ -135,7 +135,7 @@ def attribute(
             + ": there is nothing to attribute to. Are these trained adapters, and is the prompt in the chat format?"
         )
     if targets is None:
-        targets = salient(pair, model, absolute_position(position, len(tokens)), mass, max_logits)
+        targets = likeliest_next_tokens(pair, model, absolute_position(position, len(tokens)), mass, max_logits)
     resolved = [resolve_target(pair, model, target, position) for target in targets]
     if not resolved:
         raise GraphError("targets is empty; name at least one, or leave it out for the likeliest next tokens.")
@@ -174,7 +174,7 @@ def _origin(pair: PairedModel) -> dict[str, Any]:
     }
 
 
-def require_graph_of(pair: PairedModel, graph: AttributionGraph) -> None:
+def require_same_pair(pair: PairedModel, graph: AttributionGraph) -> None:
     """Raises GraphError where a graph is of other adapters or models than the pair's, by fingerprint."""
     differs = differing(graph.about.get("fingerprints") or {}, _fingerprints(pair))
     if differs:
@@ -315,7 +315,7 @@ def _assemble(
     row_order = torch.argsort(order)
     return AttributionGraph(
         tokens=model.tokens,
-        strings=[decoded(pair, token) for token in model.tokens.tolist()],
+        strings=[token_label(pair, token) for token in model.tokens.tolist()],
         n_layers=model.n_layers,
         features=model.active.cpu()[chosen],
         activations=model.activations.cpu()[chosen],

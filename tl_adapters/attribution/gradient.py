@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.attribution.relp import Rows, firing_places
+from tl_adapters.attribution.relp import Rows, active_feature_indices
 from tl_adapters.models.paired_model import PairedModel
 
-Hook = tuple[str, Callable[..., Tensor | None]]
+ForwardHook = tuple[str, Callable[..., Tensor | None]]
 
 
 class GradientModel:
@@ -31,7 +31,7 @@ class GradientModel:
 
     start = 0
 
-    def __init__(self, pair: PairedModel, tokens: Int[Tensor, "pos"], hooks: Sequence[Hook] = ()) -> None:
+    def __init__(self, pair: PairedModel, tokens: Int[Tensor, "pos"], hooks: Sequence[ForwardHook] = ()) -> None:
         self.n_layers, self.n_tokens, self.tokens = pair.n_layers, len(tokens), tokens
         self.dtype = torch.promote_types(pair.model.W_E.dtype, torch.float32)
         acts: dict[int, Tensor] = {}
@@ -50,7 +50,7 @@ class GradientModel:
         def keep(value: Tensor, hook: HookPoint, into: dict[int, Tensor], layer: int) -> None:
             into[layer] = value
 
-        points: list[Hook] = [("hook_embed", embed)]
+        points: list[ForwardHook] = [("hook_embed", embed)]
         for layer in range(self.n_layers):
             inside = f"blocks.{layer}.mlp.adapter."
             points.append((f"{inside}hook_sae_input", partial(keep, into=read, layer=layer)))
@@ -71,7 +71,7 @@ class GradientModel:
         self.read_by_unembedding = self._read[-1].detach().to(self.dtype)
         self._embedding, self._acts = embedding[0], [acts[layer] for layer in range(self.n_layers)]
         self.pre_activations = [pre[layer][0].detach().to(self.dtype) for layer in range(self.n_layers)]
-        self.active, found = firing_places([a.detach()[0] for a in self._acts])
+        self.active, found = active_feature_indices([a.detach()[0] for a in self._acts])
         self.activations = torch.cat([a.detach()[0][tuple(f.T)] for a, f in zip(self._acts, found, strict=True)])
         self.offsets = [0, *torch.tensor([len(f) for f in found]).cumsum(0).tolist()]
         self._found = found

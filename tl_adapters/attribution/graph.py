@@ -86,7 +86,7 @@ class AttributionGraph:
         return "".join(span_texts(self.strings))
 
     @property
-    def shown(self) -> list[str]:
+    def display_strings(self) -> list[str]:
         """The prompt for views in which each token has a box of its own."""
         return span_texts(self.strings, CONTINUATION)
 

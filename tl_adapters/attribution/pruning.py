@@ -113,7 +113,7 @@ def feature_share(graph: AttributionGraph) -> float:
     return float(owed[sources < len(graph.features)].sum()) / total if total else 0.0
 
 
-def scores(graph: AttributionGraph) -> tuple[float, float]:
+def graph_scores(graph: AttributionGraph) -> tuple[float, float]:
     """circuit-tracer's replacement and completeness scores, 0..1.
 
     Replacement is the tokens' part of the influence that tokens and errors have; completeness the part of every node's

@@ -106,7 +106,7 @@ class LinearizedModel:
         self.pre_activations = [
             self._cached(f"blocks.{layer}.mlp.adapter.hook_sae_acts_pre") for layer in range(self.n_layers)
         ]
-        self.active, found = firing_places(acts)
+        self.active, found = active_feature_indices(acts)
         self.activations = torch.cat([a[tuple(f.T)] for a, f in zip(acts, found, strict=True)])
         self.offsets = [0, *torch.tensor([len(f) for f in found]).cumsum(0).tolist()]
         self._first_of = _first_of_position(self.active, self.n_layers, self.n_tokens)
@@ -233,7 +233,7 @@ class LinearizedModel:
         return grad + (mixed.flatten(2) @ c.w_v.to(self.dtype)) * c.into_attention[window]
 
 
-def firing_places(acts: Sequence[Float[Tensor, "pos n_features"]]) -> tuple[Int[Tensor, "n 3"], list[Tensor]]:
+def active_feature_indices(acts: Sequence[Float[Tensor, "pos n_features"]]) -> tuple[Int[Tensor, "n 3"], list[Tensor]]:
     """What fires as (layer, position, index), sorted, and the same by layer as [n, 2]; the device is waited for once.
 
     Args:

@@ -92,7 +92,7 @@ def token_id(pair: PairedModel, token: int | str) -> int:
     return single_token(pair.model.tokenizer, token)
 
 
-def salient(
+def likeliest_next_tokens(
     pair: PairedModel, model: LinearizedModel | GradientModel, position: int, mass: float, most: int
 ) -> list[LogitTarget]:
     """The likeliest next tokens whose probabilities reach ``mass``, at most ``most``."""
@@ -144,10 +144,10 @@ def resolve_target(
         about = GraphTarget(f"feature {layer}/{index}", place, 1.0)
         return ResolvedTarget(layer, place, model.encoders[layer][:, index], value, constant, about)
     token = token_id(pair, target.token)
-    name = decoded(pair, token)
+    name = token_label(pair, token)
     if isinstance(target, DifferenceTarget):
         against = token_id(pair, target.against)
-        about = GraphTarget(f"{name!r} - {decoded(pair, against)!r}", place, 1.0, token, against=against)
+        about = GraphTarget(f"{name!r} - {token_label(pair, against)!r}", place, 1.0, token, against=against)
     else:
         probability = float(_probabilities(pair, model, place)[token])
         about = GraphTarget(name, place, probability, token, probability)
@@ -164,6 +164,6 @@ def unembedding_column(
     return columns[token].to(dtype) - other
 
 
-def decoded(pair: PairedModel, token: int) -> str:
+def token_label(pair: PairedModel, token: int) -> str:
     """A token's text; its number where the model has no tokenizer."""
     return token_text(pair.model.tokenizer, token)

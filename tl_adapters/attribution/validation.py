@@ -17,17 +17,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.attribution.attribute import attribute, require_graph_of
+from tl_adapters.attribution.attribute import attribute, require_same_pair
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.targets import DifferenceTarget, LogitTarget, unembedding_column
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import host_float64
 
 LINEARIZATIONS = ("relp", "frozen_mlp", "gradient")
-CURVE = (5, 10, 20, 50, 100)
+CURVE_SIZES = (5, 10, 20, 50, 100)
 
 
-def hold_to_account(pair: PairedModel, prompt: Sequence[int], target: LogitTarget) -> dict[str, Any]:
+def compare_linearizations(pair: PairedModel, prompt: Sequence[int], target: LogitTarget) -> dict[str, Any]:
     """Every linearisation's total effects against real ablation of every active feature, on one prompt.
 
     Returns "rank_correlation" and "curve" (keeping and removing the first n), by linearisation and for the ranking that
@@ -40,7 +40,7 @@ def hold_to_account(pair: PairedModel, prompt: Sequence[int], target: LogitTarge
     relp = graphs["relp"]
     real = ablation_effects(pair, relp, torch.arange(len(relp.features)))
     effects = {name: total_effects(graph) for name, graph in graphs.items()}
-    counts = [n for n in CURVE if n < len(relp.features)]
+    counts = [n for n in CURVE_SIZES if n < len(relp.features)]
     return {
         "features": len(relp.features),
         "rank_correlation": {name: rank_correlation(effect, real) for name, effect in effects.items()},
@@ -72,7 +72,7 @@ def total_effects(graph: AttributionGraph, target: int = 0) -> Float[Tensor, "n_
 
 
 @contextmanager
-def _features_scaled(
+def _features_removed(
     pair: PairedModel, features: Int[Tensor, "n 3"], kept: Bool[Tensor, "batch n"], n_positions: int
 ) -> Iterator[None]:
     """Row b of the batch runs with the features that ``kept[b]`` leaves out set to zero; all others live.
@@ -100,7 +100,7 @@ def _features_scaled(
 
 @torch.no_grad()
 @adapters_in_float32
-def values_with(
+def values_with_features(
     pair: PairedModel,
     graph: AttributionGraph,
     kept: Bool[Tensor, "runs n_features"],
@@ -108,11 +108,11 @@ def values_with(
     batch_size: int = 64,
 ) -> Float[Tensor, "runs"]:
     """A logit target's value in the real model, once per row of ``kept``: features not kept are set to zero."""
-    position, vector = resolve_columns(pair, graph, target)
+    position, vector = logit_direction(pair, graph, target)
     values = []
     for rows in kept.split(batch_size):
         tokens = graph.tokens.to(pair.model.W_E.device)[None, : position + 1].expand(len(rows), -1)
-        with _features_scaled(pair, graph.features, rows, position + 1):
+        with _features_removed(pair, graph.features, rows, position + 1):
             residual = pair.run_blocks(pair.embed(tokens), 0, pair.n_layers)[:, position]
         values.append(pair.read_by_unembedding(residual) @ vector)
     return host_float64(torch.cat(values))
@@ -124,7 +124,7 @@ def ablation_effects(
     """What a logit target really loses without each of the feature nodes, one at a time."""
     kept = torch.ones(len(features) + 1, len(graph.features), dtype=torch.bool)
     kept[torch.arange(len(features)) + 1, features] = False
-    values = values_with(pair, graph, kept, target)
+    values = values_with_features(pair, graph, kept, target)
     return values[0] - values[1:]
 
 
@@ -142,7 +142,7 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Curve:
+class FaithfulnessCurve:
     """A target's value as features go or stay, by a ranking; shares of the way from none of them (0) to all (1)."""
 
     n: list[int]
@@ -155,7 +155,7 @@ class Curve:
 
 def faithfulness_curve(
     pair: PairedModel, graph: AttributionGraph, ranking: Float[Tensor, "n_features"], n: Sequence[int], target: int = 0
-) -> Curve:
+) -> FaithfulnessCurve:
     """Keep, and take away, the first n feature nodes by ``ranking`` (largest first), for every n.
 
     A good ranking rises fast when keeping and falls fast when removing. Raises GraphError where features make no
@@ -166,16 +166,16 @@ def faithfulness_curve(
     rank[order] = torch.arange(len(order))
     first = torch.stack([rank < k for k in n])
     everything = torch.ones(1, len(order), dtype=torch.bool)
-    values = values_with(pair, graph, torch.cat([everything, ~everything, first, ~first]), target)
+    values = values_with_features(pair, graph, torch.cat([everything, ~everything, first, ~first]), target)
     full, none = values[:2]
     if abs(float(full - none)) < 1e-9:
         raise GraphError("The features of this graph make no difference to the target; there is no curve.")
     shares = ((values[2:] - none) / (full - none)).tolist()
-    return Curve(list(n), shares[: len(n)], shares[len(n) :])
+    return FaithfulnessCurve(list(n), shares[: len(n)], shares[len(n) :])
 
 
 @dataclass(frozen=True)
-class Difference:
+class DifferenceExplanation:
     """Why the replacement's logit is not the hybrid's: what only diffing can ask."""
 
     replacement: float
@@ -195,7 +195,7 @@ class Difference:
 @torch.no_grad()
 def explain_difference(
     pair: PairedModel, prompt: str | Sequence[int] | Tensor, target: LogitTarget | DifferenceTarget, **options: object
-) -> Difference:
+) -> DifferenceExplanation:
     """Attribute value(replacement) - value(hybrid) of one target to the adapters' features.
 
     Args:
@@ -209,7 +209,7 @@ def explain_difference(
     if options.get("window") is not None:
         raise GraphError("A difference takes no window=: what comes from before it is not the features' alone.")
     graph = attribute(pair, prompt, [target], **options)  # type: ignore[arg-type]
-    position, vector = resolve_columns(pair, graph, 0)
+    position, vector = logit_direction(pair, graph, 0)
     with pair.routed("hybrid"):
         tokens = graph.tokens.to(pair.model.W_E.device)[None, : position + 1]
         residual = pair.run_blocks(pair.embed(tokens), 0, pair.n_layers)[:, position]
@@ -219,12 +219,12 @@ def explain_difference(
     from_features = (graph.edges[0] == graph.first_target) & (graph.edges[1] < len(graph.features))
     features = float(graph.weights[from_features].sum() + graph.balance[row, 2])
     biases = float(graph.decoder_biases[row])
-    return Difference(value, hybrid, features, biases, value - hybrid - features - biases, graph)
+    return DifferenceExplanation(value, hybrid, features, biases, value - hybrid - features - biases, graph)
 
 
-def resolve_columns(pair: PairedModel, graph: AttributionGraph, target: int) -> tuple[int, Float[Tensor, "d_model"]]:
+def logit_direction(pair: PairedModel, graph: AttributionGraph, target: int) -> tuple[int, Float[Tensor, "d_model"]]:
     """Position and direction of a graph's logit target. Raises GraphError for a feature, or another pair's graph."""
-    require_graph_of(pair, graph)
+    require_same_pair(pair, graph)
     about = graph.targets[target]
     if about.token is None:
         raise GraphError(f"Target {target} is {about.label}, no logit.")

@@ -38,7 +38,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import CircuitEdge, CircuitFeature, Role
 from tl_adapters.circuits.onsets import Onsets, final_residual, margins_from
-from tl_adapters.interventions.feature_edits import by_layer, gated
+from tl_adapters.interventions.feature_edits import gated, indices_by_layer
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import at_least_float32
 
@@ -156,7 +156,7 @@ def _constant(pair: PairedModel, features: Sequence[FeatureId]) -> Iterator[None
 
     hooks = [
         (f"blocks.{layer}.{ACTS_HOOK}", partial(detach, index=index))
-        for layer, index in by_layer(pair, features, pair.model.W_E.device).items()
+        for layer, index in indices_by_layer(pair, features, pair.model.W_E.device).items()
     ]
     with pair.model.hooks(fwd_hooks=hooks):
         yield

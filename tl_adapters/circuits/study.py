@@ -62,7 +62,7 @@ from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, Find
 from tl_adapters.evaluation.response_metrics import rate
 from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.interventions.feature_edits import only
-from tl_adapters.interventions.variants import Variant, less, on_route, without
+from tl_adapters.interventions.variants import Variant, on_route, with_negated, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.confidence_intervals import Estimate, Measurement, OutcomesMeasurement
 from tl_adapters.utils.html import escape, table
@@ -462,8 +462,8 @@ class _Study:
         """The real target, and with the circuit negated on its MLPs (scale -0.5)."""
         return {
             "none": self._record(self.target, self.target),
-            "negated": self._arm(self.target, less(self.order)),
-            "negated_random": self._arm(self.target, less(self.random[0])),
+            "negated": self._arm(self.target, with_negated(self.order)),
+            "negated_random": self._arm(self.target, with_negated(self.random[0])),
         }
 
     def injected(self) -> dict[str, OutcomesMeasurement]:

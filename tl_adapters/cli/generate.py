@@ -91,13 +91,13 @@ def _generate(args: argparse.Namespace) -> None:
 def _variants(args: argparse.Namespace) -> list[Variant]:
     """The routes asked for, and the variants in the order of the options' help."""
     from tl_adapters.generation.compare_variants import DEFAULT_ROUTES
-    from tl_adapters.interventions.variants import less, on_route, rescaled, with_only, without
+    from tl_adapters.interventions.variants import on_route, rescaled, with_negated, with_only, without
 
     return [
         *(on_route(route) for route in args.route or DEFAULT_ROUTES),
         *(without(feature_ids(names)) for names in args.ablate),
         *(with_only(feature_ids(names), _strength(args.strength, names)) for names in args.insert),
-        *(less(feature_ids(names)) for names in args.negate),
+        *(with_negated(feature_ids(names)) for names in args.negate),
         *(rescaled(feature_ids(names), _factor(factor, names)) for factor, *names in args.scale),
     ]
 

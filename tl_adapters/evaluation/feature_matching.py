@@ -34,7 +34,7 @@ from tl_adapters.utils.confidence_intervals import share_interval
 from tl_adapters.utils.html import escape, table, with_interval
 from tl_adapters.utils.precision import host_float64, wide
 
-SAME = 0.9
+SAME_FEATURE_THRESHOLD = 0.9
 """Above it, in decoder cosine and activation correlation both, two features are the same."""
 
 
@@ -81,10 +81,10 @@ class Match:
     @property
     def same(self) -> bool:
         """One feature, found twice."""
-        return self.correlation > SAME and self.decoder_cosine > SAME
+        return self.correlation > SAME_FEATURE_THRESHOLD and self.decoder_cosine > SAME_FEATURE_THRESHOLD
 
 
-FIGURES = ("correlation", "decoder_cosine", "encoder_cosine", "encoder_cosine_in_covariance")
+MATCH_STATISTICS = ("correlation", "decoder_cosine", "encoder_cosine", "encoder_cosine_in_covariance")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Matching:
         if not self.matches:
             return {}
         points = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
-        values = {name: torch.tensor([getattr(m, name) for m in self.matches]).double() for name in FIGURES}
+        values = {name: torch.tensor([getattr(m, name) for m in self.matches]).double() for name in MATCH_STATISTICS}
         return {name: value.quantile(points).tolist() for name, value in values.items()}
 
     def _repr_html_(self) -> str:

@@ -35,14 +35,14 @@ from tl_adapters.utils.html import figure_cell, table
 from tl_adapters.utils.precision import host_float64, wide
 from tl_adapters.utils.results import plain
 
-RATES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
-VARIANCE_KEPT = 0.99
+FIRING_RATES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
+WHITENED_VARIANCE = 0.99
 """Share of the inputs' variance that planted encoders read; the directions below it hold next to nothing."""
-SMALLEST_GAP = 1e-5
+SMALLEST_SCORE_GAP = 1e-5
 """Between two scores, in standard deviations; equal inputs score equal but for rounding."""
-LONGEST_TEXT = 3
+MAX_TEXT_TOKENS = 3
 """Tokens of the longest text that a planted feature may stand for."""
-TRIES = 8
+CANDIDATE_TEXTS = 8
 """Candidates of each length that are looked at for a feature of a text; the purest is taken."""
 
 Kind = Literal["text", "direction"]
@@ -71,7 +71,7 @@ class PlantedFeature:
 
 
 @dataclass(frozen=True)
-class Plant:
+class PlantedSet:
     """Planted features and what is known of them."""
 
     adapters: AdapterSet
@@ -92,7 +92,7 @@ class _Inputs:
         moment = sum(((p := wide(part) - self.mean).T @ p for part in x.split(2**14)), torch.zeros(()).to(self.mean))
         values, vectors = torch.linalg.eigh(host_float64(moment) / len(x))
         values, vectors = values.flip(0), vectors.flip(1)
-        kept = int((values.cumsum(0) < VARIANCE_KEPT * values.sum()).sum()) + 1
+        kept = int((values.cumsum(0) < WHITENED_VARIANCE * values.sum()).sum()) + 1
         self.whiten = (vectors[:, :kept] / values[:kept].sqrt()).to(self.mean)
 
     def direction(self, wanted: Float[Tensor, "k"]) -> Float[Tensor, "d_model"]:
@@ -122,11 +122,11 @@ def plant_features(
     traces: Sequence[Trace],
     *,
     per_layer: int = 20,
-    rates: Sequence[float] = RATES,
+    rates: Sequence[float] = FIRING_RATES,
     strength: float = 0.5,
     seed: int = 0,
     tokens_per_batch: int = 2048,
-) -> Plant:
+) -> PlantedSet:
     """Features with a known meaning for every layer of a base, firing at known rates.
 
     Layer by layer, on the base with the features so far in place (that is the target's stream):
@@ -191,7 +191,7 @@ def plant_features(
                 where = FeatureId(layer, index)
                 records.append(PlantedFeature(where, kind, rate, fires, found.tokens, found.purity))
             streams = [pair.run_blocks(resid, layer, layer + 1) for resid in streams]
-    return Plant(planted, tuple(records))
+    return PlantedSet(planted, tuple(records))
 
 
 def _mlp_input(pair: PairedModel, resid: Tensor, batch: Batch, layer: int) -> Tensor:
@@ -210,7 +210,7 @@ def _output_size(pair: PairedModel, layer: int, x: Tensor) -> float:
 def _texts(batches: Sequence[Batch], d_vocab: int) -> list[Int[Tensor, "n"]]:
     """Per length from 1: which text ends at each token, as a number in base d_vocab; -1 near a document's start."""
     found = []
-    for length in range(1, LONGEST_TEXT + 1):
+    for length in range(1, MAX_TEXT_TOKENS + 1):
         parts = []
         for batch in batches:
             number = torch.zeros_like(batch.tokens)
@@ -236,7 +236,7 @@ def _text_feature(
         numbers, counts = ends[ends >= 0].unique(return_counts=True)
         share = counts / len(ends)
         fitting = numbers[(share >= rate) & (share <= 2 * rate)].cpu()
-        for number in fitting[torch.randperm(len(fitting), generator=generator)[:TRIES]].tolist():
+        for number in fitting[torch.randperm(len(fitting), generator=generator)[:CANDIDATE_TEXTS]].tolist():
             tokens = tuple(number // d_vocab**back % d_vocab for back in reversed(range(length)))
             chosen = ends == number
             encoder = inputs.towards(chosen)
@@ -248,7 +248,7 @@ def _text_feature(
                     best = _Found(encoder, *cut, tokens, purity)
     if best is None:
         raise PlantingError(
-            f"No text of up to {LONGEST_TEXT} tokens is left that is about as frequent as {rate:g} and that this "
+            f"No text of up to {MAX_TEXT_TOKENS} tokens is left that is about as frequent as {rate:g} and that this "
             "layer tells from others. Give more traces, other rates, or fewer features per layer."
         )
     return best
@@ -256,7 +256,7 @@ def _text_feature(
 
 def _direction_feature(inputs: _Inputs, rate: float, generator: torch.Generator) -> _Found:
     """A random direction that has no crowd of equal inputs at its threshold."""
-    for _ in range(10 * TRIES):
+    for _ in range(10 * CANDIDATE_TEXTS):
         wanted = torch.randn(inputs.whiten.shape[1], generator=generator, dtype=torch.float64)
         encoder = inputs.direction(wanted.to(inputs.whiten))
         if (cut := _cut(inputs.scores(encoder), rate)) is not None:
@@ -275,7 +275,7 @@ def _cut(scores: Float[Tensor, "n"], rate: float) -> tuple[float, Float[Tensor, 
     top = scores.topk(last + 1).values
     gaps = top[first - 1 : last] - top[first : last + 1]
     place = first + int(gaps.argmax())
-    if gaps.max() < SMALLEST_GAP:
+    if gaps.max() < SMALLEST_SCORE_GAP:
         return None
     threshold = float(top[place - 1] + top[place]) / 2
     return threshold, torch.relu(scores - threshold)
@@ -299,7 +299,7 @@ def _write(
 class PlantedReport:
     """What training found of what was planted."""
 
-    plant: Plant = field(repr=False)
+    plant: PlantedSet = field(repr=False)
     """The planted features."""
     adapters: AdapterSet = field(repr=False)
     """The trained ones."""
@@ -357,7 +357,7 @@ def planted_test(
     held_out: Sequence[Trace],
     config: TrainingConfig | None = None,
     *,
-    plant: Plant | None = None,
+    plant: PlantedSet | None = None,
     kl_documents: int = 200,
     progress: bool = True,
     **options: Any,

@@ -16,15 +16,20 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.hesitation_words import HESITATION_WORDS
+from tl_adapters.errors import UserError
 from tl_adapters.generation.completions import complete
 from tl_adapters.generation.decoding import Completion, CompletionError
 from tl_adapters.generation.generation_config import decoding_of, end_tokens, longest_answer
-from tl_adapters.interventions.variants import Variant, VariantError
+from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
 
 DEFAULT_ROUTES = ("target", "hybrid", "replacement")
 """What is compared when nothing else is asked for."""
 _HESITATION = re.compile(rf"\b(?:{'|'.join(map(re.escape, HESITATION_WORDS))})\b", re.IGNORECASE)
+
+
+class VariantError(UserError, ValueError):
+    """A prompt or options with which nothing can be generated."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,14 @@ from urllib.parse import quote, urlencode
 import tl_adapters
 from tl_adapters.adapters.saelens_folder import AdapterFormatError, read_json
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
-from tl_adapters.attribution.pruning import EDGE_THRESHOLD, NODE_THRESHOLD, PrunedGraph, feature_share, prune, scores
+from tl_adapters.attribution.pruning import (
+    EDGE_THRESHOLD,
+    NODE_THRESHOLD,
+    PrunedGraph,
+    feature_share,
+    graph_scores,
+    prune,
+)
 from tl_adapters.utils.files import new_folder, write_text
 from tl_adapters.utils.strict_json import dumps
 
@@ -203,13 +210,13 @@ def _target_tokens(graph: AttributionGraph) -> list[int]:
 
 def _metadata(graph: AttributionGraph, slug: str, node_threshold: float, edge_threshold: float) -> dict[str, Any]:
     """What stands in the graph's file and in the folder's list."""
-    replacement, completeness = scores(graph)
+    replacement, completeness = graph_scores(graph)
     named = ", ".join(target.label for target in graph.targets)
     return {
         "slug": slug,
         "scan": _SCAN,
         "transcoder_list": _adapters(graph),
-        "prompt_tokens": graph.shown,
+        "prompt_tokens": graph.display_strings,
         "prompt": graph.text,
         "node_threshold": node_threshold,
         "schema_version": CIRCUIT_TRACER_SCHEMA_VERSION,

@@ -31,13 +31,13 @@ from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.models.routed_mlp import ROUTES, Route
 from tl_adapters.utils.arguments import feature_pairs
 
-RECONSTRUCTION = "mlp.adapter.hook_sae_recons"
+ADAPTER_OUTPUT = "mlp.adapter.hook_sae_recons"
 """The hook point of what an adapter adds, within a block."""
 Features = Iterable[FeatureId | tuple[int, int]]
 Positions = Sequence[int] | None
 """Positions in the sequence, from 0 at each row's first token that is no padding on the left. In a cached generation
 these are positions of the prompt, and only they are changed. None is all positions, of what is generated too."""
-Change = Callable[[Float[Tensor, "batch pos n"], int], Float[Tensor, "batch pos n"]]
+Edit = Callable[[Float[Tensor, "batch pos n"], int], Float[Tensor, "batch pos n"]]
 """The chosen features' activations and their layer, to what they become."""
 
 
@@ -47,22 +47,22 @@ class InterventionError(UserError, ValueError):
 
 def ablated(pair: PairedModel, features: Features, positions: Positions = None) -> Any:
     """Chosen features are off. Raises InterventionError."""
-    return changed(pair, features, lambda acts, layer: torch.zeros_like(acts), positions)
+    return edited(pair, features, lambda acts, layer: torch.zeros_like(acts), positions)
 
 
 def scaled(pair: PairedModel, features: Features, factor: float, positions: Positions = None) -> Any:
     """Chosen features fire ``factor`` times as strongly. Raises InterventionError."""
-    return changed(pair, features, lambda acts, layer: acts * factor, positions)
+    return edited(pair, features, lambda acts, layer: acts * factor, positions)
 
 
 def clamped(pair: PairedModel, features: Features, value: float, positions: Positions = None) -> Any:
     """Chosen features have one activation, whether they would fire or not. Raises InterventionError."""
-    return changed(pair, features, lambda acts, layer: torch.full_like(acts, value), positions)
+    return edited(pair, features, lambda acts, layer: torch.full_like(acts, value), positions)
 
 
 def added(pair: PairedModel, features: Features, value: float, positions: Positions = None) -> Any:
     """Chosen features have so much more activation: steering along their decoders. Raises InterventionError."""
-    return changed(pair, features, lambda acts, layer: acts + value, positions)
+    return edited(pair, features, lambda acts, layer: acts + value, positions)
 
 
 def patched(
@@ -81,7 +81,7 @@ def patched(
 
     Raises InterventionError, also within the block where the pass has another shape than the source.
     """
-    chosen, device = by_layer(pair, features), pair.model.W_E.device
+    chosen, device = indices_by_layer(pair, features), pair.model.W_E.device
     if missing := sorted(set(chosen) - set(source)):
         raise InterventionError(f"The source has no activations of layers {missing}; record them in the other run.")
 
@@ -97,11 +97,11 @@ def patched(
             )
         return given.to(acts)
 
-    return changed(pair, features, change, positions)
+    return edited(pair, features, change, positions)
 
 
 @contextmanager
-def changed(pair: PairedModel, features: Features, change: Change, positions: Positions = None) -> Iterator[Any]:
+def edited(pair: PairedModel, features: Features, change: Edit, positions: Positions = None) -> Iterator[Any]:
     """Give chosen features other activations where adapters are on.
 
     Args:
@@ -113,7 +113,7 @@ def changed(pair: PairedModel, features: Features, change: Change, positions: Po
     Raises InterventionError for features that the adapters do not have and for negative positions; within the block,
     for a pass from the first token on that is shorter than the positions named (of a generation, that over the prompt).
     """
-    chosen = by_layer(pair, features, pair.model.W_E.device)
+    chosen = indices_by_layer(pair, features, pair.model.W_E.device)
     at = None if positions is None else torch.tensor(list(positions), dtype=torch.long)
     if at is not None and len(at) and int(at.min()) < 0:
         raise InterventionError(
@@ -205,7 +205,7 @@ def gated(
     ]
     if not decoder_bias:
         hooks += [
-            (f"blocks.{layer}.{RECONSTRUCTION}", partial(without_bias, layer=layer)) for layer in adapters.layer_indices
+            (f"blocks.{layer}.{ADAPTER_OUTPUT}", partial(without_bias, layer=layer)) for layer in adapters.layer_indices
         ]
     wanted = ROUTES[route] if isinstance(route, str) else route
     with pair.routed(wanted._replace(adapter=False)) as model, model.hooks(fwd_hooks=hooks):
@@ -227,7 +227,7 @@ def only(
 
     Raises InterventionError.
     """
-    chosen = by_layer(pair, features)
+    chosen = indices_by_layer(pair, features)
     adapters = pair.installed_adapters()
     gates = torch.zeros(pair.n_layers, adapters.n_features)
     for layer, index in chosen.items():
@@ -245,7 +245,7 @@ def negated(pair: PairedModel, features: Features, scale: float = -0.5) -> Any:
     return only(pair, features, "target+adapter", scale)
 
 
-def by_layer(pair: PairedModel, features: Features, device: torch.device | None = None) -> dict[int, Tensor]:
+def indices_by_layer(pair: PairedModel, features: Features, device: torch.device | None = None) -> dict[int, Tensor]:
     """Layer to the indices chosen in it, each once; every intervention takes its features through here.
 
     They are moved to ``device`` together. Raises ArgumentError for what is not a feature, InterventionError for one

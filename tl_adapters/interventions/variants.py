@@ -8,16 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.errors import UserError
 from tl_adapters.interventions.feature_edits import ablated, inserted, negated, scaled
 from tl_adapters.models.paired_model import PairedModel
 
-NAMED = 3
+MAX_LISTED_FEATURES = 3
 """Features that a variant's name lists; of more it says how many."""
-
-
-class VariantError(UserError, ValueError):
-    """A prompt or options with which nothing can be generated."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +47,14 @@ def with_only(features: Sequence[FeatureId], strength: float = 1.0) -> Variant:
     return Variant(name, lambda pair: inserted(pair, features, strength))
 
 
-def less(features: Sequence[FeatureId]) -> Variant:
+def with_negated(features: Sequence[FeatureId]) -> Variant:
     """The target with half of what ``features`` add taken off its MLPs (`interventions.negated`)."""
     return Variant(f"target less {_listed(features)}", lambda pair: negated(pair, features))
 
 
 def _listed(features: Sequence[FeatureId]) -> str:
-    shown = ", ".join(f"{layer}.{index}" for layer, index in features[:NAMED])
-    return shown if len(features) <= NAMED else f"{shown} and {len(features) - NAMED} more"
+    shown = ", ".join(f"{layer}.{index}" for layer, index in features[:MAX_LISTED_FEATURES])
+    return shown if len(features) <= MAX_LISTED_FEATURES else f"{shown} and {len(features) - MAX_LISTED_FEATURES} more"
 
 
 def _replacement(

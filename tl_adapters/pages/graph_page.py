@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tl_adapters.attribution.attribute import require_graph_of
+from tl_adapters.attribution.attribute import require_same_pair
 from tl_adapters.attribution.graph import AttributionGraph
 from tl_adapters.attribution.pruning import EDGE_THRESHOLD, NODE_THRESHOLD, PrunedGraph, feature_share, prune
-from tl_adapters.attribution.targets import decoded
+from tl_adapters.attribution.targets import token_label
 from tl_adapters.features.feature import Feature
 from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.features.store import FeatureStore
@@ -71,7 +71,7 @@ def write_graph(
         FolderExistsError: a graph of that name is there.
     """
     require_slug(name)
-    require_graph_of(pair, graph)
+    require_same_pair(pair, graph)
     require_absent(Path(folder) / name)
     folder = Path(folder)
     pruned = prune(graph, node_threshold, edge_threshold)
@@ -87,7 +87,7 @@ def write_graph(
     )
     graph.save(folder / name)
     page = folder / f"{name}.html"
-    write_page(page, viewer_data(graph, pruned, records, title or "".join(graph.shown[-12:])))
+    write_page(page, viewer_data(graph, pruned, records, title or "".join(graph.display_strings[-12:])))
     return Written(page, url)
 
 
@@ -116,13 +116,13 @@ def feature_records(
             acts = torch.zeros(len(graph.tokens), dtype=graph.activations.dtype)
             acts[graph.features[here, 1]] = graph.activations[here]
             top, bottom = effect.topk(min(TOP, len(effect))), (-effect).topk(min(TOP, len(effect)))
-            here_first = (graph.shown, acts.tolist(), int(acts.argmax()))
+            here_first = (graph.display_strings, acts.tolist(), int(acts.argmax()))
             known = {} if store is None or layer not in store.about.layers else _known(store.feature((layer, index)))
             records[layer, index] = FeatureRecord(
                 layer,
                 index,
-                top_logits=[decoded(pair, token) for token in top.indices.tolist()],
-                bottom_logits=[decoded(pair, token) for token in bottom.indices.tolist()],
+                top_logits=[token_label(pair, token) for token in top.indices.tolist()],
+                bottom_logits=[token_label(pair, token) for token in bottom.indices.tolist()],
                 top_effects=top.values.tolist(),
                 bottom_effects=(-bottom.values).tolist(),
                 **{
@@ -174,7 +174,7 @@ def viewer_data(
         "conservation residual": f"{graph.residual:.1e}" if graph.adds_up else "a gradient does not add up",
         **{f"fingerprint, {k}": v for k, v in graph.about.get("fingerprints", {}).items() if "." not in k},
     }
-    return ViewerData(title, tuple(graph.shown), graph.n_layers, tuple(nodes), tuple(links), about)
+    return ViewerData(title, tuple(graph.display_strings), graph.n_layers, tuple(nodes), tuple(links), about)
 
 
 def _viewer_node(

@@ -9,8 +9,8 @@ from typing import Any
 
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.pruning import feature_share
-from tl_adapters.attribution.targets import LogitTarget, decoded, token_id
-from tl_adapters.attribution.validation import LINEARIZATIONS, explain_difference, hold_to_account
+from tl_adapters.attribution.targets import LogitTarget, token_id, token_label
+from tl_adapters.attribution.validation import LINEARIZATIONS, compare_linearizations, explain_difference
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.generation.responses import Response
 from tl_adapters.models.paired_model import PairedModel
@@ -75,7 +75,7 @@ def attribute_onset(
     return {
         "page": f"{folder.name}/{page.name}",
         "prompt": graph.text,
-        "word": decoded(pair, int(target.token)),
+        "word": token_label(pair, int(target.token)),
         "probability": probability,
         "residual": graph.residual,
         "influence_through_features": feature_share(graph),
@@ -83,5 +83,5 @@ def attribute_onset(
             part: getattr(difference, part)
             for part in ("replacement", "hybrid", "features", "decoder_biases", "unexplained")
         },
-        **hold_to_account(pair, tokens, target),
+        **compare_linearizations(pair, tokens, target),
     }

@@ -23,7 +23,7 @@ from tl_adapters.evaluation.behaviors import Behavior
 from tl_adapters.evaluation.sampled_answers import Sampling, Score, answer, score
 from tl_adapters.evaluation.tasks import BUILTIN, TASKS, load_problems, require_task
 from tl_adapters.generation.generation_config import LONGEST_ANSWER, end_tokens
-from tl_adapters.interventions.variants import NAMED, Variant, on_route, with_only, without
+from tl_adapters.interventions.variants import MAX_LISTED_FEATURES, Variant, on_route, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import ROUTES
 from tl_adapters.study.open_run import is_builtin, open_run, require_adapters
@@ -86,7 +86,7 @@ class Answerer:
             return on_route(self.route)
         found = without(features) if self.ablate else with_only(features, self.strength)
         digest = hashlib.sha256(repr([tuple(feature) for feature in features]).encode()).hexdigest()[:8]
-        return found if len(features) <= NAMED else replace(found, name=f"{found.name} ({digest})")
+        return found if len(features) <= MAX_LISTED_FEATURES else replace(found, name=f"{found.name} ({digest})")
 
     def as_record(self) -> dict[str, Any]:
         """As settings hold it."""
