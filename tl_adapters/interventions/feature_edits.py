@@ -31,7 +31,7 @@ from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.models.routed_mlp import ROUTES, Route
 from tl_adapters.utils.arguments import feature_pairs
 
-ADAPTER_OUTPUT = "mlp.adapter.hook_sae_recons"
+RECONSTRUCTION_HOOK = "mlp.adapter.hook_sae_recons"
 """The hook point of what an adapter adds, within a block."""
 Features = Iterable[FeatureId | tuple[int, int]]
 Positions = Sequence[int] | None
@@ -205,7 +205,8 @@ def gated(
     ]
     if not decoder_bias:
         hooks += [
-            (f"blocks.{layer}.{ADAPTER_OUTPUT}", partial(without_bias, layer=layer)) for layer in adapters.layer_indices
+            (f"blocks.{layer}.{RECONSTRUCTION_HOOK}", partial(without_bias, layer=layer))
+            for layer in adapters.layer_indices
         ]
     wanted = ROUTES[route] if isinstance(route, str) else route
     with pair.routed(wanted._replace(adapter=False)) as model, model.hooks(fwd_hooks=hooks):

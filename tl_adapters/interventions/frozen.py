@@ -39,9 +39,9 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.interventions.feature_edits import Features, InterventionError, patched
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 
-NEURON_ACTIVATIONS = "mlp.hook_post"
+NEURONS_HOOK = "mlp.hook_post"
 """The hook point of the neurons of whichever MLP computes, within a block."""
-PLANTED_ACTIVATIONS = "mlp.planted.hook_sae_acts_post"
+PLANTED_ACTS_HOOK = "mlp.planted.hook_sae_acts_post"
 """The hook point of planted features, within a block: they are part of the target's MLP."""
 
 
@@ -113,7 +113,7 @@ def frozen(
 
 def _held_points(pair: PairedModel, attention: bool, norms: bool, mlps: bool, free: Sequence[int]) -> list[str]:
     """Names of the hook points to hold."""
-    neurons = [NEURON_ACTIVATIONS] if pair.planted is None else [NEURON_ACTIVATIONS, PLANTED_ACTIVATIONS]
+    neurons = [NEURONS_HOOK] if pair.planted is None else [NEURONS_HOOK, PLANTED_ACTS_HOOK]
     names = [name for name in pair.model.hook_dict if norms and name.endswith(".hook_scale")]
     for layer in range(pair.n_layers):
         if layer in free:
