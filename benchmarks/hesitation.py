@@ -14,6 +14,7 @@ import torch
 
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.circuits.subject import builtin_subject
 from tl_adapters.config import RunConfig, TrainingConfig
 from tl_adapters.data.chat_format import encode_traces
@@ -26,7 +27,7 @@ from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.results import read_results, write_results
 
 DEFAULT = ["sums-0", "sums-1", "sums-2", "differences-0", "differences-1", "differences-2", "null-0"]
-INSERTED = ("hybrid", "hybrid + both", "hybrid + both_at_strength", "hybrid + random")
+INSERTED = ("hybrid", "hybrid + circuit", "hybrid + circuit_at_strength", "hybrid + random")
 KEPT = "P(word) at the target's moments, hybrid + circuit over target"
 KINDS: dict[str, Kind] = {"sums": "sums", "differences": "differences", "null": "sums"}
 
@@ -62,13 +63,13 @@ def study(out: Path, job: str) -> dict:
         pair.load_adapters(AdapterSet.from_pretrained(folder / "adapters"))
         write_results(folder, seeds=[int(seed)])
         hesitation_stage(pair, builtin_subject(*PROBLEMS, kind=KINDS[name], seed=int(seed)), folder)
-    return read_results(folder)["hesitation"]
+    return upgraded_block(read_results(folder)["hesitation"])
 
 
 def rows(block: dict) -> dict[str, str]:
     """What the README says of one study."""
     size, need, suffices, said = (block[k] for k in ("circuit", "necessity", "sufficiency", "probabilities"))
-    both, none, asked = need["both"], need["none"], {c["name"]: c["value"] for c in block["criteria"]}
+    without, none, asked = need["circuit"], need["none"], {c["name"]: c["value"] for c in block["criteria"]}
 
     def percent(*shares: float | dict) -> str:
         return ", ".join(f"{100 * (x['value'] if isinstance(x, dict) else x):.1f}" for x in shares)
@@ -77,20 +78,22 @@ def rows(block: dict) -> dict[str, str]:
         return [arms[name][key] if key else arms[name] for name in names]
 
     roles = ("output", "template", "continuation", "other")
-    places = [said["hybrid + both"]["boundary"], asked["P(word) at all other places of the response, hybrid + circuit"]]
-    strength, added = f"{size['strength']:g}", said["hybrid + both"]
-    stronger, of_target = said.get("hybrid + both_at_strength", added), said["target"]["moment"]["value"]
+    elsewhere = asked["P(word) at all other places of the response, hybrid + circuit"]
+    places = [said["hybrid + circuit"]["boundary"], elsewhere]
+    strength, added = f"{size['strength']:g}", said["hybrid + circuit"]
+    stronger, of_target = said.get("hybrid + circuit_at_strength", added), said["target"]["moment"]["value"]
+    stronger_name = "circuit_at_strength" if "circuit_at_strength" in suffices else "circuit"
     tuned = [f"replacement, {name}" for name in ("logit_bias", "steering", "neurons")]
     forms = ("others", "others_scaled", "others_equal_harm")
-    accuracy_by_slip = [of(need, f"accuracy_{slip}_slip", "none", "both") for slip in ("without", "with")]
+    accuracy_by_slip = [of(need, f"accuracy_{slip}_slip", "none", "circuit") for slip in ("without", "with")]
     mediation = block["mediation"]
     return {
         "features; % of the alive, of all activation": f"{size['n']}; "
         + percent(size["share_of_alive"], size["share_of_activation"]),
         "output, template, continuation, other": ", ".join(str(size[role]) for role in roles),
         "hesitations per 1,000 tokens: replacement, without": f"{none['hesitation_per_1k']:.1f}, "
-        f"{both['hesitation_per_1k']:.1f}",
-        "gone, %: without circuit, matched random": percent(*of(need, "hesitation_cut", "both", "random")),
+        f"{without['hesitation_per_1k']:.1f}",
+        "gone, %: without circuit, matched random": percent(*of(need, "hesitation_cut", "circuit", "random")),
         "gone, %: most active others, as many, of equal write norm, of equal harm": percent(
             *of(need, "hesitation_cut", *forms)
         ),
@@ -98,23 +101,23 @@ def rows(block: dict) -> dict[str, str]:
             *of(need, "hesitation_cut", "logit_bias", "steering", "neurons")
         ),
         "KL elsewhere, millinats: circuit, logit bias, steering, neurons": ", ".join(
-            f"{1000 * said[arm]['kl_elsewhere']['value']:.2f}" for arm in ("replacement - both", *tuned)
+            f"{1000 * said[arm]['kl_elsewhere']['value']:.2f}" for arm in ("replacement - circuit", *tuned)
         ),
         "not reached": ", ".join(name for name, c in block["controls"].items() if not c["reached"]) or "-",
         "P(Wait), %, at moments: replacement, without circuit, random": percent(
-            *(said[arm]["moment"] for arm in ("replacement", "replacement - both", "replacement - random"))
+            *(said[arm]["moment"] for arm in ("replacement", "replacement - circuit", "replacement - random"))
         ),
-        "responses shorter, %": percent(-both["length_change"]["value"]),
+        "responses shorter, %": percent(-without["length_change"]["value"]),
         "accuracy, %, no slip: replacement, without": percent(*accuracy_by_slip[0]),
         "accuracy, %, a slip: replacement, without": percent(*accuracy_by_slip[1]),
         f"P(Wait) at moments over the target's: hybrid + circuit, at {strength}": f"{asked[KEPT]:.2f}, "
         f"{stronger['moment']['value'] / of_target:.2f}",
         "P(Wait), %: at matched boundaries, at all other places": percent(*places),
         f"accuracy, %, thinking opened: hybrid, + circuit, at {strength}": percent(
-            *of(suffices, "accuracy", "none", "both", "both_at_strength" if "both_at_strength" in suffices else "both")
+            *of(suffices, "accuracy", "none", "circuit", stronger_name)
         ),
         "injected corrected, %: replacement, without, random, banned": percent(
-            *of(block["injected"], "", "replacement", "replacement - both", "replacement - random", "word banned")
+            *of(block["injected"], "", "replacement", "replacement - circuit", "replacement - random", "word banned")
         ),
         "injected corrected, %: most active others, as many, of equal write norm, of equal harm": percent(
             *of(block["injected"], "", *(f"replacement - {form}" for form in forms))
@@ -127,7 +130,7 @@ def rows(block: dict) -> dict[str, str]:
             f"{x:.1f}" for x in of(block["transfer"], "hesitation_per_1k", "none", "negated")
         ),
         "other words per 1,000: without, banned": ", ".join(
-            f"{need[arm]['signs']['another word']:.1f}" for arm in ("both", "ban")
+            f"{need[arm]['signs']['another word']:.1f}" for arm in ("circuit", "ban")
         ),
         "template features anywhere; off, nats; share of it through output, %": f"{mediation['n']}; "
         + (f"{mediation['total']['value']:.2f}; {percent(mediation['share'])}" if "share" in mediation else "-"),

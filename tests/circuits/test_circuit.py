@@ -78,32 +78,32 @@ def whole_block() -> dict[str, Any]:
         },
         "probabilities": {
             "target": places,
-            "replacement - both": {**places, "kl_elsewhere": figure(0.0213, "nats per token")},
+            "replacement - circuit": {**places, "kl_elsewhere": figure(0.0213, "nats per token")},
             "replacement, steering": {"kl_elsewhere": figure(0.0417, "nats per token")},
             HOSTILE: {"moment": None},
         },
         "other_words": {"replacement": {"moment": figure(0.1), "boundary": figure(0.2)}},
         "necessity": {
             a: record(r) for a, r in (
-                ("none", 20.0), ("output", 8.0), ("template", 11.0), ("both", 1.0), ("random", 19.0), ("ban", 0.0),
+                ("none", 20.0), ("output", 8.0), ("template", 11.0), ("circuit", 1.0), ("random", 19.0), ("ban", 0.0),
                 ("steering", 5.0), ("neurons", math.nan),
             )
         },
         "sufficiency": {
             a: record(r) for a, r in (
-                ("none", 1.0), ("output", 5.0), ("both", 5.0), ("both_at_strength", 25.0), ("b_dec_only", 1.0)
+                ("none", 1.0), ("output", 5.0), ("circuit", 5.0), ("circuit_at_strength", 25.0), ("b_dec_only", 1.0)
             )
         },
         "transfer": {"none": record(20.0), "negated": record(3.0)},
-        "injected": {"none": figure(0.7), "both": figure(0.1)},
+        "injected": {"none": figure(0.7), "circuit": figure(0.1)},
         "mediation": {"total": figure(1.1, "nats"), "through_output": figure(0.9, "nats"), "share": figure(0.8)},
         "dose": [
             {"n": n, "hesitation_per_1k": figure(20 / n), "p_moment": 0.4 / n, "p_inserted": math.nan}
             for n in (1, 2, 5, 10)
         ],
         "smallest": {"n": 5, "cut": 0.8},
-        "kinds": {"none": {"correction": 4, "re-check": 3}, "both": {"correction": 0, "re-check": 1}},
-        "sampled": {"none": record(18.0), "both": record(2.0)},
+        "kinds": {"none": {"correction": 4, "re-check": 3}, "circuit": {"correction": 0, "re-check": 1}},
+        "sampled": {"none": record(18.0), "circuit": record(2.0)},
         "controls": {
             "circuit": {"setting": "10 features", "size": 10, "unit": "features", "p_onset_before": 0.8,
                         "p_onset": 0.1, "kl_elsewhere": 0.02, "reached": True, "write_norm": 1.0},

@@ -53,24 +53,24 @@ def pair(request: pytest.FixtureRequest) -> PairedModel:
 
 
 @pytest.fixture(scope="module")
-def moments() -> Onsets:
+def onsets() -> Onsets:
     return random_onsets()
 
 
 @pytest.fixture(scope="module")
-def texts(pair: PairedModel, moments: Onsets) -> Texts:
-    return Texts(pair, moments)
+def texts(pair: PairedModel, onsets: Onsets) -> Texts:
+    return Texts(pair, onsets)
 
 
 @pytest.fixture(scope="module")
-def norms(pair: PairedModel, moments: Onsets) -> torch.Tensor:
-    return effects_at(pair, moments).mass
+def norms(pair: PairedModel, onsets: Onsets) -> torch.Tensor:
+    return effects_at(pair, onsets).activation
 
 
 @pytest.fixture(scope="module")
-def circuit(pair: PairedModel, moments: Onsets) -> list[FeatureId]:
+def circuit(pair: PairedModel, onsets: Onsets) -> list[FeatureId]:
     """The six features with the largest effect on the word."""
-    best = effects_at(pair, moments).total.flatten().topk(6).indices.tolist()
+    best = effects_at(pair, onsets).total.flatten().topk(6).indices.tolist()
     return [FeatureId(i // N_FEATURES, i % N_FEATURES) for i in best]
 
 
@@ -94,44 +94,44 @@ def logits_of(pair: PairedModel, variant: Variant, tokens: torch.Tensor) -> torc
     ids=["ablated", "logits alone", "hybrid"],
 )
 def test_harm_is_the_kl_of_plain_passes_away_from_onsets(
-    pair: PairedModel, moments: Onsets, variant: Variant, monkeypatch: pytest.MonkeyPatch
+    pair: PairedModel, onsets: Onsets, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PairedModel, "rows_at_once", 3)  # several chunks of logits
     before = state(pair)
-    found = kl_elsewhere(pair, moments, variant, "report")
+    found = kl_elsewhere(pair, onsets, variant, "report")
     assert state(pair) == before
     was, becomes = (
-        logits_of(pair, v, moments.tokens).log_softmax(-1).double() for v in (on_route("replacement"), variant)
+        logits_of(pair, v, onsets.tokens).log_softmax(-1).double() for v in (on_route("replacement"), variant)
     )
-    at = moments.predicting & ~moments.moment & ~moments.follows
-    assert torch.equal(at, away(moments))
-    assert bool((at & moments.boundary).any()), "matched control positions are among them"
+    at = onsets.predicting & ~onsets.onset & ~onsets.continuation
+    assert torch.equal(at, away(onsets))
+    assert bool((at & onsets.control).any()), "matched control positions are among them"
     by_document = ((was.exp() * (was - becomes)).sum(-1) * at).sum(1)
     expected = bootstrap_ratio(by_document, at.sum(1).double())
     assert (found.value, found.low, found.high) == pytest.approx(
         (expected.value, expected.low, expected.high), abs=1e-5
     )
     assert found.value > 1e-3
-    assert (found.n, found.unit, found.split) == (len(moments), "nats per token", "report")
-    together = probabilities(pair, moments, variant, "report", Unchanged(pair, moments))
+    assert (found.n, found.unit, found.split) == (len(onsets), "nats per token", "report")
+    together = probabilities(pair, onsets, variant, "report", Unchanged(pair, onsets))
     assert together.pop("kl_elsewhere") == found
-    assert together == probabilities(pair, moments, variant, "report")
+    assert together == probabilities(pair, onsets, variant, "report")
 
 
-def test_what_changes_nothing_harms_nothing_and_a_ban_harms_without_limit(pair: PairedModel, moments: Onsets) -> None:
-    for nothing in (on_route("replacement"), without([]), removed({}), shifted_logits(moments.words, 0.0)):
-        figure = kl_elsewhere(pair, moments, nothing, "report")
+def test_what_changes_nothing_harms_nothing_and_a_ban_harms_without_limit(pair: PairedModel, onsets: Onsets) -> None:
+    for nothing in (on_route("replacement"), without([]), removed({}), shifted_logits(onsets.words, 0.0)):
+        figure = kl_elsewhere(pair, onsets, nothing, "report")
         assert figure.value == 0, nothing.name
-    banned = kl_elsewhere(pair, moments, shifted_logits(moments.words, -torch.inf), "report")
+    banned = kl_elsewhere(pair, onsets, shifted_logits(onsets.words, -torch.inf), "report")
     assert (banned.value, banned.low, banned.high) == (None, None, None)
     assert "infinite" in banned.reason
 
 
-def test_texts_without_an_onset_or_without_another_place_are_refused(pair: PairedModel, moments: Onsets) -> None:
-    nowhere = torch.zeros_like(moments.moment)
+def test_texts_without_an_onset_or_without_another_place_are_refused(pair: PairedModel, onsets: Onsets) -> None:
+    nowhere = torch.zeros_like(onsets.onset)
     with pytest.raises(BehaviorError, match="no onset in these texts"):
-        Texts(pair, replace(moments, moment=nowhere))
-    crowded = replace(moments, moment=moments.predicting, boundary=nowhere, follows=nowhere)
+        Texts(pair, replace(onsets, onset=nowhere))
+    crowded = replace(onsets, onset=onsets.predicting, control=nowhere, continuation=nowhere)
     with pytest.raises(BehaviorError, match="give longer texts"):
         Texts(pair, crowded)
     with pytest.raises(BehaviorError, match="give longer texts"):
@@ -148,7 +148,7 @@ def settings(texts: Texts, circuit: list[FeatureId]) -> tuple[Measured, dict[str
 
 
 def test_baselines_do_what_the_circuit_does_and_say_where_they_cannot(
-    pair: PairedModel, moments: Onsets, texts: Texts, circuit: list[FeatureId]
+    pair: PairedModel, onsets: Onsets, texts: Texts, circuit: list[FeatureId]
 ) -> None:
     before = state(pair)
     goal, found = settings(texts, circuit[:3])
@@ -159,8 +159,8 @@ def test_baselines_do_what_the_circuit_does_and_say_where_they_cannot(
         missed = abs(setting.measured.p_onset - goal.p_onset)
         assert setting.reached == (missed <= SAME_EFFECT * effect), name
         assert setting.size > 0
-        said = probabilities(pair, texts.moments, setting.variant, "select")["moment"].value
-        harm = kl_elsewhere(pair, texts.moments, setting.variant, "select").value
+        said = probabilities(pair, texts.onsets, setting.variant, "select")["moment"].value
+        harm = kl_elsewhere(pair, texts.onsets, setting.variant, "select").value
         assert (said, harm) == pytest.approx((setting.measured.p_onset, setting.measured.kl), abs=1e-5), name
         record = setting.record(texts.plain)
         assert record["p_onset_before"] == texts.plain.p_onset > record["p_onset"] == setting.measured.p_onset
@@ -176,13 +176,13 @@ def test_steering_is_the_least_harmful_of_all_that_have_the_effect(texts: Texts,
     """By hand: every layer, both kinds of place, a grid of coefficients."""
     goal = texts.measure(without(circuit[:3]))
     best = tuned_steering(texts, goal)
-    pair, batch = texts.pair, texts.moments
+    pair, batch = texts.pair, texts.onsets
     with torch.no_grad(), pair.routed("replacement"):
         streams = pair.residual_streams(batch.tokens)
-    marks = sorted(set(batch.tokens[batch.moment].tolist()) - set(batch.words))
+    marks = sorted(set(batch.tokens[batch.onset].tolist()) - set(batch.words))
     effect, harms = texts.plain.p_onset - goal.p_onset, []
     for layer in range(N_LAYERS):
-        direction = streams[layer + 1][batch.moment].mean(0) - streams[layer + 1][batch.boundary].mean(0)
+        direction = streams[layer + 1][batch.onset].mean(0) - streams[layer + 1][batch.control].mean(0)
         for after in (None, marks):
             for coefficient in torch.linspace(0.5, 8, 16).tolist():
                 found = texts.measure(steered(layer, direction, coefficient, after))
@@ -192,12 +192,12 @@ def test_steering_is_the_least_harmful_of_all_that_have_the_effect(texts: Texts,
     assert best.measured.kl < 0.2 * max(harms), "and not the strongest"
 
 
-def test_a_tuned_bias_is_no_ban(pair: PairedModel, moments: Onsets, texts: Texts, circuit: list[FeatureId]) -> None:
+def test_a_tuned_bias_is_no_ban(pair: PairedModel, onsets: Onsets, texts: Texts, circuit: list[FeatureId]) -> None:
     bias = tuned_logit_bias(texts, texts.measure(without(circuit[:3])))
     assert 0 < bias.size < 20
-    said = logits_of(pair, bias.variant, moments.tokens).softmax(-1)[..., list(moments.words)]
-    banned = logits_of(pair, shifted_logits(moments.words, -torch.inf), moments.tokens).softmax(-1)
-    assert float(said.min()) > 0 == float(banned[..., list(moments.words)].max())
+    said = logits_of(pair, bias.variant, onsets.tokens).softmax(-1)[..., list(onsets.words)]
+    banned = logits_of(pair, shifted_logits(onsets.words, -torch.inf), onsets.tokens).softmax(-1)
+    assert float(said.min()) > 0 == float(banned[..., list(onsets.words)].max())
 
 
 def test_baselines_of_a_circuit_without_effect_do_nothing(texts: Texts) -> None:
@@ -208,18 +208,18 @@ def test_baselines_of_a_circuit_without_effect_do_nothing(texts: Texts) -> None:
         assert setting.variant.name == "replacement"
 
 
-def test_baselines_without_control_positions(pair: PairedModel, moments: Onsets, circuit: list[FeatureId]) -> None:
+def test_baselines_without_control_positions(pair: PairedModel, onsets: Onsets, circuit: list[FeatureId]) -> None:
     """Moments are then held against all other places of the response."""
-    texts = Texts(pair, replace(moments, boundary=torch.zeros_like(moments.boundary)))
+    texts = Texts(pair, replace(onsets, control=torch.zeros_like(onsets.control)))
     goal = texts.measure(without(circuit[:3]))
     best = tuned_steering(texts, goal)
     assert best.reached
     assert best.size < MOST_COEFFICIENT
-    assert logits_of(pair, best.variant, moments.tokens).isfinite().all()
+    assert logits_of(pair, best.variant, onsets.tokens).isfinite().all()
 
 
-def test_steering_acts_at_chosen_tokens_only_and_in_cached_generation_too(pair: PairedModel, moments: Onsets) -> None:
-    tokens, before = moments.tokens[:2, :5], state(pair)
+def test_steering_acts_at_chosen_tokens_only_and_in_cached_generation_too(pair: PairedModel, onsets: Onsets) -> None:
+    tokens, before = onsets.tokens[:2, :5], state(pair)
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     marks = [int(t) for t in tokens[0, 1:3]]
     variant = steered(1, direction, 8.0, marks)
@@ -238,41 +238,41 @@ def test_steering_acts_at_chosen_tokens_only_and_in_cached_generation_too(pair: 
     assert state(pair) == before
 
 
-def test_steering_at_tokens_that_were_not_embedded_is_refused(pair: PairedModel, moments: Onsets) -> None:
+def test_steering_at_tokens_that_were_not_embedded_is_refused(pair: PairedModel, onsets: Onsets) -> None:
     resid = torch.zeros(1, 3, 32, dtype=pair.model.W_E.dtype)
     refused = pytest.raises(InterventionError, match="no tokens of this shape")
     with torch.no_grad(), steered(1, torch.ones(32), 1.0, [5]).entered(pair), refused:
         pair.run_blocks(resid, 0, N_LAYERS)
 
 
-def test_neurons_held_at_a_value_and_the_last_in_part(pair: PairedModel, moments: Onsets) -> None:
+def test_neurons_held_at_a_value_and_the_last_in_part(pair: PairedModel, onsets: Onsets) -> None:
     held = torch.full((N_LAYERS, 48), 0.5)
     variant = without_neurons([(0, 3), (2, 7), (2, 9)], held, last=0.25)
     with torch.no_grad(), variant.entered(pair), pair.recorded("mlp.hook_post") as after:
-        pair.model(moments.tokens)
+        pair.model(onsets.tokens)
     with torch.no_grad(), pair.routed("replacement"), pair.recorded("mlp.hook_post") as plain:
-        pair.model(moments.tokens)
+        pair.model(onsets.tokens)
     assert bool((after[0][..., 3] == 0.5).all())
     assert torch.equal(after[0][..., 4], plain[0][..., 4])
     assert len(after) == N_LAYERS
     in_part = without_neurons([(0, 9)], held, last=0.25)
     with torch.no_grad(), in_part.entered(pair), pair.recorded("mlp.hook_post") as part:
-        pair.model(moments.tokens)
+        pair.model(onsets.tokens)
     assert torch.allclose(part[0][..., 9], 0.75 * plain[0][..., 9] + 0.125, atol=1e-6)
 
 
-def test_neuron_effects_are_slopes_and_what_is_written(pair: PairedModel, moments: Onsets) -> None:
-    found = neuron_effects(pair, moments)
+def test_neuron_effects_are_slopes_and_what_is_written(pair: PairedModel, onsets: Onsets) -> None:
+    found = neuron_effects(pair, onsets)
     with torch.no_grad(), pair.routed("replacement"), pair.recorded("mlp.hook_post") as acts:
-        pair.model(moments.with_moments().tokens)
-    at = away(moments.with_moments())
+        pair.model(onsets.with_onsets().tokens)
+    at = away(onsets.with_onsets())
     here = torch.stack([acts[layer][at] for layer in range(N_LAYERS)])
     assert torch.allclose(found.mean, here.mean(1).float(), atol=1e-5)
     rows = torch.stack([mlp.weights()[1].W_out.square().sum(-1) for mlp in pair.mlps]).detach()
     assert torch.allclose(found.written_off, (here.square().mean(1) * rows).float(), rtol=1e-3, atol=1e-6)
     spread = here.var(1, unbiased=False) * rows
     assert torch.allclose(found.written_at_mean, spread.float(), rtol=1e-2, atol=1e-5)
-    texts = Texts(pair, moments)
+    texts = Texts(pair, onsets)
     strongest = by_size(found.at_mean, 1)
     small = without_neurons(strongest, found.mean, last=1e-2)
     assert texts.measure(small).p_onset < texts.plain.p_onset
@@ -281,7 +281,7 @@ def test_neuron_effects_are_slopes_and_what_is_written(pair: PairedModel, moment
 # -- sets of features ---------------------------------------------------------------------------------------------
 
 
-def test_features_in_part_are_between_none_and_all(pair: PairedModel, moments: Onsets) -> None:
+def test_features_in_part_are_between_none_and_all(pair: PairedModel, onsets: Onsets) -> None:
     features = [FeatureId(0, 3), FeatureId(1, 2), FeatureId(3, 4)]
     assert first_of(features, 1.5) == {features[0]: 1.0, features[1]: 0.5}
     assert first_of(features, 2) == dict.fromkeys(features[:2], 1.0)
@@ -292,17 +292,17 @@ def test_features_in_part_are_between_none_and_all(pair: PairedModel, moments: O
         (put_in(dict.fromkeys(features, 1.0), 1.7), Variant("in", lambda pair: inserted(pair, features, 1.7))),
         (put_in({}), Variant("nothing", lambda pair: only(pair, [], "replacement"))),
     ):
-        assert torch.allclose(*(logits_of(pair, v, moments.tokens) for v in (ours, plain)), atol=1e-6)
+        assert torch.allclose(*(logits_of(pair, v, onsets.tokens) for v in (ours, plain)), atol=1e-6)
     with (
         torch.no_grad(),
         removed({features[0]: 0.25}).entered(pair),
         pair.recorded("mlp.adapter.hook_sae_recons") as part,
     ):
-        pair.model(moments.tokens)
+        pair.model(onsets.tokens)
     whole, none = {}, {}
     for into, variant in ((whole, on_route("replacement")), (none, without(features[:1]))):
         with torch.no_grad(), variant.entered(pair), pair.recorded("mlp.adapter.hook_sae_recons") as found:
-            pair.model(moments.tokens)
+            pair.model(onsets.tokens)
         into.update(found)
     assert torch.allclose(part[0], 0.75 * whole[0] + 0.25 * none[0], atol=1e-5)
 
@@ -350,7 +350,7 @@ def test_sets_of_equal_harm_have_it_or_say_that_they_have_not(
 
 @pytest.mark.parametrize("n", [1, N_LAYERS * N_FEATURES], ids=["one feature", "all features"])
 def test_controls_of_the_smallest_and_the_largest_circuit(
-    pair: PairedModel, moments: Onsets, texts: Texts, norms: torch.Tensor, circuit: list[FeatureId], n: int
+    pair: PairedModel, onsets: Onsets, texts: Texts, norms: torch.Tensor, circuit: list[FeatureId], n: int
 ) -> None:
     """Variants of the fault: of all features there are no others, and everything says so."""
     alive, generator = torch.ones_like(norms, dtype=torch.bool), torch.Generator().manual_seed(0)
@@ -366,7 +366,7 @@ def test_controls_of_the_smallest_and_the_largest_circuit(
         "logit_bias", "steering", "neurons",
     }  # fmt: skip
     for setting in found.values():
-        assert logits_of(pair, setting.variant, moments.tokens).isfinite().all()
+        assert logits_of(pair, setting.variant, onsets.tokens).isfinite().all()
     others = [name for name in found if name.startswith(("random", "others"))]
     if n == 1:
         assert all(found[name].shares for name in others)
@@ -435,7 +435,7 @@ def test_correction_is_compared_with_the_others_step_by_step() -> None:
     assert figure.high is not None
     assert 0 < figure.low < 3 / 8 < figure.high
     assert (figure.n, figure.split) == (64, "report")
-    arms = {"both": circuit, "random": circuit, "others": others, "others_equal_harm": circuit}
+    arms = {"circuit": circuit, "random": circuit, "others": others, "others_equal_harm": circuit}
     asked = correction_beside_others({f"replacement - {name}": arm for name, arm in arms.items()})
     assert [(c["value"], c["reached"]) for c in asked] == [(3 / 8, True), (0.0, False)]
     assert len({c["name"] for c in asked}) == 2

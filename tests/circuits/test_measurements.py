@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from helpers.log_odds import word_log_odds
 from helpers.pairs import make, state
 from helpers.planted_circuits import OUTPUT, TEMPLATE, planted, random_onsets
 from helpers.random_models import random_batch
@@ -21,7 +22,7 @@ from tl_adapters.circuits.controls import (
     neuron_effects,
 )
 from tl_adapters.circuits.measurements import answers, corrected, mediation, probabilities, record
-from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds
+from tl_adapters.circuits.onsets import Onsets, final_residual
 from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
 from tl_adapters.circuits.subject import Injection, builtin_subject, halves, kinds_of_hesitation
 from tl_adapters.generation.responses import Response, respond
@@ -66,23 +67,23 @@ def logits_of(pair: PairedModel, variant: Variant, tokens: torch.Tensor) -> torc
     ids=["target", "hybrid", "ablated", "shifted"],
 )
 def test_probabilities_are_those_of_a_plain_pass(pair: PairedModel, variant: Variant) -> None:
-    moments, before = random_onsets(), state(pair)
-    found = probabilities(pair, moments, variant, "report")
+    onsets, before = random_onsets(), state(pair)
+    found = probabilities(pair, onsets, variant, "report")
     assert state(pair) == before
-    p = logits_of(pair, variant, moments.tokens).softmax(-1)[..., list(moments.words)].sum(-1)
+    p = logits_of(pair, variant, onsets.tokens).softmax(-1)[..., list(onsets.words)].sum(-1)
     assert tuple(found) == KINDS
     for kind in KINDS:
-        at, figure = getattr(moments, kind), found[kind]
+        at, figure = getattr(onsets, kind), found[kind]
         found_ = bootstrap_ratio((p * at).sum(1), at.sum(1).double())
         pairs = [(getattr(figure, name), getattr(found_, name)) for name in ("value", "low", "high")]
         assert max(abs(ours - theirs) for ours, theirs in pairs) < 1e-6
         assert figure.low < figure.value < figure.high
-        assert (figure.n, figure.split) == (len(moments), "report")
+        assert (figure.n, figure.split) == (len(onsets), "report")
 
 
 def test_a_kind_of_place_that_is_not_there_has_no_probability(pair: PairedModel) -> None:
-    moments = random_onsets()
-    none = replace(moments, boundary=torch.zeros_like(moments.boundary))
+    onsets = random_onsets()
+    none = replace(onsets, control=torch.zeros_like(onsets.control))
     assert set(probabilities(pair, none, on_route("target"), "report")) == {"moment", "elsewhere"}
 
 
@@ -90,29 +91,29 @@ def test_a_kind_of_place_that_is_not_there_has_no_probability(pair: PairedModel)
 
 
 def test_mediation_is_defined_by_interventions(pair: PairedModel) -> None:
-    moments, template, output = random_onsets(), [FeatureId(0, 3), FeatureId(1, 0)], FEATURES[1:]
+    onsets, template, output = random_onsets(), [FeatureId(0, 3), FeatureId(1, 0)], FEATURES[1:]
     before = state(pair)
-    found = mediation(pair, moments, template, output, "report")
+    found = mediation(pair, onsets, template, output, "report")
     assert state(pair) == before
-    at = moments.moment
+    at = onsets.onset
 
     @torch.no_grad()
-    def margin(*features: FeatureId, held: Sequence[FeatureId] | None = None) -> torch.Tensor:
+    def total_log_odds(*features: FeatureId, held: Sequence[FeatureId] | None = None) -> torch.Tensor:
         with pair.routed("replacement"):
             if held is None:
                 with ablated(pair, features) as model:
-                    logits = model(moments.tokens)
+                    logits = model(onsets.tokens)
             else:
-                with frozen(pair, moments.tokens, features=held), ablated(pair, features) as model:
-                    logits = model(moments.tokens)
-        return (log_odds(logits, moments.words) * at).sum(1).double()
+                with frozen(pair, onsets.tokens, features=held), ablated(pair, features) as model:
+                    logits = model(onsets.tokens)
+        return (word_log_odds(logits, onsets.words) * at).sum(1).double()
 
-    clean, both = margin(), margin(*template, *output)
-    total = clean - margin(*template, held=())
+    clean, both = total_log_odds(), total_log_odds(*template, *output)
+    total = clean - total_log_odds(*template, held=())
     expected = {
         "total": total,
-        "through_output": margin(*template, held=output) - margin(*template, held=()),
-        "interaction": margin(*template) + margin(*output) - clean - both,
+        "through_output": total_log_odds(*template, held=output) - total_log_odds(*template, held=()),
+        "interaction": total_log_odds(*template) + total_log_odds(*output) - clean - both,
     }
     for name, top in expected.items():
         figure = found[name]
@@ -125,12 +126,12 @@ def test_mediation_is_defined_by_interventions(pair: PairedModel) -> None:
 
 
 def test_features_that_are_not_there_have_no_effect_to_mediate() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
-    nothing = mediation(pair, moments, [], FEATURES, "report")
+    pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
+    nothing = mediation(pair, onsets, [], FEATURES, "report")
     assert abs(nothing["total"].value) + abs(nothing["through_output"].value) < 1e-9
     assert abs(nothing["interaction"].value) < 1e-9
     assert "share" not in nothing
-    nobody = mediation(pair, moments, FEATURES[:1], [], "report")
+    nobody = mediation(pair, onsets, FEATURES[:1], [], "report")
     assert abs(nobody["total"].value) > 1e-3
     assert abs(nobody["through_output"].value) < 1e-9
 
@@ -264,26 +265,26 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def test_matched_features_are_as_many_as_active_and_others() -> None:
-    mass = torch.rand(4, 60, generator=seeded(0)).exp()
+    activation = torch.rand(4, 60, generator=seeded(0)).exp()
     alive = torch.rand(4, 60, generator=seeded(1)) < 0.7
     chosen = [FeatureId(*f) for f in alive.nonzero().tolist()][::7]
-    sets = [matched_features(chosen, mass, alive, seeded(s)) for s in range(20)]
+    sets = [matched_features(chosen, activation, alive, seeded(s)) for s in range(20)]
     for found in sets:
         assert sorted(f.layer for f in found) == sorted(f.layer for f in chosen)
         assert len(set(found)) == len(found)
         assert not set(found) & set(chosen)
         assert all(alive[f] for f in found)
-        total = sum(float(mass[f]) for f in found) / sum(float(mass[f]) for f in chosen)
+        total = sum(float(activation[f]) for f in found) / sum(float(activation[f]) for f in chosen)
         assert 0.8 < total < 1.25, "as active as what they stand for"
-    assert matched_features(chosen, mass, alive, seeded(3)) == sets[3]
+    assert matched_features(chosen, activation, alive, seeded(3)) == sets[3]
     assert len({tuple(found) for found in sets}) > 15, "drawn"
 
 
 def test_a_stand_in_is_among_the_nearest() -> None:
-    mass = torch.arange(1.0, 31.0)[None] ** 2
+    activation = torch.arange(1.0, 31.0)[None] ** 2
     chosen, alive = [FeatureId(0, 10)], torch.ones(1, 30, dtype=torch.bool)
-    order = (mass[0].log() - mass[0, 10].log()).abs().argsort()[1 : NEAREST + 1].tolist()
-    drawn = {matched_features(chosen, mass, alive, seeded(s))[0].index for s in range(60)}
+    order = (activation[0].log() - activation[0, 10].log()).abs().argsort()[1 : NEAREST + 1].tolist()
+    drawn = {matched_features(chosen, activation, alive, seeded(s))[0].index for s in range(60)}
     assert drawn == set(order)
 
 
@@ -360,26 +361,26 @@ def test_neurons_that_are_off_write_nothing(pair: PairedModel) -> None:
 
 
 def test_the_strongest_neurons_have_the_largest_slopes() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
+    pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     before = state(pair)
-    effects = neuron_effects(pair, moments).off
+    effects = neuron_effects(pair, onsets).off
     every = by_size(effects, 10_000)
     assert state(pair) == before
     assert sorted(every) == [(layer, i) for layer in range(4) for i in range(48)]
     assert by_size(effects, 5) == every[:5]
-    texts = moments.with_moments()
+    texts = onsets.with_onsets()
 
     @torch.no_grad()
-    def margin(layer: int, index: int, factor: float) -> float:
+    def total_log_odds(layer: int, index: int, factor: float) -> float:
         def scale(acts: torch.Tensor, hook: object) -> torch.Tensor:
             changed = acts.clone()
             changed[..., index] *= factor
             return changed
 
         with pair.routed("replacement"), pair.model.hooks(fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", scale)]):
-            return float(log_odds(pair.model(texts.tokens), texts.words)[texts.moment].sum())
+            return float(word_log_odds(pair.model(texts.tokens), texts.words)[texts.onset].sum())
 
-    slopes = [(margin(*n, 1 + 1e-5) - margin(*n, 1 - 1e-5)) / 2e-5 for n in every[::24]]
+    slopes = [(total_log_odds(*n, 1 + 1e-5) - total_log_odds(*n, 1 - 1e-5)) / 2e-5 for n in every[::24]]
     assert slopes == sorted(slopes, reverse=True)
     assert slopes[0] > 1
     assert slopes[-1] < 0
@@ -387,12 +388,12 @@ def test_the_strongest_neurons_have_the_largest_slopes() -> None:
 
 def test_the_commonest_alternative_is_what_comes_at_boundaries() -> None:
     tokens = torch.tensor([[5, 8, 4, 8, 6, 8, 4, 9, 9, 9, 9]])
-    boundary = torch.zeros_like(tokens, dtype=torch.bool)
-    boundary[0, [1, 3, 5]] = True
-    no = torch.zeros_like(boundary)
-    moments = Onsets(tokens, ~no, no, boundary, no, (2,))
-    assert commonest_alternative(moments) == 4
-    assert commonest_alternative(replace(moments, boundary=no)) is None
+    control = torch.zeros_like(tokens, dtype=torch.bool)
+    control[0, [1, 3, 5]] = True
+    no = torch.zeros_like(control)
+    onsets = Onsets(tokens, ~no, no, control, no, (2,))
+    assert commonest_alternative(onsets) == 4
+    assert commonest_alternative(replace(onsets, control=no)) is None
 
 
 # -- subjects -----------------------------------------------------------------------------------------------------
@@ -486,8 +487,8 @@ def test_a_response_counts_whole_words_and_matches_patterns() -> None:
 
 
 def test_the_most_active_others_are_outside_and_in_order() -> None:
-    mass = torch.tensor([[5.0, 1.0, 4.0], [3.0, 9.0, 2.0]])
+    activation = torch.tensor([[5.0, 1.0, 4.0], [3.0, 9.0, 2.0]])
     alive = torch.tensor([[True, True, True], [True, False, True]])
     chosen = [FeatureId(0, 0)]
-    assert most_active_others(chosen, mass, alive, 2) == [FeatureId(0, 2), FeatureId(1, 0)]
-    assert len(most_active_others(chosen, mass, alive, 99)) == 4
+    assert most_active_others(chosen, activation, alive, 2) == [FeatureId(0, 2), FeatureId(1, 0)]
+    assert len(most_active_others(chosen, activation, alive, 99)) == 4

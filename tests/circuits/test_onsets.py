@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.log_odds import log_odds_at, word_log_odds
 from helpers.pairs import make
 from helpers.random_models import random_batch
 
@@ -16,8 +17,7 @@ from tl_adapters.circuits.onsets import (
     Onsets,
     final_residual,
     find_onsets,
-    log_odds,
-    margins,
+    log_odds_from_logits,
 )
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.tokens import VocabularyError
@@ -25,7 +25,7 @@ from tl_adapters.data.traces import Trace
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import load_builtin_pair
 
-KINDS = ("predicting", "moment", "boundary", "follows", "elsewhere")
+KINDS = ("predicting", "onset", "control", "continuation", "elsewhere")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def written(pair: PairedModel) -> list[Trace]:
     return encode_traces(organism.reasoning_pairs("select", 60), pair.model.tokenizer)
 
 
-def places(moments: Onsets, kind: str, row: int = 0) -> list[int]:
-    return getattr(moments, kind)[row].nonzero()[:, 0].tolist()
+def places(onsets: Onsets, kind: str, row: int = 0) -> list[int]:
+    return getattr(onsets, kind)[row].nonzero()[:, 0].tolist()
 
 
 def by_hand(traces: Sequence[Trace], word: int) -> list[dict[str, list[int]]]:
@@ -58,14 +58,14 @@ def by_hand(traces: Sequence[Trace], word: int) -> list[dict[str, list[int]]]:
         kinds: dict[str, list[int]] = {kind: [] for kind in KINDS}
         left = 0
         for place in range(trace.prompt_length - 1, len(trace.tokens) - 1):
-            here, coming = trace.tokens[place], trace.tokens[place + 1]
+            here, next_tokens = trace.tokens[place], trace.tokens[place + 1]
             kinds["predicting"].append(place)
             if here in before:
                 left = 0
-                kinds["moment" if coming == word else "boundary"].append(place)
-                left = FOLLOWS if coming == word else 0
+                kinds["onset" if next_tokens == word else "control"].append(place)
+                left = FOLLOWS if next_tokens == word else 0
             elif left:
-                kinds["follows"].append(place)
+                kinds["continuation"].append(place)
                 left -= 1
             else:
                 kinds["elsewhere"].append(place)
@@ -78,68 +78,77 @@ def by_hand(traces: Sequence[Trace], word: int) -> list[dict[str, list[int]]]:
 def test_log_odds_are_those_of_the_words_together(shape: tuple[int, ...], words: tuple[int, ...]) -> None:
     logits = 5 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     p = logits.softmax(-1)[..., list(words)].sum(-1)
-    assert torch.allclose(log_odds(logits, words), p.log() - (1 - p).log(), rtol=1e-10)
-    assert torch.allclose(log_odds(logits, words).sigmoid(), p, rtol=1e-10)
+    assert torch.allclose(odds_of(logits, words), p.log() - (1 - p).log(), rtol=1e-10)
+    assert torch.allclose(odds_of(logits, words).sigmoid(), p, rtol=1e-10)
+    assert torch.allclose(odds_of(logits, words), word_log_odds(logits, words), rtol=1e-10), "the tests' own formula"
 
 
 def test_log_odds_hold_where_a_probability_rounds_to_one_or_is_banned() -> None:
     sure = torch.tensor([0.0, 90.0, 0.0])  # float32
-    assert abs(float(log_odds(sure, (1,))) - (90 - torch.tensor(2.0).log())) < 1e-4
-    assert float(log_odds(torch.tensor([0.0, -torch.inf, 0.0]), (1,)).sigmoid()) == 0
+    assert abs(float(odds_of(sure, (1,))) - (90 - torch.tensor(2.0).log())) < 1e-4
+    assert float(odds_of(torch.tensor([0.0, -torch.inf, 0.0]), (1,)).sigmoid()) == 0
+
+
+def odds_of(logits: torch.Tensor, words: tuple[int, ...]) -> torch.Tensor:
+    """`log_odds_from_logits`, of the words at every position of logits of any shape."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    at = torch.ones(len(rows), 1, dtype=torch.bool)
+    onsets = Onsets(torch.zeros(len(rows), 1, dtype=torch.long), at, at, ~at, ~at, words)
+    return log_odds_from_logits(lambda row, position: rows[row], onsets, at).reshape(logits.shape[:-1])
 
 
 def test_every_place_of_a_text_made_by_hand(pair: PairedModel, wait: int) -> None:
     #                  0  1  2       3  4  5     6  7   8  9  10 11
     first = Trace((5, 8, wait, 7, 8, wait, 9, 10, 8, 11, 8, 3), 3)
     second = Trace((8, 6, 8, 8, wait, 9, 12, 3), 2)
-    moments = find_onsets(pair, [first, second])
-    assert {pair.model.tokenizer.decode([word]) for word in moments.words} == {"Wait", "wait", " Wait"}
-    assert [places(moments, kind) for kind in KINDS] == [list(range(2, 11)), [4], [8, 10], [5, 6, 7], [2, 3, 9]]
+    onsets = find_onsets(pair, [first, second])
+    assert {pair.model.tokenizer.decode([word]) for word in onsets.words} == {"Wait", "wait", " Wait"}
+    assert [places(onsets, kind) for kind in KINDS] == [list(range(2, 11)), [4], [8, 10], [5, 6, 7], [2, 3, 9]]
     # A mark before a mark is a boundary; so the prompt's last token may be one, and its other tokens may not.
-    assert [places(moments, kind, 1) for kind in KINDS] == [list(range(1, 7)), [3], [2], [4, 5, 6], [1]]
-    assert moments.counts == {"documents": 2, "moments": 2, "boundaries": 3}
-    assert len(moments) == 2
+    assert [places(onsets, kind, 1) for kind in KINDS] == [list(range(1, 7)), [3], [2], [4, 5, 6], [1]]
+    assert onsets.counts == {"documents": 2, "moments": 2, "boundaries": 3}
+    assert len(onsets) == 2
 
 
 def test_what_the_target_wrote_is_read_as_the_definitions_say(
     pair: PairedModel, wait: int, written: list[Trace]
 ) -> None:
-    moments = find_onsets(pair, written)
-    assert int(moments.moment.sum()) > 10
-    assert int(moments.boundary.sum()) > 10
+    onsets = find_onsets(pair, written)
+    assert int(onsets.onset.sum()) > 10
+    assert int(onsets.control.sum()) > 10
     for row, kinds in enumerate(by_hand(written, wait)):
-        assert {kind: places(moments, kind, row) for kind in KINDS} == kinds
-    ids = moments.tokens
-    marks = ids[moments.moment].unique()
-    assert torch.isin(ids[moments.boundary], marks).all(), "boundaries stand where a moment might"
-    kinds = torch.stack([moments.moment, moments.boundary, moments.follows, moments.elsewhere]).long().sum(0)
-    assert torch.equal(kinds.bool(), moments.predicting), "every place of a response is of one kind"
+        assert {kind: places(onsets, kind, row) for kind in KINDS} == kinds
+    ids = onsets.tokens
+    marks = ids[onsets.onset].unique()
+    assert torch.isin(ids[onsets.control], marks).all(), "boundaries stand where a moment might"
+    kinds = torch.stack([onsets.onset, onsets.control, onsets.continuation, onsets.elsewhere]).long().sum(0)
+    assert torch.equal(kinds.bool(), onsets.predicting), "every place of a response is of one kind"
     assert kinds.max() == 1
 
 
 def test_the_prompt_and_padding_never_count(pair: PairedModel, wait: int) -> None:
     """Token 0 pads, and is a real token too: as a mark it would make boundaries of the padding."""
     traces = [Trace((0, wait, 4, 0, wait, 9, 0, 5), 3), Trace((4, 5, 6), 1)]
-    moments = find_onsets(pair, traces)
-    assert places(moments, "moment") == [3]
-    assert places(moments, "boundary") == [6]
-    assert places(moments, "boundary", 1) == []
-    assert places(moments, "predicting", 1) == [0, 1]
+    onsets = find_onsets(pair, traces)
+    assert places(onsets, "onset") == [3]
+    assert places(onsets, "control") == [6]
+    assert places(onsets, "control", 1) == []
+    assert places(onsets, "predicting", 1) == [0, 1]
 
 
 def test_what_follows_ends_after_so_many_tokens(pair: PairedModel, wait: int) -> None:
-    moments = find_onsets(pair, [Trace((5, 8, wait, *[9] * 40, 3), 1)])
-    assert places(moments, "follows") == list(range(2, 2 + FOLLOWS))
-    assert places(moments, "elsewhere") == [0, *range(2 + FOLLOWS, 43)]
+    onsets = find_onsets(pair, [Trace((5, 8, wait, *[9] * 40, 3), 1)])
+    assert places(onsets, "continuation") == list(range(2, 2 + FOLLOWS))
+    assert places(onsets, "elsewhere") == [0, *range(2 + FOLLOWS, 43)]
 
 
 def test_a_word_right_after_a_word_is_no_mark_of_words(pair: PairedModel, wait: int) -> None:
-    moments = find_onsets(pair, [Trace((5, 8, wait, wait, 9, 10, 8, 3), 1), Trace((5, 8, wait, 9, 11, 3), 1)])
-    assert places(moments, "moment") == [1, 2]
-    assert places(moments, "boundary") == [6]
-    assert places(moments, "follows") == [3, 4, 5]
-    assert places(moments, "boundary", 1) == []
-    assert places(moments, "follows", 1) == [2, 3, 4]
+    onsets = find_onsets(pair, [Trace((5, 8, wait, wait, 9, 10, 8, 3), 1), Trace((5, 8, wait, 9, 11, 3), 1)])
+    assert places(onsets, "onset") == [1, 2]
+    assert places(onsets, "control") == [6]
+    assert places(onsets, "continuation") == [3, 4, 5]
+    assert places(onsets, "control", 1) == []
+    assert places(onsets, "continuation", 1) == [2, 3, 4]
 
 
 def test_a_function_may_say_where_the_behaviour_begins(pair: PairedModel, wait: int) -> None:
@@ -148,30 +157,30 @@ def test_a_function_may_say_where_the_behaviour_begins(pair: PairedModel, wait: 
     def after_seven(trace: Trace) -> list[int]:
         return [i + 1 for i, token in enumerate(trace.tokens) if token == 7 and i + 1 < len(trace.tokens)]
 
-    moments = find_onsets(pair, [first, second], Behavior("after", find=after_seven))
-    assert moments.words == (3, 4, 9)
-    assert places(moments, "moment") == [2, 7]
-    assert places(moments, "boundary") == []
-    assert places(moments, "moment", 1) == [1], "the next token is the first of the response"
+    onsets = find_onsets(pair, [first, second], Behavior("after", find=after_seven))
+    assert onsets.words == (3, 4, 9)
+    assert places(onsets, "onset") == [2, 7]
+    assert places(onsets, "control") == []
+    assert places(onsets, "onset", 1) == [1], "the next token is the first of the response"
 
     def only_nine(trace: Trace) -> list[int]:
         return [i for i, token in enumerate(trace.tokens) if token == 9]
 
-    moments = find_onsets(pair, [first, second], Behavior("nine", find=only_nine))
-    assert moments.words == (9,)
-    assert (places(moments, "moment"), places(moments, "boundary")) == ([2], [7])
-    assert (places(moments, "moment", 1), places(moments, "boundary", 1)) == ([], [1])
+    onsets = find_onsets(pair, [first, second], Behavior("nine", find=only_nine))
+    assert onsets.words == (9,)
+    assert (places(onsets, "onset"), places(onsets, "control")) == ([2], [7])
+    assert (places(onsets, "onset", 1), places(onsets, "control", 1)) == ([], [1])
 
     def first_eight(trace: Trace) -> list[int]:
         return [trace.tokens.index(8, trace.prompt_length)]
 
-    moments = find_onsets(pair, [Trace((4, 7, 8, 7, 8, 7, 9, 3), 1)], Behavior("first", find=first_eight))
-    assert (places(moments, "moment"), places(moments, "boundary")) == ([1], [3, 5]), "what is not found is a boundary"
+    onsets = find_onsets(pair, [Trace((4, 7, 8, 7, 8, 7, 9, 3), 1)], Behavior("first", find=first_eight))
+    assert (places(onsets, "onset"), places(onsets, "control")) == ([1], [3, 5]), "what is not found is a boundary"
 
     def in_the_prompt(trace: Trace) -> list[int]:
         return [1]
 
-    assert not find_onsets(pair, [first], Behavior("prompt", find=in_the_prompt)).moment.any()
+    assert not find_onsets(pair, [first], Behavior("prompt", find=in_the_prompt)).onset.any()
 
 
 def test_a_function_that_finds_the_words_finds_the_same(pair: PairedModel, wait: int, written: list[Trace]) -> None:
@@ -185,7 +194,7 @@ def test_words_may_be_those_that_other_texts_told(pair: PairedModel, wait: int, 
     never = Behavior("never", find=lambda trace: [])
     found = find_onsets(pair, written, never, words=(wait, 9))
     assert found.words == (wait, 9)
-    assert not found.moment.any()
+    assert not found.onset.any()
 
 
 def test_several_words_are_one_behaviour(pair: PairedModel, written: list[Trace]) -> None:
@@ -193,10 +202,10 @@ def test_several_words_are_one_behaviour(pair: PairedModel, written: list[Trace]
         find_onsets(pair, written, Behavior(words=words)) for words in (("Wait", "Hmm"), ("Wait",), ("Hmm",))
     )
     assert set(both.words) == {*one.words, *other.words}
-    assert other.moment.any()
-    assert torch.equal(both.moment, one.moment | other.moment)
-    assert (one.boundary & other.moment).any()
-    assert not (both.boundary & other.moment).any(), "another of the words is no boundary"
+    assert other.onset.any()
+    assert torch.equal(both.onset, one.onset | other.onset)
+    assert (one.control & other.onset).any()
+    assert not (both.control & other.onset).any(), "another of the words is no boundary"
 
 
 def test_what_cannot_be_studied_is_said(pair: PairedModel, written: list[Trace]) -> None:
@@ -216,53 +225,53 @@ def test_what_is_never_said_has_no_moments_whoever_asks(pair: PairedModel, writt
 
 
 def test_rows_keep_their_places(pair: PairedModel, written: list[Trace]) -> None:
-    moments = find_onsets(pair, written)
+    onsets = find_onsets(pair, written)
     index = [4, 0, 9]
-    some = moments.rows(index)
-    assert some.words == moments.words
+    some = onsets.rows(index)
+    assert some.words == onsets.words
     assert some.tokens.shape[1] >= max(len(written[i].tokens) for i in index) - 1
     for row, i in enumerate(index):
         for kind in KINDS:
-            assert places(some, kind, row) == places(moments, kind, i)
+            assert places(some, kind, row) == places(onsets, kind, i)
         width = min(some.tokens.shape[1], len(written[i].tokens))
         assert some.tokens[row, :width].tolist() == list(written[i].tokens[:width])
     short = min(range(len(written)), key=lambda i: len(written[i].tokens))
-    assert moments.rows([short]).tokens.shape[1] <= len(written[short].tokens), "no wider than the longest"
+    assert onsets.rows([short]).tokens.shape[1] <= len(written[short].tokens), "no wider than the longest"
 
 
 def test_documents_with_a_moment_come_in_their_order(pair: PairedModel, written: list[Trace]) -> None:
-    moments = find_onsets(pair, written)
-    has = [i for i in range(len(written)) if moments.moment[i].any()]
+    onsets = find_onsets(pair, written)
+    has = [i for i in range(len(written)) if onsets.onset[i].any()]
     assert 3 < len(has) < len(written)
     for n in (None, 3, 1000):
-        some = moments.with_moments(n)
+        some = onsets.with_onsets(n)
         assert len(some) == len(has[:n])
         for row, i in enumerate(has[:n]):
-            assert places(some, "moment", row) == places(moments, "moment", i)
-    assert int(moments.with_moments().moment.sum()) == int(moments.moment.sum())
-    assert len(find_onsets(pair, [Trace((4, 5, 6, 7), 1)]).with_moments()) == 0
+            assert places(some, "onset", row) == places(onsets, "onset", i)
+    assert int(onsets.with_onsets().onset.sum()) == int(onsets.onset.sum())
+    assert len(find_onsets(pair, [Trace((4, 5, 6, 7), 1)]).with_onsets()) == 0
 
 
 def test_batches_have_every_document_once(pair: PairedModel, written: list[Trace]) -> None:
-    moments = find_onsets(pair, written)
+    onsets = find_onsets(pair, written)
     seen = []
     for limit in (200, 4096):
-        batches = list(moments.batches(limit))
+        batches = list(onsets.batches(limit))
         rows = [i for index, _ in batches for i in index]
         assert sorted(rows) == list(range(len(written)))
         seen.append(len(batches))
         for index, batch in batches:
             assert batch.tokens.numel() <= limit or len(index) == 1
             for row, i in enumerate(index):
-                assert all(places(batch, kind, row) == places(moments, kind, i) for kind in KINDS)
+                assert all(places(batch, kind, row) == places(onsets, kind, i) for kind in KINDS)
     assert seen[0] > seen[1], "similar lengths go together"
-    assert list(moments.with_moments(0).batches()) == []
+    assert list(onsets.with_onsets(0).batches()) == []
 
 
 def test_to_is_the_same_elsewhere(pair: PairedModel, written: list[Trace]) -> None:
-    moments = find_onsets(pair, written[:3])
-    there = moments.to("meta")
-    assert there.words == moments.words
+    onsets = find_onsets(pair, written[:3])
+    there = onsets.to("meta")
+    assert there.words == onsets.words
     assert {getattr(there, kind).device.type for kind in ("tokens", *KINDS)} == {"meta"}
 
 
@@ -274,12 +283,12 @@ def test_margins_are_the_log_odds_of_a_plain_pass(architecture: str, backend: st
     pair, tokens = make(architecture, backend), random_batch(3).tokens
     at = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.3
     no = torch.zeros_like(at)
-    moments = Onsets(tokens, ~no, at, no, no, (7, 12))
+    onsets = Onsets(tokens, ~no, at, no, no, (7, 12))
     for route in ("target", "hybrid", "replacement"):
         with pair.routed(route):
-            found, logits = margins(pair, moments, at), pair.model(tokens)
+            found, logits = log_odds_at(pair, onsets, at), pair.model(tokens)
             residual = final_residual(pair, tokens)
             assert torch.allclose(pair.unembed(residual), logits, atol=1e-5)
         p = logits.softmax(-1)[..., [7, 12]].sum(-1)[at]
         assert torch.allclose(found, p.log() - (1 - p).log(), atol=1e-4)
-    assert torch.equal(replace(moments, boundary=at).elsewhere, ~at)
+    assert torch.equal(replace(onsets, control=at).elsewhere, ~at)

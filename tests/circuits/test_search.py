@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.log_odds import log_odds_at, word_log_odds
 from helpers.pairs import make, state
 from helpers.planted_circuits import (
     N_FEATURES,
@@ -23,7 +24,7 @@ from helpers.planted_circuits import (
 from helpers.random_models import random_batch, random_model
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.circuits.onsets import BehaviorError, Onsets, final_residual, log_odds, margins
+from tl_adapters.circuits.onsets import BehaviorError, Onsets, final_residual
 from tl_adapters.circuits.roles import (
     SHARE,
     SUPPRESSES,
@@ -55,9 +56,9 @@ def doubled(backend: str = "hooked") -> tuple[PairedModel, Onsets]:
     return pair_with(base, layers, [*COPIES, ALONE], backend)
 
 
-def mean_margin(pair: PairedModel, moments: Onsets, at: str = "moment") -> float:
+def mean_log_odds(pair: PairedModel, onsets: Onsets, at: str = "onset") -> float:
     with torch.no_grad():
-        return float(margins(pair, moments, getattr(moments, at)).mean())
+        return float(log_odds_at(pair, onsets, getattr(onsets, at)).mean())
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_the_gradient_of_a_gate_is_its_finite_difference(pair: PairedModel) -> N
 
     def loss(gates: torch.Tensor) -> torch.Tensor:
         with gated(pair, dict(enumerate(gates))) as model:
-            return log_odds(model(TOKENS), (WORD,)).sum()
+            return word_log_odds(model(TOKENS), (WORD,)).sum()
 
     (gradient,) = torch.autograd.grad(loss(gates), gates)
     assert state(pair) == before
@@ -148,9 +149,9 @@ def test_the_gradient_of_a_gate_is_its_finite_difference(pair: PairedModel) -> N
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 def test_what_says_the_word_is_found_first_and_does_all(backend: str) -> None:
-    pair, moments = doubled(backend)
+    pair, onsets = doubled(backend)
     before = state(pair)
-    search = search_circuit(pair, moments, everything(pair), SMALL, progress=False)
+    search = search_circuit(pair, onsets, everything(pair), SMALL, progress=False)
     assert set(search.order[:3]) == {*COPIES, ALONE}
     assert len(search.order) == len(set(search.order)) == 6
     assert [a.n for a in search.aims] == [0, 2, 4, 6]
@@ -164,9 +165,9 @@ def test_what_says_the_word_is_found_first_and_does_all(backend: str) -> None:
 
 def test_a_feature_that_works_through_another_is_necessary(circuit: tuple[PairedModel, Onsets]) -> None:
     """Alone it does nothing, so a step from nothing cannot see that it suffices; that it is needed can be seen."""
-    pair, moments = circuit
+    pair, onsets = circuit
     options = replace(SMALL, sufficiency=0.0)
-    search = search_circuit(pair, moments, everything(pair), options, progress=False)
+    search = search_circuit(pair, onsets, everything(pair), options, progress=False)
     assert set(search.order[:2]) == {TEMPLATE, OUTPUT}
     none, two = search.aims[:2]
     assert none.necessity > 4
@@ -177,94 +178,94 @@ def test_a_feature_that_works_through_another_is_necessary(circuit: tuple[Paired
 
 def test_a_copy_of_what_is_chosen_waits_for_what_else_there_is() -> None:
     """Enough of one copy is added that the other has nothing left to do; by effect alone both copies come first."""
-    pair, moments = doubled()
-    total = effects_at(pair, moments).total
+    pair, onsets = doubled()
+    total = effects_at(pair, onsets).total
     assert set(strongest(total, 2)) == set(COPIES)
     options = SearchOptions(2 / (4 * N_FEATURES), 1.0, 1, strength=2.0, necessity=0, continuation=0)
-    search = search_circuit(pair, moments, everything(pair), options, progress=False)
+    search = search_circuit(pair, onsets, everything(pair), options, progress=False)
     assert search.order[0] in COPIES
     assert search.order[1] == ALONE
 
 
 def test_aims_are_what_they_say(circuit: tuple[PairedModel, Onsets]) -> None:
     """Recomputed with ablations and insertions, at every round."""
-    pair, moments = circuit
+    pair, onsets = circuit
     options = replace(SMALL, strength=1.3, tokens_per_batch=40)  # several batches
-    search = search_circuit(pair, moments, everything(pair), options, progress=False)
-    texts = moments.with_moments()
+    search = search_circuit(pair, onsets, everything(pair), options, progress=False)
+    texts = onsets.with_onsets()
     with torch.no_grad():
         target = pair.model(texts.tokens)
     for aims in search.aims:
         chosen = list(search.order[: aims.n])
         with torch.no_grad():
             with pair.routed("replacement"), ablated(pair, chosen) as model:
-                without = log_odds(model(texts.tokens), (WORD,))[texts.moment]
+                without = word_log_odds(model(texts.tokens), (WORD,))[texts.onset]
             with only(pair, chosen, "replacement", 1.3) as model:
                 inserted = model(texts.tokens)
-        at = texts.moment | texts.boundary
-        said, p = log_odds(target, (WORD,))[at].sigmoid(), log_odds(inserted, (WORD,))[at].sigmoid()
+        at = texts.onset | texts.control
+        said, p = word_log_odds(target, (WORD,))[at].sigmoid(), word_log_odds(inserted, (WORD,))[at].sigmoid()
         entropy = -(said * p.log() + (1 - said) * (1 - p).log()).mean()
-        a, b = (x.log_softmax(-1)[texts.follows] for x in (target, inserted))
+        a, b = (x.log_softmax(-1)[texts.continuation] for x in (target, inserted))
         expected = [(1 + (without + 2).exp()).log().mean(), entropy, (a.exp() * (a - b)).sum(-1).mean()]
         found = [aims.necessity, aims.sufficiency, aims.continuation]
         assert torch.allclose(torch.tensor(found).double(), torch.stack(expected).double(), rtol=1e-5)
 
 
 def test_a_search_is_the_same_twice_and_takes_only_what_is_alive(circuit: tuple[PairedModel, Onsets]) -> None:
-    pair, moments = circuit
+    pair, onsets = circuit
     alive = everything(pair)
     alive[OUTPUT] = False
     alive[0] = False
     options = SearchOptions(share=0.2, per_round=4, tokens_per_batch=60)
-    one, two = (search_circuit(pair, moments, alive, options, progress=False) for _ in range(2))
+    one, two = (search_circuit(pair, onsets, alive, options, progress=False) for _ in range(2))
     assert one == two
     assert len(set(one.order)) == len(one.order) == round(0.2 * int(alive.sum()))
     assert all(alive[f] for f in one.order)
     assert OUTPUT not in one.order
-    whole = search_circuit(pair, moments, alive, replace(options, share=1.0, per_round=50), progress=False)
+    whole = search_circuit(pair, onsets, alive, replace(options, share=1.0, per_round=50), progress=False)
     assert {tuple(f) for f in whole.order} == {tuple(f) for f in alive.nonzero().tolist()}
     few = torch.zeros_like(alive)
     few[TEMPLATE] = True
-    assert search_circuit(pair, moments, few, SearchOptions(), progress=False).order == (TEMPLATE,), "at least one"
+    assert search_circuit(pair, onsets, few, SearchOptions(), progress=False).order == (TEMPLATE,), "at least one"
 
 
 def test_a_search_goes_on_beyond_the_circuit(circuit: tuple[PairedModel, Onsets]) -> None:
-    pair, moments = circuit
-    small = search_circuit(pair, moments, everything(pair), replace(SMALL, further=2.5), progress=False)
-    large = search_circuit(pair, moments, everything(pair), replace(SMALL, share=15 / (4 * N_FEATURES)), progress=False)
+    pair, onsets = circuit
+    small = search_circuit(pair, onsets, everything(pair), replace(SMALL, further=2.5), progress=False)
+    large = search_circuit(pair, onsets, everything(pair), replace(SMALL, share=15 / (4 * N_FEATURES)), progress=False)
     assert (len(small.order), len(small.further)) == (6, 9)
     assert small.order + small.further == large.order
     assert [a.n for a in small.aims] == [0, 2, 4, 6, 8, 10, 12, 14, 15]
-    odd = search_circuit(pair, moments, everything(pair), replace(SMALL, per_round=4, further=1.5), progress=False)
+    odd = search_circuit(pair, onsets, everything(pair), replace(SMALL, per_round=4, further=1.5), progress=False)
     assert [a.n for a in odd.aims] == [0, 4, 6, 9], "the circuit is whole before more join"
 
 
 def test_adapters_are_given_back_as_they_were() -> None:
-    pair, moments = planted()
+    pair, onsets = planted()
     parameters = list(pair.installed_adapters().parameters())
     parameters[1].requires_grad_(False)
     flags = [p.requires_grad for p in parameters]
     assert len(set(flags)) == 2
-    search_circuit(pair, moments, everything(pair), replace(SMALL, documents=1), progress=False)
+    search_circuit(pair, onsets, everything(pair), replace(SMALL, documents=1), progress=False)
     assert [p.requires_grad for p in parameters] == flags
     assert all(p.grad is None for p in parameters)
     with pytest.raises(RuntimeError):
-        search_circuit(pair, moments, everything(pair)[:, :3], SMALL, progress=False)
+        search_circuit(pair, onsets, everything(pair)[:, :3], SMALL, progress=False)
     assert [p.requires_grad for p in parameters] == flags
 
 
 def test_only_so_many_documents_are_read(circuit: tuple[PairedModel, Onsets]) -> None:
-    pair, moments = circuit
-    two = search_circuit(pair, moments, everything(pair), replace(SMALL, documents=2), progress=False)
-    first = search_circuit(pair, moments.with_moments(2), everything(pair), SMALL, progress=False)
-    every = search_circuit(pair, moments, everything(pair), SMALL, progress=False)
+    pair, onsets = circuit
+    two = search_circuit(pair, onsets, everything(pair), replace(SMALL, documents=2), progress=False)
+    first = search_circuit(pair, onsets.with_onsets(2), everything(pair), SMALL, progress=False)
+    every = search_circuit(pair, onsets, everything(pair), SMALL, progress=False)
     assert two == first
     assert two.aims[0] != every.aims[0]
 
 
 def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Onsets]) -> None:
-    pair, moments = circuit
-    silent = replace(moments, moment=torch.zeros_like(moments.moment))
+    pair, onsets = circuit
+    silent = replace(onsets, onset=torch.zeros_like(onsets.onset))
     with pytest.raises(BehaviorError, match="no moment in these texts"):
         search_circuit(pair, silent, everything(pair), progress=False)
     for wrong in (
@@ -291,38 +292,38 @@ def strongest(effects: torch.Tensor, n: int = 4) -> list[FeatureId]:
     return [FeatureId(i // width, i % width) for i in effects.abs().flatten().topk(n).indices.tolist()]
 
 
-@pytest.mark.parametrize("at", ["moment", "boundary"])
+@pytest.mark.parametrize("at", ["onset", "control"])
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
 def test_a_total_effect_is_the_slope_of_the_margin_in_the_features_gate(architecture: str, at: str) -> None:
-    pair, moments = make(architecture, "hooked"), random_onsets()
-    effects = effects_at(pair, moments, at, tokens_per_batch=30)
-    assert abs(effects.margin - replacement_margin(pair, moments, at)) < 1e-6
+    pair, onsets = make(architecture, "hooked"), random_onsets()
+    effects = effects_at(pair, onsets, at, tokens_per_batch=30)
+    assert abs(effects.log_odds - replacement_log_odds(pair, onsets, at)) < 1e-6
 
     def measure(feature: FeatureId, by: float) -> float:
         with scaled(pair, [feature], 1 + by):
-            return replacement_margin(pair, moments, at)
+            return replacement_log_odds(pair, onsets, at)
 
     for feature in strongest(effects.total):
         assert abs(slope(lambda by, f=feature: measure(f, by)) / float(effects.total[feature]) - 1) < 1e-4
 
 
-def replacement_margin(pair: PairedModel, moments: Onsets, at: str) -> float:
+def replacement_log_odds(pair: PairedModel, onsets: Onsets, at: str) -> float:
     with pair.routed("replacement"):
-        return mean_margin(pair, moments, at)
+        return mean_log_odds(pair, onsets, at)
 
 
 def test_a_direct_effect_is_what_the_feature_writes_there_read_by_the_unembedding() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
-    effects = effects_at(pair, moments)
+    pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
+    effects = effects_at(pair, onsets)
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
-        residual = final_residual(pair, moments.tokens)[moments.moment]
+        residual = final_residual(pair, onsets.tokens)[onsets.onset]
     for feature in strongest(effects.direct):
         layer, index = feature
-        written = acts[layer][moments.moment][:, index, None] * pair.installed_adapters()[layer].W_dec[index]
+        written = acts[layer][onsets.onset][:, index, None] * pair.installed_adapters()[layer].W_dec[index]
 
         @torch.no_grad()
         def moved(by: float, written: torch.Tensor = written) -> float:
-            return float(log_odds(pair.unembed(residual + by * written), moments.words).mean())
+            return float(word_log_odds(pair.unembed(residual + by * written), onsets.words).mean())
 
         assert abs(slope(moved) / float(effects.direct[feature]) - 1) < 1e-4
 
@@ -334,33 +335,33 @@ def test_the_last_layer_has_direct_effects_only_and_the_others_have_more() -> No
 
 
 def test_mass_and_rate_are_those_of_the_places() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
+    pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
-        pair.model(moments.tokens)
-    for at in ("moment", "boundary"):
-        effects = effects_at(pair, moments, at, tokens_per_batch=20)
-        texts = getattr(moments, at)
+        pair.model(onsets.tokens)
+    for at in ("onset", "control"):
+        effects = effects_at(pair, onsets, at, tokens_per_batch=20)
+        texts = getattr(onsets, at)
         for layer in range(4):
             here = acts[layer][texts]
             norms = pair.installed_adapters()[layer].W_dec.norm(dim=1)
-            assert torch.allclose(effects.mass[layer], (here.mean(0) * norms).float(), atol=1e-5)
+            assert torch.allclose(effects.activation[layer], (here.mean(0) * norms).float(), atol=1e-5)
             assert torch.allclose(effects.rate[layer], (here > 0).float().mean(0), atol=1e-6)
 
 
 def test_an_effect_with_others_held_is_its_slope_while_they_keep_their_values() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
+    pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     before = state(pair)
     held = [FeatureId(2, i) for i in range(0, 24, 2)] + [FeatureId(3, i) for i in range(0, 24, 3)]
-    free, constant = effects_at(pair, moments), effects_at(pair, moments, held=held)
+    free, constant = effects_at(pair, onsets), effects_at(pair, onsets, held=held)
     assert state(pair) == before
     assert torch.equal(free.direct, constant.direct)
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
-        pair.model(moments.tokens)
+        pair.model(onsets.tokens)
     source = dict(acts)
 
     def measure(feature: FeatureId, by: float) -> float:
         with patched(pair, held, source), scaled(pair, [feature], 1 + by):
-            return replacement_margin(pair, moments, "moment")
+            return replacement_log_odds(pair, onsets, "onset")
 
     differ = (free.total - constant.total)[:2]
     for feature in strongest(differ):
@@ -370,16 +371,16 @@ def test_an_effect_with_others_held_is_its_slope_while_they_keep_their_values() 
 
 
 def test_an_effect_on_what_follows_is_the_slope_of_the_log_odds_of_what_comes() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
-    effects = effects_on_what_follows(pair, moments, tokens_per_batch=30)
-    texts = moments.with_moments()
-    coming = torch.zeros_like(texts.tokens)
-    coming[:, :-1] = texts.tokens[:, 1:]
+    pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
+    effects = effects_on_what_follows(pair, onsets, tokens_per_batch=30)
+    texts = onsets.with_onsets()
+    next_tokens = torch.zeros_like(texts.tokens)
+    next_tokens[:, :-1] = texts.tokens[:, 1:]
 
     @torch.no_grad()
     def measure(by: float, feature: FeatureId) -> float:
         with pair.routed("replacement"), scaled(pair, [feature], 1 + by):
-            p = pair.model(texts.tokens).softmax(-1).gather(-1, coming[..., None])[..., 0][texts.follows]
+            p = pair.model(texts.tokens).softmax(-1).gather(-1, next_tokens[..., None])[..., 0][texts.continuation]
         return float((p / (1 - p)).log().mean())
 
     for feature in strongest(effects):
@@ -387,20 +388,20 @@ def test_an_effect_on_what_follows_is_the_slope_of_the_log_odds_of_what_comes() 
 
 
 def test_a_planted_circuit_is_sorted(circuit: tuple[PairedModel, Onsets]) -> None:
-    pair, moments = circuit
-    sorted_ = sort_features(pair, moments, [TEMPLATE, OUTPUT], everything(pair))
+    pair, onsets = circuit
+    sorted_ = sort_features(pair, onsets, [TEMPLATE, OUTPUT], everything(pair))
     template, output = sorted_.features[:2]
     assert (template.id, template.role) == (TEMPLATE, "template")
     assert (output.id, output.role) == (OUTPUT, "output")
     with pair.routed("hybrid"):
-        hybrid = mean_margin(pair, moments)
-    assert abs(sorted_.gap - (replacement_margin(pair, moments, "moment") - hybrid)) < 1e-5
+        hybrid = mean_log_odds(pair, onsets)
+    assert abs(sorted_.gap - (replacement_log_odds(pair, onsets, "onset") - hybrid)) < 1e-5
     assert sorted_.gap > 5
-    direct = effects_at(pair, moments).direct
+    direct = effects_at(pair, onsets).direct
     assert sorted_.threshold == SHARE * float(direct[everything(pair)].clamp(min=0).sum())
     assert output.direct > 0.1 * sorted_.gap
     assert template.direct < sorted_.threshold < template.through
-    edges = circuit_edges(pair, moments, sorted_.features)
+    edges = circuit_edges(pair, onsets, sorted_.features)
     word, between = (
         next(e for e in edges if (e.source, e.target) == ends) for ends in ((OUTPUT, None), (TEMPLATE, OUTPUT))
     )
@@ -410,29 +411,29 @@ def test_a_planted_circuit_is_sorted(circuit: tuple[PairedModel, Onsets]) -> Non
 
 def test_roles_are_what_the_formulas_say() -> None:
     """On a random pair, where features of every role are."""
-    pair, moments, alive = make("Qwen2ForCausalLM", "hooked"), random_onsets(), torch.ones(4, 24, dtype=torch.bool)
+    pair, onsets, alive = make("Qwen2ForCausalLM", "hooked"), random_onsets(), torch.ones(4, 24, dtype=torch.bool)
     alive[:, 20:] = False
     chosen = [FeatureId(layer, i) for layer in (3, 1, 0, 2) for i in range(0, 12, 2)]
-    here, there = effects_at(pair, moments), effects_at(pair, moments, "boundary")
-    sorted_ = sort_features(pair, moments, chosen, alive)
+    here, there = effects_at(pair, onsets), effects_at(pair, onsets, "control")
+    sorted_ = sort_features(pair, onsets, chosen, alive)
     outputs = [f for f in chosen if here.direct[f] >= sorted_.threshold]
-    through = here.total - effects_at(pair, moments, held=outputs).total
-    follows = effects_on_what_follows(pair, moments)
+    through = here.total - effects_at(pair, onsets, held=outputs).total
+    continuation = effects_on_what_follows(pair, onsets)
     assert sorted_.threshold == SHARE * float(here.direct[alive].clamp(min=0).sum())
-    enough = SHARE * float(follows[alive].clamp(min=0).sum())
+    enough = SHARE * float(continuation[alive].clamp(min=0).sum())
     mine = sorted_.features[: len(chosen)]
     assert [f.id for f in mine] == chosen, "in the order in which they joined"
     assert {f.role for f in mine} == {"output", "template", "continuation", "other"}
     for f in mine:
-        is_template, goes_on = through[f.id] >= sorted_.threshold, follows[f.id] >= enough
+        is_template, goes_on = through[f.id] >= sorted_.threshold, continuation[f.id] >= enough
         none = "template" if is_template else "continuation" if goes_on else "other"
         assert f.role == ("output" if f.id in outputs else none)
-        assert f.follows == float(follows[f.id])
+        assert f.continuation == float(continuation[f.id])
         assert f.direct == float(here.direct[f.id])
         assert f.total == float(here.total[f.id])
         assert f.through == (0 if f.id in outputs else float(through[f.id]))
         assert abs(f.contrast - float(here.total[f.id] - there.total[f.id])) < 1e-6
-        assert f.mass == float(here.mass[f.id])
+        assert f.activation == float(here.activation[f.id])
     against = torch.minimum(here.total, there.total)
     outside = [FeatureId(*f) for f in alive.nonzero().tolist() if FeatureId(*f) not in chosen]
     rest = sorted_.features[len(chosen) :]
@@ -449,27 +450,27 @@ def test_roles_are_what_the_formulas_say() -> None:
 
 
 def test_a_feature_that_fires_before_the_word_and_does_nothing_is_a_bystander() -> None:
-    pair, moments = planted()
+    pair, onsets = planted()
     idle = FeatureId(2, 3)
     adapters = pair.installed_adapters()
     with torch.no_grad():
         adapters[2].W_enc[:, 3] = adapters[3].W_enc[:, 7]  # it reads what the template writes
         adapters[2].b_enc[3] = -1.5
         adapters[2].W_dec[3] = 0
-    sorted_ = sort_features(pair, moments, [TEMPLATE, OUTPUT], everything(pair))
+    sorted_ = sort_features(pair, onsets, [TEMPLATE, OUTPUT], everything(pair))
     assert sorted_.bystanders[0] == idle or idle in sorted_.bystanders
     assert idle not in [f.id for f in sorted_.features]
-    assert idle not in sort_features(pair, moments, [TEMPLATE, OUTPUT, idle], everything(pair)).bystanders
+    assert idle not in sort_features(pair, onsets, [TEMPLATE, OUTPUT, idle], everything(pair)).bystanders
     dead = everything(pair)
     dead[idle] = False
-    assert idle not in sort_features(pair, moments, [TEMPLATE, OUTPUT], dead).bystanders
+    assert idle not in sort_features(pair, onsets, [TEMPLATE, OUTPUT], dead).bystanders
 
 
 def test_an_edge_is_a_slope_of_what_the_output_feature_reads() -> None:
-    pair, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets()
+    pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     chosen = [FeatureId(layer, i) for layer in range(4) for i in range(8)]
-    features = sort_features(pair, moments, chosen, torch.zeros(4, 24, dtype=torch.bool)).features
-    edges = circuit_edges(pair, moments, features)
+    features = sort_features(pair, onsets, chosen, torch.zeros(4, 24, dtype=torch.bool)).features
+    edges = circuit_edges(pair, onsets, features)
     role = {f.id: f.role for f in features}
     by_id = {f.id: f for f in features}
     assert {e.source for e in edges if e.target is None} == {f for f in role if role[f] == "output"}
@@ -477,30 +478,30 @@ def test_an_edge_is_a_slope_of_what_the_output_feature_reads() -> None:
     assert all(role[e.target] == "output" and e.source.layer < e.target.layer for e in between if e.target)
     assert not any(role[e.source] == "output" for e in between)
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
-        pair.model(moments.tokens)
+        pair.model(onsets.tokens)
     plain = dict(acts)
 
     @torch.no_grad()
     def read(source: FeatureId, target: FeatureId, by: float) -> float:
         with pair.routed("replacement"), scaled(pair, [source], 1 + by), pair.recorded(PRE_ACTS_HOOK) as pre:
-            pair.model(moments.tokens)
-        fires = moments.moment & (plain[target.layer][..., target.index] > 0)
-        return float(pre[target.layer][..., target.index][fires].sum() / moments.moment.sum())
+            pair.model(onsets.tokens)
+        fires = onsets.onset & (plain[target.layer][..., target.index] > 0)
+        return float(pre[target.layer][..., target.index][fires].sum() / onsets.onset.sum())
 
     for edge in sorted(between, key=lambda e: -abs(e.weight))[:4]:
         source, target = edge.source, edge.target
         assert target is not None
-        unit = by_id[target].direct / float(plain[target.layer][..., target.index][moments.moment].mean())
+        unit = by_id[target].direct / float(plain[target.layer][..., target.index][onsets.onset].mean())
         found = slope(lambda by, s=source, t=target: read(s, t, by)) * unit
         assert abs(found / edge.weight - 1) < 1e-4
 
 
 def test_an_architecture_with_post_norms_has_a_circuit_too() -> None:
-    pair, moments = make("Gemma2ForCausalLM", "bridge", dtype=torch.float32), random_onsets()
+    pair, onsets = make("Gemma2ForCausalLM", "bridge", dtype=torch.float32), random_onsets()
     alive = torch.ones(4, 24, dtype=torch.bool)
-    search = search_circuit(pair, moments, alive, SearchOptions(share=0.1), progress=False)
+    search = search_circuit(pair, onsets, alive, SearchOptions(share=0.1), progress=False)
     assert len(search.order) == 10
-    sorted_ = sort_features(pair, moments, search.order, alive)
-    values = [v for f in sorted_.features for v in (f.direct, f.through, f.total, f.contrast, f.mass)]
+    sorted_ = sort_features(pair, onsets, search.order, alive)
+    values = [v for f in sorted_.features for v in (f.direct, f.through, f.total, f.contrast, f.activation)]
     assert torch.tensor(values).isfinite().all()
     assert isinstance(search.aims[-1], Aims)

@@ -45,7 +45,7 @@ REMOVALS = (
     "none",
     "output",
     "template",
-    "both",
+    "circuit",
     "random",
     "random_scaled",
     "random_equal_harm",
@@ -116,9 +116,9 @@ def figures(block: Any) -> list[Measurement]:
 def test_every_part_is_there_and_goes_into_results(study: BehaviorStudy) -> None:
     block = json.loads(json.dumps(plain(study.block), allow_nan=False))
     assert set(block) == {
-        "behaviour", "words", "moments", "circuit", "probabilities", "other_words", "necessity", "sufficiency",
-        "transfer", "injected", "mediation", "dose", "smallest", "kinds", "sampled", "suppressors", "bystanders",
-        "criteria", "controls", "injected_more",
+        "schema_version", "behaviour", "words", "moments", "circuit", "probabilities", "other_words", "necessity",
+        "sufficiency", "transfer", "injected", "mediation", "dose", "smallest", "kinds", "sampled", "suppressors",
+        "bystanders", "criteria", "controls", "injected_more",
     }  # fmt: skip
     assert (block["behaviour"], set(block["words"])) == ("hesitation", {"Wait", "wait", " Wait"})
     assert set(block["necessity"]) == {*REMOVALS, "other_tokens"}
@@ -126,8 +126,8 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviorStudy) -> None
         "none",
         "output",
         "template",
-        "both",
-        "both_at_strength",
+        "circuit",
+        "circuit_at_strength",
         "random",
         "random_scaled",
         "random_at_strength",
@@ -137,14 +137,14 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviorStudy) -> None
         "b_dec_only",
     }
     assert set(block["transfer"]) == {"none", "negated", "negated_random"}
-    removed = {"output", "template", "both", "other_tokens", *(f"{of}{how}" for of in SETS for how in FORMS)}
+    removed = {"output", "template", "circuit", "other_tokens", *(f"{of}{how}" for of in SETS for how in FORMS)}
     arms = {f"replacement - {name}" for name in removed} | {f"replacement, {name}" for name in BASELINES}
     arms |= {f"hybrid + {name}" for name in set(block["sufficiency"]) - {"none", "b_dec_only"}}
     assert set(block["probabilities"]) == arms | {"target", "replacement", "hybrid"}
     assert set(block["controls"]) == {"circuit", *BASELINES, *(f"{of}{how}" for of in SETS for how in FORMS)}
     assert set(block["injected"]) == {
-        "target", "replacement", "hybrid", "word banned", "replacement - both", "hybrid + both",
-        "hybrid + both_at_strength", "hybrid + random", "hybrid + others",
+        "target", "replacement", "hybrid", "word banned", "replacement - circuit", "hybrid + circuit",
+        "hybrid + circuit_at_strength", "hybrid + random", "hybrid + others",
         *(f"replacement, {name}" for name in BASELINES), *(f"replacement - {of}{how}" for of in SETS for how in FORMS),
     }  # fmt: skip
     assert set(block["injected_more"]) == {f"{of}{how}" for of in SETS for how in FORMS}
@@ -152,7 +152,7 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviorStudy) -> None
     measured = {"total", "through_output", "interaction", "share"} if templates else set()
     assert set(block["mediation"]) == {"n", *measured}
     assert block["mediation"]["n"] == len(templates)
-    assert set(block["sampled"]) == {"none", "both"}
+    assert set(block["sampled"]) == {"none", "circuit"}
     assert {of: sum(kinds.values()) for of, kinds in block["kinds"].items()}["target"] >= 3
     assert len(study.examples) == 4
     assert all(set(e) >= {"question", "replacement", "with the circuit"} for e in study.examples)
@@ -186,20 +186,20 @@ def test_the_circuit_is_as_large_as_it_says(study: BehaviorStudy, pair: PairedMo
     assert 1 <= size["distinct_directions"] <= size["n"]
     assert circuit.strength == size["strength"] == SEARCH.strength
     assert circuit.fingerprints["adapters"] == pair.installed_adapters().fingerprint
-    assert study.block["moments"]["select"] == found.moments.counts
+    assert study.block["moments"]["select"] == found.onsets.counts
 
 
 def test_what_fires_is_counted_over_the_response(study: BehaviorStudy, pair: PairedModel) -> None:
     found = study.found
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
-        pair.model(found.moments.tokens)
-    at = found.moments.predicting
+        pair.model(found.onsets.tokens)
+    at = found.onsets.predicting
     fired = torch.stack([(acts[layer][at] > 0).sum(0) for layer in range(pair.n_layers)])
     assert torch.equal(found.alive, fired > 0)
     assert abs(found.l0 - float(fired.sum()) / (int(at.sum()) * pair.n_layers)) < 1e-3
     adapters = pair.installed_adapters()
-    mass = torch.stack([acts[i][at].sum(0) * adapters[i].W_dec.norm(dim=1) for i in range(pair.n_layers)])
-    assert torch.allclose(found.firings, mass.detach(), rtol=1e-3, atol=1e-3)
+    activation = torch.stack([acts[i][at].sum(0) * adapters[i].W_dec.norm(dim=1) for i in range(pair.n_layers)])
+    assert torch.allclose(found.firings, activation.detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_arms_are_what_their_names_say(study: BehaviorStudy, pair: PairedModel, subject: Subject) -> None:
@@ -214,26 +214,26 @@ def test_arms_are_what_their_names_say(study: BehaviorStudy, pair: PairedModel, 
 
     none, both = said(on_route("replacement")), said(without(order))
     same(study.block["necessity"]["none"], record(none, none, words, "report", slips))
-    same(study.block["necessity"]["both"], record(both, none, words, "report", slips))
+    same(study.block["necessity"]["circuit"], record(both, none, words, "report", slips))
     none = said(on_route("hybrid"), True)
-    for name, strength in (("both_at_strength", study.circuit.strength), ("both", 1.0)):
+    for name, strength in (("circuit_at_strength", study.circuit.strength), ("circuit", 1.0)):
         inserted = Variant("in", partial(only, features=order, route="replacement", factor=strength))
         same(study.block["sufficiency"][name], record(said(inserted, True), none, words, "report", slips))
     negated = Variant("negated", lambda pair: only(pair, order, "target+adapter", -0.5))
     none, both = said(on_route("target")), said(negated)
     same(study.block["transfer"]["negated"], record(both, none, words, "report", slips))
-    moments = find_onsets(pair, traces_of(none, pair.model.tokenizer))
-    assert study.block["moments"]["report"] == moments.counts
-    assert moments.counts["moments"] >= 3
-    unchanged = Unchanged(pair, moments)
-    for name, variant in (("replacement - both", without(order)), ("hybrid + both", inserted)):
-        found = probabilities(pair, moments, variant, "report", unchanged)
+    onsets = find_onsets(pair, traces_of(none, pair.model.tokenizer))
+    assert study.block["moments"]["report"] == onsets.counts
+    assert onsets.counts["moments"] >= 3
+    unchanged = Unchanged(pair, onsets)
+    for name, variant in (("replacement - circuit", without(order)), ("hybrid + circuit", inserted)):
+        found = probabilities(pair, onsets, variant, "report", unchanged)
         assert plain(study.block["probabilities"][name]) == plain(found)
 
 
 def test_controls_are_set_on_the_select_split_and_read_on_the_other(study: BehaviorStudy, pair: PairedModel) -> None:
     controls, given = study.block["controls"], study.block["probabilities"]
-    texts, circuit = Texts(pair, study.found.moments), controls["circuit"]
+    texts, circuit = Texts(pair, study.found.onsets), controls["circuit"]
     measured = texts.measure(without(list(study.found.search.order)))  # type: ignore[union-attr]
     assert (circuit["p_onset"], circuit["kl_elsewhere"]) == (measured.p_onset, measured.kl)
     assert circuit["write_norm"] == pytest.approx(1)
@@ -253,7 +253,7 @@ def test_controls_are_set_on_the_select_split_and_read_on_the_other(study: Behav
     assert given["hybrid"]["kl_elsewhere"].value > 0
     more, injected = study.block["injected_more"], study.block["injected"]
     for name, figure in more.items():
-        apart = injected[f"replacement - {name}"].value - injected["replacement - both"].value
+        apart = injected[f"replacement - {name}"].value - injected["replacement - circuit"].value
         assert figure.value == pytest.approx(apart)
 
 
@@ -263,12 +263,12 @@ def test_words_that_nothing_was_chosen_on_are_read_at_the_same_places(
     tokenizer, found = pair.model.tokenizer, study.block["other_words"]
     held_out = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Hmm", " Hmm", "hmm", " hmm", "No")]
     assert all(len(ids) == 1 for ids in held_out)
-    moments = find_onsets(pair, traces_of(respond(pair.model, subject.report, max_new_tokens=LIMIT), tokenizer))
-    others = replace(moments, words=tuple(ids[0] for ids in held_out))
+    onsets = find_onsets(pair, traces_of(respond(pair.model, subject.report, max_new_tokens=LIMIT), tokenizer))
+    others = replace(onsets, words=tuple(ids[0] for ids in held_out))
     expected = probabilities(pair, others, without(list(study.found.search.order)), "report")  # type: ignore[union-attr]
-    assert plain(found["replacement - both"]) == plain(expected)
-    arms = {"target", "replacement", "replacement - both", "words banned", "hybrid", "hybrid + both"}
-    assert set(found) == {*arms, "hybrid + both_at_strength"}
+    assert plain(found["replacement - circuit"]) == plain(expected)
+    arms = {"target", "replacement", "replacement - circuit", "words banned", "hybrid", "hybrid + circuit"}
+    assert set(found) == {*arms, "hybrid + circuit_at_strength"}
     assert found["words banned"]["moment"].value > found["replacement"]["moment"].value, "what is banned goes there"
 
 
@@ -280,9 +280,9 @@ def test_doses_grow_to_the_whole(study: BehaviorStudy) -> None:
     assert 0 < further == round(SEARCH.further * SEARCH.share * block["circuit"]["alive"]) - n
     assert [d["n"] for d in doses] == [4, n, n + further]
     whole = doses[1]
-    assert whole["hesitation_per_1k"].value == block["necessity"]["both"]["hesitation_per_1k"]
-    assert whole["p_moment"] == pytest.approx(block["probabilities"]["replacement - both"]["moment"].value)
-    assert whole["p_inserted"] == pytest.approx(block["probabilities"]["hybrid + both"]["moment"].value)
+    assert whole["hesitation_per_1k"].value == block["necessity"]["circuit"]["hesitation_per_1k"]
+    assert whole["p_moment"] == pytest.approx(block["probabilities"]["replacement - circuit"]["moment"].value)
+    assert whole["p_inserted"] == pytest.approx(block["probabilities"]["hybrid + circuit"]["moment"].value)
     assert whole["p_moment"] < doses[0]["p_moment"] < block["probabilities"]["replacement"]["moment"].value
     enough = [d["n"] for d in doses if d["hesitation_cut"] >= CUT]
     assert block["smallest"]["n"] == min(enough, default=None)
@@ -290,11 +290,11 @@ def test_doses_grow_to_the_whole(study: BehaviorStudy) -> None:
 
 def test_a_circuit_does_more_than_random_features_that_are_as_active(study: BehaviorStudy) -> None:
     said = {name: p["moment"].value for name, p in study.block["probabilities"].items()}
-    assert said["replacement - both"] < 0.7 * said["replacement"]
-    assert said["replacement - both"] < said["replacement - random"]
-    assert said["hybrid + both"] > said["hybrid + random"]
-    assert said["hybrid + both_at_strength"] > 3 * said["hybrid"]
-    assert said["hybrid + both_at_strength"] > said["hybrid + both"] > said["hybrid"]
+    assert said["replacement - circuit"] < 0.7 * said["replacement"]
+    assert said["replacement - circuit"] < said["replacement - random"]
+    assert said["hybrid + circuit"] > said["hybrid + random"]
+    assert said["hybrid + circuit_at_strength"] > 3 * said["hybrid"]
+    assert said["hybrid + circuit_at_strength"] > said["hybrid + circuit"] > said["hybrid"]
 
 
 def test_criteria_are_read_off_the_block(study: BehaviorStudy) -> None:
@@ -307,7 +307,7 @@ def test_criteria_are_read_off_the_block(study: BehaviorStudy) -> None:
         assert c["needs"] is None or (f"needs n >= {c['needs']:,}; n = {c['n']}" in c["bar"])
         assert c["bar"]
     asked = {c["name"]: c for c in criteria}
-    gone, measured = asked["hesitation gone without it"], block["necessity"]["both"].get("hesitation_cut")
+    gone, measured = asked["hesitation gone without it"], block["necessity"]["circuit"].get("hesitation_cut")
     assert gone["value"] == (None if measured is None else measured.value), "none was there to be gone"
     equal = asked["accuracy, hybrid + circuit less hybrid"]
     assert (equal["reached"], equal["n"]) == (None, 4) and "not enough problems" in equal["bar"]
@@ -315,19 +315,19 @@ def test_criteria_are_read_off_the_block(study: BehaviorStudy) -> None:
     assert (share["value"], share["reached"]) == (block["circuit"]["share_of_alive"], False), "10 % is above 3 %"
     said = block["probabilities"]
     kept = asked["P(word) at the target's moments, hybrid + circuit over target"]
-    assert kept["value"] == said["hybrid + both"]["moment"].value / said["target"]["moment"].value
+    assert kept["value"] == said["hybrid + circuit"]["moment"].value / said["target"]["moment"].value
     shorter = asked["responses shorter without it"]
-    assert shorter["value"] == -block["necessity"]["both"]["length_change"].value
+    assert shorter["value"] == -block["necessity"]["circuit"]["length_change"].value
     assert shorter["reached"] == (shorter["value"] >= 0.2)
-    counts, by = block["moments"]["report"], said["hybrid + both"]
+    counts, by = block["moments"]["report"], said["hybrid + circuit"]
     everywhere = asked["P(word) at all other places of the response, hybrid + circuit"]["value"]
     low, high = sorted((by["boundary"].value, by["elsewhere"].value))
     assert low < everywhere < high
     assert counts["boundaries"] > 0
     i = block["injected"]
     lost = asked["injected errors corrected: lost without it"]
-    assert lost["value"] == i["replacement"].value - i["replacement - both"].value
-    with_it, without_it = (i[name].outcomes for name in ("replacement", "replacement - both"))
+    assert lost["value"] == i["replacement"].value - i["replacement - circuit"].value
+    with_it, without_it = (i[name].outcomes for name in ("replacement", "replacement - circuit"))
     pairs = list(zip(with_it, without_it, strict=True))
     change = newcombe(*map(pairs.count, product("10", repeat=2)))
     assert lost["reached"] == (change.low > 0 and mcnemar(with_it, without_it) < 0.05)
@@ -359,7 +359,7 @@ def test_a_function_finds_what_the_word_finds(pair: PairedModel, traces: list[Tr
     options = replace(SEARCH, share=0.03)
     found = find_circuit(pair, traces, behaviour, split="tune", options=options, progress=False)
     plainly = find_circuit(pair, traces, options=options, progress=False)
-    assert torch.equal(found.moments.moment, plainly.moments.moment)
+    assert torch.equal(found.onsets.onset, plainly.onsets.onset)
     assert len(found.circuit.ids()) == len(plainly.circuit.ids()) > 2
     assert len({*found.circuit.ids()} & {*plainly.circuit.ids()}) > 0.5 * len(plainly.circuit.ids())
     assert (found.circuit.behaviour, found.circuit.split) == ("doubt", "tune")
@@ -376,7 +376,7 @@ def test_fewer_moments_than_that_are_no_behaviour(pair: PairedModel, traces: lis
     found = find_circuit(pair, doubting[: enough - 1], options=options, progress=False)
     assert (found.search, found.roles, found.circuit.features, found.circuit.edges) == (None, None, (), ())
     assert found.circuit.words
-    assert found.moments.moment.any()
+    assert found.onsets.onset.any()
 
 
 def test_adapters_that_do_nothing_have_no_circuit(traces: list[Trace]) -> None:
@@ -402,7 +402,7 @@ def test_a_target_that_never_says_the_word_has_no_circuit_and_no_arms() -> None:
     study = analyze_hesitation(null, builtin_subject(30, 5), OPTIONS, progress=False)
     assert study.block["moments"]["select"] == {"documents": 30, "moments": 0, "boundaries": 0}
     assert study.block["moments"]["report"]["moments"] == 0
-    assert set(study.block) == {"behaviour", "words", "moments", "circuit"}
+    assert set(study.block) == {"schema_version", "behaviour", "words", "moments", "circuit"}
     size = study.block["circuit"]
     assert size["alive"] > 0
     assert {size[name] for name in ("n", *ROLES, "share_of_alive")} == {0}
@@ -417,6 +417,6 @@ def test_a_report_without_a_moment_has_a_circuit_and_no_arms(pair: PairedModel, 
     study = analyze_behavior(
         pair, replace(subject, report=subject.report[3:]), name="doubt", options=OPTIONS, seeds=(4,), progress=False
     )
-    assert set(study.block) == {"behaviour", "words", "moments", "circuit"}
+    assert set(study.block) == {"schema_version", "behaviour", "words", "moments", "circuit"}
     assert study.block["circuit"]["n"] > 0
     assert study.circuit.behaviour == study.block["behaviour"] == "doubt"

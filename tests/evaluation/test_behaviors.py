@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.log_odds import log_odds_at, word_log_odds
 from helpers.pairs import make, state
 from helpers.planted_circuits import SMALL, everything, planted, random_onsets
 from helpers.random_models import random_batch, random_model, randomise
@@ -21,7 +22,7 @@ from tl_adapters.circuits.banned_words import banned, banned_neighbors
 from tl_adapters.circuits.circuit import Circuit, CircuitError
 from tl_adapters.circuits.find import find_circuit
 from tl_adapters.circuits.measurements import mediation, probabilities, record
-from tl_adapters.circuits.onsets import Onsets, final_residual, find_onsets, log_odds, margins, margins_where
+from tl_adapters.circuits.onsets import Onsets, final_residual, find_onsets, log_odds_from_logits
 from tl_adapters.circuits.roles import circuit_edges, effects_at, sort_features
 from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
@@ -205,22 +206,22 @@ def test_what_else_begins_alike_is_a_control_position(pair: PairedModel) -> None
     #              0  1  2     3      4      5  6     7      8     9  10    11     12    13
     trace = Trace((9, 8, wait, comma, three, 8, wait, comma, five, 8, wait, comma, three, 8), 1)
     for behaviour in (Behavior(words=("Wait,3",)), Behavior(find=row(wait, comma, three))):
-        moments = find_onsets(pair, [trace], behaviour)
-        assert (wait, comma, three) in moments.words
-        places = {kind: getattr(moments, kind)[0].nonzero()[:, 0].tolist() for kind in ("moment", "boundary")}
-        assert places == {"moment": [1, 9], "boundary": [5]}
-        assert moments.shared == 1
-        assert moments.follows[0].nonzero()[:, 0].tolist() == [2, 3, 4, 10, 11, 12], "its own tokens first"
-        counted = (moments.moment | moments.boundary | moments.follows | moments.elsewhere).equal(moments.predicting)
+        onsets = find_onsets(pair, [trace], behaviour)
+        assert (wait, comma, three) in onsets.words
+        places = {kind: getattr(onsets, kind)[0].nonzero()[:, 0].tolist() for kind in ("onset", "control")}
+        assert places == {"onset": [1, 9], "control": [5]}
+        assert onsets.shared == 1
+        assert onsets.continuation[0].nonzero()[:, 0].tolist() == [2, 3, 4, 10, 11, 12], "its own tokens first"
+        counted = (onsets.onset | onsets.control | onsets.continuation | onsets.elsewhere).equal(onsets.predicting)
         assert counted
 
 
 def test_a_place_within_a_phrase_is_no_boundary(pair: PairedModel) -> None:
     """The phrase holds the very token after which it begins."""
     trace = Trace((9, 8, 4, 8, 6, 3, 8, 5, 3), 1)
-    moments = find_onsets(pair, [trace], Behavior(find=row(4, 8, 6)))
-    assert moments.moment[0].nonzero()[:, 0].tolist() == [1]
-    assert moments.boundary[0].nonzero()[:, 0].tolist() == [6]
+    onsets = find_onsets(pair, [trace], Behavior(find=row(4, 8, 6)))
+    assert onsets.onset[0].nonzero()[:, 0].tolist() == [1]
+    assert onsets.control[0].nonzero()[:, 0].tolist() == [6]
 
 
 def test_a_function_that_finds_whole_sentences_is_told_that_phrases_are_short(pair: PairedModel) -> None:
@@ -248,7 +249,7 @@ PHRASES = ((4, 5), (4, 6, 7), 9)
 """Two that begin alike, and a single token."""
 
 
-def phrase_moments(seed: int = 2) -> Onsets:
+def phrase_onsets(seed: int = 2) -> Onsets:
     """Texts of few different tokens, so that phrases are begun, parted from and ended; every place is measured."""
     batch = random_batch(seed, (19, 12, 16), vocab=10)
     tokens = batch.tokens.clone()
@@ -274,33 +275,33 @@ def by_hand(p: torch.Tensor, tokens: list[int], place: int, n: int) -> float:
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
 @torch.no_grad()
 def test_the_probability_of_a_phrase_is_the_product_over_its_tokens(architecture: str) -> None:
-    tiny, moments = make(architecture, "hooked"), phrase_moments()
+    tiny, onsets = make(architecture, "hooked"), phrase_onsets()
     for route in ("target", "replacement"):
         with tiny.routed(route):
-            found = margins(tiny, moments, moments.moment).sigmoid()
-            p = tiny.model(moments.tokens).softmax(-1)
-        lengths = (moments.predicting.long() * torch.arange(1, moments.tokens.shape[1] + 1)).amax(1) + 1
+            found = log_odds_at(tiny, onsets, onsets.onset).sigmoid()
+            p = tiny.model(onsets.tokens).softmax(-1)
+        lengths = (onsets.predicting.long() * torch.arange(1, onsets.tokens.shape[1] + 1)).amax(1) + 1
         expected = [
-            by_hand(p[r], moments.tokens[r].tolist(), c, int(lengths[r])) for r, c in moments.moment.nonzero().tolist()
+            by_hand(p[r], onsets.tokens[r].tolist(), c, int(lengths[r])) for r, c in onsets.onset.nonzero().tolist()
         ]
         assert torch.allclose(found, torch.tensor(expected).to(found), atol=1e-6)
-    assert any(abs(a - float(b)) > 1e-3 for a, b in zip(expected, first_token(p, moments), strict=True))
+    assert any(abs(a - float(b)) > 1e-3 for a, b in zip(expected, first_token(p, onsets), strict=True))
 
 
-def first_token(p: torch.Tensor, moments: Onsets) -> torch.Tensor:
-    return p[..., [4, 9]].sum(-1)[moments.moment]
+def first_token(p: torch.Tensor, onsets: Onsets) -> torch.Tensor:
+    return p[..., [4, 9]].sum(-1)[onsets.onset]
 
 
 def test_odds_of_phrases_take_gradients_through_all_their_tokens() -> None:
     """Effects are slopes of the phrase's log-odds, and the direct ones reach its later tokens."""
-    tiny, moments = make("Qwen2ForCausalLM", "hooked"), phrase_moments()
-    effects = effects_at(tiny, moments)
+    tiny, onsets = make("Qwen2ForCausalLM", "hooked"), phrase_onsets()
+    effects = effects_at(tiny, onsets)
     assert torch.allclose(effects.total[3], effects.direct[3], atol=1e-5), "the last layer has direct effects only"
 
     @torch.no_grad()
     def mean(feature: tuple[int, int], by: float) -> float:
         with tiny.routed("replacement"), scaled(tiny, [feature], 1 + by):
-            return float(margins(tiny, moments, moments.moment).mean())
+            return float(log_odds_at(tiny, onsets, onsets.onset).mean())
 
     for i in effects.total.abs().flatten().topk(4).indices.tolist():
         feature = (i // 24, i % 24)
@@ -309,21 +310,21 @@ def test_odds_of_phrases_take_gradients_through_all_their_tokens() -> None:
 
 
 def test_phrases_are_searched_sorted_and_measured() -> None:
-    tiny, moments = make("Qwen2ForCausalLM", "hooked"), random_onsets(vocab=10)
-    moments = replace(moments, words=PHRASES)
-    search = search_circuit(tiny, moments, everything(tiny), SearchOptions(share=0.1), progress=False)
-    sorted_ = sort_features(tiny, moments, search.order, everything(tiny))
+    tiny, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets(vocab=10)
+    onsets = replace(onsets, words=PHRASES)
+    search = search_circuit(tiny, onsets, everything(tiny), SearchOptions(share=0.1), progress=False)
+    sorted_ = sort_features(tiny, onsets, search.order, everything(tiny))
     values = [v for f in sorted_.features for v in f.effects] + [sorted_.gap]
     assert torch.tensor(values).isfinite().all()
-    held = mediation(tiny, moments, [(0, 3)], [(3, 4)], "report")  # type: ignore[list-item]
-    with torch.no_grad(), tiny.routed("replacement"), frozen(tiny, moments.tokens):
-        clean = whole_pass(moments, tiny.model(moments.tokens))
+    held = mediation(tiny, onsets, [(0, 3)], [(3, 4)], "report")  # type: ignore[list-item]
+    with torch.no_grad(), tiny.routed("replacement"), frozen(tiny, onsets.tokens):
+        clean = whole_pass(onsets, tiny.model(onsets.tokens))
         with ablated(tiny, [(0, 3)]):
-            lost = float((clean - whole_pass(moments, tiny.model(moments.tokens))).mean())
+            lost = float((clean - whole_pass(onsets, tiny.model(onsets.tokens))).mean())
     assert held["total"].value == pytest.approx(lost, abs=1e-5)
-    found = probabilities(tiny, moments, on_route("target"), "report")
+    found = probabilities(tiny, onsets, on_route("target"), "report")
     with torch.no_grad(), tiny.routed("target"):
-        expected = margins(tiny, moments, moments.boundary).sigmoid().mean()
+        expected = log_odds_at(tiny, onsets, onsets.control).sigmoid().mean()
     assert found["boundary"].value == pytest.approx(float(expected))
 
 
@@ -336,19 +337,19 @@ def test_margins_of_bfloat16_logits_are_exact(words: Any) -> None:
     """Against float64 on the very same logits; in bfloat16 sums of exponentials are off by percents."""
     base, target = (random_model(seed, torch.bfloat16, vocab_size=4000) for seed in (1, 2))
     tiny = randomise(PairedModel.from_pretrained(base, target))
-    moments = replace(phrase_moments(), words=words)
+    onsets = replace(phrase_onsets(), words=words)
     with tiny.routed("target"):
-        logits = tiny.unembed(final_residual(tiny, moments.tokens)).bfloat16()
-        assert margins(tiny, moments, moments.moment).dtype == torch.float32
-    found = whole_pass(moments, logits)
+        logits = tiny.unembed(final_residual(tiny, onsets.tokens)).bfloat16()
+        assert log_odds_at(tiny, onsets, onsets.onset).dtype == torch.float32
+    found = whole_pass(onsets, logits)
     assert found.dtype == torch.float32
-    assert torch.allclose(found.double(), whole_pass(moments, logits.double()), atol=1e-4)
-    assert torch.allclose(log_odds(logits, (5,)).double(), log_odds(logits.double(), (5,)), atol=1e-4)
+    assert torch.allclose(found.double(), whole_pass(onsets, logits.double()), atol=1e-4)
+    assert torch.allclose(word_log_odds(logits, (5,)).double(), word_log_odds(logits.double(), (5,)), atol=1e-4)
 
 
-def whole_pass(moments: Onsets, logits: torch.Tensor) -> torch.Tensor:
+def whole_pass(onsets: Onsets, logits: torch.Tensor) -> torch.Tensor:
     """Margins at the moments, of the logits of a whole pass."""
-    return margins_where(lambda rows, places: logits[rows, places], moments, moments.moment)
+    return log_odds_from_logits(lambda rows, places: logits[rows, places], onsets, onsets.onset)
 
 
 def test_a_circuit_is_found_in_bfloat16_as_in_float64() -> None:
@@ -356,14 +357,14 @@ def test_a_circuit_is_found_in_bfloat16_as_in_float64() -> None:
     found = {}
     for dtype in (torch.float64, torch.bfloat16):
         tiny = randomise(PairedModel.from_pretrained(random_model(1, dtype), random_model(2, dtype)))
-        moments = random_onsets()
-        search = search_circuit(tiny, moments, everything(tiny), SearchOptions(share=0.1), progress=False)
-        sorted_ = sort_features(tiny, moments, search.order, everything(tiny))
-        edges = circuit_edges(tiny, moments, sorted_.features)
+        onsets = random_onsets()
+        search = search_circuit(tiny, onsets, everything(tiny), SearchOptions(share=0.1), progress=False)
+        sorted_ = sort_features(tiny, onsets, search.order, everything(tiny))
+        edges = circuit_edges(tiny, onsets, sorted_.features)
         assert (
             torch.tensor([v for f in sorted_.features for v in f.effects] + [e.weight for e in edges]).isfinite().all()
         )
-        found[dtype] = (search, effects_at(tiny, moments))
+        found[dtype] = (search, effects_at(tiny, onsets))
     (exact, effects), (low, rounded) = found.values()
     assert low.aims[0].continuation >= 0
     for name in ("necessity", "sufficiency", "continuation"):
@@ -374,52 +375,52 @@ def test_a_circuit_is_found_in_bfloat16_as_in_float64() -> None:
 # -- documents without an onset ---------------------------------------------------------------------------------------
 
 
-def with_quiet_documents(moments: Onsets) -> Onsets:
+def with_quiet_documents(onsets: Onsets) -> Onsets:
     """The first and the last of five documents have boundaries only."""
-    moment = moments.moment.clone()
-    moment[[0, 4]] = False
-    boundary = moments.boundary | (moments.moment & ~moment)
-    return replace(moments, moment=moment, boundary=boundary)
+    onset = onsets.onset.clone()
+    onset[[0, 4]] = False
+    control = onsets.control | (onsets.onset & ~onset)
+    return replace(onsets, onset=onset, control=control)
 
 
 def test_documents_without_an_onset_are_read_in_proportion() -> None:
     n = 30
     tokens = torch.arange(1, n * 4 + 1).view(n, 4)
-    moment, boundary, none = (torch.zeros(n, 4, dtype=torch.bool) for _ in range(3))
-    moment[::3, 1] = True
-    boundary[1::3, 2] = True  # a third has boundaries only, a third nothing
-    moments = Onsets(tokens, torch.ones_like(moment), moment, boundary, none, (5,))
-    assert len(moments.with_places()) == 20
+    onset, control, none = (torch.zeros(n, 4, dtype=torch.bool) for _ in range(3))
+    onset[::3, 1] = True
+    control[1::3, 2] = True  # a third has boundaries only, a third nothing
+    onsets = Onsets(tokens, torch.ones_like(onset), onset, control, none, (5,))
+    assert len(onsets.with_onsets_and_controls()) == 20
     for documents, all_ in ((10, 20), (5, 10), (1, 2)):
-        some = moments.with_places(documents)
+        some = onsets.with_onsets_and_controls(documents)
         assert len(some) == all_
-        assert int(some.moment.any(1).sum()) == documents
+        assert int(some.onset.any(1).sum()) == documents
         assert some.tokens[:, 0].tolist() == sorted(some.tokens[:, 0].tolist()), "in their order"
-    half = moments.with_places(5).tokens[:, 0]
+    half = onsets.with_onsets_and_controls(5).tokens[:, 0]
     others = [int(x) for x in half if (int(x) - 1) // 4 % 3 == 1]
     assert max(others) - min(others) > 60, "of the whole list, not of its beginning"
-    assert [len(moments.having(kind)) for kind in ("moment", "boundary", "follows")] == [10, 10, 0]
+    assert [len(onsets.having(kind)) for kind in ("onset", "control", "continuation")] == [10, 10, 0]
 
 
 def test_boundaries_count_whether_or_not_their_document_has_an_onset() -> None:
-    tiny, moments = make("Qwen2ForCausalLM", "hooked"), with_quiet_documents(random_onsets())
-    effects = effects_at(tiny, moments, "boundary")
+    tiny, onsets = make("Qwen2ForCausalLM", "hooked"), with_quiet_documents(random_onsets())
+    effects = effects_at(tiny, onsets, "control")
     with torch.no_grad(), tiny.routed("replacement"):
-        assert effects.margin == pytest.approx(float(margins(tiny, moments, moments.boundary).mean()), abs=1e-6)
-        alone = moments.with_moments()
-        assert effects.margin != pytest.approx(float(margins(tiny, alone, alone.boundary).mean()), abs=1e-3)
+        assert effects.log_odds == pytest.approx(float(log_odds_at(tiny, onsets, onsets.control).mean()), abs=1e-6)
+        alone = onsets.with_onsets()
+        assert effects.log_odds != pytest.approx(float(log_odds_at(tiny, alone, alone.control).mean()), abs=1e-3)
 
 
 def test_a_search_reads_documents_without_an_onset() -> None:
-    tiny, moments = planted()
-    moments = with_quiet_documents(moments)
-    aims = search_circuit(tiny, moments, everything(tiny), replace(SMALL, necessity=0), progress=False).aims[0]
+    tiny, onsets = planted()
+    onsets = with_quiet_documents(onsets)
+    aims = search_circuit(tiny, onsets, everything(tiny), replace(SMALL, necessity=0), progress=False).aims[0]
     with torch.no_grad():
-        at = moments.moment | moments.boundary
+        at = onsets.onset | onsets.control
         with tiny.routed("target"):
-            said_ = margins(tiny, moments, at).sigmoid()
+            said_ = log_odds_at(tiny, onsets, at).sigmoid()
         with tiny.routed("hybrid"):
-            odds = margins(tiny, moments, at)
+            odds = log_odds_at(tiny, onsets, at)
     assert aims.sufficiency == pytest.approx(
         float((torch.nn.functional.softplus(odds) - said_ * odds).mean()), rel=1e-4
     )
@@ -431,21 +432,21 @@ def test_a_search_reads_documents_without_an_onset() -> None:
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 @torch.no_grad()
 def test_a_phrase_is_banned_where_its_first_token_was_read_and_nowhere_else(backend: str) -> None:
-    tiny, moments = make("Qwen2ForCausalLM", backend), phrase_moments()
+    tiny, onsets = make("Qwen2ForCausalLM", backend), phrase_onsets()
     before = state(tiny)
     with tiny.routed("replacement"):
-        free = tiny.model(moments.tokens)
+        free = tiny.model(onsets.tokens)
     variant = banned((7, (4, 5)), {(4, 5): 0})
     with variant.entered(tiny) as model:
-        found = model(moments.tokens)
+        found = model(onsets.tokens)
     expected = free.clone()
     expected[..., 7] = -torch.inf
-    expected[..., 5] = expected[..., 5].masked_fill(moments.tokens == 4, -torch.inf)
+    expected[..., 5] = expected[..., 5].masked_fill(onsets.tokens == 4, -torch.inf)
     assert torch.allclose(found, expected, atol=1e-6)
     assert state(tiny) == before
     assert not tiny.model.embed._forward_pre_hooks
     with variant.entered(tiny), pytest.raises(InterventionError, match="passes over whole texts"):
-        tiny.unembed(final_residual(tiny, moments.tokens)[moments.moment])
+        tiny.unembed(final_residual(tiny, onsets.tokens)[onsets.onset])
 
 
 def test_of_three_tokens_the_neighbors_are_banned_that_stand_least_elsewhere() -> None:
@@ -454,10 +455,10 @@ def test_of_three_tokens_the_neighbors_are_banned_that_stand_least_elsewhere() -
     tokens[0, 2:14] = torch.tensor([4, 5, 6, 1, 4, 5, 7, 1, 4, 5, 6, 2])
     tokens[1, 2:9] = torch.tensor([5, 6, 1, 4, 5, 6, 3])
     at, no = batch.predicting_response, torch.zeros_like(batch.predicting_response)
-    moments = Onsets(tokens, at, at, no, no, ((4, 5, 6), 3))
-    assert banned_neighbors(moments) == {(4, 5): 1}, "one (5, 6) begins in the prompt's reach, one (4, 5) goes on to 7"
-    assert banned_neighbors(replace(moments, words=((1, 4, 5),))) == {(1, 4): 0}
-    assert banned_neighbors(replace(moments, words=(3,))) == {}
+    onsets = Onsets(tokens, at, at, no, no, ((4, 5, 6), 3))
+    assert banned_neighbors(onsets) == {(4, 5): 1}, "one (5, 6) begins in the prompt's reach, one (4, 5) goes on to 7"
+    assert banned_neighbors(replace(onsets, words=((1, 4, 5),))) == {(1, 4): 0}
+    assert banned_neighbors(replace(onsets, words=(3,))) == {}
 
 
 def test_a_banned_phrase_is_never_said_and_what_begins_alike_is(pair: PairedModel) -> None:
@@ -534,7 +535,14 @@ def test_both_ways_to_name_a_phrase_are_one_study(studies: dict[str, BehaviorStu
     for block in (by_words, by_function):
         assert block["measured"] == "the whole phrase"
         assert block["begins_alike"]["select"] > 20, "negatives that begin with the same token"
-        arms = {"target", "replacement", "replacement - both", "hybrid", "hybrid + both", "hybrid + both_at_strength"}
+        arms = {
+            "target",
+            "replacement",
+            "replacement - circuit",
+            "hybrid",
+            "hybrid + circuit",
+            "hybrid + circuit_at_strength",
+        }
         assert set(block["other_words"]) == arms
     for part in ("necessity", "sufficiency", "transfer"):
         for arm, rates in by_words[part].items():
@@ -563,20 +571,20 @@ def test_the_target_says_the_phrase_at_its_onsets_and_less_often_where_the_line_
 ) -> None:
     """The first token alone is as likely at both, so that of the phrase is what tells them apart."""
     found = {place: f.value for place, f in studies["words"].block["probabilities"]["target"].items()}
-    moments = studies["words"].found.moments
+    onsets = studies["words"].found.onsets
     with pair.routed("target"):
-        logits = pair.unembed(final_residual(pair, moments.tokens))
+        logits = pair.unembed(final_residual(pair, onsets.tokens))
     first = logits.softmax(-1)[..., LINE_WAIT[0]]
-    alike = moments.boundary & (moments.coming == LINE_WAIT[0])
-    assert min(float(first[moments.moment].mean()), float(first[alike].mean())) > 0.9
-    whole = margins_at(pair, moments, alike)
+    alike = onsets.control & (onsets.next_tokens == LINE_WAIT[0])
+    assert min(float(first[onsets.onset].mean()), float(first[alike].mean())) > 0.9
+    whole = probability_at(pair, onsets, alike)
     assert found["moment"] > 0.3
     assert float(whole.mean()) < float(first[alike].mean()) - 0.3
 
 
-def margins_at(pair: PairedModel, moments: Onsets, at: torch.Tensor) -> torch.Tensor:
+def probability_at(pair: PairedModel, onsets: Onsets, at: torch.Tensor) -> torch.Tensor:
     with pair.routed("target"):
-        return margins(pair, moments, at).sigmoid()
+        return log_odds_at(pair, onsets, at).sigmoid()
 
 
 def test_pages_and_files_say_what_a_function_found(studies: dict[str, BehaviorStudy], tmp_path: Path) -> None:
@@ -613,9 +621,9 @@ def test_positions_alone_measure_the_token_that_begins_it(pair: PairedModel, sub
     with pair.routed("target"):
         traces = traces_of(respond(pair.model, subject.select, max_new_tokens=LIMIT), pair.model.tokenizer)
     starts = Behavior("lines", find=lambda t: [start for start, _ in after_a_line(t)])
-    moments = find_onsets(pair, traces, starts)
-    assert moments.words == LINE_WAIT[:1]
-    assert moments.shared > 20, "what else begins with that token stays a negative"
+    onsets = find_onsets(pair, traces, starts)
+    assert onsets.words == LINE_WAIT[:1]
+    assert onsets.shared > 20, "what else begins with that token stays a negative"
 
 
 # -- nothing to find --------------------------------------------------------------------------------------------------

@@ -56,11 +56,11 @@ def pair_with(
     predicting = batch.predicting_response
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
         pair.model(batch.tokens)
-    moment = predicting & torch.stack([acts[f.layer][..., f.index] > 0.3 for f in features]).any(0)
-    follows = torch.zeros_like(moment)
-    follows[:, 1:] = moment[:, :-1] & ~moment[:, 1:] & predicting[:, 1:]
-    boundary = predicting & ~moment & ~follows & (torch.arange(moment.shape[1]) % 3 != 0)
-    return pair, Onsets(batch.tokens, predicting, moment, boundary, follows, (WORD,))
+    onset = predicting & torch.stack([acts[f.layer][..., f.index] > 0.3 for f in features]).any(0)
+    continuation = torch.zeros_like(onset)
+    continuation[:, 1:] = onset[:, :-1] & ~onset[:, 1:] & predicting[:, 1:]
+    control = predicting & ~onset & ~continuation & (torch.arange(onset.shape[1]) % 3 != 0)
+    return pair, Onsets(batch.tokens, predicting, onset, control, continuation, (WORD,))
 
 
 def planted(backend: str = "hooked") -> tuple[PairedModel, Onsets]:

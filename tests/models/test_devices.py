@@ -92,7 +92,7 @@ def documents(n: int = 4, seed: int = 0, vocab: int = 31) -> list[Trace]:
     ]
 
 
-def some_moments() -> Onsets:
+def some_onsets() -> Onsets:
     batch = random_batch(3, (12, 9, 11), vocab=31)
     drawn = torch.randint(4, batch.tokens.shape, generator=torch.Generator().manual_seed(3))
     places = [batch.predicting_response & (drawn == kind) for kind in range(3)]
@@ -223,17 +223,17 @@ def test_interventions(device: PretendedDevice) -> None:
 
 
 def test_circuits(device: PretendedDevice) -> None:
-    pair, moments = tiny(device), some_moments()
+    pair, onsets = tiny(device), some_onsets()
     everything = torch.ones(2, 24, dtype=torch.bool)
-    found = search_circuit(pair, moments, everything, SearchOptions(share=0.1, per_round=2), progress=False)
-    circuit_edges(pair, moments, sort_features(pair, moments, found.order, everything).features)
+    found = search_circuit(pair, onsets, everything, SearchOptions(share=0.1, per_round=2), progress=False)
+    circuit_edges(pair, onsets, sort_features(pair, onsets, found.order, everything).features)
     others = {"others": [f for f in (FeatureId(i // 24, i % 24) for i in range(48)) if f not in found.order]}
-    settings = set_controls(Texts(pair, moments), found.order, others, effects_at(pair, moments).mass)
+    settings = set_controls(Texts(pair, onsets), found.order, others, effects_at(pair, onsets).activation)
     arms = [setting.variant for setting in settings.values()]
     arms += [put_in(dict.fromkeys(found.order, 0.5)), shifted_logits((5, 9), -torch.inf)]
-    unchanged = Unchanged(pair, moments)
-    assert [probabilities(pair, moments, arm, "x", unchanged) for arm in arms]
-    mediation(pair, moments, found.order[:2], found.order[2:], "x")
+    unchanged = Unchanged(pair, onsets)
+    assert [probabilities(pair, onsets, arm, "x", unchanged) for arm in arms]
+    mediation(pair, onsets, found.order[:2], found.order[2:], "x")
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
@@ -241,7 +241,7 @@ def test_a_bridge_goes_through_the_stages(device: PretendedDevice, architecture:
     pair, features = tiny(device, architecture=architecture, backend="bridge"), [FeatureId(0, 1), FeatureId(1, 4)]
     prompt = list(documents(1)[0].tokens)
     measure_faithfulness(pair, documents())
-    effects_at(pair, some_moments())
+    effects_at(pair, some_onsets())
     for linearisation in ("relp", "gradient"):
         attribute(pair, prompt, linearisation=linearisation, progress=False)
     with inserted(pair, features) as model:
@@ -367,11 +367,11 @@ def test_real_ablations_copy_once_for_all_layers(device: PretendedDevice) -> Non
 def test_effects_and_faithfulness_do_not_wait_by_layer(device: PretendedDevice) -> None:
     counts: list[Counter[tuple[str, str, str]]] = []
     for layers in (2, 4):
-        pair, moments = tiny(device, layers), some_moments()
+        pair, onsets = tiny(device, layers), some_onsets()
         counts.append(
             waits(device, lambda pair=pair: measure_faithfulness(pair, documents()))
             + waits(device, lambda pair=pair: stream_agreement(pair, documents()))
-            + waits(device, lambda pair=pair, moments=moments: effects_at(pair, moments))
+            + waits(device, lambda pair=pair, onsets=onsets: effects_at(pair, onsets))
         )
     assert not grown(*counts)
 

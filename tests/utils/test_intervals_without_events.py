@@ -134,17 +134,17 @@ def block_of(n: int, wrong: int = 0, unlike: str = "a b c d") -> tuple[dict[str,
     corrected = {
         name: OutcomesMeasurement(right / n, None, None, n, "share", "report", outcomes="1" * right + "0" * (n - right))
         for name, right in (
-            ("replacement", n), ("replacement - both", n // 2), ("hybrid", n // 3), ("hybrid + both", n // 3),
+            ("replacement", n), ("replacement - circuit", n // 2), ("hybrid", n // 3), ("hybrid + circuit", n // 3),
         )
     }  # fmt: skip
     block = {
         "circuit": {"share_of_alive": 0.01, "alive": 1000},
         "necessity": {
-            "both": record(removed, baseline, ["wait"], "report"),
+            "circuit": record(removed, baseline, ["wait"], "report"),
             "random": record([*baseline], baseline, ["wait"], "report"),
         },
-        "sufficiency": {"both": record([*baseline], baseline, ["wait"], "report")},
-        "probabilities": {"target": places, "hybrid + both": places},
+        "sufficiency": {"circuit": record([*baseline], baseline, ["wait"], "report")},
+        "probabilities": {"target": places, "hybrid + circuit": places},
         "injected": corrected,
     }
     batch = random_batch(0)
@@ -201,7 +201,7 @@ def test_injected_errors_are_compared_pair_by_pair() -> None:
 def test_criteria_without_anything_to_measure_are_open() -> None:
     """Not in the list: the replacement never hesitates, so nothing can be gone; answers without a token."""
     block, texts = block_of(50)
-    del block["necessity"]["both"]["hesitation_cut"]
+    del block["necessity"]["circuit"]["hesitation_cut"]
     block["probabilities"]["target"] = {"moment": Measurement(0.0, 0.0, 0.1, 50, "p", "report")}
     found = {c["name"]: c for c in criteria(block, texts)}
     for name in ("hesitation gone without it", "P(word) at the target's moments, hybrid + circuit over target"):

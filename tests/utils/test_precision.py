@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.log_odds import word_log_odds
 from helpers.random_models import random_batch, random_model, randomise
 from torch import Tensor
 
-from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds
+from tl_adapters.circuits.onsets import Onsets, final_residual
 from tl_adapters.circuits.roles import effects_at
 from tl_adapters.config import LossWeights, TrainingConfig
 from tl_adapters.data.traces import Trace
@@ -63,7 +64,9 @@ def test_its_probabilities_are_those_of_float64(wide_pair: PairedModel) -> None:
     found, exact = (f(resid).softmax(-1) for f in (wide_pair.unembed, lambda r: exact_logits(wide_pair, r)))
     assert (found - exact).abs().max() < 1e-5
     words = [3, 40_000]
-    assert torch.allclose(log_odds(wide_pair.unembed(resid), words).double(), log_odds(exact.log(), words), atol=1e-3)
+    assert torch.allclose(
+        word_log_odds(wide_pair.unembed(resid), words).double(), word_log_odds(exact.log(), words), atol=1e-3
+    )
 
 
 def test_hooks_on_the_unembedding_fire_and_the_module_is_as_it_was(wide_pair: PairedModel) -> None:
@@ -156,23 +159,24 @@ def test_a_direct_effect_is_the_slope_of_the_margin_with_every_scale_held(archit
         PairedModel.from_pretrained(*(random_model(s, architecture=architecture) for s in (1, 2)), backend=backend)
     )
     batch = random_batch(3, (9,))
-    moment = torch.zeros_like(batch.predicting_response)
-    moment[0, [4, 7]] = True
-    nowhere = torch.zeros_like(moment)
-    moments = Onsets(batch.tokens, batch.predicting_response, moment, nowhere, nowhere, (5, 9))
-    direct = effects_at(pair, moments).direct
+    onset = torch.zeros_like(batch.predicting_response)
+    onset[0, [4, 7]] = True
+    nowhere = torch.zeros_like(onset)
+    onsets = Onsets(batch.tokens, batch.predicting_response, onset, nowhere, nowhere, (5, 9))
+    direct = effects_at(pair, onsets).direct
 
-    def margin(features: list[tuple[int, int]], factor: float, place: int) -> Tensor:
+    def mean_log_odds(features: list[tuple[int, int]], factor: float, place: int) -> Tensor:
         """With every block held, so that the change is written and nothing answers; the final norm is not held."""
         held = frozen(pair, batch.tokens, layers=range(0))
         with torch.no_grad(), pair.routed("replacement"), held, scaled(pair, features, factor, [place]):
             resid = final_residual(pair, batch.tokens)[0, place]
-        return log_odds(pair.unembed(resid[None]), moments.words)[0]
+        return word_log_odds(pair.unembed(resid[None]), onsets.words)[0]
 
     step = 1e-4
     for feature in [(layer, index) for layer in range(pair.n_layers) for index in (0, 5, 11)]:
         slopes = [
-            (margin([feature], 1 + step, place) - margin([feature], 1 - step, place)) / (2 * step) for place in (4, 7)
+            (mean_log_odds([feature], 1 + step, place) - mean_log_odds([feature], 1 - step, place)) / (2 * step)
+            for place in (4, 7)
         ]
         expected = float(torch.stack(slopes).mean())
         # Hugging Face's own norms, which a bridge runs, compute in float32.

@@ -8,6 +8,7 @@
 * `find`: From a target's own text to its circuit: moments, search, roles, edges
 * `measurements`: A circuit on trial: what the model does without it and with it, in probabilities and in what it says
 * `onsets`: Where a target does what is studied: moments in its own text, boundaries where it might have and did not
+* `results_block`: the schema of the block "hesitation" of results.json, and blocks of an older schema upgraded
 * `roles`: What each feature does for a word, by formula: output, template, continuation, suppressor, bystander
 * `search`: Which features make a target say a word: a greedy search that asks for necessity and sufficiency at once
 * `steering`: Interventions that need no features: shifted logits, a steering vector, ablated neurons

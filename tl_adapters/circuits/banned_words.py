@@ -26,30 +26,30 @@ Neighbors = dict[tuple[int, int], int]
 """A token and the one after it, to how often they stand in given texts without the phrase that they are of."""
 
 
-def banned_neighbors(moments: Onsets) -> Neighbors:
+def banned_neighbors(onsets: Onsets) -> Neighbors:
     """Of every phrase, the two neighboring tokens that stand least often in the responses outside of the phrase.
 
     Of several the first.
     """
     found: Neighbors = {}
-    tokens, following = moments.tokens, moments.coming
-    for phrase in (word for word in moments.words if isinstance(word, tuple)):
-        within = _stands(moments, phrase)
+    tokens, following = onsets.tokens, onsets.next_tokens
+    for phrase in (word for word in onsets.words if isinstance(word, tuple)):
+        within = _stands(onsets, phrase)
         elsewhere: Neighbors = {}
         for place, pair in enumerate(pairwise(phrase)):
-            here = moments.predicting & (tokens == pair[0]) & (following == pair[1])
+            here = onsets.predicting & (tokens == pair[0]) & (following == pair[1])
             elsewhere.setdefault(pair, int((here & ~within.roll(place, 1)).sum()))
         best = min(elsewhere, key=elsewhere.__getitem__)
         found[best] = min(elsewhere[best], found.get(best, elsewhere[best]))
     return found
 
 
-def _stands(moments: Onsets, phrase: tuple[int, ...]) -> Tensor:
+def _stands(onsets: Onsets, phrase: tuple[int, ...]) -> Tensor:
     """Where a phrase begins, its first token included."""
-    tokens = moments.tokens
+    tokens = onsets.tokens
     here = tokens == phrase[0]
     for i, token in enumerate(phrase[1:], start=1):
-        here = here & (tokens.roll(-i, 1) == token) & moments.predicting.roll(1 - i, 1)
+        here = here & (tokens.roll(-i, 1) == token) & onsets.predicting.roll(1 - i, 1)
         here[:, tokens.shape[1] - i :] = False
     return here
 

@@ -45,6 +45,15 @@ PROMOTING: tuple[Role, ...] = ("output", "template", "continuation", "other")
 EFFECTS = ("direct", "through output", "total", "on what follows", "over boundaries")
 """What tables call `CircuitFeature.effects`."""
 _SHOWN = 20
+_NUMBER_KEYS = {
+    "direct": "direct",
+    "through": "through",
+    "total": "total",
+    "continuation": "follows",
+    "contrast": "contrast",
+    "activation": "mass",
+}
+"""Numbers of a `CircuitFeature` -> their keys in the file."""
 
 
 class CircuitError(UserError, ValueError):
@@ -66,17 +75,17 @@ class CircuitFeature:
     """Mean effect at the moments through output features."""
     total: float
     """Mean effect at the moments along all paths."""
-    follows: float
+    continuation: float
     """Mean effect on the log-odds of the tokens that come after the word, along all paths."""
     contrast: float
     """``total`` at the moments less that at matched boundaries, where the word could come and does not."""
-    mass: float
+    activation: float
     """Mean activation at the moments, in decoder-norm units."""
 
     @property
     def effects(self) -> tuple[float, ...]:
         """All that are in nats, in the order of `EFFECTS`."""
-        return (self.direct, self.through, self.total, self.follows, self.contrast)
+        return (self.direct, self.through, self.total, self.continuation, self.contrast)
 
     @property
     def sign(self) -> int:
@@ -249,6 +258,9 @@ class Circuit:
 
     def _json(self) -> str:
         record = {"schema_version": CIRCUIT_SCHEMA_VERSION, **plain(asdict(self), null=True)}
+        record["features"] = [
+            {_NUMBER_KEYS.get(name, name): value for name, value in feature.items()} for feature in record["features"]
+        ]
         return dumps(record, indent=1) + "\n"
 
     # -- beside adapters and other circuits -----------------------------------------------------------------------
@@ -317,7 +329,7 @@ class Circuit:
         words = ", ".join(filter(None, (words, self.function and f"found by {escape(self.function)}"))) or "never said"
         strongest = sorted(self.features, key=lambda f: -_size(f.total))[:_SHOWN]
         rows = [
-            [f"{f.id.layer}.{f.id.index}", f.role] + [f"{value:+.3g}" for value in f.effects] + [f"{f.mass:.3g}"]
+            [f"{f.id.layer}.{f.id.index}", f.role] + [f"{value:+.3g}" for value in f.effects] + [f"{f.activation:.3g}"]
             for f in strongest
         ]
         more = f"<p>... and {len(self) - _SHOWN} more, weaker ones.</p>" if len(self) > _SHOWN else ""
@@ -340,7 +352,7 @@ def _circuit_of(record: Mapping[str, Any]) -> Circuit:
     for item in record["features"]:
         if item["role"] not in ROLES:
             raise ValueError(f"no role {item['role']!r}; there are {', '.join(ROLES)}")
-        numbers = {name: _number(item[name]) for name in ("direct", "through", "total", "follows", "contrast", "mass")}
+        numbers = {name: _number(item[key]) for name, key in _NUMBER_KEYS.items()}
         features.append(CircuitFeature(id_of(item["id"]), item["role"], **numbers))
     if len({f.id for f in features}) < len(features):
         raise ValueError("a feature is in it twice")

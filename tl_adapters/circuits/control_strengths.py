@@ -26,7 +26,7 @@ from torch import Tensor
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.controls import Shares, by_size, first_of, neuron_effects, removed, size_of_norm
 from tl_adapters.circuits.measurements import away, kl_from_replacement
-from tl_adapters.circuits.onsets import BehaviorError, Onsets, margins_from
+from tl_adapters.circuits.onsets import BehaviorError, Onsets, log_odds
 from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
 from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
@@ -95,11 +95,11 @@ class Texts:
     """
 
     @torch.no_grad()
-    def __init__(self, pair: PairedModel, moments: Onsets, documents: int = TRIED_DOCUMENTS) -> None:
-        if not bool(moments.moment.any()):
+    def __init__(self, pair: PairedModel, onsets: Onsets, documents: int = TRIED_DOCUMENTS) -> None:
+        if not bool(onsets.onset.any()):
             raise BehaviorError("There is no onset in these texts, so there is no effect that a baseline could have.")
-        self.pair, self.moments = pair, moments.with_moments(documents)
-        self.batches = [batch.to(pair.model.W_E.device) for _, batch in self.moments.batches()]
+        self.pair, self.onsets = pair, onsets.with_onsets(documents)
+        self.batches = [batch.to(pair.model.W_E.device) for _, batch in self.onsets.batches()]
         if not any(bool(away(batch).any()) for batch in self.batches):
             raise BehaviorError("Every position of these responses is an onset or follows one; give longer texts.")
         with pair.routed("replacement"):
@@ -125,11 +125,11 @@ class Texts:
             with variant.entered(pair):
                 resid = pair.embed(batch.tokens)  # asked in any case: a variant may look at the tokens
                 resid = pair.run_blocks(resid if streams is None else streams[number], start, pair.n_layers)
-                odds = margins_from(pair, resid, batch, batch.moment, pair.rows_at_once)
+                odds = log_odds(pair, resid, batch, batch.onset, pair.rows_at_once)
                 said += odds.sigmoid().float().sum()
             at = away(batch)
             harm += kl_from_replacement(pair, variant, self.final[number][at], resid[at]).sum()
-        onsets, others = (sum(int(places(b).sum()) for b in self.batches) for places in (lambda b: b.moment, away))
+        onsets, others = (sum(int(places(b).sum()) for b in self.batches) for places in (lambda b: b.onset, away))
         return Measured(float(said) / onsets, float(harm) / others)
 
 
@@ -239,16 +239,16 @@ def tuned_steering(texts: Texts, goal: Measured) -> Setting:
         goal: what the circuit does.
     """
     pair, search = texts.pair, _Effect(texts, goal)
-    boundary = any(bool(batch.boundary.any()) for batch in texts.batches)
-    marked = {int(token) for b in texts.batches for token in b.tokens[b.moment].tolist()}
-    ended = {word[-1] if isinstance(word, tuple) else word for word in texts.moments.words}
+    control = any(bool(batch.control.any()) for batch in texts.batches)
+    marked = {int(token) for b in texts.batches for token in b.tokens[b.onset].tolist()}
+    ended = {word[-1] if isinstance(word, tuple) else word for word in texts.onsets.words}
     marks = sorted(marked - ended)
     before = texts.embedded
     for layer in range(pair.n_layers):
         with pair.routed("replacement"):
             streams = [pair.run_blocks(resid, layer, layer + 1) for resid in before]
-        here = torch.cat([s[b.moment] for s, b in zip(streams, texts.batches, strict=True)]).float().mean(0)
-        there = [s[b.boundary if boundary else away(b)] for s, b in zip(streams, texts.batches, strict=True)]
+        here = torch.cat([s[b.onset] for s, b in zip(streams, texts.batches, strict=True)]).float().mean(0)
+        there = [s[b.control if control else away(b)] for s, b in zip(streams, texts.batches, strict=True)]
         direction = here - torch.cat(there).float().mean(0)
         for after, where in ((marks, "where the word may come"), (None, "everywhere")):
             if after is not None and not after:  # every onset comes after a word of the behavior, so no token marks it
@@ -268,7 +268,7 @@ def tuned_steering(texts: Texts, goal: Measured) -> Setting:
 
 def tuned_logit_bias(texts: Texts, goal: Measured) -> Setting:
     """The words' logits lowered by so much that they come as seldom as without the circuit."""
-    search, words = _Effect(texts, goal), texts.moments.words
+    search, words = _Effect(texts, goal), texts.onsets.words
     search.try_one(
         lambda size: shifted_logits(words, -size), "everywhere", "nats", 1.0, MOST_NATS,
         streams=texts.final, start=texts.pair.n_layers,
@@ -282,7 +282,7 @@ def tuned_neurons(texts: Texts, goal: Measured) -> Setting:
     By effect on the margin, or by effect over what they write elsewhere (KL grows with its square), so that much is
     bought with little harm.
     """
-    found = neuron_effects(texts.pair, texts.moments)
+    found = neuron_effects(texts.pair, texts.onsets)
     search = _Effect(texts, goal)
     for held, effect, written, how in (
         (None, found.off, found.written_off, "off"),

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.circuits.onsets import Onsets, final_residual, margins_from
+from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds
 from tl_adapters.evaluation.behaviors import first_tokens
 from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.interventions.variants import Variant
@@ -39,7 +39,7 @@ NEAREST = 5
 
 def matched_features(
     chosen: Sequence[FeatureId],
-    mass: Float[Tensor, "n_layers n_features"],
+    activation: Float[Tensor, "n_layers n_features"],
     alive: Bool[Tensor, "n_layers n_features"],
     generator: torch.Generator,
 ) -> list[FeatureId]:
@@ -56,7 +56,9 @@ def matched_features(
         candidates = free[layer].nonzero()[:, 0]
         if not len(candidates):
             continue
-        distance = (mass[layer, candidates].clamp(min=1e-6).log() - mass[layer, index].clamp(min=1e-6).log()).abs()
+        distance = (
+            activation[layer, candidates].clamp(min=1e-6).log() - activation[layer, index].clamp(min=1e-6).log()
+        ).abs()
         near = candidates[distance.argsort()[:NEAREST]]
         pick = int(near[torch.randint(len(near), (1,), generator=generator)])
         free[layer, pick] = False
@@ -67,7 +69,7 @@ def matched_features(
 def further_matched(
     chosen: Sequence[FeatureId],
     first: Sequence[FeatureId],
-    mass: Float[Tensor, "n_layers n_features"],
+    activation: Float[Tensor, "n_layers n_features"],
     alive: Bool[Tensor, "n_layers n_features"],
     generator: torch.Generator,
 ) -> list[FeatureId]:
@@ -80,14 +82,14 @@ def further_matched(
     while added:
         for f in added:
             free[f] = False
-        added = matched_features(chosen, mass, free, generator)
+        added = matched_features(chosen, activation, free, generator)
         order += added
     return order
 
 
 def most_active_others(
     chosen: Sequence[FeatureId],
-    mass: Float[Tensor, "n_layers n_features"],
+    activation: Float[Tensor, "n_layers n_features"],
     alive: Bool[Tensor, "n_layers n_features"],
     n: int,
 ) -> list[FeatureId]:
@@ -95,8 +97,8 @@ def most_active_others(
     free = alive.clone()
     for f in chosen:
         free[f] = False
-    best = mass.masked_fill(~free, -torch.inf).flatten().topk(min(n, int(free.sum()))).indices.tolist()
-    return [FeatureId(i // mass.shape[1], i % mass.shape[1]) for i in best]
+    best = activation.masked_fill(~free, -torch.inf).flatten().topk(min(n, int(free.sum()))).indices.tolist()
+    return [FeatureId(i // activation.shape[1], i % activation.shape[1]) for i in best]
 
 
 # -- features in part ---------------------------------------------------------------------------------------------
@@ -190,15 +192,15 @@ class NeuronEffects:
     """The same, with the neuron held at its mean."""
 
 
-def neuron_effects(pair: PairedModel, moments: Onsets, documents: int | None = None) -> NeuronEffects:
+def neuron_effects(pair: PairedModel, onsets: Onsets, documents: int | None = None) -> NeuronEffects:
     """Effects of every neuron over the first ``documents`` documents that have an onset (all, if None)."""
     device, n_layers = pair.model.W_E.device, pair.n_layers
     shape = (n_layers, pair.model.cfg.d_mlp)
     times, plus, total, squares = (torch.zeros(shape, device=device) for _ in range(4))
     places = 0
-    for _, batch in moments.with_moments(documents).batches():
+    for _, batch in onsets.with_onsets(documents).batches():
         batch = batch.to(device)
-        away = batch.predicting & ~batch.moment & ~batch.follows
+        away = batch.predicting & ~batch.onset & ~batch.continuation
         gates, shifts = (torch.full(shape, v, device=device, requires_grad=True) for v in (1.0, 0.0))
 
         def multiply(
@@ -216,7 +218,7 @@ def neuron_effects(pair: PairedModel, moments: Onsets, documents: int | None = N
 
         hooks = [(f"blocks.{layer}.mlp.hook_post", partial(multiply, layer=layer)) for layer in range(n_layers)]
         with torch.enable_grad(), pair.routed("replacement"), pair.model.hooks(fwd_hooks=hooks):
-            said = margins_from(pair, final_residual(pair, batch.tokens), batch, batch.moment)
+            said = log_odds(pair, final_residual(pair, batch.tokens), batch, batch.onset)
             by_gate, by_shift = torch.autograd.grad(said.sum(), [gates, shifts])
         times, plus, places = times + by_gate, plus + by_shift, places + int(away.sum())
     mean, square = total / max(1, places), squares / max(1, places)
@@ -231,11 +233,11 @@ def by_size(scores: Float[Tensor, "n_layers d_mlp"], n: int | None = None) -> li
     return [(i // scores.shape[1], i % scores.shape[1]) for i in best]
 
 
-def commonest_alternative(moments: Onsets) -> int | None:
+def commonest_alternative(onsets: Onsets) -> int | None:
     """The token that most often comes at the boundaries, where the words do not; None where there is no boundary.
 
     A token with which a phrase begins is none: it comes at moments, too.
     """
-    there = moments.coming[moments.boundary]
-    there = there[~torch.isin(there, torch.tensor(first_tokens(moments.words), dtype=torch.long, device=there.device))]
+    there = onsets.next_tokens[onsets.control]
+    there = there[~torch.isin(there, torch.tensor(first_tokens(onsets.words), dtype=torch.long, device=there.device))]
     return int(there.mode().values) if len(there) else None

@@ -77,7 +77,7 @@ def problems_needed(figure: Measurement, bound: float) -> int:
 
 def _of_its_absence(block: Mapping[str, Any]) -> list[Criterion]:
     need, share = block["necessity"], block["circuit"]["share_of_alive"]
-    both, random = need["both"], need["random"]
+    both, random = need["circuit"], need["random"]
     rounding = 1 / block["circuit"]["alive"]
     asked = [_asked("circuit, share of the alive features", share, "at most 3 %", share <= SHARE + rounding)]
     asked.append(_close("hesitation gone without it", both.get("hesitation_cut"), "at least 95 %", 1 - CUT, 1.0))
@@ -95,8 +95,8 @@ def _of_its_absence(block: Mapping[str, Any]) -> list[Criterion]:
 
 
 def _of_its_presence(block: Mapping[str, Any], texts: Onsets) -> list[Criterion]:
-    said, change = block["probabilities"], block["sufficiency"]["both"]["accuracy_change"]
-    added = said["hybrid + both"]
+    said, change = block["probabilities"], block["sufficiency"]["circuit"]["accuracy_change"]
+    added = said["hybrid + circuit"]
     top, bottom = added["moment"].value, said["target"]["moment"].value
     kept = top / bottom if bottom and top is not None else None
     name = "P(word) at all other places of the response, hybrid + circuit"
@@ -118,8 +118,8 @@ def _of_correction(injected: Mapping[str, Any]) -> list[Criterion]:
         return []
     asked = []
     for more, less, name in (
-        ("replacement", "replacement - both", "injected errors corrected: lost without it"),
-        ("hybrid + both", "hybrid", "injected errors corrected: gained by the hybrid with it"),
+        ("replacement", "replacement - circuit", "injected errors corrected: lost without it"),
+        ("hybrid + circuit", "hybrid", "injected errors corrected: gained by the hybrid with it"),
     ):
         asked.append(_more(name, injected[more].outcomes, injected[less].outcomes))
     return asked
@@ -134,7 +134,7 @@ def correction_beside_others(injected: Mapping[str, Any]) -> list[Criterion]:
         _more(
             f"injected errors corrected: more without the most active others ({which}) than without it",
             injected[f"replacement - {name}"].outcomes,
-            injected["replacement - both"].outcomes,
+            injected["replacement - circuit"].outcomes,
         )
         for name, which in (("others", "as many"), ("others_equal_harm", "at equal harm elsewhere"))
         if f"replacement - {name}" in injected
@@ -159,7 +159,11 @@ def _elsewhere(said: Mapping[str, Measurement], texts: Onsets) -> Measurement | 
 
     The interval's ends are put together likewise, as though both parts erred the same way: none is wider.
     """
-    parts = [(float(getattr(texts, place).sum()), said[place]) for place in ("boundary", "elsewhere") if place in said]
+    parts = [
+        (float(positions.sum()), said[key])
+        for key, positions in (("boundary", texts.control), ("elsewhere", texts.elsewhere))
+        if key in said
+    ]
     if not parts:
         return None
     total = sum(n for n, _ in parts)

@@ -29,7 +29,7 @@ class Found:
 
     circuit: Circuit
     """Features and roles; empty where there was nothing to find."""
-    moments: Onsets
+    onsets: Onsets
     """Of the select problems."""
     alive: Bool[Tensor, "n_layers n_features"]
     """Features that fired often enough to be asked."""
@@ -70,16 +70,16 @@ def find_circuit(
     behaviour, options = behaviour or Behavior(), options or SearchOptions()
     adapters = pair.installed_adapters()
     words = behaviour.tokens(pair, traces)
-    moments = find_onsets(pair, traces, behaviour, tuple(words.values()))
-    fired, mass, l0 = _activity(pair, moments)
-    alive = fired >= ALIVE_FIRINGS * min(1.0, int(moments.predicting.sum()) / 100_000)
+    onsets = find_onsets(pair, traces, behaviour, tuple(words.values()))
+    fired, activation, l0 = _activity(pair, onsets)
+    alive = fired >= ALIVE_FIRINGS * min(1.0, int(onsets.predicting.sum()) / 100_000)
     alive &= fired > 0
     search = roles = None
-    if int(moments.moment.sum()) >= FEWEST_ONSETS:
+    if int(onsets.onset.sum()) >= FEWEST_ONSETS:
         if not bool(alive.any()):
             raise BehaviorError("No feature of these adapters fires on the target's text; train them first.")
-        search = search_circuit(pair, moments, alive, options, progress)
-        roles = sort_features(pair, moments, search.order, alive)
+        search = search_circuit(pair, onsets, alive, options, progress)
+        roles = sort_features(pair, onsets, search.order, alive)
     circuit = Circuit(
         behaviour=behaviour.name,
         words=tuple(words),
@@ -92,20 +92,20 @@ def find_circuit(
         n_features=adapters.n_features,
         n_layers=pair.n_layers,
         threshold=0.0 if roles is None else roles.threshold,
-        edges=() if roles is None else circuit_edges(pair, moments, roles.features),
+        edges=() if roles is None else circuit_edges(pair, onsets, roles.features),
     )
-    return Found(circuit, moments, alive, mass, l0, search, roles)
+    return Found(circuit, onsets, alive, activation, l0, search, roles)
 
 
 @torch.no_grad()
-def _activity(pair: PairedModel, moments: Onsets) -> tuple[Tensor, Tensor, float]:
+def _activity(pair: PairedModel, onsets: Onsets) -> tuple[Tensor, Tensor, float]:
     """Firings and summed activation (in decoder-norm units) of every feature over a text, and the mean L0."""
     adapters = pair.installed_adapters()
     device = pair.model.W_E.device
     fired = torch.zeros(pair.n_layers, adapters.n_features, device=device)
-    mass, n, active = torch.zeros_like(fired), 0, torch.zeros((), dtype=torch.long, device=device)
+    activation, n, active = torch.zeros_like(fired), 0, torch.zeros((), dtype=torch.long, device=device)
     norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1).cpu() for adapter in adapters])
-    for _, batch in moments.batches():
+    for _, batch in onsets.batches():
         batch = batch.to(device)
         real = batch.predicting
         with pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
@@ -115,6 +115,6 @@ def _activity(pair: PairedModel, moments: Onsets) -> tuple[Tensor, Tensor, float
             active += active_counts(acts[layer], real).sum()
             here = acts[layer][real].float()
             fired[layer] += (here > 0).sum(0)
-            mass[layer] += here.sum(0)
-    fired, mass = fired.cpu(), mass.cpu()
-    return fired, mass * norms, float(active) / max(1, n * pair.n_layers)
+            activation[layer] += here.sum(0)
+    fired, activation = fired.cpu(), activation.cpu()
+    return fired, activation * norms, float(active) / max(1, n * pair.n_layers)

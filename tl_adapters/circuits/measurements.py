@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_adapters.circuits.onsets import BehaviorError, Onsets, final_residual, margins_from, margins_where
+from tl_adapters.circuits.onsets import BehaviorError, Onsets, final_residual, log_odds, log_odds_from_logits
 from tl_adapters.circuits.subject import Injection, Subject
 from tl_adapters.evaluation.behaviors import Behavior, counts
 from tl_adapters.evaluation.response_metrics import correctness, rate
@@ -45,40 +45,41 @@ from tl_adapters.utils.kl_divergence import kl_per_token
 from tl_adapters.utils.precision import host_float64, wide
 from tl_adapters.utils.results import plain
 
-PLACES = ("moment", "boundary", "elsewhere")
+POSITION_KEYS = {"onset": "moment", "control": "boundary", "elsewhere": "elsewhere"}
+"""Positions of `Onsets` -> what results.json calls the probability there."""
 FEW_SETS = 5
 """A mean over fewer random sets than these says how many they are."""
 
 
 def probabilities(
-    pair: PairedModel, moments: Onsets, variant: Variant, split: str, unchanged: Unchanged | None = None
+    pair: PairedModel, onsets: Onsets, variant: Variant, split: str, unchanged: Unchanged | None = None
 ) -> dict[str, Measurement]:
     """Probability of the behaviour at moments, boundaries and elsewhere, with intervals over documents.
 
     Of a phrase: of all its tokens at the moments, elsewhere as far as the text shows it (see `moments`).
     With ``unchanged``, read over the same texts, the harm elsewhere too: "kl_elsewhere" (see `kl_elsewhere`).
     """
-    return _probabilities(_probability_sums(pair, moments, variant, unchanged), split)
+    return _probabilities(_probability_sums(pair, onsets, variant, unchanged), split)
 
 
 def mean_probabilities(
     pair: PairedModel,
-    moments: Onsets,
+    onsets: Onsets,
     variants: Sequence[Variant],
     split: str,
     unchanged: Unchanged | None = None,
 ) -> dict[str, Measurement]:
     """The same as a mean over variants that were drawn themselves (random sets): their choice is in the interval."""
-    drawn = [_probability_sums(pair, moments, variant, unchanged) for variant in variants]
+    drawn = [_probability_sums(pair, onsets, variant, unchanged) for variant in variants]
     return _probabilities({place: torch.stack([sums[place] for sums in drawn]) for place in drawn[0]}, split)
 
 
-def away(moments: Onsets) -> Bool[Tensor, "batch pos"]:
+def away(onsets: Onsets) -> Bool[Tensor, "batch pos"]:
     """Where a condition should change nothing: the response without the onsets and what follows them.
 
     Matched control positions are among them: the word may come there and did not, and that should stay so.
     """
-    return moments.predicting & ~moments.moment & ~moments.follows
+    return onsets.predicting & ~onsets.onset & ~onsets.continuation
 
 
 @torch.no_grad()
@@ -105,21 +106,21 @@ class Unchanged:
     """The replacement's final residual stream over given texts, away from the onsets: read once, for all conditions."""
 
     @torch.no_grad()
-    def __init__(self, pair: PairedModel, moments: Onsets) -> None:
+    def __init__(self, pair: PairedModel, onsets: Onsets) -> None:
         self.residuals = []
-        for _, batch in moments.batches():
+        for _, batch in onsets.batches():
             batch = batch.to(pair.model.W_E.device)
             with pair.routed("replacement"):
                 self.residuals.append(final_residual(pair, batch.tokens)[away(batch)].cpu())
 
 
-def kl_elsewhere(pair: PairedModel, moments: Onsets, variant: Variant, split: str) -> Measurement:
+def kl_elsewhere(pair: PairedModel, onsets: Onsets, variant: Variant, split: str) -> Measurement:
     """KL(replacement || variant) in nats per token, away from the onsets and what follows them (`away`).
 
     The interval is over documents. There is no value for a variant that rules a token out: its KL is infinite. Raises
     BehaviourError where the texts have no such position.
     """
-    found = probabilities(pair, moments, variant, split, Unchanged(pair, moments))
+    found = probabilities(pair, onsets, variant, split, Unchanged(pair, onsets))
     if "kl_elsewhere" not in found:
         raise BehaviorError("Every position of these responses is an onset or follows one; give longer texts.")
     return found["kl_elsewhere"]
@@ -127,21 +128,21 @@ def kl_elsewhere(pair: PairedModel, moments: Onsets, variant: Variant, split: st
 
 @torch.no_grad()
 def _probability_sums(
-    pair: PairedModel, moments: Onsets, variant: Variant, unchanged: Unchanged | None = None
+    pair: PairedModel, onsets: Onsets, variant: Variant, unchanged: Unchanged | None = None
 ) -> dict[str, Float[Tensor, "2 n"]]:
     """By place and document: the probabilities' sum, and how many there are; the KL elsewhere likewise."""
-    sums = {place: torch.zeros(2, len(moments), dtype=torch.float64) for place in PLACES}
-    harm = torch.zeros(2, len(moments), dtype=torch.float64)
-    for number, (rows, batch) in enumerate(moments.batches()):
+    sums = {key: torch.zeros(2, len(onsets), dtype=torch.float64) for key in POSITION_KEYS.values()}
+    harm = torch.zeros(2, len(onsets), dtype=torch.float64)
+    for number, (rows, batch) in enumerate(onsets.batches()):
         batch = batch.to(pair.model.W_E.device)
         with variant.entered(pair):  # the unembedding too: a variant may change the logits alone
             residual = final_residual(pair, batch.tokens)
-            for place in PLACES:
-                at = getattr(batch, place)
-                found = wide(margins_from(pair, residual, batch, at, pair.rows_at_once).sigmoid())
+            for positions, key in POSITION_KEYS.items():
+                at = getattr(batch, positions)
+                found = wide(log_odds(pair, residual, batch, at, pair.rows_at_once).sigmoid())
                 said = found.new_zeros(at.shape)
                 said[at] = found
-                sums[place][:, rows] = host_float64(torch.stack([said.sum(1), at.sum(1).to(said)]))
+                sums[key][:, rows] = host_float64(torch.stack([said.sum(1), at.sum(1).to(said)]))
         if unchanged is not None:
             at = away(batch)
             kl = kl_from_replacement(pair, variant, unchanged.residuals[number].to(residual), residual[at])
@@ -291,7 +292,7 @@ def corrected_more(more: OutcomesMeasurement, less: OutcomesMeasurement) -> Meas
 
 @torch.no_grad()
 def mediation(
-    pair: PairedModel, moments: Onsets, template: Features, output: Features, split: str
+    pair: PairedModel, onsets: Onsets, template: Features, output: Features, split: str
 ) -> dict[str, Measurement]:
     """Do template features work through output features? Real interventions, in nats of the margin at the moments.
 
@@ -303,32 +304,32 @@ def mediation(
     Intervals are over documents, paired.
     """
     names = ("clean", "total", "direct", "free", "template", "output", "both")
-    sums = {name: torch.zeros(len(moments), dtype=torch.float64) for name in names}
-    places = moments.moment.sum(1).double()
-    for rows, batch in moments.batches(2048):
+    sums = {name: torch.zeros(len(onsets), dtype=torch.float64) for name in names}
+    places = onsets.onset.sum(1).double()
+    for rows, batch in onsets.batches(2048):
         batch = batch.to(pair.model.W_E.device)
 
-        def margin(into: str, batch: Onsets = batch, rows: list[int] = rows) -> None:
+        def add_log_odds(into: str, batch: Onsets = batch, rows: list[int] = rows) -> None:
             logits = pair.model(batch.tokens)  # whole: norms are held over every position
-            found = wide(margins_where(lambda rows, places: logits[rows, places], batch, batch.moment))
-            said = found.new_zeros(batch.moment.shape)
-            said[batch.moment] = found
+            found = wide(log_odds_from_logits(lambda rows, places: logits[rows, places], batch, batch.onset))
+            said = found.new_zeros(batch.onset.shape)
+            said[batch.onset] = found
             sums[into][rows] = host_float64(said.sum(1))
 
         with pair.routed("replacement"):
             with frozen(pair, batch.tokens):
-                margin("clean")
+                add_log_odds("clean")
                 with ablated(pair, template):
-                    margin("total")
+                    add_log_odds("total")
             with frozen(pair, batch.tokens, features=output), ablated(pair, template):
-                margin("direct")
-            margin("free")
+                add_log_odds("direct")
+            add_log_odds("free")
             for name, features in (("template", [*template]), ("output", [*output]), ("both", [*template, *output])):
                 with ablated(pair, features):
-                    margin(name)
+                    add_log_odds(name)
 
     def figure(top: Tensor, unit: str = "nats of log-odds") -> Measurement:
-        return bootstrap_ratio(top, places).figure(len(moments), unit, split)
+        return bootstrap_ratio(top, places).figure(len(onsets), unit, split)
 
     total, through = sums["clean"] - sums["total"], sums["direct"] - sums["total"]
     found = {
@@ -337,5 +338,5 @@ def mediation(
         "interaction": figure(sums["template"] + sums["output"] - sums["free"] - sums["both"]),
     }
     if abs(float(total.sum())) > 1e-9:
-        found["share"] = bootstrap_ratio(through, total).figure(len(moments), "share of the total", split)
+        found["share"] = bootstrap_ratio(through, total).figure(len(onsets), "share of the total", split)
     return found

@@ -48,11 +48,11 @@ class Onsets:
     """Token ids."""
     predicting: Bool[Tensor, "batch pos"]
     """The next token is of the response."""
-    moment: Bool[Tensor, "batch pos"]
+    onset: Bool[Tensor, "batch pos"]
     """The next token begins the behaviour."""
-    boundary: Bool[Tensor, "batch pos"]
+    control: Bool[Tensor, "batch pos"]
     """The behaviour might begin next and does not."""
-    follows: Bool[Tensor, "batch pos"]
+    continuation: Bool[Tensor, "batch pos"]
     """The next token goes on with what the behaviour began."""
     words: Words
     """Tokens that are the behaviour, and phrases (tuples of tokens that are it together)."""
@@ -63,10 +63,10 @@ class Onsets:
     @property
     def elsewhere(self) -> Bool[Tensor, "batch pos"]:
         """Every other place of the response."""
-        return self.predicting & ~self.moment & ~self.boundary & ~self.follows
+        return self.predicting & ~self.onset & ~self.control & ~self.continuation
 
     @property
-    def coming(self) -> Int[Tensor, "batch pos"]:
+    def next_tokens(self) -> Int[Tensor, "batch pos"]:
         """The next token at every position; at the last one it means nothing."""
         return self.tokens.roll(-1, dims=1)
 
@@ -74,12 +74,12 @@ class Onsets:
     def shared(self) -> int:
         """Boundaries at which something else comes that begins with a token of the behaviour."""
         first = torch.tensor(first_tokens(self.words), dtype=torch.long, device=self.tokens.device)
-        return int((self.boundary & torch.isin(self.coming, first)).sum())
+        return int((self.control & torch.isin(self.next_tokens, first)).sum())
 
     @property
     def counts(self) -> dict[str, int]:
         """How many there are, as results.json holds it."""
-        return {"documents": len(self), "moments": int(self.moment.sum()), "boundaries": int(self.boundary.sum())}
+        return {"documents": len(self), "moments": int(self.onset.sum()), "boundaries": int(self.control.sum())}
 
     def rows(self, index: Tensor | Sequence[int]) -> Onsets:
         """Some of the documents, no wider than the longest of them."""
@@ -88,27 +88,27 @@ class Onsets:
         width = int(used.any(0).nonzero().max()) + 1 if bool(used.any()) else 1
         return self._of(lambda places: places[index, :width])
 
-    def with_moments(self, n: int | None = None) -> Onsets:
+    def with_onsets(self, n: int | None = None) -> Onsets:
         """The first ``n`` documents that have a moment (all of them, if None), in their order.
 
         For what is measured at moments and after them alone; where boundaries count, see `with_places`.
         """
-        return self.rows(self.moment.any(1).nonzero()[:n, 0])
+        return self.rows(self.onset.any(1).nonzero()[:n, 0])
 
-    def with_places(self, n: int | None = None) -> Onsets:
+    def with_onsets_and_controls(self, n: int | None = None) -> Onsets:
         """The first ``n`` documents that have a moment, and of those that have boundaries only as large a part.
 
         These are taken at even distances; all documents are in their order. So moments and boundaries are there in the
         proportion in which they are in the texts: a boundary counts whether or not its document has a moment.
         """
-        here = self.moment.any(1)
-        first, others = here.nonzero()[:n, 0], (self.boundary.any(1) & ~here).nonzero()[:, 0]
+        here = self.onset.any(1)
+        first, others = here.nonzero()[:n, 0], (self.control.any(1) & ~here).nonzero()[:, 0]
         kept = round(len(others) * len(first) / max(1, int(here.sum())))
         spread = torch.arange(kept, device=others.device) * len(others) // max(1, kept)
         return self.rows(torch.cat([first, others[spread]]).sort().values)
 
     def having(self, kind: str) -> Onsets:
-        """All documents that have a place of a kind ("moment", "boundary", "follows"), in their order."""
+        """All documents that have a place of a kind ("onset", "control", "continuation"), in their order."""
         return self.rows(getattr(self, kind).any(1).nonzero()[:, 0])
 
     def batches(self, tokens_per_batch: int = 4096) -> Iterator[tuple[list[int], Onsets]]:
@@ -123,7 +123,7 @@ class Onsets:
         return self._of(lambda places: places.to(device))
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> Onsets:
-        places = [change(t) for t in (self.tokens, self.predicting, self.moment, self.boundary, self.follows)]
+        places = [change(t) for t in (self.tokens, self.predicting, self.onset, self.control, self.continuation)]
         return Onsets(places[0], places[1], places[2], places[3], places[4], self.words)
 
 
@@ -154,40 +154,32 @@ def find_onsets(
     words = tuple(behaviour.tokens(pair, traces).values()) if words is None else tuple(words)
     batch = collate(traces)
     predicting = batch.predicting_response
-    moment, inside, said = (torch.zeros_like(predicting) for _ in range(3))
+    onset, inside, said = (torch.zeros_like(predicting) for _ in range(3))
     for row, trace in enumerate(traces):
         for start, stop in behaviour.spans(trace, words):
             said[row, start:stop] = True
             inside[row, start : stop - 1] = True  # the next token is a later one of the phrase
             if start:
-                moment[row, start - 1] = True
-    moment &= predicting
+                onset[row, start - 1] = True
+    onset &= predicting
     # A word right after a word ("Wait wait") is a moment, and makes no mark of the word: what it says would be cut off.
     single = torch.tensor([word for word in words if isinstance(word, int)], dtype=torch.long)
-    marks = batch.tokens[moment & ~said & ~torch.isin(batch.tokens, single)].unique()
-    inside &= predicting & ~moment
-    may_come = ((predicting & torch.isin(batch.tokens, marks)) | moment) & ~inside
-    boundary = may_come & ~moment
-    follows = _following(moment, may_come, predicting) | inside
-    return Onsets(batch.tokens, predicting, moment, boundary, follows, words)
+    marks = batch.tokens[onset & ~said & ~torch.isin(batch.tokens, single)].unique()
+    inside &= predicting & ~onset
+    may_come = ((predicting & torch.isin(batch.tokens, marks)) | onset) & ~inside
+    control = may_come & ~onset
+    continuation = _following(onset, may_come, predicting) | inside
+    return Onsets(batch.tokens, predicting, onset, control, continuation, words)
 
 
-def _following(moment: Tensor, may_come: Tensor, predicting: Tensor) -> Tensor:
+def _following(onset: Tensor, may_come: Tensor, predicting: Tensor) -> Tensor:
     """From each word to the next place where one may come, `FOLLOWS` tokens at most."""
-    follows, left = torch.zeros_like(moment), torch.zeros(len(moment), dtype=torch.long)
-    for place in range(moment.shape[1]):
+    continuation, left = torch.zeros_like(onset), torch.zeros(len(onset), dtype=torch.long)
+    for place in range(onset.shape[1]):
         left = torch.where(may_come[:, place], torch.zeros_like(left), left)
-        follows[:, place] = (left > 0) & predicting[:, place]
-        left = torch.where(moment[:, place], torch.full_like(left, FOLLOWS), (left - 1).clamp(min=0))
-    return follows
-
-
-def log_odds(logits: Float[Tensor, "*batch d_vocab"], words: Words | Sequence[int]) -> Float[Tensor, "*batch"]:
-    """log p(words) - log p(all other tokens), in nats and in float32 at least; of phrases only the first tokens."""
-    logits = at_least_float32(logits)
-    said = _said(tuple(words), logits.shape[-1]).to(logits.device)[0]
-    inside, outside = logits.masked_fill(~said, -torch.inf), logits.masked_fill(said, -torch.inf)
-    return inside.logsumexp(-1) - outside.logsumexp(-1)
+        continuation[:, place] = (left > 0) & predicting[:, place]
+        left = torch.where(onset[:, place], torch.full_like(left, FOLLOWS), (left - 1).clamp(min=0))
+    return continuation
 
 
 def final_residual(pair: PairedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
@@ -195,15 +187,10 @@ def final_residual(pair: PairedModel, tokens: Int[Tensor, "batch pos"]) -> Float
     return pair.run_blocks(pair.embed(tokens), 0, pair.n_layers)
 
 
-def margins(pair: PairedModel, moments: Onsets, at: Bool[Tensor, "batch pos"]) -> Float[Tensor, "n"]:
-    """Log-odds of the behaviour at the chosen places, on the present routes."""
-    return margins_from(pair, final_residual(pair, moments.tokens), moments, at)
-
-
-def margins_from(
+def log_odds(
     pair: PairedModel,
     residual: Float[Tensor, "batch pos d_model"],
-    moments: Onsets,
+    onsets: Onsets,
     at: Bool[Tensor, "batch pos"],
     rows_at_once: int | None = None,
 ) -> Float[Tensor, "n"]:
@@ -216,31 +203,31 @@ def margins_from(
         at: the chosen places; each predicts a token of the response.
         rows_at_once: rows of logits that are formed at a time; None is all of them.
     """
-    return margins_where(lambda rows, places: pair.unembed(residual[rows, places]), moments, at, rows_at_once)
+    return log_odds_from_logits(lambda rows, places: pair.unembed(residual[rows, places]), onsets, at, rows_at_once)
 
 
-def margins_where(
+def log_odds_from_logits(
     logits_at: Callable[[Tensor, Tensor], Tensor],
-    moments: Onsets,
+    onsets: Onsets,
     at: Bool[Tensor, "batch pos"],
     rows_at_once: int | None = None,
 ) -> Float[Tensor, "n"]:
-    """`margins_from`, of logits that a function gives for rows and positions.
+    """`log_odds`, of logits that a function gives for rows and positions.
 
     Step by step along the text: with C the tokens that go on from where one is in a phrase and t the token that comes,
     p = p(C without t) + p(t) p', where p' is 1 if t ends a phrase and is read at the next position else.
     """
     rows, places = at.nonzero(as_tuple=True)
     node, steps = torch.zeros_like(rows), list[_Step]()
-    edges = _edges(tuple(moments.words)).to(moments.tokens.device)
-    coming = moments.coming
+    edges = _edges(tuple(onsets.words)).to(onsets.tokens.device)
+    next_tokens = onsets.next_tokens
     while True:
         if not len(edges):  # every word is one token
-            steps.append(_Step(rows, places, node, coming[rows, places], None))
+            steps.append(_Step(rows, places, node, next_tokens[rows, places], None))
             break
-        match = (edges[:, 0] == node[:, None]) & (edges[:, 1] == coming[rows, places][:, None])
-        into = (match.any(1) & moments.predicting[rows, places]).nonzero()[:, 0]
-        steps.append(_Step(rows, places, node, coming[rows, places], into))
+        match = (edges[:, 0] == node[:, None]) & (edges[:, 1] == next_tokens[rows, places][:, None])
+        into = (match.any(1) & onsets.predicting[rows, places]).nonzero()[:, 0]
+        steps.append(_Step(rows, places, node, next_tokens[rows, places], into))
         if not len(into):
             break
         node = edges[match[into].long().argmax(1), 2]
@@ -250,12 +237,12 @@ def margins_where(
     def said_of(d_vocab: int) -> Tensor:
         """Made on the device once, when the width of the logits is known."""
         if d_vocab not in tables:
-            tables[d_vocab] = _said(tuple(moments.words), d_vocab).to(moments.tokens.device)
+            tables[d_vocab] = _said(tuple(onsets.words), d_vocab).to(onsets.tokens.device)
         return tables[d_vocab]
 
     found = None
     for step in reversed(steps):
-        found = step.margins(logits_at, said_of, found, rows_at_once)
+        found = step.log_odds(logits_at, said_of, found, rows_at_once)
     assert found is not None
     return found
 
@@ -267,11 +254,11 @@ class _Step:
     rows: Tensor
     places: Tensor
     node: Tensor
-    coming: Tensor
+    next_tokens: Tensor
     into: Tensor | None
     """Those whose next token leads further into a phrase; None where no phrase has two tokens."""
 
-    def margins(
+    def log_odds(
         self,
         logits_at: Callable[[Tensor, Tensor], Tensor],
         said_of: Callable[[int], Tensor],
@@ -291,7 +278,7 @@ class _Step:
             said = said_of(logits.shape[-1])[self.node[part]]
             inside, outside = logits.masked_fill(~said, -torch.inf), logits.masked_fill(said, -torch.inf)
             if rest is not None:
-                token, on, odds = self.coming[part, None], goes_on[part, None], rest[part, None]
+                token, on, odds = self.next_tokens[part, None], goes_on[part, None], rest[part, None]
                 chosen = logits.gather(1, token)
                 yes = torch.where(on, chosen + logsigmoid(odds), inside.gather(1, token))
                 no = torch.where(on, chosen + logsigmoid(-odds), outside.gather(1, token))

@@ -37,7 +37,7 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import CircuitEdge, CircuitFeature, Role
-from tl_adapters.circuits.onsets import Onsets, final_residual, margins_from
+from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds
 from tl_adapters.interventions.feature_edits import gated, indices_by_layer
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import at_least_float32
@@ -58,42 +58,42 @@ class Effects:
     """Along no other module, in nats."""
     total: Float[Tensor, "n_layers n_features"]
     """Along all paths."""
-    mass: Float[Tensor, "n_layers n_features"]
+    activation: Float[Tensor, "n_layers n_features"]
     """Mean activation at the places, in decoder-norm units."""
     rate: Float[Tensor, "n_layers n_features"]
     """Share of the places where it fires."""
-    margin: float
-    """Mean margin."""
+    log_odds: float
+    """Mean log-odds of the behavior, in nats."""
 
 
 @adapters_in_float32
 def effects_at(
     pair: PairedModel,
-    moments: Onsets,
-    at: str = "moment",
+    onsets: Onsets,
+    at: str = "onset",
     held: Sequence[FeatureId] = (),
     tokens_per_batch: int = 4096,
 ) -> Effects:
-    """Effects over the places ``at`` ("moment" or "boundary"), with the activations of ``held`` features constant.
+    """Effects over the places ``at`` ("onset" or "control"), with the activations of ``held`` features constant.
 
     Raises InterventionError for features that are not there.
     """
     adapters = pair.installed_adapters()
     shape, device = (pair.n_layers, adapters.n_features), pair.model.W_E.device
     norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1) for adapter in adapters])
-    direct, total, mass, rate = torch.zeros(4, *shape, device=device)
-    margin, n = 0.0, 0
-    for _, batch in moments.having(at).batches(tokens_per_batch):
+    direct, total, activation, rate = torch.zeros(4, *shape, device=device)
+    odds, n = 0.0, 0
+    for _, batch in onsets.having(at).batches(tokens_per_batch):
         batch = batch.to(device)
         places = getattr(batch, at)
         gates = torch.ones(shape, device=device, requires_grad=True)
         with torch.enable_grad(), _constant(pair, held), gated(pair, dict(enumerate(gates))), \
                 pair.recorded(ACTS_HOOK) as acts, _recorded_post_norms(pair) as scales:  # fmt: skip
             residual = final_residual(pair, batch.tokens)
-            said = margins_from(pair, residual, batch, places)
+            said = log_odds(pair, residual, batch, places)
             through, reads = torch.autograd.grad(said.sum(), [gates, residual])
         total += through.detach()
-        margin, n = margin + float(said.detach().sum()), n + len(said)
+        odds, n = odds + float(said.detach().sum()), n + len(said)
         # Indices once per batch, for a mask makes the device wait at every use.
         read = reads.ne(0).any(-1).nonzero(as_tuple=True)  # the places, and where phrases that begin there go on
         where = places.nonzero(as_tuple=True)
@@ -103,11 +103,11 @@ def effects_at(
             rows = _into_residual(pair, adapters[layer].W_dec.detach(), layer).to(reads)
             direct[layer] += (acts[layer].detach()[read] * (through_norm @ rows.T)).sum(0)
             here = acts[layer].detach()[where]
-            mass[layer] += here.sum(0).float() * norms[layer]
+            activation[layer] += here.sum(0).float() * norms[layer]
             rate[layer] += (here > 0).sum(0).float()
     n = max(1, n)
-    direct, total, mass, rate = ((part / n).cpu() for part in (direct, total, mass, rate))
-    return Effects(direct, total, mass, rate, margin / n)
+    direct, total, activation, rate = ((part / n).cpu() for part in (direct, total, activation, rate))
+    return Effects(direct, total, activation, rate, odds / n)
 
 
 def _into_residual(pair: PairedModel, rows: Tensor, layer: int) -> Tensor:
@@ -129,19 +129,19 @@ def _recorded_post_norms(pair: PairedModel) -> Iterator[dict[int, Tensor]]:
 
 @adapters_in_float32
 def effects_on_what_follows(
-    pair: PairedModel, moments: Onsets, tokens_per_batch: int = 4096
+    pair: PairedModel, onsets: Onsets, tokens_per_batch: int = 4096
 ) -> Float[Tensor, "n_layers n_features"]:
     """Mean total effect of every feature on the log-odds of the tokens that come after the word, in nats."""
     shape, device = (pair.n_layers, pair.installed_adapters().n_features), pair.model.W_E.device
     total, n = torch.zeros(shape), 0
-    for _, batch in moments.with_moments().batches(tokens_per_batch):
+    for _, batch in onsets.with_onsets().batches(tokens_per_batch):
         batch = batch.to(device)
-        coming = batch.tokens.roll(-1, dims=1)[batch.follows][:, None]
+        next_tokens = batch.tokens.roll(-1, dims=1)[batch.continuation][:, None]
         gates = torch.ones(shape, device=device, requires_grad=True)
         with torch.enable_grad(), gated(pair, dict(enumerate(gates))):
-            logits = at_least_float32(pair.unembed(final_residual(pair, batch.tokens)[batch.follows]))
-            others = logits.scatter(1, coming, -torch.inf).logsumexp(1)
-            odds = logits.gather(1, coming)[:, 0] - others
+            logits = at_least_float32(pair.unembed(final_residual(pair, batch.tokens)[batch.continuation]))
+            others = logits.scatter(1, next_tokens, -torch.inf).logsumexp(1)
+            odds = logits.gather(1, next_tokens)[:, 0] - others
         total += torch.autograd.grad(odds.sum(), gates)[0].cpu()
         n += len(odds)
     return total / max(1, n)
@@ -181,7 +181,7 @@ class Sorted:
 @adapters_in_float32
 def sort_features(
     pair: PairedModel,
-    moments: Onsets,
+    onsets: Onsets,
     chosen: Sequence[FeatureId],
     alive: Bool[Tensor, "n_layers n_features"],
 ) -> Sorted:
@@ -194,11 +194,11 @@ def sort_features(
         alive: features that are asked at all.
     """
     pair.installed_adapters().require_own(chosen)
-    here, elsewhere = effects_at(pair, moments), effects_at(pair, moments, "boundary")
-    follows = effects_on_what_follows(pair, moments)
-    threshold, threshold_follows = (SHARE * float(e[alive].clamp(min=0).sum()) for e in (here.direct, follows))
+    here, elsewhere = effects_at(pair, onsets), effects_at(pair, onsets, "control")
+    continuation = effects_on_what_follows(pair, onsets)
+    threshold, threshold_follows = (SHARE * float(e[alive].clamp(min=0).sum()) for e in (here.direct, continuation))
     outputs = [f for f in chosen if float(here.direct[f]) >= threshold]
-    through = here.total - effects_at(pair, moments, held=outputs).total
+    through = here.total - effects_at(pair, onsets, held=outputs).total
     for f in outputs:
         through[f] = 0.0  # held themselves, their gates pass nothing on: the difference would say nothing
 
@@ -207,10 +207,10 @@ def sort_features(
             return "output"
         if float(through[f]) >= threshold:
             return "template"
-        return "continuation" if float(follows[f]) >= threshold_follows else "other"
+        return "continuation" if float(continuation[f]) >= threshold_follows else "other"
 
     def record(f: FeatureId, role: Role) -> CircuitFeature:
-        effects = (here.direct, through, here.total, follows, here.total - elsewhere.total, here.mass)
+        effects = (here.direct, through, here.total, continuation, here.total - elsewhere.total, here.activation)
         return CircuitFeature(f, role, *(float(effect[f]) for effect in effects))
 
     outside = alive.clone()
@@ -225,9 +225,9 @@ def sort_features(
     return Sorted(
         (*(record(f, role(f)) for f in chosen), *(record(f, "suppress") for f in suppress)),
         tuple(_ids(template.nonzero(), -through)),
-        tuple(_ids(before.nonzero(), -here.mass)),
+        tuple(_ids(before.nonzero(), -here.activation)),
         threshold,
-        here.margin - _margin_in_hybrid(pair, moments),
+        here.log_odds - _log_odds_in_hybrid(pair, onsets),
     )
 
 
@@ -237,17 +237,17 @@ def _ids(found: Tensor, order: Tensor) -> list[FeatureId]:
 
 
 @torch.no_grad()
-def _margin_in_hybrid(pair: PairedModel, moments: Onsets) -> float:
+def _log_odds_in_hybrid(pair: PairedModel, onsets: Onsets) -> float:
     total = 0.0
-    for _, batch in moments.with_moments().batches():
+    for _, batch in onsets.with_onsets().batches():
         batch = batch.to(pair.model.W_E.device)
         with pair.routed("hybrid"):
-            total += float(margins_from(pair, final_residual(pair, batch.tokens), batch, batch.moment).sum())
-    return total / max(1, int(moments.moment.sum()))
+            total += float(log_odds(pair, final_residual(pair, batch.tokens), batch, batch.onset).sum())
+    return total / max(1, int(onsets.onset.sum()))
 
 
 @adapters_in_float32
-def circuit_edges(pair: PairedModel, moments: Onsets, features: Sequence[CircuitFeature]) -> tuple[CircuitEdge, ...]:
+def circuit_edges(pair: PairedModel, onsets: Onsets, features: Sequence[CircuitFeature]) -> tuple[CircuitEdge, ...]:
     """Edges of the drawing: direct effects on the word, and effects of the others on the strongest output features.
 
     An edge between features is the effect on the target's pre-activation at the moments, times what a unit of that
@@ -257,7 +257,7 @@ def circuit_edges(pair: PairedModel, moments: Onsets, features: Sequence[Circuit
     outputs = sorted((f for f in features if f.role == "output"), key=lambda f: -f.direct)
     edges = [CircuitEdge(f.id, None, f.direct) for f in features if f.role in ("output", "suppress")]
     sources = [f.id for f in features if f.role in ("template", "continuation")]
-    texts = moments.with_moments(EDGE_DOCUMENTS)
+    texts = onsets.with_onsets(EDGE_DOCUMENTS)
     if not sources or not len(texts):
         return tuple(edges)
     device = pair.model.W_E.device
@@ -267,11 +267,11 @@ def circuit_edges(pair: PairedModel, moments: Onsets, features: Sequence[Circuit
             pair.recorded(ACTS_HOOK) as acts:  # fmt: skip
         final_residual(pair, batch.tokens)
     for f in outputs[:EDGE_TARGETS]:
-        fires = (acts[f.id.layer][..., f.id.index] > 0) & batch.moment
-        mean = acts[f.id.layer].detach()[..., f.id.index][batch.moment].mean()
+        fires = (acts[f.id.layer][..., f.id.index] > 0) & batch.onset
+        mean = acts[f.id.layer].detach()[..., f.id.index][batch.onset].mean()
         if f.id.layer == 0 or not bool(fires.any()):
             continue
-        reads = pre[f.id.layer][..., f.id.index][fires].sum() / int(batch.moment.sum())
+        reads = pre[f.id.layer][..., f.id.index][fires].sum() / int(batch.onset.sum())
         (gradient,) = torch.autograd.grad(reads, gates, retain_graph=True)
         weights = (gradient * (f.direct / mean.clamp(min=1e-6))).cpu()
         edges += [CircuitEdge(s, f.id, float(weights[s])) for s in sources if s.layer < f.id.layer]

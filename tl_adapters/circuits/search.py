@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.circuits.onsets import Onsets, final_residual, margins_from
+from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds
 from tl_adapters.evaluation.behaviors import BehaviorError
 from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
@@ -107,17 +107,17 @@ class _Reference:
     @torch.no_grad()
     def __init__(self, pair: PairedModel, batch: Onsets) -> None:
         self.batch = batch.to(pair.model.W_E.device)
-        self.places = self.batch.moment | self.batch.boundary
+        self.places = self.batch.onset | self.batch.control
         with pair.routed("target"):
             residual = final_residual(pair, self.batch.tokens)
-        self.said = margins_from(pair, residual, self.batch, self.places).sigmoid()
-        self.goes_on = at_least_float32(pair.unembed(residual[self.batch.follows])).log_softmax(-1)
+        self.said = log_odds(pair, residual, self.batch, self.places).sigmoid()
+        self.goes_on = at_least_float32(pair.unembed(residual[self.batch.continuation])).log_softmax(-1)
 
 
 @adapters_in_float32
 def search_circuit(
     pair: PairedModel,
-    moments: Onsets,
+    onsets: Onsets,
     alive: Bool[Tensor, "n_layers n_features"],
     options: SearchOptions | None = None,
     progress: bool = True,
@@ -134,9 +134,9 @@ def search_circuit(
     Raises BehaviourError where there is no moment: a target that never does it has no circuit.
     """
     options = options or SearchOptions()
-    if not bool(moments.moment.any()):
+    if not bool(onsets.onset.any()):
         raise BehaviorError("There is no moment in these texts, so there is nothing to find a circuit of.")
-    texts = moments.with_places(options.documents)
+    texts = onsets.with_onsets_and_controls(options.documents)
     references = [_Reference(pair, batch) for _, batch in texts.batches(options.tokens_per_batch)]
     size, every = (_size(alive, options.share * times) for times in (1.0, options.further))
     chosen, order, aims = torch.zeros_like(alive), list[int](), list[Aims]()
@@ -168,7 +168,7 @@ def _score(
     """What each feature would still take off the weighted sum, and what is left of every aim."""
     counts = [
         max(1, sum(int(places.sum()) for places in kind))
-        for kind in zip(*((r.batch.moment, r.places, r.batch.follows) for r in references), strict=True)
+        for kind in zip(*((r.batch.onset, r.places, r.batch.continuation) for r in references), strict=True)
     ]
     weights = (options.necessity, options.sufficiency, options.continuation)
     score, left = torch.zeros(chosen.shape), [0.0, 0.0, 0.0]
@@ -188,13 +188,13 @@ def _aims(
     """Each aim, summed over its places, with S as far in as ``joined`` says (0 to 1)."""
     batch = reference.batch
     with gated(pair, dict(enumerate(1 - joined))):
-        margin = margins_from(pair, final_residual(pair, batch.tokens), batch, batch.moment)
-        necessity = F.softplus(margin + 2).sum()
+        odds = log_odds(pair, final_residual(pair, batch.tokens), batch, batch.onset)
+        necessity = F.softplus(odds + 2).sum()
     with gated(pair, dict(enumerate(joined * strength)), decoder_bias=False):
         residual = final_residual(pair, batch.tokens)
-        margin = margins_from(pair, residual, batch, reference.places)
-        sufficiency = (F.softplus(margin) - reference.said * margin).sum()
-        going_on = at_least_float32(pair.unembed(residual[batch.follows])).log_softmax(-1)
+        odds = log_odds(pair, residual, batch, reference.places)
+        sufficiency = (F.softplus(odds) - reference.said * odds).sum()
+        going_on = at_least_float32(pair.unembed(residual[batch.continuation])).log_softmax(-1)
         continuation = (reference.goes_on.exp() * (reference.goes_on - going_on)).sum()
     return necessity, sufficiency, continuation
 

@@ -54,6 +54,7 @@ from tl_adapters.circuits.measurements import (
     record,
 )
 from tl_adapters.circuits.onsets import find_onsets
+from tl_adapters.circuits.results_block import HESITATION_SCHEMA_VERSION
 from tl_adapters.circuits.roles import effects_at
 from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.circuits.subject import Subject, kinds_at
@@ -194,8 +195,8 @@ class _Study:
         self.found = find_circuit(
             pair, traces_of(said, tokenizer), behaviour, options=options.search, progress=progress
         )
-        self.moments = find_onsets(pair, traces_of(self.target, tokenizer), behaviour, self.found.moments.words)
-        self.some = self.moments.rows(range(min(PROBABILITY_DOCUMENTS, len(self.moments))))
+        self.onsets = find_onsets(pair, traces_of(self.target, tokenizer), behaviour, self.found.onsets.words)
+        self.some = self.onsets.rows(range(min(PROBABILITY_DOCUMENTS, len(self.onsets))))
         self.slips = (
             None
             if subject.slipped is None
@@ -206,16 +207,17 @@ class _Study:
         self.sets: dict[str, list[FeatureId]] = {
             "output": circuit.ids("output"),
             "template": circuit.ids("template"),
-            "both": list(self.order),
+            "circuit": list(self.order),
         }
 
     def run(self) -> dict[str, Any]:
         """The block."""
         circuit = self.found.circuit
         block: dict[str, Any] = {
+            "schema_version": HESITATION_SCHEMA_VERSION,
             "behaviour": self.behaviour.name,
             "words": list(circuit.words),
-            "moments": {"select": self.found.moments.counts, "report": self.moments.counts},
+            "moments": {"select": self.found.onsets.counts, "report": self.onsets.counts},
             "circuit": self.size(),
             **self.told(),
         }
@@ -252,12 +254,12 @@ class _Study:
 
     def told(self) -> dict[str, Any]:
         """What is to be known of a behaviour that is not said by single tokens; nothing of one that is."""
-        words, find = self.found.moments.words, self.behaviour.find
+        words, find = self.found.onsets.words, self.behaviour.find
         phrases = any(isinstance(word, tuple) for word in words)
         found: dict[str, Any] = {} if find is None else {"function": self.behaviour.function}
         if phrases or find is not None:
             found["measured"] = "the whole phrase" if phrases else "the token that begins it"
-            found["begins_alike"] = {"select": self.found.moments.shared, "report": self.moments.shared}
+            found["begins_alike"] = {"select": self.found.onsets.shared, "report": self.onsets.shared}
         return found
 
     # -- size -----------------------------------------------------------------------------------------------------
@@ -285,32 +287,32 @@ class _Study:
 
     def random_sets(self) -> list[list[FeatureId]]:
         """Matched random sets: equal in size and layer, and as near in mass as there are features."""
-        here, there = (effects_at(self.pair, self.found.moments, at) for at in ("moment", "boundary"))
-        mass = here.mass + there.mass
+        here, there = (effects_at(self.pair, self.found.onsets, at) for at in ("onset", "control"))
+        activation = here.activation + there.activation
         generator = torch.Generator().manual_seed(self.options.seed)
         n = max(self.options.draws, self.options.probability_draws)
-        sets = [matched_features(self.order, mass, self.found.alive, generator) for _ in range(n)]
-        everything = most_active_others(self.order, mass, self.found.alive, mass.numel())
+        sets = [matched_features(self.order, activation, self.found.alive, generator) for _ in range(n)]
+        everything = most_active_others(self.order, activation, self.found.alive, activation.numel())
         self.others = everything[: len(self.order)]
-        self.written = here.mass
+        self.written = here.activation
         self.orders = {
-            "random": further_matched(self.order, sets[0], mass, self.found.alive, generator),
+            "random": further_matched(self.order, sets[0], activation, self.found.alive, generator),
             "others": everything,
         }
-        held = lambda features: float(sum(mass[f] for f in features))  # noqa: E731
+        held = lambda features: float(sum(activation[f] for f in features))  # noqa: E731
         self.masses = {
-            "circuit": held(self.order) / float(mass.sum()),
-            "random": sum(map(held, sets)) / n / float(mass.sum()),
-            "others": held(self.others) / float(mass.sum()),
+            "circuit": held(self.order) / float(activation.sum()),
+            "random": sum(map(held, sets)) / n / float(activation.sum()),
+            "others": held(self.others) / float(activation.sum()),
         }
         return sets
 
     def set_controls(self) -> dict[str, Any]:
         """What the circuit is held against, made on the select split (`circuit_tuning.set_controls`)."""
-        texts = Texts(self.pair, self.found.moments)
+        texts = Texts(self.pair, self.found.onsets)
         self.settings: dict[str, Setting] = set_controls(texts, self.order, self.orders, self.written)
         strength = self.found.circuit.strength
-        self.stronger = {} if strength == 1 else {"both_at_strength": self.added(self.order, strength)}
+        self.stronger = {} if strength == 1 else {"circuit_at_strength": self.added(self.order, strength)}
         other = self._other_circuit()
         self.removals: dict[str, Variant] = {
             **{name: without(features) for name, features in self.sets.items()},
@@ -369,13 +371,13 @@ class _Study:
         arms = {
             "target": on_route("target"),
             "replacement": on_route("replacement"),
-            "replacement - both": without(self.order),
+            "replacement - circuit": without(self.order),
             "words banned": self.baselines["ban"],
             "hybrid": on_route("hybrid"),
-            "hybrid + both": self.added(self.order),
+            "hybrid + circuit": self.added(self.order),
             **{f"hybrid + {name}": variant for name, variant in self.stronger.items()},
         }
-        if any(isinstance(word, tuple) for word in self.found.moments.words):
+        if any(isinstance(word, tuple) for word in self.found.onsets.words):
             del arms["words banned"]  # a phrase is banned within itself, so nothing changes where it begins
         return {name: probabilities(self.pair, texts, variant, "report") for name, variant in arms.items()}
 
@@ -390,8 +392,8 @@ class _Study:
 
     def ban(self) -> Variant:
         """The words banned; of a phrase, one token after another, where that takes least of other text with it."""
-        moments = self.found.moments
-        return banned(moments.words, banned_neighbors(moments))
+        onsets = self.found.onsets
+        return banned(onsets.words, banned_neighbors(onsets))
 
     def necessity(self) -> dict[str, Any]:
         """The replacement without sets of features, and its rivals."""
@@ -401,26 +403,26 @@ class _Study:
         for name, features in self.sets.items():
             found[name] = self._arm(plain, without(features))
         self.removed = self.latest
-        self.kinds["both"] = self._kinds(self.removed)
+        self.kinds["circuit"] = self._kinds(self.removed)
         found["random"] = self._random(plain, without)
         bias_only = Variant("decoder biases only", lambda pair: only(pair, [], "replacement", decoder_bias=True))
         found["bias_only"] = self._arm(plain, bias_only, opened=True)
         rivals = {name: v for name, v in {**self.removals, **self.baselines}.items() if name not in self.sets}
         found |= {name: self._arm(plain, variant) for name, variant in rivals.items()}
-        if neighbors := banned_neighbors(self.found.moments):
+        if neighbors := banned_neighbors(self.found.onsets):
             found["ban"]["banned_elsewhere"] = sum(neighbors.values())
         return found
 
     def _other_circuit(self) -> Variant | None:
         """The same search for the token that most often comes at the boundaries instead of the word."""
-        token = commonest_alternative(self.found.moments)
+        token = commonest_alternative(self.found.onsets)
         if token is None:
             return None
-        coming = torch.zeros_like(self.found.moments.tokens)
-        coming[:, :-1] = self.found.moments.tokens[:, 1:]
-        moments = self.found.moments
-        says = moments.boundary & (coming == token)
-        swapped = replace(moments, moment=says, boundary=(moments.boundary & ~says) | moments.moment, words=(token,))
+        next_tokens = torch.zeros_like(self.found.onsets.tokens)
+        next_tokens[:, :-1] = self.found.onsets.tokens[:, 1:]
+        onsets = self.found.onsets
+        says = onsets.control & (next_tokens == token)
+        swapped = replace(onsets, onset=says, control=(onsets.control & ~says) | onsets.onset, words=(token,))
         given = self.options.search  # a control need not be searched as finely
         options = replace(given, documents=max(1, given.documents // 2), per_round=2 * given.per_round)
         return without(search_circuit(self.pair, swapped, self.found.alive, options, self.progress).order)
@@ -450,7 +452,7 @@ class _Study:
         self.inserted: dict[str, list[Response]] = {}
         for name, variant in self.insertions.items():
             found[name] = self._arm(opened, variant, opened=True)
-            if name in ("both", "both_at_strength"):
+            if name in ("circuit", "circuit_at_strength"):
                 self.inserted[name] = self.latest
                 self.kinds[f"hybrid + {name}"] = self._kinds(self.latest)
         found["random"] = self._random(opened, self.added, opened=True)
@@ -468,8 +470,8 @@ class _Study:
 
     def injected(self) -> dict[str, OutcomesMeasurement]:
         """Wrong steps written into the model's answer: the test that no logit was looked at for."""
-        taken_out = ("both", *CONTROLS)
-        put_in = ("both", *self.stronger, "others")
+        taken_out = ("circuit", *CONTROLS)
+        put_in = ("circuit", *self.stronger, "others")
         arms = {
             "target": on_route("target"),
             "replacement": on_route("replacement"),
@@ -487,7 +489,7 @@ class _Study:
         found = {
             name: corrected(self.pair, injections, variant, self.subject, "report") for name, variant in arms.items()
         }
-        circuit = found["replacement - both"]
+        circuit = found["replacement - circuit"]
         self.corrected_more = {
             name: corrected_more(found[f"replacement - {name}"], circuit) for name in ("random", *CONTROLS)
         }
@@ -517,7 +519,7 @@ class _Study:
     def sampled(self) -> dict[str, Any]:
         """Answers drawn at a temperature, not the likeliest ones."""
         found = {}
-        for name, variant in (("none", on_route("replacement")), ("both", without(self.order))):
+        for name, variant in (("none", on_route("replacement")), ("circuit", without(self.order))):
             said = answers(
                 self.pair, self.subject, variant, temperature=self.options.temperature, seed=self.options.seed
             )
@@ -530,7 +532,7 @@ class _Study:
         assert roles is not None
         found: dict[str, Any] = {"n": len(roles.templates)}
         if roles.templates:
-            texts = self.moments.with_moments(MEDIATION_DOCUMENTS)
+            texts = self.onsets.with_onsets(MEDIATION_DOCUMENTS)
             found |= mediation(self.pair, texts, roles.templates, self.sets["output"], "report")
         return found
 
@@ -570,10 +572,10 @@ class _Study:
             "replacement": self.plain,
             "without the circuit": self.removed,
             "hybrid, thinking opened": self.hybrid,
-            "with the circuit": self.inserted["both"],
+            "with the circuit": self.inserted["circuit"],
         }
         if self.stronger:
-            arms[f"with the circuit, at strength {strength:g}"] = self.inserted["both_at_strength"]
+            arms[f"with the circuit, at strength {strength:g}"] = self.inserted["circuit_at_strength"]
         for i in order[:4]:
             shown = {name: said[i] for name, said in arms.items()}
             example: dict[str, Any] = {"question": self.subject.report[i].question}

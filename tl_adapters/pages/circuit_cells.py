@@ -15,9 +15,8 @@ _ARMS = {
     "none": "nothing changed",
     "output": "output features",
     "template": "template features",
-    "both": "the whole circuit",
-    "both_at_strength": "the whole circuit, stronger",
     "circuit": "the whole circuit",
+    "circuit_at_strength": "the whole circuit, stronger",
     "random": "random features",
     "random_scaled": "random features of equal write norm",
     "random_equal_harm": "random features of equal harm elsewhere",
@@ -106,7 +105,12 @@ def shown(value: Any, as_share: bool | None = None) -> str:
 def arm_name(name: str, block: Block | None = None) -> str:
     """As a reader is told it, escaped; ``block`` tells how much stronger the stronger circuit is."""
     strength = ((block or {}).get("circuit") or {}).get("strength")
-    for sign in ("", " - ", " + ", ", "):  # "none", "replacement - both", "hybrid + both", "replacement, steering"
+    for sign in (
+        "",
+        " - ",
+        " + ",
+        ", ",
+    ):  # "none", "replacement - circuit", "hybrid + circuit", "replacement, steering"
         model, found, arm = name.partition(sign) if sign else ("", "", name)
         if arm in _ARMS:
             told = _ARMS[arm] if strength is None else _ARMS[arm].replace("stronger", f"at strength {strength:g}")

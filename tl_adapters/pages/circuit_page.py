@@ -14,6 +14,7 @@ from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.circuits.circuit import EFFECTS, ROLES, Circuit
 from tl_adapters.circuits.criteria import REACHED
 from tl_adapters.circuits.find import FEWEST_ONSETS
+from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.data.hesitation_words import pattern_of
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature
 from tl_adapters.features.store import FeatureStore
@@ -96,7 +97,7 @@ def write_circuit_page(
 
     Raises DiskFullError.
     """
-    folder, block = Path(folder), plain(block, null=True)
+    folder, block = Path(folder), upgraded_block(plain(block, null=True))
     if store is not None and differing(store.about.fingerprints, circuit.fingerprints):
         store = None
     link = page_link(folder, store)
@@ -224,7 +225,7 @@ def _features(circuit: Circuit, store: FeatureStore | None, link: Link) -> str:
         address = link(f.id)
         cells = [name if address is None else f'<a href="{escape(address)}">{name}</a>', f.role]
         cells += [signed(value) for value in f.effects]
-        cells.append(short(f.mass))
+        cells.append(short(f.activation))
         if store is not None:
             cells += _described(known.get(f.id))
         rows.append(cells)

@@ -9,7 +9,7 @@ from tl_adapters.pages.circuit_diagram import shown_text
 from tl_adapters.utils.html import table
 from tl_adapters.utils.plots import Line, plot
 
-_FIGURE_ARMS = ("none", "output", "template", "both", "random")
+_FIGURE_ARMS = ("none", "output", "template", "circuit", "random")
 _COLUMNS: tuple[tuple[str, str, bool | None], ...] = (
     ("hesitation_per_1k", "hesitations per 1,000", False),
     ("hesitation_cut", "of them gone", True),
@@ -52,7 +52,7 @@ def arms_section(block: Block, name: str, title: str, said: str) -> str:
     rivals = ""
     if rest:
         rivals = "<h3>Rivals and controls</h3>" + _records(
-            {arm: arms[arm] for arm in ["none", "both", *rest] if arm in arms}, block
+            {arm: arms[arm] for arm in ["none", "circuit", *rest] if arm in arms}, block
         )
     main = _records({arm: arms[arm] for arm in drawn}, block)
     return f'<h2>{title}</h2>{text}<div class="bars">{"".join(figures)}</div>{main}{rivals}'

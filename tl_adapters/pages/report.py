@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import escape, figure_cell, marked, page, table
 from tl_adapters.utils.plots import Line, plot
@@ -41,7 +42,7 @@ def write_report(folder: str | Path) -> Path:
     if (results.get("attribution") or {}).get("graphs"):
         sections.append(_attribution(results["attribution"]))
     if results.get("hesitation"):
-        sections.append(_hesitation(results["hesitation"]))
+        sections.append(_hesitation(upgraded_block(results["hesitation"])))
     answers = _lines(folder / "answers.jsonl")
     if answers:
         sections.append(_answers(answers))
@@ -293,9 +294,9 @@ def _hesitation(b: Block) -> str:
     stronger = f"the whole circuit, at strength {circuit.get('strength') or 1:g}"
     rows = []
     for block, title in (("necessity", "taken out of the replacement"), ("sufficiency", "added to the hybrid")):
-        for arm in ("none", "output", "template", "both", "both_at_strength", "random"):
+        for arm in ("none", "output", "template", "circuit", "circuit_at_strength", "random"):
             if rate := (b.get(block) or {}).get(arm):
-                named = {"both": "the whole circuit", "both_at_strength": stronger}.get(arm, arm)
+                named = {"circuit": "the whole circuit", "circuit_at_strength": stronger}.get(arm, arm)
                 rows.append([f"{named}, {title}", *_rate_cells(rate)])
     header = ["features", "accuracy", "length, tokens", "hesitations per 1,000"]
     text = f"<p>The features that make it say {words}: {roles or 'none of any role'} features{of}. See {link}.</p>"
