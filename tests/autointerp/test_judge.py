@@ -243,7 +243,7 @@ def test_what_always_fires_is_never_to_be_passed_over(token_store: MadeStore) ->
     """Most firings of these features are unknown to the store, and a random token is one of them in 1 of 40 cases."""
     for trial in every_trial(token_store):
         own = trial.feature.id.layer // 2 * PER_LAYER + trial.feature.id.index
-        tokens = [e.token_ids[e.at] for e in trial.excerpts]
+        tokens = [e.token_ids[e.token_index] for e in trial.excerpts]
         assert [token == own for token in tokens] == list(trial.fires)
 
 
@@ -273,20 +273,23 @@ def test_the_chance_of_a_type_is_its_firings_over_its_tokens() -> None:
     counts = TokenCounts(store)
     tokens = [store.document(d) for d in range(store.documents)]
     for feature in store.features(store.ids()):
-        own, region = feature.sample[0].token_ids[feature.sample[0].at], store.region_of(feature.sample[0])
+        own, region = (
+            feature.random_examples[0].token_ids[feature.random_examples[0].token_index],
+            store.region_of(feature.random_examples[0]),
+        )
         code = store.about.regions.index(region)
         there = sum((t, r) == (own, region) for ids, names in tokens for t, r in zip(ids, names, strict=True))
         assert counts.of(code, own) == there
         others = Others(store, feature, counts, set(), set())
-        hits = sum(store.region_of(e) == region for e in feature.sample)
+        hits = sum(store.region_of(e) == region for e in feature.random_examples)
         unknown = feature.firings - len(known_firings(feature))
         low, high = others.chance(code, own)
-        assert low == pytest.approx(min(1, unknown * hits / len(feature.sample) / there)) and low <= high <= 1
+        assert low == pytest.approx(min(1, unknown * hits / len(feature.random_examples) / there)) and low <= high <= 1
 
 
 def test_known_firings_are_those_that_the_examples_show(a_store: FeatureStore) -> None:
     for feature in a_store.features(a_store.ids()[:5]):
-        chosen = {(e.document, e.position) for e in (*feature.top, *feature.sample)}
+        chosen = {(e.document, e.position) for e in (*feature.top_examples, *feature.random_examples)}
         assert chosen <= known_firings(feature)
         if isinstance(a_store, MadeStore):
             values = a_store.values[LAYERS.index(feature.id.layer) * PER_LAYER + feature.id.index]
@@ -306,8 +309,8 @@ def test_the_place_of_an_excerpt_tells_nothing(a_store: FeatureStore) -> None:
 def test_firings_are_spread_over_the_strengths(token_store: MadeStore) -> None:
     for trial in every_trial(token_store):
         testing = {e.document for e, fires in zip(trial.excerpts, trial.fires, strict=True) if fires}
-        tested = [e.values[e.at] for e, fires in zip(trial.excerpts, trial.fires, strict=True) if fires]
-        there = [e.values[e.at] for e in trial.feature.sample if e.document in testing]
+        tested = [e.values[e.token_index] for e, fires in zip(trial.excerpts, trial.fires, strict=True) if fires]
+        there = [e.values[e.token_index] for e in trial.feature.random_examples if e.document in testing]
         assert max(tested) == max(there) and min(tested) == min(there)
 
 
@@ -344,7 +347,7 @@ def test_a_feature_of_the_first_token_has_no_others() -> None:
 
 def test_excerpts_lose_nothing_and_mark_what_fires(a_store: FeatureStore) -> None:
     for feature in a_store.features(a_store.ids()[:10]):
-        for example in (*feature.top, *feature.sample):
+        for example in (*feature.top_examples, *feature.random_examples):
             pieces = firing_excerpt(example, feature.max)
             texts = [p if isinstance(p, str) else str(p["fires"]) for p in pieces]
             assert "".join(texts) == "".join(example.tokens)
@@ -353,9 +356,13 @@ def test_excerpts_lose_nothing_and_mark_what_fires(a_store: FeatureStore) -> Non
             assert all(1 <= p["strength"] <= 10 for p in pieces if isinstance(p, dict))  # type: ignore[operator]
             asked = asked_excerpt(example)
             assert asked["before"] + asked["token"] + asked["after"] == "".join(example.tokens)
-            assert asked["token"] == example.tokens[example.at]
+            assert asked["token"] == example.tokens[example.token_index]
             anew = excerpt_at(a_store, example.document, example.position)
-            assert (anew.tokens, anew.token_ids, anew.at) == (example.tokens, example.token_ids, example.at)
+            assert (anew.tokens, anew.token_ids, anew.token_index) == (
+                example.tokens,
+                example.token_ids,
+                example.token_index,
+            )
 
 
 def test_the_strongest_has_ten() -> None:
@@ -373,7 +380,7 @@ def test_odd_tokens_survive(token_store: MadeStore) -> None:
             shown(messages)  # type: ignore[arg-type]
         excerpts = shown(detecting_question(trial, ""))["excerpts"]  # type: ignore[arg-type]
         sent = [e["token"] for e in excerpts]
-        assert sent == [e.tokens[e.at].replace("\ud800", "?") for e in trial.excerpts]
+        assert sent == [e.tokens[e.token_index].replace("\ud800", "?") for e in trial.excerpts]
 
 
 # -- the judge --------------------------------------------------------------------------------------------------------

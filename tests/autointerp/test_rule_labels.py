@@ -169,8 +169,8 @@ def _features(written: torch.Tensor) -> list[Feature]:
     return [
         replace(
             feature(number=i),
-            promotes=named(effects.top_tokens[i], effects.top[i]),
-            suppresses=named(effects.bottom_tokens[i], effects.bottom[i]),
+            top_logits=named(effects.top_tokens[i], effects.top[i]),
+            bottom_logits=named(effects.bottom_tokens[i], effects.bottom[i]),
             effect_spread=float(effects.spread[i]),
             effect_kurtosis=float(effects.kurtosis[i]),
             effect_histogram=((-1.0, 1.0, len(vocabulary)),),

@@ -79,4 +79,10 @@ def test_a_judge_reads_characters_and_the_strongest_of_their_tokens() -> None:
     example = Example(names, ids, (0.0, 0.0, 0.0, 2.0, 0.0), 3, 0, 3)
     assert firing_excerpt(example, 2.0) == ["a", {"fires": "本", "strength": 10}, "b"]
     assert asked_excerpt(example) == {"before": "a", "token": "本", "after": "b"}
-    assert example.shown == ["a", "本", CONTINUATION, CONTINUATION, "b"] and example.texts == ["a", "本", "", "", "b"]
+    assert example.display_texts == ["a", "本", CONTINUATION, CONTINUATION, "b"] and example.texts == [
+        "a",
+        "本",
+        "",
+        "",
+        "b",
+    ]

@@ -86,17 +86,17 @@ def test_the_store_equals_a_plain_reference(pair: PairedModel, traces: list[Trac
         layer, index = feature.id
         of = [d[layer, :, index] for d in dense]
         strongest = sorted((float(o.max()) for o in of if o.max() > 0), reverse=True)[:4]
-        assert [e.values[e.at] for e in feature.top] == pytest.approx(strongest, rel=1e-5)
-        assert len({e.document for e in feature.top}) == len(feature.top)
-        assert len(feature.sample) == min(5, feature.firings)
-        assert len({(e.document, e.position) for e in feature.sample}) == len(feature.sample)
-        for example in (*feature.top, *feature.sample):
+        assert [e.values[e.token_index] for e in feature.top_examples] == pytest.approx(strongest, rel=1e-5)
+        assert len({e.document for e in feature.top_examples}) == len(feature.top_examples)
+        assert len(feature.random_examples) == min(5, feature.firings)
+        assert len({(e.document, e.position) for e in feature.random_examples}) == len(feature.random_examples)
+        for example in (*feature.top_examples, *feature.random_examples):
             trace, values = traces[example.document], of[example.document]
             first = max(0, example.position - 3)
             window = slice(first, example.position + 3)
-            assert example.token_ids == trace.tokens[window] and example.at == example.position - first
+            assert example.token_ids == trace.tokens[window] and example.token_index == example.position - first
             assert list(example.values) == pytest.approx(values[window].tolist(), rel=2e-3, abs=1e-6)
-            assert example.values[example.at] > 0
+            assert example.values[example.token_index] > 0
 
 
 def test_neighbours_are_what_fires_beside_the_sample(pair: PairedModel, traces: list[Trace]) -> None:
@@ -110,11 +110,11 @@ def test_neighbours_are_what_fires_beside_the_sample(pair: PairedModel, traces: 
         together = fires[:, here].mean(1)
         together[layer, index] = 0
         excess = (together - fires.mean(1)).flatten()
-        for neighbour in feature.neighbours:
+        for neighbour in feature.coactivating:
             assert neighbour.share == pytest.approx(float(together[neighbour.id]), abs=1e-6)
             assert neighbour.density == pytest.approx(float(fires.mean(1)[neighbour.id]), abs=1e-6)
-        if feature.neighbours:
-            found = [n.share - n.density for n in feature.neighbours]
+        if feature.coactivating:
+            found = [n.share - n.density for n in feature.coactivating]
             best = excess[excess > 1e-9].sort(descending=True).values[: len(found)]
             assert found == pytest.approx(best.tolist(), abs=1e-6)
 
@@ -123,16 +123,16 @@ def same(a: FeatureStore, b: FeatureStore) -> None:
     """Equal but for the numbers of the documents."""
     assert (a.tokens, a.documents, a.region_tokens) == (b.tokens, b.documents, b.region_tokens)
     text = lambda example: (example.token_ids, example.position)  # noqa: E731
-    values = lambda examples: sorted(e.values[e.at] for e in examples)  # noqa: E731
+    values = lambda examples: sorted(e.values[e.token_index] for e in examples)  # noqa: E731
     for x, y in zip(a.features(a.ids(0)), b.features(b.ids(0)), strict=True):
-        assert (x.id, x.firings, x.histogram, x.regions, x.thinking, x.domains) == (
-            y.id, y.firings, y.histogram, y.regions, y.thinking, y.domains,
+        assert (x.id, x.firings, x.histogram, x.regions, x.thinking_deciles, x.domains) == (
+            y.id, y.firings, y.histogram, y.regions, y.thinking_deciles, y.domains,
         )  # fmt: skip
-        assert Counter(map(text, x.top)) == Counter(map(text, y.top))
-        assert Counter(map(text, x.sample)) == Counter(map(text, y.sample))
-        for kind in ("top", "sample"):
+        assert Counter(map(text, x.top_examples)) == Counter(map(text, y.top_examples))
+        assert Counter(map(text, x.random_examples)) == Counter(map(text, y.random_examples))
+        for kind in ("top_examples", "random_examples"):
             assert values(getattr(x, kind)) == pytest.approx(values(getattr(y, kind)), rel=1e-4, abs=1e-4)
-        assert {n.id for n in x.neighbours} == {n.id for n in y.neighbours}
+        assert {n.id for n in x.coactivating} == {n.id for n in y.coactivating}
 
 
 def test_batches_order_parts_and_processes_change_nothing(
@@ -245,8 +245,8 @@ def test_effects_are_in_decoder_norm_units(pair: PairedModel, traces: list[Trace
     logits = (row / row.norm() * pair.model.ln_final.w) @ pair.model.W_U
     logits = logits - logits.mean()
     assert feature.decoder_norm == pytest.approx(float(row.norm()), rel=1e-5)
-    assert [e for _, e in feature.promotes] == pytest.approx(logits.topk(10).values.tolist(), abs=1e-4)
-    assert [e for _, e in feature.suppresses] == pytest.approx((-(-logits).topk(10).values).tolist(), abs=1e-4)
+    assert [e for _, e in feature.top_logits] == pytest.approx(logits.topk(10).values.tolist(), abs=1e-4)
+    assert [e for _, e in feature.bottom_logits] == pytest.approx((-(-logits).topk(10).values).tolist(), abs=1e-4)
     assert feature.effects["Wait"] == pytest.approx(
         float(logits[pair.model.tokenizer("Wait")["input_ids"][0]]), abs=1e-4
     )
@@ -277,7 +277,7 @@ def test_the_table_and_a_feature_say_the_same(pair: PairedModel, traces: list[Tr
         assert (table["layer"][row], table["index"][row]) == feature.id
         assert table["firings"][row] == feature.firings and table["mean"][row] == pytest.approx(feature.mean)
         assert table["max"][row] == pytest.approx(feature.max)
-        assert table["promotes"][row] == [token for token, _ in feature.promotes[:3]]
+        assert table["top_logits"][row] == [token for token, _ in feature.top_logits[:3]]
         assert table["effects"][row] == list(feature.effects.values())
         region = table["region"][row]
         assert (
@@ -285,7 +285,7 @@ def test_the_table_and_a_feature_say_the_same(pair: PairedModel, traces: list[Tr
             == max(feature.region_share.values())
             == pytest.approx(table["region_share"][row])
         )
-        tokens = Counter(e.tokens[e.at] for e in feature.sample)
+        tokens = Counter(e.tokens[e.token_index] for e in feature.random_examples)
         assert [tokens[t] for t in table["fires_on"][row]] == [n for _, n in tokens.most_common(3)]
 
 

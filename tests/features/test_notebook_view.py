@@ -37,7 +37,7 @@ def test_a_feature_shows_its_examples_and_figures() -> None:
     view = feature_view(feature)
     (top, given_top), (sample, given_sample) = calls(view)
     assert top == sample == "TopkSamples" and len(view.html) < 2_000_000, "circuitsvis's 1.3 MB once"
-    for given, examples in ((given_top, feature.top), (given_sample, feature.sample)):
+    for given, examples in ((given_top, feature.top_examples), (given_sample, feature.random_examples)):
         assert given["activations"] == [[[list(e.values) for e in examples]]]
         shown = [[text.replace("↵\n", "\n") for text in tokens] for tokens in given["tokens"][0][0]]  # type: ignore[index]
         assert [[t.replace("&lt;", "<").replace("&gt;", ">") for t in tokens] for tokens in shown] == [
@@ -45,11 +45,13 @@ def test_a_feature_shows_its_examples_and_figures() -> None:
         ]
     head = view.html.partition("<script")[0]
     assert f"Feature {feature.name}" in head and f"({feature.firings:,} times)" in head
-    assert f"{feature.promotes[0][1]:+.3g}" in head and f"{feature.suppresses[0][1]:+.3g}" in head
+    assert f"{feature.top_logits[0][1]:+.3g}" in head and f"{feature.bottom_logits[0][1]:+.3g}" in head
 
 
 def test_a_feature_that_never_fired_needs_no_script() -> None:
-    feature = replace(store().feature(store().ids()[0]), top=(), sample=(), label=None, regions={}, region_share={})
+    feature = replace(
+        store().feature(store().ids()[0]), top_examples=(), random_examples=(), label=None, regions={}, region_share={}
+    )
     assert calls(feature_view(feature)) == []
 
 
@@ -101,9 +103,12 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
 def test_hostile_text_in_a_browser(browser: Browser, tmp_path: Path) -> None:  # noqa: F811
     """Drawn from its own script; what looks like HTML is text."""
     feature = store().feature(store().ids()[0])
-    example = replace(feature.top[0], tokens=(HOSTILE, *feature.top[0].tokens[1:]))
+    example = replace(feature.top_examples[0], tokens=(HOSTILE, *feature.top_examples[0].tokens[1:]))
     feature = replace(
-        feature, top=(example, *feature.top[1:]), promotes=((HOSTILE, 1.0),), label=Label(HOSTILE, HOSTILE)
+        feature,
+        top_examples=(example, *feature.top_examples[1:]),
+        top_logits=((HOSTILE, 1.0),),
+        label=Label(HOSTILE, HOSTILE),
     )
     page = "<!doctype html><title>t</title><link rel=icon href='data:,'><body>{}<script>document.body.dataset.ready = 1"
     (tmp_path / "page.html").write_text(page.format(feature_view(feature).html) + "</script>", encoding="utf-8")

@@ -10,7 +10,7 @@ from helpers import stores
 
 from tl_adapters.data.chat_format import TRACE_REGIONS
 from tl_adapters.features.collect import collect_features
-from tl_adapters.features.feature import Kind
+from tl_adapters.features.feature import UnitKind
 from tl_adapters.features.layer_statistics import (
     BUCKETS,
     DECILES,
@@ -67,7 +67,7 @@ class MadeStore(FeatureStore):
     values: torch.Tensor
 
 
-def made_store(fires: Fires, kind: Kind = "feature", seed: int = 0) -> MadeStore:
+def made_store(fires: Fires, kind: UnitKind = "feature", seed: int = 0) -> MadeStore:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(len(VOCABULARY), (DOCUMENTS, LENGTH), generator=torch.Generator().manual_seed(99))
     n = len(LAYERS) * PER_LAYER

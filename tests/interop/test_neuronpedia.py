@@ -11,7 +11,7 @@ import pytest
 from helpers.stores import new_store, store
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.features.feature import Feature, FeatureStoreError, Neighbour
+from tl_adapters.features.feature import CoactivatingFeature, Feature, FeatureStoreError
 from tl_adapters.interop.neuronpedia import write_neuronpedia
 from tl_adapters.utils.files import FolderExistsError
 
@@ -76,7 +76,7 @@ def test_a_feature_is_the_stores(folder: Path) -> None:
         record, feature = shown[name], store().feature(name)
         assert set(record) == FEATURE_KEYS
         rounded = lambda values: [round(v, 3) for v in values]  # noqa: E731
-        for prefix, pairs in (("pos", feature.promotes), ("neg", feature.suppresses)):
+        for prefix, pairs in (("pos", feature.top_logits), ("neg", feature.bottom_logits)):
             assert record[f"{prefix}_str"] == [text for text, _ in pairs]
             assert record[f"{prefix}_values"] == rounded(v for _, v in pairs)
         assert record["frac_nonzero"] == round(feature.firings / store().tokens, 5)
@@ -89,7 +89,7 @@ def test_a_feature_is_the_stores(folder: Path) -> None:
         for unknown in ("neuron_alignment_", "correlated_neurons_"):
             assert all(record[key] == [] for key in FEATURE_KEYS if key.startswith(unknown))
         assert record["vector"] == record["decoder_weights_dist"] == []
-        here = [near for near in feature.neighbours if near.id.layer == name.layer]
+        here = [near for near in feature.coactivating if near.id.layer == name.layer]
         assert record["correlated_features_indices"] == [near.id.index for near in here]
         assert len(here) == len(record["correlated_features_pearson"]) == len(record["correlated_features_l1"])
         assert all(0 < value <= 1 for value in record["correlated_features_pearson"])
@@ -98,19 +98,19 @@ def test_a_feature_is_the_stores(folder: Path) -> None:
 
 def check_activations(feature: Feature, shown: Sequence[dict[str, Any]]) -> None:
     """The strongest as one group; the sample in intervals that hold it and whose mass the quantiles tell."""
-    assert len(shown) == len(feature.top) + len(feature.sample)
-    for example, record in zip((*feature.top, *feature.sample), shown, strict=True):
+    assert len(shown) == len(feature.top_examples) + len(feature.random_examples)
+    for example, record in zip((*feature.top_examples, *feature.random_examples), shown, strict=True):
         assert set(record) == ACTIVATION_KEYS
-        assert record["tokens"] == list(example.tokens) and record["qualifying_token_index"] == example.at
+        assert record["tokens"] == list(example.tokens) and record["qualifying_token_index"] == example.token_index
         assert record["values"] == [round(v, 3) for v in example.values]
         assert (record["dfa_values"], record["dfa_maxValue"], record["dfa_targetIndex"]) == ([], 0, -1)
-    for record in shown[: len(feature.top)]:
+    for record in shown[: len(feature.top_examples)]:
         assert (record["bin_min"], record["bin_max"], record["bin_contains"]) == (-1, round(feature.max, 3), -1)
     masses = dict(
         zip((0.0, *(round(v, 3) for _, v in feature.quantiles)), (0.05, 0.2, 0.25, 0.25, 0.2, 0.05), strict=True)
     )
-    for example, record in zip(feature.sample, shown[len(feature.top) :], strict=True):
-        value = example.values[example.at]
+    for example, record in zip(feature.random_examples, shown[len(feature.top_examples) :], strict=True):
+        value = example.values[example.token_index]
         assert record["bin_min"] - 1e-3 <= value <= record["bin_max"] + 1e-3
         assert record["bin_contains"] == pytest.approx(masses[record["bin_min"]] * feature.density, abs=1e-5)
 
@@ -123,7 +123,9 @@ def test_correlations_are_those_of_firing(tmp_path: Path, monkeypatch: pytest.Mo
     (a, b), joint = (f.mean() for f in fires), (fires[0] & fires[1]).mean()
     found, name = new_store(), FeatureId(0, 1)
     made = replace(
-        found.feature(name), density=float(a), neighbours=(Neighbour(FeatureId(0, 2), float(joint / a), float(b)),)
+        found.feature(name),
+        density=float(a),
+        coactivating=(CoactivatingFeature(FeatureId(0, 2), float(joint / a), float(b)),),
     )
 
     def features(ids: Sequence[FeatureId]) -> Iterator[Feature]:

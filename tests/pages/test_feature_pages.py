@@ -65,10 +65,10 @@ def test_the_index_holds_the_table(folder: Path, hostile: FeatureStore) -> None:
         assert close(columns[name], table[name])
     for name in ("region", "label", "category"):
         assert [strings[i] if i >= 0 else "" for i in columns[name]] == table[name]
-    for name in ("fires_on", "promotes", "suppresses"):
+    for name, column in (("fires_on", "fires_on"), ("promotes", "top_logits"), ("suppresses", "bottom_logits")):
         flat = [strings[i] if i >= 0 else None for i in data["lists"][name]]
         rows = [[text for text in flat[i : i + data["width"]] if text is not None] for i in range(0, len(flat), 3)]
-        assert rows == table[name]
+        assert rows == table[column]
     assert data["words"] == list(WORDS)
     for place, values in enumerate(data["effects"]):
         assert close(values, [row[place] for row in table["effects"]])
@@ -106,9 +106,9 @@ def test_a_page_holds_the_feature(folder: Path, hostile: FeatureStore) -> None:
         for figure in ("density", "mean", "max", "decoder_norm", "effect_spread", "effect_kurtosis"):
             assert close(shown[figure], getattr(feature, figure))
         assert shown["firings"] == feature.firings
-        for lists in ("promotes", "suppresses"):
-            assert [strings[i] for i, _ in shown[lists]] == [text for text, _ in getattr(feature, lists)]
-            assert close([v for _, v in shown[lists]], [v for _, v in getattr(feature, lists)])
+        for key, logits in (("promotes", feature.top_logits), ("suppresses", feature.bottom_logits)):
+            assert [strings[i] for i, _ in shown[key]] == [text for text, _ in logits]
+            assert close([v for _, v in shown[key]], [v for _, v in logits])
         assert close(shown["effects"], list(feature.effects.values()))
         assert sum(count for _, _, count in shown["histogram"]) == feature.firings
         assert close(shown["effect_histogram"], feature.effect_histogram)
@@ -116,20 +116,20 @@ def test_a_page_holds_the_feature(folder: Path, hostile: FeatureStore) -> None:
             [region, pytest.approx(rate, rel=1e-3), pytest.approx(feature.region_share[region], rel=1e-3)]
             for region, rate in feature.regions.items()
         ]
-        assert close(shown["thinking"], list(feature.thinking))
+        assert close(shown["thinking"], list(feature.thinking_deciles))
         assert shown["domains"] == [["sums", pytest.approx(feature.domains["sums"], rel=1e-3)]]
-        for lists in ("top", "sample"):
-            examples: tuple[Example, ...] = getattr(feature, lists)
-            assert len(shown[lists]) == len(examples) > 0
-            for example, (at, document, position, region, tokens, values) in zip(examples, shown[lists], strict=True):
-                assert (at, document, position) == (example.at, example.document, example.position)
+        examples: tuple[Example, ...]
+        for key, examples in (("top", feature.top_examples), ("sample", feature.random_examples)):
+            assert len(shown[key]) == len(examples) > 0
+            for example, (at, document, position, region, tokens, values) in zip(examples, shown[key], strict=True):
+                assert (at, document, position) == (example.token_index, example.document, example.position)
                 assert region == hostile.region_of(example)
                 assert [strings[i] for i in tokens] == list(example.tokens)
                 dense = [0.0] * len(tokens)
                 for place, value in values:
                     dense[place] = value
                 assert close(dense, list(example.values)) and dense[at] > 0
-        assert [tuple(n["id"]) for n in shown["neighbours"]] == [n.id for n in feature.neighbours]
+        assert [tuple(n["id"]) for n in shown["neighbours"]] == [n.id for n in feature.coactivating]
 
 
 def test_neurons_are_called_neurons(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_the_index_filters_and_searches(tab: Browser, hostile: FeatureStore) -> 
     tab.key("/")
     tab.type("<IMG")
     tab.js("new Promise(done => setTimeout(done, 30))")
-    lists = [table[key] for key in ("fires_on", "promotes", "suppresses")]
+    lists = [table[key] for key in ("fires_on", "top_logits", "bottom_logits")]
     expected = [i for i in n if HOSTILE in [*(text for rows in lists for text in rows[i]), table["label"][i]]]
     assert 0 < len(expected) < len(n) and tab.js(ROWS) == names(hostile, expected)
     choose(tab, "q", "2.1")
@@ -357,9 +357,9 @@ def test_a_link_leads_to_the_feature_and_back(tab: Browser, hostile: FeatureStor
     assert tab.js("document.title").startswith(feature.name)
     assert f"{feature.firings:,} in all" in tab.js("document.querySelector('.figures').textContent")
     at = tab.js("[...document.querySelectorAll('.at')].map(e => [e.textContent, Number(e.dataset.value)])")
-    examples = (*feature.top, *feature.sample)
-    assert [text for text, _ in at] == [e.tokens[e.at] for e in examples]
-    assert close([value for _, value in at], [e.values[e.at] for e in examples])
+    examples = (*feature.top_examples, *feature.random_examples)
+    assert [text for text, _ in at] == [e.tokens[e.token_index] for e in examples]
+    assert close([value for _, value in at], [e.values[e.token_index] for e in examples])
     texts = tab.js("[...document.querySelectorAll('.text')].map(e => e.textContent)")
     assert texts == ["".join(e.tokens) for e in examples], "signs are not part of the text"
     active = tab.js("[...document.querySelectorAll('.text [data-value]')].length")
@@ -370,7 +370,7 @@ def test_a_link_leads_to_the_feature_and_back(tab: Browser, hostile: FeatureStor
     ready(f"{after.layer}.{after.index}")
     tab.click("#before")
     ready(feature.name)
-    near = next(n for n in feature.neighbours if n.id.layer != 2)
+    near = next(n for n in feature.coactivating if n.id.layer != 2)
     link = f"a[href='../{feature_address(near.id)}']"
     assert tab.js(f'document.querySelector("{link}").textContent') == f"{near.id.layer}.{near.id.index}"
     tab.js(f'document.querySelector("{link}").click()')
@@ -412,14 +412,14 @@ def test_hostile_text_is_shown_as_text(tab: Browser, folder: Path, hostile: Feat
 
 @pytest.mark.browser
 def test_a_copy_has_the_text_itself(tab: Browser, folder: Path, hostile: FeatureStore) -> None:
-    name = next(id for id in hostile.ids() if "\n" in "".join(hostile.feature(id).top[0].tokens))
+    name = next(id for id in hostile.ids() if "\n" in "".join(hostile.feature(id).top_examples[0].tokens))
     tab.open(folder / feature_address(name).partition("#")[0], f"#{name.index}")
     copied = tab.js(
         "(() => { getSelection().selectAllChildren(document.querySelector('.text'));"
         " const event = new ClipboardEvent('copy', {clipboardData: new DataTransfer(), bubbles: true});"
         " document.dispatchEvent(event); return event.clipboardData.getData('text/plain'); })()"
     )
-    assert copied == "".join(hostile.feature(name).top[0].tokens)
+    assert copied == "".join(hostile.feature(name).top_examples[0].tokens)
     assert tab.js("document.querySelector('.text').innerText.includes('\\n')") is False, "yet a line is a line"
 
 

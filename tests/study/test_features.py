@@ -76,7 +76,7 @@ def test_the_verb_reads_any_documents(copy: Path, tmp_path: Path, capsys: pytest
     store, neurons = stores_of(copy)
     assert store.documents == neurons.documents == 12 and store.about.split == "mine.jsonl"
     feature = store.feature(store.ids(1)[0])
-    assert set(feature.domains) == {"even", "odd"} and len(feature.top) <= 4
+    assert set(feature.domains) == {"even", "odd"} and len(feature.top_examples) <= 4
     before = (copy / FEATURES_FOLDER / STORE_FOLDER / "store.json").read_bytes()
     assert main(["features", str(copy), *common]) == 0, "again is nothing new"
     assert store.documents == stores_of(copy)[0].documents

@@ -171,7 +171,7 @@ def test_a_bad_token_ends_a_collection_and_spoils_no_store(builtin: PairedModel,
     store = collect_features(builtin, traces[:3], **quiet)  # type: ignore[arg-type]
     assert store.documents == 3
     for feature in store.features(store.ids()):
-        assert all(math.isfinite(value) for example in feature.top for value in example.values)
+        assert all(math.isfinite(value) for example in feature.top_examples for value in example.values)
 
 
 def test_an_infinite_activation_is_seen_where_adapters_only_read(builtin: PairedModel) -> None:

@@ -85,10 +85,10 @@ def detection_examples_of(
 def trial_of(store: FeatureStore, feature: Feature, counts: TokenCounts, seed: int = 0) -> DetectionExample | str:
     """A trial of one feature, or why there can be none; the same for the same seed."""
     generator = random.Random(f"{seed} {feature.kind} {feature.name}")
-    documents = sorted({example.document for example in feature.sample})
+    documents = sorted({example.document for example in feature.random_examples})
     generator.shuffle(documents)
     testing = set(documents[: (len(documents) + 1) // 2])
-    positives = _spread([e for e in feature.sample if e.document in testing], TESTED)
+    positives = _spread([e for e in feature.random_examples if e.document in testing], TESTED)
     describing = _describing(feature, testing, generator)
     if len(positives) < FEWEST or not describing:
         return "too few firings, or in too few documents"
@@ -111,9 +111,9 @@ def trial_of(store: FeatureStore, feature: Feature, counts: TokenCounts, seed: i
 
 
 def _describing(feature: Feature, testing: set[int], generator: random.Random) -> list[Example]:
-    top = [e for e in feature.top if e.document not in testing][:DESCRIBING]
+    top = [e for e in feature.top_examples if e.document not in testing][:DESCRIBING]
     seen = {(e.document, e.position) for e in top}
-    rest = [e for e in feature.sample if e.document not in testing and (e.document, e.position) not in seen]
+    rest = [e for e in feature.random_examples if e.document not in testing and (e.document, e.position) not in seen]
     chosen = [*top, *generator.sample(rest, min(DESCRIBING, len(rest)))]
     generator.shuffle(chosen)
     return chosen
@@ -121,7 +121,7 @@ def _describing(feature: Feature, testing: set[int], generator: random.Random) -
 
 def _spread(examples: Sequence[Example], n: int) -> list[Example]:
     """At most n of them, evenly over the strengths from the strongest to the weakest."""
-    ordered = sorted(examples, key=lambda e: (-e.values[e.at], e.document, e.position))
+    ordered = sorted(examples, key=lambda e: (-e.values[e.token_index], e.document, e.position))
     if len(ordered) <= n:
         return ordered
     return [ordered[round(i * (len(ordered) - 1) / (n - 1))] for i in range(n)]
@@ -130,8 +130,8 @@ def _spread(examples: Sequence[Example], n: int) -> list[Example]:
 def known_firings(feature: Feature) -> set[tuple[int, int]]:
     """(document, position) of every firing that the feature's examples show."""
     return {
-        (e.document, e.position - e.at + i)
-        for e in (*feature.top, *feature.sample)
+        (e.document, e.position - e.token_index + i)
+        for e in (*feature.top_examples, *feature.random_examples)
         for i, value in enumerate(e.values)
         if value > 0
     }
@@ -151,8 +151,8 @@ class Others:
         self.store, self.feature, self.counts, self.away, self.used = store, feature, counts, away, set(used)
         self.known = known_firings(feature)
         self.unknown = max(0, feature.firings - len(self.known))
-        self.n = len(feature.sample)
-        self.types = Counter(self.type_of(e) for e in feature.sample)
+        self.n = len(feature.random_examples)
+        self.types = Counter(self.type_of(e) for e in feature.random_examples)
         self.once = sum(count == 1 for count in self.types.values())
         self._odd: dict[int, tuple[bool, Tensor]] = {}
 
@@ -212,4 +212,4 @@ class Others:
 
     def type_of(self, example: Example) -> tuple[int, int]:
         """Number of the region, and id, of the token that an example was chosen for."""
-        return self.store.about.regions.index(self.store.region_of(example)), example.token_ids[example.at]
+        return self.store.about.regions.index(self.store.region_of(example)), example.token_ids[example.token_index]

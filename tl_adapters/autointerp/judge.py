@@ -185,9 +185,9 @@ def drawn_evenly(ids: Sequence[FeatureId], n: int, seed: int) -> list[FeatureId]
 
 def _question(feature: Feature, seed: int, attempt: int) -> Messages:
     generator = random.Random(f"{seed} {feature.name} {attempt}")
-    strongest = {(e.document, e.position) for e in feature.top[:EXAMPLES]}
-    others = [e for e in feature.sample if (e.document, e.position) not in strongest]
-    examples = [*feature.top[:EXAMPLES], *generator.sample(others, min(EXAMPLES, len(others)))]
+    strongest = {(e.document, e.position) for e in feature.top_examples[:EXAMPLES]}
+    others = [e for e in feature.random_examples if (e.document, e.position) not in strongest]
+    examples = [*feature.top_examples[:EXAMPLES], *generator.sample(others, min(EXAMPLES, len(others)))]
     generator.shuffle(examples)
     names = list(CATEGORIES)
     generator.shuffle(names)

@@ -41,7 +41,7 @@ def asked_excerpt(example: Example) -> dict[str, str]:
     Where several tokens spell one character, that character stands apart.
     """
     texts = example.texts
-    here = next(s for s in _characters(texts) if s.start <= example.at < s.stop)
+    here = next(s for s in _characters(texts) if s.start <= example.token_index < s.stop)
     before, token, after = texts[: here.start], texts[here], texts[here.stop :]
     return {"before": "".join(before), "token": "".join(token), "after": "".join(after)}
 
@@ -56,8 +56,8 @@ def profile(feature: Feature, examples: Sequence[Example]) -> dict[str, Any]:
     """What a judge is shown of a feature: examples, the tokens it moves, and where in a trace it fires."""
     return {
         "excerpts": [firing_excerpt(example, feature.max) for example in examples],
-        "raises_the_probability_of": [token for token, effect in feature.promotes if effect > 0],
-        "lowers_the_probability_of": [token for token, effect in feature.suppresses if effect < 0],
+        "raises_the_probability_of": [token for token, effect in feature.top_logits if effect > 0],
+        "lowers_the_probability_of": [token for token, effect in feature.bottom_logits if effect < 0],
         "fires_on_percent_of_all_tokens": _percent(feature.density),
         "percent_of_its_firings_by_part_of_the_text": {r: _percent(share) for r, share in feature.region_share.items()},
         "fires_on_percent_of_tokens_by_subject": {name: _percent(share) for name, share in feature.domains.items()},

@@ -114,13 +114,13 @@ class _Evidence:
 
 
 def _evidence(feature: Feature, region_tokens: Mapping[str, int], words: Sequence[str]) -> _Evidence:
-    fired = [_token(example) for example in feature.sample]
+    fired = [_token(example) for example in feature.random_examples]
     hesitating = [token for token in fired if says(token, words)]
     on_hesitation = _most(len(hesitating), len(fired))
     fires_on = _types(hesitating)[:FEW] if on_hesitation else _few_types(fired, FEW)
-    strongest = _few_types([_token(example) for example in feature.top], 1)
+    strongest = _few_types([_token(example) for example in feature.top_examples], 1)
     effects = {word: effect for word, effect in feature.effects.items() if says(word, words)}
-    effects |= dict(feature.promotes) | dict(feature.suppresses)
+    effects |= dict(feature.top_logits) | dict(feature.bottom_logits)
     spread = feature.effect_spread or math.inf  # what writes nothing moves nothing
     n_tokens = sum(n for _, _, n in feature.effect_histogram)
     return _Evidence(
@@ -171,7 +171,7 @@ def _most(hits: int, n: int) -> bool:
 
 
 def _token(example: Example) -> str:
-    return example.tokens[example.at]
+    return example.tokens[example.token_index]
 
 
 def _kind(token: str) -> str:

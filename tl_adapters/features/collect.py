@@ -29,7 +29,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.data.batching import TraceSource
 from tl_adapters.data.chat_format import TRACE_REGIONS, ChatFormat
 from tl_adapters.data.traces import DataError, Trace, collate, readable_traces, rows_by_length
-from tl_adapters.features.feature import FeatureStoreError, Kind, Stream
+from tl_adapters.features.feature import FeatureStoreError, ResidualStream, UnitKind
 from tl_adapters.features.firing_counts import Counts, TokenBatch
 from tl_adapters.features.layer_statistics import (
     DECILES,
@@ -54,8 +54,8 @@ def collect_features(
     traces: Sequence[Trace] | TraceSource,
     folder: str | Path | None = None,
     *,
-    kind: Kind = "feature",
-    stream: Stream = "replacement",
+    kind: UnitKind = "feature",
+    stream: ResidualStream = "replacement",
     split: str = "",
     options: StoreOptions | None = None,
     words: Sequence[str] = (),
@@ -92,8 +92,8 @@ def collect_share(
     folder: str | Path,
     share: tuple[int, int],
     *,
-    kind: Kind = "feature",
-    stream: Stream = "replacement",
+    kind: UnitKind = "feature",
+    stream: ResidualStream = "replacement",
     split: str = "",
     options: StoreOptions | None = None,
     words: Sequence[str] = (),
@@ -116,15 +116,15 @@ class _Collector:
     def __init__(
         self,
         pair: PairedModel,
-        kind: Kind,
-        stream: Stream,
+        kind: UnitKind,
+        stream: ResidualStream,
         split: str,
         options: StoreOptions,
         words: tuple[str, ...],
         progress: bool,
     ) -> None:
-        choice(kind, get_args(Kind), "kind")
-        choice(stream, get_args(Stream), "stream")
+        choice(kind, get_args(UnitKind), "kind")
+        choice(stream, get_args(ResidualStream), "stream")
         if kind == "neuron" and stream != "target":
             raise FeatureStoreError("Neurons are the target's own, on its own stream; give stream='target'.")
         self.pair, self.options, self.progress = pair, options, progress

@@ -1,11 +1,12 @@
-"""What is known of one feature: the records that pages, labels and exports read.
+"""The records that describe one feature: its statistics, examples, logit effects and label.
 
-A `Feature` comes out of a store (`feature_store`) and describes an adapter's feature or, for comparison, a neuron of
-the target's MLP. All its activations are in decoder-norm units: the activation times the norm of what the feature
-writes, with that norm beside it. So a feature with a small encoder and a large decoder looks the same as one with a
-large encoder and a small decoder, which compute the same.
+A `Feature` is read from a `FeatureStore` and describes an adapter's feature or, for comparison, a neuron of the
+target's MLP. All activations are in decoder-norm units: the raw activation times the norm of the feature's decoder row,
+which is given beside it. A feature with a small encoder and a large decoder and one with a large encoder and a small
+decoder compute the same, and in these units they look the same.
 
-In a notebook a feature draws itself by circuitsvis, from its own script, which loads nothing; tokens are escaped.
+In a notebook, a feature displays itself with circuitsvis, whose script is embedded so that nothing is loaded from the
+network; token texts are escaped.
 """
 
 from __future__ import annotations
@@ -21,130 +22,131 @@ from tl_adapters.utils.html import escape, table
 from tl_adapters.utils.notebook import NotebookView, circuitsvis_tokens, circuitsvis_view
 
 ALIVE_FIRINGS = 10
-"""A feature is alive if it fired at least this often."""
+"""A feature counts as alive if it fired at least this often."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-"""Shares of a feature's firings whose activation is told."""
-Kind = Literal["feature", "neuron"]
-Stream = Literal["replacement", "target"]
-
-
+"""Quantiles of its activations that a feature's record gives."""
+UnitKind = Literal["feature", "neuron"]
+"""An adapter's feature, or a neuron of the target's MLP."""
+ResidualStream = Literal["replacement", "target"]
+"""The model whose residual stream features are read on."""
+VISIBLE_WHITESPACE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
+"""Visible signs for white space in tokens, for `str.translate`."""
 _STYLE = """<style>
 .tl-feature table { display: inline-table; margin: 4px 32px 4px 0; vertical-align: top; }
 .tl-feature td, .tl-feature th { text-align: left; padding: 1px 12px 1px 0; } .tl-feature h4 { margin: 12px 0 2px; }
 .tl-feature code { white-space: pre; } .tl-feature small { opacity: .7; }
 </style>"""
-SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
-"""What shows where a token has a space or a line break, in places where it would not be seen."""
 
 
 class FeatureStoreError(UserError, ValueError):
-    """A feature store that cannot be read, or that would not mean what is asked of it."""
+    """A feature store cannot be read, or does not match what is asked of it."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A stretch of a document around one token on which a feature fires."""
+    """A window of a document around one token, with a feature's activation on every token of the window."""
 
     tokens: tuple[str, ...]
-    """Each token's text by itself (`vocabulary.token_text`)."""
+    """Text of each token by itself (`data.tokens.token_text`)."""
     token_ids: tuple[int, ...]
-    """The same as ids."""
+    """Ids of the same tokens."""
     values: tuple[float, ...]
-    """The feature's activation on each token, in decoder-norm units; 0 where it does not fire."""
-    at: int
-    """Place, in ``tokens``, of the token that the example was chosen for."""
+    """Activation of the feature on each token, in decoder-norm units; 0 where it does not fire."""
+    token_index: int
+    """Index, in ``tokens``, of the token that the example was chosen for."""
     document: int
     """Number of the document in the store."""
     position: int
-    """Position of that token in the document."""
+    """Position of the chosen token in the document."""
 
     @property
     def texts(self) -> list[str]:
-        """The tokens' texts, which join to the text of the stretch; "" where a token goes on with a character."""
+        """Texts of the tokens, which join to the text of the window; "" where a token continues a character."""
         return span_texts(self.tokens)
 
     @property
-    def shown(self) -> list[str]:
-        """The same for views in which each token has a box of its own."""
+    def display_texts(self) -> list[str]:
+        """The same texts for views that draw a box per token: a mark where a token continues a character."""
         return span_texts(self.tokens, CONTINUATION)
 
 
 @dataclass(frozen=True)
-class Neighbour:
-    """A feature that often fires where another one does."""
+class CoactivatingFeature:
+    """A feature that often fires on the tokens on which another feature fires."""
 
     id: FeatureId
-    """Which one."""
+    """Layer and index."""
     share: float
-    """Share of the sampled firings of the first at which this one is among the strongest."""
+    """Share of the first feature's sampled firings at which this one is among the strongest features."""
     density: float
-    """Share of all tokens on which this one fires: what the share would be if the two were independent."""
+    """Share of all tokens on which this one fires, which is what ``share`` would be if the two were independent."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """What a feature is called, by whom, and how well that was tested."""
+    """A short description of a feature, who gave it, and its detection score."""
 
     text: str
-    """One line."""
+    """The description, in one line."""
     category: str = ""
-    """Of the judge's or the rules' categories."""
+    """One of the categories of the judge or of the rules."""
     source: str = ""
-    """ "rules", or the model that judged."""
+    """ "rules", or the name of the model that judged."""
     score: float | None = None
-    """Detection score (balanced accuracy on examples that the label was not made from); None if not measured."""
+    """Detection score: balanced accuracy on examples that the label was not made from; None if not measured."""
 
 
 @dataclass(frozen=True)
 class Feature:
-    """Everything the store knows of one feature (or of one MLP neuron). Activations are in decoder-norm units."""
+    """Everything that a store holds on one feature or one MLP neuron. Activations are in decoder-norm units."""
 
     id: FeatureId
     """Layer and index."""
-    kind: Kind
+    kind: UnitKind
     """An adapter's feature, or a neuron of the target's MLP."""
     firings: int
-    """Tokens on which it fires."""
+    """Number of tokens on which it fires."""
     density: float
-    """The same as a share of all tokens."""
+    """Share of all tokens on which it fires."""
     mean: float
-    """Mean activation where it fires; 0 if it never does."""
+    """Mean activation over its firings; 0 if it never fires."""
     max: float
     """Largest activation."""
     decoder_norm: float
-    """Norm of what it writes per unit of raw activation; activation over this is what the hook point holds."""
+    """Norm of its decoder row. An activation divided by this norm is the value at the hook point."""
     quantiles: tuple[tuple[float, float], ...]
-    """(share, activation): below it lies that share of its firings. From the histogram, so good to a fifth."""
+    """(share, activation): this share of its firings lies below the activation. Read off the histogram, so accurate to
+    about a fifth."""
     histogram: tuple[tuple[float, float, int], ...]
-    """(low, high, firings) of every bucket from the first to the last that is not empty."""
+    """(low, high, firings) for every bucket from the first to the last that is not empty."""
     regions: Mapping[str, float]
-    """Region of the trace to the share of that region's tokens on which it fires."""
+    """Share of each trace region's tokens on which it fires."""
     region_share: Mapping[str, float]
-    """Region of the trace to the share of its firings that lie there."""
-    thinking: tuple[float, ...]
-    """Share of tokens on which it fires, by tenth of the thinking."""
+    """Share of its firings that lie in each trace region."""
+    thinking_deciles: tuple[float, ...]
+    """Share of tokens on which it fires, by decile of the thinking."""
     domains: Mapping[str, float]
-    """Domain of the document (where the data says so) to the share of tokens on which it fires."""
-    promotes: tuple[tuple[str, float], ...]
-    """Tokens whose logits it raises most, and by how much per unit of activation; strongest first."""
-    suppresses: tuple[tuple[str, float], ...]
-    """Likewise lowers (negative)."""
+    """Share of tokens on which it fires, by domain of the document, where the data names domains."""
+    top_logits: tuple[tuple[str, float], ...]
+    """Tokens whose logits it raises most, with the effect per unit of activation; strongest first."""
+    bottom_logits: tuple[tuple[str, float], ...]
+    """Tokens whose logits it lowers most, with the (negative) effect per unit of activation; strongest first."""
     effects: Mapping[str, float]
-    """Its effect on the chosen words' logits, per unit of activation."""
+    """Effect on the logits of the chosen words, per unit of activation."""
     effect_spread: float
-    """Standard deviation of its effects over the vocabulary."""
+    """Standard deviation of its logit effects over the vocabulary."""
     effect_kurtosis: float
-    """Excess kurtosis of its effects: large where few tokens take all of it."""
+    """Excess kurtosis of its logit effects over the vocabulary; large where few tokens take most of the effect."""
     effect_histogram: tuple[tuple[float, float, int], ...]
-    """(low, high, tokens) of its effects over the vocabulary."""
-    top: tuple[Example, ...] = field(repr=False)
-    """Where it fires most strongly, one place in a document; strongest first."""
-    sample: tuple[Example, ...] = field(repr=False)
-    """A uniform random sample of its firings, strongest first."""
-    neighbours: tuple[Neighbour, ...] = ()
-    """Features that fire where it does more often than by chance."""
+    """(low, high, tokens) for each bin of its logit effects over the vocabulary."""
+    top_examples: tuple[Example, ...] = field(repr=False)
+    """Top activating examples, at most one per document; strongest first."""
+    random_examples: tuple[Example, ...] = field(repr=False)
+    """A uniform random sample of its firings; strongest first."""
+    coactivating: tuple[CoactivatingFeature, ...] = ()
+    """Co-activating features: those that fire on its tokens more often than chance."""
     label: Label | None = None
-    """What it is called."""
+    """Its label, if it has one."""
 
     @property
     def name(self) -> str:
@@ -156,11 +158,11 @@ class Feature:
 
 
 def feature_view(feature: Feature) -> NotebookView:
-    """A feature's figures, what it writes, where it fires, and its examples: strongest first, then a random sample."""
+    """A notebook view of a feature: its statistics, top logits, trace regions, top and random examples."""
     label = feature.label
-    named = "" if label is None else f" · {escape(label.text)}"
-    chip = f" <small>{escape(label.category)}</small>" if label and label.category else ""
-    figures = (
+    label_text = "" if label is None else f" · {escape(label.text)}"
+    category = f" <small>{escape(label.category)}</small>" if label and label.category else ""
+    statistics = (
         f"fires on {feature.density:.3g} of the tokens ({feature.firings:,} times), mean {feature.mean:.3g}, "
         f"largest {feature.max:.3g}; decoder norm {feature.decoder_norm:.3g}"
     )
@@ -168,26 +170,29 @@ def feature_view(feature: Feature) -> NotebookView:
         [escape(name), f"{rate:.3g}", f"{feature.region_share[name]:.3g}"] for name, rate in feature.regions.items()
     ]
     head = (
-        f'{_STYLE}<div class="tl-feature"><h3>{feature.kind.capitalize()} {feature.name}{named}{chip}</h3>'
-        f"<p>{figures}</p>{_effects('raises', feature.promotes)}{_effects('lowers', feature.suppresses)}"
+        f'{_STYLE}<div class="tl-feature"><h3>{feature.kind.capitalize()} {feature.name}{label_text}{category}</h3>'
+        f"<p>{statistics}</p>{_logits_table('raises', feature.top_logits)}"
+        f"{_logits_table('lowers', feature.bottom_logits)}"
         f"{table(['region', 'of its tokens', 'of the firings'], regions)}</div>"
     )
     parts: list[str | tuple[str, dict[str, object]]] = [head]
-    for title, examples in (("Strongest activations", feature.top), ("A random sample", feature.sample)):
+    for title, examples in (
+        ("Strongest activations", feature.top_examples),
+        ("A random sample", feature.random_examples),
+    ):
         if examples:
-            parts += [f'<div class="tl-feature"><h4>{title}</h4></div>', _examples(feature, examples)]
+            parts += [f'<div class="tl-feature"><h4>{title}</h4></div>', _examples_view(feature, examples)]
     return circuitsvis_view(parts)
 
 
-def _effects(title: str, effects: Sequence[tuple[str, float]]) -> str:
-    return table(
-        [title, ""], [[f"<code>{escape(text.translate(SIGNS))}</code>", f"{value:+.3g}"] for text, value in effects]
-    )
+def _logits_table(title: str, logits: Sequence[tuple[str, float]]) -> str:
+    rows = [[f"<code>{escape(text.translate(VISIBLE_WHITESPACE))}</code>", f"{value:+.3g}"] for text, value in logits]
+    return table([title, ""], rows)
 
 
-def _examples(feature: Feature, examples: Sequence[Example]) -> tuple[str, dict[str, object]]:
+def _examples_view(feature: Feature, examples: Sequence[Example]) -> tuple[str, dict[str, object]]:
     return "TopkSamples", {
-        "tokens": [[[circuitsvis_tokens(example.shown) for example in examples]]],
+        "tokens": [[[circuitsvis_tokens(example.display_texts) for example in examples]]],
         "activations": [[[list(example.values) for example in examples]]],
         "zerothDimensionName": "Layer",
         "firstDimensionName": feature.kind.capitalize(),

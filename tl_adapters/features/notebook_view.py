@@ -10,7 +10,7 @@ import torch
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.data.tokens import CONTINUATION, span_texts, token_text
 from tl_adapters.errors import UserError
-from tl_adapters.features.feature import Stream
+from tl_adapters.features.feature import ResidualStream
 from tl_adapters.features.stream_agreement import reading
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.utils.arguments import choice, feature_pairs, token_ids
@@ -22,7 +22,7 @@ def show_features(
     text: str | Sequence[int],
     ids: Sequence[FeatureId | tuple[int, int]],
     *,
-    stream: Stream = "replacement",
+    stream: ResidualStream = "replacement",
 ) -> NotebookView:
     """A text coloured by the activations of features, one at a time; hover shows all of them at a token.
 
@@ -35,7 +35,7 @@ def show_features(
     Raises:
         UserError: an empty text, one without a tokenizer, no features, or some that the adapters do not have.
     """
-    choice(stream, get_args(Stream), "stream")
+    choice(stream, get_args(ResidualStream), "stream")
     adapters = pair.installed_adapters()
     features = [FeatureId(*feature) for feature in feature_pairs(ids, "ids")]
     bad = [f for f in features if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]

@@ -21,11 +21,11 @@ from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.features.feature import (
     ALIVE_FIRINGS,
     QUANTILES,
+    CoactivatingFeature,
     Example,
     Feature,
     FeatureStoreError,
     Label,
-    Neighbour,
 )
 from tl_adapters.features.layer_statistics import (
     BUCKETS,
@@ -194,7 +194,7 @@ class FeatureStore:
             else (),
             regions=dict(zip(self.about.regions, of_tokens(region, totals.region), strict=True)),
             region_share={name: c / max(1, count) for name, c in zip(self.about.regions, region, strict=True)},
-            thinking=of_tokens(statistics.tenth[i].tolist(), totals.tenth),
+            thinking_deciles=of_tokens(statistics.tenth[i].tolist(), totals.tenth),
             domains={
                 name: share
                 for name, share in zip(
@@ -202,15 +202,15 @@ class FeatureStore:
                 )
                 if name
             },
-            promotes=self._tokens(effects.top_tokens[i], effects.top[i]),
-            suppresses=self._tokens(effects.bottom_tokens[i], effects.bottom[i]),
+            top_logits=self._tokens(effects.top_tokens[i], effects.top[i]),
+            bottom_logits=self._tokens(effects.bottom_tokens[i], effects.bottom[i]),
             effects=dict(zip(self.about.words, effects.words[i].tolist(), strict=True)),
             effect_spread=float(effects.spread[i]),
             effect_kurtosis=float(effects.kurtosis[i]),
             effect_histogram=tuple((low + b * step, low + (b + 1) * step, n) for b, n in enumerate(bins)),
-            top=self._examples(top),
-            sample=tuple(sorted(self._examples(sample), key=lambda e: -e.values[e.at])),
-            neighbours=self._neighbours(sample, densities),
+            top_examples=self._examples(top),
+            random_examples=tuple(sorted(self._examples(sample), key=lambda e: -e.values[e.token_index])),
+            coactivating=self._neighbours(sample, densities),
             label=self.labels.get(id),
         )
 
@@ -233,12 +233,12 @@ class FeatureStore:
             found.append(Example(tuple(self.vocabulary[t] for t in ids), ids, tuple(values), at, document, position))
         return tuple(found)
 
-    def _neighbours(self, sample: Examples, densities: Tensor) -> tuple[Neighbour, ...]:
+    def _neighbours(self, sample: Examples, densities: Tensor) -> tuple[CoactivatingFeature, ...]:
         flat, counts = sample.beside[sample.beside >= 0].long().unique(return_counts=True)
         share = counts / max(1, len(sample.feature))
         order = (share - densities[flat]).argsort(descending=True, stable=True)[:NEIGHBOURS]
         return tuple(
-            Neighbour(self.about.id_of(int(flat[i])), float(share[i]), float(densities[flat[i]]))
+            CoactivatingFeature(self.about.id_of(int(flat[i])), float(share[i]), float(densities[flat[i]]))
             for i in order.tolist()
             if share[i] > densities[flat[i]]
         )
@@ -259,7 +259,7 @@ class FeatureStore:
         """Columns of an index over the features that fired at least so often, sorted by layer and index.
 
         layer, index, firings, density, mean, max, decoder_norm; region and region_share (where most of its firings
-        lie, and how many of them); promotes and suppresses (three tokens); fires_on (the commonest tokens of its
+        lie, and how many of them); top_logits and bottom_logits (three tokens); fires_on (the commonest tokens of its
         random sample, at most three); effects (one list, in the order of ``about.words``); label and category.
         """
         columns: dict[str, list[Any]] = {name: [] for name in TABLE_COLUMNS}
@@ -283,8 +283,8 @@ class FeatureStore:
                 "decoder_norm": effects.norm[chosen].tolist(),
                 "region": [self.about.regions[i] for i in region.tolist()],
                 "region_share": share.tolist(),
-                "promotes": words(effects.top_tokens),
-                "suppresses": words(effects.bottom_tokens),
+                "top_logits": words(effects.top_tokens),
+                "bottom_logits": words(effects.bottom_tokens),
                 "fires_on": self._commonest(statistics.sample, chosen),
                 "effects": effects.words[chosen].tolist(),
                 "label": [label.text if label else "" for label in labels],
@@ -319,8 +319,8 @@ class FeatureStore:
 
 
 TABLE_COLUMNS = (
-    "layer", "index", "firings", "density", "mean", "max", "decoder_norm", "region", "region_share", "promotes",
-    "suppresses", "fires_on", "effects", "label", "category",
+    "layer", "index", "firings", "density", "mean", "max", "decoder_norm", "region", "region_share", "top_logits",
+    "bottom_logits", "fires_on", "effects", "label", "category",
 )  # fmt: skip
 """Columns of `FeatureStore.table`."""
 

@@ -22,7 +22,7 @@ from tl_adapters.adapters.feature_id import FeatureId, OwnedFeatureId, owned
 from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.data.chat_format import TRACE_REGIONS
 from tl_adapters.data.tokens import single_token, token_text
-from tl_adapters.features.feature import FeatureStoreError, Kind, Label, Stream
+from tl_adapters.features.feature import FeatureStoreError, Label, ResidualStream, UnitKind
 from tl_adapters.features.layer_statistics import Part, layer_file
 from tl_adapters.features.logit_effects import LayerEffects, layer_effects, written_rows
 from tl_adapters.models.paired_model import PairedModel
@@ -73,9 +73,9 @@ def _require_at_least(name: str, given: int, lowest: int) -> None:
 class StoreDescription:
     """What a store was read on."""
 
-    kind: Kind
+    kind: UnitKind
     """Adapter features, or the target's MLP neurons."""
-    stream: Stream
+    stream: ResidualStream
     """Whose residual stream they read."""
     split: str
     """What the documents are called."""
@@ -98,7 +98,13 @@ class StoreDescription:
 
     @classmethod
     def of(
-        cls, pair: PairedModel, kind: Kind, stream: Stream, split: str, options: StoreOptions, words: Sequence[str]
+        cls,
+        pair: PairedModel,
+        kind: UnitKind,
+        stream: ResidualStream,
+        split: str,
+        options: StoreOptions,
+        words: Sequence[str],
     ) -> StoreDescription:
         """The description of what is about to be collected. Raises UserError for a word that is no single token."""
         for word in words:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.data.traces import Trace, batches_by_length, readable_traces
-from tl_adapters.features.feature import Stream
+from tl_adapters.features.feature import ResidualStream
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.utils.confidence_intervals import Measurement, clustered_share
 from tl_adapters.utils.precision import host_float64, wide
@@ -26,7 +26,7 @@ MLP_INPUT = "mlp.hook_in"
 
 
 @contextmanager
-def reading(pair: PairedModel, stream: Stream) -> Iterator[None]:
+def reading(pair: PairedModel, stream: ResidualStream) -> Iterator[None]:
     """Route the model along a stream, with the adapters' own hook points firing on it.
 
     On the target's stream the adapters read what its MLPs read and add nothing.
@@ -78,7 +78,7 @@ def stream_agreement(
     moments = torch.zeros(len(layers), 6, dtype=torch.float64)
     for rows, batch in batches_by_length(traces, tokens_per_batch):
         batch = batch.to(pair.model.W_E.device)
-        acts: dict[Stream, dict[int, Tensor]] = {}
+        acts: dict[ResidualStream, dict[int, Tensor]] = {}
         for stream in ("target", "replacement"):
             with reading(pair, stream), pair.recorded(ACTS_HOOK) as recorded:
                 pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)

@@ -96,10 +96,10 @@ def _batches(alive: Sequence[FeatureId], size: int) -> Iterator[Sequence[Feature
 
 def _record(store: FeatureStore, feature: Feature) -> dict[str, Any]:
     """One feature under Neuronpedia's names."""
-    correlated = [_correlation(feature, near.share, near.density) for near in feature.neighbours]
+    correlated = [_correlation(feature, near.share, near.density) for near in feature.coactivating]
     beside = [
         (near.id.index, *values)
-        for near, values in zip(feature.neighbours, correlated, strict=True)
+        for near, values in zip(feature.coactivating, correlated, strict=True)
         if near.id.layer == feature.id.layer
     ]
     return {
@@ -113,10 +113,10 @@ def _record(store: FeatureStore, feature: Feature) -> dict[str, Any]:
         "correlated_features_indices": [index for index, _, _ in beside],
         "correlated_features_l1": [_short(cosine) for _, _, cosine in beside],
         "correlated_features_pearson": [_short(pearson) for _, pearson, _ in beside],
-        "neg_str": [text for text, _ in feature.suppresses],
-        "neg_values": [_short(value) for _, value in feature.suppresses],
-        "pos_str": [text for text, _ in feature.promotes],
-        "pos_values": [_short(value) for _, value in feature.promotes],
+        "neg_str": [text for text, _ in feature.bottom_logits],
+        "neg_values": [_short(value) for _, value in feature.bottom_logits],
+        "pos_str": [text for text, _ in feature.top_logits],
+        "pos_values": [_short(value) for _, value in feature.top_logits],
         "frac_nonzero": _share(feature.density),
         "freq_hist_data_bar_values": [_short((low + high) / 2) for low, high, _ in feature.histogram],
         "freq_hist_data_bar_heights": [count for _, _, count in feature.histogram],
@@ -143,7 +143,7 @@ def _correlation(feature: Feature, share: float, other: float) -> tuple[float, f
 
 
 def _strongest(feature: Feature) -> Iterator[dict[str, Any]]:
-    for example in feature.top:
+    for example in feature.top_examples:
         yield _activation(example, -1, _short(feature.max), -1)
 
 
@@ -151,8 +151,8 @@ def _sampled(feature: Feature) -> Iterator[dict[str, Any]]:
     """The random sample, each in its interval between the quantiles; the strongest interval first."""
     shares = [0.0, *(share for share, _ in feature.quantiles), 1.0]
     edges = [0.0, *(value for _, value in feature.quantiles), feature.max]
-    for example in feature.sample:  # strongest first
-        value = example.values[example.at]
+    for example in feature.random_examples:  # strongest first
+        value = example.values[example.token_index]
         place = max(i for i in range(len(edges) - 1) if i == 0 or edges[i] <= value)
         inside = (shares[place + 1] - shares[place]) * feature.density
         yield _activation(example, _short(edges[place]), _short(edges[place + 1]), _share(inside))
@@ -163,9 +163,9 @@ def _activation(example: Example, low: float, high: float, contains: float) -> d
         "bin_min": low,
         "bin_max": high,
         "bin_contains": contains,
-        "tokens": example.shown,
+        "tokens": example.display_texts,
         "values": [_short(value) for value in example.values],
-        "qualifying_token_index": example.at,
+        "qualifying_token_index": example.token_index,
         "dfa_values": [],
         "dfa_maxValue": 0,
         "dfa_targetIndex": -1,

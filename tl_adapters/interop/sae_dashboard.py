@@ -30,7 +30,7 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.adapters.saelens_folder import HOOK_IN
 from tl_adapters.data.traces import DataError, Trace, readable_traces
 from tl_adapters.errors import UserError
-from tl_adapters.features.feature import Stream
+from tl_adapters.features.feature import ResidualStream
 from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.interop.saelens import to_saelens
 from tl_adapters.models.paired_model import PairedModel
@@ -62,7 +62,7 @@ def write_sae_dashboard(
     ids: Iterable[FeatureId | tuple[int, int]],
     folder: str | Path,
     *,
-    stream: Stream = "replacement",
+    stream: ResidualStream = "replacement",
     length: int | None = None,
     tokens_per_batch: int = 4096,
 ) -> list[Path]:

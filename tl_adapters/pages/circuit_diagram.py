@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import ROLES, Circuit, CircuitEdge, CircuitFeature, Role
-from tl_adapters.features.feature import SIGNS, Feature
+from tl_adapters.features.feature import VISIBLE_WHITESPACE, Feature
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.html import escape
 
@@ -144,7 +144,7 @@ def _dot(
     if known is not None and known.label is not None:
         said.append(known.label.text)
     if known is not None:
-        said.append("promotes " + " ".join(repr(token) for token, _ in known.promotes[:6]))
+        said.append("promotes " + " ".join(repr(token) for token, _ in known.top_logits[:6]))
     said.append(f"total {signed(f.total)}, direct {signed(f.direct)}, through output {signed(f.through)}")
     hollow = f'fill="#fff" stroke="{_COLOURS[f.role]}" stroke-width="1.5"'
     filled = f'fill="{_COLOURS[f.role]}" stroke="#fff"'
@@ -157,7 +157,7 @@ def _dot(
 
 def shown_text(text: str, keep_lines: bool = False) -> str:
     """Escaped, and what would not be seen made visible."""
-    signs = SIGNS if not keep_lines else {}
+    signs = VISIBLE_WHITESPACE if not keep_lines else {}
     shown = text.translate({k: v for k, v in signs.items() if k != ord(" ")})
     return escape(shown.replace("\x00", "\N{REPLACEMENT CHARACTER}")).encode("utf-8", "replace").decode()
 

@@ -243,14 +243,17 @@ def _described(feature: Feature | None) -> list[str]:
     if feature is None:
         return ["", ""]
     label = f"<small>{shown_text(feature.label.text)}</small>" if feature.label is not None else ""
-    promotes = " ".join(f"<code>{shown_text(token)}</code>" for token, _ in feature.promotes[:4])
-    return [promotes + label, "<br>".join(f"<code>{_excerpt(e)}</code>" for e in feature.top[:2])]
+    promotes = " ".join(f"<code>{shown_text(token)}</code>" for token, _ in feature.top_logits[:4])
+    return [promotes + label, "<br>".join(f"<code>{_excerpt(e)}</code>" for e in feature.top_examples[:2])]
 
 
 def _excerpt(example: Example) -> str:
-    start, shown = max(0, example.at - 10), example.shown
-    before, after = "".join(shown[start : example.at]), "".join(shown[example.at + 1 : example.at + 5])
-    return f"{shown_text(before)}<mark>{shown_text(shown[example.at])}</mark>{shown_text(after)}"
+    start, shown = max(0, example.token_index - 10), example.display_texts
+    before, after = (
+        "".join(shown[start : example.token_index]),
+        "".join(shown[example.token_index + 1 : example.token_index + 5]),
+    )
+    return f"{shown_text(before)}<mark>{shown_text(shown[example.token_index])}</mark>{shown_text(after)}"
 
 
 def _generations(examples: Sequence[Block], words: Sequence[str]) -> str:

@@ -92,7 +92,7 @@ def write_feature_pages(
         index = _index(store, table, [name in chosen for name in alive], shown_words)
         page = _page("index", {"title": title, "kind": store.about.kind}, {**common, **index})
         (partial / INDEX_FILE).write_text(page, encoding="utf-8")
-        told = {name: (label, row) for name, label, row in zip(alive, table["label"], table["promotes"], strict=True)}
+        told = {name: (label, row) for name, label, row in zip(alive, table["label"], table["top_logits"], strict=True)}
         with tqdm(total=len(chosen), disable=not progress, unit="feature", mininterval=1.0) as bar:
             for first, data in _pages(store, sorted(chosen), table, told, shown_words):
                 path = partial / feature_address(first, store.about.kind).partition("#")[0]
@@ -147,8 +147,8 @@ def _index(
     regions = [strings(region) for region in store.about.regions]
     numbers = {name: [_short(x) for x in table[name]] for name in ("density", "mean", "max", "decoder_norm")}
     lists = {
-        name: [number for row in table[name] for number in _padded([strings(text) for text in row[:LISTED]])]
-        for name in ("fires_on", "promotes", "suppresses")
+        name: [number for row in table[column] for number in _padded([strings(text) for text in row[:LISTED]])]
+        for name, column in (("fires_on", "fires_on"), ("promotes", "top_logits"), ("suppresses", "bottom_logits"))
     }
     return {
         "layers": store.about.layers,
@@ -275,14 +275,14 @@ def _record(
         "quantiles": [(share, _short(value)) for share, value in feature.quantiles],
         "histogram": buckets(feature.histogram),
         "regions": [(name, _short(rate), _short(feature.region_share[name])) for name, rate in feature.regions.items()],
-        "thinking": [_short(rate) for rate in feature.thinking],
+        "thinking": [_short(rate) for rate in feature.thinking_deciles],
         "domains": [(name, _short(rate)) for name, rate in feature.domains.items()],
-        "promotes": pairs(feature.promotes),
-        "suppresses": pairs(feature.suppresses),
+        "promotes": pairs(feature.top_logits),
+        "suppresses": pairs(feature.bottom_logits),
         "effects": [_short(feature.effects[word]) for word in words],
         "effect_histogram": buckets(feature.effect_histogram),
-        "top": [_example(store, example, strings) for example in feature.top],
-        "sample": [_example(store, example, strings) for example in feature.sample],
+        "top": [_example(store, example, strings) for example in feature.top_examples],
+        "sample": [_example(store, example, strings) for example in feature.random_examples],
         "neighbours": [
             {
                 "id": near.id,
@@ -292,7 +292,7 @@ def _record(
                 "promotes": [strings(text) for text in (told[near.id][1] if near.id in told else [])],
                 "page": near.id in with_page,
             }
-            for near in feature.neighbours
+            for near in feature.coactivating
         ],
     }
 
@@ -300,8 +300,8 @@ def _record(
 def _example(store: FeatureStore, example: Example, strings: _Strings) -> tuple[Any, ...]:
     """Place of its token, document, position, region, tokens, and (place, activation) where it fires: most are 0."""
     active = [(place, _short(value)) for place, value in enumerate(example.values) if value]
-    tokens = [strings(token) for token in example.shown]
-    return example.at, example.document, example.position, store.region_of(example), tokens, active
+    tokens = [strings(token) for token in example.display_texts]
+    return example.token_index, example.document, example.position, store.region_of(example), tokens, active
 
 
 def _short(value: float) -> float:

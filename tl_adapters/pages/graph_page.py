@@ -145,7 +145,10 @@ def _known(feature: Feature) -> dict[str, Any]:
         "quantiles": [value * raw for _, value in feature.quantiles],
         "histogram": [float(n) for _, _, n in feature.histogram],
         "activation_frequency": feature.density,
-        "examples": [(e.shown, [value * raw for value in e.values], e.at) for e in feature.top[:EXAMPLES]],
+        "examples": [
+            (e.display_texts, [value * raw for value in e.values], e.token_index)
+            for e in feature.top_examples[:EXAMPLES]
+        ],
     }
 
 

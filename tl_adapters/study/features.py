@@ -23,7 +23,7 @@ from tl_adapters.data.hesitation_words import hesitation_tokens
 from tl_adapters.data.traces import Trace
 from tl_adapters.errors import UserError
 from tl_adapters.features.collect import collect_features, collect_share
-from tl_adapters.features.feature import Stream
+from tl_adapters.features.feature import ResidualStream
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.features.store_files import LABELS_FILE, StoreOptions, read_description, read_labels
 from tl_adapters.features.stream_agreement import stream_agreement
@@ -103,7 +103,7 @@ def collect_both(
     split: str,
     options: StoreOptions,
     *,
-    stream: Stream = "replacement",
+    stream: ResidualStream = "replacement",
     progress: bool = True,
 ) -> tuple[FeatureStore, FeatureStore]:
     """Stores of the adapters' features and of as many neurons a token and layer as features fire there."""
@@ -125,7 +125,7 @@ def describe_run(
     folder: Path,
     data: str | None = None,
     *,
-    stream: Stream = "replacement",
+    stream: ResidualStream = "replacement",
     options: StoreOptions | None = None,
     share: tuple[int, int] | None = None,
     device: str = "auto",
