@@ -22,7 +22,7 @@ def dense(graph: AttributionGraph) -> tuple[Tensor, Tensor]:
     return matrix, weights
 
 
-def normalised(matrix: Tensor) -> Tensor:
+def normalized(matrix: Tensor) -> Tensor:
     return matrix.abs() / matrix.abs().sum(1, keepdim=True).clamp(min=1e-10)
 
 
@@ -40,10 +40,10 @@ def threshold_value(values: Tensor, threshold: float) -> Tensor:
 def dense_prune(graph: AttributionGraph, node_threshold: float, edge_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """circuit-tracer's scheme on the whole matrix: nodes, edges [target, source], influence."""
     matrix, weights = dense(graph)
-    whole = series(normalised(matrix), weights)
+    whole = series(normalized(matrix), weights)
     nodes = whole >= threshold_value(whole, node_threshold)
     nodes[graph.first_token :] = True
-    left = normalised(matrix * nodes[:, None] * nodes[None])
+    left = normalized(matrix * nodes[:, None] * nodes[None])
     by_edge = left * (series(left, weights) + weights)[:, None]
     edges = by_edge >= threshold_value(by_edge, edge_threshold)
     for _ in range(graph.n_nodes):
@@ -89,11 +89,11 @@ def test_some_edges_or_other_weights() -> None:
     part = torch.zeros_like(matrix)
     part[graph.edges[0][some], graph.edges[1][some]] = graph.weights[some]
     found = influence(graph, graph.edges[:, some], graph.weights[some])
-    assert torch.allclose(found, series(normalised(part), weights), atol=1e-12)
+    assert torch.allclose(found, series(normalized(part), weights), atol=1e-12)
     assert not torch.allclose(found, influence(graph), atol=1e-3)
     squared = influence(graph, weights=graph.weights**2)
-    assert torch.allclose(squared, series(normalised(matrix**2), weights), atol=1e-12)
-    with pytest.raises(GraphError, match="need their weights"):
+    assert torch.allclose(squared, series(normalized(matrix**2), weights), atol=1e-12)
+    with pytest.raises(GraphError, match="edges without weights"):
         influence(graph, graph.edges)
 
 
@@ -103,7 +103,7 @@ def test_feature_share_and_scores_against_dense_matrices(with_errors: bool) -> N
         graph = random_graph(seed, with_errors)
         n_features, leaves = len(graph.features), slice(len(graph.features), graph.first_target)
         matrix, weights = dense(graph)
-        matrix = normalised(matrix)
+        matrix = normalized(matrix)
         around = matrix.clone()
         around[:n_features] = 0  # paths end where they meet a feature
         expected = 1 - float(series(around, weights)[leaves].sum() / weights.sum())
@@ -183,13 +183,13 @@ def test_thresholds_are_shares(threshold: float) -> None:
     [
         ({"weights": torch.tensor([1.0, float("nan")])}, "not finite"),
         ({"edges": torch.tensor([[0, 9], [2, 0]])}, "does not have"),
-        ({"edges": torch.tensor([[4, 0], [0, 2]])}, "edges not by target"),
+        ({"edges": torch.tensor([[4, 0], [0, 2]])}, "edges are not sorted by target"),
         ({"edges": torch.tensor([[0, 4], [1, 0]])}, "do not ascend"),  # within a layer
         ({"edges": torch.tensor([[2, 4], [0, 0]])}, "do not ascend"),  # into a token
         ({"features": torch.tensor([[1, 0, 1], [0, 0, 1]])}, "not sorted by layer"),
     ],
 )
-def test_what_is_no_sorted_acyclic_graph_is_refused(changes: dict[str, Tensor], message: str) -> None:
+def test_edges_that_are_not_a_sorted_acyclic_graph_are_refused(changes: dict[str, Tensor], message: str) -> None:
     graph = build([(1, 0, 1), (1, 0, 2)], [], 2, [1.0], {(0, 2): 1.0, (4, 0): 1.0}, dtype=torch.float32)
     influence(graph)
     broken = AttributionGraph(**{**vars(graph), **changes})

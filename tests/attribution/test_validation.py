@@ -1,4 +1,4 @@
-"""Graphs against interventions in the real model, and the difference that only diffing can draw."""
+"""Graphs compared with interventions in the model, and the difference between replacement and hybrid."""
 
 import pytest
 import torch
@@ -101,8 +101,8 @@ def test_the_difference_between_replacement_and_hybrid(pair: PairedModel) -> Non
     nodes = found.graph.edges[1] < len(found.graph.features)
     assert float(found.graph.weights[row & nodes].sum()) == pytest.approx(found.features, abs=1e-8)
     few = explain_difference(pair, TOKENS, LogitTarget(7), max_feature_nodes=40, progress=False)
-    assert few.features == pytest.approx(found.features, abs=1e-8)  # leaves that are no nodes count too
-    with pytest.raises(GraphError, match="takes no window"):
+    assert few.features == pytest.approx(found.features, abs=1e-8)  # contributions from outside the graph count too
+    with pytest.raises(GraphError, match="takes no window="):
         explain_difference(pair, TOKENS, LogitTarget(7), window=4, progress=False)
     # where adapters add nothing but a bias, features explain nothing; without that, there is nothing to explain
     silent = make("Qwen2ForCausalLM", "hooked")
@@ -118,5 +118,5 @@ def test_the_difference_between_replacement_and_hybrid(pair: PairedModel) -> Non
 
 def test_features_have_no_logit(pair: PairedModel) -> None:
     graph = attribute(pair, TOKENS, [FeatureTarget(2, 6, 8)], progress=False)
-    with pytest.raises(GraphError, match="feature 2/6, no logit"):
+    with pytest.raises(GraphError, match="feature 2/6, not a logit"):
         ablation_effects(pair, graph, torch.tensor([0]))

@@ -10,8 +10,8 @@ from helpers.random_models import random_batch, random_model
 
 import tl_adapters.study.features as describing
 from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.graph import LINEARIZATIONS
 from tl_adapters.attribution.targets import LogitTarget, token_id
-from tl_adapters.attribution.validation import LINEARIZATIONS
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data.traces import Trace
 from tl_adapters.features.feature import Label

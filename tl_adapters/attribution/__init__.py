@@ -1,10 +1,12 @@
-"""What does a token owe to features and input tokens?
+"""How much do features and input tokens contribute to a token that the model is about to generate?
 
-* `attribute`: From a token the model is about to say back to the features and input tokens that made it: RelP
-* `gradient`: Gradient times activation by autograd, with the same leaves and targets as `linear`: to compare, and to
-* `graph`: An attribution graph: what each target owes to each source, sparse, and on disk as safetensors and JSON
-* `pruning`: Which nodes and edges of an attribution graph matter? circuit-tracer's influence, pruning and scores,
-* `relp`: The replacement on one prompt as a linear model: RelP's backward pass by hand (arXiv 2508.21258;
-* `targets`: What is attributed: a logit, a difference of logits, or a feature, and the prompt's tokens
-* `validation`: Does a graph say the truth? Held against interventions in the real, nonlinear model; and what diffing
+* `attribute`: attribution graphs: from a token's logit back to the features and input tokens that contribute to it
+* `gradient`: gradient times activation by autograd, with the sources and targets of `relp`, for comparison and tests
+* `graph`: an attribution graph: nodes, sparse edges and weights, saved as safetensors and JSON
+* `provenance`: which models and adapters a graph was made with, and the check that a pair is the same
+* `pruning`: influence, pruning and scores of attribution graphs, as in circuit-tracer, on sparse edges
+* `relp`: the linearized replacement model of one prompt (RelP, arXiv 2508.21258)
+* `rows`: the rows of a graph, computed in batches, ranked by influence, and assembled into the graph
+* `targets`: the targets of a graph (a logit, a difference of two logits, or a feature) and the prompt's tokens
+* `validation`: graphs compared with interventions in the model, and the difference between replacement and hybrid
 """

@@ -1,15 +1,16 @@
-"""An attribution graph: what each target owes to each source, sparse, and on disk as safetensors and JSON.
+"""Attribution graphs: nodes, sparse edges and their weights, saved as safetensors and JSON.
 
-Nodes are numbered features first (by layer, then position, then index), then errors (only where base MLPs are frozen),
-then tokens by position, then targets in the order asked for. An edge (target, source, weight) says how much of the
-target's value, in the frozen linear model, comes from the source. Features are targets and sources alike.
+Nodes are numbered in this order: features (by layer, then position, then index), errors (only if base MLPs are frozen),
+tokens by position, and targets in the order in which they were given. The weight of an edge (target, source) is the
+contribution of the source to the target's value in the linearized replacement model. Features are both targets and
+sources.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -24,75 +25,78 @@ from tl_adapters.utils.strict_json import dumps
 
 GRAPH_FILE, TENSORS_FILE = "graph.json", "graph.safetensors"
 GRAPH_SCHEMA_VERSION = 1
+Linearization = Literal["relp", "frozen_mlp", "gradient"]
+"""How edges are computed; `attribute` explains the three."""
+LINEARIZATIONS: tuple[str, ...] = get_args(Linearization)
 
 
 class GraphError(UserError, ValueError):
-    """Files that are not an attribution graph, or one that cannot be drawn."""
+    """A graph that cannot be computed from these arguments, or files that do not hold a graph."""
 
 
 @dataclass(frozen=True)
 class GraphTarget:
-    """What is explained: a logit, a difference of logits, or a feature's pre-activation."""
+    """A target of the graph: a logit, a difference of two logits, or the pre-activation of a feature."""
 
     label: str
-    """As a person reads it: a token, or ``"Wait" - "So"``."""
+    """The text for display: a token, or ``'Wait' - 'So'``."""
     position: int
-    """Where in the prompt; a logit's is the position that predicts it."""
+    """Position in the prompt; for a logit, the position that predicts the token."""
     weight: float
-    """Its share in influence: a logit's probability, 1 for anything else."""
+    """Weight of the target in influence: the probability of a logit's token, 1 for other targets."""
     token: int | None = None
-    """Vocabulary index, where it is a logit or a difference of two."""
+    """Vocabulary index of the token; None for a feature."""
     probability: float | None = None
-    """Of that token."""
+    """Probability of the token, for a logit."""
     against: int | None = None
-    """Vocabulary index of the token it is compared with."""
+    """Vocabulary index of the token whose logit is subtracted, for a difference."""
 
 
 @dataclass(frozen=True)
 class AttributionGraph:
-    """One prompt's graph; tensors are on the CPU."""
+    """The attribution graph of one prompt; tensors are on the CPU."""
 
     tokens: Int[Tensor, "pos"]
-    """The prompt."""
+    """Token ids of the prompt."""
     strings: list[str]
-    """Each token's text by itself (`vocabulary.token_text`)."""
+    """Text of each token by itself (`data.tokens.token_text`)."""
     n_layers: int
-    """Of the model."""
+    """Number of layers of the model."""
     features: Int[Tensor, "n_features 3"]
-    """Active features that are nodes: layer, position, index; sorted in that order."""
+    """Layer, position and index of the active features that are nodes, sorted in that order."""
     activations: Float[Tensor, "n_features"]
-    """Their activations."""
+    """Activations of the feature nodes."""
     errors: Int[Tensor, "n_errors 2"]
-    """Frozen base MLPs that are nodes: layer, position; none for RelP."""
+    """Layer and position of the error nodes (frozen base MLPs); none for RelP."""
     targets: list[GraphTarget]
-    """What is explained."""
+    """The targets of the graph."""
     edges: Int[Tensor, "2 n_edges"]
-    """Node numbers: target above, source below; sorted by target."""
+    """Node numbers of the edges' targets (first row) and sources (second row), sorted by target."""
     weights: Float[Tensor, "n_edges"]
-    """Of the edges."""
+    """Weights of the edges."""
     rows: Int[Tensor, "n_rows"]
-    """Node numbers of the targets that were attributed (features within max_feature_nodes, and all targets)."""
+    """Node numbers of the nodes whose incoming edges were computed: all feature nodes and all targets."""
     balance: Float[Tensor, "n_rows 4"]
-    """Per row: the target's value, the sum of its edges, the part of leaves that are no nodes, the constant part. What
-    is left over is the conservation residual: numerical error and nothing else."""
+    """Per row: the target's value, the sum of its edges, the contribution from outside the graph, the constant part.
+    The value minus the other three is the conservation residual, which is numerical error only."""
     decoder_biases: Float[Tensor, "n_rows"]
-    """Per row: the adapters' b_dec within the constant part."""
+    """Per row: the contribution of the adapters' b_dec, which is within the constant part."""
     about: dict[str, Any] = field(default_factory=dict)
-    """Linearisation, route, options, model ids, fingerprints, versions."""
+    """Linearization, route, options, model ids, weight fingerprints and versions."""
 
     @property
     def text(self) -> str:
-        """The prompt's text."""
+        """The text of the prompt."""
         return "".join(span_texts(self.strings))
 
     @property
     def display_strings(self) -> list[str]:
-        """The prompt for views in which each token has a box of its own."""
+        """The text of each token, for views that show every token in its own box."""
         return span_texts(self.strings, CONTINUATION)
 
     @property
     def n_nodes(self) -> int:
-        """Features, errors, tokens and targets."""
+        """Number of nodes: features, errors, tokens and targets."""
         return len(self.features) + len(self.errors) + len(self.tokens) + len(self.targets)
 
     @property
@@ -107,18 +111,18 @@ class AttributionGraph:
 
     @property
     def adds_up(self) -> bool:
-        """Are the constants computed, so that the residual checks something? For gradients they are the rest."""
+        """Whether the constants were computed, so that the residual is a check. For gradients they are the rest."""
         return self.about.get("linearisation") != "gradient"
 
     @property
     def residual(self) -> float:
-        """The largest conservation residual of any row, as a share of the row's absolute value sum."""
+        """The largest conservation residual of any row, relative to the largest part of that row."""
         value, *parts = self.balance.unbind(1)
         scale = torch.stack([value, *parts]).abs().amax(0).clamp(min=1e-30)
         return float(((value - sum(parts)).abs() / scale).max()) if len(value) else 0.0
 
     def save(self, folder: str | Path) -> None:
-        """Write graph.json and graph.safetensors. Raises FolderExistsError, DiskFullError."""
+        """Write graph.json and graph.safetensors into a new folder. Raises FolderExistsError or DiskFullError."""
         record = {
             "schema_version": GRAPH_SCHEMA_VERSION,
             "strings": self.strings,
@@ -134,16 +138,16 @@ class AttributionGraph:
 
     @classmethod
     def load(cls, folder: str | Path) -> AttributionGraph:
-        """Read what `save` wrote. Raises GraphError."""
+        """Load a graph that `save` wrote. Raises GraphError if the folder does not hold one."""
         try:
             record = read_json(Path(folder) / GRAPH_FILE)
             tensors = read_safetensors(Path(folder) / TENSORS_FILE)
         except AdapterFormatError as error:
-            raise GraphError(f"{folder} is no attribution graph: {error}") from error
+            raise GraphError(f"{folder} does not hold an attribution graph: {error}") from error
         if record.get("schema_version") != GRAPH_SCHEMA_VERSION:
             raise GraphError(
-                f"{folder} has schema_version {record.get('schema_version')}; this version reads "
-                f"{GRAPH_SCHEMA_VERSION}."
+                f"{folder} has schema_version {record.get('schema_version')}, and this version of tl_adapters reads "
+                f"{GRAPH_SCHEMA_VERSION}; attribute the prompt again."
             )
         try:
             return cls(
@@ -154,4 +158,4 @@ class AttributionGraph:
                 about=dict(record["about"]),
             )
         except (KeyError, TypeError) as error:
-            raise GraphError(f"{folder} is not a complete attribution graph ({error!r}); write it again.") from error
+            raise GraphError(f"The attribution graph in {folder} is incomplete ({error!r}); save it again.") from error

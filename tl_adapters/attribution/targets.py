@@ -1,4 +1,4 @@
-"""What is attributed: a logit, a difference of logits, or a feature, and the prompt's tokens."""
+"""The targets of an attribution graph (a logit, a difference of two logits, or a feature) and the prompt's tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_adapters.attribution.gradient import GradientModel
+from tl_adapters.attribution.gradient import PromptModel
 from tl_adapters.attribution.graph import GraphError, GraphTarget
-from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.data.tokens import single_token, token_text
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.arguments import token_ids
@@ -20,56 +19,64 @@ from tl_adapters.utils.arguments import token_ids
 
 @dataclass(frozen=True)
 class LogitTarget:
-    """A token's logit, less the mean logit, before any soft cap."""
+    """The logit of a token minus the mean logit, before any soft cap."""
 
     token: int | str
     """Vocabulary index, or the text of one token."""
     position: int = -1
-    """The position that predicts it."""
+    """The position that predicts the token."""
 
 
 @dataclass(frozen=True)
 class DifferenceTarget:
-    """One token's logit less another's."""
+    """The logit of one token minus the logit of another."""
 
     token: int | str
-    """What is asked for."""
+    """The token whose logit counts positively."""
     against: int | str
-    """What it is compared with."""
+    """The token whose logit is subtracted."""
     position: int = -1
-    """The position that predicts them."""
+    """The position that predicts the tokens."""
 
 
 @dataclass(frozen=True)
 class FeatureTarget:
-    """A feature's pre-activation."""
+    """The pre-activation of a feature."""
 
     layer: int
-    """Of the feature."""
+    """Layer of the feature."""
     index: int
-    """Of the feature."""
+    """Index of the feature in its layer."""
     position: int
-    """Where in the prompt."""
+    """Position in the prompt."""
 
 
 Target = LogitTarget | DifferenceTarget | FeatureTarget
 
 
 class ResolvedTarget(NamedTuple):
-    """A target as the linear model takes it."""
+    """A target as a `PromptModel` takes it."""
 
     layer: int
+    """Layer of the feature; n_layers for a logit."""
     position: int
+    """Position in the prompt, from 0."""
     vector: Tensor
+    """The direction that is read: an encoder column or an unembedding column, [d_model]."""
     value: float
+    """The value of the target in the forward pass."""
     constant: float
+    """The part of the value that is the target's own bias."""
     about: GraphTarget
+    """The target as the graph records it."""
 
 
 def prompt_token_ids(pair: PairedModel, prompt: str | Sequence[int] | Tensor) -> Int[Tensor, "pos"]:
-    """The prompt's token ids; nothing is added to text.
+    """The token ids of a prompt, [pos]. Text is tokenized as it is, without special tokens being added.
 
-    Raises GraphError for an empty or too long one, ArgumentError for several prompts or what holds no token ids.
+    Raises:
+        GraphError: the prompt is empty, longer than the context, or text for a model without a tokenizer.
+        ArgumentError: several prompts, or values that are not token ids.
     """
     if isinstance(prompt, str):
         if pair.model.tokenizer is None:
@@ -84,55 +91,57 @@ def prompt_token_ids(pair: PairedModel, prompt: str | Sequence[int] | Tensor) ->
 
 
 def token_id(pair: PairedModel, token: int | str) -> int:
-    """Vocabulary index of a token given as index or text. Raises GraphError and VocabularyError."""
+    """The vocabulary index of a token given as index or text. Raises GraphError or VocabularyError if there is none."""
     if isinstance(token, int):
         if not 0 <= token < pair.model.cfg.d_vocab:
-            raise GraphError(f"There is no token {token}; the vocabulary has {pair.model.cfg.d_vocab:,}.")
+            raise GraphError(f"There is no token {token}; token ids are from 0 to {pair.model.cfg.d_vocab - 1:,}.")
         return token
     return single_token(pair.model.tokenizer, token)
 
 
 def likeliest_next_tokens(
-    pair: PairedModel, model: LinearizedModel | GradientModel, position: int, mass: float, most: int
+    pair: PairedModel, model: PromptModel, position: int, mass: float, max_logits: int
 ) -> list[LogitTarget]:
-    """The likeliest next tokens whose probabilities reach ``mass``, at most ``most``."""
+    """The likeliest next tokens at ``position``, until their probabilities reach ``mass``, at most ``max_logits``."""
     probabilities = _probabilities(pair, model, position)
-    top = probabilities.topk(min(most, len(probabilities)))
+    top = probabilities.topk(min(max_logits, len(probabilities)))
     enough = int((top.values.cumsum(0) < mass).sum()) + 1
     return [LogitTarget(int(token), position) for token in top.indices[:enough]]
 
 
 @torch.no_grad()
-def _probabilities(pair: PairedModel, model: LinearizedModel | GradientModel, position: int) -> Tensor:
+def _probabilities(pair: PairedModel, model: PromptModel, position: int) -> Tensor:
     residual = model.final_residual[position].to(pair.model.W_E.dtype)
     return pair.unembed(residual[None])[0].to(model.dtype).softmax(-1)
 
 
 def absolute_position(position: int, n: int) -> int:
-    """A position counted from the end becomes one counted from the start. Raises GraphError outside the prompt."""
-    place = position + n if position < 0 else position
-    if not 0 <= place < n:
-        raise GraphError(f"There is no position {position} in a prompt of {n} tokens.")
-    return place
-
-
-def resolve_target(
-    pair: PairedModel, model: LinearizedModel | GradientModel, target: Target | str | int, position: int
-) -> ResolvedTarget:
-    """Layer, position, direction and value of what is attributed, in the linearized model of one prompt.
-
-    Args:
-        pair: whose unembedding and tokenizer are read.
-        model: the linearized model of the prompt.
-        target: a token's text or id stands for its logit at ``position``.
-        position: in the prompt; negative positions count from its end.
+    """``position`` counted from the start of a prompt of ``n`` tokens; a negative one counts from the end.
 
     Raises:
-        GraphError: the position or the feature does not exist.
+        GraphError: the position is outside the prompt.
+    """
+    if not -n <= position < n:
+        raise GraphError(f"There is no position {position} in a prompt of {n} tokens.")
+    return position % n
+
+
+def resolve_target(pair: PairedModel, model: PromptModel, target: Target | str | int, position: int) -> ResolvedTarget:
+    """The layer, position, direction and value of a target on one prompt.
+
+    Args:
+        pair: the pair whose unembedding and tokenizer are read.
+        model: the linearized model (or the gradients) of the prompt.
+        target: the text or id of a token means its logit at ``position``.
+        position: position in the prompt; a negative one counts from the end.
+
+    Raises:
+        GraphError: the position, the token or the feature does not exist.
+        VocabularyError: the text is not a single token.
     """
     if isinstance(target, (str, int)):
         target = LogitTarget(target, position)
-    place = absolute_position(target.position, model.n_tokens)
+    position = absolute_position(target.position, model.n_tokens)
     if isinstance(target, FeatureTarget):
         layer, index = target.layer, target.index
         if not 0 <= layer < model.n_layers or not 0 <= index < model.encoders[0].shape[1]:
@@ -140,30 +149,31 @@ def resolve_target(
                 f"There is no feature {layer}/{index}: there are {model.n_layers} layers of "
                 f"{model.encoders[0].shape[1]} features."
             )
-        value, constant = float(model.pre_activations[layer][place, index]), float(model.b_enc[layer][index])
-        about = GraphTarget(f"feature {layer}/{index}", place, 1.0)
-        return ResolvedTarget(layer, place, model.encoders[layer][:, index], value, constant, about)
+        value, constant = float(model.pre_activations[layer][position, index]), float(model.b_enc[layer][index])
+        about = GraphTarget(f"feature {layer}/{index}", position, 1.0)
+        return ResolvedTarget(layer, position, model.encoders[layer][:, index], value, constant, about)
     token = token_id(pair, target.token)
     name = token_label(pair, token)
     if isinstance(target, DifferenceTarget):
         against = token_id(pair, target.against)
-        about = GraphTarget(f"{name!r} - {token_label(pair, against)!r}", place, 1.0, token, against=against)
+        about = GraphTarget(f"{name!r} - {token_label(pair, against)!r}", position, 1.0, token, against=against)
     else:
-        probability = float(_probabilities(pair, model, place)[token])
-        about = GraphTarget(name, place, probability, token, probability)
+        probability = float(_probabilities(pair, model, position)[token])
+        about = GraphTarget(name, position, probability, token, probability)
     vector = unembedding_column(pair, token, about.against, model.dtype)
-    return ResolvedTarget(model.n_layers, place, vector, float(model.read_by_unembedding[place] @ vector), 0.0, about)
+    value = float(model.read_by_unembedding[position] @ vector)
+    return ResolvedTarget(model.n_layers, position, vector, value, 0.0, about)
 
 
 def unembedding_column(
     pair: PairedModel, token: int, against: int | None, dtype: torch.dtype
 ) -> Float[Tensor, "d_model"]:
-    """A logit's direction: the token's column of the unembedding less another's, or less the mean column."""
+    """The direction of a logit: the token's unembedding column minus another token's, or minus the mean column."""
     columns = pair.backend.unembedding().detach()
     other = columns.mean(0, dtype=dtype) if against is None else columns[against].to(dtype)
     return columns[token].to(dtype) - other
 
 
 def token_label(pair: PairedModel, token: int) -> str:
-    """A token's text; its number where the model has no tokenizer."""
+    """The text of a token; its id if the model has no tokenizer."""
     return token_text(pair.model.tokenizer, token)

@@ -1,7 +1,8 @@
-"""Does a graph say the truth? Held against interventions in the real, nonlinear model; and what diffing adds.
+"""Graphs compared with interventions in the real, nonlinear model, and the difference between replacement and hybrid.
 
-A graph's rows add up by construction. Whether a feature that it calls important is important is another question:
-features are really taken away (or all others are), one forward pass each, and the target is read again.
+The rows of a graph add up by construction, which does not show that the features with large effects in the graph have
+large effects in the model. That is tested by ablating features (or all other features) in the model, with one forward
+pass each, and comparing the target's value.
 """
 
 from __future__ import annotations
@@ -17,57 +18,67 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.attribution.attribute import attribute, require_same_pair
-from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.graph import LINEARIZATIONS, AttributionGraph, GraphError
+from tl_adapters.attribution.provenance import require_same_pair
 from tl_adapters.attribution.targets import DifferenceTarget, LogitTarget, unembedding_column
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import host_float64
 
-LINEARIZATIONS = ("relp", "frozen_mlp", "gradient")
 CURVE_SIZES = (5, 10, 20, 50, 100)
+"""Numbers of features that `compare_linearizations` keeps and removes."""
 
 
 def compare_linearizations(pair: PairedModel, prompt: Sequence[int], target: LogitTarget) -> dict[str, Any]:
-    """Every linearisation's total effects against real ablation of every active feature, on one prompt.
+    """The total effects of every linearization compared with ablations of every active feature, on one prompt.
 
-    Returns "rank_correlation" and "curve" (keeping and removing the first n), by linearisation and for the ranking that
-    the ablations themselves give, which none can beat on single features.
+    Returns:
+        "features": the number of active features; "rank_correlation" with the ablation effects, by linearization; and
+        "curve": a `FaithfulnessCurve` by linearization, and for the ranking by the ablation effects themselves
+        ("ablation"), which is the best ranking of single features.
     """
     graphs = {
         name: attribute(pair, prompt, [target], linearisation=name, max_feature_nodes=10**9, progress=False)
         for name in LINEARIZATIONS
     }
     relp = graphs["relp"]
-    real = ablation_effects(pair, relp, torch.arange(len(relp.features)))
+    ablation = ablation_effects(pair, relp, torch.arange(len(relp.features)))
     effects = {name: total_effects(graph) for name, graph in graphs.items()}
     counts = [n for n in CURVE_SIZES if n < len(relp.features)]
     return {
         "features": len(relp.features),
-        "rank_correlation": {name: rank_correlation(effect, real) for name, effect in effects.items()},
+        "rank_correlation": {name: rank_correlation(effect, ablation) for name, effect in effects.items()},
         "curve": {
             name: asdict(faithfulness_curve(pair, relp, effect, counts))
-            for name, effect in {**effects, "ablation": real}.items()
+            for name, effect in {**effects, "ablation": ablation}.items()
         },
     }
 
 
 def total_effects(graph: AttributionGraph, target: int = 0) -> Float[Tensor, "n_features"]:
-    """What a target would lose, in the linear model, without each feature: its edge and all paths through others.
+    """The decrease of a target's value without each feature, in the linearized replacement model.
 
-    A path through a feature t multiplies: the edge into t, over t's activation, times what t does. ``target`` counts
-    the graph's targets. Signed, in float64.
+    The effect of a feature is its edge into the target plus the effects along all paths through other features. A path
+    through feature t contributes the edge into t, divided by t's activation, times the effect of t.
+
+    Args:
+        graph: the graph.
+        target: index of the target in ``graph.targets``.
+
+    Returns:
+        The signed effects, in float64.
     """
     n = len(graph.features)
     activations = graph.activations.double()
     effect = torch.zeros(graph.n_nodes, dtype=torch.float64)
-    into, source, weight = graph.edges[0], graph.edges[1], graph.weights.double()
-    own = into == graph.first_target + target
-    effect.index_add_(0, source[own], weight[own])
+    targets, sources, weights = graph.edges[0], graph.edges[1], graph.weights.double()
+    direct = targets == graph.first_target + target
+    effect.index_add_(0, sources[direct], weights[direct])
     layers = graph.features[:, 0]
-    for layer in range(graph.n_layers - 1, -1, -1):  # deepest first: features of a layer do not feed one another
-        here = (into < n) & (layers[into.clamp(max=n - 1)] == layer)
-        through = effect[into[here]] / activations[into[here]]
-        effect.index_add_(0, source[here], weight[here] * through)
+    for layer in range(graph.n_layers - 1, -1, -1):  # features of one layer have no edges between them
+        into_layer = (targets < n) & (layers[targets.clamp(max=n - 1)] == layer)
+        per_activation = effect[targets[into_layer]] / activations[targets[into_layer]]
+        effect.index_add_(0, sources[into_layer], weights[into_layer] * per_activation)
     return effect[:n]
 
 
@@ -75,20 +86,22 @@ def total_effects(graph: AttributionGraph, target: int = 0) -> Float[Tensor, "n_
 def _features_removed(
     pair: PairedModel, features: Int[Tensor, "n 3"], kept: Bool[Tensor, "batch n"], n_positions: int
 ) -> Iterator[None]:
-    """Row b of the batch runs with the features that ``kept[b]`` leaves out set to zero; all others live.
+    """The replacement route; sequence b of the batch runs without the features for which ``kept[b]`` is False.
 
     Args:
-        pair, features, kept: see above.
-        n_positions: of the passes; a target may stand before the prompt's end, and features after it are left out.
+        pair: a pair with adapters on every layer.
+        features: layer, position and index of the features.
+        kept: which features each sequence keeps. Those that are not kept are set to zero; all others are computed.
+        n_positions: length of the sequences. It may be shorter than the prompt, and later features are then ignored.
     """
-    device, read = pair.model.W_E.device, (features[:, 1] < n_positions).nonzero()[:, 0]
-    read = read[features[read, 0].argsort(stable=True)]
-    sizes = torch.bincount(features[read, 0], minlength=pair.n_layers).tolist()
-    places = features[read].to(device).split(sizes)
-    factors = kept[:, read].to(device).split(sizes, 1)
+    device, within = pair.model.W_E.device, (features[:, 1] < n_positions).nonzero()[:, 0]
+    within = within[features[within, 0].argsort(stable=True)]
+    sizes = torch.bincount(features[within, 0], minlength=pair.n_layers).tolist()
+    by_layer = features[within].to(device).split(sizes)
+    factors = kept[:, within].to(device).split(sizes, 1)
 
     def zero(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
-        _, position, index = places[layer].T
+        _, position, index = by_layer[layer].T
         acts = acts.clone()
         acts[:, position, index] *= factors[layer].to(acts.dtype)
         return acts
@@ -107,7 +120,18 @@ def values_with_features(
     target: int = 0,
     batch_size: int = 64,
 ) -> Float[Tensor, "runs"]:
-    """A logit target's value in the real model, once per row of ``kept``: features not kept are set to zero."""
+    """The value of a logit target in the model, for each row of ``kept``, with the features not kept set to zero.
+
+    Args:
+        pair: the pair that the graph was made with.
+        graph: its feature nodes are the features.
+        kept: which feature nodes each run keeps.
+        target: index of the target in ``graph.targets``.
+        batch_size: number of runs computed together.
+
+    Raises:
+        GraphError: the target is a feature, or the graph was made with another pair.
+    """
     position, vector = logit_direction(pair, graph, target)
     values = []
     for rows in kept.split(batch_size):
@@ -121,7 +145,17 @@ def values_with_features(
 def ablation_effects(
     pair: PairedModel, graph: AttributionGraph, features: Int[Tensor, "n"], target: int = 0
 ) -> Float[Tensor, "n"]:
-    """What a logit target really loses without each of the feature nodes, one at a time."""
+    """The decrease of a logit target's value when feature nodes are ablated in the model, one at a time.
+
+    Args:
+        pair: the pair that the graph was made with.
+        graph: the graph.
+        features: node numbers of the features.
+        target: index of the target in ``graph.targets``.
+
+    Raises:
+        GraphError: the target is a feature, or the graph was made with another pair.
+    """
     kept = torch.ones(len(features) + 1, len(graph.features), dtype=torch.bool)
     kept[torch.arange(len(features)) + 1, features] = False
     values = values_with_features(pair, graph, kept, target)
@@ -129,7 +163,7 @@ def ablation_effects(
 
 
 def rank_correlation(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> float | None:
-    """Spearman's, with mean ranks for ties; None where one side is constant."""
+    """Spearman's rank correlation, with mean ranks for ties; None if one of the two is constant."""
     ranks = [_ranks(x.double()) for x in (a, b)]
     first, second = (r - r.mean() for r in ranks)
     spread = float(first.norm() * second.norm())
@@ -143,23 +177,33 @@ def _ranks(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FaithfulnessCurve:
-    """A target's value as features go or stay, by a ranking; shares of the way from none of them (0) to all (1)."""
+    """A target's value with the first features of a ranking kept or removed, from 0 (no features) to 1 (all)."""
 
     n: list[int]
-    """How many of the ranking's first features."""
+    """Numbers of first features."""
     keeping: list[float]
-    """Only those kept."""
+    """The value for each n when only those features are kept."""
     removing: list[float]
-    """Those taken away."""
+    """The value for each n when those features are removed."""
 
 
 def faithfulness_curve(
     pair: PairedModel, graph: AttributionGraph, ranking: Float[Tensor, "n_features"], n: Sequence[int], target: int = 0
 ) -> FaithfulnessCurve:
-    """Keep, and take away, the first n feature nodes by ``ranking`` (largest first), for every n.
+    """The target's value with the first n feature nodes kept, and with them removed, for every n.
 
-    A good ranking rises fast when keeping and falls fast when removing. Raises GraphError where features make no
-    difference to the target.
+    A good ranking makes the value rise fast when features are kept and fall fast when they are removed.
+
+    Args:
+        pair: the pair that the graph was made with.
+        graph: the graph.
+        ranking: a score per feature node; the largest comes first.
+        n: the numbers of features.
+        target: index of the target in ``graph.targets``.
+
+    Raises:
+        GraphError: the features make no difference to the target, the target is a feature, or the graph was made with
+            another pair.
     """
     order = ranking.argsort(descending=True)
     rank = torch.empty_like(order)
@@ -169,27 +213,27 @@ def faithfulness_curve(
     values = values_with_features(pair, graph, torch.cat([everything, ~everything, first, ~first]), target)
     full, none = values[:2]
     if abs(float(full - none)) < 1e-9:
-        raise GraphError("The features of this graph make no difference to the target; there is no curve.")
+        raise GraphError("The features of this graph make no difference to the target, so the curve is undefined.")
     shares = ((values[2:] - none) / (full - none)).tolist()
     return FaithfulnessCurve(list(n), shares[: len(n)], shares[len(n) :])
 
 
 @dataclass(frozen=True)
 class DifferenceExplanation:
-    """Why the replacement's logit is not the hybrid's: what only diffing can ask."""
+    """The difference of a target's value between the replacement and the hybrid, in parts."""
 
     replacement: float
-    """The target's value in the replacement."""
+    """Value of the target on the replacement route."""
     hybrid: float
-    """The same target in the hybrid."""
+    """Value of the target on the hybrid route."""
     features: float
-    """What the features' edges into the target add up to."""
+    """Sum of the features' contributions to the target."""
     decoder_biases: float
-    """What the adapters' b_dec add."""
+    """Contribution of the adapters' b_dec."""
     unexplained: float
-    """The rest: patterns, norms and slopes that the adapters move, which a frozen model holds constant."""
+    """The rest: changes of patterns, norms and activation slopes, which the linearized model holds constant."""
     graph: AttributionGraph
-    """The replacement's graph; its feature edges are the explained part."""
+    """The graph on the replacement route; its feature edges are the explained part."""
 
 
 @torch.no_grad()
@@ -199,15 +243,19 @@ def explain_difference(
     """Attribute value(replacement) - value(hybrid) of one target to the adapters' features.
 
     Args:
-        pair: with adapters on every layer.
-        prompt, options: as `attribute`, but for a window: what comes from before it is not the features' alone.
-        target: a logit or a difference of logits.
+        pair: a pair with adapters on every layer.
+        prompt: as in `attribute`.
+        target: a logit or a difference of two logits.
+        options: keyword arguments of `attribute` except ``window``.
 
     Raises:
-        GraphError: a window, and what `attribute` raises.
+        GraphError: a window is given, since contributions from before it are not those of features only; and as
+            `attribute` raises it.
     """
     if options.get("window") is not None:
-        raise GraphError("A difference takes no window=: what comes from before it is not the features' alone.")
+        raise GraphError(
+            "explain_difference takes no window=: contributions from before it are not those of features only."
+        )
     graph = attribute(pair, prompt, [target], **options)  # type: ignore[arg-type]
     position, vector = logit_direction(pair, graph, 0)
     with pair.routed("hybrid"):
@@ -223,10 +271,10 @@ def explain_difference(
 
 
 def logit_direction(pair: PairedModel, graph: AttributionGraph, target: int) -> tuple[int, Float[Tensor, "d_model"]]:
-    """Position and direction of a graph's logit target. Raises GraphError for a feature, or another pair's graph."""
+    """The position and direction of a logit target. Raises GraphError for a feature, or a graph of another pair."""
     require_same_pair(pair, graph)
     about = graph.targets[target]
     if about.token is None:
-        raise GraphError(f"Target {target} is {about.label}, no logit.")
+        raise GraphError(f"Target {target} is {about.label}, not a logit; give the index of a logit or a difference.")
     dtype = torch.promote_types(pair.model.W_E.dtype, torch.float32)
     return about.position, unembedding_column(pair, about.token, about.against, dtype)

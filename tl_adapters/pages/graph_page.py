@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tl_adapters.attribution.attribute import require_same_pair
 from tl_adapters.attribution.graph import AttributionGraph
+from tl_adapters.attribution.provenance import require_same_pair
 from tl_adapters.attribution.pruning import EDGE_THRESHOLD, NODE_THRESHOLD, PrunedGraph, feature_share, prune
 from tl_adapters.attribution.targets import token_label
 from tl_adapters.features.feature import Feature

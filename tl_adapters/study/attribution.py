@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.graph import LINEARIZATIONS
 from tl_adapters.attribution.pruning import feature_share
 from tl_adapters.attribution.targets import LogitTarget, token_id, token_label
-from tl_adapters.attribution.validation import LINEARIZATIONS, compare_linearizations, explain_difference
+from tl_adapters.attribution.validation import compare_linearizations, explain_difference
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.generation.responses import Response
 from tl_adapters.models.paired_model import PairedModel
