@@ -1,4 +1,4 @@
-"""Graphs: every row adds up, targets of every kind, the features that matter come first, refusals in one line."""
+"""Attribution graphs: rows add up, targets of every kind, features ranked by influence, and errors."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from helpers.random_models import ARCHITECTURES, random_batch, random_model, ran
 from tl_adapters import organism
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.attribution.pruning import influence
 from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget
 from tl_adapters.data.tokens import VocabularyError
@@ -45,13 +46,13 @@ def test_every_row_adds_up(architecture: str, options: dict[str, object]) -> Non
     for most in (10_000, 60):
         graph = attribute(pair, TOKENS, max_feature_nodes=most, **QUIET, **options)
         assert graph.residual < 1e-10 and graph.balance.dtype == torch.float64
-        value, edges, dropped, constant = graph.balance.T
-        assert (value - edges - dropped - constant).abs().max() < 1e-10
+        value, edges, outside, constant = graph.balance.T
+        assert (value - edges - outside - constant).abs().max() < 1e-10
         assert len(graph.rows) == len(graph.features) + len(graph.targets)
         sums = dense(graph).sum(1)[graph.rows]
         assert (sums - edges).abs().max() < 1e-10
         everything = not options.get("window") and not options.get("exclude_bos") and most == 10_000
-        assert bool(dropped.abs().max() < 1e-12) is bool(everything)
+        assert bool(outside.abs().max() < 1e-12) is bool(everything)
         assert len(graph.features) == (60 if most == 60 else len(graph.features))
         first = 6 if "window" in options else 1 if "exclude_bos" in options else 0
         assert int(graph.features[:, 1].min()) >= first
@@ -59,7 +60,7 @@ def test_every_row_adds_up(architecture: str, options: dict[str, object]) -> Non
         assert len(graph.errors) == (44 if options.get("linearisation") == "frozen_mlp" else 0)
 
 
-def test_nodes_and_edges_are_the_linear_models(pair: PairedModel) -> None:
+def test_nodes_and_edges_are_those_of_the_linearized_model(pair: PairedModel) -> None:
     graph, model = attribute(pair, TOKENS, **QUIET), LinearizedModel(pair, TOKENS)
     assert torch.equal(graph.features, model.active)
     assert torch.equal(graph.activations, model.activations)
@@ -82,8 +83,8 @@ def test_targets_of_every_kind(pair: PairedModel) -> None:
     assert [t.token for t in graph.targets] == order[: min(10, enough)].tolist()
     for target in graph.targets:
         assert target.position == 10 and target.weight == pytest.approx(float(probabilities[-1, target.token]))
-    asked = [7, LogitTarget(3, 4), DifferenceTarget(5, 9, -2), FeatureTarget(2, 6, 8)]
-    graph = attribute(pair, TOKENS, asked, **QUIET)
+    given = [7, LogitTarget(3, 4), DifferenceTarget(5, 9, -2), FeatureTarget(2, 6, 8)]
+    graph = attribute(pair, TOKENS, given, **QUIET)
     values = graph.balance[-4:, 0]
     centred = logits[0] - logits[0].mean(-1, keepdim=True)
     pre = cache["blocks.2.mlp.adapter.hook_sae_acts_pre"][0, 8, 6]
@@ -92,7 +93,7 @@ def test_targets_of_every_kind(pair: PairedModel) -> None:
     assert [t.position for t in graph.targets] == [10, 4, 9, 8]
     later = dense(graph)[graph.first_target + 1]
     positions = torch.cat([graph.features[:, 1], torch.arange(11)])
-    assert not later[: graph.first_target][positions > 4].any()  # nothing from the future
+    assert not later[: graph.first_target][positions > 4].any()  # no contributions of later positions
 
 
 def test_soft_capped_logits_are_explained_before_the_cap() -> None:
@@ -105,35 +106,33 @@ def test_soft_capped_logits_are_explained_before_the_cap() -> None:
     assert float(graph.balance[-1, 0]) == pytest.approx(float(raw[3] - raw[8]), abs=1e-8)
 
 
-def test_the_features_that_matter_come_first(pair: PairedModel) -> None:
+def test_the_features_with_the_most_influence_are_kept(pair: PairedModel) -> None:
     whole = attribute(pair, TOKENS, [7], **QUIET)
-    from tl_adapters.attribution.pruning import influence
-
     score = influence(whole)[: len(whole.features)]
     some = attribute(pair, TOKENS, [7], max_feature_nodes=80, batch_size=16, **QUIET)
     assert len(some.features) == 80
     best = {tuple(f.tolist()) for f in whole.features[score.topk(80).indices]}
-    found = {tuple(f.tolist()) for f in some.features}
-    assert len(best & found) > 64  # ranked on partial graphs: nearly the same set
+    chosen = {tuple(f.tolist()) for f in some.features}
+    assert len(best & chosen) > 64  # ranked on partial graphs: nearly the same set
     random = score[torch.randperm(len(score), generator=torch.Generator().manual_seed(0))[:80]].sum()
     numbers = {tuple(f.tolist()): i for i, f in enumerate(whole.features)}
-    assert sum(float(score[numbers[f]]) for f in found) > 2 * float(random)
+    assert sum(float(score[numbers[f]]) for f in chosen) > 2 * float(random)
 
 
-def test_gradients_do_not_add_up_and_say_so(pair: PairedModel) -> None:
+def test_gradient_graphs_do_not_add_up(pair: PairedModel) -> None:
     graph, relp = attribute(pair, TOKENS, [7], linearisation="gradient", **QUIET), attribute(pair, TOKENS, [7], **QUIET)
     assert graph.about["linearisation"] == "gradient"
     assert (graph.balance[-1, 3] - relp.balance[-1, 3]).abs() > 1e-2
     assert torch.equal(graph.features, relp.features)
 
 
-def test_batches_change_nothing(pair: PairedModel) -> None:
+def test_the_batch_size_does_not_change_the_graph(pair: PairedModel) -> None:
     one, many = (attribute(pair, TOKENS, batch_size=size, **QUIET) for size in (7, 500))
     assert torch.equal(one.edges, many.edges) and torch.equal(one.rows, many.rows)
     assert (one.weights - many.weights).abs().max() < 1e-12
 
 
-def test_a_graph_survives_the_disk(pair: PairedModel, tmp_path: Path) -> None:
+def test_a_saved_graph_is_loaded_unchanged(pair: PairedModel, tmp_path: Path) -> None:
     graph = attribute(pair, TOKENS, **QUIET)
     graph.save(tmp_path / "g")
     back = AttributionGraph.load(tmp_path / "g")
@@ -148,7 +147,7 @@ def test_a_graph_survives_the_disk(pair: PairedModel, tmp_path: Path) -> None:
         AttributionGraph.load(tmp_path / "g")
 
 
-def test_text_prompts_and_tokens_by_name(builtin: PairedModel) -> None:
+def test_prompts_and_targets_given_as_text(builtin: PairedModel) -> None:
     text = "<|bos|><|user|>47+85+19=?<|assistant|><think>47+85=122.\n"
     graph = attribute(builtin, text, ["Wait"], max_feature_nodes=50, **QUIET)
     assert "".join(graph.strings) == text.replace(" ", "") or len(graph.tokens) == 23
@@ -157,7 +156,7 @@ def test_text_prompts_and_tokens_by_name(builtin: PairedModel) -> None:
     assert difference.targets[0].label == "'Wait' - '1'"
 
 
-def test_refusals(builtin: PairedModel, pair: PairedModel, tmp_path: Path) -> None:
+def test_errors_name_what_was_given(builtin: PairedModel, pair: PairedModel, tmp_path: Path) -> None:
     text = "<|bos|><|user|>47+85+19=?<|assistant|>"
     with pytest.raises(VocabularyError, match=r"'Wait,47' is \d tokens of this model \('Wait', ','.*name one of them"):
         attribute(builtin, text, ["Wait,47"], **QUIET)

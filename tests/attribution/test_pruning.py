@@ -1,4 +1,4 @@
-"""What matters in an attribution graph: the sparse sweep against dense matrices, and circuit-tracer's rules on them."""
+"""Influence, pruning and scores: the sparse computation compared with dense matrices and circuit-tracer's rules."""
 
 import time
 from typing import Any
@@ -54,7 +54,7 @@ def dense_prune(graph: AttributionGraph, node_threshold: float, edge_threshold: 
 
 
 @pytest.mark.parametrize("with_errors", [False, True])
-def test_as_with_dense_matrices(with_errors: bool) -> None:
+def test_pruning_agrees_with_dense_matrices(with_errors: bool) -> None:
     nodes_cut = edges_cut = loose = 0
     for seed in range(100):
         graph = random_graph(seed, with_errors)
@@ -71,7 +71,7 @@ def test_as_with_dense_matrices(with_errors: bool) -> None:
             edges_cut += int((~pruned.edge_mask).sum())
             influential = whole >= threshold_value(whole, node_threshold)
             loose += int((influential & ~nodes)[: graph.first_token].sum())
-    assert nodes_cut > 1000 and edges_cut > 10000 and loose > 50  # every step of the scheme had something to do
+    assert nodes_cut > 1000 and edges_cut > 10000 and loose > 50  # every step of the scheme removed something
 
 
 def test_float32_graphs_are_summed_in_float64() -> None:
@@ -101,23 +101,23 @@ def test_some_edges_or_other_weights() -> None:
 def test_feature_share_and_scores_against_dense_matrices(with_errors: bool) -> None:
     for seed in range(100):
         graph = random_graph(seed, with_errors)
-        n_features, leaves = len(graph.features), slice(len(graph.features), graph.first_target)
+        n_features, origins = len(graph.features), slice(len(graph.features), graph.first_target)
         matrix, weights = dense(graph)
         matrix = normalized(matrix)
         around = matrix.clone()
         around[:n_features] = 0  # paths end where they meet a feature
-        expected = 1 - float(series(around, weights)[leaves].sum() / weights.sum())
+        expected = 1 - float(series(around, weights)[origins].sum() / weights.sum())
         assert feature_share(graph) == pytest.approx(expected, abs=1e-9)
 
         total = series(matrix, weights) + weights
         errors, tokens = slice(n_features, graph.first_token), slice(graph.first_token, graph.first_target)
-        replacement = total[tokens].sum() / total[leaves].sum()
+        replacement = total[tokens].sum() / total[origins].sum()
         completeness = ((1 - matrix[:, errors].sum(1)) * total).sum() / total.sum()
         assert graph_scores(graph) == pytest.approx((float(replacement), float(completeness)), abs=1e-9)
         assert (graph_scores(graph) == (1, 1)) == (not with_errors)
 
 
-def test_a_graph_by_hand() -> None:
+def test_a_small_graph_computed_by_hand() -> None:
     # node 0: layer 0; 1 and 2: layer 1; 3: an error; 4 and 5: tokens; 6 and 7: targets
     edges = {(0, 4): -2.0, (1, 0): 3.0, (1, 4): 1.0, (2, 5): 5.0, (6, 1): -1.0, (6, 3): 1.0, (6, 5): 2.0, (7, 2): 4.0}
     graph = build([(0, 0, 9), (1, 0, 9), (1, 1, 9)], [(0, 1)], 2, [0.6, 0.2], edges)
@@ -125,19 +125,19 @@ def test_a_graph_by_hand() -> None:
     assert influence(graph).tolist() == pytest.approx(expected)
     assert feature_share(graph) == pytest.approx((0.15 + 0.2) / 0.8)
     assert graph_scores(graph)[0] == pytest.approx(0.65 / 0.8)
-    # of 1.2625 in all the second token has 0.5 and node 2 has 0.2, which is more than half
+    # of a total of 1.2625 the second token has 0.5 and node 2 has 0.2, together more than half
     pruned = prune(graph, 0.5, 1.0)
     assert pruned.node_mask.tolist() == [False, False, True, False, True, True, True, True]
     assert graph.edges[:, pruned.edge_mask].T.tolist() == [[2, 5], [6, 5], [7, 2]]
     assert pruned.cumulative.tolist()[5] == pytest.approx(0.5 / 1.2625) and float(pruned.cumulative.max()) == 1.0
-    # target 6 is left with one edge, whose score is 0.6; the others' are 0.2
+    # target 6 has one edge left, with a score of 0.6; the other scores are 0.2
     pruned = prune(graph, 0.5, 0.55)
     assert pruned.node_mask.tolist() == [False] * 4 + [True] * 4
     assert graph.edges[:, pruned.edge_mask].T.tolist() == [[6, 5]]
 
 
-def test_loose_ends_go_one_after_the_other() -> None:
-    # 3 <- 2 <- 1 <- 0 <- token is a chain without a target; its head is fed, and feeds what is too weak to stay
+def test_features_without_outgoing_edges_are_removed_one_after_the_other() -> None:
+    # 3 <- 2 <- 1 <- 0 <- token is a chain whose edge into the target is too weak to be kept
     edges = {(0, 4): 1.0, (1, 0): 1.0, (2, 1): 1.0, (3, 2): 1.0, (3, 4): 1e-9, (6, 3): 1e-7, (6, 5): 1.0}
     graph = build([(0, 0, 1), (1, 0, 1), (2, 0, 1), (3, 0, 1)], [], 2, [1.0], edges)
     pruned = prune(graph, 1.0, 0.99)
@@ -145,17 +145,17 @@ def test_loose_ends_go_one_after_the_other() -> None:
     assert graph.edges[:, pruned.edge_mask].T.tolist() == [[6, 5]]
 
 
-def test_a_threshold_of_one_keeps_whatever_has_influence() -> None:
-    # shares of 1e-19 are lost in a running sum of float64, and must not be lost here
+def test_a_threshold_of_one_keeps_every_node_with_influence() -> None:
+    # shares of 1e-19 are lost in a running sum of float64; the node must still be kept
     edges = {(0, 3): 1.0, (1, 2): 1.0, (1, 3): 0.0, (4, 0): 1e-19, (4, 2): 1.0}
     graph = build([(0, 0, 1), (0, 1, 1)], [], 2, [1.0], edges)
     pruned = prune(graph, 1.0, 1.0)
-    assert pruned.node_mask.tolist() == [True, False, True, True, True]  # nothing is owed to feature 1
+    assert pruned.node_mask.tolist() == [True, False, True, True, True]  # feature 1 has no influence
     assert graph.edges[:, pruned.edge_mask].T.tolist() == [[0, 3], [4, 0], [4, 2]]
     assert not prune(graph, 0.999, 1.0).node_mask[0]
 
 
-def test_graphs_of_next_to_nothing() -> None:
+def test_graphs_with_few_or_no_edges() -> None:
     empty = build([], [], 2, [1.0], {})
     pruned = prune(empty)
     assert pruned.node_mask.tolist() == [True] * 3 and pruned.edge_mask.shape == (0,)
@@ -165,7 +165,9 @@ def test_graphs_of_next_to_nothing() -> None:
     zero = build([(0, 0, 1)], [], 2, [1.0], {(0, 1): 0.0, (3, 0): 0.0})
     assert prune(zero).node_mask.tolist() == [False, True, True, True] and not prune(zero).edge_mask.any()
     assert influence(zero).tolist() == [0.0] * 4 and feature_share(zero) == 0.0 and graph_scores(zero) == (1.0, 1.0)
-    faint = build([], [], 2, [1.0], {(2, 0): 3e-12, (2, 1): 1e-12})  # as circuit-tracer: rounding is no influence
+    faint = build(
+        [], [], 2, [1.0], {(2, 0): 3e-12, (2, 1): 1e-12}
+    )  # as in circuit-tracer, rounding errors get almost no influence
     assert influence(faint).tolist() == pytest.approx([0.03, 0.01, 0.0])
 
 
@@ -184,8 +186,8 @@ def test_thresholds_are_shares(threshold: float) -> None:
         ({"weights": torch.tensor([1.0, float("nan")])}, "not finite"),
         ({"edges": torch.tensor([[0, 9], [2, 0]])}, "does not have"),
         ({"edges": torch.tensor([[4, 0], [0, 2]])}, "edges are not sorted by target"),
-        ({"edges": torch.tensor([[0, 4], [1, 0]])}, "do not ascend"),  # within a layer
-        ({"edges": torch.tensor([[2, 4], [0, 0]])}, "do not ascend"),  # into a token
+        ({"edges": torch.tensor([[0, 4], [1, 0]])}, "some edges do not ascend"),  # within a layer
+        ({"edges": torch.tensor([[2, 4], [0, 0]])}, "some edges do not ascend"),  # into a token
         ({"features": torch.tensor([[1, 0, 1], [0, 0, 1]])}, "not sorted by layer"),
     ],
 )
@@ -193,9 +195,9 @@ def test_edges_that_are_not_a_sorted_acyclic_graph_are_refused(changes: dict[str
     graph = build([(1, 0, 1), (1, 0, 2)], [], 2, [1.0], {(0, 2): 1.0, (4, 0): 1.0}, dtype=torch.float32)
     influence(graph)
     broken = AttributionGraph(**{**vars(graph), **changes})
-    for question in (influence, prune, feature_share, graph_scores):
+    for function in (influence, prune, feature_share, graph_scores):
         with pytest.raises(GraphError, match=message):
-            question(broken)
+            function(broken)
 
 
 class Largest(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The frozen linear model: it conserves, it is what autograd says, and interventions in it give the edges."""
+"""The linearized model: rows add up, agree with autograd, and agree with interventions on the model held linear."""
 
 import pytest
 import torch
@@ -30,29 +30,32 @@ def targets(pair: PairedModel, model: LinearizedModel | GradientModel, layer: in
         columns = pair.backend.unembedding().detach()[[3, 9, 12, 60]].to(model.dtype)
         positions = SPOTS.clamp(min=start)
         return positions, columns, (model.read_by_unembedding[positions] * columns).sum(-1), torch.zeros(4)
-    here = model.active[(model.active[:, 0] == layer) & (model.active[:, 1] >= start)]
-    positions, index = here[:, 1], here[:, 2]
+    active = model.active[(model.active[:, 0] == layer) & (model.active[:, 1] >= start)]
+    positions, index = active[:, 1], active[:, 2]
     values = model.pre_activations[layer][positions, index]
     return positions, model.encoders[layer][:, index].T, values, model.b_enc[layer][index]
 
 
 def total(rows: Rows) -> torch.Tensor:
-    leaves = rows.features.sum(1) + rows.errors.sum((1, 2)) + rows.tokens.sum(1)
-    return leaves + rows.decoder_biases + rows.biases + rows.outside
+    """The sum of all contributions, except the target's own constant."""
+    sources = rows.features.sum(1) + rows.errors.sum((1, 2)) + rows.tokens.sum(1)
+    return sources + rows.decoder_biases + rows.biases + rows.outside
 
 
 @pytest.mark.parametrize("start", [0, 4])
-@pytest.mark.parametrize("linearisation", ["relp", "frozen_mlp"])
-def test_every_target_is_the_sum_of_its_leaves_and_constants(architecture: str, linearisation: str, start: int) -> None:
+@pytest.mark.parametrize("linearization", ["relp", "frozen_mlp"])
+def test_every_target_is_the_sum_of_its_contributions_and_constants(
+    architecture: str, linearization: str, start: int
+) -> None:
     pair = make(architecture, "hooked")
-    model = LinearizedModel(pair, TOKENS, linearisation, start)
+    model = LinearizedModel(pair, TOKENS, linearization, start)
     assert len(model.active) > 300
     for layer in range(5):
         positions, vectors, values, own = targets(pair, model, layer, start)
         rows = model.rows(layer, positions, vectors)
         assert (total(rows) + own - values).abs().max() < 1e-10
         assert rows.biases.abs().max() > 1e-3 or architecture != "Qwen2ForCausalLM" or layer == start == 4
-        assert bool(rows.errors.any()) is (linearisation == "frozen_mlp" and layer > 0)
+        assert bool(rows.errors.any()) is (linearization == "frozen_mlp" and layer > 0)
         assert bool(rows.outside.abs().max() > 1e-6) is (start > 0)
 
 
@@ -80,7 +83,7 @@ def by_layer(model: LinearizedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(model.pre_activations[layer], model.active[layers == layer, 1:]) for layer in range(4)]
 
 
-def test_on_a_bridge_to_the_precision_of_hugging_faces_norms(architecture: str) -> None:
+def test_a_bridge_agrees_to_the_precision_of_hugging_faces_norms(architecture: str) -> None:
     pair, reference = make(architecture), make(architecture, "hooked")
     model, expected = LinearizedModel(pair, TOKENS), LinearizedModel(reference, TOKENS)
     for layer in (2, 4):
@@ -93,7 +96,7 @@ def test_on_a_bridge_to_the_precision_of_hugging_faces_norms(architecture: str) 
 
 
 @pytest.mark.parametrize("freeze_mlps", [False, True])
-def test_it_is_what_autograd_says(architecture: str, freeze_mlps: bool) -> None:
+def test_rows_agree_with_autograd_under_relp_hooks(architecture: str, freeze_mlps: bool) -> None:
     pair = make(architecture, "hooked")
     model = LinearizedModel(pair, TOKENS, "frozen_mlp" if freeze_mlps else "relp")
     by_hooks = GradientModel(pair, TOKENS, relp_hooks(pair.model, freeze_mlps))
@@ -118,22 +121,22 @@ def test_a_bfloat16_models_weights_are_not_copied() -> None:
     assert (total(rows) + own - values).abs().max() < 0.3  # the residual stream itself is rounded to bfloat16
 
 
-def test_plain_gradients_are_something_else(architecture: str) -> None:
+def test_plain_gradients_differ_and_do_not_add_up(architecture: str) -> None:
     pair = make(architecture, "hooked")
     model, plain_gradient = LinearizedModel(pair, TOKENS), GradientModel(pair, TOKENS)
     positions, vectors, values, own = targets(pair, model, 4)
     rows = plain_gradient.rows(4, positions, vectors)
     assert (rows.features - model.rows(4, positions, vectors).features).abs().max() > 1e-2
-    assert (total(rows) + own - values).abs().max() > 1e-2  # and they do not add up
-    # the definition: how the value moves when one activation moves
-    place = model.active[model.active[:, 0] == 1][5]
+    assert (total(rows) + own - values).abs().max() > 1e-2  # they do not add up
+    # the definition: the change of the value with one activation
+    feature = model.active[model.active[:, 0] == 1][5]
 
     def value(factor: float) -> torch.Tensor:
         def scale(acts: torch.Tensor, hook: object, layer: int) -> torch.Tensor:
-            held = reference_acts[layer].clone()
+            scaled = reference_acts[layer].clone()
             if layer == 1:
-                held[0, place[1], place[2]] *= factor
-            return held
+                scaled[0, feature[1], feature[2]] *= factor
+            return scaled
 
         hooks = [
             (f"blocks.{layer}.mlp.adapter.hook_sae_acts_post", lambda a, hook, layer=layer: scale(a, hook, layer))
@@ -146,17 +149,17 @@ def test_plain_gradients_are_something_else(architecture: str) -> None:
     with torch.no_grad(), pair.routed("replacement"):
         _, cache = pair.model.run_with_cache(TOKENS[None])
     reference_acts = [cache[f"blocks.{layer}.mlp.adapter.hook_sae_acts_post"] for layer in range(4)]
-    column = int((plain_gradient.active == place).all(1).nonzero())
+    column = int((plain_gradient.active == feature).all(1).nonzero())
     slope = (value(1 + 1e-5) - value(1 - 1e-5)) / 2e-5
     assert (slope - rows.features[:, column]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("linearisation", ["relp", "frozen_mlp"])
+@pytest.mark.parametrize("linearization", ["relp", "frozen_mlp"])
 @torch.no_grad()
-def test_interventions_in_the_frozen_model_give_the_edges(architecture: str, linearisation: str) -> None:
-    """With patterns and scales held, and MLPs held or linear, taking a feature away moves a target by just its edge."""
+def test_interventions_in_the_linear_model_give_the_edges(architecture: str, linearization: str) -> None:
+    """With patterns and scales held, and MLPs held or linear, ablating a feature changes a target by its edge."""
     pair = make(architecture, "hooked")
-    model = LinearizedModel(pair, TOKENS, linearisation)
+    model = LinearizedModel(pair, TOKENS, linearization)
     every = [(layer, index) for layer in range(4) for index in range(24)]
     with pair.routed("replacement"):
         _, cache = pair.model.run_with_cache(TOKENS[None])
@@ -166,7 +169,7 @@ def test_interventions_in_the_frozen_model_give_the_edges(architecture: str, lin
         live[str(hook.name)] = value
 
     def linear_mlp(value: torch.Tensor, hook: HookPoint) -> torch.Tensor:
-        """Half of act(gate) * up through either factor, the slope of the activation function held."""
+        """Half of act(gate) * up through each factor, with the slope of the activation function held."""
         name = str(hook.name).removesuffix("hook_post")
         gate, up = cache[f"{name}hook_pre"], cache[f"{name}hook_pre_linear"]
         act = pair.model.blocks[0].mlp.act_fn(gate)
@@ -174,7 +177,7 @@ def test_interventions_in_the_frozen_model_give_the_edges(architecture: str, lin
 
     hooks = [(name, keep) for name in cache if name.endswith(("mlp.hook_pre", "mlp.hook_pre_linear"))]
     hooks += [(name, linear_mlp) for name in cache if name.endswith("mlp.hook_post")]
-    held_mlps = linearisation == "frozen_mlp"
+    held_mlps = linearization == "frozen_mlp"
     positions, vectors, values, _ = targets(pair, model, 4)
     edges = model.rows(4, positions, vectors).features
     for column in range(0, len(model.active), 97):

@@ -47,13 +47,13 @@ def test_total_effects_are_the_solution_of_the_linear_system(graph: AttributionG
         torch.eye(n, dtype=torch.float64) - relative.T, matrix[graph.first_target + target, :n]
     )
     assert (total_effects(graph, target) - expected).abs().max() < 1e-9
-    assert (expected - matrix[graph.first_target + target, :n]).abs().max() > 1e-3  # paths count
+    assert (expected - matrix[graph.first_target + target, :n]).abs().max() > 1e-3  # indirect paths contribute
 
 
-def test_ablations_are_real(pair: PairedModel, graph: AttributionGraph) -> None:
+def test_ablation_effects_agree_with_hooks(pair: PairedModel, graph: AttributionGraph) -> None:
     chosen = torch.arange(0, len(graph.features), 60)
-    found = ablation_effects(pair, graph, chosen)
-    for node, effect in zip(chosen.tolist(), found.tolist(), strict=True):
+    effects = ablation_effects(pair, graph, chosen)
+    for node, effect in zip(chosen.tolist(), effects.tolist(), strict=True):
         layer, position, index = graph.features[node].tolist()
 
         def zero(acts: torch.Tensor, hook: object) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_ablations_are_real(pair: PairedModel, graph: AttributionGraph) -> None:
     assert not any(block.mlp.adapter.hook_sae_acts_post._forward_hooks for block in pair.model.blocks)
 
 
-def test_curves_begin_and_end_where_they_must(pair: PairedModel, graph: AttributionGraph) -> None:
+def test_curves_run_from_all_features_to_none(pair: PairedModel, graph: AttributionGraph) -> None:
     n = len(graph.features)
     effects = ablation_effects(pair, graph, torch.arange(n))
     curve = faithfulness_curve(pair, graph, effects, [0, 20, n])
@@ -92,16 +92,16 @@ def test_rank_correlation() -> None:
 
 
 def test_the_difference_between_replacement_and_hybrid(pair: PairedModel) -> None:
-    found = explain_difference(pair, TOKENS, LogitTarget(7), progress=False)
-    assert found.replacement == pytest.approx(float(logits(pair, "replacement")[-1, 7]), abs=1e-8)
-    assert found.hybrid == pytest.approx(float(logits(pair, "hybrid")[-1, 7]), abs=1e-8)
-    parts = found.features + found.decoder_biases + found.unexplained
-    assert parts == pytest.approx(found.replacement - found.hybrid, abs=1e-8)
-    row = found.graph.edges[0] == found.graph.first_target
-    nodes = found.graph.edges[1] < len(found.graph.features)
-    assert float(found.graph.weights[row & nodes].sum()) == pytest.approx(found.features, abs=1e-8)
+    explained = explain_difference(pair, TOKENS, LogitTarget(7), progress=False)
+    assert explained.replacement == pytest.approx(float(logits(pair, "replacement")[-1, 7]), abs=1e-8)
+    assert explained.hybrid == pytest.approx(float(logits(pair, "hybrid")[-1, 7]), abs=1e-8)
+    parts = explained.features + explained.decoder_biases + explained.unexplained
+    assert parts == pytest.approx(explained.replacement - explained.hybrid, abs=1e-8)
+    row = explained.graph.edges[0] == explained.graph.first_target
+    nodes = explained.graph.edges[1] < len(explained.graph.features)
+    assert float(explained.graph.weights[row & nodes].sum()) == pytest.approx(explained.features, abs=1e-8)
     few = explain_difference(pair, TOKENS, LogitTarget(7), max_feature_nodes=40, progress=False)
-    assert few.features == pytest.approx(found.features, abs=1e-8)  # contributions from outside the graph count too
+    assert few.features == pytest.approx(explained.features, abs=1e-8)  # contributions from outside the graph count too
     with pytest.raises(GraphError, match="takes no window="):
         explain_difference(pair, TOKENS, LogitTarget(7), window=4, progress=False)
     # where adapters add nothing but a bias, features explain nothing; without that, there is nothing to explain
@@ -116,7 +116,7 @@ def test_the_difference_between_replacement_and_hybrid(pair: PairedModel) -> Non
     assert nothing.unexplained == pytest.approx(0, abs=1e-10) and nothing.replacement == pytest.approx(nothing.hybrid)
 
 
-def test_features_have_no_logit(pair: PairedModel) -> None:
+def test_ablation_effects_refuse_feature_targets(pair: PairedModel) -> None:
     graph = attribute(pair, TOKENS, [FeatureTarget(2, 6, 8)], progress=False)
     with pytest.raises(GraphError, match="feature 2/6, not a logit"):
         ablation_effects(pair, graph, torch.tensor([0]))

@@ -143,15 +143,17 @@ def _require_acyclic(graph: AttributionGraph, edges: Int[Tensor, "2 n_kept"], we
     if not weights.isfinite().all():
         raise GraphError("Some edge weights are not finite; attribute the prompt again, in float32 or higher.")
     if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < graph.n_nodes:
-        raise GraphError(f"Some edges are between nodes that it does not have; nodes are 0 to {graph.n_nodes - 1}.")
+        raise GraphError(
+            f"The graph has edges between nodes that it does not have; its nodes are 0 to {graph.n_nodes - 1}."
+        )
     depth = torch.full((graph.n_nodes,), -1)  # errors and tokens, which have no incoming edges
     depth[: len(graph.features)] = graph.features[:, 0]
     depth[graph.first_target :] = graph.n_layers
     in_order = bool((depth[: len(graph.features)].diff() >= 0).all() and (edges[0].diff() >= 0).all())
     if not in_order or not (depth[edges[0]] > depth[edges[1]]).all():
         raise GraphError(
-            "The graph's features are not sorted by layer, its edges are not sorted by target, or some do not ascend to "
-            "a later layer; attribute the prompt again."
+            "The graph's features are not sorted by layer, its edges are not sorted by target, or some edges do not "
+            "ascend to a later layer; attribute the prompt again."
         )
 
 
