@@ -55,7 +55,7 @@ EXPORTS = {
     "judge": "autointerp.judge",
     "label_by_rules": "autointerp.rule_labels",
     "label_shares": "autointerp.rule_labels",
-    "load_hf_model": "checkpoints.architectures",
+    "load_hf_model": "checkpoints.hf_model",
     "load_problems": "evaluation.tasks",
     "LogitTarget": "attribution.targets",
     "LossWeights": "config",
@@ -122,7 +122,7 @@ if TYPE_CHECKING:
     from tl_adapters.autointerp.judge import judge as judge
     from tl_adapters.autointerp.rule_labels import label_by_rules as label_by_rules
     from tl_adapters.autointerp.rule_labels import label_shares as label_shares
-    from tl_adapters.checkpoints.architectures import load_hf_model as load_hf_model
+    from tl_adapters.checkpoints.hf_model import load_hf_model as load_hf_model
     from tl_adapters.circuits.circuit import Circuit as Circuit
     from tl_adapters.circuits.controls import matched_features as matched_features
     from tl_adapters.circuits.controls import most_active_others as most_active_others

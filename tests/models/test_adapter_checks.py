@@ -12,9 +12,9 @@ from transformer_lens.components import GroupedQueryAttention
 from transformers import PreTrainedModel
 
 from tl_adapters.adapters.adapter_set import AdapterSet
-from tl_adapters.checkpoints.architectures import moved as cast_back
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.checkpoints.fingerprints import differing
+from tl_adapters.checkpoints.hf_model import moved as cast_back
 from tl_adapters.checkpoints.layer_samples import agrees
 from tl_adapters.models.attach import attach, detach
 from tl_adapters.models.hooked_transformer import build_hooked_transformer

@@ -1,258 +1,163 @@
-"""Which models are supported, and what of them TransformerLens represents.
+"""The supported architectures, one record each: what differs between them, for every module that asks.
 
-Qwen2, Qwen3, Llama and Gemma 2. What TransformerLens would leave out (a bias, a rope type, a sliding window) is
-refused by name: it would be a silently different model.
+To add an architecture with gated MLPs and RMS norms, as Llama has them:
+
+1. Add an `Architecture` to `ARCHITECTURES`. Its name is the class of transformers that config.json names, and its
+   converter is the function of TransformerLens that renames its weights (transformer_lens.pretrained.
+   weight_conversions). Every other field describes a difference from Llama and may be left out where there is none.
+2. Add a small random model with everything that is peculiar to it to ``ARCHITECTURES`` of
+   tests/helpers/random_models.py: the tests of models, attribution and formats then run on it as well.
+
+Nothing else asks for an architecture by name. Whether the model that TransformerLens makes of the weights computes the
+same as transformers is compared whenever a model is loaded (`tl_adapters.models.output_agreement`), so a record that
+is wrong raises an error. Architectures whose MLPs are not three matrices named gate_proj, up_proj and down_proj, or
+whose layers are not pre-norm blocks, need more than a record.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-
-from tl_adapters.checkpoints.model_files import (
-    PROJECTIONS,
-    CheckpointError,
-    locate,
-    read_config,
-    require_unscaled,
-    tensor_shapes,
-)
-from tl_adapters.checkpoints.tokenizers import load_tokenizer, warn_of_other_ids
 from tl_adapters.errors import UserError
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "Gemma2ForCausalLM")
-"""Supported architectures, as config.json names them."""
-
-AUTHORS_SUFFIX = "WithTranscoder"
-"""What the paper's authors append to the architecture of a model with adapters inside."""
-ROPE_TYPES = ("default", "llama3")
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-"""Names that mean the same function in both libraries."""
+AUTHORS_CHECKPOINT_SUFFIX = "WithTranscoder"
+"""What the paper's authors append to the architecture's name in a checkpoint that holds adapters."""
 
 
 class UnsupportedModelError(UserError, ValueError):
-    """A model this version cannot represent exactly; the message names the reason."""
+    """A model that this version cannot represent exactly; the message names the reason."""
 
 
-def mlp_activation(config: PretrainedConfig) -> str:
-    """The MLP's activation function; Gemma keeps it under another name."""
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+def _llama_norms() -> dict[str, str]:
+    return {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
 
 
-def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
-    """Type and parameters of the rotary embedding."""
-    return dict(getattr(config, "rope_parameters", None) or {})
+def _no_options(config: PretrainedConfig) -> dict[str, Any]:
+    return {}
 
 
-def require_representable(config: PretrainedConfig) -> str:
-    """The architecture's name. Raises UnsupportedModelError, naming what TransformerLens would silently drop."""
-    architecture = (config.architectures or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"Architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}."
-        )
-
-    def refuse(what: str, instead: str) -> None:
-        raise UnsupportedModelError(
-            f"{what} is not represented by TransformerLens's {architecture}: the model would not be exact; {instead}."
-        )
-
-    rope = rope_parameters(config)
-    if rope.get("rope_type", "default") not in ROPE_TYPES:
-        refuse(f"rope_type {rope['rope_type']!r}", f"supported rope types: {', '.join(ROPE_TYPES)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse(f"partial_rotary_factor {rope['partial_rotary_factor']}", "supported is 1.0")
-    for option in ("use_sliding_window", "attention_bias", "mlp_bias", "use_bidirectional_attention"):
-        if getattr(config, option, False):
-            refuse(f"{option}=True", "supported is False")
-    if getattr(config, "quantization_config", None):
-        refuse("quantization_config (quantised weights)", "load the checkpoint in bfloat16 or float32")
-    if mlp_activation(config) not in ACTIVATIONS:
-        refuse(f"activation {mlp_activation(config)!r}", f"supported: {', '.join(ACTIVATIONS)}")
-    return str(architecture)
-
-
-def require_stock_code(config: Mapping[str, Any], name: str | Path) -> None:
-    """Raises UnsupportedModelError for a config.json that names modeling code of its own: it is never run here."""
-    auto_map = config.get("auto_map")
-    named = [auto_map[k] for k in ("AutoModelForCausalLM", "AutoModel") if k in auto_map] if auto_map else []
-    if named:
-        raise UnsupportedModelError(
-            f"The auto_map in config.json of {name} names modeling code of its own ({named[0]}). Such code is never "
-            "run here, and without it the model may be another one. If its weights are those of a stock architecture, "
-            "load it with transformers and trust_remote_code=False, and give the model in place of its name."
-        )
-
-
-def require_plain_mlps(config: Mapping[str, Any], tensors: Iterable[str], name: str | Path) -> None:
-    """Refuse MLPs that are more than their three matrices, as `require_representable` does for a whole model.
-
-    Args:
-        config: what config.json says.
-        tensors: names of all tensors of the checkpoint.
-        name: what the message calls the model.
-
-    Raises:
-        UnsupportedModelError: quantized or biased MLPs, or modeling code of its own.
-    """
-    require_stock_code(config, name)
-    if config.get("quantization_config"):
-        raise UnsupportedModelError(
-            f"{name} has quantized weights (quantization_config in its configuration), whose stored numbers are not "
-            "the weights. Give the checkpoint in bfloat16 or float32."
-        )
-    beside = {f".mlp.{projection}.": f".mlp.{projection}.weight" for projection in PROJECTIONS}
-    for tensor in tensors:
-        for part, weight in beside.items():
-            if part in tensor and not tensor.endswith(weight):
-                raise UnsupportedModelError(
-                    f"{name} has the tensor {tensor}: its MLPs are more than their three weight matrices (a bias, "
-                    "scales of quantized weights, LoRA), and only these are read. Give a plain checkpoint in bfloat16 "
-                    "or float32, with LoRA merged."
-                )
-
-
-def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfig:
-    """The folder's configuration.
-
-    ``without_adapters`` takes a checkpoint of the paper's authors as the hybrid that it holds.
-    Raises CheckpointError, UnsupportedModelError.
-    """
-    require_stock_code(read_config(folder), folder)
-    architectures = read_config(folder).get("architectures")
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "none"
-    if architecture.endswith(AUTHORS_SUFFIX) and not without_adapters:
-        raise UnsupportedModelError(
-            f"{folder} is a whole replacement model of the paper's authors ({architecture}): read its adapters with "
-            "from_authors, or the pair with authors_pair."
-        )
-    if architecture.removesuffix(AUTHORS_SUFFIX) not in ARCHITECTURES:
-        # Said here, since transformers fails in its own words on a model type it does not know.
-        raise UnsupportedModelError(
-            f"{folder} is of architecture {architectures}; supported: {', '.join(ARCHITECTURES)}."
-        )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    config.architectures = [architecture.removesuffix(AUTHORS_SUFFIX)]
-    return config
-
-
-def load_hf_model(
-    name: str | Path,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    without_adapters: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model of a folder or hub name, with its tokenizer; tokenizer and dtype are the folder's own where None.
-
-    ``without_adapters`` leaves out the adapters of a checkpoint of the paper's authors, which is then the hybrid.
-    Everything that can be seen in config and file headers is checked before a weight is read.
-    Raises UnsupportedModelError, CheckpointError.
-    """
-    folder = locate(name)
-    config = load_config(folder, without_adapters)
-    require_representable(config)
-    require_stock_files(folder, config)
-    hf_model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype or "auto",
-        use_safetensors=True,
-        output_loading_info=True,
-        trust_remote_code=False,
-        # Fused attention of earlier releases of transformers leaves out Gemma 2's soft cap of the scores.
-        attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else None,
+def _gemma2_options(config: PretrainedConfig) -> dict[str, Any]:
+    """Soft caps and alternating attention windows."""
+    return dict(
+        attn_scale=float(config.query_pre_attn_scalar) ** 0.5,
+        window_size=config.sliding_window,
+        use_local_attn=True,
+        attn_types=["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
+        attn_scores_soft_cap=float(config.attn_logit_softcapping or -1),
+        output_logits_soft_cap=float(config.final_logit_softcapping or -1),
     )
-    if missing := sorted(info["missing_keys"]):
-        # transformers would fill these at random and only log it.
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors of a {config.architectures[0]}, such as {missing[0]}; "
-            "it is not a complete checkpoint."
-        )
-    hf_model.config.name_or_path = str(name)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(folder)
-    else:
-        warn_of_other_ids(tokenizer, folder)
-    return hf_model.to(device or "cpu"), tokenizer
 
 
-def stock_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model that ``config`` describes, on the meta device: names, shapes and classes, and no memory."""
-    config = copy.deepcopy(config)
-    with torch.device("meta"):
-        return getattr(transformers, require_representable(config))(config)
+@dataclass(frozen=True)
+class Architecture:
+    """What is peculiar to one architecture. The defaults are those of Llama."""
+
+    name: str
+    """The class of transformers, as config.json gives it under "architectures"."""
+    label: str
+    """The name that messages use, such as "Gemma 2"."""
+    converter: str
+    """Dotted name of TransformerLens's function that converts the weights; imported on first use."""
+    norms: Mapping[str, str] = field(default_factory=_llama_norms)
+    """The norms of a layer: name in TransformerLens's block -> name in the layer of a checkpoint."""
+    norm_offset: float = 0.0
+    """What the model adds to the stored weights of its norms: 1 where it computes with 1 + w, as Gemma does."""
+    scales_embedding: bool = False
+    """Whether the model multiplies its embedding by sqrt(d_model), as Gemma does in every forward pass.
+
+    TransformerLens scales the stored matrix instead. Embedding and unembedding of such a model must be tied: its
+    fingerprint covers the unembedding only, which is the same in both libraries."""
+    eager_attention: bool = False
+    """Whether transformers must compute attention unfused: earlier releases leave out Gemma 2's soft cap otherwise."""
+    config_options: Callable[[PretrainedConfig], dict[str, Any]] = _no_options
+    """Entries of TransformerLens's configuration that only this architecture has, from a Hugging Face configuration."""
+
+    @property
+    def has_qk_norms(self) -> bool:
+        """Whether queries and keys are normalized per head."""
+        return "attn.q_norm" in self.norms
+
+    @property
+    def has_post_norms(self) -> bool:
+        """Whether the outputs of attention and MLP are normalized before they are added to the residual stream."""
+        return "ln2_post" in self.norms
+
+    def embedding_scale(self, d_model: int) -> float:
+        """What TransformerLens multiplies the stored embedding by."""
+        return float(d_model**0.5) if self.scales_embedding else 1.0
+
+    def norm_tensor(self, norm: str, layer: int) -> str:
+        """Name of a norm's weights in a checkpoint; ``norm`` is a key of `norms`."""
+        return f"model.layers.{layer}.{self.norms[norm]}.weight"
+
+    def load_converter(self) -> Callable[..., dict[str, Tensor]]:
+        """TransformerLens's converter: (Hugging Face model, HookedTransformerConfig) -> state dict."""
+        module, _, function = self.converter.rpartition(".")
+        convert: Callable[..., dict[str, Tensor]] = getattr(importlib.import_module(module), function)
+        return convert
 
 
-def require_stock_files(folder: Path, config: PretrainedConfig) -> None:
-    """Raises CheckpointError where a folder's files hold other tensors than a model of its configuration has."""
-    require_unscaled(folder)
-    expected = {name: tuple(tensor.shape) for name, tensor in stock_model(config).state_dict().items()}
-    for name, shape in tensor_shapes(folder).items():
-        if name in expected and shape != expected[name]:
-            raise CheckpointError(
-                f"{name} of {folder} has shape {shape}, and by its config.json {expected[name]}. Correct config.json "
-                "(vocab_size where embeddings were resized), or save the model again with save_pretrained."
-            )
-        module = name.rpartition(".")[0]
-        if name not in expected and f"{module}.weight" in expected:
-            raise CheckpointError(
-                f"{folder} has the tensor {name}, which a {config.architectures[0]} of this configuration does not "
-                "have: a bias, or a scale of quantized weights, would be left out. Give a checkpoint that its "
-                "config.json describes."
-            )
+_CONVERSIONS = "transformer_lens.pretrained.weight_conversions"
+_RECORDS = (
+    Architecture("Qwen2ForCausalLM", "Qwen2", f"{_CONVERSIONS}.qwen2.convert_qwen2_weights"),
+    Architecture(
+        "Qwen3ForCausalLM",
+        "Qwen3",
+        f"{_CONVERSIONS}.qwen3.convert_qwen3_weights",
+        norms={**_llama_norms(), "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"},
+    ),
+    Architecture("LlamaForCausalLM", "Llama", f"{_CONVERSIONS}.llama.convert_llama_weights"),
+    Architecture(
+        "Gemma2ForCausalLM",
+        "Gemma 2",
+        f"{_CONVERSIONS}.gemma.convert_gemma_weights",
+        norms={
+            "ln1": "input_layernorm",
+            "ln1_post": "post_attention_layernorm",
+            "ln2": "pre_feedforward_layernorm",
+            "ln2_post": "post_feedforward_layernorm",
+        },
+        norm_offset=1.0,
+        scales_embedding=True,
+        eager_attention=True,
+        config_options=_gemma2_options,
+    ),
+)
+ARCHITECTURES: dict[str, Architecture] = {record.name: record for record in _RECORDS}
+"""The supported architectures by name."""
 
 
-@torch.no_grad()
-def moved(hf_model: PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | None) -> PreTrainedModel:
-    """``hf_model`` on that device with parameters of that dtype, in place; None leaves either as it is.
+def architecture_name(config: Mapping[str, Any] | PretrainedConfig) -> str:
+    """The architecture that a configuration names, "none" where it names none."""
+    names = config.get("architectures") if isinstance(config, Mapping) else config.architectures
+    return str(names[0]) if isinstance(names, list) and names else "none"
 
-    Unlike the model's own ``.to(dtype)`` this casts no buffers. Rotary frequencies in bfloat16 make angles
-    that are off by tenths of a radian at a thousand positions; where an earlier cast rounded them (or the factor of
-    Gemma's embedding), they are put back, with a warning.
+
+def find_architecture(name: str | None) -> Architecture:
+    """The record of an architecture; of the paper authors' checkpoints, that of the model they extend.
+
+    A model that a user made with TransformerLens may be of any architecture with gated MLPs and RMS norms: where there
+    is no record of its name, it is taken to be as Llama is.
     """
-    if device is not None:
-        hf_model.to(device)
-    for parameter in hf_model.parameters():
-        if dtype is not None and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    if not hf_model.model.rotary_emb.inv_freq.is_meta:
-        _restore_constants(hf_model)
-    return hf_model
+    stock = (name or "none").removesuffix(AUTHORS_CHECKPOINT_SUFFIX)
+    return ARCHITECTURES.get(stock) or Architecture(stock, stock, converter="")
 
 
-def _restore_constants(hf_model: PreTrainedModel) -> None:
-    """Put back, with a warning, what a cast of the whole model has rounded and its configuration says exactly."""
-    rotary, embedding = hf_model.model.rotary_emb, hf_model.model.embed_tokens
-    exact = {(rotary, "inv_freq"): type(rotary)(hf_model.config).inv_freq}
-    if hasattr(embedding, "scalar_embed_scale"):
-        exact[embedding, "embed_scale"] = torch.tensor(embedding.scalar_embed_scale)
-    for (module, name), values in exact.items():
-        here = getattr(module, name)
-        values = values.to(here.device)
-        rounded = (values.to(low).to(here.dtype) for low in (torch.bfloat16, torch.float16))
-        if torch.equal(values, here.to(values.dtype)) or not any(torch.equal(low, here) for low in rounded):
-            continue  # as it should be, or changed in another way, which is not ours to undo
-        log.warning(
-            "A cast of the whole model had rounded its %s (rotary frequencies are then off by tenths of a radian at a "
-            "thousand positions). It is exact again, as transformers' own dtype= keeps it.",
-            name,
-        )
-        setattr(module, name, values)
-        if module is rotary:
-            rotary.original_inv_freq = values
+def require_supported(config: Mapping[str, Any] | PretrainedConfig) -> Architecture:
+    """The record of the architecture that a configuration names. Raises UnsupportedModelError where there is none."""
+    name = architecture_name(config)
+    if name not in ARCHITECTURES:
+        raise UnsupportedModelError(f"Architecture {name} is not supported; supported: {', '.join(ARCHITECTURES)}.")
+    return ARCHITECTURES[name]
+
+
+def supported_labels() -> str:
+    """The supported architectures as messages list them: "Qwen2, Qwen3, Llama, Gemma 2"."""
+    return ", ".join(record.label for record in ARCHITECTURES.values())

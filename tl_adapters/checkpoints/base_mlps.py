@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tl_adapters.checkpoints.architectures import ARCHITECTURES, UnsupportedModelError, require_plain_mlps
+from tl_adapters.checkpoints.architectures import ARCHITECTURES, UnsupportedModelError
 from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, compare_vocabularies, require_fit
 from tl_adapters.checkpoints.fingerprints import fingerprint
+from tl_adapters.checkpoints.model_checks import require_plain_mlps
 from tl_adapters.checkpoints.model_files import (
     MLP_KEY,
     PROJECTIONS,

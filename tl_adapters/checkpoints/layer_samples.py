@@ -13,13 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tl_adapters.checkpoints.architectures import Architecture
 from tl_adapters.checkpoints.model_files import MLP_KEY, read_tensors, read_values
 
 SAMPLED_VALUES = 64
 _ARITHMETIC = 2.0**-20
 """Relative; what a few operations in float32 leave. A change of one unit in bfloat16's last place is at least 2^-8."""
-_SECOND_NORM = {"Gemma2ForCausalLM": "model.layers.{}.pre_feedforward_layernorm.weight"}
-_SECOND_NORM_DEFAULT = "model.layers.{}.post_attention_layernorm.weight"
 _ATTENTION_OUT = "model.layers.{}.self_attn.o_proj.weight"
 
 
@@ -94,9 +93,14 @@ def agrees(
     return bool(((present.double() - expected).abs() <= room)[fits].all())
 
 
-def with_offset(weight: Tensor) -> Tensor:
-    """Gemma's 1 + w, which it computes in float32 from weights of any dtype; at least in float32."""
-    return (1 + weight.float()).to(torch.promote_types(weight.dtype, torch.float32))
+def norm_weights(stored: Tensor, architecture: Architecture) -> Tensor:
+    """A norm's weights as TransformerLens has them, from those of a checkpoint.
+
+    Gemma's are 1 + w, which it computes in float32 from weights of any dtype; the result is in float32 at least.
+    """
+    if not architecture.norm_offset:
+        return stored
+    return (architecture.norm_offset + stored.float()).to(torch.promote_types(stored.dtype, torch.float32))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -110,22 +114,15 @@ def _unit(values: Tensor, dtype: torch.dtype) -> Tensor:
     return about.eps * torch.exp2(values.clamp(min=about.smallest_normal).log2().floor())
 
 
-def stored_samples(target: Path, base: Path, architecture: str, layer: int) -> LayerSamples:
-    """The marks of a layer in checkpoints' files; of matrices only single values are read. Raises CheckpointError."""
-    name = second_norm_name(architecture, layer)
+def stored_samples(target: Path, base: Path, architecture: Architecture, layer: int) -> LayerSamples:
+    """The samples of a layer in checkpoints' files; of matrices only single values are read. Raises CheckpointError."""
+    name = architecture.norm_tensor("ln2", layer)
     ln2_w = read_tensors(target, [name])[name].clone()  # may be a view of its whole shard
-    if architecture == "Gemma2ForCausalLM":
-        ln2_w = with_offset(ln2_w)
     return LayerSamples(
-        ln2_w,
+        norm_weights(ln2_w, architecture),
         read_values(target, attention_out_name(layer), sample_places),
         read_values(base, MLP_KEY.format(layer, "down_proj"), sample_places),
     )
-
-
-def second_norm_name(architecture: str, layer: int) -> str:
-    """The tensor of the norm before the MLP."""
-    return _SECOND_NORM.get(architecture, _SECOND_NORM_DEFAULT).format(layer)
 
 
 def attention_out_name(layer: int) -> str:

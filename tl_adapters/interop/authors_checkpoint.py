@@ -21,10 +21,16 @@ from transformers import PreTrainedTokenizerBase
 from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
 from tl_adapters.adapters.transcoder import adapter_of
-from tl_adapters.checkpoints.architectures import AUTHORS_SUFFIX, load_hf_model
+from tl_adapters.checkpoints.architectures import (
+    AUTHORS_CHECKPOINT_SUFFIX,
+    Architecture,
+    architecture_name,
+    find_architecture,
+)
 from tl_adapters.checkpoints.base_mlps import read_base_mlps
 from tl_adapters.checkpoints.compatibility import compare_configs, require_fit
-from tl_adapters.checkpoints.layer_samples import attention_out_name, second_norm_name, stored_samples
+from tl_adapters.checkpoints.hf_model import load_hf_model
+from tl_adapters.checkpoints.layer_samples import attention_out_name, stored_samples
 from tl_adapters.checkpoints.model_files import (
     DESCRIPTION_FILES,
     INDEX_FILE,
@@ -81,7 +87,7 @@ def from_authors(
         parts.append(DECODER.format("{0}", "bias"))
     names = [part.format(layer) for layer in chosen for part in parts]
     names += [
-        tensor for layer in chosen for tensor in (second_norm_name(architecture, layer), attention_out_name(layer))
+        tensor for layer in chosen for tensor in (architecture.norm_tensor("ln2", layer), attention_out_name(layer))
     ]
     if not Path(name).is_dir():
         shards = shard_files(folder, names) if (folder / INDEX_FILE).is_file() else ["*.safetensors"]
@@ -107,15 +113,15 @@ def from_authors(
     return result
 
 
-def _authors_architecture(name: str | Path, config: dict[str, Any]) -> tuple[str, int]:
-    architecture = str((config.get("architectures") or ["none"])[0])
-    if not architecture.endswith(AUTHORS_SUFFIX) or "transcoder_n_features" not in config:
+def _authors_architecture(name: str | Path, config: dict[str, Any]) -> tuple[Architecture, int]:
+    architecture = architecture_name(config)
+    if not architecture.endswith(AUTHORS_CHECKPOINT_SUFFIX) or "transcoder_n_features" not in config:
         raise AdapterFormatError(
             f"{name} is of architecture {architecture}, or lacks transcoder_n_features: no checkpoint of the paper's "
-            f"authors, whose architecture ends in {AUTHORS_SUFFIX}. Our own sets are read by "
+            f"authors, whose architecture ends in {AUTHORS_CHECKPOINT_SUFFIX}. Our own sets are read by "
             "AdapterSet.from_pretrained."
         )
-    return architecture.removesuffix(AUTHORS_SUFFIX), int(config["transcoder_n_features"])
+    return find_architecture(architecture), int(config["transcoder_n_features"])
 
 
 def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, target: str | Path) -> None:
@@ -157,7 +163,7 @@ def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, ta
         base,
         beside_mlps=tensors,
         config={
-            "architectures": [f"{(config.get('architectures') or ['none'])[0]}{AUTHORS_SUFFIX}"],
+            "architectures": [f"{architecture_name(config)}{AUTHORS_CHECKPOINT_SUFFIX}"],
             "transcoder_n_features": adapters.n_features,
             "transcoder_dec_bias": with_bias,
         },

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tl_adapters.adapters.adapter_set import AdapterSet
-from tl_adapters.checkpoints.architectures import AUTHORS_SUFFIX
+from tl_adapters.checkpoints.architectures import architecture_name, find_architecture
 from tl_adapters.checkpoints.base_mlps import GivenModel, model_config, model_name, read_base_mlps, resolve
 from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, require_fit
 from tl_adapters.models.build import backend_of
@@ -134,5 +134,4 @@ def attached(
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """What base and target must share; TransformerLens keeps the architecture and not the model type."""
-    architecture = str((config.get("architectures") or ["none"])[0]).removesuffix(AUTHORS_SUFFIX)
-    return {**config, "model_type": architecture}
+    return {**config, "model_type": find_architecture(architecture_name(config)).name}

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_adapters.checkpoints.architectures import Architecture
 from tl_adapters.models.routed_mlp import RoutedMLP
 
 
@@ -18,6 +19,8 @@ class Backend(ABC):
     """The TransformerLens model itself."""
     name: str
     """ "hooked" or "bridge"."""
+    architecture: Architecture
+    """The record of the model's architecture."""
 
     @property
     @abstractmethod

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tl_adapters.checkpoints.architectures import stock_model
 from tl_adapters.checkpoints.base_mlps import MLPTensors
+from tl_adapters.checkpoints.model_checks import stock_model
 from tl_adapters.checkpoints.model_files import PROJECTIONS
 from tl_adapters.models.output_comparison import DisagreementError, compare, is_low, named, norm
 

@@ -12,7 +12,7 @@ TransformerLens 4 has no HookedTransformer; there `bridged` stands in.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,18 +21,10 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.components import RMSNorm
 from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
-from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
-from transformer_lens.pretrained.weight_conversions.qwen2 import convert_qwen2_weights
-from transformer_lens.pretrained.weight_conversions.qwen3 import convert_qwen3_weights
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tl_adapters.checkpoints.architectures import (
-    UnsupportedModelError,
-    mlp_activation,
-    require_representable,
-    rope_parameters,
-)
+from tl_adapters.checkpoints.architectures import UnsupportedModelError, find_architecture, supported_labels
+from tl_adapters.checkpoints.model_checks import mlp_activation, require_representable, rope_parameters
 from tl_adapters.checkpoints.model_files import PROJECTIONS
 from tl_adapters.checkpoints.tokenizers import give_tokenizer
 from tl_adapters.models.attention_masks import reads_whole
@@ -40,14 +32,6 @@ from tl_adapters.models.backend import Backend
 from tl_adapters.models.fused_attention import FusedAttention
 from tl_adapters.models.routed_mlp import MLPWeights, RoutedMLP, WeightsProcessedError
 from tl_adapters.utils.precision import float32_logits, linear_in_float32
-
-CONVERTERS: dict[str, Callable[..., dict[str, torch.Tensor]]] = {
-    "Qwen2ForCausalLM": convert_qwen2_weights,
-    "Qwen3ForCausalLM": convert_qwen3_weights,
-    "LlamaForCausalLM": convert_llama_weights,
-    "Gemma2ForCausalLM": convert_gemma_weights,
-}
-"""TransformerLens's converter of each architecture's weights."""
 
 
 def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> HookedTransformerConfig:
@@ -74,9 +58,10 @@ def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device
         rotary_base=rope.get("rope_theta", 10000.0),
         rotary_dim=d_head,
         rotary_adjacent_pairs=False,
-        use_qk_norm=architecture == "Qwen3ForCausalLM",
-        original_architecture=architecture,
-        model_name=config.name_or_path or architecture,
+        use_qk_norm=architecture.has_qk_norms,
+        use_normalization_before_and_after=architecture.has_post_norms,
+        original_architecture=architecture.name,
+        model_name=config.name_or_path or architecture.name,
         init_weights=False,
         default_prepend_bos=False,  # chat templates write their own beginning of sequence
         dtype=dtype,
@@ -90,17 +75,7 @@ def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device
             NTK_by_parts_high_freq_factor=rope["high_freq_factor"],
             NTK_by_parts_factor=rope["factor"],
         )
-    if architecture == "Gemma2ForCausalLM":
-        options |= dict(
-            attn_scale=float(config.query_pre_attn_scalar) ** 0.5,
-            window_size=config.sliding_window,
-            use_local_attn=True,
-            attn_types=["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
-            attn_scores_soft_cap=float(config.attn_logit_softcapping or -1),
-            output_logits_soft_cap=float(config.final_logit_softcapping or -1),
-            use_normalization_before_and_after=True,
-        )
-    return HookedTransformerConfig(**options)
+    return HookedTransformerConfig(**options, **architecture.config_options(config))
 
 
 @torch.no_grad()
@@ -113,12 +88,13 @@ def build_hooked_transformer(
     """
     weight = next(hf_model.parameters())
     cfg = tl_config(hf_model.config, weight.dtype, weight.device)
-    convert = CONVERTERS[str(cfg.original_architecture)]
+    architecture = find_architecture(cfg.original_architecture)
+    convert = architecture.load_converter()
     with warnings.catch_warnings():
         # TransformerLens announces that 4.0 drops this class; pyproject.toml's range is where we answer that.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r".*")
         model = HookedTransformer(cfg, None, move_to_device=False)
-    offset = cfg.original_architecture == "Gemma2ForCausalLM"
+    offset = bool(architecture.norm_offset)
     state = {
         name: tensor.detach().to(
             cfg.device, _dtype_of_norms(cfg.dtype) if offset and name.endswith(".w") else cfg.dtype
@@ -228,17 +204,17 @@ class HookedBackend(Backend):
 
     def __init__(self, model: HookedTransformer) -> None:
         self.model = model
+        self.architecture = find_architecture(model.cfg.original_architecture)
         self._found: dict[int, dict[str, Any]] = {}  # what install took from each MLP's instance, to give back
         if model.cfg.normalization_type not in ("RMS", "RMSPre"):
             raise UnsupportedModelError(
-                f"The model's norms are {model.cfg.normalization_type}; adapters read RMS norms (Qwen2, Qwen3, Llama, "
-                "Gemma 2)."
+                f"The model's norms are {model.cfg.normalization_type}; adapters read RMS norms ({supported_labels()})."
             )
         for layer, block in enumerate(model.blocks):
             if not isinstance(getattr(block, "mlp", None), GatedMLP):
                 raise UnsupportedModelError(
                     f"The MLP of layer {layer} is a {type(getattr(block, 'mlp', None)).__name__}; adapters stand "
-                    "beside gated MLPs (Qwen2, Qwen3, Llama, Gemma 2)."
+                    f"beside gated MLPs ({supported_labels()})."
                 )
             if isinstance(block.mlp, RoutedMLP):
                 raise UnsupportedModelError(
@@ -289,9 +265,8 @@ class HookedBackend(Backend):
 
     @property
     def embedding_scale(self) -> float:
-        """TransformerLens multiplies Gemma's embedding with the root of its width; Gemma does so in every pass."""
-        gemma = self.model.cfg.original_architecture == "Gemma2ForCausalLM"
-        return float(self.model.cfg.d_model**0.5) if gemma else 1.0
+        """What TransformerLens has multiplied the stored embedding by."""
+        return self.architecture.embedding_scale(self.model.cfg.d_model)
 
     def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""

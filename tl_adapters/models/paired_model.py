@@ -39,7 +39,6 @@ from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet, TranscoderAdapter
-from tl_adapters.checkpoints.architectures import load_hf_model, moved
 from tl_adapters.checkpoints.base_mlps import (
     GivenModel,
     MLPTensors,
@@ -54,6 +53,7 @@ from tl_adapters.checkpoints.base_mlps import (
 )
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.checkpoints.fingerprints import fingerprints
+from tl_adapters.checkpoints.hf_model import load_hf_model, moved
 from tl_adapters.checkpoints.layer_samples import LayerSamples, dtype_name
 from tl_adapters.config import ActivationName, TrainingConfig
 from tl_adapters.models.adapter_checks import adapter_scale, require_belonging
@@ -240,7 +240,7 @@ class PairedModel:
 
     def _embedding_and_norms(self) -> Iterator[tuple[str, Tensor]]:
         """What "target" leaves out; the same of one model in both libraries."""
-        if self.backend.hf_config["architectures"] != ["Gemma2ForCausalLM"]:  # tied, and scaled in one of the two
+        if not self.backend.architecture.scales_embedding:  # else tied, and scaled in one of the two libraries
             yield "embedding", self.backend.embedding()
         biases = [list(self.backend.projection_biases(layer)) for layer in range(self.n_layers)]
         there = [bias.any() for of_layer in biases for _, bias in of_layer]

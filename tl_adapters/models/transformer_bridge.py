@@ -21,13 +21,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tl_adapters.checkpoints.architectures import (
-    ARCHITECTURES,
-    UnsupportedModelError,
-    mlp_activation,
-    require_representable,
-)
-from tl_adapters.checkpoints.layer_samples import with_offset
+from tl_adapters.checkpoints.architectures import UnsupportedModelError, require_supported
+from tl_adapters.checkpoints.layer_samples import norm_weights
+from tl_adapters.checkpoints.model_checks import mlp_activation, require_representable
 from tl_adapters.checkpoints.model_files import PROJECTIONS
 from tl_adapters.checkpoints.tokenizers import give_tokenizer
 from tl_adapters.models.backend import Backend
@@ -46,9 +42,9 @@ def build_bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     architecture = require_representable(hf_model.config)
     bridge = build_bridge_from_module(
         hf_model,
-        architecture,
+        architecture.name,
         hf_config=hf_model.config,
-        model_name=hf_model.config.name_or_path or architecture,
+        model_name=hf_model.config.name_or_path or architecture.name,
     )
     if tokenizer is not None:
         give_tokenizer(bridge, tokenizer)
@@ -127,11 +123,7 @@ class BridgedBackend(Backend):
     def __init__(self, model: TransformerBridge) -> None:
         self.model = model
         self._found: dict[int, tuple[type[nn.Module], Any]] = {}
-        architecture = (getattr(model.original_model.config, "architectures", None) or ["none"])[0]
-        if architecture not in ARCHITECTURES:
-            raise UnsupportedModelError(
-                f"Architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}."
-            )
+        self.architecture = require_supported(model.original_model.config)
         for block in model.blocks:
             if getattr(block.mlp, "_use_processed_weights", False):
                 raise WeightsProcessedError(
@@ -161,9 +153,7 @@ class BridgedBackend(Backend):
 
     def norm(self, name: str) -> Tensor | None:
         """Weights of the norm of that name as TransformerLens has them (Gemma 1 + w)."""
-        weight = self.model.get_submodule(name).weight
-        offset = getattr(self.model.cfg, "rmsnorm_uses_offset", False)
-        return with_offset(weight) if offset else weight
+        return norm_weights(self.model.get_submodule(name).weight, self.architecture)
 
     def attention_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """b_V [n_kv_heads, d_head] and b_O [d_model], where the layer has them."""

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet, SetDescription
+from tl_adapters.checkpoints.architectures import Architecture, architecture_name, find_architecture
 from tl_adapters.checkpoints.base_mlps import MLPTensors
-from tl_adapters.checkpoints.layer_samples import agrees, sample, sample_places, second_norm_name, with_offset
+from tl_adapters.checkpoints.layer_samples import agrees, norm_weights, sample, sample_places
 from tl_adapters.checkpoints.model_files import read_tensors, read_values, tensor_shapes
 from tl_adapters.models.backend import Backend
 
@@ -49,10 +50,10 @@ class ModelSamples:
     """Of the sampled values of each matrix."""
     folded: frozenset[str]
     """Norms whose weights TransformerLens has multiplied into the matrices that read through them."""
-    embedding_scale: float
-    """What the embedding is multiplied with in this library, here or in the other one."""
-    norm_offset: float
-    """What a checkpoint's norms are stored without."""
+    architecture: Architecture
+    """Of the model: whether its embedding is scaled, and what its norms are stored without."""
+    d_model: int
+    """Width of the residual stream."""
 
     @classmethod
     def of(cls, backend: Backend) -> ModelSamples:
@@ -76,8 +77,8 @@ class ModelSamples:
             values,
             {name: sample_places(w.numel()) % w.shape[-1] for name, w in matrices.items()},
             frozenset(name for name, weight in norms.items() if weight is None),
-            float(backend.model.cfg.d_model) ** 0.5,
-            1.0 if backend.hf_config["architectures"] == ["Gemma2ForCausalLM"] else 0.0,
+            backend.architecture,
+            backend.model.cfg.d_model,
         )
 
     @classmethod
@@ -90,7 +91,7 @@ class ModelSamples:
 
         Raises CheckpointError.
         """
-        architecture, there = str(config["architectures"][0]), tensor_shapes(folder)
+        architecture, there = find_architecture(architecture_name(config)), tensor_shapes(folder)
         values, columns = {}, {}
         for name in names:
             stored = _stored_name(name, architecture)
@@ -98,15 +99,13 @@ class ModelSamples:
             if stored not in there:
                 continue
             if len(there[stored]) == 1:
-                values[name] = read_tensors(folder, [stored])[stored].clone()  # may be a view of its whole shard
-                if architecture == "Gemma2ForCausalLM":
-                    values[name] = with_offset(values[name])
+                whole = read_tensors(folder, [stored])[stored].clone()  # may be a view of its whole shard
+                values[name] = whole if stored.endswith(".bias") else norm_weights(whole, architecture)
             else:
                 name = "embedding" if name == "embedding_scaled" else name
                 values[name] = read_values(folder, stored, sample_places)
                 columns[name] = sample_places(math.prod(there[stored])) % there[stored][-1]
-        offset = 1.0 if architecture == "Gemma2ForCausalLM" else 0.0
-        return cls(values, columns, frozenset(), float(config["hidden_size"]) ** 0.5, offset)
+        return cls(values, columns, frozenset(), architecture, int(config["hidden_size"]))
 
     def differing(self, recorded: Mapping[str, Tensor]) -> Iterator[str]:
         """Names of the recorded weights that are not this model's, in the order given."""
@@ -134,7 +133,7 @@ class ModelSamples:
                 return False
             factor = recorded[norm][self.columns[name]]
         here = self.values[name]
-        offset = self.norm_offset if norm in self.folded or ".ln" in name or name == "ln_final" else 0.0
+        offset = self.architecture.norm_offset if norm in self.folded or ".ln" in name or name == "ln_final" else 0.0
         stored_in = self._dtypes(recorded) if offset else frozenset()
         if agrees(values, here, factor, processed=processed, offset=offset, stored_in=stored_in):
             return True
@@ -158,7 +157,8 @@ class ModelSamples:
             product = name == "embedding_scaled" and here.dtype != values.dtype  # rounded as products are
             return agrees(values, here, torch.ones(()) if product else None, processed=processed)
         other = {"embedding": "embedding_scaled", "embedding_scaled": "embedding"}[name]
-        scale = self.embedding_scale if other == "embedding_scaled" else 1 / self.embedding_scale
+        scale = self.architecture.embedding_scale(self.d_model)
+        scale = scale if other == "embedding_scaled" else 1 / scale
         return agrees(values, self.values[other], torch.tensor(scale, dtype=torch.float64), processed=processed)
 
 
@@ -168,21 +168,16 @@ _STORED = {
     "embedding_scaled": _EMBEDDING,
     "unembedding": "lm_head.weight",
     "ln_final": "model.norm.weight",
-    "ln1": "model.layers.{}.input_layernorm.weight",
-    "ln1_post": "model.layers.{}.post_attention_layernorm.weight",
-    "ln2_post": "model.layers.{}.post_feedforward_layernorm.weight",
-    "attn.q_norm": "model.layers.{}.self_attn.q_norm.weight",
-    "attn.k_norm": "model.layers.{}.self_attn.k_norm.weight",
 }
 
 
-def _stored_name(name: str, architecture: str) -> str:
+def _stored_name(name: str, architecture: Architecture) -> str:
     """What a checkpoint calls the weight that `ModelSamples` calls ``name``."""
+    if name in _STORED:
+        return _STORED[name]
     layer, _, tail = name.removeprefix("base.").partition(".")
-    if tail == "ln2":
-        return second_norm_name(architecture, int(layer))
-    if (stored := _STORED.get(tail or name)) is not None:
-        return stored.format(layer)
+    if tail in architecture.norms:
+        return architecture.norm_tensor(tail, int(layer))
     return f"model.layers.{layer}.{tail}" if tail.endswith(".bias") else f"model.layers.{layer}.{tail}.weight"
 
 

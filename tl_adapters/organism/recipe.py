@@ -183,7 +183,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForC
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
-        architectures=["Qwen2ForCausalLM"],
+        architectures=[Qwen2ForCausalLM.__name__],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)

@@ -16,14 +16,10 @@ import torch
 from transformers import PretrainedConfig
 
 from tl_adapters.adapters.adapter_set import describe
-from tl_adapters.checkpoints.architectures import (
-    load_config,
-    require_representable,
-    require_stock_files,
-    rope_parameters,
-)
 from tl_adapters.checkpoints.base_mlps import require_plain_folder
 from tl_adapters.checkpoints.compatibility import Finding, compare_configs, compare_vocabularies
+from tl_adapters.checkpoints.hf_model import load_config
+from tl_adapters.checkpoints.model_checks import require_representable, require_stock_files, rope_parameters
 from tl_adapters.checkpoints.model_files import (
     locate,
     mlp_tensor_names,

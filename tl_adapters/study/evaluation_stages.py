@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from tl_adapters import organism
-from tl_adapters.checkpoints.architectures import load_hf_model
 from tl_adapters.checkpoints.compatibility import require_same_ids
+from tl_adapters.checkpoints.hf_model import load_hf_model
 from tl_adapters.checkpoints.model_files import read_vocabulary
 from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.baselines import Correction, baseline_kl, difference_directions, low_rank, top_neurons
