@@ -26,13 +26,10 @@ from tl_adapters.autointerp.rule_labels import (
 )
 from tl_adapters.features.feature import Example, Feature, Label
 from tl_adapters.features.logit_effects import layer_effects
-from tl_adapters.utils.confidence_intervals import (
-    bootstrap_difference,
-    bootstrap_kappa,
-    bootstrap_strata,
-    share_interval,
-)
+from tl_adapters.utils.bootstrap import bootstrap_kappa, bootstrap_strata
+from tl_adapters.utils.clustered_intervals import difference_of_means
 from tl_adapters.utils.results import plain
+from tl_adapters.utils.share_intervals import share_interval
 
 REGIONS = {"question": 3000, "thinking": 6000, "answer": 1000}
 VOCABULARY = 150_000
@@ -363,7 +360,7 @@ def test_a_difference_has_the_interval_of_both() -> None:
     covered = 0
     for seed in range(200):
         a, b = torch.randn(40, generator=generator) + 1, 2 * torch.randn(60, generator=generator)
-        found = bootstrap_difference(a, b, seed)
+        found = difference_of_means(a, b, seed)
         assert found.value == pytest.approx(float(a.double().mean() - b.double().mean()))
         covered += found.low <= 1 <= found.high
     assert 180 <= covered <= 199

@@ -42,7 +42,8 @@ from tl_adapters.circuits.steering import shifted_logits, steered, without_neuro
 from tl_adapters.interventions.feature_edits import InterventionError, inserted, only
 from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.confidence_intervals import OutcomesMeasurement, bootstrap_ratio
+from tl_adapters.utils.bootstrap import bootstrap_ratio
+from tl_adapters.utils.measurement import OutcomesMeasurement
 
 N_LAYERS, N_FEATURES = 4, 24
 

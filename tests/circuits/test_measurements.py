@@ -33,7 +33,8 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import problems
 from tl_adapters.organism.census import written_steps
 from tl_adapters.study.open_run import load_builtin_pair
-from tl_adapters.utils.confidence_intervals import bootstrap_ratio, bootstrap_ratio_of_ratios, newcombe
+from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_ratios
+from tl_adapters.utils.share_intervals import newcombe
 
 FEATURES = [FeatureId(0, 3), FeatureId(2, 1), FeatureId(3, 4), FeatureId(3, 11)]
 KINDS = ("moment", "boundary", "elsewhere")

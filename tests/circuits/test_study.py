@@ -35,8 +35,9 @@ from tl_adapters.organism.census import corrects, with_injected_slip
 from tl_adapters.organism.traces import prompt
 from tl_adapters.study.open_run import load_builtin_pair
 from tl_adapters.training.trainer import train
-from tl_adapters.utils.confidence_intervals import Measurement, SetsMeasurement, mcnemar, newcombe
+from tl_adapters.utils.measurement import Measurement, SetsMeasurement
 from tl_adapters.utils.results import plain
+from tl_adapters.utils.share_intervals import mcnemar, newcombe
 
 SEARCH = SearchOptions(share=0.1, documents=16)
 LIMIT = 40

@@ -28,8 +28,8 @@ from tl_adapters.study.open_run import open_run
 from tl_adapters.study.sweep import SweepError, resume_sweep, sweep
 from tl_adapters.study.train import train_run
 from tl_adapters.training.trainer import Trainer, TrainingInterrupted
-from tl_adapters.utils.confidence_intervals import Measurement
 from tl_adapters.utils.files import FolderBusyError, FolderExistsError
+from tl_adapters.utils.measurement import Measurement
 
 STEPS, DOCUMENTS = 4, 12
 CONFIG = RunConfig(

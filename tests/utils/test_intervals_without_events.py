@@ -22,17 +22,11 @@ from tl_adapters.evaluation.response_metrics import rate
 from tl_adapters.evaluation.sampled_answers import Answer, score
 from tl_adapters.generation.responses import Response
 from tl_adapters.pages.circuit_sections import arms_section
-from tl_adapters.utils.confidence_intervals import (
-    IntervalError,
-    Measurement,
-    OutcomesMeasurement,
-    bootstrap_ratio,
-    bootstrap_recovered,
-    share,
-    unseen,
-)
+from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_recovered
 from tl_adapters.utils.html import figure_cell
+from tl_adapters.utils.measurement import IntervalError, Measurement, OutcomesMeasurement
 from tl_adapters.utils.results import plain, read_results, write_results
+from tl_adapters.utils.share_intervals import share, unseen_share
 from tl_adapters.utils.strict_json import NotFiniteError, dumps
 
 PACKAGE = Path(__file__).parents[2] / "tl_adapters"
@@ -62,7 +56,7 @@ def test_samples_that_all_agree_are_as_many_as_there_are_problems() -> None:
     for right in (0, 4):
         answers = [Answer(i, s, response(correct=s < right)) for s in range(8) for i in range(10)]
         interval = score(answers, "test").ci["pass_at_1"]
-        assert interval.high == pytest.approx(unseen(10) if not right else 0.7634, abs=1e-4)
+        assert interval.high == pytest.approx(unseen_share(10) if not right else 0.7634, abs=1e-4)
 
 
 def test_answers_without_a_token_have_no_rate(tmp_path: Path) -> None:
@@ -92,7 +86,7 @@ def test_an_arm_that_changes_nothing_in_five_problems() -> None:
     found = record([*hesitating(5)], hesitating(5), ["wait"], "report")
     for name in ("hesitation_cut", "length_change", "accuracy_change"):
         figure = found[name]
-        assert (figure.value, figure.low, figure.high) == (0, -unseen(5), unseen(5)), name
+        assert (figure.value, figure.low, figure.high) == (0, -unseen_share(5), unseen_share(5)), name
     baseline = hesitating(5)
     itself = record(baseline, baseline, ["wait"], "report")["accuracy_change"]
     assert (itself.value, itself.low, itself.high, itself.reason) == (0, 0, 0, "compared with itself")
@@ -129,7 +123,7 @@ def block_of(n: int, wrong: int = 0, unlike: str = "a b c d") -> tuple[dict[str,
     baseline = hesitating(n)
     removed = [response(unlike, correct=i >= wrong) for i in range(n)]
     p = Measurement(0.9, 0.88, 0.92, n, "probability of the word", "report")
-    low = share(0, n).figure(n, "probability of the word", "report")
+    low = share(0, n).measurement(n, "probability of the word", "report")
     places = {"moment": p, "boundary": low, "elsewhere": low}
     corrected = {
         name: OutcomesMeasurement(right / n, None, None, n, "share", "report", outcomes="1" * right + "0" * (n - right))
@@ -219,11 +213,11 @@ def test_criteria_without_anything_to_measure_are_open() -> None:
 
 def test_nothing_was_gained_that_could_be_recovered() -> None:
     same = torch.tensor([1.0, 0.0, 1.0])
-    found = bootstrap_recovered(same, same, same).figure(3, "share", "report")
+    found = bootstrap_recovered(same, same, same).measurement(3, "share", "report")
     assert (found.value, found.low, found.high) == (None, None, None) and found.reason
     seldom = torch.zeros(300)
     seldom[0] = 1.0
-    found = bootstrap_recovered(seldom, torch.zeros(300), seldom).figure(300, "share", "report")
+    found = bootstrap_recovered(seldom, torch.zeros(300), seldom).measurement(300, "share", "report")
     assert found.value == 1 and found.undefined == pytest.approx(math.exp(-1), abs=0.05)
     assert found.low is None and "draws have no value" in found.reason
 
@@ -240,7 +234,7 @@ def test_dead_adapters_and_a_perfect_match_have_honest_intervals() -> None:
     )  # fmt: skip
     block = faithfulness_block(sums, "report")
     assert block["l0"][0].value == 0 and block["l0"][0].high == pytest.approx(3.689 / 600, abs=1e-5)
-    assert block["top1_agreement"].value == 1 and block["top1_agreement"].low == pytest.approx(1 - unseen(n))
+    assert block["top1_agreement"].value == 1 and block["top1_agreement"].low == pytest.approx(1 - unseen_share(n))
     assert block["kl_of_hybrid"].value is None and block["partial_of_full"]["only"][0].value is None
     dumps(plain(block))
 

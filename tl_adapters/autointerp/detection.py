@@ -34,7 +34,8 @@ from tl_adapters.autointerp.judge import JudgingError, one_line
 from tl_adapters.autointerp.prompts import asked_excerpt, profile, question
 from tl_adapters.features.feature import Label
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.utils.confidence_intervals import Measurement, bootstrap_difference, clustered_share
+from tl_adapters.utils.clustered_intervals import clustered_share, difference_of_means
+from tl_adapters.utils.measurement import Measurement
 
 _DESCRIBE = """You study the inside of a language model that was trained to think at length before it answers. \
 One unit of it is shown to you as JSON. Each excerpt is a list of pieces of text; a piece written as \
@@ -244,7 +245,7 @@ def _summary(
         reason = min(failed.values()) if failed else f"none can be tested ({skipped or 'none is alive'})"
         raise JudgingError(f"No {kind} got a detection score: {reason}. Collect more documents, or ask another model.")
     scores = torch.tensor([unit.score for unit in units], dtype=torch.float64)
-    figure = clustered_share(scores).figure(len(units), "balanced accuracy", split)
+    figure = clustered_share(scores).measurement(len(units), "balanced accuracy", split)
     found, passed, unsure = (_mean([getattr(unit, name) for unit in units]) for name in ("found", "passed", "unsure"))
     return Detections(figure, found, passed, unsure, skipped, failed, units)
 
@@ -254,7 +255,7 @@ def _difference(features: Detections, neurons: Detections | None) -> Measurement
         return None
     a, b = (torch.tensor([unit.score for unit in d.units], dtype=torch.float64) for d in (features, neurons))
     n = min(len(a), len(b))
-    return bootstrap_difference(a, b).figure(n, "balanced accuracy", features.score.split)
+    return difference_of_means(a, b).measurement(n, "balanced accuracy", features.score.split)
 
 
 def _label(store: FeatureStore, results: Detections, model: str) -> None:

@@ -26,7 +26,7 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.autointerp.prompts import excerpt_at
 from tl_adapters.features.feature import Example, Feature
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.utils.confidence_intervals import share_interval
+from tl_adapters.utils.share_intervals import share_interval
 
 DESCRIBING = 8
 """Strongest examples to describe from, and as many random ones."""

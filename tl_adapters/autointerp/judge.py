@@ -27,7 +27,9 @@ from tl_adapters.autointerp.rule_labels import CategoryShare, label_shares
 from tl_adapters.errors import UserError
 from tl_adapters.features.feature import Feature, Label
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.utils.confidence_intervals import Measurement, bootstrap_kappa, share
+from tl_adapters.utils.bootstrap import bootstrap_kappa
+from tl_adapters.utils.measurement import Measurement
+from tl_adapters.utils.share_intervals import share
 
 CATEGORIES = {
     "language": "grammar, wording, names, layout: text of any kind, tied to no subject and to no course of thought",
@@ -221,7 +223,7 @@ def _agreement(pairs: Sequence[tuple[str, str]], split: str) -> Measurement | No
     if not pairs:
         return None
     same, n = sum(a == b for a, b in pairs), len(pairs)
-    return share(same, n).figure(n, "share of features judged alike twice", split)
+    return share(same, n).measurement(n, "share of features judged alike twice", split)
 
 
 def _kappa(pairs: Sequence[tuple[str, str]], split: str, seed: int) -> Measurement | None:
@@ -229,4 +231,4 @@ def _kappa(pairs: Sequence[tuple[str, str]], split: str, seed: int) -> Measureme
         return None
     order = list(CATEGORIES)
     first, second = (torch.tensor([order.index(pair[side]) for pair in pairs]) for side in (0, 1))
-    return bootstrap_kappa(first, second, seed).figure(len(pairs), "Cohen's kappa", split)
+    return bootstrap_kappa(first, second, seed).measurement(len(pairs), "Cohen's kappa", split)

@@ -30,7 +30,9 @@ from tl_adapters.data.hesitation_words import HESITATION_WORDS, says
 from tl_adapters.features.feature import Example, Feature, Label
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.arguments import texts
-from tl_adapters.utils.confidence_intervals import Estimate, Measurement, bootstrap_strata, share, share_interval
+from tl_adapters.utils.bootstrap import bootstrap_strata
+from tl_adapters.utils.measurement import Estimate, Measurement
+from tl_adapters.utils.share_intervals import share, share_interval
 
 CATEGORIES = ("hesitation", "output", "input", "region", "unlabelled")
 """Categories of the rules; of several that hold the first counts."""
@@ -255,7 +257,7 @@ def _share(
         weighted = Estimate(value, *share_interval(value * worth, worth))
     return CategoryShare(
         count,
-        share(count, n).figure(n, "share of labelled features", split),
-        weighted.figure(n, "share of alive features", split),
+        share(count, n).measurement(n, "share of labelled features", split),
+        weighted.measurement(n, "share of alive features", split),
         {layer: float(h.mean()) for layer, h in hits.items()},
     )

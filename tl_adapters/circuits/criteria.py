@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tl_adapters.circuits.onsets import Onsets
-from tl_adapters.utils.confidence_intervals import TAIL, Estimate, Measurement, mcnemar, newcombe
+from tl_adapters.utils.measurement import Estimate, Measurement
+from tl_adapters.utils.share_intervals import TAIL_PROBABILITY, mcnemar, newcombe
 
 SHARE, CUT, SHORTER = 0.03, 0.95, 0.2
 """Of the alive features; of the hesitation rate gone without it; of the length gone without it."""
@@ -69,7 +70,7 @@ def problems_needed(figure: Measurement, bound: float) -> int:
     The larger of two: so many that what happens in a share ``bound`` of them would be seen (with 97.5 % probability),
     and so many that half the interval's width, which shrinks with the root of n, is no more than ``bound``.
     """
-    needs = math.log(TAIL) / math.log(1 - bound)
+    needs = math.log(TAIL_PROBABILITY) / math.log(1 - bound)
     if figure.low is not None and figure.high is not None:
         needs = max(needs, figure.n * ((figure.high - figure.low) / 2 / bound) ** 2)
     return math.ceil(needs - 1e-9)
@@ -150,7 +151,7 @@ def _more(name: str, more: str, less: str) -> Criterion:
         f"above 0, with its whole interval ({difference.low:.3f} to {difference.high:.3f}) and by an exact test of "
         f"the pairs (p = {p:.2g}, n = {len(pairs):,})"
     )
-    clear = difference.low is not None and difference.low > 0 and p < 2 * TAIL
+    clear = difference.low is not None and difference.low > 0 and p < 2 * TAIL_PROBABILITY
     return _asked(name, difference.value, bar, clear) | {"n": len(pairs)}
 
 
@@ -175,4 +176,4 @@ def _elsewhere(said: Mapping[str, Measurement], texts: Onsets) -> Measurement | 
     first = parts[0][1]
     reason = next((figure.reason for _, figure in parts if figure.reason), "")
     whole = Estimate(joined("value"), joined("low"), joined("high"), reason=reason)
-    return whole.figure(first.n, first.unit, first.split)
+    return whole.measurement(first.n, first.unit, first.split)

@@ -29,21 +29,18 @@ from tl_adapters.interventions.feature_edits import Features, ablated
 from tl_adapters.interventions.frozen import frozen
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.confidence_intervals import (
-    Estimate,
-    Measurement,
-    OutcomesMeasurement,
-    SetsMeasurement,
-    bootstrap_ratio,
+from tl_adapters.utils.bootstrap import bootstrap_ratio
+from tl_adapters.utils.clustered_intervals import (
     change_of_ratio,
     clustered_share,
-    events_together,
+    event_cluster_size,
     paired_difference,
-    share,
 )
 from tl_adapters.utils.kl_divergence import kl_per_token
+from tl_adapters.utils.measurement import Estimate, Measurement, OutcomesMeasurement, SetsMeasurement
 from tl_adapters.utils.precision import host_float64, wide
 from tl_adapters.utils.results import plain
+from tl_adapters.utils.share_intervals import share
 
 POSITION_KEYS = {"onset": "moment", "control": "boundary", "elsewhere": "elsewhere"}
 """Positions of `Onsets` -> what results.json calls the probability there."""
@@ -161,7 +158,7 @@ def _probabilities(sums: dict[str, Float[Tensor, "*sets 2 n"]], split: str) -> d
         if bool(top.isfinite().all()):
             estimate = bootstrap_ratio(top, bottom)
         unit = "nats per token" if place == "kl_elsewhere" else "probability of the word"
-        figure = estimate.figure(both.shape[-1], unit, split)
+        figure = estimate.measurement(both.shape[-1], unit, split)
         values = (top.sum(-1) / bottom.sum(-1)).reshape(-1).tolist()
         found[place] = figure if both.ndim == 2 else _of_sets(figure, values)
     return found
@@ -229,22 +226,22 @@ def record(
     shown, lengths, right = (each(values) for values in (_counts(said, words), _lengths(said), correctness(said)))
     was, were, before = _counts(baseline, words), _lengths(baseline), correctness(baseline)
     asked = list(range(n)) * times
-    found: dict[str, Any] = plain(rate(said, split, words, asked, events_together(was), sets))
+    found: dict[str, Any] = plain(rate(said, split, words, asked, event_cluster_size(was), sets))
     if float(was.sum()):
         left = _unchanged(said is baseline) or change_of_ratio((shown, lengths), (was, were))
-        found["hesitation_cut"] = left.scaled(-1).figure(n, "share of the hesitation rate", split)
+        found["hesitation_cut"] = left.scaled(-1).measurement(n, "share of the hesitation rate", split)
     change = _unchanged(said is baseline) or change_of_ratio((lengths, torch.ones_like(lengths)), (were, torch.ones(n)))
-    found["length_change"] = change.figure(n, "share of the length", split)
+    found["length_change"] = change.measurement(n, "share of the length", split)
     difference = _unchanged(said is baseline) or paired_difference(right, before)
-    found["accuracy_change"] = difference.figure(n, "accuracy", split)
+    found["accuracy_change"] = difference.measurement(n, "accuracy", split)
     if slips is not None:
         made = torch.tensor(slips, dtype=torch.bool)
         for name, rows in (("without_slip", ~made), ("with_slip", made)):
             if several := int(rows.sum()):
                 of, gone = clustered_share(right[..., rows]), paired_difference(right[..., rows], before[rows])
-                found[f"accuracy_{name}"] = of.figure(several, "accuracy", split)
+                found[f"accuracy_{name}"] = of.measurement(several, "accuracy", split)
                 gone = _unchanged(said is baseline) or gone
-                found[f"accuracy_change_{name}"] = gone.figure(several, "accuracy", split)
+                found[f"accuracy_change_{name}"] = gone.measurement(several, "accuracy", split)
     if signs:
         thousands = max(1.0, float(_lengths(said).sum())) / 1000
         found["signs"] = {name: matched / thousands for name, matched in signs.items()}
@@ -287,7 +284,7 @@ def corrected(
 def corrected_more(more: OutcomesMeasurement, less: OutcomesMeasurement) -> Measurement:
     """By how much one condition corrects more of the same wrong steps than another, paired by wrong step."""
     right, than = (torch.tensor([float(c) for c in figure.outcomes]) for figure in (more, less))
-    return paired_difference(right, than).figure(more.n, more.unit, more.split)
+    return paired_difference(right, than).measurement(more.n, more.unit, more.split)
 
 
 @torch.no_grad()
@@ -329,7 +326,7 @@ def mediation(
                     add_log_odds(name)
 
     def figure(top: Tensor, unit: str = "nats of log-odds") -> Measurement:
-        return bootstrap_ratio(top, places).figure(len(onsets), unit, split)
+        return bootstrap_ratio(top, places).measurement(len(onsets), unit, split)
 
     total, through = sums["clean"] - sums["total"], sums["direct"] - sums["total"]
     found = {
@@ -338,5 +335,5 @@ def mediation(
         "interaction": figure(sums["template"] + sums["output"] - sums["free"] - sums["both"]),
     }
     if abs(float(total.sum())) > 1e-9:
-        found["share"] = bootstrap_ratio(through, total).figure(len(onsets), "share of the total", split)
+        found["share"] = bootstrap_ratio(through, total).measurement(len(moments), "share of the total", split)
     return found

@@ -65,8 +65,8 @@ from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.interventions.feature_edits import only
 from tl_adapters.interventions.variants import Variant, on_route, with_negated, without
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.confidence_intervals import Estimate, Measurement, OutcomesMeasurement
 from tl_adapters.utils.html import escape, table
+from tl_adapters.utils.measurement import Estimate, Measurement, OutcomesMeasurement
 
 log = logging.getLogger(__name__)
 
@@ -509,7 +509,7 @@ class _Study:
                 for variant in (without(features), self.added(features))
             ]
             interval = Estimate(arm["hesitation_per_1k"], **arm["ci"]["hesitation_per_1k"])
-            rate_ = interval.figure(arm["n"], "per 1,000 response tokens", "report")
+            rate_ = interval.measurement(arm["n"], "per 1,000 response tokens", "report")
             cut = arm["hesitation_cut"].value if "hesitation_cut" in arm else 0.0
             found.append(
                 {"n": n, "hesitation_per_1k": rate_, "hesitation_cut": cut, "p_moment": said[0], "p_inserted": said[1]}

@@ -23,15 +23,11 @@ from tl_adapters.adapters.l0 import active_counts
 from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
-from tl_adapters.utils.confidence_intervals import (
-    Measurement,
-    bootstrap_ratio,
-    bootstrap_ratio_of_ratios,
-    clustered_share,
-    event_rate,
-)
+from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_ratios
+from tl_adapters.utils.clustered_intervals import clustered_share, event_rate
 from tl_adapters.utils.finite import by_place, require_finite_activations
 from tl_adapters.utils.kl_divergence import token_kl_from_residual
+from tl_adapters.utils.measurement import Measurement
 from tl_adapters.utils.precision import host_float64, wide
 
 
@@ -171,10 +167,10 @@ def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = 
     n, n_layers = len(sums.tokens), sums.active.shape[1]
 
     def figure(top: Tensor, bottom: Tensor, unit: str) -> Measurement:
-        return bootstrap_ratio(top, bottom).figure(n, unit, split, seeds)
+        return bootstrap_ratio(top, bottom).measurement(n, unit, split, seeds)
 
     def l0(active: Tensor, tokens: Tensor, unit: str) -> Measurement:
-        return event_rate(active, tokens).figure(n, unit, split, seeds)
+        return event_rate(active, tokens).measurement(n, unit, split, seeds)
 
     def kl(name: str, unit: str = "nats per response token") -> Measurement:
         return figure(sums.kl[name], sums.positions, unit)
@@ -182,7 +178,7 @@ def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = 
     def against_full(name: str) -> Measurement:
         full = (sums.kl["replacement"], sums.positions)
         ratio = bootstrap_ratio_of_ratios((sums.kl[name], sums.positions), full)
-        return ratio.figure(n, "KL over the KL of full replacement", split, seeds)
+        return ratio.measurement(n, "KL over the KL of full replacement", split, seeds)
 
     layers = range(n_layers)
     share = bootstrap_ratio_of_ratios((sums.kl["replacement"], sums.positions), (sums.kl["hybrid"], sums.positions))
@@ -190,7 +186,7 @@ def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = 
     alive = (sums.firings >= ALIVE_FIRINGS).sum(1)
     return {
         "kl": {name: kl(name) for name in ("hybrid", "replacement")},
-        "kl_of_hybrid": share.figure(n, "KL of the replacement over KL of the hybrid", split, seeds),
+        "kl_of_hybrid": share.measurement(n, "KL of the replacement over KL of the hybrid", split, seeds),
         "kl_all_tokens": {
             name: figure(sums.kl_all[name], sums.positions_all, "nats per token") for name in ("hybrid", "replacement")
         },
@@ -206,7 +202,7 @@ def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = 
         "l0": [l0(sums.active[:, i], sums.tokens, "active features per response token") for i in layers],
         "l0_all_tokens": [l0(sums.active_all[:, i], sums.tokens_all, "active features per token") for i in layers],
         "dead": (sums.firings.shape[1] - alive).tolist(),
-        "top1_agreement": clustered_share(sums.same_top1, sums.positions).figure(
+        "top1_agreement": clustered_share(sums.same_top1, sums.positions).measurement(
             n, "share of response tokens", split, seeds
         ),
         "tokens": {"response": int(sums.tokens.sum()), "all": int(sums.tokens_all.sum())},

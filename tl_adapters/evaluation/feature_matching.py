@@ -30,9 +30,9 @@ from tl_adapters.errors import UserError
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.adapter_checks import adapter_scale
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.confidence_intervals import share_interval
 from tl_adapters.utils.html import escape, table, with_interval
 from tl_adapters.utils.precision import host_float64, wide
+from tl_adapters.utils.share_intervals import share_interval
 
 SAME_FEATURE_THRESHOLD = 0.9
 """Above it, in decoder cosine and activation correlation both, two features are the same."""

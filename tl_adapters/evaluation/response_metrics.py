@@ -9,7 +9,7 @@ asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,28 +19,11 @@ from torch import Tensor
 from tl_adapters.data.hesitation_words import HESITATION
 from tl_adapters.evaluation.behaviors import Behavior, counts
 from tl_adapters.generation.responses import THINK_OPENS, Response
-from tl_adapters.utils.confidence_intervals import OPTIONAL, Estimate, bootstrap_ratio, clustered_share, event_rate
+from tl_adapters.utils.bootstrap import bootstrap_ratio
+from tl_adapters.utils.clustered_intervals import clustered_share, event_rate
+from tl_adapters.utils.measurement import Interval
 
 # A problem may also say how long its answers may be, as ``max_new_tokens``.
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A 95 % interval over problems (see `intervals` for which one)."""
-
-    low: float | None
-    """None where there is no interval."""
-    high: float | None
-    """None where there is no interval."""
-    undefined: float = field(default=0.0, metadata=OPTIONAL)
-    """Share of the bootstrap's draws that have no value."""
-    reason: str = field(default="", metadata=OPTIONAL)
-    """Why there is none, or what it is where it is not the usual one."""
-
-    @classmethod
-    def of(cls, estimate: Estimate) -> Interval:
-        """An estimate's interval, without its value."""
-        return cls(estimate.low, estimate.high, estimate.undefined, estimate.reason)
 
 
 @dataclass(frozen=True)
@@ -79,7 +62,7 @@ def rate(
     split: str,
     words: Sequence[str] | Behavior = HESITATION,
     problems: Sequence[int] | None = None,
-    together: float = 1.0,
+    cluster_size: float = 1.0,
     sets: int = 1,
 ) -> Rate:
     """Summarise responses, with intervals over problems.
@@ -112,7 +95,7 @@ def rate(
     figures = {
         "accuracy": clustered_share(by_problem(correctness(responses)), total),
         "length": bootstrap_ratio(by_problem(lengths), total),
-        "hesitation_per_1k": event_rate(by_problem(said), by_problem(lengths), together).scaled(1000),
+        "hesitation_per_1k": event_rate(by_problem(said), by_problem(lengths), cluster_size).scaled(1000),
         "truncated": clustered_share(by_problem(cut), total),
         "think_opened": clustered_share(by_problem(opened), total),
     }
@@ -120,7 +103,7 @@ def rate(
     return Rate(
         n=n,
         **values,
-        ci={name: Interval.of(estimate) for name, estimate in figures.items()},
+        ci={name: estimate.interval for name, estimate in figures.items()},
         split=split,
         looping=sum(r.looping for r in responses) / len(responses),
         near_ties_per_1k=1000 * sum(r.near_ties for r in responses) / max(1, sum(len(r.tokens) for r in responses)),

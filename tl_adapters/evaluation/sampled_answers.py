@@ -23,11 +23,12 @@ from tqdm import tqdm
 from tl_adapters.data.hesitation_words import HESITATION
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.behaviors import Behavior
-from tl_adapters.evaluation.response_metrics import Interval, rate
+from tl_adapters.evaluation.response_metrics import rate
 from tl_adapters.generation.decoding import CompletionError, Decoding
 from tl_adapters.generation.generation_config import decoding_of, end_tokens
 from tl_adapters.generation.responses import Checkable, Response, answer_limit, respond, rows_at_once
 from tl_adapters.utils.files import alone_in, room_for, write_text
+from tl_adapters.utils.measurement import Interval
 from tl_adapters.utils.strict_json import dumps
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"

@@ -19,7 +19,8 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.data.traces import Trace, batches_by_length, readable_traces
 from tl_adapters.features.feature import ResidualStream
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
-from tl_adapters.utils.confidence_intervals import Measurement, clustered_share
+from tl_adapters.utils.clustered_intervals import clustered_share
+from tl_adapters.utils.measurement import Measurement
 from tl_adapters.utils.precision import host_float64, wide
 
 MLP_INPUT = "mlp.hook_in"
@@ -94,7 +95,7 @@ def stream_agreement(
         moments += host_float64(torch.stack(products))
 
     def share(place: int, over: Tensor, unit: str) -> Measurement:
-        return clustered_share(both[place], over[place]).figure(len(traces), unit, split)
+        return clustered_share(both[place], over[place]).measurement(len(traces), unit, split)
 
     found = []
     for place, layer in enumerate(layers):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.features.feature import ALIVE_FIRINGS
-from tl_adapters.utils.confidence_intervals import Measurement
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import escape, interval_text, page, table, with_interval
+from tl_adapters.utils.measurement import Measurement
 from tl_adapters.utils.plots import Line, plot
 
 PAGE = "sweep.html"

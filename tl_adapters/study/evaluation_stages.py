@@ -20,7 +20,8 @@ from tl_adapters.evaluation.response_metrics import correctness, rate
 from tl_adapters.generation.responses import Response, respond
 from tl_adapters.models.build import build_model
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.confidence_intervals import bootstrap_ratio, bootstrap_recovered, paired_difference
+from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_recovered
+from tl_adapters.utils.clustered_intervals import paired_difference
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.results import read_results, stage, write_results
 from tl_adapters.utils.strict_json import dumps
@@ -68,14 +69,16 @@ def behavior_stage(
         right = {name: correctness(r) for name, r in responses.items()}
         seeds = tuple(read_results(folder).get("seeds", [0]))
         recovered = {
-            floor: bootstrap_recovered(right["replacement"], right[floor], right["target"]).figure(
+            floor: bootstrap_recovered(right["replacement"], right[floor], right["target"]).measurement(
                 len(compared), f"share of the accuracy gained over the {floor}", split, seeds
             )
             for floor in ("hybrid", "base")
         }
         gained = {
             floor: {
-                model: paired_difference(right[model], right[floor]).figure(len(compared), "accuracy", split, seeds)
+                model: paired_difference(right[model], right[floor]).measurement(
+                    len(compared), "accuracy", split, seeds
+                )
                 for model in ("target", "replacement")
             }
             for floor in ("hybrid", "base")
@@ -100,7 +103,7 @@ def baselines_stage(
     def row(name: str, numbers: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
         return {
             "name": name,
-            "kl": bootstrap_ratio(*numbers).figure(len(traces), "nats per response token", split, seeds),
+            "kl": bootstrap_ratio(*numbers).measurement(len(traces), "nats per response token", split, seeds),
         }
 
     with stage(folder, "baselines"):

@@ -43,14 +43,10 @@ from tl_adapters.study.grid import plan
 from tl_adapters.study.open_run import open_data, open_held_out, open_pair
 from tl_adapters.study.train import train_stage
 from tl_adapters.training.trainer import Trainer, TrainingInterrupted
-from tl_adapters.utils.confidence_intervals import (
-    Measurement,
-    bootstrap_ratio,
-    bootstrap_ratio_of_ratios,
-    bootstrap_recovered,
-    event_rate,
-)
+from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_ratios, bootstrap_recovered
+from tl_adapters.utils.clustered_intervals import event_rate
 from tl_adapters.utils.files import FolderExistsError, alone_in, new_folder, remove_partials, write_text
+from tl_adapters.utils.measurement import Measurement
 from tl_adapters.utils.results import plain, read_results, versions
 from tl_adapters.utils.strict_json import dumps
 
@@ -247,13 +243,13 @@ def _figures(sums: DocumentSums, split: str, seeds: tuple[int, ...]) -> dict[str
         "nmse": (bootstrap_ratio(*error), "squared error over squares, after the last layer"),
     }
     n = len(sums.tokens)
-    return {name: estimate.figure(n, unit, split, seeds) for name, (estimate, unit) in found.items()}
+    return {name: estimate.measurement(n, unit, split, seeds) for name, (estimate, unit) in found.items()}
 
 
 def _recovered(bench: _Bench, split: str, seeds: tuple[int, ...]) -> Measurement:
     target, hybrid = (correctness(bench.known_answers[route]) for route in ("target", "hybrid"))
     estimate = bootstrap_recovered(correctness(bench.answer("replacement")), hybrid, target)
-    return estimate.figure(len(target), "share of the accuracy gained over the hybrid", split, seeds)
+    return estimate.measurement(len(target), "share of the accuracy gained over the hybrid", split, seeds)
 
 
 # -- what is kept -----------------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
-"""Plumbing that knows nothing of models: files, numbers, pages.
+"""Which helpers do all packages share that know nothing of models?
 
-* `arguments`: Sequences that users pass to public functions, checked in one place before anything walks through them
-* `confidence_intervals`: Figures with 95 % confidence intervals. The document or problem is the unit that is drawn,
-* `devices`: Where models go: a device that is named, or the best that this machine has
-* `file_hashes`: SHA-256 of files, computed once: large files are remembered by path, size and times, as a build
-* `files`: Write all of it or nothing: to a temporary name beside the goal, then rename; and one process in a folder
-* `finite`: NaN and infinity stop where they come in: in weights as they are read, and in activations as they are
+* `arguments`: Checks of the sequences that users pass to public functions
+* `bootstrap`: Bootstrap intervals of ratios and means over documents
+* `clustered_intervals`: Intervals of shares, differences and rates of items that are clustered in documents
+* `devices`: The device that models run on: one by name, or the best that this machine has
+* `file_hashes`: SHA-256 of files; those of large files are remembered between runs
+* `files`: Atomic writes of files and folders, and a lock on a folder
+* `finite`: Checks that weights and activations hold neither NaN nor infinity
 * `html`: Small pieces of pages: escaped text, tables, line plots as SVG, and the page around them. They know no
-* `kl_divergence`: KL divergence per token, from logits or from residual streams, without holding all logits at once
+* `kl_divergence`: KL divergence per token from logits or residual streams, in chunks
+* `measurement`: Types of measured values with their confidence intervals
 * `notebook`: Views for notebooks: circuitsvis pages that work offline, and tokens colored by their values
 * `plots`: Line plots as SVG
-* `precision`: Sums and logits that are exact enough in every dtype and on every device
-* `results`: results.json: what a run measured, one block per stage, with the versions and seeds it was measured with
-* `strict_json`: JSON that every reader can read: a number that is not finite stops at the writer, which names its key
+* `precision`: Sums and logits in float32 or wider, whatever the dtype and the device of the model
+* `results`: results.json: one block per stage of a run, with versions and seconds
+* `share_intervals`: Closed-form intervals of shares and counts of independent items
+* `strict_json`: JSON without NaN and infinities; the error names the key of the first one
 """

@@ -9,24 +9,17 @@ import scipy.stats
 import torch
 from scipy.stats import binom, binomtest
 
-from tl_adapters.utils.confidence_intervals import (
-    DRAWS,
-    Estimate,
-    bootstrap_difference,
-    bootstrap_ratio,
-    bootstrap_ratio_of_ratios,
-    bootstrap_recovered,
+from tl_adapters.utils.bootstrap import BOOTSTRAP_DRAWS, bootstrap_ratio, bootstrap_ratio_of_ratios, bootstrap_recovered
+from tl_adapters.utils.clustered_intervals import (
     change_of_ratio,
     clustered_share,
+    difference_of_means,
+    event_cluster_size,
     event_rate,
-    events_together,
-    mcnemar,
-    newcombe,
     paired_difference,
-    share,
-    share_interval,
-    unseen,
 )
+from tl_adapters.utils.measurement import Estimate
+from tl_adapters.utils.share_intervals import mcnemar, newcombe, share, share_interval, unseen_share
 
 
 def ends(estimate: Estimate) -> tuple[float | None, float | None]:
@@ -81,7 +74,7 @@ def test_a_share_of_clusters() -> None:
         found = clustered_share(torch.full((6,), agreed), torch.full((6,), 5.0))
         assert found.value == agreed / 5 and ends(found) == pytest.approx(share_interval(6 * agreed / 5, 6))
     unequal = clustered_share(torch.tensor([3.0, 7.0]), torch.tensor([3.0, 7.0]))
-    assert unequal.value == 1 and unequal.low == pytest.approx(1 - unseen(2)) and "2 agree" in unequal.reason
+    assert unequal.value == 1 and unequal.low == pytest.approx(1 - unseen_share(2)) and "2 agree" in unequal.reason
     assert clustered_share(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])) == share(1, 1)
 
 
@@ -121,7 +114,9 @@ def test_the_difference_of_two_models_on_the_same_problems() -> None:
     b = torch.tensor([1.0] * 20 + [0.0] * 12 + [1.0] * 2 + [0.0] * 16)
     assert paired_difference(a, b) == newcombe(20, 12, 2, 16)
     same = paired_difference(a, a.clone())
-    assert (same.value, *ends(same)) == (0, -unseen(50), unseen(50)), "exact: what share of 50 may differ unseen"
+    assert (same.value, *ends(same)) == (0, -unseen_share(50), unseen_share(50)), (
+        "exact: what share of 50 may differ unseen"
+    )
     averaged = a.clone()
     averaged[0] = 0.5
     assert paired_difference(averaged, b) == bootstrap_ratio(averaged.double() - b.double(), torch.ones(50))
@@ -139,8 +134,8 @@ def test_an_exact_test_of_pairs() -> None:
 
 def test_an_independent_difference_where_one_side_agrees() -> None:
     """All right against all wrong, ten each: Newcombe's interval of independent shares, with exact ends."""
-    found = bootstrap_difference(torch.ones(10), torch.zeros(10))
-    assert found.value == 1 and found.low == pytest.approx(1 - math.hypot(unseen(10), unseen(10)))
+    found = difference_of_means(torch.ones(10), torch.zeros(10))
+    assert found.value == 1 and found.low == pytest.approx(1 - math.hypot(unseen_share(10), unseen_share(10)))
 
 
 # -- rates ------------------------------------------------------------------------------------------------------------
@@ -152,9 +147,9 @@ def test_no_event_has_the_exact_poisson_bound() -> None:
     assert (found.value, found.low) == (0, 0)
     assert found.high == pytest.approx(scipy.stats.chi2.ppf(0.975, 2) / 2 / 1000) and "1,000" in found.reason
     assert scipy.stats.poisson.cdf(0, found.high * 1000) == pytest.approx(0.025)
-    together = events_together(torch.tensor([0.0, 3.0, 5.0]))
+    together = event_cluster_size(torch.tensor([0.0, 3.0, 5.0]))
     assert together == 4 and event_rate(torch.zeros(50), tokens, together).high == pytest.approx(4 * found.high)
-    assert events_together(torch.zeros(3)) == 1
+    assert event_cluster_size(torch.zeros(3)) == 1
     some = torch.zeros(50)
     some[3] = 2
     assert event_rate(some, tokens) == bootstrap_ratio(some, tokens)
@@ -221,7 +216,7 @@ def test_draws_without_a_value_are_counted_and_widen_the_interval() -> None:
     bottom[:4] = 1.0
     few = bootstrap_ratio(top, bottom)
     assert 0 < few.undefined == pytest.approx((1 / 2) ** 8, abs=0.006)
-    drawn = torch.randint(8, (DRAWS, 8), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(8, (BOOTSTRAP_DRAWS, 8), generator=torch.Generator().manual_seed(0))
     ratios = (8 / bottom[drawn].sum(1).double()).sort().values.numpy()  # infinity where there is no value
     assert few.high == pytest.approx(np.quantile(ratios, 0.975, method="linear")), "beyond the upper end"
     assert few.low <= np.quantile(ratios[np.isfinite(ratios)], 0.025), "and beyond the lower one"
@@ -273,7 +268,7 @@ def test_a_change_is_a_ratio_less_one() -> None:
 def test_no_change_in_few_problems_is_not_no_change() -> None:
     counts, lengths = torch.tensor([1.0, 0, 2, 1, 0]), torch.full((5,), 20.0)
     same = change_of_ratio((counts.clone(), lengths.clone()), (counts, lengths))
-    assert (same.value, *ends(same)) == (0, -unseen(5), unseen(5)) and unseen(5) > 0.5
+    assert (same.value, *ends(same)) == (0, -unseen_share(5), unseen_share(5)) and unseen_share(5) > 0.5
 
 
 def test_what_is_gone_without_a_trace() -> None:
