@@ -50,7 +50,7 @@ def test_published_intervals_of_shares(hits: int, n: int, low: float, high: floa
 def test_of_nothing_there_is_no_share() -> None:
     assert share_interval(0, 0) == (0, 1)
     found = share(0, 0)
-    assert (found.value, *ends(found)) == (None, None, None) and "nothing" in found.reason
+    assert (found.value, *ends(found)) == (None, None, None) and "no items" in found.reason
 
 
 @pytest.mark.parametrize("n", [30, 300])

@@ -85,8 +85,8 @@ def hesitating(n: int, wrong: int = 0) -> list[Response]:
 def test_an_arm_that_changes_nothing_in_five_problems() -> None:
     found = record([*hesitating(5)], hesitating(5), ["wait"], "report")
     for name in ("hesitation_cut", "length_change", "accuracy_change"):
-        figure = found[name]
-        assert (figure.value, figure.low, figure.high) == (0, -unseen_share(5), unseen_share(5)), name
+        measured = found[name]
+        assert (measured.value, measured.low, measured.high) == (0, -unseen_share(5), unseen_share(5)), name
     baseline = hesitating(5)
     itself = record(baseline, baseline, ["wait"], "report")["accuracy_change"]
     assert (itself.value, itself.low, itself.high, itself.reason) == (0, 0, 0, "compared with itself")
@@ -219,7 +219,7 @@ def test_nothing_was_gained_that_could_be_recovered() -> None:
     seldom[0] = 1.0
     found = bootstrap_recovered(seldom, torch.zeros(300), seldom).measurement(300, "share", "report")
     assert found.value == 1 and found.undefined == pytest.approx(math.exp(-1), abs=0.05)
-    assert found.low is None and "draws have no value" in found.reason
+    assert found.low is None and "draws are undefined" in found.reason
 
 
 def test_dead_adapters_and_a_perfect_match_have_honest_intervals() -> None:
@@ -252,7 +252,7 @@ def test_nan_is_refused_with_its_key(tmp_path: Path) -> None:
     assert dumps({"a": [None, 1.5]}) == json.dumps({"a": [None, 1.5]})
 
 
-def test_a_figure_is_never_nan() -> None:
+def test_a_measurement_is_never_nan() -> None:
     for name in ("value", "low", "high"):
         with pytest.raises(IntervalError, match=name):
             replace(Measurement(0.5, 0.4, 0.6, 3, "share", "report"), **{name: math.nan})
