@@ -335,5 +335,5 @@ def mediation(
         "interaction": figure(sums["template"] + sums["output"] - sums["free"] - sums["both"]),
     }
     if abs(float(total.sum())) > 1e-9:
-        found["share"] = bootstrap_ratio(through, total).measurement(len(moments), "share of the total", split)
+        found["share"] = bootstrap_ratio(through, total).measurement(len(onsets), "share of the total", split)
     return found
