@@ -144,12 +144,12 @@ def test_positions_are_those_of_the_sequence_in_a_cached_generation_too(backend:
         with clamped(pair, features, 9.0, positions=[]):
             assert complete(model, prompts, [], max_new_tokens=8, batch_size=2) == free
         with (
-            pytest.raises(InterventionError, match="Position 7 is changed, and this pass has 7"),
+            pytest.raises(InterventionError, match="Position 7 is to be changed, and this pass has 7"),
             clamped(pair, features, 9.0, positions=[7]),
         ):
             complete(model, prompts, [], max_new_tokens=8, batch_size=2)
         with (
-            pytest.raises(InterventionError, match="Position -1 is named; positions count from 0"),
+            pytest.raises(InterventionError, match="Position -1 is negative; positions count from 0"),
             clamped(pair, features, 9.0, positions=[-1]),
         ):
             pass

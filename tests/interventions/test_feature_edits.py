@@ -1,4 +1,4 @@
-"""Features changed while the model runs: against plain arithmetic, with generate, nested, and nothing left behind."""
+"""Changed features: compared with plain arithmetic, with generate, nested, and without a trace afterwards."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def activations(pair: PairedModel, route: str = "replacement") -> dict[int, torc
 
 @torch.no_grad()
 def by_hand(pair: PairedModel, change, bias: bool, base: bool) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """Logits with every adapter's output recomputed from changed activations, by a hook that knows no other room."""
+    """Logits with every adapter's output recomputed from changed activations, by a hook of the test's own."""
     adapters = pair.installed_adapters()
 
     def write(out: torch.Tensor, hook: object, layer: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def at_features(value):  # type: ignore[no-untyped-def]
     ],
     ids=["ablated", "scaled", "clamped", "added"],
 )
-def test_a_change_is_that_change_of_the_activations(pair: PairedModel, manager, value) -> None:  # type: ignore[no-untyped-def]
+def test_an_edit_changes_the_activations_as_it_says(pair: PairedModel, manager, value) -> None:  # type: ignore[no-untyped-def]
     before = state(pair)
     with torch.no_grad(), pair.routed("replacement"), manager(pair) as model:
         found = model(TOKENS)
@@ -108,7 +108,7 @@ def test_inserted_and_negated_features_come_without_the_bias(pair: PairedModel) 
     assert state(pair) == before
 
 
-def test_positions_are_the_ones_named_and_no_others(pair: PairedModel) -> None:
+def test_only_the_given_positions_are_changed(pair: PairedModel) -> None:
     plain = activations(pair)
     with clamped(pair, FEATURES, 2.0, positions=[2, 5]):
         held = activations(pair)
@@ -119,9 +119,9 @@ def test_positions_are_the_ones_named_and_no_others(pair: PairedModel) -> None:
     assert torch.equal(
         held[0][..., [i for i in range(24) if i not in index]], plain[0][..., [i for i in range(24) if i not in index]]
     )
-    assert torch.allclose(held[1][:, :2], plain[1][:, :2]), "nothing looks ahead"
+    assert torch.allclose(held[1][:, :2], plain[1][:, :2]), "earlier positions do not change"
     with (
-        pytest.raises(InterventionError, match="Position 20 is changed, and this pass has 9"),
+        pytest.raises(InterventionError, match="Position 20 is to be changed, and this pass has 9"),
         ablated(pair, FEATURES, [20]),
     ):
         activations(pair)
@@ -147,7 +147,7 @@ def test_a_run_patched_with_itself_is_itself_and_with_another_has_its_activation
         patched(pair, FEATURES, {0: plain[0], 1: plain[1]})
 
 
-def test_they_nest_and_generate(pair: PairedModel) -> None:
+def test_edits_nest_and_hold_during_generation(pair: PairedModel) -> None:
     before = state(pair)
     with scaled(pair, FEATURES, 2.0), added(pair, FEATURES, 1.0):
         both = activations(pair)
@@ -177,7 +177,7 @@ def test_on_every_architecture_without_any_feature_nothing_changes(architecture:
             assert not torch.equal(plain, model(TOKENS))
 
 
-def test_features_that_are_not_there_are_said(pair: PairedModel) -> None:
+def test_features_that_do_not_exist_are_refused(pair: PairedModel) -> None:
     with (
         pytest.raises(InterventionError, match=r"no features 0\.24, 9\.0; the adapters have 24"),
         ablated(pair, [(0, 24), (9, 0)]),

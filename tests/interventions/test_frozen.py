@@ -1,4 +1,4 @@
-"""The model with parts of it held: itself with nothing intervened, linear with everything held, mediation taken out."""
+"""frozen(): the reference without interventions, linear with everything held, and mediated effects removed."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def logits(pair: PairedModel, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_with_nothing_intervened_it_is_the_reference(architecture: str, kind) -> None:  # type: ignore[no-untyped-def]
+def test_without_interventions_the_model_is_the_reference(architecture: str, kind) -> None:  # type: ignore[no-untyped-def]
     if kind[0] == "bridge" and architecture in ("Qwen3ForCausalLM", "LlamaForCausalLM"):
         pytest.skip("the others have what a bridge could get wrong: post-norms, soft caps, biases")
     pair = make(architecture, kind[0])
@@ -84,13 +84,13 @@ def test_with_everything_held_logits_are_linear_in_a_feature_and_the_slope_is_it
     for d in (0.5, 1.0, -40.0):
         assert (moved(d, EVERY) - plain - d * slope).abs().max() < kind[1] * max(1, abs(d))
         assert (moved(d, LATER) - plain - d * slope).abs().max() < kind[1] * max(1, abs(d)), (
-            "earlier ones do not matter"
+            "features of earlier layers do not respond"
         )
-    assert (moved(-40.0, []) - plain + 40 * slope).abs().max() > 1e-2, "features that are free answer"
+    assert (moved(-40.0, []) - plain + 40 * slope).abs().max() > 1e-2, "features that are not held respond"
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
-def test_held_features_take_out_what_goes_through_them_and_no_more(architecture: str, kind) -> None:  # type: ignore[no-untyped-def]
+def test_held_features_remove_the_effects_through_them_only(architecture: str, kind) -> None:  # type: ignore[no-untyped-def]
     pair = make(architecture, kind[0])
     names = [f"blocks.{layer}.{ACTS_HOOK}" for layer in range(4)]
     with pair.routed("replacement"):
@@ -103,15 +103,15 @@ def test_held_features_take_out_what_goes_through_them_and_no_more(architecture:
             by_hand = run(pair, *names)
     assert (plain[names[2]] - total[names[2]]).abs().max() > 1e-2
     assert (direct[names[2]] - plain[names[2]]).abs().max() < kind[1]
-    assert (direct[names[1]][..., [i for _, i in EARLY]] == 0).all(), "what is intervened on within wins"
-    assert (direct[names[3]] - plain[names[3]]).abs().max() > 1e-2, "the others are free"
+    assert (direct[names[1]][..., [i for _, i in EARLY]] == 0).all(), "inner interventions take precedence"
+    assert (direct[names[3]] - plain[names[3]]).abs().max() > 1e-2, "other features are not held"
     assert (direct["read"] - total["read"]).abs().max() > 1e-3
     assert (direct["read"] - by_hand["read"]).abs().max() < kind[1]
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
-def test_in_the_linear_model_the_total_effect_is_the_direct_and_the_mediated(architecture: str, kind) -> None:  # type: ignore[no-untyped-def]
-    """Mediated: the later features fire as they would without the early ones, which fire as ever."""
+def test_in_the_linear_model_the_total_effect_is_direct_plus_mediated(architecture: str, kind) -> None:  # type: ignore[no-untyped-def]
+    """Mediated effect: the later features are as without the early ones, and the early ones are unchanged."""
     pair = make(architecture, kind[0])
 
     def effect(held: list[tuple[int, int]], off: list[tuple[int, int]]) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_in_the_linear_model_the_total_effect_is_the_direct_and_the_mediated(arc
     assert (total - direct - mediated).abs().max() < kind[1]
 
 
-def test_effects_spread_through_the_named_layers_only(kind) -> None:  # type: ignore[no-untyped-def]
+def test_effects_spread_through_the_given_layers_only(kind) -> None:  # type: ignore[no-untyped-def]
     pair = make("Gemma2ForCausalLM", kind[0])
     parts = ("hook_attn_out", "hook_mlp_out")
     names = [f"blocks.{layer}.{part}" for layer in range(4) for part in parts]
@@ -163,7 +163,7 @@ def test_through_no_layers_only_the_direct_write_reaches_the_end(kind) -> None: 
             assert bool((moved[scale] - plain[scale]).abs().max() < kind[1]) is norms
 
 
-def test_the_reference_is_recorded_under_what_is_intervened_on_outside() -> None:
+def test_the_reference_is_recorded_with_the_outer_interventions() -> None:
     pair = make("Qwen2ForCausalLM", "hooked")
     with pair.routed("replacement"), ablated(pair, EARLY):
         without = logits(pair)
@@ -173,7 +173,7 @@ def test_the_reference_is_recorded_under_what_is_intervened_on_outside() -> None
             assert (logits(pair, other) - without).abs().max() > 1e-2, "other tokens of that shape are another pass"
 
 
-def test_planted_features_are_held_as_the_part_of_the_target_that_they_are() -> None:
+def test_planted_features_are_held_as_part_of_the_targets_mlp() -> None:
     adapters = make("Qwen2ForCausalLM", "hooked").installed_adapters()
     pair = randomise(PairedModel.plant(random_model(1), adapters), seed=9)
     point = "blocks.3.hook_mlp_out"
@@ -185,7 +185,7 @@ def test_planted_features_are_held_as_the_part_of_the_target_that_they_are() -> 
     assert (moved["read"] - plain["read"]).abs().max() > 1e-3
 
 
-def test_gradients_flow_through_what_is_free() -> None:
+def test_gradients_flow_through_what_is_not_held() -> None:
     pair = make("Qwen2ForCausalLM", "hooked")
     with pair.routed("replacement"), frozen(pair, TOKENS, mlps=True, features=EVERY) as model:
         resid = pair.embed(TOKENS).detach().requires_grad_()
@@ -196,7 +196,7 @@ def test_gradients_flow_through_what_is_free() -> None:
         slopes.append(torch.autograd.grad(pair.run_blocks(resid, 0, 4)[0, 8, 0], resid)[0])
         assert model is pair.model
     assert slopes[0].abs().max() > 1e-3
-    assert (slopes[0] - slopes[1]).abs().max() < 1e-10, "with everything held they do not depend on what is read"
+    assert (slopes[0] - slopes[1]).abs().max() < 1e-10, "with everything held, gradients do not depend on the input"
 
 
 def test_passes_of_another_shape_or_route_are_refused(kind) -> None:  # type: ignore[no-untyped-def]

@@ -1,15 +1,15 @@
-"""Changing features while the model runs: what it does without them, with more of them, with those of another run.
+"""Context managers that change feature activations while the model runs: ablation, scaling, clamping, patching.
 
-Every function is a context manager over hooks: within it `run_with_cache`, `generate` and everything else see the
-changed activations, and afterwards the model is as it was. They compose by nesting, the outer one first.
+Every function is a context manager over hooks. Within it `run_with_cache`, `generate` and all other passes compute with
+the changed activations, and afterwards the model is as before. They compose by nesting; the outer one is applied first.
 
-    ablated, scaled, clamped, added, patched    change chosen features where adapters are on, and no others
-    inserted                                    the hybrid with chosen features only, without the decoder's bias
-    negated                                     the target with chosen features taken off its MLPs (section 5 of
-                                                arXiv 2602.20904: scale -0.5; -1 gave incoherent text there)
+    ablated, scaled, clamped, added, patched    change the given features where adapters are on, and no others
+    inserted                                    the hybrid with the given features only, without the decoder bias
+    negated                                     the target with the given features subtracted from its MLPs (section 5
+                                                of arXiv 2602.20904: scale -0.5; -1 gave incoherent text there)
 
-Ablations keep the decoder's bias, insertions and negations leave it out: it is no feature's. Activations are raw ones,
-as the hook point holds them; a store's are these times ``decoder_norm``.
+Ablations keep the decoder bias; insertions and negations leave it out, since it does not belong to any feature.
+Activations are the raw ones of the hook point; those of a feature store are these times ``decoder_norm``.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from tl_adapters.models.routed_mlp import ROUTES, Route
 from tl_adapters.utils.arguments import feature_pairs
 
 RECONSTRUCTION_HOOK = "mlp.adapter.hook_sae_recons"
-"""The hook point of what an adapter adds, within a block."""
+"""The hook point of an adapter's output, within a block."""
 Features = Iterable[FeatureId | tuple[int, int]]
 Positions = Sequence[int] | None
-"""Positions in the sequence, from 0 at each row's first token that is no padding on the left. In a cached generation
-these are positions of the prompt, and only they are changed. None is all positions, of what is generated too."""
+"""Positions in each sequence, from 0 at its first token after padding on the left. In a generation with a cache these
+are positions of the prompt, and generated tokens are not changed. None means all positions, generated ones too."""
 Edit = Callable[[Float[Tensor, "batch pos n"], int], Float[Tensor, "batch pos n"]]
-"""The chosen features' activations and their layer, to what they become."""
+"""A function of the chosen features' activations and their layer that returns the changed activations."""
 
 
 class InterventionError(UserError, ValueError):
-    """Features, positions or values with which nothing can be done."""
+    """Features, positions or values with which a model cannot be changed."""
 
 
 def ablated(pair: PairedModel, features: Features, positions: Positions = None) -> Any:
-    """Chosen features are off. Raises InterventionError."""
+    """The model with the given features set to zero. Raises InterventionError."""
     return edited(pair, features, lambda acts, layer: torch.zeros_like(acts), positions)
 
 
 def scaled(pair: PairedModel, features: Features, factor: float, positions: Positions = None) -> Any:
-    """Chosen features fire ``factor`` times as strongly. Raises InterventionError."""
+    """The model with the given features multiplied by ``factor``. Raises InterventionError."""
     return edited(pair, features, lambda acts, layer: acts * factor, positions)
 
 
 def clamped(pair: PairedModel, features: Features, value: float, positions: Positions = None) -> Any:
-    """Chosen features have one activation, whether they would fire or not. Raises InterventionError."""
+    """The model with the given features set to ``value``, whether they are active or not. Raises InterventionError."""
     return edited(pair, features, lambda acts, layer: torch.full_like(acts, value), positions)
 
 
 def added(pair: PairedModel, features: Features, value: float, positions: Positions = None) -> Any:
-    """Chosen features have so much more activation: steering along their decoders. Raises InterventionError."""
+    """The model with ``value`` added to the given features: steering along their decoders. Raises InterventionError."""
     return edited(pair, features, lambda acts, layer: acts + value, positions)
 
 
@@ -71,82 +71,89 @@ def patched(
     source: Mapping[int, Float[Tensor, "batch pos n_features"]],
     positions: Positions = None,
 ) -> Any:
-    """Chosen features have the activations of another run.
+    """The model with the given features set to their activations in another run.
 
     Args:
-        pair: with adapters.
-        features: which ones.
-        source: layer to all activations of that run, as ``hook_sae_acts_post`` held them (`PairedModel.recorded`).
-        positions: where; the source is taken from the same positions.
+        pair: a pair with adapters.
+        features: layer and index of each feature.
+        source: all activations of the other run by layer, as recorded at ``hook_sae_acts_post``
+            (`PairedModel.recorded`).
+        positions: the positions that are patched, from the same positions of the source; None is all.
 
-    Raises InterventionError, also within the block where the pass has another shape than the source.
+    Raises:
+        InterventionError: features do not exist or the source lacks their layers; within the block, a pass has another
+            shape than the source.
     """
     chosen, device = indices_by_layer(pair, features), pair.model.W_E.device
     if missing := sorted(set(chosen) - set(source)):
         raise InterventionError(f"The source has no activations of layers {missing}; record them in the other run.")
 
-    # Taken out and moved before the block, not in every pass of it.
-    taken = {layer: source[layer][..., index.to(source[layer].device)].to(device) for layer, index in chosen.items()}
+    # Selected and moved once, not in every pass within the block.
+    selected = {layer: source[layer][..., index.to(source[layer].device)].to(device) for layer, index in chosen.items()}
 
     def change(acts: Tensor, layer: int) -> Tensor:
-        given = taken[layer]
-        if given.shape != acts.shape:
+        patch = selected[layer]
+        if patch.shape != acts.shape:
             raise InterventionError(
                 f"The source has activations of shape {tuple(source[layer].shape[:2])} (batch, pos) and this pass is "
                 f"{tuple(acts.shape[:2])}; patch a pass over sequences of the same lengths."
             )
-        return given.to(acts)
+        return patch.to(acts)
 
     return edited(pair, features, change, positions)
 
 
 @contextmanager
-def edited(pair: PairedModel, features: Features, change: Edit, positions: Positions = None) -> Iterator[Any]:
-    """Give chosen features other activations where adapters are on.
+def edited(pair: PairedModel, features: Features, edit: Edit, positions: Positions = None) -> Iterator[Any]:
+    """The model with the activations of the given features changed by ``edit``, where adapters are on.
 
     Args:
-        pair: with adapters, on whatever route it is or will be.
-        features: by layer and index.
-        change: what becomes of the activations.
-        positions: where; None is everywhere.
+        pair: a pair with adapters; the route may change within the block.
+        features: layer and index of each feature.
+        edit: the function that changes the activations.
+        positions: the positions that are changed; None is all.
 
-    Raises InterventionError for features that the adapters do not have and for negative positions; within the block,
-    for a pass from the first token on that is shorter than the positions named (of a generation, that over the prompt).
+    Raises:
+        InterventionError: features do not exist or positions are negative; within the block, a pass from the first
+            token is shorter than the given positions (in a generation, the pass over the prompt).
     """
     chosen = indices_by_layer(pair, features, pair.model.W_E.device)
-    at = None if positions is None else torch.tensor(list(positions), dtype=torch.long)
-    if at is not None and len(at) and int(at.min()) < 0:
+    edited_positions = None if positions is None else torch.tensor(list(positions), dtype=torch.long)
+    if edited_positions is not None and len(edited_positions) and int(edited_positions.min()) < 0:
         raise InterventionError(
-            f"Position {int(at.min())} is named; positions count from 0 at the first token, so the last of n is n - 1."
+            f"Position {int(edited_positions.min())} is negative; positions count from 0 at the first token, so the "
+            "last of n is n - 1."
         )
-    places = None if at is None or not len(at) else _Places(pair, list(chosen), at)
+    nowhere = edited_positions is not None and not len(edited_positions)
+    mask = None if edited_positions is None or nowhere else _PositionMask(pair, list(chosen), edited_positions)
 
-    def hook_in(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
+    def change(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
         index = chosen[layer]
-        new = change(acts[..., index], layer)
-        if places is not None:
-            new = torch.where(places.hit(layer, acts)[..., None], new, acts[..., index])
-        return acts if places is None and at is not None else acts.index_copy(-1, index, new)
+        new = edit(acts[..., index], layer)
+        if mask is not None:
+            new = torch.where(mask.of_pass(layer, acts)[..., None], new, acts[..., index])
+        return acts if nowhere else acts.index_copy(-1, index, new)
 
-    hooks = [(f"blocks.{layer}.{ACTS_HOOK}", partial(hook_in, layer=layer)) for layer in chosen]
-    with nullcontext() if places is None else places, pair.model.hooks(fwd_hooks=hooks):
+    hooks = [(f"blocks.{layer}.{ACTS_HOOK}", partial(change, layer=layer)) for layer in chosen]
+    with nullcontext() if mask is None else mask, pair.model.hooks(fwd_hooks=hooks):
         yield pair.model
 
 
-class _Places:
-    """Where each token of the present pass stands in its own sequence, as the model tells its blocks.
+class _PositionMask:
+    """A mask of the tokens at given positions of their sequences, for every pass within the block.
 
-    A HookedTransformer's block is given the cache and the mask of all tokens so far; a bridge's gets position ids.
+    Positions follow from the arguments of the blocks: those of a HookedTransformer get the cache and the mask of all
+    tokens so far, those of a TransformerBridge get position ids.
     """
 
-    def __init__(self, pair: PairedModel, layers: Sequence[int], wanted: Int[Tensor, "n"]) -> None:
-        self.furthest, self.wanted = int(wanted.max()), wanted.to(pair.model.W_E.device)
+    def __init__(self, pair: PairedModel, layers: Sequence[int], positions: Int[Tensor, "n"]) -> None:
+        self.last, self.positions = int(positions.max()), positions.to(pair.model.W_E.device)
         self.blocks = {layer: pair.model.blocks[layer] for layer in layers}
-        self.told: dict[int, dict[str, Any]] = {}
+        self.arguments: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> None:
         self.handles = [
-            block.register_forward_pre_hook(partial(self._remember, layer), with_kwargs=True)
+            block.register_forward_pre_hook(partial(self._record_arguments, layer), with_kwargs=True)
             for layer, block in self.blocks.items()
         ]
 
@@ -154,26 +161,31 @@ class _Places:
         for handle in self.handles:
             handle.remove()
 
-    def _remember(self, layer: int, block: Any, args: Any, told: dict[str, Any]) -> None:
-        entry, cache = told.get("past_kv_cache_entry"), told.get("past_key_values")
-        before = entry.past_keys.shape[1] if entry is not None else cache.get_seq_length(layer) if cache else 0
-        self.told[layer] = {"before": before, "ids": told.get("position_ids"), "mask": told.get("attention_mask")}
+    def _record_arguments(self, layer: int, block: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        entry, cache = kwargs.get("past_kv_cache_entry"), kwargs.get("past_key_values")
+        n_cached = entry.past_keys.shape[1] if entry is not None else cache.get_seq_length(layer) if cache else 0
+        self.arguments[layer] = {
+            "n_cached": n_cached,
+            "position_ids": kwargs.get("position_ids"),
+            "attention_mask": kwargs.get("attention_mask"),
+        }
 
-    def hit(self, layer: int, acts: Tensor) -> Bool[Tensor, "batch pos"]:
-        """Which tokens stand at a position wanted. Raises InterventionError where the first pass is too short."""
-        told, (batch, length) = self.told[layer], acts.shape[:2]
-        if told["before"] == 0 and self.furthest >= length:
+    def of_pass(self, layer: int, acts: Tensor) -> Bool[Tensor, "batch pos"]:
+        """True at the given positions in the current pass. Raises InterventionError if the first pass is too short."""
+        arguments, (batch, length) = self.arguments[layer], acts.shape[:2]
+        n_cached = arguments["n_cached"]
+        if n_cached == 0 and self.last >= length:
             raise InterventionError(
-                f"Position {self.furthest} is changed, and this pass has {length} positions; name positions of the "
-                "sequence that is read, which is the prompt where text is generated with a cache."
+                f"Position {self.last} is to be changed, and this pass has {length} positions; give positions of the "
+                "sequence that the model reads, which is the prompt when text is generated with a cache."
             )
-        positions = told["ids"]
+        positions = arguments["position_ids"]
         if positions is None:
-            positions = torch.arange(told["before"], told["before"] + length, device=acts.device)[None]
-            if told["mask"] is not None:
-                padding = (told["mask"].cumsum(-1) == 0).sum(-1, keepdim=True)
+            positions = torch.arange(n_cached, n_cached + length, device=acts.device)[None]
+            if arguments["attention_mask"] is not None:
+                padding = (arguments["attention_mask"].cumsum(-1) == 0).sum(-1, keepdim=True)
                 positions = positions - padding.to(acts.device)
-        return torch.isin(positions, self.wanted.to(positions.device)).to(acts.device).expand(batch, -1)
+        return torch.isin(positions, self.positions.to(positions.device)).to(acts.device).expand(batch, -1)
 
 
 @contextmanager
@@ -183,16 +195,16 @@ def gated(
     route: str | Route = "replacement",
     decoder_bias: bool = True,
 ) -> Iterator[Any]:
-    """A route on which every activation is multiplied by its gate; gradients reach the gates.
+    """A route on which every feature activation is multiplied by its gate. Gradients flow to the gates.
 
     Args:
-        pair: with adapters.
-        gates: of every layer that has adapters; 1 leaves a feature as it is, 0 takes it away.
-        route: one with adapters on.
-        decoder_bias: keep what the adapters add whatever fires.
+        pair: a pair with adapters.
+        gates: a gate per feature for every layer that has adapters; 1 leaves a feature unchanged, 0 ablates it.
+        route: a route with adapters on.
+        decoder_bias: whether the adapters add their decoder bias.
     """
     adapters, device = pair.installed_adapters(), pair.model.W_E.device
-    gates = {layer: gates[layer].to(device) for layer in adapters.layer_indices}  # not in every pass
+    gates = {layer: gates[layer].to(device) for layer in adapters.layer_indices}  # moved once, not in every pass
 
     def multiply(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
         return acts * gates[layer].to(acts)
@@ -208,25 +220,26 @@ def gated(
             (f"blocks.{layer}.{RECONSTRUCTION_HOOK}", partial(without_bias, layer=layer))
             for layer in adapters.layer_indices
         ]
-    wanted = ROUTES[route] if isinstance(route, str) else route
-    with pair.routed(wanted._replace(adapter=False)) as model, model.hooks(fwd_hooks=hooks):
-        pair.route_layers(wanted, adapters.layer_indices)  # `routed` puts these back too
+    with_adapters = ROUTES[route] if isinstance(route, str) else route
+    with pair.routed(with_adapters._replace(adapter=False)) as model, model.hooks(fwd_hooks=hooks):
+        pair.route_layers(with_adapters, adapters.layer_indices)  # `routed` restores these routes too
         yield model
 
 
 def only(
     pair: PairedModel, features: Features, route: str | Route, factor: float = 1.0, decoder_bias: bool = False
 ) -> Any:
-    """A route on which adapters have the chosen features and no others.
+    """A route on which the adapters have the given features and no others.
 
     Args:
-        pair: with adapters.
-        features: by layer and index; none leaves the bias alone, where it is kept.
-        route: one with adapters on.
-        factor: of the activations.
-        decoder_bias: keep what the adapters add whatever fires.
+        pair: a pair with adapters.
+        features: layer and index of each feature; without any, adapters add their decoder bias or nothing.
+        route: a route with adapters on.
+        factor: the factor by which the activations are multiplied.
+        decoder_bias: whether the adapters add their decoder bias.
 
-    Raises InterventionError.
+    Raises:
+        InterventionError: features do not exist.
     """
     chosen = indices_by_layer(pair, features)
     adapters = pair.installed_adapters()
@@ -237,31 +250,40 @@ def only(
 
 
 def inserted(pair: PairedModel, features: Features, factor: float = 1.0) -> Any:
-    """The hybrid with chosen features added, and nothing else of the adapters. Raises InterventionError."""
+    """The hybrid with the given features added, and nothing else of the adapters. Raises InterventionError."""
     return only(pair, features, "replacement", factor)
 
 
 def negated(pair: PairedModel, features: Features, scale: float = -0.5) -> Any:
-    """The target with chosen features added to its MLPs ``scale`` times, so taken off. Raises InterventionError."""
+    """The target with ``scale`` times the given features added to its MLPs. Raises InterventionError."""
     return only(pair, features, "target+adapter", scale)
 
 
 def indices_by_layer(pair: PairedModel, features: Features, device: torch.device | None = None) -> dict[int, Tensor]:
-    """Layer to the indices chosen in it, each once; every intervention takes its features through here.
+    """The indices of the given features by layer, sorted and without duplicates.
 
-    They are moved to ``device`` together. Raises ArgumentError for what is not a feature, InterventionError for one
-    that the adapters do not have, and ForeignFeaturesError for one of other adapters.
+    Every intervention checks its features here.
+
+    Args:
+        pair: a pair with adapters.
+        features: layer and index of each feature.
+        device: the device to which the indices are moved, all at once.
+
+    Raises:
+        ArgumentError: a value is not a feature.
+        InterventionError: the adapters do not have a feature.
+        ForeignFeaturesError: a feature belongs to other adapters.
     """
     adapters, features = pair.installed_adapters(), feature_pairs(features)
     adapters.require_own(features)
-    wanted = sorted({FeatureId(*feature) for feature in features})
-    bad = [f for f in wanted if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]
-    if bad:
-        shown = ", ".join(f"{f.layer}.{f.index}" for f in bad[:5])
+    unique = sorted({FeatureId(*feature) for feature in features})
+    unknown = [f for f in unique if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]
+    if unknown:
+        names = ", ".join(f"{f.layer}.{f.index}" for f in unknown[:5])
         raise InterventionError(
-            f"There are no features {shown}; the adapters have {adapters.n_features}, from 0, in each of the layers "
+            f"There are no features {names}; the adapters have {adapters.n_features}, from 0, in each of the layers "
             f"{adapters.layer_indices}."
         )
-    sizes = Counter(f.layer for f in wanted)
-    indices = torch.tensor([f.index for f in wanted], dtype=torch.long, device=device)
+    sizes = Counter(f.layer for f in unique)
+    indices = torch.tensor([f.index for f in unique], dtype=torch.long, device=device)
     return dict(zip(sizes, indices.split(list(sizes.values())), strict=True))

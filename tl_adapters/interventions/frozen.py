@@ -1,26 +1,27 @@
-"""What an intervention still reaches while the rest of the model is held as it was: for mediation and direct effects.
+"""Holding activations fixed during an intervention, for mediation analysis and direct effects.
 
-`frozen` records one pass, the reference, and holds parts of every later pass to it:
+`frozen` records one pass, the reference, and holds parts of every later pass at their values in it:
 
-    attention    patterns: who reads from whom; what is read still flows
+    attention    attention patterns; the values that are read through them are not held
     norms        the scales that norms divide by (post-norms, QK norms and the final norm too)
-    mlps         the neurons of the MLP that computes, base's or target's; adapters stay free
-    features     activations of chosen features: effects that go through them are taken out
+    mlps         the neurons of the MLP that computes, base's or target's; adapters are not held
+    features     the activations of given features, so that effects through them are removed
     layers       the only blocks through which an effect spreads; every other block, in all its parts, writes what it
                  wrote in the reference
 
-Interventions nested within come later and win, also over what is held: the change itself is always written. What
-template features do by way of output features is total - direct, where nothing but those is held in addition:
+Interventions nested within `frozen` are applied later and take precedence, also over what is held: the change itself is
+always written. The effect of template features that is mediated by output features is total - direct, where the direct
+effect is measured with the output features held in addition:
 
     with pair.routed("replacement"), frozen(pair, tokens) as model, ablated(pair, template):
         total = model(tokens)
     with pair.routed("replacement"), frozen(pair, tokens, features=output) as model, ablated(pair, template):
         direct = model(tokens)
 
-With attention, norms and mlps held the model is linear but for the adapters' own activation functions: it is
-`linear.FrozenModel` with its linearisation "frozen_mlp", and interventions give that graph's edges. (circuit-tracer's
-constrained_layers go the other way round: they name the layers whose MLPs are held. All of them there are attention,
-norms, mlps and every feature here.)
+With attention, norms and mlps held, the model is linear except for the adapters' own activation functions: it is the
+linearized replacement model with constant base MLPs (`attribution.relp.LinearizedModel`, "frozen_mlp"), and
+interventions give the edges of that graph. (circuit-tracer's constrained_layers are the reverse: they name the layers
+whose MLPs are held. All of them there correspond to attention, norms, mlps and every feature here.)
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from tl_adapters.interventions.feature_edits import Features, InterventionError,
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 
 NEURONS_HOOK = "mlp.hook_post"
-"""The hook point of the neurons of whichever MLP computes, within a block."""
+"""The hook point of the neurons of the MLP that computes, within a block."""
 PLANTED_ACTS_HOOK = "mlp.planted.hook_sae_acts_post"
-"""The hook point of planted features, within a block: they are part of the target's MLP."""
+"""The hook point of planted features, which are part of the target's MLP, within a block."""
 
 
 @contextmanager
@@ -57,66 +58,69 @@ def frozen(
     layers: Sequence[int] | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> Iterator[Any]:
-    """Hold parts of the model to what they are on ``tokens``, for the length of a block.
+    """Hold parts of the model at their values on ``tokens``, within a block.
 
-    The reference is recorded on entering, on the routes and under the interventions that are there then. Within the
-    block passes may be over other tokens of the same shape, and gradients flow through what is not held. With nothing
-    intervened a pass over ``tokens`` is the reference: to rounding on a HookedTransformer; on a TransformerBridge,
-    which computes a norm with a held scale itself and warns of it, to the float32 of Hugging Face's norms.
+    The reference is recorded on entering, with the routes and interventions of that time. Passes within the block may
+    be over other tokens of the same shape, and gradients flow through what is not held. Without an intervention a pass
+    over ``tokens`` equals the reference: up to rounding on a HookedTransformer, and up to the float32 of Hugging Face's
+    norms on a TransformerBridge, which recomputes a norm whose scale is held, with a warning.
 
     Args:
-        pair: with adapters, routed as it will be within the block.
-        tokens: what the reference is recorded on; padding on the right needs no mask.
+        pair: a pair with adapters, on the route that is used within the block.
+        tokens: the tokens of the reference; padding on the right needs no mask.
         attention: hold attention patterns.
         norms: hold the scales of norms.
-        mlps: hold the neurons of MLPs. An MLP that is held writes the same whatever it reads.
-        features: hold the activations of these.
-        layers: blocks through which effects spread, such as ``range(4, 8)``; None is all of them. In every other
-            block the attention's output, the MLP's neurons and all adapter activations are held, so that it writes
-            what it wrote in the reference, and above that only what is intervened on in it: in the end
-            ``layers=range(0)`` leaves an intervention its direct write to the residual stream. A post-norm that is
-            not held (``norms=False``) still rescales that write.
+        mlps: hold the neurons of MLPs, whose output then does not depend on their input.
+        features: hold the activations of these features.
+        layers: the blocks through which effects spread, such as ``range(4, 8)``; None is all. In every other block the
+            attention output, the neurons and all adapter activations are held, so that it adds nothing but the
+            interventions in it. ``layers=range(0)`` leaves only the direct effect of an intervention on the residual
+            stream, which a post-norm that is not held (``norms=False``) still rescales.
         attention_mask: as the model takes it; give the same to passes within the block.
 
-    Memory: per layer batch x heads x pos^2 for patterns, batch x pos x d_mlp for neurons.
+    Memory per layer: batch x heads x pos^2 for patterns, batch x pos x d_mlp for neurons.
 
-    Raises InterventionError for features or layers that are not there, and within the block for a pass of another
-    shape (so text cannot be generated) or on a route with adapters that the reference had off.
+    Raises:
+        InterventionError: features or layers do not exist; within the block, a pass has another shape (text cannot be
+            generated), or its route has adapters that were off in the reference.
     """
-    chosen = [f if isinstance(f, FeatureId) else FeatureId(*f) for f in features]  # an owned one stays one
-    free = range(pair.n_layers) if layers is None else layers
-    if bad := sorted(set(free) - set(range(pair.n_layers))):
-        raise InterventionError(f"There are no layers {bad}; the model has 0 to {pair.n_layers - 1}.")
-    held = _held_points(pair, attention, norms, mlps, free)
+    chosen = [f if isinstance(f, FeatureId) else FeatureId(*f) for f in features]  # a FeatureId keeps its set
+    free_layers = range(pair.n_layers) if layers is None else layers
+    if unknown := sorted(set(free_layers) - set(range(pair.n_layers))):
+        raise InterventionError(f"There are no layers {unknown}; the model has 0 to {pair.n_layers - 1}.")
+    held = _held_hook_points(pair, attention, norms, mlps, free_layers)
     activations = {feature.layer: f"blocks.{feature.layer}.{ACTS_HOOK}" for feature in chosen}
-    reference = _record(pair, tokens, attention_mask, {*held, *activations.values()})
-
-    def hold(value: Tensor, hook: HookPoint, name: str) -> Tensor:
-        if name not in reference:
-            raise InterventionError(
-                f"{name} is held, and was not computed in the reference; enter frozen() on the route that is used "
-                "within it."
-            )
-        if value.shape != reference[name].shape:
-            raise InterventionError(
-                f"The reference was recorded over {' x '.join(map(str, tokens.shape))} tokens, and this pass has "
-                f"another shape ({name}: {tuple(value.shape)}, not {tuple(reference[name].shape)}); pass sequences of "
-                "the same number and length, and generate text outside frozen()."
-            )
-        return reference[name]
-
+    reference = _recorded(pair, tokens, attention_mask, {*held, *activations.values()})
     source = {layer: reference[name] for layer, name in activations.items() if name in reference}
-    hooks = [(name, partial(hold, name=name)) for name in held]
+    hooks = [(name, partial(_hold, name=name, reference=reference, shape=tokens.shape)) for name in held]
     with pair.model.hooks(fwd_hooks=hooks), patched(pair, chosen, source) as model:
         yield model
 
 
-def _held_points(pair: PairedModel, attention: bool, norms: bool, mlps: bool, free: Sequence[int]) -> list[str]:
-    """Names of the hook points to hold."""
+def _hold(value: Tensor, hook: HookPoint, name: str, reference: dict[str, Tensor], shape: Sequence[int]) -> Tensor:
+    """The value of the reference at the hook point ``name``. Raises InterventionError where it does not fit."""
+    if name not in reference:
+        raise InterventionError(
+            f"{name} is held, and was not computed in the reference; enter frozen() on the route that is used within "
+            "it."
+        )
+    if value.shape != reference[name].shape:
+        raise InterventionError(
+            f"The reference was recorded over {' x '.join(map(str, shape))} tokens, and this pass has another shape "
+            f"({name}: {tuple(value.shape)}, not {tuple(reference[name].shape)}); pass sequences of the same number "
+            "and length, and generate text outside frozen()."
+        )
+    return reference[name]
+
+
+def _held_hook_points(
+    pair: PairedModel, attention: bool, norms: bool, mlps: bool, free_layers: Sequence[int]
+) -> list[str]:
+    """The names of the hook points to hold."""
     neurons = [NEURONS_HOOK] if pair.planted is None else [NEURONS_HOOK, PLANTED_ACTS_HOOK]
     names = [name for name in pair.model.hook_dict if norms and name.endswith(".hook_scale")]
     for layer in range(pair.n_layers):
-        if layer in free:
+        if layer in free_layers:
             parts = ["attn.hook_pattern"] * attention + neurons * mlps
         else:
             parts = ["hook_attn_out", *neurons, ACTS_HOOK]
@@ -125,15 +129,15 @@ def _held_points(pair: PairedModel, attention: bool, norms: bool, mlps: bool, fr
 
 
 @torch.no_grad()
-def _record(pair: PairedModel, tokens: Tensor, attention_mask: Tensor | None, names: set[str]) -> dict[str, Tensor]:
-    """What the named hook points hold on ``tokens``; those that do not fire are left out."""
-    found: dict[str, Tensor] = {}
+def _recorded(pair: PairedModel, tokens: Tensor, attention_mask: Tensor | None, names: set[str]) -> dict[str, Tensor]:
+    """The values at the named hook points in a pass over ``tokens``, without those that are not reached."""
+    values: dict[str, Tensor] = {}
 
-    def keep(value: Tensor, hook: HookPoint, name: str) -> None:
-        found[name] = value
+    def record(value: Tensor, hook: HookPoint, name: str) -> None:
+        values[name] = value
 
     device = pair.model.W_E.device
     mask = None if attention_mask is None else attention_mask.to(device)
-    with pair.model.hooks(fwd_hooks=[(name, partial(keep, name=name)) for name in names]):
+    with pair.model.hooks(fwd_hooks=[(name, partial(record, name=name)) for name in names]):
         pair.model(tokens.to(device), attention_mask=mask, return_type=None)
-    return found
+    return values
