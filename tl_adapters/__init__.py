@@ -50,7 +50,7 @@ EXPORTS = {
     "frozen": "interventions.frozen",
     "generate_variants": "generation.compare_variants",
     "HarnessModel": "evaluation.lm_eval_harness",
-    "hesitation_tokens": "data.hesitation_words",
+    "hesitation_tokens": "data.words",
     "inserted": "interventions.feature_edits",
     "judge": "autointerp.judge",
     "label_by_rules": "autointerp.rule_labels",
@@ -141,8 +141,8 @@ if TYPE_CHECKING:
     from tl_adapters.config import RunConfig as RunConfig
     from tl_adapters.config import TrainingConfig as TrainingConfig
     from tl_adapters.data.chat_format import encode_traces as encode_traces
-    from tl_adapters.data.hesitation_words import hesitation_tokens as hesitation_tokens
     from tl_adapters.data.traces import Trace as Trace
+    from tl_adapters.data.words import hesitation_tokens as hesitation_tokens
     from tl_adapters.errors import UserError as UserError
     from tl_adapters.evaluation.behaviors import Behavior as Behavior
     from tl_adapters.evaluation.faithfulness import measure_faithfulness as measure_faithfulness

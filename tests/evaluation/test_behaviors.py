@@ -27,8 +27,8 @@ from tl_adapters.circuits.roles import circuit_edges, effects_at, sort_features
 from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
 from tl_adapters.circuits.subject import Subject, builtin_subject, kinds_at, kinds_of_hesitation
-from tl_adapters.data.hesitation_words import pattern_of, word_tokens
 from tl_adapters.data.traces import Trace
+from tl_adapters.data.words import word_pattern, word_tokens
 from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, counts
 from tl_adapters.evaluation.response_metrics import rate
 from tl_adapters.evaluation.sampled_answers import Answer, Sampling, answer, score
@@ -125,7 +125,7 @@ def test_phrases_are_counted_whole_in_any_case_with_any_white_space(
     assert response.count(words) == n == counts([response], words)[0]
     places = Behavior.of(words).places(response, pair.model.tokenizer)
     assert len(places) == n
-    assert all(pattern_of(words).fullmatch(text[start:stop]) for start, stop in places)
+    assert all(word_pattern(words).fullmatch(text[start:stop]) for start, stop in places)
 
 
 @pytest.mark.parametrize("words", ["Wait", [], [""], ["Wait", " "]])

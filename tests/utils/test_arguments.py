@@ -15,8 +15,8 @@ from tl_adapters.attribution.targets import LogitTarget
 from tl_adapters.autointerp.rule_labels import rule_labels
 from tl_adapters.circuits.onsets import find_onsets
 from tl_adapters.data.chat_format import encode_traces
-from tl_adapters.data.hesitation_words import hesitation_tokens
 from tl_adapters.data.traces import DataError, Trace, readable_traces
+from tl_adapters.data.words import hesitation_tokens
 from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.features.collect import collect_features
 from tl_adapters.features.notebook_view import show_features

@@ -26,7 +26,8 @@ from statistics import median
 import torch
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.data.hesitation_words import HESITATION_WORDS, says
+from tl_adapters.data.hesitation_words import HESITATION_WORDS
+from tl_adapters.data.words import is_word
 from tl_adapters.features.feature import Example, Feature, Label
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.arguments import texts
@@ -112,16 +113,16 @@ class _Evidence:
 
     def leads(self, sign: float, words: Sequence[str]) -> bool:
         """Is the strongest effect of that sign one on a hesitation word?"""
-        return any(says(token, words) for token, z in [e for e in self.effects if e[1] * sign > 0][:1])
+        return any(is_word(token, words) for token, z in [e for e in self.effects if e[1] * sign > 0][:1])
 
 
 def _evidence(feature: Feature, region_tokens: Mapping[str, int], words: Sequence[str]) -> _Evidence:
     fired = [_token(example) for example in feature.random_examples]
-    hesitating = [token for token in fired if says(token, words)]
+    hesitating = [token for token in fired if is_word(token, words)]
     on_hesitation = _most(len(hesitating), len(fired))
     fires_on = _types(hesitating)[:FEW] if on_hesitation else _few_types(fired, FEW)
     strongest = _few_types([_token(example) for example in feature.top_examples], 1)
-    effects = {word: effect for word, effect in feature.effects.items() if says(word, words)}
+    effects = {word: effect for word, effect in feature.effects.items() if is_word(word, words)}
     effects |= dict(feature.top_logits) | dict(feature.bottom_logits)
     spread = feature.effect_spread or math.inf  # what writes nothing moves nothing
     n_tokens = sum(n for _, _, n in feature.effect_histogram)
@@ -143,7 +144,7 @@ def _label(evidence: _Evidence, ordinary: float, words: Sequence[str]) -> Label:
     hesitating = [
         (token, z)
         for token, z in evidence.effects
-        if says(token, words) and (abs(z) >= high or (abs(z) >= enough and evidence.leads(z, words)))
+        if is_word(token, words) and (abs(z) >= high or (abs(z) >= enough and evidence.leads(z, words)))
     ]
     concentrated = evidence.kurtosis >= OUTPUT_KURTOSIS
     parts = []

@@ -58,7 +58,8 @@ from tl_adapters.circuits.results_block import HESITATION_SCHEMA_VERSION
 from tl_adapters.circuits.roles import effects_at
 from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.circuits.subject import Subject, kinds_at
-from tl_adapters.data.hesitation_words import word_tokens
+from tl_adapters.data.hesitation_words import HESITATION_ONSET
+from tl_adapters.data.words import word_tokens
 from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, Find
 from tl_adapters.evaluation.response_metrics import rate
 from tl_adapters.generation.responses import Response, respond, traces_of
@@ -138,7 +139,7 @@ def analyze_hesitation(
 def analyze_behavior(
     pair: PairedModel,
     subject: Subject,
-    words: Sequence[str] = ("Wait",),
+    words: Sequence[str] = (HESITATION_ONSET,),
     find: Find | None = None,
     *,
     name: str = "hesitation",

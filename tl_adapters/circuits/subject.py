@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tl_adapters.data.hesitation_words import pattern_of
+from tl_adapters.data.words import word_pattern
 from tl_adapters.generation.responses import THINK_OPENS, Checkable, Response
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.census import corrects, with_injected_slip, written_steps
@@ -92,7 +92,7 @@ def halves(asked: Sequence[Checkable], max_new_tokens: int | None = None, prefil
 
 def kinds_of_hesitation(text: str, words: Sequence[str]) -> list[str]:
     """What each hesitation leads to, where words say where it is (`kinds_at`)."""
-    return kinds_at(text, [match.span() for match in pattern_of(words).finditer(text)])
+    return kinds_at(text, [match.span() for match in word_pattern(words).finditer(text)])
 
 
 def kinds_at(text: str, places: Sequence[tuple[int, int]]) -> list[str]:

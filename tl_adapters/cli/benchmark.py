@@ -40,14 +40,13 @@ def add_benchmark(subcommands: Subcommands, common: argparse.ArgumentParser) -> 
     )
     benchmark.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each task")
     benchmark.add_argument("--open-thinking", action="store_true", help="the prompt ends with the tag that opens it")
-    benchmark.add_argument(
-        "--words", nargs="+", default=("wait",), help='what counts, such as wait "hold on" (default: wait)'
-    )
+    benchmark.add_argument("--words", nargs="+", help='what counts, such as wait "hold on" (default: wait)')
     benchmark.add_argument("--out", type=Path, help="folder of answers (default: RUN/benchmarks)")
     benchmark.set_defaults(run=_benchmark)
 
 
 def _benchmark(args: argparse.Namespace) -> None:
+    from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
     from tl_adapters.study.benchmark import BENCHMARKS_FOLDER, Answerer, benchmark_run
     from tl_adapters.utils.html import interval_text
 
@@ -63,7 +62,7 @@ def _benchmark(args: argparse.Namespace) -> None:
             options={name: value for name in names if (value := getattr(args, name)) is not None},
             open_thinking=args.open_thinking,
             limit=args.limit,
-            words=args.words,
+            words=args.words or HESITATION_RATE_WORDS or HESITATION_RATE_WORDS,
             out=out,
             device=device_of(args.device),
             dtype=args.dtype,

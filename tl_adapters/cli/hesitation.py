@@ -20,7 +20,6 @@ def add_hesitation(subcommands: Subcommands, common: argparse.ArgumentParser) ->
     hesitation.add_argument(
         "--words",
         nargs="+",
-        default=["Wait"],
         metavar="WORD",
         help='what is said, such as Wait "Hold on" (default: Wait)',
     )
@@ -39,6 +38,7 @@ def add_hesitation(subcommands: Subcommands, common: argparse.ArgumentParser) ->
 
 def _hesitation(args: argparse.Namespace) -> None:
     from tl_adapters.circuits.criteria import REACHED
+    from tl_adapters.data.hesitation_words import HESITATION_ONSET
     from tl_adapters.pages.report import write_report
     from tl_adapters.study.hesitation import hesitation_of_run
 
@@ -46,7 +46,7 @@ def _hesitation(args: argparse.Namespace) -> None:
     study = hesitation_of_run(
         args.run_folder,
         (name, source or None) if name else None,
-        words=args.words,
+        words=args.words or [HESITATION_ONSET],
         share=args.share,
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,

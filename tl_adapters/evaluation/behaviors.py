@@ -20,8 +20,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
-from tl_adapters.data.hesitation_words import pattern_of, without_extensions, word_tokens
+from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.data.traces import Trace
+from tl_adapters.data.words import without_extensions, word_pattern, word_tokens
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 
@@ -60,7 +61,7 @@ class Behavior:
 
     name: str = "hesitation"
     """What results call it."""
-    words: tuple[str, ...] = ("Wait",)
+    words: tuple[str, ...] = (HESITATION_ONSET,)
     """Words in every spelling that is one token, and phrases; unused where ``find`` is given."""
     find: Find | None = None
     """Of a trace, the positions of tokens that begin the behaviour, or (start, stop) of all its tokens. It is asked of
@@ -169,12 +170,12 @@ class Behavior:
         """How often a response shows it: words whole and in any case, or as often as the function finds something."""
         if self.find is not None:
             return len(self._found(response.trace))
-        return sum(1 for _ in pattern_of(self.words).finditer(response.text))
+        return sum(1 for _ in word_pattern(self.words).finditer(response.text))
 
     def places(self, response: Answered, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
         """Where a response's text shows what `count` counts, as (start, stop) of characters."""
         if self.find is None:
-            return [match.span() for match in pattern_of(self.words).finditer(response.text)]
+            return [match.span() for match in word_pattern(self.words).finditer(response.text)]
         trace, found = response.trace, []
         said = trace.tokens[trace.prompt_length :]
         for start, stop in self._found(trace):

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_adapters.data.hesitation_words import HESITATION
+from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
 from tl_adapters.evaluation.behaviors import Behavior, counts
 from tl_adapters.generation.responses import THINK_OPENS, Response
 from tl_adapters.utils.bootstrap import bootstrap_ratio
@@ -60,7 +60,7 @@ def correctness(responses: Sequence[Response]) -> Float[Tensor, "n"]:
 def rate(
     responses: Sequence[Response],
     split: str,
-    words: Sequence[str] | Behavior = HESITATION,
+    words: Sequence[str] | Behavior = HESITATION_RATE_WORDS,
     problems: Sequence[int] | None = None,
     cluster_size: float = 1.0,
     sets: int = 1,

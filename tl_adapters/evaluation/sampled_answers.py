@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tl_adapters.data.hesitation_words import HESITATION
+from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.behaviors import Behavior
 from tl_adapters.evaluation.response_metrics import rate
@@ -135,7 +135,7 @@ class Score:
     """Per 1,000 response tokens, those whose choice was closer than rounding."""
 
 
-def score(answers: Sequence[Answer], split: str, words: Sequence[str] | Behavior = HESITATION) -> Score:
+def score(answers: Sequence[Answer], split: str, words: Sequence[str] | Behavior = HESITATION_RATE_WORDS) -> Score:
     """Summarise answers, with intervals over problems; hesitations are the words, or what a behavior counts."""
     found = rate([a.response for a in answers], split, words, [a.problem for a in answers])
     return Score(

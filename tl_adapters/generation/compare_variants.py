@@ -6,7 +6,6 @@ Every variant has the same prompt and draws from the same seed: where one says s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.hesitation_words import HESITATION_WORDS
+from tl_adapters.data.words import word_pattern
 from tl_adapters.errors import UserError
 from tl_adapters.generation.completions import complete
 from tl_adapters.generation.decoding import Completion, CompletionError
@@ -25,7 +25,6 @@ from tl_adapters.models.paired_model import PairedModel
 
 DEFAULT_ROUTES = ("target", "hybrid", "replacement")
 """What is compared when nothing else is asked for."""
-_HESITATION = re.compile(rf"\b(?:{'|'.join(map(re.escape, HESITATION_WORDS))})\b", re.IGNORECASE)
 
 
 class VariantError(UserError, ValueError):
@@ -49,8 +48,8 @@ class Continuation:
 
     @property
     def hesitations(self) -> list[tuple[int, int]]:
-        """Spans of the text that are a word of hesitation, in any case (`vocabulary.HESITATION_WORDS`)."""
-        return [match.span() for match in _HESITATION.finditer(self.text)]
+        """Character spans of the hesitation words (`HESITATION_WORDS`) in the text, in any case."""
+        return [match.span() for match in word_pattern(HESITATION_WORDS).finditer(self.text)]
 
     @property
     def summary(self) -> str:

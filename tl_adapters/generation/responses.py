@@ -11,8 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.data.chat_format import ChatFormat
-from tl_adapters.data.hesitation_words import HESITATION, pattern_of
+from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
 from tl_adapters.data.traces import Trace
+from tl_adapters.data.words import word_pattern
 from tl_adapters.generation.completions import complete
 from tl_adapters.generation.generation_config import decoding_of, end_tokens, longest_answer
 
@@ -68,11 +69,11 @@ class Response:
     @property
     def hesitations(self) -> int:
         """How often the response says "wait", in any case."""
-        return self.count(HESITATION)
+        return self.count(HESITATION_RATE_WORDS)
 
     def count(self, words: Sequence[str]) -> int:
         """How often the response says one of ``words``, whole and in any case."""
-        return len(pattern_of(words).findall(self.text))
+        return len(word_pattern(words).findall(self.text))
 
     @property
     def looping(self) -> bool:

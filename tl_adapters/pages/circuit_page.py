@@ -15,7 +15,7 @@ from tl_adapters.circuits.circuit import EFFECTS, ROLES, Circuit
 from tl_adapters.circuits.criteria import REACHED
 from tl_adapters.circuits.find import FEWEST_ONSETS
 from tl_adapters.circuits.results_block import upgraded_block
-from tl_adapters.data.hesitation_words import pattern_of
+from tl_adapters.data.words import word_pattern
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.pages.circuit_cells import Block, arm_name, count, short, shown
@@ -261,7 +261,7 @@ def _generations(examples: Sequence[Block], words: Sequence[str]) -> str:
     for example in examples:
         said = {arm: text for arm, text in example.items() if arm != "question" and isinstance(text, str)}
         places = example.get("places") or {
-            arm: [match.span() for match in pattern_of(words).finditer(text)] if words else []
+            arm: [match.span() for match in word_pattern(words).finditer(text)] if words else []
             for arm, text in said.items()
         }
         boxes = "".join(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.circuits.results_block import upgraded_block
+from tl_adapters.data.hesitation_words import HIGHLIGHTED_WORDS
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import escape, figure_cell, marked, page, table
 from tl_adapters.utils.plots import Line, plot
@@ -317,7 +318,7 @@ def _answers(answers: Sequence[Block]) -> str:
     out = ["<h2>The same problem, three times</h2>"]
     for answer in answers:
         boxes = "".join(
-            f"<div><h4>{name}</h4><pre>{marked(answer[name], ['wait', 'hmm'])}</pre></div>"
+            f"<div><h4>{name}</h4><pre>{marked(answer[name], HIGHLIGHTED_WORDS)}</pre></div>"
             for name in ("target", "hybrid", "replacement")
         )
         out.append(f"<p><b>{escape(answer['question'])}</b></p><div class='answers'>{boxes}</div>")

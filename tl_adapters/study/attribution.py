@@ -12,20 +12,21 @@ from tl_adapters.attribution.graph import LINEARIZATIONS
 from tl_adapters.attribution.pruning import feature_share
 from tl_adapters.attribution.targets import LogitTarget, token_id, token_label
 from tl_adapters.attribution.validation import compare_linearizations, explain_difference
+from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.generation.responses import Response
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import remove_graph, write_graph
 from tl_adapters.utils.results import read_results, stage, write_results
 
-HESITATION, GRAPHS = "Wait", 3
+GRAPHS = 3
 
 
 def attribution_stage(
     pair: PairedModel, responses: Sequence[Response], folder: Path, split: str, store: FeatureStore | None = None
 ) -> None:
     """Add the block attribution: graphs of the first hesitation in three of the target's answers, and their truth."""
-    word = token_id(pair, HESITATION)
+    word = token_id(pair, HESITATION_ONSET)
     moments = [
         (*response.prompt, *response.tokens[: response.tokens.index(word)])
         for response in responses

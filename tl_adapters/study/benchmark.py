@@ -17,7 +17,7 @@ from typing import Any
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.config import Dtype, RunConfig
 from tl_adapters.data.chat_format import ChatFormat
-from tl_adapters.data.hesitation_words import HESITATION
+from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.behaviors import Behavior
 from tl_adapters.evaluation.sampled_answers import Sampling, Score, answer, score
@@ -106,7 +106,7 @@ def benchmark_run(
     options: Mapping[str, Any] | None = None,
     open_thinking: bool = False,
     limit: int | None = None,
-    words: Sequence[str] | Behavior = HESITATION,
+    words: Sequence[str] | Behavior = HESITATION_RATE_WORDS,
     out: Path | None = None,
     device: str = "auto",
     dtype: Dtype | None = None,

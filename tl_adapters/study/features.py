@@ -19,8 +19,8 @@ from tl_adapters.autointerp.rule_labels import SOURCE as BY_RULES
 from tl_adapters.autointerp.rule_labels import label_by_rules, label_shares
 from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.config import Dtype, RunConfig
-from tl_adapters.data.hesitation_words import hesitation_tokens
 from tl_adapters.data.traces import Trace
+from tl_adapters.data.words import hesitation_tokens
 from tl_adapters.errors import UserError
 from tl_adapters.features.collect import collect_features, collect_share
 from tl_adapters.features.feature import ResidualStream

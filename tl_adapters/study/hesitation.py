@@ -10,6 +10,7 @@ from typing import Any
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
 from tl_adapters.circuits.subject import Subject, builtin_subject, halves
 from tl_adapters.config import Dtype
+from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.behaviors import Find
 from tl_adapters.evaluation.tasks import load_problems
@@ -33,7 +34,7 @@ def hesitation_stage(
     subject: Subject,
     folder: Path,
     options: StudyOptions | None = None,
-    words: Sequence[str] = ("Wait",),
+    words: Sequence[str] = (HESITATION_ONSET,),
     find: Find | None = None,
     *,
     name: str = "hesitation",
@@ -59,7 +60,7 @@ def hesitation_of_run(
     folder: Path,
     task: tuple[str, str | None] | None = None,
     *,
-    words: Sequence[str] = ("Wait",),
+    words: Sequence[str] = (HESITATION_ONSET,),
     share: float | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
