@@ -13,8 +13,9 @@ from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.pruning import influence
 from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget
+from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.data.tokens import VocabularyError
-from tl_adapters.models.paired_model import PairedModel, PairMismatchError
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.arguments import ArgumentError
 
 TOKENS = random_batch(3).tokens[0, :11]

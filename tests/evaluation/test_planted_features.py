@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet, TranscoderAdapter
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.attribution.relp import LinearizedModel
+from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.config import LossWeights, TrainingConfig
 from tl_adapters.data.traces import Trace, collate
 from tl_adapters.errors import UserError
@@ -24,7 +25,7 @@ from tl_adapters.evaluation.feature_matching import MatchingError, Share, match_
 from tl_adapters.evaluation.planted_features import PlantedSet, PlantingError, plant_features, planted_test
 from tl_adapters.interop.export import export
 from tl_adapters.models.hooked_transformer import build_hooked_transformer
-from tl_adapters.models.paired_model import PairedModel, PairMismatchError
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.training.objective import reference_step, shared_prefix_step
 
 TOKENS = random_batch(3).tokens[:1, :11]
@@ -152,7 +153,7 @@ def test_some_layers_and_sets_that_read_before_the_norms_weight(base: PreTrained
     pair = PairedModel.plant(base, some)
     close(pair.model(TOKENS), base_plus(some, "Qwen2ForCausalLM"), 1e-10)
     assert mlp_difference(pair.mlps[0], torch.randn(3, 32, dtype=torch.float64)).abs().max() == 0
-    whole = AdapterSet(list(random_set()), PairedModel.from_pretrained(base, base).marks)
+    whole = AdapterSet(list(random_set()), PairedModel.from_pretrained(base, base).layer_samples)
     normalized = whole.normalized()
     assert (normalized[0].W_enc - whole[0].W_enc).abs().max() > 0.01
     close(PairedModel.plant(base, normalized).model(TOKENS), base_plus(whole, "Qwen2ForCausalLM"), 1e-10)

@@ -15,11 +15,12 @@ import tl_adapters.checkpoints.model_files as checkpoints
 import tl_adapters.interop.authors_checkpoint as authors_module
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.checkpoints.model_files import CheckpointError
 from tl_adapters.interop.authors_checkpoint import authors_pair, from_authors, to_authors
 from tl_adapters.interop.hybrid_checkpoint import write_hybrid
 from tl_adapters.models.attach import attach
-from tl_adapters.models.paired_model import PairedModel, PairMismatchError
+from tl_adapters.models.paired_model import PairedModel
 
 LAYOUT = {
     "model.layers.{}.mlp.transcoder_enc.weight": (24, 32),

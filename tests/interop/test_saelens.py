@@ -24,9 +24,10 @@ from transformer_lens import HookedTransformer
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.interop.saelens import from_saelens, to_saelens
 from tl_adapters.models.attach import attach, detach
-from tl_adapters.models.paired_model import PairedModel, PairMismatchError
+from tl_adapters.models.paired_model import PairedModel
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -13,8 +13,9 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.models.attach import attach, attached, detach
-from tl_adapters.models.paired_model import PairedModel, PairMismatchError
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import RoutedMLP, WeightsProcessedError
 
 MAKERS = {"HookedTransformer": plain, "HookedSAETransformer": with_saes, "TransformerBridge": bridge}
@@ -201,7 +202,7 @@ def test_a_cast_is_the_same_model_and_a_little_training_is_not(maker: Callable[.
             PairedModel.from_pretrained(tuned["base"], tuned["target"]).load_adapters(adapters)
 
 
-def test_adapters_without_marks_go_by_name() -> None:
+def test_adapters_without_samples_are_compared_by_name() -> None:
     adapters = reference().installed_adapters()
     adapters.marks = None
     for name, value in (("base", "org/base"), ("target", "org/target")):
@@ -209,13 +210,13 @@ def test_adapters_without_marks_go_by_name() -> None:
     model, base = plain(), random_model(1)
     model.cfg.model_name, base.config.name_or_path = "target", "mirror/other"
     with pytest.raises(
-        PairMismatchError, match="no marks of their base, and by name it is org/base; given is mirror/o"
+        PairMismatchError, match="no samples of their base.s weights. Its recorded name is org/base; given is mirror/o"
     ):
         attach(model, adapters, base=base)
     base.config.name_or_path = "mirror/base"
     detach(attach(model, adapters, base=base))
     model.cfg.model_name = "another"
-    with pytest.raises(PairMismatchError, match="no marks of their target.*org/target; given is another"):
+    with pytest.raises(PairMismatchError, match="no samples of their target.*org/target; given is another"):
         attach(model, adapters, base=base)
 
 

@@ -1,6 +1,7 @@
 """The laws of the paired model: what each route computes, and that TransformerLens keeps working on it."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from transformers import PreTrainedModel
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.checkpoints.compatibility import PairMismatchError
+from tl_adapters.interventions import feature_edits
 from tl_adapters.models.fused_attention import FusedAttention
 from tl_adapters.models.hooked_transformer import build_hooked_transformer, tl_config
-from tl_adapters.models.paired_model import PairedModel, PairMismatchError
+from tl_adapters.models.paired_model import PairedModel
 
 Models = tuple[PreTrainedModel, PreTrainedModel]
 TOKENS = random_batch(3).tokens[:1, :11]
@@ -356,3 +359,36 @@ def test_what_transformer_lens_cannot_represent_is_refused(
     setattr(config, option, value)
     with pytest.raises(UnsupportedModelError, match=reason):
         tl_config(config, torch.float32, "cpu")
+
+
+EDITS = {
+    "ablated": {},
+    "scaled": {"factor": 2.0},
+    "clamped": {"value": 0.5},
+    "added": {"value": 0.5},
+    "patched": {"source": {1: torch.full((1, 11, 16), 0.25, dtype=torch.float64)}},
+    "inserted": {"factor": 2.0},
+    "negated": {"scale": -1.0},
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@torch.no_grad()
+def test_a_change_of_features_as_a_method_is_the_function_of_that_name(pair: PairedModel, name: str) -> None:
+    function, features = getattr(feature_edits, name), [(1, 3), (1, 5)]
+    with pair.routed("replacement"):
+        plain = pair.model(TOKENS)
+        with function(pair, features, **EDITS[name]) as model:
+            by_function = model(TOKENS)
+        with getattr(pair, name)(features, **EDITS[name]) as model:
+            assert model is pair.model and torch.equal(model(TOKENS), by_function)
+        assert not torch.equal(by_function, plain) and torch.equal(pair.model(TOKENS), plain)
+    of_method = inspect.signature(getattr(PairedModel, name)).parameters
+    of_function = inspect.signature(function).parameters
+    assert [(p.name, p.default) for p in list(of_method.values())[1:]] == [
+        (p.name, p.default) for p in list(of_function.values())[1:]
+    ]
+
+
+def test_the_device_is_that_of_the_weights(pair: PairedModel) -> None:
+    assert pair.device == pair.model.W_E.device == torch.device("cpu")

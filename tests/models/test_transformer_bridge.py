@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import tl_adapters
 from tl_adapters import organism
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.cli.main import main
 from tl_adapters.config import LossWeights
 from tl_adapters.data.chat_format import encode_traces
@@ -26,7 +27,7 @@ from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.generation.responses import respond
 from tl_adapters.interop.saelens import from_saelens, to_saelens
 from tl_adapters.models.build import backend_of, build_model, default_backend
-from tl_adapters.models.paired_model import PairedModel, PairMismatchError
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import ROUTES, WeightsProcessedError
 from tl_adapters.training.objective import reference_step, shared_prefix_step
 from tl_adapters.training.trainer import train
@@ -180,7 +181,7 @@ def test_adapter_gradients_are_the_hooked_transformers(architecture: str) -> Non
 def test_fingerprints_do_not_depend_on_the_backend(architecture: str, bridged: PairedModel) -> None:
     hooked = make(architecture, "hooked")
     assert bridged.fingerprints == hooked.fingerprints
-    for ours, theirs in zip(bridged.marks, hooked.marks, strict=True):
+    for ours, theirs in zip(bridged.layer_samples, hooked.layer_samples, strict=True):
         assert torch.equal(ours.attention_out, theirs.attention_out)
         assert torch.equal(ours.base_mlp_out, theirs.base_mlp_out)
         close(ours.ln2_w, theirs.ln2_w, 1e-7)

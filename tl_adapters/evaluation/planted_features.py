@@ -166,7 +166,7 @@ def plant_features(
     dtype = torch.promote_types(cfg.dtype, torch.float32)
     layers = [TranscoderAdapter(cfg.d_model, per_layer, dtype=dtype, device=device) for _ in range(cfg.n_layers)]
     about = AdapterMetadata(base=pair.base_id, target=pair.base_id)
-    planted = AdapterSet(layers, pair.marks, about, samples=pair.samples).requires_grad_(False)
+    planted = AdapterSet(layers, pair.layer_samples, about, samples=pair.samples).requires_grad_(False)
     traces = readable_traces(traces, cfg)
     batches = [batch.to(device) for _, batch in batches_by_length(traces, tokens_per_batch)]
     texts = _texts(batches, cfg.d_vocab)

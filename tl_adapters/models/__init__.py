@@ -12,6 +12,7 @@
 * `output_comparison`: the tolerance within which two outputs agree, and the error where they do not
 * `paired_model`: PairedModel, one TransformerLens model that computes the target, the hybrid and the replacement
 * `routed_mlp`: what one layer computes: the target's MLP or the base's, with or without the adapter
+* `routed_model`: a TransformerLens model with a route per layer, and parts of it run alone
 * `transformer_bridge`: TransformerBridge as a backend
 * `weight_identity`: samples of a model's weights, and the comparison that tells one model from another
 

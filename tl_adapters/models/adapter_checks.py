@@ -1,4 +1,8 @@
-"""Do these adapters belong to this model and this base, and what must they be fed here?"""
+"""Were these adapters trained with this target and this base, and what scale brings the MLP's input to theirs?
+
+`require_belonging` is the only place that answers the first question for models in memory: by depth and width, by the
+samples of weights that the adapters carry (`weight_identity`), by fingerprints, and by name where they carry nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.checkpoints.layer_samples import agrees, dtype_name
 from tl_adapters.models.backend import Backend
-from tl_adapters.models.weight_identity import ModelSamples, layer_and_weight, recorded_samples
+from tl_adapters.models.weight_identity import ModelSamples, layer_and_title, recorded_samples
 from tl_adapters.utils.finite import require_finite_weights
 
 log = logging.getLogger(__name__)
@@ -23,28 +27,28 @@ def require_belonging(
     adapters: AdapterSet,
     backend: Backend,
     target: str,
-    base_mlps: Mapping[str, Tensor] | None,
+    base_samples: Mapping[str, Tensor] | None,
     base: str,
     fingerprints: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises PairMismatchError, with both sides, where depth, width or content show that they belong elsewhere.
+    """Raises PairMismatchError, with both sides, where depth, width or content show that adapters belong elsewhere.
 
-    Content is compared weight by weight (`marks.agrees`), and where adapters and models are of one dtype and nothing
-    was processed, by fingerprint too, which reads more of every weight. What the adapters do not know of their models
-    cannot be compared, and a warning says so.
+    Content is compared weight by weight (`layer_samples.agrees`). Where adapters and models have one dtype and nothing
+    was processed, fingerprints are compared too, since they cover more values of every weight. What the adapters do not
+    know of their models cannot be compared, and a warning says so.
 
     Args:
-        adapters: what is to be put in.
+        adapters: the adapters to install.
         backend: the model.
-        target, base: what model and base are called.
-        base_mlps: `identity.base_samples` of the base, or None for adapters beside the model's own MLPs.
-        fingerprints: of the pair; None compares none, and says nothing of what is not known.
+        target, base: the names of model and base.
+        base_samples: `BaseIdentity.samples`, or None for adapters that are added to the model's own MLPs.
+        fingerprints: of the pair; None compares none, and does not warn of what is unknown.
     """
-    about, cfg = adapters.metadata, backend.model.cfg
-    if about.writes != "adapter_out":
+    metadata, cfg = adapters.metadata, backend.model.cfg
+    if metadata.writes != "adapter_out":
         raise PairMismatchError(
-            "These transcoders stand in place of the MLP (they write its output); adapters are added to it. Use "
-            "them with SAELens's HookedSAETransformer.add_sae."
+            "These transcoders replace the MLP (they write its output), while adapters are added to it. Use them with "
+            "SAELens's HookedSAETransformer.add_sae."
         )
     if (adapters.n_layers, adapters.d_model) != (cfg.n_layers, cfg.d_model):
         raise PairMismatchError(
@@ -52,64 +56,83 @@ def require_belonging(
             f"the model has {cfg.n_layers} of width {cfg.d_model}."
         )
     if adapters.marks is None:
-        _require_names("target", about.target, target)
-        if base_mlps is not None:
-            _require_names("base", about.base, base)
-    known = recorded_samples(adapters)
-    if of_target := {name: values for name, values in known.items() if not name.startswith("base.")}:
-        here = ModelSamples.of(backend)
+        _require_names("target", metadata.target, target)
+        if base_samples is not None:
+            _require_names("base", metadata.base, base)
+    recorded = recorded_samples(adapters)
+    if of_target := {name: values for name, values in recorded.items() if not name.startswith("base.")}:
+        present = ModelSamples.of(backend)
         require_finite_weights(
-            ((_placed(name), values) for name, values in here.values.items()), "The target's weights"
+            ((_weight_at_layer(name), values) for name, values in present.values.items()), "The target's weights"
         )
-        for name in here.differing(of_target):
-            _refuse_target(adapters, target, *layer_and_weight(name))
-    for name, there in (base_mlps or {}).items():
-        if name in known and not agrees(known[name], there):
-            _refuse_base(adapters, base, layer_and_weight(name)[0])
+        for name in present.differing(of_target):
+            raise _other_target(adapters, target, *layer_and_title(name))
+    for name, values in (base_samples or {}).items():
+        if name in recorded and not agrees(recorded[name], values):
+            raise _other_base(adapters, base, layer_and_title(name)[0])
     if fingerprints is None:
         return
     _require_fingerprints(adapters, target, base, fingerprints)
-    _say_what_is_unknown(adapters)
+    _warn_of_unknown_weights(adapters)
+
+
+def require_planted(adapters: AdapterSet, planted: str | None, target: str) -> None:
+    """Raises PairMismatchError where adapters were trained on planted features other than those in the model.
+
+    Args:
+        adapters: the adapters to install.
+        planted: the fingerprint of the features planted in the model, None where there are none.
+        target: the name of the model.
+    """
+    trained_on = adapters.metadata.fingerprints.get("planted")
+    if trained_on is not None and trained_on != planted:
+        raise PairMismatchError(
+            f"These adapters were trained on {adapters.metadata.target}; the target here is "
+            f"{target or 'a model'} without those features. Plant them again: "
+            "PairedModel.plant(base, planted)."
+        )
 
 
 def _require_fingerprints(adapters: AdapterSet, target: str, base: str, fingerprints: Mapping[str, str]) -> None:
-    """Compare what was recorded of whole models, where both sides are in one dtype and nothing was processed."""
-    known, trained_on = recorded_samples(adapters), dict(adapters.metadata.fingerprints)
+    """Compare fingerprints of whole models, where both sides have one dtype and nothing was processed."""
+    recorded, trained_on = recorded_samples(adapters), dict(adapters.metadata.fingerprints)
     for key, weight in (("dtype", ".self_attn.o_proj"), ("base_dtype", ".mlp.down_proj")):
         # Earlier versions recorded no dtype; the weights tell it. Without either nothing can be compared exactly.
-        found = [
-            t for name, t in known.items() if name.endswith(weight) and (key == "dtype") != name.startswith("base.")
+        samples = [
+            values
+            for name, values in recorded.items()
+            if name.endswith(weight) and (key == "dtype") != name.startswith("base.")
         ]
-        trained_on.setdefault(key, dtype_name(found[0].dtype) if found else "unknown")
+        trained_on.setdefault(key, dtype_name(samples[0].dtype) if samples else "unknown")
     differs = differing(trained_on, fingerprints)
     if any(name.startswith("target") for name in differs):
-        _refuse_target(adapters, target, None, "projections, embeddings or norms")
+        raise _other_target(adapters, target, None, "projections, embeddings or norms")
     if "base_mlps" in differs:
-        _refuse_base(adapters, base, None)
+        raise _other_base(adapters, base, None)
 
 
-def _placed(name: str) -> str:
-    layer, weight = layer_and_weight(name)
-    return weight if layer is None else f"layer {layer}, {weight}"
+def _weight_at_layer(name: str) -> str:
+    layer, title = layer_and_title(name)
+    return title if layer is None else f"layer {layer}, {title}"
 
 
-def _refuse_target(adapters: AdapterSet, target: str, layer: int | None, what: str) -> None:
-    where = what if layer is None else f"{what} at layer {layer}"
-    raise PairMismatchError(
+def _other_target(adapters: AdapterSet, target: str, layer: int | None, title: str) -> PairMismatchError:
+    where = title if layer is None else f"{title} at layer {layer}"
+    return PairMismatchError(
         f"The adapters were trained on {adapters.metadata.target or 'another target'}: the weights of the {where} "
         f"differ from those of {target or 'this model'} (another model, or one processed in another way)."
     )
 
 
-def _refuse_base(adapters: AdapterSet, base: str, layer: int | None) -> None:
+def _other_base(adapters: AdapterSet, base: str, layer: int | None) -> PairMismatchError:
     where = "" if layer is None else f" at layer {layer}"
-    raise PairMismatchError(
+    return PairMismatchError(
         f"The adapters were trained beside the MLPs of {adapters.metadata.base or 'another base'}, and those of "
         f"{base or 'this base'} differ{where}. Give the base they were trained with."
     )
 
 
-def _say_what_is_unknown(adapters: AdapterSet) -> None:
+def _warn_of_unknown_weights(adapters: AdapterSet) -> None:
     if adapters.samples is not None or adapters.warned:
         return
     adapters.warned = True
@@ -121,37 +144,38 @@ def _say_what_is_unknown(adapters: AdapterSet) -> None:
 
 
 def adapter_scale(adapters: AdapterSet, backend: Backend, layer: int) -> Tensor | None:
-    """What brings the MLP's input in this model to what the adapter reads, [d_model]; None where it is that.
+    """The factor from the MLP's input in this model to the adapter's input, [d_model]; None where both are the same.
 
-    Raises PairMismatchError where it cannot be had.
+    Raises PairMismatchError where the adapter's input cannot be computed.
     """
-    here, marks = backend.second_norm(layer), adapters.marks
+    norm, marks = backend.second_norm(layer), adapters.marks
     if adapters.metadata.reads == "normalized":
-        if here is not None and bool((here == 0).any()):
+        if norm is not None and bool((norm == 0).any()):
             raise PairMismatchError(
-                f"The second norm of layer {layer} has weights that are 0, so what stands before it cannot be had "
-                "from the MLP's input. Give adapters that read mlp_input, or fold the model's norms."
+                f"The second norm of layer {layer} has weights that are 0, so its input cannot be computed from the "
+                "MLP's input. Give adapters that read mlp_input, or fold the model's norms."
             )
-        return None if here is None else 1 / here.detach().to(torch.promote_types(here.dtype, torch.float32))
-    if here is not None:
+        return None if norm is None else 1 / norm.detach().to(torch.promote_types(norm.dtype, torch.float32))
+    if norm is not None:
         return None
     if marks is None:
         raise PairMismatchError(
             "The model's second norms are folded, and these adapters, which read the MLP's input, do not carry "
-            "their weights. Load the model with from_pretrained_no_processing."
+            "the weights of those norms. Load the model with from_pretrained_no_processing."
         )
     return marks[layer].ln2_w
 
 
 def _require_names(role: str, recorded: str, given: str) -> None:
-    """For adapters that carry no marks: by name, where both names are known."""
+    """Compare names, for adapters that carry no samples of their models, where both names are known."""
     if recorded and given and short_model_name(recorded) != short_model_name(given):
         raise PairMismatchError(
-            f"These adapters carry no marks of their {role}, and by name it is {recorded}; given is {given}. Give the "
-            f"whole set as it was saved, which knows its {role} by content, or the {role} of that name."
+            f"These adapters carry no samples of their {role}'s weights. Its recorded name is {recorded}; given is "
+            f"{given}. Give the whole set as it was saved, which identifies its {role} by content, or the {role} of "
+            "that name."
         )
 
 
 def short_model_name(name: str) -> str:
-    """The part of an id or path that copies of a model usually share."""
+    """The last part of an id or path in lower case, which copies of a model usually share."""
     return name.rstrip("/").rpartition("/")[2].lower()
