@@ -1,12 +1,13 @@
-"""How faithfully adapters stand in for what training changed (arXiv 2602.20904, section 4.1).
+"""How faithfully adapters reproduce what training changed in the model (arXiv 2602.20904, section 4.1).
 
-1. KL(target || x) for the hybrid, the replacement, and partial replacement: layers 0..i, layers i..L-1, layer i alone;
-2. NMSE of the replacement's residual stream, at the embedding and after every layer;
-3. L0 per token and layer, and how many features are alive.
+1. KL(target || x) for the hybrid, the replacement, and partial replacement: layers 0..i, layers i..L-1, layer i alone.
+2. NMSE of the replacement's residual stream, at the embedding and after every layer.
+3. L0 of every layer, and the number of alive features.
 
-The headline counts response tokens only (for a KL: positions whose next token belongs to the response), beside it
-stand the same figures over all tokens. Everything is summed per document first, so intervals are over documents and
-partial and full KL are paired. Prefixes are shared: the L only-one-layer models start from the target's own streams.
+The headline figures count response tokens only (a KL counts positions whose next token belongs to the response); the
+same figures over all tokens are given beside them. Everything is summed per document first, so that intervals are over
+documents, and partial and full KL are paired. Prefixes are shared between the models: partial replacements start from
+the target's or the replacement's own residual streams.
 """
 
 from __future__ import annotations
@@ -33,36 +34,36 @@ from tl_adapters.utils.precision import host_float64, wide
 
 @dataclass(frozen=True)
 class DocumentSums:
-    """Sums per document of everything the figures are ratios of; the first axis is always the document."""
+    """The sums per document whose ratios are the reported figures; the first axis is the document."""
 
     kl: dict[str, Float[Tensor, "n"]]
-    """Nats over response-predicting positions, by model: hybrid, replacement, first[i], last[i], only[i]."""
+    """KL in nats over response-predicting positions, by model: hybrid, replacement, first[i], last[i], only[i]."""
     kl_all: dict[str, Float[Tensor, "n"]]
-    """The same over all positions that predict something."""
+    """The same over all positions that predict a token."""
     positions: Float[Tensor, "n"]
-    """Response-predicting positions."""
+    """Number of positions that predict a response token."""
     positions_all: Float[Tensor, "n"]
-    """All predicting positions."""
+    """Number of positions that predict a token."""
     same_top1: Float[Tensor, "n"]
-    """Response-predicting positions where target and replacement agree on the likeliest token."""
-    error: Float[Tensor, "n places"]
+    """Number of response-predicting positions where target and replacement have the same likeliest token."""
+    error: Float[Tensor, "n streams"]
     """Squared error of the residual stream over response tokens, at the embedding and after each layer."""
-    energy: Float[Tensor, "n places"]
-    """Squares of the target's residual stream over the same tokens."""
-    error_all: Float[Tensor, "n places 2"]
+    energy: Float[Tensor, "n streams"]
+    """Squared norm of the target's residual stream over the same tokens."""
+    error_all: Float[Tensor, "n streams 2"]
     """Squared error over all tokens: [..., 0] with position 0, [..., 1] without."""
-    energy_all: Float[Tensor, "n places 2"]
-    """Squares of the target's residual stream over the same tokens."""
+    energy_all: Float[Tensor, "n streams 2"]
+    """Squared norm of the target's residual stream over the same tokens."""
     active: Float[Tensor, "n n_layers"]
-    """Active features summed over response tokens."""
+    """Number of active features, summed over response tokens."""
     active_all: Float[Tensor, "n n_layers"]
-    """Active features summed over all tokens."""
+    """Number of active features, summed over all tokens."""
     tokens: Float[Tensor, "n"]
-    """Response tokens."""
+    """Number of response tokens."""
     tokens_all: Float[Tensor, "n"]
-    """All tokens."""
+    """Number of tokens."""
     firings: Float[Tensor, "n_layers n_features"]
-    """How often each feature fired over all tokens (no document axis)."""
+    """Number of tokens at which each feature is active, over all documents (no document axis)."""
 
     @property
     def l0(self) -> Float[Tensor, "n_layers"]:
@@ -71,7 +72,16 @@ class DocumentSums:
 
 
 def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048) -> DocumentSums:
-    """One pass over ``traces`` (the target's own greedy text on held-out problems). Raises NotFiniteError."""
+    """The faithfulness sums of the pair's adapters on ``traces``.
+
+    Args:
+        pair: a pair with adapters on every layer.
+        traces: evaluation text; for published figures the target's own greedy text on held-out problems.
+        tokens_per_batch: tokens of a forward pass.
+
+    Raises:
+        NotFiniteError: activations are NaN or infinite.
+    """
     traces = readable_traces(traces, pair.model.cfg)
     parts, order = [], []
     for rows, batch in batches_by_length(traces, tokens_per_batch):
@@ -102,17 +112,18 @@ def _measure_batch(pair: PairedModel, batch: Batch, documents: Sequence[int]) ->
     response, everything = batch.predicting_response, batch.predicting
 
     kl: dict[str, Tensor] = {}
-    places = everything.nonzero(as_tuple=True)  # once: indexing with a mask asks the device how many there are
-    for names, final in _variants(pair, target, replacement):
-        tokens = wide(torch.zeros(batch.tokens.shape, device=final.device))
-        tokens[places] = token_kl_from_residual(target[-1][places], final[places], pair.unembed, pair.rows_at_once).to(
-            tokens
+    at_predicting = everything.nonzero(as_tuple=True)  # once, since indexing with a mask waits for the device
+    for names, final in _final_streams(pair, target, replacement):
+        by_token = wide(torch.zeros(batch.tokens.shape, device=final.device))
+        values = token_kl_from_residual(
+            target[-1][at_predicting], final[at_predicting], pair.unembed, pair.rows_at_once
         )
-        kl |= dict.fromkeys(names, torch.stack([(tokens * response).sum(1), tokens.sum(1)]))
+        by_token[at_predicting] = values.to(by_token)
+        kl |= dict.fromkeys(names, torch.stack([(by_token * response).sum(1), by_token.sum(1)]))
     of_response, of_all = host_float64(torch.stack(list(kl.values()), 1))
 
     same = torch.zeros_like(response)
-    same[places] = _top1(pair, target[-1][places]) == _top1(pair, replacement[-1][places])
+    same[at_predicting] = _top1(pair, target[-1][at_predicting]) == _top1(pair, replacement[-1][at_predicting])
     errors = torch.stack([(wide(r) - wide(t)).square().sum(-1) for t, r in zip(target, replacement, strict=True)], -1)
     energies = torch.stack([wide(t).square().sum(-1) for t in target], -1)
     real, answer = batch.real[..., None], batch.response[..., None]
@@ -137,10 +148,10 @@ def _measure_batch(pair: PairedModel, batch: Batch, documents: Sequence[int]) ->
     )
 
 
-def _variants(
+def _final_streams(
     pair: PairedModel, target: list[Tensor], replacement: list[Tensor]
 ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Final residual streams of the hybrid, the replacement and every partial replacement."""
+    """The final residual streams of the hybrid, the replacement and every partial replacement, with their names."""
     n = pair.n_layers
 
     def run(route: str, resid: Tensor, start: int, stop: int = n) -> Tensor:
@@ -150,7 +161,7 @@ def _variants(
     yield ("hybrid",), run("hybrid", target[0], 0)
     yield ("replacement", f"first[{n - 1}]", "last[0]", *(["only[0]"] if n == 1 else [])), replacement[-1]
     for i in range(n - 1):
-        # Layer 0 alone is the first layer, and the last layer alone is the last: one pass, two names.
+        # Replacing layer 0 only is first[0], and replacing the last layer only is last[n - 1]: one pass, two names.
         yield (f"first[{i}]", *(["only[0]"] if i == 0 else [])), run("target", replacement[i + 1], i + 1)
     for i in range(1, n):
         yield (f"last[{i}]", *([f"only[{i}]"] if i == n - 1 else [])), run("replacement", target[i], i)
@@ -159,6 +170,7 @@ def _variants(
 
 
 def _top1(pair: PairedModel, resid: Tensor) -> Tensor:
+    """The likeliest token at each position."""
     return torch.cat([pair.unembed(part).argmax(-1) for part in resid.split(pair.rows_at_once)])
 
 
@@ -210,6 +222,6 @@ def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = 
 
 
 def features_block(sums: DocumentSums) -> dict[str, int]:
-    """The block "features" of results.json: how many there are and how many are alive."""
+    """The block "features" of results.json: the numbers of features, of alive features and of tokens."""
     alive = int((sums.firings >= ALIVE_FIRINGS).sum())
     return {"total": sums.firings.numel(), "alive": alive, "tokens": int(sums.tokens_all.sum())}

@@ -1,13 +1,14 @@
-"""Which features of two adapter sets are the same? What training found of what was planted, and what two seeds share.
+"""Matching of the features of two adapter sets, such as planted and trained features, or the features of two seeds.
 
-1. Both sets read the target's own stream over evaluation text; a feature is alive if it fired at least 10 times in it
-   (so a rate of 1e-4 takes 100,000 tokens);
-2. the alive features of a layer are matched one to one: the assignment with the largest sum of activation correlation
-   and decoder cosine (Hungarian algorithm);
-3. matched features are *the same* if both are above 0.9.
+1. Both sets read the target's residual stream over evaluation text. A feature is alive if it is active on at least 10
+   tokens of it (a feature with a firing rate of 1e-4 needs 100,000 tokens).
+2. The alive features of a layer are matched one to one, by the assignment with the largest sum of activation
+   correlation and decoder cosine (Hungarian algorithm).
+3. Matched features are *the same* if both are above 0.9.
 
-Encoders are reported and not asked: where inputs hardly vary an encoder may be anything. Their cosine under the
-inputs' covariance (the correlation of what they read off) says whether they differ where it matters.
+The cosine of the encoders is reported but is not a criterion, since an encoder is arbitrary in directions in which the
+inputs hardly vary. The cosine under the inputs' covariance (the correlation of the pre-activations) shows whether
+encoders differ in directions that matter.
 """
 
 from __future__ import annotations
@@ -35,56 +36,57 @@ from tl_adapters.utils.precision import host_float64, wide
 from tl_adapters.utils.share_intervals import share_interval
 
 SAME_FEATURE_THRESHOLD = 0.9
-"""Above it, in decoder cosine and activation correlation both, two features are the same."""
+"""Two features are the same if both their decoder cosine and their activation correlation are above this."""
 
 
 class MatchingError(UserError, ValueError):
-    """Two sets whose features cannot be compared."""
+    """Two adapter sets whose features cannot be compared."""
 
 
 class Share(NamedTuple):
-    """k of n, with the 95 % interval of a share of independent draws (`intervals.share_interval`)."""
+    """A share k / n, with its 95 % interval for independent draws (`confidence_intervals.share_interval`)."""
 
     k: int
     n: int
 
     @property
     def value(self) -> float | None:
-        """k / n; None for none of none."""
+        """k / n; None if n is 0."""
         return self.k / self.n if self.n else None
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %."""
+        """The 95 % confidence interval."""
         return share_interval(self.k, self.n)
 
 
 @dataclass(frozen=True)
 class Match:
-    """Two features that were matched; the same feature or not."""
+    """Two matched features, which may or may not be the same feature."""
 
     layer: int
-    """Of both."""
+    """Layer of both features."""
     a: int
-    """Index in the first set."""
+    """Index of the feature in the first set."""
     b: int
-    """Index in the second set."""
+    """Index of the feature in the second set."""
     correlation: float
-    """Of their activations over the tokens (Pearson)."""
+    """Pearson correlation of their activations over the tokens."""
     decoder_cosine: float
-    """Of their decoder rows."""
+    """Cosine of their decoder rows."""
     encoder_cosine: float
-    """Of their encoder columns, as they read the MLP's input."""
+    """Cosine of their encoder columns, as they read the MLP's input."""
     encoder_cosine_in_covariance: float
-    """The same under the inputs' covariance: the correlation of what the two encoders read off."""
+    """Cosine under the inputs' covariance, which is the correlation of the two pre-activations."""
 
     @property
     def same(self) -> bool:
-        """One feature, found twice."""
+        """Whether the two are the same feature, by both criteria."""
         return self.correlation > SAME_FEATURE_THRESHOLD and self.decoder_cosine > SAME_FEATURE_THRESHOLD
 
 
 MATCH_STATISTICS = ("correlation", "decoder_cosine", "encoder_cosine", "encoder_cosine_in_covariance")
+"""The statistics of a `Match`."""
 
 
 @dataclass(frozen=True)
@@ -92,32 +94,32 @@ class Matching:
     """The alive features of two sets, matched one to one within each layer."""
 
     matches: tuple[Match, ...]
-    """As many as the smaller set has alive features, layer by layer; most are no good where the sets differ."""
+    """Matches by layer, as many as the set with fewer alive features has; if the sets differ, most are not the same."""
     a: dict[FeatureId, float]
-    """The first set's alive features, with the share of tokens each fires on."""
+    """Alive features of the first set, with the share of tokens on which each is active."""
     b: dict[FeatureId, float]
-    """The second set's."""
+    """The same for the second set."""
     tokens: int
-    """Tokens of the evaluation."""
+    """Number of tokens of the evaluation text."""
 
     def shares(self, side: Literal["a", "b"]) -> dict[str, Share]:
-        """The share of one set's alive features that are the same as one of the other's: "all", and by firing rate.
+        """The share of one set's alive features that are the same as a feature of the other: "all", and by firing rate.
 
-        A rate counts to the nearest power of ten: "1e-3" is from 10^-3.5 to 10^-2.5.
+        Rates are rounded to the nearest power of ten: "1e-3" is from 10^-3.5 to 10^-2.5.
         """
         same = {FeatureId(m.layer, getattr(m, side)) for m in self.matches if m.same}
         groups: dict[str, list[FeatureId]] = {"all": list(getattr(self, side))}
-        for which, rate in sorted(getattr(self, side).items(), key=lambda item: -item[1]):
-            groups.setdefault(f"1e{round(math.log10(rate))}", []).append(which)
+        for feature, rate in sorted(getattr(self, side).items(), key=lambda item: -item[1]):
+            groups.setdefault(f"1e{round(math.log10(rate))}", []).append(feature)
         return {name: Share(len(same.intersection(group)), len(group)) for name, group in groups.items()}
 
     def quantiles(self) -> dict[str, list[float]]:
-        """10, 25, 50, 75 and 90 % points of every figure over the matches."""
+        """The 10, 25, 50, 75 and 90 % quantiles of every match statistic."""
         if not self.matches:
             return {}
-        points = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+        levels = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
         values = {name: torch.tensor([getattr(m, name) for m in self.matches]).double() for name in MATCH_STATISTICS}
-        return {name: value.quantile(points).tolist() for name, value in values.items()}
+        return {name: value.quantile(levels).tolist() for name, value in values.items()}
 
     def _repr_html_(self) -> str:
         rows = [[name, *(f"{v:.2f}" for v in values)] for name, values in self.quantiles().items()]
@@ -127,7 +129,7 @@ class Matching:
 
 
 def shares_table(columns: dict[str, dict[str, Share]]) -> str:
-    """Shares by firing rate as a table, a column per set."""
+    """An HTML table of shares by firing rate, with one column per set."""
     names = list(dict.fromkeys(name for shares in columns.values() for name in shares))
 
     def cell(s: Share) -> str:
@@ -141,35 +143,42 @@ def shares_table(columns: dict[str, dict[str, Share]]) -> str:
 
 @torch.no_grad()
 def match_features(
-    found: AdapterSet, planted: AdapterSet, pair: PairedModel, traces: Sequence[Trace], *, tokens_per_batch: int = 2048
+    adapters_a: AdapterSet,
+    adapters_b: AdapterSet,
+    pair: PairedModel,
+    traces: Sequence[Trace],
+    *,
+    tokens_per_batch: int = 2048,
 ) -> Matching:
     """Match the alive features of two sets one to one, layer by layer.
 
-    The assignment with the largest sum of activation correlation + decoder cosine (Hungarian algorithm). Both sets
-    read the target's stream. Two passes over ``traces``: which features are alive, then sums of products of those, so
-    memory is a square of alive features per layer, whatever the number of tokens.
+    The assignment has the largest sum of activation correlation + decoder cosine (Hungarian algorithm). Both sets read
+    the target's residual stream. There are two passes over ``traces``: the first finds the alive features, the second
+    sums products of their activations. Memory is the square of the alive features per layer, for any number of tokens.
 
     Args:
-        found, planted: two sets for ``pair``, in memory; neither has to be installed.
-        pair: gives the target.
+        adapters_a, adapters_b: two adapter sets for ``pair``; neither needs to be installed.
+        pair: the pair whose target is read.
         traces: evaluation text.
-        tokens_per_batch: of the forward passes.
+        tokens_per_batch: tokens of a forward pass.
 
-    Raises MatchingError for sets of other depth or width than the pair's.
+    Raises:
+        MatchingError: a set has another number of layers or another width than the pair.
     """
     traces = readable_traces(traces, pair.model.cfg)
-    ours, theirs = _Reader(pair, found), _Reader(pair, planted)
-    moments = _InputMoments(pair)
+    encoders_a, encoders_b = _Encoders(pair, adapters_a), _Encoders(pair, adapters_b)
+    moments, firings_a, firings_b = _InputMoments(pair), _Firings(encoders_a), _Firings(encoders_b)
     for inputs in _target_inputs(pair, traces, tokens_per_batch):
         moments.add(inputs)
-        ours.count(inputs)
-        theirs.count(inputs)
-    sums = {layer: _ProductSums() for layer in ours.keep_alive() & theirs.keep_alive()}
+        firings_a.add(inputs)
+        firings_b.add(inputs)
+    set_a, set_b = _AliveFeatures(encoders_a, firings_a), _AliveFeatures(encoders_b, firings_b)
+    sums = {layer: _ProductSums() for layer in set_a.indices.keys() & set_b.indices.keys()}
     for inputs in _target_inputs(pair, traces, tokens_per_batch):
         for layer, products in sums.items():
-            products.add(ours.alive_acts(layer, inputs[layer]), theirs.alive_acts(layer, inputs[layer]))
-    matches = [m for layer in sorted(sums) for m in _match_layer(layer, ours, theirs, sums[layer], moments)]
-    return Matching(tuple(matches), ours.rates(moments.n), theirs.rates(moments.n), moments.n)
+            products.add(set_a.acts(layer, inputs[layer]), set_b.acts(layer, inputs[layer]))
+    matches = [m for layer in sorted(sums) for m in _match_layer(layer, set_a, set_b, sums[layer], moments)]
+    return Matching(tuple(matches), set_a.rates(moments.n), set_b.rates(moments.n), moments.n)
 
 
 def seed_agreement(
@@ -180,55 +189,57 @@ def seed_agreement(
     *,
     tokens_per_batch: int = 2048,
 ) -> Matching:
-    """What two trainings of one pair have in common: `match_features` of both; its shares, by set, are the agreement.
+    """The features that two training runs on one pair have in common.
 
-    Raises MatchingError where the sets say that they were trained on different pairs.
+    The agreement is `Matching.shares` of either set; see `match_features` for the arguments.
+
+    Raises:
+        MatchingError: the sets were trained on different pairs, by weight fingerprint.
     """
-    ours, theirs = (adapters.metadata.fingerprints for adapters in (adapters_a, adapters_b))
-    if differs := differing(ours, theirs):
+    if differs := differing(adapters_a.metadata.fingerprints, adapters_b.metadata.fingerprints):
         raise MatchingError(
-            f"The two sets were trained on different pairs: their {' and '.join(differs)} differ. Seeds can be "
-            "compared on one pair only."
+            f"The two sets were trained on different pairs: their {' and '.join(differs)} differ. Give two sets that "
+            "were trained on one pair."
         )
     return match_features(adapters_a, adapters_b, pair, traces, tokens_per_batch=tokens_per_batch)
 
 
 def _target_inputs(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int) -> Iterator[list[Tensor]]:
-    """What every layer's MLP reads on the target's route, at real tokens, batch by batch."""
+    """The MLP inputs of every layer on the target route, without padding, batch by batch."""
     for _, batch in batches_by_length(traces, tokens_per_batch):
         batch = batch.to(pair.model.W_E.device)
-        with pair.routed("target"), pair.recorded("mlp.hook_in") as read:
+        with pair.routed("target"), pair.recorded("mlp.hook_in") as inputs:
             pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
-        places = batch.real.nonzero(as_tuple=True)
-        yield [read[layer][places] for layer in range(pair.n_layers)]
+        at_tokens = batch.real.nonzero(as_tuple=True)
+        yield [inputs[layer][at_tokens] for layer in range(pair.n_layers)]
 
 
 class _InputMoments:
-    """Mean and covariance of what every layer's MLP reads, summed over batches."""
+    """Mean and covariance of the MLP inputs of every layer, accumulated over batches."""
 
     def __init__(self, pair: PairedModel) -> None:
         zeros = wide(torch.zeros(pair.n_layers, pair.model.cfg.d_model, device=pair.model.W_E.device))
         self.n, self.sums = 0, zeros
         self.products = [torch.diag(row) for row in zeros]
-        self.about: list[Tensor] = []
-        """Per layer the first batch's mean, subtracted from everything: a large mean would cancel in float32."""
+        self.origin: list[Tensor] = []
+        """The mean of the first batch per layer, which is subtracted first: a large mean would cancel in float32."""
 
     def add(self, inputs: Sequence[Tensor]) -> None:
         self.n += len(inputs[0])
-        self.about = self.about or [wide(x).mean(0) for x in inputs]
+        self.origin = self.origin or [wide(x).mean(0) for x in inputs]
         for layer, x in enumerate(inputs):
-            moved = wide(x) - self.about[layer]
-            self.sums[layer] += moved.sum(0)
-            self.products[layer] += moved.T @ moved
+            shifted = wide(x) - self.origin[layer]
+            self.sums[layer] += shifted.sum(0)
+            self.products[layer] += shifted.T @ shifted
 
     def covariance(self, layer: int) -> Float[Tensor, "d_model d_model"]:
-        """Of one layer, on the CPU in float64."""
+        """The covariance at one layer, on the CPU in float64."""
         mean = host_float64(self.sums[layer]) / self.n
         return host_float64(self.products[layer]) / self.n - torch.outer(mean, mean)
 
 
-class _Reader:
-    """One set of the two: its encoders as they read the MLP's input of this pair, and its alive features."""
+class _Encoders:
+    """The encoders of an adapter set, reading the pair's MLP inputs. Raises MatchingError for other shapes."""
 
     def __init__(self, pair: PairedModel, adapters: AdapterSet) -> None:
         if (adapters.n_layers, adapters.d_model) != (pair.n_layers, pair.model.cfg.d_model):
@@ -238,46 +249,55 @@ class _Reader:
             )
         self.adapters = adapters.to(pair.model.W_E.device)
         self.scales = {layer: adapter_scale(adapters, pair.backend, layer) for layer in adapters.layer_indices}
-        self.firings: dict[int, Tensor] = {}
-        self.alive: dict[int, Tensor] = {}
 
-    def acts(self, layer: int, x: Tensor) -> Tensor:
+    def acts(self, layer: int, x: Tensor) -> Float[Tensor, "n n_features"]:
         scale = self.scales[layer]
         return self.adapters[layer].encode(x if scale is None else x * scale)
 
-    def count(self, inputs: Sequence[Tensor]) -> None:
-        for layer in self.scales:
-            fired = (self.acts(layer, inputs[layer]) > 0).sum(0)
-            self.firings[layer] = self.firings[layer] + fired if layer in self.firings else fired
 
-    def keep_alive(self) -> set[int]:
-        for layer, firings in self.firings.items():
-            index = (firings >= ALIVE_FIRINGS).nonzero()[:, 0]
-            if len(index):
-                self.alive[layer] = index
-        return set(self.alive)
+class _Firings:
+    """The number of tokens at which each feature of a set is active, accumulated over batches."""
 
-    def alive_acts(self, layer: int, x: Tensor) -> Float[Tensor, "n alive"]:
-        return self.acts(layer, x)[:, self.alive[layer]]
+    def __init__(self, encoders: _Encoders) -> None:
+        self.encoders = encoders
+        self.by_layer: dict[int, Tensor] = {}
 
-    def encoders(self, layer: int) -> Float[Tensor, "d_model alive"]:
-        weight, scale = host_float64(self.adapters[layer].W_enc[:, self.alive[layer]]), self.scales[layer]
+    def add(self, inputs: Sequence[Tensor]) -> None:
+        for layer in self.encoders.scales:
+            firings = (self.encoders.acts(layer, inputs[layer]) > 0).sum(0)
+            self.by_layer[layer] = self.by_layer[layer] + firings if layer in self.by_layer else firings
+
+
+class _AliveFeatures:
+    """The alive features of a set: their indices by layer, activations, encoders, decoders and firing rates."""
+
+    def __init__(self, encoders: _Encoders, firings: _Firings) -> None:
+        self.encoders, self.firings = encoders, firings.by_layer
+        alive = {layer: (count >= ALIVE_FIRINGS).nonzero()[:, 0] for layer, count in self.firings.items()}
+        self.indices = {layer: index for layer, index in alive.items() if len(index)}
+
+    def acts(self, layer: int, x: Tensor) -> Float[Tensor, "n alive"]:
+        return self.encoders.acts(layer, x)[:, self.indices[layer]]
+
+    def encoder_columns(self, layer: int) -> Float[Tensor, "d_model alive"]:
+        weight = host_float64(self.encoders.adapters[layer].W_enc[:, self.indices[layer]])
+        scale = self.encoders.scales[layer]
         return weight if scale is None else weight * host_float64(scale)[:, None]
 
-    def decoders(self, layer: int) -> Float[Tensor, "alive d_model"]:
-        return host_float64(self.adapters[layer].W_dec[self.alive[layer]])
+    def decoder_rows(self, layer: int) -> Float[Tensor, "alive d_model"]:
+        return host_float64(self.encoders.adapters[layer].W_dec[self.indices[layer]])
 
     def rates(self, tokens: int) -> dict[FeatureId, float]:
-        firings = {layer: self.firings[layer].tolist() for layer in self.alive}
+        firings = {layer: self.firings[layer].tolist() for layer in self.indices}
         return {
             FeatureId(layer, i): firings[layer][i] / tokens
-            for layer, index in self.alive.items()
+            for layer, index in self.indices.items()
             for i in index.tolist()
         }
 
 
 class _ProductSums:
-    """Sums over tokens from which the correlations of two sets of activations follow."""
+    """Sums over tokens from which the correlations between the activations of two sets are computed."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -295,25 +315,27 @@ class _ProductSums:
 
 
 def _match_layer(
-    layer: int, ours: _Reader, theirs: _Reader, sums: _ProductSums, moments: _InputMoments
+    layer: int, set_a: _AliveFeatures, set_b: _AliveFeatures, sums: _ProductSums, moments: _InputMoments
 ) -> Iterator[Match]:
+    """The matches of one layer."""
     correlation = sums.correlation()
-    decoders = _cosines(ours.decoders(layer), theirs.decoders(layer))
-    a, b = (reader.encoders(layer).T for reader in (ours, theirs))
+    decoders = _cosines(set_a.decoder_rows(layer), set_b.decoder_rows(layer))
+    a, b = (alive.encoder_columns(layer).T for alive in (set_a, set_b))
     values, vectors = torch.linalg.eigh(moments.covariance(layer))
     root = vectors * values.clamp(min=0).sqrt()
-    figures = torch.stack([correlation, decoders, _cosines(a, b), _cosines(a @ root, b @ root)], -1)
-    mine, its = ours.alive[layer].tolist(), theirs.alive[layer].tolist()
+    statistics = torch.stack([correlation, decoders, _cosines(a, b), _cosines(a @ root, b @ root)], -1)
+    indices_a, indices_b = set_a.indices[layer].tolist(), set_b.indices[layer].tolist()
     for i, j in one_to_one(correlation + decoders):
-        yield Match(layer, mine[i], its[j], *figures[i, j].tolist())
+        yield Match(layer, indices_a[i], indices_b[j], *statistics[i, j].tolist())
 
 
 def one_to_one(scores: Float[Tensor, "n_a n_b"]) -> list[tuple[int, int]]:
-    """The pairs (row, column), each used at most once, with the largest sum of scores (Hungarian algorithm)."""
+    """Pairs (row, column) with the largest sum of scores, each row and column at most once (Hungarian algorithm)."""
     rows, columns = linear_sum_assignment(scores.numpy(), maximize=True)
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
 def _cosines(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"]) -> Float[Tensor, "n_a n_b"]:
+    """The cosine of every row of ``a`` with every row of ``b``."""
     a, b = (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300) for rows in (a, b))
     return a @ b.T
