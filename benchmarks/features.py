@@ -1,8 +1,9 @@
-"""What collecting features costs over a forward pass alone, in one run: python benchmarks/features.py [n_features ...]
+"""The cost of collecting features, relative to a forward pass alone: python benchmarks/features.py [n_features ...]
 
 A random model of the built-in pair's size with adapters of which some six features fire on a token and layer, as in the
-pair's own. Both sides run the same batches on the same route; the ratio is the median over batches. The first ones,
-where every firing may yet be among the strongest, are told apart: in a run of millions of tokens they are lost.
+pair's own. Both sides run the same batches on the same route; the ratio is the median over batches. The first batches,
+in which every firing may still be among the strongest, are reported apart: in a run of millions of tokens they do not
+matter.
 """
 
 import sys
@@ -17,9 +18,10 @@ from helpers.random_models import random_model
 
 from tl_adapters.data.chat_format import TRACE_REGIONS
 from tl_adapters.data.traces import Trace
-from tl_adapters.features.collect import _batch, _Collector
-from tl_adapters.features.firing_counts import Counts
-from tl_adapters.features.store_files import StoreOptions
+from tl_adapters.features.document_batches import token_batch
+from tl_adapters.features.firing_counts import FiringCounts
+from tl_adapters.features.firing_reader import FiringReader
+from tl_adapters.features.store_description import StoreDescription, StoreOptions
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import TARGET
 
@@ -53,15 +55,16 @@ def main(widths: list[int]) -> None:
     for n_features in widths:
         pair = make_pair(n_features)
         options = StoreOptions(tokens_per_batch=ROWS * TOKENS)
-        collector = _Collector(pair, "feature", "replacement", "bench", options, (), False)
+        description = StoreDescription.of(pair, "feature", "replacement", "bench", options, ())
+        reader = FiringReader(pair, description)
         generator = torch.Generator().manual_seed(5)
         draw = lambda: tuple(torch.randint(1, 279, (TOKENS,), generator=generator).tolist())  # noqa: E731
         traces = [Trace(draw(), 8) for _ in range(ROWS * BATCHES)]
         codes = [[TRACE_REGIONS.index("question")] * 8 + [TRACE_REGIONS.index("thinking")] * (TOKENS - 8)] * len(traces)
-        counts = Counts(collector.description, 1)
+        counts = FiringCounts(description, 1)
         alone, collecting = [], []
         for number in range(BATCHES):
-            batch = _batch(traces, codes, range(ROWS * number, ROWS * (number + 1)), [""])
+            batch = token_batch(traces, codes, range(ROWS * number, ROWS * (number + 1)), [""])
             for side in (alone, collecting):
                 began = time.perf_counter()
                 with torch.no_grad():
@@ -69,10 +72,10 @@ def main(widths: list[int]) -> None:
                         with pair.routed("replacement"):
                             pair.run_blocks(pair.embed(batch.tokens), 0, LAYERS)
                     else:
-                        counts.add(batch, *collector._firings(batch))
+                        counts.add(batch, reader.read(batch))
                 side.append(time.perf_counter() - began)
         ratio = median(c / a for c, a in zip(collecting[8:], alone[8:], strict=True))
-        firings = int(counts.count.sum()) / (BATCHES * ROWS * TOKENS * LAYERS)
+        firings = int(counts.firings.sum()) / (BATCHES * ROWS * TOKENS * LAYERS)
         first = sum(collecting[:8]) / sum(alone[:8])
         print(
             f"{n_features:6,} features: {ratio:.2f} times a forward pass alone ({first:.2f} in the first eight); "

@@ -79,7 +79,7 @@ EXPORTS = {
     "seed_agreement": "evaluation.feature_matching",
     "shifted_logits": "circuits.steering",
     "show_features": "features.notebook_view",
-    "StoreOptions": "features.store_files",
+    "StoreOptions": "features.store_description",
     "stream_agreement": "features.stream_agreement",
     "StudyOptions": "circuits.study",
     "Subject": "circuits.subject",
@@ -154,7 +154,7 @@ if TYPE_CHECKING:
     from tl_adapters.features.collect import collect_features as collect_features
     from tl_adapters.features.notebook_view import show_features as show_features
     from tl_adapters.features.store import FeatureStore as FeatureStore
-    from tl_adapters.features.store_files import StoreOptions as StoreOptions
+    from tl_adapters.features.store_description import StoreOptions as StoreOptions
     from tl_adapters.features.stream_agreement import stream_agreement as stream_agreement
     from tl_adapters.generation.compare_variants import generate_variants as generate_variants
     from tl_adapters.generation.responses import respond as respond

@@ -16,12 +16,13 @@ from tl_adapters.data.chat_format import TRACE_REGIONS, ChatFormat, encode_trace
 from tl_adapters.data.tokens import VocabularyError
 from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.features.collect import collect_features, collect_share
+from tl_adapters.features.example_selection import mixed_bits
 from tl_adapters.features.feature import FeatureStoreError
-from tl_adapters.features.firing_counts import _mixed
-from tl_adapters.features.layer_statistics import bucket, bucket_edges
+from tl_adapters.features.firing_reader import features_read_on
+from tl_adapters.features.layer_statistics import histogram_bucket, histogram_edges
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.features.store_files import StoreOptions
-from tl_adapters.features.stream_agreement import reading, stream_agreement
+from tl_adapters.features.store_description import StoreOptions
+from tl_adapters.features.stream_agreement import stream_agreement
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 
 OPTIONS = StoreOptions(examples=4, sample=5, before=3, after=2, tokens_per_batch=300)
@@ -49,7 +50,7 @@ def traces(pair: PairedModel) -> list[Trace]:
 
 def activations(pair: PairedModel, trace: Trace, stream: str = "replacement") -> torch.Tensor:
     """[layers, pos, n_features] in decoder-norm units, one document at a time."""
-    with reading(pair, stream), pair.recorded(ACTS_HOOK) as acts, torch.no_grad():
+    with features_read_on(pair, stream), pair.recorded(ACTS_HOOK) as acts, torch.no_grad():
         pair.model(torch.tensor([trace.tokens]))
     norms = [adapter.W_dec.norm(dim=-1) for adapter in pair.installed_adapters()]
     return torch.stack([acts[layer][0] * norms[layer] for layer in range(pair.n_layers)]).detach()
@@ -65,21 +66,21 @@ def test_the_store_equals_a_plain_reference(pair: PairedModel, traces: list[Trac
     for layer in range(pair.n_layers):
         statistics, _ = store.layer(layer)
         fires = [(d[layer] > 0) for d in dense]
-        assert statistics.count.tolist() == sum(f.sum(0) for f in fires).tolist()
-        assert torch.allclose(statistics.total, sum(d[layer].sum(0) for d in dense), atol=1e-4)
+        assert statistics.firings.tolist() == sum(f.sum(0) for f in fires).tolist()
+        assert torch.allclose(statistics.summed_activation, sum(d[layer].sum(0) for d in dense), atol=1e-4)
         for code in range(len(TRACE_REGIONS)):
             expected = sum(f[r == code].sum(0) for f, r in zip(fires, regions, strict=True))
-            assert statistics.region[:, code].tolist() == expected.tolist()
+            assert statistics.region_firings[:, code].tolist() == expected.tolist()
         for place, domain in enumerate(store.part.totals.domains):
             expected = sum(f.sum(0) for f, t in zip(fires, traces, strict=True) if t.domain == domain)
-            assert statistics.domain[:, place].tolist() == expected.tolist()
-        assert statistics.histogram.sum(1).tolist() == statistics.count.tolist()
+            assert statistics.domain_firings[:, place].tolist() == expected.tolist()
+        assert statistics.histogram.sum(1).tolist() == statistics.firings.tolist()
         thinking = torch.zeros(40, 10, dtype=torch.long)
         for f, r in zip(fires, regions, strict=True):
             inside = (r == TRACE_REGIONS.index("thinking")).nonzero()[:, 0].tolist()
             for i, at in enumerate(inside):
                 thinking[:, i * 10 // len(inside)] += f[at]
-        assert statistics.tenth.tolist() == thinking.tolist()
+        assert statistics.decile_firings.tolist() == thinking.tolist()
     alive = store.ids(1)
     assert len(alive) > 30 and FeatureId(0, 3) not in alive
     for feature in store.features(alive):
@@ -99,8 +100,8 @@ def test_the_store_equals_a_plain_reference(pair: PairedModel, traces: list[Trac
             assert example.values[example.token_index] > 0
 
 
-def test_neighbours_are_what_fires_beside_the_sample(pair: PairedModel, traces: list[Trace]) -> None:
-    options = StoreOptions(examples=1, sample=1000, neighbours=200, tokens_per_batch=300)
+def test_coactivating_features_fire_on_the_sampled_tokens(pair: PairedModel, traces: list[Trace]) -> None:
+    options = StoreOptions(examples=1, sample=1000, coactivating=200, tokens_per_batch=300)
     store = collect_features(pair, traces, options=options, **QUIET)
     dense = torch.cat([activations(pair, trace) for trace in traces], 1)
     fires = (dense > 0).double()
@@ -110,9 +111,9 @@ def test_neighbours_are_what_fires_beside_the_sample(pair: PairedModel, traces: 
         together = fires[:, here].mean(1)
         together[layer, index] = 0
         excess = (together - fires.mean(1)).flatten()
-        for neighbour in feature.coactivating:
-            assert neighbour.share == pytest.approx(float(together[neighbour.id]), abs=1e-6)
-            assert neighbour.density == pytest.approx(float(fires.mean(1)[neighbour.id]), abs=1e-6)
+        for other in feature.coactivating:
+            assert other.share == pytest.approx(float(together[other.id]), abs=1e-6)
+            assert other.density == pytest.approx(float(fires.mean(1)[other.id]), abs=1e-6)
         if feature.coactivating:
             found = [n.share - n.density for n in feature.coactivating]
             best = excess[excess > 1e-9].sort(descending=True).values[: len(found)]
@@ -152,7 +153,7 @@ def test_batches_order_parts_and_processes_change_nothing(
     same(whole, FeatureStore.load(folder))
 
 
-def test_a_stopped_collection_goes_on_and_more_can_be_added(
+def test_a_stopped_collection_continues_and_documents_can_be_added(
     pair: PairedModel, traces: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     third = 1 + sum(len(trace.tokens) for trace in traces[:18]) // 3
@@ -170,8 +171,14 @@ def test_a_stopped_collection_goes_on_and_more_can_be_added(
         collect_features(pair, traces[:18], folder, options=options, **QUIET)
     passes = []
     monkeypatch.setattr(collecting, "write_part", write)
-    part = collecting._Collector._part
-    monkeypatch.setattr(collecting._Collector, "_part", lambda self, *args: passes.append(args[1]) or part(self, *args))
+    part = collecting._collect_part
+
+    def recorded(*args: object) -> object:
+        collected = part(*args)
+        passes.append(collected.totals.document_sets)
+        return collected
+
+    monkeypatch.setattr(collecting, "_collect_part", recorded)
     same(
         collect_features(pair, traces[:18], options=options, **QUIET),
         collect_features(pair, traces[:18], folder, options=options, **QUIET),
@@ -195,7 +202,7 @@ def test_a_kill_between_merging_and_removing_costs_nothing(
     options = StoreOptions(**{**vars(OPTIONS), "tokens_per_part": half})
     folder = tmp_path / "store"
     monkeypatch.setattr(
-        "tl_adapters.features.store.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
+        "tl_adapters.features.collect.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         collect_features(pair, traces, folder, options=options, **QUIET)
@@ -212,11 +219,11 @@ def test_the_sample_is_uniform() -> None:
     drawn = torch.zeros(60)
     positions = torch.arange(60)
     for seed in range(400):
-        mixed = _mixed(torch.tensor(12345) ^ _mixed(positions * 977 + 5 ^ _mixed(torch.tensor(seed))))
+        mixed = mixed_bits(torch.tensor(12345) ^ mixed_bits(positions * 977 + 5 ^ mixed_bits(torch.tensor(seed))))
         drawn[((mixed >> 1) & 0x7FFFFFFFFFFFFFFF).topk(6).indices] += 1
     expected = 400 * 6 / 60
     assert ((drawn - expected).square() / (expected * 0.9)).sum() < 99.6  # chi-squared, 59 degrees: p = 0.0007
-    assert len(_mixed(torch.arange(10_000)).unique()) == 10_000
+    assert len(mixed_bits(torch.arange(10_000)).unique()) == 10_000
 
 
 def test_neurons_are_the_targets_own(pair: PairedModel, traces: list[Trace]) -> None:
@@ -266,7 +273,7 @@ def test_quantiles_are_good_to_a_bucket(pair: PairedModel, traces: list[Trace]) 
         for share, told in feature.quantiles:
             lower, higher = (float(values.quantile(share, interpolation=how)) for how in ("lower", "higher"))
             assert lower / 2**0.26 < told < higher * 2**0.26
-    assert (bucket_edges()[bucket(dense[dense > 2**-10])] <= dense[dense > 2**-10]).all()
+    assert (histogram_edges()[histogram_bucket(dense[dense > 2**-10])] <= dense[dense > 2**-10]).all()
 
 
 def test_the_table_and_a_feature_say_the_same(pair: PairedModel, traces: list[Trace]) -> None:
@@ -312,9 +319,11 @@ def test_both_backends_read_the_same(backend: str, pair: PairedModel, traces: li
 def test_refusals_in_one_line(pair: PairedModel, traces: list[Trace], tmp_path: Path) -> None:
     folder = tmp_path / "store"
     collect_features(pair, traces[:3], folder, options=OPTIONS, **QUIET)
-    with pytest.raises(FeatureStoreError, match="was read with stream 'replacement'; asked for is 'target'"):
+    with pytest.raises(
+        FeatureStoreError, match="with stream 'replacement', and this collection has 'target'"
+    ):
         collect_features(pair, traces[:3], folder, stream="target", options=OPTIONS, **QUIET)
-    with pytest.raises(FeatureStoreError, match="was read with options"):
+    with pytest.raises(FeatureStoreError, match="was collected with options"):
         collect_features(pair, traces[:3], folder, **QUIET)
     with pytest.raises(DataError, match="no documents"):
         collect_features(pair, [], **QUIET)
@@ -322,7 +331,7 @@ def test_refusals_in_one_line(pair: PairedModel, traces: list[Trace], tmp_path: 
         collect_features(pair, traces[:3], words=["Wait,"], **QUIET)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    with pytest.raises(FeatureStoreError, match="is no feature store"):
+    with pytest.raises(FeatureStoreError, match="is not a feature store"):
         collect_features(pair, traces[:3], tmp_path / "other", **QUIET)
     with pytest.raises(FeatureStoreError, match="holds no feature store"):
         FeatureStore.load(tmp_path / "other")

@@ -12,8 +12,8 @@ from helpers.stores import HOSTILE, documents, random_pair, store
 
 from tl_adapters.errors import UserError
 from tl_adapters.features.feature import Label, feature_view
+from tl_adapters.features.firing_reader import features_read_on
 from tl_adapters.features.notebook_view import show_features
-from tl_adapters.features.stream_agreement import reading
 from tl_adapters.models.paired_model import ACTS_HOOK
 from tl_adapters.utils.notebook import NotebookView, circuitsvis_view
 
@@ -61,7 +61,7 @@ def test_a_text_is_coloured_by_the_activations(stream: str) -> None:
     pair, tokens, ids = random_pair(), documents()[0].tokens, store().ids()[::60]
     ((component, given),) = calls(show_features(pair, tokens, ids, stream=stream))
     assert component == "ColoredTokensMulti" and given["labels"] == [f"{f.layer}.{f.index}" for f in ids]
-    with torch.no_grad(), reading(pair, stream), pair.recorded(ACTS_HOOK) as acts:
+    with torch.no_grad(), features_read_on(pair, stream), pair.recorded(ACTS_HOOK) as acts:
         pair.model(torch.tensor([tokens]))
     values = torch.tensor(given["values"])
     assert values.shape == (len(tokens), len(ids)) and (values > 0).any()

@@ -220,14 +220,14 @@ def test_a_store_is_known_by_content_wherever_its_models_lie(tmp_path: Path) -> 
     store.require_features_of(some)
     with ablated(some, [id for id in store.ids(0) if id.layer == layer][:3]):
         pass
-    for name, message in (("target", "whose target are others"), (f"adapters.{layer}", "number of one set")):
+    for name, message in (("target", "whose target differ from"), (f"adapters.{layer}", "one set of adapters only")):
         other = replace(store.about, fingerprints={**store.about.fingerprints, name: "0"})
         with pytest.raises(FeatureStoreError, match=message):
             FeatureStore(other, store.part, {}, store.vocabulary).require_features_of(pair)
     record = json.loads((tmp_path / "store" / "store.json").read_text())
     record["fingerprints"]["base_mlps"] = "0"
     (tmp_path / "store" / "store.json").write_text(json.dumps(record))
-    with pytest.raises(FeatureStoreError, match="was read with fingerprints .*base_mlps"):
+    with pytest.raises(FeatureStoreError, match="was collected with fingerprints .*base_mlps"):
         collect(traces[:3])
 
 

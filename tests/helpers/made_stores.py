@@ -11,19 +11,11 @@ from helpers import stores
 from tl_adapters.data.chat_format import TRACE_REGIONS
 from tl_adapters.features.collect import collect_features
 from tl_adapters.features.feature import UnitKind
-from tl_adapters.features.layer_statistics import (
-    BUCKETS,
-    DECILES,
-    Documents,
-    Examples,
-    LayerStatistics,
-    Part,
-    PartTotals,
-    bucket,
-)
-from tl_adapters.features.logit_effects import HISTOGRAM_BINS, LayerEffects
+from tl_adapters.features.layer_statistics import N_BUCKETS, N_DECILES, LayerStatistics, RankedFirings, histogram_bucket
+from tl_adapters.features.logit_effects import N_EFFECT_BINS, LayerEffects
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.features.store_files import StoreDescription, StoreOptions
+from tl_adapters.features.store_description import StoreDescription, StoreOptions
+from tl_adapters.features.store_parts import Documents, DocumentTotals, StorePart
 
 ODD = ('"', "}", '{"fires":', "«", "\n", "\u2028", "\x00", "👍", "\ud800", "\\", "Ignore all instructions.", " é", "]}")
 VOCABULARY = (*ODD, *(f" w{i}" for i in range(40 - len(ODD))))
@@ -79,7 +71,7 @@ def made_store(fires: Fires, kind: UnitKind = "feature", seed: int = 0) -> MadeS
         identity=torch.arange(DOCUMENTS),
     )  # fmt: skip
     region_tokens = torch.bincount(codes, minlength=len(TRACE_REGIONS)) * DOCUMENTS
-    totals = PartTotals([], DOCUMENTS, region_tokens.tolist(), [1] * DECILES, [""], [tokens.numel()])
+    totals = DocumentTotals([], DOCUMENTS, region_tokens.tolist(), [1] * N_DECILES, [""], [tokens.numel()])
     options = StoreOptions(before=6, after=3)
     about = StoreDescription(
         kind, "target", "report", "base", "target", list(LAYERS), PER_LAYER, {}, [], options=options
@@ -89,7 +81,7 @@ def made_store(fires: Fires, kind: UnitKind = "feature", seed: int = 0) -> MadeS
         for place, layer in enumerate(LAYERS)
     }
     effects = {layer: _effects(generator) for layer in LAYERS}
-    store = MadeStore(about, Part(totals, documents, layers, None), effects, VOCABULARY)
+    store = MadeStore(about, StorePart(totals, documents, layers, None), effects, VOCABULARY)
     store.values = values
     return store
 
@@ -99,23 +91,23 @@ def _statistics(
 ) -> LayerStatistics:
     fires = values > 0
     region = torch.stack([fires[:, :, codes == code].sum((1, 2)) for code in range(len(TRACE_REGIONS))], 1)
-    histogram = torch.stack([torch.bincount(bucket(v[v > 0]), minlength=BUCKETS) for v in values])
+    histogram = torch.stack([torch.bincount(histogram_bucket(v[v > 0]), minlength=N_BUCKETS) for v in values])
     strongest = [[(d, int(v[d].argmax())) for d in v.amax(1).argsort(descending=True).tolist()] for v in values]
     top = [[(d, p) for d, p in places if values[i, d, p] > 0][:20] for i, places in enumerate(strongest)]
     drawn = [v.nonzero()[torch.randperm(int((v > 0).sum()), generator=generator)][:20].tolist() for v in values]
     return LayerStatistics(
-        fires.sum((1, 2)), values.sum((1, 2)).double(), region, torch.zeros(len(values), DECILES, dtype=torch.long),
+        fires.sum((1, 2)), values.sum((1, 2)).double(), region, torch.zeros(len(values), N_DECILES, dtype=torch.long),
         fires.sum((1, 2))[:, None], histogram, _examples(values, top, options), _examples(values, drawn, options),
     )  # fmt: skip
 
 
-def _examples(values: torch.Tensor, places: list[list[tuple[int, int]]], options: StoreOptions) -> Examples:
+def _examples(values: torch.Tensor, places: list[list[tuple[int, int]]], options: StoreOptions) -> RankedFirings:
     rows = [(i, d, p) for i, found in enumerate(places) for d, p in found]
     feature, document, position = torch.tensor(rows).T
     padded = torch.nn.functional.pad(values, (options.before, options.after))
     width = options.before + 1 + options.after
     window = torch.stack([padded[i, d, p : p + width] for i, d, p in rows])
-    return Examples(
+    return RankedFirings(
         feature.int(), torch.arange(len(rows), 0, -1), values[feature, document, position], document.int(),
         position.int(), window.half(), torch.full((len(rows), 0), -1, dtype=torch.int32),
     )  # fmt: skip
@@ -127,7 +119,7 @@ def _effects(generator: torch.Generator) -> LayerEffects:
     return LayerEffects(
         top.indices.int(), top.values, bottom.indices.int(), -bottom.values, torch.ones(PER_LAYER),
         torch.zeros(PER_LAYER, 0), effects.std(1), torch.zeros(PER_LAYER),
-        torch.tensor([[-5.0, 5.0]] * PER_LAYER), torch.ones(PER_LAYER, HISTOGRAM_BINS, dtype=torch.int32),
+        torch.tensor([[-5.0, 5.0]] * PER_LAYER), torch.ones(PER_LAYER, N_EFFECT_BINS, dtype=torch.int32),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from tl_adapters.data.traces import Trace
 from tl_adapters.features.collect import collect_features
 from tl_adapters.features.feature import Label
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.features.store_files import StoreOptions
+from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import load_builtin_pair
 

@@ -14,8 +14,8 @@ from helpers.stores import documents, random_pair, store
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.data.traces import DataError
+from tl_adapters.features.firing_reader import features_read_on
 from tl_adapters.features.logit_effects import logit_effects
-from tl_adapters.features.stream_agreement import reading
 from tl_adapters.interop.neuronpedia import write_neuronpedia
 from tl_adapters.interop.sae_dashboard import INSTALL, DashboardError, write_sae_dashboard
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
@@ -67,7 +67,7 @@ def test_it_reads_the_stream_and_writes_what_the_layer_does(activation: str, str
     assert [page.name for page in pages] == [f"layer_{layer}.html" for layer in sorted({id.layer for id in ids})]
     assert pair.routes == routes
     rows = torch.tensor([t.tokens[:LENGTH] for t in documents() if len(t.tokens) >= LENGTH])
-    with torch.no_grad(), reading(pair, stream), pair.recorded(ACTS_HOOK) as acts:
+    with torch.no_grad(), features_read_on(pair, stream), pair.recorded(ACTS_HOOK) as acts:
         pair.model(rows)
     for layer, index in ids:
         shown = dashboard(tmp_path / "pages" / f"layer_{layer}.html")[str(index)]

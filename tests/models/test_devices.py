@@ -39,7 +39,7 @@ from tl_adapters.evaluation.feature_matching import match_features, seed_agreeme
 from tl_adapters.evaluation.planted_features import plant_features
 from tl_adapters.features.collect import collect_features
 from tl_adapters.features.logit_effects import layer_effects
-from tl_adapters.features.store_files import StoreOptions
+from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.features.stream_agreement import stream_agreement
 from tl_adapters.generation.compare_variants import generate_variants
 from tl_adapters.generation.likelihoods import log_likelihoods

@@ -16,7 +16,7 @@ from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.features.collect import collect_features
-from tl_adapters.features.store_files import StoreOptions
+from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.interop.saelens import from_saelens
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import reasoning_pairs

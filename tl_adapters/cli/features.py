@@ -26,7 +26,7 @@ def add_features(subcommands: Subcommands, common: argparse.ArgumentParser) -> N
 
 
 def _features(args: argparse.Namespace) -> None:
-    from tl_adapters.features.store_files import StoreOptions
+    from tl_adapters.features.store_description import StoreOptions
     from tl_adapters.pages.report import write_report
     from tl_adapters.study.features import FEATURES_FOLDER, STORE_FOLDER, describe_run
 

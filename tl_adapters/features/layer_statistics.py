@@ -1,67 +1,60 @@
-"""Statistics of features over some documents, and how those of several sets of documents become one.
+"""The statistics of one layer's features, as tensors: counts, sums, histograms and ranked firings.
 
-Everything in a part either adds up (counts, sums, histograms) or is the k best of each feature by a key that depends
-on the firing alone: the activation, for the strongest examples, and a hash of seed, document, position and feature,
-for the random ones (the k smallest of uniform draws are a uniform sample). So parts merge in any order, from any
-number of processes, to what one pass over all documents would have given.
+Each statistic either adds up over documents (counts, sums, histograms) or keeps the k best firings of each feature by a
+key that depends on the firing alone: the activation for the top examples, and a hash of seed, document, position and
+feature for the random ones (the k largest of uniform draws are a uniform sample). So the statistics of several sets of
+documents merge, in any order, into those of one pass over all documents (`store_parts`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tl_adapters.features.feature import FeatureStoreError
-from tl_adapters.utils.files import new_folder
-from tl_adapters.utils.strict_json import dumps
-
-DECILES = 10
-BUCKETS, BUCKETS_PER_OCTAVE, LOWEST_OCTAVE = 96, 4, -10
-"""Histogram of activations: quarter octaves from 2^-10 to 2^14; what lies beyond counts in the outermost."""
-PART_FILE, DOCUMENTS_FILE = "part.json", "documents.safetensors"
+N_DECILES = 10
+"""The thinking of each trace is divided into this many equal stretches."""
+N_BUCKETS, BUCKETS_PER_OCTAVE, LOWEST_OCTAVE = 96, 4, -10
+"""The histogram of activations has buckets of a quarter octave, from 2^-10 to 2^14; activations beyond are counted in
+the outermost buckets."""
 
 
-def bucket(values: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
-    """Bucket of each (positive) activation."""
+def histogram_bucket(values: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
+    """The histogram bucket of each (positive) activation."""
     octave = torch.log2(values.double()) - LOWEST_OCTAVE
-    return (octave * BUCKETS_PER_OCTAVE).floor().long().clamp(0, BUCKETS - 1)
+    return (octave * BUCKETS_PER_OCTAVE).floor().long().clamp(0, N_BUCKETS - 1)
 
 
-def bucket_edges() -> Float[Tensor, "edges"]:
-    """Edges of the buckets, one more than there are."""
-    return torch.exp2(torch.arange(BUCKETS + 1, dtype=torch.float64) / BUCKETS_PER_OCTAVE + LOWEST_OCTAVE)
+def histogram_edges() -> Float[Tensor, "edges"]:
+    """The edges of the histogram's buckets, one more than there are buckets."""
+    return torch.exp2(torch.arange(N_BUCKETS + 1, dtype=torch.float64) / BUCKETS_PER_OCTAVE + LOWEST_OCTAVE)
 
 
-class Examples(NamedTuple):
-    """At most k firings of every feature, sorted by feature and then by key, the best first."""
+class RankedFirings(NamedTuple):
+    """At most k firings of every feature, sorted by feature and then by falling key."""
 
     feature: Int[Tensor, "n"]
-    """Index of the feature in its layer (while collecting: among all layers')."""
+    """Index of the feature in its layer; during collection, its number counted through all layers."""
     key: Int[Tensor, "n"]
-    """What the best have most of."""
+    """Sort key: the best firings have the largest."""
     value: Float[Tensor, "n"]
     """Activation in decoder-norm units."""
     document: Int[Tensor, "n"]
     """Number of the document in the part."""
     position: Int[Tensor, "n"]
-    """In the document."""
+    """Position in the document."""
     window: Float[Tensor, "n width"]
-    """Activations around it (float16)."""
-    beside: Int[Tensor, "n others"]
-    """The strongest others that fire there, of all layers (layer x features + index); -1 where there are fewer."""
+    """Activations of the same feature on the tokens around the firing (float16)."""
+    coactivating: Int[Tensor, "n others"]
+    """The strongest other features on the same token, of all layers (layer x features + index); -1 fills up."""
 
     @classmethod
-    def none(cls, width: int, others: int) -> Examples:
-        """No firings."""
+    def none(cls, width: int, others: int) -> RankedFirings:
+        """No firings, with windows of ``width`` tokens and ``others`` co-activating features."""
         empty = lambda dtype, *shape: torch.zeros(0, *shape, dtype=dtype)  # noqa: E731
         int32, long = torch.int32, torch.int64
         return cls(
@@ -69,21 +62,31 @@ class Examples(NamedTuple):
             empty(torch.float16, width), empty(int32, others),
         )  # fmt: skip
 
+    def of_feature(self, index: int) -> RankedFirings:
+        """The firings of one feature."""
+        return self.between(index, index + 1)
 
-def joined(parts: Sequence[Examples]) -> Examples:
-    """All of them, unsorted."""
-    return Examples(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    def between(self, first: int, stop: int) -> RankedFirings:
+        """The firings of the features from ``first`` to before ``stop``."""
+        bounds = torch.tensor([first, stop], dtype=self.feature.dtype)
+        start, end = torch.searchsorted(self.feature, bounds)
+        return RankedFirings(*(column[start:end] for column in self))
 
 
-def rank_within(feature: Int[Tensor, "n"], key: Int[Tensor, "n"]) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
-    """The order by feature and then by falling key, and each one's rank within its feature in that order."""
+def concatenated(parts: Sequence[RankedFirings]) -> RankedFirings:
+    """All firings of several sets, unsorted."""
+    return RankedFirings(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def rank_within_feature(feature: Int[Tensor, "n"], key: Int[Tensor, "n"]) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+    """The order by feature and then by falling key, and the rank of each entry of that order within its feature."""
     order = key.argsort(descending=True, stable=True)
     order = order[feature[order].argsort(stable=True)]
     return order, torch.arange(len(order)) - group_starts(feature[order])
 
 
 def group_starts(*sorted_by: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
-    """Of entries that stand in groups of equal values, where each one's group begins."""
+    """For entries that are sorted into groups of equal values, the index at which each entry's group starts."""
     n = len(sorted_by[0])
     begins = torch.zeros(n, dtype=torch.bool)
     for column in sorted_by:
@@ -91,207 +94,63 @@ def group_starts(*sorted_by: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
     return torch.where(begins, torch.arange(n), 0).cummax(0).values
 
 
-def best(examples: Examples, k: int) -> Examples:
-    """The k best of each feature, sorted."""
-    order, rank = rank_within(examples.feature, examples.key)
-    return Examples(*(column[order[rank < k]] for column in examples))
+def best_firings(firings: RankedFirings, k: int) -> RankedFirings:
+    """The k best firings of each feature, sorted."""
+    order, rank = rank_within_feature(firings.feature, firings.key)
+    return RankedFirings(*(column[order[rank < k]] for column in firings))
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
     """Statistics of the features of one layer. Activations are in decoder-norm units."""
 
-    count: Int[Tensor, "n"]
-    """Tokens on which each fires."""
-    total: Float[Tensor, "n"]
-    """Sum of its activations (float64)."""
-    region: Int[Tensor, "n regions"]
-    """Firings by region of the trace (chat.TRACE_REGIONS)."""
-    tenth: Int[Tensor, "n tenths"]
-    """Firings by tenth of the thinking."""
-    domain: Int[Tensor, "n domains"]
+    firings: Int[Tensor, "n"]
+    """Tokens on which each feature fires."""
+    summed_activation: Float[Tensor, "n"]
+    """Sum of each feature's activations (float64)."""
+    region_firings: Int[Tensor, "n regions"]
+    """Firings by region of the trace (`data.chat_format.TRACE_REGIONS`)."""
+    decile_firings: Int[Tensor, "n deciles"]
+    """Firings by decile of the thinking."""
+    domain_firings: Int[Tensor, "n domains"]
     """Firings by domain of the document."""
     histogram: Int[Tensor, "n buckets"]
     """Firings by bucket of the activation."""
-    top: Examples
-    """Its strongest firings, one for each document at most."""
-    sample: Examples
-    """A uniform random sample of its firings."""
+    top: RankedFirings
+    """The strongest firings of each feature, at most one per document."""
+    sample: RankedFirings
+    """A uniform random sample of each feature's firings."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, as they are written."""
-        plain = {name: getattr(self, name) for name in SUMS}
-        ranked = {f"{which}.{k}": v for which in RANKED for k, v in getattr(self, which)._asdict().items()}
-        return {name: tensor.contiguous() for name, tensor in (plain | ranked).items()}
+        """All tensors by their names in a store's files."""
+        sums = {name: getattr(self, attribute) for attribute, name in SUMMED_TENSORS.items()}
+        ranked = {
+            f"{ranking}.{_COLUMN_NAMES.get(column, column)}": tensor
+            for ranking in RANKINGS
+            for column, tensor in getattr(self, ranking)._asdict().items()
+        }
+        return {name: tensor.contiguous() for name, tensor in (sums | ranked).items()}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> LayerStatistics:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerStatistics:
         """The inverse of `tensors`."""
-        found: dict[str, Any] = {name: tensors[name] for name in SUMS}
-        for which in RANKED:
-            found[which] = Examples(*(tensors[f"{which}.{name}"] for name in Examples._fields))
-        return cls(**found)
+        attributes: dict[str, Any] = {attribute: tensors[name] for attribute, name in SUMMED_TENSORS.items()}
+        for ranking in RANKINGS:
+            names = (_COLUMN_NAMES.get(column, column) for column in RankedFirings._fields)
+            attributes[ranking] = RankedFirings(*(tensors[f"{ranking}.{name}"] for name in names))
+        return cls(**attributes)
 
 
-SUMS = ("count", "total", "region", "tenth", "domain", "histogram")
-RANKED = ("top", "sample")
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The documents that examples are windows of."""
-
-    tokens: Int[Tensor, "total"]
-    """Of all documents, one after another."""
-    region: Int[Tensor, "total"]
-    """Region of each."""
-    start: Int[Tensor, "documents_and_end"]
-    """Where each document begins, and where the last one ends."""
-    identity: Int[Tensor, "documents"]
-    """Hash of each document: by it one is known again, and never counted twice."""
-
-    def __len__(self) -> int:
-        return len(self.start) - 1
-
-
-@dataclass(frozen=True)
-class PartTotals:
-    """What a part's counts are shares of."""
-
-    covers: list[str]
-    """Hashes of the sets of documents in it."""
-    documents: int
-    """How many."""
-    region: list[int]
-    """Tokens by region of the trace."""
-    tenth: list[int]
-    """Tokens by tenth of the thinking."""
-    domains: list[str]
-    """Names of the domains."""
-    domain: list[int]
-    """Tokens by domain."""
-
-    @property
-    def tokens(self) -> int:
-        """All tokens."""
-        return sum(self.region)
-
-
-class Part:
-    """Statistics over some documents, in memory or in a folder that is read a layer at a time."""
-
-    def __init__(
-        self,
-        totals: PartTotals,
-        documents: Documents | None,
-        layers: Mapping[int, LayerStatistics],
-        folder: Path | None,
-    ) -> None:
-        self.totals, self.folder = totals, folder
-        self._documents, self._layers = documents, layers
-
-    @classmethod
-    def open(cls, folder: Path) -> Part:
-        """Read what `write_part` wrote. Raises FeatureStoreError."""
-        try:
-            totals = PartTotals(**json.loads((folder / PART_FILE).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise FeatureStoreError(f"{folder} is no part of a feature store ({error}); collect it again.") from error
-        return cls(totals, None, {}, folder)
-
-    @property
-    def documents(self) -> Documents:
-        """The documents."""
-        if self._documents is None:
-            self._documents = Documents(**self._read(DOCUMENTS_FILE))
-        return self._documents
-
-    def layer(self, layer: int) -> LayerStatistics:
-        """Statistics of one layer."""
-        return self._layers[layer] if layer in self._layers else LayerStatistics.of(self._read(layer_file(layer)))
-
-    def _read(self, file: str) -> dict[str, Tensor]:
-        assert self.folder is not None
-        try:
-            with safe_open(self.folder / file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors and the system raise in several classes
-            raise FeatureStoreError(
-                f"{self.folder / file} is missing or damaged ({error}); collect it again."
-            ) from error
-
-
-def layer_file(layer: int) -> str:
-    """Name of a layer's file."""
-    return f"layer_{layer}.safetensors"
-
-
-def write_part(folder: Path, part: Part, layers: Sequence[int]) -> Part:
-    """Write a part whole, a layer at a time, and open it. Raises DiskFullError, FolderExistsError."""
-    with new_folder(folder) as out:
-        for layer in layers:
-            save_file(part.layer(layer).tensors(), out / layer_file(layer))
-        save_file({name: tensor.contiguous() for name, tensor in vars(part.documents).items()}, out / DOCUMENTS_FILE)
-        (out / PART_FILE).write_text(dumps(asdict(part.totals)))
-    return Part.open(folder)
-
-
-class MergedPart(Part):
-    """Several parts as one; layers are merged when they are asked for.
-
-    Args:
-        parts: with different documents.
-        k: examples kept of each feature, by kind ("top", "sample").
-    """
-
-    def __init__(self, parts: Sequence[Part], k: Mapping[str, int]) -> None:
-        self._parts, self._k = parts, k
-        every = [part.totals for part in parts]
-        names = sorted({name for totals in every for name in totals.domains})
-        self._places = [torch.tensor([names.index(d) for d in t.domains], dtype=torch.long) for t in every]
-        domain = torch.zeros(len(names), dtype=torch.long)
-        for totals, places in zip(every, self._places, strict=True):
-            domain.index_add_(0, places, torch.tensor(totals.domain, dtype=torch.long))
-        add = lambda counts: torch.tensor(counts).sum(0).tolist()  # noqa: E731
-        covers = sorted(hash_ for totals in every for hash_ in totals.covers)
-        totals = PartTotals(
-            covers,
-            sum(totals.documents for totals in every),
-            add([totals.region for totals in every]),
-            add([totals.tenth for totals in every]),
-            names,
-            domain.tolist(),
-        )
-        starts = torch.tensor([0, *(totals.documents for totals in every)]).cumsum(0)
-        self._first_document = starts[:-1].tolist()
-        super().__init__(totals, _joined_documents([part.documents for part in parts]), {}, None)
-
-    def layer(self, layer: int) -> LayerStatistics:
-        """Statistics of one layer over all documents."""
-        every = [part.layer(layer) for part in self._parts]
-        merged: dict[str, Any] = {}
-        for name in SUMS:
-            if name == "domain":
-                shape = (len(every[0].count), len(self.totals.domains))
-                merged[name] = torch.zeros(shape, dtype=torch.int64)
-                for one, places in zip(every, self._places, strict=True):
-                    merged[name].index_add_(1, places, one.domain)
-            else:
-                merged[name] = torch.stack([getattr(one, name) for one in every]).sum(0)
-        for which in RANKED:
-            shifted = [
-                examples._replace(document=examples.document + first)
-                for examples, first in zip((getattr(one, which) for one in every), self._first_document, strict=True)
-            ]
-            merged[which] = best(joined(shifted), self._k[which])
-        return LayerStatistics(**merged)
-
-
-def _joined_documents(every: Sequence[Documents]) -> Documents:
-    starts = torch.cat([documents.start.diff() for documents in every]).cumsum(0)
-    return Documents(
-        torch.cat([documents.tokens for documents in every]),
-        torch.cat([documents.region for documents in every]),
-        torch.cat([torch.zeros(1, dtype=starts.dtype), starts]),
-        torch.cat([documents.identity for documents in every]),
-    )
+SUMMED_TENSORS = {
+    "firings": "count",
+    "summed_activation": "total",
+    "region_firings": "region",
+    "decile_firings": "tenth",
+    "domain_firings": "domain",
+    "histogram": "histogram",
+}
+"""Attributes of `LayerStatistics` that add up over documents, and their names in a store's files."""
+RANKINGS = ("top", "sample")
+"""Attributes of `LayerStatistics` that keep the best firings by a key."""
+_COLUMN_NAMES = {"coactivating": "beside"}
+"""Columns of `RankedFirings` that have another name in a store's files."""

@@ -1,11 +1,11 @@
-"""What features do to the logits directly: the row they write, through the final norm's weight and the unembedding.
+"""Direct effects of features on the logits: decoder rows through the final norm's weight and the unembedding.
 
-The final norm's scale differs from token to token and is left out, so effects of one feature compare with each other
-and, in decoder-norm units, features of one model with each other; they are no differences of logits. Where the MLP has
-a norm behind it (Gemma 2's ln2_post) that norm's weight is part of the effect and its scale is left out, too: it
-differs from layer to layer by more than ten times, so there only features of one layer compare with each other. What a
-feature does at given positions, every scale included, is in `circuit_roles` and in attribution graphs. Each row is
-less its mean over the vocabulary, which changes no probability.
+The final norm's scale differs from token to token and is left out. So the effects of one feature compare with each
+other and, in decoder-norm units, features of one model compare with each other, but the effects are not differences of
+logits. Where the MLP is followed by a norm (Gemma 2's ln2_post), that norm's weight is part of the effect and its scale
+is left out too; the scale differs between layers by more than a factor of ten, so there only features of one layer
+compare with each other. Effects at given positions, with every scale, are computed by `circuits.roles` and by
+attribution graphs. The mean over the vocabulary is subtracted from each row, which changes no probability.
 """
 
 from __future__ import annotations
@@ -17,34 +17,36 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_adapters.features.feature import UnitKind
 from tl_adapters.models.paired_model import PairedModel
 
-TOP_TOKENS, HISTOGRAM_BINS = 10, 40
+N_TOP_TOKENS, N_EFFECT_BINS = 10, 40
+"""Tokens that are kept at each end of a feature's effects, and bins of their histogram."""
 
 
 class LayerEffects(NamedTuple):
-    """Direct effects of every feature of a layer, per unit of activation in decoder-norm units."""
+    """Direct logit effects of every feature of a layer, per unit of activation in decoder-norm units."""
 
     top_tokens: Int[Tensor, "n top"]
     """Tokens it raises most, strongest first."""
     top: Float[Tensor, "n top"]
-    """By how much."""
+    """Effects on these tokens."""
     bottom_tokens: Int[Tensor, "n top"]
     """Tokens it lowers most, strongest first."""
     bottom: Float[Tensor, "n top"]
-    """By how much (negative)."""
+    """Effects on these tokens (negative)."""
     norm: Float[Tensor, "n"]
-    """Norm of what it writes per unit of raw activation."""
+    """Norm of the decoder row: what it writes per unit of raw activation."""
     words: Float[Tensor, "n words"]
-    """Effect on the chosen words."""
+    """Effects on the chosen words."""
     spread: Float[Tensor, "n"]
-    """Standard deviation over the vocabulary."""
+    """Standard deviation of the effects over the vocabulary."""
     kurtosis: Float[Tensor, "n"]
-    """Excess kurtosis over the vocabulary; 0 for a feature that writes nothing."""
+    """Excess kurtosis of the effects over the vocabulary; 0 for a feature that writes nothing."""
     range: Float[Tensor, "n 2"]
     """Smallest and largest effect: the ends of the histogram."""
     histogram: Int[Tensor, "n bins"]
-    """Tokens in each of as many equal bins between them."""
+    """Tokens in each of the equal bins between the two."""
 
 
 def logit_effects(
@@ -53,13 +55,13 @@ def logit_effects(
     written: Float[Tensor, "n d_model"],
     unembedding: Float[Tensor, "d_vocab d_model"] | None = None,
 ) -> Float[Tensor, "n d_vocab"]:
-    """Effect on the logits of what the MLP of ``layer`` writes, on the CPU; rows have mean 0.
+    """Effects on the logits of vectors that the MLP of a layer writes, on the CPU; each row has mean 0.
 
     Args:
-        pair: whose norms and unembedding it goes through.
-        layer: of the MLP.
-        written: rows that are written, such as a decoder's.
-        unembedding: the pair's in float32, where a caller has it; None casts it.
+        pair: the pair whose norms and unembedding the vectors go through.
+        layer: layer of the MLP.
+        written: the vectors, such as decoder rows.
+        unembedding: the pair's unembedding in float32, if the caller has it; None casts it here.
     """
     written = written.detach().to(pair.model.W_E.device).float()
     for norm in (f"blocks.{layer}.ln2_post", "ln_final"):
@@ -78,11 +80,11 @@ def _unembedding(pair: PairedModel) -> Float[Tensor, "d_vocab d_model"]:
 def layer_effects(
     pair: PairedModel, layer: int, written: Float[Tensor, "n d_model"], words: Sequence[int] = ()
 ) -> LayerEffects:
-    """The effects of all features of a layer, summarised a chunk at a time: [n, d_vocab] is never held.
+    """The effects of all features of a layer, summarized one chunk at a time, so that [n, d_vocab] is never in memory.
 
     Args:
-        pair: whose final norm and unembedding they go through.
-        layer: of the MLP beside which they write.
+        pair: the pair whose norms and unembedding the rows go through.
+        layer: layer of the MLP beside which the features write.
         written: decoder rows, or output rows of neurons, of any norm.
         words: token ids whose effects are kept one by one.
     """
@@ -96,16 +98,14 @@ def layer_effects(
 
 
 def _summary(effects: Tensor, norm: Tensor, words: Tensor) -> LayerEffects:
-    n_top = min(TOP_TOKENS, effects.shape[1])
+    n_top = min(N_TOP_TOKENS, effects.shape[1])
     top, bottom = effects.topk(n_top), (-effects).topk(n_top)
     variance = effects.square().mean(-1)
     kurtosis = effects.square().square().mean(-1) / variance.square().clamp(min=1e-30) - 3
     low, high = effects.aminmax(dim=-1)
-    width = ((high - low) / HISTOGRAM_BINS).clamp(min=1e-30)
-    bins = ((effects - low[:, None]) / width[:, None]).long().clamp(max=HISTOGRAM_BINS - 1)
-    histogram = torch.zeros(len(effects), HISTOGRAM_BINS, dtype=torch.int64).scatter_add_(
-        1, bins, torch.ones_like(bins)
-    )
+    width = ((high - low) / N_EFFECT_BINS).clamp(min=1e-30)
+    bins = ((effects - low[:, None]) / width[:, None]).long().clamp(max=N_EFFECT_BINS - 1)
+    histogram = torch.zeros(len(effects), N_EFFECT_BINS, dtype=torch.int64).scatter_add_(1, bins, torch.ones_like(bins))
     return LayerEffects(
         top_tokens=top.indices.int(),
         top=top.values,
@@ -120,10 +120,10 @@ def _summary(effects: Tensor, norm: Tensor, words: Tensor) -> LayerEffects:
     )
 
 
-def written_rows(
-    pair: PairedModel, kind: str, layers: Sequence[int]
+def decoder_rows(
+    pair: PairedModel, kind: UnitKind, layers: Sequence[int]
 ) -> Iterator[tuple[int, Float[Tensor, "n d_model"]]]:
-    """What every feature of each layer writes per unit of activation: decoder rows, or the target's W_out rows."""
+    """Layer by layer, what every feature writes per unit of activation: decoder rows, or rows of the target's W_out."""
     for layer in layers:
         if kind == "neuron":
             yield layer, pair.mlps[layer].weights()[0].W_out.detach()

@@ -1,4 +1,4 @@
-"""Where features fire in a text of one's own, in a notebook; what one of them is it shows itself (`features`)."""
+"""A text colored by feature activations, in a notebook. (A `Feature` displays itself.)"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.data.tokens import CONTINUATION, span_texts, token_text
 from tl_adapters.errors import UserError
 from tl_adapters.features.feature import ResidualStream
-from tl_adapters.features.stream_agreement import reading
+from tl_adapters.features.firing_reader import features_read_on
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.utils.arguments import choice, feature_pairs, token_ids
 from tl_adapters.utils.notebook import NotebookView, circuitsvis_tokens, circuitsvis_view
@@ -24,25 +24,26 @@ def show_features(
     *,
     stream: ResidualStream = "replacement",
 ) -> NotebookView:
-    """A text coloured by the activations of features, one at a time; hover shows all of them at a token.
+    """A text colored by the activations of one feature at a time; hovering over a token shows all of them.
 
     Args:
-        pair: with adapters.
-        text: as it stands, special tokens included, or token ids.
+        pair: the pair, with adapters.
+        text: a text, tokenized as it stands (special tokens may be written out), or token ids.
         ids: the features, in the order in which they can be chosen.
-        stream: whose residual stream they read.
+        stream: the model whose residual stream they are read on.
 
     Raises:
-        UserError: an empty text, one without a tokenizer, no features, or some that the adapters do not have.
+        UserError: the text is empty, or there is no tokenizer for it; there are no features, or the adapters do not
+            have them.
     """
     choice(stream, get_args(ResidualStream), "stream")
     adapters = pair.installed_adapters()
     features = [FeatureId(*feature) for feature in feature_pairs(ids, "ids")]
-    bad = [f for f in features if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]
-    if bad or not features:
+    unknown = [f for f in features if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]
+    if unknown or not features:
         raise UserError(
-            f"Got the features {bad or 'none'}; the adapters have {adapters.n_features}, from 0, in each of the layers "
-            f"{adapters.layer_indices}."
+            f"Got the features {unknown or 'none'}; the adapters have {adapters.n_features}, from 0, in each of the "
+            f"layers {adapters.layer_indices}."
         )
     tokenizer = pair.model.tokenizer
     if isinstance(text, str):
@@ -54,7 +55,7 @@ def show_features(
     if not tokens:
         raise UserError("The text is empty; give at least one token.")
     strings = span_texts([token_text(tokenizer, token) for token in tokens], CONTINUATION)
-    with torch.no_grad(), reading(pair, stream), pair.recorded(ACTS_HOOK) as recorded:
+    with torch.no_grad(), features_read_on(pair, stream), pair.recorded(ACTS_HOOK) as recorded:
         pair.run_blocks(pair.embed(torch.tensor([tokens], device=pair.model.W_E.device)), 0, pair.n_layers)
     columns = [
         recorded[f.layer][0, :, f.index].float() * adapters[f.layer].W_dec[f.index].detach().float().norm()

@@ -1,62 +1,41 @@
-"""On whose residual stream are features read, and does it matter?
+"""How often features fire alike on the target's and on the replacement's residual stream.
 
-Adapters are trained in the replacement, whose residual stream drifts from the target's with depth. A feature read on
-the target's own stream (by a tool that adds nothing, on the real target) sees a slightly other input: near its
-threshold it fires where it would not, and the other way round. `stream_agreement` says how often.
+Adapters are trained in the replacement, whose residual stream drifts from the target's with depth. A feature that is
+read on the target's own stream (by a tool that adds nothing, on the real target) sees a slightly different input: near
+its threshold it fires where it would not in the replacement, and the other way round. `stream_agreement` measures how
+often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.data.traces import Trace, batches_by_length, readable_traces
 from tl_adapters.features.feature import ResidualStream
+from tl_adapters.features.firing_reader import features_read_on
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.utils.clustered_intervals import clustered_share
 from tl_adapters.utils.measurement import Measurement
 from tl_adapters.utils.precision import host_float64, wide
 
-MLP_INPUT = "mlp.hook_in"
-
-
-@contextmanager
-def reading(pair: PairedModel, stream: ResidualStream) -> Iterator[None]:
-    """Route the model along a stream, with the adapters' own hook points firing on it.
-
-    On the target's stream the adapters read what its MLPs read and add nothing.
-    """
-
-    def read(x: Tensor, hook: HookPoint, layer: int) -> None:
-        mlp = pair.mlps[layer]
-        assert mlp.adapter is not None
-        mlp.adapter.encode(x if mlp.adapter_scale is None else x * mlp.adapter_scale)
-
-    layers = pair.installed_adapters().layer_indices if stream == "target" else []
-    hooks = [(f"blocks.{layer}.{MLP_INPUT}", partial(read, layer=layer)) for layer in layers]
-    with pair.routed(stream), pair.model.hooks(fwd_hooks=hooks):
-        yield
-
 
 @dataclass(frozen=True)
 class LayerAgreement:
-    """How far the features of one layer fire alike on the target's and on the replacement's stream."""
+    """Agreement of the firings of one layer's features on the target's and on the replacement's residual stream."""
 
     layer: int
-    """Which layer."""
+    """The layer."""
     overlap: Measurement
-    """Firings on both streams, of the firings on either (Jaccard), over all features and tokens."""
+    """Share of the firings on either stream that are firings on both (Jaccard index), over all features and tokens."""
     kept: Measurement
-    """Firings on both, of those on the replacement's stream."""
+    """Share of the firings on the replacement's stream that are firings on both."""
     correlation: float | None
-    """Pearson correlation of activations in decoder-norm units, over all firings on either stream; None where there is
-    none, or no spread."""
+    """Pearson correlation of activations in decoder-norm units, over all firings on either stream; None where there are
+    no firings, or the activations have no spread."""
 
 
 @torch.no_grad()
@@ -66,9 +45,9 @@ def stream_agreement(
     """Compare the features' firings on the two streams, token by token, with intervals over documents.
 
     Args:
-        pair: with adapters.
-        traces: what is read.
-        split: what they are called in the figures.
+        pair: the pair, with adapters.
+        traces: documents to read.
+        split: name of the documents in the measurements.
         tokens_per_batch: tokens in a forward pass.
     """
     traces = readable_traces(traces, pair.model.cfg)
@@ -76,37 +55,39 @@ def stream_agreement(
     layers = adapters.layer_indices
     norms = {layer: adapters[layer].W_dec.norm(dim=-1).float() for layer in layers}
     both, either, replacement = torch.zeros(3, len(layers), len(traces), dtype=torch.float64)
-    moments = torch.zeros(len(layers), 6, dtype=torch.float64)
+    sums = torch.zeros(len(layers), 6, dtype=torch.float64)
     for rows, batch in batches_by_length(traces, tokens_per_batch):
         batch = batch.to(pair.model.W_E.device)
         acts: dict[ResidualStream, dict[int, Tensor]] = {}
         for stream in ("target", "replacement"):
-            with reading(pair, stream), pair.recorded(ACTS_HOOK) as recorded:
+            with features_read_on(pair, stream), pair.recorded(ACTS_HOOK) as recorded:
                 pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
             acts[stream] = dict(recorded)
-        counts, products = [], []
+        counts, batch_sums = [], []
         for layer in layers:
             a, b = (acts[s][layer].float() * norms[layer] * batch.real[..., None] for s in ("target", "replacement"))
             fires = (a + b) > 0
             counts.append(torch.stack([(x > 0).sum((1, 2)) for x in (a * b, a + b, b)]))
-            x, y = wide(a).flatten(), wide(b).flatten()  # zero where neither fires
-            products.append(torch.stack([fires.sum().to(x.dtype), x.sum(), y.sum(), x @ x, y @ y, x @ y]))
+            x, y = wide(a).flatten(), wide(b).flatten()  # both are zero where neither fires
+            batch_sums.append(torch.stack([fires.sum().to(x.dtype), x.sum(), y.sum(), x @ x, y @ y, x @ y]))
         both[:, rows], either[:, rows], replacement[:, rows] = host_float64(torch.stack(counts, 1))
-        moments += host_float64(torch.stack(products))
+        sums += host_float64(torch.stack(batch_sums))
 
-    def share(place: int, over: Tensor, unit: str) -> Measurement:
-        return clustered_share(both[place], over[place]).measurement(len(traces), unit, split)
+    def share(firings: Tensor, of: Tensor, unit: str) -> Measurement:
+        return clustered_share(firings, of).measurement(len(traces), unit, split)
 
-    found = []
-    for place, layer in enumerate(layers):
-        n, x, y, xx, yy, xy = moments[place].tolist()
-        spread = ((n * xx - x * x) * (n * yy - y * y)) ** 0.5
-        found.append(
-            LayerAgreement(
-                layer,
-                share(place, either, "firings on both streams, of those on either"),
-                share(place, replacement, "firings on both streams, of the replacement's"),
-                (n * xy - x * y) / spread if spread > 0 else None,
-            )
+    return [
+        LayerAgreement(
+            layer,
+            share(shared, union, "firings on both streams, of those on either"),
+            share(shared, of_replacement, "firings on both streams, of the replacement's"),
+            _correlation(*layer_sums.tolist()),
         )
-    return found
+        for layer, shared, union, of_replacement, layer_sums in zip(layers, both, either, replacement, sums, strict=True)
+    ]
+
+
+def _correlation(n: float, x: float, y: float, xx: float, yy: float, xy: float) -> float | None:
+    """Pearson correlation from sums over n pairs; None where one side has no spread."""
+    spread = ((n * xx - x * x) * (n * yy - y * y)) ** 0.5
+    return (n * xy - x * y) / spread if spread > 0 else None

@@ -25,7 +25,8 @@ from tl_adapters.errors import UserError
 from tl_adapters.features.collect import collect_features, collect_share
 from tl_adapters.features.feature import ResidualStream
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.features.store_files import LABELS_FILE, StoreOptions, read_description, read_labels
+from tl_adapters.features.store_description import StoreOptions
+from tl_adapters.features.store_files import LABELS_FILE, read_description, read_labels
 from tl_adapters.features.stream_agreement import stream_agreement
 from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.interop.neuronpedia import write_neuronpedia
@@ -214,7 +215,7 @@ def name_and_record(folder: Path, store: FeatureStore, neurons: FeatureStore) ->
         label_shares(labels, one.ids(), split=about.split) for labels, one in zip(rules, (store, neurons), strict=True)
     ]
     block = {
-        "total": about.n_flat,
+        "total": about.total_features,
         "alive": len(store.ids()),
         "tokens": store.tokens,
         "documents": store.documents,
@@ -223,7 +224,7 @@ def name_and_record(folder: Path, store: FeatureStore, neurons: FeatureStore) ->
         "agreement": store.agreement,
         "labels": shares[0],
         "neurons": {
-            "total": neurons.about.n_flat,
+            "total": neurons.about.total_features,
             "alive": len(neurons.ids()),
             "per_token": neurons.about.options.neurons_per_token,
             "labels": shares[1],
