@@ -319,9 +319,7 @@ def test_both_backends_read_the_same(backend: str, pair: PairedModel, traces: li
 def test_refusals_in_one_line(pair: PairedModel, traces: list[Trace], tmp_path: Path) -> None:
     folder = tmp_path / "store"
     collect_features(pair, traces[:3], folder, options=OPTIONS, **QUIET)
-    with pytest.raises(
-        FeatureStoreError, match="with stream 'replacement', and this collection has 'target'"
-    ):
+    with pytest.raises(FeatureStoreError, match="with stream 'replacement', and this collection has 'target'"):
         collect_features(pair, traces[:3], folder, stream="target", options=OPTIONS, **QUIET)
     with pytest.raises(FeatureStoreError, match="was collected with options"):
         collect_features(pair, traces[:3], folder, **QUIET)

@@ -83,7 +83,9 @@ def stream_agreement(
             share(shared, of_replacement, "firings on both streams, of the replacement's"),
             _correlation(*layer_sums.tolist()),
         )
-        for layer, shared, union, of_replacement, layer_sums in zip(layers, both, either, replacement, sums, strict=True)
+        for layer, shared, union, of_replacement, layer_sums in zip(
+            layers, both, either, replacement, sums, strict=True
+        )
     ]
 
 
