@@ -18,7 +18,8 @@ from tl_adapters.config import LossWeights, TrainingConfig
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.feature_matching import MATCH_STATISTICS, Matching, Share, seed_agreement
-from tl_adapters.evaluation.planted_features import PlantedSet, plant_features, planted_test
+from tl_adapters.evaluation.planted_features import PlantedSet, plant_features
+from tl_adapters.evaluation.planted_recovery import planted_test
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import load_builtin_pair
 from tl_adapters.training.trainer import train

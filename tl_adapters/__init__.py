@@ -67,7 +67,7 @@ EXPORTS = {
     "PairedModel": "models.paired_model",
     "patched": "interventions.feature_edits",
     "plant_features": "evaluation.planted_features",
-    "planted_test": "evaluation.planted_features",
+    "planted_test": "evaluation.planted_recovery",
     "prune": "attribution.pruning",
     "pull": "interop.hub",
     "push_to_hub": "interop.hub",
@@ -149,7 +149,7 @@ if TYPE_CHECKING:
     from tl_adapters.evaluation.feature_matching import seed_agreement as seed_agreement
     from tl_adapters.evaluation.lm_eval_harness import HarnessModel as HarnessModel
     from tl_adapters.evaluation.planted_features import plant_features as plant_features
-    from tl_adapters.evaluation.planted_features import planted_test as planted_test
+    from tl_adapters.evaluation.planted_recovery import planted_test as planted_test
     from tl_adapters.evaluation.tasks import load_problems as load_problems
     from tl_adapters.features.collect import collect_features as collect_features
     from tl_adapters.features.notebook_view import show_features as show_features

@@ -1,4 +1,4 @@
-"""Faithfulness figures against the formulas, run whole and without sharing anything."""
+"""Faithfulness figures compared with their formulas, computed by whole forward passes without shared prefixes."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def alone(pair: PairedModel, trace: Trace, route: str, **layers: object) -> torc
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 24, 1000])
-def test_every_kl_is_the_formula(pair: PairedModel, traces: list[Trace], tokens_per_batch: int) -> None:
+def test_every_kl_agrees_with_its_formula(pair: PairedModel, traces: list[Trace], tokens_per_batch: int) -> None:
     sums = measure_faithfulness(pair, traces, tokens_per_batch)
     models = {"hybrid": ("hybrid", {}), "replacement": ("replacement", {})}
     for i in range(4):
@@ -53,7 +53,7 @@ def test_every_kl_is_the_formula(pair: PairedModel, traces: list[Trace], tokens_
 
 
 @torch.no_grad()
-def test_nmse_l0_and_firings_are_the_formula(pair: PairedModel, traces: list[Trace]) -> None:
+def test_nmse_l0_and_firings_agree_with_their_formulas(pair: PairedModel, traces: list[Trace]) -> None:
     sums = measure_faithfulness(pair, traces)
     firings = torch.zeros(4, 24)
     for row, trace in enumerate(traces):
@@ -74,7 +74,7 @@ def test_nmse_l0_and_firings_are_the_formula(pair: PairedModel, traces: list[Tra
     assert not sums.error[:, 0].any()
 
 
-def test_the_block(pair: PairedModel, traces: list[Trace]) -> None:
+def test_the_faithfulness_block_of_results_json(pair: PairedModel, traces: list[Trace]) -> None:
     sums = measure_faithfulness(pair, traces)
     block = faithfulness_block(sums, "tune", seeds=(3,))
     kl = block["kl"]["replacement"]
@@ -91,7 +91,7 @@ def test_the_block(pair: PairedModel, traces: list[Trace]) -> None:
 
 
 @torch.no_grad()
-def test_the_difference_is_the_two_mlps(pair: PairedModel) -> None:
+def test_mlp_difference_is_that_of_the_two_routes(pair: PairedModel) -> None:
     x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     out = {}
     for route in ("target", "hybrid"):
@@ -100,7 +100,7 @@ def test_the_difference_is_the_two_mlps(pair: PairedModel) -> None:
     torch.testing.assert_close(mlp_difference(pair.mlps[2], x), out["target"] - out["hybrid"], rtol=1e-9, atol=1e-9)
 
 
-def test_everything_swapped_or_projected_is_the_target(pair: PairedModel, traces: list[Trace]) -> None:
+def test_with_all_neurons_or_full_rank_the_baseline_is_the_target(pair: PairedModel, traces: list[Trace]) -> None:
     all_neurons = [top_neurons(mlp, 48) for mlp in pair.mlps]
     kl, positions = baseline_kl(pair, all_neurons, traces)
     assert kl.abs().max() < 1e-9 and positions.sum() == sum(len(t.tokens) - 3 for t in traces)
@@ -109,15 +109,15 @@ def test_everything_swapped_or_projected_is_the_target(pair: PairedModel, traces
     assert baseline_kl(pair, full_rank, traces)[0].abs().max() < 1e-9
 
 
-def test_nothing_swapped_is_the_hybrid(pair: PairedModel, traces: list[Trace]) -> None:
+def test_without_swapped_neurons_the_baseline_is_the_hybrid(pair: PairedModel, traces: list[Trace]) -> None:
     kl, _ = baseline_kl(pair, [top_neurons(mlp, 0) for mlp in pair.mlps], traces)
     expected = measure_faithfulness(pair, traces).kl["hybrid"]
     torch.testing.assert_close(kl, expected, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
-def test_the_strongest_directions_are_the_best(pair: PairedModel, traces: list[Trace]) -> None:
-    """Rank r of the difference loses least energy on the traces it was fitted to: less than 20 random projections."""
+def test_the_strongest_directions_lose_the_least(pair: PairedModel, traces: list[Trace]) -> None:
+    """The strongest directions have a smaller squared error on their traces than 20 random projections."""
     mlp, batch = pair.mlps[1], collate(traces)
     _, cache = pair.model.run_with_cache(batch.tokens)
     x = cache["blocks.1.mlp.hook_in"][batch.real]
@@ -140,7 +140,7 @@ def test_the_most_changed_neurons_are_swapped(pair: PairedModel) -> None:
     torch.testing.assert_close(top_neurons(mlp, 3)(x)[0, 0], change[top].sum(0), rtol=1e-9, atol=1e-9)
 
 
-def test_a_correction_leaves_the_model_as_it_was(pair: PairedModel, traces: list[Trace]) -> None:
+def test_the_model_is_unchanged_after_a_correction(pair: PairedModel, traces: list[Trace]) -> None:
     before = pair.model(torch.tensor([traces[0].tokens]))
     with corrected(pair, [top_neurons(mlp, 2) for mlp in pair.mlps]):
         assert all(r.base_mlp for r in pair.routes)
@@ -148,7 +148,7 @@ def test_a_correction_leaves_the_model_as_it_was(pair: PairedModel, traces: list
     assert not any(point._forward_hooks for point in pair.model.hook_dict.values())
 
 
-def test_a_pair_without_difference_has_none() -> None:
+def test_mlp_difference_of_equal_models_is_zero() -> None:
     pair = PairedModel.from_pretrained(random_model(2), random_model(2))
     x = torch.randn(2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert mlp_difference(pair.mlps[0], x).abs().max() == 0

@@ -1,4 +1,4 @@
-"""A planted pair is the base and what was planted, exactly; what was planted is matched, and found by training."""
+"""A planted pair equals the base plus the planted features; these are matched, and recovered by training."""
 
 import copy
 import itertools
@@ -22,7 +22,8 @@ from tl_adapters.errors import UserError
 from tl_adapters.evaluation.baselines import baseline_kl, difference_directions, low_rank, mlp_difference, top_neurons
 from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.evaluation.feature_matching import MatchingError, Share, match_features, one_to_one, seed_agreement
-from tl_adapters.evaluation.planted_features import PlantedSet, PlantingError, plant_features, planted_test
+from tl_adapters.evaluation.planted_features import PlantedSet, PlantingError, plant_features
+from tl_adapters.evaluation.planted_recovery import planted_test
 from tl_adapters.interop.export import export
 from tl_adapters.models.hooked_transformer import build_hooked_transformer
 from tl_adapters.models.paired_model import PairedModel
@@ -35,13 +36,13 @@ N_FEATURES = 10
 def random_set(seed: int = 4, layers: tuple[int, ...] = (0, 1, 2, 3), dtype: torch.dtype = torch.float64) -> AdapterSet:
     """Adapters without marks, every weight random."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    adapters = {}
     for layer in layers:
-        found[layer] = TranscoderAdapter(32, N_FEATURES, dtype=dtype)
+        adapters[layer] = TranscoderAdapter(32, N_FEATURES, dtype=dtype)
         with torch.no_grad():
-            for weight in found[layer].parameters():
+            for weight in adapters[layer].parameters():
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return AdapterSet(found, n_layers=4)
+    return AdapterSet(adapters, n_layers=4)
 
 
 def formula(adapter: TranscoderAdapter, x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +89,7 @@ def base() -> PreTrainedModel:
 
 
 @torch.no_grad()
-def test_the_target_is_the_base_and_what_was_planted(architecture: str) -> None:
+def test_the_target_is_the_base_plus_the_planted_features(architecture: str) -> None:
     planted = random_set()
     pair = PairedModel.plant(random_model(1, architecture=architecture), planted)
     expected, nothing = base_plus(planted, architecture), base_plus(planted, architecture, times=0)
@@ -108,7 +109,7 @@ def test_the_target_is_the_base_and_what_was_planted(architecture: str) -> None:
 
 
 @torch.no_grad()
-def test_on_a_bridge(architecture: str) -> None:
+def test_a_planted_bridge(architecture: str) -> None:
     planted = random_set()
     pair = PairedModel.plant(random_model(1, architecture=architecture), planted, backend="bridge")
     close(pair.model(TOKENS), base_plus(planted, architecture), 1e-5)
@@ -148,7 +149,7 @@ def test_hook_points_copies_and_release(backend: str) -> None:
 
 
 @torch.no_grad()
-def test_some_layers_and_sets_that_read_before_the_norms_weight(base: PreTrainedModel) -> None:
+def test_sets_of_some_layers_and_sets_that_read_normalized_inputs(base: PreTrainedModel) -> None:
     some = random_set(layers=(1, 3))
     pair = PairedModel.plant(base, some)
     close(pair.model(TOKENS), base_plus(some, "Qwen2ForCausalLM"), 1e-10)
@@ -159,13 +160,13 @@ def test_some_layers_and_sets_that_read_before_the_norms_weight(base: PreTrained
     close(PairedModel.plant(base, normalized).model(TOKENS), base_plus(whole, "Qwen2ForCausalLM"), 1e-10)
 
 
-def test_what_is_planted_is_frozen_counted_and_asked_for(base: PreTrainedModel, tmp_path: Path) -> None:
+def test_planted_features_are_copied_without_gradients_and_fingerprinted(base: PreTrainedModel, tmp_path: Path) -> None:
     mine = random_set()
     pair = PairedModel.plant(base, mine)
     logits, plain = pair.model(TOKENS).detach(), PairedModel.from_pretrained(base, base)
     with torch.no_grad():
         mine[1].W_dec.zero_()
-    close(pair.model(TOKENS).detach(), logits, 1e-15)  # a copy of our own
+    close(pair.model(TOKENS).detach(), logits, 1e-15)  # the pair has its own copy
     assert not any(p.requires_grad for p in pair.planted.parameters())
     assert pair.fingerprints["base_mlps"] == plain.fingerprints["base_mlps"]
     assert pair.fingerprints["target"] != plain.fingerprints["target"] and "planted" not in plain.fingerprints
@@ -191,16 +192,19 @@ def test_what_is_planted_is_frozen_counted_and_asked_for(base: PreTrainedModel, 
     [
         (lambda: AdapterSet(list(random_set())[:3]), "3 layers of width 32; the model has 4"),
         (lambda: AdapterSet([TranscoderAdapter(16, 3)] * 4), "4 layers of width 16"),
-        (lambda: AdapterSet(list(random_set()), metadata=AdapterMetadata(writes="mlp_out")), "in place of the MLP"),
+        (
+            lambda: AdapterSet(list(random_set()), metadata=AdapterMetadata(writes="mlp_out")),
+            "These transcoders replace the MLP",
+        ),
     ],
 )
-def test_what_cannot_be_planted(made, says: str, base: PreTrainedModel) -> None:  # type: ignore[no-untyped-def]
+def test_sets_that_do_not_fit_the_base_are_refused(made, says: str, base: PreTrainedModel) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(PairMismatchError, match=says):
         PairedModel.plant(base, made())
 
 
 @torch.no_grad()
-def test_baselines_know_it(base: PreTrainedModel) -> None:
+def test_baselines_include_planted_features(base: PreTrainedModel) -> None:
     planted = random_set()
     pair = PairedModel.plant(base, planted)
     x = torch.randn(2, 5, 32, dtype=torch.float64)
@@ -209,21 +213,21 @@ def test_baselines_know_it(base: PreTrainedModel) -> None:
     directions = difference_directions(pair, traces)
     kl, _ = baseline_kl(pair, [low_rank(mlp, d) for mlp, d in zip(pair.mlps, directions, strict=True)], traces)
     assert kl.abs().max() < 1e-9
-    with pytest.raises(UserError, match="no neuron of it differs"):
+    with pytest.raises(UserError, match="none of its neurons differs"):
         top_neurons(pair.mlps[0], 3)
 
 
-def test_objective_and_graphs_know_it(base: PreTrainedModel) -> None:
+def test_objective_and_graphs_include_planted_features(base: PreTrainedModel) -> None:
     pair = PairedModel.plant(base, random_set())
     adapters = random_set(seed=9)
     pair.load_adapters(adapters)
-    batch, found = random_batch(3), []
+    batch, results = random_batch(3), []
     for step in (reference_step, shared_prefix_step):
         adapters.zero_grad()
         terms = step(pair, batch, 2, LossWeights(), 0.01)
-        found.append((terms.total, [p.grad.clone() for p in adapters.parameters()]))
-    close(found[0][0], found[1][0], 1e-10)
-    for a, b in zip(found[0][1], found[1][1], strict=True):
+        results.append((terms.total, [p.grad.clone() for p in adapters.parameters()]))
+    close(results[0][0], results[1][0], 1e-10)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
         close(a, b, 1e-10)
     assert terms.output_kl > 1e-3 and all(p.grad is None for p in pair.planted.parameters())
     plain = PairedModel.from_pretrained(base, base)  # the replacement is the same model in both
@@ -233,7 +237,7 @@ def test_objective_and_graphs_know_it(base: PreTrainedModel) -> None:
     close(*(g.rows(4, spots, vectors).features for g in graphs), 1e-12)
 
 
-def test_exports(tmp_path: Path) -> None:
+def test_exports_of_a_planted_pair(tmp_path: Path) -> None:
     hf = random_model(1, torch.float32)
     hf.save_pretrained(tmp_path / "base")
     pair = PairedModel.plant(tmp_path / "base", random_set(dtype=torch.float32))
@@ -260,7 +264,7 @@ def plant(base: PreTrainedModel) -> PlantedSet:
 
 
 @torch.no_grad()
-def test_planted_features_are_what_they_are_said_to_be(base: PreTrainedModel, plant: PlantedSet) -> None:
+def test_planted_features_have_the_recorded_rates_texts_and_norms(base: PreTrainedModel, plant: PlantedSet) -> None:
     pair = PairedModel.plant(base, plant.adapters)
     traces = skewed_traces()
     batch = collate(traces)
@@ -286,11 +290,13 @@ def test_planted_features_are_what_they_are_said_to_be(base: PreTrainedModel, pl
             on = torch.tensor(hits)
             assert f.rate_asked <= float(on.double().mean()) <= 2 * f.rate_asked
             assert f.purity == pytest.approx(float(on[fires].double().mean()), abs=1e-9)
-    assert min(f.purity for f in plant.features if f.kind == "text") > 0.7  # a fifth of the tokens at most are on it
+    assert min(f.purity for f in plant.features if f.kind == "text") > 0.7  # texts are on at most 1/5
     assert len({(f.feature.layer, f.tokens) for f in plant.features if f.tokens}) == 12
 
 
-def test_planting_is_a_function_of_its_seed_and_leaves_a_pair_alone(base: PreTrainedModel, plant: PlantedSet) -> None:
+def test_planting_depends_on_its_seed_only_and_does_not_change_the_pair(
+    base: PreTrainedModel, plant: PlantedSet
+) -> None:
     pair = PairedModel.from_pretrained(base, base)
     mine = pair.new_adapters(3)
     options = dict(per_layer=6, rates=RATES, strength=2.0)
@@ -302,11 +308,11 @@ def test_planting_is_a_function_of_its_seed_and_leaves_a_pair_alone(base: PreTra
     assert (other.adapters[0].W_dec - plant.adapters[0].W_dec).abs().max() > 1e-3
 
 
-def test_rates_of_sae_lens(base: PreTrainedModel) -> None:
+def test_firing_rates_from_sae_lens(base: PreTrainedModel) -> None:
     synthetic = pytest.importorskip("sae_lens.synthetic")
     rates = synthetic.ZipfianFiringProbabilityConfig(max_prob=0.2, min_prob=0.02).generate(4).tolist()
-    found = plant_features(base, skewed_traces(), per_layer=8, rates=rates)
-    assert [f.rate for f in found.features[:8]] == pytest.approx([r for r in rates for _ in range(2)], rel=0.11)
+    planted = plant_features(base, skewed_traces(), per_layer=8, rates=rates)
+    assert [f.rate for f in planted.features[:8]] == pytest.approx([r for r in rates for _ in range(2)], rel=0.11)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +324,9 @@ def test_rates_of_sae_lens(base: PreTrainedModel) -> None:
         ({"rates": (0.45,)}, "about as frequent as 0.45"),
     ],
 )
-def test_what_cannot_be_asked_for(options: dict[str, object], says: str, base: PreTrainedModel) -> None:
+def test_options_that_cannot_be_planted_are_refused(
+    options: dict[str, object], says: str, base: PreTrainedModel
+) -> None:
     with pytest.raises(PlantingError, match=says):
         plant_features(base, skewed_traces(), **{"per_layer": 2, "rates": (0.1,), **options})
 
@@ -328,7 +336,7 @@ def test_what_cannot_be_asked_for(options: dict[str, object], says: str, base: P
 
 @torch.no_grad()
 def shuffled(plant: AdapterSet, dead: int = 0, junk: int = 0, seed: int = 0) -> AdapterSet:
-    """The same features in another order and on another scale, some of them made dead, with others beside them."""
+    """The same features in another order and on another scale, some of them dead, with random ones added."""
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for adapter in plant:
@@ -344,44 +352,44 @@ def shuffled(plant: AdapterSet, dead: int = 0, junk: int = 0, seed: int = 0) -> 
     return AdapterSet(layers, plant.marks)
 
 
-def test_the_same_features_in_another_order_are_found(base: PreTrainedModel, plant: PlantedSet) -> None:
+def test_the_same_features_in_another_order_are_matched(base: PreTrainedModel, plant: PlantedSet) -> None:
     pair, traces = PairedModel.plant(base, plant.adapters), skewed_traces(seed=3)
-    found = match_features(shuffled(plant.adapters, dead=1, junk=3), plant.adapters, pair, traces)
-    assert len(found.a) == 4 * 8 and len(found.b) == 24
-    assert found.shares("a")["all"] == (20, 32) and found.shares("b")["all"] == (20, 24)
-    assert sum(s.n for name, s in found.shares("b").items() if name != "all") == 24
-    assert set(found.shares("b")) == {"all", "1e-1", "1e-2"}
-    for m in (m for m in found.matches if m.same):
+    matching = match_features(shuffled(plant.adapters, dead=1, junk=3), plant.adapters, pair, traces)
+    assert len(matching.a) == 4 * 8 and len(matching.b) == 24
+    assert matching.shares("a")["all"] == (20, 32) and matching.shares("b")["all"] == (20, 24)
+    assert sum(s.n for name, s in matching.shares("b").items() if name != "all") == 24
+    assert set(matching.shares("b")) == {"all", "1e-1", "1e-2"}
+    for m in (m for m in matching.matches if m.same):
         assert min(m.correlation, m.decoder_cosine, m.encoder_cosine, m.encoder_cosine_in_covariance) > 1 - 1e-9
     swapped = match_features(plant.adapters, shuffled(plant.adapters, dead=1, junk=3), pair, traces)
-    assert swapped.shares("a") == found.shares("b") and swapped.shares("b") == found.shares("a")
-    html = found._repr_html_()
+    assert swapped.shares("a") == matching.shares("b") and swapped.shares("b") == matching.shares("a")
+    html = matching._repr_html_()
     assert "of 32<" in html and "of 24<" in html and "decoder_cosine" in html
 
 
 @pytest.mark.parametrize("tokens_per_batch", [64, 4096])
 @torch.no_grad()
-def test_matching_is_the_formula(base: PreTrainedModel, plant: PlantedSet, tokens_per_batch: int) -> None:
+def test_statistics_agree_with_their_formulas(base: PreTrainedModel, plant: PlantedSet, tokens_per_batch: int) -> None:
     pair, traces = PairedModel.plant(base, plant.adapters), skewed_traces(40, seed=3)
     theirs = AdapterSet(list(random_set()), plant.adapters.marks)
-    found = match_features(theirs.normalized(), plant.adapters, pair, traces, tokens_per_batch=tokens_per_batch)
+    matching = match_features(theirs.normalized(), plant.adapters, pair, traces, tokens_per_batch=tokens_per_batch)
     inputs: list[list[torch.Tensor]] = [[] for _ in range(4)]
     for trace in traces:
         _, cache = pair.model.run_with_cache(torch.tensor([trace.tokens]))
         for layer in range(4):
             inputs[layer].append(cache[f"blocks.{layer}.mlp.hook_in"][0])
-    assert found.tokens == sum(len(t.tokens) for t in traces)
+    assert matching.tokens == sum(len(t.tokens) for t in traces)
     for layer in range(4):
         x = torch.cat(inputs[layer])
         a, b = theirs[layer], plant.adapters[layer]
         acts_a, acts_b = (torch.relu(x @ s.W_enc + s.b_enc) for s in (a, b))
         alive_a, alive_b = ((acts > 0).sum(0) >= 10 for acts in (acts_a, acts_b))
-        assert {i for (where, i) in found.a if where == layer} == set(alive_a.nonzero()[:, 0].tolist())
+        assert {i for (where, i) in matching.a if where == layer} == set(alive_a.nonzero()[:, 0].tolist())
         correlation = torch.corrcoef(torch.cat([acts_a, acts_b], 1).T)[:N_FEATURES, N_FEATURES:]
         cosine = torch.nn.functional.cosine_similarity
         decoder = cosine(a.W_dec[:, None], b.W_dec[None], dim=-1)
         covariance = torch.cov(x.T)
-        matches = [m for m in found.matches if m.layer == layer]
+        matches = [m for m in matching.matches if m.layer == layer]
         assert len(matches) == min(int(alive_a.sum()), int(alive_b.sum()))
         for m in matches:
             assert m.correlation == pytest.approx(float(correlation[m.a, m.b]), abs=1e-9)
@@ -390,8 +398,8 @@ def test_matching_is_the_formula(base: PreTrainedModel, plant: PlantedSet, token
             assert m.encoder_cosine == pytest.approx(float(cosine(ours, other, dim=0)), abs=1e-9)
             under = (ours @ covariance @ other) / ((ours @ covariance @ ours) * (other @ covariance @ other)).sqrt()
             assert m.encoder_cosine_in_covariance == pytest.approx(float(under), abs=1e-9)
-            assert found.a[FeatureId(layer, m.a)] == pytest.approx(float((acts_a[:, m.a] > 0).double().mean()))
-        # no other assignment of the alive has a larger sum
+            assert matching.a[FeatureId(layer, m.a)] == pytest.approx(float((acts_a[:, m.a] > 0).double().mean()))
+        # no other assignment of the alive features has a larger sum
         score = (correlation + decoder)[alive_a][:, alive_b]
         score = score if score.shape[0] >= score.shape[1] else score.T
         ways = itertools.permutations(range(score.shape[0]), score.shape[1])
@@ -399,7 +407,7 @@ def test_matching_is_the_formula(base: PreTrainedModel, plant: PlantedSet, token
         assert sum(m.correlation + m.decoder_cosine for m in matches) >= best - 1e-9
 
 
-def test_one_to_one_is_the_best_of_all() -> None:
+def test_one_to_one_has_the_largest_sum() -> None:
     for seed, shape in enumerate([(4, 4), (5, 3), (3, 5)]):
         scores = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         pairs = one_to_one(scores)
@@ -412,7 +420,7 @@ def test_one_to_one_is_the_best_of_all() -> None:
         assert sum(float(scores[i, j]) for i, j in pairs) == pytest.approx(best)
 
 
-def test_against_sae_lens() -> None:
+def test_one_to_one_agrees_with_sae_lens() -> None:
     synthetic = pytest.importorskip("sae_lens.synthetic")
     generator = torch.Generator().manual_seed(0)
     for n_a, n_b in ((12, 9), (9, 12)):
@@ -423,7 +431,7 @@ def test_against_sae_lens() -> None:
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 7), (8, 10), (40, 40), (3, 200)])
-def test_share(k: int, n: int) -> None:
+def test_share_intervals_agree_with_scipy(k: int, n: int) -> None:
     expected = binomtest(k, n).proportion_ci(method="exact" if k in (0, n) else "wilson")
     assert Share(k, n).interval == pytest.approx((expected.low, expected.high), abs=1e-6)
     assert Share(k, n).value == k / n and Share(0, 0).value is None
@@ -435,10 +443,10 @@ def test_sets_of_other_shapes_are_refused(base: PreTrainedModel, plant: PlantedS
         match_features(AdapterSet([TranscoderAdapter(16, 3)] * 4), plant.adapters, pair, skewed_traces(4))
 
 
-# -- the test ----------------------------------------------------------------------------------------------------------
+# -- recovery ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_planted_is_found_again() -> None:
+def test_training_recovers_planted_features() -> None:
     base = random_model(1, torch.float32, num_hidden_layers=1)
     traces, held_out = skewed_traces(1500, seed=1), skewed_traces(200, seed=2)
     config = TrainingConfig(n_features=12, steps=150, tokens_per_batch=256, lr=0.06, l1_weight=3e-3)
