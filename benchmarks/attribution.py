@@ -1,7 +1,8 @@
-"""RelP rows by hand against autograd per target on one retained graph: ``python benchmarks/attribution.py``.
+"""RelP rows compared with autograd per target on one retained graph: ``python benchmarks/attribution.py``.
 
-At 6 layers, d_model 256, 2,048 features, 48 tokens and about 1,200 active features, interleaved in one run; then how
-long a graph of a 2,000-token prompt takes at the built-in pair's size (max_feature_nodes 1,000).
+The model has 6 layers, d_model 256, 2,048 features, 48 tokens and about 1,200 active features, and both are
+timed in turn in one run. Then the time of a graph of a 2,000-token prompt at the built-in pair's size is measured
+(max_feature_nodes 1,000).
 """
 
 import logging
@@ -49,16 +50,16 @@ def against_autograd() -> None:
     model, autograd = LinearizedModel(pair, tokens), GradientModel(pair, tokens, relp_hooks(pair.model))
     ratios: dict[str, list[float]] = {"per target": [], "batched": []}
     for layer in (2, 4, 5):
-        here = model.active[model.active[:, 0] == layer][:64]
-        vectors = model.encoders[layer][:, here[:, 2]].T
+        active = model.active[model.active[:, 0] == layer][:64]
+        vectors = model.encoders[layer][:, active[:, 2]].T
         for _ in range(3):
             began = time.perf_counter()
-            ours = model.rows(layer, here[:, 1], vectors)
+            ours = model.rows(layer, active[:, 1], vectors)
             middle = time.perf_counter()
-            for i in range(len(here)):
-                theirs = autograd.rows(layer, here[i : i + 1, 1], vectors[i : i + 1])
+            for i in range(len(active)):
+                theirs = autograd.rows(layer, active[i : i + 1, 1], vectors[i : i + 1])
             last = time.perf_counter()
-            autograd.rows(layer, here[:, 1], vectors)
+            autograd.rows(layer, active[:, 1], vectors)
             ratios["per target"].append((last - middle) / (middle - began))
             ratios["batched"].append((time.perf_counter() - last) / (middle - began))
         assert torch.allclose(ours.tokens[-1:], theirs.tokens, atol=1e-3)  # rounding may switch a feature on or off

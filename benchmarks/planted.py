@@ -1,7 +1,8 @@
-"""When can adapters be trusted? ``python benchmarks/planted.py OUT [--steps 300]``.
+"""How many planted features does training recover? ``python benchmarks/planted.py OUT [--steps 300]``.
 
-The planted test on the built-in base over widths, l1 weights and seeds, and what two seeds of the built-in pair's own
-adapters have in common. Every cell is a JSON in OUT and is not run again; the tables of what is there are printed.
+The planted test is run on the built-in base over widths, L1 weights and seeds, and the adapters of two seeds of the
+built-in pair are matched. Every cell is a JSON file in OUT, and cells that exist are not run again. The tables of all
+cells are printed.
 """
 
 import argparse
@@ -26,13 +27,13 @@ from tl_adapters.training.trainer import train
 from tl_adapters.utils.files import write_text
 
 WIDTHS, L1_WEIGHTS = (64, 256), (1e-3, 3e-3, 2e-2)
-LONG, HEAVY = 2_000, 100.0
-"""Steps of the longest runs, three times the default; and a weight of the NMSE (1 in the paper) that makes every layer
-answer for its own part of the difference."""
-CALIBRATION, TRAINING, EVALUATION = 2_000, 12_000, 1_850
-"""Documents, of about 60 tokens each: 120,000 tokens to plant with, 110,000 to judge with."""
+LONG_STEPS, HIGH_NMSE = 2_000, 100.0
+"""Steps of the longest runs, and a weight of the NMSE (1 in the paper) with which every layer reproduces its own part
+of the difference."""
+CALIBRATION_DOCUMENTS, TRAINING_DOCUMENTS, EVALUATION_DOCUMENTS = 2_000, 12_000, 1_850
+"""Numbers of documents of about 60 tokens: 120,000 tokens for calibration, 110,000 for evaluation."""
 BEFORE_SEEDS = 4
-"""Cells that are run before the seeds' agreement."""
+"""Number of cells that are run before the agreement of seeds."""
 DECADES = ("all", "1e-1", "1e-2", "1e-3", "1e-4")
 
 
@@ -41,7 +42,8 @@ def percent(share: Share) -> str:
     return f"{share.value:.0%} ({low:.0%}-{high:.0%})" if share.n else "-"
 
 
-def of(record: dict) -> Share:
+def share_of(record: dict) -> Share:
+    """The share of a JSON record."""
     return Share(record["k"], record["n"])
 
 
@@ -60,13 +62,18 @@ class Cell(NamedTuple):
 
 
 def cells(steps: int) -> list[Cell]:
-    """The grid, in the order in which it is run: the middle first, then longer runs, then the rest and second seeds."""
+    """The cells in the order in which they are run: the middle first, longer runs, the others, second seeds."""
     middle = [Cell(64, 1e-3, steps), Cell(256, 1e-3, steps), Cell(256, 3e-3, steps)]
     beyond = [Cell(64, 1e-3, steps, strength=2.0), Cell(64, 2e-2, 3 * steps), Cell(256, 2e-2, 3 * steps)]
     grid = [Cell(n, l1, steps) for l1 in L1_WEIGHTS for n in WIDTHS]
-    heavy = [Cell(64, 1e-2, LONG, nmse=HEAVY), *(Cell(n, 1e-2, steps, nmse=HEAVY) for n in WIDTHS)]
-    heavy += [Cell(64, 1e-3, steps, nmse=HEAVY), Cell(64, 1e-2, steps, seed=1, nmse=HEAVY)]
-    return list(dict.fromkeys([*middle, Cell(64, 1e-3, LONG), *heavy, *beyond, *grid, Cell(64, 1e-3, steps, seed=1)]))
+    heavy = [
+        Cell(64, 1e-2, LONG_STEPS, nmse=HIGH_NMSE),
+        *(Cell(n, 1e-2, steps, nmse=HIGH_NMSE) for n in WIDTHS),
+    ]
+    heavy += [Cell(64, 1e-3, steps, nmse=HIGH_NMSE), Cell(64, 1e-2, steps, seed=1, nmse=HIGH_NMSE)]
+    return list(
+        dict.fromkeys([*middle, Cell(64, 1e-3, LONG_STEPS), *heavy, *beyond, *grid, Cell(64, 1e-3, steps, seed=1)])
+    )
 
 
 def run_cell(out: Path, cell: Cell, plant: PlantedSet, traces: list[Trace], held_out: list[Trace]) -> None:
@@ -79,19 +86,19 @@ def run_cell(out: Path, cell: Cell, plant: PlantedSet, traces: list[Trace], held
 
 
 def run_agreement(out: Path, steps: int, traces: list[Trace], held_out: list[Trace]) -> None:
-    """Seeds 0 and 1 with the default options, but for the steps."""
+    """Match the adapters of seeds 0 and 1, with the default options except for the number of steps."""
     pair = load_builtin_pair()
     both = [train(pair, traces, TrainingConfig(steps=steps, seed=seed), progress=False) for seed in (0, 1)]
-    found = seed_agreement(pair, *both, held_out)
-    write_text(out, json.dumps({"steps": steps, **agreement_record(found)}))
+    matching = seed_agreement(pair, *both, held_out)
+    write_text(out, json.dumps({"steps": steps, **agreement_record(matching)}))
 
 
-def agreement_record(found: Matching) -> dict:
+def agreement_record(matching: Matching) -> dict:
     return {
-        "tokens": found.tokens,
-        **{side: {name: s._asdict() for name, s in found.shares(side).items()} for side in ("a", "b")},
-        "quantiles": found.quantiles(),
-        "matches": [asdict(m) for m in found.matches],
+        "tokens": matching.tokens,
+        **{side: {name: s._asdict() for name, s in matching.shares(side).items()} for side in ("a", "b")},
+        "quantiles": matching.quantiles(),
+        "matches": [asdict(m) for m in matching.matches],
     }
 
 
@@ -100,24 +107,27 @@ def print_tables(folder: Path) -> None:
     head += ["KL(r) / KL(h)", "L0"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for path in sorted(folder.glob("w*.json")):
-        found = json.loads(path.read_text())
-        recall = found["recall"]
-        kl, l0 = found["kl_of_hybrid"], [figure["value"] for figure in found["l0_all_tokens"]]
-        cells = [*Cell(**found["cell"]), found["alive"]]
-        cells += [percent(of(found["precision"])), *(percent(of(recall[d])) if d in recall else "-" for d in DECADES)]
-        cells += [percent(of(found["recall_by_kind"][kind])) for kind in ("text", "direction")]
+        record = json.loads(path.read_text())
+        recall = record["recall"]
+        kl, l0 = record["kl_of_hybrid"], [figure["value"] for figure in record["l0_all_tokens"]]
+        cells = [*Cell(**record["cell"]), record["alive"]]
+        cells += [
+            percent(share_of(record["precision"])),
+            *(percent(share_of(recall[d])) if d in recall else "-" for d in DECADES),
+        ]
+        cells += [percent(share_of(record["recall_by_kind"][kind])) for kind in ("text", "direction")]
         cells += [f"{kl['value']:.1%} ({kl['low']:.1%}-{kl['high']:.1%})", f"{sum(l0) / len(l0):.2f}"]
         print("| " + " | ".join(map(str, cells)) + " |")
     for path in sorted(folder.glob("seeds-*.json")):
-        found = json.loads(path.read_text())
-        print(f"\nSeeds 0 and 1 of the built-in pair, {found['steps']} steps, {found['tokens']:,} tokens\n")
+        record = json.loads(path.read_text())
+        print(f"\nSeeds 0 and 1 of the built-in pair, {record['steps']} steps, {record['tokens']:,} tokens\n")
         print("| firing rate | of seed 0 | n | of seed 1 | n |\n|---|---|---|---|---|")
-        for name in dict.fromkeys([*found["a"], *found["b"]]):
-            a, b = (of(found[side].get(name, {"k": 0, "n": 0})) for side in ("a", "b"))
+        for name in dict.fromkeys([*record["a"], *record["b"]]):
+            a, b = (share_of(record[side].get(name, {"k": 0, "n": 0})) for side in ("a", "b"))
             print(f"| {name} | {percent(a)} | {a.n} | {percent(b)} | {b.n} |")
         print("\n| over the matches | 10 % | 25 % | median | 75 % | 90 % |\n|---|---|---|---|---|---|")
         for figure in MATCH_STATISTICS:
-            print(f"| {figure} | " + " | ".join(f"{v:.2f}" for v in found["quantiles"][figure]) + " |")
+            print(f"| {figure} | " + " | ".join(f"{v:.2f}" for v in record["quantiles"][figure]) + " |")
 
 
 def main() -> None:
@@ -132,18 +142,18 @@ def main() -> None:
     def text(split: str, n: int, seed: int) -> list[Trace]:
         return encode_traces(organism.reasoning_pairs(split, n, seed), base.model.tokenizer, base.model.cfg.n_ctx)  # type: ignore[arg-type]
 
-    traces, held_out = text("train", TRAINING, 0), text("report", EVALUATION, 0)
-    todo = cells(args.steps)
+    traces, held_out = text("train", TRAINING_DOCUMENTS, 0), text("report", EVALUATION_DOCUMENTS, 0)
+    grid = cells(args.steps)
     plants: dict[float, PlantedSet] = {}
     seeds = args.out / f"seeds-{args.steps}.json"
-    for i, cell in enumerate(todo):
+    for i, cell in enumerate(grid):
         if i == BEFORE_SEEDS and not seeds.is_file():
             run_agreement(seeds, args.steps, traces, held_out)
             print(seeds.name, "done", file=sys.stderr, flush=True)
         path = args.out / f"{cell.name}.json"
         if not path.is_file():
             if cell.strength not in plants:
-                plants[cell.strength] = plant_features(base, traces[:CALIBRATION], strength=cell.strength)
+                plants[cell.strength] = plant_features(base, traces[:CALIBRATION_DOCUMENTS], strength=cell.strength)
             run_cell(path, cell, plants[cell.strength], traces, held_out)
         print(path.name, "done", file=sys.stderr, flush=True)
     print_tables(args.out)

@@ -1,6 +1,6 @@
-"""The README's table: the demo for several seeds, mean and worst. ``python benchmarks/seeds.py runs/seeds 0 1 2``.
+"""The table of the demo over several seeds, mean and worst: ``python benchmarks/seeds.py runs/seeds 0 1 2``.
 
-A seed whose folder is there already is not run again.
+A seed whose folder exists is not run again.
 """
 
 import json
@@ -14,21 +14,22 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def far_from_one(values: list[float]) -> float:
+def farthest_from_one(values: list[float]) -> float:
     return max(values, key=lambda v: abs(v - 1))
 
 
-def worst_partial(f: dict) -> float:
-    p = f["partial_of_full"]
-    return max(figure["value"] for figure in (*p["first"][:-1], *p["last"][1:], *p["only"]))
+def worst_partial(faithfulness: dict) -> float:
+    partial = faithfulness["partial_of_full"]
+    figures = (*partial["first"][:-1], *partial["last"][1:], *partial["only"])
+    return max(figure["value"] for figure in figures)
 
 
-def recovered(r: dict, floor: str) -> float:
-    return r["behaviour"]["recovered"][floor]["value"]
+def recovered(results: dict, baseline: str) -> float:
+    return results["behaviour"]["recovered"][baseline]["value"]
 
 
-def against_target(r: dict, key: str) -> float:
-    return r["behaviour"]["replacement"][key] / r["behaviour"]["target"][key]
+def against_target(results: dict, key: str) -> float:
+    return results["behaviour"]["replacement"][key] / results["behaviour"]["target"][key]
 
 
 ROWS: list[tuple[str, str, Callable[[dict], float], Callable[[list[float]], float]]] = [
@@ -36,8 +37,8 @@ ROWS: list[tuple[str, str, Callable[[dict], float], Callable[[list[float]], floa
     ("worst partial KL / full KL", "{:.3f}", lambda r: worst_partial(r["faithfulness"]), max),
     ("accuracy recovered, against the hybrid", "{:.1%}", lambda r: recovered(r, "hybrid"), min),
     ("accuracy recovered, against the base", "{:.1%}", lambda r: recovered(r, "base"), min),
-    ("length, replacement / target", "{:.3f}", lambda r: against_target(r, "length"), far_from_one),
-    ("hesitation, replacement / target", "{:.3f}", lambda r: against_target(r, "hesitation_per_1k"), far_from_one),
+    ("length, replacement / target", "{:.3f}", lambda r: against_target(r, "length"), farthest_from_one),
+    ("hesitation, replacement / target", "{:.3f}", lambda r: against_target(r, "hesitation_per_1k"), farthest_from_one),
     ("mean L0 per token and layer", "{:.2f}", lambda r: mean([f["value"] for f in r["faithfulness"]["l0"]]), max),
     ("largest L0 of a layer", "{:.2f}", lambda r: max(f["value"] for f in r["faithfulness"]["l0"]), max),
     ("same likeliest token", "{:.2%}", lambda r: r["faithfulness"]["top1_agreement"]["value"], min),

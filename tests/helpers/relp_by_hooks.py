@@ -1,4 +1,4 @@
-"""RelP's rules as detaching hooks on a HookedTransformer: an implementation by autograd, to hold ours against."""
+"""RelP's rules as hooks on a HookedTransformer that detach: an autograd implementation to compare with."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from tl_adapters.attribution.gradient import ForwardHook
 
 
 def relp_hooks(model: HookedTransformer, freeze_mlps: bool = False) -> list[ForwardHook]:
-    """Freeze patterns, norm scales and activation slopes; halve what goes through gate * up."""
+    """Hooks that hold patterns, norm scales and activation slopes constant, and halve the gradients of gate * up."""
     kept: dict[tuple[str, int], torch.Tensor] = {}
 
     def keep(value, hook, what, layer):  # type: ignore[no-untyped-def]
