@@ -101,7 +101,7 @@ def _hold(value: Tensor, hook: HookPoint, name: str, reference: dict[str, Tensor
     """The value of the reference at the hook point ``name``. Raises InterventionError where it does not fit."""
     if name not in reference:
         raise InterventionError(
-            f"{name} is held, and was not computed in the reference; enter frozen() on the route that is used within it."
+            f"{name} is held, and was not computed in the reference; enter frozen() on the route of later passes."
         )
     if value.shape != reference[name].shape:
         raise InterventionError(
