@@ -87,4 +87,4 @@ def test_texts_are_padded_and_masked_and_ids_that_look_padded_are_said(caplog: p
         pair.model(torch.tensor([[PAD, 20], [PAD, 22]]))
         assert not caplog.records
         pair.model(torch.tensor([[PAD, 20], [21, 22]]))
-    assert "Give attention_mask=" in caplog.text
+    assert "give attention_mask=" in caplog.text

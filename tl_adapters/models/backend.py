@@ -1,4 +1,7 @@
-"""What a TransformerLens model must answer to carry a pair, whichever of the two kinds it is."""
+"""Backend: what a pair needs of a TransformerLens model, whether HookedTransformer or TransformerBridge.
+
+`hooked_transformer.HookedBackend` and `transformer_bridge.BridgedBackend` implement it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from tl_adapters.models.routed_mlp import RoutedMLP
 
 
 class Backend(ABC):
-    """What `PairedModel` asks of the library that runs the model: TransformerLens, of one kind or another."""
+    """Access to the weights of a TransformerLens model, its routed MLPs, and its parts run alone."""
 
     model: Any
     """The TransformerLens model itself."""
@@ -25,20 +28,20 @@ class Backend(ABC):
     @property
     @abstractmethod
     def hf_config(self) -> dict[str, Any]:
-        """The facts that base and adapters must share, under config.json's names."""
+        """The options that base and adapters must share with the model, under config.json's names."""
 
     @property
     @abstractmethod
     def mlps(self) -> list[RoutedMLP]:
-        """The routed MLP of every layer, once installed."""
+        """The routed MLP of every layer, after `install`."""
 
     @abstractmethod
     def second_norm(self, layer: int) -> Tensor | None:
-        """The second norm's weights as TransformerLens has them, [d_model]; None where they are folded."""
+        """Weights of the second norm as TransformerLens has them (Gemma 1 + w), [d_model]; None where folded."""
 
     @abstractmethod
     def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""
+        """The weights of a layer's attention and MLP in Hugging Face's names and layout."""
 
     @abstractmethod
     def attention_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
@@ -50,10 +53,10 @@ class Backend(ABC):
 
     @abstractmethod
     def norm(self, name: str) -> Tensor | None:
-        """Weights of the norm of that name ("ln_final", "blocks.3.ln1") as TransformerLens has them; None: folded."""
+        """Weights of a norm ("ln_final", "blocks.3.ln1") as TransformerLens has them; None where they are folded."""
 
     def norms(self, layer: int) -> Iterator[tuple[str, Tensor | None]]:
-        """Every norm of a layer, by its name within the block, and its weights (`norm`)."""
+        """Every norm of a layer: its name within the block, and its weights as `norm` returns them."""
         block = self.model.blocks[layer]
         for name in ("ln1", "ln1_post", "ln2", "ln2_post", "attn.q_norm", "attn.k_norm"):
             outer, _, inner = name.rpartition(".")
@@ -63,27 +66,33 @@ class Backend(ABC):
     @property
     @abstractmethod
     def embedding_scale(self) -> float:
-        """What `embedding` is multiplied with here already; 1 for the model's own weights."""
+        """The factor by which `embedding` differs from the stored embedding."""
 
     def embedding(self) -> Tensor:
-        """[d_vocab, d_model]"""
+        """The embedding matrix, [d_vocab, d_model]."""
         return self.model.W_E
 
     @abstractmethod
     def unembedding(self) -> Tensor:
-        """[d_vocab, d_model]"""
+        """The unembedding matrix, [d_vocab, d_model]."""
 
     @abstractmethod
     def install(self, layer: int, base: dict[str, Tensor] | None, base_scale: Tensor | None) -> None:
-        """Make the MLP of ``layer`` a routed one in place."""
+        """Turn the MLP of ``layer`` into a `RoutedMLP` in place.
+
+        Args:
+            layer: the layer's index.
+            base: weights of the base's MLP in Hugging Face's names and layout; None for a model without a base.
+            base_scale: the factor from the MLP's input to the base's, [d_model]; None where they are the same.
+        """
 
     @abstractmethod
     def uninstall(self, layer: int) -> None:
-        """Give the MLP of ``layer`` back as `install` found it."""
+        """Restore the MLP of ``layer`` to what it was before `install`."""
 
     @abstractmethod
     def name_hooks(self) -> None:
-        """Make new hook points known to the model under their names, and forget those that are gone."""
+        """Register new hook points with the model under their names, and remove those that are gone."""
 
     @abstractmethod
     def embed(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -91,7 +100,7 @@ class Backend(ABC):
 
     @abstractmethod
     def run_blocks(self, resid: Tensor, start: int, stop: int, attention_mask: Tensor | None = None) -> Tensor:
-        """Blocks start..stop-1 on the present routes."""
+        """The residual stream after blocks start..stop-1 have run on ``resid``, on the present routes."""
 
     @abstractmethod
     def unembed(self, resid: Tensor) -> Tensor:

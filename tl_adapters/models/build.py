@@ -1,7 +1,7 @@
-"""The seam to TransformerLens: the two kinds of model that can carry a pair, behind one set of questions.
+"""A TransformerLens model made of a Hugging Face model, and the backend of an existing TransformerLens model.
 
-    "hooked"   HookedTransformer: what users of TransformerLens 3 and SAELens have; fast
-    "bridge"   TransformerBridge: TransformerLens 3.9 and 4, any name that Hugging Face knows
+    "hooked"   HookedTransformer: the model of TransformerLens 3 and SAELens; faster
+    "bridge"   TransformerBridge: the model of TransformerLens 3.9 and 4
 
 Both give the same hook names and, to rounding, the same values. TransformerLens 4 has only the second.
 """
@@ -35,18 +35,18 @@ def build_model(
     """``hf_model`` as a HookedTransformer or TransformerBridge, sharing its weights, and computing the same.
 
     Args:
-        hf_model: a bridge changes it in place.
-        tokenizer: given to the model.
+        hf_model: a Hugging Face model; a TransformerBridge changes it in place.
+        tokenizer: the tokenizer that the new model gets.
         backend: "hooked" or "bridge"; None takes `default_backend`.
-        hf_outputs: what ``hf_model`` computes, where the caller has it; else it is recorded here (see `agreement`).
+        hf_outputs: the outputs of ``hf_model`` on a few tokens (`record_hf_outputs`); None records them here.
 
     Raises:
         UnsupportedModelError: a model that TransformerLens does not represent.
-        DisagreementError: one that computes something else there.
+        DisagreementError: a model whose outputs differ between the two libraries (`require_agreement`).
     """
     backend = backend or default_backend()
     if backend not in get_args(BackendName):
-        raise UnsupportedModelError(f"No backend {backend!r}; there are {' and '.join(get_args(BackendName))}.")
+        raise UnsupportedModelError(f"There is no backend {backend!r}; choose {' or '.join(get_args(BackendName))}.")
     if backend == "hooked" and not _has_hooked_transformer():
         raise UnsupportedModelError(
             "TransformerLens 4 has no HookedTransformer. Use backend='bridge', or install 'transformer-lens<4'."
@@ -65,9 +65,9 @@ def build_model(
 
 
 def backend_of(model: Any) -> Backend:
-    """The backend of a model that is there already. Raises UnsupportedModelError for anything else."""
-    bridge = importlib.import_module("transformer_lens.model_bridge").TransformerBridge
-    if isinstance(model, bridge):
+    """The backend of an existing TransformerLens model. Raises UnsupportedModelError for anything else."""
+    transformer_bridge = importlib.import_module("transformer_lens.model_bridge").TransformerBridge
+    if isinstance(model, transformer_bridge):
         from tl_adapters.models.transformer_bridge import BridgedBackend
 
         return BridgedBackend(model)

@@ -1,4 +1,4 @@
-"""Fused attention for a HookedTransformer: fast while nobody looks at scores or patterns, stock otherwise."""
+"""Attention of a HookedTransformer through torch's fused kernel, unless a hook reads scores or patterns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def _hooked(*points: HookPoint) -> bool:
 
 
 class FusedAttention(GroupedQueryAttention):
-    """Grouped-query attention through torch's fused kernel, with every hook it can offer.
+    """Grouped-query attention through torch's fused kernel, with hooks on queries, keys, values and z.
 
-    The kernel never forms scores and patterns, so a hook on one of those (or on hook_result) sends this call to the
-    stock implementation, and so does a soft cap on scores (Gemma 2); queries, keys, values and z stay hookable here.
-    A class, not a patched method: deepcopy and .to() keep working.
+    The kernel never forms scores and patterns, so with a hook on one of those (or on hook_result) the stock
+    implementation runs, as it does with a soft cap on scores (Gemma 2). This is a class and not a patched method, so
+    that deepcopy and .to() keep working.
     """
 
     def forward(
@@ -61,7 +61,7 @@ class FusedAttention(GroupedQueryAttention):
         return F.linear(z.flatten(2), weight, self.b_O)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, n_past: int, attention_mask: Tensor | None) -> Tensor:
-        """softmax(q k / scale) v; all [batch, pos, heads, d_head]."""
+        """softmax(q k / scale) v; all tensors are [batch, pos, heads, d_head]."""
         query, key, value = (t.transpose(1, 2) for t in (q, k, v))
         key = key.repeat_interleave(self.repeat_kv_heads, dim=1)
         value = value.repeat_interleave(self.repeat_kv_heads, dim=1)
@@ -75,7 +75,7 @@ class FusedAttention(GroupedQueryAttention):
             )
             if attention_mask is not None:
                 mask = mask & attention_mask[:, None, None, :].bool()
-                # A padding position attends to nothing and its softmax is NaN; as in stock code its output is zero.
+                # A padding position attends to nothing, so its softmax is NaN. As in stock code its output is zero.
                 empty = ~mask.any(-1, keepdim=True)
                 mask = mask | empty
         z = F.scaled_dot_product_attention(

@@ -1,12 +1,13 @@
-"""A HookedTransformer made of a Hugging Face model's own weights, and its MLPs as routed ones.
+"""A HookedTransformer made of a Hugging Face model's own weights, and HookedTransformer as a backend.
 
-1. The configuration is read from the model's, not looked up by name: TransformerLens 3.9 knows a list of names,
-   and reasoning models are rarely on it.
-2. Parameters are views of the model's weights, in nn.Linear's layout. Nothing is held twice, and the copies that
-   stock components make of transposed weights at every call become free.
-3. Attention is fused while nobody looks at scores or patterns; a hook there brings the stock code back.
+1. The configuration is made from the Hugging Face model's, not looked up by name: TransformerLens 3.9 has a list of
+   names, and reasoning models are rarely on it.
+2. Parameters are views of the model's weights, in nn.Linear's layout. No weight is held twice, and the copies that
+   stock components make of transposed weights at every call cost nothing.
+3. Attention runs in a fused kernel unless a hook reads scores or patterns; then the stock code runs
+   (`fused_attention`).
 
-TransformerLens 4 has no HookedTransformer; there `bridged` stands in.
+TransformerLens 4 has no HookedTransformer; there `transformer_bridge` is used.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from tl_adapters.checkpoints.architectures import UnsupportedModelError, find_ar
 from tl_adapters.checkpoints.model_checks import mlp_activation, require_representable, rope_parameters
 from tl_adapters.checkpoints.model_files import PROJECTIONS
 from tl_adapters.checkpoints.tokenizers import give_tokenizer
-from tl_adapters.models.attention_masks import reads_whole
+from tl_adapters.models.attention_masks import without_padding_inference
 from tl_adapters.models.backend import Backend
 from tl_adapters.models.fused_attention import FusedAttention
-from tl_adapters.models.routed_mlp import MLPWeights, RoutedMLP, WeightsProcessedError
+from tl_adapters.models.routed_mlp import MLPWeights, RoutedMLP, WeightsProcessedError, require_unrouted
 from tl_adapters.utils.precision import float32_logits, linear_in_float32
 
 
 def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> HookedTransformerConfig:
-    """The TransformerLens configuration of a Hugging Face one. Raises UnsupportedModelError."""
+    """The TransformerLens configuration for a Hugging Face configuration. Raises UnsupportedModelError."""
     architecture = require_representable(config)
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = rope_parameters(config)
@@ -84,14 +85,14 @@ def build_hooked_transformer(
 ) -> HookedTransformer:
     """A HookedTransformer whose parameters are views of ``hf_model``'s, with fused attention; all weights frozen.
 
-    No processing (no folding, no centring): hook values are the model's own. Raises UnsupportedModelError.
+    No processing (no folding, no centering): hook values are the model's own. Raises UnsupportedModelError.
     """
     weight = next(hf_model.parameters())
     cfg = tl_config(hf_model.config, weight.dtype, weight.device)
     architecture = find_architecture(cfg.original_architecture)
     convert = architecture.load_converter()
     with warnings.catch_warnings():
-        # TransformerLens announces that 4.0 drops this class; pyproject.toml's range is where we answer that.
+        # TransformerLens warns that 4.0 drops this class; pyproject.toml allows releases below 4 for that reason.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r".*")
         model = HookedTransformer(cfg, None, move_to_device=False)
     offset = bool(architecture.norm_offset)
@@ -111,11 +112,11 @@ def build_hooked_transformer(
         give_tokenizer(model, tokenizer)
     for block in model.blocks:
         block.attn.__class__ = FusedAttention
-    model.generation_config = hf_model.generation_config  # its end tokens and sampling: see generation.py
+    model.generation_config = hf_model.generation_config  # end tokens and sampling options, which `generation` reads
     for module in model.modules():
         if offset and type(module) is RMSNorm:
             module.__class__ = OffsetRMSNorm
-        # Parameters came with the weights; what the constructor made beside them (rotary tables) lies on the CPU.
+        # Parameters have the device of the weights; buffers (rotary tables) were made on the CPU by the constructor.
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(cfg.device))
     if weight.device.type != "meta":
@@ -141,27 +142,27 @@ def _dtype_of_norms(dtype: torch.dtype) -> torch.dtype:
 
 
 def _require_rotary(model: HookedTransformer, hf_model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError where positions are rotated otherwise than in ``hf_model``.
+    """Raises UnsupportedModelError where the rotary embedding differs from that of ``hf_model`` at some position.
 
-    The tables are compared as far as they reach here: on a few tokens one would not notice a wrong frequency.
+    The whole tables are compared, because a wrong frequency makes no difference on a few tokens.
     """
     attn = model.blocks[0].attn
     positions = torch.arange(len(attn.rotary_cos), device=attn.rotary_cos.device)
     cos, sin = hf_model.model.rotary_emb(attn.rotary_cos.float(), positions[None])
     for ours, theirs in ((attn.rotary_cos, cos[0]), (attn.rotary_sin, sin[0])):
         # Angles of some thousand radians are known to a few thousandths in float32.
-        off = (ours.float() - theirs.float()).abs().amax(-1) > 4e-3 + torch.finfo(ours.dtype).eps
-        if bool(off.any()):
-            at = int(off.nonzero()[0])
+        wrong = (ours.float() - theirs.float()).abs().amax(-1) > 4e-3 + torch.finfo(ours.dtype).eps
+        if bool(wrong.any()):
+            position = int(wrong.nonzero()[0])
             raise UnsupportedModelError(
-                f"The model's rotary embedding at position {at} is not what its configuration says (largest difference "
-                f"{float((ours[at].float() - theirs[at].float()).abs().max()):.2g}): its frequencies were changed or "
-                "rounded. Load it anew, with dtype= in from_pretrained in place of a cast."
+                f"The model's rotary embedding at position {position} is not what its configuration says (largest "
+                f"difference {float((ours[position].float() - theirs[position].float()).abs().max()):.2g}): its "
+                "frequencies were changed or rounded. Load it anew, with dtype= in from_pretrained in place of a cast."
             )
 
 
 class RoutedGatedMLP(RoutedMLP, GatedMLP):
-    """A HookedTransformer's gated MLP with routes; `HookedBackend.install` makes one of the MLP that is there."""
+    """A HookedTransformer's gated MLP with routes; `HookedBackend.install` changes an existing MLP into one."""
 
     hook_in: HookPoint
     hook_adapter_out: HookPoint
@@ -170,15 +171,17 @@ class RoutedGatedMLP(RoutedMLP, GatedMLP):
     W_out: Tensor
     act_fn: Any
     _block: tuple[Any, ...]
+    """The block of this MLP; in a tuple, because torch would register a parent module as a child."""
     _norm: type[nn.Module]
+    """The class of the second norm at `install`."""
 
     @property
-    def adapter_point(self) -> nn.Module:
-        """The hook point hook_adapter_out, or what another tool has put in its place."""
+    def adapter_out_hook(self) -> nn.Module:
+        """The hook point hook_adapter_out, or the module that another tool has put in its place."""
         return self.hook_adapter_out
 
-    def enter(self, x: Tensor) -> Tensor:
-        """The hook point hook_in, which a plain HookedTransformer's MLP lacks."""
+    def apply_hook_in(self, x: Tensor) -> Tensor:
+        """``x`` through the hook point hook_in, which a plain HookedTransformer's MLP lacks."""
         return self.hook_in(x)
 
     def require_unprocessed(self) -> None:
@@ -187,44 +190,41 @@ class RoutedGatedMLP(RoutedMLP, GatedMLP):
             raise WeightsProcessedError(
                 "The weights were processed after adapters were attached (the second norm was "
                 f"{self._norm.__name__}, now {type(self._block[0].ln2).__name__}), so base MLP and adapters no longer "
-                "fit. Process first and attach then, or load the model anew."
+                "fit. Process the weights before attaching, or load the model anew."
             )
 
     def weights(self) -> tuple[MLPWeights, MLPWeights]:
-        """(target's, base's)."""
+        """The target's and the base's weights."""
         assert isinstance(self.base, GatedMLP)
         target = MLPWeights(self.W_gate, self.W_in, self.W_out, self.act_fn)
         return target, MLPWeights(self.base.W_gate, self.base.W_in, self.base.W_out, self.act_fn)
 
 
 class HookedBackend(Backend):
-    """What `PairedModel` asks of a HookedTransformer, the user's own or one made here (see `routing.Backend`)."""
+    """A HookedTransformer as a backend, whether the user made it or `build_hooked_transformer`."""
 
     name = "hooked"
 
     def __init__(self, model: HookedTransformer) -> None:
         self.model = model
         self.architecture = find_architecture(model.cfg.original_architecture)
-        self._found: dict[int, dict[str, Any]] = {}  # what install took from each MLP's instance, to give back
+        self._replaced: dict[int, dict[str, Any]] = {}  # by layer, what `install` changed in the MLP, for `uninstall`
         if model.cfg.normalization_type not in ("RMS", "RMSPre"):
             raise UnsupportedModelError(
-                f"The model's norms are {model.cfg.normalization_type}; adapters read RMS norms ({supported_labels()})."
+                f"The model's norms are {model.cfg.normalization_type}; adapters need RMS norms ({supported_labels()})."
             )
         for layer, block in enumerate(model.blocks):
             if not isinstance(getattr(block, "mlp", None), GatedMLP):
                 raise UnsupportedModelError(
-                    f"The MLP of layer {layer} is a {type(getattr(block, 'mlp', None)).__name__}; adapters stand "
-                    f"beside gated MLPs ({supported_labels()})."
+                    f"The MLP of layer {layer} is a {type(getattr(block, 'mlp', None)).__name__}; adapters need "
+                    f"gated MLPs ({supported_labels()})."
                 )
-            if isinstance(block.mlp, RoutedMLP):
-                raise UnsupportedModelError(
-                    "This model has adapters attached already; detach those first, or use their PairedModel."
-                )
+            require_unrouted(block.mlp)
         self._class = type(model)
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """The facts that base and adapters must share, under config.json's names."""
+        """The options that base and adapters must share with the model, under config.json's names."""
         cfg = self.model.cfg
         return {
             "architectures": [cfg.original_architecture],
@@ -265,11 +265,11 @@ class HookedBackend(Backend):
 
     @property
     def embedding_scale(self) -> float:
-        """What TransformerLens has multiplied the stored embedding by."""
+        """The factor by which TransformerLens has multiplied the stored embedding."""
         return self.architecture.embedding_scale(self.model.cfg.d_model)
 
     def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""
+        """The weights of a layer's attention and MLP in Hugging Face's names and layout."""
         attn, mlp = self.model.blocks[layer].attn, self.model.blocks[layer].mlp
         for name, weight in (
             ("q_proj", attn.W_Q),
@@ -283,42 +283,42 @@ class HookedBackend(Backend):
             yield f"mlp.{name}", getattr(mlp, attribute).T
 
     def unembedding(self) -> Tensor:
-        """[d_vocab, d_model]"""
+        """The unembedding matrix, [d_vocab, d_model]."""
         return self.model.W_U.T
 
     def install(self, layer: int, base: dict[str, Tensor] | None, base_scale: Tensor | None) -> None:
         """Turn the MLP of ``layer`` into a `RoutedGatedMLP` in place, with the base's weights beside it."""
         block = self.model.blocks[layer]
-        self.model.__class__ = reads_whole(self._class)  # until `uninstall`
+        self.model.__class__ = without_padding_inference(self._class)  # until `uninstall`
         mlp = block.mlp
-        # A HookedSAETransformer gives each MLP a forward of its own, only to call hook_in: ours calls it too.
-        self._found[layer] = {"class": type(mlp), "hook_in": getattr(mlp, "hook_in", None)}
+        # A HookedSAETransformer gives each MLP instance a forward that calls hook_in first. `forward` here does, too.
+        self._replaced[layer] = {"class": type(mlp), "hook_in": getattr(mlp, "hook_in", None)}
         if "forward" in mlp.__dict__:
-            self._found[layer]["forward"] = mlp.__dict__.pop("forward")
+            self._replaced[layer]["forward"] = mlp.__dict__.pop("forward")
         module = None if base is None else _base_mlp(mlp, base)
         mlp.__class__ = RoutedGatedMLP
         mlp.install(module, base_scale)
         mlp.hook_adapter_out = HookPoint()
-        if self._found[layer]["hook_in"] is None:
+        if self._replaced[layer]["hook_in"] is None:
             mlp.hook_in = HookPoint()
-        mlp.__dict__.update(_block=(block,), _norm=type(block.ln2))  # in a tuple: a parent must not become a child
+        mlp.__dict__.update(_block=(block,), _norm=type(block.ln2))
 
     def uninstall(self, layer: int) -> None:
-        """Give the MLP of ``layer`` back as `install` found it."""
-        mlp, found = self.model.blocks[layer].mlp, self._found.pop(layer)
+        """Restore the MLP of ``layer`` to what it was before `install`."""
+        mlp, replaced = self.model.blocks[layer].mlp, self._replaced.pop(layer)
         for name in ("_block", "_norm"):
             del mlp.__dict__[name]
         del mlp.hook_adapter_out
-        if found["hook_in"] is None:
+        if replaced["hook_in"] is None:
             del mlp.hook_in
-        mlp.uninstall(found["class"])
-        if not self._found:
+        mlp.uninstall(replaced["class"])
+        if not self._replaced:
             self.model.__class__ = self._class
-        if "forward" in found:
-            mlp.__dict__["forward"] = found["forward"]
+        if "forward" in replaced:
+            mlp.__dict__["forward"] = replaced["forward"]
 
     def name_hooks(self) -> None:
-        """Give new hook points their names; forget those that are gone."""
+        """Register new hook points with the model under their names, and remove those that are gone."""
         self.model.mod_dict, self.model.hook_dict = {}, {}
         self.model.setup()
 
@@ -329,10 +329,10 @@ class HookedBackend(Backend):
         return self.model(tokens, stop_at_layer=0, attention_mask=attention_mask)
 
     def run_blocks(self, resid: Tensor, start: int, stop: int, attention_mask: Tensor | None = None) -> Tensor:
-        """Blocks start..stop-1 on the present routes."""
+        """The residual stream after blocks start..stop-1 have run on ``resid``, on the present routes."""
         if start == stop:
             return resid
-        # start_at_layer never recomputes the padding mask, so it is always passed on.
+        # start_at_layer never recomputes the padding mask, so the mask is always passed.
         return self.model(resid, start_at_layer=start, stop_at_layer=stop, attention_mask=attention_mask)
 
     def unembed(self, resid: Tensor) -> Tensor:
@@ -347,12 +347,12 @@ class HookedBackend(Backend):
 
 def _base_mlp(target: GatedMLP, weights: dict[str, Tensor]) -> GatedMLP:
     """A GatedMLP around the base's tensors, as views in the layout that needs no copies."""
-    with torch.device("meta"):  # the constructor's own weights are dropped at once: let them cost nothing
+    with torch.device("meta"):  # the weights that the constructor makes are replaced, so they take no memory
         mlp = GatedMLP(target.cfg)
     mlp.b_in, mlp.b_out = (nn.Parameter(torch.zeros_like(b), requires_grad=False) for b in (target.b_in, target.b_out))
     for name, attribute in PROJECTIONS.items():
         view = weights[name].to(target.W_in.device, target.W_in.dtype).T
         setattr(mlp, attribute, nn.Parameter(view, requires_grad=False))
-    # Shared hook points: hook_pre and hook_post fire for whichever MLP computes.
+    # The hook points are shared, so that hook_pre and hook_post fire for whichever MLP computes.
     mlp.hook_pre, mlp.hook_pre_linear, mlp.hook_post = target.hook_pre, target.hook_pre_linear, target.hook_post
     return mlp

@@ -1,8 +1,7 @@
-"""What one layer computes: the target's MLP or the base's, with or without the adapter.
+"""Routes, and the MLP of one layer that follows them: the target's MLP or the base's, with or without the adapter.
 
-The target's own MLP object becomes a `RoutedMLP` in place (its class changes, its names and weights stay), whatever
-library made it: `hooked` does it to a HookedTransformer's, `bridged` to a TransformerBridge's. A `Backend` is such a
-model with what a pair must be able to ask of it.
+The target's own MLP object becomes a `RoutedMLP` in place: its class changes, its names and weights stay.
+`hooked_transformer` and `transformer_bridge` hold the subclasses for MLPs of the two kinds of model.
 """
 
 from __future__ import annotations
@@ -15,21 +14,22 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.adapters.adapter_set import TranscoderAdapter
+from tl_adapters.adapters.transcoder import TranscoderAdapter
+from tl_adapters.checkpoints.architectures import UnsupportedModelError
 from tl_adapters.errors import UserError
 
 
 class WeightsProcessedError(UserError, RuntimeError):
-    """A model whose weights were processed after adapters were put in: its routes would silently be wrong."""
+    """Weights were processed after adapters were installed, so the routes would silently compute something else."""
 
 
 class Route(NamedTuple):
-    """What computes at one layer."""
+    """Which parts of a layer's MLP compute."""
 
     base_mlp: bool
-    """The base's MLP instead of the target's."""
+    """Whether the base's MLP computes instead of the target's."""
     adapter: bool
-    """The adapter's output is added."""
+    """Whether the adapter's output is added."""
 
 
 ROUTES = {
@@ -38,11 +38,12 @@ ROUTES = {
     "replacement": Route(base_mlp=True, adapter=True),
     "target+adapter": Route(base_mlp=False, adapter=True),
 }
+"""The routes by name."""
 
 
 @dataclass(frozen=True)
 class MLPWeights:
-    """One gated MLP's weights as TransformerLens shapes them, and what it computes; fires no hook."""
+    """The weights of one gated MLP as TransformerLens shapes them, to compute its neurons without firing hooks."""
 
     W_gate: Tensor
     """[d_model, d_mlp]"""
@@ -54,27 +55,32 @@ class MLPWeights:
     """The activation function of the gate."""
 
     def neurons(self, x: Tensor) -> Tensor:
-        """The activations that the rows of W_out are multiplied with, [..., d_mlp]."""
+        """The neurons' activations, which multiply the rows of W_out, for inputs [..., d_model]; [..., d_mlp]."""
         return self.act_fn(x @ self.W_gate) * (x @ self.W_in)
 
 
 class RoutedMLP(nn.Module):
-    """An MLP that can hand over to the base's and add an adapter. Stands before the MLP class it extends.
+    """An MLP that can run the base's MLP in its place and add an adapter; a mixin before the MLP class it extends.
 
     The target's second norm may be folded into the target's MLP, and adapters may read its output before or after
-    the weight: ``base_scale`` and ``adapter_scale`` bring what the MLP reads into what base and adapter read.
-    ``planted`` is part of the target: known features that its own MLP, being gated, could not hold.
+    the norm's weight is applied, so the inputs of the MLP, of the base's MLP and of the adapter may differ by a factor.
     """
 
     base: nn.Module | None
+    """The base's MLP; None in a model without a base."""
     adapter: TranscoderAdapter | None
+    """The adapter; None where there is none of this layer."""
     planted: TranscoderAdapter | None
+    """Known features that are part of the target, which its own MLP, being gated, could not represent."""
     base_scale: Tensor | None
+    """The factor from the MLP's input to the base's, [d_model]; None where they are the same."""
     adapter_scale: Tensor | None
+    """The factor from the MLP's input to the adapter's, [d_model]; None where they are the same."""
     route: Route
+    """Which parts compute."""
 
     def install(self, base: nn.Module | None, base_scale: Tensor | None) -> None:
-        """Give a freshly re-classed MLP what it needs besides its own weights; it starts on the target's route."""
+        """Set up an MLP whose class was just changed to this one. It starts on the route "target"."""
         self.base = base
         self.adapter = None
         self.planted = None
@@ -83,33 +89,33 @@ class RoutedMLP(nn.Module):
         self.route = ROUTES["target"]
 
     def uninstall(self, cls: type[nn.Module]) -> None:
-        """Be ``cls`` again, as before `install`."""
+        """Change back to the class ``cls``, as before `install`."""
         for name in ("base", "adapter", "planted", "base_scale", "adapter_scale", "route"):
             delattr(self, name)
         self.__class__ = cls  # type: ignore[assignment]
 
     def weights(self) -> tuple[MLPWeights, MLPWeights]:
-        """(target's, base's). Only where a base is in place."""
+        """The target's and the base's weights. Only for an MLP with a base."""
         raise NotImplementedError
 
     def require_unprocessed(self) -> None:
         """Raises WeightsProcessedError where weights were processed after `install`."""
 
     @property
-    def adapter_point(self) -> nn.Module:
-        """The hook point hook_adapter_out, or what another tool has put in its place."""
+    def adapter_out_hook(self) -> nn.Module:
+        """The hook point hook_adapter_out, or the module that another tool has put in its place."""
         raise NotImplementedError
 
-    def enter(self, x: Tensor) -> Tensor:
-        """The hook point hook_in, where the surrounding module does not fire it itself."""
+    def apply_hook_in(self, x: Tensor) -> Tensor:
+        """``x`` through the hook point hook_in, where the surrounding module does not apply it itself."""
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, pos, d_model] to the same shape, along this layer's route."""
+        """The MLP's output on this layer's route, [batch, pos, d_model] to the same shape."""
         self.require_unprocessed()
-        x = self.enter(x)
+        x = self.apply_hook_in(x)
         if self.route.base_mlp:
-            assert self.base is not None  # PairedModel.route_layers has checked
+            assert self.base is not None  # RoutedModel.route_layers has checked
             out = self.base(x if self.base_scale is None else (x * self.base_scale).to(x.dtype))
         else:
             out = super().forward(x)
@@ -117,13 +123,21 @@ class RoutedMLP(nn.Module):
                 out = out + self.planted(x)
         if self.route.adapter:
             assert self.adapter is not None
-            read = x if self.adapter_scale is None else x * self.adapter_scale
-            return out + self.adapter_point(self.adapter(read).to(out.dtype))
-        if _is_used(self.adapter_point):
-            return out + self.adapter_point(torch.zeros_like(out))
+            adapter_input = x if self.adapter_scale is None else x * self.adapter_scale
+            return out + self.adapter_out_hook(self.adapter(adapter_input).to(out.dtype))
+        if _is_used(self.adapter_out_hook):
+            return out + self.adapter_out_hook(torch.zeros_like(out))
         return out
 
 
+def require_unrouted(mlp: Any) -> None:
+    """Raises UnsupportedModelError where adapters were attached to the model of this MLP before."""
+    if isinstance(mlp, RoutedMLP):
+        raise UnsupportedModelError(
+            "This model has adapters attached already; detach those first, or use their PairedModel."
+        )
+
+
 def _is_used(point: Any) -> bool:
-    """A hook hangs there, or another tool has put a module of its own in the point's place."""
+    """Whether a hook point has hooks, or was replaced by a module of another tool."""
     return type(point) is not HookPoint or bool(point._forward_hooks)

@@ -1,9 +1,9 @@
-"""A TransformerBridge's MLPs as routed ones, and parts of it run alone (TransformerLens 3.9 and 4).
+"""A TransformerBridge made of a Hugging Face model, and TransformerBridge as a backend (TransformerLens 3.9 and 4).
 
-The bridge wraps a Hugging Face model and finds its hook points by walking its own components, never inside what they
-wrap. The MLP it wraps becomes a routed one in place, and its new hook points are entered into the bridge's registry
-by hand. In `enable_compatibility_mode` with processing the bridge no longer calls the MLP it wraps at all, so every
-route would silently be the target: that is refused, before attaching and at every pass after it.
+The bridge wraps a Hugging Face model and finds its hook points by walking its own components, never inside the modules
+that they wrap. The wrapped MLP becomes a routed one in place, and its new hook points are added to the bridge's
+registry explicitly. In `enable_compatibility_mode` with processing the bridge does not call the MLP that it wraps, so
+every route would silently be the target. That raises an error, before attaching and at every pass after it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tl_adapters.checkpoints.architectures import UnsupportedModelError, require_supported
+from tl_adapters.checkpoints.architectures import require_supported
 from tl_adapters.checkpoints.layer_samples import norm_weights
 from tl_adapters.checkpoints.model_checks import mlp_activation, require_representable
 from tl_adapters.checkpoints.model_files import PROJECTIONS
 from tl_adapters.checkpoints.tokenizers import give_tokenizer
 from tl_adapters.models.backend import Backend
-from tl_adapters.models.routed_mlp import MLPWeights, RoutedMLP, WeightsProcessedError
+from tl_adapters.models.hf_outputs import hidden_states
+from tl_adapters.models.routed_mlp import MLPWeights, RoutedMLP, WeightsProcessedError, require_unrouted
 from tl_adapters.utils.precision import float32_logits, linear_in_float32
 
-_POINTS = {"gate_proj": "gate", "up_proj": "in", "down_proj": "out"}
+_BRIDGE_PROJECTIONS = {"gate_proj": "gate", "up_proj": "in", "down_proj": "out"}
 """The bridge's names of a gated MLP's projections."""
 
 
@@ -54,18 +55,19 @@ def build_bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 
 
 class BridgedMLP(RoutedMLP):
-    """A Hugging Face MLP inside a bridge, with routes; `BridgedBackend.install` makes one of the MLP that is there."""
+    """A Hugging Face MLP inside a bridge, with routes; `BridgedBackend.install` changes an existing MLP into one."""
 
     act_fn: Any
-    _outside: tuple[Any, ...]
+    _bridge_mlp: tuple[Any, ...]
+    """The bridge's component around this MLP; in a tuple, because torch would register a parent module as a child."""
 
     @property
-    def adapter_point(self) -> nn.Module:
-        """The hook point hook_adapter_out; outside, where the bridge and SAELens look for hook points."""
-        return self._outside[0].hook_adapter_out
+    def adapter_out_hook(self) -> nn.Module:
+        """The hook point hook_adapter_out, on the bridge's component, where the bridge and SAELens look for it."""
+        return self._bridge_mlp[0].hook_adapter_out
 
     def weights(self) -> tuple[MLPWeights, MLPWeights]:
-        """(target's, base's)."""
+        """The target's and the base's weights."""
         assert isinstance(self.base, _BaseMLP)
         of_target = {attribute: getattr(self, name).weight.T for name, attribute in PROJECTIONS.items()}
         of_base = {attribute: getattr(self.base, name).T for name, attribute in PROJECTIONS.items()}
@@ -73,7 +75,7 @@ class BridgedMLP(RoutedMLP):
 
 
 class _BaseMLP(nn.Module):
-    """The base's weights, computed through the hook points of the target's projections."""
+    """The base's MLP, which fires the hook points of the target's projections."""
 
     def __init__(self, target: nn.Module, weights: dict[str, Tensor]) -> None:
         super().__init__()
@@ -90,19 +92,19 @@ class _BaseMLP(nn.Module):
         return getattr(self, f"{name}_out")(F.linear(x, getattr(self, name)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """act(x W_gate) * (x W_in) W_out"""
+        """(act(x W_gate) * (x W_in)) W_out"""
         gated = self.act_fn(self._project("gate_proj", x)) * self._project("up_proj", x)
         return self._project("down_proj", gated)
 
 
 def _routed_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The routed subclass of a Hugging Face MLP class; one and the same for every layer, so that copies work."""
-    if cls not in _ROUTED:
-        _ROUTED[cls] = type(f"Routed{cls.__name__}", (BridgedMLP, cls), {"__module__": __name__})
-    return _ROUTED[cls]
+    """The routed subclass of a Hugging Face MLP class, the same for every layer and every copy of a model."""
+    if cls not in _ROUTED_CLASSES:
+        _ROUTED_CLASSES[cls] = type(f"Routed{cls.__name__}", (BridgedMLP, cls), {"__module__": __name__})
+    return _ROUTED_CLASSES[cls]
 
 
-_ROUTED: dict[type[nn.Module], type[nn.Module]] = {}
+_ROUTED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _refuse_processed(bridge_mlp: nn.Module, args: tuple[Any, ...]) -> None:
@@ -110,19 +112,19 @@ def _refuse_processed(bridge_mlp: nn.Module, args: tuple[Any, ...]) -> None:
     if getattr(bridge_mlp, "_use_processed_weights", False):
         raise WeightsProcessedError(
             "This TransformerBridge's weights were processed (enable_compatibility_mode or process_weights) after "
-            "adapters were attached, and it no longer calls the MLPs they stand in. Boot a fresh bridge, attach, and "
+            "adapters were attached, and it no longer calls the MLPs that hold them. Boot a fresh bridge, attach, and "
             "leave compatibility mode off; every hook point of tl_adapters exists without it."
         )
 
 
 class BridgedBackend(Backend):
-    """What `PairedModel` asks of a TransformerBridge, the user's own or one made here (see `routing.Backend`)."""
+    """A TransformerBridge as a backend, whether the user made it or `build_bridge`."""
 
     name = "bridge"
 
     def __init__(self, model: TransformerBridge) -> None:
         self.model = model
-        self._found: dict[int, tuple[type[nn.Module], Any]] = {}
+        self._replaced: dict[int, tuple[type[nn.Module], Any]] = {}  # by layer, what `install` changed, for `uninstall`
         self.architecture = require_supported(model.original_model.config)
         for block in model.blocks:
             if getattr(block.mlp, "_use_processed_weights", False):
@@ -131,14 +133,11 @@ class BridgedBackend(Backend):
                     "it wraps, so adapters would silently do nothing. Boot a fresh one and attach without "
                     "enable_compatibility_mode (or with no_processing=True)."
                 )
-            if isinstance(block.mlp.original_component, RoutedMLP):
-                raise UnsupportedModelError(
-                    "This model has adapters attached already; detach those first, or use their PairedModel."
-                )
+            require_unrouted(block.mlp.original_component)
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """The facts that base and adapters must share, under config.json's names."""
+        """The options that base and adapters must share with the model, under config.json's names."""
         config = self.model.original_model.config
         return {**config.to_dict(), "hidden_act": mlp_activation(config)}
 
@@ -172,51 +171,51 @@ class BridgedBackend(Backend):
 
     @property
     def embedding_scale(self) -> float:
-        """Weights are the model's own."""
+        """The factor by which the bridge's embedding differs from the stored one: the bridge holds it as stored."""
         return 1.0
 
     def named_weights(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        """Attention's and MLP's weights of a layer in Hugging Face's names and layout."""
+        """The weights of a layer's attention and MLP in Hugging Face's names and layout."""
         block = self.model.blocks[layer]
         for name in ("q", "k", "v", "o"):
             yield f"self_attn.{name}_proj", getattr(block.attn, name).weight
-        for name, point in _POINTS.items():
-            yield f"mlp.{name}", getattr(block.mlp, point).weight
+        for name, attribute in _BRIDGE_PROJECTIONS.items():
+            yield f"mlp.{name}", getattr(block.mlp, attribute).weight
 
     def unembedding(self) -> Tensor:
-        """[d_vocab, d_model]"""
+        """The unembedding matrix, [d_vocab, d_model]."""
         return self.model.unembed.weight
 
     def install(self, layer: int, base: dict[str, Tensor] | None, base_scale: Tensor | None) -> None:
         """Turn the wrapped MLP of ``layer`` into a `BridgedMLP` in place, with the base's weights beside it."""
-        outside = self.model.blocks[layer].mlp
-        mlp = outside.original_component
-        self._found[layer] = (type(mlp), outside.register_forward_pre_hook(_refuse_processed))
+        bridge_mlp = self.model.blocks[layer].mlp
+        mlp = bridge_mlp.original_component
+        self._replaced[layer] = (type(mlp), bridge_mlp.register_forward_pre_hook(_refuse_processed))
         module = None if base is None else _BaseMLP(mlp, base)
         mlp.__class__ = _routed_class(type(mlp))
         mlp.install(module, base_scale)
-        outside.hook_adapter_out = HookPoint()
-        mlp.__dict__["_outside"] = (outside,)  # in a tuple: a parent must not become a child
+        bridge_mlp.hook_adapter_out = HookPoint()
+        mlp.__dict__["_bridge_mlp"] = (bridge_mlp,)
 
     def uninstall(self, layer: int) -> None:
-        """Give the MLP of ``layer`` back as `install` found it."""
-        cls, handle = self._found.pop(layer)
+        """Restore the MLP of ``layer`` to what it was before `install`."""
+        cls, handle = self._replaced.pop(layer)
         handle.remove()
-        outside = self.model.blocks[layer].mlp
-        del outside.hook_adapter_out, outside.original_component.__dict__["_outside"]
-        outside._hook_registry.pop("hook_adapter_out")
-        self.model.blocks[layer].mlp.original_component.uninstall(cls)
+        bridge_mlp = self.model.blocks[layer].mlp
+        del bridge_mlp.hook_adapter_out, bridge_mlp.original_component.__dict__["_bridge_mlp"]
+        bridge_mlp._hook_registry.pop("hook_adapter_out")
+        bridge_mlp.original_component.uninstall(cls)
 
     def name_hooks(self) -> None:
-        """Enter new hook points into the bridge's registry under their names; drop those that are gone."""
+        """Register new hook points with the bridge under their names, and remove those that are gone."""
         registry = self.model._hook_registry
-        ours = (".mlp.adapter.", ".mlp.planted.", ".mlp.hook_adapter_out")
-        for name in [n for n in registry if any(part in n for part in ours)]:
+        prefixes = (".mlp.adapter.", ".mlp.planted.", ".mlp.hook_adapter_out")
+        for name in [n for n in registry if any(prefix in n for prefix in prefixes)]:
             del registry[name]
         for layer, block in enumerate(self.model.blocks):
             modules = block.mlp.original_component.named_modules()
-            inside = [m for m in modules if m[0].startswith(("adapter.", "planted."))]
-            for name, point in [*inside, ("hook_adapter_out", getattr(block.mlp, "hook_adapter_out", None))]:
+            of_adapters = [m for m in modules if m[0].startswith(("adapter.", "planted."))]
+            for name, point in [*of_adapters, ("hook_adapter_out", getattr(block.mlp, "hook_adapter_out", None))]:
                 if isinstance(point, HookPoint):
                     point.name = f"blocks.{layer}.mlp.{name}"
                     registry[point.name] = point
@@ -228,10 +227,11 @@ class BridgedBackend(Backend):
         return self.model.original_model.get_input_embeddings()(tokens)
 
     def run_blocks(self, resid: Tensor, start: int, stop: int, attention_mask: Tensor | None = None) -> Tensor:
-        """Blocks start..stop-1 on the present routes; the blocks before and after pass their input on.
+        """The residual stream after blocks start..stop-1 have run on ``resid``, on the present routes.
 
-        The bridge cannot start at a layer, so the whole model runs on ``resid`` as embeddings: Hugging Face makes
-        masks and rotary tables as always. One position of logits is formed and dropped.
+        The bridge cannot start at a layer, so the whole model runs on ``resid`` as embeddings, and the other blocks
+        return their input. Hugging Face's code makes masks and rotary tables as in any pass. The logits of one position
+        are computed and discarded.
         """
         if start == stop:
             return resid
@@ -239,18 +239,20 @@ class BridgedBackend(Backend):
         if attention_mask is not None:
             options["attention_mask"] = attention_mask
             options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        kept: list[Tensor] = []
-        handle = self.model.blocks[stop - 1].register_forward_hook(lambda module, args, out: kept.append(_first(out)))
+        outputs: list[Tensor] = []
+        handle = self.model.blocks[stop - 1].register_forward_hook(
+            lambda module, args, output: outputs.append(hidden_states(output))
+        )
         try:
             with self._only(range(start, stop)):
                 self.model.original_model(inputs_embeds=resid, **options)
         finally:
             handle.remove()
-        return kept[0]
+        return outputs[0]
 
     @contextmanager
     def _only(self, layers: range) -> Iterator[None]:
-        """Blocks outside ``layers`` hand on what they get, for the length of a block."""
+        """For the length of a block, the model's blocks outside ``layers`` return their input."""
         skipped = [b for layer, b in enumerate(self.model.blocks) if layer not in layers]
         classes = [type(block) for block in skipped]
         try:
@@ -271,22 +273,19 @@ class BridgedBackend(Backend):
         return logits if not cap else torch.tanh(logits / cap) * cap
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _identity_class(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _IDENTITIES:
-        _IDENTITIES[cls] = type(f"Passing{cls.__name__}", (_Identity, cls), {"__module__": __name__})
-    return _IDENTITIES[cls]
+    """A subclass of a block's class whose blocks return their input."""
+    if cls not in _IDENTITY_CLASSES:
+        _IDENTITY_CLASSES[cls] = type(f"Identity{cls.__name__}", (_Identity, cls), {"__module__": __name__})
+    return _IDENTITY_CLASSES[cls]
 
 
-_IDENTITIES: dict[type[nn.Module], type[nn.Module]] = {}
+_IDENTITY_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class _Identity:
-    """Stands before a block's class: the block passes its input on and fires no hook."""
+    """A mixin before a block's class: the block returns its input and fires no hook."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The hidden states that came in."""
+        """The hidden states that the block was given."""
         return args[0] if args else kwargs["hidden_states"]
