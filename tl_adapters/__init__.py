@@ -54,7 +54,7 @@ EXPORTS = {
     "inserted": "interventions.feature_edits",
     "judge": "autointerp.judge",
     "label_by_rules": "autointerp.rule_labels",
-    "label_shares": "autointerp.rule_labels",
+    "label_shares": "autointerp.category_shares",
     "load_hf_model": "checkpoints.hf_model",
     "load_problems": "evaluation.tasks",
     "LogitTarget": "attribution.targets",
@@ -117,11 +117,11 @@ if TYPE_CHECKING:
     from tl_adapters.attribution.targets import LogitTarget as LogitTarget
     from tl_adapters.attribution.validation import ablation_effects as ablation_effects
     from tl_adapters.attribution.validation import explain_difference as explain_difference
+    from tl_adapters.autointerp.category_shares import label_shares as label_shares
     from tl_adapters.autointerp.detection import auto_interpret as auto_interpret
     from tl_adapters.autointerp.endpoint import Endpoint as Endpoint
     from tl_adapters.autointerp.judge import judge as judge
     from tl_adapters.autointerp.rule_labels import label_by_rules as label_by_rules
-    from tl_adapters.autointerp.rule_labels import label_shares as label_shares
     from tl_adapters.checkpoints.hf_model import load_hf_model as load_hf_model
     from tl_adapters.circuits.circuit import Circuit as Circuit
     from tl_adapters.circuits.controls import matched_features as matched_features

@@ -1,4 +1,4 @@
-"""A client that loses nothing, asks nothing twice, waits when told to, stops in time, and keeps its key to itself."""
+"""The endpoint caches replies, asks nothing twice, waits when asked to, respects budgets and shows no key."""
 
 import json
 import logging
@@ -61,18 +61,18 @@ def test_replies_come_in_the_order_of_the_questions_whatever_the_order_they_are_
         it = client(fake, concurrency=4)
         assert ask(it, 20) == [f"question {i}" for i in range(20)]
     assert 2 <= fake.most_at_once <= 4
-    assert it.spent.requests == len(fake.asked) == 20 and it.spent.tokens == 200
+    assert it.usage.requests == len(fake.asked) == 20 and it.usage.tokens == 200
     assert {asked["path"] for asked in fake.asked} == {"/v1/chat/completions"}
     assert all(a["temperature"] == 0 and a["seed"] == 0 and a["model"] == "judge-1" for a in fake.asked)
     assert {headers["authorization"] for headers in fake.headers} == {f"Bearer {KEY}"}
 
 
-def test_what_is_kept_is_not_asked_again(tmp_path: Path) -> None:
+def test_a_cached_question_is_not_asked_again(tmp_path: Path) -> None:
     with FakeChat(echo) as fake:
         first = ask(client(fake, cache=tmp_path), 6)
         again = client(fake, cache=tmp_path)
         assert ask(again, 8) == [*first, "question 6", "question 7"]
-        assert len(fake.asked) == 8 and (again.spent.requests, again.spent.cached) == (2, 6)
+        assert len(fake.asked) == 8 and (again.usage.requests, again.usage.cached) == (2, 6)
         # Another model, another parameter: other questions.
         Endpoint(fake.url, "judge-2", cache=tmp_path).ask_all(questions(1), dict, progress=False)
         client(fake, cache=tmp_path, parameters={"temperature": 0.5}).ask_all(questions(1), dict, progress=False)
@@ -104,7 +104,7 @@ def test_a_damaged_reply_is_asked_for_again(tmp_path: Path) -> None:
         Says(status=429, headers={"retry-after": "0.02"}), Says(delay=0.6), Says(status=529),
     ],
 )  # fmt: skip
-def test_what_a_busy_server_may_yet_answer_is_asked_again(trouble: Says) -> None:
+def test_a_question_is_asked_again_after_an_error_that_may_pass(trouble: Says) -> None:
     seen: Counter[str] = Counter()
 
     def answer(messages: list[dict[str, str]]) -> str | Says:
@@ -114,12 +114,12 @@ def test_what_a_busy_server_may_yet_answer_is_asked_again(trouble: Says) -> None
     with FakeChat(answer) as fake:
         it = client(fake, timeout=0.3)
         assert ask(it, 3) == [f"question {i}" for i in range(3)]
-        assert it.spent.requests == 6 == len(fake.asked)
+        assert it.usage.requests == 6 == len(fake.asked)
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_nobody_asks_while_the_server_asks_for_patience(as_date: bool) -> None:
-    """Once one thread is told to wait, no thread sends anything until then."""
+def test_no_thread_sends_a_request_before_the_time_that_the_server_names(as_date: bool) -> None:
+    """Once the server has asked one thread to wait, no thread sends a request until then."""
     told: list[float] = []
     lock = threading.Lock()
 
@@ -160,7 +160,7 @@ def test_one_failure_is_reported_and_the_others_are_answered() -> None:
     assert found[1] == Failure("HTTP 400: too long")
 
 
-def test_a_server_out_of_order_is_given_up() -> None:
+def test_a_broken_server_stops_the_run() -> None:
     with FakeChat(lambda messages: Says(status=500)) as fake:
         with pytest.raises(EndpointError, match="5 questions in a row"):
             ask(client(fake, tries=2, concurrency=1), 50)
@@ -173,12 +173,12 @@ def test_a_server_out_of_order_is_given_up() -> None:
         (Says(status=401, body=json.dumps({"error": f"bad key {KEY}"})), "HTTP 401"),
         (Says(status=404, body="no such path"), "HTTP 404"),
         (Says(status=307, headers={"location": "http://127.0.0.1:1/"}), "HTTP 307"),
-        (Says(body="<html>hello</html>"), "no chat completion"),
+        (Says(body="<html>hello</html>"), "not a chat completion"),
         (Says(body=json.dumps({"error": {"code": 401, "message": KEY}})), "error with HTTP 200"),
-        (Says(body="[1]"), "no chat completion"),
+        (Says(body="[1]"), "not a chat completion"),
     ],
 )
-def test_a_refusal_that_all_would_meet_stops_at_once(
+def test_a_refusal_of_every_question_stops_the_run_at_once(
     says: Says, match: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -201,7 +201,7 @@ def _nowhere(error: BaseException, caplog: pytest.LogCaptureFixture, cache: Path
     assert not [f for f in cache.rglob("*") if f.is_file() and KEY in f.read_text()]
 
 
-def test_the_key_is_seen_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_key_is_shown_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     calls: Counter[str] = Counter()
 
@@ -221,14 +221,14 @@ def test_the_key_is_seen_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     _nowhere(error.value, caplog, tmp_path)
 
 
-def test_a_placeholder_for_a_key_is_no_secret() -> None:
+def test_a_placeholder_for_a_key_is_not_removed_from_replies() -> None:
     with FakeChat(echo) as fake:
         it = Endpoint(fake.url, "judge", "e")
         assert ask(it, 1) == ["question 0"]  # not "qu[key]stion"
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_budget_of_requests_is_never_passed(cached: bool, tmp_path: Path) -> None:
+def test_a_budget_of_requests_is_never_exceeded(cached: bool, tmp_path: Path) -> None:
     with FakeChat(lambda messages: Says(echo(messages), delay=0.01)) as fake:
         with pytest.raises(BudgetError) as error:
             ask(client(fake, request_budget=5, cache=tmp_path if cached else None), 20)
@@ -238,10 +238,10 @@ def test_a_budget_of_requests_is_never_passed(cached: bool, tmp_path: Path) -> N
             assert ask(client(fake, request_budget=15, cache=tmp_path), 20) == [f"question {i}" for i in range(20)]
             assert len(fake.asked) == 20 and len(set(fake.questions)) == 20
         else:
-            assert "nothing is kept" in str(error.value)
+            assert "the replies are lost" in str(error.value)
 
 
-def test_a_budget_of_tokens_stops_what_is_not_under_way(tmp_path: Path) -> None:
+def test_a_budget_of_tokens_stops_new_requests(tmp_path: Path) -> None:
     with FakeChat(echo) as fake:
         with pytest.raises(BudgetError, match="35 tokens"):
             ask(client(fake, token_budget=35, concurrency=1, cache=tmp_path), 20)
@@ -252,11 +252,11 @@ def test_tokens_are_estimated_where_the_server_does_not_count_them() -> None:
     with FakeChat(lambda messages: Says(echo(messages), usage=None)) as fake:
         it = client(fake)
         ask(it, 1)
-        assert 10 < it.spent.tokens < 100
+        assert 10 < it.usage.tokens < 100
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_stood(tmp_path: Path) -> None:
-    """A real process, killed: what the server has answered, and the process read, is asked no second time."""
+def test_a_killed_run_continues_where_it_stopped(tmp_path: Path) -> None:
+    """A question whose reply a killed process has read is not asked again."""
     code = (
         "import sys; from tl_adapters.autointerp.endpoint import Endpoint\n"
         "it = Endpoint(sys.argv[1], 'judge-1', cache=sys.argv[2], concurrency=1)\n"
@@ -281,7 +281,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stood(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*partial"))
 
 
-def test_interrupted_it_keeps_what_is_under_way(tmp_path: Path) -> None:
+def test_an_interrupted_run_caches_replies_under_way(tmp_path: Path) -> None:
     def read(reply: Any) -> str:
         if reply["echo"] == "question 3":
             raise KeyboardInterrupt
@@ -312,10 +312,10 @@ def test_a_broken_reply_is_sent_back_once(broken: str, tmp_path: Path) -> None:
         again = next(asked["messages"] for asked in fake.asked if len(asked["messages"]) == 3)
         assert [m["role"] for m in again] == ["user", "assistant", "user"] and again[1]["content"] == broken
         client(fake, cache=tmp_path).ask_all(questions(2), read, progress=False)
-        assert len(fake.asked) == 3  # the second asking is kept too
+        assert len(fake.asked) == 3  # the second reply is cached too
 
 
-def test_what_stays_broken_is_reported_not_invented() -> None:
+def test_a_second_broken_reply_is_reported_as_failure() -> None:
     with FakeChat(lambda messages: "no") as fake:
         (failure,) = ask(client(fake), 1)
         assert len(fake.asked) == 2
@@ -330,17 +330,17 @@ def test_a_reply_without_text_is_reported() -> None:
 @pytest.mark.parametrize(
     "reply", ['{"a": 1}', ' {"a": 1}\n', '```json\n{"a": 1}\n```', '```\n{"a": 1}\n```', '<think>{"b"}</think>{"a": 1}']
 )
-def test_json_may_stand_behind_thinking_and_in_one_fence(reply: str) -> None:
+def test_json_may_follow_thinking_and_lie_in_one_fence(reply: str) -> None:
     assert read_json(reply) == {"a": 1}
 
 
 @pytest.mark.parametrize("reply", ['{"a": 1} {"a": 1}', 'Here: {"a": 1}', "{'a': 1}", '{"a": Infinity}'])
-def test_nothing_else_may(reply: str) -> None:
+def test_json_with_anything_else_is_refused(reply: str) -> None:
     with pytest.raises(ValueError):
         read_json(reply)
 
 
-def test_a_reply_is_kept_with_what_was_asked(tmp_path: Path) -> None:
+def test_a_reply_is_cached_with_its_question(tmp_path: Path) -> None:
     cache = ReplyCache(tmp_path)
     question = {
         "server": "s",
@@ -391,19 +391,19 @@ def test_arguments_come_before_the_environment_and_openai_last(monkeypatch: pyte
         ({"base_url": "http://h", "model": "m", "timeout": 0.0}, "timeout"),
     ],
 )
-def test_what_cannot_be_used_is_refused_without_its_secrets(given: dict[str, Any], match: str) -> None:
+def test_errors_about_arguments_show_no_secrets(given: dict[str, Any], match: str) -> None:
     with pytest.raises(EndpointError, match=match) as error:
         Endpoint(**given)
     assert KEY not in str(error.value)
 
 
-def test_parameters_can_be_added_and_taken_out() -> None:
+def test_parameters_can_be_added_and_removed() -> None:
     with FakeChat(echo) as fake:
         ask(client(fake, parameters={"max_tokens": None, "seed": None, "max_completion_tokens": 7}), 1)
     assert fake.asked[0]["max_completion_tokens"] == 7 and not {"max_tokens", "seed"} & set(fake.asked[0])
 
 
-def test_an_address_that_nobody_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_without_a_server_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeChat(echo) as fake:
         url = fake.url
     (failure,) = ask(Endpoint(url, "m", KEY, tries=2), 1)

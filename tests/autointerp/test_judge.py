@@ -1,4 +1,4 @@
-"""Judges that really read what they are given: the whole chain, its blindness, and the laws of what is compared."""
+"""Explaining, detecting and judging with models that read the prompts, and the invariants of detection tasks."""
 
 import json
 import random
@@ -20,7 +20,7 @@ from helpers.made_stores import (
     MadeStore,
     after_its_token,
     anywhere,
-    at_one_place,
+    at_one_position,
     in_thinking_only,
     made_store,
     on_its_token,
@@ -28,21 +28,22 @@ from helpers.made_stores import (
 )
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.autointerp import endpoint as endpoint_room
-from tl_adapters.autointerp.detection import auto_interpret, describing_question, detecting_question, detection
-from tl_adapters.autointerp.detection_examples import (
-    FEWEST,
-    MOST_UNSURE,
-    NEAR,
-    DetectionExample,
-    Others,
+from tl_adapters.autointerp import endpoint as endpoint_module
+from tl_adapters.autointerp.detection import auto_interpret, detection_question, detection_score, explanation_question
+from tl_adapters.autointerp.detection_tasks import (
+    MAX_FIRING_PROBABILITY,
+    MIN_POSITIVES,
+    NEAR_SHARE,
+    NEAR_TOKENS,
+    DetectionTask,
+    NegativeSampler,
     TokenCounts,
-    detection_examples_of,
+    detection_tasks,
     known_firings,
 )
 from tl_adapters.autointerp.endpoint import BudgetError, Endpoint
-from tl_adapters.autointerp.judge import CATEGORIES, JudgingError, drawn_evenly, judge
-from tl_adapters.autointerp.prompts import asked_excerpt, excerpt_at, firing_excerpt
+from tl_adapters.autointerp.judge import JudgingError, drawn_evenly, judge
+from tl_adapters.autointerp.prompts import JUDGE_CATEGORIES, activation_excerpt, detection_excerpt
 from tl_adapters.features.feature import Example, Label
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.results import plain
@@ -52,7 +53,7 @@ Messages = list[dict[str, str]]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_room, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(endpoint_module, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +70,10 @@ def client(fake: FakeChat, **options: Any) -> Endpoint:
     return Endpoint(fake.url, "judge-1", "sk-nobody-sees-this-key", **options)
 
 
-# -- the whole chain ------------------------------------------------------------------------------------------------
+# -- explanations and detection scores --------------------------------------------------------------------------------
 
 
-def test_a_judge_that_knows_scores_high_on_tokens_and_half_on_chance(
+def test_a_perfect_judge_scores_one_on_token_features_and_half_on_random_ones(
     token_store: MadeStore, neuron_store: MadeStore, tmp_path: Path
 ) -> None:
     with FakeChat(knowing) as fake:
@@ -82,19 +83,19 @@ def test_a_judge_that_knows_scores_high_on_tokens_and_half_on_chance(
         asked = len(fake.asked)
         again = auto_interpret(token_store, neuron_store, client(fake, cache=tmp_path), n=20, progress=False)
     assert report.neurons is not None and report.difference is not None
-    assert report.features.score.value == 1 and report.features.found == 1
+    assert report.features.score.value == 1 and report.features.true_positive_rate == 1
     assert report.features.score.low == pytest.approx(0.025 ** (1 / 20))  # all 20 are right, which is not certainty
     assert 0.4 < report.neurons.score.value < 0.6
     assert report.difference.value == pytest.approx(report.features.score.value - report.neurons.score.value)
     assert 0.3 < report.difference.low < report.difference.value < report.difference.high < 0.65
     assert len(report.features.units) == report.features.score.n == 20 and not report.features.failed
-    # What it scores, and the store's labels, are one.
+    # The store's labels hold the scores.
     for unit in report.features.units:
         assert token_store.labels[FeatureId(*map(int, unit.name.split(".")))] == Label(
             unit.explanation, "", "judge-1", unit.score
         )
-    # Repeated, it costs nothing and says the same.
-    assert len(fake.asked) == asked == report.spent.requests and again.spent.requests == 0
+    # A repetition costs nothing and gives the same.
+    assert len(fake.asked) == asked == report.usage.requests and again.usage.requests == 0
     assert (again.features, again.neurons) == (report.features, report.neurons)
     assert json.loads(json.dumps(plain(report), allow_nan=False))["features"]["score"]["n"] == 20
 
@@ -128,24 +129,25 @@ def test_a_judge_that_always_says_the_same_gets_exactly_half(always: bool, token
     with FakeChat(answer) as fake:
         report = auto_interpret(token_store, None, client(fake), n=6, progress=False)
     assert {unit.score for unit in report.features.units} == {0.5}
-    assert (report.features.found, report.features.passed) == (float(always), float(not always))
+    assert (report.features.true_positive_rate, report.features.true_negative_rate) == (
+        float(always),
+        float(not always),
+    )
     assert report.neurons is None and report.difference is None
 
 
 def test_the_score_is_balanced_accuracy(token_store: MadeStore) -> None:
-    (trial,) = detection_examples_of(token_store, [FeatureId(0, 1)])
-    assert isinstance(trial, DetectionExample)
-    firings = {i for i, fires in enumerate(trial.fires, start=1) if fires}
-    others = set(range(1, len(trial.fires) + 1)) - firings
+    (task,) = detection_tasks(token_store, [FeatureId(0, 1)])
+    assert isinstance(task, DetectionTask)
+    firings = {i for i, fires in enumerate(task.fires, start=1) if fires}
+    others = set(range(1, len(task.fires) + 1)) - firings
     assert len(firings) == len(others)
-    assert detection(trial, "", firings).score == 1 and detection(trial, "", others).score == 0
+    assert detection_score(task, "", firings).score == 1 and detection_score(task, "", others).score == 0
     half = set(sorted(firings)[: len(firings) // 2])
-    assert detection(trial, "", half).score == 0.5 + len(half) / len(firings) / 2
+    assert detection_score(task, "", half).score == 0.5 + len(half) / len(firings) / 2
 
 
-def test_killed_in_the_middle_nothing_is_asked_twice(
-    token_store: MadeStore, neuron_store: MadeStore, tmp_path: Path
-) -> None:
+def test_a_stopped_run_asks_no_question_twice(token_store: MadeStore, neuron_store: MadeStore, tmp_path: Path) -> None:
     with FakeChat(knowing) as fake:
         whole = auto_interpret(token_store, neuron_store, client(fake), n=5, progress=False)
         fake.asked.clear()
@@ -174,12 +176,12 @@ def test_units_without_a_usable_reply_are_named() -> None:
     assert not {FeatureId(2, 3), FeatureId(2, 8)} & set(store.labels)
 
 
-# -- the laws of a trial ----------------------------------------------------------------------------------------------
+# -- invariants of a task ---------------------------------------------------------------------------------------------
 
 
 @cache
-def every_trial(store: FeatureStore) -> list[DetectionExample]:
-    found = [trial for trial in detection_examples_of(store, store.ids()) if isinstance(trial, DetectionExample)]
+def every_task(store: FeatureStore) -> list[DetectionTask]:
+    found = [task for task in detection_tasks(store, store.ids()) if isinstance(task, DetectionTask)]
     assert found
     return found
 
@@ -191,84 +193,85 @@ def a_store(request: pytest.FixtureRequest, token_store: MadeStore) -> FeatureSt
     return token_store if request.param == "tokens" else made_store(in_thinking_only, seed=2)
 
 
-def test_no_document_is_described_from_and_tested_on(a_store: FeatureStore) -> None:
-    for trial in every_trial(a_store):
-        assert not {e.document for e in trial.describing} & {e.document for e in trial.excerpts}
+def test_no_document_is_used_for_explanation_and_test(a_store: FeatureStore) -> None:
+    for task in every_task(a_store):
+        assert not {e.document for e in task.explanation_examples} & {e.document for e in task.excerpts}
 
 
-def test_each_token_to_pass_over_stands_where_its_firing_stands(a_store: FeatureStore) -> None:
-    """In the same region, and near; matched one to one."""
+def test_each_negative_lies_in_the_region_of_its_firing_and_near_it(a_store: FeatureStore) -> None:
+    """Firings and negatives are matched one to one."""
     near: list[bool] = []
-    for trial in every_trial(a_store):
-        assert sorted(trial.matched) == list(range(len(trial.excerpts)))
-        assert [trial.fires[i] for i in trial.matched] == [not fires for fires in trial.fires]
-        for excerpt, partner in zip(trial.excerpts, trial.matched, strict=True):
-            other = trial.excerpts[partner]
+    for task in every_task(a_store):
+        assert sorted(task.counterpart) == list(range(len(task.excerpts)))
+        assert [task.fires[i] for i in task.counterpart] == [not fires for fires in task.fires]
+        for excerpt, partner in zip(task.excerpts, task.counterpart, strict=True):
+            other = task.excerpts[partner]
             assert a_store.region_of(excerpt) == a_store.region_of(other)
         near += [
-            abs(e.position - trial.excerpts[m].position) <= max(NEAR[0], NEAR[1] * trial.excerpts[m].position)
-            for e, fires, m in zip(trial.excerpts, trial.fires, trial.matched, strict=True)
+            abs(e.position - task.excerpts[m].position) <= max(NEAR_TOKENS, NEAR_SHARE * task.excerpts[m].position)
+            for e, fires, m in zip(task.excerpts, task.fires, task.counterpart, strict=True)
             if not fires
         ]
     assert sum(near) > 0.95 * len(near)  # where few documents reach a region so late, it is the nearest there is
 
 
-def test_without_matching_regions_would_tell_the_firings() -> None:
-    """What matching is for: features of one region, described as "fires in the thinking", gain nothing by it."""
+def test_all_excerpts_of_a_feature_of_one_region_lie_in_that_region() -> None:
+    """The explanation "fires in the thinking" does not help to detect a feature that fires in the thinking only."""
     store = made_store(in_thinking_only, seed=2)
-    for trial in every_trial(store):
-        assert {store.region_of(e) for e in trial.excerpts} == {"thinking"}
+    for task in every_task(store):
+        assert {store.region_of(e) for e in task.excerpts} == {"thinking"}
 
 
-@pytest.mark.parametrize("fires", [on_its_token, in_thinking_only, after_its_token, at_one_place])
-def test_firings_fire_and_the_others_are_not_known_to(fires: Fires) -> None:
-    """And the share of the others that fires unknown to the store is what `unsure` says it is."""
+@pytest.mark.parametrize("fires", [on_its_token, in_thinking_only, after_its_token, at_one_position])
+def test_firings_fire_and_negatives_are_not_known_to(fires: Fires) -> None:
+    """The share of negatives that fire although the store does not hold it is the expected share."""
     store = made_store(fires, seed=3)
     unknown, expected, n = 0, 0.0, 0
-    for trial in every_trial(store):
-        id = trial.feature.id
+    for task in every_task(store):
+        id = task.feature.id
         values = store.values[LAYERS.index(id.layer) * PER_LAYER + id.index]
-        known = known_firings(trial.feature)
-        assert trial.unsure <= MOST_UNSURE
-        for excerpt, firing in zip(trial.excerpts, trial.fires, strict=True):
+        known = known_firings(task.feature)
+        assert task.expected_firing_negatives <= MAX_FIRING_PROBABILITY
+        for excerpt, firing in zip(task.excerpts, task.fires, strict=True):
             truly = bool(values[excerpt.document, excerpt.position] > 0)
             assert truly or not firing
             if not firing:
                 assert (excerpt.document, excerpt.position) not in known
-                unknown, expected, n = unknown + truly, expected + trial.unsure, n + 1
+                unknown, expected, n = unknown + truly, expected + task.expected_firing_negatives, n + 1
     assert n > 100 and abs(unknown - expected) < 4 * max(1, expected) ** 0.5
 
 
-def test_what_always_fires_is_never_to_be_passed_over(token_store: MadeStore) -> None:
+def test_a_token_on_which_a_feature_always_fires_is_never_a_negative(token_store: MadeStore) -> None:
     """Most firings of these features are unknown to the store, and a random token is one of them in 1 of 40 cases."""
-    for trial in every_trial(token_store):
-        own = trial.feature.id.layer // 2 * PER_LAYER + trial.feature.id.index
-        tokens = [e.token_ids[e.token_index] for e in trial.excerpts]
-        assert [token == own for token in tokens] == list(trial.fires)
+    for task in every_task(token_store):
+        own = task.feature.id.layer // 2 * PER_LAYER + task.feature.id.index
+        tokens = [e.token_ids[e.token_index] for e in task.excerpts]
+        assert [token == own for token in tokens] == list(task.fires)
 
 
-def test_unlikely_tokens_are_those_whose_chance_is_small() -> None:
+def test_unlikely_positions_are_those_with_a_small_firing_probability() -> None:
     """Against a plain loop, for features that fire on few and on most types of a region."""
     sides = set()
     for share in (0.05, 0.4):
         store = made_store(lambda feature, tokens, g, s=share: (tokens < 40 * s) | on_its_token(feature, tokens, g))
         counts = TokenCounts(store)
         for feature in store.features(store.ids()[::5]):
-            others = Others(store, feature, counts, set(), set())
+            negatives = NegativeSampler(store, feature, counts, set(), set())
             for document in range(3):
                 ids, regions = store.document(document)
                 for region in range(len(store.about.regions)):
                     plainly = [
                         p
                         for p, (token, name) in enumerate(zip(ids, regions, strict=True))
-                        if name == store.about.regions[region] and others.chance(region, token)[1] <= MOST_UNSURE
+                        if name == store.about.regions[region]
+                        and negatives.firing_probability(region, token)[1] <= MAX_FIRING_PROBABILITY
                     ]
-                    assert others.unlikely(document, region).tolist() == plainly
-                    sides.add((others.chance(region, -1)[1] > MOST_UNSURE, bool(plainly)))
+                    assert negatives.unlikely_positions(document, region).tolist() == plainly
+                    sides.add((negatives.firing_probability(region, -1)[1] > MAX_FIRING_PROBABILITY, bool(plainly)))
     assert {(True, False), (False, True)} <= sides
 
 
-def test_the_chance_of_a_type_is_its_firings_over_its_tokens() -> None:
+def test_the_firing_probability_of_a_type_is_its_firings_over_its_tokens() -> None:
     store = made_store(on_its_token)
     counts = TokenCounts(store)
     tokens = [store.document(d) for d in range(store.documents)]
@@ -280,10 +283,10 @@ def test_the_chance_of_a_type_is_its_firings_over_its_tokens() -> None:
         code = store.about.regions.index(region)
         there = sum((t, r) == (own, region) for ids, names in tokens for t, r in zip(ids, names, strict=True))
         assert counts.of(code, own) == there
-        others = Others(store, feature, counts, set(), set())
+        negatives = NegativeSampler(store, feature, counts, set(), set())
         hits = sum(store.region_of(e) == region for e in feature.random_examples)
         unknown = feature.firings - len(known_firings(feature))
-        low, high = others.chance(code, own)
+        low, high = negatives.firing_probability(code, own)
         assert low == pytest.approx(min(1, unknown * hits / len(feature.random_examples) / there)) and low <= high <= 1
 
 
@@ -296,48 +299,46 @@ def test_known_firings_are_those_that_the_examples_show(a_store: FeatureStore) -
             assert all(values[place] > 0 for place in known_firings(feature))
 
 
-def test_the_place_of_an_excerpt_tells_nothing(a_store: FeatureStore) -> None:
-    """Each place, first, second, and so on, is a firing's about as often as not; counterparts are not neighbours."""
-    every = [trial for trial in every_trial(a_store) if len(trial.fires) == 20]
+def test_the_index_of_an_excerpt_does_not_reveal_whether_it_fires(a_store: FeatureStore) -> None:
+    """At each index, firings and negatives are equally frequent, and counterparts are not next to each other."""
+    every = [task for task in every_task(a_store) if len(task.fires) == 20]
     for place in range(20):
-        firings = sum(trial.fires[place] for trial in every)
+        firings = sum(task.fires[place] for task in every)
         assert abs(firings - len(every) / 2) < 4 * (len(every) / 4) ** 0.5
-    apart = [abs(i - m) for trial in every for i, m in enumerate(trial.matched)]
+    apart = [abs(i - m) for task in every for i, m in enumerate(task.counterpart)]
     assert 5 < sum(apart) / len(apart) < 9  # 7 where all orders are equally likely
 
 
-def test_firings_are_spread_over_the_strengths(token_store: MadeStore) -> None:
-    for trial in every_trial(token_store):
-        testing = {e.document for e, fires in zip(trial.excerpts, trial.fires, strict=True) if fires}
-        tested = [e.values[e.token_index] for e, fires in zip(trial.excerpts, trial.fires, strict=True) if fires]
-        there = [e.values[e.token_index] for e in trial.feature.random_examples if e.document in testing]
+def test_firings_are_spread_over_the_activations(token_store: MadeStore) -> None:
+    for task in every_task(token_store):
+        testing = {e.document for e, fires in zip(task.excerpts, task.fires, strict=True) if fires}
+        tested = [e.values[e.token_index] for e, fires in zip(task.excerpts, task.fires, strict=True) if fires]
+        there = [e.values[e.token_index] for e in task.feature.random_examples if e.document in testing]
         assert max(tested) == max(there) and min(tested) == min(there)
 
 
-def test_a_trial_depends_on_its_seed_alone(a_store: FeatureStore) -> None:
+def test_a_task_depends_on_its_seed_alone(a_store: FeatureStore) -> None:
     ids = a_store.ids()[:8]
-    once, again, other = (list(detection_examples_of(a_store, ids, seed)) for seed in (0, 0, 1))
+    once, again, other = (list(detection_tasks(a_store, ids, seed)) for seed in (0, 0, 1))
     assert once == again != other
-    assert list(detection_examples_of(a_store, ids[::-1], 0)) == once[::-1]
+    assert list(detection_tasks(a_store, ids[::-1], 0)) == once[::-1]
 
 
-def test_what_cannot_be_tested_is_not(token_store: MadeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_cannot_be_tested_are_skipped(token_store: MadeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = made_store(lambda feature, tokens, g: torch.rand(tokens.shape, generator=g) < 0.5)
-    assert set(detection_examples_of(dense, dense.ids())) == {
-        "too few tokens like its firings on which it does not fire"
-    }
+    assert set(detection_tasks(dense, dense.ids())) == {"too few tokens like its firings on which it does not fire"}
     one = made_store(lambda feature, tokens, g: (tokens == feature) & (torch.arange(80) == 7)[:, None] & (tokens >= 0))
-    few = list(detection_examples_of(one, one.ids(1)))
+    few = list(detection_tasks(one, one.ids(1)))
     assert few and set(few) == {"too few firings, or in too few documents"}
     with FakeChat(knowing) as fake, pytest.raises(JudgingError, match="Collect more documents"):
         auto_interpret(dense, None, client(fake), n=5, progress=False)
-    assert 0 < MOST_UNSURE < 0.5 and FEWEST >= 2
+    assert 0 < MAX_FIRING_PROBABILITY < 0.5 and MIN_POSITIVES >= 2
 
 
-def test_a_feature_of_the_first_token_has_no_others() -> None:
-    """Every token like its firings is one of its firings: nothing is invented in their place."""
+def test_a_feature_of_the_first_token_has_no_negatives() -> None:
+    """Every token like its firings is one of its firings."""
     first = made_store(lambda feature, tokens, g: (torch.arange(tokens.shape[1]) < 2).expand(tokens.shape))
-    assert {str(t) for t in detection_examples_of(first, first.ids())} == {
+    assert {str(t) for t in detection_tasks(first, first.ids())} == {
         "too few tokens like its firings on which it does not fire"
     }
 
@@ -345,19 +346,19 @@ def test_a_feature_of_the_first_token_has_no_others() -> None:
 # -- excerpts ---------------------------------------------------------------------------------------------------------
 
 
-def test_excerpts_lose_nothing_and_mark_what_fires(a_store: FeatureStore) -> None:
+def test_excerpts_hold_all_text_and_mark_the_firings(a_store: FeatureStore) -> None:
     for feature in a_store.features(a_store.ids()[:10]):
         for example in (*feature.top_examples, *feature.random_examples):
-            pieces = firing_excerpt(example, feature.max)
+            pieces = activation_excerpt(example, feature.max)
             texts = [p if isinstance(p, str) else str(p["fires"]) for p in pieces]
             assert "".join(texts) == "".join(example.tokens)
             firing = "".join(str(p["fires"]) for p in pieces if isinstance(p, dict))
             assert firing == "".join(t for t, v in zip(example.tokens, example.values, strict=True) if v > 0)
             assert all(1 <= p["strength"] <= 10 for p in pieces if isinstance(p, dict))  # type: ignore[operator]
-            asked = asked_excerpt(example)
+            asked = detection_excerpt(example)
             assert asked["before"] + asked["token"] + asked["after"] == "".join(example.tokens)
             assert asked["token"] == example.tokens[example.token_index]
-            anew = excerpt_at(a_store, example.document, example.position)
+            anew = a_store.excerpt(example.document, example.position)
             assert (anew.tokens, anew.token_ids, anew.token_index) == (
                 example.tokens,
                 example.token_ids,
@@ -365,22 +366,22 @@ def test_excerpts_lose_nothing_and_mark_what_fires(a_store: FeatureStore) -> Non
             )
 
 
-def test_the_strongest_has_ten() -> None:
+def test_the_largest_activation_has_strength_ten() -> None:
     example = Example(("a", "b", "c", "d"), (0, 1, 2, 3), (4.0, 0.0, 0.1, 2.0), 0, 0, 0)
-    assert firing_excerpt(example, 4.0) == [
+    assert activation_excerpt(example, 4.0) == [
         {"fires": "a", "strength": 10}, "b", {"fires": "cd", "strength": 5},
     ]  # fmt: skip
 
 
-def test_odd_tokens_survive(token_store: MadeStore) -> None:
-    """Quotes, braces, line ends, orders to the judge: what comes out of the JSON is what went in."""
-    for trial in every_trial(token_store):
-        for messages in (describing_question(trial), detecting_question(trial, 'fires on "}]\\')):
+def test_odd_tokens_are_unchanged_by_the_json(token_store: MadeStore) -> None:
+    """Quotes, braces, line ends and instructions to the judge come out of the JSON as they went in."""
+    for task in every_task(token_store):
+        for messages in (explanation_question(task), detection_question(task, 'fires on "}]\\')):
             json.dumps(messages, ensure_ascii=False).encode("utf-8")  # can be sent
             shown(messages)  # type: ignore[arg-type]
-        excerpts = shown(detecting_question(trial, ""))["excerpts"]  # type: ignore[arg-type]
+        excerpts = shown(detection_question(task, ""))["excerpts"]  # type: ignore[arg-type]
         sent = [e["token"] for e in excerpts]
-        assert sent == [e.tokens[e.token_index].replace("\ud800", "?") for e in trial.excerpts]
+        assert sent == [e.tokens[e.token_index].replace("\ud800", "?") for e in task.excerpts]
 
 
 # -- the judge --------------------------------------------------------------------------------------------------------
@@ -390,7 +391,7 @@ def test_the_judge_sorts_and_labels(token_store: MadeStore, tmp_path: Path) -> N
     store = made_store(on_its_token)
     with FakeChat(knowing) as fake:
         report = judge(store, client(fake, cache=tmp_path), retest=10, progress=False)
-        assert len(fake.asked) == 34 == report.spent.requests
+        assert len(fake.asked) == 34 == report.usage.requests
         judge(store, client(fake, cache=tmp_path), retest=10, progress=False)
         assert len(fake.asked) == 34
     assert (report.judged, report.alive, report.failed) == (24, 24, {})
@@ -399,9 +400,11 @@ def test_the_judge_sorts_and_labels(token_store: MadeStore, tmp_path: Path) -> N
         token = token.replace("\ud800", "?")
         label = store.labels[id]
         assert label.text == " ".join(f"fires on {json.dumps(token)}".split())
-        assert label.category == list(CATEGORIES)[len(token) % len(CATEGORIES)] and label.source == "judge-1"
+        assert (
+            label.category == list(JUDGE_CATEGORIES)[len(token) % len(JUDGE_CATEGORIES)] and label.source == "judge-1"
+        )
     counts = Counter(label.category for label in store.labels.values())
-    assert {c: s.count for c, s in report.shares.items()} == {c: counts[c] for c in CATEGORIES}
+    assert {c: s.count for c, s in report.shares.items()} == {c: counts[c] for c in JUDGE_CATEGORIES}
     assert sum(s.weighted.value for s in report.shares.values()) == pytest.approx(1)
     domains = sum(s.count for c, s in report.shares.items() if c.startswith("domain"))
     assert report.groups["domain"].count == domains
@@ -415,7 +418,7 @@ def test_a_judge_that_tosses_coins_does_not_agree_with_itself() -> None:
     coins = random.Random(0)
 
     def answer(messages: Messages) -> str:
-        return json.dumps({"category": coins.choice(list(CATEGORIES)), "label": "x", "reason": "y"})
+        return json.dumps({"category": coins.choice(list(JUDGE_CATEGORIES)), "label": "x", "reason": "y"})
 
     with FakeChat(answer) as fake:
         report = judge(made_store(on_its_token), client(fake), retest=24, progress=False)
@@ -424,7 +427,7 @@ def test_a_judge_that_tosses_coins_does_not_agree_with_itself() -> None:
     assert report.kappa.value == pytest.approx(report.agreement.value, abs=0.25)
 
 
-def test_the_second_look_is_at_the_same_feature_in_another_order(token_store: MadeStore) -> None:
+def test_the_second_question_shows_the_same_feature_in_another_order(token_store: MadeStore) -> None:
     with FakeChat(knowing) as fake:
         judge(token_store, client(fake, concurrency=1), retest=24, progress=False)
     first, second = fake.asked[:24], fake.asked[24:]
@@ -433,12 +436,12 @@ def test_the_second_look_is_at_the_same_feature_in_another_order(token_store: Ma
         mine, yours = shown(a["messages"]), shown(b["messages"])
         assert mine["excerpts"] != yours["excerpts"]
         assert {k: v for k, v in mine.items() if k != "excerpts"} == {k: v for k, v in yours.items() if k != "excerpts"}
-        for name in CATEGORIES:
+        for name in JUDGE_CATEGORIES:
             assert f'"{name}"' in a["messages"][0]["content"] and f'"{name}"' in b["messages"][0]["content"]
     assert len({a["messages"][0]["content"] for a in first}) > 10  # the order of the categories
 
 
-def test_without_a_second_look_there_is_no_agreement(token_store: MadeStore) -> None:
+def test_without_a_second_verdict_there_is_no_agreement(token_store: MadeStore) -> None:
     with FakeChat(knowing) as fake:
         report = judge(made_store(on_its_token), client(fake), n=6, retest=0, progress=False)
     assert report.agreement is report.kappa is None and report.judged == 6
@@ -460,7 +463,7 @@ def test_wrong_categories_are_asked_again_then_reported() -> None:
     assert FeatureId(2, 11) not in store.labels and report.judged == 24 - len(report.failed)
 
 
-def test_a_judge_without_a_usable_word_labels_nothing() -> None:
+def test_a_judge_without_a_usable_reply_labels_nothing() -> None:
     store = made_store(on_its_token)
     with FakeChat(lambda messages: Says("I cannot")) as fake, pytest.raises(JudgingError, match="None of 24"):
         judge(store, client(fake), retest=0, progress=False)
@@ -496,7 +499,7 @@ def test_stores_of_the_wrong_kind_are_refused(token_store: MadeStore, neuron_sto
                 auto_interpret(*given, client(fake), n=3, progress=False)
 
 
-def test_categories_stay_when_a_description_is_tested() -> None:
+def test_categories_stay_when_an_explanation_is_tested() -> None:
     store = made_store(on_its_token)
     store.set_labels({id: Label("was", "language", "other") for id in store.ids()})
     with FakeChat(knowing) as fake:
@@ -506,7 +509,7 @@ def test_categories_stay_when_a_description_is_tested() -> None:
     assert sum(label.text == "was" for label in store.labels.values()) == 20
 
 
-def test_a_real_store_goes_through(tmp_path: Path) -> None:
+def test_a_collected_store_is_explained_and_judged(tmp_path: Path) -> None:
     store = real_store()
     with FakeChat(knowing) as fake:
         it = client(fake, cache=tmp_path)

@@ -1,4 +1,4 @@
-"""What chat servers and reasoning models really reply: cut thinking, fields of their own, errors with status 200."""
+"""Replies of real chat servers and reasoning models: truncated thinking, additional fields, errors with status 200."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def test_a_label_may_name_the_tag_that_ends_thinking(reply: str) -> None:
     assert read_json(reply) == {"label": "fires on </think>"}
 
 
-def test_thinking_without_a_reply_behind_it_is_refused() -> None:
+def test_thinking_without_a_reply_after_it_is_refused() -> None:
     with pytest.raises(ValueError, match="no JSON"):
         read_json('<think>{"label": 1} or {"label": 2}</think> I cannot say.')
 
@@ -105,7 +105,7 @@ def test_an_error_with_status_200_costs_one_try_and_not_the_run(body: dict[str, 
         assert len(fake.asked) == 6
 
 
-def test_a_server_that_only_errs_with_status_200_is_given_up() -> None:
+def test_a_server_with_errors_of_status_200_only_stops_the_run() -> None:
     with FakeChat(lambda _: Says(body=json.dumps({"error": "no"}))) as fake:
         with pytest.raises(EndpointError, match="5 questions in a row"):
             ask(fake, 20, tries=2)
@@ -132,7 +132,7 @@ def test_two_servers_with_one_model_name_do_not_share_replies(tmp_path: Path) ->
         assert ask(one, cache=tmp_path) == ["one"] and len(one.asked) == 1
 
 
-def test_replies_that_the_first_release_paid_for_are_taken_over_by_the_first_who_asks(tmp_path: Path) -> None:
+def test_replies_that_the_first_release_cached_are_adopted_by_the_first_server_that_asks(tmp_path: Path) -> None:
     import hashlib
 
     parameters = {"temperature": 0, "seed": 0, "max_tokens": 1024}

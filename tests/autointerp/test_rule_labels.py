@@ -1,4 +1,4 @@
-"""Rules: what they call a feature follows from what it does, not from how it is spelled or how little is known."""
+"""Labels by rules depend on what a feature does, and need enough firings and effects that stand out."""
 
 import json
 import math
@@ -13,14 +13,13 @@ from helpers import stores
 from helpers.made_stores import anywhere, made_store, on_its_token, real_store
 
 from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.autointerp.category_shares import CategoryShare, label_shares
 from tl_adapters.autointerp.rule_labels import (
-    CATEGORIES,
-    FEW,
+    MAX_TOKEN_TYPES,
+    MIN_FEATURES_FOR_MEDIAN,
     MOSTLY_SHARE,
-    POPULATION,
-    CategoryShare,
+    RULE_CATEGORIES,
     label_by_rules,
-    label_shares,
     quoted,
     rule_labels,
 )
@@ -50,7 +49,7 @@ def feature(
     firings: int = 1000,
     number: int = 0,
 ) -> Feature:
-    """Fires on many tokens and moves none much, but for what is said. Effects are in standard deviations of 0.5."""
+    """A feature that fires on many tokens and moves none much, unless said otherwise; effects in units of 0.5."""
     sample = [f"s{i}" for i in range(20)] if sample is None else sample
     top = [f"t{i}" for i in range(20)] if top is None else top
     scaled = lambda given: {token: 0.5 * z for token, z in (given or {}).items()}  # noqa: E731
@@ -67,7 +66,7 @@ def label(made: Feature) -> Label:
     return rule_labels([made], REGIONS)[made.id]
 
 
-# -- input ----------------------------------------------------------------------------------------------------------
+# -- input ------------------------------------------------------------------------------------------------------------
 
 
 def test_few_tokens_name_an_input_feature() -> None:
@@ -77,13 +76,13 @@ def test_few_tokens_name_an_input_feature() -> None:
 
 
 @pytest.mark.parametrize("n_types", [1, 2, 3, 4, 5, 10])
-def test_few_is_at_most_three(n_types: int) -> None:
+def test_an_input_feature_has_at_most_three_token_types(n_types: int) -> None:
     made = feature(sample=[f"w{i % n_types}" for i in range(20)])
-    assert (label(made).category == "input") == (n_types <= FEW)
+    assert (label(made).category == "input") == (n_types <= MAX_TOKEN_TYPES)
 
 
 @pytest.mark.parametrize("n", range(1, 21))
-def test_the_share_must_be_high_and_sure(n: int) -> None:
+def test_the_share_must_be_high_and_certain(n: int) -> None:
     for hits in range(n + 1):
         made = feature(sample=["x"] * hits + [f"o{i}" for i in range(n - hits)])
         # Other types may be among the three: count those too.
@@ -93,7 +92,7 @@ def test_the_share_must_be_high_and_sure(n: int) -> None:
     assert label(feature(sample=["x"] * 3)).category == "unlabelled"  # three firings prove nothing
 
 
-def test_the_sample_decides_and_the_strongest_stand_beside() -> None:
+def test_the_random_sample_decides_and_the_top_examples_are_named_beside() -> None:
     many, one = [f"s{i}" for i in range(20)], ["x"] * 20
     assert label(feature(sample=many, top=one)) == Label('strongest on "x"', "unlabelled", "rules")
     assert label(feature(sample=one, top=["z"] * 20)).text == 'fires on "x"; strongest on "z"'
@@ -105,7 +104,7 @@ def test_spellings_of_a_word_are_one_type_named_by_the_commonest() -> None:
     assert label(feature(sample=["\n"] * 10 + [" "] * 10)).text == r'fires on "\n", " "'  # space is not nothing
 
 
-# -- output ---------------------------------------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------------------------------
 
 
 def test_few_strong_effects_name_an_output_feature() -> None:
@@ -123,23 +122,23 @@ def test_effects_must_be_concentrated_and_stand_out() -> None:
     assert label(feature(promotes={"q": 0.99 * chance}, kurtosis=50)).category == "unlabelled"
 
 
-def test_what_writes_nothing_promotes_nothing() -> None:
+def test_a_feature_that_writes_nothing_has_no_output_label() -> None:
     silent = replace(feature(promotes={"q": 30}, kurtosis=50), effect_spread=0.0)
     assert label(silent).category == "unlabelled"
 
 
-def test_what_all_features_do_is_not_said_of_one() -> None:
-    """Where every feature moves some token so much, only what moves one much more stands out."""
-    common = [feature(promotes={"q": 12}, kurtosis=50, number=i) for i in range(POPULATION)]
+def test_effects_that_all_features_have_are_not_named() -> None:
+    """Where every feature moves some token that much, only a much larger effect stands out."""
+    common = [feature(promotes={"q": 12}, kurtosis=50, number=i) for i in range(MIN_FEATURES_FOR_MEDIAN)]
     special = feature(promotes={"q": 30}, kurtosis=50, number=99)
     found = rule_labels([*common, special], REGIONS)
     assert {id.index for id, label in found.items() if label.category == "output"} == {99}
     assert all(label(one).category == "output" for one in common[:2])  # of few features no median is taken
 
 
-def test_a_hesitation_word_that_leads_needs_less() -> None:
-    """Where ordinary features move a token by 12 standard deviations, 19 are enough for what leads, 25 for others."""
-    common = [feature(promotes={"q": 12}, number=i) for i in range(POPULATION)]
+def test_a_leading_hesitation_word_needs_a_smaller_effect() -> None:
+    """Where the median feature has an effect of 12, 19 are enough for a leading word, and 25 for others."""
+    common = [feature(promotes={"q": 12}, number=i) for i in range(MIN_FEATURES_FOR_MEDIAN)]
     cases = {
         50: ({"Wait": 19}, True), 51: ({"q": 19.5, "Wait": 19}, False), 52: ({"q": 40, "Wait": 25}, True),
         53: ({"Wait": 17}, False), 54: ({"Wait": -19, "q": 30}, True), 55: ({"Wait": 19, "Hmm": 18.5}, True),
@@ -153,7 +152,7 @@ def test_a_hesitation_word_that_leads_needs_less() -> None:
 
 @cache
 def directions(seed: int) -> list[Feature]:
-    """Features that write at random, through the built-in pair's unembedding."""
+    """Features that write at random, through the model organism's unembedding."""
     pair = stores.random_pair()
     written = torch.randn(400, pair.model.cfg.d_model, generator=torch.Generator().manual_seed(seed))
     return _features(written)
@@ -176,8 +175,8 @@ def _features(written: torch.Tensor) -> list[Feature]:
     ]
 
 
-def test_directions_that_mean_nothing_are_seldom_called_anything() -> None:
-    """In the built-in pair's vocabulary, of which few tokens are in use, hence where all of it moves few tokens."""
+def test_random_directions_rarely_get_a_label() -> None:
+    """In the model organism's vocabulary, of which few tokens are in use, hence where all of it moves few tokens."""
     found = rule_labels(directions(0), REGIONS)
     assert sum(label.category != "unlabelled" for label in found.values()) < 0.05 * len(found)
 
@@ -197,7 +196,7 @@ def test_a_planted_output_feature_is_found_and_named() -> None:
         assert said.text.startswith(f"promotes {quoted(vocabulary[token])}")
 
 
-# -- region, hesitation, several -------------------------------------------------------------------------------------
+# -- region, hesitation, several --------------------------------------------------------------------------------------
 
 
 def test_a_region_counts_where_it_is_not_most_of_the_trace() -> None:
@@ -244,7 +243,7 @@ def test_one_label_says_all_and_the_category_follows_the_order() -> None:
     )
     output = feature(sample=tokens, promotes={"q": 40}, kurtosis=99, region_share=region)
     assert label(output).category == "output" and label(feature(sample=tokens, region_share=region)).category == "input"
-    assert CATEGORIES == ("hesitation", "output", "input", "region", "unlabelled")
+    assert RULE_CATEGORIES == ("hesitation", "output", "input", "region", "unlabelled")
 
 
 @pytest.mark.parametrize("odd", ["\n", "\u2028", '"', "\\", "\x85", "\ud800", "<b>", "\x00"])
@@ -254,7 +253,7 @@ def test_a_label_is_one_line_whatever_the_token(odd: str) -> None:
     assert json.loads(text.removeprefix("fires on ")) == odd
 
 
-def test_nothing_is_called_nothing() -> None:
+def test_a_feature_to_which_no_rule_applies_is_unlabelled() -> None:
     assert label(feature()) == Label("", "unlabelled", "rules") and rule_labels([], REGIONS) == {}
     assert label(feature(sample=[], top=[], firings=0, region_share={"answer": 0.0})).category == "unlabelled"
 
@@ -272,7 +271,7 @@ def test_token_features_of_a_store_are_found_and_random_ones_are_not() -> None:
     assert {given.category for given in label_by_rules(chance).values()} == {"unlabelled"}
 
 
-def test_what_a_model_or_a_person_gave_is_kept(tmp_path: Path) -> None:
+def test_labels_by_models_and_persons_are_kept(tmp_path: Path) -> None:
     store = made_store(on_its_token)
     first, second, *_ = store.ids()
     store.set_labels({first: Label("mine", "language", "judge-1"), second: Label("old", "input", "rules")})
@@ -304,7 +303,7 @@ def some_labels(counts: dict[int, dict[str, int]]) -> dict[FeatureId, Label]:
     }
 
 
-def test_layers_weigh_as_they_have_alive_features() -> None:
+def test_layers_are_weighted_by_their_alive_features() -> None:
     """Ten judged in each of two layers, of 10 and of 90 alive."""
     labels = some_labels({0: {"input": 10}, 1: {"output": 10}})
     alive = [FeatureId(0, i) for i in range(10)] + [FeatureId(1, i) for i in range(90)]
@@ -314,7 +313,7 @@ def test_layers_weigh_as_they_have_alive_features() -> None:
     assert shares["input"].by_layer == {0: 1.0, 1: 0.0} and shares["input"].weighted.split == "report"
 
 
-def test_none_of_few_is_not_certainly_none() -> None:
+def test_none_of_few_is_not_certain_to_be_none() -> None:
     labels = some_labels({0: {"input": 10}, 1: {"input": 10}})
     shares = label_shares(labels, labels)
     assert shares["output"].count == 0 and shares["output"].weighted.low == 0
@@ -325,7 +324,7 @@ def test_none_of_few_is_not_certainly_none() -> None:
     assert shares["input"].weighted.high == 1 and 0.8 < shares["input"].weighted.low < 0.9
 
 
-def test_the_dead_and_other_categories_do_not_count() -> None:
+def test_dead_features_and_other_categories_do_not_count() -> None:
     labels = some_labels({0: {"input": 2, "language": 3}})
     shares = label_shares(labels, [FeatureId(0, 0), FeatureId(0, 3)])
     assert shares["input"].share.n == 1 and label_shares(labels, []) == {} == label_shares({}, list(labels))
@@ -345,7 +344,7 @@ def test_the_weighted_interval_covers() -> None:
     assert 180 <= covered <= 199 and 0.15 < sum(width) / 200 < 0.3
 
 
-# -- intervals that only labels use ------------------------------------------------------------------------------------
+# -- intervals that only labels use -----------------------------------------------------------------------------------
 
 
 def test_strata_of_one_weight_are_a_mean_of_means() -> None:
@@ -372,7 +371,7 @@ def test_kappa() -> None:
     found = bootstrap_kappa(first, second)
     assert found.value == pytest.approx(0.4) and found.low < 0.4 < found.high  # a textbook's: (0.7 - 0.5) / (1 - 0.5)
     alike = bootstrap_kappa(first, first)
-    assert alike.value == 1 and alike.low is None and "certain" in alike.reason
+    assert alike.value == 1 and alike.low is None and "no variation" in alike.reason
     assert bootstrap_kappa(first, 1 - first).value < 0
     same = bootstrap_kappa(torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long))
     assert same.value is None and "same rating" in same.reason

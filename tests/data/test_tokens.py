@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tl_adapters.autointerp.prompts import asked_excerpt, firing_excerpt
+from tl_adapters.autointerp.prompts import activation_excerpt, detection_excerpt
 from tl_adapters.data.tokens import CONTINUATION, span_texts, token_text
 from tl_adapters.features.feature import Example
 
@@ -77,8 +77,8 @@ def test_a_judge_reads_characters_and_the_strongest_of_their_tokens() -> None:
     assert len(ids) == 5
     names = tuple(token_text(tokenizer, token) for token in ids)
     example = Example(names, ids, (0.0, 0.0, 0.0, 2.0, 0.0), 3, 0, 3)
-    assert firing_excerpt(example, 2.0) == ["a", {"fires": "本", "strength": 10}, "b"]
-    assert asked_excerpt(example) == {"before": "a", "token": "本", "after": "b"}
+    assert activation_excerpt(example, 2.0) == ["a", {"fires": "本", "strength": 10}, "b"]
+    assert detection_excerpt(example) == {"before": "a", "token": "本", "after": "b"}
     assert example.display_texts == ["a", "本", CONTINUATION, CONTINUATION, "b"] and example.texts == [
         "a",
         "本",

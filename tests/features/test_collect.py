@@ -1,4 +1,4 @@
-"""The feature store against a plain reference, and what must not change it: batches, order, parts, processes, stops."""
+"""The feature store equals a plain reference, whatever the batches, order, parts, processes and interruptions."""
 
 import json
 from collections import Counter
@@ -31,7 +31,7 @@ QUIET = {"progress": False, "split": "report"}
 
 @pytest.fixture(scope="module")
 def pair() -> PairedModel:
-    """The built-in pair with random adapters of which every twentieth feature or so fires."""
+    """The model organism with random adapters of which every twentieth feature or so fires."""
     pair = randomise(PairedModel.from_pretrained(organism.BASE, organism.TARGET, dtype=torch.float64), n_features=40)
     with torch.no_grad():
         for adapter in pair.installed_adapters():
@@ -215,7 +215,7 @@ def test_a_kill_between_merging_and_removing_costs_nothing(
 
 
 def test_the_sample_is_uniform() -> None:
-    """Each of many firings is drawn equally often, over seeds; a neighbour's fate says nothing."""
+    """Each of many firings is drawn equally often, over seeds; independently of the others."""
     drawn = torch.zeros(60)
     positions = torch.arange(60)
     for seed in range(400):
@@ -226,7 +226,7 @@ def test_the_sample_is_uniform() -> None:
     assert len(mixed_bits(torch.arange(10_000)).unique()) == 10_000
 
 
-def test_neurons_are_the_targets_own(pair: PairedModel, traces: list[Trace]) -> None:
+def test_neurons_are_read_on_the_target(pair: PairedModel, traces: list[Trace]) -> None:
     options = StoreOptions(examples=3, sample=3, neurons_per_token=6, tokens_per_batch=300)
     store = collect_features(pair, traces, kind="neuron", stream="target", options=options, **QUIET)
     assert store.about.n_features == pair.model.cfg.d_mlp
@@ -264,7 +264,7 @@ def test_effects_are_in_decoder_norm_units(pair: PairedModel, traces: list[Trace
     )
 
 
-def test_quantiles_are_good_to_a_bucket(pair: PairedModel, traces: list[Trace]) -> None:
+def test_quantiles_are_accurate_to_a_bucket(pair: PairedModel, traces: list[Trace]) -> None:
     store = collect_features(pair, traces, options=OPTIONS, **QUIET)
     dense = torch.cat([activations(pair, trace) for trace in traces], 1)
     for feature in store.features(store.ids(30)):
@@ -276,7 +276,7 @@ def test_quantiles_are_good_to_a_bucket(pair: PairedModel, traces: list[Trace]) 
     assert (histogram_edges()[histogram_bucket(dense[dense > 2**-10])] <= dense[dense > 2**-10]).all()
 
 
-def test_the_table_and_a_feature_say_the_same(pair: PairedModel, traces: list[Trace]) -> None:
+def test_the_table_and_the_records_agree(pair: PairedModel, traces: list[Trace]) -> None:
     store = collect_features(pair, traces, options=OPTIONS, words=["Wait"], **QUIET)
     table = store.table(1)
     assert len({len(column) for column in table.values()}) == 1
@@ -296,7 +296,7 @@ def test_the_table_and_a_feature_say_the_same(pair: PairedModel, traces: list[Tr
         assert [tokens[t] for t in table["fires_on"][row]] == [n for _, n in tokens.most_common(3)]
 
 
-def test_the_streams_agree_as_far_as_they_do(pair: PairedModel, traces: list[Trace]) -> None:
+def test_stream_agreement_equals_a_plain_reference(pair: PairedModel, traces: list[Trace]) -> None:
     found = stream_agreement(pair, traces[:6], "report")
     for layer, agreement in enumerate(found):
         a, b = (torch.cat([activations(pair, t, s)[layer] for t in traces[:6]]) for s in ("target", "replacement"))
@@ -316,7 +316,7 @@ def test_both_backends_read_the_same(backend: str, pair: PairedModel, traces: li
     same(hooked, collect_features(other, traces[:4], options=OPTIONS, **QUIET))
 
 
-def test_refusals_in_one_line(pair: PairedModel, traces: list[Trace], tmp_path: Path) -> None:
+def test_errors_say_what_is_wrong(pair: PairedModel, traces: list[Trace], tmp_path: Path) -> None:
     folder = tmp_path / "store"
     collect_features(pair, traces[:3], folder, options=OPTIONS, **QUIET)
     with pytest.raises(FeatureStoreError, match="with stream 'replacement', and this collection has 'target'"):

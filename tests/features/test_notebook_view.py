@@ -1,4 +1,4 @@
-"""Views of features for notebooks: what they show, escaped and offline."""
+"""Notebook views of features: their contents, escaped and without network."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def calls(view: NotebookView) -> list[tuple[str, dict[str, object]]]:
     return [(component, json.loads(properties)) for _, component, properties in found]
 
 
-def test_a_feature_shows_its_examples_and_figures() -> None:
+def test_a_feature_shows_its_examples_and_statistics() -> None:
     feature = store().feature(store().ids()[7])
     view = feature_view(feature)
     (top, given_top), (sample, given_sample) = calls(view)
@@ -56,8 +56,8 @@ def test_a_feature_that_never_fired_needs_no_script() -> None:
 
 
 @pytest.mark.parametrize("stream", ["replacement", "target"])
-def test_a_text_is_coloured_by_the_activations(stream: str) -> None:
-    """Of each feature by itself, in decoder-norm units, on the stream that is asked for."""
+def test_a_text_is_colored_by_the_activations(stream: str) -> None:
+    """The activations are in decoder-norm units, and read on the given stream."""
     pair, tokens, ids = random_pair(), documents()[0].tokens, store().ids()[::60]
     ((component, given),) = calls(show_features(pair, tokens, ids, stream=stream))
     assert component == "ColoredTokensMulti" and given["labels"] == [f"{f.layer}.{f.index}" for f in ids]
@@ -89,7 +89,7 @@ def test_text_and_its_ids_are_the_same() -> None:
         ("1+1", [(0, -1)], "from 0"),
     ],
 )
-def test_refusals(text: str | list[int], ids: list[tuple[int, int]], message: str) -> None:
+def test_wrong_arguments_are_refused(text: str | list[int], ids: list[tuple[int, int]], message: str) -> None:
     with pytest.raises(UserError, match=message):
         show_features(random_pair(), text, ids)
 

@@ -1,4 +1,4 @@
-"""Features, circuits, graphs and stores reach only the adapters they are numbers of (A11, A24)."""
+"""Features, circuits, graphs and stores can only be used with the adapters that they belong to."""
 
 import copy
 import json
@@ -95,7 +95,7 @@ def test_a_circuit_of_other_adapters_reaches_no_intervention(name: str, form: st
         pass
 
 
-def test_the_command_line_hands_a_circuit_on_as_whose_it_is(tmp_path: Path) -> None:
+def test_the_command_line_keeps_the_adapters_of_a_circuit(tmp_path: Path) -> None:
     file = circuit_of(made()).save(tmp_path / "circuit.json")
     ids = feature_ids([str(file), "1.3"])
     assert ids == [*circuit_of(made()).ids(), (1, 3)]
@@ -183,7 +183,7 @@ def test_graphs_of_other_pairs_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapters_kept_narrow_are_taken_apart_in_float32(dtype: torch.dtype) -> None:
-    """A28: rounded activations do not add up, whatever the linearization."""
+    """Rounded activations do not add up, whatever the linearization."""
     pair = PairedModel.from_pretrained(*(random_model(s, torch.float32, num_hidden_layers=2) for s in (1, 2)))
     randomise(pair, n_features=8)
     adapters = pair.installed_adapters().to(dtype)
@@ -201,7 +201,7 @@ def test_adapters_kept_narrow_are_taken_apart_in_float32(dtype: torch.dtype) -> 
 
 
 def test_a_store_is_known_by_content_wherever_its_models_lie(tmp_path: Path) -> None:
-    """A24: models that were moved, or named by a relative path; one layer of the set; and another pair."""
+    """The models may have been moved, and adapters of one layer of the set suffice; another pair is refused."""
     pair, traces = stores.random_pair(), stores.documents()
     collect = partial(collect_features, pair, folder=tmp_path / "store", options=stores.OPTIONS, progress=False)
     collect(traces[:1])

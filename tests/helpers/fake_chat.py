@@ -1,4 +1,4 @@
-"""A chat server on this machine that answers as a test wants, and remembers what it was asked."""
+"""A chat server on this machine that answers as a test specifies, and records the requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY = "sk-a-key-that-must-never-be-seen-anywhere"
 
 @dataclass(frozen=True)
 class Says:
-    """What the server says to one request."""
+    """The server's response to one request."""
 
     text: str = ""
     status: int = 200
@@ -27,7 +27,7 @@ class Says:
 
 
 class FakeChat:
-    """Asks ``answer`` for the reply to each request's messages; a text is an ordinary reply."""
+    """Replies to each request with what ``answer`` returns for its messages; a text is an ordinary reply."""
 
     def __init__(self, answer: Callable[[list[dict[str, str]]], str | Says]) -> None:
         self.answer, self.asked, self.headers = answer, [], []

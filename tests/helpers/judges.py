@@ -1,4 +1,4 @@
-"""Judges that answer by a rule."""
+"""Functions that answer the prompts of the judge by a rule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from tl_adapters.autointerp.endpoint import Messages
-from tl_adapters.autointerp.judge import CATEGORIES
+from tl_adapters.autointerp.prompts import JUDGE_CATEGORIES
 
 
 def shown(messages: Messages) -> Any:
@@ -19,7 +19,7 @@ def fired(excerpts: list[list[Any]]) -> list[str]:
 
 
 def knowing(messages: Messages) -> str:
-    """Describes a unit by the text it fires on most; on a test, looks for that text."""
+    """Explains a unit by the text on which it fires most often, and detects that text."""
     given = shown(messages)
     if "numbered excerpts" in messages[0]["content"]:
         wanted = json.loads(given["fires"].removeprefix("fires on "))
@@ -27,5 +27,5 @@ def knowing(messages: Messages) -> str:
     (text, _), *_ = Counter(fired(given["excerpts"])).most_common()
     if "explanation" in messages[0]["content"]:
         return json.dumps({"explanation": f"fires on {json.dumps(text)}"})
-    category = list(CATEGORIES)[len(text) % len(CATEGORIES)]
+    category = list(JUDGE_CATEGORIES)[len(text) % len(JUDGE_CATEGORIES)]
     return json.dumps({"category": category, "label": f"fires on {json.dumps(text)}", "reason": "it does"})

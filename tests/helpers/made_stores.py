@@ -1,4 +1,4 @@
-"""Feature stores made by hand, of which it is known where every feature fires, and why; and one real store."""
+"""Feature stores built from known firings, and one collected store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYOUT = {"template": 2, "question": 10, "think_start": 1, "thinking": 30, "thin
 LENGTH, DOCUMENTS, LAYERS, PER_LAYER = sum(LAYOUT.values()), 80, (0, 2), 12
 
 Fires = Callable[[int, torch.Tensor, torch.Generator], torch.Tensor]
-"""Number of a feature (through all layers) and the tokens [documents, pos] to a mask of where it fires."""
+"""Maps the number of a feature (through all layers) and tokens [documents, pos] to a mask of its firings."""
 
 
 def on_its_token(feature: int, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -41,12 +41,12 @@ def in_thinking_only(feature: int, tokens: torch.Tensor, generator: torch.Genera
 
 
 def after_its_token(feature: int, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """On any token after one: every type is a firing at times, and mostly not."""
+    """Fires on any token that follows a certain one, so that every token type is sometimes a firing."""
     return tokens.roll(1, dims=1) == feature
 
 
-def at_one_place(feature: int, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """On the first token of every question, and on a token of its own elsewhere in it."""
+def at_one_position(feature: int, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Fires on the first token of some questions, and on a token of its own elsewhere in them."""
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
     mask[:, 2:12] = tokens[:, 2:12] == feature
     mask[:, 2] = torch.rand(len(tokens), generator=generator) < 0.1
@@ -54,7 +54,7 @@ def at_one_place(feature: int, tokens: torch.Tensor, generator: torch.Generator)
 
 
 class MadeStore(FeatureStore):
-    """A store that also knows where everything fires: ``values[feature, document, pos]``."""
+    """A store that also holds all activations: ``values[feature, document, pos]``."""
 
     values: torch.Tensor
 
@@ -77,8 +77,8 @@ def made_store(fires: Fires, kind: UnitKind = "feature", seed: int = 0) -> MadeS
         kind, "target", "report", "base", "target", list(LAYERS), PER_LAYER, {}, [], options=options
     )
     layers = {
-        layer: _statistics(values[place * PER_LAYER :][:PER_LAYER], codes, options, generator)
-        for place, layer in enumerate(LAYERS)
+        layer: _statistics(values[number * PER_LAYER :][:PER_LAYER], codes, options, generator)
+        for number, layer in enumerate(LAYERS)
     }
     effects = {layer: _effects(generator) for layer in LAYERS}
     store = MadeStore(about, StorePart(totals, documents, layers, None), effects, VOCABULARY)
@@ -93,7 +93,7 @@ def _statistics(
     region = torch.stack([fires[:, :, codes == code].sum((1, 2)) for code in range(len(TRACE_REGIONS))], 1)
     histogram = torch.stack([torch.bincount(histogram_bucket(v[v > 0]), minlength=N_BUCKETS) for v in values])
     strongest = [[(d, int(v[d].argmax())) for d in v.amax(1).argsort(descending=True).tolist()] for v in values]
-    top = [[(d, p) for d, p in places if values[i, d, p] > 0][:20] for i, places in enumerate(strongest)]
+    top = [[(d, p) for d, p in positions if values[i, d, p] > 0][:20] for i, positions in enumerate(strongest)]
     drawn = [v.nonzero()[torch.randperm(int((v > 0).sum()), generator=generator)][:20].tolist() for v in values]
     return LayerStatistics(
         fires.sum((1, 2)), values.sum((1, 2)).double(), region, torch.zeros(len(values), N_DECILES, dtype=torch.long),
@@ -101,8 +101,8 @@ def _statistics(
     )  # fmt: skip
 
 
-def _examples(values: torch.Tensor, places: list[list[tuple[int, int]]], options: StoreOptions) -> RankedFirings:
-    rows = [(i, d, p) for i, found in enumerate(places) for d, p in found]
+def _examples(values: torch.Tensor, firings: list[list[tuple[int, int]]], options: StoreOptions) -> RankedFirings:
+    rows = [(i, d, p) for i, positions in enumerate(firings) for d, p in positions]
     feature, document, position = torch.tensor(rows).T
     padded = torch.nn.functional.pad(values, (options.before, options.after))
     width = options.before + 1 + options.after
@@ -125,7 +125,7 @@ def _effects(generator: torch.Generator) -> LayerEffects:
 
 @cache
 def real_store() -> FeatureStore:
-    """The built-in pair's random features on real traces; labels may be changed."""
+    """The model organism's random features, collected on its traces; tests may change the labels."""
     return collect_features(
         stores.random_pair(), stores.documents(), split="report", words=["Wait"], options=StoreOptions(), progress=False
     )

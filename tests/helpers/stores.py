@@ -1,4 +1,4 @@
-"""A small feature store of the built-in pair with random adapters, for the tests of everything that shows one."""
+"""A small feature store of the model organism with random adapters."""
 
 from functools import cache
 
@@ -22,7 +22,7 @@ OPTIONS = StoreOptions(examples=14, sample=4, before=8, after=4)
 
 @cache
 def random_pair() -> PairedModel:
-    """The built-in pair with 40 random features a layer; nobody changes it."""
+    """The model organism with 40 random features per layer; tests must not change it."""
     pair = randomise(load_builtin_pair(), n_features=40)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def random_pair() -> PairedModel:
 
 @cache
 def documents() -> tuple[Trace, ...]:
-    """Forty traces; every other one says that it is about sums."""
+    """Forty traces, half of them of the domain "sums"."""
     pairs = organism.reasoning_pairs("report", 40)
     traces = encode_traces(pairs, random_pair().model.tokenizer)
     return tuple(
@@ -43,17 +43,17 @@ def documents() -> tuple[Trace, ...]:
 
 
 def new_store() -> FeatureStore:
-    """Collected anew, in memory; to be changed at will. Two features are labelled."""
-    found = collect_features(random_pair(), documents(), split="report", words=WORDS, options=OPTIONS, progress=False)
-    first, second = found.ids()[:2]
-    found.set_labels({
+    """A new store in memory, which a test may change. Two features are labeled."""
+    new = collect_features(random_pair(), documents(), split="report", words=WORDS, options=OPTIONS, progress=False)
+    first, second = new.ids()[:2]
+    new.set_labels({
         first: Label("a <b>bold</b> & odd label", "simple input", "rules", 0.75),
         second: Label("ends a step", "reasoning output", "", None),
     })  # fmt: skip
-    return found
+    return new
 
 
 @cache
 def store() -> FeatureStore:
-    """The same; nobody changes it."""
+    """The same store, shared between tests, which must not change it."""
     return new_store()

@@ -1,11 +1,12 @@
 """What is a feature called, and how well was that tested?
 
-* `detection`: Auto-interpretation: can a feature be described so that the description tells where it fires?
-* `detection_examples`: Trials of a description: examples to describe a feature from, and excerpts of other documents
-* `endpoint`: A client of any OpenAI-compatible chat endpoint: what is asked once is never asked again
-* `http_client`: One request to an OpenAI-compatible chat server: its address, its key, and what its answer means
-* `judge`: A judge sorts features into the paper's categories
-* `prompts`: Features and stretches of documents as a judge reads them: JSON, in which no token can be mistaken for a
-* `reply_cache`: Replies of a model: kept on the disk under what was asked, and read as strict JSON
-* `rule_labels`: What features are called by rules that need no model
+* `category_shares`: the share of each category among the features of a store, estimated from their labels
+* `detection`: explains features with a language model, and scores the explanations by how well they detect firings
+* `detection_tasks`: draws the examples that a feature is explained from, and the excerpts that test the explanation
+* `endpoint`: asks many questions of an OpenAI-compatible chat endpoint, with retries, budgets and a cache
+* `http_client`: sends one request to an OpenAI-compatible chat server and interprets the response
+* `judge`: an LLM judge that sorts features into the paper's categories
+* `prompts`: the prompts of the LLM judge, and features and excerpts as they appear in them
+* `reply_cache`: replies of a model, cached on the disk by question and read as strict JSON
+* `rule_labels`: labels of features by rules that need no model
 """

@@ -1,13 +1,14 @@
-"""A client of any OpenAI-compatible chat endpoint: what is asked once is never asked again.
+"""Asks many questions of an OpenAI-compatible chat endpoint, with retries, a budget and a cache of replies.
 
-1. Every reply is kept under what was asked (replies.py), before anything uses it. So a run that was stopped goes on
-   where it stood, and a run that is repeated costs nothing.
-2. Questions are asked by several threads. What a busy or broken server may yet answer (timeouts, 408, 429, 5xx) is
-   asked again, after exponentially growing waits with jitter, or after what its Retry-After says; while it asks for
-   patience, all threads wait.
-3. A budget bounds requests and tokens. When it is spent, the error says what is kept and how to go on.
-4. Replies are read as JSON, strictly. One that is none is sent back once; what fails again is reported, not invented,
-   and asked anew by the next run. A reply that was cut at its limit is not sent back: it needs a larger limit.
+1. Every reply is cached under its question before it is used (`reply_cache`). So a run that was stopped continues where
+   it stopped, and a run that is repeated costs nothing.
+2. Questions are asked by several threads. After an error that may pass (timeouts, 408, 429, 5xx), a question is asked
+   again, after exponentially growing waits with jitter, or after the time that the server's Retry-After names; all
+   threads wait for that time.
+3. A budget limits requests and tokens. When it is used up, the error says where the replies are and how to continue.
+4. Replies are read strictly as JSON. A reply that is not JSON is sent back once; after a second failure the question is
+   reported as failed, and the next run asks it again. A reply that was cut at its limit of tokens is not sent back,
+   because it needs a larger limit.
 """
 
 from __future__ import annotations
@@ -24,67 +25,76 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from tl_adapters.autointerp.http_client import API_KEY, CUT, MODEL, ChatServer, EndpointError, Reply
+from tl_adapters.autointerp.http_client import (
+    API_KEY_VARIABLE,
+    MODEL_VARIABLE,
+    TRUNCATED_REPLY,
+    ChatServer,
+    EndpointError,
+    Reply,
+)
 from tl_adapters.autointerp.reply_cache import ReplyCache, read_json
 
 log = logging.getLogger(__name__)
 
 Messages = Sequence[Mapping[str, str]]
-"""Turns: {"role": "system" or "user" or "assistant", "content": text}."""
+"""The messages of a conversation: {"role": "system" or "user" or "assistant", "content": text} each."""
 T = TypeVar("T")
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0
-"""Seconds: before the second try (doubled at every further one), and at most, whatever the server asks for."""
+"""Seconds to wait before the second try, doubled at every further one; and at most, whatever the server asks for."""
 REPLY_TOKENS = 4096
-"""Longest reply: a reasoning model thinks for some thousand tokens before it gives a verdict of a hundred."""
-GIVE_UP_AFTER = 5
-"""Questions in a row that fail after all their tries before the endpoint counts as out of order."""
+"""Tokens of the longest reply: a reasoning model thinks for thousands of tokens before a verdict of a hundred."""
+MAX_FAILURES_IN_A_ROW = 5
+"""After this many questions in a row that failed after all tries, the endpoint counts as broken."""
 
 
 class BudgetError(EndpointError):
-    """The budget is spent."""
+    """The budget of requests or tokens is used up."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A question that got no usable reply."""
+    """The outcome of a question that got no usable reply."""
 
     reason: str
-    """What was wrong."""
+    """The reason."""
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What an endpoint has cost so far."""
+class EndpointUsage:
+    """Requests and tokens that an endpoint has used."""
 
     requests: int = 0
-    """Sent, those included that failed."""
+    """Requests sent, including those that failed."""
     tokens: int = 0
-    """Read and written by the model."""
+    """Tokens read and written by the model."""
     cached: int = 0
     """Questions answered from the cache."""
 
 
 class Endpoint:
-    """A model behind an address, asked by `ask_all`.
+    """A model behind an address; `ask_all` asks it questions.
 
     Args:
-        base_url: like "http://127.0.0.1:8000/v1"; else TL_ADAPTERS_BASE_URL, else OPENAI_BASE_URL.
-        model: its name there; else TL_ADAPTERS_MODEL.
-        api_key: else TL_ADAPTERS_API_KEY, else OPENAI_API_KEY for the address that it is meant for. A server that
-            wants none gets none.
-        cache: folder of the replies; None keeps nothing.
-        concurrency: requests at a time.
-        timeout: seconds without a sign from the server.
-        tries: of one question, the first included.
-        request_budget: requests that this object may send; None sets no bound.
-        token_budget: likewise tokens, read and written. What is under way when it is reached is finished.
-        reply_tokens: tokens of one reply, the thinking of a reasoning model included.
-        parameters: sent with every question, over temperature 0, ``seed`` and ``reply_tokens`` as max_tokens; None
-            takes one out ({"max_tokens": None, "max_completion_tokens": 4000} for models that know only the latter).
-        seed: sent to the server, and of the jitter.
+        base_url: address like "http://127.0.0.1:8000/v1"; by default TL_ADAPTERS_BASE_URL or OPENAI_BASE_URL.
+        model: name of the model at that address; by default TL_ADAPTERS_MODEL.
+        api_key: by default TL_ADAPTERS_API_KEY or, for the address that it belongs to, OPENAI_API_KEY. May be missing
+            where the server needs none.
+        cache: folder of cached replies; None caches nothing.
+        concurrency: number of requests at a time.
+        timeout: seconds to wait for the server.
+        tries: number of tries for a question, including the first.
+        request_budget: number of requests that this object may send; None sets no limit.
+        token_budget: number of tokens that may be read and written; None sets no limit. Requests that are under way
+            when the limit is reached are completed.
+        reply_tokens: tokens of one reply, including the thinking of a reasoning model.
+        parameters: request parameters, which override temperature 0, ``seed``, and ``reply_tokens`` as max_tokens. None
+            removes one ({"max_tokens": None, "max_completion_tokens": 4000} for models that know only the latter).
+        seed: seed that is sent to the server, and seed of the jitter.
 
-    Raises EndpointError for an address, model, key or bound that cannot be used.
+    Raises:
+        EndpointError: the address, model, key or a limit cannot be used.
     """
 
     def __init__(
@@ -113,17 +123,17 @@ class Endpoint:
         self.parameters = {name: value for name, value in chosen.items() if value is not None}
         self._jitter = random.Random(seed)
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._spent, self._not_before, self._failed_in_a_row = Spent(), 0.0, 0
+        self._usage, self._not_before, self._failed_in_a_row = EndpointUsage(), 0.0, 0
 
     @property
     def model(self) -> str:
-        """Who answers."""
+        """Name of the model."""
         return self.server.model
 
     @property
-    def spent(self) -> Spent:
-        """Requests and tokens so far."""
-        return self._spent
+    def usage(self) -> EndpointUsage:
+        """Requests and tokens used so far."""
+        return self._usage
 
     def ask_all(
         self,
@@ -133,15 +143,24 @@ class Endpoint:
         progress: bool = True,
         what: str = "ask",
     ) -> list[T | Failure]:
-        """The JSON replies to all questions, each as ``read`` returns it, in the order of the questions.
+        """Ask all questions and read the JSON replies.
 
-        ``read`` is one function, or one for each question.
+        A reply that is not JSON, or that ``read`` refuses with a ValueError, is sent back once with the text of the
+        error. (So that text is part of a question, under which a reply is cached.)
 
-        A reply that is no JSON, or that ``read`` refuses with a ValueError, is sent back once with what is wrong; if
-        the next one is no better, its place holds a `Failure`. So does that of a question which no try got answered.
+        Args:
+            questions: the messages of each question.
+            read: a function that turns the JSON of a reply into a result, or one function for each question.
+            progress: show a progress bar.
+            what: label of the progress bar.
 
-        Raises BudgetError, and EndpointError where the endpoint refuses or fails altogether; every reply that came
-        is in the cache then.
+        Returns:
+            The result of each question, in their order. A `Failure` where two replies could not be read, or where no
+            try got a reply.
+
+        Raises:
+            BudgetError: the budget is used up; all replies so far are cached.
+            EndpointError: the endpoint refuses the requests or fails altogether; all replies so far are cached.
         """
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
@@ -154,38 +173,38 @@ class Endpoint:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             _raise_first(done)
             return [future.result() for future in futures]
-        finally:  # also when interrupted: what is under way is finished and kept, nothing more is sent
+        finally:  # also when interrupted: requests under way are completed and cached, and no more are sent
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             bar.close()
 
     def _answer(self, messages: Messages, read: Callable[[Any], T]) -> T | Failure:
         try:
-            text, cut = self._ask(messages)
+            text, truncated = self._ask(messages)
             try:
                 return read(read_json(text))
             except ValueError as error:
-                if cut:
-                    return Failure(CUT)
+                if truncated:
+                    return Failure(TRUNCATED_REPLY)
                 complaint = (
                     f"That cannot be used: {error}. Answer the same again, with nothing but the JSON object asked for."
                 )
             again = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": complaint}]
-            text, cut = self._ask(again)
+            text, truncated = self._ask(again)
             try:
                 return read(read_json(text))
             except ValueError as error:
-                for asked in (messages, again):
-                    self.cache.refuse(self._question(asked), str(error))
-                return Failure(CUT if cut else f"no usable JSON in two replies: {error}")
-        except _Unanswered as error:
+                for question in (messages, again):
+                    self.cache.mark_unusable(self._question(question), str(error))
+                return Failure(TRUNCATED_REPLY if truncated else f"no usable JSON in two replies: {error}")
+        except _NoReply as error:
             return Failure(str(error))
         except BaseException:
-            self._stop.set()  # before this thread, or another, sends its next question
+            self._stop.set()  # so that no thread sends its next question
             raise
 
     def _question(self, messages: Messages) -> dict[str, Any]:
-        """What a reply is kept under."""
+        """The question under which a reply is cached."""
         return {
             "server": self.server.base_url,
             "model": self.model,
@@ -194,91 +213,91 @@ class Endpoint:
         }
 
     def _ask(self, messages: Messages) -> tuple[str, bool]:
-        """One reply, from the cache or the server, and whether it was cut.
+        """One reply, from the cache or the server, and whether it was truncated.
 
-        Raises _Unanswered, BudgetError, EndpointError.
+        Raises _NoReply, BudgetError, EndpointError.
         """
-        text, cut, kept = self.cache.reply(self._question(messages), lambda: self._send(messages))
-        if kept:
+        text, truncated, cached = self.cache.reply(self._question(messages), lambda: self._send(messages))
+        if cached:
             self._count(cached=1)
-        return text, cut
+        return text, truncated
 
     def _send(self, messages: Messages) -> tuple[str, bool]:
-        """One reply of the server, after as many tries as it takes, and whether it was cut.
+        """One reply of the server, after as many tries as it takes, and whether it was truncated.
 
-        Raises _Unanswered, BudgetError, EndpointError.
+        Raises _NoReply, BudgetError, EndpointError.
         """
         body = {"messages": [dict(m) for m in messages], **self.parameters}
         problem = ""
         for attempt in range(self.tries):
-            self._hold()
-            self._take()
+            self._wait_until_allowed()
+            self._count_request()
             reply = self.server.post(body)
             self._count(tokens=reply.tokens)
             if reply.text is not None:
                 self._failed_in_a_row = 0
-                return reply.text, reply.cut
+                return reply.text, reply.truncated
             problem = reply.problem
             if reply.fatal:
-                hint = f"Check the address, {MODEL} and {API_KEY}."
-                raise EndpointError(self._told(f"{self.server.base_url} refuses: {problem}. {hint}"))
-            if not reply.again:
+                hint = f"Check the address, {MODEL_VARIABLE} and {API_KEY_VARIABLE}."
+                raise EndpointError(self._with_advice(f"{self.server.base_url} refuses: {problem}. {hint}"))
+            if not reply.retryable:
                 break
             if attempt + 1 < self.tries:
                 self._postpone(attempt, reply)
         with self._lock:
             self._failed_in_a_row += 1
-            if self._failed_in_a_row < GIVE_UP_AFTER:
-                raise _Unanswered(problem)
-        fails = f"{self.server.base_url} fails: {GIVE_UP_AFTER} questions in a row got no answer, the last: {problem}."
-        raise EndpointError(self._told(fails))
+            if self._failed_in_a_row < MAX_FAILURES_IN_A_ROW:
+                raise _NoReply(problem)
+        failure = f"{MAX_FAILURES_IN_A_ROW} questions in a row got no answer, the last: {problem}."
+        raise EndpointError(self._with_advice(f"{self.server.base_url} fails: {failure}"))
 
-    # -- budget and patience --------------------------------------------------------------------------------------
+    # -- budget and waiting --------------------------------------------------------------------------------------
 
-    def _take(self) -> None:
-        """Count a request that is about to be sent. Raises BudgetError, or _Unanswered when all is being stopped."""
+    def _count_request(self) -> None:
+        """Count a request that is about to be sent. Raises BudgetError, or _NoReply while all threads are stopped."""
         with self._lock:
             if self._stop.is_set():
-                raise _Unanswered("stopped")
-            spent = self._spent
-            over_requests = self.request_budget is not None and spent.requests >= self.request_budget
-            if over_requests or (self.token_budget is not None and spent.tokens >= self.token_budget):
-                bound = f"{self.request_budget} requests" if over_requests else f"{self.token_budget} tokens"
-                raise BudgetError(
-                    self._told(f"The budget of {bound} is spent ({spent.requests} requests, {spent.tokens} tokens).")
-                )
-            self._spent = Spent(spent.requests + 1, spent.tokens, spent.cached)
+                raise _NoReply("stopped")
+            used = self._usage
+            over_requests = self.request_budget is not None and used.requests >= self.request_budget
+            if over_requests or (self.token_budget is not None and used.tokens >= self.token_budget):
+                limit = f"{self.request_budget} requests" if over_requests else f"{self.token_budget} tokens"
+                total = f"{used.requests} requests, {used.tokens} tokens"
+                raise BudgetError(self._with_advice(f"The budget of {limit} is used up ({total})."))
+            self._usage = EndpointUsage(used.requests + 1, used.tokens, used.cached)
 
     def _count(self, tokens: int = 0, cached: int = 0) -> None:
         with self._lock:
-            spent = self._spent
-            self._spent = Spent(spent.requests, spent.tokens + tokens, spent.cached + cached)
+            used = self._usage
+            self._usage = EndpointUsage(used.requests, used.tokens + tokens, used.cached + cached)
 
     def _postpone(self, attempt: int, reply: Reply) -> None:
-        """Let all threads wait where the server asks for it, and this one otherwise."""
+        """Wait before the next try; if the server has named a time, let all threads wait for it."""
         with self._lock:
-            grown = FIRST_WAIT * 2**attempt * (0.5 + self._jitter.random())
-            delay = min(LONGEST_WAIT, max(grown, reply.wait or 0.0))
-            if reply.wait is not None:
+            backoff = FIRST_WAIT * 2**attempt * (0.5 + self._jitter.random())
+            delay = min(LONGEST_WAIT, max(backoff, reply.retry_after or 0.0))
+            if reply.retry_after is not None:
                 self._not_before = max(self._not_before, time.monotonic() + delay)
         log.warning("%s; asked again in %.1f seconds.", reply.problem, delay)
         self._stop.wait(delay)
 
-    def _hold(self) -> None:
+    def _wait_until_allowed(self) -> None:
+        """Wait for as long as the server has asked all threads to."""
         while (left := self._not_before - time.monotonic()) > 0 and not self._stop.is_set():
             self._stop.wait(left)
 
-    def _told(self, problem: str) -> str:
+    def _with_advice(self, problem: str) -> str:
         if self.cache.folder is None:
-            return f"{problem} No cache folder was given, so nothing is kept; give one before you ask again."
+            return f"{problem} No cache folder was given, so the replies are lost; give one before you run this again."
         return (
-            f"{problem} Every reply so far is kept in {self.cache.folder} and is not asked for again: run the same "
-            "once more, with a larger budget or when the endpoint answers."
+            f"{problem} Every reply so far is cached in {self.cache.folder} and is not asked for again: run the same "
+            "again, with a larger budget or when the endpoint answers."
         )
 
 
-class _Unanswered(Exception):
-    """One question got no reply; the others may."""
+class _NoReply(Exception):
+    """One question got no reply; the others may get theirs."""
 
 
 def _raise_first(done: set[Future[Any]]) -> None:

@@ -1,8 +1,8 @@
-"""One request to an OpenAI-compatible chat server: its address, its key, and what its answer means.
+"""Sends one request to an OpenAI-compatible chat server and interprets the response.
 
-The key goes into one header and nowhere else: whatever the server or the network says is cleaned of it before it is
-returned. A key that is meant for another server is not sent: OPENAI_API_KEY goes to OPENAI_BASE_URL and api.openai.com
-only. Redirects are not followed.
+The key is sent in one header and nowhere else, and is removed from all texts of the server or the network before they
+are returned. A key that belongs to another server is not sent: OPENAI_API_KEY is sent to OPENAI_BASE_URL and
+api.openai.com only. Redirects are not followed.
 """
 
 from __future__ import annotations
@@ -21,66 +21,68 @@ from tl_adapters.errors import UserError
 
 log = logging.getLogger(__name__)
 
-BASE_URL, MODEL, API_KEY = "TL_ADAPTERS_BASE_URL", "TL_ADAPTERS_MODEL", "TL_ADAPTERS_API_KEY"
-"""Environment variables that are read where nothing is given."""
+BASE_URL_VARIABLE, MODEL_VARIABLE = "TL_ADAPTERS_BASE_URL", "TL_ADAPTERS_MODEL"
+API_KEY_VARIABLE = "TL_ADAPTERS_API_KEY"
+"""Environment variables that are read where no argument is given."""
+TRUNCATED_REPLY = "the reply was cut at the limit of its length; allow longer replies (reply_tokens=, --reply-tokens)"
+"""The problem with a reply whose model was stopped at its limit of tokens."""
 _OPENAI = "https://api.openai.com/v1"
-_BUSY = {408, 409, 425, 429}
-"""What the next try may get past; so may 5xx."""
-_FOR_ALL = {401, 402, 403, 404, 405}
-"""Refusals that every other question would meet too."""
-_SECRET = 16
-"""Characters of a real key, which is taken out of replies too; a shorter one ("EMPTY") says nothing to anybody."""
+_RETRYABLE = {408, 409, 425, 429}
+"""Statuses after which another try may succeed; so may it after 5xx."""
+_FATAL = {401, 402, 403, 404, 405}
+"""Statuses with which every other question would be refused too."""
+_MIN_SECRET_LENGTH = 16
+"""Characters of a real key, which is removed from replies too; a shorter one ("EMPTY") is not a secret."""
 _CHARACTERS_PER_TOKEN = 4
-"""Where a server does not say how many tokens it used."""
+"""Used to estimate tokens where a server does not report them."""
 _THINKING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Where servers put the thinking of a reasoning model, beside the text."""
-CUT = "the reply was cut at the limit of its length; allow longer replies (reply_tokens=, --reply-tokens)"
-"""What is wrong with a reply whose model was stopped at its limit of tokens."""
-_SHOWN = 300
-"""Characters of what a server says that an error repeats."""
+"""Fields, beside the text, in which servers return the thinking of a reasoning model."""
+_SHOWN_CHARACTERS = 300
+"""Characters of a server's response that an error message quotes."""
 
 
 class EndpointError(UserError, RuntimeError):
-    """The endpoint is not named rightly, refuses, or does not answer."""
+    """The endpoint's address, model or key cannot be used, or it refuses or does not answer."""
 
 
 class Reply(NamedTuple):
-    """What came of one request."""
+    """The outcome of one request."""
 
     text: str | None
-    """What the model said; None if nothing came."""
+    """The model's reply; None if there is none."""
     tokens: int = 0
-    """Read and written by the model."""
+    """Tokens read and written by the model."""
     problem: str = ""
-    """What was wrong, if nothing came."""
-    again: bool = False
-    """Another try may get past it."""
+    """The reason why there is no reply."""
+    retryable: bool = False
+    """Whether another try may succeed."""
     fatal: bool = False
-    """Every other question would fail too."""
-    wait: float | None = None
+    """Whether every other question would fail too."""
+    retry_after: float | None = None
     """Seconds that the server asks to wait."""
-    cut: bool = False
-    """The model was stopped at its limit of tokens before it came to the end of its reply."""
+    truncated: bool = False
+    """Whether the model was stopped at its limit of tokens before the end of its reply."""
 
 
 class ChatServer:
     """A model behind an address.
 
     Args:
-        base_url: like "http://127.0.0.1:8000/v1"; else TL_ADAPTERS_BASE_URL, else OPENAI_BASE_URL.
-        model: its name there; else TL_ADAPTERS_MODEL.
-        api_key: else TL_ADAPTERS_API_KEY, else OPENAI_API_KEY for the address that it is meant for. A server that
-            wants none gets none.
-        timeout: seconds without a sign from the server.
+        base_url: address like "http://127.0.0.1:8000/v1"; by default TL_ADAPTERS_BASE_URL or OPENAI_BASE_URL.
+        model: name of the model at that address; by default TL_ADAPTERS_MODEL.
+        api_key: by default TL_ADAPTERS_API_KEY or, for the address that it belongs to, OPENAI_API_KEY. May be missing
+            where the server needs none.
+        timeout: seconds to wait for the server.
 
-    Raises EndpointError for an address, model or key that cannot be used.
+    Raises:
+        EndpointError: the address, model or key cannot be used.
     """
 
     def __init__(self, base_url: str | None, model: str | None, api_key: str | None, timeout: float) -> None:
-        self.base_url = _address(base_url or os.environ.get(BASE_URL) or os.environ.get("OPENAI_BASE_URL"))
-        self.model = model or os.environ.get(MODEL) or ""
+        self.base_url = _address(base_url or os.environ.get(BASE_URL_VARIABLE) or os.environ.get("OPENAI_BASE_URL"))
+        self.model = model or os.environ.get(MODEL_VARIABLE) or ""
         if not self.model:
-            raise EndpointError(f"No model is named; give the model's name at {self.base_url}, or set {MODEL}.")
+            raise EndpointError(f"No model was given; give its name at {self.base_url}, or set {MODEL_VARIABLE}.")
         if timeout <= 0:
             raise EndpointError(f"timeout is {timeout}; allowed is more than 0 seconds.")
         self.timeout = timeout
@@ -88,60 +90,64 @@ class ChatServer:
         local = httpx.URL(self.base_url).host in ("127.0.0.1", "localhost", "::1")
         if self._key and not local and self.base_url.startswith("http:"):
             log.warning("The key goes to %s unencrypted; use https.", self.base_url)
-        # A proxy of the environment leads out of this machine, not to itself.
+        # A proxy from the environment cannot reach servers on this machine.
         self._client = httpx.Client(timeout=timeout, trust_env=not local)
 
     def __repr__(self) -> str:
         return f"ChatServer({self.base_url!r}, {self.model!r})"
 
     def post(self, body: Mapping[str, Any]) -> Reply:
-        """Send one request; the body lacks the model only. Threads may share the server."""
+        """Send one request, whose body is complete but for the model. Threads may share the server."""
         body = {"model": self.model, **body}
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         try:
             response = self._client.post(f"{self.base_url}/chat/completions", json=body, headers=headers)
         except httpx.TimeoutException:
-            return Reply(None, problem=f"no answer within {self.timeout:g} seconds", again=True)
+            return Reply(None, problem=f"no answer within {self.timeout:g} seconds", retryable=True)
         except httpx.RequestError as error:
-            return Reply(None, problem=self._clean(f"{type(error).__name__}: {error}"), again=True)
-        status, said = response.status_code, " ".join(self._clean(response.text).split())[:_SHOWN]
+            return Reply(None, problem=self._clean(f"{type(error).__name__}: {error}"), retryable=True)
+        status, quote = response.status_code, " ".join(self._clean(response.text).split())[:_SHOWN_CHARACTERS]
         if status != 200:
-            again, fatal = status in _BUSY or status >= 500, status in _FOR_ALL or 300 <= status < 400
-            return Reply(None, 0, f"HTTP {status}: {said}", again, fatal, _retry_after(response))
-        return self._completion(response, body, said)
+            retryable, fatal = status in _RETRYABLE or status >= 500, status in _FATAL or 300 <= status < 400
+            return Reply(None, 0, f"HTTP {status}: {quote}", retryable, fatal, _retry_after(response))
+        return self._completion(response, body, quote)
 
-    def _completion(self, response: httpx.Response, body: Mapping[str, Any], said: str) -> Reply:
-        """What a response of status 200 holds: a reply, or what is wrong with it."""
+    def _completion(self, response: httpx.Response, body: Mapping[str, Any], quote: str) -> Reply:
+        """The outcome of a response of status 200."""
         try:
             completion = response.json()
         except ValueError:
             completion = None
         if not isinstance(completion, dict) or not {"choices", "error"} & set(completion):
-            return Reply(None, problem=f"this is no chat completion: {said}", fatal=True)
+            return Reply(None, problem=f"this is not a chat completion: {quote}", fatal=True)
         if completion.get("error"):  # some servers and proxies send their errors with status 200
             code = _code(completion["error"])
-            again, fatal = code in _BUSY or code >= 500 or not code, code in _FOR_ALL
-            return Reply(None, _used(completion), f"an error with HTTP 200: {said}", again, fatal)
+            retryable, fatal = code in _RETRYABLE or code >= 500 or not code, code in _FATAL
+            return Reply(None, _reported_tokens(completion), f"an error with HTTP 200: {quote}", retryable, fatal)
         choices = completion["choices"]
         choice = choices[0] if isinstance(choices, list) and choices else None
         message = choice.get("message") if isinstance(choice, dict) else None
         if not isinstance(choice, dict) or not isinstance(message, dict):
-            return Reply(None, _used(completion), f"a completion without a message: {said}", again=True)
-        text, why = _content(message), choice.get("finish_reason")
+            return Reply(None, _reported_tokens(completion), f"a completion without a message: {quote}", retryable=True)
+        text, finish_reason = _content(message), choice.get("finish_reason")
         tokens = _tokens(completion, body, text)
         if text is None:
-            return Reply(None, tokens, _without_text(message, why))
-        return Reply(self._clean(text) if len(self._key) >= _SECRET else text, tokens, cut=why == "length")
+            return Reply(None, tokens, _missing_text(message, finish_reason))
+        return Reply(
+            self._clean(text) if len(self._key) >= _MIN_SECRET_LENGTH else text,
+            tokens,
+            truncated=finish_reason == "length",
+        )
 
     def _clean(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
 
 
 def _address(given: str | None) -> str:
-    """The base address without its last slash. Raises EndpointError, without what may be a password."""
+    """The base address without its last slash. Raises EndpointError, whose text shows no password."""
     if not given:
         raise EndpointError(
-            f"No endpoint is named; give a base address like http://127.0.0.1:8000/v1, or set {BASE_URL}."
+            f"No endpoint was given; give a base address like http://127.0.0.1:8000/v1, or set {BASE_URL_VARIABLE}."
         )
     try:
         url = httpx.URL(given)
@@ -152,16 +158,16 @@ def _address(given: str | None) -> str:
         shown = "" if any(c in given for c in "@?#") else f" {given!r}"
         raise EndpointError(
             f"The endpoint's address{shown} cannot be used; give http(s)://host/path, with no name, password or "
-            f"question mark in it, and the key as {API_KEY}."
+            f"question mark in it, and the key as {API_KEY_VARIABLE}."
         )
     return str(url).rstrip("/").removesuffix("/chat/completions")
 
 
 def _key(given: str | None, base_url: str) -> str:
-    """The key for an address; "" for none. Raises EndpointError, without the key, where no header can hold it."""
-    key = given or os.environ.get(API_KEY) or ""
-    meant = (os.environ.get("OPENAI_BASE_URL") or _OPENAI).rstrip("/")
-    if not key and base_url in (meant, _OPENAI):
+    """The key for an address, or "". Raises EndpointError, whose text does not hold the key, if it cannot be sent."""
+    key = given or os.environ.get(API_KEY_VARIABLE) or ""
+    openai_address = (os.environ.get("OPENAI_BASE_URL") or _OPENAI).rstrip("/")
+    if not key and base_url in (openai_address, _OPENAI):
         key = os.environ.get("OPENAI_API_KEY") or ""
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise EndpointError("The key has characters that no key has (spaces, line ends, accents); copy it again.")
@@ -169,19 +175,19 @@ def _key(given: str | None, base_url: str) -> str:
 
 
 def _content(message: Mapping[str, Any]) -> str | None:
-    """The text of a message, also where it comes in parts; None where it has none but white space."""
+    """The text of a message, which may come in parts; None where a message with thinking has only white space."""
     content = message.get("content")
     if isinstance(content, list):
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         content = "".join(text for text in texts if isinstance(text, str))
-    thought = any(isinstance(message.get(name), str) and message[name] for name in _THINKING_FIELDS)
-    return content if isinstance(content, str) and (content.strip() or not thought) else None
+    has_thinking = any(isinstance(message.get(name), str) and message[name] for name in _THINKING_FIELDS)
+    return content if isinstance(content, str) and (content.strip() or not has_thinking) else None
 
 
-def _without_text(message: Mapping[str, Any], finish_reason: Any) -> str:
-    """Why a message has no text, and what to do about it."""
+def _missing_text(message: Mapping[str, Any], finish_reason: Any) -> str:
+    """The reason why a message has no text, and what to do about it."""
     if finish_reason == "length":
-        return CUT
+        return TRUNCATED_REPLY
     if finish_reason == "content_filter":
         return "the server's content filter withheld the reply"
     if any(message.get(name) for name in _THINKING_FIELDS):
@@ -190,25 +196,25 @@ def _without_text(message: Mapping[str, Any], finish_reason: Any) -> str:
 
 
 def _code(error: Any) -> int:
-    """The status that an error body names; 0 where it names none."""
+    """The status that an error in a response names; 0 where it names none."""
     code = error.get("code", error.get("status")) if isinstance(error, dict) else None
     return int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else 0
 
 
-def _used(completion: Mapping[str, Any]) -> int:
-    """Tokens that a response without a reply says it used."""
+def _reported_tokens(completion: Mapping[str, Any]) -> int:
+    """Tokens that the server reports; 0 where it reports none."""
     usage = completion.get("usage")
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
     return total if type(total) is int and total > 0 else 0
 
 
 def _tokens(completion: Mapping[str, Any], body: Mapping[str, Any], text: str | None) -> int:
-    """Tokens read and written, as the server counts them; else by the length of the text."""
-    return _used(completion) or (len(json.dumps(body)) + len(text or "")) // _CHARACTERS_PER_TOKEN
+    """Tokens read and written, as the server reports them, or else estimated from the length of the texts."""
+    return _reported_tokens(completion) or (len(json.dumps(body)) + len(text or "")) // _CHARACTERS_PER_TOKEN
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait; None if it does not say."""
+    """Seconds that the server asks to wait; None if it does not ask."""
     given = response.headers.get("retry-after")
     if given is None:
         return None

@@ -1,8 +1,8 @@
-"""Replies of a model: kept on the disk under what was asked, and read as strict JSON.
+"""Replies of a model, cached on the disk by question and read as strict JSON.
 
 A reply's file is named by the hash of server, model, parameters and messages, and holds them, so that a person can read
-what was asked. It is written whole or not at all, before anything uses it; one that turns out to be of no use is marked
-so, and asked for again by whoever comes next.
+the question. The file is written atomically, before the reply is used. A reply that turns out to be unusable is marked
+so, and the question is asked again by the next run.
 """
 
 from __future__ import annotations
@@ -23,50 +23,58 @@ from tl_adapters.utils.strict_json import dumps
 log = logging.getLogger(__name__)
 
 LENGTH_LIMITS = ("max_tokens", "max_completion_tokens")
-"""Parameters that bound the length of a reply, under the names that servers know."""
+"""Parameters that limit the length of a reply, under the names that servers know."""
 
 
 class ReplyCache:
-    """Replies by what was asked.
+    """Replies by question.
 
-    A question is {"server", "model", "parameters", "messages"}. Limits of the reply's length do not tell one question
-    from another: a reply that came to its end is the same under a larger limit, and a cut one is not kept.
+    A question is {"server", "model", "parameters", "messages"}. Questions that differ only in limits of the reply's
+    length count as the same: a complete reply is the same under a larger limit, and a truncated one is not cached.
 
     Args:
-        folder: where they are; None keeps nothing.
+        folder: folder of the cache; None caches nothing.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
-        self._lock, self._asking = threading.Lock(), defaultdict[str, threading.Lock](threading.Lock)
+        self._lock, self._question_locks = threading.Lock(), defaultdict[str, threading.Lock](threading.Lock)
 
     def file(self, question: Mapping[str, Any]) -> Path | None:
-        """Where the reply to a question is kept."""
-        return None if self.folder is None else self._path(_name(_unlimited(question)))
+        """The file of the reply to a question; None without a folder."""
+        return None if self.folder is None else self._path(_hash(_unlimited(question)))
 
     def reply(self, question: Mapping[str, Any], ask: Callable[[], tuple[str, bool]]) -> tuple[str, bool, bool]:
-        """The reply to a question, whether it was cut, and whether it was kept already.
+        """The reply to a question, from the cache or else from ``ask``.
 
-        ``ask`` gets the reply, and whether it was cut at its limit, where none is kept. Threads that have the same
-        question at the same time wait for one of them to ask it. Raises what ``ask`` raises, and DiskFullError.
+        Threads that have the same question at the same time wait for one of them to ask it.
+
+        Args:
+            question: the question.
+            ask: gets the reply, and whether it was truncated at its limit.
+
+        Returns:
+            The reply, whether it was truncated, and whether it came from the cache.
+
+        Raises what ``ask`` raises, and DiskFullError.
         """
         path = self.file(question)
         if path is None:
             return *ask(), False
         with self._lock:
-            mine = self._asking[path.name]
-        with mine:
-            self._take_over(question, path)
-            kept = _read(path)
-            if kept is not None:
-                return kept, False, True
-            text, cut = ask()
-            if not cut:
+            question_lock = self._question_locks[path.name]
+        with question_lock:
+            self._adopt_first_release(question, path)
+            cached = _read(path)
+            if cached is not None:
+                return cached, False, True
+            text, truncated = ask()
+            if not truncated:
                 write_text(path, dumps({**question, "reply": text}, indent=1) + "\n")
-            return text, cut, False
+            return text, truncated, False
 
-    def refuse(self, question: Mapping[str, Any], reason: str) -> None:
-        """Note that the kept reply to a question cannot be used: it stays to be read, and is asked for again."""
+    def mark_unusable(self, question: Mapping[str, Any], reason: str) -> None:
+        """Mark the cached reply to a question as unusable: it stays in its file, and the question is asked again."""
         path = self.file(question)
         if path is not None and (text := _read(path)) is not None:
             write_text(path, dumps({**question, "reply": text, "unusable": reason}, indent=1) + "\n")
@@ -75,22 +83,23 @@ class ReplyCache:
         assert self.folder is not None
         return self.folder / name[:2] / f"{name}.json"
 
-    def _take_over(self, question: Mapping[str, Any], path: Path) -> None:
-        """A reply that the first release kept, whose names told no server from another, becomes this server's."""
+    def _adopt_first_release(self, question: Mapping[str, Any], path: Path) -> None:
+        """Rename a reply that the first release cached, whose file names did not depend on the server."""
         if path.exists():
             return
         for parameters in (question["parameters"], {**question["parameters"], "max_tokens": 1024}):
-            old = self._path(_name({**_without(question, "server"), "parameters": parameters}))
+            old = self._path(_hash({**_without(question, "server"), "parameters": parameters}))
             if (text := _read(old)) is not None:
                 write_text(path, dumps({**question, "reply": text}, indent=1) + "\n")
-                old.unlink(missing_ok=True)  # it is one server's only
+                old.unlink(missing_ok=True)  # so that no other server adopts it too
                 return
 
 
 def read_json(reply: str) -> Any:
-    """A reply as JSON. Nothing else may stand there but thinking before it and one fence around it.
+    """The JSON of a reply, which may have thinking before it and a code fence around it, and nothing else.
 
-    Raises ValueError that says what is wrong.
+    Raises ValueError. The texts of these errors are sent to the model, so cached replies are found by them; see
+    `Endpoint.ask_all`.
     """
     error = ValueError("it is empty")
     for body in _after_thinking(reply):
@@ -102,11 +111,11 @@ def read_json(reply: str) -> Any:
 
 
 def _after_thinking(reply: str) -> Iterator[str]:
-    """The reply, and what follows each of its `</think>`: a text of the JSON may name that tag itself."""
+    """The whole reply, and the text after each `</think>`, since a text in the JSON may contain that tag itself."""
     yield reply
     start = 0
-    while (found := reply.find("</think>", start)) >= 0:
-        start = found + len("</think>")
+    while (tag := reply.find("</think>", start)) >= 0:
+        start = tag + len("</think>")
         yield reply[start:]
 
 
@@ -134,20 +143,20 @@ def _without(question: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in question.items() if key != name}
 
 
-def _name(question: Mapping[str, Any]) -> str:
+def _hash(question: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path) -> str | None:
-    """The usable reply of a file; None where there is none."""
+    """The usable reply in a file; None where there is none."""
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        reply, refused = record["reply"], "unusable" in record
+        reply, unusable = record["reply"], "unusable" in record
     except (ValueError, KeyError, TypeError):
-        reply, refused = None, False
+        reply, unusable = None, False
     if not isinstance(reply, str):
         log.warning("%s is damaged; the question is asked again.", path)
         return None
-    return None if refused else reply
+    return None if unusable else reply

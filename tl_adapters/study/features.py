@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters import organism
-from tl_adapters.autointerp.rule_labels import SOURCE as BY_RULES
-from tl_adapters.autointerp.rule_labels import label_by_rules, label_shares
+from tl_adapters.autointerp.category_shares import label_shares
+from tl_adapters.autointerp.rule_labels import RULES_SOURCE, label_by_rules
 from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.config import Dtype, RunConfig
 from tl_adapters.data.traces import Trace
@@ -90,7 +90,7 @@ def _collect_anew(
             same = not differing(read_description(here / name).fingerprints, store.about.fingerprints)
             if same and (here / name / LABELS_FILE).is_file():
                 given = read_labels(here / name / LABELS_FILE)
-                store.set_labels({id: label for id, label in given.items() if label.source != BY_RULES})
+                store.set_labels({id: label for id, label in given.items() if label.source != RULES_SOURCE})
             shutil.rmtree(here / name)
         (fresh / name).rename(here / name)
     fresh.rmdir()

@@ -61,12 +61,14 @@ def write_results(folder: str | Path, **blocks: Any) -> dict[str, Any]:
 def plain(value: Any, null: bool = False) -> Any:
     """``value`` as JSON can hold it: mappings and lists.
 
-    A dataclass's field whose metadata says "optional" is left out where it has its default. ``null`` makes NaN null,
-    for files whose reader makes it NaN; otherwise it stays, and what writes it raises.
+    A dataclass's field whose metadata says "optional" is left out where it has its default; one whose metadata has a
+    "json_key" is written under that key. ``null`` makes NaN null, for files whose reader makes it NaN; otherwise it
+    stays, and what writes it raises.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        held = ((f, getattr(value, f.name)) for f in fields(value))
-        return {f.name: plain(item, null) for f, item in held if not (f.metadata.get("optional") and item == f.default)}
+        items = ((f, getattr(value, f.name)) for f in fields(value))
+        written = ((f, item) for f, item in items if not (f.metadata.get("optional") and item == f.default))
+        return {f.metadata.get("json_key", f.name): plain(item, null) for f, item in written}
     if isinstance(value, dict):
         return {str(key): plain(item, null) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
