@@ -9,33 +9,37 @@ from helpers.planted_circuits import random_onsets
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.control_strengths import (
-    MOST_COEFFICIENT,
-    SAME_EFFECT,
-    SAME_HARM,
-    Measured,
-    Setting,
-    Texts,
-    of_equal_harm,
-    of_equal_norm,
+    EFFECT_TOLERANCE,
+    HARM_TOLERANCE,
+    MAX_COEFFICIENT,
+    ConditionEffect,
+    TunedCondition,
+    TuningTexts,
+    features_of_equal_harm,
+    features_of_equal_norm,
     set_controls,
-    size_for,
+    size_for_goal,
     tuned_logit_bias,
     tuned_neurons,
     tuned_steering,
 )
 from tl_adapters.circuits.controls import (
-    by_size,
-    first_of,
-    further_matched,
+    first_features,
+    inserted_in_part,
+    largest_scores,
     matched_features,
+    matched_order,
     most_active_others,
     neuron_effects,
-    put_in,
-    removed,
-    size_of_norm,
+    removed_in_part,
+    size_for_norm,
 )
 from tl_adapters.circuits.criteria import correction_beside_others
-from tl_adapters.circuits.measurements import Unchanged, away, corrected_more, kl_elsewhere, probabilities
+from tl_adapters.circuits.measurements import (
+    ReplacementResiduals,
+    corrected_more,
+    probabilities,
+)
 from tl_adapters.circuits.onsets import BehaviorError, Onsets
 from tl_adapters.circuits.roles import effects_at
 from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
@@ -43,7 +47,7 @@ from tl_adapters.interventions.feature_edits import InterventionError, inserted,
 from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.bootstrap import bootstrap_ratio
-from tl_adapters.utils.measurement import OutcomesMeasurement
+from tl_adapters.utils.measurement import Measurement, OutcomesMeasurement
 
 N_LAYERS, N_FEATURES = 4, 24
 
@@ -59,8 +63,8 @@ def onsets() -> Onsets:
 
 
 @pytest.fixture(scope="module")
-def texts(pair: PairedModel, onsets: Onsets) -> Texts:
-    return Texts(pair, onsets)
+def texts(pair: PairedModel, onsets: Onsets) -> TuningTexts:
+    return TuningTexts(pair, onsets)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,10 @@ def circuit(pair: PairedModel, onsets: Onsets) -> list[FeatureId]:
 @pytest.fixture(scope="module")
 def others(circuit: list[FeatureId], norms: torch.Tensor) -> list[FeatureId]:
     return most_active_others(circuit, norms, norms > 0, norms.numel())
+
+
+def kl_elsewhere(pair: PairedModel, onsets: Onsets, variant: Variant, split: str) -> Measurement:
+    return probabilities(pair, onsets, variant, split, ReplacementResiduals.read(pair, onsets))["kl_elsewhere"]
 
 
 @torch.no_grad()
@@ -105,7 +113,7 @@ def test_harm_is_the_kl_of_plain_passes_away_from_onsets(
         logits_of(pair, v, onsets.tokens).log_softmax(-1).double() for v in (on_route("replacement"), variant)
     )
     at = onsets.predicting & ~onsets.onset & ~onsets.continuation
-    assert torch.equal(at, away(onsets))
+    assert torch.equal(at, onsets.away_from_onsets)
     assert bool((at & onsets.control).any()), "matched control positions are among them"
     by_document = ((was.exp() * (was - becomes)).sum(-1) * at).sum(1)
     expected = bootstrap_ratio(by_document, at.sum(1).double())
@@ -114,13 +122,13 @@ def test_harm_is_the_kl_of_plain_passes_away_from_onsets(
     )
     assert found.value > 1e-3
     assert (found.n, found.unit, found.split) == (len(onsets), "nats per token", "report")
-    together = probabilities(pair, onsets, variant, "report", Unchanged(pair, onsets))
+    together = probabilities(pair, onsets, variant, "report", ReplacementResiduals.read(pair, onsets))
     assert together.pop("kl_elsewhere") == found
     assert together == probabilities(pair, onsets, variant, "report")
 
 
 def test_what_changes_nothing_harms_nothing_and_a_ban_harms_without_limit(pair: PairedModel, onsets: Onsets) -> None:
-    for nothing in (on_route("replacement"), without([]), removed({}), shifted_logits(onsets.words, 0.0)):
+    for nothing in (on_route("replacement"), without([]), removed_in_part({}), shifted_logits(onsets.words, 0.0)):
         figure = kl_elsewhere(pair, onsets, nothing, "report")
         assert figure.value == 0, nothing.name
     banned = kl_elsewhere(pair, onsets, shifted_logits(onsets.words, -torch.inf), "report")
@@ -131,49 +139,51 @@ def test_what_changes_nothing_harms_nothing_and_a_ban_harms_without_limit(pair: 
 def test_texts_without_an_onset_or_without_another_place_are_refused(pair: PairedModel, onsets: Onsets) -> None:
     nowhere = torch.zeros_like(onsets.onset)
     with pytest.raises(BehaviorError, match="no onset in these texts"):
-        Texts(pair, replace(onsets, onset=nowhere))
+        TuningTexts(pair, replace(onsets, onset=nowhere))
     crowded = replace(onsets, onset=onsets.predicting, control=nowhere, continuation=nowhere)
     with pytest.raises(BehaviorError, match="give longer texts"):
-        Texts(pair, crowded)
-    with pytest.raises(BehaviorError, match="give longer texts"):
-        kl_elsewhere(pair, crowded, on_route("hybrid"), "report")
+        TuningTexts(pair, crowded)
+    residuals = ReplacementResiduals.read(pair, crowded)
+    assert "kl_elsewhere" not in probabilities(pair, crowded, on_route("hybrid"), "report", residuals)
 
 
 # -- baselines ----------------------------------------------------------------------------------------------------
 
 
-def settings(texts: Texts, circuit: list[FeatureId]) -> tuple[Measured, dict[str, Setting]]:
+def settings(texts: TuningTexts, circuit: list[FeatureId]) -> tuple[ConditionEffect, dict[str, TunedCondition]]:
     goal = texts.measure(without(circuit))
     tuned = {"bias": tuned_logit_bias(texts, goal), "steering": tuned_steering(texts, goal)}
     return goal, tuned | {"neurons": tuned_neurons(texts, goal)}
 
 
 def test_baselines_do_what_the_circuit_does_and_say_where_they_cannot(
-    pair: PairedModel, onsets: Onsets, texts: Texts, circuit: list[FeatureId]
+    pair: PairedModel, onsets: Onsets, texts: TuningTexts, circuit: list[FeatureId]
 ) -> None:
     before = state(pair)
     goal, found = settings(texts, circuit[:3])
     assert state(pair) == before
-    effect = texts.plain.p_onset - goal.p_onset
+    effect = texts.unchanged.p_onset - goal.p_onset
     assert effect > 0.01
     for name, setting in found.items():
         missed = abs(setting.measured.p_onset - goal.p_onset)
-        assert setting.reached == (missed <= SAME_EFFECT * effect), name
+        assert setting.reached == (missed <= EFFECT_TOLERANCE * effect), name
         assert setting.size > 0
         said = probabilities(pair, texts.onsets, setting.variant, "select")["moment"].value
         harm = kl_elsewhere(pair, texts.onsets, setting.variant, "select").value
-        assert (said, harm) == pytest.approx((setting.measured.p_onset, setting.measured.kl), abs=1e-5), name
-        record = setting.record(texts.plain)
-        assert record["p_onset_before"] == texts.plain.p_onset > record["p_onset"] == setting.measured.p_onset
+        assert (said, harm) == pytest.approx((setting.measured.p_onset, setting.measured.kl_elsewhere), abs=1e-5), name
+        record = setting.record(texts.unchanged)
+        assert record["p_onset_before"] == texts.unchanged.p_onset > record["p_onset"] == setting.measured.p_onset
     assert found["bias"].reached
     assert found["steering"].reached
     unreachable = replace(goal, p_onset=-1.0)
     nearest = tuned_neurons(texts, unreachable)
     assert not nearest.reached
-    assert nearest.measured.p_onset < texts.plain.p_onset
+    assert nearest.measured.p_onset < texts.unchanged.p_onset
 
 
-def test_steering_is_the_least_harmful_of_all_that_have_the_effect(texts: Texts, circuit: list[FeatureId]) -> None:
+def test_steering_is_the_least_harmful_of_all_that_have_the_effect(
+    texts: TuningTexts, circuit: list[FeatureId]
+) -> None:
     """By hand: every layer, both kinds of place, a grid of coefficients."""
     goal = texts.measure(without(circuit[:3]))
     best = tuned_steering(texts, goal)
@@ -181,19 +191,21 @@ def test_steering_is_the_least_harmful_of_all_that_have_the_effect(texts: Texts,
     with torch.no_grad(), pair.routed("replacement"):
         streams = pair.residual_streams(batch.tokens)
     marks = sorted(set(batch.tokens[batch.onset].tolist()) - set(batch.words))
-    effect, harms = texts.plain.p_onset - goal.p_onset, []
+    effect, harms = texts.unchanged.p_onset - goal.p_onset, []
     for layer in range(N_LAYERS):
         direction = streams[layer + 1][batch.onset].mean(0) - streams[layer + 1][batch.control].mean(0)
         for after in (None, marks):
             for coefficient in torch.linspace(0.5, 8, 16).tolist():
                 found = texts.measure(steered(layer, direction, coefficient, after))
-                if texts.plain.p_onset - found.p_onset >= (1 - SAME_EFFECT) * effect:
-                    harms.append(found.kl)
-    assert best.measured.kl <= 1.1 * min(harms), "but for the tolerance of the effect"
-    assert best.measured.kl < 0.2 * max(harms), "and not the strongest"
+                if texts.unchanged.p_onset - found.p_onset >= (1 - EFFECT_TOLERANCE) * effect:
+                    harms.append(found.kl_elsewhere)
+    assert best.measured.kl_elsewhere <= 1.1 * min(harms), "but for the tolerance of the effect"
+    assert best.measured.kl_elsewhere < 0.2 * max(harms), "and not the strongest"
 
 
-def test_a_tuned_bias_is_no_ban(pair: PairedModel, onsets: Onsets, texts: Texts, circuit: list[FeatureId]) -> None:
+def test_a_tuned_bias_is_no_ban(
+    pair: PairedModel, onsets: Onsets, texts: TuningTexts, circuit: list[FeatureId]
+) -> None:
     bias = tuned_logit_bias(texts, texts.measure(without(circuit[:3])))
     assert 0 < bias.size < 20
     said = logits_of(pair, bias.variant, onsets.tokens).softmax(-1)[..., list(onsets.words)]
@@ -201,21 +213,21 @@ def test_a_tuned_bias_is_no_ban(pair: PairedModel, onsets: Onsets, texts: Texts,
     assert float(said.min()) > 0 == float(banned[..., list(onsets.words)].max())
 
 
-def test_baselines_of_a_circuit_without_effect_do_nothing(texts: Texts) -> None:
+def test_baselines_of_a_circuit_without_effect_do_nothing(texts: TuningTexts) -> None:
     """A variant of the fault: where the circuit raises the word there is nothing to lower."""
     _, found = settings(texts, [])
     for setting in found.values():
-        assert (setting.size, setting.reached, setting.measured) == (0.0, True, texts.plain)
+        assert (setting.size, setting.reached, setting.measured) == (0.0, True, texts.unchanged)
         assert setting.variant.name == "replacement"
 
 
 def test_baselines_without_control_positions(pair: PairedModel, onsets: Onsets, circuit: list[FeatureId]) -> None:
     """Moments are then held against all other places of the response."""
-    texts = Texts(pair, replace(onsets, control=torch.zeros_like(onsets.control)))
+    texts = TuningTexts(pair, replace(onsets, control=torch.zeros_like(onsets.control)))
     goal = texts.measure(without(circuit[:3]))
     best = tuned_steering(texts, goal)
     assert best.reached
-    assert best.size < MOST_COEFFICIENT
+    assert best.size < MAX_COEFFICIENT
     assert logits_of(pair, best.variant, onsets.tokens).isfinite().all()
 
 
@@ -266,17 +278,17 @@ def test_neuron_effects_are_slopes_and_what_is_written(pair: PairedModel, onsets
     found = neuron_effects(pair, onsets)
     with torch.no_grad(), pair.routed("replacement"), pair.recorded("mlp.hook_post") as acts:
         pair.model(onsets.with_onsets().tokens)
-    at = away(onsets.with_onsets())
+    at = onsets.with_onsets().away_from_onsets
     here = torch.stack([acts[layer][at] for layer in range(N_LAYERS)])
     assert torch.allclose(found.mean, here.mean(1).float(), atol=1e-5)
     rows = torch.stack([mlp.weights()[1].W_out.square().sum(-1) for mlp in pair.mlps]).detach()
     assert torch.allclose(found.written_off, (here.square().mean(1) * rows).float(), rtol=1e-3, atol=1e-6)
     spread = here.var(1, unbiased=False) * rows
     assert torch.allclose(found.written_at_mean, spread.float(), rtol=1e-2, atol=1e-5)
-    texts = Texts(pair, onsets)
-    strongest = by_size(found.at_mean, 1)
+    texts = TuningTexts(pair, onsets)
+    strongest = largest_scores(found.at_mean, 1)
     small = without_neurons(strongest, found.mean, last=1e-2)
-    assert texts.measure(small).p_onset < texts.plain.p_onset
+    assert texts.measure(small).p_onset < texts.unchanged.p_onset
 
 
 # -- sets of features ---------------------------------------------------------------------------------------------
@@ -284,19 +296,22 @@ def test_neuron_effects_are_slopes_and_what_is_written(pair: PairedModel, onsets
 
 def test_features_in_part_are_between_none_and_all(pair: PairedModel, onsets: Onsets) -> None:
     features = [FeatureId(0, 3), FeatureId(1, 2), FeatureId(3, 4)]
-    assert first_of(features, 1.5) == {features[0]: 1.0, features[1]: 0.5}
-    assert first_of(features, 2) == dict.fromkeys(features[:2], 1.0)
-    assert first_of(features, 4.5) == dict.fromkeys(features, 1.5)
-    assert first_of([], 3) == first_of(features, 0) == {}
+    assert first_features(features, 1.5) == {features[0]: 1.0, features[1]: 0.5}
+    assert first_features(features, 2) == dict.fromkeys(features[:2], 1.0)
+    assert first_features(features, 4.5) == dict.fromkeys(features, 1.5)
+    assert first_features([], 3) == first_features(features, 0) == {}
     for ours, plain in (
-        (removed(dict.fromkeys(features, 1.0)), without(features)),
-        (put_in(dict.fromkeys(features, 1.0), 1.7), Variant("in", lambda pair: inserted(pair, features, 1.7))),
-        (put_in({}), Variant("nothing", lambda pair: only(pair, [], "replacement"))),
+        (removed_in_part(dict.fromkeys(features, 1.0)), without(features)),
+        (
+            inserted_in_part(dict.fromkeys(features, 1.0), 1.7),
+            Variant("in", lambda pair: inserted(pair, features, 1.7)),
+        ),
+        (inserted_in_part({}), Variant("nothing", lambda pair: only(pair, [], "replacement"))),
     ):
         assert torch.allclose(*(logits_of(pair, v, onsets.tokens) for v in (ours, plain)), atol=1e-6)
     with (
         torch.no_grad(),
-        removed({features[0]: 0.25}).entered(pair),
+        removed_in_part({features[0]: 0.25}).entered(pair),
         pair.recorded("mlp.adapter.hook_sae_recons") as part,
     ):
         pair.model(onsets.tokens)
@@ -309,56 +324,56 @@ def test_features_in_part_are_between_none_and_all(pair: PairedModel, onsets: On
 
 
 def test_scaled_sets_write_as_much_at_the_onsets_as_the_circuit(
-    texts: Texts, circuit: list[FeatureId], others: list[FeatureId], norms: torch.Tensor
+    texts: TuningTexts, circuit: list[FeatureId], others: list[FeatureId], norms: torch.Tensor
 ) -> None:
     def written(shares: dict[FeatureId, float]) -> float:
         return sum(float(norms[f]) * share for f, share in shares.items())
 
     whole = dict.fromkeys(circuit, 1.0)
-    enlarged = of_equal_norm(texts, others, norms, written(whole))
+    enlarged = features_of_equal_norm(texts, others, norms, written(whole))
     assert enlarged.shares is not None
     assert written(dict(enlarged.shares)) == pytest.approx(written(whole))
     assert enlarged.reached
     assert len(enlarged.shares) < len(others)
     assert sorted(set(enlarged.shares.values()))[1:] in ([], [1.0]), "whole, but for the last"
-    few = of_equal_norm(texts, others[-3:], norms, written(whole))
+    few = features_of_equal_norm(texts, others[-3:], norms, written(whole))
     assert few.shares is not None
     assert written(dict(few.shares)) == pytest.approx(written(whole))
     assert set(few.shares) == set(others[-3:])
     assert len(set(few.shares.values())) == 1
     assert "times" in few.chosen
-    silent = of_equal_norm(texts, others, torch.zeros_like(norms), 1.0)
+    silent = features_of_equal_norm(texts, others, torch.zeros_like(norms), 1.0)
     assert (silent.reached, silent.shares) == (False, {})
-    assert size_of_norm([], norms, 1.0) is None
-    assert size_of_norm(others[:2], norms, float(norms[others[0]])) == pytest.approx(1.0)
+    assert size_for_norm([], norms, 1.0) is None
+    assert size_for_norm(others[:2], norms, float(norms[others[0]])) == pytest.approx(1.0)
 
 
 def test_sets_of_equal_harm_have_it_or_say_that_they_have_not(
-    texts: Texts, circuit: list[FeatureId], others: list[FeatureId]
+    texts: TuningTexts, circuit: list[FeatureId], others: list[FeatureId]
 ) -> None:
     goal = texts.measure(without(circuit))
-    found = of_equal_harm(texts, others, goal, len(circuit))
+    found = features_of_equal_harm(texts, others, goal, len(circuit))
     assert found.reached
-    assert abs(found.measured.kl - goal.kl) <= SAME_HARM * goal.kl
-    too_little = of_equal_harm(texts, others[-1:], replace(goal, kl=50.0), len(circuit))
+    assert abs(found.measured.kl_elsewhere - goal.kl_elsewhere) <= HARM_TOLERANCE * goal.kl_elsewhere
+    too_little = features_of_equal_harm(texts, others[-1:], replace(goal, kl_elsewhere=50.0), len(circuit))
     assert not too_little.reached
     assert too_little.size > 1, "beyond its whole activation"
-    small = of_equal_harm(texts, others, replace(goal, kl=1e-3), len(circuit))
+    small = features_of_equal_harm(texts, others, replace(goal, kl_elsewhere=1e-3), len(circuit))
     assert small.reached
     assert small.size < 2, "fewer than the circuit has"
-    assert of_equal_harm(texts, [], goal, 4).reached is False
+    assert features_of_equal_harm(texts, [], goal, 4).reached is False
 
 
 @pytest.mark.parametrize("n", [1, N_LAYERS * N_FEATURES], ids=["one feature", "all features"])
 def test_controls_of_the_smallest_and_the_largest_circuit(
-    pair: PairedModel, onsets: Onsets, texts: Texts, norms: torch.Tensor, circuit: list[FeatureId], n: int
+    pair: PairedModel, onsets: Onsets, texts: TuningTexts, norms: torch.Tensor, circuit: list[FeatureId], n: int
 ) -> None:
     """Variants of the fault: of all features there are no others, and everything says so."""
     alive, generator = torch.ones_like(norms, dtype=torch.bool), torch.Generator().manual_seed(0)
     order = (circuit + most_active_others(circuit, norms, alive, norms.numel()))[:n]
     first = matched_features(order, norms, alive, generator)
     orders = {
-        "random": further_matched(order, first, norms, alive, generator),
+        "random": matched_order(order, first, norms, alive, generator),
         "others": most_active_others(order, norms, alive, norms.numel()),
     }
     found = set_controls(texts, order, orders, norms)
@@ -379,7 +394,7 @@ def test_controls_of_the_smallest_and_the_largest_circuit(
 def test_matched_sets_are_enlarged_by_matched_sets(norms: torch.Tensor, circuit: list[FeatureId]) -> None:
     alive, generator = norms > 0, torch.Generator().manual_seed(1)
     first = matched_features(circuit, norms, alive, generator)
-    order = further_matched(circuit, first, norms, alive, generator)
+    order = matched_order(circuit, first, norms, alive, generator)
     assert order[: len(first)] == first
     assert len(set(order)) == len(order)
     assert not set(order) & set(circuit)
@@ -395,28 +410,34 @@ def test_matched_sets_are_enlarged_by_matched_sets(norms: torch.Tensor, circuit:
 def test_a_size_is_found_by_doubling_and_bisection(goal: float) -> None:
     tried: list[float] = []
 
-    def measure(size: float) -> Measured:
+    def measure(size: float) -> ConditionEffect:
         tried.append(size)
-        return Measured(0.0, size)
+        return ConditionEffect(0.0, size)
 
-    size, found, reached = size_for(measure, lambda m: m.kl, goal, 1.0, 32.0, 0.05 * goal)
+    size, found, reached = size_for_goal(measure, lambda m: m.kl_elsewhere, goal, 1.0, 32.0, 0.05 * goal)
     assert reached
     assert abs(size - goal) <= 0.05 * goal
-    assert found.kl == size
+    assert found.kl_elsewhere == size
     assert len(tried) <= 12
-    assert size_for(measure, lambda m: m.kl, 99.0, 1.0, 32.0, 1.0)[0::2] == (32.0, False)
+    assert size_for_goal(measure, lambda m: m.kl_elsewhere, 99.0, 1.0, 32.0, 1.0)[0::2] == (32.0, False)
 
 
 def test_a_size_that_breaks_the_model_is_too_large_and_a_hopeless_one_ends_it() -> None:
-    def measure(size: float) -> Measured:
-        return Measured(0.0, size if size < 3 else float("nan"))
+    def measure(size: float) -> ConditionEffect:
+        return ConditionEffect(0.0, size if size < 3 else float("nan"))
 
-    size, _, reached = size_for(measure, lambda m: m.kl, 2.5, 1.0, 32.0, 0.1)
+    size, _, reached = size_for_goal(measure, lambda m: m.kl_elsewhere, 2.5, 1.0, 32.0, 0.1)
     assert reached
     assert abs(size - 2.5) <= 0.1
-    assert size_for(lambda size: Measured(0.0, float("nan")), lambda m: m.kl, 2.5, 1.0, 32.0, 0.1)[0::2] == (0.0, False)
+    broken = ConditionEffect(0.0, float("nan"))
+    assert size_for_goal(lambda size: broken, lambda m: m.kl_elsewhere, 2.5, 1.0, 32.0, 0.1)[0::2] == (0.0, False)
     tried: list[float] = []
-    size_for(lambda s: tried.append(s) or Measured(0.0, s), lambda m: m.kl, 9.0, 1.0, 32.0, 0.1, lambda m: m.kl >= 2)  # type: ignore[func-returns-value]
+
+    def tell(size: float) -> ConditionEffect:
+        tried.append(size)
+        return ConditionEffect(0.0, size)
+
+    size_for_goal(tell, lambda m: m.kl_elsewhere, 9.0, 1.0, 32.0, 0.1, lambda m: m.kl_elsewhere >= 2)
     assert tried == [1.0, 2.0]
 
 

@@ -14,9 +14,9 @@ from helpers.random_models import random_batch
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.controls import (
-    NEAREST,
-    by_size,
+    NEAREST_CANDIDATES,
     commonest_alternative,
+    largest_scores,
     matched_features,
     most_active_others,
     neuron_effects,
@@ -24,7 +24,8 @@ from tl_adapters.circuits.controls import (
 from tl_adapters.circuits.measurements import answers, corrected, mediation, probabilities, record
 from tl_adapters.circuits.onsets import Onsets, final_residual
 from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
-from tl_adapters.circuits.subject import Injection, builtin_subject, halves, kinds_of_hesitation
+from tl_adapters.circuits.subject import Injection, builtin_subject, halves, kinds_at
+from tl_adapters.data.words import word_pattern
 from tl_adapters.generation.responses import Response, respond
 from tl_adapters.interventions.feature_edits import ablated
 from tl_adapters.interventions.frozen import frozen
@@ -37,7 +38,6 @@ from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_rati
 from tl_adapters.utils.share_intervals import newcombe
 
 FEATURES = [FeatureId(0, 3), FeatureId(2, 1), FeatureId(3, 4), FeatureId(3, 11)]
-KINDS = ("moment", "boundary", "elsewhere")
 
 
 @pytest.fixture(params=["hooked", "bridge"])
@@ -72,9 +72,10 @@ def test_probabilities_are_those_of_a_plain_pass(pair: PairedModel, variant: Var
     found = probabilities(pair, onsets, variant, "report")
     assert state(pair) == before
     p = logits_of(pair, variant, onsets.tokens).softmax(-1)[..., list(onsets.words)].sum(-1)
-    assert tuple(found) == KINDS
-    for kind in KINDS:
-        at, figure = getattr(onsets, kind), found[kind]
+    positions = {"moment": onsets.onset, "boundary": onsets.control, "elsewhere": onsets.elsewhere}
+    assert list(found) == list(positions)
+    for key, at in positions.items():
+        figure = found[key]
         found_ = bootstrap_ratio((p * at).sum(1), at.sum(1).double())
         pairs = [(getattr(figure, name), getattr(found_, name)) for name in ("value", "low", "high")]
         assert max(abs(ours - theirs) for ours, theirs in pairs) < 1e-6
@@ -284,7 +285,7 @@ def test_matched_features_are_as_many_as_active_and_others() -> None:
 def test_a_stand_in_is_among_the_nearest() -> None:
     activation = torch.arange(1.0, 31.0)[None] ** 2
     chosen, alive = [FeatureId(0, 10)], torch.ones(1, 30, dtype=torch.bool)
-    order = (activation[0].log() - activation[0, 10].log()).abs().argsort()[1 : NEAREST + 1].tolist()
+    order = (activation[0].log() - activation[0, 10].log()).abs().argsort()[1 : NEAREST_CANDIDATES + 1].tolist()
     drawn = {matched_features(chosen, activation, alive, seeded(s))[0].index for s in range(60)}
     assert drawn == set(order)
 
@@ -365,10 +366,10 @@ def test_the_strongest_neurons_have_the_largest_slopes() -> None:
     pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     before = state(pair)
     effects = neuron_effects(pair, onsets).off
-    every = by_size(effects, 10_000)
+    every = largest_scores(effects, 10_000)
     assert state(pair) == before
     assert sorted(every) == [(layer, i) for layer in range(4) for i in range(48)]
-    assert by_size(effects, 5) == every[:5]
+    assert largest_scores(effects, 5) == every[:5]
     texts = onsets.with_onsets()
 
     @torch.no_grad()
@@ -470,13 +471,17 @@ def test_slips_and_signs_of_the_builtin_subject() -> None:
     ],
 )
 def test_kinds_of_hesitation_are_told_by_the_numbers_around(text: str, kinds: list[str]) -> None:
-    assert kinds_of_hesitation(text, ["wait"]) == kinds
+    assert kinds_at(text, spans(text, ["wait"])) == kinds
+
+
+def spans(text: str, words: list[str]) -> list[tuple[int, int]]:
+    return [match.span() for match in word_pattern(words).finditer(text)]
 
 
 def test_kinds_of_hesitation_ends_at_any_of_the_words() -> None:
     text = "7.\nHmm, really? No, 8.\n"
-    assert kinds_of_hesitation(text, ["hmm", "no"]) == ["restart", "correction"]
-    assert kinds_of_hesitation(text, ["hmm"]) == ["correction"]
+    assert kinds_at(text, spans(text, ["hmm", "no"])) == ["restart", "correction"]
+    assert kinds_at(text, spans(text, ["hmm"])) == ["correction"]
 
 
 def test_a_response_counts_whole_words_and_matches_patterns() -> None:

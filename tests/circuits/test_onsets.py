@@ -11,7 +11,7 @@ from helpers.random_models import random_batch
 
 from tl_adapters import organism
 from tl_adapters.circuits.onsets import (
-    FOLLOWS,
+    MAX_CONTINUATION_TOKENS,
     Behavior,
     BehaviorError,
     Onsets,
@@ -63,7 +63,7 @@ def by_hand(traces: Sequence[Trace], word: int) -> list[dict[str, list[int]]]:
             if here in before:
                 left = 0
                 kinds["onset" if next_tokens == word else "control"].append(place)
-                left = FOLLOWS if next_tokens == word else 0
+                left = MAX_CONTINUATION_TOKENS if next_tokens == word else 0
             elif left:
                 kinds["continuation"].append(place)
                 left -= 1
@@ -138,8 +138,8 @@ def test_the_prompt_and_padding_never_count(pair: PairedModel, wait: int) -> Non
 
 def test_what_follows_ends_after_so_many_tokens(pair: PairedModel, wait: int) -> None:
     onsets = find_onsets(pair, [Trace((5, 8, wait, *[9] * 40, 3), 1)])
-    assert places(onsets, "continuation") == list(range(2, 2 + FOLLOWS))
-    assert places(onsets, "elsewhere") == [0, *range(2 + FOLLOWS, 43)]
+    assert places(onsets, "continuation") == list(range(2, 2 + MAX_CONTINUATION_TOKENS))
+    assert places(onsets, "elsewhere") == [0, *range(2 + MAX_CONTINUATION_TOKENS, 43)]
 
 
 def test_a_word_right_after_a_word_is_no_mark_of_words(pair: PairedModel, wait: int) -> None:
@@ -151,7 +151,7 @@ def test_a_word_right_after_a_word_is_no_mark_of_words(pair: PairedModel, wait: 
     assert places(onsets, "continuation", 1) == [2, 3, 4]
 
 
-def test_a_function_may_say_where_the_behaviour_begins(pair: PairedModel, wait: int) -> None:
+def test_a_function_may_say_where_the_behavior_begins(pair: PairedModel, wait: int) -> None:
     first, second = Trace((5, 8, 7, 9, 8, 6, 8, 7, 3), 2), Trace((8, 7, 4, 8, 3), 2)
 
     def after_seven(trace: Trace) -> list[int]:
@@ -197,7 +197,7 @@ def test_words_may_be_those_that_other_texts_told(pair: PairedModel, wait: int, 
     assert not found.onset.any()
 
 
-def test_several_words_are_one_behaviour(pair: PairedModel, written: list[Trace]) -> None:
+def test_several_words_are_one_behavior(pair: PairedModel, written: list[Trace]) -> None:
     both, one, other = (
         find_onsets(pair, written, Behavior(words=words)) for words in (("Wait", "Hmm"), ("Wait",), ("Hmm",))
     )
@@ -278,7 +278,7 @@ def test_to_is_the_same_elsewhere(pair: PairedModel, written: list[Trace]) -> No
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
 @torch.no_grad()
-def test_margins_are_the_log_odds_of_a_plain_pass(architecture: str, backend: str) -> None:
+def test_log_odds_are_the_log_odds_of_a_plain_pass(architecture: str, backend: str) -> None:
     """Gemma's logits have a soft cap, which is part of what the model says."""
     pair, tokens = make(architecture, backend), random_batch(3).tokens
     at = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.3

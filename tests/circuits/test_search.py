@@ -26,14 +26,14 @@ from helpers.random_models import random_batch, random_model
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.onsets import BehaviorError, Onsets, final_residual
 from tl_adapters.circuits.roles import (
-    SHARE,
-    SUPPRESSES,
+    MIN_EFFECT_SHARE,
+    MIN_SUPPRESSION_SHARE,
+    assign_roles,
     circuit_edges,
     effects_at,
-    effects_on_what_follows,
-    sort_features,
+    effects_on_continuation,
 )
-from tl_adapters.circuits.search import Aims, SearchOptions, search_circuit
+from tl_adapters.circuits.search import SearchObjective, SearchOptions, search_circuit
 from tl_adapters.interventions.feature_edits import ablated, gated, only, patched, scaled
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel
 
@@ -154,12 +154,12 @@ def test_what_says_the_word_is_found_first_and_does_all(backend: str) -> None:
     search = search_circuit(pair, onsets, everything(pair), SMALL, progress=False)
     assert set(search.order[:3]) == {*COPIES, ALONE}
     assert len(search.order) == len(set(search.order)) == 6
-    assert [a.n for a in search.aims] == [0, 2, 4, 6]
-    none, four = search.aims[0], search.aims[2]
+    assert [a.n for a in search.objectives] == [0, 2, 4, 6]
+    none, four = search.objectives[0], search.objectives[2]
     assert none.necessity > 1.5
     assert four.necessity < 0.2 * none.necessity
     assert four.sufficiency < 0.5 * none.sufficiency
-    assert none.necessity > search.aims[1].necessity > four.necessity
+    assert none.necessity > search.objectives[1].necessity > four.necessity
     assert state(pair) == before
 
 
@@ -169,7 +169,7 @@ def test_a_feature_that_works_through_another_is_necessary(circuit: tuple[Paired
     options = replace(SMALL, sufficiency=0.0)
     search = search_circuit(pair, onsets, everything(pair), options, progress=False)
     assert set(search.order[:2]) == {TEMPLATE, OUTPUT}
-    none, two = search.aims[:2]
+    none, two = search.objectives[:2]
     assert none.necessity > 4
     assert two.necessity < 0.1 * none.necessity
     assert two.sufficiency < 0.2 * none.sufficiency
@@ -195,8 +195,8 @@ def test_aims_are_what_they_say(circuit: tuple[PairedModel, Onsets]) -> None:
     texts = onsets.with_onsets()
     with torch.no_grad():
         target = pair.model(texts.tokens)
-    for aims in search.aims:
-        chosen = list(search.order[: aims.n])
+    for objectives in search.objectives:
+        chosen = list(search.order[: objectives.n])
         with torch.no_grad():
             with pair.routed("replacement"), ablated(pair, chosen) as model:
                 without = word_log_odds(model(texts.tokens), (WORD,))[texts.onset]
@@ -207,7 +207,7 @@ def test_aims_are_what_they_say(circuit: tuple[PairedModel, Onsets]) -> None:
         entropy = -(said * p.log() + (1 - said) * (1 - p).log()).mean()
         a, b = (x.log_softmax(-1)[texts.continuation] for x in (target, inserted))
         expected = [(1 + (without + 2).exp()).log().mean(), entropy, (a.exp() * (a - b)).sum(-1).mean()]
-        found = [aims.necessity, aims.sufficiency, aims.continuation]
+        found = [objectives.necessity, objectives.sufficiency, objectives.continuation]
         assert torch.allclose(torch.tensor(found).double(), torch.stack(expected).double(), rtol=1e-5)
 
 
@@ -235,9 +235,9 @@ def test_a_search_goes_on_beyond_the_circuit(circuit: tuple[PairedModel, Onsets]
     large = search_circuit(pair, onsets, everything(pair), replace(SMALL, share=15 / (4 * N_FEATURES)), progress=False)
     assert (len(small.order), len(small.further)) == (6, 9)
     assert small.order + small.further == large.order
-    assert [a.n for a in small.aims] == [0, 2, 4, 6, 8, 10, 12, 14, 15]
+    assert [a.n for a in small.objectives] == [0, 2, 4, 6, 8, 10, 12, 14, 15]
     odd = search_circuit(pair, onsets, everything(pair), replace(SMALL, per_round=4, further=1.5), progress=False)
-    assert [a.n for a in odd.aims] == [0, 4, 6, 9], "the circuit is whole before more join"
+    assert [a.n for a in odd.objectives] == [0, 4, 6, 9], "the circuit is whole before more join"
 
 
 def test_adapters_are_given_back_as_they_were() -> None:
@@ -260,7 +260,7 @@ def test_only_so_many_documents_are_read(circuit: tuple[PairedModel, Onsets]) ->
     first = search_circuit(pair, onsets.with_onsets(2), everything(pair), SMALL, progress=False)
     every = search_circuit(pair, onsets, everything(pair), SMALL, progress=False)
     assert two == first
-    assert two.aims[0] != every.aims[0]
+    assert two.objectives[0] != every.objectives[0]
 
 
 def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Onsets]) -> None:
@@ -294,7 +294,7 @@ def strongest(effects: torch.Tensor, n: int = 4) -> list[FeatureId]:
 
 @pytest.mark.parametrize("at", ["onset", "control"])
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
-def test_a_total_effect_is_the_slope_of_the_margin_in_the_features_gate(architecture: str, at: str) -> None:
+def test_a_total_effect_is_the_slope_of_the_log_odds_in_the_features_gate(architecture: str, at: str) -> None:
     pair, onsets = make(architecture, "hooked"), random_onsets()
     effects = effects_at(pair, onsets, at, tokens_per_batch=30)
     assert abs(effects.log_odds - replacement_log_odds(pair, onsets, at)) < 1e-6
@@ -334,7 +334,7 @@ def test_the_last_layer_has_direct_effects_only_and_the_others_have_more() -> No
     assert not torch.allclose(effects.total[2], effects.direct[2], atol=1e-2)
 
 
-def test_mass_and_rate_are_those_of_the_places() -> None:
+def test_activation_and_rate_are_those_of_the_positions() -> None:
     pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
         pair.model(onsets.tokens)
@@ -372,7 +372,7 @@ def test_an_effect_with_others_held_is_its_slope_while_they_keep_their_values() 
 
 def test_an_effect_on_what_follows_is_the_slope_of_the_log_odds_of_what_comes() -> None:
     pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
-    effects = effects_on_what_follows(pair, onsets, tokens_per_batch=30)
+    effects = effects_on_continuation(pair, onsets, tokens_per_batch=30)
     texts = onsets.with_onsets()
     next_tokens = torch.zeros_like(texts.tokens)
     next_tokens[:, :-1] = texts.tokens[:, 1:]
@@ -389,24 +389,24 @@ def test_an_effect_on_what_follows_is_the_slope_of_the_log_odds_of_what_comes() 
 
 def test_a_planted_circuit_is_sorted(circuit: tuple[PairedModel, Onsets]) -> None:
     pair, onsets = circuit
-    sorted_ = sort_features(pair, onsets, [TEMPLATE, OUTPUT], everything(pair))
-    template, output = sorted_.features[:2]
+    roles = assign_roles(pair, onsets, [TEMPLATE, OUTPUT], everything(pair))
+    template, output = roles.features[:2]
     assert (template.id, template.role) == (TEMPLATE, "template")
     assert (output.id, output.role) == (OUTPUT, "output")
     with pair.routed("hybrid"):
         hybrid = mean_log_odds(pair, onsets)
-    assert abs(sorted_.gap - (replacement_log_odds(pair, onsets, "onset") - hybrid)) < 1e-5
-    assert sorted_.gap > 5
+    assert abs(roles.log_odds_gap - (replacement_log_odds(pair, onsets, "onset") - hybrid)) < 1e-5
+    assert roles.log_odds_gap > 5
     direct = effects_at(pair, onsets).direct
-    assert sorted_.threshold == SHARE * float(direct[everything(pair)].clamp(min=0).sum())
-    assert output.direct > 0.1 * sorted_.gap
-    assert template.direct < sorted_.threshold < template.through
-    edges = circuit_edges(pair, onsets, sorted_.features)
+    assert roles.threshold == MIN_EFFECT_SHARE * float(direct[everything(pair)].clamp(min=0).sum())
+    assert output.direct > 0.1 * roles.log_odds_gap
+    assert template.direct < roles.threshold < template.through
+    edges = circuit_edges(pair, onsets, roles.features)
     word, between = (
         next(e for e in edges if (e.source, e.target) == ends) for ends in ((OUTPUT, None), (TEMPLATE, OUTPUT))
     )
     assert word.weight == output.direct
-    assert between.weight > 0.1 * sorted_.gap
+    assert between.weight > 0.1 * roles.log_odds_gap
 
 
 def test_roles_are_what_the_formulas_say() -> None:
@@ -415,17 +415,17 @@ def test_roles_are_what_the_formulas_say() -> None:
     alive[:, 20:] = False
     chosen = [FeatureId(layer, i) for layer in (3, 1, 0, 2) for i in range(0, 12, 2)]
     here, there = effects_at(pair, onsets), effects_at(pair, onsets, "control")
-    sorted_ = sort_features(pair, onsets, chosen, alive)
-    outputs = [f for f in chosen if here.direct[f] >= sorted_.threshold]
+    roles = assign_roles(pair, onsets, chosen, alive)
+    outputs = [f for f in chosen if here.direct[f] >= roles.threshold]
     through = here.total - effects_at(pair, onsets, held=outputs).total
-    continuation = effects_on_what_follows(pair, onsets)
-    assert sorted_.threshold == SHARE * float(here.direct[alive].clamp(min=0).sum())
-    enough = SHARE * float(continuation[alive].clamp(min=0).sum())
-    mine = sorted_.features[: len(chosen)]
+    continuation = effects_on_continuation(pair, onsets)
+    assert roles.threshold == MIN_EFFECT_SHARE * float(here.direct[alive].clamp(min=0).sum())
+    enough = MIN_EFFECT_SHARE * float(continuation[alive].clamp(min=0).sum())
+    mine = roles.features[: len(chosen)]
     assert [f.id for f in mine] == chosen, "in the order in which they joined"
     assert {f.role for f in mine} == {"output", "template", "continuation", "other"}
     for f in mine:
-        is_template, goes_on = through[f.id] >= sorted_.threshold, continuation[f.id] >= enough
+        is_template, goes_on = through[f.id] >= roles.threshold, continuation[f.id] >= enough
         none = "template" if is_template else "continuation" if goes_on else "other"
         assert f.role == ("output" if f.id in outputs else none)
         assert f.continuation == float(continuation[f.id])
@@ -436,17 +436,19 @@ def test_roles_are_what_the_formulas_say() -> None:
         assert f.activation == float(here.activation[f.id])
     against = torch.minimum(here.total, there.total)
     outside = [FeatureId(*f) for f in alive.nonzero().tolist() if FeatureId(*f) not in chosen]
-    rest = sorted_.features[len(chosen) :]
-    assert {f.id for f in rest} == {f for f in outside if against[f] <= -sorted_.threshold * SUPPRESSES / SHARE}
+    rest = roles.features[len(chosen) :]
+    assert {f.id for f in rest} == {
+        f for f in outside if against[f] <= -roles.threshold * MIN_SUPPRESSION_SHARE / MIN_EFFECT_SHARE
+    }
     assert {f.role for f in rest} == {"suppress"}
     assert [float(against[f.id]) for f in rest] == sorted(float(against[f.id]) for f in rest), "strongest first"
     asked = [FeatureId(*f) for f in alive.nonzero().tolist()]
-    expected = {f for f in asked if f not in outputs and here.direct[f] < sorted_.threshold <= through[f]}
-    assert set(sorted_.templates) == expected
+    expected = {f for f in asked if f not in outputs and here.direct[f] < roles.threshold <= through[f]}
+    assert set(roles.templates) == expected
     assert expected - set(chosen), "outside of the circuit, too"
-    assert [float(through[f]) for f in sorted_.templates] == sorted((float(through[f]) for f in expected), reverse=True)
-    idle = [f for f in outside if max(abs(float(e.total[f])) for e in (here, there)) < sorted_.threshold / 10]
-    assert set(sorted_.bystanders) == {f for f in idle if here.rate[f] > max(0.05, 2 * float(there.rate[f]) - 1e-9)}
+    assert [float(through[f]) for f in roles.templates] == sorted((float(through[f]) for f in expected), reverse=True)
+    idle = [f for f in outside if max(abs(float(e.total[f])) for e in (here, there)) < roles.threshold / 10]
+    assert set(roles.bystanders) == {f for f in idle if here.rate[f] > max(0.05, 2 * float(there.rate[f]) - 1e-9)}
 
 
 def test_a_feature_that_fires_before_the_word_and_does_nothing_is_a_bystander() -> None:
@@ -457,19 +459,19 @@ def test_a_feature_that_fires_before_the_word_and_does_nothing_is_a_bystander() 
         adapters[2].W_enc[:, 3] = adapters[3].W_enc[:, 7]  # it reads what the template writes
         adapters[2].b_enc[3] = -1.5
         adapters[2].W_dec[3] = 0
-    sorted_ = sort_features(pair, onsets, [TEMPLATE, OUTPUT], everything(pair))
-    assert sorted_.bystanders[0] == idle or idle in sorted_.bystanders
-    assert idle not in [f.id for f in sorted_.features]
-    assert idle not in sort_features(pair, onsets, [TEMPLATE, OUTPUT, idle], everything(pair)).bystanders
+    roles = assign_roles(pair, onsets, [TEMPLATE, OUTPUT], everything(pair))
+    assert roles.bystanders[0] == idle or idle in roles.bystanders
+    assert idle not in [f.id for f in roles.features]
+    assert idle not in assign_roles(pair, onsets, [TEMPLATE, OUTPUT, idle], everything(pair)).bystanders
     dead = everything(pair)
     dead[idle] = False
-    assert idle not in sort_features(pair, onsets, [TEMPLATE, OUTPUT], dead).bystanders
+    assert idle not in assign_roles(pair, onsets, [TEMPLATE, OUTPUT], dead).bystanders
 
 
 def test_an_edge_is_a_slope_of_what_the_output_feature_reads() -> None:
     pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     chosen = [FeatureId(layer, i) for layer in range(4) for i in range(8)]
-    features = sort_features(pair, onsets, chosen, torch.zeros(4, 24, dtype=torch.bool)).features
+    features = assign_roles(pair, onsets, chosen, torch.zeros(4, 24, dtype=torch.bool)).features
     edges = circuit_edges(pair, onsets, features)
     role = {f.id: f.role for f in features}
     by_id = {f.id: f for f in features}
@@ -501,7 +503,7 @@ def test_an_architecture_with_post_norms_has_a_circuit_too() -> None:
     alive = torch.ones(4, 24, dtype=torch.bool)
     search = search_circuit(pair, onsets, alive, SearchOptions(share=0.1), progress=False)
     assert len(search.order) == 10
-    sorted_ = sort_features(pair, onsets, search.order, alive)
-    values = [v for f in sorted_.features for v in (f.direct, f.through, f.total, f.contrast, f.activation)]
+    roles = assign_roles(pair, onsets, search.order, alive)
+    values = [v for f in roles.features for v in (f.direct, f.through, f.total, f.contrast, f.activation)]
     assert torch.tensor(values).isfinite().all()
-    assert isinstance(search.aims[-1], Aims)
+    assert isinstance(search.objectives[-1], SearchObjective)

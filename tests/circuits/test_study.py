@@ -13,13 +13,13 @@ import torch
 from helpers.pairs import state
 from helpers.random_models import randomise
 
-import tl_adapters.circuits.study as hesitation
+import tl_adapters.circuits.comparisons as comparisons
 from tl_adapters import organism
 from tl_adapters.circuits.circuit import ROLES
-from tl_adapters.circuits.control_strengths import SAME_EFFECT, SAME_HARM, Texts
-from tl_adapters.circuits.criteria import CUT
+from tl_adapters.circuits.control_strengths import EFFECT_TOLERANCE, HARM_TOLERANCE, TuningTexts
+from tl_adapters.circuits.criteria import MIN_HESITATION_CUT
 from tl_adapters.circuits.find import FEWEST_ONSETS, find_circuit
-from tl_adapters.circuits.measurements import Unchanged, answers, probabilities, record
+from tl_adapters.circuits.measurements import ReplacementResiduals, answers, probabilities, record
 from tl_adapters.circuits.onsets import Behavior, BehaviorError, find_onsets
 from tl_adapters.circuits.search import SearchOptions
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior, analyze_hesitation
@@ -94,12 +94,12 @@ def subject(pair: PairedModel) -> Subject:
 
 @pytest.fixture(scope="module")
 def study(pair: PairedModel, subject: Subject) -> BehaviorStudy:
-    before, doses = state(pair), hesitation.DOSES
-    hesitation.DOSES = (4, 1000)
+    before, doses = state(pair), comparisons.DOSES
+    comparisons.DOSES = (4, 1000)
     try:
         found = analyze_hesitation(pair, subject, OPTIONS, progress=False)
     finally:
-        hesitation.DOSES = doses
+        comparisons.DOSES = doses
     assert state(pair) == before, "weights, hooks and routes are given back"
     return found
 
@@ -138,8 +138,8 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviorStudy) -> None
         "b_dec_only",
     }
     assert set(block["transfer"]) == {"none", "negated", "negated_random"}
-    removed = {"output", "template", "circuit", "other_tokens", *(f"{of}{how}" for of in SETS for how in FORMS)}
-    arms = {f"replacement - {name}" for name in removed} | {f"replacement, {name}" for name in BASELINES}
+    removed_in_part = {"output", "template", "circuit", "other_tokens", *(f"{of}{how}" for of in SETS for how in FORMS)}
+    arms = {f"replacement - {name}" for name in removed_in_part} | {f"replacement, {name}" for name in BASELINES}
     arms |= {f"hybrid + {name}" for name in set(block["sufficiency"]) - {"none", "b_dec_only"}}
     assert set(block["probabilities"]) == arms | {"target", "replacement", "hybrid"}
     assert set(block["controls"]) == {"circuit", *BASELINES, *(f"{of}{how}" for of in SETS for how in FORMS)}
@@ -203,7 +203,7 @@ def test_what_fires_is_counted_over_the_response(study: BehaviorStudy, pair: Pai
     assert torch.allclose(found.firings, activation.detach(), rtol=1e-3, atol=1e-3)
 
 
-def test_arms_are_what_their_names_say(study: BehaviorStudy, pair: PairedModel, subject: Subject) -> None:
+def test_conditions_are_what_their_names_say(study: BehaviorStudy, pair: PairedModel, subject: Subject) -> None:
     order, words = list(study.found.search.order), ["wait"]  # type: ignore[union-attr]
     slips = [subject.slipped(p, r) for p, r in zip(subject.report, respond(pair.model, subject.report), strict=True)]  # type: ignore[misc]
 
@@ -226,21 +226,21 @@ def test_arms_are_what_their_names_say(study: BehaviorStudy, pair: PairedModel, 
     onsets = find_onsets(pair, traces_of(none, pair.model.tokenizer))
     assert study.block["moments"]["report"] == onsets.counts
     assert onsets.counts["moments"] >= 3
-    unchanged = Unchanged(pair, onsets)
+    residuals = ReplacementResiduals.read(pair, onsets)
     for name, variant in (("replacement - circuit", without(order)), ("hybrid + circuit", inserted)):
-        found = probabilities(pair, onsets, variant, "report", unchanged)
+        found = probabilities(pair, onsets, variant, "report", residuals)
         assert plain(study.block["probabilities"][name]) == plain(found)
 
 
 def test_controls_are_set_on_the_select_split_and_read_on_the_other(study: BehaviorStudy, pair: PairedModel) -> None:
     controls, given = study.block["controls"], study.block["probabilities"]
-    texts, circuit = Texts(pair, study.found.onsets), controls["circuit"]
+    texts, circuit = TuningTexts(pair, study.found.onsets), controls["circuit"]
     measured = texts.measure(without(list(study.found.search.order)))  # type: ignore[union-attr]
-    assert (circuit["p_onset"], circuit["kl_elsewhere"]) == (measured.p_onset, measured.kl)
+    assert (circuit["p_onset"], circuit["kl_elsewhere"]) == (measured.p_onset, measured.kl_elsewhere)
     assert circuit["write_norm"] == pytest.approx(1)
-    effect = texts.plain.p_onset - measured.p_onset
+    effect = texts.unchanged.p_onset - measured.p_onset
     for name in BASELINES:
-        reached = abs(controls[name]["p_onset"] - measured.p_onset) <= SAME_EFFECT * effect
+        reached = abs(controls[name]["p_onset"] - measured.p_onset) <= EFFECT_TOLERANCE * effect
         assert controls[name]["reached"] == reached
         assert 0 <= given[f"replacement, {name}"]["kl_elsewhere"].value < math.inf
     assert controls["logit_bias"]["reached"]
@@ -248,8 +248,8 @@ def test_controls_are_set_on_the_select_split_and_read_on_the_other(study: Behav
     for of in SETS:
         assert controls[of]["size"] <= circuit["size"]
         assert controls[f"{of}_scaled"]["write_norm"] == pytest.approx(1)
-        off = abs(controls[f"{of}_equal_harm"]["kl_elsewhere"] - measured.kl)
-        assert controls[f"{of}_equal_harm"]["reached"] == (off <= SAME_HARM * measured.kl)
+        off = abs(controls[f"{of}_equal_harm"]["kl_elsewhere"] - measured.kl_elsewhere)
+        assert controls[f"{of}_equal_harm"]["reached"] == (off <= HARM_TOLERANCE * measured.kl_elsewhere)
     assert given["replacement"]["kl_elsewhere"].value == 0
     assert given["hybrid"]["kl_elsewhere"].value > 0
     more, injected = study.block["injected_more"], study.block["injected"]
@@ -285,7 +285,7 @@ def test_doses_grow_to_the_whole(study: BehaviorStudy) -> None:
     assert whole["p_moment"] == pytest.approx(block["probabilities"]["replacement - circuit"]["moment"].value)
     assert whole["p_inserted"] == pytest.approx(block["probabilities"]["hybrid + circuit"]["moment"].value)
     assert whole["p_moment"] < doses[0]["p_moment"] < block["probabilities"]["replacement"]["moment"].value
-    enough = [d["n"] for d in doses if d["hesitation_cut"] >= CUT]
+    enough = [d["n"] for d in doses if d["hesitation_cut"] >= MIN_HESITATION_CUT]
     assert block["smallest"]["n"] == min(enough, default=None)
 
 
@@ -356,18 +356,18 @@ def test_finding_is_the_first_part_and_the_same_twice(
 
 def test_a_function_finds_what_the_word_finds(pair: PairedModel, traces: list[Trace]) -> None:
     wait = pair.model.tokenizer("Wait", add_special_tokens=False)["input_ids"][0]
-    behaviour = Behavior("doubt", find=lambda trace: [i for i, t in enumerate(trace.tokens) if t == wait])
+    behavior = Behavior("doubt", find=lambda trace: [i for i, t in enumerate(trace.tokens) if t == wait])
     options = replace(SEARCH, share=0.03)
-    found = find_circuit(pair, traces, behaviour, split="tune", options=options, progress=False)
+    found = find_circuit(pair, traces, behavior, split="tune", options=options, progress=False)
     plainly = find_circuit(pair, traces, options=options, progress=False)
     assert torch.equal(found.onsets.onset, plainly.onsets.onset)
     assert len(found.circuit.ids()) == len(plainly.circuit.ids()) > 2
     assert len({*found.circuit.ids()} & {*plainly.circuit.ids()}) > 0.5 * len(plainly.circuit.ids())
-    assert (found.circuit.behaviour, found.circuit.split) == ("doubt", "tune")
+    assert (found.circuit.behavior, found.circuit.split) == ("doubt", "tune")
     assert found.circuit.words == ("Wait",)
 
 
-def test_fewer_moments_than_that_are_no_behaviour(pair: PairedModel, traces: list[Trace]) -> None:
+def test_fewer_onsets_than_that_are_no_behavior(pair: PairedModel, traces: list[Trace]) -> None:
     wait = pair.model.tokenizer("Wait", add_special_tokens=False)["input_ids"][0]
     doubting = [trace for trace in traces if wait in trace.tokens[trace.prompt_length :]]
     each = [trace.tokens.count(wait) for trace in doubting]
@@ -395,7 +395,7 @@ def test_adapters_that_do_nothing_have_no_circuit(traces: list[Trace]) -> None:
 # -- nothing to find ----------------------------------------------------------------------------------------------
 
 
-def test_a_target_that_never_says_the_word_has_no_circuit_and_no_arms() -> None:
+def test_a_target_that_never_says_the_word_has_no_circuit_and_no_conditions() -> None:
     """The base as its own target: it answers at once."""
     null = PairedModel.from_pretrained(organism.BASE, organism.BASE)
     randomise(null, 8)
@@ -414,10 +414,10 @@ def test_a_target_that_never_says_the_word_has_no_circuit_and_no_arms() -> None:
     assert state(null) == before
 
 
-def test_a_report_without_a_moment_has_a_circuit_and_no_arms(pair: PairedModel, subject: Subject) -> None:
+def test_a_report_without_an_onset_has_a_circuit_and_no_conditions(pair: PairedModel, subject: Subject) -> None:
     study = analyze_behavior(
         pair, replace(subject, report=subject.report[3:]), name="doubt", options=OPTIONS, seeds=(4,), progress=False
     )
     assert set(study.block) == {"schema_version", "behaviour", "words", "moments", "circuit"}
     assert study.block["circuit"]["n"] > 0
-    assert study.circuit.behaviour == study.block["behaviour"] == "doubt"
+    assert study.circuit.behavior == study.block["behaviour"] == "doubt"

@@ -16,17 +16,17 @@ from helpers.planted_circuits import SMALL, everything, planted, random_onsets
 from helpers.random_models import random_batch, random_model, randomise
 from helpers.word_tokenizers import word_tokenizer
 
-import tl_adapters.circuits.study as hesitation
+import tl_adapters.circuits.comparisons as comparisons
 from tl_adapters import organism
 from tl_adapters.circuits.banned_words import banned, banned_neighbors
 from tl_adapters.circuits.circuit import Circuit, CircuitError
 from tl_adapters.circuits.find import find_circuit
 from tl_adapters.circuits.measurements import mediation, probabilities, record
 from tl_adapters.circuits.onsets import Onsets, final_residual, find_onsets, log_odds_from_logits
-from tl_adapters.circuits.roles import circuit_edges, effects_at, sort_features
+from tl_adapters.circuits.roles import assign_roles, circuit_edges, effects_at
 from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
-from tl_adapters.circuits.subject import Subject, builtin_subject, kinds_at, kinds_of_hesitation
+from tl_adapters.circuits.subject import Subject, builtin_subject, kinds_at
 from tl_adapters.data.traces import Trace
 from tl_adapters.data.words import word_pattern, word_tokens
 from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, counts
@@ -123,7 +123,7 @@ def test_phrases_are_counted_whole_in_any_case_with_any_white_space(
 ) -> None:
     response = Response((1,), (1,), text, False, True)
     assert response.count(words) == n == counts([response], words)[0]
-    places = Behavior.of(words).places(response, pair.model.tokenizer)
+    places = Behavior.of(words).text_spans(response, pair.model.tokenizer)
     assert len(places) == n
     assert all(word_pattern(words).fullmatch(text[start:stop]) for start, stop in places)
 
@@ -164,7 +164,7 @@ def responses_end(responses: Sequence[Response]) -> int:
 
 def test_kinds_of_hesitation_are_told_at_the_places_that_are_found() -> None:
     text = "7. Wait 8. Wait 9.\n"
-    assert kinds_of_hesitation(text, ["wait"]) == ["correction", "correction"]
+    assert kinds_at(text, [(3, 7), (11, 15)]) == ["correction", "correction"]
     assert kinds_at(text, [(11, 15)]) == ["correction"]
     assert kinds_at("7 so 7", [(2, 4)]) == ["re-check"]
 
@@ -205,12 +205,12 @@ def test_what_else_begins_alike_is_a_control_position(pair: PairedModel) -> None
     wait, comma, three, five = (ids(pair, text)[0] for text in ("Wait", ",", "3", "5"))
     #              0  1  2     3      4      5  6     7      8     9  10    11     12    13
     trace = Trace((9, 8, wait, comma, three, 8, wait, comma, five, 8, wait, comma, three, 8), 1)
-    for behaviour in (Behavior(words=("Wait,3",)), Behavior(find=row(wait, comma, three))):
-        onsets = find_onsets(pair, [trace], behaviour)
+    for behavior in (Behavior(words=("Wait,3",)), Behavior(find=row(wait, comma, three))):
+        onsets = find_onsets(pair, [trace], behavior)
         assert (wait, comma, three) in onsets.words
         places = {kind: getattr(onsets, kind)[0].nonzero()[:, 0].tolist() for kind in ("onset", "control")}
         assert places == {"onset": [1, 9], "control": [5]}
-        assert onsets.shared == 1
+        assert onsets.controls_beginning_alike == 1
         assert onsets.continuation[0].nonzero()[:, 0].tolist() == [2, 3, 4, 10, 11, 12], "its own tokens first"
         counted = (onsets.onset | onsets.control | onsets.continuation | onsets.elsewhere).equal(onsets.predicting)
         assert counted
@@ -313,8 +313,8 @@ def test_phrases_are_searched_sorted_and_measured() -> None:
     tiny, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets(vocab=10)
     onsets = replace(onsets, words=PHRASES)
     search = search_circuit(tiny, onsets, everything(tiny), SearchOptions(share=0.1), progress=False)
-    sorted_ = sort_features(tiny, onsets, search.order, everything(tiny))
-    values = [v for f in sorted_.features for v in f.effects] + [sorted_.gap]
+    roles = assign_roles(tiny, onsets, search.order, everything(tiny))
+    values = [v for f in roles.features for v in f.effects] + [roles.log_odds_gap]
     assert torch.tensor(values).isfinite().all()
     held = mediation(tiny, onsets, [(0, 3)], [(3, 4)], "report")  # type: ignore[list-item]
     with torch.no_grad(), tiny.routed("replacement"), frozen(tiny, onsets.tokens):
@@ -333,7 +333,7 @@ def test_phrases_are_searched_sorted_and_measured() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("words", [(5, 9), PHRASES])
-def test_margins_of_bfloat16_logits_are_exact(words: Any) -> None:
+def test_log_odds_of_bfloat16_logits_are_exact(words: Any) -> None:
     """Against float64 on the very same logits; in bfloat16 sums of exponentials are off by percents."""
     base, target = (random_model(seed, torch.bfloat16, vocab_size=4000) for seed in (1, 2))
     tiny = randomise(PairedModel.from_pretrained(base, target))
@@ -359,16 +359,14 @@ def test_a_circuit_is_found_in_bfloat16_as_in_float64() -> None:
         tiny = randomise(PairedModel.from_pretrained(random_model(1, dtype), random_model(2, dtype)))
         onsets = random_onsets()
         search = search_circuit(tiny, onsets, everything(tiny), SearchOptions(share=0.1), progress=False)
-        sorted_ = sort_features(tiny, onsets, search.order, everything(tiny))
-        edges = circuit_edges(tiny, onsets, sorted_.features)
-        assert (
-            torch.tensor([v for f in sorted_.features for v in f.effects] + [e.weight for e in edges]).isfinite().all()
-        )
+        roles = assign_roles(tiny, onsets, search.order, everything(tiny))
+        edges = circuit_edges(tiny, onsets, roles.features)
+        assert torch.tensor([v for f in roles.features for v in f.effects] + [e.weight for e in edges]).isfinite().all()
         found[dtype] = (search, effects_at(tiny, onsets))
     (exact, effects), (low, rounded) = found.values()
-    assert low.aims[0].continuation >= 0
+    assert low.objectives[0].continuation >= 0
     for name in ("necessity", "sufficiency", "continuation"):
-        assert getattr(low.aims[0], name) == pytest.approx(getattr(exact.aims[0], name), rel=0.05)
+        assert getattr(low.objectives[0], name) == pytest.approx(getattr(exact.objectives[0], name), rel=0.05)
     assert torch.nn.functional.cosine_similarity(effects.total.flatten(), rounded.total.flatten(), dim=0) > 0.95
 
 
@@ -414,14 +412,16 @@ def test_boundaries_count_whether_or_not_their_document_has_an_onset() -> None:
 def test_a_search_reads_documents_without_an_onset() -> None:
     tiny, onsets = planted()
     onsets = with_quiet_documents(onsets)
-    aims = search_circuit(tiny, onsets, everything(tiny), replace(SMALL, necessity=0), progress=False).aims[0]
+    objectives = search_circuit(tiny, onsets, everything(tiny), replace(SMALL, necessity=0), progress=False).objectives[
+        0
+    ]
     with torch.no_grad():
         at = onsets.onset | onsets.control
         with tiny.routed("target"):
             said_ = log_odds_at(tiny, onsets, at).sigmoid()
         with tiny.routed("hybrid"):
             odds = log_odds_at(tiny, onsets, at)
-    assert aims.sufficiency == pytest.approx(
+    assert objectives.sufficiency == pytest.approx(
         float((torch.nn.functional.softplus(odds) - said_ * odds).mean()), rel=1e-4
     )
 
@@ -510,11 +510,11 @@ def subject(pair: PairedModel) -> Subject:
 def studied(
     pair: PairedModel, subject: Subject, words: Sequence[str], find: Any = None, name: str = "hesitation"
 ) -> BehaviorStudy:
-    doses, hesitation.DOSES = hesitation.DOSES, (4,)
+    doses, comparisons.DOSES = comparisons.DOSES, (4,)
     try:
         return analyze_behavior(pair, subject, words, find, name=name, options=OPTIONS, progress=False)
     finally:
-        hesitation.DOSES = doses
+        comparisons.DOSES = doses
 
 
 @pytest.fixture(scope="module")
@@ -623,7 +623,7 @@ def test_positions_alone_measure_the_token_that_begins_it(pair: PairedModel, sub
     starts = Behavior("lines", find=lambda t: [start for start, _ in after_a_line(t)])
     onsets = find_onsets(pair, traces, starts)
     assert onsets.words == LINE_WAIT[:1]
-    assert onsets.shared > 20, "what else begins with that token stays a negative"
+    assert onsets.controls_beginning_alike > 20, "what else begins with that token stays a negative"
 
 
 # -- nothing to find --------------------------------------------------------------------------------------------------
@@ -674,5 +674,5 @@ def test_dead_adapters_on_a_null_pair_are_no_error_and_no_nan(asked: tuple[Any, 
 
 def test_where_every_answer_was_cut_it_is_said(pair: PairedModel) -> None:
     for ask in (lambda: find_circuit(pair, [], progress=False), lambda: find_onsets(pair, [], Behavior(find=never))):
-        with pytest.raises(BehaviorError, match=r"no answers to look for hesitation in.*max_new_tokens"):
+        with pytest.raises(BehaviorError, match=r"no complete answers in which to look for hesitation.*max_new_tokens"):
             ask()

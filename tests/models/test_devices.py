@@ -21,11 +21,11 @@ from tl_adapters.attribution.validation import (
     explain_difference,
     faithfulness_curve,
 )
-from tl_adapters.circuits.control_strengths import Texts, set_controls
-from tl_adapters.circuits.controls import put_in, removed
-from tl_adapters.circuits.measurements import Unchanged, mediation, probabilities
+from tl_adapters.circuits.control_strengths import TuningTexts, set_controls
+from tl_adapters.circuits.controls import inserted_in_part, removed_in_part
+from tl_adapters.circuits.measurements import ReplacementResiduals, mediation, probabilities
 from tl_adapters.circuits.onsets import Onsets
-from tl_adapters.circuits.roles import circuit_edges, effects_at, sort_features
+from tl_adapters.circuits.roles import assign_roles, circuit_edges, effects_at
 from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
 from tl_adapters.cli.common import device_of
@@ -226,13 +226,13 @@ def test_circuits(device: PretendedDevice) -> None:
     pair, onsets = tiny(device), some_onsets()
     everything = torch.ones(2, 24, dtype=torch.bool)
     found = search_circuit(pair, onsets, everything, SearchOptions(share=0.1, per_round=2), progress=False)
-    circuit_edges(pair, onsets, sort_features(pair, onsets, found.order, everything).features)
+    circuit_edges(pair, onsets, assign_roles(pair, onsets, found.order, everything).features)
     others = {"others": [f for f in (FeatureId(i // 24, i % 24) for i in range(48)) if f not in found.order]}
-    settings = set_controls(Texts(pair, onsets), found.order, others, effects_at(pair, onsets).activation)
+    settings = set_controls(TuningTexts(pair, onsets), found.order, others, effects_at(pair, onsets).activation)
     arms = [setting.variant for setting in settings.values()]
-    arms += [put_in(dict.fromkeys(found.order, 0.5)), shifted_logits((5, 9), -torch.inf)]
-    unchanged = Unchanged(pair, onsets)
-    assert [probabilities(pair, onsets, arm, "x", unchanged) for arm in arms]
+    arms += [inserted_in_part(dict.fromkeys(found.order, 0.5)), shifted_logits((5, 9), -torch.inf)]
+    residuals = ReplacementResiduals.read(pair, onsets)
+    assert [probabilities(pair, onsets, arm, "x", residuals) for arm in arms]
     mediation(pair, onsets, found.order[:2], found.order[2:], "x")
 
 
@@ -427,7 +427,8 @@ def test_controls_copy_once_for_all_layers_and_nothing_in_a_pass(device: Pretend
         found = Counter[tuple[str, str, str]]()
         for variant in (
             steered(1, direction, 2.0), steered(1, direction, 2.0, [3, 4]), shifted_logits((5, 9), -1.0),
-            without_neurons([(layer, 2) for layer in range(layers)], held, 0.5), removed(shares), put_in(shares),
+            without_neurons([(layer, 2) for layer in range(layers)], held, 0.5), removed_in_part(shares),
+            inserted_in_part(shares),
         ):  # fmt: skip
             with device.counted() as counts, torch.no_grad(), variant.entered(pair) as model:
                 passing.append(waits(device, lambda model=model, tokens=tokens: model(tokens)))

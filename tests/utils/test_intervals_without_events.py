@@ -121,7 +121,7 @@ def test_the_random_sets_are_drawn_too() -> None:
 def block_of(n: int, wrong: int = 0, unlike: str = "a b c d") -> tuple[dict[str, Any], Onsets]:
     """An analysis in which nothing but hesitation changes, on n problems."""
     baseline = hesitating(n)
-    removed = [response(unlike, correct=i >= wrong) for i in range(n)]
+    removed_in_part = [response(unlike, correct=i >= wrong) for i in range(n)]
     p = Measurement(0.9, 0.88, 0.92, n, "probability of the word", "report")
     low = share(0, n).measurement(n, "probability of the word", "report")
     places = {"moment": p, "boundary": low, "elsewhere": low}
@@ -134,7 +134,7 @@ def block_of(n: int, wrong: int = 0, unlike: str = "a b c d") -> tuple[dict[str,
     block = {
         "circuit": {"share_of_alive": 0.01, "alive": 1000},
         "necessity": {
-            "circuit": record(removed, baseline, ["wait"], "report"),
+            "circuit": record(removed_in_part, baseline, ["wait"], "report"),
             "random": record([*baseline], baseline, ["wait"], "report"),
         },
         "sufficiency": {"circuit": record([*baseline], baseline, ["wait"], "report")},

@@ -153,7 +153,7 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 @pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Qwen2ForCausalLM"])
-def test_a_direct_effect_is_the_slope_of_the_margin_with_every_scale_held(architecture: str, backend: str) -> None:
+def test_a_direct_effect_is_the_slope_of_the_log_odds_with_every_scale_held(architecture: str, backend: str) -> None:
     """Activation times the numeric derivative; scales of post-norms are far from 1 and differ by position."""
     pair = randomise(
         PairedModel.from_pretrained(*(random_model(s, architecture=architecture) for s in (1, 2)), backend=backend)

@@ -1,17 +1,19 @@
-"""Which features do a behavior?
+"""Which features of a set of adapters do a behavior?
 
-* `banned_words`: A model that may not say a behavior's words: tokens are banned, and of a phrase one token right
-* `circuit`: A circuit as an artefact: which features of one set of adapters do a behaviour, in which role, and with
-* `control_strengths`: Baselines as strong as they can be: set on the select split to do at the onsets what the
-* `controls`: What a circuit is held against: other features that are active where it is, and cheaper ways to stop a
-* `criteria`: What a circuit of hesitation is asked for, and whether this one does it: bars set before anything was
-* `find`: From a target's own text to its circuit: moments, search, roles, edges
-* `measurements`: A circuit on trial: what the model does without it and with it, in probabilities and in what it says
-* `onsets`: Where a target does what is studied: moments in its own text, boundaries where it might have and did not
+* `banned_words`: a ban of a behavior's words: single tokens by their logits, phrases by a token after another
+* `circuit`: `Circuit`, a file of the features that do a behavior, with their roles and effects
+* `comparisons`: the parts of a study: necessity, sufficiency, transfer, corrections, mediation, dose, examples
+* `conditions`: the named interventions of a study: removals, baselines and insertions, and the sets of features
+* `control_strengths`: controls set to the circuit's own effect, write norm or harm on the select split
+* `controls`: matched random features, most active other features, features in part, effects of neurons
+* `criteria`: the thresholds of a hesitation circuit, and whether they are reached
+* `find`: `find_circuit`, from a target's own text to its circuit
+* `measurements`: what one condition does: probabilities and harm over given text, answers, corrections, mediation
+* `onsets`: onsets of a behavior in a target's own text, matched control positions, and log-odds of the behavior
 * `results_block`: the schema of the block "hesitation" of results.json, and blocks of an older schema upgraded
-* `roles`: What each feature does for a word, by formula: output, template, continuation, suppressor, bystander
-* `search`: Which features make a target say a word: a greedy search that asks for necessity and sufficiency at once
-* `steering`: Interventions that need no features: shifted logits, a steering vector, ablated neurons
-* `study`: The hesitation circuit: found, split, and tested by intervention (section 5 of arXiv 2602.20904)
-* `subject`: What a behaviour is studied on: problems for choosing, others for reporting, and what can be checked in
+* `roles`: the role of each feature by formula: output, template, continuation, suppressor, bystander
+* `search`: a greedy search for the features that make a target say a word
+* `steering`: interventions that need no features: shifted logits, a steering vector, neurons held
+* `study`: `analyze_behavior` and `analyze_hesitation`, the whole study of a circuit
+* `subject`: the problems of a study, and what can be checked in answers to them
 """

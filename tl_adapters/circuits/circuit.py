@@ -1,7 +1,7 @@
-"""A circuit as an artefact: which features of one set of adapters do a behaviour, in which role, and with what effect.
+"""A circuit as a file: which features of one set of adapters do a behavior, in which role, and with what effect.
 
-It is a small JSON file that says whose features it numbers, so it is refused on other adapters. It lies in a run
-(circuit.json) and goes up beside the adapters (circuits/NAME.json in their repository of the hub).
+The file is a small JSON file that records the fingerprints of the adapters and models, so a circuit is refused on other
+adapters. It is kept in a run (circuit.json), and on the hub in the repository of its adapters (circuits/NAME.json).
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ from tl_adapters.utils.results import plain
 from tl_adapters.utils.strict_json import dumps
 
 CIRCUIT_SCHEMA_VERSION, CIRCUIT_READABLE_VERSIONS = 2, (1, 2)
-"""Version 1 does not say which tokens the words are, nor which function found them."""
+"""Files of version 1 have neither the tokens of the words nor the name of the function that found them."""
 CIRCUIT_FILE = "circuit.json"
-HUB_FILE = "circuits/{}.json"
-SAME_DIRECTION = 0.8
-"""Above this cosine of their decoder rows two features of a layer write the same direction."""
+CIRCUIT_HUB_FILE = "circuits/{}.json"
+"""Path of a circuit's file in a repository, with its name filled in."""
+SAME_DIRECTION_COSINE = 0.8
+"""Two features of a layer write the same direction if the cosine of their decoder rows is larger than this."""
 Role = Literal["output", "template", "continuation", "other", "suppress"]
 ROLES: tuple[Role, ...] = get_args(Role)
-PROMOTING: tuple[Role, ...] = ("output", "template", "continuation", "other")
-"""The roles of what was found to do the behaviour; what `Circuit.ids` gives where no role is named."""
-EFFECTS = ("direct", "through output", "total", "on what follows", "over boundaries")
-"""What tables call `CircuitFeature.effects`."""
-_SHOWN = 20
+PROMOTING_ROLES: tuple[Role, ...] = ("output", "template", "continuation", "other")
+"""Roles of features that promote the behavior; `Circuit.ids` returns these where no role is named."""
+EFFECT_NAMES = ("direct", "through output", "total", "on continuation", "onsets less controls")
+"""Names of `CircuitFeature.effects` in tables."""
+_MAX_ROWS = 20
+"""Features and words that a notebook shows."""
 _NUMBER_KEYS = {
     "direct": "direct",
     "through": "through",
@@ -57,64 +59,64 @@ _NUMBER_KEYS = {
 
 
 class CircuitError(UserError, ValueError):
-    """A circuit that cannot be read, or that is not of the adapters it is asked of."""
+    """A circuit that cannot be read, or that belongs to other adapters."""
 
 
 @dataclass(frozen=True)
 class CircuitFeature:
-    """One feature of a circuit: what it does, and how strongly. Effects are in nats of the word's log-odds."""
+    """A feature of a circuit with its role and its effects. Effects are in nats of the word's log-odds."""
 
     id: FeatureId
     """Layer and index."""
     role: Role
-    """ "output" raises the word itself, "template" through output features, "continuation" what the word begins,
-    "other" none of these by itself; "suppress" lowers the word."""
+    """ "output" raises the word directly, "template" through output features, "continuation" raises what follows it,
+    "other" does none of these by itself; "suppress" lowers the word."""
     direct: float
-    """Mean direct effect at the moments: what it writes, read by the unembedding."""
+    """Mean direct effect at the onsets: what the feature writes there, read by the unembedding."""
     through: float
-    """Mean effect at the moments through output features."""
+    """Mean effect at the onsets through output features."""
     total: float
-    """Mean effect at the moments along all paths."""
+    """Mean effect at the onsets along all paths."""
     continuation: float
     """Mean effect on the log-odds of the tokens that come after the word, along all paths."""
     contrast: float
-    """``total`` at the moments less that at matched boundaries, where the word could come and does not."""
+    """``total`` at the onsets less ``total`` at matched control positions."""
     activation: float
-    """Mean activation at the moments, in decoder-norm units."""
+    """Mean activation at the onsets, in decoder-norm units."""
 
     @property
     def effects(self) -> tuple[float, ...]:
-        """All that are in nats, in the order of `EFFECTS`."""
+        """All effects, in the order of `EFFECT_NAMES`."""
         return (self.direct, self.through, self.total, self.continuation, self.contrast)
 
     @property
     def sign(self) -> int:
-        """1 if it raises the word in total, -1 if it lowers it, 0 if neither."""
+        """1 if the feature raises the word in total, -1 if it lowers it, 0 if neither."""
         return (self.total > 0) - (self.total < 0)
 
 
 @dataclass(frozen=True)
 class CircuitEdge:
-    """One effect between features of a circuit, or of one on the word."""
+    """An effect of a feature of a circuit on another feature or on the word."""
 
     source: FeatureId
-    """Whose effect it is."""
+    """The feature that has the effect."""
     target: FeatureId | None
-    """On which feature; None is the word."""
+    """The feature that is affected; None is the word."""
     weight: float
-    """How much, in nats of the word's log-odds."""
+    """Size of the effect, in nats of the word's log-odds."""
 
 
 @dataclass(frozen=True)
 class CircuitComparison:
-    """What two circuits of one set of adapters have in common."""
+    """Two circuits of one set of adapters, compared by their features."""
 
     shared: tuple[FeatureId, ...]
-    """In both."""
+    """Features in both."""
     only_a: tuple[FeatureId, ...]
-    """In the first only."""
+    """Features in the first only."""
     only_b: tuple[FeatureId, ...]
-    """In the second only."""
+    """Features in the second only."""
     jaccard: float
     """Shared features as a share of all; NaN for two empty circuits."""
     role_agreement: float
@@ -123,20 +125,20 @@ class CircuitComparison:
 
 @dataclass(frozen=True)
 class Circuit:
-    """The features that do a behaviour, with what is needed to put them to work and to know whose they are."""
+    """The features that do a behavior, with the fingerprints of the adapters and models that they belong to."""
 
-    behaviour: str
-    """What they do, such as "hesitation"."""
+    behavior: str
+    """Name of the behavior, such as "hesitation"."""
     words: tuple[str, ...]
-    """The words and phrases whose log-odds the effects are on."""
+    """Words and phrases whose log-odds the effects are measured on."""
     features: tuple[CircuitFeature, ...]
-    """All of them, suppressors included."""
+    """All features, suppressors included."""
     strength: float
-    """Factor at which the set is inserted where it is not at home."""
+    """Factor of the activations with which the circuit was searched, where it is inserted into the hybrid."""
     split: str
-    """Split of the documents that it was found on."""
+    """Split of the documents on which the circuit was found."""
     fingerprints: dict[str, str]
-    """Content hashes: "adapters", whose features these are; "target" and "base_mlps"."""
+    """Content hashes of "adapters" (to which the features belong), "target" and "base_mlps"."""
     n_features: int
     """Features per layer of the adapters."""
     n_layers: int
@@ -144,14 +146,14 @@ class Circuit:
     threshold: float
     """Direct effect, in nats, from which a feature is an output feature."""
     edges: tuple[CircuitEdge, ...] = field(default=(), repr=False)
-    """Effects among them, where they were measured."""
+    """Effects between features, where they were measured."""
     phrases: tuple[tuple[int, ...], ...] = ()
-    """The tokens of each of the words, in their order; empty where a file of version 1 does not say them."""
+    """The tokens of each of the words, in their order; empty for a file of version 1, which does not have them."""
     function: str | None = None
-    """The name of the function that found the behaviour; None where words are said."""
+    """The name of the function that defines the behavior; None where words do."""
 
     def __post_init__(self) -> None:
-        # However its features are taken out, they know whose they are, so that no other adapters take them.
+        # Every feature id carries the fingerprint of its adapters, so that other adapters refuse it.
         own = tuple(replace(f, id=owned(f.id, self.fingerprints)) for f in self.features)
         object.__setattr__(self, "features", own)
 
@@ -159,22 +161,22 @@ class Circuit:
         return len(self.features)
 
     def ids(self, *roles: Role) -> list[FeatureId]:
-        """Features of these roles, sorted; without any, of all promoting ones (suppressors must be named)."""
+        """Return the features of some roles, sorted; without roles, those of all promoting roles."""
         if unknown := set(roles) - set(ROLES):
-            raise CircuitError(f"No role {sorted(unknown)[0]!r}; there are {', '.join(ROLES)}.")
-        return sorted(f.id for f in self.features if f.role in (roles or PROMOTING))
+            raise CircuitError(f"There is no role {sorted(unknown)[0]!r}; the roles are {', '.join(ROLES)}.")
+        return sorted(f.id for f in self.features if f.role in (roles or PROMOTING_ROLES))
 
     def feature(self, id: FeatureId | tuple[int, int]) -> CircuitFeature:
-        """One of them. Raises CircuitError for a feature that is not in the circuit."""
-        found = next((f for f in self.features if f.id == tuple(id)), None)
-        if found is None:
+        """Return one of the features. Raises CircuitError for a feature that is not in the circuit."""
+        feature = next((f for f in self.features if f.id == tuple(id)), None)
+        if feature is None:
             raise CircuitError(f"Feature {id[0]}.{id[1]} is not in this circuit of {len(self)} features.")
-        return found
+        return feature
 
     # -- files ----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write it whole or not at all: into a folder as circuit.json, or as the .json file named. Returns the file.
+        """Write the circuit atomically, into a folder as circuit.json or into the named .json file; return the file.
 
         Raises DiskFullError.
         """
@@ -184,17 +186,17 @@ class Circuit:
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
-        """Read what `save` wrote, from the folder or the file.
+        """Read what `save` wrote, from a folder or a file.
 
-        Raises CircuitError where there is none, where it is damaged, or of another version.
+        Raises CircuitError where there is no file, where it is damaged, or of a version that is not read.
         """
         path = Path(path) / CIRCUIT_FILE if Path(path).is_dir() else Path(path)
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise CircuitError(f"There is no circuit at {path}; tl-adapters hesitation RUN finds one.") from error
+            raise CircuitError(f"There is no circuit at {path}. Find one with: tl-adapters hesitation RUN.") from error
         except (OSError, ValueError) as error:
-            raise CircuitError(f"{path} is damaged ({error}); copy or download it again.") from error
+            raise CircuitError(f"{path} is damaged ({error}). Copy or download it again.") from error
         version = record.get("schema_version") if isinstance(record, dict) else None
         if version not in CIRCUIT_READABLE_VERSIONS:
             read = " and ".join(map(str, CIRCUIT_READABLE_VERSIONS))
@@ -203,13 +205,13 @@ class Circuit:
             return _circuit_of(record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise CircuitError(f"{path} is damaged ({reason}); copy or download it again.") from error
+            raise CircuitError(f"{path} is damaged ({reason}). Copy or download it again.") from error
 
     @classmethod
     def from_hub(
         cls, repo: str, name: str = "hesitation", *, revision: str | None = None, token: str | None = None
     ) -> Circuit:
-        """Download one from the repository of its adapters.
+        """Download a circuit from the repository of its adapters.
 
         Args:
             repo: repository of the hub, or a folder laid out as one.
@@ -223,13 +225,13 @@ class Circuit:
         file = _hub_file(name)
         path = fetch(repo, [file], revision=revision, token=token) / file
         if not path.is_file():
-            raise CircuitError(f"{repo} holds no circuit {name!r} ({file}); push one with Circuit.push.")
+            raise CircuitError(f"{repo} holds no circuit {name!r} ({file}). Push one with Circuit.push.")
         return cls.load(path)
 
     def push(
         self, repo: str, name: str = "hesitation", *, revision: str | None = None, token: str | None = None
     ) -> str:
-        """Upload it into the repository of its adapters, which must be there; returns the commit's address.
+        """Upload the circuit into the repository of its adapters, which must exist; return the commit's address.
 
         Args:
             repo: "user/name".
@@ -246,7 +248,7 @@ class Circuit:
                 path_in_repo=file,
                 repo_id=repo,
                 revision=revision,
-                commit_message=f"The {self.behaviour} circuit",
+                commit_message=f"The {self.behavior} circuit",
             )
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -257,7 +259,8 @@ class Circuit:
         return str(commit.commit_url)
 
     def _json(self) -> str:
-        record = {"schema_version": CIRCUIT_SCHEMA_VERSION, **plain(asdict(self), null=True)}
+        fields = plain(asdict(self), null=True)
+        record = {"schema_version": CIRCUIT_SCHEMA_VERSION, "behaviour": fields.pop("behavior"), **fields}
         record["features"] = [
             {_NUMBER_KEYS.get(name, name): value for name, value in feature.items()} for feature in record["features"]
         ]
@@ -266,18 +269,18 @@ class Circuit:
     # -- beside adapters and other circuits -----------------------------------------------------------------------
 
     def require_belonging(self, pair: PairedModel) -> None:
-        """Raises CircuitError where these are not features of the pair's adapters, or not of the pair's models.
+        """Raise CircuitError where the circuit belongs to other adapters or models than the pair's.
 
-        Interventions ask only for the adapters (`AdapterSet.require_own`), which belong to the pair they are in.
+        Interventions check only the adapters (`AdapterSet.require_own`), which belong to the pair they are loaded in.
         """
         self._require_adapters(
             {**pair.fingerprints, **pair.installed_adapters().fingerprints}, "the pair's adapters are"
         )
 
     def compare(self, other: Circuit) -> CircuitComparison:
-        """What it has in common with another circuit of the same adapters; suppressors are compared, too.
+        """Compare the circuit with another circuit of the same adapters, suppressors included.
 
-        Raises CircuitError for other adapters: a feature is a number of one set.
+        Raises CircuitError for other adapters: a feature index has a meaning only in one set.
         """
         self._require_adapters(other.fingerprints, "the other circuit is of")
         ours, theirs = ({f.id: f.role for f in c.features} for c in (self, other))
@@ -292,9 +295,11 @@ class Circuit:
         )
 
     @torch.no_grad()
-    def distinct_directions(self, adapters: AdapterSet, cosine: float = SAME_DIRECTION) -> int:
-        """How many directions its promoting features write: features of a layer are one if a chain of decoder rows
-        leads from one to the other, each of a larger cosine with the next than ``cosine``.
+    def distinct_directions(self, adapters: AdapterSet, cosine: float = SAME_DIRECTION_COSINE) -> int:
+        """Return the number of distinct directions that the promoting features write.
+
+        Two features of a layer count as one direction if a chain of decoder rows leads from one to the other, each with
+        a cosine to the next that is larger than ``cosine``.
 
         Raises CircuitError for other adapters.
         """
@@ -302,39 +307,42 @@ class Circuit:
         by_layer: dict[int, list[int]] = {}
         for layer, index in self.ids():
             by_layer.setdefault(layer, []).append(index)
-        found = 0
+        n_directions = 0
         for layer, indices in by_layer.items():
             rows = torch.nn.functional.normalize(adapters[layer].W_dec[indices].float(), dim=1)
-            found += int(connected_components((rows @ rows.T > cosine).cpu().numpy(), directed=False)[0])
-        return found
+            n_directions += int(connected_components((rows @ rows.T > cosine).cpu().numpy(), directed=False)[0])
+        return n_directions
 
     def _require_adapters(self, theirs: Mapping[str, str], whose: str) -> None:
         ours = self.fingerprints.get("adapters")
         differs = differing(self.fingerprints, theirs)
         if ours is None or "adapters" not in theirs or any(name.startswith("adapters") for name in differs):
             raise CircuitError(
-                f"This circuit is of adapters {ours}, and {whose} {theirs.get('adapters')}: a feature is a number of "
-                "one set. Load the adapters it was found in, or find a circuit in these (tl-adapters hesitation RUN)."
+                f"This circuit is of adapters {ours}, and {whose} {theirs.get('adapters')}. A feature index has a "
+                "meaning only in one set of adapters. Load the adapters in which the circuit was found, or find a "
+                "circuit in these (tl-adapters hesitation RUN)."
             )
         if differs:
             raise CircuitError(
-                f"This circuit was found in a pair whose {' and '.join(differs)} are others than here, by fingerprint: "
-                "its effects are not those of this pair. Open the pair it was found in, or find a circuit in this one."
+                f"This circuit was found in a pair whose {' and '.join(differs)} have other fingerprints than those of "
+                "this pair, so its effects differ here. Open the pair in which it was found, or find a circuit in this "
+                "one."
             )
 
     def _repr_html_(self) -> str:
         counts = Counter(f.role for f in self.features)
-        said = ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role]) or "no features"
-        words = ", ".join(f"<code>{escape(repr(word))}</code>" for word in self.words[:_SHOWN])
-        words = ", ".join(filter(None, (words, self.function and f"found by {escape(self.function)}"))) or "never said"
-        strongest = sorted(self.features, key=lambda f: -_size(f.total))[:_SHOWN]
+        roles = ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role]) or "no features"
+        words = ", ".join(f"<code>{escape(repr(word))}</code>" for word in self.words[:_MAX_ROWS])
+        found_by = self.function and f"found by {escape(self.function)}"
+        words = ", ".join(filter(None, (words, found_by))) or "does not occur"
+        strongest = sorted(self.features, key=lambda f: -_size(f.total))[:_MAX_ROWS]
         rows = [
             [f"{f.id.layer}.{f.id.index}", f.role] + [f"{value:+.3g}" for value in f.effects] + [f"{f.activation:.3g}"]
             for f in strongest
         ]
-        more = f"<p>... and {len(self) - _SHOWN} more, weaker ones.</p>" if len(self) > _SHOWN else ""
-        header = ["feature", "role", *EFFECTS, "activation"]
-        return f"<p><b>{escape(self.behaviour)}</b> ({words}): {said}.</p>" + table(header, rows) + more
+        more = f"<p>... and {len(self) - _MAX_ROWS} more, weaker ones.</p>" if len(self) > _MAX_ROWS else ""
+        header = ["feature", "role", *EFFECT_NAMES, "activation"]
+        return f"<p><b>{escape(self.behavior)}</b> ({words}): {roles}.</p>" + table(header, rows) + more
 
 
 def _circuit_of(record: Mapping[str, Any]) -> Circuit:
@@ -361,7 +369,7 @@ def _circuit_of(record: Mapping[str, Any]) -> Circuit:
         for e in record["edges"]
     ]
     return Circuit(
-        behaviour=str(record["behaviour"]),
+        behavior=str(record["behaviour"]),
         words=tuple(map(str, record["words"])),
         features=tuple(features),
         strength=_number(record["strength"]),
@@ -377,16 +385,16 @@ def _circuit_of(record: Mapping[str, Any]) -> Circuit:
 
 
 def _number(value: Any) -> float:
-    """A float that `plain` wrote: null was NaN."""
+    """A float as `plain` wrote it: null is NaN."""
     return math.nan if value is None else float(value)
 
 
 def _size(value: float) -> float:
-    """How large, for sorting: NaN last."""
+    """Absolute value for sorting, with NaN last."""
     return abs(value) if math.isfinite(value) else 0.0
 
 
 def _hub_file(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise CircuitError(f"{name!r} is not a circuit's name; give letters, digits, '_', '.' and '-'.")
-    return HUB_FILE.format(name)
+        raise CircuitError(f"{name!r} is not a valid name of a circuit; use letters, digits, '_', '.' and '-'.")
+    return CIRCUIT_HUB_FILE.format(name)

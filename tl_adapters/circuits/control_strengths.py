@@ -1,21 +1,21 @@
-"""Baselines as strong as they can be: set on the select split to do at the onsets what the circuit does.
+"""Controls of equal strength: each is set on the select split to have the circuit's effect, write norm or harm.
 
-A baseline that breaks the model, or that does less than the circuit, says nothing about the circuit. So each has one
-size that is searched (a coefficient, nats of a bias, a number of neurons or features), and settings among
-which the one is taken that does it with the least harm elsewhere:
+A control that breaks the model, or that does less than the circuit, says nothing about the circuit. So each has one
+size that is searched (a coefficient, nats of a bias, a number of neurons or features). Of several ways to apply it, the
+one is taken that has the effect with the least harm elsewhere:
 
-* *effect*: how far the mean probability of the words at the onsets (`Moments.moment`) falls;
-* *harm*: mean KL(replacement || condition) away from the onsets and what follows them (`circuit_trials.away`).
+* *effect*: how far the mean probability of the words at the onsets falls;
+* *harm*: mean KL(replacement || condition) away from the onsets and continuations (`Onsets.away_from_onsets`).
 
-Steering, logit bias and neurons are set to the circuit's own effect. Other features are taken in an order (matched
-random sets, or the most active others) and enlarged to the circuit's summed write norm at the onsets, and, another
-time, to its harm elsewhere. Where a size cannot reach its goal the nearest is taken, and the record says so.
+Steering, logit bias and neurons are set to the circuit's effect. Other features are taken in an order (matched random
+sets, or the most active others), as many as have the circuit's summed write norm at the onsets, and, another time, as
+many as do its harm elsewhere. Where no size reaches the goal, the nearest is taken, and the record states that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,289 +24,318 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.circuits.controls import Shares, by_size, first_of, neuron_effects, removed, size_of_norm
-from tl_adapters.circuits.measurements import away, kl_from_replacement
+from tl_adapters.circuits.controls import (
+    Shares,
+    first_features,
+    largest_scores,
+    neuron_effects,
+    removed_in_part,
+    size_for_norm,
+)
+from tl_adapters.circuits.measurements import kl_from_replacement
 from tl_adapters.circuits.onsets import BehaviorError, Onsets, log_odds
 from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
 from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
 
-TRIED_DOCUMENTS = 60
-"""Documents of the select split on which everything here is set."""
-SAME_EFFECT, SAME_HARM = 0.02, 0.05
+TUNING_DOCUMENTS = 60
+"""Documents of the select split on which the sizes are set."""
+EFFECT_TOLERANCE, HARM_TOLERANCE = 0.02, 0.05
 """An effect or a harm is reached within these shares of the circuit's."""
-TRIES = 12
-"""Sizes that are tried of one setting, at most: some double until the goal is passed, the others close in on it."""
-MOST_COEFFICIENT, MOST_NATS, MOST_TIMES = 32.0, 64.0, 2.0
-"""Largest sizes tried: of steering, of a logit bias, and of a set of all features (2 turns their activations over)."""
+MAX_SIZES_TRIED = 12
+"""Sizes that are tried of one control: some double until the goal is passed, the others close in on it."""
+MAX_COEFFICIENT, MAX_NATS, MAX_FEATURE_FACTOR = 32.0, 64.0, 2.0
+"""Largest sizes: of steering, of a logit bias, and of a set of all features (2 inverts their activations)."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a condition does to the texts."""
+class ConditionEffect:
+    """What a condition does to the select texts."""
 
     p_onset: float
     """Mean probability of the words at the onsets."""
-    kl: float
-    """Harm elsewhere, in nats per token."""
+    kl_elsewhere: float
+    """Harm: mean KL(replacement || condition) away from the onsets, in nats per token."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A condition with its size set."""
+class TunedCondition:
+    """A condition whose size is set."""
 
     variant: Variant
-    """What is entered."""
+    """The intervention."""
     chosen: str
-    """Which setting it is, in words."""
+    """Which way to apply it was taken, in words."""
     size: float
     """Coefficient, nats, neurons or features."""
     unit: str
-    """What the size is measured in."""
-    measured: Measured
-    """On the select split."""
+    """Unit of the size."""
+    measured: ConditionEffect
+    """Its effect and harm on the select split."""
     reached: bool
-    """Its goal is reached within the tolerance; of the circuit and of sets of its size there is no goal."""
+    """Whether its goal is reached within the tolerance; the circuit and sets of its size have no goal."""
     shares: Shares | None = None
-    """Of a set of features, what is taken of each."""
+    """For a set of features, the share of each activation that is taken."""
 
-    def record(self, plain: Measured) -> dict[str, Any]:
-        """As results.json holds it; ``plain`` is the unchanged replacement."""
+    def record(self, unchanged: ConditionEffect) -> dict[str, Any]:
+        """The record in results.json; ``unchanged`` is the replacement's effect."""
         return {
             "setting": self.chosen,
             "size": self.size,
             "unit": self.unit,
-            "p_onset_before": plain.p_onset,
+            "p_onset_before": unchanged.p_onset,
             "p_onset": self.measured.p_onset,
-            "kl_elsewhere": self.measured.kl,
+            "kl_elsewhere": self.measured.kl_elsewhere,
             "reached": self.reached,
         }
 
 
-class Texts:
-    """Texts of the select split on which conditions are set, with what the replacement says there.
+class TuningTexts:
+    """Texts of the select split on which sizes are set, with the replacement's residual streams over them.
 
     Args:
         pair: with adapters on every layer.
-        moments: of the select split.
-        documents: so many that have an onset are read.
+        onsets: of the select split.
+        documents: how many documents with an onset are read.
 
-    Raises BehaviourError where there is no onset, or no other position.
+    Raises BehaviorError where there is no onset, or no other position.
     """
 
     @torch.no_grad()
-    def __init__(self, pair: PairedModel, onsets: Onsets, documents: int = TRIED_DOCUMENTS) -> None:
+    def __init__(self, pair: PairedModel, onsets: Onsets, documents: int = TUNING_DOCUMENTS) -> None:
         if not bool(onsets.onset.any()):
             raise BehaviorError("There is no onset in these texts, so there is no effect that a baseline could have.")
         self.pair, self.onsets = pair, onsets.with_onsets(documents)
         self.batches = [batch.to(pair.model.W_E.device) for _, batch in self.onsets.batches()]
-        if not any(bool(away(batch).any()) for batch in self.batches):
+        if not any(bool(batch.away_from_onsets.any()) for batch in self.batches):
             raise BehaviorError("Every position of these responses is an onset or follows one; give longer texts.")
         with pair.routed("replacement"):
             self.embedded = [pair.embed(batch.tokens) for batch in self.batches]
             self.final = [pair.run_blocks(resid, 0, pair.n_layers) for resid in self.embedded]
-        self.plain = self.measure(on_route("replacement"), self.final, pair.n_layers)
+        self.unchanged = self.measure(on_route("replacement"), self.final, pair.n_layers)
 
     @torch.no_grad()
     def measure(
         self, variant: Variant, streams: Sequence[Float[Tensor, "batch pos d_model"]] | None = None, start: int = 0
-    ) -> Measured:
+    ) -> ConditionEffect:
         """Effect and harm of a condition.
 
         Args:
             variant: the condition.
             streams: where it changes nothing before block ``start``, the replacement's residual stream there, of every
-                batch; None runs the whole.
+                batch; None runs all blocks.
             start: the first block that is run.
         """
         pair, device = self.pair, self.pair.model.W_E.device
-        said, harm = (torch.zeros((), device=device) for _ in range(2))
+        probability, harm = (torch.zeros((), device=device) for _ in range(2))
         for number, batch in enumerate(self.batches):
             with variant.entered(pair):
-                resid = pair.embed(batch.tokens)  # asked in any case: a variant may look at the tokens
+                resid = pair.embed(batch.tokens)  # in any case: a variant may look at the tokens
                 resid = pair.run_blocks(resid if streams is None else streams[number], start, pair.n_layers)
                 odds = log_odds(pair, resid, batch, batch.onset, pair.rows_at_once)
-                said += odds.sigmoid().float().sum()
-            at = away(batch)
+                probability += odds.sigmoid().float().sum()
+            at = batch.away_from_onsets
             harm += kl_from_replacement(pair, variant, self.final[number][at], resid[at]).sum()
-        onsets, others = (sum(int(places(b).sum()) for b in self.batches) for places in (lambda b: b.onset, away))
-        return Measured(float(said) / onsets, float(harm) / others)
+        n_onsets = sum(int(batch.onset.sum()) for batch in self.batches)
+        n_away = sum(int(batch.away_from_onsets.sum()) for batch in self.batches)
+        return ConditionEffect(float(probability) / n_onsets, float(harm) / n_away)
 
 
-def size_for(
-    measure: Callable[[float], Measured],
-    value: Callable[[Measured], float],
+def size_for_goal(
+    measure: Callable[[float], ConditionEffect],
+    value: Callable[[ConditionEffect], float],
     goal: float,
     first: float,
     most: float,
     tolerance: float,
-    hopeless: Callable[[Measured], bool] = lambda measured: False,
-) -> tuple[float, Measured, bool]:
-    """The size whose value is nearest to a goal, what it does, and whether that is within the tolerance.
+    hopeless: Callable[[ConditionEffect], bool] = lambda measured: False,
+) -> tuple[float, ConditionEffect, bool]:
+    """Return the size whose value is nearest to a goal, what it does, and whether that is within the tolerance.
 
-    From ``first`` on sizes double until the value has reached the goal (or ``most`` is passed); then what is between is
-    divided where a straight line has the goal, or in halves.
+    From ``first`` on the sizes double until the value has reached the goal or ``most`` is passed. Then the interval
+    between the last two is divided where a straight line crosses the goal, or in halves.
 
     Args:
-        measure: of a size above 0.
-        value: of what was measured; it grows with the size.
+        measure: from a size above 0 to its effect.
+        value: from an effect to the number that is compared with the goal; it grows with the size.
         goal: of the value, above 0.
-        first, most: sizes.
+        first: the size that is tried first.
+        most: the largest size.
         tolerance: of the value; the search ends within it.
-        hopeless: of what was measured below the goal: is it of no use to go on?
+        hopeless: whether, given an effect below the goal, larger sizes are of no use.
     """
-    low, high, size = (0.0, -goal), (math.inf, math.inf), min(first, most)  # sizes and how far off they are
-    best: tuple[float, float, Measured] | None = None
+    low, high, size = (0.0, -goal), (math.inf, math.inf), min(first, most)  # sizes, and value less goal
+    best: tuple[float, float, ConditionEffect] | None = None
     sides = list[bool]()
-    for _ in range(TRIES):
-        found = measure(size)
-        off = value(found) - goal
-        if not (math.isfinite(off) and math.isfinite(found.kl)):  # it breaks the model: too much
+    for _ in range(MAX_SIZES_TRIED):
+        effect = measure(size)
+        off = value(effect) - goal
+        if not (math.isfinite(off) and math.isfinite(effect.kl_elsewhere)):  # it breaks the model: too much
             off = math.inf
         elif best is None or abs(off) < best[0]:
-            best = (abs(off), size, found)
-        if abs(off) <= tolerance or (off < 0 and (size >= most or hopeless(found))):
+            best = (abs(off), size, effect)
+        if abs(off) <= tolerance or (off < 0 and (size >= most or hopeless(effect))):
             break
         low, high = ((size, off), high) if off < 0 else (low, (size, off))
         sides.append(off < 0)
-        size = min(2 * size, most) if math.isinf(high[0]) else _between(low, high, sides)
+        size = min(2 * size, most) if math.isinf(high[0]) else _size_between(low, high, sides)
     if best is None:
-        return 0.0, Measured(math.nan, math.inf), False
+        return 0.0, ConditionEffect(math.nan, math.inf), False
     return best[1], best[2], best[0] <= tolerance
 
 
-def _between(low: tuple[float, float], high: tuple[float, float], sides: Sequence[bool]) -> float:
-    """Where a straight line from one to the other has the goal; the middle, where that came out on one side twice."""
+def _size_between(low: tuple[float, float], high: tuple[float, float], sides: Sequence[bool]) -> float:
+    """Where a straight line crosses the goal; the middle, where the last two sizes came out on the same side."""
     part = 0.5
     if math.isfinite(high[1]) and sides[-2:] not in ([True, True], [False, False]):
         part = min(0.9, max(0.1, -low[1] / (high[1] - low[1])))
     return low[0] + part * (high[0] - low[0])
 
 
-class _Effect:
-    """Sizes that do at the onsets what the circuit does; the least harmful so far is kept."""
+# -- baselines of the circuit's effect ----------------------------------------------------------------------------
 
-    def __init__(self, texts: Texts, goal: Measured) -> None:
-        self.texts = texts
-        self.wanted = texts.plain.p_onset - goal.p_onset
-        self.best: Setting | None = None
 
-    def try_one(
-        self, make: Callable[[float], Variant], chosen: str, unit: str, first: float, most: float, **given: Any
-    ) -> None:
-        """One setting, whose size is found; ``given`` goes to `Texts.measure`."""
-        if self.wanted <= 0:  # the circuit does not lower the word, so doing nothing does as much
-            if self.best is None:
-                self.best = Setting(on_route("replacement"), "not used", 0.0, unit, self.texts.plain, True)
-            return
-        best = self.best
-        size, found, reached = size_for(
-            lambda size: self.texts.measure(make(size), **given),
-            self._effect,
-            self.wanted,
-            first,
-            most,
-            SAME_EFFECT * self.wanted,
-            lambda measured: best is not None and best.reached and measured.kl >= best.measured.kl,
+@dataclass(frozen=True)
+class _Candidate:
+    """One way to apply a baseline, whose size is not set yet."""
+
+    make: Callable[[float], Variant]
+    """From a size to the condition."""
+    chosen: str
+    """The way, in words."""
+    first: float
+    """The size that is tried first."""
+    most: float
+    """The largest size."""
+    streams: Sequence[Tensor] | None = None
+    """The replacement's residual streams before block ``start``, for `TuningTexts.measure`."""
+    start: int = 0
+    """The first block that the condition changes."""
+
+
+def _least_harmful(
+    texts: TuningTexts, goal: ConditionEffect, candidates: Iterable[_Candidate], unit: str
+) -> TunedCondition:
+    """The candidate that has the circuit's effect with the least harm; else the one that comes nearest to the effect.
+
+    Where every size of every candidate breaks the model, nothing is changed.
+    """
+    wanted = texts.unchanged.p_onset - goal.p_onset
+    best: TunedCondition | None = None
+
+    def effect(measured: ConditionEffect) -> float:
+        return texts.unchanged.p_onset - measured.p_onset
+
+    def rank(tuned: TunedCondition) -> tuple[bool, float, float]:
+        missing = 0.0 if tuned.reached else abs(effect(tuned.measured) - wanted)
+        return not tuned.reached, missing, tuned.measured.kl_elsewhere
+
+    for candidate in candidates:
+        if wanted <= 0:  # the circuit does not lower the word, so changing nothing has as much effect
+            return TunedCondition(on_route("replacement"), "not used", 0.0, unit, texts.unchanged, True)
+        limit = best.measured.kl_elsewhere if best is not None and best.reached else math.inf
+        size, measured, reached = size_for_goal(
+            lambda size, c=candidate: texts.measure(c.make(size), c.streams, c.start),  # type: ignore[misc]
+            effect,
+            wanted,
+            candidate.first,
+            candidate.most,
+            EFFECT_TOLERANCE * wanted,
+            lambda measured, limit=limit: measured.kl_elsewhere >= limit,  # type: ignore[misc]
         )
-        setting = Setting(make(size), chosen, size, unit, found, reached)
-        if size > 0 and (best is None or self._order(setting) < self._order(best)):
-            self.best = setting
-
-    def _effect(self, measured: Measured) -> float:
-        return self.texts.plain.p_onset - measured.p_onset
-
-    def _order(self, setting: Setting) -> tuple[bool, float, float]:
-        """Those that do it first, by harm; then the nearest."""
-        short = 0.0 if setting.reached else abs(self._effect(setting.measured) - self.wanted)
-        return not setting.reached, short, setting.measured.kl
-
-    def taken(self, unit: str) -> Setting:
-        """The best; where every size breaks the model, none."""
-        nothing = Setting(on_route("replacement"), "no size leaves the model whole", 0.0, unit, self.texts.plain, False)
-        return nothing if self.best is None else self.best
+        tuned = TunedCondition(candidate.make(size), candidate.chosen, size, unit, measured, reached)
+        if size > 0 and (best is None or rank(tuned) < rank(best)):
+            best = tuned
+    nothing = on_route("replacement")
+    return best or TunedCondition(nothing, "no size leaves the model whole", 0.0, unit, texts.unchanged, False)
 
 
 @torch.no_grad()
-def tuned_steering(texts: Texts, goal: Measured) -> Setting:
-    """Difference of means (onsets less matched control positions), subtracted where that does it at the least harm.
+def tuned_steering(texts: TuningTexts, goal: ConditionEffect) -> TunedCondition:
+    """Subtract a difference of means (onsets less matched control positions) from the residual stream.
 
-    The layer and the positions (all, or those where the word may come) are chosen. Without control positions the onsets
-    are compared with all other positions of the response.
+    The layer and the positions (all, or those after which the word may come) are chosen by the least harm. Without
+    control positions the onsets are compared with all positions away from them.
 
     Args:
         texts: of the select split.
         goal: what the circuit does.
     """
-    pair, search = texts.pair, _Effect(texts, goal)
-    control = any(bool(batch.control.any()) for batch in texts.batches)
-    marked = {int(token) for b in texts.batches for token in b.tokens[b.onset].tolist()}
-    ended = {word[-1] if isinstance(word, tuple) else word for word in texts.onsets.words}
-    marks = sorted(marked - ended)
+    return _least_harmful(texts, goal, _steering_candidates(texts), "times the difference of means")
+
+
+def _steering_candidates(texts: TuningTexts) -> Iterator[_Candidate]:
+    pair, batches = texts.pair, texts.batches
+    has_controls = any(bool(batch.control.any()) for batch in batches)
+    before_onsets = {int(token) for batch in batches for token in batch.tokens[batch.onset].tolist()}
+    last_tokens = {word[-1] if isinstance(word, tuple) else word for word in texts.onsets.words}
+    marks = sorted(before_onsets - last_tokens)
     before = texts.embedded
     for layer in range(pair.n_layers):
         with pair.routed("replacement"):
             streams = [pair.run_blocks(resid, layer, layer + 1) for resid in before]
-        here = torch.cat([s[b.onset] for s, b in zip(streams, texts.batches, strict=True)]).float().mean(0)
-        there = [s[b.control if control else away(b)] for s, b in zip(streams, texts.batches, strict=True)]
-        direction = here - torch.cat(there).float().mean(0)
+        at_onsets = [s[b.onset] for s, b in zip(streams, batches, strict=True)]
+        compared = [s[b.control if has_controls else b.away_from_onsets] for s, b in zip(streams, batches, strict=True)]
+        direction = torch.cat(at_onsets).float().mean(0) - torch.cat(compared).float().mean(0)
         for after, where in ((marks, "where the word may come"), (None, "everywhere")):
             if after is not None and not after:  # every onset comes after a word of the behavior, so no token marks it
                 continue
-            search.try_one(
-                lambda size, layer=layer, after=after, by=direction: steered(layer, by, size, after),  # type: ignore[misc]
-                f"after layer {layer}, {where}",
-                "times the difference of means",
-                1.0,
-                MOST_COEFFICIENT,
-                streams=before,
-                start=layer,
-            )
+
+            def make(
+                size: float, layer: int = layer, after: Sequence[int] | None = after, by: Tensor = direction
+            ) -> Variant:
+                return steered(layer, by, size, after)
+
+            yield _Candidate(make, f"after layer {layer}, {where}", 1.0, MAX_COEFFICIENT, before, layer)
         before = streams
-    return search.taken("times the difference of means")
 
 
-def tuned_logit_bias(texts: Texts, goal: Measured) -> Setting:
-    """The words' logits lowered by so much that they come as seldom as without the circuit."""
-    search, words = _Effect(texts, goal), texts.onsets.words
-    search.try_one(
-        lambda size: shifted_logits(words, -size), "everywhere", "nats", 1.0, MOST_NATS,
-        streams=texts.final, start=texts.pair.n_layers,
-    )  # fmt: skip
-    return search.taken("nats")
+def tuned_logit_bias(texts: TuningTexts, goal: ConditionEffect) -> TunedCondition:
+    """Lower the logits of the words by so much that they are as unlikely as without the circuit."""
+    words = texts.onsets.words
+    bias = _Candidate(
+        lambda size: shifted_logits(words, -size), "everywhere", 1.0, MAX_NATS, texts.final, texts.pair.n_layers
+    )
+    return _least_harmful(texts, goal, [bias], "nats")
 
 
-def tuned_neurons(texts: Texts, goal: Measured) -> Setting:
-    """Neurons of the base's MLPs off or held at their mean, as many as it takes, in the better of two orders.
+def tuned_neurons(texts: TuningTexts, goal: ConditionEffect) -> TunedCondition:
+    """Set neurons of the base's MLPs to zero or to their mean, as many as it takes, in the better of two orders.
 
-    By effect on the margin, or by effect over what they write elsewhere (KL grows with its square), so that much is
-    bought with little harm.
+    The orders are by effect on the log-odds, and by effect over what the neurons write elsewhere (KL grows with its
+    square), so that much effect is had with little harm.
     """
-    found = neuron_effects(texts.pair, texts.onsets)
-    search = _Effect(texts, goal)
-    for held, effect, written, how in (
-        (None, found.off, found.written_off, "off"),
-        (found.mean, found.at_mean, found.written_at_mean, "held at their mean"),
-    ):
-        orders = {"by effect": effect, "by effect over what they write elsewhere": effect / written.clamp(min=1e-12)}
-        for ranked, scores in orders.items():
-            order = by_size(scores)
+    neurons = neuron_effects(texts.pair, texts.onsets)
+
+    def candidates() -> Iterator[_Candidate]:
+        for held, effect, written, how in (
+            (None, neurons.off, neurons.written_off, "off"),
+            (neurons.mean, neurons.at_mean, neurons.written_at_mean, "held at their mean"),
+        ):
             helping = int((effect > 0).sum())
-            if not helping:
-                continue
+            scores = {
+                "by effect": effect,
+                "by effect over what they write elsewhere": effect / written.clamp(min=1e-12),
+            }
+            for ranked, score in scores.items() if helping else ():
+                order = largest_scores(score)
 
-            def make(size: float, order: Sequence[tuple[int, int]] = order, held: Tensor | None = held) -> Variant:
-                n = math.ceil(size)
-                return without_neurons(order[:n], held, 1 - (n - size))
+                def make(size: float, order: Sequence[tuple[int, int]] = order, held: Tensor | None = held) -> Variant:
+                    n = math.ceil(size)
+                    return without_neurons(order[:n], held, 1 - (n - size))
 
-            search.try_one(make, f"{how}, {ranked}", "neurons", min(64.0, helping), float(helping))
-    return search.taken("neurons")
+                yield _Candidate(make, f"{how}, {ranked}", min(64.0, helping), float(helping))
+
+    return _least_harmful(texts, goal, candidates(), "neurons")
 
 
-def of_equal_norm(
-    texts: Texts, order: Sequence[FeatureId], norms: Float[Tensor, "n_layers n_features"], goal: float
-) -> Setting:
-    """The first features of an order whose summed write norm at the onsets is the circuit's.
+# -- other features -----------------------------------------------------------------------------------------------
+
+
+def features_of_equal_norm(
+    texts: TuningTexts, order: Sequence[FeatureId], norms: Float[Tensor, "n_layers n_features"], goal: float
+) -> TunedCondition:
+    """Remove the first features of an order, as many as have the circuit's summed write norm at the onsets.
 
     Args:
         texts: of the select split.
@@ -314,12 +343,14 @@ def of_equal_norm(
         norms: of every feature, mean activation at the onsets times the norm of its decoder row.
         goal: the circuit's sum.
     """
-    size = size_of_norm(order, norms, goal)
-    return _set(texts, order, size or 0.0, size is not None)
+    size = size_for_norm(order, norms, goal)
+    return _removed_features(texts, order, size or 0.0, size is not None)
 
 
-def of_equal_harm(texts: Texts, order: Sequence[FeatureId], goal: Measured, first: float) -> Setting:
-    """The first features of an order without which the harm elsewhere is the circuit's.
+def features_of_equal_harm(
+    texts: TuningTexts, order: Sequence[FeatureId], goal: ConditionEffect, first: float
+) -> TunedCondition:
+    """Remove the first features of an order, as many as do the circuit's harm elsewhere.
 
     Args:
         texts: of the select split.
@@ -327,37 +358,37 @@ def of_equal_harm(texts: Texts, order: Sequence[FeatureId], goal: Measured, firs
         goal: what the circuit does.
         first: the size that is tried first.
     """
-    if goal.kl <= 0 or not order:
-        return _set(texts, order, 0.0, goal.kl <= 0)
-    size, _, reached = size_for(
-        lambda size: texts.measure(removed(first_of(order, size))),
-        lambda measured: measured.kl,
-        goal.kl,
+    if goal.kl_elsewhere <= 0 or not order:
+        return _removed_features(texts, order, 0.0, goal.kl_elsewhere <= 0)
+    size, _, reached = size_for_goal(
+        lambda size: texts.measure(removed_in_part(first_features(order, size))),
+        lambda measured: measured.kl_elsewhere,
+        goal.kl_elsewhere,
         first,
-        MOST_TIMES * len(order),
-        SAME_HARM * goal.kl,
+        MAX_FEATURE_FACTOR * len(order),
+        HARM_TOLERANCE * goal.kl_elsewhere,
     )
-    return _set(texts, order, size, reached)
+    return _removed_features(texts, order, size, reached)
 
 
-def _set(texts: Texts, order: Sequence[FeatureId], size: float, reached: bool) -> Setting:
-    shares = first_of(order, size)
+def _removed_features(texts: TuningTexts, order: Sequence[FeatureId], size: float, reached: bool) -> TunedCondition:
+    shares = first_features(order, size)
     if not shares:
-        return Setting(on_route("replacement"), "no features", 0.0, "features", texts.plain, reached, {})
+        return TunedCondition(on_route("replacement"), "no features", 0.0, "features", texts.unchanged, reached, {})
     chosen = f"{len(shares)} features"
     if size > len(order):
         chosen = f"all {len(order)} features, {size / len(order):.2f} times"
-    variant = removed(shares)
-    return Setting(variant, chosen, size, "features", texts.measure(variant), reached, shares)
+    variant = removed_in_part(shares)
+    return TunedCondition(variant, chosen, size, "features", texts.measure(variant), reached, shares)
 
 
 def set_controls(
-    texts: Texts,
+    texts: TuningTexts,
     circuit: Sequence[FeatureId],
     orders: Mapping[str, Sequence[FeatureId]],
     norms: Float[Tensor, "n_layers n_features"],
-) -> dict[str, Setting]:
-    """The circuit and everything it is held against, by name: what they are, and what they do to the select texts.
+) -> dict[str, TunedCondition]:
+    """Set the strength of every control of a circuit; return them by name, the circuit itself first.
 
     Args:
         texts: of the select split.
@@ -368,15 +399,41 @@ def set_controls(
     Of each order there are three sets: NAME of the circuit's size, NAME_scaled of its write norm at the onsets, and
     NAME_equal_harm. "logit_bias", "steering" and "neurons" have the circuit's effect.
     """
-    goal = texts.measure(without(circuit))
-    found = {"circuit": Setting(without(circuit), f"{len(circuit)} features", len(circuit), "features", goal, True)}
-    written = float(sum(norms[f] for f in circuit))
+    goal, variant = texts.measure(without(circuit)), without(circuit)
+    tuned = {"circuit": TunedCondition(variant, f"{len(circuit)} features", len(circuit), "features", goal, True)}
+    norm = float(sum(norms[f] for f in circuit))
     for name, order in orders.items():
         size = min(len(circuit), len(order))
-        found[name] = _set(texts, order, size, size == len(circuit))
-        found[f"{name}_scaled"] = of_equal_norm(texts, order, norms, written)
-        found[f"{name}_equal_harm"] = of_equal_harm(texts, order, goal, len(circuit))
-    found["logit_bias"] = tuned_logit_bias(texts, goal)
-    found["steering"] = tuned_steering(texts, goal)
-    found["neurons"] = tuned_neurons(texts, goal)
-    return found
+        tuned[name] = _removed_features(texts, order, size, size == len(circuit))
+        tuned[f"{name}_scaled"] = features_of_equal_norm(texts, order, norms, norm)
+        tuned[f"{name}_equal_harm"] = features_of_equal_harm(texts, order, goal, len(circuit))
+    tuned["logit_bias"] = tuned_logit_bias(texts, goal)
+    tuned["steering"] = tuned_steering(texts, goal)
+    tuned["neurons"] = tuned_neurons(texts, goal)
+    return tuned
+
+
+def control_records(
+    tuned: Mapping[str, TunedCondition],
+    unchanged: ConditionEffect,
+    circuit: Sequence[FeatureId],
+    norms: Float[Tensor, "n_layers n_features"],
+) -> dict[str, dict[str, Any]]:
+    """The records of `set_controls` in results.json.
+
+    A set of features has its write norm at the onsets, as a share of the circuit's.
+
+    Args:
+        tuned: the controls.
+        unchanged: what the replacement does.
+        circuit: its features.
+        norms: of every feature, mean activation at the onsets times the norm of its decoder row.
+    """
+    records = {name: condition.record(unchanged) for name, condition in tuned.items()}
+    whole = sum(float(norms[f]) for f in circuit)
+    for name, condition in tuned.items():
+        shares = dict.fromkeys(circuit, 1.0) if name == "circuit" else condition.shares
+        if shares is not None and whole > 0:
+            written = sum(float(norms[f]) * share for f, share in shares.items())
+            records[name]["write_norm"] = written / whole
+    return records

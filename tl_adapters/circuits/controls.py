@@ -1,17 +1,17 @@
-"""What a circuit is held against: other features that are active where it is, and cheaper ways to stop a word.
+"""What a circuit is compared with: other features that are active where it is, and interventions without features.
 
-* random sets of the same size, each feature replaced by another of its layer whose activation mass at the same places
-  (moments and boundaries together) is nearest, drawn among the nearest five. Where a circuit is the most active set
-  there is, no other set has its mass: so the share of the mass that each set holds is reported beside it;
-* a harder one: the most active of the other features at those places, whatever their layer;
-* both again, with the circuit's summed write norm at the onsets, and with its harm elsewhere (`circuit_tuning`);
-* the word's logits set to minus infinity, or lowered by a bias;
-* a difference-of-means direction of the residual stream (moments less boundaries) taken off after a layer, everywhere
-  or only at tokens after which the word may come;
-* neurons of the base's MLPs, off or held at their mean;
-* the same search run for the token that most often comes at the boundaries instead.
+* random sets of the same size: each feature is replaced by another feature of its layer, drawn among the five whose
+  activation at onsets and matched control positions is nearest. Where a circuit is the most active set there is, no
+  other set has its activation; so the share of the activation that each set has is reported beside it;
+* a harder control: the most active other features at those positions, whatever their layer;
+* both again with the circuit's summed write norm at the onsets, and with its harm elsewhere (`control_strengths`);
+* the word's logits set to minus infinity, or lowered by a bias (`steering`);
+* a difference-of-means direction of the residual stream (onsets less controls), subtracted after a layer, at all
+  positions or only after tokens after which the word may come (`steering`);
+* neurons of the base's MLPs, set to zero or to their mean (`steering`);
+* the same search for the token that most often comes at the control positions (`conditions`).
 
-Here is how each of them is made; `circuit_tuning` sets bias, steering and neurons to the circuit's own effect.
+`control_strengths` sets bias, steering and neurons to the circuit's own effect.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
 
-NEAREST = 5
-"""A feature's stand-in is drawn among so many."""
+NEAREST_CANDIDATES = 5
+"""A matched feature is drawn among this many nearest candidates."""
 
 
 def matched_features(
@@ -43,14 +43,20 @@ def matched_features(
     alive: Bool[Tensor, "n_layers n_features"],
     generator: torch.Generator,
 ) -> list[FeatureId]:
-    """A random set of the same size, matched in layer and activation mass; each stand-in is taken once.
+    """Draw a random set of the same size, matched in layer and activation.
 
-    Where a layer has fewer other alive features than are wanted, the set is smaller by so many.
+    Args:
+        chosen: the features to match; none of them is drawn.
+        activation: of every feature, by which candidates are compared (in log scale).
+        alive: features that may be drawn.
+        generator: of the draw.
+
+    No feature is drawn twice. Where a layer has too few other alive features, the set is smaller.
     """
     free = alive.clone()
     for f in chosen:
         free[f] = False
-    found = []
+    drawn = []
     order = torch.randperm(len(chosen), generator=generator).tolist()
     for layer, index in (chosen[i] for i in order):
         candidates = free[layer].nonzero()[:, 0]
@@ -59,23 +65,23 @@ def matched_features(
         distance = (
             activation[layer, candidates].clamp(min=1e-6).log() - activation[layer, index].clamp(min=1e-6).log()
         ).abs()
-        near = candidates[distance.argsort()[:NEAREST]]
+        near = candidates[distance.argsort()[:NEAREST_CANDIDATES]]
         pick = int(near[torch.randint(len(near), (1,), generator=generator)])
         free[layer, pick] = False
-        found.append(FeatureId(layer, pick))
-    return found
+        drawn.append(FeatureId(layer, pick))
+    return drawn
 
 
-def further_matched(
+def matched_order(
     chosen: Sequence[FeatureId],
     first: Sequence[FeatureId],
     activation: Float[Tensor, "n_layers n_features"],
     alive: Bool[Tensor, "n_layers n_features"],
     generator: torch.Generator,
 ) -> list[FeatureId]:
-    """A matched set and what enlarges it: ``first``, then matched sets of what is left, until the layers have no more.
+    """Return the order in which features join a matched set that is enlarged to a write norm or a harm.
 
-    The order in which sets are enlarged to a write norm or a harm (`circuit_tuning`).
+    It is ``first``, then further matched sets of the features that are left, until the layers have no more.
     """
     order, free = list(first), alive.clone()
     added: Sequence[FeatureId] = first
@@ -93,7 +99,7 @@ def most_active_others(
     alive: Bool[Tensor, "n_layers n_features"],
     n: int,
 ) -> list[FeatureId]:
-    """The ``n`` alive features outside a set with the largest mass (all of them, where there are fewer)."""
+    """Return the ``n`` most active alive features outside a set (all of them, where there are fewer)."""
     free = alive.clone()
     for f in chosen:
         free[f] = False
@@ -104,32 +110,33 @@ def most_active_others(
 # -- features in part ---------------------------------------------------------------------------------------------
 
 Shares = Mapping[FeatureId, float]
-"""Features, and how much of each activation is taken: 1 is all of it, more than 1 overshoots."""
+"""Feature -> the share of its activation that is removed or added; more than 1 inverts a removed activation."""
 
 
-def first_of(order: Sequence[FeatureId], size: float) -> dict[FeatureId, float]:
-    """The first ``size`` features of an order, the last of them in part; of all of them so many times as are missing.
+def first_features(order: Sequence[FeatureId], size: float) -> dict[FeatureId, float]:
+    """Return the shares of the first ``size`` features of an order; the last of them has a fractional share.
 
-    So the size of a set can be set as finely as a coefficient. None of an empty order.
+    A size beyond the order gives every feature the same share above 1. So the size of a set can be set as finely as a
+    coefficient.
     """
     if not order or size <= 0:
         return {}
     if size >= len(order):
         return dict.fromkeys(order, size / len(order))
     whole = int(size)
-    found = dict.fromkeys(order[:whole], 1.0)
-    return found | {order[whole]: size - whole} if size > whole else found
+    shares = dict.fromkeys(order[:whole], 1.0)
+    return shares | {order[whole]: size - whole} if size > whole else shares
 
 
-def size_of_norm(order: Sequence[FeatureId], norms: Float[Tensor, "n_layers n_features"], goal: float) -> float | None:
-    """How many features of an order have a summed write norm of ``goal``, as `first_of` takes them.
+def size_for_norm(order: Sequence[FeatureId], norms: Float[Tensor, "n_layers n_features"], goal: float) -> float | None:
+    """Return the size at which `first_features` of an order have a summed write norm of ``goal``.
 
     Args:
         order: of features.
-        norms: of every feature what it writes at the onsets, mean activation times the norm of its decoder row.
+        norms: of every feature, mean activation at the onsets times the norm of its decoder row.
         goal: the circuit's sum.
 
-    None where the features write nothing there: no factor makes them the circuit's equal.
+    It is None where the features write nothing at the onsets, so that no factor gives them the circuit's norm.
     """
     sums = torch.tensor([float(norms[f]) for f in order], dtype=torch.float64).cumsum(0)
     if not len(sums) or float(sums[-1]) <= 0:
@@ -142,8 +149,8 @@ def size_of_norm(order: Sequence[FeatureId], norms: Float[Tensor, "n_layers n_fe
     return at + ((goal - before) / step if step > 0 else 0.0)
 
 
-def removed(shares: Shares) -> Variant:
-    """The replacement with a share of each feature's activation taken away."""
+def removed_in_part(shares: Shares) -> Variant:
+    """The replacement with a share of each feature's activation removed."""
 
     def entered(pair: PairedModel) -> Any:
         return gated(pair, _gates(pair, 1.0, {f: 1 - share for f, share in shares.items()}), "replacement")
@@ -151,7 +158,7 @@ def removed(shares: Shares) -> Variant:
     return Variant(f"replacement without {len(shares)} features, in part", entered)
 
 
-def put_in(shares: Shares, strength: float = 1.0) -> Variant:
+def inserted_in_part(shares: Shares, strength: float = 1.0) -> Variant:
     """The hybrid with a share of each feature's activation added, ``strength`` times."""
 
     def entered(pair: PairedModel) -> Any:
@@ -162,7 +169,7 @@ def put_in(shares: Shares, strength: float = 1.0) -> Variant:
 
 
 def _gates(pair: PairedModel, others: float, chosen: Shares) -> dict[int, Tensor]:
-    """Gates of every layer on the model's device: ``others``, but for the chosen features."""
+    """Gates of every layer on the model's device: ``others`` for all features but the chosen ones."""
     adapters = pair.installed_adapters()
     like = pair.model.W_E
     gates = torch.full((pair.n_layers, adapters.n_features), others)
@@ -177,30 +184,30 @@ def _gates(pair: PairedModel, others: float, chosen: Shares) -> dict[int, Tensor
 
 @dataclass(frozen=True)
 class NeuronEffects:
-    """What neurons of the base's MLPs do for the word, first order, and what they write elsewhere."""
+    """First-order effects of neurons of the base's MLPs on the word, and what the neurons write elsewhere."""
 
     off: Float[Tensor, "n_layers d_mlp"]
-    """Summed over the onsets, the margin lost without each neuron, in nats."""
+    """Summed over the onsets, the log-odds lost when each neuron is set to zero, in nats."""
     at_mean: Float[Tensor, "n_layers d_mlp"]
-    """The same, with the neuron held at its mean."""
+    """The same, when the neuron is set to its mean."""
     mean: Float[Tensor, "n_layers d_mlp"]
-    """Mean activation away from the onsets and what follows them."""
+    """Mean activation away from the onsets and continuations."""
     written_off: Float[Tensor, "n_layers d_mlp"]
-    """Mean square of what is taken away there without the neuron: its activation squared, times the squared norm of
-    its output row."""
+    """Mean squared norm of what is removed there with the neuron at zero: the squared activation times the squared
+    norm of the output row."""
     written_at_mean: Float[Tensor, "n_layers d_mlp"]
-    """The same, with the neuron held at its mean."""
+    """The same, with the neuron at its mean."""
 
 
 def neuron_effects(pair: PairedModel, onsets: Onsets, documents: int | None = None) -> NeuronEffects:
-    """Effects of every neuron over the first ``documents`` documents that have an onset (all, if None)."""
+    """Measure the effects of every neuron over the first ``documents`` documents that have an onset (all, if None)."""
     device, n_layers = pair.model.W_E.device, pair.n_layers
     shape = (n_layers, pair.model.cfg.d_mlp)
     times, plus, total, squares = (torch.zeros(shape, device=device) for _ in range(4))
-    places = 0
+    n_away = 0
     for _, batch in onsets.with_onsets(documents).batches():
         batch = batch.to(device)
-        away = batch.predicting & ~batch.onset & ~batch.continuation
+        away = batch.away_from_onsets
         gates, shifts = (torch.full(shape, v, device=device, requires_grad=True) for v in (1.0, 0.0))
 
         def multiply(
@@ -211,33 +218,34 @@ def neuron_effects(pair: PairedModel, onsets: Onsets, documents: int | None = No
             shifts: Tensor = shifts,
             away: Tensor = away,
         ) -> Tensor:
-            here = acts.detach()[away].float()
-            total[layer] += here.sum(0)
-            squares[layer] += here.square().sum(0)
+            away_acts = acts.detach()[away].float()
+            total[layer] += away_acts.sum(0)
+            squares[layer] += away_acts.square().sum(0)
             return acts * gates[layer].to(acts) + shifts[layer].to(acts)
 
         hooks = [(f"blocks.{layer}.mlp.hook_post", partial(multiply, layer=layer)) for layer in range(n_layers)]
         with torch.enable_grad(), pair.routed("replacement"), pair.model.hooks(fwd_hooks=hooks):
-            said = log_odds(pair, final_residual(pair, batch.tokens), batch, batch.onset)
-            by_gate, by_shift = torch.autograd.grad(said.sum(), [gates, shifts])
-        times, plus, places = times + by_gate, plus + by_shift, places + int(away.sum())
-    mean, square = total / max(1, places), squares / max(1, places)
+            odds = log_odds(pair, final_residual(pair, batch.tokens), batch, batch.onset)
+            by_gate, by_shift = torch.autograd.grad(odds.sum(), [gates, shifts])
+        times, plus, n_away = times + by_gate, plus + by_shift, n_away + int(away.sum())
+    mean, square = total / max(1, n_away), squares / max(1, n_away)
     rows = torch.stack([mlp.weights()[1].W_out.detach().float().square().sum(-1) for mlp in pair.mlps])
     variance = (square - mean.square()).clamp(min=0)
     return NeuronEffects(times, times - mean * plus, mean, square * rows, variance * rows)
 
 
-def by_size(scores: Float[Tensor, "n_layers d_mlp"], n: int | None = None) -> list[tuple[int, int]]:
-    """(layer, index) of the ``n`` largest scores, largest first; of all, if None."""
+def largest_scores(scores: Float[Tensor, "n_layers d_mlp"], n: int | None = None) -> list[tuple[int, int]]:
+    """Return (layer, index) of the ``n`` largest scores, largest first; of all scores, if None."""
     best = scores.flatten().topk(min(scores.numel() if n is None else n, scores.numel())).indices.tolist()
     return [(i // scores.shape[1], i % scores.shape[1]) for i in best]
 
 
 def commonest_alternative(onsets: Onsets) -> int | None:
-    """The token that most often comes at the boundaries, where the words do not; None where there is no boundary.
+    """Return the token that most often comes at the control positions; None where there are none.
 
-    A token with which a phrase begins is none: it comes at moments, too.
+    Tokens with which a word or phrase begins are left out, because they come at onsets too.
     """
-    there = onsets.next_tokens[onsets.control]
-    there = there[~torch.isin(there, torch.tensor(first_tokens(onsets.words), dtype=torch.long, device=there.device))]
-    return int(there.mode().values) if len(there) else None
+    following = onsets.next_tokens[onsets.control]
+    words = torch.tensor(first_tokens(onsets.words), dtype=torch.long, device=following.device)
+    following = following[~torch.isin(following, words)]
+    return int(following.mode().values) if len(following) else None

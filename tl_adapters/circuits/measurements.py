@@ -1,26 +1,27 @@
-"""A circuit on trial: what the model does without it and with it, in probabilities and in what it says.
+"""What one condition does: to the probability of a behavior over given text, and to the model's own answers.
 
-Two measurements of every arm (a `Variant`):
+A condition is a `Variant`: a named intervention on one of the model's routes. Each is measured in two ways:
 
-* *probabilities*: over the target's own text, how likely the word is at the moments, at matched boundaries, and
-  elsewhere in the response; exact, cheap, with no text of the arm's own. Beside them the harm elsewhere:
-  KL(replacement || condition) away from the onsets and what follows them;
-* *answers*: the arm answers the problems itself, so what hesitation is for (length, accuracy, corrections) is seen.
+* *probabilities* over the text that the target wrote, at the onsets, at matched control positions and elsewhere in the
+  response. They are exact and cheap, because the condition generates nothing. Beside them stands the harm:
+  KL(replacement || condition) away from the onsets and continuations;
+* *answers* that the model generates to the problems, which show what hesitation is for: length, accuracy, corrections.
 
-Arms are compared with the arm in which nothing is changed, paired by problem, with 95 % intervals
-(`intervals` says which).
+A condition is compared with the model on which nothing is changed, paired by problem, with 95 % intervals
+(`utils.measurement`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_adapters.circuits.onsets import BehaviorError, Onsets, final_residual, log_odds, log_odds_from_logits
+from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds, log_odds_from_logits
 from tl_adapters.circuits.subject import Injection, Subject
 from tl_adapters.evaluation.behaviors import Behavior, counts
 from tl_adapters.evaluation.response_metrics import correctness, rate
@@ -43,20 +44,29 @@ from tl_adapters.utils.results import plain
 from tl_adapters.utils.share_intervals import share
 
 POSITION_KEYS = {"onset": "moment", "control": "boundary", "elsewhere": "elsewhere"}
-"""Positions of `Onsets` -> what results.json calls the probability there."""
+"""Positions of `Onsets` -> the key of the probability there, in what is returned and in results.json."""
 FEW_SETS = 5
-"""A mean over fewer random sets than these says how many they are."""
+"""A mean over fewer random sets than these states their number as its reason."""
 
 
 def probabilities(
-    pair: PairedModel, onsets: Onsets, variant: Variant, split: str, unchanged: Unchanged | None = None
+    pair: PairedModel, onsets: Onsets, variant: Variant, split: str, residuals: ReplacementResiduals | None = None
 ) -> dict[str, Measurement]:
-    """Probability of the behaviour at moments, boundaries and elsewhere, with intervals over documents.
+    """Mean probability of the behavior by kind of position, with intervals over documents.
 
-    Of a phrase: of all its tokens at the moments, elsewhere as far as the text shows it (see `moments`).
-    With ``unchanged``, read over the same texts, the harm elsewhere too: "kl_elsewhere" (see `kl_elsewhere`).
+    Args:
+        pair: with adapters on every layer.
+        onsets: the texts; of a phrase the probability is that of all its tokens at the onsets, elsewhere that of the
+            tokens that the text shares with it (see `onsets`).
+        variant: the condition.
+        split: of the problems, recorded in the figures.
+        residuals: of the replacement over the same texts; with them "kl_elsewhere", the harm in nats per token, is
+            measured too. It has no value where the condition rules a token out: the KL is infinite there.
+
+    Returns figures under the keys "moment" (onsets), "boundary" (matched control positions) and "elsewhere", as in
+    results.json; a kind of position that the texts do not have is left out.
     """
-    return _probabilities(_probability_sums(pair, onsets, variant, unchanged), split)
+    return _as_measurements(_probability_sums(pair, onsets, variant, residuals), split)
 
 
 def mean_probabilities(
@@ -64,19 +74,11 @@ def mean_probabilities(
     onsets: Onsets,
     variants: Sequence[Variant],
     split: str,
-    unchanged: Unchanged | None = None,
+    residuals: ReplacementResiduals | None = None,
 ) -> dict[str, Measurement]:
-    """The same as a mean over variants that were drawn themselves (random sets): their choice is in the interval."""
-    drawn = [_probability_sums(pair, onsets, variant, unchanged) for variant in variants]
-    return _probabilities({place: torch.stack([sums[place] for sums in drawn]) for place in drawn[0]}, split)
-
-
-def away(onsets: Onsets) -> Bool[Tensor, "batch pos"]:
-    """Where a condition should change nothing: the response without the onsets and what follows them.
-
-    Matched control positions are among them: the word may come there and did not, and that should stay so.
-    """
-    return onsets.predicting & ~onsets.onset & ~onsets.continuation
+    """`probabilities` as a mean over variants that were drawn (random sets); intervals include the choice of them."""
+    sums = [_probability_sums(pair, onsets, variant, residuals) for variant in variants]
+    return _as_measurements({key: torch.stack([each[key] for each in sums]) for key in sums[0]}, split)
 
 
 @torch.no_grad()
@@ -87,9 +89,9 @@ def kl_from_replacement(
 
     Args:
         pair: with adapters.
-        variant: what it is entered for: it may change the logits alone.
+        variant: the condition; it is entered for the unembedding, because it may change the logits alone.
         plain: the replacement's final residual stream.
-        residual: the variant's.
+        residual: the condition's final residual stream.
     """
     parts = [residual.new_zeros(0)]
     for was, becomes in zip(plain.split(pair.rows_at_once), residual.split(pair.rows_at_once), strict=True):
@@ -99,69 +101,64 @@ def kl_from_replacement(
     return torch.cat(parts)
 
 
-class Unchanged:
-    """The replacement's final residual stream over given texts, away from the onsets: read once, for all conditions."""
+@dataclass(frozen=True)
+class ReplacementResiduals:
+    """The replacement's final residual stream away from the onsets of given texts: read once for all conditions."""
 
+    batches: tuple[Float[Tensor, "n d_model"], ...]
+    """On the CPU, in the order of `Onsets.batches`."""
+
+    @classmethod
     @torch.no_grad()
-    def __init__(self, pair: PairedModel, onsets: Onsets) -> None:
-        self.residuals = []
+    def read(cls, pair: PairedModel, onsets: Onsets) -> ReplacementResiduals:
+        """Read them over the texts of ``onsets``."""
+        residuals = []
         for _, batch in onsets.batches():
             batch = batch.to(pair.model.W_E.device)
             with pair.routed("replacement"):
-                self.residuals.append(final_residual(pair, batch.tokens)[away(batch)].cpu())
-
-
-def kl_elsewhere(pair: PairedModel, onsets: Onsets, variant: Variant, split: str) -> Measurement:
-    """KL(replacement || variant) in nats per token, away from the onsets and what follows them (`away`).
-
-    The interval is over documents. There is no value for a variant that rules a token out: its KL is infinite. Raises
-    BehaviourError where the texts have no such position.
-    """
-    found = probabilities(pair, onsets, variant, split, Unchanged(pair, onsets))
-    if "kl_elsewhere" not in found:
-        raise BehaviorError("Every position of these responses is an onset or follows one; give longer texts.")
-    return found["kl_elsewhere"]
+                residuals.append(final_residual(pair, batch.tokens)[batch.away_from_onsets].cpu())
+        return cls(tuple(residuals))
 
 
 @torch.no_grad()
 def _probability_sums(
-    pair: PairedModel, onsets: Onsets, variant: Variant, unchanged: Unchanged | None = None
+    pair: PairedModel, onsets: Onsets, variant: Variant, residuals: ReplacementResiduals | None
 ) -> dict[str, Float[Tensor, "2 n"]]:
-    """By place and document: the probabilities' sum, and how many there are; the KL elsewhere likewise."""
+    """By kind of position and document: the sum of the probabilities and the number of positions; the KL likewise."""
     sums = {key: torch.zeros(2, len(onsets), dtype=torch.float64) for key in POSITION_KEYS.values()}
     harm = torch.zeros(2, len(onsets), dtype=torch.float64)
     for number, (rows, batch) in enumerate(onsets.batches()):
         batch = batch.to(pair.model.W_E.device)
-        with variant.entered(pair):  # the unembedding too: a variant may change the logits alone
+        with variant.entered(pair):  # for the unembedding too: a variant may change the logits alone
             residual = final_residual(pair, batch.tokens)
             for positions, key in POSITION_KEYS.items():
                 at = getattr(batch, positions)
-                found = wide(log_odds(pair, residual, batch, at, pair.rows_at_once).sigmoid())
-                said = found.new_zeros(at.shape)
-                said[at] = found
-                sums[key][:, rows] = host_float64(torch.stack([said.sum(1), at.sum(1).to(said)]))
-        if unchanged is not None:
-            at = away(batch)
-            kl = kl_from_replacement(pair, variant, unchanged.residuals[number].to(residual), residual[at])
+                probability = wide(log_odds(pair, residual, batch, at, pair.rows_at_once).sigmoid())
+                by_position = probability.new_zeros(at.shape)
+                by_position[at] = probability
+                sums[key][:, rows] = host_float64(torch.stack([by_position.sum(1), at.sum(1).to(by_position)]))
+        if residuals is not None:
+            at = batch.away_from_onsets
+            kl = kl_from_replacement(pair, variant, residuals.batches[number].to(residual), residual[at])
             by_row = torch.zeros(at.shape, dtype=torch.float64).masked_scatter(at.cpu(), host_float64(kl))
             harm[:, rows] = torch.stack([by_row.sum(1), host_float64(at.sum(1))])
-    return sums if unchanged is None else sums | {"kl_elsewhere": harm}
+    return sums if residuals is None else sums | {"kl_elsewhere": harm}
 
 
-def _probabilities(sums: dict[str, Float[Tensor, "*sets 2 n"]], split: str) -> dict[str, Measurement]:
-    found: dict[str, Measurement] = {}
-    for place, both in sums.items():
-        top, bottom = both.unbind(-2)
+def _as_measurements(sums: dict[str, Float[Tensor, "*sets 2 n"]], split: str) -> dict[str, Measurement]:
+    figures: dict[str, Measurement] = {}
+    for key, totals in sums.items():
+        top, bottom = totals.unbind(-2)
         if not float(bottom.sum()):
             continue
         estimate = Estimate(None, None, None, reason="it is infinite: a token is ruled out")
         if bool(top.isfinite().all()):
             estimate = bootstrap_ratio(top, bottom)
-        unit = "nats per token" if place == "kl_elsewhere" else "probability of the word"
-        figure = estimate.measurement(both.shape[-1], unit, split)
+        unit = "nats per token" if key == "kl_elsewhere" else "probability of the word"
+        figure = estimate.measurement(totals.shape[-1], unit, split)
         values = (top.sum(-1) / bottom.sum(-1)).reshape(-1).tolist()
-        found[place] = figure if both.ndim == 2 else _of_sets(figure, values)
-    return found
+        figures[key] = figure if totals.ndim == 2 else _of_sets(figure, values)
+    return figures
 
 
 def _of_sets(figure: Measurement, values: Sequence[float]) -> SetsMeasurement:
@@ -180,9 +177,15 @@ def answers(
     temperature: float | None = None,
     seed: int = 0,
 ) -> list[Response]:
-    """The report problems, answered by an arm; ``opened``: with the thinking opened for it.
+    """The model's answers to the report problems under a condition.
 
-    ``temperature`` None is the subject's. Every arm draws the same numbers for the same problem.
+    Args:
+        pair: with adapters on every layer.
+        subject: the problems, and how they are answered.
+        variant: the condition.
+        opened: write ``subject.prefill`` before the answer, for a model that would not open its thinking itself.
+        temperature: None is the subject's.
+        seed: of a draw; every condition draws the same numbers for the same problem.
     """
     with variant.entered(pair) as model:
         return respond(
@@ -196,122 +199,152 @@ def answers(
 
 
 def record(
-    said: Sequence[Response],
+    responses: Sequence[Response],
     baseline: Sequence[Response],
     words: Sequence[str] | Behavior,
     split: str,
     slips: Sequence[bool] | None = None,
-    signs: dict[str, int] | None = None,
+    signs: Mapping[str, int] | None = None,
     of_sets: bool = False,
 ) -> dict[str, Any]:
-    """What results.json holds of an arm: its rates, and how they differ from the arm with nothing changed.
+    """The record of a condition in results.json: its rates, and how they differ from the unchanged model's.
 
     Args:
-        said: by the arm; where it answers several times, all answers of one time after the other.
-        baseline: by the unchanged arm, to the same problems, once. A problem is drawn with all answers to it.
-        words: what is counted: words and phrases, or a behavior that counts itself.
+        responses: under the condition; where it answers several times, all answers of one time after the other.
+        baseline: of the unchanged model, to the same problems, once. A problem is drawn with all answers to it.
+        words: the words and phrases that are counted, or a behavior that counts itself.
         split: of the problems.
-        slips: of every problem, did the target's answer contain a wrong step?
-        signs: regular expressions counted beside the words, per 1,000 tokens.
-        of_sets: the arm answers once with each of several sets of features that were drawn: their choice is part of
-            the intervals.
+        slips: of every problem, whether the target's answer contained a wrong step.
+        signs: how often regular expressions matched, by name; recorded per 1,000 tokens.
+        of_sets: the condition answers once with each of several sets of features that were drawn: the choice of sets
+            is part of the intervals.
     """
     n = len(baseline)
-    times = len(said) // max(1, n)
-    sets = times if of_sets else 1
+    times = len(responses) // max(1, n)
+    n_sets = times if of_sets else 1
+    itself = responses is baseline
 
-    def each(values: Tensor) -> Tensor:
-        return values.view(times, n) if sets > 1 else values.view(times, n).mean(0)
+    def by_problem(values: Tensor) -> Tensor:
+        return values.view(times, n) if n_sets > 1 else values.view(times, n).mean(0)
 
-    shown, lengths, right = (each(values) for values in (_counts(said, words), _lengths(said), correctness(said)))
-    was, were, before = _counts(baseline, words), _lengths(baseline), correctness(baseline)
-    asked = list(range(n)) * times
-    found: dict[str, Any] = plain(rate(said, split, words, asked, event_cluster_size(was), sets))
-    if float(was.sum()):
-        left = _unchanged(said is baseline) or change_of_ratio((shown, lengths), (was, were))
-        found["hesitation_cut"] = left.scaled(-1).measurement(n, "share of the hesitation rate", split)
-    change = _unchanged(said is baseline) or change_of_ratio((lengths, torch.ones_like(lengths)), (were, torch.ones(n)))
-    found["length_change"] = change.measurement(n, "share of the length", split)
-    difference = _unchanged(said is baseline) or paired_difference(right, before)
-    found["accuracy_change"] = difference.measurement(n, "accuracy", split)
+    after = _Outcomes.of(responses, words)
+    after = _Outcomes(*(by_problem(values) for values in (after.counts, after.lengths, after.correct)))
+    before = _Outcomes.of(baseline, words)
+    problems = list(range(n)) * times
+    fields: dict[str, Any] = plain(rate(responses, split, words, problems, event_cluster_size(before.counts), n_sets))
+    if float(before.counts.sum()):
+        change = _no_change(itself) or change_of_ratio((after.counts, after.lengths), (before.counts, before.lengths))
+        fields["hesitation_cut"] = change.scaled(-1).measurement(n, "share of the hesitation rate", split)
+    ones = torch.ones_like(after.lengths), torch.ones(n)
+    change = _no_change(itself) or change_of_ratio((after.lengths, ones[0]), (before.lengths, ones[1]))
+    fields["length_change"] = change.measurement(n, "share of the length", split)
+    difference = _no_change(itself) or paired_difference(after.correct, before.correct)
+    fields["accuracy_change"] = difference.measurement(n, "accuracy", split)
     if slips is not None:
-        made = torch.tensor(slips, dtype=torch.bool)
-        for name, rows in (("without_slip", ~made), ("with_slip", made)):
-            if several := int(rows.sum()):
-                of, gone = clustered_share(right[..., rows]), paired_difference(right[..., rows], before[rows])
-                found[f"accuracy_{name}"] = of.measurement(several, "accuracy", split)
-                gone = _unchanged(said is baseline) or gone
-                found[f"accuracy_change_{name}"] = gone.measurement(several, "accuracy", split)
+        fields |= _accuracy_by_slip(after.correct, before.correct, slips, split, itself)
     if signs:
-        thousands = max(1.0, float(_lengths(said).sum())) / 1000
-        found["signs"] = {name: matched / thousands for name, matched in signs.items()}
-    return found
+        thousands = max(1.0, float(_lengths(responses).sum())) / 1000
+        fields["signs"] = {name: matched / thousands for name, matched in signs.items()}
+    return fields
 
 
-def _unchanged(itself: bool) -> Estimate | None:
-    """The change of an arm that is compared with itself: none, by definition."""
+@dataclass(frozen=True)
+class _Outcomes:
+    """What is counted of every answer."""
+
+    counts: Tensor
+    lengths: Tensor
+    correct: Tensor
+
+    @classmethod
+    def of(cls, responses: Sequence[Response], words: Sequence[str] | Behavior) -> _Outcomes:
+        n_shown = torch.tensor(counts(responses, words), dtype=torch.float64)
+        return cls(n_shown, _lengths(responses), correctness(responses))
+
+
+def _accuracy_by_slip(
+    after: Tensor, before: Tensor, slips: Sequence[bool], split: str, itself: bool
+) -> dict[str, Measurement]:
+    """Accuracy and its change, apart for problems on which the target's answer has no wrong step, and has one."""
+    fields: dict[str, Measurement] = {}
+    slipped = torch.tensor(slips, dtype=torch.bool)
+    for name, rows in (("without_slip", ~slipped), ("with_slip", slipped)):
+        if n := int(rows.sum()):
+            accuracy, change = clustered_share(after[..., rows]), paired_difference(after[..., rows], before[rows])
+            fields[f"accuracy_{name}"] = accuracy.measurement(n, "accuracy", split)
+            change = _no_change(itself) or change
+            fields[f"accuracy_change_{name}"] = change.measurement(n, "accuracy", split)
+    return fields
+
+
+def _no_change(itself: bool) -> Estimate | None:
+    """The change of a condition that is compared with itself: none, by definition."""
     return Estimate(0.0, 0.0, 0.0, reason="compared with itself") if itself else None
 
 
-def _counts(said: Sequence[Response], words: Sequence[str] | Behavior) -> Tensor:
-    return torch.tensor(counts(said, words), dtype=torch.float64)
-
-
-def _lengths(said: Sequence[Response]) -> Tensor:
-    return torch.tensor([len(r.tokens) for r in said], dtype=torch.float64)
+def _lengths(responses: Sequence[Response]) -> Tensor:
+    return torch.tensor([len(r.tokens) for r in responses], dtype=torch.float64)
 
 
 def corrected(
     pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject, split: str
 ) -> OutcomesMeasurement:
-    """Share of the wrong steps, written into the model's answer, that it corrects at once."""
+    """Share of the wrong steps written into the model's answer that it corrects at once, under a condition."""
     with variant.entered(pair) as model:
-        said = respond(
+        responses = respond(
             model,
             [i.problem for i in injections],
             prefill=[i.prefill for i in injections],
             max_new_tokens=subject.max_new_tokens,
             temperature=subject.temperature,
         )
-    right = [bool(i.corrected(r.text)) for i, r in zip(injections, said, strict=True)]
-    found = share(sum(right), len(right))
-    outcomes = "".join("1" if r else "0" for r in right)
+    is_corrected = [bool(i.corrected(r.text)) for i, r in zip(injections, responses, strict=True)]
+    estimate, n = share(sum(is_corrected), len(is_corrected)), len(is_corrected)
+    outcomes = "".join("1" if corrected else "0" for corrected in is_corrected)
     return OutcomesMeasurement(
-        found.value, found.low, found.high, len(right), "share corrected", split, reason=found.reason, outcomes=outcomes
+        estimate.value,
+        estimate.low,
+        estimate.high,
+        n,
+        "share corrected",
+        split,
+        reason=estimate.reason,
+        outcomes=outcomes,
     )
 
 
 def corrected_more(more: OutcomesMeasurement, less: OutcomesMeasurement) -> Measurement:
     """By how much one condition corrects more of the same wrong steps than another, paired by wrong step."""
-    right, than = (torch.tensor([float(c) for c in figure.outcomes]) for figure in (more, less))
-    return paired_difference(right, than).measurement(more.n, more.unit, more.split)
+    first, second = (torch.tensor([float(c) for c in figure.outcomes]) for figure in (more, less))
+    return paired_difference(first, second).measurement(more.n, more.unit, more.split)
 
 
 @torch.no_grad()
 def mediation(
     pair: PairedModel, onsets: Onsets, template: Features, output: Features, split: str
 ) -> dict[str, Measurement]:
-    """Do template features work through output features? Real interventions, in nats of the margin at the moments.
+    """How much of the effect of template features passes through output features, by intervention.
 
-    * total: what the margin loses without the template features (patterns and norms held);
-    * direct: the same with the output features' activations held too; through_output is total - direct;
-    * interaction: loss without both, less the losses without each. Negative where one does its work through the other
-      (2 x 2, nothing held): together they lose less than the sum.
+    Every figure is in nats of the behavior's log-odds at the onsets, with an interval over documents, paired:
 
-    Intervals are over documents, paired.
+    * total: the loss without the template features, with attention patterns and norm scales held;
+    * through_output: total less direct, where direct is the same loss with the output features' activations held too;
+    * interaction: the loss without both sets less the losses without each, with nothing held (2 x 2). It is negative
+      where one set works through the other: removed together they lose less than the sum;
+    * share: through_output over total, where total is not zero.
     """
     names = ("clean", "total", "direct", "free", "template", "output", "both")
     sums = {name: torch.zeros(len(onsets), dtype=torch.float64) for name in names}
-    places = onsets.onset.sum(1).double()
+    n_onsets = onsets.onset.sum(1).double()
     for rows, batch in onsets.batches(2048):
         batch = batch.to(pair.model.W_E.device)
 
-        def add_log_odds(into: str, batch: Onsets = batch, rows: list[int] = rows) -> None:
-            logits = pair.model(batch.tokens)  # whole: norms are held over every position
-            found = wide(log_odds_from_logits(lambda rows, places: logits[rows, places], batch, batch.onset))
-            said = found.new_zeros(batch.onset.shape)
-            said[batch.onset] = found
-            sums[into][rows] = host_float64(said.sum(1))
+        def add_log_odds(name: str, batch: Onsets = batch, rows: list[int] = rows) -> None:
+            logits = pair.model(batch.tokens)  # a whole pass: norms are held over every position
+            odds = wide(log_odds_from_logits(lambda row, position: logits[row, position], batch, batch.onset))
+            by_position = odds.new_zeros(batch.onset.shape)
+            by_position[batch.onset] = odds
+            sums[name][rows] = host_float64(by_position.sum(1))
 
         with pair.routed("replacement"):
             with frozen(pair, batch.tokens):
@@ -325,15 +358,15 @@ def mediation(
                 with ablated(pair, features):
                     add_log_odds(name)
 
-    def figure(top: Tensor, unit: str = "nats of log-odds") -> Measurement:
-        return bootstrap_ratio(top, places).measurement(len(onsets), unit, split)
+    def per_onset(total: Tensor) -> Measurement:
+        return bootstrap_ratio(total, n_onsets).measurement(len(onsets), "nats of log-odds", split)
 
     total, through = sums["clean"] - sums["total"], sums["direct"] - sums["total"]
-    found = {
-        "total": figure(total),
-        "through_output": figure(through),
-        "interaction": figure(sums["template"] + sums["output"] - sums["free"] - sums["both"]),
+    figures = {
+        "total": per_onset(total),
+        "through_output": per_onset(through),
+        "interaction": per_onset(sums["template"] + sums["output"] - sums["free"] - sums["both"]),
     }
     if abs(float(total.sum())) > 1e-9:
-        found["share"] = bootstrap_ratio(through, total).measurement(len(onsets), "share of the total", split)
-    return found
+        figures["share"] = bootstrap_ratio(through, total).measurement(len(onsets), "share of the total", split)
+    return figures

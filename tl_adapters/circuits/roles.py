@@ -1,26 +1,27 @@
-"""What each feature does for a word, by formula: output, template, continuation, suppressor, bystander.
+"""The role of each feature for a word, by formula: output, template, continuation, suppressor, bystander.
 
-All effects are on the margin (log-odds of the words), in nats, first order: activation times gradient in the real,
-nonlinear replacement, summed over every position that reaches a moment and averaged over moments.
+All effects are on the log-odds of the words, in nats, to first order: activation times gradient in the replacement,
+summed over every position that reaches an onset and averaged over onsets.
 
-* *direct*: what a feature writes at the moment itself (and at a phrase's later tokens), read by final norm and
-  unembedding, nothing in between;
+* *direct*: what a feature writes at the onset itself (and at a phrase's later tokens), read by the final norm and the
+  unembedding, through no other module;
 * *total*: along all paths;
 * *through output features*: total, less total with the output features' activations held constant;
-* *on what follows*: total, but on the log-odds of the tokens that come after the word.
+* *on continuation*: total, but on the log-odds of the tokens that follow the onset.
 
-An effect counts from `SHARE` of the summed positive effects of its kind, over all features asked: the final norm makes
-the margin flat where much is written, so nats mean little by themselves. A feature of the circuit is
+An effect counts from `MIN_EFFECT_SHARE` of the summed positive effects of its kind, over all alive features. A fixed
+threshold in nats would mean little, because the final norm flattens the log-odds where much is written. A feature of
+the circuit is
 
-    output        its direct effect counts
-    template      it does not, and one through output features is positive and as large
-    continuation  neither, and its effect on what follows counts
-    other         none of these: the search took it for what it does together with others
+    output        if its direct effect counts
+    template      if it does not, and its effect through output features is positive and as large
+    continuation  if neither holds, and its effect on the continuation counts
+    other         otherwise: the search took it for what it does together with others
 
-(Section 5 of arXiv 2602.20904 sorts by looking at features; here nothing is looked at.) Outside the circuit,
-*suppressors* have a total of `SUPPRESSES` of that sum below zero, at moments or at boundaries. *Bystanders* fire at
-twice the rate at moments that they have at boundaries, with a total effect of less than a tenth of what counts:
-correlates of hesitation, not causes.
+(Section 5 of arXiv 2602.20904 assigns roles by inspecting features; here no feature is inspected.) Outside the circuit,
+*suppressors* lower the word by at least `MIN_SUPPRESSION_SHARE` of that sum in total, at onsets or control positions.
+*Bystanders* fire at onsets at least twice as often as at control positions, with a total effect of less than a tenth of
+what counts: they are correlates of hesitation and not causes.
 """
 
 from __future__ import annotations
@@ -42,26 +43,26 @@ from tl_adapters.interventions.feature_edits import gated, indices_by_layer
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import at_least_float32
 
-SHARE = 0.001
-"""Of the summed positive effects of all features, from which one effect counts."""
-SUPPRESSES = 0.01
-"""Of the same sum, with the other sign: what a suppressor does at least."""
-EDGE_TARGETS, EDGE_DOCUMENTS = 12, 40
-"""Output features whose edges are read, and documents they are read on."""
+MIN_EFFECT_SHARE = 0.001
+"""Share of the summed positive effects of all features from which one effect counts."""
+MIN_SUPPRESSION_SHARE = 0.01
+"""Share of the same sum by which a suppressor lowers the word, at least."""
+MAX_EDGE_TARGETS, EDGE_DOCUMENTS = 12, 40
+"""Output features whose incoming edges are measured, and documents on which they are."""
 
 
 @dataclass(frozen=True)
 class Effects:
-    """Mean effects of every feature on the margin, over places of one kind."""
+    """Mean effects of every feature on the log-odds, over positions of one kind."""
 
     direct: Float[Tensor, "n_layers n_features"]
-    """Along no other module, in nats."""
+    """Through no other module, in nats."""
     total: Float[Tensor, "n_layers n_features"]
-    """Along all paths."""
+    """Along all paths, in nats."""
     activation: Float[Tensor, "n_layers n_features"]
-    """Mean activation at the places, in decoder-norm units."""
+    """Mean activation at the positions, in decoder-norm units."""
     rate: Float[Tensor, "n_layers n_features"]
-    """Share of the places where it fires."""
+    """Share of the positions at which the feature fires."""
     log_odds: float
     """Mean log-odds of the behavior, in nats."""
 
@@ -74,9 +75,16 @@ def effects_at(
     held: Sequence[FeatureId] = (),
     tokens_per_batch: int = 4096,
 ) -> Effects:
-    """Effects over the places ``at`` ("onset" or "control"), with the activations of ``held`` features constant.
+    """Measure the effects of every feature at positions of one kind.
 
-    Raises InterventionError for features that are not there.
+    Args:
+        pair: with adapters on every layer.
+        onsets: the texts.
+        at: "onset" or "control".
+        held: features whose activations are held constant.
+        tokens_per_batch: in a forward pass.
+
+    Raises InterventionError for features that the adapters do not have.
     """
     adapters = pair.installed_adapters()
     shape, device = (pair.n_layers, adapters.n_features), pair.model.W_E.device
@@ -85,33 +93,33 @@ def effects_at(
     odds, n = 0.0, 0
     for _, batch in onsets.having(at).batches(tokens_per_batch):
         batch = batch.to(device)
-        places = getattr(batch, at)
+        positions = getattr(batch, at)
         gates = torch.ones(shape, device=device, requires_grad=True)
         with torch.enable_grad(), _constant(pair, held), gated(pair, dict(enumerate(gates))), \
                 pair.recorded(ACTS_HOOK) as acts, _recorded_post_norms(pair) as scales:  # fmt: skip
             residual = final_residual(pair, batch.tokens)
-            said = log_odds(pair, residual, batch, places)
-            through, reads = torch.autograd.grad(said.sum(), [gates, residual])
+            batch_odds = log_odds(pair, residual, batch, positions)
+            through, reads = torch.autograd.grad(batch_odds.sum(), [gates, residual])
         total += through.detach()
-        odds, n = odds + float(said.detach().sum()), n + len(said)
-        # Indices once per batch, for a mask makes the device wait at every use.
-        read = reads.ne(0).any(-1).nonzero(as_tuple=True)  # the places, and where phrases that begin there go on
-        where = places.nonzero(as_tuple=True)
+        odds, n = odds + float(batch_odds.detach().sum()), n + len(batch_odds)
+        # Indices once per batch, because a mask makes the device wait at every use.
+        read = reads.ne(0).any(-1).nonzero(as_tuple=True)  # the positions, and where phrases that begin there go on
+        where = positions.nonzero(as_tuple=True)
         reads = at_least_float32(reads[read])
         for layer in range(pair.n_layers):
             through_norm = reads if layer not in scales else reads / scales[layer].detach()[read].to(reads)
             rows = _into_residual(pair, adapters[layer].W_dec.detach(), layer).to(reads)
             direct[layer] += (acts[layer].detach()[read] * (through_norm @ rows.T)).sum(0)
-            here = acts[layer].detach()[where]
-            activation[layer] += here.sum(0).float() * norms[layer]
-            rate[layer] += (here > 0).sum(0).float()
+            fired = acts[layer].detach()[where]
+            activation[layer] += fired.sum(0).float() * norms[layer]
+            rate[layer] += (fired > 0).sum(0).float()
     n = max(1, n)
     direct, total, activation, rate = ((part / n).cpu() for part in (direct, total, activation, rate))
     return Effects(direct, total, activation, rate, odds / n)
 
 
 def _into_residual(pair: PairedModel, rows: Tensor, layer: int) -> Tensor:
-    """Decoder rows times a post-norm's weight; its scale differs by position (`_recorded_post_norms`)."""
+    """Decoder rows times a post-norm's weight; the norm's scale differs by position (`_recorded_post_norms`)."""
     name = f"blocks.{layer}.ln2_post"
     weight = pair.backend.norm(name) if hasattr(pair.model.blocks[layer], "ln2_post") else None
     return rows if weight is None else rows * weight.to(rows)
@@ -119,7 +127,7 @@ def _into_residual(pair: PairedModel, rows: Tensor, layer: int) -> Tensor:
 
 @contextmanager
 def _recorded_post_norms(pair: PairedModel) -> Iterator[dict[int, Tensor]]:
-    """Layer -> what the norm after the MLP divides by, [batch, pos, 1]; empty for a model without post-norms."""
+    """Layer -> the scale by which the norm after the MLP divides, [batch, pos, 1]; empty without post-norms."""
     if not any(hasattr(block, "ln2_post") for block in pair.model.blocks):
         yield {}
         return
@@ -128,10 +136,10 @@ def _recorded_post_norms(pair: PairedModel) -> Iterator[dict[int, Tensor]]:
 
 
 @adapters_in_float32
-def effects_on_what_follows(
+def effects_on_continuation(
     pair: PairedModel, onsets: Onsets, tokens_per_batch: int = 4096
 ) -> Float[Tensor, "n_layers n_features"]:
-    """Mean total effect of every feature on the log-odds of the tokens that come after the word, in nats."""
+    """Return the mean total effect of every feature on the log-odds of the tokens of the continuation, in nats."""
     shape, device = (pair.n_layers, pair.installed_adapters().n_features), pair.model.W_E.device
     total, n = torch.zeros(shape), 0
     for _, batch in onsets.with_onsets().batches(tokens_per_batch):
@@ -149,7 +157,7 @@ def effects_on_what_follows(
 
 @contextmanager
 def _constant(pair: PairedModel, features: Sequence[FeatureId]) -> Iterator[None]:
-    """Chosen activations keep their values and pass no gradient on."""
+    """Hold chosen activations constant: they keep their values and pass no gradient on."""
 
     def detach(acts: Tensor, hook: HookPoint, index: Tensor) -> Tensor:
         return acts.index_copy(-1, index, acts[..., index].detach())
@@ -163,77 +171,86 @@ def _constant(pair: PairedModel, features: Sequence[FeatureId]) -> Iterator[None
 
 
 @dataclass(frozen=True)
-class Sorted:
-    """Features by what they do."""
+class FeatureRoles:
+    """Features by their role, in the circuit and outside it."""
 
     features: tuple[CircuitFeature, ...]
-    """The circuit's, in the search's order, then the suppressors, strongest first."""
+    """The circuit's features in the order of the search, then the suppressors, strongest first."""
     templates: tuple[FeatureId, ...]
-    """Every feature asked that a template's formula holds of, in the circuit or not; largest effect first."""
+    """All alive features that are templates by formula, in the circuit or not; largest effect first."""
     bystanders: tuple[FeatureId, ...]
     """Features that fire before the word and do nothing for it, most active first."""
     threshold: float
-    """Direct effect from which a feature is an output feature, in nats."""
-    gap: float
-    """Mean margin at the moments, replacement less hybrid."""
+    """Direct effect, in nats, from which a feature is an output feature."""
+    log_odds_gap: float
+    """Mean log-odds at the onsets, replacement less hybrid, in nats."""
 
 
 @adapters_in_float32
-def sort_features(
+def assign_roles(
     pair: PairedModel,
     onsets: Onsets,
     chosen: Sequence[FeatureId],
     alive: Bool[Tensor, "n_layers n_features"],
-) -> Sorted:
-    """Give every feature of a circuit its role, and find suppressors and bystanders outside it.
+) -> FeatureRoles:
+    """Assign a role to every feature of a circuit, and find suppressors and bystanders outside it.
 
     Args:
         pair: with adapters on every layer.
         moments: of the select split.
-        chosen: what the search found.
-        alive: features that are asked at all.
+        chosen: the features that the search found.
+        alive: features that are considered at all.
     """
     pair.installed_adapters().require_own(chosen)
-    here, elsewhere = effects_at(pair, onsets), effects_at(pair, onsets, "control")
-    continuation = effects_on_what_follows(pair, onsets)
-    threshold, threshold_follows = (SHARE * float(e[alive].clamp(min=0).sum()) for e in (here.direct, continuation))
-    outputs = [f for f in chosen if float(here.direct[f]) >= threshold]
-    through = here.total - effects_at(pair, onsets, held=outputs).total
+    at_onsets, at_controls = effects_at(pair, onsets), effects_at(pair, onsets, "control")
+    continuation = effects_on_continuation(pair, onsets)
+    threshold, continuation_threshold = (
+        MIN_EFFECT_SHARE * float(e[alive].clamp(min=0).sum()) for e in (at_onsets.direct, continuation)
+    )
+    outputs = [f for f in chosen if float(at_onsets.direct[f]) >= threshold]
+    through = at_onsets.total - effects_at(pair, onsets, held=outputs).total
     for f in outputs:
-        through[f] = 0.0  # held themselves, their gates pass nothing on: the difference would say nothing
+        through[f] = 0.0  # they are held themselves, so the difference is not an effect through output features
 
     def role(f: FeatureId) -> Role:
         if f in outputs:
             return "output"
         if float(through[f]) >= threshold:
             return "template"
-        return "continuation" if float(continuation[f]) >= threshold_follows else "other"
+        return "continuation" if float(continuation[f]) >= continuation_threshold else "other"
 
     def record(f: FeatureId, role: Role) -> CircuitFeature:
-        effects = (here.direct, through, here.total, continuation, here.total - elsewhere.total, here.activation)
+        effects = (
+            at_onsets.direct,
+            through,
+            at_onsets.total,
+            continuation,
+            at_onsets.total - at_controls.total,
+            at_onsets.activation,
+        )
         return CircuitFeature(f, role, *(float(effect[f]) for effect in effects))
 
     outside = alive.clone()
     for f in chosen:
         outside[f] = False
-    against = torch.minimum(here.total, elsewhere.total)
-    against_it = outside & (against <= -threshold * SUPPRESSES / SHARE)
-    suppress = _ids(against_it.nonzero(), against)
-    template = alive & (here.direct < threshold) & (through >= threshold)
-    idle = outside & (here.total.abs() < threshold / 10) & (elsewhere.total.abs() < threshold / 10)
-    before = idle & (here.rate > 0.05) & (here.rate >= 2 * elsewhere.rate)
-    return Sorted(
+    against = torch.minimum(at_onsets.total, at_controls.total)
+    suppresses = outside & (against <= -threshold * MIN_SUPPRESSION_SHARE / MIN_EFFECT_SHARE)
+    suppress = _ids(suppresses.nonzero(), against)
+    template = alive & (at_onsets.direct < threshold) & (through >= threshold)
+    idle = outside & (at_onsets.total.abs() < threshold / 10) & (at_controls.total.abs() < threshold / 10)
+    bystands = idle & (at_onsets.rate > 0.05) & (at_onsets.rate >= 2 * at_controls.rate)
+    return FeatureRoles(
         (*(record(f, role(f)) for f in chosen), *(record(f, "suppress") for f in suppress)),
         tuple(_ids(template.nonzero(), -through)),
-        tuple(_ids(before.nonzero(), -here.activation)),
+        tuple(_ids(bystands.nonzero(), -at_onsets.activation)),
         threshold,
-        here.log_odds - _log_odds_in_hybrid(pair, onsets),
+        at_onsets.log_odds - _log_odds_in_hybrid(pair, onsets),
     )
 
 
-def _ids(found: Tensor, order: Tensor) -> list[FeatureId]:
-    """Smallest of ``order`` first."""
-    return sorted((FeatureId(*row) for row in found.tolist()), key=lambda f: float(order[f]))
+def _ids(indices: Tensor, order: Tensor) -> list[FeatureId]:
+    """Features by rows of ``indices``, smallest of ``order`` first."""
+    return sorted((FeatureId(*row) for row in indices.tolist()), key=lambda f: float(order[f]))
 
 
 @torch.no_grad()
@@ -248,10 +265,10 @@ def _log_odds_in_hybrid(pair: PairedModel, onsets: Onsets) -> float:
 
 @adapters_in_float32
 def circuit_edges(pair: PairedModel, onsets: Onsets, features: Sequence[CircuitFeature]) -> tuple[CircuitEdge, ...]:
-    """Edges of the drawing: direct effects on the word, and effects of the others on the strongest output features.
+    """Measure direct effects on the word, and effects of the other features on the strongest output features.
 
-    An edge between features is the effect on the target's pre-activation at the moments, times what a unit of that
-    pre-activation does directly for the word: so all edges are in nats of the margin.
+    An edge between features is the effect on the target feature's pre-activation at the onsets, times the direct effect
+    of a unit of that pre-activation on the word. So all edges are in nats of log-odds.
     """
     pair.installed_adapters().require_own(f.id for f in features)
     outputs = sorted((f for f in features if f.role == "output"), key=lambda f: -f.direct)
@@ -266,7 +283,7 @@ def circuit_edges(pair: PairedModel, onsets: Onsets, features: Sequence[CircuitF
     with torch.enable_grad(), gated(pair, dict(enumerate(gates))), pair.recorded(PRE_ACTS_HOOK) as pre, \
             pair.recorded(ACTS_HOOK) as acts:  # fmt: skip
         final_residual(pair, batch.tokens)
-    for f in outputs[:EDGE_TARGETS]:
+    for f in outputs[:MAX_EDGE_TARGETS]:
         fires = (acts[f.id.layer][..., f.id.index] > 0) & batch.onset
         mean = acts[f.id.layer].detach()[..., f.id.index][batch.onset].mean()
         if f.id.layer == 0 or not bool(fires.any()):

@@ -1,24 +1,25 @@
-"""Which features make a target say a word: a greedy search that asks for necessity and sufficiency at once.
+"""A greedy search for the features that make a target say a word, by necessity and sufficiency at once.
 
-Every feature has a gate. The circuit S has three aims, each a number over texts of the select split:
+Every feature has a gate. The circuit S has three objectives, each a number over texts of the select split:
 
-1. *necessity*: softplus(margin + 2) at the moments, in the replacement without S. The circuit taken away, the word is
-   not to come (the 2 keeps pressing until its probability is well below a half);
-2. *sufficiency*: cross-entropy of saying the word or not, at moments and matched boundaries, against the target's
-   probability, in the hybrid with S added ``strength`` times. It is to come where the target says it, and only there;
-3. *continuation*: KL(target || hybrid + S) over what follows the word. Without it the hybrid says "Wait" and closes its
+1. *necessity*: softplus(log-odds + 2) at the onsets, in the replacement without S. Without the circuit the word should
+   not come; the 2 keeps a gradient until its probability is well below a half;
+2. *sufficiency*: cross-entropy of saying the word or not, at onsets and matched control positions, against the target's
+   probability, in the hybrid with S added ``strength`` times. The word should come where the target says it, and only
+   there;
+3. *continuation*: KL(target || hybrid + S) over the continuations. Without it the hybrid says "Wait" and closes its
    thinking: the word comes and the answer breaks.
 
-The margin is the log-odds of the behaviour (`moments`): of a phrase those of all its tokens, so that a feature that
-raises its second token counts as one that raises its first. Where another phrase comes that begins alike, it is not to
-come.
+The log-odds are those of the behavior (`onsets`): for a phrase those of all its tokens, so a feature that raises its
+second token counts like one that raises its first. Where another phrase comes that begins with the same token, the
+behavior should not come.
 
-What is left is their weighted sum, in nats. Each round scores every alive feature by what it would still take off it
-*given what is in S*: minus the gradient with respect to its gate. The best ``per_round`` join S, until S is as large as
-asked for. So copies of what is in S already, which have a large effect of their own, are not taken again: a ranking by
-effect alone takes them all.
+The loss is the weighted sum of the three, in nats. Each round scores every alive feature by how much it would lower the
+loss *given the features in S*: minus the gradient with respect to its gate. The best ``per_round`` join S, until S has
+the given size. So features that copy what is in S already, and have a large effect of their own, are not taken again; a
+ranking by effect alone takes all of them.
 
-The order in which features joined is kept: the first n of it are the circuit of size n.
+The order in which features joined is kept: its first n features are the circuit of size n.
 """
 
 from __future__ import annotations
@@ -44,27 +45,27 @@ from tl_adapters.utils.precision import at_least_float32
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How a circuit is searched."""
+    """Size and weights of a search."""
 
     share: float = 0.03
     """Size of the circuit, as a share of the alive features."""
     further: float = 1.5
-    """The search goes on to so many times as many features, so that it is seen what a larger circuit would do."""
+    """The search continues to this multiple of the size, so that larger circuits can be measured too."""
     per_round: int = 3
-    """Features that join in a round; fewer is slower and repeats less."""
+    """Features that join in a round; a smaller number is slower and takes fewer copies."""
     strength: float = 1.75
-    """Factor of the circuit's activations where it is added to the hybrid: a small part of what fires there in the
-    replacement has to do the work of all."""
+    """Factor of the circuit's activations where it is added to the hybrid. It is above 1 because a small part of the
+    features that fire in the replacement has the effect of all."""
     necessity: float = 1.0
-    """Weight of the word not coming without the circuit."""
+    """Weight of the objective necessity."""
     sufficiency: float = 0.3
-    """Weight of the word coming with it, where the target says it and nowhere else."""
+    """Weight of the objective sufficiency."""
     continuation: float = 4.0
-    """Weight of what follows the word. With a quarter of it answers of the hybrid break, on the built-in pair."""
+    """Weight of the objective continuation. With a quarter of it the hybrid's answers break, on the model organism."""
     documents: int = 120
-    """Documents with a moment that are read in a round; those with boundaries only are read in proportion."""
+    """Documents with an onset that are read in a round; those with only control positions are read in proportion."""
     tokens_per_batch: int = 4096
-    """In a forward pass."""
+    """Tokens in a forward pass."""
 
     def __post_init__(self) -> None:
         counts = min(self.further, self.per_round, self.documents)
@@ -76,42 +77,42 @@ class SearchOptions:
 
 
 @dataclass(frozen=True)
-class Aims:
-    """What is left of the three aims, with some features in the circuit."""
+class SearchObjective:
+    """Values of the three objectives, with some features in the circuit."""
 
     n: int
     """Features in the circuit."""
     necessity: float
-    """Mean softplus(margin + 2) at the moments, in the replacement without the circuit."""
+    """Mean softplus(log-odds + 2) at the onsets, in the replacement without the circuit."""
     sufficiency: float
-    """Cross-entropy of the word in the hybrid with the circuit, in nats per place."""
+    """Cross-entropy of the word in the hybrid with the circuit, in nats per position."""
     continuation: float
-    """KL over what follows the word, in nats per token."""
+    """KL over the continuations, in nats per token."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found."""
+    """The result of a search."""
 
     order: tuple[FeatureId, ...]
     """The circuit: features in the order in which they joined."""
     further: tuple[FeatureId, ...]
-    """Those that would have joined next."""
-    aims: tuple[Aims, ...]
-    """What was left before every round, and at the end."""
+    """Features that joined after the circuit had its size."""
+    objectives: tuple[SearchObjective, ...]
+    """The objectives before every round, and at the end."""
 
 
 class _Reference:
-    """What the target says, and what the hybrid would: read once, asked in every round."""
+    """The target's probabilities over a batch: read once, used in every round."""
 
     @torch.no_grad()
     def __init__(self, pair: PairedModel, batch: Onsets) -> None:
         self.batch = batch.to(pair.model.W_E.device)
-        self.places = self.batch.onset | self.batch.control
+        self.positions = self.batch.onset | self.batch.control
         with pair.routed("target"):
             residual = final_residual(pair, self.batch.tokens)
-        self.said = log_odds(pair, residual, self.batch, self.places).sigmoid()
-        self.goes_on = at_least_float32(pair.unembed(residual[self.batch.continuation])).log_softmax(-1)
+        self.probability = log_odds(pair, residual, self.batch, self.positions).sigmoid()
+        self.continuation = at_least_float32(pair.unembed(residual[self.batch.continuation])).log_softmax(-1)
 
 
 @adapters_in_float32
@@ -122,7 +123,7 @@ def search_circuit(
     options: SearchOptions | None = None,
     progress: bool = True,
 ) -> Search:
-    """Find the features that say the words (see the module's text).
+    """Search the features that make the target say the words (see the module's text).
 
     Args:
         pair: with adapters on every layer.
@@ -131,31 +132,34 @@ def search_circuit(
         options: size and weights.
         progress: show a bar.
 
-    Raises BehaviourError where there is no moment: a target that never does it has no circuit.
+    Raises BehaviorError where there is no onset: a target that never shows the behavior has no circuit.
     """
     options = options or SearchOptions()
     if not bool(onsets.onset.any()):
-        raise BehaviorError("There is no moment in these texts, so there is nothing to find a circuit of.")
+        raise BehaviorError("There is no onset in these texts, so there is no circuit to find.")
     texts = onsets.with_onsets_and_controls(options.documents)
     references = [_Reference(pair, batch) for _, batch in texts.batches(options.tokens_per_batch)]
-    size, every = (_size(alive, options.share * times) for times in (1.0, options.further))
-    chosen, order, aims = torch.zeros_like(alive), list[int](), list[Aims]()
+    size, size_further = (_size(alive, options.share * times) for times in (1.0, options.further))
+    chosen, order, objectives = torch.zeros_like(alive), list[int](), list[SearchObjective]()
     flat_alive = alive.flatten()
-    with _gates_alone(pair), tqdm(total=every, desc="circuit", unit=" features", disable=not progress) as bar:
+    with (
+        _gradients_of_gates_only(pair),
+        tqdm(total=size_further, desc="circuit", unit=" features", disable=not progress) as bar,
+    ):
         while True:
-            score, left = _score(pair, references, chosen, options)
-            aims.append(left)
-            if len(order) == every:
+            score, values = _score(pair, references, chosen, options)
+            objectives.append(values)
+            if len(order) == size_further:
                 break
-            room = (size if len(order) < size else every) - len(order)  # the circuit is whole before more join
-            open_to = flat_alive & ~chosen.flatten()
-            best = score.flatten().masked_fill(~open_to, -torch.inf).topk(min(options.per_round, room))
+            left = (size if len(order) < size else size_further) - len(order)  # the circuit is complete first
+            candidates = flat_alive & ~chosen.flatten()
+            best = score.flatten().masked_fill(~candidates, -torch.inf).topk(min(options.per_round, left))
             order += best.indices.tolist()
             chosen.view(-1)[best.indices] = True
             bar.update(len(best.indices))
     n = alive.shape[1]
-    found = [FeatureId(i // n, i % n) for i in order]
-    return Search(tuple(found[:size]), tuple(found[size:]), tuple(aims))
+    features = [FeatureId(i // n, i % n) for i in order]
+    return Search(tuple(features[:size]), tuple(features[size:]), tuple(objectives))
 
 
 def _size(alive: Tensor, share: float) -> int:
@@ -164,44 +168,44 @@ def _size(alive: Tensor, share: float) -> int:
 
 def _score(
     pair: PairedModel, references: Sequence[_Reference], chosen: Tensor, options: SearchOptions
-) -> tuple[Float[Tensor, "n_layers n_features"], Aims]:
-    """What each feature would still take off the weighted sum, and what is left of every aim."""
+) -> tuple[Float[Tensor, "n_layers n_features"], SearchObjective]:
+    """By how much each feature would lower the loss, and the values of the objectives."""
     counts = [
-        max(1, sum(int(places.sum()) for places in kind))
-        for kind in zip(*((r.batch.onset, r.places, r.batch.continuation) for r in references), strict=True)
+        max(1, sum(int(positions.sum()) for positions in kind))
+        for kind in zip(*((r.batch.onset, r.positions, r.batch.continuation) for r in references), strict=True)
     ]
     weights = (options.necessity, options.sufficiency, options.continuation)
-    score, left = torch.zeros(chosen.shape), [0.0, 0.0, 0.0]
+    score, values = torch.zeros(chosen.shape), [0.0, 0.0, 0.0]
     for reference in references:
-        joined = chosen.float().to(reference.said.device).requires_grad_()
+        joined = chosen.float().to(reference.probability.device).requires_grad_()
         with torch.enable_grad():
-            sums = _aims(pair, reference, joined, options.strength)
+            sums = _objective_sums(pair, reference, joined, options.strength)
             weighted = torch.stack([w / n * s for w, n, s in zip(weights, counts, sums, strict=True)]).sum()
             score -= torch.autograd.grad(weighted, joined)[0].cpu()
-        left = [so_far + float(s.detach()) / n for so_far, n, s in zip(left, counts, sums, strict=True)]
-    return score, Aims(int(chosen.sum()), *left)
+        values = [so_far + float(s.detach()) / n for so_far, n, s in zip(values, counts, sums, strict=True)]
+    return score, SearchObjective(int(chosen.sum()), *values)
 
 
-def _aims(
+def _objective_sums(
     pair: PairedModel, reference: _Reference, joined: Float[Tensor, "n_layers n_features"], strength: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each aim, summed over its places, with S as far in as ``joined`` says (0 to 1)."""
+    """Each objective, summed over its positions, with every feature in S to the extent of its gate (0 to 1)."""
     batch = reference.batch
     with gated(pair, dict(enumerate(1 - joined))):
         odds = log_odds(pair, final_residual(pair, batch.tokens), batch, batch.onset)
         necessity = F.softplus(odds + 2).sum()
     with gated(pair, dict(enumerate(joined * strength)), decoder_bias=False):
         residual = final_residual(pair, batch.tokens)
-        odds = log_odds(pair, residual, batch, reference.places)
-        sufficiency = (F.softplus(odds) - reference.said * odds).sum()
-        going_on = at_least_float32(pair.unembed(residual[batch.continuation])).log_softmax(-1)
-        continuation = (reference.goes_on.exp() * (reference.goes_on - going_on)).sum()
+        odds = log_odds(pair, residual, batch, reference.positions)
+        sufficiency = (F.softplus(odds) - reference.probability * odds).sum()
+        log_p = at_least_float32(pair.unembed(residual[batch.continuation])).log_softmax(-1)
+        continuation = (reference.continuation.exp() * (reference.continuation - log_p)).sum()
     return necessity, sufficiency, continuation
 
 
 @contextmanager
-def _gates_alone(pair: PairedModel) -> Iterator[Any]:
-    """Adapters take no gradient here: only gates do."""
+def _gradients_of_gates_only(pair: PairedModel) -> Iterator[Any]:
+    """Gates take gradients in this block, and the adapters' parameters none."""
     parameters = [p for p in pair.installed_adapters().parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -20,10 +20,10 @@ from tl_adapters.models.paired_model import PairedModel
 
 
 def shifted_logits(words: Words | Sequence[int], by: float) -> Variant:
-    """The replacement with the words' logits changed by so much; minus infinity bans them.
+    """The replacement with a constant added to the words' logits; minus infinity bans the words.
 
-    Of phrases it is the tokens that begin them, whatever comes after these (`banning` bans the phrases).
-    The change comes before a soft cap, where the model has one: banned words then have the lowest logit there is.
+    For phrases it is added to the tokens that begin them, whatever follows (`banned_words` bans whole phrases). It is
+    added before the soft cap of a model that has one, so banned words then have the lowest possible logit.
     """
 
     @contextmanager
@@ -47,26 +47,26 @@ def shifted_logits(words: Words | Sequence[int], by: float) -> Variant:
 def steered(
     layer: int, direction: Float[Tensor, "d_model"], coefficient: float, after: Sequence[int] | None = None
 ) -> Variant:
-    """The replacement with a direction taken off the residual stream after a layer.
+    """The replacement with a direction subtracted from the residual stream after a layer.
 
     Args:
-        layer: after which.
-        direction: what is taken off.
-        coefficient: so many times.
-        after: token ids at which it is taken off; None takes it off everywhere.
+        layer: the layer after which it is subtracted.
+        direction: the direction.
+        coefficient: factor of the direction.
+        after: ids of the tokens at whose positions it is subtracted; None subtracts it at every position.
 
-    In the block, InterventionError is raised where the tokens are chosen and none of this shape were embedded.
+    Where ``after`` is given, a pass from a residual stream whose tokens were not embedded raises InterventionError.
     """
 
     @contextmanager
     def entered(pair: PairedModel) -> Iterator[Any]:
-        taken = (coefficient * direction).to(pair.model.W_E)
+        scaled = (coefficient * direction).to(pair.model.W_E)
         with _tokens_seen(pair, after) as chosen:
 
-            def take_off(resid: Tensor, hook: HookPoint) -> Tensor:
-                return resid - taken if after is None else resid - chosen(resid)[..., None] * taken
+            def subtract(resid: Tensor, hook: HookPoint) -> Tensor:
+                return resid - scaled if after is None else resid - chosen(resid)[..., None] * scaled
 
-            hooks = [(f"blocks.{layer}.hook_resid_post", take_off)]
+            hooks = [(f"blocks.{layer}.hook_resid_post", subtract)]
             with pair.routed("replacement") as model, model.hooks(fwd_hooks=hooks):
                 yield model
 
@@ -76,25 +76,25 @@ def steered(
 
 @contextmanager
 def _tokens_seen(pair: PairedModel, after: Sequence[int] | None) -> Iterator[Any]:
-    """Of a residual stream, where the token that was embedded for it is one of ``after``: 1, elsewhere 0."""
+    """Yield a function from a residual stream to 1 where its embedded token is one of ``after``, and 0 elsewhere."""
     if after is None:
         yield None
         return
     wanted = torch.tensor(list(after), dtype=torch.long, device=pair.model.W_E.device)
     seen: list[Tensor] = []
 
-    def look(module: object, args: tuple[Tensor, ...]) -> None:
+    def remember(module: object, args: tuple[Tensor, ...]) -> None:
         seen[:] = [torch.isin(args[0], wanted)]
 
     def chosen(resid: Tensor) -> Tensor:
         if not seen or seen[0].shape != resid.shape[:-1]:
             raise InterventionError(
-                "Steering at chosen tokens has seen no tokens of this shape; embed them (`PairedModel.embed`) before "
-                "blocks are run from a residual stream."
+                "Steering at chosen tokens has seen no tokens of this shape. Embed them with PairedModel.embed before "
+                "running blocks from a residual stream."
             )
         return seen[0].to(resid.dtype)
 
-    handle = pair.model.embed.register_forward_pre_hook(look)
+    handle = pair.model.embed.register_forward_pre_hook(remember)
     try:
         yield chosen
     finally:
@@ -106,12 +106,12 @@ def without_neurons(
     held: Float[Tensor, "n_layers d_mlp"] | None = None,
     last: float = 1.0,
 ) -> Variant:
-    """The replacement with neurons of the base's MLPs off.
+    """The replacement with activations of neurons of the base's MLPs set to zero or to other values.
 
     Args:
-        neurons: layer and index of each.
-        held: what the activations become; None is 0.
-        last: the share by which the last of them is changed, so that their number can be set finely.
+        neurons: layer and index of each neuron.
+        held: the values of all neurons; None sets them to zero.
+        last: the extent to which the last neuron is changed (0 to 1), so that their number can be set finely.
     """
     order = sorted(range(len(neurons)), key=lambda i: neurons[i])  # by layer
     sizes = Counter(neurons[i][0] for i in order)

@@ -1,7 +1,7 @@
-"""What a behaviour is studied on: problems for choosing, others for reporting, and what can be checked in an answer.
+"""The problems on which a behavior is studied: some to choose on, others to report on, and what can be checked.
 
-Features are chosen on the select problems and every figure is of the report problems. Of the built-in kind of problem
-more is known than of others: which steps were wrong, and how to write a wrong one into the model's answer.
+Features are chosen on the select problems, and every figure is of the report problems. More is known about the problems
+of the model organism than about others: which steps were wrong, and how to write a wrong step into an answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tl_adapters.data.words import word_pattern
 from tl_adapters.generation.responses import THINK_OPENS, Checkable, Response
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.census import corrects, with_injected_slip, written_steps
@@ -25,41 +24,41 @@ class Injection:
     """A wrong step written into the model's answer."""
 
     problem: Checkable
-    """What was asked."""
+    """The problem that is answered."""
     prefill: str
-    """The thinking so far; its last step is wrong."""
+    """The beginning of the answer; its last step is wrong."""
     corrected: Callable[[str], bool]
-    """Of the text that goes on: does it begin by setting the step right?"""
+    """From the text that follows to whether it begins by correcting the step."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Problems and checks of one study."""
+    """The problems of a study, and what can be checked in answers to them."""
 
     select: Sequence[Checkable]
-    """On which the circuit is chosen."""
+    """Problems on which the circuit is chosen."""
     report: Sequence[Checkable]
-    """On which it is reported; none of the others."""
+    """Problems on which figures are reported; disjoint from ``select``."""
     prefill: str = THINK_OPENS
-    """What opens the thinking of a hybrid that would not open it itself."""
+    """Text that opens the thinking of a hybrid, which would not open it itself."""
     slipped: Callable[[Any, Response], bool] | None = None
-    """Did this answer of the target contain a wrong step?"""
+    """From a problem and the target's answer to whether the answer contains a wrong step."""
     injections: Sequence[Injection] = ()
-    """Wrong steps to be corrected, of report problems."""
+    """Wrong steps that are written into answers to report problems."""
     held_out: Sequence[str] = ()
-    """Other words of the behaviour, which nothing is chosen on."""
+    """Other words of the behavior, on which nothing is chosen."""
     signs: dict[str, str] = field(default_factory=dict)
-    """Other signs of the behaviour than its words: name to a regular expression that is counted in answers."""
+    """Signs of the behavior other than its words: name -> a regular expression that is counted in answers."""
     max_new_tokens: int | None = None
-    """The limit of an answer; None is what the problems or else the model name (`benchmarks.answer_limit`)."""
+    """Longest answer; None takes the limit of the problems or else of the model (`responses.answer_limit`)."""
     temperature: float | None = None
-    """At which answers are drawn, 0 takes the likeliest tokens; None is generation_config.json's."""
+    """Temperature of answers; 0 takes the likeliest tokens, None takes the temperature of generation_config.json."""
 
 
 def builtin_subject(
     n_select: int, n_report: int, kind: Kind = "sums", seed: int = 0, max_new_tokens: int | None = None
 ) -> Subject:
-    """The problems of the built-in pair (or of one that the recipe made of another kind)."""
+    """Return the problems of the model organism, or of one that the recipe made with another kind of problem."""
     report = problems("report", n_report, kind=kind)
     rng = random.Random(f"injections-{seed}")
     injections = []
@@ -79,38 +78,34 @@ def builtin_subject(
     )
 
 
-def halves(asked: Sequence[Checkable], max_new_tokens: int | None = None, prefill: str = THINK_OPENS) -> Subject:
-    """Any problems, divided by a hash of the question: one half selects, the other reports, whatever their order."""
-    bits = [hashlib.sha256(p.question.encode()).digest()[0] % 2 for p in asked]
+def halves(all_problems: Sequence[Checkable], max_new_tokens: int | None = None, prefill: str = THINK_OPENS) -> Subject:
+    """Divide any problems into select and report problems by a hash of the question, whatever their order."""
+    bits = [hashlib.sha256(p.question.encode()).digest()[0] % 2 for p in all_problems]
     return Subject(
-        [p for p, bit in zip(asked, bits, strict=True) if bit == 0],
-        [p for p, bit in zip(asked, bits, strict=True) if bit == 1],
+        [p for p, bit in zip(all_problems, bits, strict=True) if bit == 0],
+        [p for p, bit in zip(all_problems, bits, strict=True) if bit == 1],
         prefill,
         max_new_tokens=max_new_tokens,
     )
 
 
-def kinds_of_hesitation(text: str, words: Sequence[str]) -> list[str]:
-    """What each hesitation leads to, where words say where it is (`kinds_at`)."""
-    return kinds_at(text, [match.span() for match in word_pattern(words).finditer(text)])
+def kinds_at(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
+    """Classify each hesitation by the last number before it and the last number that follows in its line.
 
-
-def kinds_at(text: str, places: Sequence[tuple[int, int]]) -> list[str]:
-    """What each hesitation leads to, told by the last number before it and the last one that follows in its line.
-
-    "correction" where they differ, "re-check" where they are equal, "restart" where no number follows.
+    It is a "correction" where they differ, a "re-check" where they are equal, and a "restart" where no number follows.
 
     Args:
         text: of an answer.
-        places: (start, stop) of each hesitation, from left to right. What follows ends at the next of them, too.
+        spans: (start, stop) of each hesitation in characters, from left to right. What follows a hesitation ends at
+            the next one.
     """
-    found = []
-    for i, (start, stop) in enumerate(places):
+    kinds = []
+    for i, (start, stop) in enumerate(spans):
         before = re.findall(r"\d+", text[:start])
-        upto = places[i + 1][0] if i + 1 < len(places) else len(text)
-        after = re.findall(r"\d+", text[stop : max(stop, upto)].split("\n", 1)[0])
+        end = spans[i + 1][0] if i + 1 < len(spans) else len(text)
+        after = re.findall(r"\d+", text[stop : max(stop, end)].split("\n", 1)[0])
         if not after or not before:
-            found.append("restart")
+            kinds.append("restart")
         else:
-            found.append("re-check" if after[-1] == before[-1] else "correction")
-    return found
+            kinds.append("re-check" if after[-1] == before[-1] else "correction")
+    return kinds

@@ -1,4 +1,4 @@
-"""The subcommand hesitation."""
+"""The subcommand hesitation: find and test the circuit of a behavior."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from tl_adapters.cli.common import Subcommands, device_of
 
 
 def add_hesitation(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
-    """The verb hesitation."""
+    """Add the subcommand hesitation."""
     hesitation = subcommands.add_parser(
-        "hesitation", parents=[common], help="the features that say a word, and their trial"
+        "hesitation", parents=[common], help="find the features that say a word, and test them by intervention"
     )
     hesitation.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
     hesitation.add_argument(
-        "--task", metavar="NAME[=FILE]", help="problems (the built-in pair has its own): gsm8k, ..."
+        "--task", metavar="NAME[=FILE]", help="problems: gsm8k, ... (default: those of the model organism)"
     )
     hesitation.add_argument(
         "--words",
         nargs="+",
         metavar="WORD",
-        help='what is said, such as Wait "Hold on" (default: Wait)',
+        help='words or phrases of the behavior, such as Wait "Hold on" (default: Wait)',
     )
     hesitation.add_argument(
-        "--share", type=float, metavar="X", help="size, as a share of alive features (default: 0.03)"
+        "--share", type=float, metavar="X", help="size of the circuit, as a share of alive features (default: 0.03)"
     )
-    hesitation.add_argument("--limit", type=int, metavar="N", help="problems, half to choose on and half to report on")
+    hesitation.add_argument(
+        "--limit", type=int, metavar="N", help="number of problems: half to choose on, half to report on"
+    )
     hesitation.add_argument(
         "--max-new-tokens",
         type=int,
@@ -37,7 +39,7 @@ def add_hesitation(subcommands: Subcommands, common: argparse.ArgumentParser) ->
 
 
 def _hesitation(args: argparse.Namespace) -> None:
-    from tl_adapters.circuits.criteria import REACHED
+    from tl_adapters.circuits.criteria import OUTCOME_NAMES
     from tl_adapters.data.hesitation_words import HESITATION_ONSET
     from tl_adapters.pages.report import write_report
     from tl_adapters.study.hesitation import hesitation_of_run
@@ -57,13 +59,13 @@ def _hesitation(args: argparse.Namespace) -> None:
     )
     size = study.block["circuit"]
     if not size["n"]:
-        print(f"no circuit: the target's answers hold {study.block['moments']['select']['moments']} moments")
+        print(f"no circuit: the target's answers have {study.block['moments']['select']['moments']} onsets")
     else:
         roles = ", ".join(f"{size[role]} {role}" for role in ("output", "template", "continuation"))
         print(f"{size['n']} features ({100 * size['share_of_alive']:.1f} % of the alive): {roles}")
-        for asked in study.block["criteria"]:
-            value = "-" if asked["value"] is None else f"{asked['value']:.3g}"
-            print(f"{REACHED[asked['reached']]:9}  {asked['name']}: {value}, {asked['bar']}")
+        for criterion in study.block["criteria"]:
+            value = "-" if criterion["value"] is None else f"{criterion['value']:.3g}"
+            print(f"{OUTCOME_NAMES[criterion['reached']]:9}  {criterion['name']}: {value}, {criterion['bar']}")
     run = args.run_folder
     print(f"page: {run / study.block['page']}\ncircuit: {run / 'circuit.json'}\nreport: {write_report(run)}")
     print(f"next: tl-adapters serve {run}")

@@ -1,13 +1,13 @@
-"""A behavior of a model: what it is, where it is in a text, and how often an answer shows it.
+"""Behaviors of a model: what they are, where they occur in a text, and how often an answer shows them.
 
-A behavior is words or phrases that are said, or whatever a function finds in a trace. Two numbers are read off it:
+A behavior is a set of words or phrases, or whatever a function finds in a trace. Two things are measured of it:
 
-* *how often an answer shows it*. Words are counted in the answer's text, whole and in any case ("wait" per 1,000
+* *how often an answer shows it*. Words are counted in the text of the answer, whole and in any case ("wait" per 1,000
   response tokens is the hesitation rate). A function counts as often as it finds something in the response;
-* *where it begins* (its onsets) and which tokens it consists of. Words are looked up as the tokens of the model
-  (`vocabulary.word_tokens`). A function returns positions, or (start, stop) where the behavior has more than one token.
+* *where it begins* (its onsets) and which tokens it has. Words are looked up as tokens of the model
+  (`hesitation_words.word_tokens`). A function returns positions, or (start, stop) for a behavior of several tokens.
 
-Everything that counts takes its counts from here, so a table, a criterion and a page speak of the same thing.
+All counts come from this module, so that a table, a criterion and a page count the same thing.
 """
 
 from __future__ import annotations
@@ -27,52 +27,56 @@ from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 
 Words = tuple[int | tuple[int, ...], ...]
-"""Tokens each of which is the behavior, and phrases: tokens that are it together."""
+"""Tokens each of which is the behavior, and phrases (tuples of tokens)."""
 Span = tuple[int, int]
-"""Where something starts, and where it has stopped."""
-MOST_TOKENS = 2_000
-"""Of all phrases together that a function may find: what is measured of a phrase is its very tokens."""
+"""(start, stop) of a part of a sequence; stop is exclusive."""
+MAX_PHRASE_TOKENS = 2_000
+"""Largest number of tokens in all phrases together that a function finds: every one of them is measured."""
 Find = Callable[[Trace], Sequence[int | Span]]
-"""Of a trace, the positions of tokens that begin the behavior, or (start, stop) of all tokens of it."""
+"""From a trace to the positions of tokens that begin the behavior, or to (start, stop) of all its tokens."""
 
 
 class BehaviorError(UserError, ValueError):
-    """A behaviour that cannot be studied on this pair or these texts."""
+    """A behavior that cannot be studied on this pair or on these texts."""
 
 
 @runtime_checkable
-class Answered(Protocol):
-    """A response (`benchmarks.Response`)."""
+class ResponseLike(Protocol):
+    """What is read of a response (`generation.responses.Response`)."""
 
     @property
     def text(self) -> str:
-        """As text."""
+        """The response as text."""
         ...
 
     @property
     def trace(self) -> Trace:
-        """As a document."""
+        """The prompt and the response as a document."""
         ...
 
 
 @dataclass(frozen=True)
 class Behavior:
-    """What is studied: words or phrases that are said, or places that a function finds in a trace."""
+    """A behavior: words or phrases, or whatever a function finds in a trace."""
 
     name: str = "hesitation"
-    """What results call it."""
+    """Its name in results."""
     words: tuple[str, ...] = (HESITATION_ONSET,)
-    """Words in every spelling that is one token, and phrases; unused where ``find`` is given."""
+    """Words, in every spelling that is one token, and phrases. They are not used where ``find`` is given."""
     find: Find | None = None
-    """Of a trace, the positions of tokens that begin the behaviour, or (start, stop) of all its tokens. It is asked of
-    every answer, one cut at the limit included (that has no end token), and of none of the prompt anything counts."""
+    """From a trace to the positions of tokens that begin the behavior, or to (start, stop) of all its tokens. It is
+    called on every answer, also on one that was cut at the limit (which has no end token). Positions in the prompt are
+    ignored."""
 
     def __post_init__(self) -> None:
         _require_words(self.words)
 
     @classmethod
     def of(cls, words: Sequence[str] | Behavior) -> Behavior:
-        """Words, any of which is the behavior; a behavior is taken as it is. Raises BehaviourError for no words."""
+        """Return the behavior of saying any of ``words``; a behavior is returned as it is.
+
+        Raises BehaviorError where there are no words.
+        """
         if isinstance(words, Behavior):
             return words
         _require_words(words)
@@ -80,14 +84,14 @@ class Behavior:
 
     @property
     def counted(self) -> tuple[str, ...]:
-        """What answers are counted for: the words in small letters, or the name of the function."""
+        """The names of what is counted in answers: the words in small letters, or the name of the function."""
         if self.find is not None:
             return (self.function or "",)
         return tuple(sorted({" ".join(word.split()).casefold() for word in self.words}))
 
     @property
     def function(self) -> str | None:
-        """The name of the function, where there is one."""
+        """The name of the function; None where words define the behavior."""
         if self.find is None:
             return None
         inner = self.find.func if isinstance(self.find, partial) else self.find
@@ -96,69 +100,70 @@ class Behavior:
     # -- in tokens ------------------------------------------------------------------------------------------------
 
     def tokens(self, pair: PairedModel, traces: Sequence[Trace]) -> dict[str, int | tuple[int, ...]]:
-        """Text to id of every token that is it, or to the ids of a phrase; empty where a function found nothing.
+        """Return the tokens of the behavior: text -> token id, or the ids of a phrase.
 
-        Raises BehaviourError where the tokenizer can write none of the words, or the function finds what is no place.
+        It is empty where a function found nothing in the traces.
+
+        Raises BehaviorError where the tokenizer can write none of the words, or the function returns something that is
+        not a position.
         """
         tokenizer = pair.model.tokenizer
         if self.find is not None:
-            said = {trace.tokens[start:stop] for trace in traces for start, stop in self.spans(trace)}
+            spans = {trace.tokens[start:stop] for trace in traces for start, stop in self.spans(trace)}
             known: dict[str, tuple[int, ...]] = {}
-            for ids in sorted(said):
+            for ids in sorted(spans):
                 text = tokenizer.decode(list(ids))
                 known[text if text not in known else f"{text} {ids}"] = ids  # parts of characters have one text
             phrases = without_extensions(known)
-            if (n := sum(len(ids) for ids in phrases.values() if len(ids) > 1)) > MOST_TOKENS:
+            if (n := sum(len(ids) for ids in phrases.values() if len(ids) > 1)) > MAX_PHRASE_TOKENS:
                 raise BehaviorError(
-                    f"The function {self.function} found {len(phrases):,} different phrases of {n:,} tokens together; "
-                    f"at most {MOST_TOKENS:,} can be measured. Let it return positions, where no phrase is meant."
+                    f"The function {self.function} found {len(phrases):,} different phrases with {n:,} tokens in all; "
+                    f"at most {MAX_PHRASE_TOKENS:,} can be measured. Where no phrase is meant, return positions."
                 )
             return {text: ids[0] if len(ids) == 1 else ids for text, ids in phrases.items()}
-        if not (found := word_tokens(tokenizer, self.words)):
+        if not (tokens := word_tokens(tokenizer, self.words)):
             raise BehaviorError(
-                f"Nothing begins the behaviour {self.name!r}: this model's tokenizer can write none of "
-                f"{', '.join(self.words)}; give other words= or a function (find=)."
+                f"No token begins the behavior {self.name!r}: this model's tokenizer can write none of "
+                f"{', '.join(self.words)}. Give other words= or a function (find=)."
             )
-        return found
+        return tokens
 
     def spans(self, trace: Trace, words: Words = ()) -> list[Span]:
-        """(start, stop) of the tokens of every occurrence in the response of a trace, from left to right.
+        """Return (start, stop) of the tokens of every occurrence in the response of a trace, from left to right.
 
         Args:
-            trace: whose tokens are looked at.
-            words: what the words are in tokens (the values of `tokens`); a function needs none. Phrases that are said
-                do not overlap: the next one begins after the last token of the one before.
+            trace: the document that is searched.
+            words: the tokens of the words (the values of `tokens`); not needed for a function. Phrases do not overlap:
+                the next one begins after the last token of the one before.
 
-        Raises BehaviourError where a function finds what is no place of the trace.
+        Raises BehaviorError where a function returns something that is not a position of the trace.
         """
         if self.find is not None:
-            return self._found(trace)
+            return self._found_spans(trace)
         by_first: dict[int, list[tuple[int, ...]]] = {}
         for phrase in (word if isinstance(word, tuple) else (word,) for word in words):
             by_first.setdefault(phrase[0], []).append(phrase)
-        found, place = list[Span](), trace.prompt_length
-        while place < len(trace.tokens):
-            here = by_first.get(trace.tokens[place], ())
-            length = min((len(p) for p in here if trace.tokens[place : place + len(p)] == p), default=0)
+        spans, start = list[Span](), trace.prompt_length
+        while start < len(trace.tokens):
+            candidates = by_first.get(trace.tokens[start], ())
+            length = min((len(p) for p in candidates if trace.tokens[start : start + len(p)] == p), default=0)
             if length:
-                found.append((place, place + length))
-            place += length or 1
-        return found
+                spans.append((start, start + length))
+            start += length or 1
+        return spans
 
-    def _found(self, trace: Trace) -> list[Span]:
+    def _found_spans(self, trace: Trace) -> list[Span]:
         assert self.find is not None
         spans: dict[int, int] = {}
-        for place in self.find(trace):
+        for item in self.find(trace):
             try:
-                start, stop = (
-                    map(index, place) if isinstance(place, (tuple, list)) else (index(place), index(place) + 1)
-                )
+                start, stop = map(index, item) if isinstance(item, (tuple, list)) else (index(item), index(item) + 1)
             except (TypeError, ValueError):
                 start = stop = -1
             if not 0 <= start < stop <= len(trace.tokens):
                 raise BehaviorError(
-                    f"The function {self.function} found {place!r} in a trace of {len(trace.tokens)} tokens; it is to "
-                    f"return positions from 0 to {len(trace.tokens) - 1}, or (start, stop) of tokens."
+                    f"The function {self.function} returned {item!r} for a trace of {len(trace.tokens)} tokens; return "
+                    f"positions from 0 to {len(trace.tokens) - 1}, or (start, stop) of tokens."
                 )
             if start >= trace.prompt_length:
                 spans[start] = min(stop, spans.get(start, stop))
@@ -166,37 +171,37 @@ class Behavior:
 
     # -- in answers -----------------------------------------------------------------------------------------------
 
-    def count(self, response: Answered) -> int:
-        """How often a response shows it: words whole and in any case, or as often as the function finds something."""
+    def count(self, response: ResponseLike) -> int:
+        """Return how often a response shows the behavior: words whole and in any case, or finds of the function."""
         if self.find is not None:
-            return len(self._found(response.trace))
+            return len(self._found_spans(response.trace))
         return sum(1 for _ in word_pattern(self.words).finditer(response.text))
 
-    def places(self, response: Answered, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-        """Where a response's text shows what `count` counts, as (start, stop) of characters."""
+    def text_spans(self, response: ResponseLike, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+        """Return where a response's text shows what `count` counts, as (start, stop) of characters."""
         if self.find is None:
             return [match.span() for match in word_pattern(self.words).finditer(response.text)]
-        trace, found = response.trace, []
-        said = trace.tokens[trace.prompt_length :]
-        for start, stop in self._found(trace):
-            ends = (len(tokenizer.decode(list(said[: place - trace.prompt_length]))) for place in (start, stop))
-            begin, end = (min(place, len(response.text)) for place in ends)
-            found.append((begin, end))
-        return found
+        trace, spans = response.trace, []
+        tokens = trace.tokens[trace.prompt_length :]
+        for span in self._found_spans(trace):
+            lengths = (len(tokenizer.decode(list(tokens[: end - trace.prompt_length]))) for end in span)
+            start, stop = (min(length, len(response.text)) for length in lengths)
+            spans.append((start, stop))
+        return spans
 
 
 def _require_words(words: Sequence[str]) -> None:
-    """Raises BehaviourError for a text where a list of words is meant, for no words, and for an empty one."""
+    """Raise BehaviorError for a text instead of a list of words, for no words, and for an empty word."""
     if isinstance(words, str) or not words or any(not isinstance(w, str) or not w.strip() for w in words):
         raise BehaviorError(f"Got the words {words!r}; give a list of words or phrases, such as ['Wait', 'Hold on'].")
 
 
-def counts(responses: Iterable[Answered], behaviour: Sequence[str] | Behavior) -> list[int]:
-    """How often each response shows a behavior, or says one of some words. Raises BehaviourError."""
-    asked = Behavior.of(behaviour)
-    return [asked.count(response) for response in responses]
+def counts(responses: Iterable[ResponseLike], behavior: Sequence[str] | Behavior) -> list[int]:
+    """Return how often each response shows a behavior, or contains one of some words. Raises BehaviorError."""
+    behavior = Behavior.of(behavior)
+    return [behavior.count(response) for response in responses]
 
 
 def first_tokens(words: Words | Sequence[Any]) -> tuple[int, ...]:
-    """The tokens with which words and phrases begin, each once, in their order."""
+    """Return the tokens with which words and phrases begin, each once, in their order."""
     return tuple(dict.fromkeys(word[0] if isinstance(word, tuple) else word for word in words))

@@ -102,7 +102,7 @@ def _planned(features: Sequence[CircuitFeature]) -> _Plan:
 
 
 def _word(circuit: Circuit, place: tuple[float, float]) -> str:
-    said = ", ".join(circuit.words) or circuit.behaviour
+    said = ", ".join(circuit.words) or circuit.behavior
     name = said if len(said) <= 14 else said[:13] + "…"
     return (
         f'<g><title>{shown_text(said)}</title><rect x="{place[0]:.0f}" y="{place[1] - 15:.0f}" width="100" height="30" '

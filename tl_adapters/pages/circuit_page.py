@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.checkpoints.fingerprints import differing
-from tl_adapters.circuits.circuit import EFFECTS, ROLES, Circuit
-from tl_adapters.circuits.criteria import REACHED
+from tl_adapters.circuits.circuit import EFFECT_NAMES, ROLES, Circuit
+from tl_adapters.circuits.criteria import OUTCOME_NAMES
 from tl_adapters.circuits.find import FEWEST_ONSETS
 from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.data.words import word_pattern
@@ -122,7 +122,7 @@ def write_circuit_page(
     ]
     path = folder / HESITATION_PAGE
     body = _STYLE + "\n".join(filter(None, sections))
-    write_text(path, page(f"The {circuit.behaviour} circuit", body.encode("utf-8", "replace").decode()))
+    write_text(path, page(f"The {circuit.behavior} circuit", body.encode("utf-8", "replace").decode()))
     return path
 
 
@@ -153,7 +153,7 @@ def _head(block: Block, circuit: Circuit, words: Sequence[str]) -> str:
     said = ", ".join(f"<mark>{shown_text(word)}</mark>" for word in words[:SHOWN_WORDS])
     said += f" and {len(words) - SHOWN_WORDS:,} more" if len(words) > SHOWN_WORDS else ""
     function = block.get("function")
-    does = f"say {said}" if said else f"do what is called {shown_text(circuit.behaviour)}"
+    does = f"say {said}" if said else f"do what is called {shown_text(circuit.behavior)}"
     does += f" (found by the function <code>{shown_text(str(function))}</code>)" if function else ""
     rows = [
         [f"{role} features: {_MEANS[role]}", str(c.get(role, sum(f.role == role for f in circuit.features)))]
@@ -172,7 +172,7 @@ def _head(block: Block, circuit: Circuit, words: Sequence[str]) -> str:
             counts += f" ({count(alike)} of them before something else that begins alike)"
         rows.append([f"{shown_text(split)} split", f"{counts} in {count(m.get('documents'))} documents"])
     return (
-        f'<p class="soft"><a href="report.html">← report</a></p><h1>The {shown_text(circuit.behaviour)} circuit</h1>'
+        f'<p class="soft"><a href="report.html">← report</a></p><h1>The {shown_text(circuit.behavior)} circuit</h1>'
         f'<p class="soft">Which features make the model {does}, and what becomes of it without them. Found on the '
         f"{shown_text(circuit.split)} split, measured on another. A <i>moment</i> is a place before the word, a "
         "<i>boundary</i> one like it where it is not. Intervals are 95 % intervals over documents or "
@@ -188,7 +188,7 @@ def _criteria(block: Block) -> str:
             shown_text(str(c["name"])),
             shown(c.get("value")),
             shown(c.get("bar")),
-            "<b>missed</b>" if c.get("reached") is False else REACHED[c.get("reached")],
+            "<b>missed</b>" if c.get("reached") is False else OUTCOME_NAMES[c.get("reached")],
         ]
         for c in block["criteria"]
     ]
@@ -229,12 +229,12 @@ def _features(circuit: Circuit, store: FeatureStore | None, link: Link) -> str:
         if store is not None:
             cells += _described(known.get(f.id))
         rows.append(cells)
-    header = ["feature", "role", *EFFECTS, "activation"]
+    header = ["feature", "role", *EFFECT_NAMES, "activation"]
     header += ["promotes", "fires on"] if store is not None else []
     text = (
         f"<p>The {len(chosen)} of {len(circuit):,} with the largest total effect; all are in circuit.json. Effects are "
-        "in nats of the word's log-odds, mean over the moments; <i>on what follows</i>: in nats of the log-odds of the "
-        "tokens after it; <i>over boundaries</i>: total less that there.</p>"
+        "in nats of the word's log-odds, mean over the moments; <i>on continuation</i>: in nats of the log-odds of the "
+        "tokens after it; <i>onsets less controls</i>: total less that at boundaries.</p>"
     )
     return f"<h2>Its features</h2>{text}{table(header, rows)}"
 

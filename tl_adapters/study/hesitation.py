@@ -1,4 +1,4 @@
-"""The stage hesitation of a study: a run's circuit, its page, and the block in results.json."""
+"""The stage hesitation of a run: its circuit, the page, and the block in results.json."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tl_adapters.utils.files import write_text
 from tl_adapters.utils.results import plain, read_results, stage, write_results
 from tl_adapters.utils.strict_json import dumps
 
-EXAMPLES = "hesitation.jsonl"
-PROBLEMS = (600, 1_000)
-"""Select and report problems of the built-in pair."""
+EXAMPLES_FILE = "hesitation.jsonl"
+BUILTIN_PROBLEM_COUNTS = (600, 1_000)
+"""Numbers of select and report problems of the model organism."""
 
 
 def hesitation_stage(
@@ -40,15 +40,19 @@ def hesitation_stage(
     name: str = "hesitation",
     progress: bool = False,
 ) -> BehaviorStudy:
-    """Analyse, draw and record; writes circuit.json, hesitation.jsonl, hesitation.html and the block.
+    """Study a behavior and write circuit.json, hesitation.jsonl, hesitation.html and the block in results.json.
 
-    Args: as `analyze_behavior`, and the folder of the run.
+    Args:
+        pair: with adapters on every layer.
+        subject: problems to choose on and to report on.
+        folder: of the run.
+        options, words, find, name, progress: as in `analyze_behavior`.
     """
     seeds = tuple(read_results(folder).get("seeds", [0]))
     with stage(folder, "hesitation"):
         study = analyze_behavior(pair, subject, words, find, name=name, options=options, seeds=seeds, progress=progress)
         study.circuit.save(folder)
-        write_text(folder / EXAMPLES, "".join(dumps(e) + "\n" for e in study.examples))
+        write_text(folder / EXAMPLES_FILE, "".join(dumps(e) + "\n" for e in study.examples))
         store = FeatureStore.load(there) if (there := folder / FEATURES / STORE_FOLDER).is_dir() else None
         page = write_circuit_page(folder, plain(study.block), study.circuit, store, study.examples)
         study.block["page"] = page.name
@@ -69,26 +73,27 @@ def hesitation_of_run(
     dtype: Dtype | None = None,
     progress: bool = True,
 ) -> BehaviorStudy:
-    """The hesitation circuit of a run.
+    """Find and test the hesitation circuit of a run.
 
     Args:
-        folder: made by train or demo.
-        task: name of a benchmark's problems and a local copy, or None for the hub's; None for the built-in pair's own.
-        words: words or phrases that are said.
-        share: size of the circuit as a share of the alive features; None for the search's default.
-        limit: so many problems, both halves together.
-        max_new_tokens: the limit of an answer; None is the task's or the model's own (`benchmarks.answer_limit`).
+        folder: of a run, made by train or demo.
+        task: name of a benchmark's problems, and a local copy of them or None for the hub's; None takes the problems of
+            the model organism.
+        words: words or phrases of the behavior.
+        share: size of the circuit as a share of the alive features; None takes the default of the search.
+        limit: number of problems, select and report problems together; None takes all.
+        max_new_tokens: longest answer; None takes the limit of the task or the model (`responses.answer_limit`).
         seed: of every draw.
-        device, dtype: as in `opening.open_run`.
+        device, dtype: as in `open_run.open_run`.
         progress: show bars.
 
-    Raises UserError where a pair that is not the built-in one is given no task, and what opening a run raises.
+    Raises UserError where a pair that is not the model organism is given no task, and what opening a run raises.
     """
     require_adapters(folder)
     if task is None:
         if not is_builtin(folder):
-            raise UserError("--task is missing: problems to answer, such as gsm8k, math500=FILE or another benchmark.")
-        select, report = PROBLEMS if limit is None else (limit // 2, limit - limit // 2)
+            raise UserError("--task is missing. Name problems, such as gsm8k, math500=FILE or another benchmark.")
+        select, report = BUILTIN_PROBLEM_COUNTS if limit is None else (limit // 2, limit - limit // 2)
         subject = builtin_subject(select, report, seed=seed)
     else:
         subject = halves(load_problems(*task, limit=limit, seed=seed).problems, max_new_tokens)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tl_adapters.circuits.study import StudyOptions
 from tl_adapters.config import TrainingConfig
-from tl_adapters.study.hesitation import PROBLEMS
+from tl_adapters.study.hesitation import BUILTIN_PROBLEM_COUNTS
 from tl_adapters.study.open_run import BUILTIN_TRACES
 
 
@@ -24,7 +24,7 @@ class Scale:
     """Of these, how many the baselines are measured on."""
     max_new_tokens: int = 160
     """The limit of an answer."""
-    hesitation: tuple[int, int] = PROBLEMS
+    hesitation: tuple[int, int] = BUILTIN_PROBLEM_COUNTS
     """Problems that the hesitation circuit is chosen on, and others that it is reported on."""
     circuit: StudyOptions = field(default_factory=StudyOptions)
     """How much of the circuit is measured."""
