@@ -185,7 +185,7 @@ def test_it_is_of_one_set_of_adapters() -> None:
     replace(made(adapters.fingerprint), fingerprints={**pair.fingerprints, **adapters.fingerprints}).require_belonging(
         pair
     )
-    with pytest.raises(CircuitError, match="in a pair whose base_mlps and target are others"):
+    with pytest.raises(CircuitError, match="in a pair whose base_mlps and target have other fingerprints"):
         made(adapters.fingerprint).require_belonging(pair)
     for call in (lambda: made().require_belonging(pair), lambda: made().distinct_directions(adapters)):
         with pytest.raises(CircuitError, match=f"adapters aaaa, and .* {adapters.fingerprint}"):
@@ -265,7 +265,7 @@ def test_up_and_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Circuit.from_hub("user/repo", "doubt")
     with pytest.raises(CheckpointError, match="404"):
         Circuit.from_hub("user/none")
-    with pytest.raises(CircuitError, match="not a circuit's name"):
+    with pytest.raises(CircuitError, match="is not a valid name of a circuit"):
         circuit.push("user/repo", "../secret")
 
 

@@ -266,7 +266,7 @@ def test_only_so_many_documents_are_read(circuit: tuple[PairedModel, Onsets]) ->
 def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Onsets]) -> None:
     pair, onsets = circuit
     silent = replace(onsets, onset=torch.zeros_like(onsets.onset))
-    with pytest.raises(BehaviorError, match="no moment in these texts"):
+    with pytest.raises(BehaviorError, match="no onset in these texts"):
         search_circuit(pair, silent, everything(pair), progress=False)
     for wrong in (
         {"share": 0.0},

@@ -101,7 +101,7 @@ def test_what_a_function_finds_in_the_prompt_or_twice_counts_not_or_once() -> No
     assert counts([said(7, 8, 9)], twice) == [1]
     for wrong in ([99], [-1], [(5, 5)], [2.5], [(1, 2, 3)], ["so"]):
         with pytest.raises(
-            BehaviorError, match=r"found .* in a trace of 7 tokens; it is to return positions from 0 to 6"
+            BehaviorError, match=r"returned .* for a trace of 7 tokens; return positions from 0 to 6"
         ):
             counts([said(7, 8, 9)], Behavior("wrong", find=lambda t, wrong=wrong: wrong))
 
@@ -197,7 +197,7 @@ def test_a_word_of_several_tokens_is_a_phrase_in_every_spelling(pair: PairedMode
 def test_words_that_the_tokenizer_cannot_write_are_refused() -> None:
     unknown = make("Qwen2ForCausalLM", "hooked")
     unknown.model.tokenizer = word_tokenizer("x")
-    with pytest.raises(BehaviorError, match=r"'doubt': this model's tokenizer can write none of Hold on; .*find="):
+    with pytest.raises(BehaviorError, match=r"'doubt': this model's tokenizer can write none of Hold on. .*find="):
         find_onsets(unknown, [Trace((1, 2, 3), 1)], Behavior("doubt", ("Hold on",)))
 
 
@@ -229,7 +229,7 @@ def test_a_function_that_finds_whole_sentences_is_told_that_phrases_are_short(pa
     rows = torch.randint(5, 200, (30, 100), generator=generator).tolist()
     traces = [Trace(tuple(tokens), 10) for tokens in rows]
     whole = Behavior("all", find=lambda t: [(t.prompt_length, len(t.tokens))])
-    with pytest.raises(BehaviorError, match=r"found 30 different phrases of 2,700 tokens together; at most 2,000"):
+    with pytest.raises(BehaviorError, match=r"found 30 different phrases with 2,700 tokens in all; at most 2,000"):
         find_onsets(pair, traces, whole)
     assert counts([said(7, 8)], whole) == [1]
     assert find_onsets(pair, traces, Behavior("starts", find=lambda t: [10])).counts["moments"] == 30
