@@ -100,9 +100,7 @@ def test_what_a_function_finds_in_the_prompt_or_twice_counts_not_or_once() -> No
     twice = Behavior("twice", find=lambda t: [4, (4, 6), 1, 4])
     assert counts([said(7, 8, 9)], twice) == [1]
     for wrong in ([99], [-1], [(5, 5)], [2.5], [(1, 2, 3)], ["so"]):
-        with pytest.raises(
-            BehaviorError, match=r"returned .* for a trace of 7 tokens; return positions from 0 to 6"
-        ):
+        with pytest.raises(BehaviorError, match=r"returned .* for a trace of 7 tokens; return positions from 0 to 6"):
             counts([said(7, 8, 9)], Behavior("wrong", find=lambda t, wrong=wrong: wrong))
 
 
