@@ -1,12 +1,13 @@
-"""What a Hugging Face model computes on a few tokens, recorded before TransformerLens reads or changes it.
+"""What the Hugging Face models of a pair compute on a few tokens, recorded before TransformerLens changes them.
 
-What a model in memory computes need not be what its configuration and weights say: there are biases set by hand,
-forward hooks, replaced forward methods, LoRA. So `record_hf_outputs` runs it as the user gave it, and then its own
-class with its weights, and refuses it where the two differ. They are the same code in the same dtype: in float32 they
-agree to rounding, and in bfloat16 and float16, where rounding would hide a small effect, to the last bit.
+What a model in memory computes may differ from what its configuration and weights say: it may have biases set by hand,
+forward hooks, replaced forward methods, LoRA. So `record_hf_outputs` runs the model as the user gave it, then runs the
+stock model of its class with its weights, and raises an error where the two differ. Both are the same code in the same
+dtype: in float32 they agree to rounding, and in bfloat16 and float16, where rounding would hide a small effect, to the
+last bit.
 
-The hf_outputs keeps what goes into and comes out of every decoder layer and MLP, for `agreement` to give to the model
-that TransformerLens makes.
+`HFOutputs` holds the inputs and outputs of every decoder layer and MLP. `output_agreement` gives these inputs to the
+TransformerLens model.
 """
 
 from __future__ import annotations
@@ -25,47 +26,56 @@ from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.checkpoints.base_mlps import MLPTensors
+from tl_adapters.checkpoints.layer_samples import dtype_name
 from tl_adapters.checkpoints.model_checks import stock_model
 from tl_adapters.checkpoints.model_files import PROJECTIONS
-from tl_adapters.models.output_comparison import DisagreementError, compare, is_low, named, norm
+from tl_adapters.models.output_comparison import DisagreementError, compare, is_low_precision, position_norms
 
 log = logging.getLogger(__name__)
 
 N_PROBE_TOKENS = 8
+"""The number of tokens on which outputs are compared."""
 
 
 @dataclass
 class ModuleCall:
-    """What one module was given and returned in the Hugging Face model, [1, pos, d_model] each."""
+    """The input and the output of one module in a forward pass of a Hugging Face model."""
 
     input: Tensor = field(init=False)
+    """[1, pos, d_model]"""
     output: Tensor = field(init=False)
+    """[1, pos, d_model]"""
 
     @property
     def was_made(self) -> bool:
-        """The module was called at all."""
+        """Whether the pass called the module at all."""
         return hasattr(self, "output")
 
 
 class ForwardPass(NamedTuple):
-    """One forward pass."""
+    """The calls of decoder layers and MLPs in one forward pass, and its logits."""
 
     blocks: list[ModuleCall]
-    """Of the decoder layers."""
+    """One call per decoder layer."""
     mlps: list[ModuleCall]
+    """One call per MLP."""
     logits: Float[Tensor, "1 pos d_vocab"]
+    """The model's output."""
 
 
 @dataclass(frozen=True)
 class HFOutputs:
-    """What a Hugging Face model computes on a few tokens."""
+    """What the Hugging Face models of a pair compute on a few tokens."""
 
     tokens: Int[Tensor, "1 pos"]
+    """The token ids."""
     target: ForwardPass
+    """The target's forward pass on them."""
     base_mlp_outputs: list[Tensor] | None
-    """What the base's MLPs return for the inputs of the target's; None where there is no base."""
+    """The base's MLP outputs for the inputs of the target's MLPs, [1, pos, d_model] per layer; None without a base."""
     attention_rounding: list[Tensor] | None
-    """By how much the model's own attention implementations differ, per layer [1, pos]; None in full precision."""
+    """The relative difference between the target's attention implementations, [1, pos] per layer; None in full
+    precision."""
 
 
 @torch.no_grad()
@@ -75,112 +85,118 @@ def record_hf_outputs(
     base: PreTrainedModel | None = None,
     base_mlps: Sequence[MLPTensors] | None = None,
 ) -> HFOutputs | None:
-    """What ``hf_model`` computes on `N_PROBE_TOKENS` tokens; to be called before TransformerLens changes it.
+    """The outputs of a target, and of its base's MLPs, on `N_PROBE_TOKENS` tokens.
+
+    Call this before TransformerLens changes the model.
 
     Args:
-        hf_model: the target, with its hooks and whatever else it has.
-        tokenizer: the target's; its special tokens are not among the tokens.
-        base: the base where it is a model in memory; its own MLP modules are run.
-        base_mlps: the base's MLP weights, which are put into the target's MLP modules where there is no ``base``.
+        hf_model: the target, with its hooks and all other modifications.
+        tokenizer: the target's; its special tokens are left out of the tokens.
+        base: the base, where it is a model in memory; its own MLP modules are run.
+        base_mlps: the base's MLP weights. Without ``base`` they are run in the target's MLP modules.
 
     Returns:
-        The hf_outputs; None for a model on the meta device, which computes nothing.
+        The outputs; None for a model on the meta device, which computes nothing.
 
     Raises:
-        DisagreementError: a model that computes something else than its class with its weights, or numbers that are
-            not finite.
+        DisagreementError: a model whose outputs differ from those of its class with its weights, or are not finite.
     """
     if next(hf_model.parameters()).is_meta:
-        log.info("The target has no values (meta device), so what it computes was not compared.")
+        log.info("The target has no values (meta device), so its outputs were not compared.")
         return None
     stock = stock_model(hf_model.config).eval()
     state = _state_of(hf_model, stock)
     tokens = _tokens_for(hf_model.config, tokenizer).to(hf_model.device)
     layers = list(hf_model.model.layers)
     with _evaluating(hf_model):
-        own = _run(layers, lambda: hf_model(input_ids=tokens, use_cache=False))
-        _require_finite(own)
+        target = _run(layers, lambda: hf_model(input_ids=tokens, use_cache=False))
+        _require_finite(target)
         options = {"input_ids": tokens, "use_cache": False}
-        by_class = _run(list(stock.model.layers), lambda: functional_call(stock, state, (), options))
-        _require_stock_pass(own, by_class, peculiarities(hf_model, stock), type(stock).__name__)
-        rounding = _rounding(hf_model, tokens, own.blocks) if is_low(own.logits.dtype) else None
-        outputs = None
+        expected = _run(list(stock.model.layers), lambda: functional_call(stock, state, (), options))
+        _require_stock_pass(target, expected, list_modifications(hf_model, stock), type(stock).__name__)
+        rounding = (
+            _attention_rounding(hf_model, tokens, target.blocks) if is_low_precision(target.logits.dtype) else None
+        )
+        base_outputs = None
         if base is not None:
-            outputs = mlp_outputs_in_memory(base, [mlp.input for mlp in own.mlps])
+            base_outputs = mlp_outputs_in_memory(base, [mlp.input for mlp in target.mlps])
         elif base_mlps is not None:
-            found = zip(layers, base_mlps, own.mlps, strict=True)
-            outputs = [_with_weights(layer.mlp, weights, call.input) for layer, weights, call in found]
-    return HFOutputs(tokens, own, outputs, rounding)
+            per_layer = zip(layers, base_mlps, target.mlps, strict=True)
+            base_outputs = [_with_weights(layer.mlp, weights, call.input) for layer, weights, call in per_layer]
+    return HFOutputs(tokens, target, base_outputs, rounding)
 
 
 def _run(layers: Sequence[nn.Module], forward: Callable[[], Any]) -> ForwardPass:
-    with _listening(layers) as blocks, _listening([layer.get_submodule("mlp") for layer in layers]) as mlps:
+    with _recorded_calls(layers) as blocks, _recorded_calls([layer.get_submodule("mlp") for layer in layers]) as mlps:
         logits = forward().logits
     return ForwardPass(blocks, mlps, logits)
 
 
-def _require_finite(run: ForwardPass) -> None:
-    n = len(run.blocks)
-    for layer, call in enumerate([*run.blocks, *run.mlps]):
-        if not call.was_made:
-            raise DisagreementError(f"The target's own forward pass does not run layer {layer % n}.")
-    for layer, call in enumerate(run.blocks):
+def _require_finite(target: ForwardPass) -> None:
+    for calls in (target.blocks, target.mlps):
+        for layer, call in enumerate(calls):
+            if not call.was_made:
+                raise DisagreementError(f"The target's own forward pass does not run layer {layer}.")
+    for layer, call in enumerate(target.blocks):
         if not bool(call.output.isfinite().all()):
             raise DisagreementError(
-                f"Layer {layer} of the target returns numbers that are not finite in {named(call.output.dtype)}, in "
-                "transformers itself. Load it in float32 or bfloat16; else its weights are damaged."
+                f"Layer {layer} of the target returns numbers that are not finite in {dtype_name(call.output.dtype)}, "
+                "in transformers itself. Load it in float32 or bfloat16; if they are still not finite, its weights are "
+                "damaged."
             )
 
 
 def _tokens_for(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> Int[Tensor, "1 pos"]:
-    special = {i for key in ("pad", "bos", "eos") for i in _listed(getattr(config, f"{key}_token_id", None))}
-    n = config.vocab_size if tokenizer is None else min(config.vocab_size, len(tokenizer))
-    return probe_tokens(
-        n, config.max_position_embeddings, special | set(tokenizer.all_special_ids if tokenizer else ())
-    )
+    special = {i for key in ("pad", "bos", "eos") for i in _as_list(getattr(config, f"{key}_token_id", None))}
+    special |= set(tokenizer.all_special_ids if tokenizer else ())
+    n_ids = config.vocab_size if tokenizer is None else min(config.vocab_size, len(tokenizer))
+    return probe_tokens(n_ids, config.max_position_embeddings, special)
 
 
-def probe_tokens(n: int, n_ctx: int, special: Collection[int] = ()) -> Int[Tensor, "1 pos"]:
-    """Different ids below ``n`` of a fixed draw, none of them ``special``; at most `N_PROBE_TOKENS`, and ``n_ctx``."""
-    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
-    return torch.tensor([[i for i in drawn if i not in special][: min(N_PROBE_TOKENS, n_ctx)]])
+def probe_tokens(n_ids: int, n_ctx: int, special: Collection[int] = ()) -> Int[Tensor, "1 pos"]:
+    """Different token ids below ``n_ids``, none of them ``special``, in an order that is always the same.
+
+    There are `N_PROBE_TOKENS` of them, or fewer where the vocabulary or the context ``n_ctx`` is smaller.
+    """
+    shuffled = torch.randperm(n_ids, generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.tensor([[i for i in shuffled if i not in special][: min(N_PROBE_TOKENS, n_ctx)]])
 
 
-def _listed(ids: int | Sequence[int] | None) -> list[int]:
+def _as_list(ids: int | Sequence[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 @torch.no_grad()
 def mlp_outputs_in_memory(base: PreTrainedModel, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What the MLPs of a base in memory return for ``inputs``, one per layer.
+    """The outputs of the MLPs of a base in memory for ``inputs``, one per layer, [1, pos, d_model] each.
 
     Raises:
-        DisagreementError: MLPs that compute something else than their class with their weights.
+        DisagreementError: MLPs whose outputs differ from those of their class with their weights.
     """
     stock = stock_model(base.config).eval()
     outputs = []
     with _evaluating(base):
-        peculiar = [what for what in peculiarities(base, stock) if ".mlp" in what]
-        for number, (layer, x) in enumerate(zip(base.model.layers, inputs, strict=True)):
-            weights = {name: layer.mlp.get_submodule(name).weight for name in PROJECTIONS}
-            given = x.to(weights["gate_proj"].device, weights["gate_proj"].dtype)
-            own = hidden_states(layer.mlp(given))
-            by_class = _with_weights(stock.model.layers[number].mlp, weights, given)
-            what = f"The MLP of layer {number} of the base"
-            _compare_to_class(what, by_class, own, peculiar, type(stock).__name__)
-            outputs.append(own.to(x.device))
+        modifications = [text for text in list_modifications(base, stock) if ".mlp" in text]
+        for layer, (block, x) in enumerate(zip(base.model.layers, inputs, strict=True)):
+            weights = {name: block.mlp.get_submodule(name).weight for name in PROJECTIONS}
+            mlp_input = x.to(weights["gate_proj"].device, weights["gate_proj"].dtype)
+            output = hidden_states(block.mlp(mlp_input))
+            expected = _with_weights(stock.model.layers[layer].mlp, weights, mlp_input)
+            subject = f"The MLP of layer {layer} of the base"
+            _compare_to_class(subject, expected, output, modifications, type(stock).__name__)
+            outputs.append(output.to(x.device))
     return outputs
 
 
 def _with_weights(mlp: nn.Module, weights: MLPTensors, x: Tensor) -> Tensor:
     """The output of a Hugging Face MLP module with other weights; the module keeps its own."""
-    swapped = {f"{name}.weight": weights[name].to(x.device, x.dtype) for name in PROJECTIONS}
-    return hidden_states(functional_call(mlp, swapped, (x,)))
+    state = {f"{name}.weight": weights[name].to(x.device, x.dtype) for name in PROJECTIONS}
+    return hidden_states(functional_call(mlp, state, (x,)))
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout for the length of a block; afterwards every module is in the mode that it had."""
+    """For the length of a block, no dropout; afterwards every module is in the mode that it had before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -191,8 +207,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _listening(modules: Sequence[nn.Module]) -> Iterator[list[ModuleCall]]:
-    """The last call of each module, with all that other hooks do to its input and output counted in."""
+def _recorded_calls(modules: Sequence[nn.Module]) -> Iterator[list[ModuleCall]]:
+    """The last call of each module in the block, including what other hooks do to its input and output."""
     calls = [ModuleCall() for _ in modules]
 
     def before(module: nn.Module, args: Any, kwargs: Any, call: ModuleCall) -> None:
@@ -203,8 +219,8 @@ def _listening(modules: Sequence[nn.Module]) -> Iterator[list[ModuleCall]]:
 
     handles = []
     for module, call in zip(modules, calls, strict=True):
-        first = functools.partial(before, call=call)
-        handles.append(module.register_forward_pre_hook(first, with_kwargs=True, prepend=True))
+        pre_hook = functools.partial(before, call=call)
+        handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True, prepend=True))
         handles.append(module.register_forward_hook(functools.partial(after, call=call)))
     try:
         yield calls
@@ -214,18 +230,19 @@ def _listening(modules: Sequence[nn.Module]) -> Iterator[list[ModuleCall]]:
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states in what a module returned."""
+    """The hidden states in the output of a Hugging Face module, which may be a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def _rounding(hf_model: PreTrainedModel, tokens: Tensor, blocks: Sequence[ModuleCall]) -> list[Tensor] | None:
-    """How far each layer's output moves, relative to what it adds, between fused and eager attention of transformers.
+def _attention_rounding(hf_model: PreTrainedModel, tokens: Tensor, blocks: Sequence[ModuleCall]) -> list[Tensor] | None:
+    """The difference of each layer's output between transformers' fused and eager attention, [1, pos] per layer.
 
-    A model with large query or key biases has scores whose rounding in bfloat16 is felt; how much, only it can tell.
-    Each layer gets the input recorded in ``blocks``, so the differences are those of single layers.
+    It is relative to what the layer adds to the residual stream; None where the model's own attention is eager. In a
+    model with large query or key biases the rounding of scores in bfloat16 is noticeable, and its size can only be
+    measured. Each layer gets the input recorded in ``blocks``, so the differences are those of single layers.
     """
-    own = hf_model.config._attn_implementation
-    if own == "eager":
+    implementation = hf_model.config._attn_implementation
+    if implementation == "eager":
         return None
 
     def feed(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> Any:
@@ -238,25 +255,25 @@ def _rounding(hf_model: PreTrainedModel, tokens: Tensor, blocks: Sequence[Module
     ]
     try:
         hf_model.set_attn_implementation("eager")
-        with _listening(layers) as eager:
+        with _recorded_calls(layers) as eager:
             hf_model(input_ids=tokens, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        hf_model.set_attn_implementation(own)
+        hf_model.set_attn_implementation(implementation)
     return [
-        norm(other.output - call.output) / norm(call.output - call.input)
+        position_norms(other.output - call.output) / position_norms(call.output - call.input)
         for other, call in zip(eager, blocks, strict=True)
     ]
 
 
-# -- what a model in memory has besides its architecture ----------------------------------------------------------
+# -- comparison of a model in memory with the stock model of its class --------------------------------------------
 
 
 def _state_of(hf_model: PreTrainedModel, stock: PreTrainedModel) -> dict[str, Tensor]:
-    """The parameters and buffers of ``hf_model`` that ``stock`` has too. Raises DisagreementError for others."""
+    """The parameters and buffers of ``hf_model``, by name. Raises DisagreementError where ``stock`` has others."""
     names = [name for name, _ in (*stock.named_parameters(remove_duplicate=False), *stock.named_buffers())]
-    # What is parametrized has its weight all the same, computed, and under that name both libraries read it.
+    # A parametrized module still has its weight, which is computed, and both libraries read it under that name.
     known = {*names, *stock.state_dict()}
     extra = [name for name in hf_model.state_dict() if name not in known and ".parametrizations." not in name]
     if extra:
@@ -276,54 +293,62 @@ def _state_of(hf_model: PreTrainedModel, stock: PreTrainedModel) -> dict[str, Te
     return state
 
 
-def _require_stock_pass(own: ForwardPass, by_class: ForwardPass, peculiar: Sequence[str], name: str) -> None:
-    """Raises DisagreementError at the first place where a model differs from its class with its weights."""
-    compare = functools.partial(_compare_to_class, peculiar=peculiar, name=name)
-    compare("The embedding of the target", by_class.blocks[0].input, own.blocks[0].input)
-    for layer, (ours, theirs) in enumerate(zip(own.blocks, by_class.blocks, strict=True)):
-        mlp, stock_mlp = own.mlps[layer], by_class.mlps[layer]
+def _require_stock_pass(
+    target: ForwardPass, expected: ForwardPass, modifications: Sequence[str], class_name: str
+) -> None:
+    """Raises DisagreementError at the first part in which a model differs from its class with its weights."""
+    compare_part = functools.partial(_compare_to_class, modifications=modifications, class_name=class_name)
+    compare_part("The embedding of the target", expected.blocks[0].input, target.blocks[0].input)
+    for layer, (block, stock_block) in enumerate(zip(target.blocks, expected.blocks, strict=True)):
+        mlp, stock_mlp = target.mlps[layer], expected.mlps[layer]
         if torch.equal(mlp.input, stock_mlp.input):
-            compare(f"The MLP of layer {layer} of the target", stock_mlp.output, mlp.output)
-        compare(f"Layer {layer} of the target", theirs.output, ours.output, given=theirs.input)
-    compare("The unembedding of the target", by_class.logits, own.logits)
+            compare_part(f"The MLP of layer {layer} of the target", stock_mlp.output, mlp.output)
+        compare_part(f"Layer {layer} of the target", stock_block.output, block.output, residual=stock_block.input)
+    compare_part("The unembedding of the target", expected.logits, target.logits)
 
 
 def _compare_to_class(
-    what: str, theirs: Tensor, ours: Tensor, peculiar: Sequence[str], name: str, given: Tensor | None = None
+    subject: str,
+    expected: Tensor,
+    actual: Tensor,
+    modifications: Sequence[str],
+    class_name: str,
+    residual: Tensor | None = None,
 ) -> None:
     compare(
-        what,
-        theirs,
-        ours,
-        given=given,
-        times=0.1,
-        # Without hooks and the like there is nothing that rounding could hide.
-        exact=bool(peculiar) and is_low(theirs.dtype),
-        where=("in the model in memory", f"a stock {name} with its weights"),
-        peculiar=peculiar,
+        subject,
+        expected,
+        actual,
+        residual=residual,
+        tolerance_factor=0.1,
+        # Rounding can only hide an effect where the model has modifications.
+        exact=bool(modifications) and is_low_precision(expected.dtype),
+        computed_by=("in the model in memory", f"a stock {class_name} with its weights"),
+        modifications=modifications,
     )
 
 
-def peculiarities(hf_model: PreTrainedModel, stock: PreTrainedModel) -> list[str]:
-    """Forward hooks, replaced forward methods and foreign modules of a model that ``stock`` lacks, one phrase each.
+def list_modifications(hf_model: PreTrainedModel, stock: PreTrainedModel) -> list[str]:
+    """Forward hooks, replaced forward methods and modules of other classes that ``stock`` lacks, one phrase each.
 
-    Hooks of transformers and accelerate, which record outputs and place tensors, do not count.
+    Hooks of transformers and accelerate, which record outputs and move tensors, do not count.
     """
     expected = {name: type(module) for name, module in stock.named_modules()}
-    found = []
+    modifications = []
     for name, module in hf_model.named_modules():
         where, cls = name or "the model", type(module)
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(_source(hook) not in ("transformers", "accelerate", "torch") for hook in hooks):
-            found.append(f"{where} has a forward hook")
+        if any(_package_of(hook) not in ("transformers", "accelerate", "torch") for hook in hooks):
+            modifications.append(f"{where} has a forward hook")
         if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-            found.append(f"the forward method of {where} was replaced")
+            modifications.append(f"the forward method of {where} was replaced")
         if cls is not expected.get(name, cls) and not cls.__name__.startswith("Parametrized"):
-            found.append(f"{where} is a {cls.__name__}")
-    return found
+            modifications.append(f"{where} is a {cls.__name__}")
+    return modifications
 
 
-def _source(hook: Any) -> str:
+def _package_of(hook: Any) -> str:
+    """The top-level package that defines a hook's function."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     return str(getattr(hook, "__module__", None) or "").partition(".")[0]

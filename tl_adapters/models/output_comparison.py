@@ -1,4 +1,8 @@
-"""Two outputs that should be the same: how far they may be apart, and what is said where they are further."""
+"""The tolerance within which two outputs agree, and the error where they do not.
+
+Outputs of a Hugging Face model are compared with those of the stock model of its class (`hf_outputs`), and outputs of a
+TransformerLens model with those of its Hugging Face model (`output_agreement`). Both comparisons use `compare`.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,20 @@ import torch
 from torch import Tensor
 
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.checkpoints.layer_samples import dtype_name
 
 
 class DisagreementError(UnsupportedModelError):
-    """A model of TransformerLens that computes something else than its Hugging Face model; says where and how much."""
+    """A model computes something else than the model it should equal; the message says where and by how much."""
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """What one block may be off by, relative to the norm of its output at a position.
+    """The allowed difference of one block's output, relative to the norm of the output at a position.
 
-    In low precision eight units in the last place (measured on random models: one for a block, a tenth for an MLP).
-    In full precision 1e-4 (measured: 1e-6), unless torch was told to multiply float32 matrices in less.
+    In low precision this is eight units in the last place (measured on random models: one for a block, a tenth for an
+    MLP). In full precision it is 1e-4 (measured: 1e-6), unless torch was told to multiply float32 matrices in less.
     """
-    if is_low(dtype):
+    if is_low_precision(dtype):
         return 8 * torch.finfo(dtype).eps
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and device.type != "cpu":
         return 8 * torch.finfo(torch.bfloat16).eps
@@ -29,67 +34,63 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def compare(
-    what: str,
-    theirs: Tensor,
-    ours: Tensor,
+    subject: str,
+    expected: Tensor,
+    actual: Tensor,
     *,
-    given: Tensor | None = None,
+    residual: Tensor | None = None,
     rounding: Tensor | None = None,
-    times: float = 1.0,
+    tolerance_factor: float = 1.0,
     exact: bool = False,
-    where: tuple[str, str] = ("in TransformerLens", "transformers"),
-    peculiar: Sequence[str] = (),
+    computed_by: tuple[str, str] = ("in TransformerLens", "transformers"),
+    modifications: Sequence[str] = (),
 ) -> None:
-    """Raises DisagreementError where ``ours`` differs from ``theirs`` at some position by more than the tolerance.
+    """Raises DisagreementError where two outputs differ at some position by more than the tolerance.
 
     Args:
-        what: subject of the message.
-        theirs, ours: [1, pos, d] each.
-        given: the residual stream that went in, where the output is that and something added; the tolerance is then
-            relative to what was added, and the rounding of the sums is allowed for.
-        rounding: what is allowed besides, relative like the tolerance.
-        times: a factor on the tolerance.
-        exact: nothing is allowed.
-        where: how the message calls the places where ``ours`` and ``theirs`` were computed.
-        peculiar: what may be the cause.
+        subject: the subject of the message: which part of which model.
+        expected, actual: the two outputs, [1, pos, d] each.
+        residual: the residual stream that went in, where the output is that stream and something added. The tolerance
+            is then relative to what was added, and the rounding of the sums is allowed as well.
+        rounding: a further allowed difference, relative like the tolerance, [1, pos].
+        tolerance_factor: multiplies the tolerance.
+        exact: allow no difference.
+        computed_by: where the message says that ``actual`` was computed, and what computed ``expected``.
+        modifications: possible causes, which the message lists.
     """
-    coarser = max(theirs.dtype, ours.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    allowed = times * tolerance(coarser, ours.device)
-    added = norm(theirs if given is None else theirs - given)
-    sums = 0.0 if given is None else 2 * torch.finfo(coarser).eps * norm(theirs)
-    off = norm(ours.to(theirs.device) - theirs)
-    limit = (allowed + (0.0 if rounding is None else 4 * rounding)) * added + sums
+    coarser = max(expected.dtype, actual.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    allowed = tolerance_factor * tolerance(coarser, actual.device)
+    size = position_norms(expected if residual is None else expected - residual)
+    rounding_of_sums = 0.0 if residual is None else 2 * torch.finfo(coarser).eps * position_norms(expected)
+    difference = position_norms(actual.to(expected.device) - expected)
+    limit = (allowed + (0.0 if rounding is None else 4 * rounding)) * size + rounding_of_sums
     if exact:
-        allowed, limit = 0.0, torch.zeros_like(off)
-    if bool((off <= limit).all()):
+        allowed, limit = 0.0, torch.zeros_like(difference)
+    if bool((difference <= limit).all()):
         return
-    at = int((off - limit).nan_to_num(torch.inf).flatten().argmax())
-    a, b = theirs.flatten(0, -2)[at].float(), ours.flatten(0, -2)[at].float()
-    place = int((a - b).abs().nan_to_num(torch.inf).argmax())
-    cause = f" What it has besides its class: {'; '.join(peculiar[:3])}." if peculiar else ""
+    position = int((difference - limit).nan_to_num(torch.inf).flatten().argmax())
+    row, actual_row = expected.flatten(0, -2)[position].float(), actual.flatten(0, -2)[position].float()
+    dimension = int((row - actual_row).abs().nan_to_num(torch.inf).argmax())
+    cause = f" Besides its class the model has: {'; '.join(modifications[:3])}." if modifications else ""
     raise DisagreementError(
-        f"{what} computes {float(b[place]):.6g} {where[0]} where {where[1]} computes {float(a[place]):.6g} "
-        f"(token {at} of {off.numel()}, dimension {place}; the outputs differ by "
-        f"{float(off.flatten()[at] / added.flatten()[at]):.2g} of their norm, allowed are {allowed:.2g} in "
-        f"{named(coarser)}). A pair of it would be another model.{cause} Installed: {versions()}."
+        f"{subject} computes {float(actual_row[dimension]):.6g} {computed_by[0]} where {computed_by[1]} computes "
+        f"{float(row[dimension]):.6g} (token {position} of {difference.numel()}, dimension {dimension}; the outputs "
+        f"differ by {float(difference.flatten()[position] / size.flatten()[position]):.2g} of their norm, allowed are "
+        f"{allowed:.2g} in {dtype_name(coarser)}). A pair of it would be another model.{cause} "
+        f"Installed: {library_versions()}."
     )
 
 
-def versions() -> str:
-    """Installed releases of the libraries that compute."""
+def library_versions() -> str:
+    """The installed releases of torch, transformers and transformer-lens, for messages."""
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens"))
 
 
-def is_low(dtype: torch.dtype) -> bool:
-    """The dtype has fewer digits than float32."""
+def is_low_precision(dtype: torch.dtype) -> bool:
+    """Whether a dtype has fewer digits than float32."""
     return dtype in (torch.float16, torch.bfloat16)
 
 
-def norm(x: Tensor) -> Tensor:
-    """[..., d] to [...], in float32 at least."""
+def position_norms(x: Tensor) -> Tensor:
+    """The L2 norm at each position, [..., d] to [...], in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1)
-
-
-def named(dtype: torch.dtype) -> str:
-    """ "bfloat16" and the like."""
-    return str(dtype).removeprefix("torch.")
