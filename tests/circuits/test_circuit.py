@@ -324,7 +324,7 @@ def test_the_page_of_a_whole_block(tmp_path: Path) -> None:
     assert "<mark>Wait</mark>" in html and "the words banned" in html and "missed" in html
 
 
-def test_the_page_says_how_controls_were_set_and_what_every_arm_harms(tmp_path: Path) -> None:
+def test_the_page_says_how_controls_were_set_and_what_every_condition_harms(tmp_path: Path) -> None:
     html = write_circuit_page(tmp_path, whole_block(), made(), None, EXAMPLES).read_text()
     controls, necessity, sufficiency, injected = (
         html.partition(f"<h2>{title}")[2].partition("<h2>")[0]
@@ -345,8 +345,8 @@ def test_the_page_copes_with_anything_absent(tmp_path: Path) -> None:
         write_circuit_page(tmp_path, without, made(), None, [])
         write_circuit_page(tmp_path, {name: block[name]} if name else {}, made(), None, [])
     for name in ("necessity", "sufficiency"):
-        for arm in block[name]:
-            less = {"circuit": block["circuit"], name: {k: v for k, v in block[name].items() if k != arm}}
+        for condition in block[name]:
+            less = {"circuit": block["circuit"], name: {k: v for k, v in block[name].items() if k != condition}}
             write_circuit_page(tmp_path, less, made(), None, [])
     html = write_circuit_page(tmp_path, {}, replace(made(), features=(), edges=()), stores.store(), []).read_text()
     assert "No feature was found" in html

@@ -457,8 +457,8 @@ def test_correction_is_compared_with_the_others_step_by_step() -> None:
     assert figure.high is not None
     assert 0 < figure.low < 3 / 8 < figure.high
     assert (figure.n, figure.split) == (64, "report")
-    arms = {"circuit": circuit, "random": circuit, "others": others, "others_equal_harm": circuit}
-    asked = correction_beside_others({f"replacement - {name}": arm for name, arm in arms.items()})
+    conditions = {"circuit": circuit, "random": circuit, "others": others, "others_equal_harm": circuit}
+    asked = correction_beside_others({f"replacement - {name}": condition for name, condition in conditions.items()})
     assert [(c["value"], c["reached"]) for c in asked] == [(3 / 8, True), (0.0, False)]
     assert len({c["name"] for c in asked}) == 2
     assert correction_beside_others({}) == []

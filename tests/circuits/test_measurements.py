@@ -194,7 +194,7 @@ def test_other_words_are_counted_where_they_are_asked_for() -> None:
     assert found["hesitation_cut"].value == 1
 
 
-def test_an_arm_compared_with_itself_has_no_changes() -> None:
+def test_a_condition_compared_with_itself_has_no_changes() -> None:
     same = record(BASELINE, BASELINE, ["wait"], "report")
     for name in ("hesitation_cut", "length_change", "accuracy_change"):
         assert (same[name].value, same[name].low, same[name].high) == (0, 0, 0), "paired by problem"
@@ -388,7 +388,7 @@ def test_the_strongest_neurons_have_the_largest_slopes() -> None:
     assert slopes[-1] < 0
 
 
-def test_the_commonest_alternative_is_what_comes_at_boundaries() -> None:
+def test_the_commonest_alternative_is_what_comes_at_control_positions() -> None:
     tokens = torch.tensor([[5, 8, 4, 8, 6, 8, 4, 9, 9, 9, 9]])
     control = torch.zeros_like(tokens, dtype=torch.bool)
     control[0, [1, 3, 5]] = True

@@ -217,7 +217,7 @@ def test_what_cannot_be_studied_is_said(pair: PairedModel, written: list[Trace])
     assert silent.counts == {"documents": 1, "moments": 0, "boundaries": 0}
 
 
-def test_what_is_never_said_has_no_moments_whoever_asks(pair: PairedModel, written: list[Trace]) -> None:
+def test_what_is_never_said_has_no_onsets_whoever_asks(pair: PairedModel, written: list[Trace]) -> None:
     """Words, words of several tokens and a function are one case."""
     for never in (Behavior("doubt", ("Perchance", "two words")), Behavior("never", find=lambda trace: [])):
         found = find_onsets(pair, written, never)
@@ -239,7 +239,7 @@ def test_rows_keep_their_places(pair: PairedModel, written: list[Trace]) -> None
     assert onsets.rows([short]).tokens.shape[1] <= len(written[short].tokens), "no wider than the longest"
 
 
-def test_documents_with_a_moment_come_in_their_order(pair: PairedModel, written: list[Trace]) -> None:
+def test_documents_with_an_onset_come_in_their_order(pair: PairedModel, written: list[Trace]) -> None:
     onsets = find_onsets(pair, written)
     has = [i for i in range(len(written)) if onsets.onset[i].any()]
     assert 3 < len(has) < len(written)

@@ -352,7 +352,7 @@ def test_an_effect_with_others_held_is_its_slope_while_they_keep_their_values() 
     pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     before = state(pair)
     held = [FeatureId(2, i) for i in range(0, 24, 2)] + [FeatureId(3, i) for i in range(0, 24, 3)]
-    free, constant = effects_at(pair, onsets), effects_at(pair, onsets, held=held)
+    free, constant = effects_at(pair, onsets), effects_at(pair, onsets, constant=held)
     assert state(pair) == before
     assert torch.equal(free.direct, constant.direct)
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
@@ -417,7 +417,7 @@ def test_roles_are_what_the_formulas_say() -> None:
     here, there = effects_at(pair, onsets), effects_at(pair, onsets, "control")
     roles = assign_roles(pair, onsets, chosen, alive)
     outputs = [f for f in chosen if here.direct[f] >= roles.threshold]
-    through = here.total - effects_at(pair, onsets, held=outputs).total
+    through = here.total - effects_at(pair, onsets, constant=outputs).total
     continuation = effects_on_continuation(pair, onsets)
     assert roles.threshold == MIN_EFFECT_SHARE * float(here.direct[alive].clamp(min=0).sum())
     enough = MIN_EFFECT_SHARE * float(continuation[alive].clamp(min=0).sum())

@@ -139,9 +139,9 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviorStudy) -> None
     }
     assert set(block["transfer"]) == {"none", "negated", "negated_random"}
     removed_in_part = {"output", "template", "circuit", "other_tokens", *(f"{of}{how}" for of in SETS for how in FORMS)}
-    arms = {f"replacement - {name}" for name in removed_in_part} | {f"replacement, {name}" for name in BASELINES}
-    arms |= {f"hybrid + {name}" for name in set(block["sufficiency"]) - {"none", "b_dec_only"}}
-    assert set(block["probabilities"]) == arms | {"target", "replacement", "hybrid"}
+    conditions = {f"replacement - {name}" for name in removed_in_part} | {f"replacement, {name}" for name in BASELINES}
+    conditions |= {f"hybrid + {name}" for name in set(block["sufficiency"]) - {"none", "b_dec_only"}}
+    assert set(block["probabilities"]) == conditions | {"target", "replacement", "hybrid"}
     assert set(block["controls"]) == {"circuit", *BASELINES, *(f"{of}{how}" for of in SETS for how in FORMS)}
     assert set(block["injected"]) == {
         "target", "replacement", "hybrid", "word banned", "replacement - circuit", "hybrid + circuit",
@@ -268,8 +268,8 @@ def test_words_that_nothing_was_chosen_on_are_read_at_the_same_places(
     others = replace(onsets, words=tuple(ids[0] for ids in held_out))
     expected = probabilities(pair, others, without(list(study.found.search.order)), "report")  # type: ignore[union-attr]
     assert plain(found["replacement - circuit"]) == plain(expected)
-    arms = {"target", "replacement", "replacement - circuit", "words banned", "hybrid", "hybrid + circuit"}
-    assert set(found) == {*arms, "hybrid + circuit_at_strength"}
+    conditions = {"target", "replacement", "replacement - circuit", "words banned", "hybrid", "hybrid + circuit"}
+    assert set(found) == {*conditions, "hybrid + circuit_at_strength"}
     assert found["words banned"]["moment"].value > found["replacement"]["moment"].value, "what is banned goes there"
 
 

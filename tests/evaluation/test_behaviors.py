@@ -214,7 +214,7 @@ def test_what_else_begins_alike_is_a_control_position(pair: PairedModel) -> None
         assert counted
 
 
-def test_a_place_within_a_phrase_is_no_boundary(pair: PairedModel) -> None:
+def test_a_place_within_a_phrase_is_no_control_position(pair: PairedModel) -> None:
     """The phrase holds the very token after which it begins."""
     trace = Trace((9, 8, 4, 8, 6, 3, 8, 5, 3), 1)
     onsets = find_onsets(pair, [trace], Behavior(find=row(4, 8, 6)))
@@ -398,7 +398,7 @@ def test_documents_without_an_onset_are_read_in_proportion() -> None:
     assert [len(onsets.having(kind)) for kind in ("onset", "control", "continuation")] == [10, 10, 0]
 
 
-def test_boundaries_count_whether_or_not_their_document_has_an_onset() -> None:
+def test_control_positions_count_whether_or_not_their_document_has_an_onset() -> None:
     tiny, onsets = make("Qwen2ForCausalLM", "hooked"), with_quiet_documents(random_onsets())
     effects = effects_at(tiny, onsets, "control")
     with torch.no_grad(), tiny.routed("replacement"):
@@ -416,11 +416,11 @@ def test_a_search_reads_documents_without_an_onset() -> None:
     with torch.no_grad():
         at = onsets.onset | onsets.control
         with tiny.routed("target"):
-            said_ = log_odds_at(tiny, onsets, at).sigmoid()
+            probability = log_odds_at(tiny, onsets, at).sigmoid()
         with tiny.routed("hybrid"):
             odds = log_odds_at(tiny, onsets, at)
     assert objectives.sufficiency == pytest.approx(
-        float((torch.nn.functional.softplus(odds) - said_ * odds).mean()), rel=1e-4
+        float((torch.nn.functional.softplus(odds) - probability * odds).mean()), rel=1e-4
     )
 
 
@@ -533,7 +533,7 @@ def test_both_ways_to_name_a_phrase_are_one_study(studies: dict[str, BehaviorStu
     for block in (by_words, by_function):
         assert block["measured"] == "the whole phrase"
         assert block["begins_alike"]["select"] > 20, "negatives that begin with the same token"
-        arms = {
+        conditions = {
             "target",
             "replacement",
             "replacement - circuit",
@@ -541,11 +541,11 @@ def test_both_ways_to_name_a_phrase_are_one_study(studies: dict[str, BehaviorStu
             "hybrid + circuit",
             "hybrid + circuit_at_strength",
         }
-        assert set(block["other_words"]) == arms
+        assert set(block["other_words"]) == conditions
     for part in ("necessity", "sufficiency", "transfer"):
-        for arm, rates in by_words[part].items():
-            if arm in ("none", "bias_only", "b_dec_only"):  # nothing that the search chose
-                assert rates["hesitation_per_1k"] == by_function[part][arm]["hesitation_per_1k"]
+        for condition, rates in by_words[part].items():
+            if condition in ("none", "bias_only", "b_dec_only"):  # nothing that the search chose
+                assert rates["hesitation_per_1k"] == by_function[part][condition]["hesitation_per_1k"]
     assert studies["find"].circuit.words == (".\nWait",)
     assert studies["find"].circuit.phrases == (LINE_WAIT,)
     assert LINE_WAIT in studies["words"].circuit.phrases
@@ -596,7 +596,7 @@ def test_pages_and_files_say_what_a_function_found(studies: dict[str, BehaviorSt
     assert "<th>occurrences of Doubt &amp; &lt;co&gt; per 1,000</th>" in page
     assert "before something else that begins alike" in page
     assert "that of the whole phrase" in page
-    shown = [(e[arm], places) for e in study.examples for arm, places in e["places"].items()]
+    shown = [(e[condition], places) for e in study.examples for condition, places in e["places"].items()]
     assert all(text[start:stop] == ".\nWait" for text, places in shown for start, stop in places)
     json.dumps(plain(study.block), allow_nan=False)
 

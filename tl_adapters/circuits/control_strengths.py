@@ -308,23 +308,25 @@ def tuned_neurons(texts: TuningTexts, goal: ConditionEffect) -> TunedCondition:
     neurons = neuron_effects(texts.pair, texts.onsets)
 
     def candidates() -> Iterator[_Candidate]:
-        for held, effect, written, how in (
+        for values, effect, written_elsewhere, change in (
             (None, neurons.off, neurons.written_off, "off"),
             (neurons.mean, neurons.at_mean, neurons.written_at_mean, "held at their mean"),
         ):
             helping = int((effect > 0).sum())
             scores = {
                 "by effect": effect,
-                "by effect over what they write elsewhere": effect / written.clamp(min=1e-12),
+                "by effect over what they write elsewhere": effect / written_elsewhere.clamp(min=1e-12),
             }
             for ranked, score in scores.items() if helping else ():
                 order = largest_scores(score)
 
-                def make(size: float, order: Sequence[tuple[int, int]] = order, held: Tensor | None = held) -> Variant:
+                def make(
+                    size: float, order: Sequence[tuple[int, int]] = order, values: Tensor | None = values
+                ) -> Variant:
                     n = math.ceil(size)
-                    return without_neurons(order[:n], held, 1 - (n - size))
+                    return without_neurons(order[:n], values, 1 - (n - size))
 
-                yield _Candidate(make, f"{how}, {ranked}", min(64.0, helping), float(helping))
+                yield _Candidate(make, f"{change}, {ranked}", min(64.0, helping), float(helping))
 
     return _least_harmful(texts, goal, candidates(), "neurons")
 
@@ -434,6 +436,6 @@ def control_records(
     for name, condition in tuned.items():
         shares = dict.fromkeys(circuit, 1.0) if name == "circuit" else condition.shares
         if shares is not None and whole > 0:
-            written = sum(float(norms[f]) * share for f, share in shares.items())
-            records[name]["write_norm"] = written / whole
+            written_elsewhere = sum(float(norms[f]) * share for f, share in shares.items())
+            records[name]["write_norm"] = written_elsewhere / whole
     return records

@@ -6,7 +6,7 @@ summed over every position that reaches an onset and averaged over onsets.
 * *direct*: what a feature writes at the onset itself (and at a phrase's later tokens), read by the final norm and the
   unembedding, through no other module;
 * *total*: along all paths;
-* *through output features*: total, less total with the output features' activations held constant;
+* *through output features*: total, less total with the output features' activations constant;
 * *on continuation*: total, but on the log-odds of the tokens that follow the onset.
 
 An effect counts from `MIN_EFFECT_SHARE` of the summed positive effects of its kind, over all alive features. A fixed
@@ -72,7 +72,7 @@ def effects_at(
     pair: PairedModel,
     onsets: Onsets,
     at: str = "onset",
-    held: Sequence[FeatureId] = (),
+    constant: Sequence[FeatureId] = (),
     tokens_per_batch: int = 4096,
 ) -> Effects:
     """Measure the effects of every feature at positions of one kind.
@@ -81,7 +81,7 @@ def effects_at(
         pair: with adapters on every layer.
         onsets: the texts.
         at: "onset" or "control".
-        held: features whose activations are held constant.
+        constant: features whose activations are held constant.
         tokens_per_batch: in a forward pass.
 
     Raises InterventionError for features that the adapters do not have.
@@ -95,7 +95,7 @@ def effects_at(
         batch = batch.to(device)
         positions = getattr(batch, at)
         gates = torch.ones(shape, device=device, requires_grad=True)
-        with torch.enable_grad(), _constant(pair, held), gated(pair, dict(enumerate(gates))), \
+        with torch.enable_grad(), _constant(pair, constant), gated(pair, dict(enumerate(gates))), \
                 pair.recorded(ACTS_HOOK) as acts, _recorded_post_norms(pair) as scales:  # fmt: skip
             residual = final_residual(pair, batch.tokens)
             batch_odds = log_odds(pair, residual, batch, positions)
@@ -197,7 +197,7 @@ def assign_roles(
 
     Args:
         pair: with adapters on every layer.
-        moments: of the select split.
+        onsets: of the select split.
         chosen: the features that the search found.
         alive: features that are considered at all.
     """
@@ -208,9 +208,9 @@ def assign_roles(
         MIN_EFFECT_SHARE * float(e[alive].clamp(min=0).sum()) for e in (at_onsets.direct, continuation)
     )
     outputs = [f for f in chosen if float(at_onsets.direct[f]) >= threshold]
-    through = at_onsets.total - effects_at(pair, onsets, held=outputs).total
+    through = at_onsets.total - effects_at(pair, onsets, constant=outputs).total
     for f in outputs:
-        through[f] = 0.0  # they are held themselves, so the difference is not an effect through output features
+        through[f] = 0.0  # they are constant themselves, so the difference is not an effect through output features
 
     def role(f: FeatureId) -> Role:
         if f in outputs:

@@ -127,7 +127,7 @@ def search_circuit(
 
     Args:
         pair: with adapters on every layer.
-        moments: of the select split.
+        onsets: of the select split.
         alive: features that may be taken.
         options: size and weights.
         progress: show a bar.

@@ -103,36 +103,36 @@ def _tokens_seen(pair: PairedModel, after: Sequence[int] | None) -> Iterator[Any
 
 def without_neurons(
     neurons: Sequence[tuple[int, int]],
-    held: Float[Tensor, "n_layers d_mlp"] | None = None,
+    values: Float[Tensor, "n_layers d_mlp"] | None = None,
     last: float = 1.0,
 ) -> Variant:
     """The replacement with activations of neurons of the base's MLPs set to zero or to other values.
 
     Args:
         neurons: layer and index of each neuron.
-        held: the values of all neurons; None sets them to zero.
+        values: the values of all neurons; None sets them to zero.
         last: the extent to which the last neuron is changed (0 to 1), so that their number can be set finely.
     """
     order = sorted(range(len(neurons)), key=lambda i: neurons[i])  # by layer
     sizes = Counter(neurons[i][0] for i in order)
 
-    def change(acts: Tensor, hook: HookPoint, index: Tensor, kept: Tensor, instead: Tensor) -> Tensor:
-        return acts.index_copy(-1, index, acts[..., index] * kept + instead)
+    def change(acts: Tensor, hook: HookPoint, index: Tensor, keep: Tensor, put: Tensor) -> Tensor:
+        return acts.index_copy(-1, index, acts[..., index] * keep + put)
 
     @contextmanager
     def entered(pair: PairedModel) -> Iterator[Any]:
         like = pair.model.W_E
         which = torch.tensor([neurons[i] for i in order], dtype=torch.long).reshape(-1, 2).to(like.device)
         share = torch.tensor([last if i == len(neurons) - 1 else 1.0 for i in order]).to(like)
-        value = torch.zeros_like(share) if held is None else held.to(like)[which[:, 0], which[:, 1]]
+        value = torch.zeros_like(share) if values is None else values.to(like)[which[:, 0], which[:, 1]]
         of_layers = zip(
             sizes, *(t.split(list(sizes.values())) for t in (which[:, 1], 1 - share, share * value)), strict=True
         )
         hooks = [
-            (f"blocks.{layer}.mlp.hook_post", partial(change, index=index, kept=kept, instead=instead))
-            for layer, index, kept, instead in of_layers
+            (f"blocks.{layer}.mlp.hook_post", partial(change, index=index, keep=keep, put=put))
+            for layer, index, keep, put in of_layers
         ]
         with pair.routed("replacement") as model, model.hooks(fwd_hooks=hooks):
             yield model
 
-    return Variant(f"without {len(neurons)} neurons" + ("" if held is None else ", held at their mean"), entered)
+    return Variant(f"without {len(neurons)} neurons" + ("" if values is None else ", held at their mean"), entered)

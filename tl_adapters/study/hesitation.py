@@ -53,7 +53,8 @@ def hesitation_stage(
         study = analyze_behavior(pair, subject, words, find, name=name, options=options, seeds=seeds, progress=progress)
         study.circuit.save(folder)
         write_text(folder / EXAMPLES_FILE, "".join(dumps(e) + "\n" for e in study.examples))
-        store = FeatureStore.load(there) if (there := folder / FEATURES / STORE_FOLDER).is_dir() else None
+        store_folder = folder / FEATURES / STORE_FOLDER
+        store = FeatureStore.load(store_folder) if store_folder.is_dir() else None
         page = write_circuit_page(folder, plain(study.block), study.circuit, store, study.examples)
         study.block["page"] = page.name
         write_results(folder, hesitation=study.block)
