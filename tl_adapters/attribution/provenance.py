@@ -27,7 +27,7 @@ def require_same_pair(pair: PairedModel, graph: AttributionGraph) -> None:
     differs = differing(graph.about.get("fingerprints") or {}, _fingerprints(pair))
     if differs:
         raise GraphError(
-            f"The graph was made with another pair: {' and '.join(differs)} have other weight fingerprints, so its "
+            f"The graph was made with another pair (the weight fingerprints of {' and '.join(differs)} differ), so its "
             "feature indices do not refer to this pair's features. Open the pair that the graph was made with, or "
             "attribute the prompt again with this pair."
         )
