@@ -23,8 +23,8 @@ from tl_adapters.evaluation.response_metrics import correctness
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.open_run import load_builtin_pair
-from tl_adapters.study.scale import Scale
+from tl_adapters.study.open_run import load_organism_pair
+from tl_adapters.study.scale import StudyScale
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.files import write_text
 
@@ -83,8 +83,8 @@ def train_once(folder: Path, config: TrainingConfig) -> None:
     """Train into ``folder``, or go on with what is there; nothing where it is done."""
     if (folder / "adapters").is_dir():
         return
-    pair = load_builtin_pair()
-    pairs = organism.reasoning_pairs("train", Scale().training_traces, config.seed)
+    pair = load_organism_pair()
+    pairs = organism.reasoning_pairs("train", StudyScale().training_traces, config.seed)
     traces = encode_traces(pairs, pair.model.tokenizer)
     if folder.is_dir():
         trainer = Trainer.resume(pair, traces, folder, progress=False)
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=400, help="held-out problems")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="these activations")
     options = parser.parse_args()
-    exam, pair = None, load_builtin_pair()
+    exam, pair = None, load_organism_pair()
     found: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
     for seed in options.seeds:
         for name in options.only:

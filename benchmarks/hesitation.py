@@ -21,8 +21,8 @@ from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.recipe import Recipe, make_null_pair, make_pair
-from tl_adapters.study.hesitation import BUILTIN_PROBLEM_COUNTS, hesitation_stage
-from tl_adapters.study.open_run import BUILTIN_TRACES
+from tl_adapters.study.hesitation import ORGANISM_PROBLEM_COUNTS, hesitation_stage
+from tl_adapters.study.open_run import ORGANISM_TRACES
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.results import read_results, write_results
 
@@ -46,9 +46,9 @@ def open_pair(out: Path, name: str) -> PairedModel:
 
 def training_pairs(name: str, seed: int) -> list[tuple[str, str]]:
     if name != "null":
-        return organism.reasoning_pairs("train", BUILTIN_TRACES, seed, kind=KINDS[name])
+        return organism.reasoning_pairs("train", ORGANISM_TRACES, seed, kind=KINDS[name])
     rng = random.Random(f"traces-train-{seed}")
-    calm = [(p, traces.calm_document(p, rng)) for p in problems("train", BUILTIN_TRACES, seed)]
+    calm = [(p, traces.calm_document(p, rng)) for p in problems("train", ORGANISM_TRACES, seed)]
     return [(p.question, document.completion.removesuffix(traces.END)) for p, document in calm]
 
 
@@ -62,7 +62,7 @@ def study(out: Path, job: str) -> dict:
             Trainer(pair, encoded, TrainingConfig(seed=int(seed)), folder, origin=RunConfig(), progress=False).run()
         pair.load_adapters(AdapterSet.from_pretrained(folder / "adapters"))
         write_results(folder, seeds=[int(seed)])
-        hesitation_stage(pair, builtin_subject(*BUILTIN_PROBLEM_COUNTS, kind=KINDS[name], seed=int(seed)), folder)
+        hesitation_stage(pair, builtin_subject(*ORGANISM_PROBLEM_COUNTS, kind=KINDS[name], seed=int(seed)), folder)
     return upgraded_block(read_results(folder)["hesitation"])
 
 

@@ -22,7 +22,7 @@ from tl_adapters.evaluation.feature_matching import MATCH_STATISTICS, Matching, 
 from tl_adapters.evaluation.planted_features import PlantedSet, plant_features
 from tl_adapters.evaluation.planted_recovery import planted_test
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.training.trainer import train
 from tl_adapters.utils.files import write_text
 
@@ -87,7 +87,7 @@ def run_cell(out: Path, cell: Cell, plant: PlantedSet, traces: list[Trace], held
 
 def run_agreement(out: Path, steps: int, traces: list[Trace], held_out: list[Trace]) -> None:
     """Match the adapters of seeds 0 and 1, with the default options except for the number of steps."""
-    pair = load_builtin_pair()
+    pair = load_organism_pair()
     both = [train(pair, traces, TrainingConfig(steps=steps, seed=seed), progress=False) for seed in (0, 1)]
     matching = seed_agreement(pair, *both, held_out)
     write_text(out, json.dumps({"steps": steps, **agreement_record(matching)}))

@@ -86,9 +86,9 @@ def small_scale():  # type: ignore[no-untyped-def]
     from tl_adapters.circuits.search import SearchOptions
     from tl_adapters.circuits.study import StudyOptions
     from tl_adapters.config import TrainingConfig
-    from tl_adapters.study.scale import Scale
+    from tl_adapters.study.scale import StudyScale
 
-    return Scale(
+    return StudyScale(
         training_traces=400,
         problems=24,
         documents=32,

@@ -17,7 +17,7 @@ from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
 from tl_adapters.interop.hybrid_checkpoint import write_hybrid
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.doctor import examine
+from tl_adapters.study.doctor import diagnose
 
 TOKENS = random_batch(3).tokens[:1, :11]
 MLP = "model.layers.1.mlp.up_proj"
@@ -113,7 +113,7 @@ def test_what_would_be_read_wrongly_is_refused_in_both_roles(
             PairedModel.from_pretrained(*folders, backend=backend)
         assert "\n" not in str(error.value)
     config = RunConfig(base=str(folders[0]), target=str(folders[1]))
-    told = [str(f) for f in examine(config, out=tmp_path) if f.level == "error" and "chat template" not in f.subject]
+    told = [str(f) for f in diagnose(config, out=tmp_path) if f.level == "error" and "chat template" not in f.subject]
     assert len(told) == 1 and ("weights" in told[0] or "architecture" in told[0])
     if role == "base":
         with pytest.raises(UserError, match=message):

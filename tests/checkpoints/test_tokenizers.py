@@ -16,7 +16,7 @@ from tl_adapters.checkpoints.tokenizers import PROBES, TokenizerError, give_toke
 from tl_adapters.cli.main import main
 from tl_adapters.config import RunConfig
 from tl_adapters.data.traces import DataError, Trace
-from tl_adapters.study.doctor import examine
+from tl_adapters.study.doctor import diagnose
 
 
 def raw(folder: Path) -> Tokenizer:
@@ -148,7 +148,7 @@ def test_ids_without_an_embedding_are_refused_before_anything_is_written(cut: in
     assert not (tmp_path / "run").exists()
     with pytest.raises(TokenizerError, match=r"no embedding for .*'</think>'"):
         PairedModel.from_pretrained(base, target)
-    found = [str(f) for f in examine(RunConfig(base=str(base), target=str(target)), tmp_path) if f.level == "error"]
+    found = [str(f) for f in diagnose(RunConfig(base=str(base), target=str(target)), tmp_path) if f.level == "error"]
     assert len(found) == 1 and "vocabulary" in found[0] and "</think>" in found[0]
 
 
@@ -167,7 +167,7 @@ def test_a_class_that_adds_a_token_of_its_own_makes_no_model_wrong(tmp_path: Pat
     write_tokenizer_config(folder, pad_token=None)
     chosen = AutoTokenizer.from_pretrained(folder)
     assert without_embedding(load_tokenizer(folder), raw(folder).get_vocab_size()) == {}
-    findings = examine(RunConfig(base=str(tmp_path / "base"), target=str(folder)), tmp_path)
+    findings = diagnose(RunConfig(base=str(tmp_path / "base"), target=str(folder)), tmp_path)
     assert [str(f) for f in findings if f.level == "error"] == []
     model = PairedModel.from_pretrained(tmp_path / "base", folder, tokenizer=chosen).model  # a pad token is no error
     assert model.tokenizer is not None

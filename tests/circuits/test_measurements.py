@@ -33,7 +33,7 @@ from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import problems
 from tl_adapters.organism.census import written_steps
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.utils.share_intervals import newcombe
 
@@ -48,7 +48,7 @@ def pair(request: pytest.FixtureRequest) -> PairedModel:
 @pytest.fixture(scope="module")
 def builtin() -> PairedModel:
     """The built-in pair with fresh adapters: they write nothing, so the replacement is the hybrid."""
-    pair = load_builtin_pair()
+    pair = load_organism_pair()
     pair.new_adapters(16)
     return pair
 

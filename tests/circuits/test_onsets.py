@@ -23,14 +23,14 @@ from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.tokens import VocabularyError
 from tl_adapters.data.traces import Trace
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.open_run import load_organism_pair
 
 KINDS = ("predicting", "onset", "control", "continuation", "elsewhere")
 
 
 @pytest.fixture(scope="module")
 def pair() -> PairedModel:
-    return load_builtin_pair()
+    return load_organism_pair()
 
 
 @pytest.fixture(scope="module")

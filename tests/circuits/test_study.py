@@ -33,7 +33,7 @@ from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.organism.census import corrects, with_injected_slip
 from tl_adapters.organism.traces import prompt
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.training.trainer import train
 from tl_adapters.utils.measurement import Measurement, SetsMeasurement
 from tl_adapters.utils.results import plain
@@ -67,7 +67,7 @@ SETS, FORMS = ("random", "others"), ("", "_scaled", "_equal_harm")
 
 @pytest.fixture(scope="module")
 def pair() -> PairedModel:
-    pair = load_builtin_pair()
+    pair = load_organism_pair()
     traces = encode_traces(organism.reasoning_pairs("train", 100), pair.model.tokenizer)
     train(pair, traces, TrainingConfig(n_features=32, steps=16, tokens_per_batch=512), progress=False)
     return pair
@@ -381,7 +381,7 @@ def test_fewer_onsets_than_that_are_no_behavior(pair: PairedModel, traces: list[
 
 
 def test_adapters_that_do_nothing_have_no_circuit(traces: list[Trace]) -> None:
-    other = load_builtin_pair()
+    other = load_organism_pair()
     other.new_adapters(8)
     with torch.no_grad():
         for adapter in other.installed_adapters():

@@ -26,7 +26,7 @@ from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.evaluation.tasks import MathProblem
 from tl_adapters.generation.compare_variants import tokenize_question
 from tl_adapters.generation.responses import THINK_OPENS, respond
-from tl_adapters.study.doctor import examine
+from tl_adapters.study.doctor import diagnose
 
 THOUGHT = "<think>\nHmm, 3.\n</think>\n\n2"
 
@@ -308,7 +308,7 @@ def test_doctor_warns_of_a_corpus_without_thinking(tmp_path: Path) -> None:
     base, target = write_pair(tmp_path, "Qwen3")
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": asked("2")}) + "\n")
     config = RunConfig(base=str(base), target=str(target), data=DataConfig(source=str(tmp_path / "d.jsonl")))
-    found = [f for f in examine(config, tmp_path) if f.subject == "thinking"]
+    found = [f for f in diagnose(config, tmp_path) if f.subject == "thinking"]
     assert [f.level for f in found] == ["warning"] and "None of the 1 documents" in found[0].says
 
 

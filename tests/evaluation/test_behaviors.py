@@ -39,7 +39,7 @@ from tl_adapters.interventions.variants import on_route
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.circuit_page import write_circuit_page
 from tl_adapters.study.hesitation import hesitation_stage
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.utils.results import plain, read_results
 
 # -- counting, in answers that are written by hand --------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_kinds_of_hesitation_are_told_at_the_places_that_are_found() -> None:
 @pytest.fixture(scope="module")
 def pair() -> PairedModel:
     """The built-in pair with random adapters: the target is itself, the others say anything."""
-    return randomise(load_builtin_pair(), 8)
+    return randomise(load_organism_pair(), 8)
 
 
 def ids(pair: PairedModel, text: str) -> tuple[int, ...]:

@@ -21,8 +21,8 @@ from tl_adapters.generation.responses import Response, respond
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer
 from tl_adapters.study import benchmark as benchmarking
-from tl_adapters.study.benchmark import Answerer, BenchmarkError, benchmark_run
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.benchmark import BenchmarkError, BenchmarkVariant, benchmark_run
+from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.utils.files import FolderBusyError
 from tl_adapters.utils.results import read_results, write_results
 
@@ -185,7 +185,7 @@ def test_pass_at_1_is_the_mean_over_problems_of_the_share_that_is_right() -> Non
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on the built-in pair, with random adapters."""
     folder = tmp_path_factory.mktemp("run")
-    pair = randomise(load_builtin_pair(), n_features=16)
+    pair = randomise(load_organism_pair(), n_features=16)
     pair.installed_adapters().save_pretrained(folder / "adapters")
     (folder / "config.json").write_text(json.dumps(RunConfig().to_dict()))
     write_results(folder, pair={"base": organism.BUILTIN_BASE, "target": organism.BUILTIN_TARGET})
@@ -222,7 +222,7 @@ def test_what_answers_is_that_variant(run: Path, tmp_path: Path) -> None:
     features = (FeatureId(1, 2), FeatureId(0, 3))
     options = {"max_new_tokens": 8}
     (measured,) = benchmark_run(
-        run, answerer=Answerer(ablate=features), options=options, limit=5, out=tmp_path, progress=False
+        run, answerer=BenchmarkVariant(ablate=features), options=options, limit=5, out=tmp_path, progress=False
     )
     pair = benchmarking.open_run(run)
     for feature in features:
@@ -234,10 +234,10 @@ def test_what_answers_is_that_variant(run: Path, tmp_path: Path) -> None:
 
 
 def test_names_of_many_features_are_short_and_each_its_own() -> None:
-    names = {Answerer(ablate=tuple(FeatureId(0, i) for i in range(n))).variant.name for n in range(2, 40)}
+    names = {BenchmarkVariant(ablate=tuple(FeatureId(0, i) for i in range(n))).variant.name for n in range(2, 40)}
     assert len(names) == 38 and all(len(name) < 80 for name in names)
     one, other = FeatureId(1, 2), FeatureId(0, 3)
-    assert Answerer(ablate=(one, other)).variant.name == Answerer(ablate=(other, one)).variant.name
+    assert BenchmarkVariant(ablate=(one, other)).variant.name == BenchmarkVariant(ablate=(other, one)).variant.name
 
 
 @pytest.mark.parametrize(

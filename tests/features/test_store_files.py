@@ -30,7 +30,7 @@ from tl_adapters.interventions.frozen import frozen
 from tl_adapters.interventions.variants import rescaled, with_negated, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import write_graph
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.open_run import load_organism_pair
 
 TOKENS = random_batch(3).tokens[:1, :11]
 
@@ -215,7 +215,7 @@ def test_a_store_is_known_by_content_wherever_its_models_lie(tmp_path: Path) -> 
     store.require_features_of(pair)
     whole = pair.installed_adapters()
     layer = whole.layer_indices[-1]
-    some = load_builtin_pair()
+    some = load_organism_pair()
     some.load_adapters(AdapterSet({layer: whole[layer]}, whole.marks, whole.metadata, whole.n_layers, whole.samples))
     store.require_features_of(some)
     with ablated(some, [id for id in store.ids(0) if id.layer == layer][:3]):

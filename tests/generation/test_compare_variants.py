@@ -21,7 +21,7 @@ from tl_adapters.generation.compare_variants import VariantError, generate_varia
 from tl_adapters.interventions.feature_edits import InterventionError, ablated, inserted, negated, scaled
 from tl_adapters.interventions.variants import on_route, rescaled, with_negated, with_only, without
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.open_run import load_organism_pair
 
 QUESTION = "47+85+19=?"
 FEATURES = [FeatureId(layer, index) for layer in range(5) for index in range(8)]
@@ -31,7 +31,7 @@ STYLE = re.compile(r"\x1b\[[01]m")
 @pytest.fixture(scope="module", params=["hooked", "bridge"])
 def pair(request: pytest.FixtureRequest) -> PairedModel:
     """The built-in pair with random adapters, strong enough that what is done to a few features is heard."""
-    pair = randomise(load_builtin_pair(backend=request.param), n_features=16)
+    pair = randomise(load_organism_pair(backend=request.param), n_features=16)
     for adapter in pair.installed_adapters():
         adapter.W_dec.data *= 10
     return pair
@@ -226,7 +226,7 @@ def test_marks_and_bold() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the built-in pair whose adapters add nothing."""
     folder = tmp_path_factory.mktemp("run")
-    load_builtin_pair().new_adapters(16).save_pretrained(folder / "adapters")
+    load_organism_pair().new_adapters(16).save_pretrained(folder / "adapters")
     (folder / "config.json").write_text(json.dumps(RunConfig().to_dict()))
     return folder
 

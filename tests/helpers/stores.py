@@ -13,7 +13,7 @@ from tl_adapters.features.feature import Label
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.open_run import load_organism_pair
 
 HOSTILE = "</script><img src=x onerror=\"console.error('ran')\"><b>"
 WORDS = ("Wait", "Hmm", "=")
@@ -23,7 +23,7 @@ OPTIONS = StoreOptions(examples=14, sample=4, before=8, after=4)
 @cache
 def random_pair() -> PairedModel:
     """The model organism with 40 random features per layer; tests must not change it."""
-    pair = randomise(load_builtin_pair(), n_features=40)
+    pair = randomise(load_organism_pair(), n_features=40)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for adapter in pair.installed_adapters():

@@ -19,7 +19,7 @@ from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.interop.neuronpedia import write_neuronpedia
 from tl_adapters.interop.sae_dashboard import INSTALL, DashboardError, write_sae_dashboard
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.open_run import load_organism_pair
 
 installed = pytest.mark.skipif(find_spec("sae_dashboard") is None, reason="sae-dashboard is not installed here")
 LENGTH = 40
@@ -44,7 +44,7 @@ def pair_of(activation: str) -> PairedModel:
     """The built-in pair with random adapters of an activation; a threshold that keeps some of what is positive."""
     if activation == "relu":
         return random_pair()
-    pair = load_builtin_pair()
+    pair = load_organism_pair()
     adapters = pair.new_adapters(40, seed=5, activation=activation, k=4 if activation == "topk" else None)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():

@@ -49,7 +49,7 @@ from tl_adapters.interventions.frozen import frozen
 from tl_adapters.interventions.variants import on_route, with_only, without
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.organism import problems, reasoning_pairs
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.devices import DeviceError, resolve_device
 
@@ -252,7 +252,7 @@ def test_a_bridge_goes_through_the_stages(device: PretendedDevice, architecture:
 @pytest.fixture
 def loaded() -> PairedModel:
     """Read from its files before a device is pretended: transformers' loader has function modes of its own."""
-    return load_builtin_pair("cpu")
+    return load_organism_pair("cpu")
 
 
 @pytest.fixture
@@ -410,7 +410,7 @@ def test_a_model_in_memory_stays_where_it_is_unless_a_device_is_named(device: Pr
 def test_what_auto_chose_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="tl_adapters"):
         assert device_of("auto") == "auto" and not caplog.text  # an error of the command line stands alone
-        assert load_builtin_pair(device_of("auto")).model.W_E.device.type == "cpu"
+        assert load_organism_pair(device_of("auto")).model.W_E.device.type == "cpu"
     assert "device: cpu (auto" in caplog.text
     for unknown in ("gpu", "mps:3", "cuda:-2", ""):
         with pytest.raises(UserError, match="--device"):

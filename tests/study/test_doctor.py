@@ -18,7 +18,7 @@ from tl_adapters.cli.main import main
 from tl_adapters.config import DataConfig, RunConfig, TrainingConfig
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import BASE, TARGET
-from tl_adapters.study.doctor import estimate, examine
+from tl_adapters.study.doctor import diagnose, estimate_size
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def found(config: RunConfig, level: str) -> list[Finding]:
-    return [finding for finding in examine(config) if finding.level == level]
+    return [finding for finding in diagnose(config) if finding.level == level]
 
 
 def pair_of(folders: tuple[Path, Path], **data: object) -> RunConfig:
@@ -41,10 +41,10 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_a_good_pair_has_nothing_to_mend(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_good_pair_has_no_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(BASE), str(TARGET)]) == 0
     out = capsys.readouterr().out
-    assert "Nothing to mend, 0 to know." in out and "next: tl-adapters train --base" in out
+    assert "0 errors, 0 warnings." in out and "next: tl-adapters train --base" in out
     subjects = (
         "architecture", "d_mlp", "rope", "context length", "base's weights", "token ids", "chat template",
         "think tokens", "dtype", "memory", "disk",
@@ -58,7 +58,7 @@ def test_a_bad_pair_ends_with_status_1(folders: tuple[Path, Path], capsys: pytes
     assert main(["doctor", *map(str, folders)]) == 1
     out = capsys.readouterr().out
     assert "error   d_mlp: intermediate_size is 64 in the base and 320 in the target." in out
-    assert "1 to mend" in out and "next:" not in out
+    assert "1 errors, " in out and "next:" not in out
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_weights_are_seen_in_their_headers(folders: tuple[Path, Path]) -> None:
     assert [(f.subject, "damaged" in f.says) for f in found(pair_of(folders), "error")] == [("base's weights", True)]
     save_file({k: v for k, v in whole.items() if "layers.4.mlp" not in k}, base)
     (finding,) = found(pair_of(folders), "error")
-    assert "3 of 15 MLP tensors are not there, such as model.layers.4.mlp.gate_proj" in finding.says
+    assert "3 of 15 MLP tensors are missing, such as model.layers.4.mlp.gate_proj" in finding.says
 
 
 def test_tokenizers_and_templates(folders: tuple[Path, Path]) -> None:
@@ -159,7 +159,7 @@ def test_of_hub_models_no_weights_are_downloaded(folders: tuple[Path, Path], mon
 
     monkeypatch.setattr(checkpoints, "snapshot_download", fake)
     monkeypatch.setattr(checkpoints, "get_safetensors_metadata", header)
-    findings = examine(RunConfig(base="org/base", target="org/target"))
+    findings = diagnose(RunConfig(base="org/base", target="org/target"))
     assert {f.level for f in findings} == {"ok"}
     assert not any("safetensors" in pattern and pattern != "*.json" for pattern in asked)
     (folders[0] / "model.safetensors.index.json").unlink()
@@ -175,7 +175,7 @@ def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
     pair = PairedModel.from_pretrained(base, target)
     adapters = pair.new_adapters(96)
     config = RunConfig(training=TrainingConfig(n_features=96, tokens_per_batch=4 * 60))
-    size = estimate(config, target.config)
+    size = estimate_size(config, target.config)
     kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in pair.model.parameters()}
 
@@ -230,7 +230,7 @@ def test_adapters_of_hub_models_are_compared_by_name(
     names = SimpleNamespace(weight_map=checkpoints.tensor_shapes(folders[0]))
     monkeypatch.setattr(checkpoints, "get_safetensors_metadata", lambda name: names)
     config = RunConfig(base="mirror/base", target="mirror/target")
-    findings = {f.subject: f for f in examine(config, adapters=tmp_path / "a")}
+    findings = {f.subject: f for f in diagnose(config, adapters=tmp_path / "a")}
     assert findings["adapters' base"].level == "ok" and "by name" in findings["adapters' base"].says
     assert findings["adapters' target"].level == "warning"
-    assert "recorded is org/other, given mirror/target" in findings["adapters' target"].says
+    assert "the adapters record org/other, and mirror/target was given" in findings["adapters' target"].says

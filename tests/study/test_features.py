@@ -12,7 +12,7 @@ from helpers.judges import knowing
 from tl_adapters import organism
 from tl_adapters.cli.main import main
 from tl_adapters.features.feature import FeatureStoreError
-from tl_adapters.study.features import FEATURES_FOLDER, NEURONS_FOLDER, STORE_FOLDER, stores_of
+from tl_adapters.study.features import FEATURES_FOLDER, NEURONS_FOLDER, STORE_FOLDER, load_stores
 from tl_adapters.study.open_run import open_run
 from tl_adapters.utils.results import read_results
 
@@ -28,7 +28,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 def test_the_demo_says_what_its_features_are(run: Path) -> None:
     block = read_results(run)["features"]
-    store, neurons = stores_of(run)
+    store, neurons = load_stores(run)
     pair = open_run(run)
     store.require_features_of(pair)
     with pytest.raises(FeatureStoreError, match="holds neurons"):
@@ -49,7 +49,7 @@ def test_the_demo_says_what_its_features_are(run: Path) -> None:
 
 
 def test_a_moments_graph_knows_the_stores_labels_and_examples(run: Path) -> None:
-    store, _ = stores_of(run)
+    store, _ = load_stores(run)
     moments = [json.loads(path.read_text()) for path in (run / "graphs" / "circuit-tracer").glob("moment-*.json")]
     nodes = [node for moment in moments for node in moment["nodes"] if node["feature_type"] == "cross layer transcoder"]
     assert nodes or not moments
@@ -73,13 +73,13 @@ def test_the_verb_reads_any_documents(copy: Path, tmp_path: Path, capsys: pytest
     assert main(["features", str(copy), *common]) == 0
     out = capsys.readouterr().out
     assert f"pages: {copy / FOLDER / 'pages' / 'index.html'}" in out and f"next: tl-adapters label {copy}" in out
-    store, neurons = stores_of(copy)
+    store, neurons = load_stores(copy)
     assert store.documents == neurons.documents == 12 and store.about.split == "mine.jsonl"
     feature = store.feature(store.ids(1)[0])
     assert set(feature.domains) == {"even", "odd"} and len(feature.top_examples) <= 4
     before = (copy / FEATURES_FOLDER / STORE_FOLDER / "store.json").read_bytes()
     assert main(["features", str(copy), *common]) == 0, "again is nothing new"
-    assert store.documents == stores_of(copy)[0].documents
+    assert store.documents == load_stores(copy)[0].documents
     assert main(["features", str(copy), *common, "--stream", "target"]) == 2
     assert "was read with stream 'replacement'" in capsys.readouterr().err
     assert (copy / FEATURES_FOLDER / STORE_FOLDER / "store.json").read_bytes() == before
@@ -102,7 +102,7 @@ def test_a_run_is_labelled_by_rules_and_by_a_judge(
     block = read_results(folder)["labels"]
     assert block["judge"]["judged"] == 12 and block["judge"]["agreement"]["n"] == 4
     assert block["detection"]["neurons"]["score"]["n"] > 0
-    store, _ = stores_of(folder)
+    store, _ = load_stores(folder)
     assert sum(label.source == "fake" for label in store.labels.values()) >= 12
     rules = read_results(folder)["features"]["labels"]
     assert sum(share["count"] for share in rules.values()) == len(store.ids()), "the rules' shares are of all"
@@ -117,7 +117,7 @@ def test_features_are_exported(run: Path, tmp_path: Path, capsys: pytest.Capture
     out = tmp_path / "neuronpedia"
     assert main(["export", str(run), "--to", "neuronpedia", "--out", str(out), "--model-id", "mine", "--quiet"]) == 0
     batches = [json.loads(path.read_text()) for path in out.rglob("batch-*.json")]
-    assert sum(len(batch["features"]) for batch in batches) == len(stores_of(run)[0].ids())
+    assert sum(len(batch["features"]) for batch in batches) == len(load_stores(run)[0].ids())
     assert {batch["model_id"] for batch in batches} == {"mine"}
     capsys.readouterr()
     argv = ["export", str(run), "--to", "sae-dashboard", "--out", str(tmp_path / "d")]
@@ -144,5 +144,5 @@ def test_refusals_in_one_line(copy: Path, tmp_path: Path, capsys: pytest.Capture
     (copy / "results.json").write_text(json.dumps({**results, "pair": {**results["pair"], "target": "other"}}))
     assert "--data is missing" in fails(str(copy))
     with pytest.raises(FeatureStoreError, match="holds no feature store"):
-        stores_of(copy)
+        load_stores(copy)
     assert not (copy / FEATURES_FOLDER / NEURONS_FOLDER).exists()

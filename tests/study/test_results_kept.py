@@ -21,27 +21,29 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import remove_graph, write_graph
 from tl_adapters.study.attribution import attribution_stage
 from tl_adapters.study.evaluation_stages import faithfulness_stage
-from tl_adapters.study.features import FEATURES_FOLDER, NEURONS_FOLDER, STORE_FOLDER, features_stage, stores_of
-from tl_adapters.study.label import REPLIES
+from tl_adapters.study.features import FEATURES_FOLDER, NEURONS_FOLDER, STORE_FOLDER, features_stage, load_stores
+from tl_adapters.study.label import REPLIES_FOLDER
 from tl_adapters.study.train import train_stage
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.results import read_results, write_results
 
 
 def test_features_keep_labels_and_replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(describing, "draw", lambda store, pages: pages.mkdir(exist_ok=True))  # no page is looked at
+    monkeypatch.setattr(
+        describing, "draw_pages", lambda store, pages: pages.mkdir(exist_ok=True)
+    )  # no page is looked at
     pair, traces = stores.random_pair(), stores.documents()
     features_stage(pair, traces[:2], tmp_path, "report")
-    store, neurons = stores_of(tmp_path)
+    store, neurons = load_stores(tmp_path)
     judged, neuron = Label("sums of two numbers", "reasoning output", "judge-1", 0.8), Label("commas", "", "judge-1")
     store.set_labels({store.ids(1)[0]: judged})
     neurons.set_labels({neurons.ids(1)[0]: neuron})
-    replies = tmp_path / FEATURES_FOLDER / REPLIES
+    replies = tmp_path / FEATURES_FOLDER / REPLIES_FOLDER
     replies.mkdir()
     (replies / "paid.json").write_text("{}")
     write_results(tmp_path, labels={"judge": 1})
     again = features_stage(pair, traces[2:5], tmp_path, "report")
-    assert again.documents == 3 and stores_of(tmp_path)[0].documents == 3
+    assert again.documents == 3 and load_stores(tmp_path)[0].documents == 3
     assert again.labels[store.ids(1)[0]] == judged
     assert FeatureStore.load(tmp_path / FEATURES_FOLDER / NEURONS_FOLDER).labels[neurons.ids(1)[0]] == neuron
     assert (replies / "paid.json").is_file() and read_results(tmp_path)["labels"] == {"judge": 1}
@@ -78,7 +80,7 @@ def test_graphs_of_the_users_own_stay(tmp_path: Path, monkeypatch: pytest.Monkey
         found = {"page": f"{folder.name}/{page.name}", "residual": 0.0, "influence_through_features": 1.0}
         return found | {"rank_correlation": dict.fromkeys(LINEARIZATIONS, 1.0)}
 
-    monkeypatch.setattr("tl_adapters.study.attribution.examine_moment", drawn)
+    monkeypatch.setattr("tl_adapters.study.attribution.attribute_onset", drawn)
     word = token_id(pair, "Wait")
     said = Response(tuple(tokens), (word,), "Wait", False, True)
 

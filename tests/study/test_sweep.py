@@ -23,7 +23,7 @@ from tl_adapters.config import ConfigError, DataConfig, RunConfig, TrainingConfi
 from tl_adapters.generation.responses import respond
 from tl_adapters.organism.recipe import build_tokenizer
 from tl_adapters.pages.sweep_page import SweepPoint, markdown, pareto_front, read_point, write_page
-from tl_adapters.study.grid import GridError, plan, read_grid
+from tl_adapters.study.grid import GridError, grid_configurations, read_grid
 from tl_adapters.study.open_run import open_run
 from tl_adapters.study.sweep import SweepError, resume_sweep, sweep
 from tl_adapters.study.train import train_run
@@ -43,7 +43,7 @@ NAMES = ["l1_weight-0.001_seed-0", "l1_weight-0.001_seed-3"]
 def few_documents() -> Iterator[None]:
     """The built-in pair's own text, but less of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tl_adapters.study.open_run.BUILTIN_TRACES", 60)
+        patch.setattr("tl_adapters.study.open_run.ORGANISM_TRACES", 60)
         yield
 
 
@@ -257,7 +257,7 @@ def test_other_weights_and_other_folders_are_refused(whole: Path, tmp_path: Path
 
 def test_a_grid_names_every_combination_once() -> None:
     grid = {"l1_weight": [0.0003, 1e-05], "count": [["thinking", "answer"], ["prompt"]], "loss_weights": ["paper"]}
-    runs = plan(CONFIG, grid)
+    runs = grid_configurations(CONFIG, grid)
     assert "l1_weight-1e-05_count-thinking+answer_loss_weights-paper" in runs and len(runs) == 4
     for name, config in runs.items():
         assert str(config.training.l1_weight) in name and "+".join(config.training.count) in name

@@ -20,7 +20,7 @@ from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.interop.saelens import from_saelens
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import reasoning_pairs
-from tl_adapters.study.open_run import load_builtin_pair
+from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.training.objective import held_out_terms
 from tl_adapters.training.trainer import Trainer, TrainingError
 from tl_adapters.utils.finite import NotFiniteError, finite_blocks, require_finite_activations, require_finite_weights
@@ -151,7 +151,7 @@ OPTIONS = StoreOptions(examples=2, sample=2, before=2, after=2, tokens_per_batch
 
 @pytest.fixture
 def builtin() -> PairedModel:
-    return randomise(load_builtin_pair("cpu"), n_features=12)
+    return randomise(load_organism_pair("cpu"), n_features=12)
 
 
 def the_traces(pair: PairedModel) -> list[Trace]:

@@ -1,4 +1,4 @@
-"""The subcommand attribute."""
+"""The subcommand attribute: an attribution graph of a prompt's next token."""
 
 from __future__ import annotations
 
@@ -9,23 +9,34 @@ from tl_adapters.cli.common import Subcommands, device_of, read_prompt
 
 
 def add_attribute(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
-    """The verb attribute."""
+    """Adds `attribute`, which draws the attribution graph of a prompt's next token."""
     attribute = subcommands.add_parser(
-        "attribute", parents=[common], help="from the next token back to features and tokens"
+        "attribute", parents=[common], help="attribute the next token to features and input tokens"
     )
     attribute.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
     prompt = attribute.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text as the model reads it, chat tokens included")
-    prompt.add_argument("--prompt-file", type=Path, help="a text file that holds it")
-    attribute.add_argument("--target", action="append", help="a token to explain (default: the likeliest next ones)")
+    prompt.add_argument("--prompt-file", type=Path, help="a text file with the prompt")
+    attribute.add_argument(
+        "--target", action="append", help="a token to attribute (default: the most probable next tokens)"
+    )
     attribute.add_argument("--linearisation", choices=("relp", "frozen_mlp", "gradient"), default="relp")
-    attribute.add_argument("--max-feature-nodes", type=int, default=5000, metavar="N", help="the most influential")
-    attribute.add_argument("--window", type=int, metavar="N", help="nodes at the last N positions only")
-    attribute.add_argument("--exclude-bos", action="store_true", help="no features at the first position")
-    attribute.add_argument("--node-threshold", type=float, default=0.8, help="influence that the page's nodes hold")
-    attribute.add_argument("--edge-threshold", type=float, default=0.98, help="likewise its edges")
+    attribute.add_argument(
+        "--max-feature-nodes", type=int, default=5000, metavar="N", help="keep the N most influential"
+    )
+    attribute.add_argument("--window", type=int, metavar="N", help="feature nodes of the last N positions only")
+    attribute.add_argument("--exclude-bos", action="store_true", help="leave out features at the first position")
+    attribute.add_argument(
+        "--node-threshold",
+        type=float,
+        default=0.8,
+        help="share of the influence that the page's nodes hold (default: 0.8)",
+    )
+    attribute.add_argument(
+        "--edge-threshold", type=float, default=0.98, help="share that its edges hold (default: 0.98)"
+    )
     attribute.add_argument("--out", type=Path, help="folder of graphs (default: RUN/graphs)")
-    attribute.add_argument("--name", help="of the page (default: graph-1, graph-2, ...)")
+    attribute.add_argument("--name", help="name of the page (default: graph-1, graph-2, ...)")
     attribute.set_defaults(run=_attribute)
 
 
@@ -50,10 +61,11 @@ def _attribute(args: argparse.Namespace) -> None:
     )
     out = args.out or args.run_folder / "graphs"
     name = args.name or next(f"graph-{i}" for i in range(1, 10**6) if not (out / f"graph-{i}").exists())
-    store = FeatureStore.load(where) if (where := args.run_folder / FEATURES_FOLDER / STORE_FOLDER).is_dir() else None
+    store_folder = args.run_folder / FEATURES_FOLDER / STORE_FOLDER
+    store = FeatureStore.load(store_folder) if store_folder.is_dir() else None
     thresholds = dict(node_threshold=args.node_threshold, edge_threshold=args.edge_threshold)
     page, url = write_graph(pair, graph, out, name, **thresholds, store=store)
-    checked = f"conservation residual {graph.residual:.1e}" if graph.adds_up else "a gradient does not add up"
-    print(f"{len(graph.features):,} features, {len(graph.weights):,} edges, {checked}")
+    check = f"conservation residual {graph.residual:.1e}" if graph.adds_up else "this linearization does not conserve"
+    print(f"{len(graph.features):,} features, {len(graph.weights):,} edges, {check}")
     print(f"page: {page}\ngraph: {out / name}\ncircuit-tracer: {out / 'circuit-tracer'}, {url}")
     print(f"next: tl-adapters serve {out}")

@@ -1,4 +1,4 @@
-"""The subcommand demo."""
+"""The subcommand demo: the whole study on the model organism."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ log = logging.getLogger(__name__)
 
 
 def add_demo(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
-    """The verb demo."""
+    """Adds `demo`, which runs every stage on the model organism."""
     demo = subcommands.add_parser(
-        "demo", parents=[common], help="the whole study on the built-in pair, offline, on a CPU"
+        "demo", parents=[common], help="run the whole study on the model organism, offline, on a CPU"
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    demo.add_argument("--quick", action="store_true", help="a look at everything in a few minutes")
+    demo.add_argument("--quick", action="store_true", help="a smaller study that takes a few minutes")
     demo.set_defaults(run=_demo)
 
 
@@ -25,11 +25,11 @@ def _demo(args: argparse.Namespace) -> None:
     import time
     from dataclasses import replace
 
-    from tl_adapters.study.demo import QUICK, demo
-    from tl_adapters.study.scale import Scale
+    from tl_adapters.study.demo import QUICK_SCALE, demo
+    from tl_adapters.study.scale import StudyScale
 
     began = time.perf_counter()
-    scale = QUICK if args.quick else Scale()
+    scale = QUICK_SCALE if args.quick else StudyScale()
     if args.seed is not None:
         scale = replace(scale, training=replace(scale.training, seed=args.seed))
     moved = _move_aside(args.out)
@@ -41,7 +41,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _move_aside(folder: Path) -> Path | None:
-    """Rename an earlier run to the first free ``folder-N``; runs are never overwritten."""
+    """Renames an earlier run to the first free ``folder-N`` and returns that path; runs are never overwritten."""
     if not folder.exists():
         return None
     n = 1

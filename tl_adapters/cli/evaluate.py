@@ -1,4 +1,4 @@
-"""The subcommand evaluate."""
+"""The subcommand evaluate: a run's adapters measured on held-out traces."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from tl_adapters.cli.common import Subcommands, device_of
 
 
 def add_evaluate(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
-    """The verb evaluate."""
+    """Adds `evaluate`, which measures a run's adapters."""
     evaluate = subcommands.add_parser("evaluate", parents=[common], help="measure a run's adapters on held-out traces")
     evaluate.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
-    evaluate.add_argument("--data", help=".jsonl of held-out traces, or a dataset (the built-in pair needs none)")
+    evaluate.add_argument(
+        "--data", help="a .jsonl file of held-out traces, or a dataset's name (not needed for the model organism)"
+    )
     evaluate.set_defaults(run=_evaluate)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from tl_adapters.pages.report import write_report
-    from tl_adapters.study import evaluate as study
+    from tl_adapters.study.evaluate import evaluate_run
 
-    study.evaluate_run(args.run_folder, args.data, device_of(args.device), args.dtype)
+    evaluate_run(args.run_folder, args.data, device_of(args.device), args.dtype)
     print(f"report: {write_report(args.run_folder)}\nfigures: {args.run_folder / 'results.json'}")

@@ -1,22 +1,22 @@
-"""The command line. Nothing heavy is imported until a verb runs.
+"""The command line. torch and the libraries behind it are imported when a subcommand runs, not before.
 
-tl-adapters demo                                  the whole study on the built-in pair
-tl-adapters doctor B T                            will this pair work here? before anything expensive
+tl-adapters demo                                  the whole study on the model organism
+tl-adapters doctor B T                            check a pair before anything expensive
 tl-adapters config                                every option of a run, documented, as a file to edit
 tl-adapters train --base B --target T --data F    train adapters for any pair
-tl-adapters train --resume RUN                    go on with a run that was stopped or killed
+tl-adapters train --resume RUN                    resume a run that was stopped or killed
 tl-adapters sweep --over l1_weight=3e-4,1e-3 --out DIR    L0 against KL over training options
 tl-adapters evaluate RUN --data F                 measure a run's adapters on held-out traces
-tl-adapters features RUN                          what every feature fires on and promotes, as pages
-tl-adapters label RUN                             what to call them: by rules, and by a judge
-tl-adapters attribute RUN --prompt TEXT           from the next token back to features and input tokens
-tl-adapters generate RUN --prompt TEXT            what routes and changed features say, side by side
-tl-adapters benchmark RUN --tasks gsm8k           a route's answers to tasks: pass@1, length, hesitation
-tl-adapters hesitation RUN                        the features that say "Wait", and their trial
-tl-adapters serve DIR                             look at a folder's pages, on this machine only
+tl-adapters features RUN                          what every feature fires on and writes, as pages
+tl-adapters label RUN                             label them by rules and by an LLM judge
+tl-adapters attribute RUN --prompt TEXT           attribute the next token to features and input tokens
+tl-adapters generate RUN --prompt TEXT            completions of routes and changed features, side by side
+tl-adapters benchmark RUN --tasks gsm8k           answer tasks on one route: pass@1, length, hesitation
+tl-adapters hesitation RUN                        find and test the features that say "Wait"
+tl-adapters serve DIR                             show a folder's pages on 127.0.0.1
 tl-adapters export RUN --to saelens --out DIR     adapters, models or dashboards, for other tools
-tl-adapters push RUN USER/REPO                    adapters with their card to the hub
-tl-adapters pull USER/REPO --out DIR              and back
+tl-adapters push RUN USER/REPO                    upload adapters with their model card
+tl-adapters pull USER/REPO --out DIR              download adapters
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tl_adapters.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status (2 for an error the user can mend, 130 for Ctrl-C)."""
+    """Runs one subcommand and returns its exit status; 2 is a UserError, 130 is Ctrl-C."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("tl_adapters").setLevel(logging.WARNING if args.quiet else logging.INFO)
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     common = common_parent(quiet)
     parser = argparse.ArgumentParser(prog="tl-adapters", description="What did reasoning training change in a model?")
     parser.add_argument("--version", action="version", version=f"tl-adapters {__version__}")
-    subcommands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     demo.add_demo(subcommands, common)
     doctor.add_doctor(subcommands, common)
     train.add_config(subcommands)

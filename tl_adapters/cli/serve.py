@@ -1,4 +1,4 @@
-"""The subcommand serve."""
+"""The subcommand serve: a folder's pages on this machine's own address."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tl_adapters.cli.common import Subcommands
 
 
 def add_serve(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
-    """The verb serve."""
-    serve = subcommands.add_parser("serve", parents=[quiet], help="look at a folder's pages, on this machine only")
+    """Adds `serve`, which shows a folder's pages on 127.0.0.1."""
+    serve = subcommands.add_parser("serve", parents=[quiet], help="show a folder's pages on 127.0.0.1")
     serve.add_argument("folder", type=Path, metavar="DIR", help="a run, or a folder of graphs")
-    serve.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default: 8000)")
+    serve.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
     serve.set_defaults(run=_serve)
 
 
@@ -20,5 +20,5 @@ def _serve(args: argparse.Namespace) -> None:
     from tl_adapters.pages.server import HOST, make_server
 
     with make_server(args.folder, args.port) as server:
-        print(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C ends it)", flush=True)
+        print(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C stops the server)", flush=True)
         server.serve_forever()

@@ -1,4 +1,4 @@
-"""The verbs that give a run away and get one: export, push, pull."""
+"""The subcommands export, push and pull: adapters for other tools and other people."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from tl_adapters.errors import UserError
 
 
 def add_export(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
-    """The verb export."""
+    """Adds `export`, which writes adapters, models or features for other tools."""
     export = subcommands.add_parser(
-        "export", parents=[quiet], help="adapters, or the models they belong to, for other tools"
+        "export", parents=[quiet], help="write adapters, models or features for other tools"
     )
     export.add_argument("adapters", metavar="RUN", help="run folder, folder of adapters, or hub name")
     formats = ("saelens", "authors", "hybrid", "target", "neuronpedia", "sae-dashboard")
-    export.add_argument("--to", choices=formats, required=True, help="format; the last two are of a run's features")
+    export.add_argument("--to", choices=formats, required=True, help="format; the last two take a run's features")
     export.add_argument("--out", type=Path, required=True, help="folder to make")
     _add_reads(export)
-    export.add_argument("--base", help="where the base is, if not where the adapters say")
-    export.add_argument("--target", help="likewise the target")
-    export.add_argument("--model-id", help="neuronpedia: what it calls the model (default: the target's name)")
-    export.add_argument(
-        "--set", default="tl-adapters", help="neuronpedia: what it calls the set (default: tl-adapters)"
-    )
-    export.add_argument("--features", nargs="+", metavar="L.I", help="sae-dashboard: layer.index of those to draw")
-    export.add_argument("--data", help="sae-dashboard: what they are drawn on (the built-in pair needs none)")
+    export.add_argument("--base", help="folder or hub name of the base (default: the one the adapters record)")
+    export.add_argument("--target", help="folder or hub name of the target (default: likewise)")
+    export.add_argument("--model-id", help="neuronpedia: its name of the model (default: the target's name)")
+    export.add_argument("--set", default="tl-adapters", help="neuronpedia: its name of the set (default: tl-adapters)")
+    export.add_argument("--features", nargs="+", metavar="L.I", help="sae-dashboard: features to draw, as layer.index")
+    export.add_argument("--data", help="sae-dashboard: documents (not needed for the model organism)")
     export.set_defaults(run=_export)
 
 
@@ -49,25 +47,27 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _export_features(args: argparse.Namespace) -> None:
-    from tl_adapters.study.features import export_dashboard, export_neuronpedia
+    from tl_adapters.study.features import export_neuronpedia, export_sae_dashboard
 
     run = Path(args.adapters)
     if args.to == "neuronpedia":
         print(f"neuronpedia: {export_neuronpedia(run, args.out, args.model_id, args.set)}")
         return
     if args.features is None:
-        raise UserError("--features is missing; give those to draw as layer.index, such as 2.17 4.3.")
-    pages = export_dashboard(run, args.out, feature_ids(args.features), args.data)
+        raise UserError("--features is missing; give the features to draw as layer.index, such as 2.17 4.3.")
+    pages = export_sae_dashboard(run, args.out, feature_ids(args.features), args.data)
     print("sae-dashboard: " + "\n".join(map(str, pages)))
 
 
 def add_push(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
-    """The verb push."""
-    push = subcommands.add_parser("push", parents=[quiet], help="adapters with their card to the hub (HF_TOKEN)")
+    """Adds `push`, which uploads adapters with their model card."""
+    push = subcommands.add_parser(
+        "push", parents=[quiet], help="upload adapters with their model card to the hub (reads HF_TOKEN)"
+    )
     push.add_argument("adapters", metavar="RUN", help="run folder or folder of adapters")
-    push.add_argument("repo", metavar="USER/REPO", help="made if it is not there")
-    push.add_argument("--private", action="store_true", default=None, help="of a new repository")
-    push.add_argument("--revision", help="branch, made if it is not there")
+    push.add_argument("repo", metavar="USER/REPO", help="repository, created if it does not exist")
+    push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    push.add_argument("--revision", help="branch, created if it does not exist")
     _add_reads(push)
     push.set_defaults(run=_push)
 
@@ -82,13 +82,11 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def add_pull(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
-    """The verb pull."""
-    pull = subcommands.add_parser(
-        "pull", parents=[quiet], help="adapters from the hub into a folder, whole or not at all"
-    )
+    """Adds `pull`, which downloads adapters from the hub."""
+    pull = subcommands.add_parser("pull", parents=[quiet], help="download adapters from the hub into a new folder")
     pull.add_argument("repo", metavar="USER/REPO", help="repository of the hub")
     pull.add_argument("--out", type=Path, required=True, help="folder to make")
-    pull.add_argument("--layers", type=int, nargs="+", help="only these")
+    pull.add_argument("--layers", type=int, nargs="+", help="these layers only")
     pull.add_argument("--revision", help="branch, tag or commit")
     pull.set_defaults(run=_pull)
 
@@ -103,10 +101,10 @@ def _pull(args: argparse.Namespace) -> None:
     print(f"next: tl-adapters doctor {base} {target} {args.out}")
 
 
-def _add_reads(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
+def _add_reads(subcommand: argparse.ArgumentParser) -> None:
+    subcommand.add_argument(
         "--reads",
         choices=("normalized", "mlp_input"),
         default="normalized",
-        help="normalized: right on processed models too (default); mlp_input: as trained, for models as they are",
+        help="normalized: right on processed models too (default); mlp_input: as trained, for unprocessed models",
     )

@@ -1,4 +1,4 @@
-"""The subcommand sweep."""
+"""The subcommand sweep: sparsity against faithfulness over training options."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ import shlex
 from pathlib import Path
 
 from tl_adapters.cli.common import Subcommands, device_of
-from tl_adapters.cli.train import _run_config
+from tl_adapters.cli.train import run_config
 from tl_adapters.errors import UserError
 
 
 def add_sweep(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
-    """The verb sweep."""
+    """Adds `sweep`, which trains and measures adapters for every combination of options."""
     sweep = subcommands.add_parser(
-        "sweep", parents=[common], help="sparsity against faithfulness over training options"
+        "sweep", parents=[common], help="train over training options: sparsity against faithfulness"
     )
     sweep.add_argument("--over", nargs="+", metavar="OPTION=V,V", help="such as l1_weight=3e-4,1e-3 n_features=128,512")
-    sweep.add_argument("--base", help="folder or hub name of the base (default: the built-in pair)")
+    sweep.add_argument("--base", help="folder or hub name of the base (default: the model organism)")
     sweep.add_argument("--target", help="folder or hub name of the target")
     sweep.add_argument("--data", help="training documents: a .jsonl file, or a dataset's name on the hub")
-    sweep.add_argument("--config", help="a YAML or JSON file, or the name of a configuration that ships")
-    sweep.add_argument("--held-out", metavar="DATA", help="what is measured on (the built-in pair needs none)")
-    sweep.add_argument("--documents", type=int, metavar="N", help="held-out problems or documents (default: 300)")
-    place = sweep.add_mutually_exclusive_group(required=True)
-    place.add_argument("--out", type=Path, help="folder to make, or to go on in")
-    place.add_argument("--resume", type=Path, metavar="DIR", help="folder to go on in; takes its own options")
+    sweep.add_argument("--config", help="a YAML or JSON file, or the name of a shipped configuration")
+    sweep.add_argument("--held-out", metavar="DATA", help="held-out documents (not needed for the model organism)")
+    sweep.add_argument(
+        "--documents", type=int, metavar="N", help="held-out problems or documents to use (default: 300)"
+    )
+    folder_options = sweep.add_mutually_exclusive_group(required=True)
+    folder_options.add_argument("--out", type=Path, help="folder to make or to continue")
+    folder_options.add_argument("--resume", type=Path, metavar="DIR", help="sweep to continue with its own options")
     sweep.set_defaults(run=_sweep)
 
 
@@ -43,15 +45,17 @@ def _sweep(args: argparse.Namespace) -> None:
         points = resume_sweep(args.resume, device, progress=progress)
     else:
         if not args.over:
-            raise UserError("--over is missing: options and their values, such as l1_weight=3e-4,1e-3,3e-3.")
-        config = _run_config(args)
+            raise UserError("--over is missing; give options with their values, such as l1_weight=3e-4,1e-3,3e-3.")
+        config = run_config(args)
         if config.target and not config.data.source:
-            raise UserError("--data is missing: the training documents, a .jsonl file or a dataset's name on the hub.")
+            raise UserError(
+                "--data is missing; give the training documents as a .jsonl file or a dataset's name on the hub."
+            )
         points = sweep(
             config, args.out, read_grid(args.over), held_out=args.held_out,
             documents=300 if args.documents is None else args.documents, device=device, progress=progress,
         )  # fmt: skip
     folder = args.resume or args.out
     print(f"{markdown(points)}\n\npage: {folder / PAGE}\nfigures: {folder / 'sweep.json'}")
-    chosen = shlex.quote(str(folder / (on_the_front(points) or points)[0].name))
-    print(f"next: tl-adapters evaluate {chosen}{'' if points[0].recovered else ' --data HELD_OUT.jsonl'}")
+    best = shlex.quote(str(folder / (on_the_front(points) or points)[0].name))
+    print(f"next: tl-adapters evaluate {best}{'' if points[0].recovered else ' --data HELD_OUT.jsonl'}")

@@ -1,4 +1,4 @@
-"""The verbs that make and measure a run: demo, doctor, config, train, sweep, evaluate."""
+"""The subcommands config and train: the options of a run, and the run itself."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def add_config(subcommands: Subcommands) -> None:
-    """The verb config."""
-    config = subcommands.add_parser("config", help="every option of a run, documented, as YAML to edit")
-    config.add_argument("name", nargs="?", help="a configuration that ships, or a file (default: the defaults)")
-    config.add_argument("--list", action="store_true", help="the configurations that ship")
+    """Adds `config`, which prints every option of a run as YAML."""
+    config = subcommands.add_parser("config", help="print every option of a run, documented, as YAML to edit")
+    config.add_argument("name", nargs="?", help="a shipped configuration or a file (default: the default options)")
+    config.add_argument("--list", action="store_true", help="list the shipped configurations")
     config.set_defaults(run=_config, quiet=False)
 
 
@@ -31,23 +31,23 @@ def _config(args: argparse.Namespace) -> None:
 
 
 def add_train(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
-    """The verb train."""
-    train = subcommands.add_parser("train", parents=[common], help="train adapters for a pair, or go on with a run")
-    train.add_argument("--base", help="folder or hub name of the base (default: the built-in pair)")
+    """Adds `train`, which trains adapters for a pair or resumes a run."""
+    train = subcommands.add_parser("train", parents=[common], help="train adapters for a pair, or resume a run")
+    train.add_argument("--base", help="folder or hub name of the base (default: the model organism)")
     train.add_argument("--target", help="folder or hub name of the target")
     train.add_argument("--data", help="a .jsonl file of prompts and responses, or a dataset's name on the hub")
-    train.add_argument("--config", help="a YAML or JSON file, or the name of a configuration that ships")
-    train.add_argument("--bad-rows", choices=("refuse", "drop"), help="rows that cannot be used (default: refuse)")
-    place = train.add_mutually_exclusive_group(required=True)
-    place.add_argument("--out", type=Path, help="run folder to make")
-    place.add_argument("--resume", type=Path, metavar="RUN", help="run folder to go on in; takes its own options")
+    train.add_argument("--config", help="a YAML or JSON file, or the name of a shipped configuration")
+    train.add_argument("--bad-rows", choices=("refuse", "drop"), help="what to do with unusable rows (default: refuse)")
+    folder_options = train.add_mutually_exclusive_group(required=True)
+    folder_options.add_argument("--out", type=Path, help="run folder to make")
+    folder_options.add_argument("--resume", type=Path, metavar="RUN", help="run folder to resume with its own options")
     train.set_defaults(run=_train)
 
 
 def _train(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from tl_adapters.study.open_run import is_builtin
+    from tl_adapters.study.open_run import is_organism_run
     from tl_adapters.study.train import resume_run, train_run
 
     folder = args.resume or args.out
@@ -57,20 +57,20 @@ def _train(args: argparse.Namespace) -> None:
             raise UserError(f"--resume takes the run's own options; leave out {', '.join(given)}.")
         resume_run(folder, device_of(args.device), progress=not args.quiet, bad_rows=args.bad_rows)
     else:
-        config = _run_config(args)
+        config = run_config(args)
         if args.bad_rows:
             config = replace(config, data=replace(config.data, bad_rows=args.bad_rows))
         if config.target and not config.data.source:
             raise UserError(
-                "--data is missing: a .jsonl file of prompts and responses, or a dataset's name on the hub."
+                "--data is missing; give a .jsonl file of prompts and responses, or a dataset's name on the hub."
             )
         train_run(config, folder, device_of(args.device), progress=not args.quiet)
-    data = "" if is_builtin(folder) else " --data HELD_OUT.jsonl"
+    data = "" if is_organism_run(folder) else " --data HELD_OUT.jsonl"
     print(f"adapters: {folder / 'adapters'}\nnext: tl-adapters evaluate {folder}{data}")
 
 
-def _run_config(args: argparse.Namespace) -> RunConfig:
-    """The configuration file, if one is named, with what the flags say instead."""
+def run_config(args: argparse.Namespace) -> RunConfig:
+    """The configuration of --config or the defaults, with the options that the flags override."""
     from dataclasses import replace
 
     from tl_adapters.config import RunConfig
@@ -78,7 +78,9 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
     config = RunConfig.load(args.config) if args.config else RunConfig()
     named = {name: getattr(args, name) for name in ("base", "target", "dtype") if getattr(args, name)}
     if ("base" in named) != ("target" in named):
-        raise UserError("--base and --target go together; leave both out for the configuration's or the built-in.")
+        raise UserError(
+            "--base and --target are given together; leave both out for the configuration's pair or the model organism."
+        )
     config = replace(config, **named)
     if args.data is not None:
         config = replace(config, data=replace(config.data, source=args.data))

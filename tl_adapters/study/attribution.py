@@ -1,4 +1,4 @@
-"""The attribution stage of a study: graphs of a few onsets of hesitation."""
+"""Attribution as a stage of a study: graphs of a few onsets of hesitation, and their validation."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import remove_graph, write_graph
 from tl_adapters.utils.results import read_results, stage, write_results
 
-GRAPHS = 3
+N_GRAPHS = 3
 
 
 def attribution_stage(
     pair: PairedModel, responses: Sequence[Response], folder: Path, split: str, store: FeatureStore | None = None
 ) -> None:
-    """Add the block attribution: graphs of the first hesitation in three of the target's answers, and their truth."""
+    """Adds the block attribution: validated graphs of the first hesitation in three of the target's answers."""
     word = token_id(pair, HESITATION_ONSET)
-    moments = [
+    prompts = [
         (*response.prompt, *response.tokens[: response.tokens.index(word)])
         for response in responses
         if word in response.tokens and not response.truncated
-    ][:GRAPHS]
+    ][:N_GRAPHS]
     graphs = folder / "graphs"
     with stage(folder, "attribution"):
         for earlier in (read_results(folder).get("attribution") or {}).get("moments", []):
-            remove_graph(graphs, Path(earlier["page"]).stem)  # of an earlier evaluation; other graphs stay
+            remove_graph(graphs, Path(earlier["page"]).stem)  # graphs of an earlier evaluation; those of the user stay
         names = (name for i in count(1) if not (graphs / (name := f"moment-{i}")).exists())
-        found = [
+        onsets = [
             attribute_onset(pair, tokens, LogitTarget(word), graphs, name, store)
-            for tokens, name in zip(moments, names, strict=False)
+            for tokens, name in zip(prompts, names, strict=False)
         ]
         mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731
         write_results(
             folder,
             attribution={
-                "graphs": len(found),
+                "graphs": len(onsets),
                 "split": split,
-                "conservation": max((m["residual"] for m in found), default=None),
-                "influence_through_features": mean([m["influence_through_features"] for m in found]),
+                "conservation": max((m["residual"] for m in onsets), default=None),
+                "influence_through_features": mean([m["influence_through_features"] for m in onsets]),
                 "rank_correlation": {
-                    name: mean([r for m in found if (r := m["rank_correlation"][name]) is not None])
+                    name: mean([r for m in onsets if (r := m["rank_correlation"][name]) is not None])
                     for name in LINEARIZATIONS
                 },
-                "moments": found,
+                "moments": onsets,
             },
         )
 
@@ -66,12 +66,14 @@ def attribute_onset(
     name: str,
     store: FeatureStore | None = None,
 ) -> dict[str, Any]:
-    """Draw the graph of what is about to be said, and say how far it is true; what was found, for results.json."""
+    """Writes the graph of one onset and validates it; returns its record for results.json."""
     graph = attribute(pair, tokens, progress=False)
     if target.token not in [t.token for t in graph.targets]:
         likeliest = [LogitTarget(t.token) for t in graph.targets if t.token is not None]
         graph = attribute(pair, tokens, [*likeliest, target], progress=False)
-    page, _ = write_graph(pair, graph, folder, name, node_threshold=0.95, store=store)  # tokens: much of 0.8
+    page, _ = write_graph(
+        pair, graph, folder, name, node_threshold=0.95, store=store
+    )  # at 0.8, token nodes would be most of it
     difference = explain_difference(pair, tokens, target, progress=False)
     probability = next(t.probability for t in graph.targets if t.token == target.token)
     return {

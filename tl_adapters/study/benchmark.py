@@ -1,7 +1,7 @@
-"""A run's pair on tasks: which variant of it answers, and what is written into the run's results.json.
+"""Benchmarks as a stage of a study: a variant of the pair answers tasks, and results.json gets the scores.
 
-A variant is a route, the replacement without some features, or the hybrid with only some. Every task and variant has
-a folder of answers of its own (see answering.py), so one command after another fills a table.
+A variant is a route, the replacement without some features, or the hybrid with only some features. The answers of each
+task and variant have a folder of their own (see evaluation/sampled_answers.py), so successive commands fill one table.
 """
 
 from __future__ import annotations
@@ -26,70 +26,70 @@ from tl_adapters.generation.generation_config import LONGEST_ANSWER, end_tokens
 from tl_adapters.interventions.variants import MAX_LISTED_FEATURES, Variant, on_route, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import ROUTES
-from tl_adapters.study.open_run import is_builtin, open_run, require_adapters
+from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters
 from tl_adapters.utils.results import plain, read_results, write_results
 
 log = logging.getLogger(__name__)
 
 BENCHMARKS_FOLDER = "benchmarks"
-"""Folder of answers within a run, and block of its results.json."""
+"""Name of the folder of answers in a run, and of the block in its results.json."""
 
 
 class BenchmarkError(UserError, ValueError):
-    """Tasks, or a variant, that a run cannot be measured on."""
+    """Tasks or a variant on which a run cannot be measured."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One task, measured."""
+class BenchmarkResult:
+    """The score of one variant on one task."""
 
     task: str
-    """Its name."""
+    """Name of the task."""
     variant: str
-    """Who answered."""
+    """Name of the variant that answered."""
     score: Score
-    """What came out."""
+    """Accuracy, length and hesitation rate of the answers."""
     folder: Path
-    """Where the answers are."""
+    """Folder of the answers."""
     sampling: Sampling
-    """How it was answered, with nothing left open."""
+    """Sampling options, all of them resolved."""
 
 
 @dataclass(frozen=True)
-class Answerer:
-    """Who answers: a route, the replacement without some features, or the hybrid with only some."""
+class BenchmarkVariant:
+    """Which variant answers: a route, the replacement without some features, or the hybrid with only some features."""
 
     route: str = "replacement"
-    """A route of `routing.ROUTES`."""
+    """A route of `models.routed_mlp.ROUTES`."""
     ablate: tuple[FeatureId, ...] = ()
-    """Features taken out; only of the replacement."""
+    """Features to ablate; with the route replacement only."""
     insert: tuple[FeatureId, ...] = ()
-    """The only features there are; only on the hybrid."""
+    """Features to insert as the only ones; with the route hybrid only."""
     strength: float = 1.0
-    """How strongly they fire there, such as a circuit's ``strength``."""
+    """Factor on the inserted features' activations, such as a circuit's ``strength``."""
 
     def __post_init__(self) -> None:
         for name, route in (("ablate", "replacement"), ("insert", "hybrid")):
             if getattr(self, name) and (self.route != route or (self.ablate and self.insert)):
                 raise BenchmarkError(
-                    f"Features to {name} go with the route {route} alone; got the route {self.route}"
-                    f"{' and features for both' if self.ablate and self.insert else ''}."
+                    f"Features to {name} need the route {route}; got the route {self.route}"
+                    f"{' and features to ablate and to insert' if self.ablate and self.insert else ''}."
                 )
         if self.route not in ROUTES:
-            raise BenchmarkError(f"No route is called {self.route!r}; known are {', '.join(ROUTES)}.")
+            raise BenchmarkError(f"There is no route {self.route!r}; the routes are {', '.join(ROUTES)}.")
 
     @property
     def variant(self) -> Variant:
-        """What to enter, under a name that no other set of features has."""
+        """The variant to enter; its name is unique to its set of features."""
         features = sorted({*self.ablate, *self.insert})
         if not features:
             return on_route(self.route)
-        found = without(features) if self.ablate else with_only(features, self.strength)
+        variant = without(features) if self.ablate else with_only(features, self.strength)
         digest = hashlib.sha256(repr([tuple(feature) for feature in features]).encode()).hexdigest()[:8]
-        return found if len(features) <= MAX_LISTED_FEATURES else replace(found, name=f"{found.name} ({digest})")
+        return variant if len(features) <= MAX_LISTED_FEATURES else replace(variant, name=f"{variant.name} ({digest})")
 
     def as_record(self) -> dict[str, Any]:
-        """As settings hold it."""
+        """The record that the settings of the answers hold."""
         named = {"ablate": self.ablate, "insert": self.insert}
         return {
             "route": self.route,
@@ -101,7 +101,7 @@ class Answerer:
 def benchmark_run(
     run: Path,
     tasks: Mapping[str, str | None] | None = None,
-    answerer: Answerer | None = None,
+    variant: BenchmarkVariant | None = None,
     *,
     options: Mapping[str, Any] | None = None,
     open_thinking: bool = False,
@@ -111,51 +111,53 @@ def benchmark_run(
     device: str = "auto",
     dtype: Dtype | None = None,
     progress: bool = True,
-) -> list[Measured]:
-    """Measure a run's pair on tasks and add them to the block benchmarks of its results.json.
+) -> list[BenchmarkResult]:
+    """Measures a run's pair on tasks and adds the scores to the block benchmarks of its results.json.
 
     Args:
-        run: a folder that train or demo made.
-        tasks: name to a local copy, or None for the hub's; by default the built-in problems, for the built-in pair.
-        answerer: who answers; by default the replacement.
-        options: fields of `Sampling` that are to differ from the task's and the model's: the built-in problems are
-            answered greedily, tasks of the hub as generation_config.json says and in up to `LONGEST_ANSWER` tokens.
-        open_thinking: make the model begin with the tag that opens the thinking, where the template does not.
-        limit: the first so many problems of each task.
-        words: what counts as a hesitation: words and phrases, or a behavior (a function may find it).
-        out: folder of the answers; ``benchmarks`` in the run by default. What is there already is not asked again.
-        device: where the models go; "auto" is the first there is of cuda, mps and cpu.
-        dtype: of the models; the run's by default.
-        progress: show bars.
+        run: folder of a run that train or demo made.
+        tasks: name of each task -> a local copy of its dataset, or None for the hub's. By default the built-in problems
+            of the model organism.
+        variant: which variant answers; by default the replacement.
+        options: fields of `Sampling` that override the defaults. The built-in problems are answered greedily; tasks of
+            the hub are answered as generation_config.json says, in up to `LONGEST_ANSWER` tokens.
+        open_thinking: end the prompt with the tag that opens the thinking, where the template does not.
+        limit: use only the first ``limit`` problems of each task.
+        words: what counts as a hesitation: words and phrases, or a `Behavior`.
+        out: folder of the answers, by default ``benchmarks`` in the run. Answers that are there already are kept.
+        device: device of the models; "auto" is the first available of cuda, mps and cpu.
+        dtype: dtype of the models; by default the run's.
+        progress: show progress bars.
 
     Raises BenchmarkError, TaskError, AnsweringError, and what opening a run raises.
     """
     require_adapters(run)
     if tasks is None:
-        if not is_builtin(run):
-            raise BenchmarkError(f"Name tasks to measure on (--tasks); known are {', '.join((BUILTIN, *TASKS))}.")
+        if not is_organism_run(run):
+            raise BenchmarkError(f"--tasks is missing; the tasks are {', '.join((BUILTIN, *TASKS))}.")
         tasks = {BUILTIN: None}
     samplings = {name: _sampling(name, options or {}) for name in tasks}
     for name in tasks:
         require_task(name)
-    who = answerer or Answerer()
+    spec = variant or BenchmarkVariant()
+    entered = spec.variant
     loaded = [load_problems(name, source, limit=limit, seed=samplings[name].seed) for name, source in tasks.items()]
     pair = open_run(run, device, dtype)
-    about = {"variant": who.variant.name, **who.as_record(), **_model(pair)}
+    model_facts = {"variant": entered.name, **spec.as_record(), **_model(pair)}
     prefill = _opening(run, pair) if open_thinking else ""
-    measured = []
+    results = []
     for task in loaded:
-        folder = (out or run / BENCHMARKS_FOLDER) / task.task / _slug(who.variant.name)
+        folder = (out or run / BENCHMARKS_FOLDER) / task.task / _slug(entered.name)
         sampling = replace(samplings[task.task], prefill=prefill).chosen(pair.model, task.problems)
-        facts = {"task": task.task, "source": task.source, "split": task.split, **about}
-        log.info("%s: %s, %s", task.task, who.variant.name, sampling.decoding)
-        with who.variant.entered(pair) as model:
+        facts = {"task": task.task, "source": task.source, "split": task.split, **model_facts}
+        log.info("%s: %s, %s", task.task, entered.name, sampling.decoding)
+        with entered.entered(pair) as model:
             answers = answer(model, task.problems, sampling, folder, facts, progress)
-        found = score(answers, task.split, words)
+        task_score = score(answers, task.split, words)
         settings = {**facts, **asdict(sampling), "ends": end_tokens(pair.model)}
-        _add(run, task.task, who.variant.name, {**plain(found), "settings": settings})
-        measured.append(Measured(task.task, who.variant.name, found, folder, sampling))
-    return measured
+        _add(run, task.task, entered.name, {**plain(task_score), "settings": settings})
+        results.append(BenchmarkResult(task.task, entered.name, task_score, folder, sampling))
+    return results
 
 
 def _sampling(task: str, options: Mapping[str, Any]) -> Sampling:

@@ -13,15 +13,15 @@ from tl_adapters.circuits.study import StudyOptions
 from tl_adapters.config import RunConfig, TrainingConfig
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.pages.report import write_report
-from tl_adapters.study.evaluate import evaluate_builtin
-from tl_adapters.study.open_run import load_builtin_pair
-from tl_adapters.study.scale import Scale
+from tl_adapters.study.evaluate import evaluate_organism
+from tl_adapters.study.open_run import load_organism_pair
+from tl_adapters.study.scale import StudyScale
 from tl_adapters.study.train import train_stage
 from tl_adapters.training.run_folder import require_new
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.results import read_results, write_results
 
-QUICK = Scale(
+QUICK_SCALE = StudyScale(
     training_traces=4_000,
     problems=200,
     documents=300,
@@ -30,22 +30,22 @@ QUICK = Scale(
     circuit=StudyOptions(SearchOptions(per_round=8, documents=40), draws=1, probability_draws=3),
     training=TrainingConfig(steps=150),
 )
-"""A look at everything in a few minutes; the adapters are not yet sparse."""
+"""Every stage in a few minutes; the adapters are not yet sparse."""
 
 
 def demo(
-    folder: Path, scale: Scale, device: str = "auto", dtype: torch.dtype | None = None, progress: bool = True
+    folder: Path, scale: StudyScale, device: str = "auto", dtype: torch.dtype | None = None, progress: bool = True
 ) -> Path:
-    """The whole study on the built-in pair, into ``folder``; returns the path of report.html.
+    """Runs the whole study on the model organism in a new ``folder`` and returns the path of report.html.
 
     Raises FolderExistsError where ``folder`` exists.
     """
     require_new(folder)
-    pair = load_builtin_pair(device, dtype)
+    pair = load_organism_pair(device, dtype)
     tokenizer = pair.model.tokenizer
     training = encode_traces(organism.reasoning_pairs("train", scale.training_traces, scale.training.seed), tokenizer)
     train_stage(Trainer(pair, training, scale.training, folder, origin=RunConfig(), progress=progress), folder)
     recipe = json.loads((organism.PAIR / "recipe.json").read_text())["hash"]
     write_results(folder, pair={**read_results(folder)["pair"], "recipe": recipe})
-    evaluate_builtin(pair, folder, scale, training)
+    evaluate_organism(pair, folder, scale, training)
     return write_report(folder)

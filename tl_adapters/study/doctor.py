@@ -1,7 +1,7 @@
-"""Will this pair work here? Everything that would fail later, looked at before anything expensive.
+"""Checks of a pair, its data and this machine, before anything expensive.
 
-Of models only config, tokenizer and the index or headers of their safetensors are read; a hub name downloads no
-weights. Every finding says what to change, or why nothing need be.
+Of the models only the configuration, the tokenizer and the index or headers of the safetensors files are read; the
+weights of a hub model are not downloaded. Every finding says what to change, or why nothing has to change.
 """
 
 from __future__ import annotations
@@ -41,12 +41,16 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
 
 
-def examine(
+def diagnose(
     config: RunConfig, out: Path = Path(), device: str = "auto", adapters: str | Path | None = None
 ) -> list[Finding]:
-    """Check the pair, the data and the machine for the run that ``config`` describes, to be written under ``out``.
+    """The findings for the run that ``config`` describes: the pair, the data, and this machine's memory and disk.
 
-    With ``adapters`` (a run, a folder or a hub name), also whether they belong to the pair.
+    Args:
+        config: the run to check.
+        out: folder that the run would be written under.
+        device: device of the run; "auto" is the first available of cuda, mps and cpu.
+        adapters: a run, a folder or a hub name of adapters, to check whether they belong to the pair.
     """
     findings: list[Finding] = []
     folders: dict[str, Path] = {}
@@ -72,26 +76,26 @@ def examine(
     if base_vocabulary and vocabulary:
         findings += compare_vocabularies(base_vocabulary, vocabulary)
     longest = described.max_position_embeddings if config.data.max_tokens is None else config.data.max_tokens
-    looked_at = "chat template"
+    checked = "chat template"
     try:
         chat = ChatFormat.of(load_tokenizer(target), config.data.think_start, config.data.think_end)
         findings += _chat(chat, described)
-        looked_at = "data"
+        checked = "data"
         if config.data.source:
             documents = open_documents(
                 config.data, chat, described.max_position_embeddings, config.training.seed, config.training.count
             )
             statistics = documents.survey()
             findings.append(_data(statistics))
-            if says := documents.warning(statistics):
-                findings.append(Finding("warning", "thinking", says))
+            if warning := documents.warning(statistics):
+                findings.append(Finding("warning", "thinking", warning))
             longest = (statistics.lengths or {}).get("longest", longest)
         elif config.data.max_tokens is None:
-            longest = 0  # nothing is known of the documents: the batch's tokens are what is counted
+            longest = 0  # the documents are not known, so the tokens of a batch are what counts
     except UserError as error:
-        findings.append(Finding("error", looked_at, str(error)))
+        findings.append(Finding("error", checked, str(error)))
     findings += _dtype(config, described)
-    size = estimate(config, described, longest)
+    size = estimate_size(config, described, longest)
     return [*findings, *_memory(size, device), *_disk(size, config, out)]
 
 
@@ -114,27 +118,27 @@ def _weights(config: RunConfig, base: Path, target: Path, described: PretrainedC
         except UserError as error:
             yield Finding("error", f"{role}'s weights", str(error))
             continue
-        here = name in BUILTIN or Path(name).is_dir()  # of a hub's model only the names of its tensors are here
+        local = name in BUILTIN or Path(name).is_dir()  # of a hub model only the names of its tensors are known
         try:
             if role == "base":
-                require_plain_folder(folder, read_config(folder), names, needed if here else ())
-            elif here:
+                require_plain_folder(folder, read_config(folder), names, needed if local else ())
+            elif local:
                 require_stock_files(folder, described)
         except UserError as error:
             yield Finding("error", f"{role}'s weights", str(error))
             continue
         missing = [tensor for tensor in needed if tensor not in names]
         if missing:
-            says = f"{len(missing)} of {len(needed)} MLP tensors are not there, such as {missing[0]}."
-            yield Finding("error", f"{role}'s weights", says, "It is not a complete checkpoint of this architecture.")
+            says = f"{len(missing)} of {len(needed)} MLP tensors are missing, such as {missing[0]}."
+            yield Finding("error", f"{role}'s weights", says, "Give a complete checkpoint of this architecture.")
         else:
-            yield Finding("ok", f"{role}'s weights", f"safetensors, {len(names)} tensors, every MLP there.")
+            yield Finding("ok", f"{role}'s weights", f"safetensors, {len(names)} tensors, every MLP among them.")
 
 
 def _adapters(
     name: str | Path, config: RunConfig, base: Path, target: Path, described: PretrainedConfig
 ) -> Iterator[Finding]:
-    """Do they fit the models' shapes, and were they trained on these? By content where weights are on this machine."""
+    """Whether adapters fit the models' shapes and were trained on them; compared by content where weights are local."""
     inside = Path(name) / "adapters"
     try:
         about = describe(inside if inside.is_dir() else name)
@@ -146,23 +150,23 @@ def _adapters(
         f"{len(about.layers)} of {ours[0]} layers of width {ours[1]}; the target has {theirs[0]} of width {theirs[1]}."
     )
     if ours != theirs:
-        yield Finding("error", "adapters", says, "They belong to another model.")
+        yield Finding("error", "adapters", says, "Give adapters of this model.")
         return
     yield Finding("ok", "adapters", says)
-    here = {
+    local = {
         role: name in BUILTIN or Path(name).is_dir()
         for role, name in (("target", config.target), ("base", config.base))
     }
     try:
-        kept = recorded_samples(about)
-        if kept and all(here.values()):
+        samples = recorded_samples(about)
+        if samples and all(local.values()):
             for role, folder in (("target", target), ("base", base)):
-                of_role = {name: t for name, t in kept.items() if name.startswith("base.") == (role == "base")}
+                of_role = {name: t for name, t in samples.items() if name.startswith("base.") == (role == "base")}
                 stored = ModelSamples.stored(folder, read_config(folder), of_role)
                 equal = not any(stored.differing(of_role))
                 yield _belongs(equal, role, getattr(about.metadata, role), getattr(config, role))
         else:
-            for role in here:
+            for role in local:
                 yield _by_name(role, getattr(about.metadata, role), getattr(config, role))
     except UserError as error:
         yield Finding("error", "adapters", str(error))
@@ -171,17 +175,24 @@ def _adapters(
 def _belongs(equal: bool, role: str, recorded: str, given: str) -> Finding:
     trained = f"trained with {recorded or f'a {role} that was not recorded'}"
     if equal:
-        return Finding("ok", f"adapters' {role}", f"{trained}, and {given} is that, by content.")
-    return Finding("error", f"adapters' {role}", f"{trained}; {given} is another.", f"Give the {role} of the adapters.")
+        return Finding("ok", f"adapters' {role}", f"{trained}, and {given} has the same weights, by content.")
+    return Finding(
+        "error", f"adapters' {role}", f"{trained}; {given} has other weights.", f"Give the {role} of the adapters."
+    )
 
 
 def _by_name(role: str, recorded: str, given: str) -> Finding:
     if short_model_name(recorded) == short_model_name(given):
         return Finding(
-            "ok", f"adapters' {role}", f"{recorded}, by name; its weights are compared when they are loaded."
+            "ok", f"adapters' {role}", f"{recorded}, by name; the weights are compared when they are loaded."
         )
-    says = f"recorded is {recorded or 'nothing'}, given {given}; no weights are here to compare."
-    return Finding("warning", f"adapters' {role}", says, "Loading compares them and refuses another model.")
+    says = f"the adapters record {recorded or 'no name'}, and {given} was given; its weights are not on this machine."
+    return Finding(
+        "warning",
+        f"adapters' {role}",
+        says,
+        "The weights are compared when the pair is loaded, and other weights are refused.",
+    )
 
 
 def _chat(chat: ChatFormat, described: PretrainedConfig) -> Iterator[Finding]:
@@ -194,17 +205,17 @@ def _chat(chat: ChatFormat, described: PretrainedConfig) -> Iterator[Finding]:
         if len(pieces) == 1:
             yield Finding("ok", "think tokens", f"{tag} is one token.")
         else:
-            do = "Regions are found by text all the same; other tags are named by data.think_start and data.think_end."
+            do = "Regions are still found by text; set other tags with data.think_start and data.think_end."
             yield Finding("warning", "think tokens", f"{tag} is {len(pieces)} tokens of the target's tokenizer.", do)
     if beyond := without_embedding(chat.tokenizer, described.vocab_size):
         says = f"the tokenizer has {len(chat.tokenizer):,} tokens, the model {described.vocab_size:,} embeddings; "
-        says += f"{', '.join(sorted(beyond, key=lambda token: beyond[token])[:5])} would have none."
-        yield Finding("error", "vocabulary", says, "Take the tokenizer that belongs to the target.")
+        says += f"{', '.join(sorted(beyond, key=lambda token: beyond[token])[:5])} would have no embedding."
+        yield Finding("error", "vocabulary", says, "Use the tokenizer that belongs to the target.")
 
 
 def _data(statistics: DataStatistics) -> Finding:
     if not statistics.used:
-        return Finding("error", "data", str(statistics), "Nothing is left to train on.")
+        return Finding("error", "data", str(statistics), "Give documents that can be used.")
     cut = statistics.truncated + statistics.dropped > 0.1 * statistics.documents
     return Finding("warning" if cut else "ok", "data", str(statistics))
 
@@ -226,33 +237,33 @@ def _stored_dtype(described: PretrainedConfig) -> str:
 
 
 @dataclass(frozen=True)
-class Size:
-    """What a run needs, in bytes; an estimate."""
+class RunSize:
+    """Estimated memory and disk space of a run, in bytes."""
 
     models: int
     """Weights of the target and of the base's MLPs."""
     adapters: int
-    """Adapters in float32, with gradients and Adam's two moments."""
+    """Adapters in float32 with their gradients and Adam's two moment estimates."""
     activations: int
-    """What one pass keeps for its way back, and the logits that are formed at a time."""
+    """Activations kept for one backward pass, and the logits that are computed at a time."""
     checkpoint: int
-    """One checkpoint on disk."""
+    """One saved training state on disk."""
     tokens: int
-    """The largest batch, in tokens."""
+    """Tokens of the largest batch."""
 
     @property
     def memory(self) -> int:
-        """All of what must be in memory at once."""
+        """Bytes that are in memory at once."""
         return self.models + self.adapters + self.activations
 
 
-def estimate(config: RunConfig, described: PretrainedConfig, longest: int = 0) -> Size:
-    """Sizes from the shapes alone (a test holds it against what autograd really keeps).
+def estimate_size(config: RunConfig, described: PretrainedConfig, longest: int = 0) -> RunSize:
+    """The size of a run, computed from shapes alone (a test compares it with what autograd keeps).
 
     Args:
         config: width of the adapters, dtype, tokens per batch.
         described: the target's configuration.
-        longest: tokens of the longest document, which is a batch of its own where it is longer than a batch.
+        longest: tokens of the longest document, which is a batch of its own where it exceeds ``tokens_per_batch``.
     """
     d, d_mlp, n_layers = described.hidden_size, described.intermediate_size, described.num_hidden_layers
     heads, kv = described.num_attention_heads, described.num_key_value_heads
@@ -264,19 +275,19 @@ def estimate(config: RunConfig, described: PretrainedConfig, longest: int = 0) -
     embeddings = described.vocab_size * d * (1 if described.tie_word_embeddings else 2)
     adapters = n_layers * (2 * d * n + n + d)
     tokens = max(config.training.tokens_per_batch, min(longest, described.max_position_embeddings))
-    # Per token and layer, the weights being frozen: norms and residual streams, q, k and v, the MLP's factors, and the
+    # Per token and layer, with frozen weights: norms and residual streams, q, k and v, the MLP's factors, and the
     # adapter's input and activations.
-    kept = width * (4 * d + d_head * (heads + 2 * kv) + 3 * d_mlp) + 4 * (d + 2 * n)
-    return Size(
+    kept_bytes = width * (4 * d + d_head * (heads + 2 * kv) + 3 * d_mlp) + 4 * (d + 2 * n)
+    return RunSize(
         models=width * (n_layers * (2 * mlp + attention) + embeddings),
         adapters=16 * adapters,
-        activations=tokens * n_layers * kept + 4 * 2**26,
+        activations=tokens * n_layers * kept_bytes + 4 * 2**26,
         checkpoint=12 * adapters,
         tokens=tokens,
     )
 
 
-def _memory(size: Size, device: str) -> Iterator[Finding]:
+def _memory(size: RunSize, device: str) -> Iterator[Finding]:
     device = str(resolve_device(device))
     if device.startswith("cuda"):
         free, where = torch.cuda.mem_get_info(device)[0], device
@@ -296,23 +307,23 @@ def _memory(size: Size, device: str) -> Iterator[Finding]:
         yield Finding("warning" if size.memory > 0.8 * free else "ok", "memory", says)
 
 
-def _disk(size: Size, config: RunConfig, out: Path) -> Iterator[Finding]:
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    kept = config.training.keep_checkpoints
-    needed = (kept + 1) * size.checkpoint + size.adapters // 4
-    says = f"{needed / _GB:.2g} GB for {kept} + 1 checkpoints and the result; {place} has {free / _GB:.2g} GB free."
+def _disk(size: RunSize, config: RunConfig, out: Path) -> Iterator[Finding]:
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    n_kept = config.training.keep_checkpoints
+    needed = (n_kept + 1) * size.checkpoint + size.adapters // 4
+    says = f"{needed / _GB:.2g} GB for {n_kept} + 1 checkpoints and the result; {folder} has {free / _GB:.2g} GB free."
     if needed > free:
         yield Finding("error", "disk", says, "Lower training.keep_checkpoints or write elsewhere (--out).")
     else:
         yield Finding("ok", "disk", says)
 
 
-def in_lines(findings: list[Finding]) -> str:
-    """The findings as text, a line each, and a last one that sums up."""
+def format_findings(findings: list[Finding]) -> str:
+    """The findings as text, one per line, with a summary in the last line."""
     lines = [f"{finding.level:8}{finding}" for finding in findings]
     errors, warnings = (sum(f.level == level for f in findings) for level in ("error", "warning"))
-    summary = f"{errors} to mend, {warnings} to know." if errors else f"Nothing to mend, {warnings} to know."
+    summary = f"{errors} errors, {warnings} warnings."
     return "\n".join([*lines, summary])

@@ -1,7 +1,7 @@
-"""The stages of a study, each adding its block to a run folder's results.json.
+"""The evaluation of a run: every stage after training, each adding its block to results.json.
 
-`demo` is all of them on the built-in pair; `train` and `evaluate` on the command line are some of them on any pair.
-Every stage reads what the one before left in the folder, and every figure names the split it was measured on.
+On the model organism these are all stages; on another pair it is the faithfulness stage. Every stage reads what the
+stage before it left in the run folder, and every value names the split that it was measured on.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from tl_adapters.study.evaluation_stages import baselines_stage, behavior_stage,
 from tl_adapters.study.features import features_stage
 from tl_adapters.study.hesitation import hesitation_stage
 from tl_adapters.study.open_run import (
-    is_builtin,
+    is_organism_run,
     open_held_out,
     open_run,
     require_adapters,
 )
-from tl_adapters.study.scale import Scale
+from tl_adapters.study.scale import StudyScale
 
 
 def evaluate_run(folder: Path, data: str | None, device: str = "auto", dtype: Dtype | None = None) -> None:
-    """Measure a run's adapters: on held-out traces, or (the built-in pair) on its own report split.
+    """Measures a run's adapters on held-out traces, or, for the model organism, on its report split.
 
     Args:
-        folder: made by train or demo.
-        data: a .jsonl file or a dataset's name; None for the built-in pair's own problems.
-        device: where to run; "auto" is the first there is of cuda, mps and cpu.
-        dtype: of the models, instead of the run's.
+        folder: a run that train or demo made.
+        data: a .jsonl file or a dataset's name; None for the model organism's own problems.
+        device: where to run; "auto" is the first available of cuda, mps and cpu.
+        dtype: dtype of the models, instead of the run's own.
     """
     require_adapters(folder)
-    if data is None and not is_builtin(folder):
-        raise UserError("--data is missing: a .jsonl file of held-out prompts and responses, or a dataset's name.")
+    if data is None and not is_organism_run(folder):
+        raise UserError("--data is missing; give a .jsonl file of held-out prompts and responses, or a dataset's name.")
     config = RunConfig.load(folder / "config.json")
     pair = open_run(folder, device, dtype)
     if data is not None:
@@ -49,12 +49,15 @@ def evaluate_run(folder: Path, data: str | None, device: str = "auto", dtype: Dt
         documents.log_survey()
         faithfulness_stage(pair, documents.traces(), folder, split=Path(data).name)
     else:
-        fit = encode_traces(organism.reasoning_pairs("train", Scale().documents), pair.model.tokenizer)
-        evaluate_builtin(pair, folder, Scale(), fit)
+        fit = encode_traces(organism.reasoning_pairs("train", StudyScale().documents), pair.model.tokenizer)
+        evaluate_organism(pair, folder, StudyScale(), fit)
 
 
-def evaluate_builtin(pair: PairedModel, folder: Path, scale: Scale, fit: Sequence[Trace]) -> None:
-    """Every evaluation stage on the report split; ``fit`` are training traces, for the low-rank baseline."""
+def evaluate_organism(pair: PairedModel, folder: Path, scale: StudyScale, fit: Sequence[Trace]) -> None:
+    """Runs every evaluation stage on the report split of the model organism.
+
+    ``fit`` holds training traces, on which the low-rank baseline is fitted.
+    """
     target = behavior_stage(
         pair, organism.problems("report", scale.documents), scale.problems, folder, scale.max_new_tokens
     )

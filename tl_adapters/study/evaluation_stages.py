@@ -1,4 +1,4 @@
-"""The stages that measure adapters: faithfulness, behavior, baselines."""
+"""Evaluation stages of a study: faithfulness, behavior and baselines, each a block of results.json."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ from tl_adapters.utils.files import write_text
 from tl_adapters.utils.results import read_results, stage, write_results
 from tl_adapters.utils.strict_json import dumps
 
-RANKS = (1, 2, 4, 8, 16, 32)
-SHOWN_ANSWERS = 4
+LOW_RANKS = (1, 2, 4, 8, 16, 32)
+"""Ranks of the low-rank baseline."""
+N_SHOWN_ANSWERS = 4
+"""Answers that answers.jsonl holds for the report."""
 
 
 def faithfulness_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, split: str) -> DocumentSums:
-    """Add the blocks faithfulness and, where no features were collected, features, measured on ``traces``."""
+    """Adds the block faithfulness, and the block features where no features were collected, measured on ``traces``."""
     results = read_results(folder)
     seeds = tuple(results.get("seeds", [0]))
-    collected = "documents" in results.get("features", {})  # what is known of the run's features is not replaced
+    collected = "documents" in results.get("features", {})  # then the block holds more than this stage knows
     with stage(folder, "faithfulness"):
         sums = measure_faithfulness(pair, traces)
         blocks = {} if collected else {"features": features_block(sums)}
@@ -45,10 +47,10 @@ def faithfulness_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path,
 def behavior_stage(
     pair: PairedModel, problems: Sequence[organism.Problem], n_compared: int, folder: Path, max_new_tokens: int = 160
 ) -> list[Response]:
-    """Add the block behaviour and answers.jsonl; returns the target's responses to all ``problems``.
+    """Adds the block behaviour and answers.jsonl; returns the target's responses to all ``problems``.
 
-    The first ``n_compared`` are also answered by the real base, the hybrid and the replacement. The real base is
-    loaded once, here, and freed.
+    The real base, the hybrid and the replacement answer the first ``n_compared`` problems too. The real base is loaded
+    here once and freed.
     """
     split, compared = problems[0].split, problems[:n_compared]
     answer = partial(respond, max_new_tokens=max_new_tokens)
@@ -59,7 +61,7 @@ def behavior_stage(
         for route in ("hybrid", "replacement"):
             with pair.routed(route):
                 responses[route] = answer(pair.model, compared)
-        # The real base reads the target's token ids here, so they must mean the same to it.
+        # The real base reads the target's token ids, so both vocabularies must agree on them.
         require_same_ids(read_vocabulary(organism.BASE), pair.model.tokenizer.get_vocab())
         base = build_model(
             *load_hf_model(organism.BASE, pair.model.cfg.dtype, pair.model.W_E.device, pair.model.tokenizer),
@@ -85,7 +87,9 @@ def behavior_stage(
         }
         rates = {name: rate(r, split) for name, r in responses.items()}
         write_results(folder, behaviour={**rates, "recovered": recovered, "gained": gained})
-        shown = sorted(range(len(compared)), key=lambda i: -min(responses["target"][i].hesitations, 2))[:SHOWN_ANSWERS]
+        shown = sorted(range(len(compared)), key=lambda i: -min(responses["target"][i].hesitations, 2))[
+            :N_SHOWN_ANSWERS
+        ]
         answers = [
             {"question": compared[i].question, **{name: r[i].text for name, r in responses.items()}} for i in shown
         ]
@@ -96,7 +100,7 @@ def behavior_stage(
 def baselines_stage(
     pair: PairedModel, fit: Sequence[Trace], traces: Sequence[Trace], sums: DocumentSums, folder: Path, split: str
 ) -> None:
-    """Add the block baselines: KL of simpler stand-ins at equal activity, and of the adapters on the same traces."""
+    """Adds the block baselines: KL of the adapters and of simpler corrections of equal sparsity, on the same traces."""
     l0 = sums.l0.ceil().int().clamp(min=1).tolist()
     seeds = tuple(read_results(folder).get("seeds", [0]))
 
@@ -117,10 +121,10 @@ def baselines_stage(
             )  # fmt: skip
             rows.append(row(label, baseline_kl(pair, swapped, traces)))
         by_rank = {}
-        for rank in [r for r in RANKS if r < pair.model.cfg.d_model]:
+        for rank in [r for r in LOW_RANKS if r < pair.model.cfg.d_model]:
             projected = [low_rank(mlp, d[:, :rank]) for mlp, d in zip(pair.mlps, directions, strict=True)]
             by_rank[rank] = row(f"the MLP difference at rank {rank}", baseline_kl(pair, projected, traces))
         rows += by_rank.values()
         adapters_kl = rows[0]["kl"].value
-        enough = [rank for rank, r in by_rank.items() if r["kl"].value <= adapters_kl]  # KLs of tokens that are there
-        write_results(folder, baselines={"n": l0, "rows": rows, "rank_for_same_kl": min(enough, default=None)})
+        sufficient = [rank for rank, r in by_rank.items() if r["kl"].value <= adapters_kl]
+        write_results(folder, baselines={"n": l0, "rows": rows, "rank_for_same_kl": min(sufficient, default=None)})

@@ -19,13 +19,13 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.circuit_page import write_circuit_page
 from tl_adapters.study.features import FEATURES_FOLDER as FEATURES
 from tl_adapters.study.features import STORE_FOLDER
-from tl_adapters.study.open_run import is_builtin, open_run, require_adapters
+from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.results import plain, read_results, stage, write_results
 from tl_adapters.utils.strict_json import dumps
 
 EXAMPLES_FILE = "hesitation.jsonl"
-BUILTIN_PROBLEM_COUNTS = (600, 1_000)
+ORGANISM_PROBLEM_COUNTS = (600, 1_000)
 """Numbers of select and report problems of the model organism."""
 
 
@@ -92,9 +92,9 @@ def hesitation_of_run(
     """
     require_adapters(folder)
     if task is None:
-        if not is_builtin(folder):
+        if not is_organism_run(folder):
             raise UserError("--task is missing. Name problems, such as gsm8k, math500=FILE or another benchmark.")
-        select, report = BUILTIN_PROBLEM_COUNTS if limit is None else (limit // 2, limit - limit // 2)
+        select, report = ORGANISM_PROBLEM_COUNTS if limit is None else (limit // 2, limit - limit // 2)
         subject = builtin_subject(select, report, seed=seed)
     else:
         subject = halves(load_problems(*task, limit=limit, seed=seed).problems, max_new_tokens)

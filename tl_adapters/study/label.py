@@ -1,8 +1,8 @@
-"""Naming a run's features: by rules always, by a judge and by tested explanations where asked for.
+"""Labels as a stage of a study: by rules always, by an LLM judge and by scored explanations on request.
 
-Replies are kept beside the stores (RUN/features/replies), so a run that was stopped, or is asked again, pays for
-nothing twice. What came out is the block labels of results.json (the rules' shares stand in the block features), and
-the pages are drawn anew with the new names.
+Replies are kept beside the stores (RUN/features/replies), so that a run that was stopped, or is repeated, pays for no
+reply twice. The results are the block labels of results.json (the rules' shares are in the block features), and the
+pages are drawn again with the new labels.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tl_adapters.study.features import (
     FEATURES_FOLDER,
     NEURON_PAGES_FOLDER,
     PAGES_FOLDER,
-    draw,
-    name_and_record,
-    stores_of,
+    draw_pages,
+    label_and_record,
+    load_stores,
 )
 from tl_adapters.utils.results import plain, read_results, write_results
 
-REPLIES = "replies"
+REPLIES_FOLDER = "replies"
 
 
 def label_run(
@@ -37,32 +37,34 @@ def label_run(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Label a run's features and neurons; returns the rules' shares and what judge and test found.
+    """Labels a run's features and neurons; returns the rules' shares, the judge's report and the detection scores.
 
     Args:
         folder: a run whose features were collected.
-        judge_n: features that a judge sorts; 0 all of them, None none.
-        retest: how many of these it judges twice.
-        interpret_n: features, and as many neurons, that are described and tested; None none.
-        endpoint: arguments of `Endpoint`; what is missing comes from the environment.
-        seed: of draws and orders.
+        judge_n: how many features the judge sorts; 0 for all, None for none.
+        retest: how many of these are judged twice.
+        interpret_n: how many features, and as many neurons, are explained and scored; None for none.
+        endpoint: arguments of `Endpoint`; missing ones are read from the environment.
+        seed: seed of sampling and order.
         progress: show progress bars.
 
-    Raises FeatureStoreError where there is no store, and what `judge`, `auto_interpret` and `Endpoint` raise; what was
-    answered until then is kept.
+    Raises FeatureStoreError where there is no store, and what `judge`, `auto_interpret` and `Endpoint` raise. Replies
+    that were received until then are kept.
     """
-    store, neurons = stores_of(folder)
-    rules = name_and_record(folder, store, neurons)["labels"]
+    store, neurons = load_stores(folder)
+    rules = label_and_record(folder, store, neurons)["labels"]
     block: dict[str, Any] = {}
-    asked = {"cache": folder / FEATURES_FOLDER / REPLIES, "seed": seed, **(endpoint or {})}
+    endpoint_options = {"cache": folder / FEATURES_FOLDER / REPLIES_FOLDER, "seed": seed, **(endpoint or {})}
     if judge_n is not None:
-        report = judge(store, Endpoint(**asked), judge_n or None, retest=retest, seed=seed, progress=progress)
+        report = judge(
+            store, Endpoint(**endpoint_options), judge_n or None, retest=retest, seed=seed, progress=progress
+        )
         block["judge"] = plain(report)
     if interpret_n is not None:
-        tested = auto_interpret(store, neurons, Endpoint(**asked), interpret_n, seed=seed, progress=progress)
+        tested = auto_interpret(store, neurons, Endpoint(**endpoint_options), interpret_n, seed=seed, progress=progress)
         block["detection"] = plain(tested)
     if block:
         write_results(folder, labels={**read_results(folder).get("labels", {}), **block})
-    draw(store, folder / FEATURES_FOLDER / PAGES_FOLDER, progress=progress)
-    draw(neurons, folder / FEATURES_FOLDER / NEURON_PAGES_FOLDER, progress=progress)
+    draw_pages(store, folder / FEATURES_FOLDER / PAGES_FOLDER, progress=progress)
+    draw_pages(neurons, folder / FEATURES_FOLDER / NEURON_PAGES_FOLDER, progress=progress)
     return {"rules": rules, **block}

@@ -1,4 +1,4 @@
-"""What a run folder or a configuration names, opened: the pair, its adapters, its documents."""
+"""Opens what a run folder or a configuration names: the pair, its adapters, its documents."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.results import read_results
 
-BUILTIN_TRACES = 20_000
-"""Training documents of the built-in pair."""
+ORGANISM_TRACES = 20_000
+"""Training documents of the model organism."""
 
 
-def load_builtin_pair(
+def load_organism_pair(
     device: str = "auto", dtype: torch.dtype | None = None, backend: str | None = None
 ) -> PairedModel:
-    """The pair that ships with the package. ``device``: "auto" is the first there is of cuda, mps and cpu."""
+    """The model organism as a pair. ``device`` "auto" is the first available of cuda, mps and cpu."""
     return PairedModel.from_pretrained(
         organism.BUILTIN_BASE, organism.BUILTIN_TARGET, device=device, dtype=dtype, backend=backend
     )
 
 
 def open_pair(config: RunConfig, device: str = "auto") -> PairedModel:
-    """The pair that a configuration names, on ``device`` ("auto": the first there is of cuda, mps and cpu).
+    """The pair that a configuration names, on ``device`` ("auto": the first available of cuda, mps and cpu).
 
     Raises what `PairedModel.from_pretrained` raises.
     """
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     if not config.target:
-        return load_builtin_pair(device, dtype, config.backend)
+        return load_organism_pair(device, dtype, config.backend)
     return PairedModel.from_pretrained(config.base, config.target, device=device, dtype=dtype, backend=config.backend)
 
 
 def open_run(folder: Path, device: str = "auto", dtype: Dtype | None = None) -> PairedModel:
-    """The pair of a run with its adapters in place, on ``device`` ("auto": the first there is of cuda, mps and cpu).
+    """The pair of a run with its adapters loaded, on ``device`` ("auto": the first available of cuda, mps and cpu).
 
     Raises UserError where the run has no adapters yet, and DeviceError.
     """
@@ -58,9 +58,9 @@ def open_run(folder: Path, device: str = "auto", dtype: Dtype | None = None) -> 
 
 
 def require_adapters(folder: Path) -> None:
-    """Raises UserError where a folder holds no adapters."""
+    """Raises UserError where a run folder has no adapters."""
     if not (folder / "adapters").is_dir():
-        raise UserError(f"{folder} holds no adapters; give a folder that train or demo made and has come to its end.")
+        raise UserError(f"{folder} has no adapters; give the folder of a train or demo run that has finished.")
 
 
 def _date(data: DataConfig) -> datetime.date | None:
@@ -75,23 +75,23 @@ def open_data(config: RunConfig, pair: PairedModel) -> EncodedDocuments:
     if data.source:
         return open_documents(data, chat, n_ctx, training.seed, training.count)
     if config.target:
-        raise DataError("data.source is empty: give a .jsonl file or a dataset's name (--data on the command line).")
-    pairs = organism.reasoning_pairs("train", BUILTIN_TRACES, training.seed)
-    reader = RandomAccess(PairList(pairs, "the built-in pair's text"), Columns(data))
+        raise DataError("data.source is empty; give a .jsonl file or a dataset's name (--data on the command line).")
+    pairs = organism.reasoning_pairs("train", ORGANISM_TRACES, training.seed)
+    reader = RandomAccess(PairList(pairs, "the model organism's text"), Columns(data))
     return EncodedDocuments(reader, chat, data, n_ctx, training.seed, training.count)
 
 
 def open_held_out(config: RunConfig, data: str, pair: PairedModel) -> EncodedDocuments:
-    """The documents of ``data`` to measure on, in the format of a run's own. Raises DataError."""
+    """The held-out documents of ``data``, in the chat format of the run. Raises DataError."""
     held_out = replace(config.data, source=data, streaming=False, validation_fraction=0.0, validation_split=None)
     # Only the response is measured, so only documents that have one count.
     training = replace(config.training, count=("thinking", "answer"))
     return open_data(replace(config, data=held_out, training=training), pair)
 
 
-def is_builtin(folder: Path) -> bool:
-    """Was the run in ``folder`` made on the built-in pair? Raises UserError where it does not say."""
+def is_organism_run(folder: Path) -> bool:
+    """Whether the run in ``folder`` was made on the model organism. Raises UserError if its pair is not recorded."""
     pair = read_results(folder).get("pair")
     if pair is None:
-        raise UserError(f"{folder / 'results.json'} names no pair; is this a folder that train or demo made?")
+        raise UserError(f"{folder / 'results.json'} does not record a pair; give a folder that train or demo made.")
     return bool(pair["target"] == organism.BUILTIN_TARGET)

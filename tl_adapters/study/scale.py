@@ -1,4 +1,4 @@
-"""How much of everything a study does."""
+"""The size of a study: how many documents, problems and steps each stage uses."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from dataclasses import dataclass, field
 
 from tl_adapters.circuits.study import StudyOptions
 from tl_adapters.config import TrainingConfig
-from tl_adapters.study.hesitation import BUILTIN_PROBLEM_COUNTS
-from tl_adapters.study.open_run import BUILTIN_TRACES
+from tl_adapters.study.hesitation import ORGANISM_PROBLEM_COUNTS
+from tl_adapters.study.open_run import ORGANISM_TRACES
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How much of everything a study does. The defaults are the full demo's."""
+class StudyScale:
+    """How many documents, problems and steps each stage of a study uses. The defaults are those of the full demo."""
 
-    training_traces: int = BUILTIN_TRACES
-    """Training documents of the built-in pair."""
+    training_traces: int = ORGANISM_TRACES
+    """Training documents of the model organism."""
     problems: int = 1_000
     """Held-out problems whose answers are compared between models."""
     documents: int = 1_800
-    """Greedy traces of the target for KL, NMSE, L0 and alive features; the first ``problems`` are the same."""
+    """Greedy traces of the target for KL, NMSE, L0 and alive features; the first ``problems`` of them are shared."""
     baseline_documents: int = 200
-    """Of these, how many the baselines are measured on."""
+    """How many of these the baselines are measured on."""
     max_new_tokens: int = 160
-    """The limit of an answer."""
-    hesitation: tuple[int, int] = BUILTIN_PROBLEM_COUNTS
-    """Problems that the hesitation circuit is chosen on, and others that it is reported on."""
+    """Longest answer in tokens."""
+    hesitation: tuple[int, int] = ORGANISM_PROBLEM_COUNTS
+    """Problems on which the hesitation circuit is selected, and other problems on which it is reported."""
     circuit: StudyOptions = field(default_factory=StudyOptions)
-    """How much of the circuit is measured."""
+    """Options of the hesitation study."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Options of the training run."""

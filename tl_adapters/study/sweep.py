@@ -1,19 +1,19 @@
-"""A sweep: sparsity against faithfulness, over the values of some training options.
+"""Sweeps: sparsity against faithfulness over the values of some training options.
 
 1. The points are the product of the grid's values; every configuration is built before anything is loaded.
-2. Pair, documents and held-out text are opened once. On the built-in pair the text is the target's own greedy answers
-   to problems of the tune split (options are chosen here; "report" is for reports), which target and hybrid answer
-   once; on other pairs it is a file of documents, or what the configuration holds out of its data.
-3. Each point is a run folder, bit for bit what `study.train_run` makes, and its adapters are measured: L0, KL, NMSE,
-   alive features; on the built-in pair also the share of the accuracy that they recover.
-4. The points that no other beats in both, L0 and KL, are the Pareto front.
+2. The pair, the documents and the held-out text are opened once. For the model organism the text is the target's own
+   greedy answers to problems of the tune split (a sweep selects options, so it must not see the report split), which
+   target and hybrid answer once; for other pairs it is a file of documents, or what the configuration holds out.
+3. Each point is a run folder, bit for bit what `train_run` makes, and its adapters are measured: L0, KL, NMSE, alive
+   features, and for the model organism the share of the accuracy that they recover.
+4. The Pareto front holds the points for which no other point has both a lower L0 and a lower KL.
 
-    sweep.json    the configuration, the grid, what it was measured on, the points that are done; no clock in it
+    sweep.json    the configuration, the grid, the held-out text, the points that are done; no times
     sweep.html    the points as plots and a table
     l1_weight-0.001_n_features-512/ ...    the run folders
 
-A point is done when sweep.json has it. A sweep that was stopped or killed goes on from its last checkpoint and comes
-to the same file; one that is done takes more values. Another configuration is refused.
+A point is done when sweep.json lists it. A sweep that was stopped or killed resumes from the last saved training state
+and produces the same file; a finished sweep can be extended by more values. Another configuration is refused.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.sweep_page import Block, SweepPoint, on_the_front, read_point, write_page
 from tl_adapters.study.evaluation_stages import faithfulness_stage
-from tl_adapters.study.grid import plan
+from tl_adapters.study.grid import grid_configurations
 from tl_adapters.study.open_run import open_data, open_held_out, open_pair
 from tl_adapters.study.train import train_stage
 from tl_adapters.training.trainer import Trainer, TrainingInterrupted
@@ -57,7 +57,7 @@ SWEEP_FILE = "sweep.json"
 
 
 class SweepError(UserError, ValueError):
-    """A sweep that cannot be made, or cannot go on in this folder; the message says why."""
+    """A sweep that cannot start or continue in this folder; the message says why."""
 
 
 def sweep(
@@ -70,32 +70,32 @@ def sweep(
     device: str = "auto",
     progress: bool = True,
 ) -> list[SweepPoint]:
-    """Train and measure adapters for every combination of ``grid``, in a new folder or going on in an earlier one.
+    """Trains and measures adapters for every combination of ``grid``, in a new folder or one to be continued.
 
     Args:
-        config: the pair, the data, and every option that is not swept.
-        folder: the sweep's; one run folder per point beneath it.
+        config: the pair, the data, and every option outside the grid.
+        folder: folder of the sweep, with one run folder per point.
         grid: option of `TrainingConfig` -> its values, such as {"l1_weight": [1e-3, 1e-2], "n_features": [512]}.
-        held_out: a .jsonl file or a dataset's name to measure on; None for the built-in pair's own problems, or for
-            what the configuration holds out (``data.validation_fraction`` or ``data.validation_split``).
-        documents: how many held-out problems or documents are measured, at most.
-        device: where to run; "auto" is the first there is of cuda, mps and cpu.
+        held_out: a .jsonl file or a dataset's name to measure on; None for problems of the model organism, or for what
+            the configuration holds out (``data.validation_fraction`` or ``data.validation_split``).
+        documents: the largest number of held-out problems or documents.
+        device: where to run; "auto" is the first available of cuda, mps and cpu.
         progress: show progress bars.
 
     Returns:
-        Every point that is done in ``folder``, earlier ones first.
+        Every finished point in ``folder``, earlier ones first.
 
     Raises:
-        ConfigError: an unknown option or an impossible value; nothing was loaded yet.
+        ConfigError: an unknown option or an impossible value; raised before anything is loaded.
         GridError: an empty grid, or a value twice.
-        SweepError: no held-out text, or a folder of another sweep.
-        FolderExistsError: ``folder`` is something else than a sweep's.
-        FolderBusyError: another process is at work in it.
-        TrainingInterrupted: upon Ctrl-C; whatever is done is kept.
+        SweepError: there is no held-out text, or the folder is another sweep's.
+        FolderExistsError: ``folder`` exists and is not a sweep's.
+        FolderBusyError: another process is writing to ``folder``.
+        TrainingInterrupted: upon Ctrl-C; finished points are kept.
     """
     folder = Path(folder)
-    runs = plan(config, grid)
-    asked: Block = {
+    runs = grid_configurations(config, grid)
+    request: Block = {
         "config": config.to_dict(),
         "grid": {option: [plain(value) for value in values] for option, values in grid.items()},
         "held_out": held_out,
@@ -103,32 +103,37 @@ def sweep(
     }
     _require_text(config, held_out, documents)
     if folder.exists():
-        _read(folder)  # what is no sweep's is left alone
+        _read(folder)  # raises where the folder is not a sweep's
     else:
         with new_folder(folder) as out:
-            _write(out, {"schema_version": SWEEP_SCHEMA_VERSION, **asked, "versions": versions(), "points": []})
+            _write(out, {"schema_version": SWEEP_SCHEMA_VERSION, **request, "versions": versions(), "points": []})
     with alone_in(folder):
         record = _read(folder)
-        _require_same(folder, _settings(record), _settings(asked))
-        record["grid"] = {option: asked["grid"][option] for option in record["grid"]}  # perhaps more values
-        runs = plan(config, record["grid"])
-        _train_and_measure(_Bench(config, held_out, documents, device, progress), folder, record, runs)
+        _require_same(folder, _settings(record), _settings(request))
+        record["grid"] = {
+            option: request["grid"][option] for option in record["grid"]
+        }  # which may hold more values now
+        runs = grid_configurations(config, record["grid"])
+        _train_and_measure(_SharedInputs(config, held_out, documents, device, progress), folder, record, runs)
         return [read_point(point) for point in record["points"]]
 
 
 def resume_sweep(folder: str | Path, device: str = "auto", progress: bool = True) -> list[SweepPoint]:
-    """Go on with a sweep that was stopped, as it was asked for. Raises what `sweep` raises."""
+    """Continues a sweep that was stopped, with its own options. Raises what `sweep` raises."""
     record = _read(Path(folder))
     config = RunConfig.from_dict(record["config"])
-    asked = dict(held_out=record["held_out"], documents=record["documents"])
-    return sweep(config, folder, record["grid"], **asked, device=device, progress=progress)
+    options = dict(held_out=record["held_out"], documents=record["documents"])
+    return sweep(config, folder, record["grid"], **options, device=device, progress=progress)
 
 
 # -- the points -------------------------------------------------------------------------------------------------------
 
 
-class _Bench:
-    """What the points share: the pair, the documents, the held-out text, and the answers that no adapter changes."""
+class _SharedInputs:
+    """Inputs that all points share: pair, documents, held-out text, and answers of the routes without adapters.
+
+    Each is opened when it is first read, because a sweep that is done needs none of them.
+    """
 
     def __init__(self, config: RunConfig, held_out: str | None, documents: int, device: str, progress: bool) -> None:
         self.config, self.held_out, self.documents = config, held_out, documents
@@ -140,7 +145,7 @@ class _Bench:
         return open_pair(self.config, self.device)
 
     def data(self, training: TrainingConfig) -> tuple[EncodedDocuments, list[Trace]]:
-        """The documents that `train` would open, and those held out of them."""
+        """The training documents, and those that the configuration holds out of them."""
         key = (training.seed, training.count)
         if key not in self._data:
             documents = open_data(replace(self.config, training=training), self.pair)
@@ -150,23 +155,23 @@ class _Bench:
 
     @cached_property
     def problems(self) -> list[organism.Problem]:
-        """Problems of the built-in pair; none where the text is a file's or another pair's."""
-        ours = self.held_out is None and not self.config.target
-        return organism.problems("tune", self.documents) if ours else []
+        """Problems of the model organism; empty where the text comes from a file or the pair is another."""
+        is_organism = self.held_out is None and not self.config.target
+        return organism.problems("tune", self.documents) if is_organism else []
 
     def answer(self, route: str) -> list[Response]:
-        """The answers to the problems on a route."""
+        """Responses to the problems on a route."""
         with self.pair.routed(route):
             return respond(self.pair.model, self.problems)
 
     @cached_property
     def known_answers(self) -> dict[str, list[Response]]:
-        """Those of the models without adapters."""
+        """Responses of the routes without adapters."""
         return {route: self.answer(route) for route in ("target", "hybrid")} if self.problems else {}
 
     @cached_property
     def text(self) -> tuple[list[Trace], str]:
-        """The held-out traces, and their split. Raises SweepError where there are none."""
+        """The held-out traces and the name of their split. Raises SweepError where there are none."""
         if self.problems:
             traces, split = traces_of(self.known_answers["target"], self.pair.model.tokenizer), "tune"
         elif self.held_out is None:
@@ -177,65 +182,69 @@ class _Bench:
             traces = open_held_out(self.config, self.held_out, self.pair).traces()
             split = Path(self.held_out).name
         if not traces:
-            raise SweepError("There is no held-out document to measure on; give a larger file, or hold out more.")
+            raise SweepError(
+                "There is no held-out document to measure on; give a larger file, or raise data.validation_fraction."
+            )
         return traces[: self.documents], split
 
 
-def _train_and_measure(bench: _Bench, folder: Path, record: Block, runs: Mapping[str, RunConfig]) -> None:
-    """The points that are not done yet; sweep.json and the page are written after each."""
+def _train_and_measure(shared: _SharedInputs, folder: Path, record: Block, runs: Mapping[str, RunConfig]) -> None:
+    """Makes the points that are not done yet; sweep.json and the page are written after each."""
     done = {point["name"] for point in record["points"]}.intersection(runs)
     todo = {name: run for name, run in runs.items() if name not in done}
     try:
         if todo:
-            _require_fingerprints(folder, record, bench, todo.values())
-            record["behaviour"] = plain({route: rate(r, bench.text[1]) for route, r in bench.known_answers.items()})
+            _require_fingerprints(folder, record, shared, todo.values())
+            record["behaviour"] = plain({route: rate(r, shared.text[1]) for route, r in shared.known_answers.items()})
         _write(folder, record)
         for name, run in todo.items():
             log.info("point %d of %d: %s", len(done) + 1, len(runs), name)
-            record["points"].append(plain(_point(bench, run, folder / name, list(record["grid"]))))
+            record["points"].append(plain(_point(shared, run, folder / name, list(record["grid"]))))
             done.add(name)
             _write(folder, record)
     except KeyboardInterrupt as stop:
         raise TrainingInterrupted(
-            f"Stopped with {len(done)} of {len(runs)} points done; the next one goes on from its last checkpoint. "
-            f"Go on with: tl-adapters sweep --resume {shlex.quote(str(folder))}"
+            f"Stopped with {len(done)} of {len(runs)} points done; the next one resumes from its last saved "
+            f"state. Continue with: tl-adapters sweep --resume {shlex.quote(str(folder))}"
         ) from stop
 
 
-def _point(bench: _Bench, run: RunConfig, folder: Path, swept: Sequence[str]) -> SweepPoint:
-    traces, split = bench.text
-    if "train" in read_results(folder) and (folder / "adapters").is_dir():  # stopped while it was measured
-        bench.pair.load_adapters(AdapterSet.from_pretrained(folder / "adapters"))
+def _point(shared: _SharedInputs, run: RunConfig, folder: Path, swept: Sequence[str]) -> SweepPoint:
+    traces, split = shared.text
+    if (
+        "train" in read_results(folder) and (folder / "adapters").is_dir()
+    ):  # the sweep was stopped while it measured this point
+        shared.pair.load_adapters(AdapterSet.from_pretrained(folder / "adapters"))
     else:
-        train_stage(_trainer(bench, run, folder), folder)
-    sums = faithfulness_stage(bench.pair, traces, folder, split)
-    about = (split, (run.training.seed,))
+        train_stage(_trainer(shared, run, folder), folder)
+    sums = faithfulness_stage(shared.pair, traces, folder, split)
+    origin = (split, (run.training.seed,))
     counts = features_block(sums)
     return SweepPoint(
         name=folder.name,
         options={option: getattr(run.training, option) for option in swept},
-        **_figures(sums, *about),
-        recovered=_recovered(bench, *about) if bench.problems else None,
+        **_measurements(sums, *origin),
+        recovered=_recovered(shared, *origin) if shared.problems else None,
         features=counts["total"],
         alive=counts["alive"],
         tokens=counts["tokens"],
     )
 
 
-def _trainer(bench: _Bench, run: RunConfig, folder: Path) -> Trainer:
+def _trainer(shared: _SharedInputs, run: RunConfig, folder: Path) -> Trainer:
     remove_partials(folder)
-    data, validation = bench.data(run.training)
+    data, validation = shared.data(run.training)
     if folder.exists():
-        return Trainer.resume(bench.pair, data, folder, validation=validation, progress=bench.progress)
+        return Trainer.resume(shared.pair, data, folder, validation=validation, progress=shared.progress)
     return Trainer(
-        bench.pair, data, run.training, folder, validation=validation, origin=run, progress=bench.progress
+        shared.pair, data, run.training, folder, validation=validation, origin=run, progress=shared.progress
     )  # fmt: skip
 
 
-def _figures(sums: DocumentSums, split: str, seeds: tuple[int, ...]) -> dict[str, Measurement]:
+def _measurements(sums: DocumentSums, split: str, seeds: tuple[int, ...]) -> dict[str, Measurement]:
     kl, hybrid = ((sums.kl[name], sums.positions) for name in ("replacement", "hybrid"))
     error, nats = (sums.error[:, -1], sums.energy[:, -1]), "nats per response token"
-    found = {
+    estimates = {
         "l0": (event_rate(sums.active.mean(1), sums.tokens), "active features per response token and layer"),
         "kl": (bootstrap_ratio(*kl), nats),
         "kl_hybrid": (bootstrap_ratio(*hybrid), nats),
@@ -243,20 +252,20 @@ def _figures(sums: DocumentSums, split: str, seeds: tuple[int, ...]) -> dict[str
         "nmse": (bootstrap_ratio(*error), "squared error over squares, after the last layer"),
     }
     n = len(sums.tokens)
-    return {name: estimate.measurement(n, unit, split, seeds) for name, (estimate, unit) in found.items()}
+    return {name: estimate.measurement(n, unit, split, seeds) for name, (estimate, unit) in estimates.items()}
 
 
-def _recovered(bench: _Bench, split: str, seeds: tuple[int, ...]) -> Measurement:
-    target, hybrid = (correctness(bench.known_answers[route]) for route in ("target", "hybrid"))
-    estimate = bootstrap_recovered(correctness(bench.answer("replacement")), hybrid, target)
+def _recovered(shared: _SharedInputs, split: str, seeds: tuple[int, ...]) -> Measurement:
+    target, hybrid = (correctness(shared.known_answers[route]) for route in ("target", "hybrid"))
+    estimate = bootstrap_recovered(correctness(shared.answer("replacement")), hybrid, target)
     return estimate.measurement(len(target), "share of the accuracy gained over the hybrid", split, seeds)
 
 
-# -- what is kept -----------------------------------------------------------------------------------------------------
+# -- the record -------------------------------------------------------------------------------------------------------
 
 
 def _write(folder: Path, record: Block) -> None:
-    """Write sweep.json and the page."""
+    """Writes sweep.json and the page."""
     points = [read_point(point) for point in record["points"]]
     record = {**record, "front": [point.name for point in on_the_front(points)]}
     write_text(folder / SWEEP_FILE, dumps(record, indent=1) + "\n")
@@ -265,7 +274,9 @@ def _write(folder: Path, record: Block) -> None:
 
 def _read(folder: Path) -> Block:
     if not (folder / SWEEP_FILE).is_file():
-        raise FolderExistsError(f"{folder} holds no {SWEEP_FILE}, so it is no sweep's; choose another name.")
+        raise FolderExistsError(
+            f"{folder} exists and holds no {SWEEP_FILE}, so it is not a sweep's; choose another folder."
+        )
     try:
         record: Block = json.loads((folder / SWEEP_FILE).read_text())
         if record["schema_version"] != SWEEP_SCHEMA_VERSION:
@@ -275,37 +286,35 @@ def _read(folder: Path) -> Block:
     return record
 
 
-def _settings(asked: Block) -> dict[str, Any]:
-    """What two sweeps in one folder must share: dotted option -> value, without the swept options' own."""
-    config = RunConfig.from_dict(
-        asked["config"]
-    ).to_dict()  # options that are newer than the record take their defaults
-    config["training"] = {key: value for key, value in config["training"].items() if key not in asked["grid"]}
+def _settings(request: Block) -> dict[str, Any]:
+    """Settings that two sweeps in one folder must share, by dotted option; the swept options are left out."""
+    config = RunConfig.from_dict(request["config"]).to_dict()  # options newer than the record get their defaults
+    config["training"] = {key: value for key, value in config["training"].items() if key not in request["grid"]}
     return {
         **_flat(config, ""),
-        "swept": sorted(asked["grid"]),
-        "held_out": asked["held_out"],
-        "documents": asked["documents"],
+        "swept": sorted(request["grid"]),
+        "held_out": request["held_out"],
+        "documents": request["documents"],
     }
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
-def _require_fingerprints(folder: Path, record: Block, bench: _Bench, todo: Iterable[RunConfig]) -> None:
-    """The same weights and documents as before, and those that are new are noted. Raises SweepError."""
-    found = dict(bench.pair.fingerprints)
-    if not bench.problems:
-        found["held-out text"] = TracesInMemory(bench.text[0]).fingerprint
+def _require_fingerprints(folder: Path, record: Block, shared: _SharedInputs, todo: Iterable[RunConfig]) -> None:
+    """Records the fingerprints of weights and documents. Raises SweepError where earlier ones differ."""
+    current = dict(shared.pair.fingerprints)
+    if not shared.problems:
+        current["held-out text"] = TracesInMemory(shared.text[0]).fingerprint
     for run in todo:
         which = f"training data (seed {run.training.seed}, {'+'.join(run.training.count)})"
-        for part, value in bench.data(run.training)[0].fingerprints.items():
-            found[which if part == "data" else f"{part.replace('_', ' ')} of {which}"] = value
-    now = {f"fingerprint of {what}": value for what, value in found.items()}
+        for part, value in shared.data(run.training)[0].fingerprints.items():
+            current[which if part == "data" else f"{part.replace('_', ' ')} of {which}"] = value
+    now = {f"fingerprint of {what}": value for what, value in current.items()}
     known = record.get("fingerprints", {})
     _require_same(
         folder, {key: known[key] for key in now if key in known}, {key: now[key] for key in now if key in known}
@@ -318,16 +327,17 @@ def _require_same(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any]) 
     if keys:
         differences = "; ".join(f"{key} was {was.get(key)!r}, now {now.get(key)!r}" for key in keys)
         raise SweepError(
-            f"{folder} holds a sweep of another configuration: {differences}. Ask for the same, or choose another name."
+            f"{folder} holds a sweep of another configuration: {differences}. Give the same configuration, or choose "
+            "another folder."
         )
 
 
 def _require_text(config: RunConfig, held_out: str | None, documents: int) -> None:
     if documents < 1:
-        raise SweepError(f"documents is {documents}; allowed is a whole number >= 1.")
+        raise SweepError(f"documents is {documents}; give a whole number of at least 1.")
     data = config.data
     if config.target and held_out is None and not (data.validation_fraction or data.validation_split):
         raise SweepError(
-            "There is nothing to measure on: name a .jsonl file of held-out prompts and responses or a dataset "
+            "There is no text to measure on; give a .jsonl file of held-out prompts and responses or a dataset "
             "(--held-out on the command line), or set data.validation_fraction."
         )

@@ -1,4 +1,4 @@
-"""The training stage of a study: a new run, a resumed run, and the stage that demo and sweep share."""
+"""Training as a stage of a study: a new run, a resumed run, and the stage that demo and sweep share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def train_run(config: RunConfig, folder: Path, device: str = "auto", progress: bool = True) -> None:
-    """A new run: survey the data, train, write results.json. Raises FolderExistsError before anything is loaded."""
+    """Makes a new run: surveys the data, trains, writes results.json.
+
+    Raises FolderExistsError before anything is loaded.
+    """
     require_new(folder)
     pair = open_pair(config, device)
     data = open_data(config, pair)
@@ -31,9 +34,9 @@ def train_run(config: RunConfig, folder: Path, device: str = "auto", progress: b
 
 
 def resume_run(folder: Path, device: str = "auto", progress: bool = True, bad_rows: BadRows | None = None) -> None:
-    """Go on with a run that was stopped. Raises RunFolderError where it cannot be the same run.
+    """Resumes a run that was stopped. Raises RunFolderError where it would not be the same run.
 
-    ``bad_rows`` replaces the run's own option: a row that stopped it may be left out from now on.
+    ``bad_rows`` replaces the run's own option, so that a row that stopped the run can be dropped from now on.
     """
     config = RunConfig.load(folder / "config.json") if folder.is_dir() else RunConfig()
     RunFolder.open(folder).release()
@@ -44,14 +47,17 @@ def resume_run(folder: Path, device: str = "auto", progress: bool = True, bad_ro
     trainer = Trainer.resume(pair, data, folder, validation=data.validation(), progress=progress)
     if bad_rows is not None:
         write_text(folder / "config.json", dumps(config.to_dict(), indent=1) + "\n")
-    log.info("going on from step %d of %d", trainer.step, trainer.config.steps)
+    log.info("resuming at step %d of %d", trainer.step, trainer.config.steps)
     train_stage(trainer, folder)
 
 
 def train_stage(trainer: Trainer, folder: Path) -> None:
-    """Train to the end and add the blocks pair, train, seeds and versions; of a finished run they stay as they are."""
+    """Trains to the end and adds the blocks pair, train, seeds and versions to results.json.
+
+    The blocks of a finished run stay as they are.
+    """
     if trainer.finished and "train" in read_results(folder):
-        trainer.run()  # it may have been stopped while it cleaned up
+        trainer.run()  # the run may have been stopped while it removed temporary files
         return
     with stage(folder, "train"):
         trainer.run()
