@@ -19,6 +19,7 @@ from tl_adapters.adapters.adapter_set import (
     record_hash,
 )
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.adapters.transcoder import unit_rows
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 
 
@@ -50,6 +51,23 @@ def test_encode_and_decode_keep_any_leading_axes() -> None:
     adapter = adapter_set()[0]
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(adapter(x)[1, 2], adapter(x[1, 2][None])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_decoder_norms_and_directions(dtype: torch.dtype) -> None:
+    adapters = adapter_set().to(dtype)
+    with torch.no_grad():
+        adapters[1].W_dec[3] = 0  # a feature that writes nothing
+    rows = adapters[1].W_dec.detach()
+    norms = adapters[1].decoder_norms()
+    assert norms.dtype == torch.promote_types(dtype, torch.float32) and norms.requires_grad and norms[3] == 0
+    torch.testing.assert_close(norms.detach(), rows.to(norms.dtype).square().sum(-1).sqrt())
+    units = unit_rows(rows)
+    assert units.dtype == dtype and not units[3].any()
+    torch.testing.assert_close(units * norms.detach()[:, None].to(dtype), rows)
+    whole = adapters.decoder_norms()
+    assert whole.shape == (3, 12) and whole.dtype == torch.float32 and not whole.requires_grad
+    assert torch.equal(whole[1], norms.detach().float())
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.random_models import ACTIVATION_OPTIONS, random_batch, random_model, randomise
 
+from tl_adapters.adapters.transcoder import row_norms
 from tl_adapters.config import LossWeights
 from tl_adapters.data.traces import Batch
 from tl_adapters.models.paired_model import PairedModel
@@ -137,7 +138,7 @@ def test_the_terms_against_plain_python() -> None:
     assert abs(squared_error_ratio(p, q, mask) - error) < 1e-12
     acts, decoder = draw(2, 3, 4).relu(), draw(4, 6)
     l1 = sum(acts[i][f] * decoder[f].norm() for i in counted for f in range(4)) / 3
-    assert abs(sparsity(acts, decoder, mask) - l1) < 1e-12
+    assert abs(sparsity(acts, row_norms(decoder), mask) - l1) < 1e-12
     active = (acts > 0).double()
     l0 = sum(float(acts[i][f] > 0) for i in counted for f in range(4)) / 3
     assert abs(l0_penalty(active, mask) - l0) < 1e-12

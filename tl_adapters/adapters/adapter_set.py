@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -166,6 +166,10 @@ class AdapterSet(nn.Module):
     def d_model(self) -> int:
         """Width of the residual stream the adapters read and write."""
         return next(iter(self)).W_enc.shape[0]
+
+    def decoder_norms(self) -> Float[Tensor, "n_layers n_features"]:
+        """The decoder norms of every layer there is an adapter of, in float32, without gradients."""
+        return torch.stack([adapter.decoder_norms().detach().float() for adapter in self])
 
     @property
     def fingerprint(self) -> str:

@@ -20,6 +20,7 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.activation_functions import batch_topk, jumprelu, topk
 from tl_adapters.config import ActivationName, ConfigError, TrainingConfig
+from tl_adapters.utils.precision import at_least_float32
 
 
 class TranscoderAdapter(nn.Module):
@@ -85,6 +86,10 @@ class TranscoderAdapter(nn.Module):
         """Width of the adapter."""
         return self.W_enc.shape[1]
 
+    def decoder_norms(self) -> Float[Tensor, "n_features"]:
+        """`row_norms` of the decoder, with gradients: an activation times its norm is what the feature writes."""
+        return row_norms(self.W_dec)
+
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
         """Feature activations of what the MLP reads: the pre-activation where a feature is active, 0 where not."""
         x = self.hook_sae_input(x.to(self.W_enc.dtype))
@@ -125,6 +130,17 @@ class TranscoderAdapter(nn.Module):
             assert smallest is not None
             first = self.threshold == 0
             self.threshold.copy_(torch.where(first, smallest, self.threshold.lerp(smallest, rate)))
+
+
+def row_norms(rows: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n"]:
+    """The Euclidean norm of every row, in float32 at least; 0 for a feature or neuron that writes nothing."""
+    return at_least_float32(rows).norm(dim=-1)
+
+
+def unit_rows(rows: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+    """Every row divided by its norm, in the dtype of ``rows``; a row of zeros stays zeros."""
+    norms = row_norms(rows).to(rows.dtype)
+    return rows / norms.clamp(min=torch.finfo(rows.dtype).tiny)[..., None]
 
 
 def require_activation(activation: str, k: int | None, n_features: int) -> None:

@@ -22,6 +22,7 @@ from scipy.sparse.csgraph import connected_components  # type: ignore[import-unt
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId, owned
+from tl_adapters.adapters.transcoder import unit_rows
 from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.errors import UserError
@@ -309,7 +310,7 @@ class Circuit:
             by_layer.setdefault(layer, []).append(index)
         n_directions = 0
         for layer, indices in by_layer.items():
-            rows = torch.nn.functional.normalize(adapters[layer].W_dec[indices].float(), dim=1)
+            rows = unit_rows(adapters[layer].W_dec[indices].float())
             n_directions += int(connected_components((rows @ rows.T > cosine).cpu().numpy(), directed=False)[0])
         return n_directions
 

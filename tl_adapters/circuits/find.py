@@ -112,7 +112,7 @@ def _activity(pair: PairedModel, onsets: Onsets) -> tuple[Tensor, Tensor, float]
     device = pair.model.W_E.device
     fired = torch.zeros(pair.n_layers, adapters.n_features, device=device)
     summed, n, active = torch.zeros_like(fired), 0, torch.zeros((), dtype=torch.long, device=device)
-    norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1).cpu() for adapter in adapters])
+    norms = adapters.decoder_norms().cpu()
     for _, batch in onsets.batches():
         batch = batch.to(device)
         real = batch.predicting

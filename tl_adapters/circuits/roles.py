@@ -88,7 +88,7 @@ def effects_at(
     """
     adapters = pair.installed_adapters()
     shape, device = (pair.n_layers, adapters.n_features), pair.model.W_E.device
-    norms = torch.stack([adapter.W_dec.detach().float().norm(dim=-1) for adapter in adapters])
+    norms = adapters.decoder_norms()
     direct, total, activation, rate = torch.zeros(4, *shape, device=device)
     odds, n = 0.0, 0
     for _, batch in onsets.having(at).batches(tokens_per_batch):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.adapters.transcoder import unit_rows
 from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.data.traces import Trace, batches_by_length, readable_traces
 from tl_adapters.errors import UserError
@@ -337,5 +338,4 @@ def one_to_one(scores: Float[Tensor, "n_a n_b"]) -> list[tuple[int, int]]:
 
 def _cosines(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"]) -> Float[Tensor, "n_a n_b"]:
     """The cosine of every row of ``a`` with every row of ``b``."""
-    a, b = (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300) for rows in (a, b))
-    return a @ b.T
+    return unit_rows(a) @ unit_rows(b).T

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from tl_adapters.adapters.transcoder import row_norms
 from tl_adapters.features.document_batches import TokenBatch
 from tl_adapters.features.feature import ResidualStream
 from tl_adapters.features.logit_effects import decoder_rows
@@ -67,7 +68,7 @@ class FiringReader:
         self._pair, self._description = pair, description
         layers = description.layers
         rows_by_layer = decoder_rows(pair, description.kind, layers)
-        self._norms = {layer: rows.norm(dim=-1).float() for layer, rows in rows_by_layer}
+        self._norms = {layer: row_norms(rows).float() for layer, rows in rows_by_layer}
         all_rows_nonzero = torch.stack([(norms > 0).all() for norms in self._norms.values()]).tolist()
         self._has_zero_rows = {layer: not nonzero for layer, nonzero in zip(layers, all_rows_nonzero, strict=True)}
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_adapters.adapters.transcoder import row_norms, unit_rows
 from tl_adapters.features.feature import UnitKind
 from tl_adapters.models.paired_model import PairedModel
 
@@ -91,9 +92,8 @@ def layer_effects(
     chosen, unembedding = torch.tensor(list(words), dtype=torch.long), _unembedding(pair)
     chunks = []
     for rows in written.split(pair.rows_at_once):
-        norm = rows.float().norm(dim=-1)
-        directions = rows / norm.clamp(min=1e-30)[:, None].to(rows.dtype)
-        chunks.append(_summary(logit_effects(pair, layer, directions, unembedding), norm.cpu(), chosen))
+        effects = logit_effects(pair, layer, unit_rows(rows), unembedding)
+        chunks.append(_summary(effects, row_norms(rows).float().cpu(), chosen))
     return LayerEffects(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 

@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 
 from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.adapters.transcoder import row_norms
 from tl_adapters.data.tokens import CONTINUATION, span_texts, token_text
 from tl_adapters.errors import UserError
 from tl_adapters.features.feature import ResidualStream
@@ -58,7 +59,7 @@ def show_features(
     with torch.no_grad(), features_read_on(pair, stream), pair.recorded(ACTS_HOOK) as recorded:
         pair.run_blocks(pair.embed(torch.tensor([tokens], device=pair.model.W_E.device)), 0, pair.n_layers)
     columns = [
-        recorded[f.layer][0, :, f.index].float() * adapters[f.layer].W_dec[f.index].detach().float().norm()
+        recorded[f.layer][0, :, f.index].float() * row_norms(adapters[f.layer].W_dec[f.index].detach())
         for f in features
     ]
     properties: dict[str, object] = {

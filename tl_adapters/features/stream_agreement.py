@@ -53,7 +53,7 @@ def stream_agreement(
     traces = readable_traces(traces, pair.model.cfg)
     adapters = pair.installed_adapters()
     layers = adapters.layer_indices
-    norms = {layer: adapters[layer].W_dec.norm(dim=-1).float() for layer in layers}
+    norms = {layer: adapters[layer].decoder_norms().float() for layer in layers}
     both, either, replacement = torch.zeros(3, len(layers), len(traces), dtype=torch.float64)
     sums = torch.zeros(len(layers), 6, dtype=torch.float64)
     for rows, batch in batches_by_length(traces, tokens_per_batch):

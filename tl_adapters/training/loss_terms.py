@@ -28,11 +28,11 @@ def squared_error_ratio(
 
 def sparsity(
     acts: Float[Tensor, "batch pos n_features"],
-    W_dec: Float[Tensor, "n_features d_model"],
+    decoder_norms: Float[Tensor, "n_features"],
     mask: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, ""]:
     """Mean over the tokens that count of sum_f f(x) ||W_dec[f]||: one layer of term 5 (the layers are summed)."""
-    return _mean_over(acts @ W_dec.norm(dim=1), mask)
+    return _mean_over(acts @ decoder_norms.to(acts.dtype), mask)
 
 
 def l0_penalty(active: Float[Tensor, "batch pos n_features"], mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, ""]:

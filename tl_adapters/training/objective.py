@@ -202,7 +202,7 @@ def _recorded_features(pair: PairedModel) -> Iterator[tuple[dict[int, Tensor], d
 def _sparsity(adapter: TranscoderAdapter, pre: Tensor | None, acts: Tensor, counted: Tensor) -> Tensor:
     """One layer of term 5, as the adapter's activation has it."""
     if adapter.activation == "relu":
-        return sparsity(acts, adapter.W_dec, counted)
+        return sparsity(acts, adapter.decoder_norms(), counted)
     if adapter.activation == "jumprelu":
         assert pre is not None
         return l0_penalty(step(pre, adapter.threshold, adapter.bandwidth), counted)
