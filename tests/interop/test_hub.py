@@ -89,7 +89,7 @@ def test_the_token_is_the_clients_business(
 
 def test_what_breaks_off_leaves_nothing(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> None:
     fake.fail_upload = True
-    with pytest.raises(HubError, match=r"did not take user/repo.*the line went dead.*push again"):
+    with pytest.raises(HubError, match=r"did not accept user/repo.*the line went dead.*push again"):
         push_to_hub(adapters, "user/repo")
     with pytest.raises(CheckpointError, match="404"):
         AdapterSet.from_pretrained("user/repo")

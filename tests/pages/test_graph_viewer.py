@@ -15,7 +15,7 @@ import pytest
 from helpers.browser import PANEL, SELECTED, Browser, command
 
 from tl_adapters.pages import graph_viewer as viewer
-from tl_adapters.pages.graph_viewer import ViewerData, ViewerDataError, ViewerNode, write_page
+from tl_adapters.pages.graph_viewer import ViewerData, ViewerDataError, ViewerNode, write_viewer
 
 HOSTILE = "</script><img src=x onerror=\"console.error('ran')\">"
 WORDS = [" the", " sum", " of", "<think>", " 47", "+", "85", "=", "\n", " Wait", ",", " so", " 132", ".", " let", " me",
@@ -99,7 +99,7 @@ def held(page: str) -> str:
 
 def test_the_data_comes_back_and_no_token_ends_its_script(tmp_path: Path) -> None:
     data = small()
-    write_page(tmp_path / "graph.html", data)
+    write_viewer(tmp_path / "graph.html", data)
     page = (tmp_path / "graph.html").read_text(encoding="utf-8")
     blob = held(page)
     assert not set("<>&\u2028\u2029") & set(blob) and "</script><img" not in page
@@ -117,7 +117,7 @@ def tuples(value: Any) -> Any:
 
 
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
-    write_page(tmp_path / "graph.html", small())
+    write_viewer(tmp_path / "graph.html", small())
     page = (tmp_path / "graph.html").read_text(encoding="utf-8")
     markup = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL)
     assert not re.findall(r"""(?:src|href)=["']?(?!data:,|#)[^"'> ]+""", markup)
@@ -135,7 +135,7 @@ def page_file(name: str) -> Path:
 
 
 def test_text_that_looks_like_a_place_to_fill_is_left_alone(tmp_path: Path) -> None:
-    write_page(tmp_path / "graph.html", replace(small(), title="@@d3@@ @@nothing@@"))
+    write_viewer(tmp_path / "graph.html", replace(small(), title="@@d3@@ @@nothing@@"))
     page = (tmp_path / "graph.html").read_text(encoding="utf-8")
     assert json.loads(held(page))["title"] == "@@d3@@ @@nothing@@"
 
@@ -161,14 +161,14 @@ def test_what_cannot_be_shown_is_refused(
     change: Callable[[ViewerData], ViewerData], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ViewerDataError, match=message):
-        write_page(tmp_path / "graph.html", change(small()))
+        write_viewer(tmp_path / "graph.html", change(small()))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def tab(browser: Browser, tmp_path: Path) -> Iterator[Browser]:
     """The small graph, open; a test that makes the page complain fails."""
-    write_page(tmp_path / "graph.html", small())
+    write_viewer(tmp_path / "graph.html", small())
     browser.errors.clear()
     browser.open(tmp_path / "graph.html")
     yield browser
@@ -191,7 +191,7 @@ def dot(name: str) -> str:
 @pytest.mark.browser
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     """Rendered with the network blocked, at an address that names a node: drawn, selected, nothing on the console."""
-    write_page(tmp_path / "graph.html", small())
+    write_viewer(tmp_path / "graph.html", small())
     more = (f"--screenshot={tmp_path / 'page.png'}", "--window-size=1400,900", "--dump-dom")
     url = (tmp_path / "graph.html").as_uri() + "#select=f-strong"
     done = subprocess.run(
@@ -324,7 +324,7 @@ def test_pictures_are_saved(tab: Browser, tmp_path: Path) -> None:
 @pytest.mark.browser
 def test_a_thousand_nodes_are_drawn_within_a_second_and_do_not_overlap(browser: Browser, tmp_path: Path) -> None:
     data = realistic(n_features=1000, n_tokens=90, n_layers=26, n_links=20_000)
-    write_page(tmp_path / "graph.html", data)
+    write_viewer(tmp_path / "graph.html", data)
     browser.errors.clear()
     browser.open(tmp_path / "graph.html")
     assert browser.js("document.querySelectorAll('.node').length") == len(data.nodes)
@@ -348,7 +348,7 @@ def test_a_graph_of_nothing_opens(browser: Browser, tmp_path: Path) -> None:
     """No links, no features; then no nodes and no tokens at all."""
     bare = replace(small(), nodes=small().nodes[3:5], links=(), about={})
     for data in (bare, replace(bare, nodes=(), tokens=())):
-        write_page(tmp_path / "graph.html", data)
+        write_viewer(tmp_path / "graph.html", data)
         browser.errors.clear()
         browser.open(tmp_path / "graph.html")
         for key in ("ArrowUp", "p", "g", "0", "Escape"):

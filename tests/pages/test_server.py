@@ -75,9 +75,9 @@ def test_only_this_machines_names_are_answered(port: int) -> None:
 
 
 def test_what_cannot_be_served_is_said(folder: Path, port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ServerError, match="is no folder"):
+    with pytest.raises(ServerError, match="is not a folder"):
         make_server(folder / "none")
-    with pytest.raises(ServerError, match=f"Port {port} cannot be had"):
+    with pytest.raises(ServerError, match=f"Port {port} is not available"):
         make_server(folder, port)
     assert main(["serve", str(folder / "none")]) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -2,14 +2,14 @@
 
 import pytest
 
-from tl_adapters.utils.html import escape, marked
+from tl_adapters.utils.html import escape, highlight_words
 from tl_adapters.utils.notebook import colored_tokens
 from tl_adapters.utils.plots import Line, plot
 
 
 def test_text_shows_exactly_itself() -> None:
     assert escape("<think>&\"'") == "&lt;think&gt;&amp;&quot;&#x27;"
-    assert marked("<b>Wait, waiter wait", ["wait"]) == "&lt;b&gt;<mark>Wait</mark>, waiter <mark>wait</mark>"
+    assert highlight_words("<b>Wait, waiter wait", ["wait"]) == "&lt;b&gt;<mark>Wait</mark>, waiter <mark>wait</mark>"
 
 
 def test_coloured_tokens_are_escaped_and_offline() -> None:

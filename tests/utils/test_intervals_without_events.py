@@ -23,7 +23,7 @@ from tl_adapters.evaluation.sampled_answers import Answer, score
 from tl_adapters.generation.responses import Response
 from tl_adapters.pages.circuit_sections import arms_section
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_recovered
-from tl_adapters.utils.html import figure_cell
+from tl_adapters.utils.html import measurement_cell
 from tl_adapters.utils.measurement import IntervalError, Measurement, OutcomesMeasurement
 from tl_adapters.utils.results import plain, read_results, write_results
 from tl_adapters.utils.share_intervals import share, unseen_share
@@ -277,11 +277,11 @@ def test_what_has_no_value_is_none_and_shown_as_such() -> None:
     assert rank_correlation(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0])) is None
     assert Share(0, 0).value is None and "<td>-</td>" in shares_table({"x": {"all": Share(0, 0)}})
     form = "{:.2f}".format
-    assert figure_cell({"value": None, "reason": "over nothing"}, form) == "-<small>over nothing</small>"
-    assert figure_cell({"value": 1.0, "low": None, "high": None, "reason": "one problem"}, form) == (
+    assert measurement_cell({"value": None, "reason": "over nothing"}, form) == "-<small>over nothing</small>"
+    assert measurement_cell({"value": 1.0, "low": None, "high": None, "reason": "one problem"}, form) == (
         "1.00<small>no interval: one problem</small>"
     )
-    assert "2.0% of the draws" in figure_cell({"value": 1.0, "low": 0.5, "high": 2.0, "undefined": 0.02}, form)
+    assert "2.0% of the draws" in measurement_cell({"value": 1.0, "low": 0.5, "high": 2.0, "undefined": 0.02}, form)
     answers = [response("wait a b")]
     html = arms_section(
         {"necessity": {"none": plain(record(answers, answers, ["wait"], "report"))}}, "necessity", "", ""

@@ -1,7 +1,8 @@
-"""Adapters on the Hugging Face hub: one commit up, one whole folder down, and a card that says what they are.
+"""Upload and download of adapter sets on the Hugging Face hub, with a model card.
 
-What is pushed is our own folder, whose layer folders SAELens loads too (`SAE.from_pretrained("user/repo", "layer_3")`);
-by default in the form that is right whatever was processed (`formats.to_saelens`).
+The pushed folder is the one of `AdapterSet.save_pretrained`, whose layer folders SAELens loads too
+(``SAE.from_pretrained("user/repo", "layer_3")``); by default it is written in the form that is correct for every way of
+processing the model's weights (`to_saelens`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tl_adapters.utils.files import new_folder, require_absent
 
 
 class HubError(UserError, RuntimeError):
-    """The hub refused; the message says what and what to do."""
+    """The hub refused an upload or a download; the message says why and what to do."""
 
 
 def push_to_hub(
@@ -38,32 +39,32 @@ def push_to_hub(
     reads: Literal["normalized", "mlp_input"] = "normalized",
     message: str = "Transcoder adapters",
 ) -> str:
-    """Upload the set and its card as one commit; returns the commit's address.
+    """Upload a set and its model card as one commit and return the address of the commit.
 
-    A push that is broken off leaves the repository as it was; pushed again, what had arrived is not sent again.
+    An interrupted push leaves the repository unchanged; a repeated push does not send again what has arrived.
 
     Args:
-        adapters: with figures and datasets in its metadata, where they are known; the card shows them.
-        repo_id: "user/name"; made if it is not there.
-        private: for a new repository; None takes the account's default.
-        revision: branch to commit to, made if it is not there; None is the main one.
+        adapters: the set; the card shows the measurements and datasets of its metadata.
+        repo_id: "user/name"; created if it does not exist.
+        private: whether a new repository is private; None takes the account's default.
+        revision: branch to commit to, created if it does not exist; None takes the main branch.
         token: None takes HF_TOKEN or the stored login.
-        reads: as `formats.to_saelens`.
-        message: of the commit.
+        reads: as in `to_saelens`.
+        message: commit message.
 
     Raises:
-        HubError: no permission, no such user, no network.
-        AdapterFormatError: what `formats.to_saelens` refuses, such as topk.
+        HubError: no permission, no such user, or no network.
+        AdapterFormatError: adapters that `to_saelens` refuses, such as topk.
     """
-    _require_name(repo_id)
+    _require_repo_id(repo_id)
     client = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "adapters"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "adapters"
         if adapters.metadata.reads == "normalized":
             reads = "normalized"
         to_saelens(adapters, folder, reads=reads)
-        written = adapters.normalized() if reads == "normalized" else adapters
-        (folder / CARD_FILE).write_text(card(written, repo_id), encoding="utf-8")
+        pushed = adapters.normalized() if reads == "normalized" else adapters
+        (folder / CARD_FILE).write_text(card(pushed, repo_id), encoding="utf-8")
         try:
             client.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
@@ -74,8 +75,8 @@ def push_to_hub(
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise HubError(
-                f"The hub did not take {repo_id} ({type(error).__name__}: {reason}). Set HF_TOKEN to a token that may "
-                "write there (or run `hf auth login`), and push again: what has arrived is not sent twice."
+                f"The hub did not accept {repo_id} ({type(error).__name__}: {reason}). Set HF_TOKEN to a token that "
+                "may write there (or run `hf auth login`), and push again: what has arrived is not sent twice."
             ) from error
     return str(commit.commit_url)
 
@@ -88,18 +89,18 @@ def pull(
     revision: str | None = None,
     token: str | None = None,
 ) -> AdapterSet:
-    """Download a set from the hub into ``folder``, whole and checked, or not at all; returns it.
+    """Download a set from the hub into ``folder``, check it and return it; on failure the folder is not created.
 
     Args:
-        name: repository of the hub.
+        name: repository on the hub.
         folder: must not exist.
-        layers, revision, token: as `AdapterSet.from_pretrained`.
+        layers, revision, token: as in `AdapterSet.from_pretrained`.
 
     Raises:
         AdapterFormatError, CheckpointError, FolderExistsError, DiskFullError.
     """
     require_absent(folder)
-    adapters = AdapterSet.from_pretrained(name, layers=layers, revision=revision, token=token)  # checks it
+    adapters = AdapterSet.from_pretrained(name, layers=layers, revision=revision, token=token)  # checks the files
     if layers is not None:
         adapters.save_pretrained(folder)
         return adapters
@@ -113,8 +114,8 @@ def pull(
     return adapters
 
 
-def _require_name(repo_id: str) -> None:
+def _require_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is not a repository's name ({error}); give user/name.") from error
+        raise HubError(f"{repo_id!r} is not the name of a repository ({error}); give user/name.") from error

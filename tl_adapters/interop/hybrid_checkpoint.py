@@ -1,7 +1,7 @@
-"""The hybrid as a checkpoint of its own: the target with the base's MLPs, as a plain Hugging Face folder.
+"""The hybrid model as a Hugging Face checkpoint: the target with the base's MLPs.
 
-The additive transcoders that SAELens loads belong to this model; it is on no hub until somebody writes it. Shards are
-copied one at a time with the MLP tensors exchanged, so no model is ever whole in memory.
+The additive transcoders that SAELens loads belong to this model, which is on no hub unless somebody uploads it. Shards
+are copied one at a time with their MLP tensors exchanged, so that no whole model is ever in memory.
 """
 
 from __future__ import annotations
@@ -39,57 +39,66 @@ def write_hybrid(
     config: Mapping[str, Any] | None = None,
     beside_mlps: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write ``target`` with the MLPs of ``base``, its tokenizer beside it; the names' shards decide the new ones.
+    """Write ``target`` with the MLPs of ``base`` and the target's tokenizer, in shards as the target has them.
 
     Args:
         folder: must not exist.
         target: folder or hub name.
-        base: folder or hub name; None writes the target itself, to read its own stream.
+        base: folder or hub name; None writes the target itself, for adapters that read the target's own stream.
         config: entries of config.json to add or change.
-        beside_mlps: further tensors, by name; each goes into the shard of its layer's MLP.
+        beside_mlps: further tensors by name; each is written to the shard that holds its layer's MLP.
 
     Raises:
         CheckpointError: missing or damaged files.
         PairMismatchError: a base of other shapes.
         FolderExistsError, DiskFullError.
     """
-    source = locate(target)
-    described = read_config(source)
-    mlps = locate(base) if base is not None else None
-    if mlps is not None:
-        require_fit(compare_configs(read_config(mlps), described))
-        require_plain_folder(
-            mlps, read_config(mlps), tensor_shapes(mlps), mlp_tensor_names(described["num_hidden_layers"])
-        )
-    swapped = set(mlp_tensor_names(described["num_hidden_layers"])) if mlps is not None else set()
-    extra = dict(beside_mlps or {})
+    target_folder = locate(target)
+    target_config = read_config(target_folder)
+    base_folder = locate(base) if base is not None else None
+    mlp_names = mlp_tensor_names(target_config["num_hidden_layers"])
+    if base_folder is not None:
+        base_config = read_config(base_folder)
+        require_fit(compare_configs(base_config, target_config))
+        require_plain_folder(base_folder, base_config, tensor_shapes(base_folder), mlp_names)
+    remaining = dict(beside_mlps or {})
     weight_map: dict[str, str] = {}
-    total = 0
+    total_size = 0
     with new_folder(folder) as out:
-        for shard in shard_files(source):
-            tensors = dict(shard_tensors(source, shard))
-            if mlps is not None:
-                for name, ours in read_tensors(mlps, sorted(swapped & set(tensors))).items():
-                    if ours.shape != tensors[name].shape:
-                        raise PairMismatchError(
-                            f"{name} has shape {tuple(ours.shape)} in the base and {tuple(tensors[name].shape)} in the "
-                            "target."
-                        )
-                    tensors[name] = ours.to(tensors[name].dtype)
-            here = {name.rpartition(".gate_proj")[0] for name in tensors if ".mlp.gate_proj." in name}
-            for name in [name for name in extra if name.partition(".mlp.")[0] + ".mlp" in here]:
-                tensors[name] = extra.pop(name).contiguous()
+        for shard in shard_files(target_folder):
+            tensors = dict(shard_tensors(target_folder, shard))
+            if base_folder is not None:
+                _exchange_mlps(tensors, base_folder, set(mlp_names))
+            layer_mlps = {name.rpartition(".gate_proj")[0] for name in tensors if ".mlp.gate_proj." in name}
+            for name in [name for name in remaining if name.partition(".mlp.")[0] + ".mlp" in layer_mlps]:
+                tensors[name] = remaining.pop(name).contiguous()
             weight_map |= dict.fromkeys(tensors, shard)
-            total += sum(t.numel() * t.element_size() for t in tensors.values())
+            total_size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             save_file(tensors, out / shard, metadata={"format": "pt"})
         if len(set(weight_map.values())) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             (out / INDEX_FILE).write_text(dumps(index, indent=1) + "\n")
-        for pattern in DESCRIPTION_FILES:
-            for file in source.glob(pattern):
-                if file.name not in ("config.json", INDEX_FILE):
-                    shutil.copy(file, out / file.name)
+        _copy_description(target_folder, out)
         stream = "target" if base is None else "replacement" if beside_mlps else "hybrid"
         about = {"stream": stream, "target": str(target), "mlps_of": str(base or target)}
-        written = {**described, "tl_adapters": about, **(config or {})}
-        (out / "config.json").write_text(dumps(written, indent=1) + "\n")
+        written_config = {**target_config, "tl_adapters": about, **(config or {})}
+        (out / "config.json").write_text(dumps(written_config, indent=1) + "\n")
+
+
+def _exchange_mlps(tensors: dict[str, torch.Tensor], base_folder: Path, mlp_names: set[str]) -> None:
+    """Replace the MLP tensors of one shard by those of the base, in the dtype of the target."""
+    for name, base_tensor in read_tensors(base_folder, sorted(mlp_names & set(tensors))).items():
+        if base_tensor.shape != tensors[name].shape:
+            raise PairMismatchError(
+                f"{name} has shape {tuple(base_tensor.shape)} in the base and {tuple(tensors[name].shape)} in the "
+                "target."
+            )
+        tensors[name] = base_tensor.to(tensors[name].dtype)
+
+
+def _copy_description(target_folder: Path, out: Path) -> None:
+    """Copy the tokenizer and everything else that describes the model, without the two files that are written anew."""
+    for pattern in DESCRIPTION_FILES:
+        for file in target_folder.glob(pattern):
+            if file.name not in ("config.json", INDEX_FILE):
+                shutil.copy(file, out / file.name)

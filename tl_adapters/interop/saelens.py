@@ -1,9 +1,9 @@
-"""Sets of adapters to and from SAELens.
+"""Conversion of adapter sets to and from SAELens transcoders.
 
-Our own folders are SAELens folders already (`saelens`), so going there is a question of form: by default the norm's
-weight is folded into the encoder and the adapters read ``ln2.hook_normalized``, which is the same tensor in a model
-as it is, with folded norms, and fully processed. Coming from there, whatever is not plainly an adapter or a
-transcoder of one MLP is refused by name.
+Folders written by `AdapterSet.save_pretrained` are SAELens folders already, so an export only chooses the input hook:
+by default the norm's weight is folded into the encoder and the adapters read ``ln2.hook_normalized``, which is the same
+tensor in unprocessed models, with folded norms, and in fully processed models. On import, everything that is not an
+adapter or a transcoder of one MLP is refused, and the error names the field of its configuration.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -29,41 +29,55 @@ from tl_adapters.adapters.saelens_folder import (
 from tl_adapters.adapters.transcoder import adapter_of
 from tl_adapters.checkpoints.model_files import fetch
 
+_SUPPORTED_VALUES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("architecture", ("transcoder", "jumprelu_transcoder")),
+    ("apply_b_dec_to_input", (False,)),
+    ("normalize_activations", ("none", None)),
+    ("reshape_activations", ("none", None)),
+    ("activation_fn", ("relu", None)),
+    ("activation_fn_str", ("relu", None)),
+)
+"""Keys of a SAELens configuration and the values under which the transcoder computes what an adapter computes."""
+
 
 def to_saelens(
     adapters: AdapterSet, folder: str | Path, *, reads: Literal["normalized", "mlp_input"] = "normalized"
 ) -> None:
     """Write one SAELens folder per layer, which ``SAE.load_from_disk`` loads as a stock class.
 
-    That is a Transcoder (relu) or a JumpReLUTranscoder (jumprelu, and batchtopk as it evaluates).
+    The class is Transcoder for relu, and JumpReLUTranscoder for jumprelu and for batchtopk, which has a threshold per
+    layer in evaluation.
 
     Args:
-        adapters: of any form; what `from_saelens` gave is written as it was read.
+        adapters: in either form; a set read by `from_saelens` is written as it was read.
         folder: must not exist.
-        reads: "normalized" (``blocks.N.ln2.hook_normalized``, whatever was processed) or "mlp_input"
-            (``blocks.N.mlp.hook_in``, only right on a model without folded norms).
+        reads: "normalized" (``blocks.N.ln2.hook_normalized``, correct for every way of processing the model's weights)
+            or "mlp_input" (``blocks.N.mlp.hook_in``, correct only for a model without folded norms).
 
     Raises:
-        AdapterFormatError: "mlp_input" of a set in the other form, norms that are not known, or topk, which SAELens
-            has no transcoder for.
+        AdapterFormatError: "mlp_input" for a set that reads "normalized", a set whose norms are not known, or topk,
+            for which SAELens has no transcoder.
         FolderExistsError, DiskFullError.
     """
-    require_transcoder(adapters)
+    require_saelens_class(adapters)
     if reads == "normalized":
         adapters.normalized().save_pretrained(folder)
     elif adapters.metadata.reads == reads:
         adapters.save_pretrained(folder)
     else:
-        raise AdapterFormatError(f"These adapters read {adapters.metadata.reads} already, which is not unfolded again.")
+        raise AdapterFormatError(
+            f"These adapters read {adapters.metadata.reads}, and the norm's weight is not unfolded again; export them "
+            f'with reads="{adapters.metadata.reads}".'
+        )
 
 
-def require_transcoder(adapters: AdapterSet) -> None:
-    """Raises AdapterFormatError for adapters that SAELens has no class for."""
+def require_saelens_class(adapters: AdapterSet) -> None:
+    """Raise AdapterFormatError for adapters that SAELens has no class for."""
     if adapters.metadata.activation == "topk":
         raise AdapterFormatError(
-            "SAELens has no transcoder that keeps the k largest features of a token, and as one of another kind these "
-            "would be other features. Keep them in our own folder (save_pretrained), or train with batchtopk, which "
-            "SAELens reads as a JumpReLU transcoder."
+            "SAELens has no transcoder that keeps the k largest features of a token, and with any of its classes these "
+            "adapters would have other features. Keep them in our own folder (save_pretrained), or train with "
+            "batchtopk, which SAELens reads as a JumpReLU transcoder."
         )
 
 
@@ -75,22 +89,21 @@ def from_saelens(
     token: str | None = None,
     device: torch.device | str = "cpu",
 ) -> AdapterSet:
-    """Read SAELens transcoders, ours or others'.
+    """Read SAELens transcoders, written by this package or by others.
 
     Args:
-        name: a folder of layer folders, one layer's folder, or a repository of the hub.
-        sae_ids: the layer folders to read, as SAELens calls them ("layer_3", "blocks.3/width_16k"); None reads our
-            own whole set, or every folder with a cfg.json.
-        revision, token, device: as `AdapterSet.from_pretrained`.
+        name: a folder of layer folders, the folder of one layer, or a repository on the hub.
+        sae_ids: the layer folders to read, under their SAELens ids ("layer_3", "blocks.3/width_16k"); None reads the
+            whole set of this package, or every folder with a cfg.json.
+        revision, token, device: as in `AdapterSet.from_pretrained`.
 
     Returns:
-        The set in the form in which it was written. A transcoder that stands in place of the MLP keeps its biases and
-        its meaning (``metadata.writes`` is "mlp_out"): its features can be read, and `attach` refuses to add it. A
-        JumpReLU transcoder of others is jumprelu; a batchtopk of ours is batchtopk again.
+        The set in the form in which it was written. A transcoder that replaces the MLP keeps its biases and its meaning
+        (``metadata.writes`` is "mlp_out"): its features can be read, and `attach` refuses to add it to the MLP. A
+        JumpReLU transcoder written by others is jumprelu; a batchtopk adapter of this package is batchtopk again.
 
     Raises:
-        AdapterFormatError: another architecture (a skip connection, ...), normalised inputs, or other hooks;
-            nothing is read as something that it is not.
+        AdapterFormatError: another architecture (such as one with a skip connection), normalized inputs or other hooks.
     """
     patterns = [METADATA_FILE, SAMPLES_FILE, CONFIG_FILE, "*.safetensors", f"*/{CONFIG_FILE}", "*/*.safetensors"]
     if sae_ids is not None:
@@ -99,69 +112,73 @@ def from_saelens(
     if sae_ids is None and (folder / METADATA_FILE).is_file():
         return AdapterSet.from_pretrained(folder, device=device)
     if sae_ids is not None:
-        found = [folder / sae_id for sae_id in sae_ids]
+        layer_folders = [folder / sae_id for sae_id in sae_ids]
     else:
-        found = sorted({path.parent for path in folder.rglob(CONFIG_FILE)})
-    if not found:
+        layer_folders = sorted({path.parent for path in folder.rglob(CONFIG_FILE)})
+    if not layer_folders:
         raise AdapterFormatError(f"{name} holds no {CONFIG_FILE}; it is not a SAELens transcoder.")
-    layers, forms = {}, []
-    for path in found:
-        layer, about = _transcoder_form(path)
+    layers, metadata = {}, []
+    for layer_folder in layer_folders:
+        layer, about = _read_layer_metadata(layer_folder)
         if layer in layers:
             raise AdapterFormatError(f"{name} holds several transcoders of layer {layer}; choose with sae_ids=.")
-        weights = read_weights(path, about["activation"], device)
+        weights = read_weights(layer_folder, about["activation"], device)
         layers[layer] = adapter_of(weights, about["activation"], about["k"])
-        forms.append(about)
-    n_layers = forms[0].pop("n_layers", None) or max(layers) + 1
-    if any({**form, "n_layers": 0} != {**forms[0], "n_layers": 0} for form in forms):
+        metadata.append(about)
+    n_layers = metadata[0].pop("n_layers", None) or max(layers) + 1
+    if any({**about, "n_layers": 0} != {**metadata[0], "n_layers": 0} for about in metadata):
         raise AdapterFormatError(f"The transcoders in {name} do not belong to one set; choose with sae_ids=.")
-    result = AdapterSet(layers, None, AdapterMetadata(**forms[0]), n_layers)
+    result = AdapterSet(layers, None, AdapterMetadata(**metadata[0]), n_layers)
     result.require_finite(str(name))
     return result
 
 
-def _transcoder_form(folder: Path) -> tuple[int, dict[str, Any]]:
-    """Layer and metadata of one SAELens folder. Raises AdapterFormatError for what would be misread."""
+def _read_layer_metadata(folder: Path) -> tuple[int, dict[str, Any]]:
+    """Return the layer of one SAELens folder, and its fields of `AdapterMetadata` with "n_layers".
+
+    Raises AdapterFormatError for a configuration that would be misread.
+    """
     config = read_config(folder)
     about = config.get("metadata") or config
-
-    def refuse(what: str, instead: str) -> None:
-        raise AdapterFormatError(f"{folder / CONFIG_FILE}: {what}; {instead}.")
-
-    for key, allowed in (
-        ("architecture", ("transcoder", "jumprelu_transcoder")),
-        ("apply_b_dec_to_input", (False,)),
-        ("normalize_activations", ("none", None)),
-        ("reshape_activations", ("none", None)),
-        ("activation_fn", ("relu", None)),
-        ("activation_fn_str", ("relu", None)),
-    ):
-        if config.get(key) not in allowed:
-            refuse(
+    for key, supported in _SUPPORTED_VALUES:
+        if config.get(key) not in supported:
+            _refuse(
+                folder,
                 f"{key} is {config.get(key)!r}",
-                f"supported is {' or '.join(repr(a) for a in allowed if a is not None)}",
+                f"supported is {' or '.join(repr(value) for value in supported if value is not None)}",
             )
     if about.get("hook_head_index") is not None:
-        refuse(f"hook_head_index is {about['hook_head_index']}", "an adapter reads the whole stream")
-    hook_in, hook_out = str(about.get("hook_name")), str(about.get("hook_name_out"))
+        _refuse(folder, f"hook_head_index is {about['hook_head_index']}", "an adapter reads the whole stream")
+    layer, reads, writes = _read_hooks(folder, str(about.get("hook_name")), str(about.get("hook_name_out")))
+    ours = about.get("tl_adapters") or {"target": str(about.get("model_name") or "")}
+    known_fields = {f.name for f in fields(AdapterMetadata)}
+    metadata = {key: value for key, value in ours.items() if key in known_fields}
+    metadata["fingerprints"] = {k: v for k, v in metadata.get("fingerprints", {}).items() if k != "adapters"}
+    architecture = config["architecture"]
+    activation = metadata.get("activation") or {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}[architecture]
+    if ARCHITECTURES.get(activation) != architecture:
+        _refuse(
+            folder, f"its metadata says {activation}, its architecture {architecture}", "they contradict each other"
+        )
+    metadata |= {"activation": activation, "k": metadata.get("k")}
+    metadata |= {"reads": reads, "writes": writes, "n_layers": ours.get("n_layers")}
+    return layer, metadata
+
+
+def _read_hooks(folder: Path, hook_in: str, hook_out: str) -> tuple[int, str, str]:
+    """Return the layer, and `AdapterMetadata`'s "reads" and "writes", that belong to the two hook names."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_in)
-    reads = {form.partition("{}.")[2]: name for name, form in HOOK_IN.items()}
+    reads = {hook.partition("{}.")[2]: name for name, hook in HOOK_IN.items()}
     if match is None or match[2] not in reads:
-        refuse(f"it reads {hook_in}", f"supported are {' and '.join(form.format('N') for form in HOOK_IN.values())}")
-    assert match is not None
+        supported = " and ".join(hook.format("N") for hook in HOOK_IN.values())
+        _refuse(folder, f"it reads {hook_in}", f"supported are {supported}")
     layer = int(match[1])
-    writes = {form.format(layer): name for name, form in HOOK_OUT.items()}
+    writes = {hook.format(layer): name for name, hook in HOOK_OUT.items()}
     writes[f"blocks.{layer}.mlp.hook_out"] = "mlp_out"
     if hook_out not in writes:
-        refuse(f"it writes {hook_out}", f"supported are {' and '.join(writes)}")
-    ours = about.get("tl_adapters") or {"target": str(about.get("model_name") or "")}
-    known = {f.name for f in fields(AdapterMetadata)}
-    form = {key: value for key, value in ours.items() if key in known}
-    form["fingerprints"] = {k: v for k, v in form.get("fingerprints", {}).items() if k != "adapters"}
-    architecture = config["architecture"]
-    activation = form.get("activation") or {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}[architecture]
-    if ARCHITECTURES.get(activation) != architecture:
-        refuse(f"its metadata says {activation}, its architecture {architecture}", "they contradict each other")
-    form |= {"activation": activation, "k": form.get("k")}
-    form |= {"reads": reads[match[2]], "writes": writes[hook_out], "n_layers": ours.get("n_layers")}
-    return layer, form
+        _refuse(folder, f"it writes {hook_out}", f"supported are {' and '.join(writes)}")
+    return layer, reads[match[2]], writes[hook_out]
+
+
+def _refuse(folder: Path, given: str, supported: str) -> NoReturn:
+    raise AdapterFormatError(f"{folder / CONFIG_FILE}: {given}; {supported}.")

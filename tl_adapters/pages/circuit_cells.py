@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tl_adapters.pages.circuit_diagram import shown_text
-from tl_adapters.utils.html import escape, figure_cell
+from tl_adapters.utils.html import escape, measurement_cell
 
 Block = Mapping[str, Any]
 _ARMS = {
@@ -96,7 +96,7 @@ def shown(value: Any, as_share: bool | None = None) -> str:
         if as_share is None:
             as_share = str(value.get("unit", "")).startswith(("share", "accuracy", "probability"))
         form = percent if as_share else short
-        return figure_cell(value, form)
+        return measurement_cell(value, form)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return percent(value) if as_share else short(value)
     return shown_text(str(value))

@@ -42,7 +42,7 @@ from tl_adapters.pages.circuit_sections import (
 )
 from tl_adapters.pages.feature_pages import feature_address
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.html import escape, marked_at, page, table
+from tl_adapters.utils.html import escape, highlight_spans, page, table
 from tl_adapters.utils.results import plain
 
 HESITATION_PAGE = "hesitation.html"
@@ -265,7 +265,7 @@ def _generations(examples: Sequence[Block], words: Sequence[str]) -> str:
             for arm, text in said.items()
         }
         boxes = "".join(
-            f"<div><h4>{arm_name(arm)}</h4><pre>{marked_at(text, places.get(arm) or [])}</pre></div>"
+            f"<div><h4>{arm_name(arm)}</h4><pre>{highlight_spans(text, places.get(arm) or [])}</pre></div>"
             for arm, text in said.items()
         )
         question = escape(str(example.get("question", "")))

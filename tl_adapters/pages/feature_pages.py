@@ -31,7 +31,7 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature, FeatureStoreError
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.files import new_folder, require_absent
-from tl_adapters.utils.html import escape, inert_json
+from tl_adapters.utils.html import escape, script_json
 
 PER_PAGE = 32
 """Numbers of a layer that share a page."""
@@ -317,7 +317,7 @@ def _page(name: str, texts: Mapping[str, str], data: Mapping[str, Any]) -> str:
         "form-action 'none'"
     )
     try:
-        held = inert_json(data)
+        held = script_json(data)
     except ValueError as error:
         raise FeatureStoreError(f"The store holds a number that is not finite ({error}); a page shows none.") from error
     parts = {"policy": policy, "css": css, "js": js, "data": held, **{k: escape(text) for k, text in texts.items()}}

@@ -1,7 +1,7 @@
-"""A graph into a folder: our own files, the page to look at, and the files of circuit-tracer's viewer.
+"""Writes an attribution graph to a folder: the saved graph, its HTML page, and the files of circuit-tracer's viewer.
 
-What a feature promotes is its decoder row through the final norm's weight and the unembedding. Where it fires is this
-prompt and, where the run has a feature store, the store's examples; there it has its label, too.
+Each feature is described by its logit effects (its decoder row through the final norm's weight and the unembedding)
+and by its activations on the prompt. A feature store of the run adds the feature's label and top activating examples.
 """
 
 from __future__ import annotations
@@ -27,20 +27,25 @@ from tl_adapters.interop.circuit_tracer import (
     write_circuit_tracer,
 )
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.pages.graph_viewer import ViewerData, ViewerNode, write_page
+from tl_adapters.pages.graph_viewer import ViewerData, ViewerNode, write_viewer
 from tl_adapters.utils.files import require_absent
 
-TOP, EXAMPLES = 8, 4
-_WINDOW = 12
+CIRCUIT_TRACER_FOLDER = "circuit-tracer"
+_TOP_LOGITS = 8
+"""Tokens listed as raised, and as lowered, by a feature."""
+_STORE_EXAMPLES = 4
+"""Top activating examples taken from the feature store."""
+_TOKENS_BEFORE, _TOKENS_AFTER = 12, 6
+"""Tokens of an example shown before its token, and from it on."""
 
 
-class Written(NamedTuple):
-    """Where a graph is to be looked at."""
+class GraphPaths(NamedTuple):
+    """Where a written graph can be viewed."""
 
     page: Path
-    """The page that needs nothing else."""
+    """The self-contained HTML page."""
     circuit_tracer: str
-    """Address within circuit-tracer's viewer, pinned nodes and supernodes shown."""
+    """Address of the graph in circuit-tracer's viewer, with pinned nodes and supernodes."""
 
 
 def write_graph(
@@ -53,22 +58,22 @@ def write_graph(
     node_threshold: float = NODE_THRESHOLD,
     edge_threshold: float = EDGE_THRESHOLD,
     store: FeatureStore | None = None,
-) -> Written:
-    """Write ``name``.html, ``name``/ (our own files) and circuit-tracer/ into a folder.
+) -> GraphPaths:
+    """Write ``name``.html, ``name``/ (the saved graph) and circuit-tracer/ into a folder.
 
     Args:
-        pair: whose features these are.
-        graph: what `attribute` made.
-        folder: made if it is not there.
-        name: of the page and of the graph; letters, digits, ``_``, ``.`` and ``-``.
-        title: the page's heading; "" takes the end of the prompt.
-        node_threshold, edge_threshold: as `pruning.prune`; the page and circuit-tracer's files hold what is left.
-        store: of the same adapters, for labels and further examples.
+        pair: the pair whose features are in the graph.
+        graph: a graph made by `attribute`.
+        folder: created if it does not exist.
+        name: name of the page and of the graph; letters, digits, ``_``, ``.`` and ``-``.
+        title: heading of the page; "" takes the end of the prompt.
+        node_threshold, edge_threshold: as in `prune`; the page and circuit-tracer's files hold the pruned graph.
+        store: a feature store of the same adapters, for labels and further examples.
 
     Raises:
-        FeatureStoreError: a store of other adapters.
-        GraphError: a name or thresholds that are not allowed, or a graph of another pair.
-        FolderExistsError: a graph of that name is there.
+        FeatureStoreError: the store belongs to other adapters.
+        GraphError: a name or threshold that is not allowed, or a graph of another pair.
+        FolderExistsError: a graph of that name exists already.
     """
     require_slug(name)
     require_same_pair(pair, graph)
@@ -76,10 +81,11 @@ def write_graph(
     folder = Path(folder)
     pruned = prune(graph, node_threshold, edge_threshold)
     records = feature_records(pair, graph, pruned, store)
-    # First what can still be refused (a prompt of one token, a folder of other adapters' graphs): then nothing is left.
+    # The circuit-tracer files are written first: they can still be refused (a prompt of one token, a folder with graphs
+    # of other adapters), and then nothing remains.
     url = write_circuit_tracer(
         graph,
-        folder / "circuit-tracer",
+        folder / CIRCUIT_TRACER_FOLDER,
         name,
         node_threshold=node_threshold,
         edge_threshold=edge_threshold,
@@ -87,14 +93,17 @@ def write_graph(
     )
     graph.save(folder / name)
     page = folder / f"{name}.html"
-    write_page(page, viewer_data(graph, pruned, records, title or "".join(graph.display_strings[-12:])))
-    return Written(page, url)
+    write_viewer(page, viewer_data(graph, pruned, records, title or "".join(graph.display_strings[-12:])))
+    return GraphPaths(page, url)
 
 
 def remove_graph(folder: str | Path, name: str) -> None:
-    """Remove what `write_graph` wrote under a name, and nothing else; no such graph is no error. Raises GraphError."""
+    """Remove everything that `write_graph` wrote under a name; a graph that does not exist is not an error.
+
+    Raises GraphError for a name that is not allowed, or a damaged list of graphs.
+    """
     folder = Path(folder)
-    remove_circuit_tracer(folder / "circuit-tracer", name)
+    remove_circuit_tracer(folder / CIRCUIT_TRACER_FOLDER, name)
     shutil.rmtree(folder / name, ignore_errors=True)
     (folder / f"{name}.html").unlink(missing_ok=True)
 
@@ -103,21 +112,27 @@ def remove_graph(folder: str | Path, name: str) -> None:
 def feature_records(
     pair: PairedModel, graph: AttributionGraph, pruned: PrunedGraph, store: FeatureStore | None = None
 ) -> dict[tuple[int, int], FeatureRecord]:
-    """What is known of every feature that is left: its logit effects, where in this prompt it fires, and where else."""
+    """Return, by (layer, index), the record of every feature of the pruned graph.
+
+    A record holds the feature's logit effects, its activations on the prompt, and the content of ``store``, if given.
+    """
     if store is not None:
         store.require_features_of(pair)
-    left = graph.features[pruned.node_mask[: len(graph.features)]]
+    remaining = graph.features[pruned.node_mask[: len(graph.features)]]
     records = {}
-    for layer in left[:, 0].unique().tolist():
-        chosen = left[left[:, 0] == layer][:, 2].unique()
-        effects = logit_effects(pair, layer, pair.installed_adapters()[layer].W_dec[chosen.to(pair.model.W_E.device)])
-        for index, effect in zip(chosen.tolist(), effects, strict=True):
-            here = (graph.features[:, 0] == layer) & (graph.features[:, 2] == index)
+    for layer in remaining[:, 0].unique().tolist():
+        indices = remaining[remaining[:, 0] == layer][:, 2].unique()
+        effects = logit_effects(pair, layer, pair.installed_adapters()[layer].W_dec[indices.to(pair.model.W_E.device)])
+        for index, effect in zip(indices.tolist(), effects, strict=True):
+            nodes = (graph.features[:, 0] == layer) & (graph.features[:, 2] == index)
             acts = torch.zeros(len(graph.tokens), dtype=graph.activations.dtype)
-            acts[graph.features[here, 1]] = graph.activations[here]
-            top, bottom = effect.topk(min(TOP, len(effect))), (-effect).topk(min(TOP, len(effect)))
-            here_first = (graph.display_strings, acts.tolist(), int(acts.argmax()))
-            known = {} if store is None or layer not in store.about.layers else _known(store.feature((layer, index)))
+            acts[graph.features[nodes, 1]] = graph.activations[nodes]
+            n_logits = min(_TOP_LOGITS, len(effect))
+            top, bottom = effect.topk(n_logits), (-effect).topk(n_logits)
+            prompt_example = (graph.display_strings, acts.tolist(), int(acts.argmax()))
+            stored = {}
+            if store is not None and layer in store.about.layers:
+                stored = _stored_fields(store.feature((layer, index)))
             records[layer, index] = FeatureRecord(
                 layer,
                 index,
@@ -128,15 +143,18 @@ def feature_records(
                 **{
                     "act_min": float(acts.min()),
                     "act_max": float(acts.max()),
-                    **known,
-                    "examples": [here_first, *known.get("examples", [])],
+                    **stored,
+                    "examples": [prompt_example, *stored.get("examples", [])],
                 },
             )
     return records
 
 
-def _known(feature: Feature) -> dict[str, Any]:
-    """What the store adds to a record. Raw activations, as in the graph: the store's are in decoder-norm units."""
+def _stored_fields(feature: Feature) -> dict[str, Any]:
+    """Return the fields of a record that a feature store supplies.
+
+    Activations are raw, as in the graph; the store holds them in units of the decoder norm.
+    """
     raw = 1 / feature.decoder_norm if feature.decoder_norm else 0.0
     return {
         "label": feature.label.text if feature.label else "",
@@ -147,7 +165,7 @@ def _known(feature: Feature) -> dict[str, Any]:
         "activation_frequency": feature.density,
         "examples": [
             (e.display_texts, [value * raw for value in e.values], e.token_index)
-            for e in feature.top_examples[:EXAMPLES]
+            for e in feature.top_examples[:_STORE_EXAMPLES]
         ],
     }
 
@@ -155,13 +173,13 @@ def _known(feature: Feature) -> dict[str, Any]:
 def viewer_data(
     graph: AttributionGraph, pruned: PrunedGraph, records: dict[tuple[int, int], FeatureRecord], title: str
 ) -> ViewerData:
-    """What is left of the graph, as the page takes it."""
-    ids, shares = node_ids(graph), pruned.influence / pruned.influence.sum().clamp(min=1e-30)
-    kept = pruned.node_mask.nonzero()[:, 0].tolist()
-    number = {node: i for i, node in enumerate(kept)}
+    """Return the content of the page of a pruned graph."""
+    ids, influence = node_ids(graph), pruned.influence / pruned.influence.sum().clamp(min=1e-30)
+    remaining = pruned.node_mask.nonzero()[:, 0].tolist()
+    number = {node: i for i, node in enumerate(remaining)}
     nodes = []
-    for node in kept:
-        common = dict(id=ids[node], influence=float(shares[node]), cumulative=float(pruned.cumulative[node]))
+    for node in remaining:
+        common = dict(id=ids[node], influence=float(influence[node]), cumulative=float(pruned.cumulative[node]))
         nodes.append(_viewer_node(graph, node, records, common))
     links = [
         (number[source], number[target], weight)
@@ -172,7 +190,7 @@ def viewer_data(
     about = {
         "linearisation": str(graph.about.get("linearisation", "")),
         "feature nodes": len(graph.features),
-        "shown": len(kept),
+        "shown": len(remaining),
         "influence through features": round(feature_share(graph), 4),
         "conservation residual": f"{graph.residual:.1e}" if graph.adds_up else "a gradient does not add up",
         **{f"fingerprint, {k}": v for k, v in graph.about.get("fingerprints", {}).items() if "." not in k},
@@ -181,47 +199,41 @@ def viewer_data(
 
 
 def _viewer_node(
-    graph: AttributionGraph, node: int, records: dict[tuple[int, int], FeatureRecord], common: dict[str, object]
+    graph: AttributionGraph, node: int, records: dict[tuple[int, int], FeatureRecord], common: dict[str, Any]
 ) -> ViewerNode:
-    empty: dict[str, object] = dict(
+    empty: dict[str, Any] = dict(
         feature=None, activation=None, probability=None, examples=(), top=(), bottom=(), **common
     )
     if node < len(graph.features):
         layer, position, index = graph.features[node].tolist()
         record = records[layer, index]
-        around = _windows(record, position)
-        known = empty | dict(
+        fields = empty | dict(
             feature=index,
             activation=float(graph.activations[node]),
-            examples=around,
+            examples=_example_windows(record, position),
             top=tuple(zip(record.top_logits, record.top_effects, strict=True)),
             bottom=tuple(zip(record.bottom_logits, record.bottom_effects, strict=True)),
         )
-        return ViewerNode(kind="feature", layer=layer, position=position, label=record.label, **known)  # type: ignore[arg-type]
+        return ViewerNode(kind="feature", layer=layer, position=position, label=record.label, **fields)
     if node < graph.first_token:
         layer, position = graph.errors[node - len(graph.features)].tolist()
-        return ViewerNode(kind="error", layer=layer, position=position, label="base MLP", **empty)  # type: ignore[arg-type]
+        return ViewerNode(kind="error", layer=layer, position=position, label="base MLP", **empty)
     if node < graph.first_target:
         position = node - graph.first_token
-        label = graph.strings[position]
-        return ViewerNode(kind="token", layer=-1, position=position, label=label, **empty)  # type: ignore[arg-type]
+        return ViewerNode(kind="token", layer=-1, position=position, label=graph.strings[position], **empty)
     target = graph.targets[node - graph.first_target]
-    known = empty | dict(probability=target.probability)
-    return ViewerNode(
-        kind="logit",
-        layer=graph.n_layers,
-        position=target.position,
-        label=target.label,
-        **known,  # type: ignore[arg-type]
-    )
+    fields = empty | dict(probability=target.probability)
+    return ViewerNode(kind="logit", layer=graph.n_layers, position=target.position, label=target.label, **fields)
 
 
-def _windows(record: FeatureRecord, position: int) -> tuple[tuple[tuple[str, float], ...], ...]:
-    """The prompt around the node, and around where the feature is strongest there; then its examples elsewhere."""
-    (tokens, acts, strongest), *elsewhere = record.examples
-    places = [(tokens, acts, at) for at in dict.fromkeys((position, strongest))] + elsewhere
+def _example_windows(record: FeatureRecord, position: int) -> tuple[tuple[tuple[str, float], ...], ...]:
+    """Return windows of (token, activation): around the node and the strongest activation on the prompt, then the rest.
+
+    The first example of a record is the prompt.
+    """
+    (tokens, acts, strongest), *others = record.examples
     windows = []
-    for tokens, acts, at in places:
-        part = slice(max(0, at - _WINDOW), at + _WINDOW // 2)
-        windows.append(tuple(zip(tokens[part], acts[part], strict=True)))
+    for tokens, acts, center in [*((tokens, acts, at) for at in dict.fromkeys((position, strongest))), *others]:
+        window = slice(max(0, center - _TOKENS_BEFORE), center + _TOKENS_AFTER)
+        windows.append(tuple(zip(tokens[window], acts[window], strict=True)))
     return tuple(windows)

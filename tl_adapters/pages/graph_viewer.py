@@ -1,12 +1,11 @@
-"""An attribution graph as one page that opens offline: nodes to click, links by sign and weight, pins and groups.
+"""The interactive HTML page of an attribution graph: nodes to select, signed links, pruning, pins and groups.
 
-Everything is inlined, d3 too. What comes from a model goes into the page as JSON that holds no ``<``, and from there
-into the page's text by textContent alone, so a token that looks like HTML is shown, not run.
+The page opens offline; style, script and d3 are inlined. Text that comes from a model enters the page as JSON without
+``<`` and is displayed by textContent only, so a token that looks like HTML is shown and never run.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,87 +14,94 @@ from typing import Literal
 
 from tl_adapters.errors import UserError
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.html import inert_json
+from tl_adapters.utils.html import d3_license_and_script, fill_template, script_json
 
-Kind = Literal["feature", "token", "logit", "error"]
+NodeKind = Literal["feature", "token", "logit", "error"]
 
 
 class ViewerDataError(UserError, ValueError):
-    """Data that no page can be made of."""
+    """The data cannot be shown on a graph page."""
 
 
 @dataclass(frozen=True)
 class ViewerNode:
-    """One node as the page shows it."""
+    """One node of the page."""
 
     id: str
-    """Its name in links to the page; no two nodes share one."""
-    kind: Kind
-    """What it stands for; an error is a frozen base MLP."""
+    """Name of the node in links to the page; unique within the page."""
+    kind: NodeKind
+    """What the node stands for; an error node stands for the contribution of a base MLP that is held constant."""
     layer: int
-    """-1 for tokens, the number of layers for logits."""
+    """Layer; -1 for tokens and the number of layers for logits."""
     position: int
-    """Where in the prompt."""
+    """Position in the prompt."""
     label: str
-    """What to call it; may be empty."""
+    """Displayed name; may be empty."""
     feature: int | None
-    """Its index in its layer, if it is a feature."""
+    """Index of the feature in its layer; None for other nodes."""
     activation: float | None
-    """Of a feature, here."""
+    """Activation of the feature at this position; None for other nodes."""
     influence: float
-    """Its share, which is its size."""
+    """Share of the total influence, which the size of the node shows."""
     cumulative: float
-    """Share of all influence down to this node, 0 to 1: the prune slider hides what is above it."""
+    """Share of the influence of all nodes down to this one, 0 to 1; the prune slider hides nodes above its value."""
     probability: float | None
-    """Of a logit's token."""
+    """Probability of a logit's token; None for other nodes."""
     examples: tuple[tuple[tuple[str, float], ...], ...]
-    """Windows of (token, activation) where the feature is strong."""
+    """Windows of (token, activation) around strong activations of the feature."""
     top: tuple[tuple[str, float], ...]
-    """Tokens it raises most, with by how much."""
+    """Tokens whose logits the feature raises most, with its effect on them."""
     bottom: tuple[tuple[str, float], ...]
-    """Tokens it lowers most, with by how much."""
+    """Tokens whose logits the feature lowers most, with its effect on them."""
 
 
 @dataclass(frozen=True)
 class ViewerData:
-    """All that the page shows."""
+    """The content of a graph page."""
 
     title: str
-    """Its heading."""
+    """Heading."""
     tokens: tuple[str, ...]
     """The prompt, decoded token by token."""
     n_layers: int
-    """Of the model."""
+    """Number of layers of the model."""
     nodes: tuple[ViewerNode, ...]
-    """In any order; links name them by number."""
+    """Nodes in any order; links refer to them by position in this tuple."""
     links: tuple[tuple[int, int, float], ...]
-    """Source node, target node, weight."""
+    """Links as (source node, target node, weight)."""
     about: Mapping[str, str | float | int]
-    """Shown in a panel of its own: how the graph was made and how well it adds up."""
+    """Facts shown in a panel: how the graph was made, and its conservation residual."""
 
 
-def write_page(path: str | Path, data: ViewerData) -> None:
-    """Write the page: one file that needs nothing from anywhere. Raises ViewerDataError and DiskFullError."""
-    _check(data)
+def write_viewer(path: str | Path, data: ViewerData) -> None:
+    """Write the page of a graph as one file that loads nothing.
+
+    Raises:
+        ViewerDataError: repeated node ids, positions or links outside the graph, or a number that is not finite.
+        DiskFullError.
+    """
+    _require_displayable(data)
     try:
-        blob = _json(data)
+        data_json = _data_json(data)
     except ValueError as error:
-        raise ViewerDataError(f"The graph holds a number that is not finite ({error}); a page shows none.") from error
+        raise ViewerDataError(
+            f"The graph holds a number that is not finite ({error}), which a page cannot show."
+        ) from error
+    d3_license, d3 = d3_license_and_script()
     parts = {
-        "css": _asset("viewer.css"),
-        "d3-licence": _asset("d3.LICENSE"),
-        "d3": _asset("d3.min.js"),
-        "data": blob,
-        "js": _asset("viewer.js"),
+        "css": _template("viewer.css"),
+        "d3-licence": d3_license,
+        "d3": d3,
+        "data": data_json,
+        "js": _template("viewer.js"),
     }
-    # One pass, so that text of the graph that looks like a place to fill is left alone.
-    write_text(path, re.sub(r"@@([a-z0-9-]+)@@", lambda place: parts[place[1]], _asset("page.html")))
+    write_text(path, fill_template(_template("page.html"), parts))
 
 
-def _check(data: ViewerData) -> None:
-    """Raises ViewerDataError for what would make the page fail silently."""
+def _require_displayable(data: ViewerData) -> None:
+    """Raise ViewerDataError for data with which the page would fail silently."""
     if len({node.id for node in data.nodes}) < len(data.nodes):
-        raise ViewerDataError("Two nodes share an id; a link to the page could not tell them apart.")
+        raise ViewerDataError("Two nodes share an id, so a link to the page could not tell them apart.")
     for node in data.nodes:
         if not (-1 <= node.layer <= data.n_layers and 0 <= node.position < len(data.tokens)):
             raise ViewerDataError(
@@ -107,11 +113,9 @@ def _check(data: ViewerData) -> None:
             raise ViewerDataError(f"A link joins nodes {source} and {target}; there are {len(data.nodes)} nodes.")
 
 
-def _json(data: ViewerData) -> str:
-    """The data as JSON that cannot end its script element; U+2028 and all else outside ASCII are escaped too."""
-    record = {**vars(data), "nodes": [vars(node) for node in data.nodes], "about": dict(data.about)}
-    return inert_json(record)
+def _data_json(data: ViewerData) -> str:
+    return script_json({**vars(data), "nodes": [vars(node) for node in data.nodes], "about": dict(data.about)})
 
 
-def _asset(name: str) -> str:
+def _template(name: str) -> str:
     return (files(__package__) / "templates" / "graph_viewer" / name).read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.data.hesitation_words import HIGHLIGHTED_WORDS
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.html import escape, figure_cell, marked, page, table
+from tl_adapters.utils.html import escape, measurement_cell, page, table
 from tl_adapters.utils.plots import Line, plot
 from tl_adapters.utils.results import read_results
 
@@ -171,7 +171,7 @@ def _behaviour(b: Block) -> str:
     for name in ("base", "target", "hybrid", "replacement"):
         rate = b[name]
         cells = [
-            figure_cell({**(rate["ci"].get(key) or {}), "value": rate[key]}, fmt)
+            measurement_cell({**(rate["ci"].get(key) or {}), "value": rate[key]}, fmt)
             for key, fmt in (
                 ("accuracy", _percent), ("length", _one), ("hesitation_per_1k", _one), ("think_opened", _percent),
                 ("truncated", _percent),
@@ -310,7 +310,7 @@ def _hesitation(b: Block) -> str:
 def _rate_cells(rate: Block) -> list[str]:
     cells = []
     for key, fmt in (("accuracy", _percent), ("length", _one), ("hesitation_per_1k", _one)):
-        cells.append(figure_cell({**((rate.get("ci") or {}).get(key) or {}), "value": rate.get(key)}, fmt))
+        cells.append(measurement_cell({**((rate.get("ci") or {}).get(key) or {}), "value": rate.get(key)}, fmt))
     return cells
 
 
@@ -343,7 +343,7 @@ def _banded(label: str, x: Sequence[float], figures: Sequence[Block]) -> Line:
 
 
 def _figure(figure: Block, percent: bool = False) -> str:
-    return figure_cell(figure, _percent if percent else _short)
+    return measurement_cell(figure, _percent if percent else _short)
 
 
 def _percent(value: float) -> str:

@@ -7,11 +7,11 @@
 * `file_hashes`: SHA-256 of files; those of large files are remembered between runs
 * `files`: Atomic writes of files and folders, and a lock on a folder
 * `finite`: Checks that weights and activations hold neither NaN nor infinity
-* `html`: Small pieces of pages: escaped text, tables, line plots as SVG, and the page around them. They know no
+* `html`: HTML building blocks: escaping, tables, cells with confidence intervals, templates and a page frame
 * `kl_divergence`: KL divergence per token from logits or residual streams, in chunks
 * `measurement`: Types of measured values with their confidence intervals
-* `notebook`: Views for notebooks: circuitsvis pages that work offline, and tokens colored by their values
-* `plots`: Line plots as SVG
+* `notebook`: HTML views for notebooks: circuitsvis components that work offline, and tokens colored by value
+* `plots`: Line and point plots as inline SVG, drawn without pyplot
 * `precision`: Sums and logits in float32 or wider, whatever the dtype and the device of the model
 * `results`: results.json: one block per stage of a run, with versions and seconds
 * `share_intervals`: Closed-form intervals of shares and counts of independent items

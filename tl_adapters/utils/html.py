@@ -1,6 +1,6 @@
-"""Small pieces of pages: escaped text, tables, line plots as SVG, and the page around them. They know no other room.
+"""HTML building blocks: escaping, tables, cells with confidence intervals, templates and a page frame.
 
-Everything is inlined, so a page opens offline; every piece of text that comes from a model is escaped here.
+Style and script are inlined, so that a page opens offline. Text that comes from a model is escaped here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
 from tl_adapters.utils.strict_json import dumps
@@ -36,71 +37,96 @@ mark { background: var(--mark); border-radius: 3px; padding: 0 2px; font-weight:
 
 
 def escape(text: str) -> str:
-    """Text as HTML that shows exactly it."""
+    """Return ``text`` as HTML that displays exactly this text."""
     return html.escape(text, quote=True)
 
 
-def marked(text: str, words: Sequence[str]) -> str:
-    """``text`` as HTML with ``words`` highlighted, in any case."""
-    found = re.finditer("|".join(rf"\b{re.escape(word)}\b" for word in words), text, flags=re.IGNORECASE)
-    return marked_at(text, [match.span() for match in found])
+def highlight_words(text: str, words: Sequence[str]) -> str:
+    """Return ``text`` as HTML with every occurrence of ``words`` highlighted, in any case."""
+    matches = re.finditer("|".join(rf"\b{re.escape(word)}\b" for word in words), text, flags=re.IGNORECASE)
+    return highlight_spans(text, [match.span() for match in matches])
 
 
-def marked_at(text: str, places: Sequence[Sequence[int]]) -> str:
-    """``text`` as HTML with places highlighted, each as (start, stop) of characters."""
-    out, done = [], 0
-    for start, stop in sorted(map(tuple, places)):
-        start = max(start, done)
+def highlight_spans(text: str, spans: Sequence[Sequence[int]]) -> str:
+    """Return ``text`` as HTML with spans highlighted, each given as (start, stop) in characters; spans may overlap."""
+    pieces, end = [], 0
+    for start, stop in sorted(map(tuple, spans)):
+        start = max(start, end)
         if start < stop:
-            out.append(f"{escape(text[done:start])}<mark>{escape(text[start:stop])}</mark>")
-            done = stop
-    return "".join(out) + escape(text[done:])
+            pieces.append(f"{escape(text[end:start])}<mark>{escape(text[start:stop])}</mark>")
+            end = stop
+    return "".join(pieces) + escape(text[end:])
 
 
-def inert_json(value: object) -> str:
-    """JSON for a page's script: ASCII, and no character in it could end the script. Raises ValueError for NaN."""
+def script_json(value: object) -> str:
+    """Return ``value`` as ASCII JSON in which no character can end the script element that holds it.
+
+    Raises ValueError for NaN and infinity.
+    """
     text = dumps(value, separators=(",", ":"))
-    for sign in "<>&":  # several times as fast as translate, and pages hold megabytes
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    for character in "<>&":  # several times as fast as str.translate; a page can hold megabytes
+        text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
+def fill_template(template: str, parts: Mapping[str, str]) -> str:
+    """Replace every ``@@name@@`` of a template by ``parts[name]``.
+
+    The template is read once, so an ``@@name@@`` inside a part stays as it is.
+    """
+    return re.sub(r"@@([a-z0-9-]+)@@", lambda placeholder: parts[placeholder[1]], template)
+
+
+def d3_license_and_script() -> tuple[str, str]:
+    """Return the license and the minified script of d3 7.9.0, which is part of this package."""
+    folder = files("tl_adapters.utils") / "d3"
+    license_text, script = ((folder / name).read_text(encoding="utf-8") for name in ("d3.LICENSE", "d3.min.js"))
+    return license_text, script
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML already."""
+    """Return an HTML table; the cells are HTML already."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def interval_text(figure: Mapping[str, Any], fmt: Callable[[float], str]) -> str:
-    """The ends of a figure's interval, or why there is none; and how many draws of the bootstrap had no value.
+def interval_text(measurement: Mapping[str, Any], fmt: Callable[[float], str]) -> str:
+    """Return the ends of a measurement's interval as text, or the reason why there is no interval.
+
+    The share of bootstrap draws that had no value is added where there are any.
 
     Args:
-        figure: with "low" and "high", and perhaps "reason" and "undefined", as results.json holds them.
-        fmt: writes an end.
+        measurement: "low" and "high", and optionally "reason" and "undefined", as results.json holds them.
+        fmt: formats one end.
     """
-    low, high = figure.get("low"), figure.get("high")
+    low, high = measurement.get("low"), measurement.get("high")
     if low is None or high is None:
-        return f"no interval: {figure['reason']}" if figure.get("reason") else ""
-    undefined = figure.get("undefined")
+        return f"no interval: {measurement['reason']}" if measurement.get("reason") else ""
+    undefined = measurement.get("undefined")
     return f"{fmt(low)} to {fmt(high)}" + (f"; {undefined:.1%} of the draws without a value" if undefined else "")
 
 
-def figure_cell(figure: Mapping[str, Any], fmt: Callable[[float], str]) -> str:
-    """A table cell with a figure's value and its interval; "-" and the reason where it has no value."""
-    if figure.get("value") is None:
-        return with_interval("-", figure["reason"]) if figure.get("reason") else "-"
-    interval = interval_text(figure, fmt)
-    return with_interval(fmt(figure["value"]), interval) if interval else escape(fmt(figure["value"]))
+def measurement_cell(measurement: Mapping[str, Any], fmt: Callable[[float], str]) -> str:
+    """Return a table cell with a measurement's value and interval; "-" and the reason where there is no value."""
+    if measurement.get("value") is None:
+        return with_interval("-", measurement["reason"]) if measurement.get("reason") else "-"
+    interval = interval_text(measurement, fmt)
+    return with_interval(fmt(measurement["value"]), interval) if interval else escape(fmt(measurement["value"]))
 
 
 def with_interval(value: str, interval: str) -> str:
-    """A table cell with an interval under its value."""
+    """Return a table cell that shows an interval below its value."""
     return f"{escape(value)}<small>{escape(interval)}</small>"
 
 
+def percent(value: float) -> str:
+    """Return a share as a percentage with one decimal."""
+    return f"{100 * value:.1f} %"
+
+
 def page(title: str, body: str) -> str:
-    """A whole page that needs nothing from anywhere."""
+    """Return a complete page around ``body``, which loads no other file."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'

@@ -1,4 +1,4 @@
-"""Views for notebooks: circuitsvis pages that work offline, and tokens colored by their values."""
+"""HTML views for notebooks: circuitsvis components that work offline, and tokens colored by value."""
 
 from __future__ import annotations
 
@@ -16,43 +16,49 @@ from tl_adapters.utils.strict_json import dumps
 
 @dataclass(frozen=True)
 class NotebookView:
-    """A piece of HTML that a notebook shows."""
+    """Self-contained HTML that a notebook displays as the result of a cell."""
 
     html: str = field(repr=False)
-    """Self-contained: nothing is loaded from anywhere."""
+    """The HTML, which loads nothing from the network."""
 
     def _repr_html_(self) -> str:
         return self.html
 
 
 def circuitsvis_view(parts: Sequence[str | tuple[str, Mapping[str, object]]]) -> NotebookView:
-    """HTML and circuitsvis's components (name, properties) one after the other, its script in it once.
+    """Return HTML and circuitsvis components in order, with the script of circuitsvis included once.
 
-    circuitsvis itself writes 1.3 MB of script for each component, and asks the network first. Properties are those of
-    the component; tokens are to be escaped (`circuitsvis_tokens`). Raises ValueError for a number that is not finite.
+    circuitsvis itself writes 1.3 MB of script for every component and tries the network first.
+
+    Args:
+        parts: pieces of HTML, and components as (name, properties). Tokens among the properties must be escaped
+            (`circuitsvis_tokens`).
+
+    Raises:
+        ValueError: a property is a number that is not finite.
     """
     pieces, calls = [], []
     for part in parts:
         if isinstance(part, str):
             pieces.append(part)
             continue
-        name, (component, properties) = f"circuits-vis-{uuid.uuid4().hex[:12]}", part
-        pieces.append(f'<div id="{name}" style="margin: 12px 0"></div>')
-        # Tokens hold no "<" any more; what else could would end the script.
-        held = dumps(properties).replace("<", "\\u003c")
-        calls.append(f'CircuitsVis.render("{name}", CircuitsVis.{component}, {held});')
-    script = f'<script type="module">{_circuitsvis()}\n{"".join(calls)}</script>' if calls else ""
+        element_id, (component, properties) = f"circuits-vis-{uuid.uuid4().hex[:12]}", part
+        pieces.append(f'<div id="{element_id}" style="margin: 12px 0"></div>')
+        # Escaped tokens hold no "<"; one in any other text could end the script.
+        properties_json = dumps(properties).replace("<", "\\u003c")
+        calls.append(f'CircuitsVis.render("{element_id}", CircuitsVis.{component}, {properties_json});')
+    script = f'<script type="module">{_circuitsvis_script()}\n{"".join(calls)}</script>' if calls else ""
     return NotebookView("".join(pieces) + script)
 
 
 def circuitsvis_tokens(tokens: Sequence[str]) -> list[str]:
-    """Tokens as circuitsvis is to have them: it inserts them as HTML, and shows no line breaks."""
+    """Return tokens for circuitsvis: escaped, since it inserts them as HTML, and with visible line breaks."""
     return [html.escape(token, quote=False).replace("\n", "↵\n") for token in tokens]
 
 
 @functools.cache
-def _circuitsvis() -> str:
-    """circuitsvis's script, read without importing it, which takes seconds."""
+def _circuitsvis_script() -> str:
+    """Return the script of circuitsvis without importing the package, which takes seconds."""
     package = importlib.util.find_spec("circuitsvis")
     assert package is not None
     assert package.origin is not None
@@ -61,9 +67,9 @@ def _circuitsvis() -> str:
 
 
 def colored_tokens(tokens: Sequence[str], values: Sequence[float]) -> NotebookView:
-    """A text with each token coloured by its value, by circuitsvis; hover shows the value.
+    """Return a text in which each token is colored by its value; hovering over a token shows the value.
 
-    Raises ValueError for values that are not finite.
+    Raises ValueError for values that are not finite, or not one value for each token.
     """
     values = [float(value) for value in values]
     if len(tokens) != len(values) or not all(map(math.isfinite, values)):

@@ -1,10 +1,12 @@
-"""Line plots as SVG."""
+"""Line and point plots as inline SVG, drawn without pyplot, so that the user's matplotlib backend stays as it is."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,20 +18,33 @@ from tl_adapters.utils.html import escape
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a plot."""
+    """One line, or one series of labeled points, of a plot."""
 
     label: str
-    """Its name in the legend."""
+    """Name in the legend."""
     x: Sequence[float]
     """Horizontal positions."""
     y: Sequence[float]
-    """Values."""
+    """Values; NaN leaves a gap."""
     band: tuple[Sequence[float], Sequence[float]] | None = None
     """Lower and upper ends of an interval around the values."""
     dashed: bool = False
-    """Drawn dashed: a reference, not a measurement along x."""
+    """Whether the line is dashed, which marks a reference."""
     labels: Sequence[str] | None = None
-    """A text beside each place, shown as it is; the places are then points that no line joins, a band their bars."""
+    """Text beside each point, shown literally. The points are then not joined, and the band becomes error bars."""
+
+
+def measured_line(label: str, x: Sequence[float], measurements: Sequence[Mapping[str, Any]]) -> Line:
+    """Return a line through measurements ("value", "low", "high") with their intervals as its band; None is a gap."""
+    values, lows, highs = (
+        [nan_for_none(measurement.get(key)) for measurement in measurements] for key in ("value", "low", "high")
+    )
+    return Line(label, x, values, (lows, highs))
+
+
+def nan_for_none(value: float | None) -> float:
+    """Return ``value``, or NaN for None: plots leave a gap there."""
+    return math.nan if value is None else float(value)
 
 
 def plot(
@@ -42,53 +57,67 @@ def plot(
     whole: bool = False,
     log_x: bool = False,
 ) -> str:
-    """Lines and points as an SVG figure; ``log`` scales y, ``log_x`` x, ``whole`` keeps x ticks at whole numbers."""
+    """Return lines and points as an HTML figure element with an SVG and a caption.
+
+    Args:
+        lines: the lines and series of points.
+        xlabel, ylabel: labels of the axes.
+        caption: text below the plot.
+        log: whether the y axis is logarithmic.
+        whole: whether ticks of the x axis are whole numbers only.
+        log_x: whether the x axis is logarithmic.
+    """
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tl_adapters", "font.size": 9}):
         figure = Figure(figsize=(4.6, 3.4), layout="constrained")  # not pyplot, whose backend is the user's
         axes = figure.subplots()
         for line in lines:
-            if line.labels is not None:
-                _points(axes, line, line.labels)
-                continue
-            (drawn,) = axes.plot(
-                line.x, line.y, "--" if line.dashed else "-", marker="." if whole and not line.dashed else "",
-                linewidth=1.4, label=line.label,
-            )  # fmt: skip
-            if line.band is not None:
-                axes.fill_between(line.x, *line.band, alpha=0.2, color=drawn.get_color(), linewidth=0)
+            if line.labels is None:
+                _draw_line(axes, line, markers=whole)
+            else:
+                _draw_points(axes, line, line.labels)
         axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
         if log_x:
             axes.set_xscale("log")
         for axis in [*([axes.xaxis] if log_x else []), *([axes.yaxis] if log else [])]:
-            axis.set_major_formatter(_PlainLog())
-            axis.set_minor_formatter(_PlainLog(minor_thresholds=(2, 0.4)))  # matplotlib's own: labels if they are few
+            axis.set_major_formatter(_DecimalLogFormatter())
+            # matplotlib's own thresholds: minor ticks are labeled if they are few
+            axis.set_minor_formatter(_DecimalLogFormatter(minor_thresholds=(2, 0.4)))
         if whole:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         legend = figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
         for text in legend.get_texts():
-            text.set_parse_math(False)  # a $ is a $
+            text.set_parse_math(False)  # "$" is not math here
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     svg = out.getvalue()
     return f"<figure>{svg[svg.index('<svg') :]}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-class _PlainLog(LogFormatter):
-    """0.01 where matplotlib writes a power of ten: easier to read, and much faster to draw."""
+class _DecimalLogFormatter(LogFormatter):
+    """Ticks as 0.01 where matplotlib writes a power of ten: easier to read, and much faster to draw."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def _points(axes: Axes, line: Line, labels: Sequence[str]) -> None:
-    bars = None
+def _draw_line(axes: Axes, line: Line, markers: bool) -> None:
+    (artist,) = axes.plot(
+        line.x, line.y, "--" if line.dashed else "-", marker="." if markers and not line.dashed else "",
+        linewidth=1.4, label=line.label,
+    )  # fmt: skip
+    if line.band is not None:
+        axes.fill_between(line.x, *line.band, alpha=0.2, color=artist.get_color(), linewidth=0)
+
+
+def _draw_points(axes: Axes, line: Line, labels: Sequence[str]) -> None:
+    error_bars = None
     if line.band is not None:
         lows, highs = line.band
-        down = [max(0.0, y - low) for y, low in zip(line.y, lows, strict=True)]
-        bars = (down, [max(0.0, high - y) for y, high in zip(line.y, highs, strict=True)])
-    axes.errorbar(line.x, line.y, yerr=bars, fmt="o", markersize=4, elinewidth=1, label=line.label)
+        below = [max(0.0, y - low) for y, low in zip(line.y, lows, strict=True)]
+        error_bars = (below, [max(0.0, high - y) for y, high in zip(line.y, highs, strict=True)])
+    axes.errorbar(line.x, line.y, yerr=error_bars, fmt="o", markersize=4, elinewidth=1, label=line.label)
     for x, y, label in zip(line.x, line.y, labels, strict=True):
         axes.annotate(
-            label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, parse_math=False  # a $ is a $
+            label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, parse_math=False  # "$" is not math
         )  # fmt: skip
