@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.fake_hub import FakeHub
+from helpers.fake_hub import FakeHub, fake  # noqa: F401  # a fixture
 from helpers.random_models import random_model, randomise
 from helpers.users_models import plain, reference
 from sae_lens import SAE
@@ -45,7 +45,7 @@ def adapters() -> AdapterSet:
     return found
 
 
-def test_up_and_down(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> None:
+def test_up_and_down(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> None:  # noqa: F811
     address = push_to_hub(adapters, "user/repo", private=True)
     assert address == "https://huggingface.co/user/repo/commit/0123abcd"
     assert ("create_repo", "user/repo", True) in fake.calls
@@ -63,7 +63,7 @@ def test_up_and_down(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> Non
     assert torch.equal(AdapterSet.from_pretrained("user/raw")[1].W_enc, adapters[1].W_enc)
 
 
-def test_branches_and_single_layers(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> None:
+def test_branches_and_single_layers(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> None:  # noqa: F811
     push_to_hub(adapters, "user/repo", revision="seed-1")
     assert ("create_branch", "user/repo", "seed-1") in fake.calls
     with pytest.raises(CheckpointError, match="404"):
@@ -78,7 +78,9 @@ def test_branches_and_single_layers(fake: FakeHub, adapters: AdapterSet, tmp_pat
 
 
 def test_the_token_is_the_clients_business(
-    fake: FakeHub, adapters: AdapterSet, monkeypatch: pytest.MonkeyPatch
+    fake: FakeHub,
+    adapters: AdapterSet,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     push_to_hub(adapters, "user/repo")
@@ -87,7 +89,7 @@ def test_the_token_is_the_clients_business(
         assert not file.is_file() or b"hf_secret" not in file.read_bytes()
 
 
-def test_what_breaks_off_leaves_nothing(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> None:
+def test_what_breaks_off_leaves_nothing(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> None:  # noqa: F811
     fake.fail_upload = True
     with pytest.raises(HubError, match=r"did not accept user/repo.*the line went dead.*push again"):
         push_to_hub(adapters, "user/repo")
@@ -113,14 +115,14 @@ def test_what_breaks_off_leaves_nothing(fake: FakeHub, adapters: AdapterSet, tmp
     assert not (tmp_path / "again").exists()
 
 
-def test_refusals_are_one_line(fake: FakeHub, adapters: AdapterSet) -> None:
+def test_refusals_are_one_line(fake: FakeHub, adapters: AdapterSet) -> None:  # noqa: F811
     with pytest.raises(HubError, match="403 Forbidden.*HF_TOKEN"):
         push_to_hub(adapters, "stranger/repo")
     with pytest.raises(HubError, match="give user/name"):
         push_to_hub(adapters, "not a name")
 
 
-def test_the_card_says_what_they_are_and_its_code_runs(fake: FakeHub, adapters: AdapterSet) -> None:
+def test_the_card_says_what_they_are_and_its_code_runs(fake: FakeHub, adapters: AdapterSet) -> None:  # noqa: F811
     push_to_hub(adapters, "user/repo")
     text = (fake.root / "user/repo/main/snapshots/0123abcd/README.md").read_text()
     head = yaml.safe_load(text.split("---")[1])
@@ -146,7 +148,7 @@ def test_the_card_says_what_they_are_and_its_code_runs(fake: FakeHub, adapters: 
         ("batchtopk", ("5 features per token on average", "is a stock JumpReLUTranscoder that reads")),
     ],
 )
-def test_thresholds_go_up_and_down(fake: FakeHub, activation: str, words: tuple[str, ...]) -> None:
+def test_thresholds_go_up_and_down(fake: FakeHub, activation: str, words: tuple[str, ...]) -> None:  # noqa: F811
     models = (random_model(seed, torch.float32) for seed in (1, 2))
     adapters = randomise(PairedModel.from_pretrained(*models), activation=activation).installed_adapters()
     push_to_hub(adapters, "user/repo")
@@ -156,7 +158,7 @@ def test_thresholds_go_up_and_down(fake: FakeHub, activation: str, words: tuple[
     assert all(word in text for word in words)
 
 
-def test_what_sae_lens_cannot_load_is_not_pushed(fake: FakeHub) -> None:
+def test_what_sae_lens_cannot_load_is_not_pushed(fake: FakeHub) -> None:  # noqa: F811
     models = (random_model(seed, torch.float32) for seed in (1, 2))
     adapters = randomise(PairedModel.from_pretrained(*models), activation="topk").installed_adapters()
     with pytest.raises(AdapterFormatError, match="SAELens has no transcoder"):
@@ -166,7 +168,7 @@ def test_what_sae_lens_cannot_load_is_not_pushed(fake: FakeHub) -> None:
     assert fake.calls == []
 
 
-def test_the_commit_of_a_hub_model_is_recorded(tmp_path: Path, fake: FakeHub) -> None:
+def test_the_commit_of_a_hub_model_is_recorded(tmp_path: Path, fake: FakeHub) -> None:  # noqa: F811
     for seed, name in ((1, "base"), (2, "target")):
         random_model(seed, torch.float32).save_pretrained(fake.root / "org" / name / "main" / "snapshots" / "0123abcd")
     pair = PairedModel.from_pretrained("org/base", "org/target")

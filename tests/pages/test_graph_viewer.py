@@ -12,7 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from helpers.browser import PANEL, SELECTED, Browser, command
+from helpers.browser import PANEL, SELECTED, Browser, browser, command  # noqa: F401  # a fixture
 
 from tl_adapters.pages import graph_viewer as viewer
 from tl_adapters.pages.graph_viewer import ViewerData, ViewerDataError, ViewerNode, write_viewer
@@ -166,7 +166,7 @@ def test_what_cannot_be_shown_is_refused(
 
 
 @pytest.fixture
-def tab(browser: Browser, tmp_path: Path) -> Iterator[Browser]:
+def tab(browser: Browser, tmp_path: Path) -> Iterator[Browser]:  # noqa: F811
     """The small graph, open; a test that makes the page complain fails."""
     write_viewer(tmp_path / "graph.html", small())
     browser.errors.clear()
@@ -322,7 +322,7 @@ def test_pictures_are_saved(tab: Browser, tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
-def test_a_thousand_nodes_are_drawn_within_a_second_and_do_not_overlap(browser: Browser, tmp_path: Path) -> None:
+def test_a_thousand_nodes_are_drawn_within_a_second_and_do_not_overlap(browser: Browser, tmp_path: Path) -> None:  # noqa: F811
     data = realistic(n_features=1000, n_tokens=90, n_layers=26, n_links=20_000)
     write_viewer(tmp_path / "graph.html", data)
     browser.errors.clear()
@@ -344,7 +344,7 @@ def test_a_thousand_nodes_are_drawn_within_a_second_and_do_not_overlap(browser: 
 
 
 @pytest.mark.browser
-def test_a_graph_of_nothing_opens(browser: Browser, tmp_path: Path) -> None:
+def test_a_graph_of_nothing_opens(browser: Browser, tmp_path: Path) -> None:  # noqa: F811
     """No links, no features; then no nodes and no tokens at all."""
     bare = replace(small(), nodes=small().nodes[3:5], links=(), about={})
     for data in (bare, replace(bare, nodes=(), tokens=())):
