@@ -78,9 +78,9 @@ def test_branches_and_single_layers(fake: FakeHub, adapters: AdapterSet, tmp_pat
 
 
 def test_the_token_is_the_clients_business(
-    fake: FakeHub,
+    fake: FakeHub,  # noqa: F811
     adapters: AdapterSet,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     push_to_hub(adapters, "user/repo")
