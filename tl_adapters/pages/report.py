@@ -318,7 +318,7 @@ def _answers(answers: Sequence[Block]) -> str:
     out = ["<h2>The same problem, three times</h2>"]
     for answer in answers:
         boxes = "".join(
-            f"<div><h4>{name}</h4><pre>{marked(answer[name], HIGHLIGHTED_WORDS)}</pre></div>"
+            f"<div><h4>{name}</h4><pre>{highlight_words(answer[name], HIGHLIGHTED_WORDS)}</pre></div>"
             for name in ("target", "hybrid", "replacement")
         )
         out.append(f"<p><b>{escape(answer['question'])}</b></p><div class='answers'>{boxes}</div>")
