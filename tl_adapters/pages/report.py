@@ -14,7 +14,7 @@ from typing import Any
 from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.data.hesitation_words import HIGHLIGHTED_WORDS
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.html import escape, measurement_cell, page, table
+from tl_adapters.utils.html import escape, highlight_words, measurement_cell, page, table
 from tl_adapters.utils.plots import Line, plot
 from tl_adapters.utils.results import read_results
 
