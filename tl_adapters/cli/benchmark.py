@@ -72,7 +72,7 @@ def _benchmark(args: argparse.Namespace) -> None:
             options={name: value for name in names if (value := getattr(args, name)) is not None},
             open_thinking=args.open_thinking,
             limit=args.limit,
-            words=args.words or HESITATION_RATE_WORDS or HESITATION_RATE_WORDS,
+            words=args.words or HESITATION_RATE_WORDS,
             out=out,
             device=device_of(args.device),
             dtype=args.dtype,
