@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.random_models import random_model
 
-from tl_adapters.data.chat_format import TRACE_REGIONS
+from tl_adapters.data.trace_regions import TRACE_REGIONS
 from tl_adapters.data.traces import Trace
 from tl_adapters.features.document_batches import token_batch
 from tl_adapters.features.firing_counts import FiringCounts

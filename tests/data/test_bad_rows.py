@@ -13,8 +13,8 @@ from tl_adapters import PairedModel
 from tl_adapters.checkpoints.tokenizers import load_tokenizer
 from tl_adapters.cli.main import main
 from tl_adapters.config import DataConfig, RunConfig, TrainingConfig
-from tl_adapters.data.batching import EncodedDocuments, open_documents
 from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.documents import EncodedDocuments, open_documents
 from tl_adapters.data.traces import DataError
 from tl_adapters.training.trainer import Trainer
 
@@ -74,49 +74,52 @@ def test_a_bad_line_of_a_file_is_named_before_anything_is_made(bad: str, folder:
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_row_of_a_stream_is_named_and_a_run_goes_on_without_it(bad: str, folder: Path) -> None:
+def test_a_bad_row_of_a_stream_is_named_and_a_run_resumes_without_it(bad: str, folder: Path) -> None:
     write(folder, BAD[bad])
     trainer = Trainer(pair_of(folder), documents(folder, "stream"), OPTIONS, folder / "run", progress=False)
     with pytest.raises(DataError, match=rf"row {AT}: .*data\.bad_rows: drop"):
         trainer.run()
-    with pytest.raises(DataError, match=rf"row {AT}: "):  # as it stands the run stops there again
+    with pytest.raises(DataError, match=rf"row {AT}: "):  # with the same options the run stops there again
         Trainer.resume(pair_of(folder), documents(folder, "stream"), folder / "run", progress=False).run()
     dropping = documents(folder, "stream", bad_rows="drop")
     resumed = Trainer.resume(pair_of(folder), dropping, folder / "run", progress=False)
     assert resumed.step > 0
     resumed.run()
-    assert dropping.survey().bad_rows == 1 and "unusable rows left out 1" in str(dropping.survey())
+    assert dropping.survey().bad_rows == 1 and "unusable rows dropped 1" in str(dropping.survey())
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_row_of_a_downloaded_dataset_is_named(bad: str, folder: Path) -> None:
     write(folder, BAD[bad])
-    with pytest.raises(DataError, match=rf"row {AT}: .*\. Mend the row.*data\.bad_rows: drop"):
+    with pytest.raises(DataError, match=rf"row {AT}: .*\. Fix the row.*data\.bad_rows: drop"):
         documents(folder, "table").traces()
 
 
 @pytest.mark.parametrize("kind", ["file", "table", "stream"])
-def test_what_is_dropped_is_dropped_alone_and_counted_once(kind: str, folder: Path) -> None:
+def test_dropped_rows_are_the_unusable_ones_and_are_counted_once(kind: str, folder: Path) -> None:
     bad = [*BAD.values()]
     write(folder, *([*bad, "{no json", "[1]"] if kind == "file" else bad), at=3)
     n = len(bad) + 2 * (kind == "file")
     data = documents(folder, kind, bad_rows="drop")
-    kept = [good(i)["messages"] for i in range(N) if not 3 <= i < 3 + n]
+    usable = [good(i)["messages"] for i in range(N) if not 3 <= i < 3 + n]
     chat = ChatFormat.of(load_tokenizer(folder / "target"))
     for _ in range(2):
-        assert sorted(t.tokens for t in data.traces()) == sorted(t.tokens for t in chat.encode(kept))
+        assert sorted(t.tokens for t in data.traces()) == sorted(t.tokens for t in chat.encode(usable))
     assert data.survey().bad_rows == n
 
 
-def test_a_row_counts_its_number_on_where_a_stream_is_taken_up(folder: Path) -> None:
+def test_row_numbers_go_on_when_a_stream_is_resumed(folder: Path) -> None:
     write(folder, BAD["no assistant"])
     reader = documents(folder, "stream")._reader
     position = None
     for _, position in reader.read("", None):
         if position["row"] == 50:
             break
-    for place, says in ((json.loads(json.dumps(position)), f"row {AT}"), (position["state"], f"row {AT - 50} after")):
-        with pytest.raises(DataError, match=says):
+    for place, message in (
+        (json.loads(json.dumps(position)), f"row {AT}"),
+        (position["state"], f"row {AT - 50} after"),
+    ):
+        with pytest.raises(DataError, match=message):
             list(reader.read("", place))
 
 

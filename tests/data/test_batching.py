@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tl_adapters.config import DataConfig
-from tl_adapters.data.batching import BatchOrder, EncodedDocuments, TracesInMemory, open_documents
+from tl_adapters.data.batching import BatchOrder, TracesInMemory
 from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.documents import EncodedDocuments, open_documents
 from tl_adapters.data.traces import Batch, DataError, Trace, rows_by_length
 from tl_adapters.organism.recipe import build_tokenizer
 
@@ -90,9 +91,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 @pytest.mark.parametrize("window", [1, 8, 31, 4096])
-def test_every_epoch_shows_every_document_once_within_the_tokens_of_a_batch(
-    window: int, source: dict[str, Any]
-) -> None:
+def test_an_epoch_holds_every_document_once_within_the_tokens_of_a_batch(window: int, source: dict[str, Any]) -> None:
     order = BatchOrder(documents(**source, shuffle_window=window), LIMIT, seed=0)
     everything = Counter(trace.tokens for trace in expected(records()))
     found = epochs(order, 2)
@@ -139,7 +138,7 @@ def test_a_restored_order_goes_on_as_if_never_stopped(name: str, source: dict[st
         assert same(restored[later], order[later])
 
 
-def test_an_earlier_step_is_what_it_was(source: dict[str, Any]) -> None:
+def test_an_earlier_step_gives_the_same_batch(source: dict[str, Any]) -> None:
     order = BatchOrder(documents(**source, shuffle_window=8), LIMIT, seed=0)
     first = [order[step] for step in range(30)]
     assert order.position["epoch"] >= 1
@@ -158,7 +157,7 @@ def test_two_orders_of_one_source_do_not_disturb_each_other(source: dict[str, An
         shared.validation()
 
 
-def test_seeds_give_other_orders(file: Path) -> None:
+def test_another_seed_gives_another_order(file: Path) -> None:
     first, second = ([rows(b) for b in epochs(BatchOrder(documents(file, seed=s), LIMIT, s), 1)[0]] for s in (0, 1))
     assert first != second
 
@@ -184,10 +183,10 @@ def test_a_longer_document_is_dropped(file: Path) -> None:
 def test_a_longer_document_is_refused_however_far_down_it_stands(tmp_path: Path) -> None:
     path = write(tmp_path / "traces.jsonl", [*[record(i, 3, 2) for i in range(30)], record(30, 30, 2)])
     source = documents(path, max_tokens=28, too_long="refuse", survey_documents=1)
-    says = r"traces\.jsonl has 40 tokens; .* is 28\."
-    with pytest.raises(DataError, match=says):
+    message = r"traces\.jsonl has 40 tokens; .* is 28\."
+    with pytest.raises(DataError, match=message):
         source.survey()
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         source.traces()
     assert documents(path, max_tokens=40, too_long="refuse", survey_documents=1).survey().truncated == 0
 
@@ -204,7 +203,7 @@ def test_held_out_documents_are_validated_on_and_never_trained_on(source: dict[s
     assert len(few) == 2 and {t.tokens for t in few} <= {t.tokens for t in held_out}
 
 
-def test_what_is_held_out_depends_neither_on_the_seed_nor_on_the_files_order(file: Path) -> None:
+def test_the_held_out_documents_depend_neither_on_the_seed_nor_on_the_files_order(file: Path) -> None:
     shuffled = random.Random(1).sample(records(), 31)
     other = write(file.parent / "shuffled.jsonl", shuffled)
     options: dict[str, Any] = dict(validation_fraction=0.3)
@@ -228,7 +227,7 @@ def test_a_split_of_its_own_is_validated_on_and_nothing_is_held_out(source: dict
     assert len(documents(**source, validation_split="validation", validation_documents=2).validation()) == 2
 
 
-def test_a_survey_counts_by_hand(tmp_path: Path) -> None:
+def test_a_survey_counts_what_one_counts_by_hand(tmp_path: Path) -> None:
     lengths = [(3, 2), (30, 2), (None, 4), (10, 10), (6, 3)]  # 13, 40, 10, 28 and 17 tokens
     path = write(tmp_path / "traces.jsonl", [record(i, *length) for i, length in enumerate(lengths)])
     cut = documents(path, max_tokens=28).survey()
@@ -255,7 +254,7 @@ def test_a_survey_counts_by_hand(tmp_path: Path) -> None:
     ids=["nothing counts", "all held out", "all dropped"],
 )
 @pytest.mark.parametrize("window", [1, 4096])
-def test_nothing_to_train_on_is_said(options: dict[str, Any], window: int, tmp_path: Path) -> None:
+def test_nothing_to_train_on_is_reported(options: dict[str, Any], window: int, tmp_path: Path) -> None:
     path = write(tmp_path / "traces.jsonl", [record(i, None, 3) for i in range(6)])
     source = documents(path, shuffle_window=window, **options)
     assert source.survey().used == 0
@@ -264,7 +263,7 @@ def test_nothing_to_train_on_is_said(options: dict[str, Any], window: int, tmp_p
             use()
 
 
-def test_the_fingerprint_is_that_of_the_documents_and_of_what_is_made_of_them(file: Path) -> None:
+def test_the_fingerprint_depends_on_documents_options_and_tokenizer(file: Path) -> None:
     first = documents(file).fingerprint
     assert documents(file).fingerprint == documents(file, seed=1).fingerprint == first
     others = [
@@ -283,7 +282,7 @@ def test_the_fingerprint_is_that_of_the_documents_and_of_what_is_made_of_them(fi
     assert documents(file).fingerprint == first
 
 
-def test_the_fingerprint_of_traces_in_memory_tells_apart_what_a_run_would() -> None:
+def test_the_fingerprint_of_traces_in_memory_depends_on_tokens_and_regions() -> None:
     sources = [
         [Trace((5, 6, 7, 8), 1)],
         [Trace((5, 6, 7, 8), 2)],

@@ -4,7 +4,9 @@ import pytest
 from tokenizers import AddedToken
 from transformers import Qwen2Tokenizer
 
-from tl_adapters.data.chat_format import TRACE_REGIONS, ChatFormat, Conversation, encode_traces
+from tl_adapters.data.chat_format import ChatFormat, encode_traces
+from tl_adapters.data.conversations import Conversation
+from tl_adapters.data.trace_regions import TRACE_REGIONS, TraceRegions
 from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.organism.recipe import CHAT_TEMPLATE, build_tokenizer
 
@@ -113,7 +115,7 @@ def test_a_template_without_a_special_token_after_the_response_takes_the_eos_tok
         ChatFormat.of(tokenizer)
 
 
-def test_what_a_template_does_to_thinking_is_found_out() -> None:
+def test_stripped_and_opened_thinking_is_detected() -> None:
     found = {name: (chat_of(name).opens_thinking, chat_of(name).strips_thinking) for name in TEMPLATES}
     kept = (False, False)
     assert found == {**dict.fromkeys(TEMPLATES, kept), "stripping": (False, True), "R1": (True, True)}
@@ -121,7 +123,7 @@ def test_what_a_template_does_to_thinking_is_found_out() -> None:
 
 @pytest.mark.parametrize("tag", ["think", "thought"])
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "R1"])
-def test_prompt_thinking_and_answer_are_where_they_are(name: str, tag: str) -> None:
+def test_prompt_thinking_and_answer_have_their_lengths(name: str, tag: str) -> None:
     chat = chat_of(name, tag)
     thinking = f"<{tag}>\nHmm, 1+1=3.\nWait, no.\n</{tag}>"
     assert encoded(chat, f"{thinking}\n\n2") == (PROMPTS[name], thinking, f"\n\n2{ENDS[name]}")
@@ -191,19 +193,19 @@ def test_a_refused_role_is_one_error_that_names_the_roles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "says"),
+    ("template", "message"),
     [
         (CHATML.replace("m['content']", "(m['content'] if m['role'] == 'user' else '')"), "asked or answered"),
         (CHATML.replace("m['content']", "''"), "asked or answered"),
         (None, "no chat template"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_said(template: str | None, says: str) -> None:
-    with pytest.raises(DataError, match=says):
+def test_a_template_that_cannot_be_used_is_reported(template: str | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         ChatFormat.of(tokenizer_of(template))
 
 
-def test_no_tokenizer_is_said() -> None:
+def test_a_missing_tokenizer_is_refused() -> None:
     with pytest.raises(DataError, match="no tokenizer"):
         ChatFormat.of(None)
     with pytest.raises(DataError, match="no tokenizer"):
@@ -248,7 +250,7 @@ def test_any_text_survives_the_round_trip() -> None:
 def by_region(chat: ChatFormat, response: str, question: str) -> dict[str, str]:
     """Region to the text of its tokens, in one piece."""
     (trace,) = chat.encode([asked(response, question)])
-    codes = chat.regions(trace)
+    codes = TraceRegions(chat).codes(trace)
     assert len(codes) == len(trace.tokens)
     return {
         name: chat.tokenizer.decode([t for t, c in zip(trace.tokens, codes, strict=True) if c == code])

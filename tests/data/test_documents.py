@@ -13,15 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from tl_adapters import PairedModel
 from tl_adapters.checkpoints.tokenizers import load_tokenizer
 from tl_adapters.config import ConfigError, DataConfig
-from tl_adapters.data.batching import EncodedDocuments, open_documents
-from tl_adapters.data.chat_format import (
-    THINK_TAGS,
-    THINKING_FIELDS,
-    TRACE_REGIONS,
-    ChatFormat,
-    Conversation,
-    set_template_date,
-)
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.chat_template import THINK_TAGS, set_template_date
+from tl_adapters.data.conversations import THINKING_FIELDS, Conversation
+from tl_adapters.data.documents import EncodedDocuments, open_documents
+from tl_adapters.data.template_differences import template_differences
+from tl_adapters.data.trace_regions import TRACE_REGIONS, TraceRegions
 from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.evaluation.tasks import MathProblem
 from tl_adapters.generation.compare_variants import tokenize_question
@@ -47,7 +44,7 @@ def text_of(chat: ChatFormat, conversation: Conversation) -> str:
 
 
 def regions_of(chat: ChatFormat, trace: Trace) -> dict[str, str]:
-    codes = chat.regions(trace)
+    codes = TraceRegions(chat).codes(trace)
     return {
         name: chat.tokenizer.decode([t for t, c in zip(trace.tokens, codes, strict=True) if c == code])
         for code, name in enumerate(TRACE_REGIONS)
@@ -86,8 +83,8 @@ def test_a_document_is_the_templates_own_rendering_in_text_and_ids(name: str, re
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_where_a_template_differs_from_what_is_trained_on_is_said(name: str, tmp_path: Path) -> None:
-    said = {d.says for d in ChatFormat.of(tokenizer_of(name, tmp_path)).differences()}
+def test_differences_between_template_and_documents_are_listed(name: str, tmp_path: Path) -> None:
+    messages = {d.message for d in template_differences(ChatFormat.of(tokenizer_of(name, tmp_path)))}
     expected = {
         "R1-Distill-Llama": {"strips the thinking"},
         "Qwen3": {"after the end of a response"},
@@ -97,21 +94,21 @@ def test_where_a_template_differs_from_what_is_trained_on_is_said(name: str, tmp
         "Qwen2 that closes": {"after the end of a response", "does not write before a finished response"},
         "Qwen2 with its own": {"after the end of a response"},
     }[name]
-    assert len(said) == len(expected) and all(any(part in says for says in said) for part in expected)
-    assert all(d.meant for d in ChatFormat.of(tokenizer_of(name, tmp_path)).differences())
+    assert len(messages) == len(expected) and all(any(part in message for message in messages) for part in expected)
+    assert all(d.intended for d in template_differences(ChatFormat.of(tokenizer_of(name, tmp_path))))
 
 
-def test_a_difference_that_is_not_meant_is_shown_from_where_it_begins(tmp_path: Path) -> None:
+def test_an_unintended_difference_is_shown_from_where_it_begins(tmp_path: Path) -> None:
     template = KINDS["Llama 3.2"].template.replace(
         "+ date_string", "+ ('Long. ' if messages | length > 1 else '') + date_string"
     )
-    found = ChatFormat.of(tokenizer_of("Llama 3.2", tmp_path, template)).differences()
-    assert found and not any(d.meant for d in found)
-    ours, _, theirs = found[0].says.partition("where the template writes")
+    found = template_differences(ChatFormat.of(tokenizer_of("Llama 3.2", tmp_path, template)))
+    assert found and not any(d.intended for d in found)
+    ours, _, theirs = found[0].message.partition("where the template writes")
     assert "Today Date: " in ours and "Today Date: Long. " in theirs
     headless = KINDS["Llama 3.2"].template.replace("{{ bos_token }}", "")
-    (difference,) = ChatFormat.of(tokenizer_of("Llama 3.2", tmp_path, headless)).differences()
-    assert not difference.meant and "'<|begin_of_text|>' before a text, the template does not" in difference.says
+    (difference,) = template_differences(ChatFormat.of(tokenizer_of("Llama 3.2", tmp_path, headless)))
+    assert not difference.intended and "'<|begin_of_text|>' before a text, the template does not" in difference.message
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", " <|im_end|>\n\n"])
@@ -136,7 +133,7 @@ def test_a_thinking_that_the_prompt_closes_is_not_closed_before_a_response_that_
 
 
 @pytest.mark.parametrize("before", [" ", "\n", "Answer: ", "<|im_start|>"])
-def test_what_a_template_writes_before_a_response_is_in_the_document(before: str, tmp_path: Path) -> None:
+def test_the_templates_text_before_a_response_is_in_the_document(before: str, tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}[Q] {{ m['content'] }} [A]{% else %}{{ '"
         + before.replace("\n", "\\n")
@@ -218,7 +215,7 @@ def test_thinking_in_a_field_or_column_is_in_the_document(row: str, name: str, t
     assert trace.tokens == chat.encode([asked(THOUGHT)])[0].tokens
 
 
-def test_a_named_column_is_read_and_a_response_that_thinks_already_is_left_alone(tmp_path: Path) -> None:
+def test_a_named_column_is_read_and_a_response_that_thinks_already_is_unchanged(tmp_path: Path) -> None:
     chat = ChatFormat.of(tokenizer_of("Qwen3", tmp_path))
     row = {"prompt": "1+1=?", "why": "Hmm, 3.", "response": "2", "rules": "Be kind."}
     (trace,) = documents(row, chat, tmp_path, thinking_column="why", system_column="rules").traces()
@@ -340,7 +337,7 @@ def test_without_a_date_it_is_todays_and_only_where_the_template_writes_one(
         == whole(tokenizer, asked("2"))[: len(text_of(ChatFormat.of(tokenizer), asked("2")))]
     )
     assert ChatFormat.of(tokenizer_of("Qwen3", tmp_path)).date is None
-    monkeypatch.setattr("tl_adapters.data.chat_format._today", lambda: datetime.date(2031, 5, 6))
+    monkeypatch.setattr("tl_adapters.data.chat_template._today", lambda: datetime.date(2031, 5, 6))
     assert "06 May 2031" in text_of(ChatFormat.of(tokenizer), asked("2"))
 
 
@@ -351,11 +348,11 @@ def test_regions_of_a_trace_of_another_day_are_right(tmp_path: Path) -> None:
     for chat in formats:
         (trace,) = chat.encode([asked(THOUGHT)])
         for other in formats:
-            assert other.regions(trace) == chat.regions(trace)
+            assert TraceRegions(other).codes(trace) == TraceRegions(chat).codes(trace)
             assert regions_of(other, trace)["question"] == "1+1=?"
 
 
-def test_a_date_that_is_none_is_said() -> None:
+def test_an_invalid_date_is_refused() -> None:
     with pytest.raises(ConfigError, match="template_date is '3 Feb'; allowed is null or a date"):
         DataConfig(template_date="3 Feb")
 

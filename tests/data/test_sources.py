@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from tl_adapters.config import DataConfig
-from tl_adapters.data.chat_format import Conversation
-from tl_adapters.data.sources import Position, Reader, open_reader
+from tl_adapters.data.conversations import Conversation
+from tl_adapters.data.sources import DocumentReader, ReaderPosition, open_reader
 from tl_adapters.data.traces import DataError
 
 PAIR = {"prompt": "1+1=?", "response": "<think>1+1=2.</think>2"}
@@ -31,15 +31,15 @@ def numbered(n: int, name: str = "") -> list[dict[str, str]]:
     return [{"prompt": f"{name}{i}", "response": f"<think>{i}</think>{i}"} for i in range(n)]
 
 
-def opened(source: Path | str, split: str | None = None, **options: Any) -> Reader:
+def opened(source: Path | str, split: str | None = None, **options: Any) -> DocumentReader:
     return open_reader(DataConfig(source=str(source), **options), split)
 
 
-def conversations(reader: Reader, seed: str = "seed", position: Position = None) -> list[Conversation]:
+def conversations(reader: DocumentReader, seed: str = "seed", position: ReaderPosition = None) -> list[Conversation]:
     return [conversation for conversation, _ in reader.read(seed, position)]
 
 
-def questions(reader: Reader, seed: str = "seed", position: Position = None) -> list[str]:
+def questions(reader: DocumentReader, seed: str = "seed", position: ReaderPosition = None) -> list[str]:
     return [conversation[0]["content"] for conversation in conversations(reader, seed, position)]
 
 
@@ -94,15 +94,15 @@ def test_named_columns_are_read_instead_of_the_known_ones(tmp_path: Path) -> Non
     assert conversations(opened(path, conversation_column="turns")) == [other]
     assert conversations(opened(path, prompt_column="q", response_column="a")) == [other]
     assert conversations(opened(path, prompt_column="q")) == [[other[0], TURNS[1]]]
-    with pytest.raises(DataError, match="line 1.*no question and response in columns prompt, response, messages"):
+    with pytest.raises(DataError, match="line 1.*no question and response in the columns prompt, response, messages"):
         opened(path, prompt_column="nowhere")
 
 
 MALFORMED = {
     "no json": (b"{", "Expecting"),
-    "a list": (b'["prompt", "response"]', "list is no record"),
-    "a number": (b"7", "int is no record"),
-    "null": (b"null", "NoneType is no record"),
+    "a list": (b'["prompt", "response"]', "found list"),
+    "a number": (b"7", "found int"),
+    "null": (b"null", "found NoneType"),
     "unknown columns": (b'{"frage": "a", "antwort": "b"}', "columns frage, antwort"),
     "no response": (b'{"prompt": "a"}', "columns prompt"),
     "a response of null": (b'{"prompt": "a", "response": null}', "columns prompt, response"),
@@ -128,11 +128,11 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_line_is_one_line_that_names_file_and_line(name: str, tmp_path: Path) -> None:
-    line, says = MALFORMED[name]
+def test_a_malformed_line_raises_one_line_that_names_file_and_line(name: str, tmp_path: Path) -> None:
+    line, message = MALFORMED[name]
     path = tmp_path / "traces.jsonl"
     path.write_bytes(json.dumps(PAIR).encode() + b"\n\n" + line + b"\n" + json.dumps(PAIR).encode() + b"\n")
-    with pytest.raises(DataError, match=rf"traces\.jsonl, line 3: .*{says}") as caught:
+    with pytest.raises(DataError, match=rf"traces\.jsonl, line 3: .*{message}") as caught:
         opened(path)
     assert "\n" not in str(caught.value)
 
@@ -145,14 +145,14 @@ def test_a_malformed_row_of_a_dataset_is_named_when_it_is_read(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ["", "\n \n\r\n"])
-def test_an_empty_file_is_said(text: str, tmp_path: Path) -> None:
+def test_an_empty_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "traces.jsonl").write_text(text)
     with pytest.raises(DataError, match=r"traces\.jsonl holds no traces"):
         opened(tmp_path / "traces.jsonl")
 
 
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.jsonl is no file"):
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"There is no file .*nowhere\.jsonl"):
         opened(tmp_path / "nowhere.jsonl")
 
 
@@ -161,7 +161,7 @@ def test_a_file_needs_no_suffix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "table"])
-def test_the_order_is_the_seeds(kind: str, folder: Path) -> None:
+def test_the_order_depends_on_the_seed(kind: str, folder: Path) -> None:
     source = folder / "data" / "train.jsonl" if kind == "file" else folder
     first, again = questions(opened(source), "one"), questions(opened(source), "one")
     other = questions(opened(source), "another")
@@ -176,7 +176,7 @@ def test_a_stream_keeps_its_own_order(folder: Path) -> None:
 
 
 @pytest.fixture(params=["file", "table", "stream", "stream in parts"])
-def reader(request: pytest.FixtureRequest, folder: Path) -> Reader:
+def reader(request: pytest.FixtureRequest, folder: Path) -> DocumentReader:
     if request.param == "file":
         return opened(folder / "data" / "train.jsonl")
     if request.param == "stream in parts":
@@ -187,7 +187,7 @@ def reader(request: pytest.FixtureRequest, folder: Path) -> Reader:
     return opened(folder, streaming=request.param != "table")
 
 
-def test_reading_from_a_position_gives_exactly_the_rest(reader: Reader) -> None:
+def test_reading_from_a_position_gives_exactly_the_rest(reader: DocumentReader) -> None:
     documents = list(reader.read("seed", None))
     assert len(documents) == 13
     for place, (_, position) in enumerate(documents, 1):
@@ -196,9 +196,9 @@ def test_reading_from_a_position_gives_exactly_the_rest(reader: Reader) -> None:
     assert conversations(reader) == [conversation for conversation, _ in documents]
 
 
-def test_positions_after_a_position_are_as_good(reader: Reader) -> None:
+def test_a_position_after_a_resume_can_be_resumed_from(reader: DocumentReader) -> None:
     everything = questions(reader)
-    position: Position = None
+    position: ReaderPosition = None
     for question in everything:
         conversation, after = next(iter(reader.read("seed", position)))
         assert conversation[0]["content"] == question
@@ -206,7 +206,7 @@ def test_positions_after_a_position_are_as_good(reader: Reader) -> None:
     assert questions(reader, position=position) == []
 
 
-def test_two_readings_at_once_do_not_disturb_each_other(reader: Reader) -> None:
+def test_two_readings_at_once_do_not_disturb_each_other(reader: DocumentReader) -> None:
     alone = list(reader.read("seed", None))
 
     first, second = reader.read("seed", None), reader.read("seed", None)
@@ -230,36 +230,38 @@ def test_the_split_is_the_configurations_or_the_one_asked_for(streaming: bool, f
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(("name", "value"), [("split", "nowhere"), ("subset", "nobody")])
-def test_a_split_or_subset_that_does_not_exist_is_said(name: str, value: str, streaming: bool, folder: Path) -> None:
+def test_a_split_or_subset_that_does_not_exist_is_reported(
+    name: str, value: str, streaming: bool, folder: Path
+) -> None:
     with pytest.raises(DataError, match=rf"dataset \(.*{name} {value}.*\) is neither") as caught:
         opened(folder, streaming=streaming, **{name: value})
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_name_that_nobody_has_is_said(streaming: bool) -> None:
+def test_a_name_that_nobody_has_is_reported(streaming: bool) -> None:
     with pytest.raises(DataError, match="nobody/nothing.* is neither a .jsonl file nor a dataset") as caught:
         opened("nobody/nothing", streaming=streaming)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [(ConnectionError("the hub is away\nand more"), "the hub is away"), (ConnectionError(), "ConnectionError")],
 )
-def test_what_the_hub_says_is_cut_to_its_first_line(
-    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
+def test_an_error_of_the_hub_is_cut_to_its_first_line(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*args: object, **options: object) -> None:
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", away)
-    with pytest.raises(DataError, match=f"{says}$") as caught:
+    with pytest.raises(DataError, match=f"{message}$") as caught:
         opened("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 
-def test_the_fingerprint_is_the_texts(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_texts_alone(tmp_path: Path) -> None:
     same = [opened(write(tmp_path / name, *numbered(3))).fingerprint for name in ("a.jsonl", "b.jsonl")]
     assert len(set(same)) == 1
     assert opened(write(tmp_path / "c.jsonl", *numbered(2), PAIR)).fingerprint not in same

@@ -44,7 +44,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_span_is_its_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+def test_the_texts_of_a_span_join_to_its_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     names = [token_text(tokenizer, token) for token in ids]
     assert tokenizer.decode(ids) == text
@@ -53,13 +53,13 @@ def test_a_span_is_its_text(tokenizer: PreTrainedTokenizerBase, text: str) -> No
     assert all(span_texts(names, CONTINUATION))
 
 
-def test_no_two_tokens_are_shown_alike(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_different_tokens_have_different_texts(tokenizer: PreTrainedTokenizerBase) -> None:
     names = [token_text(tokenizer, token) for token in range(len(tokenizer))]
     assert len(set(names)) == len(names) and all(names)
     assert not any("\N{REPLACEMENT CHARACTER}" in name for name in names)
 
 
-def test_bytes_that_spell_nothing_stay_bytes(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_bytes_of_no_character_are_shown_as_bytes(tokenizer: PreTrainedTokenizerBase) -> None:
     names = [token_text(tokenizer, t) for t in tokenizer("本a", add_special_tokens=False)["input_ids"]]
     broken = [name for name in names if name.strip()][1:]  # the character's first byte is missing
     assert "".join(span_texts(broken)).endswith("a") and "<0x" in "".join(span_texts(broken))

@@ -38,7 +38,7 @@ def test_a_trace_counts_where_its_batch_has_something_to_predict(
     count: tuple[str, ...], lengths: tuple[int, int, int]
 ) -> None:
     trace = Trace(tuple(range(sum(lengths))), lengths[0], lengths[1])
-    assert trace.counts(count) == bool(collate([trace], count).predicting.any())
+    assert trace.has_counted_tokens(count) == bool(collate([trace], count).predicting.any())
 
 
 def test_a_cut_trace_ends_in_its_region() -> None:
@@ -48,7 +48,7 @@ def test_a_cut_trace_ends_in_its_region() -> None:
     assert trace.cut(5) is trace and trace.cut(None) is trace
 
 
-def test_what_counts_for_nothing_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_trace_of_which_nothing_counts_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     source = TracesInMemory([Trace((1, 2), 2), Trace((3, 4, 5), 2)], count=("answer",))
     assert [t.tokens for _, window in source.windows(0, None) for t in window] == [(3, 4, 5)]
     assert "1 traces are left out" in caplog.text
@@ -56,7 +56,7 @@ def test_what_counts_for_nothing_is_left_out_and_said(caplog: pytest.LogCaptureF
         TracesInMemory([Trace((1, 2), 2)], count=("answer",))
 
 
-def test_every_epoch_shows_every_trace_once() -> None:
+def test_an_epoch_holds_every_trace_once() -> None:
     traces = [Trace((1, *range(2, 3 + i % 5), 100 + i), 1) for i in range(40)]
     order = BatchOrder(TracesInMemory(traces), tokens_per_batch=30, seed=0)
     n = len(rows_by_length(traces, 30))
@@ -88,7 +88,7 @@ def test_batches_stay_within_their_tokens() -> None:
     assert [len(g) for g in rows_by_length([Trace(tuple(range(90)), 1)] * 2, 40)] == [1, 1]
 
 
-def test_nothing_to_train_on_is_said() -> None:
+def test_nothing_to_train_on_is_reported() -> None:
     with pytest.raises(DataError, match="at least one"):
         TracesInMemory([])
     with pytest.raises(DataError, match="at least one"):

@@ -12,8 +12,9 @@ from helpers.random_models import randomise
 import tl_adapters.features.collect as collecting
 from tl_adapters import organism
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.data.chat_format import TRACE_REGIONS, ChatFormat, encode_traces
+from tl_adapters.data.chat_format import ChatFormat, encode_traces
 from tl_adapters.data.tokens import VocabularyError
+from tl_adapters.data.trace_regions import TRACE_REGIONS, TraceRegions
 from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.features.collect import collect_features, collect_share
 from tl_adapters.features.example_selection import mixed_bits
@@ -61,7 +62,7 @@ def test_the_store_equals_a_plain_reference(pair: PairedModel, traces: list[Trac
     store = collect_features(pair, traces, stream=stream, options=OPTIONS, words=["Wait"], **QUIET)
     dense = [activations(pair, trace, stream) for trace in traces]
     chat = ChatFormat.of(pair.model.tokenizer)
-    regions = [torch.tensor(chat.regions(trace)) for trace in traces]
+    regions = [torch.tensor(TraceRegions(chat).codes(trace)) for trace in traces]
     assert store.tokens == sum(len(t.tokens) for t in traces) and store.documents == len(traces)
     for layer in range(pair.n_layers):
         statistics, _ = store.layer(layer)

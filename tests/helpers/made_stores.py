@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from helpers import stores
 
-from tl_adapters.data.chat_format import TRACE_REGIONS
+from tl_adapters.data.trace_regions import TRACE_REGIONS
 from tl_adapters.features.collect import collect_features
 from tl_adapters.features.feature import UnitKind
 from tl_adapters.features.layer_statistics import N_BUCKETS, N_DECILES, LayerStatistics, RankedFirings, histogram_bucket

@@ -14,8 +14,8 @@ from helpers.hub_folders import write_pair, write_tokenizer
 from tl_adapters import PairedModel, train
 from tl_adapters.checkpoints.tokenizers import load_tokenizer
 from tl_adapters.config import DataConfig, RunConfig, TrainingConfig
-from tl_adapters.data.batching import RENDERED, EncodedDocuments, open_documents
 from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.documents import RENDERED, EncodedDocuments, open_documents
 from tl_adapters.data.sources import open_reader
 from tl_adapters.study.open_run import open_data, open_run
 from tl_adapters.training.run_folder import RunFolderError
@@ -54,7 +54,7 @@ def documents(folder: Path, source: str = "data", **options: Any) -> EncodedDocu
 
 
 def today(day: datetime.date, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tl_adapters.data.chat_format._today", lambda: day)
+    monkeypatch.setattr("tl_adapters.data.chat_template._today", lambda: day)
 
 
 def stop_at(step: int) -> Any:
@@ -83,7 +83,7 @@ def test_a_run_resumed_on_another_day_is_the_run_of_its_first(
     assert RunConfig.load(run / "config.json").data.template_date == "2026-11-26"
     today(NEXT, monkeypatch)
     again = documents(folder, streaming=streaming)
-    assert again.template_date == NEXT and again.traces()[0].tokens != again.dated(DAY).traces()[0].tokens
+    assert again.template_date == NEXT and again.traces()[0].tokens != again.with_date(DAY).traces()[0].tokens
     assert Trainer.resume(pair_of(folder), again, run, progress=False).run().fingerprint == whole
 
 
@@ -115,7 +115,7 @@ def test_fingerprints_tell_the_day(folder: Path, monkeypatch: pytest.MonkeyPatch
     first = documents(folder)
     today(NEXT, monkeypatch)
     second = documents(folder)
-    assert first.fingerprint != second.fingerprint and first.fingerprint == second.dated(DAY).fingerprint
+    assert first.fingerprint != second.fingerprint and first.fingerprint == second.with_date(DAY).fingerprint
     apart = {name for name, value in first.fingerprints.items() if second.fingerprints[name] != value}
     assert apart == {"chat_template", "rendered_text"}
 

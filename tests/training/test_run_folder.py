@@ -21,9 +21,10 @@ import tl_adapters.utils.files
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.cli.main import main
 from tl_adapters.config import DataConfig, TrainingConfig
-from tl_adapters.data.batching import EncodedDocuments
 from tl_adapters.data.chat_format import ChatFormat
-from tl_adapters.data.sources import Columns, PairList, RandomAccess
+from tl_adapters.data.columns import ConversationColumns
+from tl_adapters.data.documents import EncodedDocuments
+from tl_adapters.data.sources import PairRecords, ShuffledReader
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import reasoning_pairs
 from tl_adapters.organism.recipe import build_tokenizer
@@ -46,7 +47,7 @@ def pair(seed: int = 2) -> PairedModel:
 def documents(n: int = 40) -> EncodedDocuments:
     """A few windows an epoch, so that where a run stands is more than a step."""
     data = DataConfig(shuffle_window=12, validation_fraction=0.1)
-    reader = RandomAccess(PairList(reasoning_pairs("train", n), "text"), Columns(data))
+    reader = ShuffledReader(PairRecords(reasoning_pairs("train", n), "text"), ConversationColumns(data))
     return EncodedDocuments(reader, ChatFormat.of(build_tokenizer()), data, max_tokens=128)
 
 

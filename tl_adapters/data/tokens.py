@@ -10,21 +10,21 @@ from transformers import PreTrainedTokenizerBase
 from tl_adapters.errors import UserError
 
 UNDECODED = "\N{REPLACEMENT CHARACTER}"
-"""What decoding writes for bytes that are no whole character."""
+"""The character that decoding writes for bytes that do not form a whole character."""
 CONTINUATION = "‥"
-"""Shown for a token that only goes on with the character before it, where each token has a box of its own."""
+"""Shown, where every token has a box of its own, for a token that only continues the character before it."""
 _METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""SentencePiece's sign for a space."""
+"""The character with which SentencePiece writes a space."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _BYTES = re.compile(r"(<0x[0-9A-F]{2}>)")
 
 
 class VocabularyError(UserError, ValueError):
-    """Words that cannot be looked up."""
+    """Raised for words that cannot be looked up in a vocabulary."""
 
 
 def single_token(tokenizer: PreTrainedTokenizerBase | None, text: str) -> int:
-    """The token that is exactly ``text``. Raises VocabularyError for text of several tokens, or no tokenizer."""
+    """The token whose text is ``text``. Raises VocabularyError for a text of several tokens, or for no tokenizer."""
     if tokenizer is None:
         raise VocabularyError(f"There is no tokenizer to look {text!r} up in; give the target's tokenizer.")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -35,16 +35,16 @@ def single_token(tokenizer: PreTrainedTokenizerBase | None, text: str) -> int:
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase | None, token: int) -> str:
-    """A token's text by itself; its number where there is no tokenizer.
+    """The text of one token; its id if there is no tokenizer.
 
-    No two tokens that differ are shown alike: bytes that are no whole character are written as "<0xE6>", and the space
-    that a SentencePiece token begins with is kept, although decoding the token alone drops it. `span_texts` puts such
-    texts together again.
+    Different tokens have different texts: bytes that do not form a whole character are written as "<0xE6>", and the
+    space that a SentencePiece token begins with is kept, although decoding the token alone drops it. `span_texts`
+    joins such texts.
     """
     if tokenizer is None:
         return str(token)
     raw = tokenizer.convert_ids_to_tokens(token)
-    if raw is None or _BYTE.fullmatch(raw):  # no token has this id, or it is a byte of SentencePiece's fallback
+    if raw is None or _BYTE.fullmatch(raw):  # the id is unused, or is a byte of SentencePiece's fallback
         return raw or f"[{token}]"
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     if UNDECODED in text and UNDECODED not in raw:
@@ -55,21 +55,21 @@ def token_text(tokenizer: PreTrainedTokenizerBase | None, token: int) -> str:
 
 
 def span_texts(tokens: Sequence[str], continuation: str = "") -> list[str]:
-    """The texts of neighboring tokens, with the characters that several of them spell put together.
+    """The texts of neighboring tokens, in which characters that several of them spell are decoded.
 
     Args:
         tokens: texts as `token_text` gives them.
-        continuation: stands for a token that only goes on with a character which an earlier one begins; the first of
-            these has the character. With the default, the texts join to that of the whole span.
+        continuation: the text of a token that only continues a character which an earlier token begins; that token
+            gets the character. With the default, the texts join to the text of the whole span.
     """
-    found, pending = [""] * len(tokens), list[tuple[int, int]]()
+    result, pending = [""] * len(tokens), list[tuple[int, int]]()
 
-    def put_together() -> None:
-        """Decode the bytes read so far; each character goes to the token of its first byte."""
-        at = 0
+    def flush() -> None:
+        """Decode the pending bytes; each character goes to the token of its first byte."""
+        offset = 0
         for character in bytes(byte for _, byte in pending).decode("utf-8", "surrogateescape"):
-            found[pending[at][0]] += _escaped(character)
-            at += len(character.encode("utf-8", "surrogateescape"))
+            result[pending[offset][0]] += _escaped(character)
+            offset += len(character.encode("utf-8", "surrogateescape"))
         pending.clear()
 
     for i, token in enumerate(tokens):
@@ -77,20 +77,20 @@ def span_texts(tokens: Sequence[str], continuation: str = "") -> list[str]:
             if _BYTE.fullmatch(part):
                 pending.append((i, int(part[3:5], 16)))
             else:
-                put_together()
-                found[i] += part
-    put_together()
-    return [text if text or not token else continuation for text, token in zip(found, tokens, strict=True)]
+                flush()
+                result[i] += part
+    flush()
+    return [text if text or not token else continuation for text, token in zip(result, tokens, strict=True)]
 
 
 def _escaped(character: str) -> str:
-    """A character, or the byte "<0xE6>" that Python's decoding put a surrogate for."""
+    """A character, or "<0xE6>" for a byte that Python's decoding replaced by a surrogate."""
     code = ord(character)
     return f"<0x{code - 0xDC00:02X}>" if 0xDC80 <= code <= 0xDCFF else character
 
 
 def _byte_level_text(raw: str) -> str:
-    """The text of a byte-level token, bytes that are no whole character written as "<0xE6>"."""
+    """The text of a byte-level token, in which bytes that do not form a whole character are written as "<0xE6>"."""
     if not all(character in _BYTE_OF for character in raw):
         return raw
     data = bytes(_BYTE_OF[character] for character in raw)
@@ -98,9 +98,9 @@ def _byte_level_text(raw: str) -> str:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Character to byte in the alphabet in which byte-level tokenizers write their tokens.
+    """Character to byte, in the alphabet with which byte-level tokenizers write their tokens.
 
-    Printable bytes stand for themselves, the others, in their order, for the characters from 256 on.
+    Printable bytes are written as themselves, and the others, in their order, as the characters from 256 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]

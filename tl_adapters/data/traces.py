@@ -1,8 +1,8 @@
-"""Traces and batches: token ids, which region of a trace each belongs to, and what counts.
+"""Traces and batches: token ids, the region of each position, and the positions that count.
 
-A `Trace` is one document. A `Batch` pads several to one width and says what each position is; padding never counts,
-and the last token of a document predicts nothing, so it is left out of every divergence. Every document has its own
-row: nothing leaks from one to the next.
+A `Trace` is one document. A `Batch` pads several traces to one width and holds the region of every position. Padding
+never counts. The last token of a document predicts no other, so it is left out of every divergence. Every document has
+its own row, so that no position attends to another document.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tl_adapters.utils.arguments import items
 
 
 class DataError(UserError, ValueError):
-    """Traces that cannot be used; the message names the file and the line."""
+    """Raised for documents that cannot be used; the message names the document, or the file and the line."""
 
 
 @dataclass(frozen=True)
@@ -29,24 +29,24 @@ class Trace:
     """One document of prompt and response."""
 
     tokens: tuple[int, ...]
-    """Token ids of the whole document, in the target's own chat format, with the end token."""
+    """Token ids of the whole document in the target's chat format, end token included."""
     prompt_length: int
-    """How many of them are the prompt; the others are the response, thinking included."""
+    """Number of tokens of the prompt; the others are the response, thinking included."""
     thinking_length: int = 0
-    """How many tokens of the response are thinking, its tags included; the rest is the answer."""
+    """Number of tokens of the response that are thinking, tags included; the rest is the answer."""
     domain: str = ""
-    """What the document is about (math, code, ...), where the data says so."""
+    """Subject of the document (math, code, ...), where the data names one."""
 
     def cut(self, max_tokens: int | None) -> Trace:
-        """The trace, or its first ``max_tokens`` tokens where it is longer."""
+        """The trace, or its first ``max_tokens`` tokens if it is longer; None cuts nothing."""
         if max_tokens is None or len(self.tokens) <= max_tokens:
             return self
         prompt = min(self.prompt_length, max_tokens)
         thinking = min(self.thinking_length, max_tokens - prompt)
         return Trace(self.tokens[:max_tokens], prompt, thinking, self.domain)
 
-    def counts(self, count: Sequence[Region] = REGIONS) -> bool:
-        """True if a token of the regions in ``count`` is predicted by another."""
+    def has_counted_tokens(self, count: Sequence[Region] = REGIONS) -> bool:
+        """True if another token predicts one of the regions in ``count``."""
         answer = self.prompt_length + self.thinking_length
         spans = {"prompt": (0, self.prompt_length), "thinking": (self.prompt_length, answer)}
         spans["answer"] = (answer, len(self.tokens))
@@ -61,14 +61,14 @@ _CODES: dict[Region, int] = {"prompt": _PROMPT, "thinking": _THINKING, "answer":
 class Batch:
     """Documents padded on the right to one width.
 
-    Causal attention never looks to the right, so a forward pass over a batch needs no attention mask, and none is
-    passed: fused attention and rotary embeddings are then at their fastest. The regions are for counting.
+    Causal attention does not see the padding to the right, so a forward pass over a batch needs no attention mask.
+    Without one, fused attention and rotary embeddings are fastest.
     """
 
     tokens: Int[Tensor, "batch pos"]
-    """Token ids; padding is 0."""
+    """Token ids, 0 at padding."""
     region: Int[Tensor, "batch pos"]
-    """0 at padding, 1 in the prompt, 2 in the thinking, 3 in the answer."""
+    """Region of each position: 0 is padding, 1 prompt, 2 thinking, 3 answer."""
     count: tuple[Region, ...] = REGIONS
     """The regions that the objective counts."""
 
@@ -84,7 +84,7 @@ class Batch:
 
     @property
     def counted(self) -> Bool[Tensor, "batch pos"]:
-        """True at the tokens of the counted regions: what NMSE, sparsity and L0 of the objective count."""
+        """True at the tokens of the counted regions, over which the objective averages NMSE, sparsity and L0."""
         counted = torch.zeros_like(self.real)
         for name in self.count:
             counted |= self.region == _CODES[name]
@@ -92,7 +92,7 @@ class Batch:
 
     @property
     def predicting(self) -> Bool[Tensor, "batch pos"]:
-        """True where the next token exists and counts: what the objective's divergences count."""
+        """True where the next token exists and counts; the objective averages its divergences over these positions."""
         return self.real & _next(self.counted)
 
     @property
@@ -106,36 +106,49 @@ class Batch:
 
 
 def _next(mask: Tensor) -> Tensor:
-    ahead = torch.zeros_like(mask)
-    ahead[:, :-1] = mask[:, 1:]
-    return ahead
+    """The mask shifted by one position, so that each position holds the value of the next."""
+    shifted = torch.zeros_like(mask)
+    shifted[:, :-1] = mask[:, 1:]
+    return shifted
 
 
 def readable_traces(traces: Any, cfg: Any) -> list[Trace]:
-    """The documents, if a model of this TransformerLens configuration can read every one of them.
+    """The traces as a list, after checking that a model can read every one of them.
 
-    Raises ArgumentError for anything but traces, and DataError, with the number of the document, for one that is
-    empty, longer than the context (``cfg.n_ctx``), or holds ids that the model has no embedding for (``cfg.d_vocab``).
+    Args:
+        traces: traces, as `encode_traces` returns them.
+        cfg: the TransformerLens configuration of the model, of which the context (``n_ctx``) and the vocabulary
+            (``d_vocab``) are read.
+
+    Raises:
+        ArgumentError: ``traces`` holds anything but traces.
+        DataError: a trace is empty, longer than the context, or holds ids without an embedding.
     """
     advice = "give the traces that encode_traces or traces_of returns"
-    found = items(traces, Trace, "traces", advice)
-    for number, trace in enumerate(found):
+    checked = items(traces, Trace, "traces", advice)
+    for number, trace in enumerate(checked):
         if not 0 < len(trace.tokens) <= cfg.n_ctx:
             raise DataError(
                 f"Document {number} has {len(trace.tokens):,} tokens; the model reads 1 to {cfg.n_ctx:,}. Cut it "
                 "(encode_traces(..., max_tokens=...), or too_long in the data's configuration) or leave it out."
             )
-        if not 0 <= min(trace.tokens) <= max(trace.tokens) < cfg.d_vocab:
-            outside = next(token for token in trace.tokens if not 0 <= token < cfg.d_vocab)
-            raise DataError(
-                f"Document {number} holds the token id {outside}; the model has embeddings for 0 to "
-                f"{cfg.d_vocab - 1:,}. Encode it with the model's own tokenizer."
-            )
-    return found
+        require_embedded(torch.tensor(trace.tokens), cfg.d_vocab, f"Document {number}")
+    return checked
+
+
+def require_embedded(tokens: Int[Tensor, "*shape"], d_vocab: int, what: str) -> None:
+    """Raises DataError if ``tokens``, which are those of ``what``, hold ids outside 0 to ``d_vocab`` - 1."""
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < d_vocab:
+        outside = tokens[(tokens < 0) | (tokens >= d_vocab)].unique().tolist()
+        ids = f"token id{'s' if len(outside) > 1 else ''} {', '.join(map(str, outside[:5]))}"
+        raise DataError(
+            f"{what} holds the {ids}; the model has embeddings for 0 to {d_vocab - 1:,}. Encode the documents with the "
+            "model's own tokenizer."
+        )
 
 
 def collate(traces: Sequence[Trace], count: Sequence[Region] = REGIONS) -> Batch:
-    """Pad traces on the right to the longest. Raises DataError for none at all."""
+    """A batch of traces, padded on the right to the longest. Raises DataError if there is none."""
     if not traces:
         raise DataError("A batch needs at least one trace; got none.")
     width = max(len(t.tokens) for t in traces)
@@ -150,20 +163,10 @@ def collate(traces: Sequence[Trace], count: Sequence[Region] = REGIONS) -> Batch
     return Batch(tokens, region, tuple(count))
 
 
-def require_ids(batch: Batch, d_vocab: int) -> None:
-    """Raises DataError where a batch has token ids that a model of ``d_vocab`` embeddings cannot read."""
-    if batch.tokens.numel() and not 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < d_vocab:
-        bad = batch.tokens[(batch.tokens < 0) | (batch.tokens >= d_vocab)].unique().tolist()
-        raise DataError(
-            f"Documents have the token ids {bad[:5]}, and the model has embeddings of 0 to {d_vocab - 1} only. Encode "
-            "them with the target's own tokenizer."
-        )
-
-
 def rows_by_length(traces: Sequence[Trace], tokens_per_batch: int) -> list[list[int]]:
-    """Group traces of similar length into batches of at most ``tokens_per_batch`` tokens, padding included.
+    """Groups of traces of similar length, each of at most ``tokens_per_batch`` tokens, padding included.
 
-    Returns the positions of each batch's traces in the list. A trace longer than the limit is a batch of its own.
+    Returns the indices of each group's traces in the list. A trace longer than the limit is a group of its own.
     """
     groups: list[list[int]] = []
     for row in sorted(range(len(traces)), key=lambda i: len(traces[i].tokens)):
@@ -177,6 +180,6 @@ def rows_by_length(traces: Sequence[Trace], tokens_per_batch: int) -> list[list[
 def batches_by_length(
     traces: Sequence[Trace], tokens_per_batch: int, count: Sequence[Region] = REGIONS
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Every trace once, in batches of similar length, each with the positions of its rows in the list."""
+    """Every trace once, in batches of similar length, each with the indices of its rows in the list."""
     for rows in rows_by_length(traces, tokens_per_batch):
         yield rows, collate([traces[i] for i in rows], count)

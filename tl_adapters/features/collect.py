@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from tl_adapters.data.batching import TraceSource
 from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.trace_regions import TraceRegions
 from tl_adapters.data.traces import DataError, Trace, readable_traces, rows_by_length
 from tl_adapters.features.document_batches import document_hash, documents_hash, part_documents, token_batch
 from tl_adapters.features.feature import FeatureStoreError, ResidualStream, UnitKind
@@ -128,7 +129,8 @@ def _collected_parts(
     progress: bool,
 ) -> Iterator[StorePart]:
     """The parts that are in the folder already, then the new parts of a share, each as soon as it is complete."""
-    chat, reader = ChatFormat.of(pair.model.tokenizer), FiringReader(pair, description)
+    trace_regions = TraceRegions(ChatFormat.of(pair.model.tokenizer))
+    reader = FiringReader(pair, description)
     known: set[int] = set()
     if not isinstance(traces, TraceSource):
         traces = readable_traces(traces, pair.model.cfg)
@@ -144,7 +146,7 @@ def _collected_parts(
             n_documents += len(group)
             new = [trace for trace in group if document_hash(trace) not in known]
             if number % share[1] == share[0] and new:
-                part = _collect_part(reader, chat, description, new, bar)
+                part = _collect_part(reader, trace_regions, description, new, bar)
                 if folder is not None:
                     (name,) = part.totals.document_sets
                     part = write_part(Path(folder) / f"part-{name}", part, description.layers)
@@ -155,11 +157,11 @@ def _collected_parts(
 
 @torch.no_grad()
 def _collect_part(
-    reader: FiringReader, chat: ChatFormat, description: StoreDescription, traces: Sequence[Trace], bar: Any
+    reader: FiringReader, trace_regions: TraceRegions, description: StoreDescription, traces: Sequence[Trace], bar: Any
 ) -> StorePart:
     """The statistics over some documents."""
     domains = sorted({trace.domain for trace in traces})
-    regions = [chat.regions(trace) for trace in traces]
+    regions = [trace_regions.codes(trace) for trace in traces]
     counts = FiringCounts(description, len(domains))
     for rows in rows_by_length(traces, description.options.tokens_per_batch):
         batch = token_batch(traces, regions, rows, domains)

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_adapters.data.batching import TraceSource
-from tl_adapters.data.chat_format import TRACE_REGIONS
+from tl_adapters.data.trace_regions import TRACE_REGIONS
 from tl_adapters.data.traces import Trace, collate
 from tl_adapters.features.layer_statistics import N_DECILES
 

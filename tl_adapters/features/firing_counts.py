@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_adapters.data.chat_format import TRACE_REGIONS
+from tl_adapters.data.trace_regions import TRACE_REGIONS
 from tl_adapters.features.document_batches import TokenBatch
 from tl_adapters.features.example_selection import BatchFirings, BestFirings, is_best_of_group, mixed_bits
 from tl_adapters.features.firing_reader import Firings

@@ -109,7 +109,7 @@ class LayerStatistics:
     summed_activation: Float[Tensor, "n"]
     """Sum of each feature's activations (float64)."""
     region_firings: Int[Tensor, "n regions"]
-    """Firings by region of the trace (`data.chat_format.TRACE_REGIONS`)."""
+    """Firings by region of the trace (`data.trace_regions.TRACE_REGIONS`)."""
     decile_firings: Int[Tensor, "n deciles"]
     """Firings by decile of the thinking."""
     domain_firings: Int[Tensor, "n domains"]

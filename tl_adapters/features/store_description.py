@@ -8,8 +8,8 @@ from typing import Any
 
 from tl_adapters.adapters.feature_id import FeatureId, OwnedFeatureId, owned
 from tl_adapters.checkpoints.fingerprints import differing
-from tl_adapters.data.chat_format import TRACE_REGIONS
 from tl_adapters.data.tokens import single_token
+from tl_adapters.data.trace_regions import TRACE_REGIONS
 from tl_adapters.features.feature import FeatureStoreError, ResidualStream, UnitKind
 from tl_adapters.models.paired_model import PairedModel
 

@@ -29,8 +29,9 @@ from tl_adapters.checkpoints.model_files import (
 )
 from tl_adapters.checkpoints.tokenizers import load_tokenizer, without_embedding
 from tl_adapters.config import RunConfig
-from tl_adapters.data.batching import DataStatistics, open_documents
 from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.documents import DataStatistics, open_documents
+from tl_adapters.data.template_differences import template_differences
 from tl_adapters.errors import UserError
 from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.weight_identity import ModelSamples, recorded_samples
@@ -198,8 +199,8 @@ def _by_name(role: str, recorded: str, given: str) -> Finding:
 def _chat(chat: ChatFormat, described: PretrainedConfig) -> Iterator[Finding]:
     says = f"responses end with {chat.turn_end!r}; a prompt " + ("opens" if chat.opens_thinking else "does not open")
     yield Finding("ok", "chat template", f"{says} the thinking.")
-    for difference in chat.differences():
-        yield Finding("ok" if difference.meant else "warning", "chat template", difference.says)
+    for difference in template_differences(chat):
+        yield Finding("ok" if difference.intended else "warning", "chat template", difference.message)
     for tag in (chat.think_start, chat.think_end):
         pieces = chat.tokenizer(tag, add_special_tokens=False)["input_ids"]
         if len(pieces) == 1:

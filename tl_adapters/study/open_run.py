@@ -11,9 +11,11 @@ import torch
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import DataConfig, Dtype, RunConfig
-from tl_adapters.data.batching import EncodedDocuments, open_documents
-from tl_adapters.data.chat_format import ChatFormat, set_template_date
-from tl_adapters.data.sources import Columns, PairList, RandomAccess
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.chat_template import set_template_date
+from tl_adapters.data.columns import ConversationColumns
+from tl_adapters.data.documents import EncodedDocuments, open_documents
+from tl_adapters.data.sources import PairRecords, ShuffledReader
 from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
@@ -77,7 +79,7 @@ def open_data(config: RunConfig, pair: PairedModel) -> EncodedDocuments:
     if config.target:
         raise DataError("data.source is empty; give a .jsonl file or a dataset's name (--data on the command line).")
     pairs = organism.reasoning_pairs("train", ORGANISM_TRACES, training.seed)
-    reader = RandomAccess(PairList(pairs, "the model organism's text"), Columns(data))
+    reader = ShuffledReader(PairRecords(pairs, "the model organism's text"), ConversationColumns(data))
     return EncodedDocuments(reader, chat, data, n_ctx, training.seed, training.count)
 
 

@@ -30,7 +30,8 @@ from typing import Any
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import RunConfig, TrainingConfig
-from tl_adapters.data.batching import EncodedDocuments, TracesInMemory
+from tl_adapters.data.batching import TracesInMemory
+from tl_adapters.data.documents import EncodedDocuments
 from tl_adapters.data.traces import Trace
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.faithfulness import DocumentSums, features_block

@@ -32,7 +32,7 @@ from tl_adapters.utils.files import FolderExistsError, new_folder, remove_partia
 from tl_adapters.utils.results import versions
 from tl_adapters.utils.strict_json import dumps
 
-METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
+METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
 
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class RunFolder:
         with new_folder(path) as out:
             (out / "config.json").write_text(dumps(config.to_dict(), indent=1) + "\n")
             (out / "run.json").write_text(dumps(record, indent=1) + "\n")
-            (out / METRICS).touch()
+            (out / METRICS_FILE).touch()
         return cls(path)
 
     @classmethod
@@ -160,17 +160,17 @@ class RunFolder:
 
         What was written after it is dropped: lines, and whatever a killed process left half-written.
         """
-        for name in (METRICS, VALIDATION, "adapters"):
+        for name in (METRICS_FILE, VALIDATION_FILE, "adapters"):
             remove_partials(self.path / name)
         remove_partials(self.path / "checkpoints" / "step-*")
         checkpoints = self.checkpoints
         if not checkpoints:
-            self._cut_lines(METRICS, 0)
-            self._cut_lines(VALIDATION, 0)
+            self._cut_lines(METRICS_FILE, 0)
+            self._cut_lines(VALIDATION_FILE, 0)
             return None
         where = checkpoints[-1]
         state = json.loads((where / "state.json").read_text())
-        for file in (METRICS, VALIDATION):
+        for file in (METRICS_FILE, VALIDATION_FILE):
             self._cut_lines(file, state["step"])
         return AdapterSet.from_pretrained(where / "adapters"), load_file(where / "optimizer.safetensors"), state
 
@@ -184,7 +184,7 @@ class RunFolder:
         record = json.loads((self.path / "run.json").read_text())
         if "spent" in record:
             return int(record["spent"]["tokens"]), float(record["spent"]["seconds"])
-        lines = (self.path / METRICS).read_text().splitlines()
+        lines = (self.path / METRICS_FILE).read_text().splitlines()
         return (int(json.loads(lines[-1])["tokens"]) if lines else 0), 0.0
 
     def finish(self, adapters: AdapterSet, tokens: int, seconds: float) -> None:

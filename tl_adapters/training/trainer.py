@@ -32,13 +32,14 @@ from tqdm import tqdm
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import RunConfig, TrainingConfig
-from tl_adapters.data.batching import BatchOrder, EncodedDocuments, TracesInMemory, TraceSource
-from tl_adapters.data.chat_format import set_template_date
-from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces, require_ids
+from tl_adapters.data.batching import BatchOrder, TracesInMemory, TraceSource
+from tl_adapters.data.chat_template import set_template_date
+from tl_adapters.data.documents import EncodedDocuments
+from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces, require_embedded
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.training.objective import StepTerms, held_out_terms, require_trainable, shared_prefix_step
-from tl_adapters.training.run_folder import METRICS, VALIDATION, RunFolder
+from tl_adapters.training.run_folder import METRICS_FILE, VALIDATION_FILE, RunFolder
 from tl_adapters.training.trackers import open_tracker, require_tracker
 from tl_adapters.utils.files import DiskFullError
 from tl_adapters.utils.finite import NotFiniteError, by_place, require_finite_activations
@@ -135,7 +136,7 @@ class Trainer:
         trainer = cls.__new__(cls)
         try:
             if isinstance(traces, EncodedDocuments) and run.config.data.template_date is not None:
-                traces = traces.dated(datetime.date.fromisoformat(run.config.data.template_date))
+                traces = traces.with_date(datetime.date.fromisoformat(run.config.data.template_date))
             trainer._set_up(pair, traces, run.config.training, validation, progress)
             run.require_same(trainer._fingerprints)
             trainer._go_on_in(run)
@@ -164,8 +165,12 @@ class Trainer:
         self._template_date = source.template_date if isinstance(source, EncodedDocuments) else None
         set_template_date(pair.model.tokenizer, self._template_date)
         self.order = BatchOrder(source, config.tokens_per_batch, config.seed, config.count)
-        require_ids(self.order[0], pair.model.cfg.d_vocab)  # now: no run folder is left behind
-        held_out = [trace for trace in readable_traces(validation, pair.model.cfg) if trace.counts(config.count)]
+        require_embedded(
+            self.order[0].tokens, pair.model.cfg.d_vocab, "The first batch"
+        )  # now: no run folder is left behind
+        held_out = [
+            trace for trace in readable_traces(validation, pair.model.cfg) if trace.has_counted_tokens(config.count)
+        ]
         self.validation = [batch for _, batch in batches_by_length(held_out, config.tokens_per_batch, config.count)]
         self.adapters = pair.new_adapters(
             config.n_features,
@@ -233,7 +238,9 @@ class Trainer:
             group["lr"] = config.lr * warmup_cosine(step, config.steps, config.warmup_fraction)
         weights = config.loss_weights
         batch = self.order[step]
-        require_ids(batch, self.pair.model.cfg.d_vocab)  # on the CPU still, where it costs nothing
+        require_embedded(
+            batch.tokens, self.pair.model.cfg.d_vocab, f"The batch of step {step + 1}"
+        )  # on the CPU still, where it costs nothing
         batch = batch.to(self.pair.model.W_E.device)
         cut = random.Random(f"{config.seed}-cut-{step}").randint(weights.lowest_cut, self.pair.n_layers)
         terms = shared_prefix_step(self.pair, batch, cut, weights, sparsity_weight(config, step), want_l0)
@@ -294,14 +301,14 @@ class Trainer:
         )
         if self.folder is not None:
             line = {"step": self.step, "tokens": self.tokens, "lr": lr, **values, "l0": terms.l0}
-            self.folder.append(METRICS, line)
+            self.folder.append(METRICS_FILE, line)
         by_layer = {f"l0/layer_{layer}": value for layer, value in enumerate(terms.l0)}
         tracker.log(self.step, {**values, "lr": lr, "l0": mean_l0, "tokens": float(self.tokens), **by_layer})
 
     def _validate(self, tracker: Any) -> None:
         found = held_out_terms(self.pair, self.validation)
         if self.folder is not None:
-            self.folder.append(VALIDATION, {"step": self.step, **found})
+            self.folder.append(VALIDATION_FILE, {"step": self.step, **found})
         tracker.log(self.step, {f"validation/{name}": found[name] for name in ("output_kl", "nmse")})
 
     def _progress_bar(self) -> Any:
