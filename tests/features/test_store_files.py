@@ -144,7 +144,7 @@ def test_one_layer_of_a_set_knows_its_circuit(tmp_path: Path) -> None:
             pass
     with torch.no_grad():
         some[1].W_dec[0, 0] += 1
-    with pytest.raises(CircuitError, match="number of one set"):
+    with pytest.raises(CircuitError, match="only in one set of adapters"):
         circuit.require_belonging(pair)
 
 
@@ -153,7 +153,7 @@ def test_a_circuit_of_another_target_is_refused() -> None:
     same = {**other.installed_adapters().fingerprints}
     circuit = circuit_of(made())
     circuit = replace(circuit, fingerprints={**circuit.fingerprints, **same})
-    with pytest.raises(CircuitError, match="a pair whose target and target_embedding_and_norms are others"):
+    with pytest.raises(CircuitError, match="a pair whose target and target_embedding_and_norms have other fingerprints"):
         circuit.require_belonging(other)
     circuit_of(made()).require_belonging(made(dtype=torch.bfloat16))  # the same models, cast
 

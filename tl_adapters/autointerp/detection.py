@@ -142,7 +142,7 @@ def auto_interpret(
     tasks, skipped = {}, {}
     for kind, one in stores.items():
         tasks[kind], skipped[kind] = _drawn_tasks(one, per_layer, seed)
-    mixed = [(kind, task) for kind, drawn in tasks.items() for task in drawn]
+    mixed = [(kind, task) for kind, of_kind in tasks.items() for task in of_kind]
     random.Random(f"{seed} order").shuffle(mixed)
     outcomes = _explain_and_detect(endpoint, [task for _, task in mixed], progress)
     results = {}
@@ -181,7 +181,7 @@ def _explain_and_detect(
 ) -> list[tuple[str, set[int]] | Failure]:
     """For each task, the explanation and the numbers of the excerpts on which the feature is said to fire."""
     explanation_questions = [explanation_question(task) for task in tasks]
-    replies = endpoint.ask_all(explanation_questions, _read_explanation, progress=progress, what="describe")
+    replies = endpoint.ask_all(explanation_questions, _read_explanation, progress=progress, what="explain")
     explanations = {i: text for i, text in enumerate(replies) if isinstance(text, str)}
     detection_questions = [detection_question(tasks[i], text) for i, text in explanations.items()]
     readers = [partial(_read_numbers, highest=len(tasks[i].excerpts)) for i in explanations]

@@ -172,8 +172,8 @@ class NegativeSampler:
         likely, exceptions = self._exceptional_types(region)
         if likely and not len(exceptions):
             return None
-        drawn = generator.sample(range(n_documents), min(n_documents, 2 * DOCUMENTS_SEARCHED))
-        candidates = [document for document in drawn if document not in self._excluded]
+        sampled = generator.sample(range(n_documents), min(n_documents, 2 * DOCUMENTS_SEARCHED))
+        candidates = [document for document in sampled if document not in self._excluded]
         best: tuple[int, int, int] | None = None
         for document in sorted(candidates, key=lambda d: d in self._used)[:DOCUMENTS_SEARCHED]:
             positions = self.unlikely_positions(document, region)

@@ -1,7 +1,7 @@
 """Selects the firings that are kept as examples: the strongest of each feature, and a uniform random sample.
 
 The candidates of a batch are the strongest firing of each feature in each document, and the firings with the largest
-hashes. The activations around a firing, and the features that fire beside it, are looked up for candidates only, and a
+hashes. The activations around a firing, and the other features on its token, are looked up for candidates only, and a
 threshold per feature keeps these few.
 """
 
@@ -66,7 +66,7 @@ class BestFirings:
 
 @dataclass(frozen=True)
 class BatchFirings:
-    """The firings of a batch, with a lookup of the activations around each and of the features beside it."""
+    """The firings of a batch, with a lookup of the activations around each and of the other features on its token."""
 
     batch: TokenBatch
     description: StoreDescription

@@ -64,24 +64,24 @@ class FiringCounts:
         self.domain_tokens.index_add_(0, batch.domain, batch.length)
         self._select_examples(BatchFirings(batch, self.description, firings, row, position))
 
-    def _select_examples(self, found: BatchFirings) -> None:
+    def _select_examples(self, in_batch: BatchFirings) -> None:
         """Keep the strongest firings and those with the largest hash, which are a uniform sample.
 
         The hash depends on seed, document, position and feature alone, so the sample is the same whatever the order of
         the documents.
         """
-        _, feature, value = found.firings
-        number = found.position * self.description.total_features + feature
-        random_bits = mixed_bits(found.batch.identity[found.row] ^ mixed_bits(number ^ self._seed_bits))
+        _, feature, value = in_batch.firings
+        number = in_batch.position * self.description.total_features + feature
+        random_bits = mixed_bits(in_batch.batch.identity[in_batch.row] ^ mixed_bits(number ^ self._seed_bits))
         # The bits of positive floats are ordered as the floats are. Between equal activations the hash decides.
         strength = (value.view(torch.int32).long() << 32) | ((random_bits >> 32) & 0xFFFFFFFF)
-        strongest_of_document = is_best_of_group(group_starts(feature, found.row), strength)
+        strongest_of_document = is_best_of_group(group_starts(feature, in_batch.row), strength)
         chosen = self._top.candidates(feature, strength, strongest_of_document)
-        self._top.add(found.ranked(chosen, strength[chosen], n_coactivating=0))
+        self._top.add(in_batch.ranked(chosen, strength[chosen], n_coactivating=0))
         random_key = (random_bits >> 1) & 0x7FFFFFFFFFFFFFFF
         chosen = self._sample.candidates(feature, random_key)
         n_coactivating = self.description.options.coactivating
-        self._sample.add(found.ranked(chosen, random_key[chosen], n_coactivating))
+        self._sample.add(in_batch.ranked(chosen, random_key[chosen], n_coactivating))
 
     def layers(self) -> dict[int, LayerStatistics]:
         """The statistics of each layer."""
