@@ -153,7 +153,7 @@ def test_a_circuit_of_another_target_is_refused() -> None:
     same = {**other.installed_adapters().fingerprints}
     circuit = circuit_of(made())
     circuit = replace(circuit, fingerprints={**circuit.fingerprints, **same})
-    with pytest.raises(CircuitError, match="a pair whose target and target_embedding_and_norms have other fingerprints"):
+    with pytest.raises(CircuitError, match="target and target_embedding_and_norms have other fingerprints"):
         circuit.require_belonging(other)
     circuit_of(made()).require_belonging(made(dtype=torch.bfloat16))  # the same models, cast
 
