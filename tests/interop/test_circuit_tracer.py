@@ -14,13 +14,8 @@ from helpers.random_graphs import random_graph
 
 from tl_adapters.attribution.graph import AttributionGraph, GraphError, GraphTarget
 from tl_adapters.attribution.pruning import feature_share, graph_scores, prune
-from tl_adapters.interop.circuit_tracer import (
-    FeatureRecord,
-    cantor,
-    node_ids,
-    write_circuit_tracer,
-    write_packed_features,
-)
+from tl_adapters.interop.circuit_tracer import node_ids, write_circuit_tracer
+from tl_adapters.interop.circuit_tracer_features import FeatureRecord, cantor_number, write_packed_features
 
 SCRIPT = '</script><b>"quoted" \\ \n\u2028 \ud800 \N{SNOWMAN}'
 """A token with all that breaks pages: a closing tag, quotes, line ends, half of a surrogate pair."""
@@ -178,7 +173,7 @@ def test_every_kind_of_node(tmp_path: Path) -> None:
     assert set(nodes) == set(node_ids(graph)) - {"1_-1_2"}  # the one that feeds nothing
 
     feature = nodes["1_7_2"]
-    assert feature["feature"] == (1 + 7) * (1 + 7 + 1) / 2 + 7 == cantor(1, 7)
+    assert feature["feature"] == (1 + 7) * (1 + 7 + 1) / 2 + 7 == cantor_number(1, 7)
     assert (feature["layer"], feature["ctx_idx"], feature["jsNodeId"]) == ("1", 2, "1_7-0")
     assert (feature["feature_type"], feature["activation"]) == ("cross layer transcoder", 2.5)
     error = nodes["0_-1_2"]
@@ -240,16 +235,17 @@ def test_a_target_without_its_vocabulary_size_meets_no_token(tmp_path: Path) -> 
 
 
 def test_cantor_numbers_are_one_to_one() -> None:
-    assert [cantor(0, 0), cantor(1, 0), cantor(0, 1), cantor(2, 0), cantor(1, 1), cantor(0, 2)] == list(range(6))
-    assert cantor(35, 100_000) == 100_035 * 100_036 // 2 + 100_000
-    assert len({cantor(layer, index) for layer in range(40) for index in range(500)}) == 40 * 500
+    features = [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2)]
+    assert [cantor_number(*feature) for feature in features] == list(range(6))
+    assert cantor_number(35, 100_000) == 100_035 * 100_036 // 2 + 100_000
+    assert len({cantor_number(layer, index) for layer in range(40) for index in range(500)}) == 40 * 500
 
 
 def test_feature_files(tmp_path: Path) -> None:
     write_circuit_tracer(by_hand(), tmp_path, "x", features={(1, 7): RECORD, (5, 5): FeatureRecord(5, 5)})
     folder = tmp_path / "features"
-    assert {path.name for path in folder.iterdir()} == {f"{cantor(0, 3)}.json", f"{cantor(1, 7)}.json"}
-    full, empty = read(folder / f"{cantor(1, 7)}.json"), read(folder / f"{cantor(0, 3)}.json")
+    assert {path.name for path in folder.iterdir()} == {f"{cantor_number(0, 3)}.json", f"{cantor_number(1, 7)}.json"}
+    full, empty = read(folder / f"{cantor_number(1, 7)}.json"), read(folder / f"{cantor_number(0, 3)}.json")
     for record in (full, empty):
         assert set(record) == set(FEATURE)
         conforms(record, FEATURE)
@@ -272,7 +268,7 @@ def test_feature_files(tmp_path: Path) -> None:
 def test_a_feature_keeps_what_was_written_of_it_before(tmp_path: Path) -> None:
     write_circuit_tracer(by_hand(), tmp_path, "x", features={(1, 7): RECORD})
     write_circuit_tracer(by_hand(), tmp_path, "y")
-    path = tmp_path / "features" / f"{cantor(1, 7)}.json"
+    path = tmp_path / "features" / f"{cantor_number(1, 7)}.json"
     assert read(path)["act_max"] == 3.5
     write_circuit_tracer(by_hand(), tmp_path, "y", features={(1, 7): replace(RECORD, act_max=4.0)})
     assert read(path)["act_max"] == 4.0
@@ -305,7 +301,7 @@ def test_features_of_two_sets_do_not_share_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"graphs": {}}', '{"graphs": ["a"]}'])
 def test_a_list_that_cannot_be_read_is_left_alone(tmp_path: Path, text: str) -> None:
     (tmp_path / "graph-metadata.json").write_text(text)
-    with pytest.raises(GraphError, match="no list of graphs"):
+    with pytest.raises(GraphError, match="not a list of graphs"):
         write_circuit_tracer(by_hand(), tmp_path, "a")
     assert [path.name for path in tmp_path.iterdir()] == ["graph-metadata.json"]
     assert (tmp_path / "graph-metadata.json").read_text() == text
@@ -332,7 +328,7 @@ def test_the_page_that_shows_the_supernodes(tmp_path: Path) -> None:
     record = read(tmp_path / "x.json")
     assert record["qParams"]["supernodes"] == groups and record["qParams"]["pinnedIds"] == pinned
     assert set(pinned) <= {node["node_id"] for node in record["nodes"]}
-    with pytest.raises(GraphError, match="No nodes of this graph: 1_9_2"):
+    with pytest.raises(GraphError, match="The graph has no nodes 1_9_2"):
         write_circuit_tracer(by_hand(), tmp_path, "y", supernodes={"a": ["1_7_2", "1_9_2"]})
 
 
@@ -402,7 +398,7 @@ def test_packed_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [feature for feature, record in found.items() if record is not None] == [0, 7]
     assert found[0]["examples_quantiles"][0]["examples"][0]["tokens"] == [SCRIPT]
     write_circuit_tracer(by_hand(), tmp_path / "plain", "x", features={(1, 7): RECORD})
-    assert found[7] == read(tmp_path / "plain" / "features" / f"{cantor(1, 7)}.json")
+    assert found[7] == read(tmp_path / "plain" / "features" / f"{cantor_number(1, 7)}.json")
 
     monkeypatch.setattr("time.time", lambda: 1e9)
     write_packed_features(tmp_path / "b", {0: [], 1: [first, RECORD]}, 9)
@@ -416,6 +412,6 @@ def test_packed_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     "records", [{0: [RECORD]}, {1: [replace(RECORD, index=9)]}, {1: [replace(RECORD, index=-1)]}, {1: [RECORD, RECORD]}]
 )
 def test_packed_features_that_are_not_of_their_layer(tmp_path: Path, records: dict[int, list[FeatureRecord]]) -> None:
-    with pytest.raises(GraphError, match="of another layer, out of range, or there twice"):
+    with pytest.raises(GraphError, match="of another layer, out of range, or repeated"):
         write_packed_features(tmp_path, records, 9)
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.cli.main import main
 from tl_adapters.interop.authors_checkpoint import authors_pair
-from tl_adapters.interop.export import adapters_of
+from tl_adapters.interop.export import load_adapters_with_measurements
 from tl_adapters.models.paired_model import PairedModel
 
 TOKENS = torch.tensor([[273, 275, 22, 16, 10, 17, 21, 10, 17, 22, 262, 276, 277, 22, 16]])
@@ -35,7 +35,7 @@ def logits(pair: PairedModel, route: str) -> torch.Tensor:
 
 
 def test_a_runs_adapters_carry_its_figures(run: Path) -> None:
-    about = adapters_of(run).metadata
+    about = load_adapters_with_measurements(run).metadata
     results = json.loads((run / "results.json").read_text())
     assert about.figures["KL(target || replacement)"] == results["faithfulness"]["kl"]["replacement"]
     assert about.figures["L0, layer 2"] == results["faithfulness"]["l0"][2]

@@ -73,10 +73,10 @@ def add_push(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from tl_adapters.interop.export import adapters_of
+    from tl_adapters.interop.export import load_adapters_with_measurements
     from tl_adapters.interop.hub import push_to_hub
 
-    adapters = adapters_of(args.adapters)
+    adapters = load_adapters_with_measurements(args.adapters)
     address = push_to_hub(adapters, args.repo, private=args.private, revision=args.revision, reads=args.reads)
     print(f"commit: {address}\nnext: tl-adapters pull {args.repo} --out adapters")
 

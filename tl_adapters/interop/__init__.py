@@ -1,12 +1,13 @@
-"""How do other tools and other people see adapters?
+"""How are adapters, features and graphs exchanged with other tools?
 
-* `authors_checkpoint`: The checkpoints of the paper's authors: a whole replacement model as one Hugging Face
+* `authors_checkpoint`: Reads and writes the replacement-model checkpoints of the paper's authors
 * `circuit_tracer`: Attribution graphs as files that circuit-tracer's viewer and Neuronpedia read
-* `export`: What of a run is given away: its adapters with the figures that were measured, in the format asked for
-* `hub`: Adapters on the Hugging Face hub: one commit up, one whole folder down, and a card that says what they are
-* `hybrid_checkpoint`: The hybrid as a checkpoint of its own: the target with the base's MLPs, as a plain Hugging
-* `model_card`: The model card of a set of adapters, as the hub shows it
-* `neuronpedia`: A store of features as the files that Neuronpedia takes in
-* `sae_dashboard`: Dashboards by sae-dashboard, for those who know features by that page
-* `saelens`: Sets of adapters to and from SAELens
+* `circuit_tracer_features`: Feature files of circuit-tracer's viewer, single or packed
+* `export`: Exports the adapters of a run, with their measurements, to the formats of other tools
+* `hub`: Upload and download of adapter sets on the Hugging Face hub, with a model card
+* `hybrid_checkpoint`: The hybrid model as a Hugging Face checkpoint: the target with the base's MLPs
+* `model_card`: The model card of an adapter set, as the Hugging Face hub displays it
+* `neuronpedia`: A feature store as the files of a Neuronpedia upload
+* `sae_dashboard`: Feature pages made by the sae-dashboard package
+* `saelens`: Conversion of adapter sets to and from SAELens transcoders
 """

@@ -1,9 +1,9 @@
-"""The checkpoints of the paper's authors: a whole replacement model as one Hugging Face checkpoint.
+"""Reads and writes the checkpoints of the paper's authors: a replacement model as one Hugging Face checkpoint.
 
-The target's attention, embeddings and norms, the base's MLPs, and per layer, inside the MLP, the adapter:
+It holds the target's attention, embeddings and norms, the base's MLPs, and inside each MLP the adapter:
 
     model.layers.N.mlp.transcoder_enc.weight [n_features, d_model]     .bias [n_features]
-    model.layers.N.mlp.transcoder_dec.weight [d_model, n_features]     .bias [d_model], where transcoder_dec_bias
+    model.layers.N.mlp.transcoder_dec.weight [d_model, n_features]     .bias [d_model], if transcoder_dec_bias
 
 config.json holds transcoder_n_features, transcoder_dec_bias and an architecture that ends in WithTranscoder.
 """
@@ -48,9 +48,10 @@ from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.devices import resolve_device
 
-ENCODER, DECODER = "model.layers.{}.mlp.transcoder_enc.{}", "model.layers.{}.mlp.transcoder_dec.{}"
-_PUBLISHED = "transcoder-adapters-R1-Distill-Qwen-7B"
+_ENCODER, _DECODER = "model.layers.{}.mlp.transcoder_enc.{}", "model.layers.{}.mlp.transcoder_dec.{}"
+_PUBLISHED_NAME = "transcoder-adapters-R1-Distill-Qwen-7B"
 _PUBLISHED_PAIR = ("Qwen/Qwen2.5-Math-7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
+"""Base and target of the published checkpoints, whose config.json does not name them."""
 
 
 def from_authors(
@@ -61,64 +62,79 @@ def from_authors(
     token: str | None = None,
     device: torch.device | str = "cpu",
 ) -> AdapterSet:
-    """The adapters of a checkpoint of the paper's authors: a whole replacement model with the adapters inside.
+    """Read the adapters of a checkpoint of the paper's authors.
 
-    Of its shards only the adapters' tensors, the second norms and single values of the attention's output are read, so
-    a 7B model is never in memory. Of a repository the shards that hold those are downloaded, which is all of them.
+    From its shards only the adapters' tensors, the second norms and samples of the attention's output weights are read,
+    so a 7B model is never in memory. From a repository the shards that hold them are downloaded, which is all of them.
 
     Args:
         name: folder or hub name, such as "nathu0/transcoder-adapters-R1-Distill-Qwen-7B-l1w0.001-l0-1.4".
-        layers: only these; None reads all.
-        revision, token, device: as `AdapterSet.from_pretrained`.
+        layers: the layers to read; None reads all.
+        revision, token, device: as in `AdapterSet.from_pretrained`.
 
     Raises:
-        AdapterFormatError: no checkpoint of this kind.
+        AdapterFormatError: not a checkpoint of this kind, or layers that it does not have.
         CheckpointError: missing or damaged files, or a name that the hub does not know.
     """
     folder = fetch(name, DESCRIPTION_FILES, revision=revision, token=token)
     config = read_config(folder)
     architecture, n_features = _authors_architecture(name, config)
     n_layers = int(config["num_hidden_layers"])
-    chosen = list(range(n_layers)) if layers is None else list(layers)
-    if absent := [layer for layer in chosen if not 0 <= layer < n_layers]:
+    selected = list(range(n_layers)) if layers is None else list(layers)
+    if absent := [layer for layer in selected if not 0 <= layer < n_layers]:
         raise AdapterFormatError(f"{name} has {n_layers} layers; there are no layers {absent}.")
-    parts = [ENCODER.format("{0}", "weight"), ENCODER.format("{0}", "bias"), DECODER.format("{0}", "weight")]
-    if config.get("transcoder_dec_bias", True):
-        parts.append(DECODER.format("{0}", "bias"))
-    names = [part.format(layer) for layer in chosen for part in parts]
+    has_decoder_bias = bool(config.get("transcoder_dec_bias", True))
+    names = [tensor for layer in selected for tensor in _adapter_tensor_names(layer, has_decoder_bias)]
     names += [
-        tensor for layer in chosen for tensor in (architecture.norm_tensor("ln2", layer), attention_out_name(layer))
+        tensor for layer in selected for tensor in (architecture.norm_tensor("ln2", layer), attention_out_name(layer))
     ]
     if not Path(name).is_dir():
         shards = shard_files(folder, names) if (folder / INDEX_FILE).is_file() else ["*.safetensors"]
         folder = fetch(name, [*DESCRIPTION_FILES, *shards], revision=revision, token=token)
-    adapters, known = {}, {}
-    for layer in chosen:
-        tensors = read_tensors(folder, [part.format(layer) for part in parts], device)
-        encoder, bias, decoder, *decoder_bias = (tensors[part.format(layer)] for part in parts)
-        if encoder.shape[0] != n_features:
+    adapters, samples = {}, {}
+    for layer in selected:
+        weights = _read_weights(folder, layer, has_decoder_bias, device)
+        if weights["W_enc"].shape[1] != n_features:
             raise AdapterFormatError(
-                f"{name} says transcoder_n_features {n_features}; layer {layer} has {encoder.shape[0]}."
+                f"{name} says transcoder_n_features {n_features}; layer {layer} has {weights['W_enc'].shape[1]}."
             )
-        b_dec = decoder_bias[0] if decoder_bias else torch.zeros(encoder.shape[1], dtype=encoder.dtype, device=device)
-        # Copies all of them: a tensor that was read may be a view of its whole shard.
-        weights = {"W_enc": encoder.T.clone(memory_format=torch.contiguous_format), "b_enc": bias.clone()}
-        weights |= {"W_dec": decoder.T.clone(memory_format=torch.contiguous_format), "b_dec": b_dec.clone()}
         adapters[layer] = adapter_of(weights)
-        known[layer] = stored_samples(folder, folder, architecture, layer)
-    base, target = _PUBLISHED_PAIR if _PUBLISHED in str(name) else ("", "")
-    metadata = AdapterMetadata(base=base, target=target)
-    result = AdapterSet(adapters, known, metadata, n_layers)
+        samples[layer] = stored_samples(folder, folder, architecture, layer)
+    base, target = _PUBLISHED_PAIR if _PUBLISHED_NAME in str(name) else ("", "")
+    result = AdapterSet(adapters, samples, AdapterMetadata(base=base, target=target), n_layers)
     result.require_finite(str(name))
     return result
 
 
+def _adapter_tensor_names(layer: int, has_decoder_bias: bool) -> list[str]:
+    """Return the names of W_enc, b_enc, W_dec and, if there is one, b_dec of one layer."""
+    names = [_ENCODER.format(layer, "weight"), _ENCODER.format(layer, "bias"), _DECODER.format(layer, "weight")]
+    return [*names, _DECODER.format(layer, "bias")] if has_decoder_bias else names
+
+
+def _read_weights(folder: Path, layer: int, has_decoder_bias: bool, device: torch.device | str) -> dict[str, Tensor]:
+    """Return W_enc, b_enc, W_dec and b_dec of one layer as `TranscoderAdapter` has them.
+
+    All of them are copies, since a tensor that was read may be a view of its whole shard.
+    """
+    names = _adapter_tensor_names(layer, has_decoder_bias)
+    tensors = read_tensors(folder, names, device)
+    encoder, b_enc, decoder, *b_dec = (tensors[name] for name in names)
+    return {
+        "W_enc": encoder.T.clone(memory_format=torch.contiguous_format),
+        "b_enc": b_enc.clone(),
+        "W_dec": decoder.T.clone(memory_format=torch.contiguous_format),
+        "b_dec": b_dec[0].clone() if b_dec else torch.zeros(encoder.shape[1], dtype=encoder.dtype, device=device),
+    }
+
+
 def _authors_architecture(name: str | Path, config: dict[str, Any]) -> tuple[Architecture, int]:
+    """Return the architecture of the model around the adapters, and the number of features per layer."""
     architecture = architecture_name(config)
     if not architecture.endswith(AUTHORS_CHECKPOINT_SUFFIX) or "transcoder_n_features" not in config:
         raise AdapterFormatError(
-            f"{name} is of architecture {architecture}, or lacks transcoder_n_features: no checkpoint of the paper's "
-            f"authors, whose architecture ends in {AUTHORS_CHECKPOINT_SUFFIX}. Our own sets are read by "
+            f"{name} is of architecture {architecture}, or lacks transcoder_n_features, so it is not a checkpoint of "
+            f"the paper's authors, whose architecture ends in {AUTHORS_CHECKPOINT_SUFFIX}. Our own folders are read by "
             "AdapterSet.from_pretrained."
         )
     return find_architecture(architecture), int(config["transcoder_n_features"])
@@ -128,18 +144,18 @@ def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, ta
     """Write the replacement model as a checkpoint of the authors' kind, which their vLLM class serves.
 
     Args:
-        adapters: of all layers, reading the MLP's input, with the activation relu.
+        adapters: adapters of all layers that read the MLP's input, with the activation relu.
         folder: must not exist.
         base, target: folders or hub names; their shards are copied one at a time.
 
     Raises:
-        AdapterFormatError: adapters of some layers only, in another form, or with another activation.
+        AdapterFormatError: adapters of some layers only, in the other form, or with another activation.
         CheckpointError, PairMismatchError, FolderExistsError, DiskFullError.
     """
     if adapters.metadata.activation != "relu":
         raise AdapterFormatError(
             f"The authors' model class computes relu, and these adapters are {adapters.metadata.activation}: they "
-            "would be other features there. SAELens folders and our own hold them (--to saelens)."
+            "would have other features there. Export them to SAELens (--to saelens), or keep them in our own folder."
         )
     if adapters.metadata.reads != "mlp_input" or adapters.layer_indices != list(range(adapters.n_layers)):
         raise AdapterFormatError(
@@ -148,15 +164,15 @@ def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, ta
             "was trained."
         )
     config = read_config(locate(target, weights=False))
-    with_bias = any(bool(adapter.b_dec.any()) for adapter in adapters)
+    has_decoder_bias = any(bool(adapter.b_dec.any()) for adapter in adapters)
     tensors: dict[str, Tensor] = {}
     for layer in adapters.layer_indices:
-        ours = adapters[layer]
-        tensors[ENCODER.format(layer, "weight")] = ours.W_enc.detach().T
-        tensors[ENCODER.format(layer, "bias")] = ours.b_enc.detach()
-        tensors[DECODER.format(layer, "weight")] = ours.W_dec.detach().T
-        if with_bias:
-            tensors[DECODER.format(layer, "bias")] = ours.b_dec.detach()
+        adapter = adapters[layer]
+        tensors[_ENCODER.format(layer, "weight")] = adapter.W_enc.detach().T
+        tensors[_ENCODER.format(layer, "bias")] = adapter.b_enc.detach()
+        tensors[_DECODER.format(layer, "weight")] = adapter.W_dec.detach().T
+        if has_decoder_bias:
+            tensors[_DECODER.format(layer, "bias")] = adapter.b_dec.detach()
     write_hybrid(
         folder,
         target,
@@ -165,7 +181,7 @@ def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, ta
         config={
             "architectures": [f"{architecture_name(config)}{AUTHORS_CHECKPOINT_SUFFIX}"],
             "transcoder_n_features": adapters.n_features,
-            "transcoder_dec_bias": with_bias,
+            "transcoder_dec_bias": has_decoder_bias,
         },
     )
 
@@ -179,14 +195,14 @@ def authors_pair(
     tokenizer: PreTrainedTokenizerBase | None = None,
     backend: str | None = None,
 ) -> PairedModel:
-    """The pair of one of the authors' checkpoints, with its adapters in place.
+    """Return the pair of one of the authors' checkpoints, with its adapters loaded.
 
-    Attention, embeddings, norms and the base's MLPs come from the checkpoint; of ``target`` only the MLPs are read.
+    Attention, embeddings, norms and the base's MLPs are read from the checkpoint, and only the MLPs from ``target``.
 
     Args:
-        name: the checkpoint, a folder or hub name.
+        name: folder or hub name of the checkpoint.
         target: folder or hub name of the target.
-        dtype, device, tokenizer, backend: as `PairedModel.from_pretrained`.
+        dtype, device, tokenizer, backend: as in `PairedModel.from_pretrained`.
 
     Raises:
         AdapterFormatError, CheckpointError, PairMismatchError, UnsupportedModelError.
@@ -195,9 +211,10 @@ def authors_pair(
     require_fit(compare_configs(read_config(locate(name, weights=False)), read_config(locate(target, weights=False))))
     hf_model, tokenizer = load_hf_model(name, dtype, resolve_device(device), tokenizer, without_adapters=True)
     base_mlps = []
-    for layer, mlps in zip(hf_model.model.layers, read_base_mlps(target, adapters.n_layers), strict=True):
+    # The checkpoint's MLPs are the base's; read_base_mlps reads the MLPs of any folder, here those of the target.
+    for layer, target_mlp in zip(hf_model.model.layers, read_base_mlps(target, adapters.n_layers), strict=True):
         base_mlps.append({projection: getattr(layer.mlp, projection).weight.detach() for projection in PROJECTIONS})
-        for projection, weight in mlps.items():
+        for projection, weight in target_mlp.items():
             linear = getattr(layer.mlp, projection)
             linear.weight = torch.nn.Parameter(
                 weight.to(linear.weight.device, linear.weight.dtype), requires_grad=False

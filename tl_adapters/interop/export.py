@@ -1,4 +1,4 @@
-"""What of a run is given away: its adapters with the figures that were measured, in the format asked for."""
+"""Exports the adapters of a run, with their measurements, to the formats of other tools."""
 
 from __future__ import annotations
 
@@ -16,53 +16,54 @@ from tl_adapters.interop.saelens import to_saelens
 from tl_adapters.utils.files import require_absent
 from tl_adapters.utils.results import read_results
 
-Format = Literal["saelens", "authors", "hybrid", "target"]
-FORMATS: tuple[str, ...] = get_args(Format)
+ExportFormat = Literal["saelens", "authors", "hybrid", "target"]
 
 
-def adapters_of(name: str | Path, **options: Any) -> AdapterSet:
-    """The adapters of a run with its figures and data in their metadata, or those of a folder or repository.
+def load_adapters_with_measurements(name: str | Path, **options: Any) -> AdapterSet:
+    """Return adapters; those of a run get its measurements and data set in their metadata.
 
     Args:
-        name: a run folder, a folder of adapters, or a repository of the hub.
-        options: as `AdapterSet.from_pretrained`.
+        name: a run folder, a folder of adapters, or a repository on the hub.
+        options: as in `AdapterSet.from_pretrained`.
 
     Raises:
-        UserError: a run that has not come to its end.
-        AdapterFormatError, CheckpointError: no adapters there.
+        UserError: a run whose training has not finished.
+        AdapterFormatError, CheckpointError: there are no adapters under that name.
     """
     folder = Path(name)
     if not (folder / "config.json").is_file() or (folder / METADATA_FILE).is_file():
         return AdapterSet.from_pretrained(name, **options)
     if not (folder / "adapters").is_dir():
-        raise UserError(f"{folder} has no adapters yet; its run goes on with: tl-adapters train --resume {folder}")
+        raise UserError(
+            f"{folder} has no adapters yet; continue its training with: tl-adapters train --resume {folder}"
+        )
     adapters = AdapterSet.from_pretrained(folder / "adapters", **options)
     source = RunConfig.load(folder / "config.json").data.source
     adapters.metadata = replace(
         adapters.metadata,
-        figures={**adapters.metadata.figures, **measured_figures(read_results(folder))},
+        figures={**adapters.metadata.figures, **_card_measurements(read_results(folder))},
         datasets=[source or "the built-in pair's text"],
     )
     return adapters
 
 
-def measured_figures(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a run's results.json that a model card shows; none for a run that was only trained."""
-    figures: dict[str, Any] = {}
+def _card_measurements(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the measurements of a run's results.json that a model card shows; a run that was only trained has none."""
+    measurements: dict[str, Any] = {}
     if faithfulness := results.get("faithfulness"):
-        figures["KL(target || hybrid)"] = faithfulness["kl"]["hybrid"]
-        figures["KL(target || replacement)"] = faithfulness["kl"]["replacement"]
-        figures["same likeliest token"] = faithfulness["top1_agreement"]
+        measurements["KL(target || hybrid)"] = faithfulness["kl"]["hybrid"]
+        measurements["KL(target || replacement)"] = faithfulness["kl"]["replacement"]
+        measurements["same likeliest token"] = faithfulness["top1_agreement"]
         for layer, l0 in enumerate(faithfulness["l0"]):
-            figures[f"L0, layer {layer}"] = l0
-    for floor, recovered in (results.get("behaviour") or {}).get("recovered", {}).items():
-        figures[f"accuracy recovered against the {floor}"] = recovered
-    return figures
+            measurements[f"L0, layer {layer}"] = l0
+    for baseline, recovered in (results.get("behaviour") or {}).get("recovered", {}).items():
+        measurements[f"accuracy recovered against the {baseline}"] = recovered
+    return measurements
 
 
 def export(
     name: str | Path,
-    to: Format,
+    to: ExportFormat,
     folder: str | Path,
     *,
     reads: Literal["normalized", "mlp_input"] = "normalized",
@@ -72,22 +73,23 @@ def export(
     """Write a run's adapters, or the models that they belong to, for other tools.
 
     Args:
-        name: as `adapters_of`.
-        to: "saelens" (a SAELens folder per layer), "authors" (the whole replacement as the paper's authors write it),
-            "hybrid" (the model that additive transcoders belong to, as a Hugging Face folder) or "target" (likewise,
-            to read the target's own stream).
+        name: a run folder, a folder of adapters, or a repository on the hub.
+        to: "saelens" (a SAELens folder per layer), "authors" (the replacement model in the format of the paper's
+            authors), "hybrid" (the model to which additive transcoders are added, as a Hugging Face folder) or "target"
+            (the target as a Hugging Face folder, for adapters that read its stream).
         folder: must not exist.
-        reads: for "saelens", as `formats.to_saelens`.
-        base, target: where the models are, if not where the adapters' metadata says.
+        reads: for "saelens", as in `to_saelens`.
+        base, target: names or folders of the models, if they are not where the adapters' metadata says.
 
     Raises:
-        UserError: an unknown format, models that are not known, or a target that no such folder can hold (planted).
-        And what the formats raise; nothing half-written is left.
+        UserError: an unknown format, models that are not known, or the target of planted features, which no Hugging
+            Face folder can hold; and the errors of the formats. Nothing incomplete remains.
     """
-    if to not in FORMATS:
-        raise UserError(f"No format {to!r}; there are {', '.join(FORMATS)}.")
+    formats = get_args(ExportFormat)
+    if to not in formats:
+        raise UserError(f"No format {to!r}; there are {', '.join(formats)}.")
     require_absent(folder)
-    adapters = adapters_of(name)
+    adapters = load_adapters_with_measurements(name)
     if to == "saelens":
         to_saelens(adapters, folder, reads=reads)
         return
@@ -99,11 +101,11 @@ def export(
                 "is no Hugging Face folder of it. PairedModel.plant(base, planted) makes it, from the planted "
                 "features' own folder."
             )
-        target = target or base or about.base  # all but the MLPs is the base's own
-    found = {"base": base or about.base, "target": target or about.target}
-    if missing := [role for role, where in found.items() if not where]:
+        target = target or base or about.base  # everything but the MLPs is the base's own
+    models = {"base": base or about.base, "target": target or about.target}
+    if missing := [role for role, model in models.items() if not model]:
         raise UserError(f"The adapters do not say what their {' and '.join(missing)} are; name them.")
     if to == "authors":
-        to_authors(adapters, folder, base=found["base"], target=found["target"])
+        to_authors(adapters, folder, base=models["base"], target=models["target"])
     else:
-        write_hybrid(folder, found["target"], found["base"] if to == "hybrid" else None)
+        write_hybrid(folder, models["target"], models["base"] if to == "hybrid" else None)

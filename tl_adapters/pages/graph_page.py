@@ -20,12 +20,12 @@ from tl_adapters.features.feature import Feature
 from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.interop.circuit_tracer import (
-    FeatureRecord,
     node_ids,
     remove_circuit_tracer,
     require_slug,
     write_circuit_tracer,
 )
+from tl_adapters.interop.circuit_tracer_features import FeatureRecord
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_viewer import ViewerData, ViewerNode, write_viewer
 from tl_adapters.utils.files import require_absent
