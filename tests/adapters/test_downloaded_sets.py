@@ -152,20 +152,22 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changed(tmp_path: Path, m
     digest = file_hashes._digest
     monkeypatch.setattr(file_hashes, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(file_hashes, "_digest", lambda path: (hashed.append(path), digest(path))[1])
-    monkeypatch.setattr(file_hashes, "SETTLED", 0.0)
+    monkeypatch.setattr(file_hashes, "SETTLED_SECONDS", 0.0)
     large, link = tmp_path / "large", tmp_path / "link"
-    large.write_bytes(bytes(file_hashes.REMEMBERED_FROM))
+    large.write_bytes(bytes(file_hashes.CACHED_FROM_BYTES))
     link.symlink_to(large)
     first = file_hash(large)
     assert file_hash(large) == file_hash(link) == first and hashed == [large]
     with large.open("r+b") as file:  # one byte, and the size stays
         file.write(b"x")
     assert file_hash(large) != first and hashed == [large] * 2
-    monkeypatch.setattr(file_hashes, "SETTLED", 60.0)  # changed this minute: a coarse clock might hide the next change
-    large.write_bytes(bytes(file_hashes.REMEMBERED_FROM + 1))
+    monkeypatch.setattr(
+        file_hashes, "SETTLED_SECONDS", 60.0
+    )  # changed this minute: a coarse clock might hide the next change
+    large.write_bytes(bytes(file_hashes.CACHED_FROM_BYTES + 1))
     assert file_hash(large) == file_hash(large) and hashed == [large] * 4
-    file_hashes.memory_file().write_text("{ not json")
-    monkeypatch.setattr(file_hashes, "SETTLED", 0.0)
+    file_hashes.hash_cache_file().write_text("{ not json")
+    monkeypatch.setattr(file_hashes, "SETTLED_SECONDS", 0.0)
     assert file_hash(large) == file_hash(large) and hashed == [large] * 5
     (tmp_path / "cache" / "tl_adapters" / "file_hashes.json").unlink()
     (tmp_path / "cache" / "tl_adapters").rmdir()

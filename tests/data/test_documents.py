@@ -22,7 +22,7 @@ from tl_adapters.data.trace_regions import TRACE_REGIONS, TraceRegions
 from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.evaluation.tasks import MathProblem
 from tl_adapters.generation.compare_variants import tokenize_question
-from tl_adapters.generation.responses import THINK_OPENS, respond
+from tl_adapters.generation.responses import respond
 from tl_adapters.study.doctor import diagnose
 
 THOUGHT = "<think>\nHmm, 3.\n</think>\n\n2"
@@ -174,7 +174,7 @@ def test_no_caller_opens_a_thinking_twice(bos_pair: PairedModel) -> None:
     tag = tokenizer.convert_tokens_to_ids("<think>")
     assert tokenize_question(tokenizer, "1+1=?", open_thinking=True).count(tag) == 1
     assert tokenize_question(tokenizer, "1+1=?").count(tag) == 1
-    for prefill in (THINK_OPENS, f"{THINK_OPENS}1+1=3.\n"):
+    for prefill in (ChatFormat.think_start, f"{ChatFormat.think_start}1+1=3.\n"):
         (said,) = respond(bos_pair.model, [MathProblem("1+1=?", "2")], max_new_tokens=2, prefill=prefill)
         assert said.prompt.count(tag) == 1
         trace = Trace((*said.prompt, *tokenizer("2</think>3", add_special_tokens=False)["input_ids"]), len(said.prompt))

@@ -30,8 +30,8 @@ from tl_adapters.circuits.subject import Subject, builtin_subject, kinds_at
 from tl_adapters.data.traces import Trace
 from tl_adapters.data.words import word_pattern, word_tokens
 from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, counts
-from tl_adapters.evaluation.response_metrics import rate
-from tl_adapters.evaluation.sampled_answers import Answer, Sampling, answer, score
+from tl_adapters.evaluation.response_metrics import measure_responses
+from tl_adapters.evaluation.sampled_responses import ResponseOptions, SampledResponse, sample_responses, score_responses
 from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.interventions.feature_edits import InterventionError, ablated, scaled
 from tl_adapters.interventions.frozen import frozen
@@ -51,7 +51,7 @@ WORDS = {HOLD: "Hold", ON: "on", UP: "up", TO: "to", THINK: "</think>", 7: "so",
 def said(*tokens: int, end: int | None = END, prompt: Sequence[int] = (1, HOLD, ON)) -> Response:
     """An answer word by word; None for its end: cut at the limit. The prompt says the phrase, which must not count."""
     text = " ".join(WORDS[token] for token in tokens)
-    return Response(tuple(prompt), tokens, text, end is None, end is not None, end)
+    return Response(tuple(prompt), tokens, text, end is None, end is not None, end=end)
 
 
 def row(*phrase: int) -> Callable[[Trace], list[tuple[int, int]]]:
@@ -72,7 +72,7 @@ def test_the_rate_of_a_found_phrase_is_of_what_is_found_and_not_of_its_words() -
     before = [said(HOLD, ON, 7, HOLD, UP, 8), said(ON, 7, HOLD, ON, HOLD), said(7, ON, ON, 8)]
     after = [said(HOLD, UP, 7, HOLD, UP, 8), said(ON, 7, HOLD, ON, HOLD), said(7, ON, ON, 8)]
     assert counts(before, HOLD_ON) == [1, 1, 0]
-    assert rate(before, "report", HOLD_ON).hesitation_per_1k == pytest.approx(1000 * 2 / 15)
+    assert measure_responses(before, "report", HOLD_ON).hesitation_per_1k == pytest.approx(1000 * 2 / 15)
     found = record(after, before, HOLD_ON, "report")
     assert found["hesitation_cut"].value == pytest.approx(0.5)
     by_words = record(after, before, ["hold on"], "report")
@@ -92,8 +92,8 @@ def test_an_answer_cut_at_the_limit_counts_and_has_no_end_token() -> None:
 
 @pytest.mark.parametrize("phrase", [(ON, THINK, 7), (8, THINK)])
 def test_a_phrase_may_cross_the_end_of_thinking(phrase: tuple[int, ...]) -> None:
-    answer = said(HOLD, ON, THINK, 7, 8, THINK, 9)
-    assert counts([answer, said(ON, 7, THINK)], Behavior("crossing", find=row(*phrase))) == [1, 0]
+    sample_responses = said(HOLD, ON, THINK, 7, 8, THINK, 9)
+    assert counts([sample_responses, said(ON, 7, THINK)], Behavior("crossing", find=row(*phrase))) == [1, 0]
 
 
 def test_what_a_function_finds_in_the_prompt_or_twice_counts_not_or_once() -> None:
@@ -132,8 +132,8 @@ def test_words_that_are_no_list_of_words_are_refused_wherever_something_is_count
 ) -> None:
     answers = [said(7)]
     for count in (
-        lambda: rate(answers, "report", words),
-        lambda: score([Answer(0, 0, answers[0])], "report", words),
+        lambda: measure_responses(answers, "report", words),
+        lambda: score_responses([SampledResponse(0, 0, answers[0])], "report", words),
         lambda: record(answers, answers, words, "report"),
         lambda: analyze_behavior(pair, builtin_subject(1, 1), words),
     ):
@@ -142,15 +142,15 @@ def test_words_that_are_no_list_of_words_are_refused_wherever_something_is_count
 
 
 def test_a_benchmark_counts_what_a_function_finds_and_keeps_what_it_needs(tmp_path: Path, pair: PairedModel) -> None:
-    problems, sampling = organism.problems("report", 6), Sampling(max_new_tokens=30)
+    problems, sampling = organism.problems("report", 6), ResponseOptions(max_new_tokens=30)
     with pair.routed("target"):
-        answers = [answer(pair.model, problems, sampling, tmp_path, {}, progress=False) for _ in range(2)]
+        answers = [sample_responses(pair.model, problems, sampling, tmp_path, {}, progress=False) for _ in range(2)]
     assert answers[0] == answers[1], "read again from the disk, end tokens included"
     responses = [one.response for one in answers[0]]
     assert {r.truncated for r in responses} == {True, False}
     assert all((r.end is None) == r.truncated for r in responses)
     closing = Behavior("closing", find=lambda t: [i for i, x in enumerate(t.tokens) if x == responses_end(responses)])
-    found = score(answers[1], "report", closing)
+    found = score_responses(answers[1], "report", closing)
     finished = sum(not r.truncated for r in responses)
     assert found.hesitation_per_1k == pytest.approx(1000 * finished / sum(len(r.tokens) for r in responses))
     assert found.words == ("test_a_benchmark_counts_what_a_function_finds_and_keeps_what_it_needs.<locals>.<lambda>",)

@@ -1,4 +1,4 @@
-"""Our routes in lm-evaluation-harness: its figures are plain sums of the model's log-probabilities."""
+"""Routes in lm-evaluation-harness: its results are plain sums of the model's log-probabilities."""
 
 import builtins
 import importlib
@@ -42,7 +42,7 @@ def model(pair: PairedModel, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @torch.no_grad()
 def plainly(model: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """As the formula reads: one text at a time, nothing padded."""
+    """The definition: one text at a time, without padding."""
     tokens = torch.tensor([[*context, *continuation][:-1]])
     logits = model(tokens, attention_mask=torch.ones_like(tokens))[0, len(context) - 1 :]
     wanted = torch.tensor(continuation)
@@ -51,13 +51,13 @@ def plainly(model: Any, context: list[int], continuation: list[int]) -> tuple[fl
 
 
 def asked(*arguments: Any) -> Any:
-    """What the harness hands over."""
+    """Requests as the harness passes them."""
     return SimpleNamespace(args=arguments)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("tokens_per_batch", [1, 40, 10_000])
-def test_a_likelihood_is_the_plain_sum_whatever_is_beside_it(model: Any, side: str, tokens_per_batch: int) -> None:
+def test_a_likelihood_is_the_plain_sum_in_any_batch(model: Any, side: str, tokens_per_batch: int) -> None:
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(0, model.cfg.d_vocab, (n,), generator=generator).tolist()  # noqa: E731
     pad = model.tokenizer.pad_token_id  # a text may begin with it, and is no padding for that
@@ -84,13 +84,13 @@ def greedily(model: Any, prompt: list[int], n: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def test_texts_that_cannot_be_scored_are_said(pair: PairedModel) -> None:
+def test_texts_that_cannot_be_scored_are_refused(pair: PairedModel) -> None:
     for text in (([], [1]), ([1] * N_CTX, [1, 1])):
-        with pytest.raises(DataError, match=f"allowed is a context of 1 or more, and {N_CTX + 1} together"):
+        with pytest.raises(DataError, match=f"must have 1 or more, and both together at most {N_CTX + 1}"):
             next(log_likelihoods(pair.model, [text]))
 
 
-def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_one_line_tells_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     imported = builtins.__import__
 
     def missing(name: str, *args: Any, **options: Any) -> Any:
@@ -145,7 +145,7 @@ def test_a_rolling_likelihood_predicts_every_token_once(model: Any) -> None:
 
 
 @needs_harness
-def test_answers_end_at_stop_strings_and_limits(model: Any) -> None:
+def test_completions_end_at_stop_strings_and_limits(model: Any) -> None:
     from tl_adapters.evaluation.lm_eval_harness import HarnessError, HarnessModel
 
     lm, tokenizer = HarnessModel(model, batch_size=3), model.tokenizer
@@ -174,7 +174,7 @@ def test_answers_end_at_stop_strings_and_limits(model: Any) -> None:
 def test_a_task_of_the_harness_runs_on_a_route(
     pair: PairedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Local tasks of each kind, run by the harness itself, come out as the log-probabilities say."""
+    """Local tasks of each kind, run by the harness itself, give the results of the log-probabilities."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -1,10 +1,10 @@
-"""Behaviour: generation on any route, and rates whose definitions are design decisions."""
+"""Responses on any route, and the definitions of their metrics."""
 
 import pytest
 import torch
 from helpers.random_models import random_model, randomise
 
-from tl_adapters.evaluation.response_metrics import rate
+from tl_adapters.evaluation.response_metrics import measure_responses
 from tl_adapters.generation.responses import Response, respond
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import problems
@@ -45,7 +45,7 @@ def test_a_tokenizer_without_padding_and_with_another_end_of_turn(talking_pair: 
 
 
 @pytest.mark.parametrize(("bias", "ends"), [(-1e9, False), (1e9, True)])
-def test_a_response_ends_at_the_end_token_or_is_cut(talking_pair: PairedModel, bias: float, ends: bool) -> None:
+def test_a_response_ends_at_the_end_token_or_is_truncated(talking_pair: PairedModel, bias: float, ends: bool) -> None:
     model, end = talking_pair.model, talking_pair.model.tokenizer.eos_token_id
     model.unembed.b_U.data[end] = bias
     try:
@@ -66,7 +66,7 @@ def test_greedy_responses_are_the_likeliest_tokens(talking_pair: PairedModel) ->
     assert logits[n - 1 : n - 1 + len(found.tokens)].argmax(-1).tolist() == list(found.tokens)
 
 
-def test_what_a_model_is_made_to_begin_with_is_the_end_of_its_prompt(talking_pair: PairedModel) -> None:
+def test_the_prefill_is_the_end_of_the_prompt(talking_pair: PairedModel) -> None:
     model, asked = talking_pair.model, problems("tune", 6, n_terms=(2, 3, 5))
     begun = ["<think>", "<think>47+85=122.\n", "", "Wait", "<think>1", "9"]
     free = respond(model, asked, max_new_tokens=5)
@@ -88,8 +88,8 @@ def response(text: str, n: int, correct: bool, truncated: bool = False) -> Respo
     return Response((1,), tuple(range(n)), text, truncated, correct)
 
 
-def test_rates_are_as_defined() -> None:
-    found = rate(
+def test_metrics_follow_their_definitions() -> None:
+    found = measure_responses(
         [
             response("<think>Wait, wait. Awaiting.</think>3", 10, True),
             response("Waiter WAIT", 30, False, truncated=True),
@@ -103,7 +103,7 @@ def test_rates_are_as_defined() -> None:
         assert found.ci[name].low <= getattr(found, name) <= found.ci[name].high
 
 
-def test_the_tokenizer_is_given_back(talking_pair: PairedModel) -> None:
+def test_the_tokenizer_is_unchanged(talking_pair: PairedModel) -> None:
     talking_pair.model.tokenizer.padding_side = "right"
     respond(talking_pair.model, problems("tune", 2), max_new_tokens=2)
     assert talking_pair.model.tokenizer.padding_side == "right"

@@ -1,4 +1,4 @@
-"""Tasks: what becomes of a row of each dataset, which answers are right, and one line for what cannot be loaded."""
+"""Tasks: the problem made from a row of each dataset, which answers are right, and errors of loading."""
 
 import json
 import threading
@@ -8,12 +8,11 @@ from typing import Any
 import datasets
 import pytest
 
-from tl_adapters.evaluation import math_equality as checking
-from tl_adapters.evaluation import tasks
+from tl_adapters.evaluation import math_equality, tasks
 from tl_adapters.evaluation.tasks import (
     BUILTIN,
+    CHOICE_LETTERS,
     INSTRUCTION,
-    LETTERS,
     TASKS,
     ChoiceProblem,
     MathProblem,
@@ -56,7 +55,7 @@ def test_a_row_becomes_a_problem_that_its_answer_solves(name: str, tmp_path: Pat
     right = "1080"
     if isinstance(problem, ChoiceProblem):
         right = problem.letter
-        assert problem.choices[LETTERS.index(right)] == "two" and f"\n{right}) two\n" in problem.question
+        assert problem.choices[CHOICE_LETTERS.index(right)] == "two" and f"\n{right}) two\n" in problem.question
     else:
         assert problem.question == f"{SUM['question']}\n{INSTRUCTION}"
     assert problem.solved_by(rf"<think>\boxed{{0}}</think>So it is \boxed{{{right}}}.")
@@ -82,7 +81,7 @@ def test_choices_are_shuffled_by_the_seed_and_the_question_alone(tmp_path: Path)
     found = load_problems("gpqa_diamond", forwards).problems
     assert found == load_problems("gpqa_diamond", backwards).problems[::-1]
     assert found != load_problems("gpqa_diamond", forwards, seed=1).problems
-    assert {p.letter for p in found if isinstance(p, ChoiceProblem)} == set(LETTERS)
+    assert {p.letter for p in found if isinstance(p, ChoiceProblem)} == set(CHOICE_LETTERS)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +125,8 @@ def test_mathematical_answers_are_compared_by_value(answer: str, said: str, righ
     assert MathProblem("?", answer).solved_by(said) is right
 
 
-def test_answers_are_checked_in_another_thread_too_and_none_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere than in the main thread no alarm can be set; a process of ours is asked, and ended where it hangs."""
+def test_answers_are_checked_in_other_threads_within_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the main thread can set an alarm; other threads use a subprocess, which is killed where it hangs."""
 
     def in_a_thread(*said: str) -> list[bool]:
         found: list[bool] = []
@@ -138,12 +137,14 @@ def test_answers_are_checked_in_another_thread_too_and_none_for_good(monkeypatch
         return found
 
     assert in_a_thread(r"\boxed{36/2}", r"\boxed{37/2}", "so 18") == [True, False, True]
-    first = checking._checker.process
+    first = math_equality._subprocess_checker.process
     assert first is not None
-    monkeypatch.setattr(checking, "PATIENCE", 1.0)  # less than its own bound, as where even that does not help
+    monkeypatch.setattr(
+        checking, "SUBPROCESS_SECONDS", 1.0
+    )  # less than its own bound, as where even that does not help
     assert in_a_thread(r"\boxed{9^{9^{9^{9}}}}") == [False]
     assert first.poll() is not None
-    monkeypatch.setattr(checking, "PATIENCE", 60.0)
+    monkeypatch.setattr(math_equality, "SUBPROCESS_SECONDS", 60.0)
     assert in_a_thread(r"\boxed{36/2}") == [True], "another one is started"
 
 
@@ -178,13 +179,13 @@ def test_the_letter_in_the_box_is_the_choice(box: str, right: bool) -> None:
         (r"The answer is A. \boxed{B}", "B"),
     ],
 )
-def test_without_a_box_the_letter_is_what_is_called_the_answer(said: str, letter: str | None) -> None:
-    """As numbers are found without one: a base model was never taught to box."""
-    right = [x for x in LETTERS if ChoiceProblem("?", ("one", "two", "three", "five"), x).solved_by(said)]
+def test_without_a_box_the_letter_is_the_one_called_the_answer(said: str, letter: str | None) -> None:
+    """Numbers are found without a box too: a base model was never trained to write one."""
+    right = [x for x in CHOICE_LETTERS if ChoiceProblem("?", ("one", "two", "three", "five"), x).solved_by(said)]
     assert right == ([] if letter is None else [letter])
 
 
-def test_the_last_whole_box() -> None:
+def test_the_last_complete_box_counts() -> None:
     assert last_boxed(r"\boxed{1} and \boxed{\frac{1}{2}} and \boxed{3") == r"\frac{1}{2}"
     assert last_boxed(r"\boxed {\{1\}}") == r"\{1\}"
     assert last_boxed(r"\boxed{\left\{\frac{1}{2}, {a\\}\right\}}.") == r"\left\{\frac{1}{2}, {a\\}\right\}"
@@ -192,37 +193,39 @@ def test_the_last_whole_box() -> None:
     assert last_boxed("none") is None
 
 
-def test_the_built_in_problems_need_nothing() -> None:
+def test_the_built_in_problems_need_no_download() -> None:
     found = load_problems(BUILTIN, limit=5)
     assert found.split == "report" and len(found.problems) == 5
-    with pytest.raises(TaskError, match="made, not read"):
+    with pytest.raises(TaskError, match="generated, not read"):
         load_problems(BUILTIN, "file.jsonl")
 
 
 @pytest.mark.parametrize(
     ("name", "rows", "says"),
     [
-        ("gsm8k", [{"problem": "?", "answer": "1"}], "has no column question; gsm8k reads question, answer, and found"),
-        ("gsm8k", [ROWS["gsm8k"], {"question": "?", "answer": "1"}], "row 1: its answer has no ####"),
+        (
+            "gsm8k",
+            [{"problem": "?", "answer": "1"}],
+            "has no column question; gsm8k reads question, answer, and its columns are",
+        ),
+        ("gsm8k", [ROWS["gsm8k"], {"question": "?", "answer": "1"}], "row 1: the answer has no ####"),
         ("math500", [{"problem": " ", "answer": "1"}], "row 0: problem is empty"),
         ("math500", [{"problem": "?", "answer": None}], "row 0: answer is empty"),
         ("gpqa_diamond", [SUM], "has no column Question, Correct Answer, Incorrect"),
-        ("gsm8", [SUM], "No task is called 'gsm8'. Did you mean 'gsm8k'?"),
+        ("gsm8", [SUM], "There is no task 'gsm8'. Did you mean 'gsm8k'?"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_one_line(
-    name: str, rows: list[dict[str, Any]], says: str, tmp_path: Path
-) -> None:
+def test_errors_about_a_file_are_one_line(name: str, rows: list[dict[str, Any]], says: str, tmp_path: Path) -> None:
     with pytest.raises(TaskError) as caught:
         load_problems(name, write(tmp_path / "rows.jsonl", *rows))
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_no_dataset_is_one_line(tmp_path: Path) -> None:
+def test_errors_about_a_missing_dataset_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").touch(), (tmp_path / "bad.json").write_text("{")
     for source, says in (
-        ("nowhere.jsonl", "nowhere.jsonl is no file or folder"),
-        (str(tmp_path / "rows.txt"), "allowed are .jsonl, .json, .csv, .parquet"),
+        ("nowhere.jsonl", "nowhere.jsonl does not exist"),
+        (str(tmp_path / "rows.txt"), "supported are .jsonl, .json, .csv, .parquet"),
         (str(tmp_path / "bad.json"), "cannot be read"),
     ):
         with pytest.raises(TaskError) as caught:
@@ -246,21 +249,21 @@ def test_what_is_no_dataset_is_one_line(tmp_path: Path) -> None:
         (ConnectionError(), "(ConnectionError)"),
     ],
 )
-def test_what_the_hub_says_and_what_to_do_next(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+def test_errors_of_the_hub_come_with_advice(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
 
     def away(*args: object, **options: object) -> None:
-        asked.append((args, options))
+        calls.append((args, options))
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", away)
     with pytest.raises(TaskError) as caught:
         load_problems("gpqa_diamond")
     assert says in str(caught.value) and "\n" not in str(caught.value)
-    assert asked == [(("Idavidrein/gpqa", "gpqa_diamond"), {"split": "train"})]
+    assert calls == [(("Idavidrein/gpqa", "gpqa_diamond"), {"split": "train"})]
 
 
-def test_a_missing_extra_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_reported_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TaskError, match=r'checked by math-verify.*pip install "tl-adapters\[benchmarks\]"'):
         require_task("gsm8k")

@@ -1,4 +1,4 @@
-"""Variants side by side: each is what the model says on its own, and what is printed is safe, narrow and marked."""
+"""Completions by variants: each equals the model's own on that variant, and the terminal columns are safe and fit."""
 
 import json
 import re
@@ -17,7 +17,8 @@ from tl_adapters.config import RunConfig
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
-from tl_adapters.generation.compare_variants import VariantError, generate_variants, tokenize_question
+from tl_adapters.generation.compare_variants import generate_variants, tokenize_question
+from tl_adapters.generation.sampling import GenerationError
 from tl_adapters.interventions.feature_edits import InterventionError, ablated, inserted, negated, scaled
 from tl_adapters.interventions.variants import on_route, rescaled, with_negated, with_only, without
 from tl_adapters.models.paired_model import PairedModel
@@ -30,7 +31,7 @@ STYLE = re.compile(r"\x1b\[[01]m")
 
 @pytest.fixture(scope="module", params=["hooked", "bridge"])
 def pair(request: pytest.FixtureRequest) -> PairedModel:
-    """The built-in pair with random adapters, strong enough that what is done to a few features is heard."""
+    """The built-in pair with random adapters, strong enough that edits of a few features change the text."""
     pair = randomise(load_organism_pair(backend=request.param), n_features=16)
     for adapter in pair.installed_adapters():
         adapter.W_dec.data *= 10
@@ -44,7 +45,7 @@ def prompt(pair: PairedModel) -> list[int]:
 
 @torch.no_grad()
 def greedy(pair: PairedModel, prompt: list[int], n: int) -> list[int]:
-    """The likeliest tokens, by whole passes."""
+    """The likeliest tokens, by full forward passes."""
     tokens = list(prompt)
     for _ in range(n):
         tokens.append(int(pair.model(torch.tensor([tokens]))[0, -1].argmax()))
@@ -53,7 +54,7 @@ def greedy(pair: PairedModel, prompt: list[int], n: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def test_a_variant_is_what_the_model_says_with_that_route_and_those_features(
+def test_a_variant_completes_as_the_model_with_that_route_and_those_features(
     pair: PairedModel, prompt: list[int]
 ) -> None:
     some = FEATURES[::5]
@@ -86,12 +87,12 @@ def test_a_variant_is_what_the_model_says_with_that_route_and_those_features(
     ]
 
 
-def test_the_target_stops_hesitates_and_is_cut(pair: PairedModel, prompt: list[int]) -> None:
+def test_the_target_hesitates_stops_and_is_truncated(pair: PairedModel, prompt: list[int]) -> None:
     whole, again = generate_variants(pair, prompt, [on_route("target")] * 2, max_new_tokens=100, progress=False)
     (cut,) = generate_variants(pair, prompt, [on_route("target")], max_new_tokens=5, progress=False)
-    assert whole == again and whole.parts_at is None
+    assert whole == again and whole.differs_at is None
     assert not whole.truncated and whole.text.endswith("</think>151")
-    assert [whole.text[a:b] for a, b in whole.hesitations] == ["Wait"]
+    assert [whole.text[a:b] for a, b in whole.hesitation_spans] == ["Wait"]
     assert whole.summary == f"{len(whole.tokens)} tokens; hesitation words: 1, wait: 1; stopped"
     assert cut.truncated and cut.tokens == whole.tokens[:5] and cut.summary.endswith("cut at the limit")
 
@@ -109,18 +110,18 @@ def test_every_variant_draws_from_the_same_seed(pair: PairedModel, prompt: list[
     assert drawn(0, "target", top_p=1e-6) == drawn(0, "target", temperature=0.0) != [one]
 
 
-def test_where_texts_part_is_where_a_token_does(pair: PairedModel, prompt: list[int]) -> None:
+def test_texts_differ_from_the_start_of_a_token(pair: PairedModel, prompt: list[int]) -> None:
     first, other = generate_variants(
         pair, prompt, [on_route("target"), on_route("hybrid")], max_new_tokens=40, progress=False
     )
-    place = other.parts_at
+    place = other.differs_at
     assert place is not None and first.text[:place] == other.text[:place]
     tokenizer = pair.model.tokenizer
     same = next(i for i in range(41) if first.tokens[: i + 1] != other.tokens[: i + 1])
     assert tokenizer.decode(other.tokens[:same]) == other.text[:place]
 
 
-def test_a_prompt_is_a_question_or_what_the_model_reads(pair: PairedModel) -> None:
+def test_a_prompt_is_a_question_or_raw_text(pair: PairedModel) -> None:
     tokenizer = pair.model.tokenizer
     rendered = ChatFormat.of(tokenizer).prompt([{"role": "user", "content": QUESTION}])
     decoded = lambda *args, **options: tokenizer.decode(tokenize_question(tokenizer, *args, **options))  # noqa: E731
@@ -129,9 +130,9 @@ def test_a_prompt_is_a_question_or_what_the_model_reads(pair: PairedModel) -> No
     assert decoded(QUESTION, raw=True) == QUESTION
     assert decoded(QUESTION + "<think>\n", raw=True, open_thinking=True) == QUESTION + "<think>\n"
     assert decoded(QUESTION, open_thinking=True, think_start="<|end|>") == rendered + "<|end|>"
-    with pytest.raises(VariantError, match="prompt is empty"):
+    with pytest.raises(GenerationError, match="prompt is empty"):
         tokenize_question(tokenizer, " \n")
-    with pytest.raises(VariantError, match="no tokenizer"):
+    with pytest.raises(GenerationError, match="no tokenizer"):
         tokenize_question(None, QUESTION)
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
@@ -152,15 +153,15 @@ def test_pad_tokens_in_a_prompt_are_read(pair: PairedModel, prompt: list[int]) -
             assert list(said.tokens) == greedy(pair, odd, 6)
 
 
-def test_refusals(pair: PairedModel, prompt: list[int]) -> None:
+def test_unusable_options_and_prompts_are_refused(pair: PairedModel, prompt: list[int]) -> None:
     variants = [on_route("target")]
     for options in ({"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}):
-        with pytest.raises(VariantError, match="allowed are a temperature from 0"):
+        with pytest.raises(GenerationError, match="temperature must be 0 or more"):
             generate_variants(pair, prompt, variants, **options)  # type: ignore[arg-type]
-    with pytest.raises(VariantError, match="max_new_tokens 0; both are 1 or more"):
+    with pytest.raises(GenerationError, match="max_new_tokens 0; both must be 1 or more"):
         generate_variants(pair, prompt, variants, max_new_tokens=0)
     for bad in ([], [1] * 256):
-        with pytest.raises(VariantError, match="the model reads 1 to 255"):
+        with pytest.raises(GenerationError, match="allowed are 1 to 255"):
             generate_variants(pair, bad, variants)
     (said,) = generate_variants(pair, [*prompt * 30][:250], variants, progress=False)
     assert len(said.tokens) <= 6, "the context is full"
@@ -179,7 +180,7 @@ def columns(*texts: str, **options: object) -> list[Column]:
 
 
 @pytest.mark.parametrize("width", [1, 20, 59, 63, 100, 201])
-def test_what_is_printed_is_safe_and_fits(width: int) -> None:
+def test_printed_columns_are_safe_and_fit(width: int) -> None:
     text = f"{NASTY}\n\nwords " + "x" * 90 + " 漢字" * 40
     for styled in (False, True):
         out = side_by_side(columns(text, NASTY), width, styled)
@@ -209,7 +210,7 @@ def test_columns_hold_their_texts_in_order_and_end_on_one_line() -> None:
     assert [line for line in stacked if line.startswith("variant")] == ["variant 0", "variant 1"]
 
 
-def test_marks_and_bold() -> None:
+def test_differences_are_marked_and_hesitations_bold() -> None:
     text = "so 12.\nWait, 13"
     (column,) = columns(text, strong=[(7, 11)], parts_at=3)
     assert side_by_side([column], 80).split("\n") == ["variant 0", "", f"so {PARTING}12.", "Wait, 13", "", "2 tokens"]
@@ -219,7 +220,7 @@ def test_marks_and_bold() -> None:
     assert side_by_side([column], 80).split("\n")[3] == f"Wait, 13{PARTING}", "one that breaks off parts at its end"
 
 
-# -- the verb -----------------------------------------------------------------------------------------------------
+# -- the subcommand ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def printed(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     return run
 
 
-def test_the_verb_compares_routes(printed) -> None:  # type: ignore[no-untyped-def]
+def test_the_subcommand_compares_routes(printed) -> None:  # type: ignore[no-untyped-def]
     out = printed("--prompt", QUESTION)
     assert "hesitation words: 1, wait: 1; stopped" in printed("--prompt", QUESTION, "--route", "target")
     lines = out.splitlines()
@@ -253,7 +254,7 @@ def test_the_verb_compares_routes(printed) -> None:  # type: ignore[no-untyped-d
     assert lines[-1].startswith("next: tl-adapters attribute")
 
 
-def test_the_verb_adds_variants(printed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_subcommand_adds_variants(printed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path / "prompt.txt"
     file.write_text(QUESTION + "\n")
     out = printed(
@@ -269,7 +270,7 @@ def test_the_verb_adds_variants(printed, tmp_path: Path) -> None:  # type: ignor
     assert titles.count("the same as replacement") == (5 if PARTING not in out else 4)
 
 
-def test_the_verb_takes_a_raw_prompt_and_opens_the_thinking(printed) -> None:  # type: ignore[no-untyped-def]
+def test_the_subcommand_takes_a_raw_prompt_and_opens_the_thinking(printed) -> None:  # type: ignore[no-untyped-def]
     raw = f"<|bos|><|user|>{QUESTION}<|assistant|><think>"
     options = ("--route", "target", "--max-new-tokens", "30")
     assert printed("--prompt", raw, "--raw", *options) == printed("--prompt", QUESTION, "--open-thinking", *options)
@@ -282,12 +283,12 @@ def test_the_verb_takes_a_raw_prompt_and_opens_the_thinking(printed) -> None:  #
         (["--prompt", "a", "--ablate", "9.0"], "There are no features 9.0"),
         (["--prompt", "a", "--scale", "1.3"], "--scale is 1.3; give a factor and features"),
         (["--prompt", "a", "--scale", "nan", "1.3"], "give a factor and features"),
-        (["--prompt", "a", "--temperature", "-1"], "allowed are a temperature from 0"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 or more"),
         (["--prompt", ""], "The prompt is empty"),
         (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt cannot be read"),
     ],
 )
-def test_the_verb_refuses_in_one_line(printed, argv: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+def test_the_subcommand_refuses_in_one_line(printed, argv: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
     error = printed(*argv, status=2)
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""What ends an answer, how long it may be and how it is drawn: said by the model's own files, recorded and counted."""
+"""End tokens, limits and sampling parameters come from the model's files, are recorded, and apply everywhere."""
 
 import json
 import logging
@@ -18,12 +18,23 @@ from tl_adapters.circuits.circuit import Circuit, CircuitFeature
 from tl_adapters.cli.common import insertion_strength
 from tl_adapters.cli.generate import _variants
 from tl_adapters.errors import UserError
-from tl_adapters.evaluation.response_metrics import rate
-from tl_adapters.evaluation.sampled_answers import SETTINGS, AnsweringError, Sampling, answer
+from tl_adapters.evaluation.response_metrics import measure_responses
+from tl_adapters.evaluation.sampled_responses import (
+    RESPONSE_SETTINGS_FILE,
+    ResponseOptions,
+    SamplingError,
+    sample_responses,
+)
 from tl_adapters.evaluation.tasks import MathProblem
-from tl_adapters.generation.decoding import Decoding
-from tl_adapters.generation.generation_config import LONGEST_ANSWER, decoding_of, end_tokens, longest_answer
-from tl_adapters.generation.responses import LOOP_TOKENS, Response, answer_limit, respond, rows_at_once, traces_of
+from tl_adapters.generation.completions import LOOP_TOKENS, Completion, complete, default_batch_size
+from tl_adapters.generation.generation_config import (
+    DEFAULT_MAX_NEW_TOKENS,
+    default_max_new_tokens,
+    end_tokens,
+    sampling_parameters,
+)
+from tl_adapters.generation.responses import Response, respond, response_limit, traces_of
+from tl_adapters.generation.sampling import SamplingParameters
 from tl_adapters.interventions.feature_edits import InterventionError, clamped, inserted
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer
@@ -32,7 +43,7 @@ ASKED = organism.problems("tune", 4)
 
 
 def made(backend: str = "hooked", **said: Any) -> PairedModel:
-    """A pair whose target's generation_config.json says so."""
+    """A pair whose target has these values in its generation_config.json."""
     tokenizer = build_tokenizer()
     base, target = (random_model(s, vocab_size=len(tokenizer), max_position_embeddings=256) for s in (1, 2))
     target.generation_config = GenerationConfig(**said)
@@ -41,7 +52,7 @@ def made(backend: str = "hooked", **said: Any) -> PairedModel:
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 @pytest.mark.parametrize("named", [40, [40], [274, 40, 41]], ids=str)
-def test_an_answer_ends_at_every_end_token_and_its_trace_with_the_one_it_said(backend: str, named: Any) -> None:
+def test_a_response_ends_at_any_end_token_and_its_trace_includes_it(backend: str, named: Any) -> None:
     pair = made(backend, eos_token_id=named)
     eos = pair.model.tokenizer.eos_token_id
     assert end_tokens(pair.model) == sorted({eos, *([named] if isinstance(named, int) else named)})
@@ -60,7 +71,7 @@ def test_an_answer_ends_at_every_end_token_and_its_trace_with_the_one_it_said(ba
     assert traces_of([made_without], pair.model.tokenizer)[0].tokens == (1, 2, 3, eos)
 
 
-def test_a_folder_hands_on_its_generation_config(tmp_path: Path) -> None:
+def test_the_generation_config_of_a_folder_is_read(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     for name, seed in (("base", 1), ("target", 2)):
         model = random_model(seed, torch.float32, vocab_size=len(tokenizer))
@@ -71,8 +82,8 @@ def test_a_folder_hands_on_its_generation_config(tmp_path: Path) -> None:
     (tmp_path / "target" / "generation_config.json").write_text(json.dumps(said))
     for backend in ("hooked", "bridge"):
         model = PairedModel.from_pretrained(tmp_path / "base", tmp_path / "target", backend=backend).model
-        assert {7, 9} < set(end_tokens(model)) and decoding_of(model) == Decoding(0.6, 0.95, 20)
-        assert longest_answer(model) == 33
+        assert {7, 9} < set(end_tokens(model)) and sampling_parameters(model) == SamplingParameters(0.6, 0.95, 20)
+        assert default_max_new_tokens(model) == 33
 
 
 def test_limits_and_sampling_come_from_the_problem_and_the_model(
@@ -80,28 +91,36 @@ def test_limits_and_sampling_come_from_the_problem_and_the_model(
 ) -> None:
     greedy, drawn = made().model, made(do_sample=True, temperature=0.6, top_p=0.95, max_new_tokens=2_000).model
     mathematics = [MathProblem("?", "1")]
-    assert decoding_of(greedy) == Decoding() and decoding_of(greedy, 0.5) == Decoding(0.5)
-    assert decoding_of(drawn) == Decoding(0.6, 0.95) and decoding_of(drawn, 0.0) == Decoding()
-    assert decoding_of(drawn, 1.2, top_k=5) == Decoding(1.2, 0.95, 5)
-    assert answer_limit(greedy, mathematics) == LONGEST_ANSWER and rows_at_once(LONGEST_ANSWER) == 16
-    assert answer_limit(drawn, mathematics) == 2_000
-    assert answer_limit(drawn, ASKED) == 160 and rows_at_once(160) == 250
+    assert sampling_parameters(greedy) == SamplingParameters() and sampling_parameters(
+        greedy, 0.5
+    ) == SamplingParameters(0.5)
+    assert (
+        sampling_parameters(drawn) == SamplingParameters(0.6, 0.95)
+        and sampling_parameters(drawn, 0.0) == SamplingParameters()
+    )
+    assert sampling_parameters(drawn, 1.2, top_k=5) == SamplingParameters(1.2, 0.95, 5)
+    assert (
+        response_limit(greedy, mathematics) == DEFAULT_MAX_NEW_TOKENS
+        and default_batch_size(DEFAULT_MAX_NEW_TOKENS) == 16
+    )
+    assert response_limit(drawn, mathematics) == 2_000
+    assert response_limit(drawn, ASKED) == 160 and default_batch_size(160) == 250
     assert respond(drawn, ASKED) != respond(drawn, ASKED, temperature=0.0) == respond(greedy, ASKED)
-    answer(drawn, ASKED, Sampling(max_new_tokens=5), tmp_path, {}, False)
-    settings = json.loads((tmp_path / SETTINGS).read_text())
+    sample_responses(drawn, ASKED, ResponseOptions(max_new_tokens=5), tmp_path, {}, False)
+    settings = json.loads((tmp_path / RESPONSE_SETTINGS_FILE).read_text())
     assert (settings["temperature"], settings["top_p"], settings["top_k"]) == (0.6, 0.95, 0)
     assert settings["ends"] == end_tokens(drawn) and settings["batch_size"] == 250
     drawn.generation_config.eos_token_id = [11]
-    with pytest.raises(AnsweringError, match="holds answers with ends"):
-        answer(drawn, ASKED, Sampling(max_new_tokens=5), tmp_path, {}, False)
-    with pytest.raises(AnsweringError, match="At temperature 0 all 3 samples are one"):
-        answer(greedy, ASKED, Sampling(samples=3), tmp_path / "other", {}, False)
+    with pytest.raises(SamplingError, match="holds responses with ends"):
+        sample_responses(drawn, ASKED, ResponseOptions(max_new_tokens=5), tmp_path, {}, False)
+    with pytest.raises(SamplingError, match="At temperature 0 all 3 samples are equal"):
+        sample_responses(greedy, ASKED, ResponseOptions(samples=3), tmp_path / "other", {}, False)
     with caplog.at_level(logging.WARNING, logger="tl_adapters"):
-        decoding_of(made(do_sample=True, repetition_penalty=1.1).model)
+        sampling_parameters(made(do_sample=True, repetition_penalty=1.1).model)
     assert "repetition_penalty 1.1, which is not applied" in caplog.text
 
 
-def test_cut_and_looping_answers_are_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_and_looping_responses_are_counted_and_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     def said(tokens: list[int], truncated: bool = True) -> Response:
         return Response((1,), tuple(tokens), "", truncated, False)
 
@@ -112,7 +131,7 @@ def test_cut_and_looping_answers_are_counted_and_said(caplog: pytest.LogCaptureF
     assert [said(tokens).looping for tokens in others] == [False] * 5
     assert not said(loops[0], truncated=False).looping, "what comes to its end is no loop"
     responses = [*map(said, loops + others), said(start, truncated=False)]
-    found = rate(responses, "report")
+    found = measure_responses(responses, "report")
     assert (found.looping, found.truncated) == (5 / 11, 10 / 11)
     with caplog.at_level(logging.WARNING, logger="tl_adapters"):
         assert len(traces_of(responses, build_tokenizer())) == 1
@@ -123,31 +142,29 @@ def test_cut_and_looping_answers_are_counted_and_said(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
-def test_positions_are_those_of_the_sequence_in_a_cached_generation_too(backend: str) -> None:
-    """Also of each row where they are padded, and in our own loop as in the model's."""
+def test_positions_count_over_the_sequence_in_cached_generation_too(backend: str) -> None:
+    """Also in padded rows, and in the decoding loop as in the model's own ``generate``."""
     pair = made(backend)
     prompts = [[20, 21, 22, 23, 24, 25, 26], [30, 31, 32]]
     features = [(layer, i) for layer in range(4) for i in range(12)]
     options: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, stop_at_eos=False, verbose=False)
-    from tl_adapters.generation.completions import complete
-
     with pair.routed("replacement") as model:
-        free = complete(model, prompts, [], max_new_tokens=8, batch_size=2)
+        free = complete(model, prompts, stop_at=[], max_new_tokens=8, batch_size=2)
         for at in ([0], [2, 1]):
             with clamped(pair, features, 9.0, positions=at):
                 plainly = [model.generate(torch.tensor([p]), use_past_kv_cache=False, **options)[0] for p in prompts]
                 cached = [model.generate(torch.tensor([p]), **options)[0] for p in prompts]
-                ours = complete(model, prompts, [], max_new_tokens=8, batch_size=2)
+                ours = complete(model, prompts, stop_at=[], max_new_tokens=8, batch_size=2)
             assert [c.tolist() for c in cached] == [p.tolist() for p in plainly]
             assert [[*p, *o.tokens] for p, o in zip(prompts, ours, strict=True)] == [p.tolist() for p in plainly]
             assert [o.tokens for o in ours] != [o.tokens for o in free]
         with clamped(pair, features, 9.0, positions=[]):
-            assert complete(model, prompts, [], max_new_tokens=8, batch_size=2) == free
+            assert complete(model, prompts, stop_at=[], max_new_tokens=8, batch_size=2) == free
         with (
             pytest.raises(InterventionError, match="Position 7 is to be changed, and this pass has 7"),
             clamped(pair, features, 9.0, positions=[7]),
         ):
-            complete(model, prompts, [], max_new_tokens=8, batch_size=2)
+            complete(model, prompts, stop_at=[], max_new_tokens=8, batch_size=2)
         with (
             pytest.raises(InterventionError, match="Position -1 is negative; positions count from 0"),
             clamped(pair, features, 9.0, positions=[-1]),
@@ -184,12 +201,12 @@ def test_a_circuit_is_inserted_at_its_own_strength(tmp_path: Path) -> None:
         assert variant.name.startswith("hybrid with only 2.5 x " if given is None else "hybrid with only 0.3")
 
 
-# -- thinking that is cut, in lm-evaluation-harness -------------------------------------------------------------------
+# -- truncated thinking, in lm-evaluation-harness -------------------------------------------------------------------
 
 
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Our adapter for the harness, which need not be installed: what it takes from there is not asked here."""
+    """The module of `HarnessModel` with a stub of the harness, which need not be installed."""
     names = ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.models", "lm_eval.models.utils", "lm_eval.utils")
     modules = {name: ModuleType(name) for name in names}
     modules["lm_eval.api.model"].TemplateLM = type("TemplateLM", (), {"cache_hook": None})  # type: ignore[attr-defined]
@@ -217,21 +234,22 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("", ""),
     ],
 )
-def test_thinking_that_never_ends_is_no_answer(harness: Any, said: str, answer_: str) -> None:
-    from tl_adapters.generation.decoding import Completion
-
+def test_thinking_that_never_ends_gives_an_empty_text(harness: Any, said: str, answer_: str) -> None:
     model = made().model
     encode = lambda text: model.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     lm = harness.HarnessModel(model, think_end="</think>")
     assert lm._cut(said, ["\n\n"]) == answer_
-    completion = Completion(tuple(encode(said)), None)
-    assert lm._answer(encode("<|user|>2+2?<|assistant|>"), completion, ["\n\n"]) == answer_
-    opened = lm._answer(encode("<|user|>2+2?<|assistant|><think>\n"), completion, ["\n\n"])
+    tokens = tuple(encode(said))
+    closed, opened = (
+        lm._visible_text(Completion(tuple(encode(prompt)), tokens, model.tokenizer.decode(tokens), True), ["\n\n"])
+        for prompt in ("<|user|>2+2?<|assistant|>", "<|user|>2+2?<|assistant|><think>\n")
+    )
+    assert closed == answer_
     assert opened == (answer_ if "</think>" in said else ""), "the prompt opens the thinking"
     assert harness.HarnessModel(model)._cut(said, []) == said
 
 
-def test_requests_draw_for_themselves(harness: Any) -> None:
+def test_equal_requests_draw_different_numbers(harness: Any) -> None:
     from types import SimpleNamespace
 
     model = made().model

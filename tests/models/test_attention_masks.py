@@ -44,9 +44,9 @@ def test_a_prompt_of_pad_tokens_is_read_whole_by_every_call(backend: str, side: 
         want = list(prompt)
         for _ in range(6):
             want.append(int(reference(torch.tensor([want])).logits[0, -1].argmax()))
-        (said,) = complete(pair.model, [prompt], [], max_new_tokens=6, batch_size=1)
+        (said,) = complete(pair.model, [prompt], stop_at=[], max_new_tokens=6, batch_size=1)
         assert [*prompt, *said.tokens] == want
-        assert complete(pair.model, [prompt, [5] * 9], [], max_new_tokens=6, batch_size=2)[0] == said
+        assert complete(pair.model, [prompt, [5] * 9], stop_at=[], max_new_tokens=6, batch_size=2)[0] == said
         for logits in (
             pair.model(tokens),
             pair.model.run_with_cache(tokens)[0],

@@ -276,7 +276,7 @@ def files_no_larger_than(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    with files_no_larger_than(100), pytest.raises(DiskFullError, match="no room to write .*notes.txt"):
+    with files_no_larger_than(100), pytest.raises(DiskFullError, match="too full to write .*notes.txt"):
         write_text(tmp_path / "notes.txt", "x" * 1000)
     with files_no_larger_than(100), pytest.raises(DiskFullError), new_folder(tmp_path / "folder") as out:
         (out / "notes.txt").write_text("x" * 1000)

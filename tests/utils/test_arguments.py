@@ -1,4 +1,4 @@
-"""Sequences that users pass: read as they are meant, or refused; never walked through letter by letter."""
+"""Sequences that users pass are read in every form they may have, or refused; never iterated letter by letter."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,7 +31,7 @@ IDS = [3, 14, 15, 9]
 
 @pytest.fixture(autouse=True)
 def as_users_call_it() -> Iterator[None]:
-    """Nobody checks annotations for a user, so here they are not checked either."""
+    """Users run without annotation checks, so these tests do too."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -57,7 +57,7 @@ def builtin() -> PairedModel:
         [np.int64(i) for i in IDS], [torch.tensor(i) for i in IDS], range(2, 6), iter(IDS),
     ],
 )  # fmt: skip
-def test_one_sequence_of_ids_in_every_form(given: Any) -> None:
+def test_a_sequence_of_ids_is_read_in_every_form(given: Any) -> None:
     assert token_ids(given, 61) == (IDS if not isinstance(given, range) else [2, 3, 4, 5])
 
 
@@ -152,7 +152,7 @@ def test_documents_of_another_vocabulary_are_refused_before_anything_runs(pair: 
         readable_traces([Trace((), 0)], pair.model.cfg)
 
 
-def test_a_text_is_no_sequence_of_texts() -> None:
+def test_a_text_is_not_a_sequence_of_texts() -> None:
     with pytest.raises(ArgumentError, match=r"give \['Wait'\]"):
         texts("Wait", "words")
     assert texts(("Wait", "Hmm"), "words") == ("Wait", "Hmm")
@@ -168,14 +168,14 @@ def test_features_are_pairs(pair: PairedModel, features: Any) -> None:
 
 
 @pytest.mark.parametrize("layers", ["01", [-1], [4], [0.5], {1: 2}, 3])
-def test_layers_are_whole_numbers_that_there_are(pair: PairedModel, layers: Any) -> None:
+def test_layers_are_numbers_of_existing_layers(pair: PairedModel, layers: Any) -> None:
     with pytest.raises(ArgumentError, match="from 0 to 3"), pair.routed(only=layers):
         pass
     assert [route.adapter for route in pair.routes] == [False] * 4
 
 
 def test_prompts_to_complete_are_sequences_of_ids(pair: PairedModel) -> None:
-    options: dict[str, Any] = dict(ends=[1], max_new_tokens=2, batch_size=2)
+    options: dict[str, Any] = dict(stop_at=[1], max_new_tokens=2, batch_size=2)
     alone = complete(pair.model, [IDS], **options)
     assert complete(pair.model, torch.tensor([IDS, IDS]), **options) == alone * 2  # type: ignore[arg-type]
     for wrong in (["Wait"], IDS, [[61]]):
@@ -183,6 +183,6 @@ def test_prompts_to_complete_are_sequences_of_ids(pair: PairedModel) -> None:
             complete(pair.model, wrong, **options)  # type: ignore[arg-type]
 
 
-def test_onsets_are_looked_for_in_traces(builtin: PairedModel) -> None:
+def test_onsets_require_traces(builtin: PairedModel) -> None:
     with pytest.raises(ArgumentError, match="encode_traces"):
         find_onsets(builtin, [(PROMPT, RESPONSE)])  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""NaN and infinity stop where they come in, and the error says at which layer, document or step."""
+"""NaN and infinity are refused where they first occur, with the layer, document or step."""
 
 import math
 from pathlib import Path
@@ -35,13 +35,13 @@ def pair() -> PairedModel:
 
 
 def poison_token(pair: PairedModel, token: int = 30, value: float = math.nan) -> None:
-    """From now on one token's embedding is not finite."""
+    """Make the embedding of one token not finite."""
     with torch.no_grad():
         pair.model.embed.W_E[token, 3] = value
 
 
 def poison_layer(pair: PairedModel, layer: int, value: float) -> None:
-    """From now on both MLPs of a layer write what is not finite."""
+    """Make both MLPs of a layer write values that are not finite."""
     with torch.no_grad():
         for weights in pair.mlps[layer].weights():
             weights.W_out[0, 0] = value
@@ -54,7 +54,7 @@ DOCUMENTS = [Trace((1, 2, 3, 4, 5), 2), Trace((1, 2, 3, 30, 5, 6, 7), 2), Trace(
 
 
 @pytest.mark.parametrize("value", BAD)
-def test_weights_are_not_saved(pair: PairedModel, tmp_path: Path, value: float) -> None:
+def test_weights_that_are_not_finite_are_not_saved(pair: PairedModel, tmp_path: Path, value: float) -> None:
     adapters = pair.installed_adapters()
     with torch.no_grad():
         adapters[1].W_dec[3, 4] = value
@@ -70,7 +70,7 @@ def test_weights_are_not_saved(pair: PairedModel, tmp_path: Path, value: float) 
         (lambda path: from_saelens(path, ["layer_2"]), NotFiniteError, "layer 2, W_enc"),
     ],
 )
-def test_weights_are_not_loaded(
+def test_weights_that_are_not_finite_are_not_loaded(
     pair: PairedModel, tmp_path: Path, read: object, error: type[Exception], match: str
 ) -> None:
     pair.installed_adapters().save_pretrained(tmp_path / "set")
@@ -82,7 +82,7 @@ def test_weights_are_not_loaded(
         read(tmp_path / "set")  # type: ignore[operator]
 
 
-def test_weights_made_in_memory_are_not_put_in_place(pair: PairedModel) -> None:
+def test_weights_in_memory_that_are_not_finite_are_not_installed(pair: PairedModel) -> None:
     adapters = pair.installed_adapters()
     with torch.no_grad():
         adapters[0].b_enc[:5] = math.nan
@@ -90,7 +90,7 @@ def test_weights_made_in_memory_are_not_put_in_place(pair: PairedModel) -> None:
         pair.load_adapters(adapters)
 
 
-def test_whole_numbers_and_nothing_are_finite() -> None:
+def test_integers_and_empty_tensors_are_finite() -> None:
     require_finite_weights([("n", torch.tensor(3))], "x")
     require_finite_weights([], "x")
 
@@ -99,7 +99,7 @@ def test_whole_numbers_and_nothing_are_finite() -> None:
 
 
 @pytest.mark.parametrize("value", BAD)
-def test_faithfulness_names_place_and_document(pair: PairedModel, value: float) -> None:
+def test_faithfulness_names_layer_and_document(pair: PairedModel, value: float) -> None:
     poison_token(pair, value=value)
     with pytest.raises(NotFiniteError, match=r"The target: the embedding, document 1 \(from 0\), position 3"):
         measure_faithfulness(pair, DOCUMENTS)
@@ -125,7 +125,7 @@ def test_attribution_names_the_layer_and_not_the_chat_format(pair: PairedModel, 
         attribute(pair, [1, 2, 3, 4], [3], linearisation=linearisation, progress=False)
 
 
-def test_padding_may_be_anything() -> None:
+def test_padding_is_not_checked() -> None:
     values, real = torch.ones(2, 3, 4), torch.tensor([[True, True, False], [True, True, True]])
     values[0, 2] = math.nan
     require_finite_activations({"layer 0": values}, real, [5, 7], "x")
@@ -134,7 +134,7 @@ def test_padding_may_be_anything() -> None:
         require_finite_activations({"layer 0": values}, real, [5, 7], "x")
 
 
-def test_a_pass_is_watched_after_every_layer(pair: PairedModel) -> None:
+def test_a_pass_is_checked_after_every_layer(pair: PairedModel) -> None:
     batch = random_batch(3, vocab=31)
     watched = lambda: finite_blocks(pair.model, 3, batch.real, range(3), "x")  # noqa: E731
     with watched():
@@ -159,8 +159,10 @@ def the_traces(pair: PairedModel) -> list[Trace]:
 
 
 @pytest.mark.parametrize("stream", ["replacement", "target"])
-def test_a_bad_token_ends_a_collection_and_spoils_no_store(builtin: PairedModel, tmp_path: Path, stream: str) -> None:
-    """The store of the good documents is gone on with once the bad one is out of the way."""
+def test_a_token_that_is_not_finite_stops_a_collection_and_leaves_the_store_valid(
+    builtin: PairedModel, tmp_path: Path, stream: str
+) -> None:
+    """The collection of the other documents continues once that document is removed."""
     traces = the_traces(builtin)
     bad = next(t for t in range(1, builtin.model.cfg.d_vocab) if not any(t in trace.tokens for trace in traces))
     broken = Trace((*traces[3].tokens[:9], bad, *traces[3].tokens[10:]), traces[3].prompt_length)
@@ -174,7 +176,7 @@ def test_a_bad_token_ends_a_collection_and_spoils_no_store(builtin: PairedModel,
         assert all(math.isfinite(value) for example in feature.top_examples for value in example.values)
 
 
-def test_an_infinite_activation_is_seen_where_adapters_only_read(builtin: PairedModel) -> None:
+def test_an_infinite_activation_is_detected_where_adapters_only_read(builtin: PairedModel) -> None:
     """On the target's stream nothing is written back, so the stream itself stays finite."""
     with torch.no_grad():
         builtin.installed_adapters()[1].W_enc[:, 4] = 3e38
@@ -193,13 +195,13 @@ def test_training_names_step_route_layer_and_document(pair: PairedModel) -> None
         trainer.run()
 
 
-def test_weights_of_the_target_that_are_not_finite_are_named_and_not_called_another_model(pair: PairedModel) -> None:
+def test_target_weights_that_are_not_finite_are_not_mistaken_for_another_model(pair: PairedModel) -> None:
     poison_layer(pair, 2, math.nan)
     with pytest.raises(NotFiniteError, match=r"The target's weights.*layer 2.*mlp.down_proj"):
         pair.new_adapters(8)
 
 
-def test_training_names_the_gradient_where_only_that_is_not_finite(pair: PairedModel) -> None:
+def test_training_names_a_gradient_that_is_not_finite(pair: PairedModel) -> None:
     config = TrainingConfig(n_features=8, steps=2)
     trainer = Trainer(pair, [Trace((1, 2, 3, 4, 5), 1)], config, progress=False)
     trainer.adapters[1].b_dec.register_hook(lambda grad: grad * math.inf)

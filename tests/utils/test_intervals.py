@@ -1,4 +1,4 @@
-"""Intervals: they cover, they are paired, they are the same every time, and they are those of the literature."""
+"""Intervals: their coverage, pairing and reproducibility, and agreement with published values."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def ends(estimate: Estimate) -> tuple[float | None, float | None]:
 # -- shares -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_share_is_scipys_wilson_and_exact_where_nothing_or_everything_happened() -> None:
+def test_a_share_agrees_with_scipys_wilson_and_exact_intervals() -> None:
     for n in (1, 2, 7, 30, 1000):
         for hits in {0, 1, n // 3, n // 2, n - 1, n}:
             expected = binomtest(hits, n).proportion_ci(method="exact" if hits in (0, n) else "wilson")
@@ -47,7 +47,7 @@ def test_published_intervals_of_shares(hits: int, n: int, low: float, high: floa
     assert share_interval(n - hits, n) == pytest.approx((1 - high, 1 - low), abs=6e-5)
 
 
-def test_of_nothing_there_is_no_share() -> None:
+def test_a_share_of_no_items_is_undefined() -> None:
     assert share_interval(0, 0) == (0, 1)
     found = share(0, 0)
     assert (found.value, *ends(found)) == (None, None, None) and "no items" in found.reason
@@ -55,7 +55,7 @@ def test_of_nothing_there_is_no_share() -> None:
 
 @pytest.mark.parametrize("n", [30, 300])
 def test_intervals_of_shares_cover(n: int) -> None:
-    """Exactly, by the binomial distribution: at every third of a share and in the mean."""
+    """Coverage computed exactly from the binomial distribution, at single shares and on average."""
     intervals = np.array([share_interval(hits, n) for hits in range(n + 1)])
     coverages = []
     for p in np.linspace(0.02, 0.98, 49):
@@ -78,7 +78,7 @@ def test_a_share_of_clusters() -> None:
     assert clustered_share(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])) == share(1, 1)
 
 
-# -- differences of shares of the same things --------------------------------------------------------------------------
+# -- differences of shares of the same items ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -125,14 +125,14 @@ def test_the_difference_of_two_models_on_the_same_problems() -> None:
     assert paired_difference(torch.zeros(0), torch.zeros(0)).value is None
 
 
-def test_an_exact_test_of_pairs() -> None:
+def test_mcnemars_exact_test() -> None:
     """McNemar's, of Cavo (2012): 6 against 16."""
     a, b = "1" * 59 + "1" * 6 + "0" * 16 + "0" * 80, "1" * 59 + "0" * 6 + "1" * 16 + "0" * 80
     assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(0.0525, abs=5e-5)
     assert mcnemar(a, a) == 1
 
 
-def test_an_independent_difference_where_one_side_agrees() -> None:
+def test_difference_of_means_where_all_of_one_group_agree() -> None:
     """All right against all wrong, ten each: Newcombe's interval of independent shares, with exact ends."""
     found = difference_of_means(torch.ones(10), torch.zeros(10))
     assert found.value == 1 and found.low == pytest.approx(1 - math.hypot(unseen_share(10), unseen_share(10)))
@@ -155,7 +155,7 @@ def test_no_event_has_the_exact_poisson_bound() -> None:
     assert event_rate(some, tokens) == bootstrap_ratio(some, tokens)
 
 
-def test_a_rate_over_nothing_has_no_value() -> None:
+def test_a_rate_without_exposure_is_undefined() -> None:
     found = event_rate(torch.zeros(5), torch.zeros(5))
     assert found.value is None and found.reason and found.undefined == 1
 
@@ -163,12 +163,12 @@ def test_a_rate_over_nothing_has_no_value() -> None:
 # -- bootstrap --------------------------------------------------------------------------------------------------------
 
 
-def test_a_ratio_of_sums_not_a_mean_of_ratios() -> None:
+def test_a_ratio_is_of_sums_not_a_mean_of_ratios() -> None:
     found = bootstrap_ratio(torch.tensor([1.0, 9.0]), torch.tensor([10.0, 10.0]))
     assert found.value == 0.5 and found.low == 0.1 and found.high == 0.9
 
 
-def test_the_interval_covers_as_often_as_it_says() -> None:
+def test_the_interval_has_its_nominal_coverage() -> None:
     generator = torch.Generator().manual_seed(0)
     covered = 0
     for _ in range(200):
@@ -178,7 +178,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     assert 175 <= covered <= 199  # 95 % of 200 is 190
 
 
-def test_it_is_scipys_bootstrap_where_every_draw_has_a_value() -> None:
+def test_it_agrees_with_scipys_bootstrap_where_every_draw_is_defined() -> None:
     rng = np.random.default_rng(0)
     bottom = rng.gamma(4.0, size=80)
     top = bottom * rng.gamma(2.0, size=80)
@@ -207,7 +207,7 @@ def test_recovered() -> None:
     assert bootstrap_recovered(replacement, floor, target) == found
 
 
-def test_draws_without_a_value_are_counted_and_widen_the_interval() -> None:
+def test_undefined_draws_are_counted_and_widen_the_interval() -> None:
     """One document of eight holds the whole denominator; a draw lacks it with a probability of (7/8)^8."""
     top, bottom = torch.ones(8), torch.tensor([1.0] + [0.0] * 7)
     found = bootstrap_ratio(top, bottom)
@@ -222,8 +222,8 @@ def test_draws_without_a_value_are_counted_and_widen_the_interval() -> None:
     assert few.low <= np.quantile(ratios[np.isfinite(ratios)], 0.025), "and beyond the lower one"
 
 
-def test_a_denominator_that_changes_its_sign_has_no_ratio() -> None:
-    """A model that gained two answers and lost one: what is recovered of that is anything."""
+def test_a_denominator_that_changes_its_sign_gives_no_interval() -> None:
+    """A model that gained two answers and lost one: the share recovered of that can be any number."""
     target = torch.tensor([1.0, 1.0, 0.0] + [1.0] * 20)
     hybrid = torch.tensor([0.0, 0.0, 1.0] + [1.0] * 20)
     found = bootstrap_recovered(hybrid, hybrid, target)
@@ -258,20 +258,20 @@ def test_the_choice_of_sets_is_part_of_the_interval() -> None:
 # -- changes ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_change_is_a_ratio_less_one() -> None:
+def test_a_change_is_a_ratio_minus_one() -> None:
     generator = torch.Generator().manual_seed(0)
     (a, b), (c, d) = torch.rand(2, 2, 40, generator=generator)
     found, ratio = change_of_ratio((a, b), (c, d)), bootstrap_ratio_of_ratios((a, b), (c, d))
     assert (found.value, *ends(found)) == (ratio.value - 1, ratio.low - 1, ratio.high - 1)
 
 
-def test_no_change_in_few_problems_is_not_no_change() -> None:
+def test_no_change_in_few_problems_has_a_wide_interval() -> None:
     counts, lengths = torch.tensor([1.0, 0, 2, 1, 0]), torch.full((5,), 20.0)
     same = change_of_ratio((counts.clone(), lengths.clone()), (counts, lengths))
     assert (same.value, *ends(same)) == (0, -unseen_share(5), unseen_share(5)) and unseen_share(5) > 0.5
 
 
-def test_what_is_gone_without_a_trace() -> None:
+def test_a_rate_that_falls_to_zero_has_an_upper_bound() -> None:
     counts, lengths = torch.tensor([2.0, 0, 2, 2, 0] * 20), torch.full((100,), 20.0)
     gone = change_of_ratio((torch.zeros(100), lengths), (counts, lengths))
     least = bootstrap_ratio(counts, lengths).low

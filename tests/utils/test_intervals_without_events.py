@@ -1,4 +1,4 @@
-"""Nothing seen is not nothing there: no interval of no width, no equivalence from five problems, no NaN in a file."""
+"""Results without events: no interval of zero width, no equivalence from five problems, no NaN in a file."""
 
 import ast
 import functools
@@ -18,8 +18,8 @@ from tl_adapters.circuits.measurements import record
 from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.evaluation.faithfulness import DocumentSums, faithfulness_block
 from tl_adapters.evaluation.feature_matching import Share, shares_table
-from tl_adapters.evaluation.response_metrics import rate
-from tl_adapters.evaluation.sampled_answers import Answer, score
+from tl_adapters.evaluation.response_metrics import measure_responses
+from tl_adapters.evaluation.sampled_responses import SampledResponse, score_responses
 from tl_adapters.generation.responses import Response
 from tl_adapters.pages.circuit_sections import arms_section
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_recovered
@@ -27,7 +27,7 @@ from tl_adapters.utils.html import measurement_cell
 from tl_adapters.utils.measurement import IntervalError, Measurement, OutcomesMeasurement
 from tl_adapters.utils.results import plain, read_results, write_results
 from tl_adapters.utils.share_intervals import share, unseen_share
-from tl_adapters.utils.strict_json import NotFiniteError, dumps
+from tl_adapters.utils.strict_json import NotFiniteJsonError, dumps
 
 PACKAGE = Path(__file__).parents[2] / "tl_adapters"
 
@@ -39,8 +39,8 @@ def response(text: str = "a b c d", correct: bool = True, truncated: bool = Fals
 # -- rates ------------------------------------------------------------------------------------------------------------
 
 
-def test_none_of_a_thousand_is_up_to_0_37_percent() -> None:
-    found = rate([response()] * 1000, "report")
+def test_none_of_a_thousand_allows_up_to_0_37_percent() -> None:
+    found = measure_responses([response()] * 1000, "report")
     for name in ("truncated", "think_opened"):
         assert (getattr(found, name), found.ci[name].low) == (0, 0)
         assert found.ci[name].high == pytest.approx(0.003682, abs=1e-6)
@@ -51,38 +51,37 @@ def test_none_of_a_thousand_is_up_to_0_37_percent() -> None:
     assert hesitates.high == pytest.approx(1000 * 3.689 / 4000, abs=1e-3) and "Poisson" in hesitates.reason
 
 
-def test_samples_that_all_agree_are_as_many_as_there_are_problems() -> None:
-    """Not in the list: pass@1 of eight samples to each of ten problems, all wrong; or half of each right."""
+def test_samples_that_all_agree_count_once_per_problem() -> None:
+    """pass@1 of eight samples to each of ten problems, all wrong; or half of each right."""
     for right in (0, 4):
-        answers = [Answer(i, s, response(correct=s < right)) for s in range(8) for i in range(10)]
-        interval = score(answers, "test").ci["pass_at_1"]
+        answers = [SampledResponse(i, s, response(correct=s < right)) for s in range(8) for i in range(10)]
+        interval = score_responses(answers, "test").ci["pass_at_1"]
         assert interval.high == pytest.approx(unseen_share(10) if not right else 0.7634, abs=1e-4)
 
 
-def test_answers_without_a_token_have_no_rate(tmp_path: Path) -> None:
-    """Not in the list: every answer ends at once, so hesitations per token are nothing over nothing."""
-    found = rate([response("", correct=False)] * 3, "report")
+def test_empty_responses_have_no_hesitation_rate(tmp_path: Path) -> None:
+    """Every response is empty, so hesitations per token are undefined."""
+    found = measure_responses([response("", correct=False)] * 3, "report")
     assert found.hesitation_per_1k is None and found.ci["hesitation_per_1k"].reason
     write_results(tmp_path, behaviour={"target": found})
     assert read_results(tmp_path)["behaviour"]["target"]["hesitation_per_1k"] is None
 
 
 def test_one_problem_has_no_bootstrap_interval() -> None:
-    """Not in the list."""
-    found = rate([response("wait a b")], "report")
+    found = measure_responses([response("wait a b")], "report")
     for name in ("length", "hesitation_per_1k"):
         assert (found.ci[name].low, found.ci[name].high) == (None, None) and "there is one" in found.ci[name].reason
     assert found.ci["accuracy"].low == pytest.approx(0.025)
 
 
-# -- an arm against another -------------------------------------------------------------------------------------------
+# -- a condition against another -------------------------------------------------------------------------------------
 
 
 def hesitating(n: int, wrong: int = 0) -> list[Response]:
     return [response("wait a b c" if i % 2 else "a b c d", correct=i >= wrong) for i in range(n)]
 
 
-def test_an_arm_that_changes_nothing_in_five_problems() -> None:
+def test_a_condition_that_changes_nothing_in_five_problems() -> None:
     found = record([*hesitating(5)], hesitating(5), ["wait"], "report")
     for name in ("hesitation_cut", "length_change", "accuracy_change"):
         measured = found[name]
@@ -92,7 +91,7 @@ def test_an_arm_that_changes_nothing_in_five_problems() -> None:
     assert (itself.value, itself.low, itself.high, itself.reason) == (0, 0, 0, "compared with itself")
 
 
-def test_all_hesitation_gone_is_not_known_to_the_last_digit() -> None:
+def test_the_loss_of_all_hesitation_has_an_interval() -> None:
     silent = [response("a b c d") for _ in range(40)]
     cut = record(silent, hesitating(40), ["wait"], "report")["hesitation_cut"]
     assert cut.value == cut.high == 1 and 0.5 < cut.low < 0.95
@@ -100,7 +99,7 @@ def test_all_hesitation_gone_is_not_known_to_the_last_digit() -> None:
     assert cut.low < many.low < 1, "and better known from more"
 
 
-def test_the_random_sets_are_drawn_too() -> None:
+def test_the_choice_of_random_sets_widens_the_interval() -> None:
     """Three sets, of which one takes all hesitation away: its choice is in the interval, its extremes have names."""
     baseline = hesitating(60)
     said = [*hesitating(60), *hesitating(60), *[response() for _ in range(60)]]
@@ -163,22 +162,22 @@ ABSENCES = [
 
 
 @pytest.mark.parametrize("name", ABSENCES)
-def test_absence_takes_enough_problems(name: str) -> None:
+def test_absence_requires_enough_problems(name: str) -> None:
     few, many = asked(5)[name], asked(4000)[name]
     assert few["reached"] is None and few["needs"] > few["n"] == 5
     assert "not enough problems" in few["bar"] and f"needs n >= {few['needs']:,}; n = 5" in few["bar"]
     assert many["reached"] is True and many["needs"] <= many["n"] == 4000, many
 
 
-def test_how_many_it_takes() -> None:
+def test_how_many_problems_absence_requires() -> None:
     """At 3 points, what happens in 3 % of the problems must not go unseen: 122 problems, by (1 - 0.03)^n < 2.5 %."""
     name = ABSENCES[0]
     assert asked(121)[name]["reached"] is None and asked(122)[name]["reached"] is True
     assert asked(122)[name]["needs"] == 122
 
 
-def test_what_is_clearly_changed_is_missed_with_few_problems_too() -> None:
-    """Not in the list: twenty of twenty answers made wrong are no want of problems."""
+def test_a_clear_change_fails_a_criterion_with_few_problems_too() -> None:
+    """Twenty of twenty answers made wrong are no want of problems."""
     name = ABSENCES[0]
     assert asked(20, wrong=20)[name]["reached"] is False
     assert asked(20, wrong=1)[name]["reached"] is None
@@ -192,8 +191,8 @@ def test_injected_errors_are_compared_pair_by_pair() -> None:
     assert asked(60)["injected errors corrected: gained by the hybrid with it"]["reached"] is False
 
 
-def test_criteria_without_anything_to_measure_are_open() -> None:
-    """Not in the list: the replacement never hesitates, so nothing can be gone; answers without a token."""
+def test_criteria_without_a_measurement_are_undecided() -> None:
+    """The replacement never hesitates, so nothing can be gone; answers without a token."""
     block, texts = block_of(50)
     del block["necessity"]["circuit"]["hesitation_cut"]
     block["probabilities"]["target"] = {"moment": Measurement(0.0, 0.0, 0.1, 50, "p", "report")}
@@ -211,7 +210,7 @@ def test_criteria_without_anything_to_measure_are_open() -> None:
 # -- ratios -----------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_was_gained_that_could_be_recovered() -> None:
+def test_recovered_is_undefined_where_nothing_was_gained() -> None:
     same = torch.tensor([1.0, 0.0, 1.0])
     found = bootstrap_recovered(same, same, same).measurement(3, "share", "report")
     assert (found.value, found.low, found.high) == (None, None, None) and found.reason
@@ -222,8 +221,8 @@ def test_nothing_was_gained_that_could_be_recovered() -> None:
     assert found.low is None and "draws are undefined" in found.reason
 
 
-def test_dead_adapters_and_a_perfect_match_have_honest_intervals() -> None:
-    """Not in the list: L0 of a layer that never fires, and agreement on every token."""
+def test_dead_adapters_and_perfect_agreement_have_intervals_of_nonzero_width() -> None:
+    """L0 of a layer that never fires, and agreement on every token."""
     n = 20
     ones = torch.ones(n, dtype=torch.float64)
     kl = dict.fromkeys(("hybrid", "replacement", "first[0]", "last[0]", "only[0]"), 0 * ones)
@@ -239,14 +238,14 @@ def test_dead_adapters_and_a_perfect_match_have_honest_intervals() -> None:
     dumps(plain(block))
 
 
-# -- what is written --------------------------------------------------------------------------------------------------
+# -- written files ---------------------------------------------------------------------------------------------------
 
 
 def test_nan_is_refused_with_its_key(tmp_path: Path) -> None:
     write_results(tmp_path, seeds=[0])
     before = (tmp_path / "results.json").read_text()
     for bad in (math.nan, math.inf):
-        with pytest.raises(NotFiniteError, match=r"faithfulness\.kl\[1\]\.value is (nan|inf)"):
+        with pytest.raises(NotFiniteJsonError, match=r"faithfulness\.kl\[1\]\.value is (nan|inf)"):
             write_results(tmp_path, faithfulness={"kl": [{"value": 1.0}, {"value": bad}]})
     assert (tmp_path / "results.json").read_text() == before
     assert dumps({"a": [None, 1.5]}) == json.dumps({"a": [None, 1.5]})
@@ -260,8 +259,8 @@ def test_a_measurement_is_never_nan() -> None:
         bootstrap_ratio(torch.tensor([1.0, math.nan, 2.0]), torch.ones(3))
 
 
-def test_every_writer_goes_through_one_door() -> None:
-    """What is only hashed, compared or shown may use json.dumps; what is written may not."""
+def test_every_writer_uses_strict_json() -> None:
+    """Records that are only hashed, compared or shown may use json.dumps; those that are written may not."""
     found = []
     for path in PACKAGE.rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
@@ -273,7 +272,7 @@ def test_every_writer_goes_through_one_door() -> None:
     assert not found, "write strict_json.dumps there, which refuses NaN with its key"
 
 
-def test_what_has_no_value_is_none_and_shown_as_such() -> None:
+def test_an_undefined_value_is_none_and_shown_as_such() -> None:
     assert rank_correlation(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0])) is None
     assert Share(0, 0).value is None and "<td>-</td>" in shares_table({"x": {"all": Share(0, 0)}})
     form = "{:.2f}".format

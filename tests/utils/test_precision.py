@@ -1,4 +1,4 @@
-"""Figures and gradients in low precision: logits, divergences, and what is refused in float16."""
+"""Measurements and gradients in low precision: logits, divergences, and the refusal of float16 training."""
 
 import math
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_the_gradient_through_float32_logits_is_the_exact_one() -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_weight_larger_than_a_slice_is_cast_in_slices(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    monkeypatch.setattr("tl_adapters.utils.precision.SLICE", 8 * n + 1)
+    monkeypatch.setattr("tl_adapters.utils.precision.CAST_ELEMENTS", 8 * n + 1)
     weight, x = torch.randn(11, 8).bfloat16(), torch.randn(4, 8).bfloat16().requires_grad_()
     out = linear_in_float32(x, weight)
     assert torch.allclose(out, x.float() @ weight.float().T, atol=1e-5)

@@ -27,7 +27,7 @@ from tl_adapters.circuits.onsets import Onsets, find_onsets
 from tl_adapters.circuits.subject import Subject, kinds_at
 from tl_adapters.data.words import word_tokens
 from tl_adapters.evaluation.behaviors import Behavior, Words
-from tl_adapters.evaluation.response_metrics import rate
+from tl_adapters.evaluation.response_metrics import measure_responses
 from tl_adapters.generation.responses import Response, traces_of
 from tl_adapters.interventions.feature_edits import only
 from tl_adapters.interventions.variants import Variant, on_route, with_negated, with_only, without
@@ -333,7 +333,7 @@ def sampled(report: ReportSplit, sets: FeatureSets, temperature: float, seed: in
     rates = {}
     for name, variant in (("none", on_route("replacement")), ("circuit", without(sets.circuit))):
         answered = answers(report.pair, report.subject, variant, temperature=temperature, seed=seed)
-        rates[name] = rate(answered, "report", report.behavior)
+        rates[name] = measure_responses(answered, "report", report.behavior)
     return rates
 
 

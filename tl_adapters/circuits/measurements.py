@@ -24,7 +24,7 @@ from torch import Tensor
 from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds, log_odds_from_logits
 from tl_adapters.circuits.subject import Injection, Subject
 from tl_adapters.evaluation.behaviors import Behavior, counts
-from tl_adapters.evaluation.response_metrics import correctness, rate
+from tl_adapters.evaluation.response_metrics import correctness, measure_responses
 from tl_adapters.generation.responses import Response, respond
 from tl_adapters.interventions.feature_edits import Features, ablated
 from tl_adapters.interventions.frozen import frozen
@@ -231,7 +231,9 @@ def record(
     after = _Outcomes(*(by_problem(values) for values in (after.counts, after.lengths, after.correct)))
     before = _Outcomes.of(baseline, words)
     problems = list(range(n)) * times
-    fields: dict[str, Any] = plain(rate(responses, split, words, problems, event_cluster_size(before.counts), n_sets))
+    fields: dict[str, Any] = plain(
+        measure_responses(responses, split, words, problems, event_cluster_size(before.counts), n_sets)
+    )
     if float(before.counts.sum()):
         change = _no_change(itself) or change_of_ratio((after.counts, after.lengths), (before.counts, before.lengths))
         fields["hesitation_cut"] = change.scaled(-1).measurement(n, "share of the hesitation rate", split)

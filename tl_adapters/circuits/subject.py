@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tl_adapters.generation.responses import THINK_OPENS, Checkable, Response
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.generation.responses import Checkable, Response
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.census import corrects, with_injected_slip, written_steps
 
@@ -39,7 +40,7 @@ class Subject:
     """Problems on which the circuit is chosen."""
     report: Sequence[Checkable]
     """Problems on which figures are reported; disjoint from ``select``."""
-    prefill: str = THINK_OPENS
+    prefill: str = ChatFormat.think_start
     """Text that opens the thinking of a hybrid, which would not open it itself."""
     slipped: Callable[[Any, Response], bool] | None = None
     """From a problem and the target's answer to whether the answer contains a wrong step."""
@@ -50,7 +51,7 @@ class Subject:
     signs: dict[str, str] = field(default_factory=dict)
     """Signs of the behavior other than its words: name -> a regular expression that is counted in answers."""
     max_new_tokens: int | None = None
-    """Longest answer; None takes the limit of the problems or else of the model (`responses.answer_limit`)."""
+    """Longest answer; None takes the limit of the problems or else of the model (`responses.response_limit`)."""
     temperature: float | None = None
     """Temperature of answers; 0 takes the likeliest tokens, None takes the temperature of generation_config.json."""
 
@@ -78,7 +79,9 @@ def builtin_subject(
     )
 
 
-def halves(all_problems: Sequence[Checkable], max_new_tokens: int | None = None, prefill: str = THINK_OPENS) -> Subject:
+def halves(
+    all_problems: Sequence[Checkable], max_new_tokens: int | None = None, prefill: str = ChatFormat.think_start
+) -> Subject:
     """Divide any problems into select and report problems by a hash of the question, whatever their order."""
     bits = [hashlib.sha256(p.question.encode()).digest()[0] % 2 for p in all_problems]
     return Subject(

@@ -90,7 +90,7 @@ def _benchmark(args: argparse.Namespace) -> None:
             f"cut, {100 * score.looping:.1f} % looping"
         )
         print(
-            f"decoding: {result.sampling.decoding}, up to {result.sampling.max_new_tokens:,} tokens; of 1,000 tokens "
+            f"decoding: {result.sampling.parameters}, up to {result.sampling.max_new_tokens:,} tokens; of 1,000 tokens "
             f"{score.near_ties_per_1k:.2f} are chosen by a margin below rounding"
         )
         print(f"answers: {result.folder}")

@@ -14,7 +14,7 @@ from tl_adapters.errors import UserError
 
 if TYPE_CHECKING:
     from tl_adapters.cli.columns import Column
-    from tl_adapters.generation.compare_variants import Continuation
+    from tl_adapters.generation.compare_variants import VariantCompletion
     from tl_adapters.interventions.variants import Variant
 
 
@@ -62,7 +62,7 @@ def _generate(args: argparse.Namespace) -> None:
     from tl_adapters.cli.columns import side_by_side
     from tl_adapters.config import RunConfig
     from tl_adapters.generation.compare_variants import generate_variants, tokenize_question
-    from tl_adapters.generation.generation_config import decoding_of, longest_answer
+    from tl_adapters.generation.generation_config import default_max_new_tokens, sampling_parameters
     from tl_adapters.study.open_run import open_run
 
     text = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
@@ -89,8 +89,8 @@ def _generate(args: argparse.Namespace) -> None:
     )
     encoding = sys.stdout.encoding or "utf-8"  # a terminal of another encoding shows escapes instead of failing
     print(lines.encode(encoding, "backslashreplace").decode(encoding))
-    limit = longest_answer(pair.model) if args.max_new_tokens is None else args.max_new_tokens
-    decoding = decoding_of(pair.model, args.temperature, args.top_p, args.top_k)
+    limit = default_max_new_tokens(pair.model) if args.max_new_tokens is None else args.max_new_tokens
+    decoding = sampling_parameters(pair.model, args.temperature, args.top_p, args.top_k)
     print(f"decoding: {decoding}, up to {min(limit, pair.model.cfg.n_ctx - len(prompt)):,} tokens")
     print(f"next: tl-adapters attribute {args.run_folder} --prompt TEXT --target Wait")
 
@@ -120,9 +120,9 @@ def _factor(text: str, names: list[str]) -> float:
     return factor
 
 
-def _column(completion: Continuation, first: Continuation) -> Column:
+def _column(completion: VariantCompletion, first: VariantCompletion) -> Column:
     from tl_adapters.cli.columns import Column
 
-    same = completion is not first and completion.parts_at is None
+    same = completion is not first and completion.differs_at is None
     footer = completion.summary + (f"; the same as {first.variant}" if same else "")
-    return Column(completion.variant, completion.text, footer, completion.hesitations, completion.parts_at)
+    return Column(completion.variant, completion.text, footer, completion.hesitation_spans, completion.differs_at)

@@ -26,7 +26,7 @@ from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.utils.clustered_intervals import clustered_share, event_rate
-from tl_adapters.utils.finite import by_place, require_finite_activations
+from tl_adapters.utils.finite import by_layer_name, require_finite_activations
 from tl_adapters.utils.kl_divergence import token_kl_from_residual
 from tl_adapters.utils.measurement import Measurement
 from tl_adapters.utils.precision import host_float64, wide
@@ -108,7 +108,7 @@ def _measure_batch(pair: PairedModel, batch: Batch, documents: Sequence[int]) ->
     with pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
         replacement = pair.residual_streams(batch.tokens)
     for name, streams in (("target", target), ("replacement", replacement)):
-        require_finite_activations(by_place(streams), batch.real, documents, f"The {name}")
+        require_finite_activations(by_layer_name(streams), batch.real, documents, f"The {name}")
     response, everything = batch.predicting_response, batch.predicting
 
     kl: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Our routes as a model of EleutherAI's lm-evaluation-harness (the extra ``lm-eval``), so that its tasks run on them.
+"""A model class for EleutherAI's lm-evaluation-harness (the extra ``lm-eval``), so that its tasks run on every route.
 
     from lm_eval import simple_evaluate
     from tl_adapters.evaluation.lm_eval_harness import HarnessModel
@@ -6,8 +6,8 @@
     with pair.routed("replacement") as model:
         print(simple_evaluate(model=HarnessModel(model), tasks=["arc_easy"])["results"])
 
-The model is asked as it is, with whatever route and hooks it has when a task asks: interventions are entered around
-the evaluation. `likelihoods` and `completions` do the work; this only translates.
+The model runs with the route and hooks that it has during the evaluation, so interventions are entered around it. This
+module translates the harness's requests; `likelihoods` and `completions` compute the results.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.errors import UserError
-from tl_adapters.generation.completions import complete
-from tl_adapters.generation.decoding import Completion, Decoding
-from tl_adapters.generation.generation_config import end_tokens
+from tl_adapters.generation.completions import Completion, complete
 from tl_adapters.generation.likelihoods import log_likelihoods
 
 log = logging.getLogger(__name__)
@@ -45,15 +43,15 @@ except ImportError as error:
     ) from error
 
 MAX_GEN_TOKS = 256
-"""Longest answer where a task names no limit, as in the harness's own models."""
+"""Limit of a completion where a task names none, as in the harness's own models."""
 
 
 class HarnessError(UserError, ValueError):
-    """A request that cannot be answered as it was asked."""
+    """A request that this model cannot fulfill as given."""
 
 
 class HarnessModel(TemplateLM):
-    """A model with a route and hooks, as the harness asks models."""
+    """A HookedTransformer or TransformerBridge behind the model interface of the harness."""
 
     def __init__(
         self,
@@ -65,16 +63,16 @@ class HarnessModel(TemplateLM):
         think_end: str | None = None,
         think_start: str = ChatFormat.think_start,
     ) -> None:
-        """Wrap a model; nothing of it is changed.
+        """Wrap a model, without changing it.
 
         Args:
             model: a HookedTransformer or TransformerBridge with its tokenizer; a pair's ``model`` on any route.
-            tokens_per_batch: scored in a forward pass, padding included.
-            batch_size: answers generated at a time.
-            seed: of what is drawn, where a task draws.
-            think_end: what ends the thinking; an answer is then what follows it, and nothing where the thinking was
-                opened and never ended. None keeps all.
-            think_start: what opens the thinking.
+            tokens_per_batch: tokens scored in a forward pass, padding included.
+            batch_size: completions generated at a time.
+            seed: of the random numbers, where a task samples.
+            think_end: the tag that ends the thinking. With it, the task gets only the text after the thinking, and an
+                empty text where the thinking never ends; None keeps all of the text.
+            think_start: the tag that opens the thinking.
         """
         super().__init__()
         self.model, self.tokenizer = model, model.tokenizer
@@ -90,40 +88,40 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context follows: the tokenizer's first token, or where it has none its end token."""
+        """The context of a text that has none: the tokenizer's first token, else its end token."""
         first = self._tokenizer.bos_token_id
         return self.eot_token_id if first is None else first
 
     @property
     def max_length(self) -> int:
-        """Tokens of the model's context."""
+        """Length of the model's context in tokens."""
         return self.model.cfg.n_ctx
 
     @property
     def max_gen_toks(self) -> int:
-        """Longest answer where a task names no limit."""
+        """Limit of a completion where a task names none."""
         return MAX_GEN_TOKS
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests."""
+        """Name of the tokenizer, for the harness's cache of requests."""
         return str(self._tokenizer.name_or_path).replace("/", "__")
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
-            raise HarnessError("The model has no tokenizer to read a task with; give the target's tokenizer.")
+            raise HarnessError("The model has no tokenizer to encode a task with; give it the target's tokenizer.")
         return self.tokenizer
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; a text that begins with the first token itself, as rendered chats do, gets no second one."""
+        """Token ids of a text. The first token is not added to a text that begins with it, as rendered chats do."""
         if add_special_tokens is None:
             first = self._tokenizer.bos_token
             add_special_tokens = not (first and string.startswith(first))
         return self._tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Turns in the target's chat format."""
+        """The turns of a chat, rendered with the target's chat template."""
         return self._tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -143,20 +141,20 @@ class HarnessModel(TemplateLM):
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
                 raise HarnessError(
-                    f"A continuation has {len(continuation)} tokens, and the model's context {self.max_length}."
+                    f"A continuation has {len(continuation)} tokens, and the model's context only {self.max_length}."
                 )
             texts.append((context[-(self.max_length + 1 - len(continuation)) :], continuation))
-        found: dict[int, tuple[float, bool]] = {}
+        likelihoods: dict[int, tuple[float, bool]] = {}
         scored = log_likelihoods(self.model, texts, self.tokens_per_batch)
         for number, one in tqdm(scored, total=len(texts), disable=disable_tqdm, desc="scoring"):
-            found[number] = (one.log_probability, one.greedy)
-            asked = requests[number][0]
-            if asked is not None:
-                self.cache_hook.add_partial("loglikelihood", asked, found[number])
-        return [found[number] for number in range(len(texts))]
+            likelihoods[number] = (one.log_probability, one.greedy)
+            request = requests[number][0]
+            if request is not None:
+                self.cache_hook.add_partial("loglikelihood", request, likelihoods[number])
+        return [likelihoods[number] for number in range(len(texts))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, each token predicted once, with as much context as fits."""
+        """Log-probabilities of whole texts; each token is predicted once, with as much context as fits."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for number, (text,) in enumerate(request.args for request in requests):
@@ -173,14 +171,14 @@ class HarnessModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to a stop string, an end token or a limit.
+        """Completions up to a stop string, an end token or a limit.
 
-        Raises HarnessError for options that would be left out.
+        Raises HarnessError for generation options that are not supported.
         """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
-        answers: dict[int, str] = {}
+        texts: dict[int, str] = {}
         keys = self._keys(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generating") as bar:
             for numbers in groups.values():
@@ -189,25 +187,25 @@ class HarnessModel(TemplateLM):
                 numbers.sort(key=lambda number: len(prompts[number]))
                 for start in range(0, len(numbers), self.batch_size):
                     batch = numbers[start : start + self.batch_size]
-                    said = self._said([prompts[n] for n in batch], options, [keys[n] for n in batch])
-                    for number, text in zip(batch, said, strict=True):
-                        answers[number] = text
+                    generated = self._generate([prompts[n] for n in batch], options, [keys[n] for n in batch])
+                    for number, text in zip(batch, generated, strict=True):
+                        texts[number] = text
                         self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     bar.update(len(batch))
-        return [answers[number] for number in range(len(requests))]
+        return [texts[number] for number in range(len(requests))]
 
     def _prompt(self, text: str, options: Mapping[str, Any]) -> list[int]:
-        """Its last tokens, where it is too long for an answer to fit behind it."""
-        room = self.max_length - options["max_gen_toks"]
-        if room < 1:
+        """Token ids of a prompt; only the last ones where it is too long for a completion to fit behind it."""
+        n_prompt = self.max_length - options["max_gen_toks"]
+        if n_prompt < 1:
             raise HarnessError(
-                f"Answers of {options['max_gen_toks']} tokens leave no room in a context of {self.max_length}; set "
-                "max_gen_toks lower."
+                f"Completions of {options['max_gen_toks']} tokens leave no room for a prompt in a context of "
+                f"{self.max_length}; set max_gen_toks lower."
             )
-        return (self.tok_encode(text) or [self.prefix_token_id])[-room:]
+        return (self.tok_encode(text) or [self.prefix_token_id])[-n_prompt:]
 
     def _keys(self, requests: Sequence[Any]) -> list[object]:
-        """What the draws of each follow from: its text, and how many before it ask the same."""
+        """What the random numbers of each request follow from: its text, and how many earlier requests repeat it."""
         seen: Counter[str] = Counter()
         keys: list[object] = []
         for request in requests:
@@ -216,30 +214,32 @@ class HarnessModel(TemplateLM):
             seen[text] += 1
         return keys
 
-    def _said(self, prompts: Sequence[list[int]], options: Mapping[str, Any], keys: Sequence[object]) -> list[str]:
-        found = complete(
+    def _generate(self, prompts: Sequence[list[int]], options: Mapping[str, Any], keys: Sequence[object]) -> list[str]:
+        completions = complete(
             self.model,
             prompts,
-            end_tokens(self.model),
             max_new_tokens=options["max_gen_toks"],
             batch_size=self.batch_size,
-            decoding=Decoding(options["temperature"], options.get("top_p", 1.0)),
+            temperature=options["temperature"],
+            top_p=options.get("top_p", 1.0),
+            top_k=0,
             keys=keys,
         )
-        return [self._answer(prompt, one, options["until"]) for prompt, one in zip(prompts, found, strict=True)]
+        return [self._visible_text(completion, options["until"]) for completion in completions]
 
-    def _answer(self, prompt: Sequence[int], said: Completion, until: Sequence[str]) -> str:
-        text = self._tokenizer.decode(said.tokens)
-        if self.think_end and self._tokenizer.decode(prompt).rstrip().endswith(self.think_start):
+    def _visible_text(self, completion: Completion, until: Sequence[str]) -> str:
+        """The text that the task gets: without the thinking, and up to a stop string."""
+        text = completion.text
+        if self.think_end and self._tokenizer.decode(completion.prompt).rstrip().endswith(self.think_start):
             text = self.think_start + text  # the prompt has opened the thinking
         return self._cut(text, until)
 
     def _cut(self, text: str, until: Sequence[str]) -> str:
-        """What of a text is the answer: where thinking is opened and not ended, nothing is."""
+        """A text without its thinking, up to a stop string; empty where the thinking is opened and never ended."""
         if self.think_end:
             after = text.rpartition(self.think_end)[2]
             if self.think_start in after:
-                log.warning("An answer's thinking never ends (it was cut at the limit, say); its answer is empty.")
+                log.warning("The thinking of a completion never ends (it may be cut at the limit); its text is empty.")
                 return ""
             text = after.lstrip()
         for stop in filter(None, until):
@@ -247,13 +247,15 @@ class HarnessModel(TemplateLM):
         return text
 
 
-_KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
+_SUPPORTED_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A request's options, with the harness's defaults. Raises HarnessError for one that would be left out."""
+    """A request's options, with the harness's defaults. Raises HarnessError for an option that is not supported."""
     options = dict(normalize_gen_kwargs(dict(given), MAX_GEN_TOKS))
     options.setdefault("temperature", 1.0 if options.get("do_sample") else 0.0)
-    if other := sorted(set(options) - set(_KNOWN)):
-        raise HarnessError(f"The generation option {other[0]} is not supported; known are {', '.join(_KNOWN)}.")
+    if unsupported := sorted(set(options) - set(_SUPPORTED_OPTIONS)):
+        raise HarnessError(
+            f"The generation option {unsupported[0]} is not supported; supported are {', '.join(_SUPPORTED_OPTIONS)}."
+        )
     return options

@@ -1,9 +1,9 @@
-"""Behaviour: problems with checkable answers, solved by any model; accuracy, length and hesitation with intervals.
+"""Metrics of a model's responses to problems: accuracy, length, hesitation rate and others, with 95 % intervals.
 
-A *response* is every generated token, thinking included, without the end token. One that reaches the limit counts
-with its length, and as wrong; it is *looping* where it ends in one block of tokens said again and again. The
-*hesitation rate* is the number of "wait", in any case, per 1,000 response tokens; other words are counted only when
-asked for.
+A *response* is every generated token, thinking included, without the end token. A response that is truncated at the
+limit counts with its length, and as wrong; it is *looping* where it ends in one block of tokens again and again. The
+*hesitation rate* is the number of occurrences of "wait", in any case, per 1,000 response tokens; other words are
+counted only on request.
 """
 
 from __future__ import annotations
@@ -16,40 +16,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
 from tl_adapters.evaluation.behaviors import Behavior, counts
-from tl_adapters.generation.responses import THINK_OPENS, Response
+from tl_adapters.generation.responses import Response
 from tl_adapters.utils.bootstrap import bootstrap_ratio
 from tl_adapters.utils.clustered_intervals import clustered_share, event_rate
 from tl_adapters.utils.measurement import Interval
 
-# A problem may also say how long its answers may be, as ``max_new_tokens``.
-
 
 @dataclass(frozen=True)
-class Rate:
-    """Behaviour of one model on a list of problems."""
+class ResponseMetrics:
+    """Metrics of one model's responses to a list of problems."""
 
     n: int
-    """Problems."""
+    """Number of problems."""
     accuracy: float
-    """Share answered rightly."""
+    """Share of right answers."""
     length: float
     """Mean response length in tokens."""
     hesitation_per_1k: float | None
     """Hesitations per 1,000 response tokens; None where no response has a token."""
     truncated: float
-    """Share of responses cut at the limit."""
+    """Share of responses that were cut at the limit."""
     think_opened: float
-    """Share of responses that open their thinking."""
+    """Share of responses that open their thinking themselves."""
     ci: dict[str, Interval]
-    """Intervals of all five."""
+    """Intervals of the five metrics above."""
     split: str
     """Split of the problems."""
     looping: float = 0.0
-    """Share of responses that were cut while they said one block of tokens again and again."""
+    """Share of responses that were cut at the limit and end in one block of tokens again and again."""
     near_ties_per_1k: float = 0.0
-    """Per 1,000 response tokens, those whose choice was closer than rounding."""
+    """Tokens per 1,000 response tokens whose choice was closer than rounding."""
 
 
 def correctness(responses: Sequence[Response]) -> Float[Tensor, "n"]:
@@ -57,53 +56,55 @@ def correctness(responses: Sequence[Response]) -> Float[Tensor, "n"]:
     return torch.tensor([float(r.correct) for r in responses], dtype=torch.float64)
 
 
-def rate(
+def measure_responses(
     responses: Sequence[Response],
     split: str,
     words: Sequence[str] | Behavior = HESITATION_RATE_WORDS,
     problems: Sequence[int] | None = None,
     cluster_size: float = 1.0,
     sets: int = 1,
-) -> Rate:
-    """Summarise responses, with intervals over problems.
+) -> ResponseMetrics:
+    """Metrics of responses, with intervals over problems.
 
     Args:
-        responses: of one model; not none.
+        responses: of one model, at least one.
         split: of the problems.
-        words: what counts as a hesitation: words and phrases, or a behavior that counts itself.
-        problems: number of the problem that each response answers; None is one response to each. Where a problem is
-            answered several times its responses are drawn together, and ``accuracy`` is pass@1.
-        together: hesitations of a problem that has any, where that is known: where none is said, its rate's upper end
-            takes them to come so many at a time (`intervals.event_rate`).
-        sets: how many sets of features, drawn themselves, gave the responses, which stand set after set. Their choice
-            is then part of the intervals.
+        words: what counts as a hesitation: words and phrases, or a behavior that counts its occurrences.
+        problems: for each response, the number of its problem; None is one response to each problem. Where a problem
+            has several responses they are resampled together, and ``accuracy`` is pass@1.
+        cluster_size: number of hesitations of a problem that has any, as measured elsewhere. Where no response
+            hesitates, the upper end of the rate assumes that hesitations occur so many at a time (`event_rate`).
+        sets: number of randomly drawn feature sets that gave the responses, which are ordered set by set. The intervals
+            then cover the choice of sets too.
     """
     lengths = torch.tensor([len(r.tokens) for r in responses], dtype=torch.float64)
-    said = torch.tensor(counts(responses, words), dtype=torch.float64)
-    opened = torch.tensor([float(THINK_OPENS in r.text) for r in responses], dtype=torch.float64)
-    cut = torch.tensor([float(r.truncated) for r in responses], dtype=torch.float64)
-    places = torch.arange(len(responses)) if problems is None else torch.tensor(problems).unique(return_inverse=True)[1]
-    n, ones = int(places.max()) + 1, torch.ones_like(lengths)
+    hesitations = torch.tensor(counts(responses, words), dtype=torch.float64)
+    opened = torch.tensor([float(ChatFormat.think_start in r.text) for r in responses], dtype=torch.float64)
+    truncated = torch.tensor([float(r.truncated) for r in responses], dtype=torch.float64)
+    indices = torch.arange(len(responses))
+    if problems is not None:
+        indices = torch.tensor(problems).unique(return_inverse=True)[1]
+    n_problems = int(indices.max()) + 1
 
     def by_problem(values: Float[Tensor, "n"]) -> Float[Tensor, "*sets n_problems"]:
-        found = torch.zeros(sets, n, dtype=torch.float64)
-        for row, of, these in zip(found, places.chunk(sets), values.chunk(sets), strict=True):
-            row.index_add_(0, of, these)
-        return found if sets > 1 else found[0]
+        sums = torch.zeros(sets, n_problems, dtype=torch.float64)
+        for row, row_indices, row_values in zip(sums, indices.chunk(sets), values.chunk(sets), strict=True):
+            row.index_add_(0, row_indices, row_values)
+        return sums if sets > 1 else sums[0]
 
-    total = by_problem(ones)
-    figures = {
-        "accuracy": clustered_share(by_problem(correctness(responses)), total),
-        "length": bootstrap_ratio(by_problem(lengths), total),
-        "hesitation_per_1k": event_rate(by_problem(said), by_problem(lengths), cluster_size).scaled(1000),
-        "truncated": clustered_share(by_problem(cut), total),
-        "think_opened": clustered_share(by_problem(opened), total),
+    totals = by_problem(torch.ones_like(lengths))
+    estimates = {
+        "accuracy": clustered_share(by_problem(correctness(responses)), totals),
+        "length": bootstrap_ratio(by_problem(lengths), totals),
+        "hesitation_per_1k": event_rate(by_problem(hesitations), by_problem(lengths), cluster_size).scaled(1000),
+        "truncated": clustered_share(by_problem(truncated), totals),
+        "think_opened": clustered_share(by_problem(opened), totals),
     }
-    values: dict[str, Any] = {name: estimate.value for name, estimate in figures.items()}
-    return Rate(
-        n=n,
+    values: dict[str, Any] = {name: estimate.value for name, estimate in estimates.items()}
+    return ResponseMetrics(
+        n=n_problems,
         **values,
-        ci={name: estimate.interval for name, estimate in figures.items()},
+        ci={name: estimate.interval for name, estimate in estimates.items()},
         split=split,
         looping=sum(r.looping for r in responses) / len(responses),
         near_ties_per_1k=1000 * sum(r.near_ties for r in responses) / max(1, sum(len(r.tokens) for r in responses)),

@@ -1,7 +1,7 @@
-"""What variants of one model say to the same prompt: its routes, and routes with features taken out or put in.
+"""The completions of one prompt by several variants of a model: its routes, and routes with edited features.
 
-A `Variant` is a name and what to enter while it speaks, so anything that is a context manager of a pair can be one.
-Every variant has the same prompt and draws from the same seed: where one says something else, it is the variant.
+A `Variant` is a name and a context manager to enter while it generates. All variants get the same prompt and draw from
+the same seed, so their completions differ only because the variants do.
 """
 
 from __future__ import annotations
@@ -16,45 +16,34 @@ from transformers import PreTrainedTokenizerBase
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.hesitation_words import HESITATION_WORDS
 from tl_adapters.data.words import word_pattern
-from tl_adapters.errors import UserError
-from tl_adapters.generation.completions import complete
-from tl_adapters.generation.decoding import Completion, CompletionError
-from tl_adapters.generation.generation_config import decoding_of, end_tokens, longest_answer
+from tl_adapters.generation.completions import Completion, complete
+from tl_adapters.generation.sampling import GenerationError
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
 
 DEFAULT_ROUTES = ("target", "hybrid", "replacement")
-"""What is compared when nothing else is asked for."""
-
-
-class VariantError(UserError, ValueError):
-    """A prompt or options with which nothing can be generated."""
+"""Routes that are compared by default."""
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """What one variant said."""
+class VariantCompletion(Completion):
+    """The completion by one variant, compared with that by the first variant."""
 
     variant: str
-    """Its name."""
-    tokens: tuple[int, ...]
-    """Token ids, without the end token."""
-    text: str
-    """As text, think tags included."""
-    truncated: bool
-    """The limit came before an end token."""
-    parts_at: int | None
-    """Character at which it first differs from the first variant's text, at the start of a token; None: nowhere."""
+    """Name of the variant."""
+    differs_at: int | None
+    """Character at which the text first differs from the first variant's, at the start of a token; None where it does
+    not differ."""
 
     @property
-    def hesitations(self) -> list[tuple[int, int]]:
-        """Character spans of the hesitation words (`HESITATION_WORDS`) in the text, in any case."""
+    def hesitation_spans(self) -> list[tuple[int, int]]:
+        """(start, stop) of each hesitation word (`HESITATION_WORDS`) in the text, in any case."""
         return [match.span() for match in word_pattern(HESITATION_WORDS).finditer(self.text)]
 
     @property
     def summary(self) -> str:
-        """Length, hesitations and how it ended, in one line."""
-        words = [self.text[start:stop].casefold() for start, stop in self.hesitations]
+        """Length, hesitation words and kind of ending, in one line."""
+        words = [self.text[start:stop].casefold() for start, stop in self.hesitation_spans]
         ending = "cut at the limit" if self.truncated else "stopped"
         return f"{len(self.tokens)} tokens; hesitation words: {len(words)}, wait: {words.count('wait')}; {ending}"
 
@@ -67,20 +56,20 @@ def tokenize_question(
     open_thinking: bool = False,
     think_start: str = ChatFormat.think_start,
 ) -> list[int]:
-    """A prompt's token ids.
+    """Token ids of a prompt.
 
     Args:
         tokenizer: the target's.
-        text: a question, put into the tokenizer's chat template.
-        raw: ``text`` is what the model reads, chat tokens included.
-        open_thinking: the prompt ends with ``think_start``, where the template does not write it anyway.
-        think_start: what opens the thinking.
+        text: a question, which is rendered with the tokenizer's chat template.
+        raw: take ``text`` as the whole prompt, chat tokens included.
+        open_thinking: end the prompt with ``think_start`` where the template does not.
+        think_start: the tag that opens the thinking.
 
-    Raises DataError where a question is asked and there is no chat template; VariantError for no tokenizer or no text.
+    Raises DataError for a question where there is no chat template; GenerationError for no tokenizer or no text.
     """
-    tokenizer = _known(tokenizer)
+    tokenizer = _required(tokenizer)
     if not text.strip():
-        raise VariantError("The prompt is empty; give a question, or with raw text what the model is to go on with.")
+        raise GenerationError("The prompt is empty; give a question, or with raw the text that the model continues.")
     if not raw:
         chat = ChatFormat.of(tokenizer, think_start)
         opening = chat.think_start if open_thinking else ""
@@ -90,9 +79,9 @@ def tokenize_question(
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _known(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise VariantError("The model has no tokenizer to read a prompt with; give the target's tokenizer.")
+        raise GenerationError("The model has no tokenizer to encode a prompt with; give the target's tokenizer.")
     return tokenizer
 
 
@@ -107,51 +96,47 @@ def generate_variants(
     top_k: int | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> list[Continuation]:
-    """What every variant says after ``prompt``, in their order.
+) -> list[VariantCompletion]:
+    """Complete ``prompt`` with every variant, in their order.
 
     Args:
         pair: with a tokenizer, and with adapters where a variant needs them.
         prompt: token ids (`tokenize_question`).
-        variants: the first is what the others are compared with.
-        max_new_tokens: the limit; None is the model's own (`generation.longest_answer`). Where the model's context is
-            full before, that is the limit.
-        temperature, top_p, top_k: as `decoding.Decoding`; None is what the model's generation_config.json says, which
-            is greedy where it does not sample.
-        seed: of the draws, the same for each variant. torch's own generator is left as it was.
-        progress: show a bar.
+        variants: the first is the one with which the others are compared.
+        max_new_tokens, temperature, top_p, top_k: as in `complete`.
+        seed: of the random numbers, the same for each variant; torch's global generator is not used.
+        progress: show a progress bar.
 
-    Raises VariantError for options out of range, no tokenizer or a prompt that fills the context; and what a variant
-    raises.
+    Raises GenerationError for options out of range, no tokenizer or a prompt that fills the context; and the errors of
+    the variants.
     """
-    tokenizer = _known(pair.model.tokenizer)
-    limit, ends = longest_answer(pair.model) if max_new_tokens is None else max_new_tokens, end_tokens(pair.model)
-    said: list[Continuation] = []
+    tokenizer = _required(pair.model.tokenizer)
+    completions: list[VariantCompletion] = []
     for variant in tqdm(variants, disable=not progress, unit="variant"):
-        try:
-            how = decoding_of(pair.model, temperature, top_p, top_k)
-            with variant.entered(pair):
-                (done,) = complete(
-                    pair.model, [prompt], ends, max_new_tokens=limit, batch_size=1, decoding=how, keys=[seed]
-                )
-        except CompletionError as error:
-            raise VariantError(str(error)) from error
-        said.append(_continuation(variant.name, done, tokenizer, said[0] if said else None))
-    return said
+        with variant.entered(pair):
+            (completion,) = complete(
+                pair.model,
+                [prompt],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                keys=[seed],
+            )
+        differs_at = _difference(completion, completions[0], tokenizer) if completions else None
+        completions.append(VariantCompletion(**vars(completion), variant=variant.name, differs_at=differs_at))
+    return completions
 
 
-def _continuation(
-    name: str, done: Completion, tokenizer: PreTrainedTokenizerBase, first: Continuation | None
-) -> Continuation:
-    tokens, text = done.tokens, tokenizer.decode(done.tokens)
-    parts_at = None
-    if first is not None and tokens != first.tokens:
-        same = tokenizer.decode(tokens[: _shared(tokens, first.tokens)])
-        # A token may be part of a character, and then decodes to what neither text holds there.
-        parts_at = min(len(same), _shared(text, first.text))
-    return Continuation(name, tokens, text, not done.ended, parts_at)
+def _difference(completion: Completion, first: Completion, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Character at which a completion first differs from another, at the start of a token; None where it does not."""
+    if completion.tokens == first.tokens:
+        return None
+    same = tokenizer.decode(completion.tokens[: _common_length(completion.tokens, first.tokens)])
+    # A token may be a part of a character, whose decoded text then occurs in neither text.
+    return min(len(same), _common_length(completion.text, first.text))
 
 
-def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Length of the longest beginning that both have."""
+def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the longest common beginning."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,7 +1,8 @@
-"""How likely a model finds texts: the log-probability of a continuation after a context, batched.
+"""Log-probabilities of given texts: those of a continuation after a context, in batches.
 
-The model is asked as it is, with whatever route and hooks it has at that time. Rows are padded on the right, where
-causal attention never looks, so no value depends on what else is in its batch.
+A *continuation* is a text that is scored, whereas a completion (`completions`) is one that the model generates. The
+model runs with its current route and hooks. Rows are padded on the right, where causal attention never reads, so no
+value depends on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_adapters.data.traces import DataError, Trace, collate, rows_by_length
@@ -18,52 +20,52 @@ from tl_adapters.data.traces import DataError, Trace, collate, rows_by_length
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of one continuation."""
+    """How likely a model finds one continuation."""
 
     log_probability: float
-    """Sum over its tokens, in nats."""
+    """Sum over the continuation's tokens, in nats."""
     greedy: bool
-    """Every one of them is the likeliest where it stands."""
+    """Whether every token of the continuation is the likeliest at its position."""
 
 
 def log_likelihoods(
     model: Any, texts: Sequence[tuple[Sequence[int], Sequence[int]]], tokens_per_batch: int = 2048
 ) -> Iterator[tuple[int, Likelihood]]:
-    """Of every (context, continuation) its number and likelihood, short ones first.
+    """Index and likelihood of every (context, continuation), short ones first.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        texts: token ids; a context is not empty, and both fit the model's context together.
-        tokens_per_batch: in a forward pass, padding included.
+        texts: token ids; no context is empty, and each pair fits into the model's context.
+        tokens_per_batch: of a forward pass, padding included.
 
-    Raises DataError.
+    Raises DataError for a context that is empty, or a pair that does not fit.
     """
     n_ctx = model.cfg.n_ctx
     for context, continuation in texts:
         if not context or len(context) + len(continuation) > n_ctx + 1:
             raise DataError(
-                f"A context of {len(context)} and a continuation of {len(continuation)} tokens; allowed is a context "
-                f"of 1 or more, and {n_ctx + 1} together."
+                f"A context has {len(context)} tokens and its continuation {len(continuation)}; a context must have 1 "
+                f"or more, and both together at most {n_ctx + 1}."
             )
     # The last token is only predicted, so the model does not read it.
     traces = [Trace((*context, *continuation)[:-1], 0) for context, continuation in texts]
     for rows in rows_by_length(traces, tokens_per_batch):
         logits = _logits(model, [traces[row] for row in rows])
-        for place, row in enumerate(rows):
+        for i, row in enumerate(rows):
             context, continuation = texts[row]
-            begin = len(context) - 1
-            yield row, _likelihood(logits[place, begin : begin + len(continuation)], continuation)
+            start = len(context) - 1
+            yield row, _likelihood(logits[i, start : start + len(continuation)], continuation)
 
 
 @torch.no_grad()
-def _logits(model: Any, traces: Sequence[Trace]) -> Tensor:
+def _logits(model: Any, traces: Sequence[Trace]) -> Float[Tensor, "batch pos d_vocab"]:
     batch = collate(traces).to(model.W_E.device)
-    # The mask is given outright: with a tokenizer that pads on the left TransformerLens would guess one from token ids.
+    # The mask is explicit, because TransformerLens infers one from token ids where the tokenizer pads on the left.
     return model(batch.tokens, attention_mask=batch.real.long())
 
 
-def _likelihood(logits: Tensor, continuation: Sequence[int]) -> Likelihood:
+def _likelihood(logits: Float[Tensor, "pos d_vocab"], continuation: Sequence[int]) -> Likelihood:
     tokens = torch.tensor(list(continuation), dtype=torch.long, device=logits.device)
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    chosen = wide.log_softmax(-1).gather(-1, tokens[:, None])
-    return Likelihood(float(chosen.sum()), bool((wide.argmax(-1) == tokens).all()))
+    log_probabilities = wide.log_softmax(-1).gather(-1, tokens[:, None])
+    return Likelihood(float(log_probabilities.sum()), bool((wide.argmax(-1) == tokens).all()))

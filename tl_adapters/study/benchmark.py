@@ -1,7 +1,7 @@
 """Benchmarks as a stage of a study: a variant of the pair answers tasks, and results.json gets the scores.
 
 A variant is a route, the replacement without some features, or the hybrid with only some features. The answers of each
-task and variant have a folder of their own (see evaluation/sampled_answers.py), so successive commands fill one table.
+task and variant have a folder of their own (`sampled_responses`), so successive commands fill one table.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.behaviors import Behavior
-from tl_adapters.evaluation.sampled_answers import Sampling, Score, answer, score
+from tl_adapters.evaluation.sampled_responses import ResponseOptions, TaskScore, sample_responses, score_responses
 from tl_adapters.evaluation.tasks import BUILTIN, TASKS, load_problems, require_task
-from tl_adapters.generation.generation_config import LONGEST_ANSWER, end_tokens
+from tl_adapters.generation.generation_config import DEFAULT_MAX_NEW_TOKENS, end_tokens
 from tl_adapters.interventions.variants import MAX_LISTED_FEATURES, Variant, on_route, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import ROUTES
@@ -47,12 +47,12 @@ class BenchmarkResult:
     """Name of the task."""
     variant: str
     """Name of the variant that answered."""
-    score: Score
+    score: TaskScore
     """Accuracy, length and hesitation rate of the answers."""
     folder: Path
     """Folder of the answers."""
-    sampling: Sampling
-    """Sampling options, all of them resolved."""
+    sampling: ResponseOptions
+    """ResponseOptions options, all of them resolved."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def benchmark_run(
         tasks: name of each task -> a local copy of its dataset, or None for the hub's. By default the built-in problems
             of the model organism.
         variant: which variant answers; by default the replacement.
-        options: fields of `Sampling` that override the defaults. The built-in problems are answered greedily; tasks of
-            the hub are answered as generation_config.json says, in up to `LONGEST_ANSWER` tokens.
+        options: fields of `ResponseOptions` that override the defaults. The built-in problems are answered greedily;
+            tasks of the hub are answered as generation_config.json says, in up to `DEFAULT_MAX_NEW_TOKENS` tokens.
         open_thinking: end the prompt with the tag that opens the thinking, where the template does not.
         limit: use only the first ``limit`` problems of each task.
         words: what counts as a hesitation: words and phrases, or a `Behavior`.
@@ -129,7 +129,7 @@ def benchmark_run(
         dtype: dtype of the models; by default the run's.
         progress: show progress bars.
 
-    Raises BenchmarkError, TaskError, AnsweringError, and what opening a run raises.
+    Raises BenchmarkError, TaskError, SamplingError, and what opening a run raises.
     """
     require_adapters(run)
     if tasks is None:
@@ -148,21 +148,21 @@ def benchmark_run(
     results = []
     for task in loaded:
         folder = (out or run / BENCHMARKS_FOLDER) / task.task / _slug(entered.name)
-        sampling = replace(samplings[task.task], prefill=prefill).chosen(pair.model, task.problems)
+        sampling = replace(samplings[task.task], prefill=prefill).resolved(pair.model, task.problems)
         facts = {"task": task.task, "source": task.source, "split": task.split, **model_facts}
-        log.info("%s: %s, %s", task.task, entered.name, sampling.decoding)
+        log.info("%s: %s, %s", task.task, entered.name, sampling.parameters)
         with entered.entered(pair) as model:
-            answers = answer(model, task.problems, sampling, folder, facts, progress)
-        task_score = score(answers, task.split, words)
+            answers = sample_responses(model, task.problems, sampling, folder, facts, progress)
+        task_score = score_responses(answers, task.split, words)
         settings = {**facts, **asdict(sampling), "ends": end_tokens(pair.model)}
         _add(run, task.task, entered.name, {**plain(task_score), "settings": settings})
         results.append(BenchmarkResult(task.task, entered.name, task_score, folder, sampling))
     return results
 
 
-def _sampling(task: str, options: Mapping[str, Any]) -> Sampling:
-    own: dict[str, Any] = {"temperature": 0.0} if task == BUILTIN else {"max_new_tokens": LONGEST_ANSWER}
-    return Sampling(**{**own, **options})
+def _sampling(task: str, options: Mapping[str, Any]) -> ResponseOptions:
+    own: dict[str, Any] = {"temperature": 0.0} if task == BUILTIN else {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS}
+    return ResponseOptions(**{**own, **options})
 
 
 def _model(pair: PairedModel) -> dict[str, Any]:

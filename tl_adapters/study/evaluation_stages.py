@@ -16,7 +16,7 @@ from tl_adapters.checkpoints.model_files import read_vocabulary
 from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.baselines import Correction, baseline_kl, difference_directions, low_rank, top_neurons
 from tl_adapters.evaluation.faithfulness import DocumentSums, faithfulness_block, features_block, measure_faithfulness
-from tl_adapters.evaluation.response_metrics import correctness, rate
+from tl_adapters.evaluation.response_metrics import correctness, measure_responses
 from tl_adapters.generation.responses import Response, respond
 from tl_adapters.models.build import build_model
 from tl_adapters.models.paired_model import PairedModel
@@ -85,7 +85,7 @@ def behavior_stage(
             }
             for floor in ("hybrid", "base")
         }
-        rates = {name: rate(r, split) for name, r in responses.items()}
+        rates = {name: measure_responses(r, split) for name, r in responses.items()}
         write_results(folder, behaviour={**rates, "recovered": recovered, "gained": gained})
         shown = sorted(range(len(compared)), key=lambda i: -min(responses["target"][i].hesitations, 2))[
             :N_SHOWN_ANSWERS

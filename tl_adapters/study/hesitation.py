@@ -83,7 +83,7 @@ def hesitation_of_run(
         words: words or phrases of the behavior.
         share: size of the circuit as a share of the alive features; None takes the default of the search.
         limit: number of problems, select and report problems together; None takes all.
-        max_new_tokens: longest answer; None takes the limit of the task or the model (`responses.answer_limit`).
+        max_new_tokens: longest answer; None takes the limit of the task or the model (`responses.response_limit`).
         seed: of every draw.
         device, dtype: as in `open_run.open_run`.
         progress: show bars.

@@ -35,7 +35,7 @@ from tl_adapters.data.documents import EncodedDocuments
 from tl_adapters.data.traces import Trace
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.faithfulness import DocumentSums, features_block
-from tl_adapters.evaluation.response_metrics import correctness, rate
+from tl_adapters.evaluation.response_metrics import correctness, measure_responses
 from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.sweep_page import Block, SweepPoint, on_the_front, read_point, write_page
@@ -196,7 +196,9 @@ def _train_and_measure(shared: _SharedInputs, folder: Path, record: Block, runs:
     try:
         if todo:
             _require_fingerprints(folder, record, shared, todo.values())
-            record["behaviour"] = plain({route: rate(r, shared.text[1]) for route, r in shared.known_answers.items()})
+            record["behaviour"] = plain(
+                {route: measure_responses(r, shared.text[1]) for route, r in shared.known_answers.items()}
+            )
         _write(folder, record)
         for name, run in todo.items():
             log.info("point %d of %d: %s", len(done) + 1, len(runs), name)

@@ -34,7 +34,7 @@ from tl_adapters.data.traces import Batch
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel
 from tl_adapters.training.loss_terms import l0_penalty, sparsity, squared_error_ratio
-from tl_adapters.utils.finite import by_place, require_finite_activations
+from tl_adapters.utils.finite import by_layer_name, require_finite_activations
 from tl_adapters.utils.kl_divergence import kl_from_residual, masked_kl, token_kl_from_residual
 from tl_adapters.utils.precision import host_float64, wide
 
@@ -233,7 +233,9 @@ def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any
         with pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:
             replacement = pair.residual_streams(batch.tokens)
         for name, streams in (("target", target), ("replacement", replacement)):
-            require_finite_activations(by_place(streams), batch.real, range(len(batch.tokens)), f"Validation, {name}")
+            require_finite_activations(
+                by_layer_name(streams), batch.real, range(len(batch.tokens)), f"Validation, {name}"
+            )
         predicting, counted = batch.predicting, batch.counted
         values = token_kl_from_residual(
             target[-1][predicting], replacement[-1][predicting], pair.unembed, pair.rows_at_once

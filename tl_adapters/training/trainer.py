@@ -42,7 +42,7 @@ from tl_adapters.training.objective import StepTerms, held_out_terms, require_tr
 from tl_adapters.training.run_folder import METRICS_FILE, VALIDATION_FILE, RunFolder
 from tl_adapters.training.trackers import open_tracker, require_tracker
 from tl_adapters.utils.files import DiskFullError
-from tl_adapters.utils.finite import NotFiniteError, by_place, require_finite_activations
+from tl_adapters.utils.finite import NotFiniteError, by_layer_name, require_finite_activations
 
 log = logging.getLogger(__name__)
 
@@ -271,7 +271,7 @@ class Trainer:
         try:
             for route in ("target", "replacement"):
                 with self.pair.routed(route):
-                    streams = by_place(self.pair.residual_streams(batch.tokens))
+                    streams = by_layer_name(self.pair.residual_streams(batch.tokens))
                 require_finite_activations(streams, batch.real, range(len(batch.tokens)), f"In this batch, the {route}")
         except NotFiniteError as error:
             return str(error)

@@ -1,8 +1,8 @@
-"""Sequences that users pass to public functions, checked in one place before anything walks through them.
+"""Checks of the sequences that users pass to public functions, made before anything iterates over them.
 
-Python walks through a text letter by letter and through a mapping key by key, and a batch of two prompts flattens into
-one long prompt, all without an error. Each function here returns what its caller needs in one known form, or raises an
-`ArgumentError` that says what was given and what is allowed.
+Python iterates over a text letter by letter and over a mapping key by key, and a batch of two prompts flattens into one
+long prompt, all without an error. Each function here returns the argument in one known form, or raises an
+`ArgumentError` that tells what was given and what is allowed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class ArgumentError(UserError, ValueError):
-    """An argument of another kind than the function takes."""
+    """An argument of another kind than the function accepts."""
 
 
 def token_ids(given: Any, d_vocab: int, what: str = "tokens") -> list[int]:
@@ -26,8 +26,8 @@ def token_ids(given: Any, d_vocab: int, what: str = "tokens") -> list[int]:
 
     Args:
         given: what the user passed.
-        d_vocab: tokens of the model; ids run from 0 to one less.
-        what: the argument's name in errors.
+        d_vocab: size of the model's vocabulary; ids run from 0 to d_vocab - 1.
+        what: name of the argument in errors.
 
     Raises ArgumentError for a text, several rows, numbers that are not integers, or ids outside the vocabulary.
     """
@@ -42,46 +42,46 @@ def token_ids(given: Any, d_vocab: int, what: str = "tokens") -> list[int]:
     whole = [_whole_number(one) for one in ids]
     if None in whole:
         raise ArgumentError(f"{what} holds {_shown(ids[whole.index(None)])}; token ids are whole numbers.")
-    found = [one for one in whole if one is not None]
-    if outside := [one for one in found if not 0 <= one < d_vocab]:
+    integers = [one for one in whole if one is not None]
+    if outside := [one for one in integers if not 0 <= one < d_vocab]:
         raise ArgumentError(f"{what} holds the token id {outside[0]}; the model's ids run from 0 to {d_vocab - 1:,}.")
-    return found
+    return integers
 
 
 def texts(given: Any, what: str) -> tuple[str, ...]:
-    """A sequence of texts. Raises ArgumentError for one text by itself, nothing, or what is not text."""
+    """A sequence of texts. Raises ArgumentError for a single text, None, or an item that is not a text."""
     if isinstance(given, str):
         raise ArgumentError(f"{what} is the text {given!r}, not a sequence of texts; give [{given!r}].")
-    found = _items(given, what, "texts")
-    if wrong := [one for one in found if not isinstance(one, str)]:
+    sequence = _items(given, what, "texts")
+    if wrong := [one for one in sequence if not isinstance(one, str)]:
         raise ArgumentError(f"{what} holds {_shown(wrong[0])}; give texts only.")
-    return tuple(found)
+    return tuple(sequence)
 
 
 def items(given: Any, kind: type[T] | tuple[type[T], ...], what: str, advice: str) -> list[T]:
-    """A sequence of objects of one kind. Raises ArgumentError, with the advice, for anything else in it."""
-    found = _items(given, what, advice)
-    if wrong := [one for one in found if not isinstance(one, kind) or isinstance(one, bool)]:
+    """A sequence of objects of one type. Raises ArgumentError, with ``advice``, for an item of another type."""
+    sequence = _items(given, what, advice)
+    if wrong := [one for one in sequence if not isinstance(one, kind) or isinstance(one, bool)]:
         raise ArgumentError(f"{what} holds {_shown(wrong[0])}; {advice}.")
-    return found
+    return sequence
 
 
 def whole_numbers(given: Any, below: int, what: str) -> list[int]:
-    """Whole numbers from 0 to ``below`` - 1. Raises ArgumentError for anything else, negative ones included."""
-    found = [_whole_number(one) for one in _items(given, what, f"whole numbers from 0 to {below - 1}")]
-    if wrong := [one for one in found if one is None or not 0 <= one < below]:
+    """Whole numbers from 0 to ``below`` - 1. Raises ArgumentError for anything else, negative numbers included."""
+    numbers = [_whole_number(one) for one in _items(given, what, f"whole numbers from 0 to {below - 1}")]
+    if wrong := [one for one in numbers if one is None or not 0 <= one < below]:
         raise ArgumentError(f"{what} is {_shown(given)}; {wrong[0]} is not a whole number from 0 to {below - 1}.")
-    return [one for one in found if one is not None]
+    return [one for one in numbers if one is not None]
 
 
 def feature_pairs(given: Iterable[T], what: str = "features") -> list[T]:
-    """Features, each a pair of whole numbers (layer, index), as they were given. Raises ArgumentError for others."""
+    """Features as given, each a pair of whole numbers (layer, index). Raises ArgumentError for anything else."""
     advice = "give pairs (layer, index), such as [(2, 17)]"
-    found = _items(given, what, advice)
-    for one in found:
+    features = _items(given, what, advice)
+    for one in features:
         if not isinstance(one, Sequence) or len(one) != 2 or any(_whole_number(number) is None for number in one):
             raise ArgumentError(f"{what} holds {_shown(one)}; {advice}.")
-    return found
+    return features
 
 
 def prompt_response_pairs(given: Any) -> list[tuple[str, str]]:
@@ -94,11 +94,12 @@ def prompt_response_pairs(given: Any) -> list[tuple[str, str]]:
 
 
 def choice(given: Any, allowed: Sequence[str], what: str) -> None:
-    """Raises ArgumentError, with the nearest name, where ``given`` is none of those allowed."""
+    """Raise ArgumentError, with the most similar allowed name, where ``given`` is not allowed."""
     if given not in allowed:
-        near = difflib.get_close_matches(str(given), allowed, n=1)
+        similar = difflib.get_close_matches(str(given), allowed, n=1)
         raise ArgumentError(
-            f"{what} is {given!r}; allowed: {', '.join(map(repr, allowed))}." + (f" Meant {near[0]!r}?" if near else "")
+            f"{what} is {given!r}; allowed: {', '.join(map(repr, allowed))}."
+            + (f" Did you mean {similar[0]!r}?" if similar else "")
         )
 
 

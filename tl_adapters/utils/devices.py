@@ -1,4 +1,4 @@
-"""Where models go: a device that is named, or the best that this machine has."""
+"""The device that models run on: one by name, or the best that this machine has."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tl_adapters.errors import UserError
 log = logging.getLogger(__name__)
 
 DEVICE_KINDS = ("cuda", "mps", "cpu")
-"""Devices that models are run on."""
+"""Types of device that models can run on."""
 AUTO = "auto"
-"""The first that is there of cuda, mps and cpu."""
+"""Name that stands for the first available one of cuda, mps and cpu."""
 
 
 class DeviceError(UserError, ValueError):
@@ -21,32 +21,32 @@ class DeviceError(UserError, ValueError):
 
 
 def available_devices() -> list[str]:
-    """Devices of this machine, the best first; cuda:1 and on where there are several."""
-    found = []
+    """Names of the devices of this machine, the best first; cuda:1 and so on where there are several GPUs."""
+    names = []
     if torch.cuda.is_available():
-        found += ["cuda", *(f"cuda:{i}" for i in range(1, torch.cuda.device_count()))]
+        names += ["cuda", *(f"cuda:{i}" for i in range(1, torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
-        found.append("mps")
-    return [*found, "cpu"]
+        names.append("mps")
+    return [*names, "cpu"]
 
 
 def resolve_device(device: str | torch.device | None = AUTO) -> torch.device:
-    """The device meant by a name; "auto" and None are the first there is of cuda, mps and cpu, which is logged.
+    """The device with a name; "auto" and None are the first available one of cuda, mps and cpu, which is logged.
 
-    Raises DeviceError for a device that this machine does not have, naming those it has.
+    Raises DeviceError for a device that this machine does not have, with the names of those that it has.
     """
     if device is None or device == AUTO:
         chosen = available_devices()[0]
         log.info("device: %s (auto; this machine has %s)", chosen, ", ".join(available_devices()))
         return torch.device(chosen)
-    has = f'This machine has {", ".join(available_devices())}; "{AUTO}" takes the first of them.'
+    available = f'This machine has {", ".join(available_devices())}; "{AUTO}" takes the first of them.'
     try:
-        asked = torch.device(device)
+        requested = torch.device(device)
     except RuntimeError as error:
-        raise DeviceError(f"device {str(device)!r} is not known. {has}") from error
-    if asked.type not in DEVICE_KINDS:
-        raise DeviceError(f"device {str(device)!r} is not known. {has}")
-    there = {torch.device(name) for name in available_devices()}
-    if asked not in there and not (asked.index == 0 and torch.device(asked.type) in there):
-        raise DeviceError(f"device {device}: this machine has none, or torch was built without it. {has}")
-    return asked
+        raise DeviceError(f"device {str(device)!r} is not known. {available}") from error
+    if requested.type not in DEVICE_KINDS:
+        raise DeviceError(f"device {str(device)!r} is not known. {available}")
+    devices = {torch.device(name) for name in available_devices()}
+    if requested not in devices and not (requested.index == 0 and torch.device(requested.type) in devices):
+        raise DeviceError(f"device {device}: this machine does not have it, or torch was built without it. {available}")
+    return requested

@@ -1,7 +1,7 @@
-"""SHA-256 of files, computed once: large files are remembered by path, size and times, as a build system does.
+"""SHA-256 of files; those of large files are cached by path, size and times, as a build system does.
 
-The memory is a JSON file under HF_HOME (which lies in XDG_CACHE_HOME, or ~/.cache), and only a convenience: where it
-cannot be read or written, files are hashed anew. Small files are always hashed anew.
+The cache is a JSON file under HF_HOME (in XDG_CACHE_HOME, or ~/.cache). Where it cannot be read or written, files are
+hashed again; small files always are.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
-REMEMBERED_FROM = 2**20
-"""Bytes from which a file's hash is remembered; smaller files are hashed in a millisecond."""
-SETTLED = 2.0
-"""Seconds since a file's last change before its hash is remembered: a file system's clock may not tell two changes
-that are closer together apart."""
-MOST_REMEMBERED = 20_000
-"""Entries kept, the latest ones."""
+CACHED_FROM_BYTES = 2**20
+"""Size from which the hash of a file is cached; smaller files are hashed in a millisecond."""
+SETTLED_SECONDS = 2.0
+"""Time since the last change of a file before its hash is cached: the clock of a file system may not distinguish two
+changes that are closer together."""
+MAX_CACHED_HASHES = 20_000
+"""Number of cached hashes; the latest ones stay."""
 
 
 def file_hash(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, 64 hex digits; of a large file that has not changed, as it was remembered.
+    """The SHA-256 of a file's bytes, in 64 hex digits; from the cache for a large file that has not changed.
 
-    Raises OSError where it cannot be read.
+    Raises OSError where the file cannot be read.
     """
-    path = Path(path).resolve()  # the hub's cache links to its blobs
-    if path.stat().st_size < REMEMBERED_FROM:
+    path = Path(path).resolve()  # the hub's cache consists of links to its blobs
+    if path.stat().st_size < CACHED_FROM_BYTES:
         return _digest(path)
     facts = _facts(path)
-    entry = _remembered().get(str(path))
+    entry = _cached_hashes().get(str(path))
     if entry is not None and entry[:-1] == facts:
         return str(entry[-1])
     digest = _digest(path)
-    if _facts(path) == facts and time.time() - path.stat().st_mtime > SETTLED:
-        _remember(str(path), [*facts, digest])
+    if _facts(path) == facts and time.time() - path.stat().st_mtime > SETTLED_SECONDS:
+        _cache_hash(str(path), [*facts, digest])
     return digest
 
 
-def memory_file() -> Path:
-    """Where hashes are remembered."""
+def hash_cache_file() -> Path:
+    """The file in which hashes are cached."""
     return Path(HF_HOME) / "tl_adapters" / "file_hashes.json"
 
 
 def _facts(path: Path) -> list[int]:
-    """What changes when a file does: its size, its times and its place on the disk."""
+    """Properties that change with a file: its size, its times and its inode."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
@@ -63,19 +63,19 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remembered() -> dict[str, list[Any]]:
+def _cached_hashes() -> dict[str, list[Any]]:
     try:
-        found = json.loads(memory_file().read_text(encoding="utf-8"))
-        return {path: list(entry) for path, entry in found.items() if len(entry) == 5}
+        entries = json.loads(hash_cache_file().read_text(encoding="utf-8"))
+        return {path: list(entry) for path, entry in entries.items() if len(entry) == 5}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 
-def _remember(path: str, entry: list[Any]) -> None:
-    """Add an entry. Of processes that write at the same time one wins; the other's files are hashed once more."""
-    entries = {known: kept for known, kept in _remembered().items() if known != path}
+def _cache_hash(path: str, entry: list[Any]) -> None:
+    """Add an entry. Of two processes that write at the same time one wins, and the other's files are hashed again."""
+    entries = {other: values for other, values in _cached_hashes().items() if other != path}
     entries[path] = entry
     try:
-        write_text(memory_file(), dumps(dict(list(entries.items())[-MOST_REMEMBERED:])))
+        write_text(hash_cache_file(), dumps(dict(list(entries.items())[-MAX_CACHED_HASHES:])))
     except OSError as error:
-        log.debug("hashes of files are not remembered: %s", error)
+        log.debug("hashes of files are not cached: %s", error)

@@ -1,4 +1,4 @@
-"""Write all of it or nothing: to a temporary name beside the goal, then rename; and one process in a folder."""
+"""Atomic writes of files and folders, under a temporary name that is then renamed, and a lock on a folder."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from safetensors import SafetensorError
 
 from tl_adapters.errors import UserError
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FolderExistsError(UserError, FileExistsError):
-    """A folder that would have to be overwritten; nothing is."""
+    """The destination exists already; nothing was overwritten."""
 
 
 class DiskFullError(UserError, OSError):
-    """There is no room for a file; nothing half-written is left."""
+    """The disk is full; no partly written file is left."""
 
 
 class FolderBusyError(UserError, RuntimeError):
-    """Another process is at work in a folder."""
+    """Another process is writing to a folder."""
 
 
 def require_absent(path: str | Path) -> None:
-    """Raises FolderExistsError where there is something already; to be asked before hours of work."""
+    """Raise FolderExistsError where the path exists; to be called before hours of work."""
     if Path(path).exists():
         raise FolderExistsError(f"{path} exists already; choose another name or remove it first.")
 
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A fresh folder to fill; it becomes ``path`` when the block ends well and vanishes when it does not.
+    """A new folder to fill, which becomes ``path`` when the block succeeds and is removed when it fails.
 
-    Its files are on the disk, not in a cache, before it gets its name: a power cut leaves all of it or nothing.
-    Raises FolderExistsError where ``path`` exists already, and DiskFullError.
+    Its files are flushed to disk before it is renamed, so a power failure leaves all of it or nothing. Raises
+    FolderExistsError where ``path`` exists already, and DiskFullError.
     """
     path = Path(path)
     require_absent(path)
@@ -53,7 +53,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             for file in partial.rglob("*"):
                 if file.is_file():
                     _sync(file)
-            partial.chmod(0o755)  # mkdtemp makes folders for the owner alone
+            partial.chmod(0o755)  # mkdtemp creates folders that only the owner can read
             os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,12 +62,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """No other process enters the folder meanwhile. Raises FolderBusyError where one is in it already."""
+    """Hold a lock on a folder. Raises FolderBusyError where another process holds it."""
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise FolderBusyError(f"Another process is at work in {folder}. Wait for it or stop it.") from None
+        raise FolderBusyError(f"Another process is writing to {folder}. Wait for it or stop it.") from None
     try:
         yield
     finally:
@@ -76,7 +76,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file; whoever reads ``path`` sees the old text or the new one, never a part.
+    """Write a text file atomically: a reader of ``path`` sees the old text or the new one, never a part.
 
     Raises DiskFullError.
     """
@@ -93,7 +93,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def remove_partials(path: Path) -> None:
-    """Remove what a killed process left under the temporary names of ``path``."""
+    """Remove the temporary files and folders of ``path`` that a killed process has left."""
     for partial in path.parent.glob(f"{_prefix(path)}*"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -103,16 +103,16 @@ def remove_partials(path: Path) -> None:
 
 @contextmanager
 def room_for(path: Path) -> Iterator[None]:
-    """Say in one line that the disk is full, whichever library finds out. Raises DiskFullError."""
+    """Turn the errors of a full disk, of whichever library, into a DiskFullError with one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         code = getattr(error, "errno", None)
-        full = code in _NO_ROOM or any(f"os error {c}" in str(error) for c in _NO_ROOM)
+        full = code in _DISK_FULL_CODES or any(f"os error {c}" in str(error) for c in _DISK_FULL_CODES)
         if isinstance(error, DiskFullError) or not full:
             raise
         raise DiskFullError(
-            f"There is no room to write {path} ({error}). Nothing half-written is left there; free some space first."
+            f"The disk is too full to write {path} ({error}). No partly written file is left; free some space first."
         ) from error
 
 
@@ -121,5 +121,5 @@ def _prefix(path: Path) -> str:
 
 
 def _sync(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

@@ -1,7 +1,7 @@
-"""NaN and infinity stop where they come in: in weights as they are read, and in activations as they are computed.
+"""Checks that weights, as they are read, and activations, as they are computed, hold neither NaN nor infinity.
 
-One NaN token would otherwise make every figure, and every feature of a store, NaN. Each check waits for the device
-once, whatever the number of layers and tokens; where something is found, the error names the layer and the document.
+One NaN token would otherwise make every measurement, and every feature of a store, NaN. Each check waits for the device
+once, whatever the number of layers and tokens; its error names the layer and the document.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class NotFiniteError(UserError, ArithmeticError):
 
 
 def require_finite_weights(weights: Iterable[tuple[str, Tensor]], of: str) -> None:
-    """Raises NotFiniteError naming the first weight that holds NaN or infinity.
+    """Raise NotFiniteError with the name of the first weight that holds NaN or infinity.
 
     Args:
-        weights: names, such as "layer 3, W_dec", and tensors of one device.
-        of: what they are the weights of, at the beginning of the message.
+        weights: names, such as "layer 3, W_dec", and tensors on one device.
+        of: the owner of the weights, with which the message begins.
     """
     named = [(name, weight.detach()) for name, weight in weights if weight.is_floating_point()]
     if not named:
@@ -41,7 +41,7 @@ def require_finite_weights(weights: Iterable[tuple[str, Tensor]], of: str) -> No
         raise NotFiniteError(
             f"{of}: {name} holds {n:,} values of {weight.numel():,} that are NaN or infinite"
             + (f", and so do {len(bad) - 1} more tensors" if len(bad) > 1 else "")
-            + ". Take an earlier checkpoint, or copy the files again; float16 overflows above 65,504, so cast to "
+            + ". Use an earlier checkpoint, or copy the files again; float16 overflows above 65,504, so cast to "
             "bfloat16 or float32."
         )
 
@@ -49,20 +49,20 @@ def require_finite_weights(weights: Iterable[tuple[str, Tensor]], of: str) -> No
 def require_finite_activations(
     values: Mapping[str, Tensor], real: Bool[Tensor, "batch pos"], documents: Sequence[int], of: str
 ) -> None:
-    """Raises NotFiniteError naming the first place, document and position with NaN or infinity.
+    """Raise NotFiniteError with the first layer, document and position that holds NaN or infinity.
 
     Args:
-        values: by place and in the order of the model, such as "layer 3"; each [batch, pos, ...].
-        real: the tokens that count; padding may be anything.
-        documents: of every row, its number.
-        of: which model computed them, at the beginning of the message.
+        values: activations [batch, pos, ...] by layer name, such as "layer 3", in the order of the model.
+        real: mask of the tokens to check; padding may hold any value.
+        documents: the number of the document in every row.
+        of: the model that computed them, with which the message begins.
     """
-    flags = {place: _finite_tokens(value) for place, value in values.items()}
+    flags = {name: _finite_tokens(value) for name, value in values.items()}
     _require(flags, real, documents, of)
 
 
-def by_place(streams: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Residual streams at the embedding and after every layer, by name."""
+def by_layer_name(streams: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Residual streams at the embedding and after every layer, by layer name."""
     return {"the embedding" if i == 0 else f"layer {i - 1}": stream for i, stream in enumerate(streams)}
 
 
@@ -75,21 +75,22 @@ def finite_blocks(
     of: str,
     embedding: Tensor | None = None,
 ) -> Iterator[None]:
-    """Every pass within the block is watched after each layer; at its end NotFiniteError as above.
+    """Check the residual stream after each layer in all passes of a block; raise NotFiniteError at its end.
 
     Args:
         model: a model of TransformerLens.
-        n_layers: its layers.
-        real, documents, of: as `require_finite_activations`.
-        embedding: what the passes begin with, where it is at hand. A token that is not finite can spoil earlier ones
-            from the first layer on (attention multiplies what it must not see by zero), and not here.
+        n_layers: its number of layers.
+        real, documents, of: as in `require_finite_activations`.
+        embedding: the input of the passes, where the caller has it. From the first layer on a token that is not finite
+            can make earlier tokens NaN too (attention multiplies masked values by zero); the embedding shows which one
+            it was.
     """
     flags = {} if embedding is None else {"the embedding": _finite_tokens(embedding)}
 
-    def look(resid: Tensor, hook: HookPoint, layer: int) -> None:
+    def record(resid: Tensor, hook: HookPoint, layer: int) -> None:
         flags[f"layer {layer}"] = _finite_tokens(resid)
 
-    hooks = [(f"blocks.{layer}.hook_resid_post", partial(look, layer=layer)) for layer in range(n_layers)]
+    hooks = [(f"blocks.{layer}.hook_resid_post", partial(record, layer=layer)) for layer in range(n_layers)]
     with model.hooks(fwd_hooks=hooks):
         yield
     _require(flags, real, documents, of)
@@ -104,11 +105,11 @@ def _require(flags: Mapping[str, Tensor], real: Tensor, documents: Sequence[int]
     if not bool(bad.any()):
         return
     first = bad.nonzero()[0].tolist()
-    place, row, position = list(flags)[first[0]], documents[first[1]], first[2]
+    name, document, position = list(flags)[first[0]], documents[first[1]], first[2]
     n = int(bad[first[0]].sum())
     raise NotFiniteError(
-        f"{of}: {place}, document {row} (from 0), position {position}: the activations are NaN or infinite there"
+        f"{of}: {name}, document {document} (from 0), position {position}: the activations are NaN or infinite there"
         + (f", and at {n - 1:,} more positions of the batch" if n > 1 else "")
-        + ". float16 overflows above 65,504: run the models in bfloat16 or float32 (dtype=, --dtype). Where they are, "
-        "look at this document, and at the weights of this layer."
+        + ". float16 overflows above 65,504: run the models in bfloat16 or float32 (dtype=, --dtype). If they "
+        "are already, check this document and the weights of this layer."
     )

@@ -1,4 +1,4 @@
-"""KL divergence per token, from logits or from residual streams, without holding all logits at once."""
+"""KL divergence per token, from logits or from residual streams, without all logits in memory at once."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from tl_adapters.utils.precision import at_least_float32, wide
 
 Unembed = Callable[[Tensor], Tensor]
-"""[n, d_model] to logits [n, d_vocab]: final norm, unembedding and soft cap."""
+"""Function from [n, d_model] to logits [n, d_vocab]: final norm, unembedding and soft cap."""
 
 
 def kl_per_token(
     target_logits: Float[Tensor, "*batch d_vocab"], logits: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
-    """KL(target || model) of the next-token distributions, in float32 at least.
+    """KL(target || model) of the next-token distributions in nats, computed in float32 or wider.
 
-    Rounding in float32 is below 1e-5 nats (and 1e-5 of the value), and all there is of negative values; they are not
-    clamped, which would bias means. Logits of a low-precision model are to come from `PairedModel.unembed`.
+    Rounding in float32 is below 1e-5 nats (and 1e-5 of the value) and is the only source of negative values; they are
+    not clamped, which would bias means. Logits of a low-precision model should come from `PairedModel.unembed`.
     """
     target_logprobs, logprobs = (F.log_softmax(at_least_float32(x), -1) for x in (target_logits, logits))
     return (target_logprobs.exp() * (target_logprobs - logprobs)).sum(-1)
@@ -33,7 +33,7 @@ def masked_kl(
     logits: Float[Tensor, "batch pos d_vocab"],
     mask: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, ""]:
-    """Mean of KL(target || model) over the tokens that count: terms 1 to 3, as the formula reads."""
+    """Mean of KL(target || model) over the tokens of the mask, as in terms 1 to 3 of the loss."""
     return kl_per_token(target_logits[mask], logits[mask]).mean()
 
 
@@ -44,10 +44,11 @@ def kl_from_residual(
     unembed: Unembed,
     rows_at_once: int,
 ) -> Float[Tensor, ""]:
-    """`masked_kl` from final residual streams, without ever holding [batch, pos, d_vocab].
+    """`masked_kl` from final residual streams, without a tensor of shape [batch, pos, d_vocab].
 
-    The unembedding is frozen, so the gradient at ``resid`` is computed chunk by chunk on the way forward and only it
-    is kept for the way back: at 7.5k tokens and a vocabulary of 152k the logits alone would be 4.6 GB per model.
+    The unembedding is frozen, so the gradient at ``resid`` is computed in chunks during the forward pass and only this
+    gradient is stored for the backward pass: for 7.5k tokens and a vocabulary of 152k, the logits alone would take
+    4.6 GB per model.
     """
     value: Tensor = _KLFromResidual.apply(target_resid, resid, mask, unembed, rows_at_once)
     return value
@@ -85,7 +86,7 @@ class _KLFromResidual(torch.autograd.Function):
 def token_kl_from_residual(
     target_resid: Float[Tensor, "n d_model"], resid: Float[Tensor, "n d_model"], unembed: Unembed, rows_at_once: int
 ) -> Float[Tensor, "n"]:
-    """KL(target || model) of each token from final residual streams, chunk by chunk; no gradient."""
+    """KL(target || model) of each token from final residual streams, in chunks and without gradient."""
     with torch.no_grad():
         chunks = _chunks(len(resid), rows_at_once)
         parts = [kl_per_token(unembed(target_resid[c]), unembed(resid[c])) for c in chunks]

@@ -1,7 +1,7 @@
-"""Sums and logits that are exact enough in every dtype and on every device.
+"""Sums and logits with enough precision for every dtype and device.
 
-MPS has no float64 and GPUs are slow in it: sums are made in float64 on the CPU, and in float32 on devices, where a
-float64 model keeps its own dtype. What is added up over batches goes to the CPU first (`host_float64`).
+MPS has no float64, and GPUs are slow in it. Sums are therefore computed in float64 on the CPU, and on other devices in
+float32, or in float64 for a float64 model. Sums over batches are moved to the CPU first (`host_float64`).
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-SLICE = 2**24
-"""Elements of a weight that are cast to float32 at a time: 64 MB."""
+CAST_ELEMENTS = 2**24
+"""Number of elements of a weight that are cast to float32 at a time (64 MB)."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` in float32 where it is in bfloat16 or float16; otherwise as it is."""
+    """``x`` in float32 where it is in bfloat16 or float16; otherwise unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype that sums over it are made in: float64 on the CPU, float32 at least elsewhere."""
+    """``x`` in the dtype in which sums over it are computed: float64 on the CPU, float32 or wider elsewhere."""
     on_cpu = x.device.type == "cpu"
     return x.to(torch.float64 if on_cpu else torch.promote_types(x.dtype, torch.float32))
 
 
 def host_float64(x: Tensor) -> Tensor:
-    """``x`` on the CPU in float64, moved before it is cast."""
+    """``x`` on the CPU in float64; it is moved before it is cast."""
     return x.cpu().double()
 
 
 def linear_in_float32(
     x: Float[Tensor, "*batch d_model"], weight: Float[Tensor, "d_vocab d_model"], bias: Tensor | None = None
 ) -> Float[Tensor, "*batch d_vocab"]:
-    """x @ weight.T + bias with products, sums and result in float32; gradients reach ``x`` only.
+    """x @ weight.T + bias with products, sums and result in float32; only ``x`` gets a gradient.
 
-    A matrix product of bfloat16 rounds its result to 8 bits: logits of 20 come in steps of 0.125, which alone makes a
-    divergence of about 1e-3 nats. The weight is cast in slices, so that no copy of it is ever held.
+    A matrix product in bfloat16 rounds its result to 8 bits: logits near 20 are multiples of 0.125, which alone causes
+    a KL divergence of about 1e-3 nats. The weight is cast in slices, so that no whole copy of it is in memory.
 
     Args:
-        x: what the unembedding reads, in any dtype.
+        x: input of the unembedding, in any dtype.
         weight: frozen, as nn.Linear has it.
         bias: [d_vocab] or None.
     """
@@ -76,28 +76,28 @@ class _LinearInFloat32(torch.autograd.Function):
 
 
 def _slices(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows in float32) of a weight, slice by slice."""
-    size = max(1, SLICE // weight.shape[1])
+    """(index of the first row, rows in float32) for each slice of a weight."""
+    size = max(1, CAST_ELEMENTS // weight.shape[1])
     for start in range(0, len(weight), size):
         yield start, weight[start : start + size].float()
 
 
 @cache
 def _accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Can a matrix product of ``dtype`` have a float32 result here, as CUDA has since torch 2.8? Tried out, once."""
+    """Whether a matrix product of ``dtype`` can have a float32 result, as on CUDA since torch 2.8; tested once."""
     if device.type != "cuda":
         return False
     try:
         ones = torch.ones(16, 16, device=device, dtype=dtype)
-        found = torch.mm(ones * 3, ones + 2**-7, out_dtype=torch.float32)
+        product = torch.mm(ones * 3, ones + 2**-7, out_dtype=torch.float32)
     except (TypeError, RuntimeError):
         return False
-    return found.dtype == torch.float32 and float(found[0, 0]) == 16 * 3 * (1 + 2**-7)
+    return product.dtype == torch.float32 and float(product[0, 0]) == 16 * 3 * (1 + 2**-7)
 
 
 @contextmanager
 def float32_logits(module: nn.Module, weight: Tensor, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A low-precision unembedding computes ``forward`` for the length of a block; hooks on it fire as always."""
+    """Replace the forward of a low-precision unembedding within a block; its hooks fire as usual."""
     if weight.dtype not in (torch.bfloat16, torch.float16):
         yield
         return

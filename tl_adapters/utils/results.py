@@ -1,4 +1,4 @@
-"""results.json: what a run measured, one block per stage, with the versions and seeds it was measured with."""
+"""results.json: the measurements of a run, one block per stage, with versions, seeds and seconds."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _PACKAGES = ("tl-adapters", "torch", "transformer-lens", "sae-lens", "transforme
 
 
 def versions() -> dict[str, str | None]:
-    """Python and the packages that figures depend on; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Versions of Python and of the packages that results depend on; None for one that is not installed."""
+    found_versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            found_versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            found_versions[package] = None
+    return found_versions
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """The blocks of a run's results.json; none, where there is no file yet."""
+    """The blocks of a run's results.json; only the schema version where there is no file yet."""
     path = Path(folder) / RESULTS_FILE
     if not path.is_file():
         return {"schema_version": RESULTS_SCHEMA_VERSION}
@@ -49,9 +49,9 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 
 
 def write_results(folder: str | Path, **blocks: Any) -> dict[str, Any]:
-    """Add or replace blocks of results.json; returns the whole. Dataclasses are written as mappings.
+    """Add or replace blocks of results.json and return all blocks. Dataclasses are written as mappings.
 
-    Raises NotFiniteError where a number is NaN or infinite: what has no value is None, with its reason beside it.
+    Raises NotFiniteJsonError where a number is NaN or infinite; an undefined value must be None.
     """
     results = {**read_results(folder), **{name: plain(block) for name, block in blocks.items()}}
     write_text(Path(folder) / RESULTS_FILE, dumps(results, indent=1) + "\n")
@@ -59,11 +59,11 @@ def write_results(folder: str | Path, **blocks: Any) -> dict[str, Any]:
 
 
 def plain(value: Any, null: bool = False) -> Any:
-    """``value`` as JSON can hold it: mappings and lists.
+    """``value`` as mappings and lists, which JSON can hold.
 
-    A dataclass's field whose metadata says "optional" is left out where it has its default; one whose metadata has a
-    "json_key" is written under that key. ``null`` makes NaN null, for files whose reader makes it NaN; otherwise it
-    stays, and what writes it raises.
+    A dataclass field whose metadata has "optional" is left out where it has its default; one whose metadata has a
+    "json_key" is written under that key. With ``null`` NaN becomes null, for files whose reader turns it back into NaN;
+    otherwise it stays, and writing it raises an error.
     """
     if is_dataclass(value) and not isinstance(value, type):
         items = ((f, getattr(value, f.name)) for f in fields(value))
@@ -80,7 +80,7 @@ def plain(value: Any, null: bool = False) -> Any:
 
 @contextmanager
 def stage(folder: Path, name: str) -> Iterator[None]:
-    """Time a stage and add its seconds to results.json."""
+    """Measure the seconds of a stage and add them to results.json."""
     log.info("%s ...", name)
     began = time.perf_counter()
     yield

@@ -1,4 +1,4 @@
-"""JSON that every reader can read: a number that is not finite stops at the writer, which names its key."""
+"""Standard JSON, without NaN and infinities; writing one raises an error that names its key."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import Any
 from tl_adapters.errors import UserError
 
 
-class NotFiniteError(UserError, ValueError):
-    """A record holds NaN or an infinity, which JSON has no word for."""
+class NotFiniteJsonError(UserError, ValueError):
+    """A record holds NaN or an infinity, which JSON cannot represent."""
 
 
 def dumps(value: Any, **options: Any) -> str:
     """`json.dumps` without NaN and infinities.
 
     Args:
-        value: what is written.
-        options: as `json.dumps`.
+        value: the record to write.
+        options: as in `json.dumps`.
 
-    Raises NotFiniteError with the key of the first such number.
+    Raises NotFiniteJsonError with the key of the first number that is not finite.
     """
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError as error:
-        if (found := next(_not_finite(value, ""), None)) is None:
-            raise  # a circular record, say
-        key, number = found
-        raise NotFiniteError(
-            f"{key or 'The value'} is {number}, and a file holds finite numbers only. What has no value is null there; "
-            "look at the weights, the activations or the counts that this was computed from."
+        if (first := next(_not_finite(value, ""), None)) is None:
+            raise  # another error, such as a circular record
+        key, number = first
+        raise NotFiniteJsonError(
+            f"{key or 'The value'} is {number}, but JSON holds only finite numbers, and null for an undefined value. "
+            "Check the weights, the activations or the counts from which it was computed."
         ) from error
 
 
 def _not_finite(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    """Keys, as in a.b[3].c, and values of all numbers that are not finite."""
+    """Keys, such as a.b[3].c, and values of all numbers that are not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         yield key, value
     elif isinstance(value, Mapping):

@@ -1,0 +1,83 @@
+"""Forward passes over new tokens only, with the key-value cache of a HookedTransformer or a TransformerBridge.
+
+Hooks fire in these passes as in the model's own ``generate``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class CachedPasses:
+    """A model with the keys and values of the tokens that it has read so far."""
+
+    def __call__(
+        self, tokens: Int[Tensor, "batch new_pos"], mask: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Logits after the last of the new tokens; the attention mask covers all tokens so far."""
+        raise NotImplementedError
+
+    def select(self, rows: Int[Tensor, "rows"]) -> None:
+        """Keep only these rows of the batch in the cache."""
+        raise NotImplementedError
+
+
+def cached_passes(model: Any, n_rows: int) -> CachedPasses:
+    """The passes of a HookedTransformer or TransformerBridge, for a batch of ``n_rows``."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return (_BridgePasses if isinstance(model, TransformerBridge) else _HookedPasses)(model, n_rows)
+
+
+class _HookedPasses(CachedPasses):
+    """Passes of a HookedTransformer."""
+
+    def __init__(self, model: Any, n_rows: int) -> None:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        self.model = model
+        self.cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.W_E.device, n_rows)
+
+    def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        n_layers, new_mask = self.model.cfg.n_layers, mask[:, -tokens.shape[1] :]
+        residual = self.model(tokens, stop_at_layer=n_layers, past_kv_cache=self.cache, attention_mask=new_mask)
+        return self.model(residual[:, -1:], start_at_layer=n_layers)[:, 0]  # logits of the last position only
+
+    def select(self, rows: Tensor) -> None:
+        for entry in self.cache.entries:
+            indices = rows.to(entry.past_keys.device)
+            entry.past_keys, entry.past_values = entry.past_keys[indices], entry.past_values[indices]
+        self.cache.previous_attention_mask = self.cache.previous_attention_mask[rows]
+
+
+class _BridgePasses(CachedPasses):
+    """Passes of a TransformerBridge, whose cache is that of Hugging Face.
+
+    A bridge computes attention patterns in float32 at most, so its logits have that precision. In float64 its attention
+    mask exceeds the range of float32, and a padding position, which attends to nothing, would become NaN and spread.
+    """
+
+    def __init__(self, model: Any, n_rows: int) -> None:
+        from transformers import DynamicCache
+
+        self.model, self.cache = model, DynamicCache(config=model.original_model.config)
+        names = [f"blocks.{layer}.attn.hook_attn_scores" for layer in range(model.cfg.n_layers)]
+        self.hooks = [(name, _clamp_to_float32) for name in names] if model.W_E.dtype == torch.float64 else []
+
+    def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        options = dict(past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        with self.model.hooks(fwd_hooks=self.hooks):
+            logits = self.model(tokens, attention_mask=mask, position_ids=positions, **options)[:, -1]
+        return logits.float() if self.hooks else logits
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+
+
+def _clamp_to_float32(scores: Tensor, hook: Any) -> Tensor:
+    return scores.clamp(min=torch.finfo(torch.float32).min)
