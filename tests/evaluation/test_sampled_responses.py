@@ -232,7 +232,7 @@ def test_responses_are_those_of_the_variant(run: Path, tmp_path: Path) -> None:
     features = (FeatureId(1, 2), FeatureId(0, 3))
     options = {"max_new_tokens": 8}
     (measured,) = benchmark_run(
-        run, answerer=BenchmarkVariant(ablate=features), options=options, limit=5, out=tmp_path, progress=False
+        run, variant=BenchmarkVariant(ablate=features), options=options, limit=5, out=tmp_path, progress=False
     )
     pair = benchmarking.open_run(run)
     for feature in features:
@@ -255,9 +255,9 @@ def test_names_of_variants_with_many_features_are_short_and_unique() -> None:
     [
         (["--tasks", "gsm8"], "Did you mean 'gsm8k'?"),
         (["--tasks", "builtin,gsm8k=nowhere.jsonl"], "nowhere.jsonl does not exist"),
-        (["--ablate", "1.2", "--route", "target"], "go with the route replacement alone; got the route target"),
-        (["--insert", "1.2", "--route", "replacement"], "go with the route hybrid alone; got the route replacement"),
-        (["--ablate", "1-2"], "'1-2' is no feature"),
+        (["--ablate", "1.2", "--route", "target"], "need the route replacement; got the route target"),
+        (["--insert", "1.2", "--route", "replacement"], "need the route hybrid; got the route replacement"),
+        (["--ablate", "1-2"], "'1-2' does not name a feature"),
         (["--ablate", "1.99"], "There are no features 1.99"),
         (["--samples", "4"], "At temperature 0"),
         (["--limit", "0"], "The limit is 0"),
@@ -274,5 +274,5 @@ def test_errors_are_one_line(run: Path, arguments: list[str], says: str, capsys:
 def test_another_pair_has_no_default_tasks(run: Path, tmp_path: Path) -> None:
     (tmp_path / "adapters").symlink_to(run / "adapters")
     write_results(tmp_path, pair={"base": "a", "target": "b"})
-    with pytest.raises(BenchmarkError, match=r"Name tasks to measure on \(--tasks\)"):
+    with pytest.raises(BenchmarkError, match=r"--tasks is missing"):
         benchmark_run(tmp_path)

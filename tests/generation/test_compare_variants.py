@@ -279,7 +279,7 @@ def test_the_subcommand_takes_a_raw_prompt_and_opens_the_thinking(printed) -> No
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--prompt", "a", "--ablate", "1-3"], "'1-3' is no feature; give features as layer.index"),
+        (["--prompt", "a", "--ablate", "1-3"], "'1-3' does not name a feature; give features as layer.index"),
         (["--prompt", "a", "--ablate", "9.0"], "There are no features 9.0"),
         (["--prompt", "a", "--scale", "1.3"], "--scale is 1.3; give a factor and features"),
         (["--prompt", "a", "--scale", "nan", "1.3"], "give a factor and features"),
@@ -310,7 +310,7 @@ def test_a_circuit_file_stands_for_its_features(tmp_path: Path) -> None:
     path = circuit.save(tmp_path)
     assert feature_ids([str(path)]) == [FeatureId(1, 4), FeatureId(3, 1)]
     assert feature_ids([f"{path}:suppress", "0.0"]) == [FeatureId(2, 2), FeatureId(0, 0)]
-    with pytest.raises(UserError, match="'outpt' is no role of a circuit; there are output"):
+    with pytest.raises(UserError, match="'outpt' is not a role of a circuit; the roles are output"):
         feature_ids([f"{path}:outpt"])
     with pytest.raises(UserError, match="nothing"):
         feature_ids([str(tmp_path / "nothing.json")])

@@ -187,7 +187,7 @@ def test_a_circuit_is_inserted_at_its_own_strength(tmp_path: Path) -> None:
     assert insertion_strength([a]) == insertion_strength([f"{a}:output"]) == insertion_strength([a, a]) == 2.5
     assert insertion_strength(["1.2", "0.3"]) == 1.0
     for mixed in ([a, b], [a, "1.2"]):
-        with pytest.raises(UserError, match="say one with --strength, or give --insert once for each"):
+        with pytest.raises(UserError, match="set one with --strength, or give --insert once for each"):
             insertion_strength(mixed)
     from argparse import Namespace
 
