@@ -10,16 +10,11 @@ import torch
 from helpers.random_models import ACTIVATION_OPTIONS
 from sae_lens import SAE
 
-from tl_adapters.adapters.adapter_set import (
-    METADATA_FILE,
-    AdapterMetadata,
-    AdapterSet,
-    TranscoderAdapter,
-    describe,
-    record_hash,
-)
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
-from tl_adapters.adapters.transcoder import unit_rows
+from tl_adapters.adapters.set_folder import SET_METADATA_FILE, read_description, record_hash
+from tl_adapters.adapters.transcoder import TranscoderAdapter, unit_rows
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 
 
@@ -81,10 +76,10 @@ def test_round_trip(activation: str, tmp_path: Path) -> None:
     assert [name for name, _ in before.named_parameters()] == [name for name, _ in after.named_parameters()]
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     assert torch.equal(before[1](x), after[1](x)) and after.fingerprint == before.fingerprint
-    assert describe(tmp_path / "a").metadata.activation == activation
-    assert before.marks is not None and after.marks is not None
-    for layer, kept in before.marks.items():
-        assert all(torch.equal(a, b) for a, b in zip(kept, after.marks[layer], strict=True))
+    assert read_description(tmp_path / "a").metadata.activation == activation
+    assert before.layer_samples is not None and after.layer_samples is not None
+    for layer, kept in before.layer_samples.items():
+        assert all(torch.equal(a, b) for a, b in zip(kept, after.layer_samples[layer], strict=True))
     names = {str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*") if p.is_file()}
     per_layer = {f"layer_{layer}/{file}" for layer in range(3) for file in ("cfg.json", "sae_weights.safetensors")}
     assert names == per_layer | {"tl_adapters.json", "layer_marks.safetensors"}
@@ -135,8 +130,8 @@ def test_what_decides_which_features_are_active_is_in_the_fingerprint(activation
     normalized = adapters.normalized()
     assert normalized.fingerprint == adapters.fingerprint and normalized.metadata.activation == activation
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-    assert adapters.marks is not None
-    scaled = x * adapters.marks[1].ln2_w  # what the MLP reads, where x stands before the norm's weight
+    assert adapters.layer_samples is not None
+    scaled = x * adapters.layer_samples[1].ln2_w  # what the MLP reads, where x stands before the norm's weight
     assert torch.allclose(normalized[1].encode(x), adapters[1].encode(scaled), atol=1e-6)
     assert adapters[1].encode(scaled).any()
     for changed in (n for n in ("jumprelu", "topk", "batchtopk") if n != activation):
@@ -149,7 +144,7 @@ def test_what_decides_which_features_are_active_is_in_the_fingerprint(activation
     if activation == "topk":
         for adapter in adapters:
             adapter.k = 6
-        again = AdapterSet(list(adapters), adapters.marks, replace(adapters.metadata, k=6))
+        again = AdapterSet(list(adapters), adapters.layer_samples, replace(adapters.metadata, k=6))
         assert again.fingerprint != adapter_set(activation="topk").fingerprint
 
 
@@ -157,23 +152,23 @@ def test_one_set_has_one_activation_and_its_metadata_says_which(tmp_path: Path) 
     adapters = adapter_set(activation="topk")
     with pytest.raises(ValueError, match="one activation; got several"):
         AdapterSet([*adapters, *adapter_set()])
-    with pytest.raises(ValueError, match=r"metadata says \('relu', None\).*the adapters are \('topk', 5\)"):
+    with pytest.raises(ValueError, match=r"\('relu', None\) in the metadata and \('topk', 5\) in the adapters"):
         AdapterSet(list(adapters), metadata=AdapterMetadata())
     assert AdapterSet(list(adapters)).metadata == AdapterMetadata(activation="topk", k=5)
     adapters.save_pretrained(tmp_path / "a")
-    record = json.loads((tmp_path / "a" / METADATA_FILE).read_text())
+    record = json.loads((tmp_path / "a" / SET_METADATA_FILE).read_text())
     for change, message in (
         ({"activation": "gelu"}, "is not a description of adapters"),
         ({"k": 99}, "k is 99"),
         ({"activation": "jumprelu", "k": None}, r"expected .*'threshold': \(12,\)"),
         ({"activation": "relu", "k": None}, "not those its tl_adapters.json was written with"),
     ):
-        (tmp_path / "a" / METADATA_FILE).write_text(json.dumps({**record, **change}))
+        (tmp_path / "a" / SET_METADATA_FILE).write_text(json.dumps({**record, **change}))
         with pytest.raises(AdapterFormatError, match="was edited or is damaged"):
             AdapterSet.from_pretrained(tmp_path / "a")
         rehashed = {name: value for name, value in {**record, **change}.items() if name != "sha256"}
         rehashed["sha256"] = record_hash(rehashed)  # whoever writes such a set on purpose still gets no other features
-        (tmp_path / "a" / METADATA_FILE).write_text(json.dumps(rehashed))
+        (tmp_path / "a" / SET_METADATA_FILE).write_text(json.dumps(rehashed))
         with pytest.raises(AdapterFormatError, match=message):
             AdapterSet.from_pretrained(tmp_path / "a")
 
@@ -183,7 +178,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeyp
     adapters.save_pretrained(tmp_path / "a")
     with pytest.raises(FileExistsError, match="exists already"):
         adapters.save_pretrained(tmp_path / "a")
-    import tl_adapters.adapters.adapter_set as module
+    import tl_adapters.adapters.set_folder as module
 
     def full(*args: object) -> None:
         raise OSError("No space left on device")
@@ -207,13 +202,13 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError, match=r"sae_weights\.safetensors is missing or damaged"):
         AdapterSet.from_pretrained(tmp_path / "a")
     layer.write_bytes(whole)
-    record = json.loads((tmp_path / "a" / METADATA_FILE).read_text())
+    record = json.loads((tmp_path / "a" / SET_METADATA_FILE).read_text())
     for change, message in (
         ({"n_features": 13}, "expected"),
         ({"schema_version": 9}, "schema_version 9"),
         ({"x": 1}, "x"),
     ):
-        (tmp_path / "a" / METADATA_FILE).write_text(json.dumps({**record, **change}))
+        (tmp_path / "a" / SET_METADATA_FILE).write_text(json.dumps({**record, **change}))
         with pytest.raises(AdapterFormatError, match=message):
             AdapterSet.from_pretrained(tmp_path / "a")
 

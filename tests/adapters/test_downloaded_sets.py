@@ -13,8 +13,10 @@ from helpers.random_models import random_model, randomise
 from safetensors.torch import load_file, save_file
 
 import tl_adapters.utils.file_hashes as file_hashes
-from tl_adapters.adapters.adapter_set import METADATA_FILE, SAMPLES_FILE, AdapterMetadata, AdapterSet, record_hash
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.adapters.set_folder import SET_METADATA_FILE, SET_SAMPLES_FILE, record_hash
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.file_hashes import file_hash
 
@@ -68,13 +70,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a high bit of W_enc": lambda f: flip(f / "layer_1" / WEIGHTS, "W_enc", 30),
     "the lowest bit of W_enc": lambda f: flip(f / "layer_0" / WEIGHTS, "W_enc", 0),
     "the lowest bit of W_dec": lambda f: flip(f / "layer_0" / WEIGHTS, "W_dec", 0),
-    "a bit of the models' samples": lambda f: flip(f / SAMPLES_FILE, "0.ln2_w", 3),
+    "a bit of the models' samples": lambda f: flip(f / SET_SAMPLES_FILE, "0.ln2_w", 3),
     "swapped layers": swapped,
     "a layer of the other form": of_the_other_form,
     "an edited cfg.json": edited("layer_1/cfg.json", lambda r: r.update(dtype="float16")),
-    "an edited description": edited(METADATA_FILE, lambda r: r.update(reads="normalized")),
-    "another target": edited(METADATA_FILE, lambda r: r.update(target="org/other")),
-    "no samples": lambda f: (f / SAMPLES_FILE).unlink(),
+    "an edited description": edited(SET_METADATA_FILE, lambda r: r.update(reads="normalized")),
+    "another target": edited(SET_METADATA_FILE, lambda r: r.update(target="org/other")),
+    "no samples": lambda f: (f / SET_SAMPLES_FILE).unlink(),
     "a cast layer": lambda f: save_file(
         {name: t.half().float() for name, t in load_file(f / "layer_0" / WEIGHTS).items()}, f / "layer_0" / WEIGHTS
     ),
@@ -93,9 +95,9 @@ def test_unknown_readings_have_no_default(folder: Path) -> None:
     for name in ("reads", "writes"):
         with pytest.raises(AdapterFormatError, match=f"{name} is 'mlp_in'; allowed is one of"):
             AdapterMetadata(**{name: "mlp_in"})
-    record = json.loads((folder / METADATA_FILE).read_text()) | {"reads": "resid_mid"}
+    record = json.loads((folder / SET_METADATA_FILE).read_text()) | {"reads": "resid_mid"}
     record.pop("sha256")
-    (folder / METADATA_FILE).write_text(json.dumps(record | {"sha256": record_hash(record)}))
+    (folder / SET_METADATA_FILE).write_text(json.dumps(record | {"sha256": record_hash(record)}))
     with pytest.raises(AdapterFormatError, match="reads is 'resid_mid'"):
         AdapterSet.from_pretrained(folder)
 
@@ -112,11 +114,11 @@ def as_the_first_release_wrote_it(folder: Path) -> None:
         for name in ("target_embedding_and_norms", "dtype", "base_dtype"):
             found.pop(name)
 
-    edited(METADATA_FILE, older)(folder)
+    edited(SET_METADATA_FILE, older)(folder)
     for cfg in folder.glob("layer_*/cfg.json"):
         edited(f"{cfg.parent.name}/cfg.json", lambda r: of_models(r["metadata"]["tl_adapters"]["fingerprints"]))(folder)
-    kept = {name: t for name, t in load_file(folder / SAMPLES_FILE).items() if not name.startswith("samples/")}
-    save_file(kept, folder / SAMPLES_FILE)
+    kept = {name: t for name, t in load_file(folder / SET_SAMPLES_FILE).items() if not name.startswith("samples/")}
+    save_file(kept, folder / SET_SAMPLES_FILE)
 
 
 def test_sets_of_the_first_release_load_with_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,7 +144,7 @@ def test_what_can_be_seen_in_a_set_of_the_first_release_is_refused(how: Callable
 
 def test_figures_that_are_no_plain_json_values_survive(adapters: AdapterSet, tmp_path: Path) -> None:
     about = replace(adapters.metadata, figures={"by layer": {3: 0.1, 12: 1 / 3}, "pair": (1, 2)})
-    made = AdapterSet(list(adapters), adapters.marks, about, samples=adapters.samples)
+    made = AdapterSet(list(adapters), adapters.layer_samples, about, samples=adapters.samples)
     made.save_pretrained(tmp_path / "a")
     assert AdapterSet.from_pretrained(tmp_path / "a").metadata.figures["pair"] == [1, 2]
 

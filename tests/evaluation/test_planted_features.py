@@ -12,8 +12,10 @@ from helpers.random_models import ARCHITECTURES, random_batch, random_model
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet, TranscoderAdapter
+from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.adapters.metadata import AdapterMetadata
+from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.config import LossWeights, TrainingConfig
@@ -34,7 +36,7 @@ N_FEATURES = 10
 
 
 def random_set(seed: int = 4, layers: tuple[int, ...] = (0, 1, 2, 3), dtype: torch.dtype = torch.float64) -> AdapterSet:
-    """Adapters without marks, every weight random."""
+    """Adapters without layer samples, every weight random."""
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
     for layer in layers:
@@ -349,7 +351,7 @@ def shuffled(plant: AdapterSet, dead: int = 0, junk: int = 0, seed: int = 0) -> 
         new.W_dec[:n] = adapter.W_dec[order] / factor[:, None]
         new.b_enc[:dead] = -1e6
         layers.append(new)
-    return AdapterSet(layers, plant.marks)
+    return AdapterSet(layers, plant.layer_samples)
 
 
 def test_the_same_features_in_another_order_are_matched(base: PreTrainedModel, plant: PlantedSet) -> None:
@@ -371,7 +373,7 @@ def test_the_same_features_in_another_order_are_matched(base: PreTrainedModel, p
 @torch.no_grad()
 def test_statistics_agree_with_their_formulas(base: PreTrainedModel, plant: PlantedSet, tokens_per_batch: int) -> None:
     pair, traces = PairedModel.plant(base, plant.adapters), skewed_traces(40, seed=3)
-    theirs = AdapterSet(list(random_set()), plant.adapters.marks)
+    theirs = AdapterSet(list(random_set()), plant.adapters.layer_samples)
     matching = match_features(theirs.normalized(), plant.adapters, pair, traces, tokens_per_batch=tokens_per_batch)
     inputs: list[list[torch.Tensor]] = [[] for _ in range(4)]
     for trace in traces:

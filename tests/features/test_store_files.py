@@ -134,7 +134,7 @@ def test_one_layer_of_a_set_knows_its_circuit(tmp_path: Path) -> None:
     circuit, whole = circuit_of(made()), made().installed_adapters()
     whole.save_pretrained(tmp_path / "a")
     for some in (
-        AdapterSet({1: whole[1]}, whole.marks, whole.metadata, 2, whole.samples),
+        AdapterSet({1: whole[1]}, whole.layer_samples, whole.metadata, 2, whole.samples),
         AdapterSet.from_pretrained(tmp_path / "a", layers=[1]),
     ):
         pair = PairedModel.from_pretrained(*(random_model(s, torch.float32, num_hidden_layers=2) for s in (1, 2)))
@@ -216,7 +216,9 @@ def test_a_store_is_known_by_content_wherever_its_models_lie(tmp_path: Path) -> 
     whole = pair.installed_adapters()
     layer = whole.layer_indices[-1]
     some = load_organism_pair()
-    some.load_adapters(AdapterSet({layer: whole[layer]}, whole.marks, whole.metadata, whole.n_layers, whole.samples))
+    some.load_adapters(
+        AdapterSet({layer: whole[layer]}, whole.layer_samples, whole.metadata, whole.n_layers, whole.samples)
+    )
     store.require_features_of(some)
     with ablated(some, [id for id in store.ids(0) if id.layer == layer][:3]):
         pass

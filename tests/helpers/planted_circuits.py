@@ -8,8 +8,9 @@ import torch
 from helpers.random_models import random_batch, random_model
 from transformers import PreTrainedModel
 
-from tl_adapters.adapters.adapter_set import AdapterSet, TranscoderAdapter
+from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.circuits.search import SearchOptions
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel

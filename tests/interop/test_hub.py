@@ -13,8 +13,9 @@ from helpers.random_models import random_model, randomise
 from helpers.users_models import plain, reference
 from sae_lens import SAE
 
-from tl_adapters.adapters.adapter_set import AdapterSet, describe
+from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.adapters.set_folder import read_description
 from tl_adapters.checkpoints.model_files import CheckpointError
 from tl_adapters.interop.hub import HubError, pull, push_to_hub
 from tl_adapters.interop.model_card import card
@@ -68,7 +69,7 @@ def test_branches_and_single_layers(fake: FakeHub, adapters: AdapterSet, tmp_pat
     assert ("create_branch", "user/repo", "seed-1") in fake.calls
     with pytest.raises(CheckpointError, match="404"):
         AdapterSet.from_pretrained("user/repo")
-    describe("user/repo", revision="seed-1")
+    read_description("user/repo", revision="seed-1")
     assert not any("weights" in call[1] for call in fake.calls)
     some = AdapterSet.from_pretrained("user/repo", layers=[2], revision="seed-1")
     assert some.layer_indices == [2]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.checkpoints.fingerprints import differing
-from tl_adapters.checkpoints.hf_model import moved as cast_back
+from tl_adapters.checkpoints.hf_model import move_model as cast_back
 from tl_adapters.checkpoints.layer_samples import agrees
 from tl_adapters.models.attach import attach, detach
 from tl_adapters.models.hooked_transformer import build_hooked_transformer
@@ -117,10 +117,10 @@ def test_another_base_is_refused(name: str) -> None:
 def test_one_unit_in_the_last_place_is_another_model(architecture: str) -> None:
     adapters = kept(torch.bfloat16, architecture)
     base = model(1, torch.bfloat16, architecture)
-    moved = model(2, torch.bfloat16, architecture)
-    moved_by_one_ulp(moved)
+    move_model = model(2, torch.bfloat16, architecture)
+    moved_by_one_ulp(move_model)
     for dtype in (torch.bfloat16, torch.float32):
-        pair = PairedModel.from_pretrained(base, copy.deepcopy(moved), dtype=dtype)
+        pair = PairedModel.from_pretrained(base, copy.deepcopy(move_model), dtype=dtype)
         with pytest.raises(PairMismatchError, match="trained on"):
             pair.load_adapters(own(adapters))
     moved_by_one_ulp(base)
@@ -165,10 +165,10 @@ def test_a_folded_target_is_known_and_another_folded_one_refused(architecture: s
             weight(f"{LAYER}{name}.weight")(other)
             with pytest.raises(PairMismatchError, match="at layer 1 differ"):
                 attach(users_own(other, center_unembed=center), own(adapters), base=base)
-    moved = model(2, torch.bfloat16, architecture)
-    moved_by_one_ulp(moved)
+    move_model = model(2, torch.bfloat16, architecture)
+    moved_by_one_ulp(move_model)
     with pytest.raises(PairMismatchError, match="trained on"):
-        attach(users_own(moved, center_unembed=center), own(kept(torch.bfloat16, architecture)), base=base)
+        attach(users_own(move_model, center_unembed=center), own(kept(torch.bfloat16, architecture)), base=base)
 
 
 def test_values_leave_no_more_room_than_their_roundings() -> None:
@@ -198,7 +198,7 @@ def test_what_is_not_known_of_the_models_is_said_once(caplog: pytest.LogCaptureF
             "were compared: make sure that target and base are those they were trained on."
         ]
         bare = own(kept())
-        bare.samples = bare.marks = None
+        bare.samples = bare.layer_samples = None
         pair.load_adapters(bare)
         assert "nothing of the weights of their models" in caplog.records[-1].message
 

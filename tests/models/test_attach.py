@@ -204,7 +204,7 @@ def test_a_cast_is_the_same_model_and_a_little_training_is_not(maker: Callable[.
 
 def test_adapters_without_samples_are_compared_by_name() -> None:
     adapters = reference().installed_adapters()
-    adapters.marks = None
+    adapters.layer_samples = None
     for name, value in (("base", "org/base"), ("target", "org/target")):
         object.__setattr__(adapters.metadata, name, value)
     model, base = plain(), random_model(1)
@@ -222,7 +222,7 @@ def test_adapters_without_samples_are_compared_by_name() -> None:
 
 def test_a_folded_model_without_the_norms_is_refused_with_the_way_out() -> None:
     adapters = reference().installed_adapters()
-    adapters.marks = None
+    adapters.layer_samples = None
     model = plain()
     process(model, "fold_ln")
     with pytest.raises(PairMismatchError, match="from_pretrained_no_processing"):

@@ -1,9 +1,11 @@
 """What is an adapter, and how is it kept?
 
-* `activation_functions`: Which features of an adapter are active: four activation functions, and how gradients pass
-* `adapter_set`: The adapters of a model's layers as one set, with what their meaning needs, and its folder
-* `feature_id`: A feature's name: its layer, its index, and, where it is known, the set of adapters that it belongs to
-* `l0`: L0, the mean number of active features per token, counted in one place
-* `saelens_folder`: The SAELens folder of one transcoder: cfg.json and sae_weights.safetensors, as SAELens 6 reads
-* `transcoder`: The transcoder adapter of one layer (arXiv 2602.20904, section 3), with any of four activation
+* `activation_functions`: four activation functions of features, and how gradients pass them
+* `adapter_set`: the adapters of a model's layers as one set
+* `feature_id`: the name of a feature: layer, index and, where known, the set of adapters it belongs to
+* `l0`: L0, the mean number of active features per token
+* `metadata`: the models that adapters belong to, what they read and write, and how they were trained
+* `saelens_folder`: the SAELens folder of one transcoder: cfg.json and sae_weights.safetensors
+* `set_folder`: the folder of an adapter set and its description, written, read and verified
+* `transcoder`: the transcoder adapter of one layer, and the norms of its decoder rows
 """

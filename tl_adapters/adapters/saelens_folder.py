@@ -21,17 +21,17 @@ from torch import Tensor
 from tl_adapters.errors import UserError
 from tl_adapters.utils.strict_json import dumps
 
-LAYER_FILES = CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
-HOOK_IN = {"mlp_input": "blocks.{}.mlp.hook_in", "normalized": "blocks.{}.ln2.hook_normalized"}
+SAELENS_FILES = SAELENS_CONFIG_FILE, SAELENS_WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+INPUT_HOOKS = {"mlp_input": "blocks.{}.mlp.hook_in", "normalized": "blocks.{}.ln2.hook_normalized"}
 """What an adapter reads: what the MLP reads, or that before the second norm's weight. The second is the same tensor
 in a model whose norms are folded into its MLPs, the first is not."""
-HOOK_OUT = {"adapter_out": "blocks.{}.mlp.hook_adapter_out", "mlp_out": "blocks.{}.hook_mlp_out"}
+OUTPUT_HOOKS = {"adapter_out": "blocks.{}.mlp.hook_adapter_out", "mlp_out": "blocks.{}.hook_mlp_out"}
 """What it writes: what is added to the MLP's output, or (transcoders of others) that output itself."""
-NOTE = (
+ADDITIVE_NOTE = (
     "Additive: what it writes is added to the MLP's output of a model with the target's attention and the base's MLPs "
     "(tl_adapters.attach makes that model). On a model without blocks.N.mlp.hook_adapter_out, add_sae changes nothing."
 )
-ARCHITECTURES = {
+SAELENS_ARCHITECTURES = {
     "relu": "transcoder",
     "jumprelu": "jumprelu_transcoder",
     "batchtopk": "jumprelu_transcoder",
@@ -61,7 +61,7 @@ def transcoder_config(layer: int, tensors: dict[str, Tensor], about: dict[str, A
     additive = about["writes"] == "adapter_out"
     d_in, d_sae = tensors["W_enc"].shape
     return {
-        "architecture": ARCHITECTURES[about["activation"]],
+        "architecture": SAELENS_ARCHITECTURES[about["activation"]],
         "d_in": d_in,
         "d_sae": d_sae,
         "d_out": tensors["W_dec"].shape[1],
@@ -75,11 +75,16 @@ def transcoder_config(layer: int, tensors: dict[str, Tensor], about: dict[str, A
             "sae_lens_training_version": None,
             "model_name": about["target"],
             "model_class_name": "HookedTransformer",
-            "hook_name": HOOK_IN[about["reads"]].format(layer),
-            "hook_name_out": HOOK_OUT[about["writes"]].format(layer),
+            "hook_name": INPUT_HOOKS[about["reads"]].format(layer),
+            "hook_name_out": OUTPUT_HOOKS[about["writes"]].format(layer),
             "hook_head_index": None,
             "prepend_bos": False,
-            "tl_adapters": {"additive": additive, "layer": layer, **({"note": NOTE} if additive else {}), **about},
+            "tl_adapters": {
+                "additive": additive,
+                "layer": layer,
+                **({"note": ADDITIVE_NOTE} if additive else {}),
+                **about,
+            },
         },
     }
 
@@ -87,19 +92,19 @@ def transcoder_config(layer: int, tensors: dict[str, Tensor], about: dict[str, A
 def write_transcoder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write cfg.json and weights into a fresh ``folder``."""
     folder.mkdir()
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(dumps(config, indent=1) + "\n")
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / SAELENS_WEIGHTS_FILE)
+    (folder / SAELENS_CONFIG_FILE).write_text(dumps(config, indent=1) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """cfg.json. Raises AdapterFormatError."""
-    return read_json(folder / CONFIG_FILE)
+    return read_json(folder / SAELENS_CONFIG_FILE)
 
 
 def read_weights(folder: Path, activation: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The weights of one layer: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_out], b_dec, and threshold [d_sae] where
     the activation has one. Raises AdapterFormatError."""
-    tensors = read_safetensors(folder / WEIGHTS_FILE, device)
+    tensors = read_safetensors(folder / SAELENS_WEIGHTS_FILE, device)
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     d_in, d_sae = found.get("W_enc", (0, 0))
     d_out = found.get("W_dec", (0, 0))[-1]
@@ -112,7 +117,7 @@ def read_weights(folder: Path, activation: str, device: torch.device | str = "cp
     if activation in THRESHOLDED:
         expected["threshold"] = (d_sae,)
     if found != expected:
-        raise AdapterFormatError(f"{folder / WEIGHTS_FILE} holds {found}; expected {expected}.")
+        raise AdapterFormatError(f"{folder / SAELENS_WEIGHTS_FILE} holds {found}; expected {expected}.")
     return tensors
 
 

@@ -85,7 +85,9 @@ def load_hf_model(
 
 
 @torch.no_grad()
-def moved(hf_model: PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+def move_model(
+    hf_model: PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | None
+) -> PreTrainedModel:
     """``hf_model`` on that device with parameters of that dtype, in place; None leaves either as it is.
 
     Unlike the model's own ``.to(dtype)`` this casts no buffers. Rotary frequencies in bfloat16 make angles

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from tl_adapters.errors import UserError
 from tl_adapters.organism import BUILTIN
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-ADAPTER_FILE = "adapter_config.json"
+SHARD_INDEX_FILE = "model.safetensors.index.json"
+SINGLE_WEIGHTS_FILE = "model.safetensors"
+PEFT_CONFIG_FILE = "adapter_config.json"
 """What the peft library writes beside LoRA weights."""
 MLP_KEY = "model.layers.{}.mlp.{}.weight"
 PROJECTIONS = {"gate_proj": "W_gate", "up_proj": "W_in", "down_proj": "W_out"}
@@ -81,14 +81,14 @@ def require_whole_model(folder: Path) -> None:
     transformers would look for the model that LoRA weights belong to, or apply them to weights that may hold them
     already.
     """
-    if not (folder / ADAPTER_FILE).is_file():
+    if not (folder / PEFT_CONFIG_FILE).is_file():
         return
     merge = "peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(new_folder)"
     if (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} holds a model's weights and {ADAPTER_FILE}: transformers would apply the adapter of the peft "
-            f"library to these weights, also where they were merged with it before. Remove {ADAPTER_FILE} if they "
-            f"were; else merge them: {merge}."
+            f"{folder} holds a model's weights and {PEFT_CONFIG_FILE}: transformers would apply the adapter of the "
+            f"peft library to these weights, also where they were merged with it before. Remove {PEFT_CONFIG_FILE} if "
+            f"they were; else merge them: {merge}."
         )
     raise CheckpointError(f"{folder} holds an adapter of the peft library and no whole model. Merge the two: {merge}.")
 
@@ -129,7 +129,7 @@ def read_tensors(folder: Path, names: Iterable[str], device: torch.device | str 
             raise CheckpointError(
                 f"{folder} has no tensor {name}; it is not a complete checkpoint of this architecture."
             )
-        wanted.setdefault(shards.get(name, SINGLE_FILE), []).append(name)
+        wanted.setdefault(shards.get(name, SINGLE_WEIGHTS_FILE), []).append(name)
     tensors = {}
     for shard, members in wanted.items():
         with _opened(folder / shard, str(device)) as file:
@@ -175,7 +175,7 @@ def shard_files(folder: Path, names: Iterable[str] | None = None) -> list[str]:
     """The safetensors files that hold the named tensors, or all. Raises CheckpointError."""
     shards = _shards(folder)
     if not shards:
-        return [SINGLE_FILE]
+        return [SINGLE_WEIGHTS_FILE]
     return sorted({shards[name] for name in names if name in shards} if names is not None else set(shards.values()))
 
 
@@ -198,7 +198,7 @@ def remote_or_local_names(name: str, folder: Path) -> set[str]:
     """
     if name in BUILTIN or Path(name).is_dir():
         return set(tensor_shapes(folder))
-    if (folder / INDEX_FILE).is_file():
+    if (folder / SHARD_INDEX_FILE).is_file():
         return set(_shards(folder))
     try:  # a single file: its header, by a ranged read
         return set(get_safetensors_metadata(name).weight_map)
@@ -233,8 +233,8 @@ def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
 
 def _shards(folder: Path) -> dict[str, str]:
     """Tensor name to file name; empty for a checkpoint in one file, which transformers, too, reads before an index."""
-    index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).is_file():
+    index = folder / SHARD_INDEX_FILE
+    if (folder / SINGLE_WEIGHTS_FILE).is_file():
         return {}
     if index.is_file():
         try:
@@ -247,11 +247,11 @@ def _shards(folder: Path) -> dict[str, str]:
         do = "its weights were not downloaded: unset HF_HUB_OFFLINE, or download the repository first."
     else:
         do = "only safetensors are read: give the folder that holds them."
-    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; {do}")
+    raise CheckpointError(f"{folder} has neither {SINGLE_WEIGHTS_FILE} nor {SHARD_INDEX_FILE}; {do}")
 
 
 def _shard_of(folder: Path, name: str) -> str:
     shards = _shards(folder)
     if shards and name not in shards:
         raise CheckpointError(f"{folder} has no tensor {name}; it is not a complete checkpoint.")
-    return shards.get(name, SINGLE_FILE)
+    return shards.get(name, SINGLE_WEIGHTS_FILE)

@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet, TranscoderAdapter
+from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.adapters.metadata import AdapterMetadata
+from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.checkpoints.base_mlps import ModelReference
 from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces
 from tl_adapters.errors import UserError

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
 from tl_adapters.adapters.transcoder import adapter_of
 from tl_adapters.checkpoints.architectures import (
@@ -33,8 +34,8 @@ from tl_adapters.checkpoints.hf_model import load_hf_model
 from tl_adapters.checkpoints.layer_samples import attention_out_name, stored_samples
 from tl_adapters.checkpoints.model_files import (
     DESCRIPTION_FILES,
-    INDEX_FILE,
     PROJECTIONS,
+    SHARD_INDEX_FILE,
     fetch,
     locate,
     read_config,
@@ -89,7 +90,7 @@ def from_authors(
         tensor for layer in selected for tensor in (architecture.norm_tensor("ln2", layer), attention_out_name(layer))
     ]
     if not Path(name).is_dir():
-        shards = shard_files(folder, names) if (folder / INDEX_FILE).is_file() else ["*.safetensors"]
+        shards = shard_files(folder, names) if (folder / SHARD_INDEX_FILE).is_file() else ["*.safetensors"]
         folder = fetch(name, [*DESCRIPTION_FILES, *shards], revision=revision, token=token)
     adapters, samples = {}, {}
     for layer in selected:

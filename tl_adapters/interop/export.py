@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tl_adapters.adapters.adapter_set import METADATA_FILE, AdapterSet
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.set_folder import SET_METADATA_FILE
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
 from tl_adapters.interop.authors_checkpoint import to_authors
@@ -31,7 +32,7 @@ def load_adapters_with_measurements(name: str | Path, **options: Any) -> Adapter
         AdapterFormatError, CheckpointError: there are no adapters under that name.
     """
     folder = Path(name)
-    if not (folder / "config.json").is_file() or (folder / METADATA_FILE).is_file():
+    if not (folder / "config.json").is_file() or (folder / SET_METADATA_FILE).is_file():
         return AdapterSet.from_pretrained(name, **options)
     if not (folder / "adapters").is_dir():
         raise UserError(

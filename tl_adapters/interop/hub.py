@@ -17,7 +17,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from tl_adapters.adapters.adapter_set import AdapterSet, set_files
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.set_folder import set_files
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.errors import UserError
 from tl_adapters.interop.model_card import CARD_FILE, card

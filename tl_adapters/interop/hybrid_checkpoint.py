@@ -18,7 +18,7 @@ from tl_adapters.checkpoints.base_mlps import require_plain_folder
 from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, require_fit
 from tl_adapters.checkpoints.model_files import (
     DESCRIPTION_FILES,
-    INDEX_FILE,
+    SHARD_INDEX_FILE,
     locate,
     mlp_tensor_names,
     read_config,
@@ -77,7 +77,7 @@ def write_hybrid(
             save_file(tensors, out / shard, metadata={"format": "pt"})
         if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-            (out / INDEX_FILE).write_text(dumps(index, indent=1) + "\n")
+            (out / SHARD_INDEX_FILE).write_text(dumps(index, indent=1) + "\n")
         _copy_description(target_folder, out)
         stream = "target" if base is None else "replacement" if beside_mlps else "hybrid"
         about = {"stream": stream, "target": str(target), "mlps_of": str(base or target)}
@@ -100,5 +100,5 @@ def _copy_description(target_folder: Path, out: Path) -> None:
     """Copy the tokenizer and everything else that describes the model, without the two files that are written anew."""
     for pattern in DESCRIPTION_FILES:
         for file in target_folder.glob(pattern):
-            if file.name not in ("config.json", INDEX_FILE):
+            if file.name not in ("config.json", SHARD_INDEX_FILE):
                 shutil.copy(file, out / file.name)

@@ -10,8 +10,9 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet
-from tl_adapters.adapters.saelens_folder import HOOK_IN, HOOK_OUT
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.metadata import AdapterMetadata
+from tl_adapters.adapters.saelens_folder import INPUT_HOOKS, OUTPUT_HOOKS
 from tl_adapters.interop.saelens import require_saelens_class
 from tl_adapters.utils.html import interval_text
 
@@ -95,6 +96,7 @@ def _front_matter(about: AdapterMetadata) -> str:
 def _loading_section(adapters: AdapterSet, repo_id: str, base: str, target: str) -> str:
     """Return how to load the adapters with this package and with SAELens."""
     about, layer = adapters.metadata, adapters.layer_indices[-1]
+    reads, writes = INPUT_HOOKS[about.reads].format(layer), OUTPUT_HOOKS[about.writes].format(layer)
     return f"""```python
 from tl_adapters import AdapterSet, PairedModel
 
@@ -112,8 +114,8 @@ from sae_lens import SAE
 transcoder = SAE.from_pretrained("{repo_id}", "layer_{layer}")
 ```
 
-is a stock {_SAELENS_CLASSES[about.activation]} that reads `{HOOK_IN[about.reads].format(layer)}` and writes
-`{HOOK_OUT[about.writes].format(layer)}`. {_VALID_FOR[about.reads]} Without tl_adapters it gives activations, not the
+is a stock {_SAELENS_CLASSES[about.activation]} that reads `{reads}` and writes
+`{writes}`. {_VALID_FOR[about.reads]} Without tl_adapters it gives activations, not the
 replacement: a model has that output hook only while adapters are attached to it, and on any other `add_sae` logs a
 warning and changes nothing. The features were trained on the {about.stream}'s residual stream; on the target's own
 stream their activations differ a little."""

@@ -25,8 +25,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from tl_adapters.adapters.adapter_set import LAYER_FOLDER
 from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.adapters.set_folder import LAYER_FOLDER
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature, FeatureStoreError
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.files import new_folder

@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_adapters.adapters.adapter_set import LAYER_FOLDER
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.adapters.saelens_folder import HOOK_IN
+from tl_adapters.adapters.saelens_folder import INPUT_HOOKS
+from tl_adapters.adapters.set_folder import LAYER_FOLDER
 from tl_adapters.data.traces import DataError, Trace, readable_traces
 from tl_adapters.errors import UserError
 from tl_adapters.features.feature import ResidualStream
@@ -154,7 +154,7 @@ def _write_layer(
     device = str(pair.model.cfg.device)
     unembedding = logit_effects(pair, layer, torch.eye(pair.model.cfg.d_model))
     settings = config.SaeVisConfig(
-        hook_point=HOOK_IN["normalized"].format(layer), features=indices, minibatch_size_tokens=rows, device=device
+        hook_point=INPUT_HOOKS["normalized"].format(layer), features=indices, minibatch_size_tokens=rows, device=device
     )
     encoder = import_module("sae_lens").SAE.load_from_disk(str(exported), device=device)
     data = running.SaeVisRunner(settings).run(encoder, _Model(pair.model, unembedding), tokens)

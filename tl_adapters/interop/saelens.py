@@ -16,16 +16,18 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from tl_adapters.adapters.adapter_set import METADATA_FILE, SAMPLES_FILE, AdapterMetadata, AdapterSet
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.saelens_folder import (
-    ARCHITECTURES,
-    CONFIG_FILE,
-    HOOK_IN,
-    HOOK_OUT,
+    INPUT_HOOKS,
+    OUTPUT_HOOKS,
+    SAELENS_ARCHITECTURES,
+    SAELENS_CONFIG_FILE,
     AdapterFormatError,
     read_config,
     read_weights,
 )
+from tl_adapters.adapters.set_folder import SET_METADATA_FILE, SET_SAMPLES_FILE
 from tl_adapters.adapters.transcoder import adapter_of
 from tl_adapters.checkpoints.model_files import fetch
 
@@ -105,18 +107,25 @@ def from_saelens(
     Raises:
         AdapterFormatError: another architecture (such as one with a skip connection), normalized inputs or other hooks.
     """
-    patterns = [METADATA_FILE, SAMPLES_FILE, CONFIG_FILE, "*.safetensors", f"*/{CONFIG_FILE}", "*/*.safetensors"]
+    patterns = [
+        SET_METADATA_FILE,
+        SET_SAMPLES_FILE,
+        SAELENS_CONFIG_FILE,
+        "*.safetensors",
+        f"*/{SAELENS_CONFIG_FILE}",
+        "*/*.safetensors",
+    ]
     if sae_ids is not None:
-        patterns = [METADATA_FILE, SAMPLES_FILE, *(f"{sae_id}/*" for sae_id in sae_ids)]
+        patterns = [SET_METADATA_FILE, SET_SAMPLES_FILE, *(f"{sae_id}/*" for sae_id in sae_ids)]
     folder = fetch(name, patterns, revision=revision, token=token)
-    if sae_ids is None and (folder / METADATA_FILE).is_file():
+    if sae_ids is None and (folder / SET_METADATA_FILE).is_file():
         return AdapterSet.from_pretrained(folder, device=device)
     if sae_ids is not None:
         layer_folders = [folder / sae_id for sae_id in sae_ids]
     else:
-        layer_folders = sorted({path.parent for path in folder.rglob(CONFIG_FILE)})
+        layer_folders = sorted({path.parent for path in folder.rglob(SAELENS_CONFIG_FILE)})
     if not layer_folders:
-        raise AdapterFormatError(f"{name} holds no {CONFIG_FILE}; it is not a SAELens transcoder.")
+        raise AdapterFormatError(f"{name} holds no {SAELENS_CONFIG_FILE}; it is not a SAELens transcoder.")
     layers, metadata = {}, []
     for layer_folder in layer_folders:
         layer, about = _read_layer_metadata(layer_folder)
@@ -156,7 +165,7 @@ def _read_layer_metadata(folder: Path) -> tuple[int, dict[str, Any]]:
     metadata["fingerprints"] = {k: v for k, v in metadata.get("fingerprints", {}).items() if k != "adapters"}
     architecture = config["architecture"]
     activation = metadata.get("activation") or {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}[architecture]
-    if ARCHITECTURES.get(activation) != architecture:
+    if SAELENS_ARCHITECTURES.get(activation) != architecture:
         _refuse(
             folder, f"its metadata says {activation}, its architecture {architecture}", "they contradict each other"
         )
@@ -168,12 +177,12 @@ def _read_layer_metadata(folder: Path) -> tuple[int, dict[str, Any]]:
 def _read_hooks(folder: Path, hook_in: str, hook_out: str) -> tuple[int, str, str]:
     """Return the layer, and `AdapterMetadata`'s "reads" and "writes", that belong to the two hook names."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_in)
-    reads = {hook.partition("{}.")[2]: name for name, hook in HOOK_IN.items()}
+    reads = {hook.partition("{}.")[2]: name for name, hook in INPUT_HOOKS.items()}
     if match is None or match[2] not in reads:
-        supported = " and ".join(hook.format("N") for hook in HOOK_IN.values())
+        supported = " and ".join(hook.format("N") for hook in INPUT_HOOKS.values())
         _refuse(folder, f"it reads {hook_in}", f"supported are {supported}")
     layer = int(match[1])
-    writes = {hook.format(layer): name for name, hook in HOOK_OUT.items()}
+    writes = {hook.format(layer): name for name, hook in OUTPUT_HOOKS.items()}
     writes[f"blocks.{layer}.mlp.hook_out"] = "mlp_out"
     if hook_out not in writes:
         _refuse(folder, f"it writes {hook_out}", f"supported are {' and '.join(writes)}")
@@ -181,4 +190,4 @@ def _read_hooks(folder: Path, hook_in: str, hook_out: str) -> tuple[int, str, st
 
 
 def _refuse(folder: Path, given: str, supported: str) -> NoReturn:
-    raise AdapterFormatError(f"{folder / CONFIG_FILE}: {given}; {supported}.")
+    raise AdapterFormatError(f"{folder / SAELENS_CONFIG_FILE}: {given}; {supported}.")

@@ -55,7 +55,7 @@ def require_belonging(
             f"The adapters have {adapters.n_layers} layers of width {adapters.d_model}; "
             f"the model has {cfg.n_layers} of width {cfg.d_model}."
         )
-    if adapters.marks is None:
+    if adapters.layer_samples is None:
         _require_names("target", metadata.target, target)
         if base_samples is not None:
             _require_names("base", metadata.base, base)
@@ -136,7 +136,7 @@ def _warn_of_unknown_weights(adapters: AdapterSet) -> None:
     if adapters.samples is not None or adapters.warned:
         return
     adapters.warned = True
-    if adapters.marks is None:
+    if adapters.layer_samples is None:
         known = "carry nothing of the weights of their models, so only names, depth and width were compared"
     else:
         known = "carry values of second norms, attention outputs and down projections only, so only these were compared"
@@ -148,7 +148,7 @@ def adapter_scale(adapters: AdapterSet, backend: Backend, layer: int) -> Tensor 
 
     Raises PairMismatchError where the adapter's input cannot be computed.
     """
-    norm, marks = backend.second_norm(layer), adapters.marks
+    norm, samples = backend.second_norm(layer), adapters.layer_samples
     if adapters.metadata.reads == "normalized":
         if norm is not None and bool((norm == 0).any()):
             raise PairMismatchError(
@@ -158,12 +158,12 @@ def adapter_scale(adapters: AdapterSet, backend: Backend, layer: int) -> Tensor 
         return None if norm is None else 1 / norm.detach().to(torch.promote_types(norm.dtype, torch.float32))
     if norm is not None:
         return None
-    if marks is None:
+    if samples is None:
         raise PairMismatchError(
             "The model's second norms are folded, and these adapters, which read the MLP's input, do not carry "
             "the weights of those norms. Load the model with from_pretrained_no_processing."
         )
-    return marks[layer].ln2_w
+    return samples[layer].ln2_w
 
 
 def _require_names(role: str, recorded: str, given: str) -> None:

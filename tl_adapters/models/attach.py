@@ -101,7 +101,7 @@ def _require_base_or_own_mlp(adapters: AdapterSet, base: GivenModel | None, on: 
 
 def _recorded_norms(adapters: AdapterSet) -> list[Tensor] | None:
     """The target's second-norm weights of every layer, None where the adapters do not carry them all."""
-    samples = adapters.marks
+    samples = adapters.layer_samples
     if not samples or len(samples) != adapters.n_layers:
         return None
     return [samples[layer].ln2_w for layer in range(adapters.n_layers)]

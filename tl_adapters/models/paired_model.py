@@ -34,7 +34,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tl_adapters.adapters.adapter_set import AdapterMetadata, AdapterSet, TranscoderAdapter
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.metadata import AdapterMetadata
+from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.checkpoints.base_mlps import (
     GivenModel,
     MLPTensors,
@@ -45,7 +47,7 @@ from tl_adapters.checkpoints.base_mlps import (
     require_pair,
     resolve,
 )
-from tl_adapters.checkpoints.hf_model import load_hf_model, moved
+from tl_adapters.checkpoints.hf_model import load_hf_model, move_model
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 from tl_adapters.config import ActivationName, TrainingConfig
 from tl_adapters.models.adapter_checks import adapter_scale, require_belonging, require_planted
@@ -131,7 +133,7 @@ class PairedModel(RoutedModel):
         require_pair(base, target)
         base_mlps = read_base_mlps(base, model_config(target)["num_hidden_layers"])
         if isinstance(target, PreTrainedModel):
-            hf_target = moved(target, None if device is None else resolve_device(device), dtype)
+            hf_target = move_model(target, None if device is None else resolve_device(device), dtype)
         else:
             hf_target, tokenizer = load_hf_model(target, dtype, resolve_device(device), tokenizer)
         base_in_memory = base if isinstance(base, PreTrainedModel) else None
@@ -173,7 +175,7 @@ class PairedModel(RoutedModel):
         """
         pair = cls.from_pretrained(base, base, dtype=dtype, device=device, tokenizer=tokenizer, backend=backend)
         planted = copy.deepcopy(adapters).to(pair.device).requires_grad_(False)
-        planted.marks = planted.samples = None
+        planted.layer_samples = planted.samples = None
         require_belonging(planted, pair.backend, "", None, "")
         for layer in planted.layer_indices:
             scale = adapter_scale(planted, pair.backend, layer)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_adapters.adapters.adapter_set import AdapterSet, SetDescription
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.set_folder import SetDescription
 from tl_adapters.checkpoints.architectures import Architecture, architecture_name, find_architecture
 from tl_adapters.checkpoints.base_mlps import MLPTensors, base_fingerprint
 from tl_adapters.checkpoints.compatibility import PairMismatchError
@@ -222,7 +223,7 @@ class BaseIdentity:
 def recorded_samples(adapters: AdapterSet | SetDescription) -> dict[str, Tensor]:
     """All samples that a set holds of its models' weights, with the names of `ModelSamples` and `BaseIdentity`."""
     from_layers: dict[str, Tensor] = {}
-    for layer, samples in (adapters.marks or {}).items():
+    for layer, samples in (adapters.layer_samples or {}).items():
         from_layers[f"{layer}.ln2"] = samples.ln2_w
         from_layers[f"{layer}.self_attn.o_proj"] = samples.attention_out
         from_layers[f"base.{layer}.mlp.down_proj"] = samples.base_mlp_out

@@ -15,7 +15,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from tl_adapters.adapters.adapter_set import describe
+from tl_adapters.adapters.set_folder import read_description
 from tl_adapters.checkpoints.base_mlps import require_plain_folder
 from tl_adapters.checkpoints.compatibility import Finding, compare_configs, compare_vocabularies
 from tl_adapters.checkpoints.hf_model import load_config
@@ -142,7 +142,7 @@ def _adapters(
     """Whether adapters fit the models' shapes and were trained on them; compared by content where weights are local."""
     inside = Path(name) / "adapters"
     try:
-        about = describe(inside if inside.is_dir() else name)
+        about = read_description(inside if inside.is_dir() else name)
     except UserError as error:
         yield Finding("error", "adapters", str(error))
         return
