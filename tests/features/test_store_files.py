@@ -89,7 +89,7 @@ def test_a_circuit_of_other_adapters_reaches_no_intervention(name: str, form: st
     other = made(adapters=6)
     with (
         other.routed("replacement"),
-        pytest.raises(ForeignFeaturesError, match="number of one set"),
+        pytest.raises(ForeignFeaturesError, match="only in one set of adapters"),
         entered(other, given(circuit_of(made()))),
     ):
         pass
@@ -103,7 +103,7 @@ def test_the_command_line_keeps_the_adapters_of_a_circuit(tmp_path: Path) -> Non
         pass
     with pytest.raises(ForeignFeaturesError), ablated(made(adapters=6), tuple(ids)):
         pass
-    with pytest.raises(ForeignFeaturesError, match="number of one set"):
+    with pytest.raises(ForeignFeaturesError, match="only in one set of adapters"):
         circuit_edges(made(adapters=6), object.__new__(Onsets), Circuit.load(file).features)
 
 
