@@ -1,8 +1,8 @@
-"""The four activation functions at equal activity: ``python benchmarks/activations.py runs/activations 0 1 2``.
+"""The four activation functions at equal L0: ``python benchmarks/activations.py runs/activations 0 1 2``.
 
-For every seed and activation the built-in pair's adapters are trained with the default budget (``--steps`` for another
-one) and measured on held-out problems of the "report" split: KL and accuracy against the hybrid, L0, alive features.
-What is there already is not made again, and the table is printed anew after every seed.
+For every seed and activation function, adapters of the model organism are trained with the default number of steps
+(or ``--steps``) and measured on held-out problems of the "report" split: KL and accuracy relative to the hybrid, L0,
+alive features. Runs that exist already are not repeated, and the table is printed after every seed.
 """
 
 import argparse
@@ -34,10 +34,10 @@ SETTINGS: dict[str, TrainingConfig] = {
     "batchtopk": TrainingConfig(activation="batchtopk", k=5),
     "jumprelu": TrainingConfig(activation="jumprelu", l0_weight=0.00125),
 }
-"""Chosen for the relu default's L0, 5 to 6: k = 5, which is met over all tokens and gives a little more on responses,
-and an l0_weight between 0.001 (L0 6.1) and 0.002 (4.5), as measured on 100 problems of the "tune" split (seed 0, 700
-steps). The bandwidth there after 150 steps: at 0.5 the thresholds stay low (L0 19), at 2 features die before they
-learn (91 of 2,560 alive), at 1 neither (L0 16)."""
+"""Options that give the L0 of the relu default, 5 to 6. k = 5 holds over all tokens and gives slightly more on
+responses. l0_weight lies between 0.001 (L0 6.1) and 0.002 (4.5), as measured on 100 problems of the "tune" split
+(seed 0, 700 steps). Bandwidth, on the same problems after 150 steps: at 0.5 the thresholds stay low (L0 19), at 2
+features die before they learn (91 of 2,560 alive), and at 1 neither happens (L0 16)."""
 
 ROWS = [
     ("mean L0 per response token and layer", "l0", "{:.2f}", max),
@@ -48,8 +48,8 @@ ROWS = [
 ]
 
 
-class Exam:
-    """Held-out problems, and what target and hybrid say to them: the same for every set of adapters."""
+class HeldOutProblems:
+    """Held-out problems with the answers of target and hybrid, on which every set of adapters is measured."""
 
     def __init__(self, pair: PairedModel, split: organism.Split, documents: int) -> None:
         self.problems = organism.problems(split, documents)
@@ -62,7 +62,7 @@ class Exam:
         self.traces = traces_of(responses["target"], pair.model.tokenizer)
 
     def measure(self, pair: PairedModel) -> dict[str, float | list[float]]:
-        """The figures of the adapters that are in ``pair``, means over all response tokens."""
+        """Values of the adapters in ``pair``, as means over all response tokens."""
         sums = measure_faithfulness(pair, self.traces)
         with pair.routed("replacement"):
             right = correctness(respond(pair.model, self.problems))
@@ -80,7 +80,7 @@ class Exam:
 
 
 def train_once(folder: Path, config: TrainingConfig) -> None:
-    """Train into ``folder``, or go on with what is there; nothing where it is done."""
+    """Train adapters into ``folder``, or resume the run there; a finished run is left unchanged."""
     if (folder / "adapters").is_dir():
         return
     pair = load_organism_pair()
@@ -94,29 +94,29 @@ def train_once(folder: Path, config: TrainingConfig) -> None:
     write_text(folder / "seconds.json", json.dumps(round(trainer.seconds, 1)))
 
 
-def measured(folder: Path, pair: PairedModel, exam: Exam) -> dict[str, float]:
-    """The figures of a run, from its folder where they are there already."""
+def measured(folder: Path, pair: PairedModel, held_out: HeldOutProblems) -> dict[str, float]:
+    """The values of a run, read from its folder if they were measured before."""
     file = folder / "measured.json"
     if not file.is_file():
         pair.load_adapters(AdapterSet.from_pretrained(folder / "adapters"))
         seconds = json.loads((folder / "seconds.json").read_text())
-        write_text(file, json.dumps(exam.measure(pair) | {"seconds": seconds}, indent=1) + "\n")
+        write_text(file, json.dumps(held_out.measure(pair) | {"seconds": seconds}, indent=1) + "\n")
     return json.loads(file.read_text())
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Mean of the seeds, and the worst, of every figure and activation."""
-    found = {f"{name} ({len(runs)} seeds)": runs for name, runs in found.items() if runs}
-    lines = [f"| mean (worst) | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+def table(runs_of: dict[str, list[dict[str, float]]]) -> str:
+    """Mean over the seeds, and the worst, of every value and activation function."""
+    columns_of = {f"{name} ({len(runs)} seeds)": runs for name, runs in runs_of.items() if runs}
+    lines = [f"| mean (worst) | {' | '.join(columns_of)} |", "|---" * (len(columns_of) + 1) + "|"]
     for name, key, form, worst in ROWS:
-        columns = [[run[key] for run in runs] for runs in found.values()]
+        columns = [[run[key] for run in runs] for runs in columns_of.values()]
         cells = [f"{form.format(sum(v) / len(v))} ({form.format(worst(v))})" for v in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def agreement(out: Path, seeds: list[int], names: list[str], pair: PairedModel) -> None:
-    """What the first two seeds of each activation have in common, by firing rate, on 1,850 held-out documents."""
+    """Print the share of features that the first two seeds have in common, by firing rate, on 1,850 documents."""
     held_out = encode_traces(organism.reasoning_pairs("report", 1_850, 0), pair.model.tokenizer, pair.model.cfg.n_ctx)
     for name in names:
         a, b = (AdapterSet.from_pretrained(out / f"{name}-{seed}" / "adapters") for seed in seeds[:2])
@@ -129,22 +129,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder of all runs")
     parser.add_argument("seeds", type=int, nargs="+")
-    parser.add_argument("--steps", type=int, default=TrainingConfig().steps, help="of every training")
+    parser.add_argument("--steps", type=int, default=TrainingConfig().steps, help="steps of every run")
     parser.add_argument("--documents", type=int, default=400, help="held-out problems")
-    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="these activations")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="only these activations")
     options = parser.parse_args()
-    exam, pair = None, load_organism_pair()
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
+    held_out, pair = None, load_organism_pair()
+    runs_of: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
     for seed in options.seeds:
         for name in options.only:
             settings = SETTINGS[name]
-            folder, began = options.out / f"{name}-{seed}", time.perf_counter()
+            folder, start = options.out / f"{name}-{seed}", time.perf_counter()
             train_once(folder, replace(settings, seed=seed, steps=options.steps, checkpoint_every=100))
-            exam = exam or Exam(pair, "report", options.documents)
-            found[name].append(measured(folder, pair, exam))
-            print(f"seed {seed}, {name}: {time.perf_counter() - began:.0f} s, {found[name][-1]}", flush=True)
-        text = table(found)
-        write_text(options.out / "results.json", json.dumps({"seeds": options.seeds, **found}, indent=1) + "\n")
+            held_out = held_out or HeldOutProblems(pair, "report", options.documents)
+            runs_of[name].append(measured(folder, pair, held_out))
+            print(f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s, {runs_of[name][-1]}", flush=True)
+        text = table(runs_of)
+        write_text(options.out / "results.json", json.dumps({"seeds": options.seeds, **runs_of}, indent=1) + "\n")
         print(text, flush=True)
     if len(options.seeds) > 1:
         agreement(options.out, options.seeds, options.only, pair)

@@ -1,8 +1,8 @@
-"""Ratios of times in one run: ``python benchmarks/speed.py``.
+"""Ratios of running times: ``python benchmarks/speed.py``.
 
-Prints how the shared-prefix objective compares with the formulas as they read, fused with stock attention, and a
-TransformerBridge with a HookedTransformer, on a random model of the built-in pair's size. The two sides are
-interleaved and the median of the pairwise ratios is printed: these machines are shared, a single time means little.
+Compares the shared-prefix objective with the reference objective, fused with stock attention, and a TransformerBridge
+with a HookedTransformer, on a random model of the model organism's size. The two sides are interleaved and the median
+of the pairwise ratios is printed, because single times on a shared machine vary.
 """
 
 import statistics
@@ -26,15 +26,15 @@ SIZE = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=5, vocab_s
 
 
 def ratio(slow: Callable[[], object], fast: Callable[[], object], repeats: int = 7) -> str:
-    """Median, minimum and maximum of time(slow) / time(fast) over interleaved repeats."""
+    """Median, minimum and maximum of time(slow) / time(fast) over interleaved repeats, as text."""
     slow(), fast()
     ratios = []
     for _ in range(repeats):
         times = []
         for run in (slow, fast):
-            began = time.perf_counter()
+            start = time.perf_counter()
             run()
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
         ratios.append(times[0] / times[1])
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
@@ -45,11 +45,11 @@ def main() -> None:
     weights = LossWeights()
     batch = random_batch(0, lengths=(64,) * 32, prompt=12, vocab=280)
     for cut in (1, 3, 5):
-        found = ratio(
+        speedup = ratio(
             lambda: reference_step(pair, batch, cut, weights, 0.01),
             lambda: shared_prefix_step(pair, batch, cut, weights, 0.01),
         )
-        print(f"objective at cut {cut}: as the formulas read / shared prefixes = {found}")
+        print(f"objective at cut {cut}: reference / shared prefixes = {speedup}")
 
     def attention(cls: type) -> Callable[[], object]:
         def run() -> None:
@@ -62,16 +62,16 @@ def main() -> None:
 
     for length in (64, 256):
         tokens = random_batch(0, lengths=(length,) * (2048 // length), vocab=280).tokens
-        found = ratio(attention(FusedAttention.__mro__[1]), attention(FusedAttention))
-        print(f"forward pass at {length} tokens: stock / fused attention = {found}")
+        speedup = ratio(attention(FusedAttention.__mro__[1]), attention(FusedAttention))
+        print(f"forward pass at {length} tokens: stock / fused attention = {speedup}")
 
     hf_models = (random_model(seed, torch.float32, **SIZE) for seed in (1, 2))
     bridged = randomise(PairedModel.from_pretrained(*hf_models, backend="bridge"), n_features=512)
-    found = ratio(
+    speedup = ratio(
         lambda: shared_prefix_step(bridged, batch, 3, weights, 0.01),
         lambda: shared_prefix_step(pair, batch, 3, weights, 0.01),
     )
-    print(f"training step at cut 3: TransformerBridge / HookedTransformer = {found}")
+    print(f"training step at cut 3: TransformerBridge / HookedTransformer = {speedup}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Options: both ways through JSON and YAML, and errors that name the nearest."""
+"""Options: round trips through JSON and YAML, and errors that name the nearest option."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from tl_adapters.config import (
 )
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_a_configuration_survives_json_and_yaml(tmp_path: Path) -> None:
     training = TrainingConfig(steps=7, lr=1e-5, loss_weights=LOSS_WEIGHTS["public_code"], count=("answer",))
     config = RunConfig(base="b", target="t", data=DataConfig(source="x.jsonl", max_tokens=9), training=training)
     (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))
@@ -31,7 +31,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert RunConfig.load(tmp_path / "c.json") == config == RunConfig.load(tmp_path / "c.yaml")
 
 
-def test_what_an_activation_does_not_read_is_not_recorded() -> None:
+def test_options_that_an_activation_does_not_read_are_not_recorded() -> None:
     """Otherwise a run's own file would be refused once a default has changed."""
     recorded = {
         name: set(RunConfig(training=TrainingConfig(activation=name)).to_dict()["training"])
@@ -87,7 +87,7 @@ def test_published_weights() -> None:
         ({"activation": "batchtopk", "n_features": 4}, r"k is 6; allowed is .* n_features \(4\)"),
     ],
 )
-def test_what_cannot_be_is_said(values: dict[str, object], message: str) -> None:
+def test_an_impossible_training_option_is_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_dict({"training": values})
 
@@ -105,19 +105,19 @@ def test_what_cannot_be_is_said(values: dict[str, object], message: str) -> None
         ({"base": "b"}, "give both, or neither"),
     ],
 )
-def test_what_cannot_be_in_a_run_is_said(values: dict[str, object], message: str) -> None:
+def test_an_impossible_option_is_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_dict(values)
 
 
-def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
+def test_a_file_without_a_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text("{")
     with pytest.raises(ConfigError, match="neither valid JSON nor YAML"):
         RunConfig.load(tmp_path / "c.json")
     (tmp_path / "c.yaml").write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match="list"):
         RunConfig.load(tmp_path / "c.yaml")
-    with pytest.raises(ConfigError, match="papr is no file.*openthoughts3.*paper"):
+    with pytest.raises(ConfigError, match="There is no file papr.*openthoughts3.*paper"):
         RunConfig.load("papr")
 
 
@@ -129,7 +129,7 @@ def test_every_shipped_configuration_takes_every_activation(activation: str) -> 
     assert TrainingConfig(n_features=2).k == 6  # relu does not read it
 
 
-def test_every_shipped_configuration_loads_and_says_what_it_is() -> None:
+def test_every_shipped_configuration_loads_and_begins_with_a_comment() -> None:
     configs = shipped_configs()
     assert {"builtin", "paper", "public_code", "openthoughts3"} <= set(configs)
     for name, path in configs.items():

@@ -1,7 +1,7 @@
-"""Every option of a run, documented under its field; frozen; YAML and JSON both ways.
+"""The options of a run as frozen dataclasses, each documented under its field, and their YAML and JSON.
 
-An unknown key is an error that names the nearest known one, an impossible value one that says what is allowed.
-`commented_yaml` prints a configuration with each field's documentation beside it, from this file's own docstrings.
+An error for an unknown key names the nearest known one, and an error for a value says which values are allowed.
+`commented_yaml` prints a configuration with the documentation of each field, read from the docstrings in this file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tl_adapters.errors import UserError
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used; the message says which key, what was given and what is allowed."""
+    """Raised for a configuration that cannot be used; the message names the key, the value and what is allowed."""
 
 
 def _require(condition: bool, name: str, given: object, allowed: str) -> None:
@@ -42,7 +42,7 @@ def _is_date(text: str) -> bool:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the four reconstruction terms, and where the cut of the bridges is drawn from."""
+    """Weights of the four reconstruction terms (arXiv 2602.20904, section 3.2), and the lowest cut of the bridges."""
 
     output_kl: float = 1.0
     """Weight of KL(target || replacement)."""
@@ -51,7 +51,7 @@ class LossWeights:
     backward_bridge: float = 1.0
     """Weight of KL(target || target below the cut, replacement above it)."""
     nmse: float = 1.0
-    """Weight of the normalised squared error of the residual stream."""
+    """Weight of the NMSE of the residual stream."""
     lowest_cut: int = 1
     """The cut is drawn uniformly from lowest_cut..n_layers: 1 in the paper, 0 in its public code."""
 
@@ -65,7 +65,7 @@ LOSS_WEIGHTS = {
     "paper": LossWeights(),
     "public_code": LossWeights(forward_bridge=2.0, backward_bridge=2.0, lowest_cut=0),
 }
-"""The paper states weight 1 for every term; its public code doubles both bridges and may draw cut 0."""
+"""Named weights: the paper states weight 1 for every term; its public code doubles both bridges and may draw cut 0."""
 
 
 TooLong = Literal["truncate", "drop", "refuse"]
@@ -80,55 +80,56 @@ ActivationName = Literal["relu", "jumprelu", "topk", "batchtopk"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where documents come from and how they become traces."""
+    """The source of the documents, and how they become traces."""
 
     source: str = ""
-    """A .jsonl file, or a dataset's name on the hub; "" is the built-in pair's own text."""
+    """A .jsonl file, or the name of a dataset on the hub; "" is the model organism's own text."""
     subset: str | None = None
-    """Configuration of a hub dataset that has several."""
+    """Configuration of a hub dataset that has several of them."""
     split: str = "train"
     """Split of a hub dataset."""
     revision: str | None = None
     """Commit, tag or branch of a hub dataset."""
     streaming: bool = False
-    """Read a hub dataset as it arrives instead of downloading it first; its own order, shuffled within a window."""
+    """Stream a hub dataset instead of downloading it first; it keeps its own order and is shuffled within a window."""
     conversation_column: str | None = None
-    """Column of [{role, content}] or [{from, value}] turns; null finds messages, conversations or conversation."""
+    """Column of turns, [{role, content}] or [{from, value}]; null reads messages, conversations or conversation."""
     prompt_column: str | None = None
-    """Column of questions; null finds prompt, question or problem."""
+    """Column of questions; null reads prompt, question or problem."""
     response_column: str | None = None
-    """Column of whole responses, thinking included; null finds response, completion or generation."""
+    """Column of whole responses, thinking included; null reads response, completion or generation."""
     thinking_column: str | None = None
-    """Column of the response's thinking, where that has one of its own; null finds reasoning_content, reasoning or
+    """Column of the thinking of responses, if it has a column of its own; null reads reasoning_content, reasoning or
     thinking."""
     system_column: str | None = None
-    """Column of a system turn that comes before the others; null finds system."""
+    """Column of a system turn, which is put before the other turns; null reads system."""
     domain_column: str | None = None
-    """Column that says what a document is about (math, code, ...), for counting by domain; null finds domain."""
+    """Column of the domain of each document (math, code, ...), by which features are counted; null reads domain."""
     max_tokens: int | None = None
-    """Longest document in tokens; null is the target's context length."""
+    """Maximal length of a document in tokens; null is the target's context length."""
     too_long: TooLong = "truncate"
-    """What happens to a longer document: "truncate", "drop" (both are counted and said) or "refuse" (an error)."""
+    """What happens to a longer document: "truncate", "drop" (both are counted and reported) or "refuse" (an error)."""
     bad_rows: BadRows = "refuse"
-    """What happens to a row that is no conversation, or one that the chat template refuses: "refuse" (an error that
-    names it) or "drop" (left out and counted)."""
+    """What happens to a row that holds no conversation, or one that the chat template refuses: "refuse" (an error that
+    names the row) or "drop" (the row is left out and counted)."""
     template_date: str | None = None
-    """What a chat template that writes today's date is to write, as YYYY-MM-DD; null is the day on which the run is
-    started, and the run then keeps it here."""
+    """Date for a chat template that writes today's date, as YYYY-MM-DD; null is the day on which the run is started,
+    which the run's own configuration then holds."""
     think_start: str = "<think>"
-    """What opens the thinking part of a response; "<think>" stands for whatever published form the target has."""
+    """Tag that opens the thinking of a response; "<think>" stands for whichever published form the target uses."""
     think_end: str = "</think>"
-    """What ends it; the answer follows."""
+    """Tag that closes the thinking; the answer follows it."""
     shuffle_window: int = 4096
-    """Documents that are encoded, shuffled and bucketed by length together."""
+    """Number of documents that are encoded, shuffled and batched by length together."""
     survey_documents: int = 2000
-    """Documents whose lengths are counted before training starts."""
+    """Number of documents whose lengths are counted before training starts."""
     validation_fraction: float = 0.0
-    """Share of the documents held out, chosen by a hash of the question: never trained on, whatever the seed."""
+    """Share of the documents that are held out, chosen by a hash of the question, so that it does not depend on the
+    seed."""
     validation_split: str | None = None
-    """Another split of a hub dataset to validate on, instead of a share of this one."""
+    """Another split of a hub dataset to validate on, instead of a share of the training split."""
     validation_documents: int = 64
-    """Held-out documents that are measured, at most."""
+    """Maximal number of held-out documents that are measured."""
 
     def __post_init__(self) -> None:
         for name in ("shuffle_window", "survey_documents", "validation_documents"):
@@ -147,58 +148,59 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Options of one training run. The defaults are tuned on the built-in pair (its tune split)."""
+    """Options of one training run. The defaults are tuned on the model organism (its tune split)."""
 
     n_features: int = 512
     """Features per layer (8,192 in the paper, at d_model 3,584)."""
     steps: int = 700
-    """Optimiser steps."""
+    """Number of optimizer steps."""
     tokens_per_batch: int = 1024
-    """Tokens per step, padding included; documents of similar length are batched together."""
+    """Maximal number of tokens per step, padding included; documents of similar length are batched together."""
     lr: float = 0.012
     """Peak learning rate of Adam (8e-4 in the paper, for a model a thousand times larger)."""
     beta1: float = 0.9
-    """Adam's decay rate of the mean gradient."""
+    """Adam's decay rate for the mean of the gradient."""
     beta2: float = 0.999
-    """Adam's decay rate of the squared gradient."""
+    """Adam's decay rate for the mean of the squared gradient."""
     warmup_fraction: float = 0.05
-    """Share of the steps over which the learning rate rises linearly; afterwards it falls as a cosine to 0."""
+    """Share of the steps over which the learning rate rises linearly; afterwards it falls to 0 as a cosine."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient of all adapters together."""
+    """Maximal norm of the gradient of all adapters together; a larger gradient is scaled down to it."""
     activation: ActivationName = "relu"
-    """Which features are active: "relu" (the paper's; l1_weight makes it sparse), "jumprelu" (a learned threshold per
-    feature; l0_weight makes it sparse), "topk" (the k largest of each token) or "batchtopk" (k per token on average:
-    the largest of the whole batch in training, a threshold afterwards)."""
+    """Activation function, which decides which features are active: "relu" (the paper's; l1_weight makes it sparse),
+    "jumprelu" (a learned threshold per feature; l0_weight makes it sparse), "topk" (the k largest of each token) or
+    "batchtopk" (k per token on average: the largest of the whole batch in training, a threshold afterwards)."""
     l1_weight: float = 0.001
-    """Weight of relu's sparsity term, the activations in decoder-norm units: higher means fewer active features (1e-4
-    to 1e-2 in the paper). Only relu reads it."""
+    """Weight of the sparsity term of relu, the L1 of activations in decoder-norm units: higher means fewer active
+    features (1e-4 to 1e-2 in the paper). Only relu reads it."""
     l0_weight: float = 0.001
-    """Weight of jumprelu's sparsity term, the number of active features: higher means fewer. Only jumprelu reads it."""
+    """Weight of the sparsity term of jumprelu, the number of active features: higher means fewer active features. Only
+    jumprelu reads it."""
     l1_warmup_fraction: float = 0.25
-    """Share of the steps over which l1_weight or l0_weight rises linearly from 0; topk and batchtopk have neither."""
+    """Share of the steps over which l1_weight or l0_weight rises linearly from 0. Only relu and jumprelu read it."""
     k: int = 6
-    """Active features per token and layer: exactly (topk) or on average (batchtopk). Only these two read it."""
+    """Active features per token and layer: exactly k (topk) or k on average (batchtopk). Only these two read it."""
     bandwidth: float = 1.0
-    """Width of the kernel through which jumprelu's thresholds learn, and where they start; in units of the
-    pre-activation, which is of the order of 1 because what an adapter reads is normalised. Only jumprelu reads it."""
+    """Width of the kernel through which jumprelu's thresholds get a gradient, and their initial value, in units of the
+    pre-activation, which is of the order of 1 because the input of an adapter is normalized. Only jumprelu reads it."""
     count: tuple[Region, ...] = REGIONS
-    """Which tokens the objective counts: any of prompt, thinking and answer (all of them in the paper)."""
+    """Regions whose tokens the objective counts: any of prompt, thinking and answer (all of them in the paper)."""
     loss_weights: LossWeights = field(default_factory=LossWeights)
-    """Weights of the reconstruction terms; in a file also a name: "paper" or "public_code"."""
+    """Weights of the reconstruction terms; in a file also the name "paper" or "public_code"."""
     seed: int = 0
-    """Seeds the encoders, the order of the documents and the cuts."""
+    """Seed of the encoders' initial weights, the order of the documents and the cuts."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; a run that is stopped or killed goes on from the last one, bit for bit."""
+    """Steps between saved training states; a run that is stopped or killed resumes from the last one, bit for bit."""
     keep_checkpoints: int = 2
-    """How many of the last checkpoints stay on disk."""
+    """Number of saved training states that are kept on disk."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     validate_every: int = 500
-    """Steps between measurements on the held-out documents, where there are any (lines of validation.jsonl)."""
+    """Steps between measurements on the held-out documents, if there are any (lines of validation.jsonl)."""
     tracker: TrackerName = "none"
-    """Where the curves go besides metrics.jsonl; the others come with the extras of their name."""
+    """Tracker that draws the curves besides metrics.jsonl; each but "none" needs the extra of its name."""
     tracker_project: str = "tl-adapters"
-    """Project the run is filed under in the tracker."""
+    """Project of the tracker in which the run appears."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -215,11 +217,11 @@ class TrainingConfig:
         for name in ("l1_weight", "l0_weight"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
         _require(self.bandwidth > 0, "bandwidth", self.bandwidth, "a number > 0")
-        self._require_options_of_the_activation()
+        self._require_read_options()
         _require(len(self.count) > 0, "count", list(self.count), f"one or more of {', '.join(REGIONS)}")
 
-    def _require_options_of_the_activation(self) -> None:
-        """Raises ConfigError for an option that was set and that the activation does not read."""
+    def _require_read_options(self) -> None:
+        """Raises ConfigError for an option that was set although the activation function does not read it."""
         _require(self.activation in get_args(ActivationName), "activation", self.activation, _in_words(ActivationName))
         for option, readers in _READ_BY.items():
             given, default = getattr(self, option), getattr(type(self), option)
@@ -241,26 +243,26 @@ _READ_BY: dict[str, tuple[ActivationName, ...]] = {
     "k": ("topk", "batchtopk"),
     "bandwidth": ("jumprelu",),
 }
-"""The activations that read an option which not all of them read."""
+"""Options that only some activation functions read, and those functions."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run: the pair, its data, its training. What `tl-adapters train --config` reads and a run records."""
+    """The options of a whole run: models, data and training. `tl-adapters train --config` reads them from a file."""
 
     base: str = ""
-    """Folder or hub name of the base; "" with an empty target is the built-in pair."""
+    """Folder or hub name of the base; "" with an empty target is the model organism."""
     target: str = ""
     """Folder or hub name of the target."""
     dtype: Dtype | None = None
-    """Of the models' weights; null keeps the target's own. Adapters are float32 always."""
+    """Dtype of the models' weights; null is the target's own. Adapters are always float32."""
     backend: BackendName | None = None
-    """What runs the models: "hooked" (HookedTransformer), "bridge" (TransformerBridge); null takes the first that the
-    installed TransformerLens has."""
+    """Class that runs the models: "hooked" (HookedTransformer) or "bridge" (TransformerBridge); null is the first of
+    them that the installed TransformerLens has."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Where documents come from."""
+    """The training documents."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """How adapters are trained."""
+    """The training of the adapters."""
 
     def __post_init__(self) -> None:
         if bool(self.base) != bool(self.target):
@@ -269,8 +271,8 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to JSON or YAML.
 
-        Without the options that the activation does not read: what was recorded today must not be refused once
-        defaults have changed.
+        Options that the activation function does not read are left out. Otherwise a recorded configuration would be
+        refused after their defaults have changed.
         """
         plain = _plain(self)
         for option, readers in _READ_BY.items():
@@ -280,18 +282,20 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The inverse of `to_dict`; keys left out take their defaults. Raises ConfigError."""
+        """The inverse of `to_dict`; missing keys get their defaults. Raises ConfigError."""
         return _build(cls, values, "")
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
-        """Read a .yaml, .yml or .json file, or a configuration that ships by its name. Raises ConfigError."""
+        """Read a .yaml, .yml or .json file, or a shipped configuration by its name. Raises ConfigError."""
         path = Path(path)
         if not path.suffix and str(path) in shipped_configs():
             path = shipped_configs()[str(path)]
         if not path.is_file():
             known = ", ".join(shipped_configs())
-            raise ConfigError(f"{path} is no file; give a .yaml or .json, or a shipped configuration: {known}.")
+            raise ConfigError(
+                f"There is no file {path}; give a .yaml or .json file, or a shipped configuration: {known}."
+            )
         try:
             text = path.read_text(encoding="utf-8")
             values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -303,12 +307,12 @@ class RunConfig:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Name to file of every configuration that comes with the package."""
+    """Name and file of every configuration that is shipped with the package."""
     return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
 
 
 def commented_yaml(config: RunConfig) -> str:
-    """The configuration as YAML, every option after its documentation."""
+    """The configuration as YAML, in which a comment with its documentation precedes every option."""
     return "\n".join(_commented_lines(config, ""))
 
 
@@ -322,14 +326,14 @@ def _commented_lines(config: Any, indent: str) -> list[str]:
             lines += [f"{indent}{name}:", *_commented_lines(value, indent + "  ")]
         else:
             plain = list(value) if isinstance(value, tuple) else value
-            # PyYAML reads 1e-05 as a string; a decimal point makes it a number everywhere.
+            # PyYAML reads 1e-05 as a string, but 0.00001 as a number.
             text = f"{value:.12f}".rstrip("0") if isinstance(value, float) and "e" in repr(value) else json.dumps(plain)
             lines.append(f"{indent}{name}: {text}")
     return lines
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name to the docstring under it, read from the class's source."""
+    """Name of every field and the docstring under it, read from the class's source."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(body, ast.ClassDef)
     docs = {}
@@ -340,11 +344,12 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
+    """The dataclass as a dict, in which tuples are lists."""
     return asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
 
 
 def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    """A dataclass from a mapping: every key known, every value of its field's type. Raises ConfigError."""
+    """A dataclass from a mapping. Raises ConfigError for an unknown key, or a value of another type than its field."""
     hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     arguments = {}
@@ -359,17 +364,18 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _paths(cls: Any, prefix: str) -> dict[str, str]:
-    """Option name to its dotted path, for the options of ``cls`` and of what it holds; its own come first."""
+    """Name and dotted path of the options of ``cls`` and of nested dataclasses; on a clash its own is taken."""
     hints = get_type_hints(cls)
     nested = [_paths(hint, f"{prefix}{name}.") for name, hint in hints.items() if is_dataclass(hint)]
-    found = {name: f"{prefix}{name}" for name in hints}
-    return {**{name: path for paths in nested for name, path in paths.items()}, **found}
+    own = {name: f"{prefix}{name}" for name in hints}
+    return {**{name: path for paths in nested for name, path in paths.items()}, **own}
 
 
 def _value(hint: Any, value: Any, key: str) -> Any:
+    """The value of an option whose type is ``hint``. Raises ConfigError, which names ``key``, for another type."""
     if hint is LossWeights and isinstance(value, str):
         if value not in LOSS_WEIGHTS:
-            raise ConfigError(f"{key}: no weights named {value!r}; known are {sorted(LOSS_WEIGHTS)}.")
+            raise ConfigError(f"{key} is {value!r}; allowed is a mapping or one of {sorted(LOSS_WEIGHTS)}.")
         return LOSS_WEIGHTS[value]
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
@@ -395,6 +401,7 @@ def _allowed(hint: Any, value: Any) -> bool:
 
 
 def _in_words(hint: Any) -> str:
+    """The values of a type, as an error names them."""
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_in_words(h) for h in get_args(hint))
     if get_origin(hint) is Literal:

@@ -1,5 +1,5 @@
-"""The root of every error whose message is written for the user: what was given, what is allowed, what to do next."""
+"""The base class of all errors whose message tells a user what was given, what is allowed and what to do next."""
 
 
 class UserError(Exception):
-    """Something the user can mend. The command line prints its message without a traceback."""
+    """An error that the user can correct. The command line prints its message without a traceback."""

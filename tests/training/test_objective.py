@@ -1,4 +1,4 @@
-"""The fast objective equals the objective as the formulas read, and its terms are what is optimised."""
+"""The fast objective equals the reference objective, and its terms sum to the loss that is optimized."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from tl_adapters.adapters.transcoder import row_norms
 from tl_adapters.config import LossWeights
 from tl_adapters.data.traces import Batch
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.training.loss_terms import l0_penalty, sparsity, squared_error_ratio
+from tl_adapters.training.loss_terms import l0_term, l1_term, nmse_term
 from tl_adapters.training.objective import StepTerms, held_out_terms, reference_step, shared_prefix_step
 from tl_adapters.utils.kl_divergence import kl_from_residual, masked_kl
 
@@ -40,7 +40,7 @@ def test_shared_prefixes_change_neither_value_nor_gradient(pair: PairedModel, ba
 
 @pytest.mark.parametrize("cut", range(5))
 @pytest.mark.parametrize("activation", OTHERS)
-def test_nor_with_any_other_activation(activation: str, batch: Batch, cut: int) -> None:
+def test_shared_prefixes_change_nothing_with_any_other_activation(activation: str, batch: Batch, cut: int) -> None:
     both_steps_agree(make(activation), batch, cut)
 
 
@@ -51,8 +51,8 @@ def both_steps_agree(pair: PairedModel, batch: Batch, cut: int) -> None:
     fast_gradients = gradients(pair)
     for name in TERMS:
         assert abs(getattr(slow, name) - getattr(fast, name)) < 1e-10, name
-    assert (slow.smallest is None) is (fast.smallest is None)
-    for ours, theirs in zip(slow.smallest or [], fast.smallest or [], strict=True):
+    assert (slow.smallest_active is None) is (fast.smallest_active is None)
+    for ours, theirs in zip(slow.smallest_active or [], fast.smallest_active or [], strict=True):
         assert abs(ours - theirs) < 1e-10 and ours > 0
     for name, gradient in slow_gradients.items():
         assert gradient.abs().max() > 0, name
@@ -67,7 +67,7 @@ def test_the_total_is_the_weighted_sum_of_the_terms(activation: str, batch: Batc
     assert abs(t.total - expected) < 1e-12
 
 
-def test_at_the_ends_the_bridges_are_the_pure_models(pair: PairedModel, batch: Batch) -> None:
+def test_the_bridges_of_the_lowest_and_highest_cut_are_pure_models(pair: PairedModel, batch: Batch) -> None:
     for step in (reference_step, shared_prefix_step):
         lowest, highest = step(pair, batch, 0, WEIGHTS, 0.0), step(pair, batch, 4, WEIGHTS, 0.0)
         assert abs(lowest.forward_bridge) < 1e-12 and abs(highest.backward_bridge) < 1e-12
@@ -91,7 +91,7 @@ def test_padding_changes_neither_term_nor_gradient(activation: str, step: Callab
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
-def test_steps_train_and_what_is_held_out_evaluates(activation: str, batch: Batch) -> None:
+def test_steps_use_training_mode_and_held_out_documents_evaluation_mode(activation: str, batch: Batch) -> None:
     pair = make(activation)
     before = {name: value.clone() for name, value in pair.installed_adapters().state_dict().items()}
     terms = shared_prefix_step(pair, batch, 2, WEIGHTS, 0.05, want_l0=True)
@@ -112,7 +112,7 @@ def test_batchtopk_counts_real_tokens_whatever_the_objective_counts(batch: Batch
     pair = make("batchtopk")
     answers = Batch(batch.tokens, batch.region, ("answer",))
     everything, some = (shared_prefix_step(pair, b, 2, WEIGHTS, 0.0) for b in (batch, answers))
-    assert [float(v) for v in everything.smallest or []] == [float(v) for v in some.smallest or []]
+    assert [float(v) for v in everything.smallest_active or []] == [float(v) for v in some.smallest_active or []]
     assert abs(everything.output_kl - some.output_kl) > 1e-3
 
 
@@ -126,7 +126,7 @@ def test_the_l0_term_is_jumprelus_l0_and_moves_only_thresholds(batch: Batch) -> 
         assert (gradient <= 0).all()  # a higher threshold, fewer features
 
 
-def test_the_terms_against_plain_python() -> None:
+def test_the_terms_equal_plain_python() -> None:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     mask = torch.tensor([[True, True, False], [True, False, False]])
@@ -135,17 +135,17 @@ def test_the_terms_against_plain_python() -> None:
     kls = [sum(a * (a / b).log() for a, b in zip(p[i].softmax(0), q[i].softmax(0), strict=True)) for i in counted]
     assert abs(masked_kl(p, q, mask) - sum(kls) / 3) < 1e-12
     error = sum(((p[i] - q[i]) ** 2).sum() for i in counted) / sum((p[i] ** 2).sum() for i in counted)
-    assert abs(squared_error_ratio(p, q, mask) - error) < 1e-12
+    assert abs(nmse_term(p, q, mask) - error) < 1e-12
     acts, decoder = draw(2, 3, 4).relu(), draw(4, 6)
     l1 = sum(acts[i][f] * decoder[f].norm() for i in counted for f in range(4)) / 3
-    assert abs(sparsity(acts, row_norms(decoder), mask) - l1) < 1e-12
+    assert abs(l1_term(acts, row_norms(decoder), mask) - l1) < 1e-12
     active = (acts > 0).double()
     l0 = sum(float(acts[i][f] > 0) for i in counted for f in range(4)) / 3
-    assert abs(l0_penalty(active, mask) - l0) < 1e-12
+    assert abs(l0_term(active, mask) - l0) < 1e-12
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 4, 100])
-def test_kl_in_chunks_is_the_kl(rows_at_once: int) -> None:
+def test_kl_in_chunks_equals_the_kl(rows_at_once: int) -> None:
     generator = torch.Generator().manual_seed(0)
     target, resid = (torch.randn(2, 6, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     W_U = torch.randn(8, 13, generator=generator, dtype=torch.float64)

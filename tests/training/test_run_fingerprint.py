@@ -74,7 +74,7 @@ def begun(folder: Path, data: EncodedDocuments, step: int = 3) -> Path:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_run_resumed_on_another_day_is_the_run_of_its_first(
+def test_a_run_resumed_on_another_day_keeps_its_date(
     streaming: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     today(DAY, monkeypatch)
@@ -87,7 +87,7 @@ def test_a_run_resumed_on_another_day_is_the_run_of_its_first(
     assert Trainer.resume(pair_of(folder), again, run, progress=False).run().fingerprint == whole
 
 
-def test_the_day_of_a_run_is_its_own_wherever_it_is_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_keeps_its_date_wherever_it_is_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     today(DAY, monkeypatch)
     pair = pair_of(folder)
     train(pair, documents(folder), OPTIONS, folder / "run", progress=False)
@@ -110,7 +110,7 @@ def test_the_day_of_a_run_is_its_own_wherever_it_is_opened(folder: Path, monkeyp
     )
 
 
-def test_fingerprints_tell_the_day(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprints_depend_on_the_date(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     today(DAY, monkeypatch)
     first = documents(folder)
     today(NEXT, monkeypatch)
@@ -132,7 +132,7 @@ def test_data_that_changed_is_refused_wherever_it_changed(changed: int, streamin
         Trainer.resume(pair_of(folder), documents(folder, streaming=True), run, progress=False).run()
 
 
-def test_a_template_or_tokenizer_that_renders_otherwise_is_refused(folder: Path) -> None:
+def test_a_template_or_tokenizer_that_renders_differently_is_refused(folder: Path) -> None:
     run = begun(folder, documents(folder))
     template = (load_tokenizer(folder / "target").chat_template or "").replace("Today Date", "Date")
     write_tokenizer(folder / "target", "Llama 3.2", chat_template=template)
@@ -152,7 +152,7 @@ def test_a_commit_of_the_hub_is_in_the_fingerprint(folder: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("kept", [("data",), ("data", "chat_template")])
-def test_a_run_of_an_earlier_version_goes_on_and_is_told_what_is_not_checked(
+def test_a_run_of_an_earlier_version_resumes_with_a_warning_of_what_is_not_checked(
     kept: tuple[str, ...], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = begun(folder, documents(folder))
@@ -164,6 +164,6 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_told_what_is_not_checked(
     assert ("chat template" in caplog.text) == (len(kept) == 1)
 
 
-def test_nothing_is_said_to_be_unchecked_where_all_is_checked(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_there_is_no_warning_where_all_is_checked(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     Trainer.resume(pair_of(folder), documents(folder), begun(folder, documents(folder)), progress=False)
     assert "not checked" not in caplog.text

@@ -45,7 +45,7 @@ def pair(seed: int = 2) -> PairedModel:
 
 
 def documents(n: int = 40) -> EncodedDocuments:
-    """A few windows an epoch, so that where a run stands is more than a step."""
+    """A few windows an epoch, so that the position of a run is more than its step."""
     data = DataConfig(shuffle_window=12, validation_fraction=0.1)
     reader = ShuffledReader(PairRecords(reasoning_pairs("train", n), "text"), ConversationColumns(data))
     return EncodedDocuments(reader, ChatFormat.of(build_tokenizer()), data, max_tokens=128)
@@ -60,7 +60,7 @@ def start_or_resume(folder: Path, config: TrainingConfig = CONFIG) -> Trainer:
 
 
 def work(folder: Path, parent: Connection, die_at_rename: int | None = None, before: bool = True) -> None:
-    """What a process does: train on, and wait at every step until it is told to go on.
+    """A process that trains, and waits at every step until it is told to go on.
 
     Kills itself at a rename, where one is named.
     """
@@ -167,10 +167,10 @@ def test_a_run_killed_twenty_times_is_the_run_never_killed(
     same(folder, whole)
 
 
-def test_killed_at_a_rename_it_goes_on_as_well(
+def test_a_run_killed_at_a_rename_resumes(
     context: multiprocessing.context.ForkServerContext, whole: Path, tmp_path: Path
 ) -> None:
-    """Just before and just after what makes a folder, a checkpoint or a file appear under its name."""
+    """Just before and just after a folder, a training state or a file appears under its name."""
     folder = tmp_path / "run"
     for rename in (0, 1, 2, 3, 4):
         for before in (True, False):
@@ -182,7 +182,7 @@ def test_killed_at_a_rename_it_goes_on_as_well(
     same(folder, whole)
 
 
-def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+def test_the_last_training_states_are_kept(tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
@@ -196,7 +196,7 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert kept == ["step-00000006", "step-00000009", "step-00000012"]
 
 
-def test_ctrl_c_stops_between_two_steps_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_between_two_steps_and_says_how_to_resume(whole: Path, tmp_path: Path) -> None:
     def interrupt(step: int, terms: StepTerms) -> None:
         if step == 7:
             signal.raise_signal(signal.SIGINT)
@@ -204,7 +204,7 @@ def test_ctrl_c_stops_between_two_steps_and_says_how_to_go_on(whole: Path, tmp_p
     torch.set_num_threads(1)
     before = signal.getsignal(signal.SIGINT)
     trainer = start_or_resume(tmp_path / "run")
-    with pytest.raises(TrainingInterrupted, match=f"step 7 of 130. Go on with: tl-adapters train --resume {tmp_path}"):
+    with pytest.raises(TrainingInterrupted, match=f"step 7 of 130. Resume with: tl-adapters train --resume {tmp_path}"):
         trainer.run(on_step=interrupt)
     resumed = start_or_resume(tmp_path / "run")
     assert resumed.step == 7 and signal.getsignal(signal.SIGINT) is before
@@ -275,7 +275,7 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_nothing_incomplete(tmp_path: Path) -> None:
     with files_no_larger_than(100), pytest.raises(DiskFullError, match="too full to write .*notes.txt"):
         write_text(tmp_path / "notes.txt", "x" * 1000)
     with files_no_larger_than(100), pytest.raises(DiskFullError), new_folder(tmp_path / "folder") as out:
@@ -285,7 +285,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_during_training_keeps_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_during_training_keeps_the_last_training_state(whole: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     trainer = start_or_resume(tmp_path / "run")
 

@@ -18,7 +18,7 @@ CONFIG = {"lr": 0.012, "loss_weights": {"nmse": 1.0}}
 
 
 class FakeRun:
-    """A wandb run that notes what it is told, and does ``on_log`` first."""
+    """A wandb run that records its calls, and does ``on_log`` first."""
 
     def __init__(self, on_log: Callable[[], None] = lambda: None) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -56,7 +56,7 @@ def log_steps(tracker: Tracker, first: int, last: int, shift: float) -> None:
         tracker.log(step, {"loss": step + shift, "never": math.nan, "nor": math.inf})
 
 
-def test_none_does_nothing(tmp_path: Path) -> None:
+def test_the_tracker_none_does_nothing(tmp_path: Path) -> None:
     tracker = open_tracker("none", tmp_path, "run-1", CONFIG)
     log_steps(tracker, 1, 3, 0.0)
     tracker.close()
@@ -73,7 +73,7 @@ def test_an_unknown_tracker_names_the_nearest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TRACKERS[1:])
-def test_a_tool_that_is_not_installed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_that_is_not_installed_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(TrackerError) as caught:
@@ -83,13 +83,13 @@ def test_a_tool_that_is_not_installed(name: str, tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tool_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: fail()))
     with pytest.raises(TrackerError, match="wandb did not start: the disk is full"):
         open_tracker("wandb", tmp_path, "run-1", CONFIG)
 
 
-def test_a_failure_is_told_once_and_stops_nothing(
+def test_a_failure_is_logged_once_and_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = FakeRun(on_log=fail)
@@ -115,7 +115,7 @@ def test_the_keyboard_still_interrupts(tmp_path: Path, monkeypatch: pytest.Monke
         tracker.log(1, {"loss": 1.0})
 
 
-def test_what_wandb_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_points_that_wandb_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = FakeRun()
     given = fake_wandb(monkeypatch, run)
     tracker = open_tracker("wandb", tmp_path, "run-1", CONFIG, first_step=4, project="p")
@@ -181,7 +181,7 @@ def test_tensorboard_writes_and_hides_what_a_resumed_run_repeats(tmp_path: Path)
     assert json.loads(text.removeprefix("```json\n").removesuffix("\n```")) == CONFIG
 
 
-def test_trackio_writes_and_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio_writes_and_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
         monkeypatch.delenv(name, raising=False)

@@ -15,7 +15,8 @@ from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.training.objective import StepTerms
 from tl_adapters.training.run_folder import RunFolderError
-from tl_adapters.training.trainer import Trainer, TrainingError, linear_warmup, sparsity_weight, train, warmup_cosine
+from tl_adapters.training.schedules import linear_warmup, sparsity_weight, warmup_cosine
+from tl_adapters.training.trainer import Trainer, TrainingError, train
 
 CONFIG = TrainingConfig(
     n_features=16, steps=12, tokens_per_batch=60, checkpoint_every=5, log_every=2, validate_every=4, lr=1e-3
@@ -35,7 +36,7 @@ def weights(adapters: AdapterSet) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in adapters.state_dict().items()}
 
 
-def test_schedules() -> None:
+def test_schedules_rise_and_fall() -> None:
     factors = [warmup_cosine(s, 100, 0.05) for s in range(100)]
     assert factors[0] == pytest.approx(0.2) and max(factors) == factors[4]
     assert factors[4:] == sorted(factors[4:], reverse=True) and factors[-1] < 1e-3
@@ -43,7 +44,7 @@ def test_schedules() -> None:
     assert linear_warmup(0, 8, 0.0) == 1 and warmup_cosine(0, 8, 0.0) == 1
 
 
-def test_training_lowers_what_it_optimises() -> None:
+def test_training_lowers_the_loss() -> None:
     pair, seen = fresh_pair(), []
     options = TrainingConfig(n_features=64, steps=80, tokens_per_batch=400, lr=5e-3, l1_weight=0.0)
     Trainer(pair, traces(), options, progress=False).run(on_step=lambda step, terms: seen.append(terms))
@@ -70,7 +71,7 @@ def trained(activation: str, **options: object) -> tuple[PairedModel, list[StepT
         ("batchtopk", {"k": 6}),
     ],
 )
-def test_every_activation_learns_and_is_as_sparse_as_asked_for(activation: str, options: dict[str, object]) -> None:
+def test_every_activation_learns_and_is_as_sparse_as_requested(activation: str, options: dict[str, object]) -> None:
     pair, seen = trained(activation, **options)
     assert seen[-1].output_kl < 0.7 * seen[0].output_kl and seen[-1].nmse < 0.85 * seen[0].nmse
     adapters = pair.installed_adapters()
@@ -138,7 +139,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
-def test_stop_and_resume_is_never_having_stopped(activation: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_one_that_never_stopped(activation: str, tmp_path: Path) -> None:
     options = dict(validation=traces(5), progress=False)
     config = replace(CONFIG, **ACTIVATION_OPTIONS[activation])
     whole = train(fresh_pair(), traces(), config, tmp_path / "whole", **options)
@@ -161,7 +162,7 @@ def test_stop_and_resume_is_never_having_stopped(activation: str, tmp_path: Path
     assert len((tmp_path / "run" / "validation.jsonl").read_text().splitlines()) == 3
 
 
-def test_the_run_folder(tmp_path: Path) -> None:
+def test_the_contents_of_a_run_folder(tmp_path: Path) -> None:
     pair = fresh_pair()
     adapters = train(pair, traces(), CONFIG, tmp_path / "run", progress=False)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
@@ -176,7 +177,7 @@ def test_the_run_folder(tmp_path: Path) -> None:
         train(pair, traces(), CONFIG, tmp_path / "run", progress=False)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_which(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tmp_path: Path) -> None:
     pair = fresh_pair()
     trainer = Trainer(pair, traces(), CONFIG, tmp_path / "run", progress=False)
 
@@ -185,15 +186,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_which(tmp_path: Path) 
             with torch.no_grad():
                 pair.mlps[1].adapter.b_dec.fill_(float("inf"))
 
-    with pytest.raises(TrainingError, match="Step 8: .*output_kl.* not finite.*Kept in .*step-00000005"):
+    with pytest.raises(TrainingError, match="Step 8: .*output_kl.* not finite.*Saved in .*step-00000005"):
         trainer.run(on_step=poison)
     assert Trainer.resume(fresh_pair(), traces(), tmp_path / "run", progress=False).step == 5
 
 
-def test_resuming_nothing_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="not the folder of a training run"):
         Trainer.resume(fresh_pair(), traces(), tmp_path, progress=False)
-    with pytest.raises(RunFolderError, match="is no folder"):
+    with pytest.raises(RunFolderError, match="There is no folder"):
         Trainer.resume(fresh_pair(), traces(), tmp_path / "nowhere", progress=False)
 
 

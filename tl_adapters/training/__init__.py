@@ -1,8 +1,12 @@
-"""What is optimized, and the loop that does it.
+"""What does training optimize, and how does a run proceed?
 
-* `loss_terms`: The five terms of the training objective as pure functions of tensors and masks (arXiv 2602.20904,
-* `objective`: One training step's loss and gradient, twice: as the formulas read, and fast (arXiv 2602.20904,
-* `run_folder`: What a training run keeps on disk, so that it can be killed at any moment and go on as if it had not
-* `trackers`: Where the curves of a run go besides its metrics.jsonl: nowhere, TensorBoard, Weights & Biases or
-* `trainer`: Training adapters: Adam on the five-term objective, one cut a step (arXiv 2602.20904, section 3.2 and
+* `loss_terms`: the NMSE and sparsity terms of the objective as functions of tensors and masks
+* `metrics`: where a run's metrics are written: the progress bar, the .jsonl files and the tracker
+* `not_finite`: where a training step is not finite: the first activation or gradient that is NaN or infinite
+* `objective`: loss and gradient of one training step, in a reference version and a fast one
+* `run_folder`: the folder of a run, from which a run that was killed at any time resumes
+* `schedules`: the learning rate and the weight of the sparsity term as functions of the step
+* `stop_signals`: Ctrl-C and SIGTERM during training: the run stops between two steps
+* `trackers`: trackers that draw the curves of a run: TensorBoard, Weights & Biases or Trackio
+* `trainer`: the training loop: Adam on the five-term objective, one cut per step
 """

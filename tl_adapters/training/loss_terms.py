@@ -1,6 +1,11 @@
-"""The five terms of the training objective as pure functions of tensors and masks (arXiv 2602.20904, section 3.2).
+"""The NMSE and sparsity terms of the training objective, as functions of tensors (arXiv 2602.20904, section 3.2).
 
-In every function padding never counts, and divergences are in nats.
+The divergence terms are in `utils.kl_divergence`. Padding never counts. With r the residual stream of the replacement,
+r* that of the target, f the activations of the features and T the tokens that count:
+
+    NMSE of one layer       sum_T ||r - r*||^2 / sum_T ||r*||^2
+    L1 of one layer         mean_T sum_f f ||W_dec[f]||
+    L0 of one layer         mean_T sum_f [f > 0]
 """
 
 from __future__ import annotations
@@ -11,14 +16,20 @@ from torch import Tensor
 from tl_adapters.utils.precision import at_least_float32
 
 
-def squared_error_ratio(
+def nmse_term(
     target_resid: Float[Tensor, "batch pos d_model"],
     resid: Float[Tensor, "batch pos d_model"],
     mask: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, ""]:
-    """Sum of squared differences over sum of squares of the target, over the tokens that count: one layer of NMSE.
+    """NMSE of one layer: the sum of squared differences over the sum of squares of the target.
 
-    Term 4 is its mean over the residual stream at the embedding (where it is 0) and after every layer.
+    Term 4 of the objective is the mean of this over the residual stream at the embedding (where it is 0) and after
+    every layer.
+
+    Args:
+        target_resid: the target's residual stream.
+        resid: the replacement's.
+        mask: the tokens that count.
     """
     weights = mask[..., None].to(at_least_float32(resid[:0]).dtype)
     target = at_least_float32(target_resid)
@@ -26,20 +37,28 @@ def squared_error_ratio(
     return error / (target.square() * weights).sum()
 
 
-def sparsity(
+def l1_term(
     acts: Float[Tensor, "batch pos n_features"],
     decoder_norms: Float[Tensor, "n_features"],
     mask: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, ""]:
-    """Mean over the tokens that count of sum_f f(x) ||W_dec[f]||: one layer of term 5 (the layers are summed)."""
+    """L1 of one layer, the sparsity term of relu adapters: mean of the summed activations times decoder norms.
+
+    Term 5 of the objective is the sum of this over the layers.
+
+    Args:
+        acts: activations of the features.
+        decoder_norms: norm of each feature's decoder row.
+        mask: the tokens that count.
+    """
     return _mean_over(acts @ decoder_norms.to(acts.dtype), mask)
 
 
-def l0_penalty(active: Float[Tensor, "batch pos n_features"], mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-    """Term 5 of jumprelu: mean over the tokens that count of the number of active features (arXiv 2407.14435).
+def l0_term(active: Float[Tensor, "batch pos n_features"], mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    """L0 of one layer, the sparsity term of jumprelu adapters: mean number of active features (arXiv 2407.14435).
 
     Args:
-        active: 1 or 0, with the gradient to the thresholds (`activations.step`).
+        active: 1 or 0, with a gradient to the thresholds (`activation_functions.step`).
         mask: the tokens that count.
     """
     return _mean_over(active.sum(-1), mask)

@@ -1,14 +1,14 @@
-"""What a training run keeps on disk, so that it can be killed at any moment and go on as if it had not been.
+"""The folder of a training run, from which a run that was killed at any time resumes as if it had not been.
 
     config.json        the whole configuration (RunConfig)
-    run.json           an id, versions, and fingerprints of the pair and the data it was started with
-    metrics.jsonl      a line every log_every steps; no clock in it, so a resumed run writes the same bytes
-    validation.jsonl   likewise for the held-out documents
-    checkpoints/       the last few; gone when the run is done
-    adapters/          the result; there only when the run is done
+    run.json           an id, versions, and fingerprints of the pair and the data that the run was started with
+    metrics.jsonl      a line every log_every steps, without times, so that a resumed run writes the same bytes
+    validation.jsonl   the same for the held-out documents
+    checkpoints/       the last training states: adapters, optimizer and counters; deleted when the run has finished
+    adapters/          the result; present only when the run has finished
 
-Everything but the two .jsonl files appears whole under its name or not at all, and those are cut back to the last
-checkpoint when a run is resumed. One process works in a run folder at a time.
+Except for the two .jsonl files, everything is written completely before it gets its name. The .jsonl files are cut
+back to the latest training state when a run is resumed. A run folder is locked by the process that works in it.
 """
 
 from __future__ import annotations
@@ -34,24 +34,23 @@ from tl_adapters.utils.strict_json import dumps
 
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
 
-
 log = logging.getLogger(__name__)
 
 
 class RunFolderError(UserError, RuntimeError):
-    """A folder that no run can go on in; the message says why."""
+    """Raised for a folder in which no run can start or resume; the message says why."""
 
 
 def require_new(path: Path) -> None:
-    """Raises FolderExistsError where there is something already; to be asked before hours of loading."""
+    """Raises FolderExistsError if ``path`` exists, so that this is known before models are loaded."""
     if path.exists():
         raise FolderExistsError(
-            f"{path} exists already; choose another name, or go on with that run: tl-adapters train --resume {path}"
+            f"{path} exists already; choose another name, or resume that run: tl-adapters train --resume {path}"
         )
 
 
 class RunFolder:
-    """One run's folder, held by this process until `release`. Make one with `create` or `open`."""
+    """The folder of one run, locked by this process until `release`. Made by `create` or `open`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,7 +70,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, fingerprints: Mapping[str, str]) -> RunFolder:
-        """A new folder. Raises FolderExistsError where there is one already."""
+        """Makes the folder of a new run. Raises FolderExistsError if ``path`` exists."""
         path = Path(path)
         require_new(path)
         record = {"id": uuid.uuid4().hex[:12], "versions": versions(), "fingerprints": dict(fingerprints)}
@@ -83,24 +82,24 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """The folder of an earlier run. Raises RunFolderError."""
+        """Opens the folder of an earlier run. Raises RunFolderError if it is none, or another process works in it."""
         if not Path(path).is_dir():
-            raise RunFolderError(f"{path} is no folder; there is no run to go on with.")
+            raise RunFolderError(f"There is no folder {path}, so there is no run to resume.")
         return cls(Path(path))
 
     def release(self) -> None:
-        """Let other processes work here."""
+        """Unlock the folder for other processes."""
         self._lock.release()
 
     def require_same(self, fingerprints: Mapping[str, str]) -> None:
-        """Raises RunFolderError where pair or data are not those the run was started with.
+        """Raises RunFolderError if the pair or the data differ from those that the run was started with.
 
-        What an earlier version did not record is not compared; that is said.
+        Fingerprints that an earlier version did not record are not compared; a warning names them.
         """
         if unknown := [what.replace("_", " ") for what in fingerprints if what not in self.fingerprints]:
             log.warning(
-                "%s was started by a version that recorded nothing of %s; that they are what they were then is not "
-                "checked.",
+                "%s was started by a version that did not record a fingerprint of %s, so whether they are the same is "
+                "not checked.",
                 self.path,
                 ", ".join(unknown),
             )
@@ -109,78 +108,86 @@ class RunFolder:
             if now != was:
                 raise RunFolderError(
                     f"{self.path} was started with other {what.replace('_', ' ')} (fingerprint {was}, now {now}); "
-                    "going on would be neither run. Give the pair and the data it was started with."
+                    "resuming would mix two runs. Give the pair and the data it was started with."
                 )
 
     # -- lines ----------------------------------------------------------------------------------------------------
 
     def append(self, file: str, line: Mapping[str, Any]) -> None:
-        """Add a line to one of the .jsonl files. Raises DiskFullError."""
+        """Append a line to one of the .jsonl files. Raises DiskFullError."""
         with room_for(self.path / file), (self.path / file).open("a") as out:
             out.write(dumps(dict(line)) + "\n")
 
     def _cut_lines(self, file: str, step: int) -> None:
+        """Delete the lines of a .jsonl file that were written after ``step``."""
         if (self.path / file).is_file():
-            kept = []
+            lines = []
             for line in (self.path / file).read_text().splitlines(keepends=True):
                 try:
                     later = json.loads(line)["step"] > step
-                except json.JSONDecodeError:  # the process died while it wrote this one
+                except json.JSONDecodeError:  # the process was killed while it wrote this line
                     break
                 if later:
                     break
-                kept.append(line)
-            write_text(self.path / file, "".join(kept))
+                lines.append(line)
+            write_text(self.path / file, "".join(lines))
 
-    # -- checkpoints ----------------------------------------------------------------------------------------------
+    # -- training states ------------------------------------------------------------------------------------------
 
-    def save_checkpoint(
-        self, step: int, adapters: AdapterSet, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
+    def save_training_state(
+        self, step: int, adapters: AdapterSet, optimizer: Mapping[str, Tensor], counters: Mapping[str, Any]
     ) -> None:
-        """Write a checkpoint whole, then drop those beyond ``keep_checkpoints``. Raises DiskFullError."""
-        where = self._checkpoint(step)
-        if not where.exists():
-            with new_folder(where) as out:
+        """Save the state after a step, then delete the oldest states beyond ``keep_checkpoints``.
+
+        Args:
+            step: steps done.
+            adapters: the adapters.
+            optimizer: the optimizer's tensors by name.
+            counters: everything else that `load_training_state` is to return, as JSON can hold it.
+
+        Raises:
+            DiskFullError: the disk is full; earlier states are kept.
+        """
+        folder = self.path / "checkpoints" / f"step-{step:08d}"
+        if not folder.exists():
+            with new_folder(folder) as out:
                 adapters.save_pretrained(out / "adapters")
                 save_file(dict(optimizer), out / "optimizer.safetensors")
-                (out / "state.json").write_text(dumps(dict(state)))
-        for old in self.checkpoints[: -self.config.training.keep_checkpoints]:
+                (out / "state.json").write_text(dumps(dict(counters)))
+        for old in self.training_states[: -self.config.training.keep_checkpoints]:
             shutil.rmtree(old)
 
     @property
-    def checkpoints(self) -> list[Path]:
-        """Checkpoints, the oldest first."""
+    def training_states(self) -> list[Path]:
+        """Folders of the saved training states, the oldest first."""
         return sorted((self.path / "checkpoints").glob("step-*"))
 
-    def _checkpoint(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:08d}"
+    def load_training_state(self) -> tuple[AdapterSet, dict[str, Tensor], dict[str, Any]] | None:
+        """Adapters, optimizer tensors and counters of the latest training state; None if there is none yet.
 
-    def load_checkpoint(self) -> tuple[AdapterSet, dict[str, Tensor], dict[str, Any]] | None:
-        """Adapters, optimiser tensors and state of the latest checkpoint; None where the run had not come so far.
-
-        What was written after it is dropped: lines, and whatever a killed process left half-written.
+        Everything that was written after it is deleted: lines, and what a killed process left incomplete.
         """
         for name in (METRICS_FILE, VALIDATION_FILE, "adapters"):
             remove_partials(self.path / name)
         remove_partials(self.path / "checkpoints" / "step-*")
-        checkpoints = self.checkpoints
-        if not checkpoints:
+        states = self.training_states
+        if not states:
             self._cut_lines(METRICS_FILE, 0)
             self._cut_lines(VALIDATION_FILE, 0)
             return None
-        where = checkpoints[-1]
-        state = json.loads((where / "state.json").read_text())
+        latest = states[-1]
+        counters = json.loads((latest / "state.json").read_text())
         for file in (METRICS_FILE, VALIDATION_FILE):
-            self._cut_lines(file, state["step"])
-        return AdapterSet.from_pretrained(where / "adapters"), load_file(where / "optimizer.safetensors"), state
+            self._cut_lines(file, counters["step"])
+        return AdapterSet.from_pretrained(latest / "adapters"), load_file(latest / "optimizer.safetensors"), counters
 
     def result(self) -> AdapterSet | None:
-        """The adapters of a run that is done."""
+        """The trained adapters of a run that has finished, else None."""
         adapters = self.path / "adapters"
         return AdapterSet.from_pretrained(adapters) if adapters.is_dir() else None
 
-    def spent(self) -> tuple[int, float]:
-        """Tokens and seconds that a finished run was trained with; of runs of earlier versions, the tokens alone."""
+    def tokens_and_seconds(self) -> tuple[int, float]:
+        """Number of tokens and seconds of a finished run's training; 0 seconds for runs of earlier versions."""
         record = json.loads((self.path / "run.json").read_text())
         if "spent" in record:
             return int(record["spent"]["tokens"]), float(record["spent"]["seconds"])
@@ -188,7 +195,7 @@ class RunFolder:
         return (int(json.loads(lines[-1])["tokens"]) if lines else 0), 0.0
 
     def finish(self, adapters: AdapterSet, tokens: int, seconds: float) -> None:
-        """Write the result, and what it took; checkpoints are no longer needed. Raises DiskFullError."""
+        """Save the trained adapters, tokens and seconds, and delete the training states. Raises DiskFullError."""
         if not (self.path / "adapters").is_dir():
             record = json.loads((self.path / "run.json").read_text())
             record["spent"] = {"tokens": tokens, "seconds": seconds}

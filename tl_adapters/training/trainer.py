@@ -1,34 +1,29 @@
-"""Training adapters: Adam on the five-term objective, one cut a step (arXiv 2602.20904, section 3.2 and appendix).
+"""Training of adapters: Adam on the five-term objective, one cut per step (arXiv 2602.20904, section 3.2 and appendix).
 
     for each step:
         learning rate: linear warm-up, then a cosine to zero;  weight of the sparsity term: linear warm-up
         draw a batch of traces and a cut
-        value and gradient of the objective (objective.py)
-        clip, step, and bring the thresholds along
+        loss and gradient of the objective (objective.py)
+        clip the gradient, take a step, update the thresholds
 
-Schedules, batches and cuts are pure functions of seed and step, so where a run stands is its weights, the optimiser's
-moments and a few counters: a run that is stopped or killed goes on from its last checkpoint bit for bit
-(runfolder.py).
+Schedules, batches and cuts are pure functions of the seed and the step. The state of a run is therefore its weights,
+the optimizer's moments and a few counters, and a run that is stopped or killed resumes from its last saved training
+state bit for bit (run_folder.py).
 """
 
 from __future__ import annotations
 
 import datetime
-import logging
 import math
 import random
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import RunConfig, TrainingConfig
@@ -38,60 +33,49 @@ from tl_adapters.data.documents import EncodedDocuments
 from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces, require_embedded
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.training.objective import StepTerms, held_out_terms, require_trainable, shared_prefix_step
-from tl_adapters.training.run_folder import METRICS_FILE, VALIDATION_FILE, RunFolder
-from tl_adapters.training.trackers import open_tracker, require_tracker
+from tl_adapters.training.metrics import MetricsWriter, open_metrics
+from tl_adapters.training.not_finite import describe_not_finite
+from tl_adapters.training.objective import (
+    TERM_NAMES,
+    StepTerms,
+    held_out_terms,
+    require_trainable,
+    shared_prefix_step,
+)
+from tl_adapters.training.run_folder import RunFolder
+from tl_adapters.training.schedules import sparsity_weight, warmup_cosine
+from tl_adapters.training.stop_signals import stop_signals
+from tl_adapters.training.trackers import require_tracker
 from tl_adapters.utils.files import DiskFullError
-from tl_adapters.utils.finite import NotFiniteError, by_layer_name, require_finite_activations
-
-log = logging.getLogger(__name__)
 
 THRESHOLD_WINDOW = 0.05
-"""Share of the steps that batchtopk's threshold is a running mean of: at the end of the cosine, when weights hardly
-move any more, so that the threshold fits the adapters that come out."""
-TERMS = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity")
+"""Share of the steps over which batchtopk's threshold is a running mean. At the end of the cosine the weights hardly
+change, so that the threshold fits the final adapters."""
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on; the message says why and what is kept."""
+    """Raised when training cannot continue; the message says why and what is saved."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C (or SIGTERM) between two steps; the message says what is kept and how to go on."""
-
-
-def warmup_cosine(step: int, steps: int, warmup_fraction: float) -> float:
-    """Factor of the peak learning rate at ``step`` (from 0): linear rise, then a cosine to 0."""
-    warmup = max(1.0, warmup_fraction * steps)
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def linear_warmup(step: int, steps: int, fraction: float) -> float:
-    """Factor of the sparsity term's weight at ``step`` (from 0): linear rise to 1."""
-    return min(1.0, (step + 1) / max(1.0, fraction * steps))
-
-
-def sparsity_weight(config: TrainingConfig, step: int) -> float:
-    """Weight of the sparsity term at ``step`` (from 0): of relu's L1 or jumprelu's L0; topk and batchtopk have none."""
-    weight = {"relu": config.l1_weight, "jumprelu": config.l0_weight}.get(config.activation, 0.0)
-    return weight * linear_warmup(step, config.steps, config.l1_warmup_fraction)
+    """Raised after Ctrl-C or SIGTERM, between two steps; the message says what is saved and how to resume."""
 
 
 class Trainer:
-    """One training run. ``pair`` gets fresh adapters, which `run` trains.
+    """One training run: `run` trains fresh adapters of ``pair``.
 
     Args:
-        pair: base and target; its weights stay frozen.
+        pair: base and target; their weights stay frozen.
         traces: the training documents: a list, or a source that reads them as they are needed.
         config: the options.
         folder: the run folder to make; None trains in memory and writes nothing.
         validation: held-out documents, measured every ``validate_every`` steps.
-        origin: where pair and data come from, recorded so that the command line can go on with the run.
+        origin: configuration of the models and the data, recorded so that the command line can resume the run.
         progress: show a progress bar.
 
     Raises:
-        FolderExistsError: ``folder`` exists; `Trainer.resume` goes on with a run.
-        DataError: there is nothing to train on.
+        FolderExistsError: ``folder`` exists; `Trainer.resume` resumes a run.
+        DataError: there is no document to train on.
         PrecisionError: the models are in float16.
         TrackerError: the configuration names a tracker that is not installed.
     """
@@ -112,10 +96,10 @@ class Trainer:
     ) -> None:
         self._set_up(pair, traces, config, validation, progress)
         if folder is not None:
-            whole = replace(origin or _origin(pair), training=config)
+            run_config = replace(origin or _origin_of(pair), training=config)
             if (date := self._template_date) is not None:
-                whole = replace(whole, data=replace(whole.data, template_date=date.isoformat()))
-            self.folder = RunFolder.create(folder, whole, self._fingerprints)
+                run_config = replace(run_config, data=replace(run_config.data, template_date=date.isoformat()))
+            self.folder = RunFolder.create(folder, run_config, self._fingerprints)
 
     @classmethod
     def resume(
@@ -127,10 +111,13 @@ class Trainer:
         validation: Sequence[Trace] = (),
         progress: bool = True,
     ) -> Trainer:
-        """Go on from the latest checkpoint of a run folder, as if it had never stopped.
+        """A trainer that continues the run of a folder from its latest training state, as if it had never stopped.
 
-        Raises RunFolderError where ``folder`` is no run's, another process works in it, or ``pair`` or ``traces`` are
-        not those the run was started with.
+        Args: as `Trainer`; the options are those in the folder.
+
+        Raises:
+            RunFolderError: ``folder`` is not a run folder, another process works in it, or ``pair`` or ``traces``
+                are not those that the run was started with.
         """
         run = RunFolder.open(folder)
         trainer = cls.__new__(cls)
@@ -139,7 +126,7 @@ class Trainer:
                 traces = traces.with_date(datetime.date.fromisoformat(run.config.data.template_date))
             trainer._set_up(pair, traces, run.config.training, validation, progress)
             run.require_same(trainer._fingerprints)
-            trainer._go_on_in(run)
+            trainer._restore(run)
         except BaseException:
             run.release()
             raise
@@ -153,8 +140,9 @@ class Trainer:
         validation: Sequence[Trace],
         progress: bool,
     ) -> None:
+        """The state before the first step. Everything that can be refused is, so that no run folder is left behind."""
         require_trainable(pair)
-        require_tracker(config.tracker)  # now: an extra that is missing leaves no folder behind
+        require_tracker(config.tracker)
         self.pair, self.config, self.progress = pair, config, progress
         self.folder = None
         source: TraceSource
@@ -165,12 +153,9 @@ class Trainer:
         self._template_date = source.template_date if isinstance(source, EncodedDocuments) else None
         set_template_date(pair.model.tokenizer, self._template_date)
         self.order = BatchOrder(source, config.tokens_per_batch, config.seed, config.count)
-        require_embedded(
-            self.order[0].tokens, pair.model.cfg.d_vocab, "The first batch"
-        )  # now: no run folder is left behind
-        held_out = [
-            trace for trace in readable_traces(validation, pair.model.cfg) if trace.has_counted_tokens(config.count)
-        ]
+        require_embedded(self.order[0].tokens, pair.model.cfg.d_vocab, "The first batch")
+        held_out = readable_traces(validation, pair.model.cfg)
+        held_out = [trace for trace in held_out if trace.has_counted_tokens(config.count)]
         self.validation = [batch for _, batch in batches_by_length(held_out, config.tokens_per_batch, config.count)]
         self.adapters = pair.new_adapters(
             config.n_features,
@@ -190,47 +175,59 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """There is no step left."""
+        """True if no step is left."""
         return self.step == self.config.steps
 
     def run(self, on_step: Callable[[int, StepTerms], None] | None = None) -> AdapterSet:
-        """Train to the end and return the adapters; with a folder, they are saved there.
+        """Train to the last step and return the adapters, which are saved in the run folder if there is one.
 
-        Raises TrainingError where a term is not finite or the disk is full, and TrainingInterrupted upon Ctrl-C; the
-        last checkpoint is kept.
+        Args:
+            on_step: called after every step with its number (from 1) and its terms.
+
+        Raises:
+            TrainingError: a term is not finite, the disk is full, or a tracker is named and there is no run folder. The
+                last training state is kept.
+            TrainingInterrupted: Ctrl-C or SIGTERM. The state after the current step is saved.
         """
+        if self.folder is None and (name := self.config.tracker) != "none":
+            raise TrainingError(f"tracker is {name!r}, but the run has no folder that keeps its id; give folder=.")
         try:
-            with _stop_signals() as stop, self._progress_bar() as bar, self._tracker() as tracker:
-                self._loop(stop, bar, tracker, on_step)
+            with (
+                stop_signals() as stop,
+                open_metrics(self.folder, self.config, self.step, self.progress) as metrics,
+            ):
+                self._loop(stop, metrics, on_step)
             if self.folder is not None:
                 self.folder.finish(self.adapters, self.tokens, self.seconds)
         except DiskFullError as error:
-            raise TrainingError(f"Stopped at step {self.step}: {error}{self._how_to_go_on()}") from error
+            raise TrainingError(f"Stopped at step {self.step}: {error}{self._how_to_resume()}") from error
         finally:
             if self.folder is not None:
                 self.folder.release()
         return self.adapters
 
-    def _loop(self, stop: threading.Event, bar: Any, tracker: Any, on_step: Any) -> None:
-        config, began = self.config, time.perf_counter() - self.seconds
+    def _loop(
+        self, stop: threading.Event, metrics: MetricsWriter, on_step: Callable[[int, StepTerms], None] | None
+    ) -> None:
+        config, start = self.config, time.perf_counter() - self.seconds
         while self.step < config.steps:
             last = self.step + 1 == config.steps
             log_this = (self.step + 1) % config.log_every == 0 or last
             terms = self._one_step(want_l0=log_this)
             self.step += 1
-            self.seconds = time.perf_counter() - began
+            self.seconds = time.perf_counter() - start
             if on_step is not None:
                 on_step(self.step, terms)
             if log_this:
-                self._record(terms, bar, tracker)
+                metrics.write_terms(self.step, self.tokens, self.optimizer.param_groups[0]["lr"], terms)
             if self.validation and (self.step % config.validate_every == 0 or last):
-                self._validate(tracker)
+                metrics.write_validation(self.step, held_out_terms(self.pair, self.validation))
             if stop.is_set():
-                self._save_checkpoint()
-                raise TrainingInterrupted(f"Stopped at step {self.step} of {config.steps}.{self._how_to_go_on()}")
+                self._save_state()
+                raise TrainingInterrupted(f"Stopped at step {self.step} of {config.steps}.{self._how_to_resume()}")
             if self.step % config.checkpoint_every == 0 and not last:
-                self._save_checkpoint()
-            bar.update()
+                self._save_state()
+            metrics.bar.update()
 
     def _one_step(self, want_l0: bool) -> StepTerms:
         config, step = self.config, self.step
@@ -238,161 +235,86 @@ class Trainer:
             group["lr"] = config.lr * warmup_cosine(step, config.steps, config.warmup_fraction)
         weights = config.loss_weights
         batch = self.order[step]
-        require_embedded(
-            batch.tokens, self.pair.model.cfg.d_vocab, f"The batch of step {step + 1}"
-        )  # on the CPU still, where it costs nothing
+        # The batch is still on the CPU, where this check costs nothing.
+        require_embedded(batch.tokens, self.pair.model.cfg.d_vocab, f"The batch of step {step + 1}")
         batch = batch.to(self.pair.model.W_E.device)
         cut = random.Random(f"{config.seed}-cut-{step}").randint(weights.lowest_cut, self.pair.n_layers)
         terms = shared_prefix_step(self.pair, batch, cut, weights, sparsity_weight(config, step), want_l0)
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), config.grad_clip)
         if not bool(torch.isfinite(terms.total) & torch.isfinite(norm)):
-            raise TrainingError(self._not_finite(terms, float(norm), batch))
+            raise TrainingError(self._not_finite_message(terms, float(norm), batch))
         self.optimizer.step()
         self.optimizer.zero_grad()
         rate = min(1.0, 1 / (THRESHOLD_WINDOW * config.steps))
         for index, adapter in enumerate(self.adapters):
-            adapter.settle_threshold(None if terms.smallest is None else terms.smallest[index], rate)
+            adapter.settle_threshold(None if terms.smallest_active is None else terms.smallest_active[index], rate)
         self.tokens += int(batch.real.sum())
         return terms
 
-    def _not_finite(self, terms: StepTerms, norm: float, batch: Batch) -> str:
-        bad = [name for name in TERMS if not math.isfinite(float(getattr(terms, name)))]
-        what = ", ".join(bad) or f"the gradient's norm ({norm})"
-        kept = ""
+    def _not_finite_message(self, terms: StepTerms, norm: float, batch: Batch) -> str:
+        names = [name for name in TERM_NAMES if not math.isfinite(float(getattr(terms, name)))]
+        what = ", ".join(names) or f"the gradient's norm ({norm})"
+        saved = ""
         if self.folder is not None:
-            last = [path.name for path in self.folder.checkpoints][-1:]
-            kept = f" Kept in {self.folder.path}: {last[0] if last else 'no checkpoint yet'}."
-        where = self._where_not_finite(batch) or "The forward passes are finite: lower lr, or grad_clip."
-        return f"Step {self.step + 1}: {what} is not finite. {where}{kept}"
+            latest = [path.name for path in self.folder.training_states][-1:]
+            saved = f" Saved in {self.folder.path}: {latest[0] if latest else 'no training state yet'}."
+        return f"Step {self.step + 1}: {what} is not finite. {describe_not_finite(self.pair, batch)}{saved}"
 
-    @torch.no_grad()
-    def _where_not_finite(self, batch: Batch) -> str:
-        """Route, layer and document of the step's batch where activations are not finite; "" where all are."""
-        try:
-            for route in ("target", "replacement"):
-                with self.pair.routed(route):
-                    streams = by_layer_name(self.pair.residual_streams(batch.tokens))
-                require_finite_activations(streams, batch.real, range(len(batch.tokens)), f"In this batch, the {route}")
-        except NotFiniteError as error:
-            return str(error)
-        bad = [
-            f"layer {layer}, {name}"
-            for layer, adapter in zip(self.adapters.layer_indices, self.adapters, strict=True)
-            for name, weight in adapter.named_parameters()
-            if weight.grad is not None and not bool(torch.isfinite(weight.grad).all())
-        ]
-        return f"The first gradient that is not: {bad[0]}. Lower lr, or look at the data of this step." if bad else ""
-
-    def _how_to_go_on(self) -> str:
+    def _how_to_resume(self) -> str:
         if self.folder is None:
-            return " The run has no folder, so it cannot be taken up again; the pair holds the adapters as they are."
+            return " The run has no folder, so it cannot be resumed; the pair holds the adapters as they are now."
         path = self.folder.path
-        return f" Go on with: tl-adapters train --resume {path} (or Trainer.resume(pair, traces, {str(path)!r}))."
+        return f" Resume with: tl-adapters train --resume {path} (or Trainer.resume(pair, traces, {str(path)!r}))."
 
-    # -- what is recorded -----------------------------------------------------------------------------------------
+    # -- training states ------------------------------------------------------------------------------------------
 
-    def _record(self, terms: StepTerms, bar: Any, tracker: Any) -> None:
-        assert terms.l0 is not None
-        values = {name: float(getattr(terms, name)) for name in ("total", *TERMS)}
-        lr = self.optimizer.param_groups[0]["lr"]
-        mean_l0 = sum(terms.l0) / len(terms.l0)
-        bar.set_postfix(
-            {"kl": f"{values['output_kl']:.4f}", "nmse": f"{values['nmse']:.4f}", "l0": f"{mean_l0:.1f}"}, refresh=False
-        )
+    def _save_state(self) -> None:
         if self.folder is not None:
-            line = {"step": self.step, "tokens": self.tokens, "lr": lr, **values, "l0": terms.l0}
-            self.folder.append(METRICS_FILE, line)
-        by_layer = {f"l0/layer_{layer}": value for layer, value in enumerate(terms.l0)}
-        tracker.log(self.step, {**values, "lr": lr, "l0": mean_l0, "tokens": float(self.tokens), **by_layer})
+            counters = {
+                "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "order": self.order.position
+            }  # fmt: skip
+            self.folder.save_training_state(self.step, self.adapters, _moments_by_name(self.optimizer), counters)
 
-    def _validate(self, tracker: Any) -> None:
-        found = held_out_terms(self.pair, self.validation)
-        if self.folder is not None:
-            self.folder.append(VALIDATION_FILE, {"step": self.step, **found})
-        tracker.log(self.step, {f"validation/{name}": found[name] for name in ("output_kl", "nmse")})
-
-    def _progress_bar(self) -> Any:
-        # Where the output is a file, not a terminal, a line every ten seconds is enough.
-        interval = 0.1 if sys.stderr.isatty() else 10.0
-        return tqdm(
-            total=self.config.steps, initial=self.step, desc="train", disable=not self.progress, mininterval=interval
-        )
-
-    @contextmanager
-    def _tracker(self) -> Iterator[Any]:
-        folder, name = self.folder, self.config.tracker
-        if folder is None and name != "none":
-            raise TrainingError(f"tracker is {name!r}, but the run has no folder to keep its id in; give folder=.")
-        where = folder.path if folder else Path()
-        whole = folder.config.to_dict() if folder else {}
-        tracker = open_tracker(
-            name, where, folder.id if folder else "", whole, first_step=self.step, project=self.config.tracker_project
-        )
-        try:
-            yield tracker
-        finally:
-            tracker.close()
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self) -> None:
-        if self.folder is None:
-            return
-        moments = {
-            f"{index}.{key}": value.contiguous()
-            for index, entries in self.optimizer.state_dict()["state"].items()
-            for key, value in entries.items()
-        }
-        state = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "order": self.order.position}
-        self.folder.save_checkpoint(self.step, self.adapters, moments, state)
-
-    def _go_on_in(self, run: RunFolder) -> None:
+    def _restore(self, run: RunFolder) -> None:
+        """Continue from the latest training state of a run folder, or from its result if the run has finished."""
         self.folder = run
         result = run.result()
-        if result is not None:  # done, and perhaps killed while it cleaned up
+        if result is not None:  # the run has finished, and may have been killed while it deleted its training states
             self.adapters.load_state_dict(result.state_dict())
-            self.step, self.tokens, self.seconds = self.config.steps, *run.spent()
+            self.step, self.tokens, self.seconds = self.config.steps, *run.tokens_and_seconds()
             return
-        found = run.load_checkpoint()
-        if found is None:  # killed before the first checkpoint: everything is a function of the seed
+        state = run.load_training_state()
+        if state is None:  # the run was killed before its first saved state, so it starts again from the seed
             return
-        adapters, tensors, state = found
+        adapters, moments, counters = state
         self.adapters.load_state_dict(adapters.state_dict())
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in tensors.items():
-            index, key = name.split(".", 1)
-            moments.setdefault(int(index), {})[key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.order.restore(state["order"])
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        _load_moments(self.optimizer, moments)
+        self.order.restore(counters["order"])
+        self.step, self.tokens, self.seconds = counters["step"], counters["tokens"], counters["seconds"]
 
 
-def _origin(pair: PairedModel) -> RunConfig:
-    both = bool(pair.base_id and pair.target_id)
-    return RunConfig(base=pair.base_id, target=pair.target_id) if both else RunConfig()
+def _moments_by_name(optimizer: torch.optim.Adam) -> dict[str, torch.Tensor]:
+    """Adam's moments and step counts, each named "parameter index.key"."""
+    return {
+        f"{index}.{key}": value.contiguous()
+        for index, entries in optimizer.state_dict()["state"].items()
+        for key, value in entries.items()
+    }
 
 
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that a run stops between two steps; a second Ctrl-C stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
-        yield stop
-        return
+def _load_moments(optimizer: torch.optim.Adam, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The inverse of `_moments_by_name`."""
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        moments.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
-    def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        log.warning("Stopping after this step; once more stops at once, and loses what came after the last checkpoint.")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _origin_of(pair: PairedModel) -> RunConfig:
+    """A configuration that names the models of a pair, if both have a name."""
+    named = bool(pair.base_id and pair.target_id)
+    return RunConfig(base=pair.base_id, target=pair.target_id) if named else RunConfig()
 
 
 def train(
@@ -405,6 +327,18 @@ def train(
     progress: bool = True,
     **options: Any,
 ) -> AdapterSet:
-    """Train adapters for ``pair``: `Trainer` in one call; keyword options replace fields of ``config``."""
+    """Train adapters for ``pair`` and return them: `Trainer` in one call.
+
+    Args:
+        pair: base and target; it holds the adapters afterwards.
+        traces: the training documents: a list, or a source that reads them as they are needed.
+        config: the options; None is the default ones.
+        folder: the run folder to make; None trains in memory and writes nothing.
+        validation: held-out documents, measured every ``validate_every`` steps.
+        progress: show a progress bar.
+        options: fields of `TrainingConfig`, which replace those of ``config``.
+
+    Raises: as `Trainer` and `Trainer.run`.
+    """
     config = replace(config or TrainingConfig(), **options)
     return Trainer(pair, traces, config, folder, validation=validation, progress=progress).run()
