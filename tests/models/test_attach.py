@@ -1,4 +1,4 @@
-"""Adapters in models that users have already: processed or not, of three kinds, given back as they were."""
+"""Adapters attached to models of three kinds, processed or not, which `detach` restores."""
 
 import copy
 import hashlib
@@ -41,7 +41,7 @@ def state_of(model: Any) -> str:
 @pytest.mark.parametrize("reads", ["mlp_input", "normalized"])
 @pytest.mark.parametrize("how", PROCESSING)
 @pytest.mark.parametrize("maker", [plain, with_saes])
-def test_attached_is_the_pair_whatever_was_processed(
+def test_an_attached_model_equals_the_pair_however_it_was_processed(
     architecture: str, maker: Callable[..., HookedTransformer], how: str, reads: str
 ) -> None:
     pair = reference(architecture)
@@ -54,17 +54,17 @@ def test_attached_is_the_pair_whatever_was_processed(
         base=random_model(1, architecture=architecture),
     )
     tolerance = 1e-5 if how != "unprocessed" else 1e-6 if reads == "normalized" else 1e-10  # folding is done in float32
-    seen = []
+    outputs = []
     for route in ("replacement", "hybrid", "target", "target+adapter"):
         with pair.routed(route), theirs.routed(route):
-            seen.append(log_probabilities(model))
-            assert (seen[-1] - log_probabilities(pair.model)).abs().max() < tolerance, route
-    assert all((a - b).abs().max() > 1e-2 for i, a in enumerate(seen) for b in seen[:i])
-    assert (log_probabilities(model) - seen[0]).abs().max() < 1e-12  # attach leaves it on the replacement's route
+            outputs.append(log_probabilities(model))
+            assert (outputs[-1] - log_probabilities(pair.model)).abs().max() < tolerance, route
+    assert all((a - b).abs().max() > 1e-2 for i, a in enumerate(outputs) for b in outputs[:i])
+    assert (log_probabilities(model) - outputs[0]).abs().max() < 1e-12  # attach leaves it on the replacement's route
 
 
 @pytest.mark.parametrize("reads", ["mlp_input", "normalized"])
-def test_a_bridge_too(architecture: str, reads: str) -> None:
+def test_an_attached_bridge_equals_the_pair(architecture: str, reads: str) -> None:
     pair = reference(architecture)
     adapters = copy.deepcopy(pair.installed_adapters())
     model = bridge(architecture)
@@ -79,7 +79,7 @@ def test_a_bridge_too(architecture: str, reads: str) -> None:
 
 @pytest.mark.parametrize("how", PROCESSING)
 @pytest.mark.parametrize("kind", MAKERS)
-def test_the_model_is_given_back_as_it_was(kind: str, how: str) -> None:
+def test_detach_restores_the_model(kind: str, how: str) -> None:
     model = MAKERS[kind]()
     if kind != "TransformerBridge":
         process(model, how)
@@ -104,7 +104,7 @@ def test_the_model_is_given_back_as_it_was(kind: str, how: str) -> None:
     assert state_of(model) == before and fired
 
 
-def test_beside_the_models_own_mlps_has_to_be_asked_for() -> None:
+def test_adding_to_the_models_own_mlps_must_be_requested() -> None:
     adapters, model = reference().installed_adapters(), plain()
     with pytest.raises(PairMismatchError, match=r"either base= or on='own_mlp'"):
         attach(model, adapters)
@@ -118,7 +118,7 @@ def test_beside_the_models_own_mlps_has_to_be_asked_for() -> None:
         pass
 
 
-def test_some_layers_only(tmp_path: Any) -> None:
+def test_adapters_of_some_layers_are_attached(tmp_path: Any) -> None:
     whole = reference().installed_adapters()
     whole.save_pretrained(tmp_path / "a")
     some = AdapterSet.from_pretrained(tmp_path / "a", layers=[1, 3])
@@ -133,7 +133,7 @@ def test_some_layers_only(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("maker", [plain, with_saes])
-def test_processing_after_attaching_is_an_error(maker: Callable[..., HookedTransformer]) -> None:
+def test_processing_after_attaching_raises(maker: Callable[..., HookedTransformer]) -> None:
     model = maker()
     pair = attach(model, reference().installed_adapters(), base=random_model(1))
     model.process_weights_()
@@ -142,7 +142,7 @@ def test_processing_after_attaching_is_an_error(maker: Callable[..., HookedTrans
             model(TOKENS)
 
 
-def test_what_does_not_belong_together_says_both_sides() -> None:
+def test_a_mismatch_names_both_sides() -> None:
     pair = reference()
     adapters = pair.installed_adapters()
     base = random_model(1)
@@ -177,7 +177,7 @@ def test_what_does_not_belong_together_says_both_sides() -> None:
 @pytest.mark.parametrize(
     ("norm", "gated", "message"), [("LN", True, "norms are LN"), ("RMS", False, "layer 0 is a MLP")]
 )
-def test_models_of_other_kinds_are_refused(norm: str, gated: bool, message: str) -> None:
+def test_models_without_rms_norms_or_gated_mlps_are_refused(norm: str, gated: bool, message: str) -> None:
     options = dict(n_layers=2, d_model=32, n_ctx=16, d_head=8, d_vocab=61, d_mlp=48, act_fn="gelu")
     model = HookedTransformer(HookedTransformerConfig(**options, normalization_type=norm, gated_mlp=gated))
     with pytest.raises(UnsupportedModelError, match=message):
@@ -185,7 +185,7 @@ def test_models_of_other_kinds_are_refused(norm: str, gated: bool, message: str)
 
 
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
-def test_a_cast_is_the_same_model_and_a_little_training_is_not(maker: Callable[..., Any]) -> None:
+def test_a_cast_model_is_accepted_and_a_further_trained_one_is_refused(maker: Callable[..., Any]) -> None:
     adapters = reference(dtype=torch.float32).installed_adapters()
     for dtype in (torch.bfloat16, torch.float16):
         model = maker(dtype=torch.float32).to(dtype)
@@ -220,7 +220,7 @@ def test_adapters_without_samples_are_compared_by_name() -> None:
         attach(model, adapters, base=base)
 
 
-def test_a_folded_model_without_the_norms_is_refused_with_the_way_out() -> None:
+def test_a_folded_model_whose_norms_are_unknown_is_refused() -> None:
     adapters = reference().installed_adapters()
     adapters.layer_samples = None
     model = plain()

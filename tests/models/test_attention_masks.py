@@ -1,4 +1,4 @@
-"""Masks are given, never guessed from token ids: a prompt is read whole, whatever its first or last token."""
+"""Padding is never inferred from token ids: every token of a prompt is read, whatever its first or last token."""
 
 import logging
 from typing import Any
@@ -15,14 +15,14 @@ from tl_adapters.organism.recipe import build_tokenizer
 
 PAD = 3
 PROMPTS = {
-    "begins with it": [PAD, 20, 21, 22, 23],
+    "begins with one": [PAD, 20, 21, 22, 23],
     "begins with two": [PAD, PAD, 21, 22, 23],
-    "ends with it": [20, 21, 22, 23, PAD],
-    "is nothing else": [PAD],
+    "ends with one": [20, 21, 22, 23, PAD],
+    "is one": [PAD],
 }
 
 
-def made(backend: str, side: str) -> tuple[PairedModel, Any]:
+def padded_pair(backend: str, side: str) -> tuple[PairedModel, Any]:
     """A pair whose tokenizer pads with an ordinary token, and the Hugging Face target."""
     tokenizer = build_tokenizer()
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(PAD), side
@@ -36,47 +36,47 @@ def made(backend: str, side: str) -> tuple[PairedModel, Any]:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 @torch.no_grad()
-def test_a_prompt_of_pad_tokens_is_read_whole_by_every_call(backend: str, side: str) -> None:
-    pair, reference = made(backend, side)
+def test_every_call_reads_pad_tokens_in_a_prompt(backend: str, side: str) -> None:
+    pair, reference = padded_pair(backend, side)
     for prompt in PROMPTS.values():
         tokens = torch.tensor([prompt])
-        right = reference(tokens).logits
-        want = list(prompt)
+        expected = reference(tokens).logits
+        greedy = list(prompt)
         for _ in range(6):
-            want.append(int(reference(torch.tensor([want])).logits[0, -1].argmax()))
-        (said,) = complete(pair.model, [prompt], stop_at=[], max_new_tokens=6, batch_size=1)
-        assert [*prompt, *said.tokens] == want
-        assert complete(pair.model, [prompt, [5] * 9], stop_at=[], max_new_tokens=6, batch_size=2)[0] == said
+            greedy.append(int(reference(torch.tensor([greedy])).logits[0, -1].argmax()))
+        (completion,) = complete(pair.model, [prompt], stop_at=[], max_new_tokens=6, batch_size=1)
+        assert [*prompt, *completion.tokens] == greedy
+        assert complete(pair.model, [prompt, [5] * 9], stop_at=[], max_new_tokens=6, batch_size=2)[0] == completion
         for logits in (
             pair.model(tokens),
             pair.model.run_with_cache(tokens)[0],
             pair.unembed(pair.residual_streams(tokens)[-1]),
         ):
-            assert torch.allclose(logits, right, atol=1e-4)
+            assert torch.allclose(logits, expected, atol=1e-4)
         options = dict(max_new_tokens=6, do_sample=False, stop_at_eos=False, verbose=False)
-        assert pair.model.generate(tokens, **options)[0].tolist() == want
+        assert pair.model.generate(tokens, **options)[0].tolist() == greedy
     assert pair.model.tokenizer.padding_side == side and pair.model.tokenizer.pad_token_id == PAD
 
 
-def test_a_model_made_elsewhere_reads_whole_while_adapters_are_attached() -> None:
+def test_a_users_model_infers_no_padding_while_adapters_are_attached() -> None:
     source, cls = plain(), type(plain())
     adapters = randomise(PairedModel.from_pretrained(random_model(1), random_model(2))).installed_adapters()
     source.tokenizer = build_tokenizer()
     source.tokenizer.pad_token, source.tokenizer.padding_side = source.tokenizer.convert_ids_to_tokens(PAD), "left"
     tokens = torch.tensor([[PAD, 20, 21]])
     with torch.no_grad():
-        right = source(tokens, attention_mask=torch.ones_like(tokens))
-        assert not torch.allclose(source(tokens), right, atol=1e-3), "stock TransformerLens guesses"
+        expected = source(tokens, attention_mask=torch.ones_like(tokens))
+        assert not torch.allclose(source(tokens), expected, atol=1e-3), "stock TransformerLens infers padding"
         pair = attach(source, adapters, base=random_model(1))
         with pair.routed("target") as model:
-            assert torch.allclose(model(tokens), right, atol=1e-10)
+            assert torch.allclose(model(tokens), expected, atol=1e-10)
         assert isinstance(source, cls)
         assert type(pair.release()) is cls
-        assert not torch.allclose(source(tokens), right, atol=1e-3), "given back as it was"
+        assert not torch.allclose(source(tokens), expected, atol=1e-3), "restored"
 
 
-def test_texts_are_padded_and_masked_and_ids_that_look_padded_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    pair, _ = made("hooked", "left")
+def test_texts_are_padded_and_masked_and_ids_that_look_padded_raise_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    pair, _ = padded_pair("hooked", "left")
     texts = ["47+85=", "1"]
     with torch.no_grad():
         together = pair.model(texts, prepend_bos=False)

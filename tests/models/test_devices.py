@@ -1,11 +1,13 @@
 """Every stage on a pretended device: no operator mixes devices, no float64 where there is none, few waits.
 
 The device is pretended (`pretended_device`), once as a GPU and once as MPS, which has no float64. Parameters go there
-by the library's own calls; buffers are put there in any case, so that what these tests say is about operators.
+by the library's own calls; buffers are put there in any case, so that these tests are about operators only.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from tl_adapters.attribution.validation import (
     explain_difference,
     faithfulness_curve,
 )
+from tl_adapters.circuits import control_strengths, controls, steering
 from tl_adapters.circuits.control_strengths import TuningTexts, set_controls
 from tl_adapters.circuits.controls import inserted_in_part, removed_in_part
 from tl_adapters.circuits.measurements import ReplacementResiduals, mediation, probabilities
@@ -44,6 +47,7 @@ from tl_adapters.features.stream_agreement import stream_agreement
 from tl_adapters.generation.compare_variants import generate_variants
 from tl_adapters.generation.likelihoods import log_likelihoods
 from tl_adapters.generation.responses import respond
+from tl_adapters.interventions import feature_edits
 from tl_adapters.interventions.feature_edits import ablated, added, clamped, gated, inserted, negated, patched, scaled
 from tl_adapters.interventions.frozen import frozen
 from tl_adapters.interventions.variants import on_route, with_only, without
@@ -94,9 +98,9 @@ def documents(n: int = 4, seed: int = 0, vocab: int = 31) -> list[Trace]:
 
 def some_onsets() -> Onsets:
     batch = random_batch(3, (12, 9, 11), vocab=31)
-    drawn = torch.randint(4, batch.tokens.shape, generator=torch.Generator().manual_seed(3))
-    places = [batch.predicting_response & (drawn == kind) for kind in range(3)]
-    return Onsets(batch.tokens, batch.predicting_response, places[0], places[1], places[2], (5, 9))
+    kinds = torch.randint(4, batch.tokens.shape, generator=torch.Generator().manual_seed(3))
+    masks = [batch.predicting_response & (kinds == kind) for kind in range(3)]
+    return Onsets(batch.tokens, batch.predicting_response, masks[0], masks[1], masks[2], (5, 9))
 
 
 # -- the emulator itself ----------------------------------------------------------------------------------------------
@@ -105,7 +109,7 @@ def some_onsets() -> Onsets:
 def test_the_emulator_refuses_what_a_device_refuses(device: PretendedDevice) -> None:
     x, host = torch.ones(3, device=DEVICE), torch.ones(3)
     assert x.device == DEVICE and host.device.type == "cpu" and x.cpu().device.type == "cpu"
-    assert (x * 2 + torch.tensor(1.0)).device == DEVICE  # a number of the CPU may stand beside it
+    assert (x * 2 + torch.tensor(1.0)).device == DEVICE  # an operator may take a number of the CPU
     for wrong in (
         lambda: x + host,
         lambda: torch.stack([x, host]),
@@ -141,7 +145,7 @@ def test_the_emulator_counts_waits(device: PretendedDevice) -> None:
     assert x[1:, 0].sum().device == DEVICE and len(device.events) == before
 
 
-def test_a_gradient_goes_back_where_its_tensor_came_from(device: PretendedDevice) -> None:
+def test_a_gradient_returns_to_the_device_of_its_tensor(device: PretendedDevice) -> None:
     host = torch.ones(3, requires_grad=True)
     (host.to(DEVICE) * torch.ones(3, device=DEVICE)).sum().backward()
     assert host.grad is not None and host.grad.device.type == "cpu"
@@ -151,7 +155,7 @@ def test_a_gradient_goes_back_where_its_tensor_came_from(device: PretendedDevice
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
-def test_training(device: PretendedDevice, activation: str) -> None:
+def test_training_runs(device: PretendedDevice, activation: str) -> None:
     k = {"k": 5} if "topk" in activation else {}
     config = TrainingConfig(
         n_features=16, steps=3, tokens_per_batch=24, activation=activation, log_every=1, validate_every=2, **k
@@ -162,7 +166,7 @@ def test_training(device: PretendedDevice, activation: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
-def test_faithfulness_and_what_stands_beside_it(device: PretendedDevice, architecture: str) -> None:
+def test_faithfulness_and_baselines_run(device: PretendedDevice, architecture: str) -> None:
     pair, traces = tiny(device, architecture=architecture), documents()
     faithfulness_block(measure_faithfulness(pair, traces), "x")
     baseline_kl(pair, [top_neurons(mlp, 3) for mlp in pair.mlps], traces)
@@ -172,7 +176,7 @@ def test_faithfulness_and_what_stands_beside_it(device: PretendedDevice, archite
     layer_effects(pair, 0, pair.installed_adapters()[0].W_dec, words=(3, 4))
 
 
-def test_matching_and_planting(device: PretendedDevice) -> None:
+def test_matching_and_planting_run(device: PretendedDevice) -> None:
     pair, traces = tiny(device), documents(80)
     matching = match_features(pair.installed_adapters(), pair.installed_adapters(), pair, traces)
     assert matching.matches and all(m.same for m in matching.matches)
@@ -183,7 +187,7 @@ def test_matching_and_planting(device: PretendedDevice) -> None:
 
 @pytest.mark.parametrize("linearisation", ["relp", "frozen_mlp", "gradient"])
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
-def test_attribution(device: PretendedDevice, linearisation: str, architecture: str) -> None:
+def test_attribution_runs(device: PretendedDevice, linearisation: str, architecture: str) -> None:
     pair, quiet = tiny(device, architecture=architecture), {"linearisation": linearisation, "progress": False}
     prompt = list(documents(1)[0].tokens)
     attribute(pair, prompt, **quiet)  # type: ignore[arg-type]
@@ -191,7 +195,7 @@ def test_attribution(device: PretendedDevice, linearisation: str, architecture: 
     attribute(pair, prompt, [3, LogitTarget(4), FeatureTarget(1, 2, -1)], **few, **quiet)  # type: ignore[arg-type]
 
 
-def test_real_ablations(device: PretendedDevice) -> None:
+def test_ablations_in_the_model_run(device: PretendedDevice) -> None:
     pair, prompt = tiny(device), list(documents(1)[0].tokens)
     compare_linearizations(pair, prompt, LogitTarget(3))
     explain_difference(pair, prompt, LogitTarget(3), progress=False)
@@ -201,16 +205,17 @@ def test_real_ablations(device: PretendedDevice) -> None:
     assert not device.holds(effects)
 
 
-def test_interventions(device: PretendedDevice) -> None:
+def test_interventions_run(device: PretendedDevice) -> None:
     pair, tokens = tiny(device), random_batch(3, vocab=31).to(DEVICE).tokens
     features = [FeatureId(0, 3), FeatureId(1, 2), FeatureId(1, 7)]
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as source:
         pair.model(tokens)
-    kept = {layer: acts.cpu() for layer, acts in source.items()}  # of another run: it may be anywhere
+    on_host = {layer: acts.cpu() for layer, acts in source.items()}  # activations of another run may be on any device
     gates = torch.ones(2, 24, requires_grad=True)
     for changed in (
         ablated(pair, features), scaled(pair, features, 2.0), clamped(pair, features, 1.0, [2, 4]),
-        added(pair, features, 1.0, range(3)), patched(pair, features, dict(source)), patched(pair, features, kept, [1]),
+        added(pair, features, 1.0, range(3)), patched(pair, features, dict(source)),
+        patched(pair, features, on_host, [1]),
     ):  # fmt: skip
         with pair.routed("replacement"), changed as model:
             model(tokens)
@@ -222,7 +227,7 @@ def test_interventions(device: PretendedDevice) -> None:
         model(tokens)
 
 
-def test_circuits(device: PretendedDevice) -> None:
+def test_circuit_search_and_measurements_run(device: PretendedDevice) -> None:
     pair, onsets = tiny(device), some_onsets()
     everything = torch.ones(2, 24, dtype=torch.bool)
     found = search_circuit(pair, onsets, everything, SearchOptions(share=0.1, per_round=2), progress=False)
@@ -237,7 +242,7 @@ def test_circuits(device: PretendedDevice) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
-def test_a_bridge_goes_through_the_stages(device: PretendedDevice, architecture: str) -> None:
+def test_the_stages_run_on_a_bridge(device: PretendedDevice, architecture: str) -> None:
     pair, features = tiny(device, architecture=architecture, backend="bridge"), [FeatureId(0, 1), FeatureId(1, 4)]
     prompt = list(documents(1)[0].tokens)
     measure_faithfulness(pair, documents())
@@ -251,7 +256,7 @@ def test_a_bridge_goes_through_the_stages(device: PretendedDevice, architecture:
 
 @pytest.fixture
 def loaded() -> PairedModel:
-    """Read from its files before a device is pretended: transformers' loader has function modes of its own."""
+    """The model organism, read before a device is pretended: transformers' loader has function modes of its own."""
     return load_organism_pair("cpu")
 
 
@@ -265,7 +270,7 @@ def builtin(loaded: PairedModel, device: PretendedDevice) -> PairedModel:
     return pair
 
 
-def test_collection(builtin: PairedModel, device: PretendedDevice) -> None:
+def test_collection_runs(builtin: PairedModel, device: PretendedDevice) -> None:
     traces = encode_traces(reasoning_pairs("report", 4), builtin.model.tokenizer)
     options = StoreOptions(examples=2, sample=2, before=2, after=2, tokens_per_batch=200)
     for kind, stream in (("feature", "replacement"), ("feature", "target"), ("neuron", "target")):
@@ -275,7 +280,7 @@ def test_collection(builtin: PairedModel, device: PretendedDevice) -> None:
         assert store.ids(1)
 
 
-def test_generation(builtin: PairedModel, device: PretendedDevice) -> None:
+def test_generation_runs(builtin: PairedModel, device: PretendedDevice) -> None:
     features = [FeatureId(0, 3), FeatureId(1, 2)]
     prompt = encode_traces(reasoning_pairs("report", 1), builtin.model.tokenizer)[0].tokens[:12]
     variants = [on_route("target"), without(features), with_only(features)]
@@ -286,13 +291,18 @@ def test_generation(builtin: PairedModel, device: PretendedDevice) -> None:
     assert len(list(log_likelihoods(builtin.model, [(prompt[:5], prompt[5:8]), (prompt[:3], prompt[3:9])]))) == 2
 
 
-# -- how often is waited ----------------------------------------------------------------------------------------------
+# -- how often the host waits -----------------------------------------------------------------------------------------
+
+
+def file_name(module: ModuleType) -> str:
+    """The name under which the emulator counts the waits of a module."""
+    return Path(str(module.__file__)).name
 
 
 def waits(device: PretendedDevice, act: Callable[[], object]) -> Counter[tuple[str, str, str]]:
-    with device.counted() as found:
+    with device.counted() as counts:
         act()
-    return found
+    return counts
 
 
 def test_a_changed_pass_copies_nothing_by_layer_or_token(device: PretendedDevice) -> None:
@@ -309,14 +319,14 @@ def test_a_changed_pass_copies_nothing_by_layer_or_token(device: PretendedDevice
         ):  # fmt: skip
             with torch.no_grad(), pair.routed("replacement"), changed as model:
                 counts.append(waits(device, lambda model=model, tokens=tokens: model(tokens)))
-    ours = [{key: n for key, n in count.items() if key[1] == "interventions.py"} for count in counts]
+    ours = [{key: n for key, n in count.items() if key[1] == file_name(feature_edits)} for count in counts]
     assert not any(ours), ours
 
 
 def test_entering_an_intervention_copies_once_for_all_layers(device: PretendedDevice) -> None:
     counts = []
     for layers in (2, 4):
-        pair, found = tiny(device, layers), Counter[tuple[str, str, str]]()
+        pair, total = tiny(device, layers), Counter[tuple[str, str, str]]()
         features = [FeatureId(layer, i) for layer in range(layers) for i in (1, 5)]
         for make in (ablated, inserted, negated):
 
@@ -324,12 +334,12 @@ def test_entering_an_intervention_copies_once_for_all_layers(device: PretendedDe
                 with make(pair, which):  # type: ignore[attr-defined]
                     pass
 
-            found += waits(device, enter)
-        counts.append(found)
+            total += waits(device, enter)
+        counts.append(total)
     assert counts[0] and not grown(*counts)
 
 
-def test_rows_of_an_attribution_graph_wait_once_a_batch(device: PretendedDevice) -> None:
+def test_rows_of_an_attribution_graph_wait_once_per_batch(device: PretendedDevice) -> None:
     """The longer prompt has more tokens, features and rows, and as many batches: one per layer."""
     pair, counts, rows = tiny(device, 3), [], []
     for length in (4, 12):
@@ -344,7 +354,7 @@ def test_rows_of_an_attribution_graph_wait_once_a_batch(device: PretendedDevice)
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
-def test_a_training_step_does_not_wait_by_layer(device: PretendedDevice, activation: str) -> None:
+def test_the_waits_of_a_training_step_do_not_grow_with_layers(device: PretendedDevice, activation: str) -> None:
     counts = []
     for layers in (2, 4):
         k = {"k": 5} if activation == "batchtopk" else {}
@@ -355,7 +365,7 @@ def test_a_training_step_does_not_wait_by_layer(device: PretendedDevice, activat
     assert not grown(*counts, allowed=ours)
 
 
-def test_real_ablations_copy_once_for_all_layers(device: PretendedDevice) -> None:
+def test_ablations_in_the_model_copy_once_for_all_layers(device: PretendedDevice) -> None:
     counts = []
     for layers in (2, 4):
         pair = tiny(device, layers)
@@ -364,7 +374,7 @@ def test_real_ablations_copy_once_for_all_layers(device: PretendedDevice) -> Non
     assert counts[0] and not grown(*counts)
 
 
-def test_effects_and_faithfulness_do_not_wait_by_layer(device: PretendedDevice) -> None:
+def test_the_waits_of_effects_and_faithfulness_do_not_grow_with_layers(device: PretendedDevice) -> None:
     counts: list[Counter[tuple[str, str, str]]] = []
     for layers in (2, 4):
         pair, onsets = tiny(device, layers), some_onsets()
@@ -376,7 +386,7 @@ def test_effects_and_faithfulness_do_not_wait_by_layer(device: PretendedDevice) 
     assert not grown(*counts)
 
 
-def test_matches_are_read_from_the_device_by_layer_and_not_by_feature(device: PretendedDevice) -> None:
+def test_the_waits_of_matching_do_not_grow_with_features(device: PretendedDevice) -> None:
     counts = []
     for n_features in (12, 48):
         pair = tiny(device, n_features=n_features)
@@ -385,10 +395,10 @@ def test_matches_are_read_from_the_device_by_layer_and_not_by_feature(device: Pr
     assert not grown(*counts)
 
 
-# -- which device -----------------------------------------------------------------------------------------------------
+# -- choice of device -------------------------------------------------------------------------------------------------
 
 
-def test_auto_is_the_best_device_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_the_first_available_of_cuda_mps_and_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("auto") == resolve_device(None) == torch.device("cpu")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_device("auto") == torch.device("mps") and resolve_device("mps:0").type == "mps"
@@ -407,7 +417,7 @@ def test_a_model_in_memory_stays_where_it_is_unless_a_device_is_named(device: Pr
         PairedModel.from_pretrained(base, base, device="cuda:7")
 
 
-def test_what_auto_chose_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_device_that_auto_chose_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="tl_adapters"):
         assert device_of("auto") == "auto" and not caplog.text  # an error of the command line stands alone
         assert load_organism_pair(device_of("auto")).model.W_E.device.type == "cpu"
@@ -424,7 +434,7 @@ def test_controls_copy_once_for_all_layers_and_nothing_in_a_pass(device: Pretend
         direction = torch.ones(pair.model.cfg.d_model, device=DEVICE)
         held = torch.ones(layers, pair.model.cfg.d_mlp, device=DEVICE)
         shares = {FeatureId(layer, i): 0.5 for layer in range(layers) for i in (1, 5)}
-        found = Counter[tuple[str, str, str]]()
+        total = Counter[tuple[str, str, str]]()
         for variant in (
             steered(1, direction, 2.0), steered(1, direction, 2.0, [3, 4]), shifted_logits((5, 9), -1.0),
             without_neurons([(layer, 2) for layer in range(layers)], held, 0.5), removed_in_part(shares),
@@ -432,9 +442,10 @@ def test_controls_copy_once_for_all_layers_and_nothing_in_a_pass(device: Pretend
         ):  # fmt: skip
             with device.counted() as counts, torch.no_grad(), variant.entered(pair) as model:
                 passing.append(waits(device, lambda model=model, tokens=tokens: model(tokens)))
-            found += counts
-        entering.append(found)
+            total += counts
+        entering.append(total)
     assert entering[0]
     assert not grown(*entering)
-    ours = [{key: n for key, n in count.items() if key[1] == "circuit_controls.py"} for count in passing]
+    files = {file_name(module) for module in (controls, steering, control_strengths)}
+    ours = [{key: n for key, n in count.items() if key[1] in files} for count in passing]
     assert not any(ours), ours

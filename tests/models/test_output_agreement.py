@@ -1,4 +1,4 @@
-"""A model in memory may compute more than its configuration and weights say: it is refused, or computed rightly."""
+"""A model in memory that computes more than its configuration and weights say is refused, or computed correctly."""
 
 import copy
 import math
@@ -41,7 +41,7 @@ def hybrid(base: PreTrainedModel, target: PreTrainedModel) -> torch.Tensor:
     return both(TOKENS).logits
 
 
-# -- changes that no configuration tells of ---------------------------------------------------------------------------
+# -- changes that no configuration shows ------------------------------------------------------------------------------
 
 
 def bias(name: str, size: float = 1.0) -> Callable[[PreTrainedModel], None]:
@@ -91,7 +91,7 @@ def replace_attention(hf: PreTrainedModel) -> None:
 
 
 class LowRank(nn.Module):
-    """LoRA by hand: no library tells of it."""
+    """LoRA written by hand, which no library's checks recognize."""
 
     def __init__(self, linear: nn.Linear, size: float) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class LowRank(nn.Module):
         generator = torch.Generator().manual_seed(3)
         down = torch.randn(2, linear.in_features, generator=generator) / linear.in_features**0.5
         up = size * torch.randn(linear.out_features, 2, generator=generator)
-        self.low_rank = [up.to(linear.weight), down.to(linear.weight)]  # in a list: no parameters to be seen
+        self.low_rank = [up.to(linear.weight), down.to(linear.weight)]  # in a list, so that they are not parameters
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         up, down = self.low_rank
@@ -147,10 +147,10 @@ CHANGES: dict[str, tuple[Callable[[PreTrainedModel], None], str]] = {
 
 
 @BACKENDS
-@pytest.mark.parametrize("what", CHANGES)
-def test_a_model_that_computes_more_than_its_weights_is_refused(what: str, backend: str) -> None:
-    """Also where a bridge would compute it: analyses read the weights."""
-    change, message = CHANGES[what]
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_model_that_computes_more_than_its_weights_is_refused(name: str, backend: str) -> None:
+    """A TransformerBridge would compute the change, but analyses read the weights."""
+    change, message = CHANGES[name]
     target = model(2)
     change(target)
     with pytest.raises(UnsupportedModelError, match=message):
@@ -160,18 +160,18 @@ def test_a_model_that_computes_more_than_its_weights_is_refused(what: str, backe
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_hooks_that_change_nothing_are_no_hindrance(dtype: torch.dtype, backend: str) -> None:
-    seen = []
+def test_hooks_that_change_nothing_are_accepted(dtype: torch.dtype, backend: str) -> None:
+    called = []
 
     def watch(hf: PreTrainedModel) -> PreTrainedModel:
         for module in hf.modules():
-            module.register_forward_hook(lambda module, args, out: seen.append(type(module)))
+            module.register_forward_hook(lambda module, args, out: called.append(type(module)))
         return hf.to(dtype)
 
     models = watch(model(1)), watch(model(2))
-    wanted = models[1](TOKENS).logits
+    expected = models[1](TOKENS).logits
     pair = PairedModel.from_pretrained(*models, backend=backend)
-    assert (pair.model(TOKENS) - wanted).abs().max() < (1e-4 if dtype == torch.float32 else 0.2) and seen
+    assert (pair.model(TOKENS) - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.2) and called
 
 
 BASE_CHANGES: dict[str, tuple[Callable[[PreTrainedModel], None], str]] = {
@@ -183,9 +183,9 @@ BASE_CHANGES: dict[str, tuple[Callable[[PreTrainedModel], None], str]] = {
 
 
 @BACKENDS
-@pytest.mark.parametrize("what", BASE_CHANGES)
-def test_a_base_whose_mlps_compute_more_than_their_weights_is_refused(what: str, backend: str) -> None:
-    change, message = BASE_CHANGES[what]
+@pytest.mark.parametrize("name", BASE_CHANGES)
+def test_a_base_whose_mlps_compute_more_than_their_weights_is_refused(name: str, backend: str) -> None:
+    change, message = BASE_CHANGES[name]
     base = model(1)
     change(base)
     with pytest.raises(UnsupportedModelError, match=message):
@@ -198,7 +198,7 @@ def test_a_base_whose_mlps_compute_more_than_their_weights_is_refused(what: str,
 
 @BACKENDS
 @torch.no_grad()
-def test_changes_of_a_base_outside_its_mlps_do_not_matter(backend: str) -> None:
+def test_changes_of_a_base_outside_its_mlps_are_accepted(backend: str) -> None:
     base = model(1)
     steer_a_layer(base)
     hook("lm_head")(base)
@@ -216,7 +216,7 @@ def test_changes_of_a_base_outside_its_mlps_do_not_matter(backend: str) -> None:
         ("attn_scale", 3.0, "Layer 0 of the target"),
     ],
 )
-def test_a_fault_in_our_own_building_is_noticed(
+def test_a_wrong_option_of_the_hooked_transformer_is_detected(
     option: str, value: object, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(*args: object) -> object:
@@ -229,7 +229,7 @@ def test_a_fault_in_our_own_building_is_noticed(
         PairedModel.from_pretrained(model(1), model(2), backend="hooked")
 
 
-def test_a_fault_of_a_bridge_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_norm_of_the_bridge_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformer_lens.model_bridge.generalized_components.rms_normalization import RMSNormalizationBridge as Norm
 
     stock = Norm.forward
@@ -239,7 +239,7 @@ def test_a_fault_of_a_bridge_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @BACKENDS
-def test_a_base_whose_layers_are_mixed_up_is_noticed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_mlps_in_the_wrong_order_are_detected(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read = paired.read_base_mlps
     monkeypatch.setattr(paired, "read_base_mlps", lambda base, n: read(base, n)[::-1])
     with pytest.raises(DisagreementError, match="The MLP of layer 0 of the base"):
@@ -255,15 +255,15 @@ def test_a_parametrized_norm_is_computed(backend: str) -> None:
 
     target = model(2)
     nn.utils.parametrize.register_parametrization(target.model.layers[1].post_attention_layernorm, "weight", Doubled())
-    wanted = target(TOKENS).logits
-    assert (wanted - model(2)(TOKENS).logits).abs().max() > 0.1
+    expected = target(TOKENS).logits
+    assert (expected - model(2)(TOKENS).logits).abs().max() > 0.1
     pair = PairedModel.from_pretrained(model(1), target, backend=backend)
-    torch.testing.assert_close(pair.model(TOKENS), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pair.model(TOKENS), expected, rtol=1e-4, atol=1e-4)
 
 
 @BACKENDS
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_in_low_precision_rounding_is_no_difference(attention: str, backend: str) -> None:
+def test_rounding_in_low_precision_is_allowed(attention: str, backend: str) -> None:
     for architecture in ARCHITECTURES:
         for dtype in (torch.bfloat16, torch.float16):
             options = {} if architecture == "Gemma2ForCausalLM" else {"attn_implementation": attention}
@@ -271,7 +271,7 @@ def test_in_low_precision_rounding_is_no_difference(attention: str, backend: str
             PairedModel.from_pretrained(*models, dtype=dtype, backend=backend)
 
 
-def test_where_scores_are_large_rounding_is_measured() -> None:
+def test_rounding_is_measured_where_scores_are_large() -> None:
     """Qwen2's query and key biases make scores whose rounding in bfloat16 moves a layer's output by a fifth."""
     target = model(2, attn_implementation="sdpa", hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
     with torch.no_grad():
@@ -286,7 +286,7 @@ def test_where_scores_are_large_rounding_is_measured() -> None:
 
 
 @BACKENDS
-def test_what_rounding_would_hide_is_refused_in_low_precision(backend: str) -> None:
+def test_a_change_smaller_than_rounding_is_refused_in_low_precision(backend: str) -> None:
     target = model(2).bfloat16()
     hook("model.layers.1.mlp", 1.004)(target)  # half a unit in the last place
     with pytest.raises(DisagreementError, match=r"MLP of layer 1 .*in bfloat16.*model.layers.1.mlp has a forward hook"):
@@ -298,14 +298,14 @@ def test_what_rounding_would_hide_is_refused_in_low_precision(backend: str) -> N
 
 
 @BACKENDS
-def test_a_model_that_is_not_finite_is_said_so(backend: str) -> None:
+def test_a_layer_that_is_not_finite_is_named(backend: str) -> None:
     target = model(2)
     target.model.layers[2].mlp.down_proj.weight.data[3, 5] = math.nan
     with pytest.raises(DisagreementError, match="Layer 2 of the target.*not finite"):
         PairedModel.from_pretrained(model(1), target, backend=backend)
 
 
-def test_the_model_is_left_as_it_was_found() -> None:
+def test_recording_leaves_the_model_as_it_was() -> None:
     target = model(2)
     target.train()
     target.model.layers[0].eval()
@@ -317,7 +317,7 @@ def test_the_model_is_left_as_it_was_found() -> None:
     assert all(torch.equal(value, state[name]) for name, value in target.state_dict().items())
 
 
-def test_the_tokens_are_never_special() -> None:
+def test_probe_tokens_are_never_special() -> None:
     for special in ((), range(40), range(1, 61, 2)):
         ids = probe_tokens(61, 64, list(special))[0].tolist()
         assert len(set(ids)) == len(ids) == 8 and not set(ids) & set(special)
@@ -353,13 +353,13 @@ def test_lora_is_refused_until_it_is_merged(options: dict[str, object], backend:
             PairedModel.from_pretrained(given, model(2), backend=backend)
     with pytest.raises(CheckpointError, match="adapter of the peft library and no whole model.*merge_and_unload"):
         PairedModel.from_pretrained(tmp_path / "plain", tmp_path / "lora", backend=backend)
-    wanted = tuned(TOKENS).logits
+    expected = tuned(TOKENS).logits
     pair = PairedModel.from_pretrained(model(1), tuned.merge_and_unload(), backend=backend)
-    torch.testing.assert_close(pair.model(TOKENS), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pair.model(TOKENS), expected, rtol=1e-4, atol=1e-4)
 
 
 @BACKENDS
-def test_merged_weights_beside_an_adapter_are_refused(backend: str, tmp_path: Path) -> None:
+def test_merged_weights_beside_a_lora_adapter_are_refused(backend: str, tmp_path: Path) -> None:
     """transformers would apply the adapter again."""
     model(2).save_pretrained(tmp_path / "plain")
     tuned = lora(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"))
@@ -382,21 +382,21 @@ def far(hf_or_ours: object) -> torch.Tensor:
 
 
 @BACKENDS
-def test_a_cast_rounds_no_rotary_frequencies(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_casts_leave_rotary_frequencies_exact(backend: str, caplog: pytest.LogCaptureFixture) -> None:
     def fresh() -> PreTrainedModel:
         return model(2, max_position_embeddings=2048, head_dim=64)
 
     exact = fresh()
     for parameter in exact.parameters():
         parameter.data = parameter.data.bfloat16()
-    wanted, noise = far(exact), (far(exact) - far(fresh())).norm() / far(exact).norm()
+    expected, noise = far(exact), (far(exact) - far(fresh())).norm() / far(exact).norm()
     at = torch.zeros(1), torch.tensor([[1500]])
     angles = [hf.model.rotary_emb(*at)[0] for hf in (exact, fresh().bfloat16())]
     assert (angles[0] - angles[1]).abs().max() > 0.3  # the cast of the whole model is another model
     for given, dtype in ((fresh(), torch.bfloat16), (fresh().bfloat16(), None), (copy.deepcopy(exact), None)):
         pair = PairedModel.from_pretrained(model(1), given, dtype=dtype, backend=backend)
         assert given.model.rotary_emb.inv_freq.dtype == torch.float32 and pair.model.W_E.dtype == torch.bfloat16
-        assert (far(pair.model) - wanted).norm() / wanted.norm() < 2 * noise
+        assert (far(pair.model) - expected).norm() / expected.norm() < 2 * noise
     assert sum("rotary frequencies" in message for message in caplog.messages) == 1
     back = fresh().half().float()  # rounded, and in float32 again
     PairedModel.from_pretrained(model(1), back, backend=backend)
@@ -404,22 +404,22 @@ def test_a_cast_rounds_no_rotary_frequencies(backend: str, caplog: pytest.LogCap
 
 
 def test_changed_rotary_frequencies_are_refused_or_computed() -> None:
-    """A few tokens would not show it: the wavelengths that matter are long."""
+    """The comparison on a few tokens does not detect this, because the changed wavelengths are long."""
 
     def changed() -> PreTrainedModel:
         target = model(2, max_position_embeddings=512)
         target.model.rotary_emb.inv_freq[-3:] *= 1.3
         return target
 
-    wanted = far(changed())
+    expected = far(changed())
     with pytest.raises(UnsupportedModelError, match="rotary embedding at position .* frequencies were changed"):
         PairedModel.from_pretrained(model(1), changed(), backend="hooked")
     pair = PairedModel.from_pretrained(model(1), changed(), backend="bridge")
-    torch.testing.assert_close(far(pair.model), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(far(pair.model), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_meta_build_holds_no_buffer_elsewhere(architecture: str) -> None:
+def test_a_model_built_on_the_meta_device_has_all_buffers_there(architecture: str) -> None:
     hf = model(2, architecture=architecture, dtype=torch.bfloat16, max_position_embeddings=4096).to("meta")
     ours = build_hooked_transformer(hf)
     stock = HookedTransformer(tl_config(hf.config, torch.bfloat16, "cpu"), None, move_to_device=False)
@@ -435,7 +435,7 @@ def test_a_meta_build_holds_no_buffer_elsewhere(architecture: str) -> None:
 
 
 @BACKENDS
-def test_a_pair_can_be_planned_on_the_meta_device(backend: str, tmp_path: Path) -> None:
+def test_a_pair_can_be_made_on_the_meta_device(backend: str, tmp_path: Path) -> None:
     model(1).save_pretrained(tmp_path)
     pair = PairedModel.from_pretrained(tmp_path, model(2).to("meta"), backend=backend)
     with pair.routed("hybrid"):
@@ -445,7 +445,7 @@ def test_a_pair_can_be_planned_on_the_meta_device(backend: str, tmp_path: Path) 
 
 
 @torch.no_grad()
-def test_gemmas_norms_in_bfloat16_are_those_of_transformers() -> None:
+def test_gemmas_norms_in_bfloat16_equal_those_of_transformers() -> None:
     hf = model(2, architecture="Gemma2ForCausalLM", hidden_size=256)
     for parameter in hf.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -472,7 +472,7 @@ def test_gemmas_norms_in_bfloat16_are_those_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_cache_that_forgets_is_noticed(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_loses_the_past_is_detected(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformer_lens.model_bridge.bridge as bridge_module
     from transformer_lens import HookedTransformer as Hooked
 
@@ -480,12 +480,12 @@ def test_a_cache_that_forgets_is_noticed(architecture: str, monkeypatch: pytest.
         stock = cls.generate
 
         def generate(self: object, tokens: torch.Tensor, stock: object = stock, **options: object) -> torch.Tensor:
-            made = tokens
+            generated = tokens
             for _ in range(int(options["max_new_tokens"])):  # the past is lost after the prefill
-                seen = made if made is tokens else made[:, -1:]
-                step = stock(self, seen, **{**options, "max_new_tokens": 1, "use_past_kv_cache": False})
-                made = torch.cat([made, step[:, -1:]], 1)
-            return made
+                read = generated if generated is tokens else generated[:, -1:]
+                step = stock(self, read, **{**options, "max_new_tokens": 1, "use_past_kv_cache": False})
+                generated = torch.cat([generated, step[:, -1:]], 1)
+            return generated
 
         models = [model(seed, architecture=architecture) for seed in (1, 2)]
         adapters = PairedModel.from_pretrained(*copy.deepcopy(models), backend=backend).new_adapters(8)
@@ -499,7 +499,7 @@ def test_a_cache_that_forgets_is_noticed(architecture: str, monkeypatch: pytest.
         attach(theirs, adapters, base=models[0])
 
 
-def test_attach_refuses_weights_that_are_not_finite_and_asks_no_model_with_hooks() -> None:
+def test_attach_refuses_weights_that_are_not_finite_and_runs_no_model_with_hooks() -> None:
     adapters = PairedModel.from_pretrained(model(1), model(2)).new_adapters(8)
     theirs = build_model(model(2), backend="hooked")
     theirs.blocks[1].attn.W_Q.data[0, 0, 0] = math.inf
@@ -512,16 +512,16 @@ def test_attach_refuses_weights_that_are_not_finite_and_asks_no_model_with_hooks
     assert not fired
 
 
-# -- what is no model, or is wrapped ----------------------------------------------------------------------------------
+# -- wrapped models, and objects that are not models ------------------------------------------------------------------
 
 
 @BACKENDS
 @torch.no_grad()
 def test_wrapped_models_are_unwrapped(backend: str) -> None:
-    wanted = model(2)(TOKENS).logits
+    expected = model(2)(TOKENS).logits
     for wrap in (torch.compile, nn.DataParallel, lambda hf: torch.compile(nn.DataParallel(hf))):
         pair = PairedModel.from_pretrained(wrap(model(1)), wrap(model(2)), backend=backend)
-        torch.testing.assert_close(pair.model(TOKENS), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pair.model(TOKENS), expected, rtol=1e-4, atol=1e-4)
 
 
 @BACKENDS
@@ -541,7 +541,7 @@ def partly_on_meta(hf: PreTrainedModel) -> PreTrainedModel:
     return hf
 
 
-NO_MODELS: dict[str, tuple[Callable[[], object], str]] = {
+NOT_MODELS: dict[str, tuple[Callable[[], object], str]] = {
     "of TransformerLens": (lambda: build_model(model(2), backend="hooked"), "TransformerLens.*attach"),
     "a bridge": (lambda: build_model(model(2), backend="bridge"), "TransformerLens.*attach"),
     "inside a bridge": (lambda: build_model(model(2), backend="bridge").original_model, "inside a TransformerBridge"),
@@ -552,9 +552,9 @@ NO_MODELS: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", NO_MODELS)
-def test_what_is_no_model_is_refused_in_one_sentence(what: str) -> None:
-    make, message = NO_MODELS[what]
+@pytest.mark.parametrize("name", NOT_MODELS)
+def test_objects_that_are_not_whole_hugging_face_models_are_refused(name: str) -> None:
+    make, message = NOT_MODELS[name]
     for role, pair in (("target", (model(1), make())), ("base", (make(), model(2)))):
         with pytest.raises(UnsupportedModelError, match=f"the {role}.*|The {role}.*") as error:
             PairedModel.from_pretrained(*pair)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The laws of the paired model: what each route computes, and that TransformerLens keeps working on it."""
+"""What each route of a pair computes, and that TransformerLens's own tools work on its model."""
 
 import copy
 import inspect
@@ -36,7 +36,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
 
 
 @torch.no_grad()
-def test_route_target_is_the_target(hf_models: Models, pair: PairedModel) -> None:
+def test_route_target_computes_the_target(hf_models: Models, pair: PairedModel) -> None:
     logits = pair.model(TOKENS)
     # HF keeps its rotary tables in float32, so even float64 models agree to that only
     close(logits, hf_models[1](TOKENS).logits, 1e-5)
@@ -44,7 +44,7 @@ def test_route_target_is_the_target(hf_models: Models, pair: PairedModel) -> Non
 
 
 @torch.no_grad()
-def test_route_hybrid_is_the_target_with_the_bases_mlps(hf_models: Models, pair: PairedModel) -> None:
+def test_route_hybrid_computes_the_target_with_the_bases_mlps(hf_models: Models, pair: PairedModel) -> None:
     base, target = hf_models
     for ours, theirs in zip(target.model.layers, base.model.layers, strict=True):
         ours.mlp = theirs.mlp
@@ -56,7 +56,7 @@ def test_route_hybrid_is_the_target_with_the_bases_mlps(hf_models: Models, pair:
 
 
 @torch.no_grad()
-def test_a_zero_decoder_changes_nothing(hf_models: Models) -> None:
+def test_with_zero_decoders_the_replacement_equals_the_hybrid(hf_models: Models) -> None:
     pair = PairedModel.from_pretrained(*hf_models)
     pair.new_adapters(16, dtype=torch.float64)
     with pair.routed("hybrid"):
@@ -86,7 +86,7 @@ def test_the_replacement_adds_the_formula(pair: PairedModel) -> None:
 
 
 @torch.no_grad()
-def test_partial_routes_are_rows(pair: PairedModel) -> None:
+def test_partial_routes_set_the_route_of_each_layer(pair: PairedModel) -> None:
     names = {"base_mlp": False, "adapter": False}
     with pair.routed(first=1):
         assert [r.adapter for r in pair.routes] == [True, False, False, False]
@@ -106,7 +106,7 @@ def test_partial_routes_are_rows(pair: PairedModel) -> None:
         close(pair.model(TOKENS), target, 1e-15)
 
 
-def test_routes_come_back_after_an_error(pair: PairedModel) -> None:
+def test_routes_are_restored_after_an_error(pair: PairedModel) -> None:
     with pytest.raises(RuntimeError, match="inside"), pair.routed("hybrid"):
         raise RuntimeError("inside")
     assert not any(r.base_mlp for r in pair.routes)
@@ -114,7 +114,7 @@ def test_routes_come_back_after_an_error(pair: PairedModel) -> None:
 
 @pytest.mark.parametrize("route", ["target", "hybrid", "replacement"])
 @torch.no_grad()
-def test_split_runs_are_the_full_run(pair: PairedModel, route: str) -> None:
+def test_split_runs_equal_the_full_run(pair: PairedModel, route: str) -> None:
     tokens = random_batch(6, lengths=(8, 8)).tokens
     for mask in (None, LEFT):
         with pair.routed(route):
@@ -135,7 +135,7 @@ def test_left_padding_changes_nothing(pair: PairedModel) -> None:
 
 
 @torch.no_grad()
-def test_fused_attention_is_the_stock_attention(hf_models: Models, pair: PairedModel) -> None:
+def test_fused_attention_equals_stock_attention(hf_models: Models, pair: PairedModel) -> None:
     reference = stock(hf_models[1])
     tokens = random_batch(6, lengths=(8, 8)).tokens
     for mask in (None, LEFT):
@@ -147,7 +147,7 @@ def test_fused_attention_is_the_stock_attention(hf_models: Models, pair: PairedM
         stocked, cache_stock = reference.run_with_cache(tokens, attention_mask=mask)
         for name, value in cache_fused.items():
             close(value, cache_stock[name], 1e-10)
-    # a hook on patterns or scores is served, and what it returns counts
+    # a hook on patterns or scores fires, and its return value is used
     for name in ("hook_pattern", "hook_attn_scores"):
         hooks = [(f"blocks.1.attn.{name}", lambda x, hook: x.flip(-1))]
         close(
@@ -156,7 +156,7 @@ def test_fused_attention_is_the_stock_attention(hf_models: Models, pair: PairedM
         assert (pair.model.run_with_hooks(tokens, fwd_hooks=hooks) - pair.model(tokens)).abs().max() > 1e-3
 
 
-def test_gradients_through_fused_attention(hf_models: Models, pair: PairedModel) -> None:
+def test_gradients_through_fused_attention_equal_those_of_stock_attention(hf_models: Models, pair: PairedModel) -> None:
     reference, gradients = stock(hf_models[1]), []
     for model in (pair.model, reference):
         resid = model(TOKENS, stop_at_layer=0).clone().requires_grad_()
@@ -166,7 +166,7 @@ def test_gradients_through_fused_attention(hf_models: Models, pair: PairedModel)
 
 
 @pytest.mark.parametrize("route", ["target", "hybrid", "replacement"])
-def test_generate_with_a_cache_is_generate_without(pair: PairedModel, route: str) -> None:
+def test_generation_with_a_cache_equals_generation_without(pair: PairedModel, route: str) -> None:
     options = dict(max_new_tokens=12, do_sample=False, stop_at_eos=False, verbose=False)
     with pair.routed(route):
         cached = pair.model.generate(TOKENS, use_past_kv_cache=True, **options)
@@ -174,13 +174,13 @@ def test_generate_with_a_cache_is_generate_without(pair: PairedModel, route: str
     assert cached.tolist() == plain.tolist()
 
 
-def test_generate_is_hfs(hf_models: Models, pair: PairedModel) -> None:
+def test_generation_equals_hugging_faces(hf_models: Models, pair: PairedModel) -> None:
     ours = pair.model.generate(TOKENS, max_new_tokens=12, do_sample=False, stop_at_eos=False, verbose=False)
     theirs = hf_models[1].generate(TOKENS, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert ours.tolist() == theirs.tolist()
 
 
-def test_transformer_lens_names_and_weight_properties_stay(hf_models: Models, pair: PairedModel) -> None:
+def test_names_and_weight_properties_of_transformer_lens_are_kept(hf_models: Models, pair: PairedModel) -> None:
     reference = stock(hf_models[1])
     ours, theirs = set(pair.model.hook_dict), set(reference.hook_dict)
     assert theirs < ours
@@ -204,7 +204,7 @@ def test_every_hook_fires_on_every_route(pair: PairedModel) -> None:
 
 
 @torch.no_grad()
-def test_an_intervention_on_a_feature_counts_and_leaves_nothing_behind(pair: PairedModel) -> None:
+def test_a_hook_on_a_feature_changes_the_output_and_leaves_no_trace(pair: PairedModel) -> None:
     def ablate(acts: torch.Tensor, hook: object) -> torch.Tensor:
         acts = acts.clone()
         acts[..., 3] = 0
@@ -216,16 +216,15 @@ def test_an_intervention_on_a_feature_counts_and_leaves_nothing_behind(pair: Pai
         before = pair.model(TOKENS)
         out = pair.model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.mlp.adapter.hook_sae_acts_post", ablate)])
         assert (out - before).abs().max() > 1e-6
-        kept = adapter.W_dec[3].clone()
+        decoder = adapter.W_dec[3].clone()
         adapter.W_dec[3] = 0
         close(out, pair.model(TOKENS), 1e-12)
-        adapter.W_dec[3] = kept
+        adapter.W_dec[3] = decoder
         close(pair.model(TOKENS), before, 1e-15)
 
 
 @torch.no_grad()
-def test_the_hook_for_additive_attachment_adds(pair: PairedModel) -> None:
-    """What stands at hook_adapter_out is added to the base's MLP, also where the adapter is off."""
+def test_the_value_at_hook_adapter_out_is_added_on_every_route(pair: PairedModel) -> None:
     with pair.routed("replacement"):
         expected, cache = pair.model.run_with_cache(TOKENS)
     hooks = [
@@ -237,7 +236,7 @@ def test_the_hook_for_additive_attachment_adds(pair: PairedModel) -> None:
 
 
 @torch.no_grad()
-def test_deepcopy_is_independent(pair: PairedModel) -> None:
+def test_a_deepcopy_is_independent(pair: PairedModel) -> None:
     with pair.routed("replacement"):
         other = copy.deepcopy(pair.model)
         close(other(TOKENS), pair.model(TOKENS), 1e-15)
@@ -251,7 +250,7 @@ def test_deepcopy_is_independent(pair: PairedModel) -> None:
 
 
 @torch.no_grad()
-def test_change_of_dtype(pair: PairedModel) -> None:
+def test_the_dtype_can_be_changed(pair: PairedModel) -> None:
     with pair.routed("replacement"):
         expected = pair.model(TOKENS)
         pair.model.to(torch.float32, print_details=False)
@@ -259,7 +258,7 @@ def test_change_of_dtype(pair: PairedModel) -> None:
 
 
 @torch.no_grad()
-def test_a_bfloat16_model_with_float32_adapters() -> None:
+def test_float32_adapters_run_in_a_bfloat16_model() -> None:
     pair = PairedModel.from_pretrained(random_model(1), random_model(2), dtype=torch.bfloat16)
     adapters = pair.new_adapters(16)
     assert adapters[0].W_enc.dtype == torch.float32
@@ -269,7 +268,7 @@ def test_a_bfloat16_model_with_float32_adapters() -> None:
         assert pair.model(TOKENS).isfinite().all()
 
 
-def test_weights_are_shared_not_copied(hf_models: Models) -> None:
+def test_weights_are_shared_with_the_hugging_face_model(hf_models: Models) -> None:
     base, target = hf_models
     pair = PairedModel.from_pretrained(base, target)
     pointer = lambda t: t.untyped_storage().data_ptr()  # noqa: E731
@@ -283,7 +282,7 @@ def test_weights_are_shared_not_copied(hf_models: Models) -> None:
         assert mlp.W_in.T.is_contiguous() and mlp.base.W_in.T.is_contiguous()
 
 
-def test_of_the_base_only_mlps_are_read(hf_models: Models, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_mlps_of_the_base_are_read(hf_models: Models, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tl_adapters.checkpoints.base_mlps as references
 
     base, target = hf_models
@@ -301,7 +300,7 @@ def test_of_the_base_only_mlps_are_read(hf_models: Models, tmp_path, monkeypatch
             close(pair.model(TOKENS), in_memory.model(TOKENS), 1e-12)
 
 
-def test_adapters_survive_the_disk(pair: PairedModel, hf_models: Models, tmp_path) -> None:
+def test_adapters_read_from_files_compute_the_same(pair: PairedModel, hf_models: Models, tmp_path) -> None:
     assert pair.adapters is not None
     pair.adapters.save_pretrained(tmp_path / "adapters")
     other = PairedModel.from_pretrained(*hf_models)
@@ -310,7 +309,7 @@ def test_adapters_survive_the_disk(pair: PairedModel, hf_models: Models, tmp_pat
         assert torch.equal(pair.model(TOKENS), other.model(TOKENS))
 
 
-# -- what does not fit is said --------------------------------------------------------------------------------------
+# -- models and adapters that do not fit ------------------------------------------------------------------------------
 
 
 def test_adapters_of_another_target_are_refused(pair: PairedModel) -> None:
@@ -322,7 +321,7 @@ def test_adapters_of_another_target_are_refused(pair: PairedModel) -> None:
         shallow.load_adapters(pair.adapters)
 
 
-def test_a_route_that_needs_adapters_says_so(hf_models: Models) -> None:
+def test_invalid_routes_are_refused(hf_models: Models) -> None:
     pair = PairedModel.from_pretrained(*hf_models)
     with pytest.raises(PairMismatchError, match="no adapters yet"), pair.routed("replacement"):
         pass
@@ -352,7 +351,7 @@ def test_mlps_of_another_shape_are_refused(option: str, value: int) -> None:
         ("Qwen2ForCausalLM", "rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}, "'yarn'"),
     ],
 )
-def test_what_transformer_lens_cannot_represent_is_refused(
+def test_models_that_transformer_lens_cannot_represent_are_refused(
     architecture: str, option: str, value: object, reason: str
 ) -> None:
     config = random_model(1, architecture=architecture).config

@@ -1,4 +1,4 @@
-"""TransformerBridge as the second backend: the same names, values and gradients; never a silent target.
+"""TransformerBridge as the second backend: the same names, values and gradients, on every route.
 
 Runs with TransformerLens 3.9 beside the HookedTransformer, and alone with TransformerLens 4 (`make bridge`).
 """
@@ -53,7 +53,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
 
 
 @torch.no_grad()
-def test_routes_are_the_target_and_the_target_with_the_bases_mlps(architecture: str, bridged: PairedModel) -> None:
+def test_routes_compute_the_target_and_the_target_with_the_bases_mlps(architecture: str, bridged: PairedModel) -> None:
     base, target = (random_model(seed, architecture=architecture) for seed in (1, 2))
     close(bridged.model(TOKENS), target(TOKENS).logits, 1e-5)
     for ours, theirs in zip(target.model.layers, base.model.layers, strict=True):
@@ -63,8 +63,8 @@ def test_routes_are_the_target_and_the_target_with_the_bases_mlps(architecture: 
 
 
 @torch.no_grad()
-def test_every_route_computes_something_else(bridged: PairedModel) -> None:
-    """The law that guards every backend: a bypassed MLP would make every route the target, and KL read 0."""
+def test_routes_compute_different_outputs(bridged: PairedModel) -> None:
+    """An invariant of every backend: if the MLP were bypassed, every route would be the target, with a KL of 0."""
     logits = {}
     for route in ROUTES:
         with bridged.routed(route):
@@ -89,7 +89,7 @@ def test_the_replacement_adds_the_formula(bridged: PairedModel) -> None:
 
 
 @torch.no_grad()
-def test_split_runs_are_the_full_run(architecture: str) -> None:
+def test_split_runs_equal_the_full_run(architecture: str) -> None:
     tokens = random_batch(6, lengths=(8, 8)).tokens
     # Hugging Face's own eager attention takes its softmax in float32, where a float64 mask overflows to NaN
     for mask, dtype, tolerance in ((None, torch.float64, 1e-12), (LEFT, torch.float32, 1e-5)):
@@ -105,7 +105,7 @@ def test_split_runs_are_the_full_run(architecture: str) -> None:
                     close(logits[real], full[real], tolerance)
 
 
-def test_interventions_generation_and_copies(bridged: PairedModel) -> None:
+def test_hooks_copies_and_generation_work(bridged: PairedModel) -> None:
     options = dict(max_new_tokens=8, do_sample=False, stop_at_eos=False, verbose=False)
     with torch.no_grad(), bridged.routed("replacement"):
         before = bridged.model(TOKENS)
@@ -123,7 +123,7 @@ def test_interventions_generation_and_copies(bridged: PairedModel) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 2, 4])
-def test_the_fast_objective_is_the_formulas(cut: int) -> None:
+def test_the_fast_objective_equals_the_formulas(cut: int) -> None:
     gradients, weights = [], LossWeights(output_kl=0.7, forward_bridge=1.1, backward_bridge=0.9, nmse=1.3)
     for step in (reference_step, shared_prefix_step):
         pair = make()
@@ -142,7 +142,7 @@ needs_both = pytest.mark.skipif(default_backend() != "hooked", reason="this Tran
 
 @needs_both
 @torch.no_grad()
-def test_shared_cache_values_are_the_hooked_transformers(architecture: str, bridged: PairedModel) -> None:
+def test_cached_values_equal_the_hooked_transformers(architecture: str, bridged: PairedModel) -> None:
     hooked = make(architecture, "hooked")
     for route in ROUTES:
         with bridged.routed(route), hooked.routed(route):
@@ -151,11 +151,17 @@ def test_shared_cache_values_are_the_hooked_transformers(architecture: str, brid
         close(logits, theirs, 1e-5)
         shared = set(cache.cache_dict) & set(reference.cache_dict)
         for layer in range(4):
-            wanted = {"hook_mlp_out", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "mlp.hook_pre"}
-            wanted |= {"mlp.hook_in", "mlp.hook_post", "mlp.hook_adapter_out", "ln2.hook_normalized", "attn.hook_z"}
+            expected_names = {"hook_mlp_out", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "mlp.hook_pre"}
+            expected_names |= {
+                "mlp.hook_in",
+                "mlp.hook_post",
+                "mlp.hook_adapter_out",
+                "ln2.hook_normalized",
+                "attn.hook_z",
+            }
             if ROUTES[route].adapter:
-                wanted |= {f"mlp.adapter.hook_sae_{x}" for x in ("input", "acts_pre", "acts_post", "recons")}
-            assert {f"blocks.{layer}.{name}" for name in wanted} <= shared
+                expected_names |= {f"mlp.adapter.hook_sae_{x}" for x in ("input", "acts_pre", "acts_post", "recons")}
+            assert {f"blocks.{layer}.{name}" for name in expected_names} <= shared
         for name in shared:
             ours, expected = cache[name], reference[name]
             if ".q_norm." in name or ".k_norm." in name:  # [batch, head, pos, d] there, [(batch pos head), d] here
@@ -166,7 +172,7 @@ def test_shared_cache_values_are_the_hooked_transformers(architecture: str, brid
 
 
 @needs_both
-def test_adapter_gradients_are_the_hooked_transformers(architecture: str) -> None:
+def test_adapter_gradients_equal_the_hooked_transformers(architecture: str) -> None:
     gradients = []
     for backend in ("bridge", "hooked"):
         pair = make(architecture, backend)
@@ -192,7 +198,7 @@ def test_fingerprints_do_not_depend_on_the_backend(architecture: str, bridged: P
 
 
 @pytest.mark.parametrize("how", ["enable_compatibility_mode", "process_weights"])
-def test_processing_after_attaching_is_an_error_not_the_target(how: str) -> None:
+def test_processing_after_attaching_raises(how: str) -> None:
     pair = make(dtype=torch.float32)
     getattr(pair.model, how)()
     for route in ("hybrid", "target"):
@@ -200,7 +206,7 @@ def test_processing_after_attaching_is_an_error_not_the_target(how: str) -> None
             pair.model(TOKENS)
 
 
-def test_a_processed_bridge_is_refused_and_an_unprocessed_one_taken() -> None:
+def test_a_processed_bridge_is_refused_and_an_unprocessed_one_accepted() -> None:
     base = random_model(1, torch.float32)
     mlps = [{n: getattr(x.mlp, n).weight for n in ("gate_proj", "up_proj", "down_proj")} for x in base.model.layers]
     processed = build_model(random_model(2, torch.float32), backend="bridge")
@@ -215,10 +221,10 @@ def test_a_processed_bridge_is_refused_and_an_unprocessed_one_taken() -> None:
     assert (hybrid - pair.model(TOKENS)).abs().max() > 0.1
 
 
-def test_what_is_no_model_of_transformer_lens_is_refused() -> None:
+def test_other_models_and_unknown_backends_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="HookedTransformer.*or a TransformerBridge"):
         backend_of(random_model(1))
-    with pytest.raises(UnsupportedModelError, match="hooked and bridge"):
+    with pytest.raises(UnsupportedModelError, match="hooked or bridge"):
         build_model(random_model(1), backend="jax")
     pair = make()
     with pytest.raises(UnsupportedModelError, match="adapters attached already"):
@@ -231,7 +237,7 @@ def test_what_is_no_model_of_transformer_lens_is_refused() -> None:
 # -- the rest of the library on a bridge ------------------------------------------------------------------------------
 
 
-def test_training_on_a_bridge_and_what_it_leaves(tmp_path: Path) -> None:
+def test_adapters_trained_on_a_bridge_round_trip_through_saelens_folders(tmp_path: Path) -> None:
     pair = PairedModel.from_pretrained(organism.BASE, organism.TARGET, backend="bridge")
     traces = encode_traces(organism.reasoning_pairs("train", 40), pair.model.tokenizer)
     adapters = train(pair, traces[:30], steps=8, n_features=32, progress=False)
@@ -246,7 +252,7 @@ def test_training_on_a_bridge_and_what_it_leaves(tmp_path: Path) -> None:
         close(again.model(tokens), pair.model(tokens), 1e-4)
 
 
-def test_answers_in_a_padded_batch_are_the_answers_one_by_one() -> None:
+def test_responses_in_a_padded_batch_equal_single_responses() -> None:
     pair = PairedModel.from_pretrained(organism.BASE, organism.TARGET, backend="bridge")
     problems = [
         p for p in organism.problems("report", 40) if len(p.question) != len(organism.problems("report", 1)[0].question)
@@ -260,7 +266,7 @@ def test_answers_in_a_padded_batch_are_the_answers_one_by_one() -> None:
         assert together == respond(PairedModel.from_pretrained(organism.BASE, organism.TARGET).model, problems)
 
 
-def test_without_sae_lens_its_folders_are_written_and_the_way_to_it_is_said(
+def test_saelens_folders_are_written_without_sae_lens_and_the_output_says_how_to_install_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make().installed_adapters().save_pretrained(tmp_path / "a")
@@ -271,20 +277,20 @@ def test_without_sae_lens_its_folders_are_written_and_the_way_to_it_is_said(
     assert from_saelens(tmp_path / "s").metadata.reads == "normalized"
 
 
-def test_every_room_opens_but_those_of_the_hooked_transformer() -> None:
-    closed = set()
+def test_every_module_imports_but_those_of_the_hooked_transformer() -> None:
+    failed = set()
     for module in pkgutil.walk_packages(tl_adapters.__path__, "tl_adapters."):
         try:
             importlib.import_module(module.name)
         except ImportError:
-            closed.add(module.name)
+            failed.add(module.name)
     if importlib.util.find_spec("lm_eval") is None:  # an extra that nothing else needs
-        assert "tl_adapters.evaluation.lm_eval_harness" in closed
-        closed.remove("tl_adapters.evaluation.lm_eval_harness")
+        assert "tl_adapters.evaluation.lm_eval_harness" in failed
+        failed.remove("tl_adapters.evaluation.lm_eval_harness")
     if default_backend() == "hooked":
-        assert not closed
+        assert not failed
         return
-    assert closed == {"tl_adapters.models.fused_attention", "tl_adapters.models.hooked_transformer"}
+    assert failed == {"tl_adapters.models.fused_attention", "tl_adapters.models.hooked_transformer"}
     with pytest.raises(UnsupportedModelError, match="backend='bridge', or install 'transformer-lens<4'"):
         build_model(random_model(1), backend="hooked")
     assert isinstance(PairedModel.from_pretrained(random_model(1), random_model(2)).model, TransformerBridge)

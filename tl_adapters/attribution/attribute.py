@@ -168,7 +168,7 @@ def _prompt_model(pair: PairedModel, tokens: Int[Tensor, "pos"], linearization: 
     """The model that computes the rows, from one forward pass. Raises GraphError and NotFiniteError."""
     if linearization == "gradient" and start:
         raise GraphError("window= needs linearisation 'relp' or 'frozen_mlp'; gradients have no window.")
-    all_positions = torch.ones(1, len(tokens), dtype=torch.bool, device=pair.model.W_E.device)
+    all_positions = torch.ones(1, len(tokens), dtype=torch.bool, device=pair.device)
     with finite_blocks(pair.model, pair.n_layers, all_positions, [0], "The replacement on this prompt"):
         if linearization == "gradient":
             return GradientModel(pair, tokens)
@@ -210,7 +210,7 @@ def estimated_cost(pair: PairedModel, n_positions: int, n_active: int, n_targets
     memory = size * (patterns + batch_size * (3 * n_positions * cfg.d_mlp + 2 * n_active))
     return (
         f"{n_targets:,} targets, {n_active:,} active features, {n_positions:,} positions: about "
-        f"{_seconds(operations, pair.model.W_E.device):.0f} s and {memory / 1e9:.2g} GB beside the model."
+        f"{_seconds(operations, pair.device):.0f} s and {memory / 1e9:.2g} GB beside the model."
     )
 
 

@@ -63,7 +63,7 @@ class GradientModel:
         last = f"blocks.{self.n_layers - 1}.hook_resid_post"
         recording.append((last, partial(record, into=final, layer=0)))
         recording.append(("ln_final.hook_normalized", partial(record, into=inputs, layer=self.n_layers)))
-        device = pair.model.W_E.device
+        device = pair.device
         with torch.enable_grad(), pair.routed("replacement"), pair.model.hooks(fwd_hooks=[*recording, *hooks]):
             pair.model(tokens[None].to(device))
         weight = pair.backend.norm("ln_final")

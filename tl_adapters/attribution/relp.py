@@ -98,7 +98,7 @@ class LinearizedModel:
         self.n_layers, self.n_tokens, self.start = pair.n_layers, len(tokens), start
         self.linearization = linearization
         self.tokens = tokens
-        device = pair.model.W_E.device
+        device = pair.device
         last = f"blocks.{self.n_layers - 1}.hook_resid_post"
         with pair.routed("replacement"):
             _, cache = pair.model.run_with_cache(

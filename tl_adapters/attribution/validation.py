@@ -94,7 +94,7 @@ def _features_removed(
         kept: which features each sequence keeps. Those that are not kept are set to zero; all others are computed.
         n_positions: length of the sequences. It may be shorter than the prompt, and later features are then ignored.
     """
-    device, within = pair.model.W_E.device, (features[:, 1] < n_positions).nonzero()[:, 0]
+    device, within = pair.device, (features[:, 1] < n_positions).nonzero()[:, 0]
     within = within[features[within, 0].argsort(stable=True)]
     sizes = torch.bincount(features[within, 0], minlength=pair.n_layers).tolist()
     by_layer = features[within].to(device).split(sizes)
@@ -135,7 +135,7 @@ def values_with_features(
     position, vector = logit_direction(pair, graph, target)
     values = []
     for rows in kept.split(batch_size):
-        tokens = graph.tokens.to(pair.model.W_E.device)[None, : position + 1].expand(len(rows), -1)
+        tokens = graph.tokens.to(pair.device)[None, : position + 1].expand(len(rows), -1)
         with _features_removed(pair, graph.features, rows, position + 1):
             residual = pair.run_blocks(pair.embed(tokens), 0, pair.n_layers)[:, position]
         values.append(pair.read_by_unembedding(residual) @ vector)
@@ -259,7 +259,7 @@ def explain_difference(
     graph = attribute(pair, prompt, [target], **options)  # type: ignore[arg-type]
     position, vector = logit_direction(pair, graph, 0)
     with pair.routed("hybrid"):
-        tokens = graph.tokens.to(pair.model.W_E.device)[None, : position + 1]
+        tokens = graph.tokens.to(pair.device)[None, : position + 1]
         residual = pair.run_blocks(pair.embed(tokens), 0, pair.n_layers)[:, position]
     hybrid = float(pair.read_by_unembedding(residual)[0] @ vector)
     row = int((graph.rows == graph.first_target).nonzero())

@@ -62,7 +62,7 @@ def banned(words: Words, neighbors: Neighbors) -> Variant:
 
     @contextmanager
     def entered(pair: PairedModel) -> Iterator[Any]:
-        device = pair.model.W_E.device
+        device = pair.device
         pairs = torch.tensor(list(neighbors), dtype=torch.long, device=device).reshape(-1, 2)
         alone = torch.tensor(single, dtype=torch.long, device=device)
         seconds = torch.nn.functional.one_hot(pairs[:, 1], pair.model.cfg.d_vocab).float()

@@ -106,7 +106,7 @@ class TuningTexts:
         if not bool(onsets.onset.any()):
             raise BehaviorError("There is no onset in these texts, so there is no effect that a baseline could have.")
         self.pair, self.onsets = pair, onsets.with_onsets(documents)
-        self.batches = [batch.to(pair.model.W_E.device) for _, batch in self.onsets.batches()]
+        self.batches = [batch.to(pair.device) for _, batch in self.onsets.batches()]
         if not any(bool(batch.away_from_onsets.any()) for batch in self.batches):
             raise BehaviorError("Every position of these responses is an onset or follows one; give longer texts.")
         with pair.routed("replacement"):
@@ -126,7 +126,7 @@ class TuningTexts:
                 batch; None runs all blocks.
             start: the first block that is run.
         """
-        pair, device = self.pair, self.pair.model.W_E.device
+        pair, device = self.pair, self.pair.device
         probability, harm = (torch.zeros((), device=device) for _ in range(2))
         for number, batch in enumerate(self.batches):
             with variant.entered(pair):

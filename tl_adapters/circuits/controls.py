@@ -201,7 +201,7 @@ class NeuronEffects:
 
 def neuron_effects(pair: PairedModel, onsets: Onsets, documents: int | None = None) -> NeuronEffects:
     """Measure the effects of every neuron over the first ``documents`` documents that have an onset (all, if None)."""
-    device, n_layers = pair.model.W_E.device, pair.n_layers
+    device, n_layers = pair.device, pair.n_layers
     shape = (n_layers, pair.model.cfg.d_mlp)
     times, plus, total, squares = (torch.zeros(shape, device=device) for _ in range(4))
     n_away = 0

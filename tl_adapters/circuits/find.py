@@ -109,7 +109,7 @@ def find_circuit(
 def _activity(pair: PairedModel, onsets: Onsets) -> tuple[Tensor, Tensor, float]:
     """Firings and summed activation (in decoder-norm units) of every feature over a text, and the mean L0."""
     adapters = pair.installed_adapters()
-    device = pair.model.W_E.device
+    device = pair.device
     fired = torch.zeros(pair.n_layers, adapters.n_features, device=device)
     summed, n, active = torch.zeros_like(fired), 0, torch.zeros((), dtype=torch.long, device=device)
     norms = adapters.decoder_norms().cpu()

@@ -114,7 +114,7 @@ class ReplacementResiduals:
         """Read them over the texts of ``onsets``."""
         residuals = []
         for _, batch in onsets.batches():
-            batch = batch.to(pair.model.W_E.device)
+            batch = batch.to(pair.device)
             with pair.routed("replacement"):
                 residuals.append(final_residual(pair, batch.tokens)[batch.away_from_onsets].cpu())
         return cls(tuple(residuals))
@@ -128,7 +128,7 @@ def _probability_sums(
     sums = {key: torch.zeros(2, len(onsets), dtype=torch.float64) for key in POSITION_KEYS.values()}
     harm = torch.zeros(2, len(onsets), dtype=torch.float64)
     for number, (rows, batch) in enumerate(onsets.batches()):
-        batch = batch.to(pair.model.W_E.device)
+        batch = batch.to(pair.device)
         with variant.entered(pair):  # for the unembedding too: a variant may change the logits alone
             residual = final_residual(pair, batch.tokens)
             for positions, key in POSITION_KEYS.items():
@@ -339,7 +339,7 @@ def mediation(
     sums = {name: torch.zeros(len(onsets), dtype=torch.float64) for name in names}
     n_onsets = onsets.onset.sum(1).double()
     for rows, batch in onsets.batches(2048):
-        batch = batch.to(pair.model.W_E.device)
+        batch = batch.to(pair.device)
 
         def add_log_odds(name: str, batch: Onsets = batch, rows: list[int] = rows) -> None:
             logits = pair.model(batch.tokens)  # a whole pass: norms are held over every position

@@ -87,7 +87,7 @@ def effects_at(
     Raises InterventionError for features that the adapters do not have.
     """
     adapters = pair.installed_adapters()
-    shape, device = (pair.n_layers, adapters.n_features), pair.model.W_E.device
+    shape, device = (pair.n_layers, adapters.n_features), pair.device
     norms = adapters.decoder_norms()
     direct, total, activation, rate = torch.zeros(4, *shape, device=device)
     odds, n = 0.0, 0
@@ -140,7 +140,7 @@ def effects_on_continuation(
     pair: PairedModel, onsets: Onsets, tokens_per_batch: int = 4096
 ) -> Float[Tensor, "n_layers n_features"]:
     """Return the mean total effect of every feature on the log-odds of the tokens of the continuation, in nats."""
-    shape, device = (pair.n_layers, pair.installed_adapters().n_features), pair.model.W_E.device
+    shape, device = (pair.n_layers, pair.installed_adapters().n_features), pair.device
     total, n = torch.zeros(shape), 0
     for _, batch in onsets.with_onsets().batches(tokens_per_batch):
         batch = batch.to(device)
@@ -164,7 +164,7 @@ def _constant(pair: PairedModel, features: Sequence[FeatureId]) -> Iterator[None
 
     hooks = [
         (f"blocks.{layer}.{ACTS_HOOK}", partial(detach, index=index))
-        for layer, index in indices_by_layer(pair, features, pair.model.W_E.device).items()
+        for layer, index in indices_by_layer(pair, features, pair.device).items()
     ]
     with pair.model.hooks(fwd_hooks=hooks):
         yield
@@ -257,7 +257,7 @@ def _ids(indices: Tensor, order: Tensor) -> list[FeatureId]:
 def _log_odds_in_hybrid(pair: PairedModel, onsets: Onsets) -> float:
     total = 0.0
     for _, batch in onsets.with_onsets().batches():
-        batch = batch.to(pair.model.W_E.device)
+        batch = batch.to(pair.device)
         with pair.routed("hybrid"):
             total += float(log_odds(pair, final_residual(pair, batch.tokens), batch, batch.onset).sum())
     return total / max(1, int(onsets.onset.sum()))
@@ -277,7 +277,7 @@ def circuit_edges(pair: PairedModel, onsets: Onsets, features: Sequence[CircuitF
     texts = onsets.with_onsets(EDGE_DOCUMENTS)
     if not sources or not len(texts):
         return tuple(edges)
-    device = pair.model.W_E.device
+    device = pair.device
     batch = texts.to(device)
     gates = torch.ones(pair.n_layers, pair.installed_adapters().n_features, device=device, requires_grad=True)
     with torch.enable_grad(), gated(pair, dict(enumerate(gates))), pair.recorded(PRE_ACTS_HOOK) as pre, \

@@ -107,7 +107,7 @@ class _Reference:
 
     @torch.no_grad()
     def __init__(self, pair: PairedModel, batch: Onsets) -> None:
-        self.batch = batch.to(pair.model.W_E.device)
+        self.batch = batch.to(pair.device)
         self.positions = self.batch.onset | self.batch.control
         with pair.routed("target"):
             residual = final_residual(pair, self.batch.tokens)

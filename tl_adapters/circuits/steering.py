@@ -80,7 +80,7 @@ def _tokens_seen(pair: PairedModel, after: Sequence[int] | None) -> Iterator[Any
     if after is None:
         yield None
         return
-    wanted = torch.tensor(list(after), dtype=torch.long, device=pair.model.W_E.device)
+    wanted = torch.tensor(list(after), dtype=torch.long, device=pair.device)
     seen: list[Tensor] = []
 
     def remember(module: object, args: tuple[Tensor, ...]) -> None:

@@ -73,10 +73,10 @@ def difference_directions(
     pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048
 ) -> list[Float[Tensor, "d_model d_model"]]:
     """Orthonormal directions (columns) of the MLP output difference for every layer, strongest first."""
-    d_model, device = pair.model.cfg.d_model, pair.model.W_E.device
+    d_model, device = pair.model.cfg.d_model, pair.device
     second_moment = [wide(torch.zeros(d_model, d_model, device=device)) for _ in pair.mlps]
     for _, batch in batches_by_length(traces, tokens_per_batch):
-        batch = batch.to(pair.model.W_E.device)
+        batch = batch.to(pair.device)
         with pair.routed("target"), pair.recorded("mlp.hook_in") as inputs:
             pair.residual_streams(batch.tokens)
         at_tokens = batch.real.nonzero(as_tuple=True)
@@ -106,7 +106,7 @@ def baseline_kl(
     """KL(target || corrected hybrid) per document, summed over response-predicting positions, and their number."""
     sums, positions = torch.zeros(2, len(traces), dtype=torch.float64)
     for rows, batch in batches_by_length(traces, tokens_per_batch):
-        batch = batch.to(pair.model.W_E.device)
+        batch = batch.to(pair.device)
         at_predicting = batch.predicting_response.nonzero(as_tuple=True)
         finals = []
         for context in (pair.routed("target"), corrected(pair, corrections)):

@@ -86,7 +86,7 @@ def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_
     parts, order = [], []
     for rows, batch in batches_by_length(traces, tokens_per_batch):
         order += rows
-        parts.append(_measure_batch(pair, batch.to(pair.model.W_E.device), rows))
+        parts.append(_measure_batch(pair, batch.to(pair.device), rows))
     back = torch.tensor(order).argsort()
     cat = lambda tensors: torch.cat([host_float64(t) for t in tensors])[back]  # noqa: E731
     joined: dict[str, Any] = {}

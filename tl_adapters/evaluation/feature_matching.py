@@ -208,7 +208,7 @@ def seed_agreement(
 def _target_inputs(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int) -> Iterator[list[Tensor]]:
     """The MLP inputs of every layer on the target route, without padding, batch by batch."""
     for _, batch in batches_by_length(traces, tokens_per_batch):
-        batch = batch.to(pair.model.W_E.device)
+        batch = batch.to(pair.device)
         with pair.routed("target"), pair.recorded("mlp.hook_in") as inputs:
             pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
         at_tokens = batch.real.nonzero(as_tuple=True)
@@ -219,7 +219,7 @@ class _InputMoments:
     """Mean and covariance of the MLP inputs of every layer, accumulated over batches."""
 
     def __init__(self, pair: PairedModel) -> None:
-        zeros = wide(torch.zeros(pair.n_layers, pair.model.cfg.d_model, device=pair.model.W_E.device))
+        zeros = wide(torch.zeros(pair.n_layers, pair.model.cfg.d_model, device=pair.device))
         self.n, self.sums = 0, zeros
         self.products = [torch.diag(row) for row in zeros]
         self.origin: list[Tensor] = []
@@ -248,7 +248,7 @@ class _Encoders:
                 f"The set has {adapters.n_layers} layers of width {adapters.d_model}; the pair has {pair.n_layers} of "
                 f"width {pair.model.cfg.d_model}."
             )
-        self.adapters = adapters.to(pair.model.W_E.device)
+        self.adapters = adapters.to(pair.device)
         self.scales = {layer: adapter_scale(adapters, pair.backend, layer) for layer in adapters.layer_indices}
 
     def acts(self, layer: int, x: Tensor) -> Float[Tensor, "n n_features"]:

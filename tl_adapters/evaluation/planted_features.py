@@ -147,7 +147,7 @@ def plant_features(
     """
     _check_rates(per_layer, rates, sum(len(trace.tokens) for trace in traces))
     pair = base if isinstance(base, PairedModel) else PairedModel.from_pretrained(base, base)
-    device = pair.model.W_E.device
+    device = pair.device
     generator = torch.Generator().manual_seed(seed)
     layers, planted = _empty_set(pair, per_layer)
     batches = [
@@ -183,10 +183,7 @@ def _empty_set(pair: PairedModel, per_layer: int) -> tuple[list[TranscoderAdapte
     """Adapters without a contribution, as a list and as a set for the pair's base."""
     cfg = pair.model.cfg
     dtype = torch.promote_types(cfg.dtype, torch.float32)
-    layers = [
-        TranscoderAdapter(cfg.d_model, per_layer, dtype=dtype, device=pair.model.W_E.device)
-        for _ in range(cfg.n_layers)
-    ]
+    layers = [TranscoderAdapter(cfg.d_model, per_layer, dtype=dtype, device=pair.device) for _ in range(cfg.n_layers)]
     about = AdapterMetadata(base=pair.base_id, target=pair.base_id)
     return layers, AdapterSet(layers, pair.layer_samples, about, samples=pair.samples).requires_grad_(False)
 

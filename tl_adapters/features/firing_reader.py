@@ -80,7 +80,7 @@ class FiringReader:
         """
         pair = self._pair
         layer_firings: list[Firings] = []
-        device, documents = pair.model.W_E.device, batch.document.tolist()
+        device, documents = pair.device, batch.document.tolist()
         real = (batch.region >= 0).view(batch.tokens.shape)
         resid, name = pair.embed(batch.tokens.to(device)), f"The {self._description.stream}'s residual stream"
         checked = finite_blocks(pair.model, pair.n_layers, real.to(device), documents, name, resid)

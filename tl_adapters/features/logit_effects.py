@@ -64,7 +64,7 @@ def logit_effects(
         written: the vectors, such as decoder rows.
         unembedding: the pair's unembedding in float32, if the caller has it; None casts it here.
     """
-    written = written.detach().to(pair.model.W_E.device).float()
+    written = written.detach().to(pair.device).float()
     for norm in (f"blocks.{layer}.ln2_post", "ln_final"):
         if norm == "ln_final" or hasattr(pair.model.blocks[layer], "ln2_post"):
             weight = pair.backend.norm(norm)

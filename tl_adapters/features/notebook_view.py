@@ -57,7 +57,7 @@ def show_features(
         raise UserError("The text is empty; give at least one token.")
     strings = span_texts([token_text(tokenizer, token) for token in tokens], CONTINUATION)
     with torch.no_grad(), features_read_on(pair, stream), pair.recorded(ACTS_HOOK) as recorded:
-        pair.run_blocks(pair.embed(torch.tensor([tokens], device=pair.model.W_E.device)), 0, pair.n_layers)
+        pair.run_blocks(pair.embed(torch.tensor([tokens], device=pair.device)), 0, pair.n_layers)
     columns = [
         recorded[f.layer][0, :, f.index].float() * row_norms(adapters[f.layer].W_dec[f.index].detach())
         for f in features

@@ -57,7 +57,7 @@ def stream_agreement(
     both, either, replacement = torch.zeros(3, len(layers), len(traces), dtype=torch.float64)
     sums = torch.zeros(len(layers), 6, dtype=torch.float64)
     for rows, batch in batches_by_length(traces, tokens_per_batch):
-        batch = batch.to(pair.model.W_E.device)
+        batch = batch.to(pair.device)
         acts: dict[ResidualStream, dict[int, Tensor]] = {}
         for stream in ("target", "replacement"):
             with features_read_on(pair, stream), pair.recorded(ACTS_HOOK) as recorded:

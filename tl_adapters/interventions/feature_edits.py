@@ -84,7 +84,7 @@ def patched(
         InterventionError: features do not exist or the source lacks their layers; within the block, a pass has another
             shape than the source.
     """
-    chosen, device = indices_by_layer(pair, features), pair.model.W_E.device
+    chosen, device = indices_by_layer(pair, features), pair.device
     if missing := sorted(set(chosen) - set(source)):
         raise InterventionError(f"The source has no activations of layers {missing}; record them in the other run.")
 
@@ -117,7 +117,7 @@ def edited(pair: PairedModel, features: Features, edit: Edit, positions: Positio
         InterventionError: features do not exist or positions are negative; within the block, a pass from the first
             token is shorter than the given positions (in a generation, the pass over the prompt).
     """
-    chosen = indices_by_layer(pair, features, pair.model.W_E.device)
+    chosen = indices_by_layer(pair, features, pair.device)
     edited_positions = None if positions is None else torch.tensor(list(positions), dtype=torch.long)
     if edited_positions is not None and len(edited_positions) and int(edited_positions.min()) < 0:
         raise InterventionError(
@@ -147,7 +147,7 @@ class _PositionMask:
     """
 
     def __init__(self, pair: PairedModel, layers: Sequence[int], positions: Int[Tensor, "n"]) -> None:
-        self.last, self.positions = int(positions.max()), positions.to(pair.model.W_E.device)
+        self.last, self.positions = int(positions.max()), positions.to(pair.device)
         self.blocks = {layer: pair.model.blocks[layer] for layer in layers}
         self.arguments: dict[int, dict[str, Any]] = {}
 
@@ -203,7 +203,7 @@ def gated(
         route: a route with adapters on.
         decoder_bias: whether the adapters add their decoder bias.
     """
-    adapters, device = pair.installed_adapters(), pair.model.W_E.device
+    adapters, device = pair.installed_adapters(), pair.device
     gates = {layer: gates[layer].to(device) for layer in adapters.layer_indices}  # moved once, not in every pass
 
     def multiply(acts: Tensor, hook: HookPoint, layer: int) -> Tensor:
@@ -246,7 +246,7 @@ def only(
     gates = torch.zeros(pair.n_layers, adapters.n_features)
     for layer, index in chosen.items():
         gates[layer, index] = factor
-    return gated(pair, dict(enumerate(gates.to(pair.model.W_E.device))), route, decoder_bias)
+    return gated(pair, dict(enumerate(gates.to(pair.device))), route, decoder_bias)
 
 
 def inserted(pair: PairedModel, features: Features, factor: float = 1.0) -> Any:

@@ -135,7 +135,7 @@ def _recorded(pair: PairedModel, tokens: Tensor, attention_mask: Tensor | None, 
     def record(value: Tensor, hook: HookPoint, name: str) -> None:
         values[name] = value
 
-    device = pair.model.W_E.device
+    device = pair.device
     mask = None if attention_mask is None else attention_mask.to(device)
     with pair.model.hooks(fwd_hooks=[(name, partial(record, name=name)) for name in names]):
         pair.model(tokens.to(device), attention_mask=mask, return_type=None)

@@ -122,7 +122,7 @@ def feature_records(
     records = {}
     for layer in remaining[:, 0].unique().tolist():
         indices = remaining[remaining[:, 0] == layer][:, 2].unique()
-        effects = logit_effects(pair, layer, pair.installed_adapters()[layer].W_dec[indices.to(pair.model.W_E.device)])
+        effects = logit_effects(pair, layer, pair.installed_adapters()[layer].W_dec[indices.to(pair.device)])
         for index, effect in zip(indices.tolist(), effects, strict=True):
             nodes = (graph.features[:, 0] == layer) & (graph.features[:, 2] == index)
             acts = torch.zeros(len(graph.tokens), dtype=graph.activations.dtype)

@@ -248,7 +248,7 @@ def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any
     squared_errors, squared_norms = torch.zeros(2, n + 1, dtype=torch.float64)
     active = torch.zeros(n, dtype=torch.float64)
     for batch in batches:
-        batch = batch.to(pair.model.W_E.device)
+        batch = batch.to(pair.device)
         with pair.routed("target"):
             target = pair.residual_streams(batch.tokens)
         with pair.routed("replacement"), pair.recorded(ACTS_HOOK) as acts:

@@ -237,7 +237,7 @@ class Trainer:
         batch = self.order[step]
         # The batch is still on the CPU, where this check costs nothing.
         require_embedded(batch.tokens, self.pair.model.cfg.d_vocab, f"The batch of step {step + 1}")
-        batch = batch.to(self.pair.model.W_E.device)
+        batch = batch.to(self.pair.device)
         cut = random.Random(f"{config.seed}-cut-{step}").randint(weights.lowest_cut, self.pair.n_layers)
         terms = shared_prefix_step(self.pair, batch, cut, weights, sparsity_weight(config, step), want_l0)
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), config.grad_clip)
