@@ -17,7 +17,7 @@ from tl_adapters.data.traces import DataError
 from tl_adapters.features.firing_reader import features_read_on
 from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.interop.neuronpedia import write_neuronpedia
-from tl_adapters.interop.sae_dashboard import INSTALL, DashboardError, write_sae_dashboard
+from tl_adapters.interop.sae_dashboard import INSTALL_COMMAND, DashboardError, write_sae_dashboard
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.study.open_run import load_organism_pair
 
@@ -27,7 +27,7 @@ LENGTH = 40
 
 @pytest.mark.skipif(find_spec("sae_dashboard") is not None, reason="sae-dashboard is installed here")
 def test_without_the_package_the_error_says_how_to_install_it(tmp_path: Path) -> None:
-    with pytest.raises(DashboardError, match=re.escape(INSTALL)):
+    with pytest.raises(DashboardError, match=re.escape(INSTALL_COMMAND)):
         write_sae_dashboard(random_pair(), documents(), [FeatureId(0, 1)], tmp_path / "pages")
     assert not list(tmp_path.iterdir())
 
