@@ -16,10 +16,12 @@
 * `transformer_bridge`: TransformerBridge as a backend
 * `weight_identity`: samples of a model's weights, and the comparison that tells one model from another
 
-Three questions decide whether models and adapters belong together, and each has one place:
+Four questions decide whether models and adapters belong together, and each is answered in one place:
 
-1. Do configurations and tensor shapes fit? `checkpoints.compatibility`, and `checkpoints.base_mlps` for the tensors.
-2. Are these the weights that the adapters were trained with? `adapter_checks`, which compares by `weight_identity`.
-3. Do outputs agree? `hf_outputs` compares a Hugging Face model in memory with the stock model of its class;
-   `output_agreement` compares the TransformerLens model with that. Both compare by `output_comparison`.
+1. Can TransformerLens represent the model exactly? `checkpoints.model_checks`.
+2. Do configurations and tensor shapes fit? `checkpoints.compatibility`, and `checkpoints.base_mlps` for the tensors.
+3. Are these the weights that the adapters were trained with? `adapter_checks` for models in memory and `study.doctor`
+   for files; both compare by `weight_identity`.
+4. Do outputs agree? `hf_outputs` compares a Hugging Face model in memory with the stock model of its class, and
+   `output_agreement` compares the TransformerLens model with the Hugging Face model; both by `output_comparison`.
 """

@@ -1,7 +1,8 @@
 """Were these adapters trained with this target and this base, and what scale brings the MLP's input to theirs?
 
-`require_belonging` is the only place that answers the first question for models in memory: by depth and width, by the
-samples of weights that the adapters carry (`weight_identity`), by fingerprints, and by name where they carry nothing.
+`require_belonging` answers the first question for models in memory: by depth and width, by the samples of weights that
+the adapters carry (`weight_identity`), by fingerprints, and by name where they carry no samples. Whether outputs agree
+is the question of `output_agreement`, whether configurations fit that of `checkpoints.compatibility`.
 """
 
 from __future__ import annotations
