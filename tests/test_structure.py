@@ -206,3 +206,15 @@ def test_the_pre_commit_hook_formats_as_the_tests_do() -> None:
 def test_one_version_everywhere() -> None:
     citation = yaml.safe_load((PACKAGE.parent / "CITATION.cff").read_text())
     assert citation["version"] == tl_adapters.__version__
+
+
+WHERE = tomllib.loads((Path(__file__).parent / "where.toml").read_text())
+
+
+@pytest.mark.parametrize("question", WHERE)
+def test_what_a_stranger_asks_for_is_where_the_table_says(question: str) -> None:
+    """Moving a definition means answering the question anew."""
+    file, definition = WHERE[question]
+    path = PACKAGE.parent / file
+    assert path.is_file(), f"{file} moved; where is it now?"
+    assert definition in defined(ast.parse(path.read_text())), f"{definition} is not defined in {file}"

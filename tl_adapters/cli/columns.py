@@ -1,8 +1,8 @@
-"""Texts side by side in a terminal: wrapped, marked where they part, and safe to print whatever they hold.
+"""Texts in columns for a terminal: wrapped, marked where they first differ, and safe to print.
 
-Text of a model is not trusted: control characters (an escape sequence could move the cursor, rename the window or
-hide what stands there) and invisible ones (marks that turn the direction of writing) are shown escaped. The only
-escape sequences that come out are those that make text bold, and only where they are asked for.
+Text that a model wrote is not trusted: control characters (an escape sequence could move the cursor, rename the window
+or hide text) and invisible characters (marks that change the direction of writing) are printed escaped. The only escape
+sequences in the output are those for bold text, and only if ``styled`` is set.
 """
 
 from __future__ import annotations
@@ -13,42 +13,42 @@ from dataclasses import dataclass
 from itertools import chain, groupby, zip_longest
 
 NARROWEST = 30
-"""Characters of a column; where there is room for fewer, texts stand below one another."""
+"""Narrowest column in characters; with less room, texts are printed below one another."""
 BETWEEN = " │ "
-"""Between two columns."""
+"""Separator of two columns."""
 PARTING = "≠"
-"""Stands before the first character that differs."""
+"""Mark in front of the first character that differs."""
 _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
 _INVISIBLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True)
 class Column:
-    """One text and what is said of it."""
+    """One text with its title and footer."""
 
     title: str
-    """The line above it."""
+    """Line above the text."""
     text: str
-    """As it is; made safe when it is shown."""
+    """The text itself; it is escaped when it is printed."""
     footer: str
-    """The line under it."""
+    """Line below the text."""
     strong: Sequence[tuple[int, int]] = ()
-    """Spans of the text to show in bold, first character and the one after the last."""
+    """Spans of characters to print in bold, as (start, stop)."""
     parts_at: int | None = None
-    """The character before which `PARTING` is put."""
+    """Index of the first character that differs, which is marked by `PARTING`."""
 
 
 _Cell = tuple[str, bool]
-"""What is shown of one character, and whether in bold."""
+"""The printed form of one character, and whether it is bold."""
 
 
 def side_by_side(columns: Sequence[Column], width: int, styled: bool = False) -> str:
-    """Columns as lines of at most ``width`` characters; one below the other where they would be too narrow.
+    """The columns as lines of at most ``width`` characters, or below one another if they would be too narrow.
 
     Args:
-        columns: from left to right.
-        width: of the terminal.
-        styled: with escape sequences for bold. Only for a terminal.
+        columns: the columns from left to right.
+        width: width of the terminal in characters.
+        styled: use escape sequences for bold text; set it only if the output is a terminal.
     """
     each = (width - len(BETWEEN) * (len(columns) - 1)) // max(1, len(columns))
     if each < NARROWEST:
@@ -60,7 +60,7 @@ def side_by_side(columns: Sequence[Column], width: int, styled: bool = False) ->
 
 
 def printable(text: str) -> str:
-    """Text of a model with everything escaped that a terminal would act on or not show; line breaks stay."""
+    """The text with every character escaped that a terminal would act on or not show; line breaks stay."""
     return "".join(character if character == "\n" else _shown(character) for character in text)
 
 
@@ -71,16 +71,16 @@ def _shown(character: str) -> str:
 
 
 def _parts(column: Column, width: int) -> list[list[list[_Cell]]]:
-    """Title, text and footer, each as lines of at most ``width``; an empty line on either side of the text."""
-    strong = {place for start, stop in column.strong for place in range(start, stop)}
+    """Title, text and footer as lines of at most ``width``, with empty lines around the text."""
+    strong = {index for start, stop in column.strong for index in range(start, stop)}
     paragraphs: list[list[_Cell]] = [[]]
-    for place, character in enumerate(column.text):
-        if place == column.parts_at:
+    for index, character in enumerate(column.text):
+        if index == column.parts_at:
             paragraphs[-1].append((PARTING, True))
         if character == "\n":
             paragraphs.append([])
         else:
-            paragraphs[-1].append((_shown(character), place in strong))
+            paragraphs[-1].append((_shown(character), index in strong))
     if column.parts_at == len(column.text):
         paragraphs[-1].append((PARTING, True))
     title = list(_wrap([(_shown(c), True) for c in column.title], width))
@@ -90,7 +90,7 @@ def _parts(column: Column, width: int) -> list[list[list[_Cell]]]:
 
 
 def _wrap(cells: list[_Cell], width: int) -> Iterator[list[_Cell]]:
-    """Lines of at most ``width``, broken after a space where there is one; an empty paragraph is one empty line."""
+    """Lines of at most ``width``, broken after a space if there is one; an empty paragraph gives one empty line."""
     line: list[_Cell] = []
     for cell in cells:
         while line and _width(line) + _width([cell]) > width:
@@ -102,7 +102,7 @@ def _wrap(cells: list[_Cell], width: int) -> Iterator[list[_Cell]]:
 
 
 def _width(cells: Sequence[_Cell]) -> int:
-    """Places that cells take in a terminal: wide East Asian characters two, combining marks none."""
+    """Terminal cells of a line: two for wide East Asian characters, none for combining marks."""
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for shown, _ in cells
@@ -111,7 +111,7 @@ def _width(cells: Sequence[_Cell]) -> int:
 
 
 def _render(line: Sequence[_Cell], styled: bool, fill: int = 0) -> str:
-    """A line as it is printed, filled with spaces to ``fill``."""
+    """The line as text, padded with spaces to ``fill``."""
     parts = ((bold, "".join(shown for shown, _ in run)) for bold, run in groupby(line, key=lambda cell: cell[1]))
     text = "".join(f"{_BOLD}{part}{_PLAIN}" if bold and styled else part for bold, part in parts)
     return text + " " * (fill - _width(line))

@@ -1,17 +1,17 @@
-"""The stages of a run, in order, each adding its block to results.json.
+"""Which stages does a run have? Each adds its block to results.json.
 
-* `attribution`: The attribution stage of a study: graphs of a few onsets of hesitation
-* `benchmark`: A run's pair on tasks: which variant of it answers, and what is written into the run's results.json
-* `demo`: The demo: every stage of a study on the model organism
-* `doctor`: Will this pair work here? Everything that would fail later, looked at before anything expensive
-* `evaluate`: The stages of a study, each adding its block to a run folder's results.json
-* `evaluation_stages`: The stages that measure adapters: faithfulness, behavior, baselines
-* `features`: What a run's features are: collected, held against the target's neurons, labelled by rules, drawn as
-* `grid`: Which runs does a grid of training options name? Every combination of its values, each a whole configuration
-* `hesitation`: The stage hesitation of a study: a run's circuit, its page, and the block in results.json
-* `label`: Naming a run's features: by rules always, by a judge and by tested explanations where asked for
-* `open_run`: What a run folder or a configuration names, opened: the pair, its adapters, its documents
-* `scale`: How much of everything a study does
-* `sweep`: A sweep: sparsity against faithfulness, over the values of some training options
-* `train`: The training stage of a study: a new run, a resumed run, and the stage that demo and sweep share
+* `attribution`: attribution: graphs of a few onsets of hesitation, and their validation
+* `benchmark`: benchmarks: a variant of the pair answers tasks, and results.json gets the scores
+* `demo`: the demo: every stage of a study on the model organism
+* `doctor`: checks of a pair, its data and this machine, before anything expensive
+* `evaluate`: the evaluation of a run: every stage after training, each adding its block to results.json
+* `evaluation_stages`: evaluation stages of a study: faithfulness, behavior and baselines, each a block of results.json
+* `features`: features: collected, compared with the target's neurons, labeled by rules, drawn as pages
+* `grid`: the configurations of a grid of training options: one for every combination of its values
+* `hesitation`: the stage hesitation of a run: its circuit, the page, and the block in results.json
+* `label`: labels: by rules always, by an LLM judge and by scored explanations on request
+* `open_run`: opens what a run folder or a configuration names: the pair, its adapters, its documents
+* `scale`: the size of a study: how many documents, problems and steps each stage uses
+* `sweep`: sweeps: sparsity against faithfulness over the values of some training options
+* `train`: training: a new run, a resumed run, and the stage that demo and sweep share
 """
