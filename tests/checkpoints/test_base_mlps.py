@@ -42,7 +42,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
 
 
 @torch.no_grad()
-def test_one_file_comes_before_an_index(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_single_file_takes_precedence_over_an_index(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """An older copy in shards lies beside it; transformers does not look at it."""
     base, target = folders
     random_model(3, torch.float32).save_pretrained(tmp_path / "old", max_shard_size="20kB")
@@ -103,7 +103,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("role", ["base", "target"])
 @pytest.mark.parametrize("what", DAMAGES)
-def test_what_would_be_read_wrongly_is_refused_in_both_roles(
+def test_weights_that_would_be_read_wrongly_are_refused_in_both_roles(
     what: str, role: str, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     damage, message = DAMAGES[what]
@@ -113,15 +113,15 @@ def test_what_would_be_read_wrongly_is_refused_in_both_roles(
             PairedModel.from_pretrained(*folders, backend=backend)
         assert "\n" not in str(error.value)
     config = RunConfig(base=str(folders[0]), target=str(folders[1]))
-    told = [str(f) for f in diagnose(config, out=tmp_path) if f.level == "error" and "chat template" not in f.subject]
-    assert len(told) == 1 and ("weights" in told[0] or "architecture" in told[0])
+    errors = [str(f) for f in diagnose(config, out=tmp_path) if f.level == "error" and "chat template" not in f.subject]
+    assert len(errors) == 1 and ("weights" in errors[0] or "architecture" in errors[0])
     if role == "base":
         with pytest.raises(UserError, match=message):
             write_hybrid(tmp_path / "hybrid", folders[1], folders[0])
         assert not (tmp_path / "hybrid").exists()
 
 
-def test_the_stock_class_may_be_given_in_place_of_own_code(folders: tuple[Path, Path]) -> None:
+def test_an_instance_of_the_stock_class_may_replace_custom_code(folders: tuple[Path, Path]) -> None:
     own_code(folders[1])
     target = AutoModelForCausalLM.from_pretrained(folders[1], trust_remote_code=False)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_the_stock_class_may_be_given_in_place_of_own_code(folders: tuple[Path, 
     PairedModel.from_pretrained(folders[0], target)
 
 
-def test_embeddings_of_another_size_than_the_configuration_says(folders: tuple[Path, Path]) -> None:
+def test_embeddings_of_another_size_than_in_the_configuration_raise(folders: tuple[Path, Path]) -> None:
     change_config(folders[1], vocab_size=64)
     with pytest.raises(
         CheckpointError, match=r"(embed_tokens|lm_head).weight .* \(61, 32\).*\(64, 32\).*config.json"
@@ -141,7 +141,7 @@ def test_embeddings_of_another_size_than_the_configuration_says(folders: tuple[P
     assert "\n" not in str(error.value)
 
 
-def test_weights_that_are_not_there(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_missing_weights(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Not downloaded, of another format, or in another folder: each is told what to do."""
     snapshot = tmp_path / "snapshots" / ("0" * 40)
     shutil.copytree(folders[0], snapshot)

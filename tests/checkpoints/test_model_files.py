@@ -32,7 +32,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_a_pair_from_folders_is_the_pair_in_memory(architecture: str, tmp_path: Path) -> None:
+def test_a_pair_from_folders_equals_the_pair_in_memory(architecture: str, tmp_path: Path) -> None:
     base, target = (random_model(seed, architecture=architecture) for seed in (1, 2))
     # A path that holds an architecture's name decides nothing: stock TransformerLens reads models off their names.
     base.save_pretrained(tmp_path / "llama-gemma-base", max_shard_size="20kB")
@@ -62,7 +62,7 @@ def test_hub_names_are_downloaded_without_pickles(
     assert pair.model.cfg.model_name == "org/target"
     patterns = {p for _, allowed in asked for p in allowed}
     assert "*.safetensors" in patterns and not any("bin" in p or "py" in p or p == "*" for p in patterns)
-    with pytest.raises(CheckpointError, match="org/bsae is no folder.*HF_HUB_OFFLINE.*spelling"):
+    with pytest.raises(CheckpointError, match="org/bsae is not a folder.*HF_HUB_OFFLINE.*spelling"):
         PairedModel.from_pretrained("org/bsae", "org/target")
 
 
@@ -113,14 +113,14 @@ def without_mlps(folder: Path) -> None:
         (without_mlps, "no tensor model.layers.0.mlp.gate_proj.weight"),
     ],
 )
-def test_a_damaged_base_is_said(folders: tuple[Path, Path], damage: Callable[[Path], None], message: str) -> None:
+def test_a_damaged_base_raises(folders: tuple[Path, Path], damage: Callable[[Path], None], message: str) -> None:
     damage(folders[0])
     with pytest.raises(CheckpointError, match=message) as error:
         PairedModel.from_pretrained(*folders)
     assert str(folders[0]) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_damaged_target_is_said(folders: tuple[Path, Path]) -> None:
+def test_a_damaged_target_raises(folders: tuple[Path, Path]) -> None:
     base, target = folders
     whole = load_file(target / "model.safetensors")
     truncate(target)
@@ -133,7 +133,7 @@ def test_a_damaged_target_is_said(folders: tuple[Path, Path]) -> None:
         PairedModel.from_pretrained(base, target)
 
 
-def test_an_unknown_architecture_is_said_in_our_words(folders: tuple[Path, Path]) -> None:
+def test_the_error_for_an_unknown_architecture_lists_the_supported_ones(folders: tuple[Path, Path]) -> None:
     for folder in folders:
         config = json.loads((folder / "config.json").read_text())
         config |= {"architectures": ["FancyForCausalLM"], "model_type": "fancy"}
@@ -142,7 +142,7 @@ def test_an_unknown_architecture_is_said_in_our_words(folders: tuple[Path, Path]
         PairedModel.from_pretrained(*folders)
 
 
-def test_what_may_differ_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_differences_outside_the_mlps_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
     """The paper's own pair: other special tokens, another context length, another rope, another vocabulary size."""
     rope = {"rope_type": "default", "rope_theta": 500.0}
     base = random_model(1, vocab_size=70, max_position_embeddings=32, rope_parameters=rope)
@@ -180,6 +180,6 @@ def test_shapes_come_from_headers(folders: tuple[Path, Path]) -> None:
     assert tensor_shapes(folders[0]) == expected
 
 
-def test_a_file_is_no_folder(folders: tuple[Path, Path]) -> None:
+def test_a_file_in_place_of_a_folder_raises(folders: tuple[Path, Path]) -> None:
     with pytest.raises(CheckpointError, match="is a file; give the folder"):
         PairedModel.from_pretrained(folders[0] / "config.json", folders[1])

@@ -50,7 +50,7 @@ def test_ids_are_those_of_the_file_on_every_kind_of_text(name: str, tmp_path: Pa
         ("R1-Distill-Llama", "GemmaTokenizer"),
     ],
 )
-def test_a_class_that_reads_the_file_otherwise_is_not_used(
+def test_a_class_with_other_ids_than_the_file_is_not_used(
     name: str, declared: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The last two are declared as no published model is; the guard does not know names."""
@@ -73,7 +73,7 @@ def test_where_no_class_gives_the_ids_both_are_shown(tmp_path: Path, monkeypatch
     wrong.backend_tokenizer.normalizer = normalizers.Lowercase()
     for cls in (AutoTokenizer, PreTrainedTokenizerFast):
         monkeypatch.setattr(cls, "from_pretrained", lambda *args, **options: wrong)
-    with pytest.raises(TokenizerError, match=r"becomes \[\d+.*\] by .* and \[\d+.*\] by the file") as caught:
+    with pytest.raises(TokenizerError, match=r"has the ids \[\d+.*\] in .* and \[\d+.*\] in the file") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -85,21 +85,21 @@ def test_tokens_that_only_the_configuration_names_are_kept(tmp_path: Path) -> No
     assert load_tokenizer(tmp_path).get_vocab()["<more>"] == tokenizer.get_vocab_size()
 
 
-def test_a_tokenizer_of_the_users_that_is_not_the_folders_is_said(
+def test_a_given_tokenizer_that_differs_from_the_folders_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base, target = write_pair(tmp_path, "Llama 2")
     own = AutoTokenizer.from_pretrained(target)
     PairedModel.from_pretrained(base, target, tokenizer=own)
-    assert "is not the one in" in caplog.text
+    assert "differs from the one in" in caplog.text
     caplog.clear()
     PairedModel.from_pretrained(base, target, tokenizer=load_tokenizer(target))
-    assert "is not the one in" not in caplog.text
+    assert "differs from the one in" not in caplog.text
 
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 @pytest.mark.parametrize("name", KINDS)
-def test_prepend_bos_means_what_it_says(name: str, backend: str, tmp_path: Path) -> None:
+def test_prepend_bos_prepends_bos(name: str, backend: str, tmp_path: Path) -> None:
     base, target = write_pair(tmp_path, name)
     model = PairedModel.from_pretrained(base, target, backend=backend).model
     bos, text = model.tokenizer.bos_token_id, "How are you?"
@@ -125,7 +125,7 @@ def raw_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 @pytest.mark.parametrize("name", ["Llama 2", "Llama 3.2"])
-def test_a_tokenizer_without_a_pad_token_works_and_stays_as_it_is(name: str, backend: str, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_pad_token_works_and_is_not_changed(name: str, backend: str, tmp_path: Path) -> None:
     base, target = write_pair(tmp_path, name)
     own = load_tokenizer(target)
     own.padding_side = "left"

@@ -306,7 +306,7 @@ def test_doctor_warns_of_a_corpus_without_thinking(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": asked("2")}) + "\n")
     config = RunConfig(base=str(base), target=str(target), data=DataConfig(source=str(tmp_path / "d.jsonl")))
     found = [f for f in diagnose(config, tmp_path) if f.subject == "thinking"]
-    assert [f.level for f in found] == ["warning"] and "None of the 1 documents" in found[0].says
+    assert [f.level for f in found] == ["warning"] and "None of the 1 documents" in found[0].message
 
 
 # -- templates that write the date ----------------------------------------------------------------------------------

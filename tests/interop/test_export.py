@@ -103,7 +103,7 @@ def test_one_line_says_what_is_missing(run: Path, tmp_path: Path, capsys: pytest
         return err
 
     out = str(tmp_path / "out")
-    assert "is no folder, and the hub gave nothing" in fails("export", "no/where", "--to", "saelens", "--out", out)
+    assert "is not a folder, and the hub has no files" in fails("export", "no/where", "--to", "saelens", "--out", out)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("adapters"))
     assert f"tl-adapters train --resume {unfinished}" in fails(

@@ -276,7 +276,7 @@ def test_transcoders_of_others_are_read_as_what_they_are(tmp_path: Path) -> None
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(read[1](x), theirs(x), atol=1e-6)
     assert read.metadata.writes == "mlp_out" and read.metadata.target == "org/other"
-    with pytest.raises(PairMismatchError, match="in place of the MLP.*HookedSAETransformer"):
+    with pytest.raises(PairMismatchError, match="replace the MLP.*HookedSAETransformer"):
         attach(plain(), read, on="own_mlp")
     read.save_pretrained(tmp_path / "again")
     assert AdapterSet.from_pretrained(tmp_path / "again").metadata.writes == "mlp_out"

@@ -74,7 +74,7 @@ def test_what_may_differ_is_to_know(
 ) -> None:
     edit(folders[side] / "config.json", **values)
     (finding,) = found(pair_of(folders), "warning")
-    assert finding.subject == subject and says in finding.says and "Only the base's MLPs" in finding.do
+    assert finding.subject == subject and says in finding.message and "Only the base's MLPs" in finding.advice
 
 
 @pytest.mark.parametrize(
@@ -89,17 +89,17 @@ def test_what_cannot_be_exact_is_to_mend(folders: tuple[Path, Path], values: dic
     for folder in folders:
         edit(folder / "config.json", **values)
     (finding,) = found(pair_of(folders), "error")
-    assert finding.subject == "architecture" and says in finding.says
+    assert finding.subject == "architecture" and says in finding.message
 
 
 def test_weights_are_seen_in_their_headers(folders: tuple[Path, Path]) -> None:
     base = folders[0] / "model.safetensors"
     whole = load_file(base)
     base.write_bytes(base.read_bytes()[:-10])
-    assert [(f.subject, "damaged" in f.says) for f in found(pair_of(folders), "error")] == [("base's weights", True)]
+    assert [(f.subject, "damaged" in f.message) for f in found(pair_of(folders), "error")] == [("base's weights", True)]
     save_file({k: v for k, v in whole.items() if "layers.4.mlp" not in k}, base)
     (finding,) = found(pair_of(folders), "error")
-    assert "3 of 15 MLP tensors are missing, such as model.layers.4.mlp.gate_proj" in finding.says
+    assert "3 of 15 MLP tensors are missing, such as model.layers.4.mlp.gate_proj" in finding.message
 
 
 def test_tokenizers_and_templates(folders: tuple[Path, Path]) -> None:
@@ -107,14 +107,14 @@ def test_tokenizers_and_templates(folders: tuple[Path, Path]) -> None:
     record["added_tokens"][-1]["id"] += 1
     edit(folders[0] / "tokenizer.json", **record)
     (finding,) = found(pair_of(folders), "warning")
-    assert finding.subject == "token ids" and "1 of the target's 279" in finding.says
+    assert finding.subject == "token ids" and "1 of the target's 279" in finding.message
     (finding,) = found(pair_of((BASE, TARGET), think_end="</reasoning>"), "warning")
-    assert finding.subject == "think tokens" and "</reasoning> is" in finding.says
+    assert finding.subject == "think tokens" and "</reasoning> is" in finding.message
     for file in folders[1].glob("tokenizer*"):
         file.unlink()
     (folders[1] / "chat_template.jinja").unlink(missing_ok=True)
     (finding,) = found(pair_of(folders), "error")
-    assert finding.subject == "chat template" and "no tokenizer" in finding.says
+    assert finding.subject == "chat template" and "no tokenizer" in finding.message
 
 
 def test_data_is_surveyed(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -122,22 +122,22 @@ def test_data_is_surveyed(folders: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "traces.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = str(tmp_path / "traces.jsonl")
     (finding,) = found(pair_of(folders, source=source), "warning")
-    assert finding.subject == "data" and "4 of 4 documents are used (too long: 1 truncated" in finding.says
+    assert finding.subject == "data" and "4 of 4 documents are used (too long: 1 truncated" in finding.message
     (finding,) = found(pair_of(folders, source=source, too_long="refuse"), "error")
-    assert finding.subject == "data" and "max_tokens" in finding.says
+    assert finding.subject == "data" and "max_tokens" in finding.message
     (tmp_path / "traces.jsonl").write_text("{")
     (finding,) = found(pair_of(folders, source=source), "error")
-    assert "line 1" in finding.says
+    assert "line 1" in finding.message
     (finding,) = found(pair_of(folders, max_tokens=10**6), "warning")
-    assert finding.subject == "context length" and "Set data.max_tokens to 256" in finding.do
+    assert finding.subject == "context length" and "Set data.max_tokens to 256" in finding.advice
 
 
 def test_memory_and_disk(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
     memory, disk = found(pair_of(folders), "error")
-    assert memory.subject == "memory" and "bfloat16" in memory.do
-    assert disk.subject == "disk" and "keep_checkpoints" in disk.do
+    assert memory.subject == "memory" and "bfloat16" in memory.advice
+    assert disk.subject == "disk" and "keep_checkpoints" in disk.advice
 
 
 def test_of_hub_models_no_weights_are_downloaded(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_of_hub_models_no_weights_are_downloaded(folders: tuple[Path, Path], mon
     assert not any("safetensors" in pattern and pattern != "*.json" for pattern in asked)
     (folders[0] / "model.safetensors.index.json").unlink()
     (finding,) = found(RunConfig(base="org/base", target="org/target"), "error")
-    assert finding.subject == "base's weights" and "no readable safetensors on the hub" in finding.says
+    assert finding.subject == "base's weights" and "no readable safetensors on the hub" in finding.message
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -231,6 +231,6 @@ def test_adapters_of_hub_models_are_compared_by_name(
     monkeypatch.setattr(checkpoints, "get_safetensors_metadata", lambda name: names)
     config = RunConfig(base="mirror/base", target="mirror/target")
     findings = {f.subject: f for f in diagnose(config, adapters=tmp_path / "a")}
-    assert findings["adapters' base"].level == "ok" and "by name" in findings["adapters' base"].says
+    assert findings["adapters' base"].level == "ok" and "by name" in findings["adapters' base"].message
     assert findings["adapters' target"].level == "warning"
-    assert "the adapters record org/other, and mirror/target was given" in findings["adapters' target"].says
+    assert "the adapters record org/other, and mirror/target was given" in findings["adapters' target"].message

@@ -1,12 +1,13 @@
 """What is in a model's files, and which weights are these?
 
 * `architectures`: the supported architectures, one record each, with all that differs between them
-* `base_mlps`: the base's MLP weights, and the configuration and name of a model given as folder, hub name or object
+* `base_mlps`: the MLP weights of the base, and checks of their shapes
 * `compatibility`: comparison of two configurations and vocabularies: what must match, and what may differ
 * `fingerprints`: short content hashes of weights
 * `hf_model`: a Hugging Face model from a folder or the hub: configuration read, files checked, weights loaded
 * `layer_samples`: samples of weights that identify base and target, and their comparison across dtypes
 * `model_checks`: checks that TransformerLens represents a model exactly: configuration, code and tensors
 * `model_files`: a model's files: where they are, and single tensors out of their safetensors shards
+* `model_reference`: a model given as folder, hub name or object, its name and its configuration
 * `tokenizers`: a tokenizer that gives the token ids of its tokenizer.json
 """

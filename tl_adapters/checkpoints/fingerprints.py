@@ -1,4 +1,4 @@
-"""Which weights were these? Short content hashes, so that files of one model are never used with another's."""
+"""Fingerprints: short content hashes of weights, which keep files of one model from being used with another's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 K = TypeVar("K")
 
 HASHED_VALUES = 1024
-"""Values read of each tensor: any training moves some of them, and a 7B model is done in a second."""
+"""Values of each tensor that are hashed. Any training changes some of them; a 7B model takes about a second."""
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -31,36 +31,36 @@ def fingerprints(groups: Mapping[K, Iterable[tuple[str, Tensor]]]) -> dict[K, st
 
 
 def _sampled(tensor: Tensor) -> Tensor:
-    places = torch.arange(0, tensor.numel(), max(1, tensor.numel() // HASHED_VALUES), device=tensor.device)[
-        :HASHED_VALUES
-    ]
-    # Indexed, not flattened: weights are transposed views, and flattening one copies it.
-    return tensor.detach()[torch.unravel_index(places, tensor.shape)].to(torch.float32)
+    """The values of a tensor that are hashed, in float32 on its device."""
+    step = max(1, tensor.numel() // HASHED_VALUES)
+    positions = torch.arange(0, tensor.numel(), step, device=tensor.device)[:HASHED_VALUES]
+    # Indexing copies these values only, while flattening a transposed view would copy the whole weight.
+    return tensor.detach()[torch.unravel_index(positions, tensor.shape)].to(torch.float32)
 
 
 def _to_host(samples: list[Tensor]) -> list[Tensor]:
-    """The samples on the CPU, those of each device in one copy."""
-    found = list(samples)
+    """The samples on the CPU, with one copy per device."""
+    on_host = list(samples)
     for device in {sample.device for sample in samples if sample.device.type != "cpu"}:
-        there = [i for i, sample in enumerate(samples) if sample.device == device]
-        joined = torch.cat([samples[i] for i in there]).cpu()
-        for i, values in zip(there, joined.split([len(samples[i]) for i in there]), strict=True):
-            found[i] = values.contiguous()
-    return found
+        indices = [i for i, sample in enumerate(samples) if sample.device == device]
+        joined = torch.cat([samples[i] for i in indices]).cpu()
+        for i, values in zip(indices, joined.split([len(samples[i]) for i in indices]), strict=True):
+            on_host[i] = values.contiguous()
+    return on_host
 
 
 def differing(recorded: Mapping[str, str], present: Mapping[str, str]) -> list[str]:
     """Names of the fingerprints that both sides have and that differ.
 
-    Those of a target ("target...") and of a base ("base_mlps") are compared only where both sides took them in the same
-    dtype ("dtype", "base_dtype"): a cast changes every value. Of adapters ("adapters", and "adapters.N" of single
-    layers) those of the layers are compared where both sides have them, so that some layers of a set are known as
-    layers of that set.
+    Fingerprints of a target ("target...") and of a base ("base_mlps") are compared only where both sides computed them
+    in the same dtype ("dtype", "base_dtype"), since a cast changes every value. Adapters have a fingerprint of the set
+    ("adapters") and one per layer ("adapters.N"); where both sides have those of layers, only these are compared, so
+    that a part of a set matches the whole set.
     """
     both = recorded.keys() & present.keys()
-    for dtype, of_it in (("dtype", "target"), ("base_dtype", "base_mlps")):
+    for dtype, prefix in (("dtype", "target"), ("base_dtype", "base_mlps")):
         if dtype in both and recorded[dtype] != present[dtype]:
-            both = {name for name in both if not name.startswith(of_it)}
+            both = {name for name in both if not name.startswith(prefix)}
     if any(name.startswith("adapters.") for name in both):
         both = both - {"adapters"}
     return sorted(name for name in both - {"dtype", "base_dtype"} if recorded[name] != present[name])

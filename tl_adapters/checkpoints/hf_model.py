@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 
 def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfig:
-    """The folder's configuration.
+    """The configuration of the model in a folder.
 
-    ``without_adapters`` takes a checkpoint of the paper's authors as the hybrid that it holds.
+    With ``without_adapters``, a checkpoint of the paper's authors is read as the hybrid that it contains.
     Raises CheckpointError, UnsupportedModelError.
     """
     require_stock_code(read_config(folder), folder)
@@ -35,7 +35,7 @@ def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfi
             "from_authors, or the pair with authors_pair."
         )
     if architecture.removesuffix(AUTHORS_CHECKPOINT_SUFFIX) not in ARCHITECTURES:
-        # Said here, since transformers fails in its own words on a model type it does not know.
+        # Raised here, since the error of transformers for an unknown model type does not list what is supported.
         raise UnsupportedModelError(
             f"{folder} is of architecture {architecture}; supported: {', '.join(ARCHITECTURES)}."
         )
@@ -51,10 +51,15 @@ def load_hf_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     without_adapters: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model of a folder or hub name, with its tokenizer; tokenizer and dtype are the folder's own where None.
+    """A Hugging Face model with its tokenizer, checked before any weight is read.
 
-    ``without_adapters`` leaves out the adapters of a checkpoint of the paper's authors, which is then the hybrid.
-    Everything that can be seen in config and file headers is checked before a weight is read.
+    Args:
+        name: folder or hub name.
+        dtype: of the weights; None keeps the stored dtype.
+        device: where the weights go; None is the CPU.
+        tokenizer: used instead of the folder's own.
+        without_adapters: read a checkpoint of the paper's authors without its adapters, as the hybrid.
+
     Raises UnsupportedModelError, CheckpointError.
     """
     folder = locate(name)
@@ -71,7 +76,7 @@ def load_hf_model(
         attn_implementation="eager" if architecture.eager_attention else None,
     )
     if missing := sorted(info["missing_keys"]):
-        # transformers would fill these at random and only log it.
+        # transformers would initialize these at random and only log it.
         raise CheckpointError(
             f"{folder} lacks {len(missing)} tensors of a {config.architectures[0]}, such as {missing[0]}; "
             "it is not a complete checkpoint."
@@ -88,11 +93,11 @@ def load_hf_model(
 def move_model(
     hf_model: PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    """``hf_model`` on that device with parameters of that dtype, in place; None leaves either as it is.
+    """Moves a model to a device and casts its parameters, in place; None leaves device or dtype unchanged.
 
-    Unlike the model's own ``.to(dtype)`` this casts no buffers. Rotary frequencies in bfloat16 make angles
-    that are off by tenths of a radian at a thousand positions; where an earlier cast rounded them (or the factor of
-    Gemma's embedding), they are put back, with a warning.
+    Unlike the model's own ``.to(dtype)``, this does not cast buffers: with rotary frequencies in bfloat16, angles are
+    off by tenths of a radian after a thousand positions. Where an earlier cast rounded these frequencies, or the factor
+    of Gemma's embedding, the exact values are restored with a warning.
     """
     if device is not None:
         hf_model.to(device)
@@ -105,17 +110,17 @@ def move_model(
 
 
 def _restore_constants(hf_model: PreTrainedModel) -> None:
-    """Put back, with a warning, what a cast of the whole model has rounded and its configuration says exactly."""
+    """Restores, with a warning, constants that a cast of the whole model rounded, from its configuration."""
     rotary, embedding = hf_model.model.rotary_emb, hf_model.model.embed_tokens
     exact = {(rotary, "inv_freq"): type(rotary)(hf_model.config).inv_freq}
     if hasattr(embedding, "scalar_embed_scale"):
         exact[embedding, "embed_scale"] = torch.tensor(embedding.scalar_embed_scale)
     for (module, name), values in exact.items():
-        here = getattr(module, name)
-        values = values.to(here.device)
-        rounded = (values.to(low).to(here.dtype) for low in (torch.bfloat16, torch.float16))
-        if torch.equal(values, here.to(values.dtype)) or not any(torch.equal(low, here) for low in rounded):
-            continue  # as it should be, or changed in another way, which is not ours to undo
+        present = getattr(module, name)
+        values = values.to(present.device)
+        rounded = (values.to(dtype).to(present.dtype) for dtype in (torch.bfloat16, torch.float16))
+        if torch.equal(values, present.to(values.dtype)) or not any(torch.equal(low, present) for low in rounded):
+            continue  # exact, or changed on purpose in another way
         log.warning(
             "A cast of the whole model had rounded its %s (rotary frequencies are then off by tenths of a radian at a "
             "thousand positions). It is exact again, as transformers' own dtype= keeps it.",

@@ -1,8 +1,8 @@
-"""By what adapters know their target and base again: content, not names; in memory and in files.
+"""Samples of weights that identify base and target by content instead of by name, and their comparison.
 
-A few values of every matrix, and every norm and bias whole. `agrees` compares them with a model's: bit for bit where
-both are of one dtype, and else with no more room than the roundings in between leave, which is less than a change of
-one unit in the last place of the coarser dtype.
+Adapters record a few values of every matrix, and every norm and bias completely. `agrees` compares them with those of a
+model: for equality where both have one dtype, otherwise with a tolerance for the roundings in between, which is less
+than a change of one unit in the last place of the coarser dtype.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from tl_adapters.checkpoints.model_files import MLP_KEY, read_tensors, read_valu
 
 SAMPLED_VALUES = 64
 _ARITHMETIC = 2.0**-20
-"""Relative; what a few operations in float32 leave. A change of one unit in bfloat16's last place is at least 2^-8."""
+"""Relative error of a few float32 operations. A change of one unit in bfloat16's last place is at least 2^-8."""
 _ATTENTION_OUT = "model.layers.{}.self_attn.o_proj.weight"
 
 
 class LayerSamples(NamedTuple):
-    """What adapters keep of one layer of their models: to know them again, and to fit models with folded norms."""
+    """Samples of one layer of target and base, which identify the two and fit adapters to models with folded norms."""
 
     ln2_w: Tensor
     """The target's second-norm weights as TransformerLens has them (Gemma 1 + w), [d_model]."""
     attention_out: Tensor
-    """Values of the target's attention output projection, [at most 64]."""
+    """Sampled values of the target's attention output projection, [at most 64]."""
     base_mlp_out: Tensor
-    """Values of the base's down projection, [at most 64]."""
+    """Sampled values of the base's down projection, [at most 64]."""
 
 
 def sample(weight: Tensor) -> Tensor:
     """Evenly spaced values of a matrix in Hugging Face's layout, on the CPU."""
-    places = sample_places(weight.numel()).to(weight.device)
-    return weight.detach()[torch.unravel_index(places, weight.shape)].to("cpu", copy=True)
+    positions = sample_positions(weight.numel()).to(weight.device)
+    return weight.detach()[torch.unravel_index(positions, weight.shape)].to("cpu", copy=True)
 
 
 def agrees(
@@ -49,19 +49,19 @@ def agrees(
     offset: float = 0.0,
     stored_in: frozenset[torch.dtype] = frozenset(),
 ) -> bool:
-    """Whether ``present`` holds the values that were ``recorded``, as casts and weight processing change them.
+    """Whether ``present`` holds the values that were ``recorded``, up to casts and weight processing.
+
+    In one dtype and without processing, the values must be equal. Otherwise each dtype that values went through may
+    have changed them, and the factors of a product, by half a unit in the last place; float32 arithmetic adds little.
 
     Args:
         recorded, present: values of one weight, on the CPU, [n].
-        factor: what the recorded values were multiplied with since (a folded norm's weights at these places).
-        processed: TransformerLens processed the model's weights, in float32.
-        shift: what was taken off the recorded values before that (their mean, where an unembedding was centered), [n].
-        offset: what a norm's weights were stored without (Gemma's 1, where TransformerLens has 1 + w); of ``factor``
-            where there is one, else of ``recorded``.
-        stored_in: dtypes that weights without the offset went through; with it they are in float32 at least.
-
-    In one dtype and without processing they must be equal. Else each dtype that values went through may have moved
-    them by half a unit in the last place, and a product's factors before it; arithmetic in float32 by little more.
+        factor: what the recorded values were multiplied by since: the weights of a folded norm at these positions.
+        processed: whether TransformerLens processed the model's weights, in float32.
+        shift: what was subtracted from the recorded values before, [n]: their mean, where an unembedding was centered.
+        offset: what is added to a norm's stored weights (1 for Gemma, for which TransformerLens has 1 + w); it refers
+            to ``factor`` if that is given, otherwise to ``recorded``.
+        stored_in: dtypes of the weights before the offset was added; after it they are in float32 at least.
     """
     if recorded.shape != present.shape:
         return False
@@ -74,29 +74,29 @@ def agrees(
     expected = recorded.double()
     size = expected.abs()
     if shift is not None:
-        size = size.max().expand_as(size)  # a mean is as exact as what it is the mean of is large
+        size = size.max().expand_as(size)  # the error of a mean is relative to the largest value
         expected = expected - shift.double()
     if factor is None:
-        room = _ARITHMETIC * size
-        stored = (expected - offset).abs() * (offset != 0)  # rounded itself before the offset was added
+        tolerance = _ARITHMETIC * size
+        stored = (expected - offset).abs() * (offset != 0)  # was rounded before the offset was added
     else:
-        by = torch.as_tensor(factor, dtype=torch.float64).expand_as(expected)
-        stored = size * ((by - offset).abs() * (offset != 0) + 2 * by.abs())  # of both factors
-        expected, size = expected * by, size * by.abs()
-        room = _ARITHMETIC * (size + stored)
+        scale = torch.as_tensor(factor, dtype=torch.float64).expand_as(expected)
+        stored = size * ((scale - offset).abs() * (offset != 0) + 2 * scale.abs())  # of both factors
+        expected, size = expected * scale, size * scale.abs()
+        tolerance = _ARITHMETIC * (size + stored)
     for dtype in dtypes:
-        half = 0.5 * _unit(size, dtype) * (1 if shift is None else 2)
-        room = room + half
+        half_unit = 0.5 * _unit(size, dtype) * (1 if shift is None else 2)
+        tolerance = tolerance + half_unit
     for dtype in dtypes | stored_in:
-        room = room + 0.5 * torch.finfo(dtype).eps * stored
-    fits = expected.abs() <= torch.finfo(present.dtype).max
-    return bool(((present.double() - expected).abs() <= room)[fits].all())
+        tolerance = tolerance + 0.5 * torch.finfo(dtype).eps * stored
+    representable = expected.abs() <= torch.finfo(present.dtype).max
+    return bool(((present.double() - expected).abs() <= tolerance)[representable].all())
 
 
 def norm_weights(stored: Tensor, architecture: Architecture) -> Tensor:
-    """A norm's weights as TransformerLens has them, from those of a checkpoint.
+    """The weights of a norm as TransformerLens has them, from those stored in a checkpoint.
 
-    Gemma's are 1 + w, which it computes in float32 from weights of any dtype; the result is in float32 at least.
+    Gemma's are 1 + w, which the model computes in float32 from weights of any dtype; here they are in float32 at least.
     """
     if not architecture.norm_offset:
         return stored
@@ -109,27 +109,27 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _unit(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The unit in the last place of values, which are not negative, in a dtype."""
-    about = torch.finfo(dtype)
-    return about.eps * torch.exp2(values.clamp(min=about.smallest_normal).log2().floor())
+    """The unit in the last place, in a dtype, of values that are not negative."""
+    limits = torch.finfo(dtype)
+    return limits.eps * torch.exp2(values.clamp(min=limits.smallest_normal).log2().floor())
 
 
 def stored_samples(target: Path, base: Path, architecture: Architecture, layer: int) -> LayerSamples:
-    """The samples of a layer in checkpoints' files; of matrices only single values are read. Raises CheckpointError."""
+    """The samples of a layer, read from the models' files; of matrices only single values. Raises CheckpointError."""
     name = architecture.norm_tensor("ln2", layer)
     ln2_w = read_tensors(target, [name])[name].clone()  # may be a view of its whole shard
     return LayerSamples(
         norm_weights(ln2_w, architecture),
-        read_values(target, attention_out_name(layer), sample_places),
-        read_values(base, MLP_KEY.format(layer, "down_proj"), sample_places),
+        read_values(target, attention_out_name(layer), sample_positions),
+        read_values(base, MLP_KEY.format(layer, "down_proj"), sample_positions),
     )
 
 
 def attention_out_name(layer: int) -> str:
-    """The tensor of the attention's output projection."""
+    """The name of the attention's output projection in a checkpoint."""
     return _ATTENTION_OUT.format(layer)
 
 
-def sample_places(n: int) -> Tensor:
-    """Places of the samples in a flattened matrix of so many values."""
+def sample_positions(n: int) -> Tensor:
+    """Positions of the samples in a flattened matrix of ``n`` values."""
     return torch.linspace(0, n - 1, min(SAMPLED_VALUES, n), dtype=torch.float64).round().long()

@@ -12,20 +12,20 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tl_adapters.checkpoints.architectures import Architecture, UnsupportedModelError, require_supported
-from tl_adapters.checkpoints.model_files import PROJECTIONS, CheckpointError, require_unscaled, tensor_shapes
+from tl_adapters.checkpoints.model_files import PROJECTIONS, CheckpointError, require_unquantized, tensor_shapes
 
 ROPE_TYPES = ("default", "llama3")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-"""Names that mean the same function in both libraries."""
+"""MLP activations that transformers and TransformerLens compute alike, under these names."""
 
 
 def mlp_activation(config: PretrainedConfig) -> str:
-    """The MLP's activation function; Gemma keeps it under another name."""
+    """The name of the MLP's activation function, which Gemma's configuration has under another key."""
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 
 def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
-    """Type and parameters of the rotary embedding."""
+    """The type and parameters of the rotary embedding."""
     return dict(getattr(config, "rope_parameters", None) or {})
 
 
@@ -51,31 +51,31 @@ def require_representable(config: PretrainedConfig) -> Architecture:
         if getattr(config, option, False):
             refuse(f"{option}=True", "supported is False")
     if getattr(config, "quantization_config", None):
-        refuse("quantization_config (quantised weights)", "load the checkpoint in bfloat16 or float32")
+        refuse("quantization_config (quantized weights)", "load the checkpoint in bfloat16 or float32")
     if mlp_activation(config) not in ACTIVATIONS:
         refuse(f"activation {mlp_activation(config)!r}", f"supported: {', '.join(ACTIVATIONS)}")
     return architecture
 
 
 def require_stock_code(config: Mapping[str, Any], name: str | Path) -> None:
-    """Raises UnsupportedModelError for a config.json that names modeling code of its own: it is never run here."""
+    """Raises UnsupportedModelError for a config.json that names modeling code of its own, which is never run."""
     auto_map = config.get("auto_map")
     named = [auto_map[k] for k in ("AutoModelForCausalLM", "AutoModel") if k in auto_map] if auto_map else []
     if named:
         raise UnsupportedModelError(
             f"The auto_map in config.json of {name} names modeling code of its own ({named[0]}). Such code is never "
-            "run here, and without it the model may be another one. If its weights are those of a stock architecture, "
+            "run here, and without it the model may differ. If its weights are those of a stock architecture, "
             "load it with transformers and trust_remote_code=False, and give the model in place of its name."
         )
 
 
 def require_plain_mlps(config: Mapping[str, Any], tensors: Iterable[str], name: str | Path) -> None:
-    """Refuse MLPs that are more than their three matrices, as `require_representable` does for a whole model.
+    """Checks that MLPs consist of their three matrices only, as `require_representable` checks a whole model.
 
     Args:
-        config: what config.json says.
+        config: the content of config.json.
         tensors: names of all tensors of the checkpoint.
-        name: what the message calls the model.
+        name: the model's name in messages.
 
     Raises:
         UnsupportedModelError: quantized or biased MLPs, or modeling code of its own.
@@ -86,9 +86,9 @@ def require_plain_mlps(config: Mapping[str, Any], tensors: Iterable[str], name: 
             f"{name} has quantized weights (quantization_config in its configuration), whose stored numbers are not "
             "the weights. Give the checkpoint in bfloat16 or float32."
         )
-    beside = {f".mlp.{projection}.": f".mlp.{projection}.weight" for projection in PROJECTIONS}
+    weights = {f".mlp.{projection}.": f".mlp.{projection}.weight" for projection in PROJECTIONS}
     for tensor in tensors:
-        for part, weight in beside.items():
+        for part, weight in weights.items():
             if part in tensor and not tensor.endswith(weight):
                 raise UnsupportedModelError(
                     f"{name} has the tensor {tensor}: its MLPs are more than their three weight matrices (a bias, "
@@ -98,15 +98,15 @@ def require_plain_mlps(config: Mapping[str, Any], tensors: Iterable[str], name: 
 
 
 def stock_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model that ``config`` describes, on the meta device: names, shapes and classes, and no memory."""
+    """The model that ``config`` describes on the meta device: names, shapes and classes, without memory."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
         return getattr(transformers, require_representable(config).name)(config)
 
 
 def require_stock_files(folder: Path, config: PretrainedConfig) -> None:
-    """Raises CheckpointError where a folder's files hold other tensors than a model of its configuration has."""
-    require_unscaled(folder)
+    """Raises CheckpointError where the tensors in a folder are not those of a model of its configuration."""
+    require_unquantized(folder)
     expected = {name: tuple(tensor.shape) for name, tensor in stock_model(config).state_dict().items()}
     for name, shape in tensor_shapes(folder).items():
         if name in expected and shape != expected[name]:

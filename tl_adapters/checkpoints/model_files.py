@@ -1,7 +1,7 @@
-"""Model checkpoints as files: where they are, and single tensors out of their safetensors shards.
+"""A model's files: where they are, and single tensors out of their safetensors shards.
 
-The base model of a pair contributes only its MLP tensors; they are read from its shards one by one, so its
-attention and embeddings are never in memory. A checkpoint without safetensors is refused: pickle is never read.
+The base of a pair contributes only its MLP tensors. They are read from its shards one by one, so its attention and
+embeddings are never in memory. Only safetensors are read, never pickle.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from tl_adapters.organism import BUILTIN
 SHARD_INDEX_FILE = "model.safetensors.index.json"
 SINGLE_WEIGHTS_FILE = "model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
-"""What the peft library writes beside LoRA weights."""
+"""The configuration file that the peft library writes next to LoRA weights."""
 MLP_KEY = "model.layers.{}.mlp.{}.weight"
 PROJECTIONS = {"gate_proj": "W_gate", "up_proj": "W_in", "down_proj": "W_out"}
-"""A gated MLP's weights, as Hugging Face and as TransformerLens name them (each the other's transpose)."""
+"""Names of a gated MLP's weights: Hugging Face -> TransformerLens, which has the transposed matrices."""
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
-"""Names in a safetensors header of the dtypes whose values are the weights themselves."""
+"""Dtypes, as safetensors headers name them, whose values are the weights themselves (not quantized)."""
 DESCRIPTION_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
-"""What describes a model without its weights."""
+"""Patterns of the files that describe a model, without its weights."""
 
 
 class CheckpointError(UserError, ValueError):
-    """A model folder that cannot be used; the message names the file and what is wrong with it."""
+    """Model files that cannot be used; the message names the file and what is wrong with it."""
 
 
 def locate(name: str | Path, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder of a model: ``name`` itself if it is a folder, else the hub's files in the local cache.
+    """The folder of a model: ``name`` itself if it is a folder, otherwise the hub's files in the local cache.
 
-    Downloads safetensors, JSON and tokenizer files only; without ``weights``, not even the safetensors.
-    Raises CheckpointError for what is neither a folder nor a name the hub (or, offline, its cache) knows.
+    Only safetensors, JSON and tokenizer files are downloaded, and without ``weights`` no safetensors either.
+    Raises CheckpointError where ``name`` is neither a folder nor a repository on the hub (offline: in its cache).
     """
     return fetch(name, [*DESCRIPTION_FILES, *(["*.safetensors"] if weights else [])], revision=revision)
 
 
 def fetch(name: str | Path, patterns: Sequence[str], *, revision: str | None = None, token: str | None = None) -> Path:
-    """A local folder as it is, or those files of a hub repository that match ``patterns``, in the hub's cache.
+    """A local folder, or the hub's cache with the files of a repository that match ``patterns``.
 
-    An interrupted download goes on where it stopped, and no file has its name before it is whole.
+    An interrupted download is resumed, and a file gets its name only when it is complete.
     Raises CheckpointError.
     """
     if name in BUILTIN:
@@ -58,14 +58,14 @@ def fetch(name: str | Path, patterns: Sequence[str], *, revision: str | None = N
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists():
-        raise CheckpointError(f"{name} is a file; give the folder it is in.")
+        raise CheckpointError(f"{name} is a file; give the folder that contains it.")
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns), token=token))
     except (OSError, HFValidationError, ValueError) as error:
         offline = " HF_HUB_OFFLINE is set, so only downloaded repositories are found." if HF_HUB_OFFLINE else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{name} is no folder, and the hub gave nothing for it ({type(error).__name__}: {reason}).{offline} "
+            f"{name} is not a folder, and the hub has no files for it ({type(error).__name__}: {reason}).{offline} "
             "Check the spelling and the revision; a gated or private one needs HF_TOKEN."
         ) from error
 
@@ -76,9 +76,9 @@ def commit_of(folder: Path) -> str | None:
 
 
 def require_whole_model(folder: Path) -> None:
-    """Raises CheckpointError for LoRA weights in a model's place, and for such weights beside a model's own.
+    """Raises CheckpointError for a folder of LoRA weights, with or without a model's own weights.
 
-    transformers would look for the model that LoRA weights belong to, or apply them to weights that may hold them
+    transformers would load the model that LoRA weights belong to, or apply them to weights that may contain them
     already.
     """
     if not (folder / PEFT_CONFIG_FILE).is_file():
@@ -90,15 +90,15 @@ def require_whole_model(folder: Path) -> None:
             f"peft library to these weights, also where they were merged with it before. Remove {PEFT_CONFIG_FILE} if "
             f"they were; else merge them: {merge}."
         )
-    raise CheckpointError(f"{folder} holds an adapter of the peft library and no whole model. Merge the two: {merge}.")
+    raise CheckpointError(f"{folder} holds an adapter of the peft library and no model. Merge the two: {merge}.")
 
 
-def require_unscaled(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Raises CheckpointError where one of the named tensors (all, if None) is stored as quantized numbers."""
+def require_unquantized(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Raises CheckpointError where one of the named tensors (None: any tensor) is stored as quantized numbers."""
     wanted = None if names is None else set(names)
     for shard in shard_files(folder, wanted):
-        with _opened(folder / shard) as file:
-            for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
+        with _open(folder / shard) as file:
+            for name in file.keys():  # noqa: SIM118  # a safe_open is not a mapping
                 if (wanted is None or name in wanted) and (
                     dtype := file.get_slice(name).get_dtype()
                 ) not in WEIGHT_DTYPES:
@@ -109,7 +109,7 @@ def require_unscaled(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises CheckpointError; also for a folder of LoRA weights."""
+    """The content of a folder's config.json. Raises CheckpointError, also for a folder of LoRA weights."""
     require_whole_model(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -121,7 +121,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """The named tensors of a checkpoint, sharded or not. Raises CheckpointError naming the first one missing."""
+    """The named tensors of a checkpoint, sharded or not. Raises CheckpointError, naming the first that is missing."""
     shards = _shards(folder)
     wanted: dict[str, list[str]] = {}
     for name in names:
@@ -132,7 +132,7 @@ def read_tensors(folder: Path, names: Iterable[str], device: torch.device | str 
         wanted.setdefault(shards.get(name, SINGLE_WEIGHTS_FILE), []).append(name)
     tensors = {}
     for shard, members in wanted.items():
-        with _opened(folder / shard, str(device)) as file:
+        with _open(folder / shard, str(device)) as file:
             stored = set(file.keys())
             for name in members:
                 if name not in stored:
@@ -143,36 +143,36 @@ def read_tensors(folder: Path, names: Iterable[str], device: torch.device | str 
     return tensors
 
 
-def read_values(folder: Path, name: str, places: Callable[[int], torch.Tensor]) -> torch.Tensor:
+def read_values(folder: Path, name: str, positions: Callable[[int], torch.Tensor]) -> torch.Tensor:
     """Single values of a matrix, without reading the rest. Raises CheckpointError.
 
     Args:
         folder, name: as `read_tensors`.
-        places: number of values to the places, in the flattened matrix, that are wanted.
+        positions: from the number of values of the matrix, the positions to read in the flattened matrix.
     """
-    with _opened(folder / _shard_of(folder, name)) as file:
-        if name not in file.keys():  # noqa: SIM118  # a safe_open is no mapping
+    with _open(folder / _shard_of(folder, name)) as file:
+        if name not in file.keys():  # noqa: SIM118  # a safe_open is not a mapping
             raise CheckpointError(f"{folder} has no tensor {name}; it is not a complete checkpoint.")
         matrix = file.get_slice(name)
         rows, columns = matrix.get_shape()
-        return torch.stack([matrix[int(i) // columns, int(i) % columns] for i in places(rows * columns)])
+        return torch.stack([matrix[int(i) // columns, int(i) % columns] for i in positions(rows * columns)])
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint, from the headers of its shards.
 
-    Raises CheckpointError for a missing, truncated or foreign file: a header knows how long its file must be.
+    Raises CheckpointError for a missing, truncated or foreign file, since a header records the length of its file.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shard_files(folder):
-        with _opened(folder / shard) as file:
-            for name in file.keys():  # noqa: SIM118  # a safe_open is no mapping
+        with _open(folder / shard) as file:
+            for name in file.keys():  # noqa: SIM118  # a safe_open is not a mapping
                 shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes
 
 
 def shard_files(folder: Path, names: Iterable[str] | None = None) -> list[str]:
-    """The safetensors files that hold the named tensors, or all. Raises CheckpointError."""
+    """The safetensors files that hold the named tensors (None: all tensors). Raises CheckpointError."""
     shards = _shards(folder)
     if not shards:
         return [SINGLE_WEIGHTS_FILE]
@@ -180,27 +180,27 @@ def shard_files(folder: Path, names: Iterable[str] | None = None) -> list[str]:
 
 
 def shard_tensors(folder: Path, shard: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of everything in one file, one at a time. Raises CheckpointError."""
-    with _opened(folder / shard) as file:
+    """Yields every tensor of one file with its name. Raises CheckpointError."""
+    with _open(folder / shard) as file:
         for name in file.keys():  # noqa: SIM118
             yield name, file.get_tensor(name)
 
 
 def mlp_tensor_names(n_layers: int) -> list[str]:
-    """Names of every layer's gate, up and down projection, as Hugging Face stores them."""
+    """Names of the gate, up and down projection of every layer in a checkpoint."""
     return [MLP_KEY.format(layer, name) for layer in range(n_layers) for name in PROJECTIONS]
 
 
 def remote_or_local_names(name: str, folder: Path) -> set[str]:
-    """Names of a checkpoint's tensors without downloading it: a local folder's headers, or a hub model's index.
+    """Names of a model's tensors, from the headers of a local folder or from the index of a model on the hub.
 
-    ``folder`` holds what `locate` without weights found of ``name``. Raises CheckpointError.
+    ``folder`` is what `locate` returns for ``name`` without weights. Raises CheckpointError.
     """
     if name in BUILTIN or Path(name).is_dir():
         return set(tensor_shapes(folder))
     if (folder / SHARD_INDEX_FILE).is_file():
         return set(_shards(folder))
-    try:  # a single file: its header, by a ranged read
+    try:  # for a single file, a ranged read of its header
         return set(get_safetensors_metadata(name).weight_map)
     except (OSError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -208,7 +208,7 @@ def remote_or_local_names(name: str, folder: Path) -> set[str]:
 
 
 def read_vocabulary(folder: Path) -> dict[str, int]:
-    """Token to id, special tokens included, from tokenizer.json; empty where there is none."""
+    """Token -> id, special tokens included, from tokenizer.json; empty if the folder has none."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return {}
@@ -223,7 +223,8 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
 
 
 @contextmanager
-def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+def _open(path: Path, device: str = "cpu") -> Iterator[Any]:
+    """Opens a safetensors file. Raises CheckpointError, also for errors within the context."""
     try:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
@@ -232,7 +233,10 @@ def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
 
 
 def _shards(folder: Path) -> dict[str, str]:
-    """Tensor name to file name; empty for a checkpoint in one file, which transformers, too, reads before an index."""
+    """Tensor name -> file name; empty for a checkpoint in one file, which takes precedence over an index.
+
+    transformers has the same precedence.
+    """
     index = folder / SHARD_INDEX_FILE
     if (folder / SINGLE_WEIGHTS_FILE).is_file():
         return {}
@@ -242,15 +246,16 @@ def _shards(folder: Path) -> dict[str, str]:
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{index} is not an index of safetensors ({error}); copy it again.") from error
     if any(folder.glob("pytorch_model*.bin*")):
-        do = "it has weights of another format, and only safetensors are read: convert it with save_pretrained."
+        advice = "it has weights of another format, and only safetensors are read: convert it with save_pretrained."
     elif commit_of(folder):
-        do = "its weights were not downloaded: unset HF_HUB_OFFLINE, or download the repository first."
+        advice = "its weights were not downloaded: unset HF_HUB_OFFLINE, or download the repository first."
     else:
-        do = "only safetensors are read: give the folder that holds them."
-    raise CheckpointError(f"{folder} has neither {SINGLE_WEIGHTS_FILE} nor {SHARD_INDEX_FILE}; {do}")
+        advice = "only safetensors are read: give the folder that holds them."
+    raise CheckpointError(f"{folder} has neither {SINGLE_WEIGHTS_FILE} nor {SHARD_INDEX_FILE}; {advice}")
 
 
 def _shard_of(folder: Path, name: str) -> str:
+    """The file that holds a tensor. Raises CheckpointError."""
     shards = _shards(folder)
     if shards and name not in shards:
         raise CheckpointError(f"{folder} has no tensor {name}; it is not a complete checkpoint.")

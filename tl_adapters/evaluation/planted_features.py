@@ -19,7 +19,7 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.transcoder import TranscoderAdapter
-from tl_adapters.checkpoints.base_mlps import ModelReference
+from tl_adapters.checkpoints.model_reference import ModelReference
 from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.baselines import corrected

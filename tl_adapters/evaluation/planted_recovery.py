@@ -17,7 +17,7 @@ from typing import Any
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.checkpoints.base_mlps import ModelReference
+from tl_adapters.checkpoints.model_reference import ModelReference
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.faithfulness import faithfulness_block, measure_faithfulness

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.architectures import architecture_name, find_architecture
-from tl_adapters.checkpoints.base_mlps import GivenModel, model_config, model_name, read_base_mlps, resolve
+from tl_adapters.checkpoints.base_mlps import read_base_mlps
 from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, require_fit
+from tl_adapters.checkpoints.model_reference import GivenModel, model_config, model_name, resolve_model
 from tl_adapters.models.build import backend_of
 from tl_adapters.models.hf_outputs import N_PROBE_TOKENS, mlp_outputs_in_memory
 from tl_adapters.models.output_agreement import require_base_weights, require_consistent
@@ -68,7 +69,7 @@ def attach(
     require_consistent(model)
     base_mlps = None
     if base is not None:
-        base = resolve(base, "base")
+        base = resolve_model(base, "base")
         require_fit(compare_configs(_comparable(model_config(base)), _comparable(backend.hf_config)))
         base_mlps = read_base_mlps(base, backend.hf_config["num_hidden_layers"])
     name = str(getattr(model.cfg, "model_name", "") or "")

@@ -37,18 +37,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.transcoder import TranscoderAdapter
-from tl_adapters.checkpoints.base_mlps import (
-    GivenModel,
-    MLPTensors,
-    model_commit,
-    model_config,
-    model_name,
-    read_base_mlps,
-    require_pair,
-    resolve,
-)
+from tl_adapters.checkpoints.base_mlps import MLPTensors, read_base_mlps
+from tl_adapters.checkpoints.compatibility import require_pair
 from tl_adapters.checkpoints.hf_model import load_hf_model, move_model
 from tl_adapters.checkpoints.layer_samples import LayerSamples
+from tl_adapters.checkpoints.model_reference import GivenModel, model_commit, model_config, model_name, resolve_model
 from tl_adapters.config import ActivationName, TrainingConfig
 from tl_adapters.models.adapter_checks import adapter_scale, require_belonging, require_planted
 from tl_adapters.models.build import build_model
@@ -129,7 +122,7 @@ class PairedModel(RoutedModel):
             CheckpointError: missing or damaged files.
             DeviceError: a device that this machine does not have.
         """
-        base, target = resolve(base, "base"), resolve(target, "target")
+        base, target = resolve_model(base, "base"), resolve_model(target, "target")
         require_pair(base, target)
         base_mlps = read_base_mlps(base, model_config(target)["num_hidden_layers"])
         if isinstance(target, PreTrainedModel):

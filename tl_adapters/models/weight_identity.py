@@ -28,7 +28,7 @@ from tl_adapters.checkpoints.layer_samples import (
     dtype_name,
     norm_weights,
     sample,
-    sample_places,
+    sample_positions,
 )
 from tl_adapters.checkpoints.model_files import read_tensors, read_values, tensor_shapes
 from tl_adapters.models.backend import Backend
@@ -87,7 +87,7 @@ class ModelSamples:
         values["unembedding_mean"] = matrices["unembedding"].detach().mean(0, dtype=torch.float32).cpu()
         return cls(
             values,
-            {name: sample_places(w.numel()) % w.shape[-1] for name, w in matrices.items()},
+            {name: sample_positions(w.numel()) % w.shape[-1] for name, w in matrices.items()},
             frozenset(name for name, weight in norms.items() if weight is None),
             backend.architecture,
             backend.model.cfg.d_model,
@@ -116,8 +116,8 @@ class ModelSamples:
                 values[name] = stored if tensor.endswith(".bias") else norm_weights(stored, architecture)
             else:
                 name = "embedding" if name == "embedding_scaled" else name
-                values[name] = read_values(folder, tensor, sample_places)
-                columns[name] = sample_places(math.prod(shapes[tensor])) % shapes[tensor][-1]
+                values[name] = read_values(folder, tensor, sample_positions)
+                columns[name] = sample_positions(math.prod(shapes[tensor])) % shapes[tensor][-1]
         return cls(values, columns, frozenset(), architecture, int(config["hidden_size"]))
 
     def differing(self, recorded: Mapping[str, Tensor]) -> Iterator[str]:
