@@ -214,7 +214,7 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_left(tmp_path: Path) -> 
             write_feature_pages(store(), tmp_path / "pages", progress=False, **wrong)
     broken = new_store()
     statistics, _ = broken.layer(broken.about.layers[-1])
-    statistics.total[broken.ids()[-1].index] = float("nan")
+    statistics.summed_activation[broken.ids()[-1].index] = float("nan")
     with pytest.raises(FeatureStoreError, match="not finite"):
         write_feature_pages(broken, tmp_path / "pages", progress=False)
     assert not list(tmp_path.iterdir())

@@ -72,7 +72,7 @@ def test_the_verb_reads_any_documents(copy: Path, tmp_path: Path, capsys: pytest
     assert "when every process is done" in capsys.readouterr().out
     assert main(["features", str(copy), *common]) == 0
     out = capsys.readouterr().out
-    assert f"pages: {copy / FOLDER / 'pages' / 'index.html'}" in out and f"next: tl-adapters label {copy}" in out
+    assert f"pages: {copy / FEATURES_FOLDER / 'pages' / 'index.html'}" in out and f"next: tl-adapters label {copy}" in out
     store, neurons = load_stores(copy)
     assert store.documents == neurons.documents == 12 and store.about.split == "mine.jsonl"
     feature = store.feature(store.ids(1)[0])
@@ -135,7 +135,7 @@ def test_refusals_in_one_line(copy: Path, tmp_path: Path, capsys: pytest.Capture
         assert error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    assert "allowed is I/N" in fails(str(copy), "--share", "half")
+    assert "give I/N" in fails(str(copy), "--share", "half")
     assert "0 <= number < of" in fails(str(copy), "--share", "2/2", "--quiet")
     assert "allowed is a whole number >= 1" in fails(str(copy), "--examples", "0")
     assert "is no file" in fails(str(copy), "--data", str(tmp_path / "none.jsonl"), "--quiet")
