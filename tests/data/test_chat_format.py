@@ -261,7 +261,7 @@ def by_region(chat: ChatFormat, response: str, question: str) -> dict[str, str]:
 @pytest.mark.parametrize("tag", ["think", "reason"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_token_is_in_its_region(name: str, tag: str) -> None:
-    """Told from the template, also where a tag is several tokens or the prompt opens the thinking."""
+    """Found from the template, also where a tag is several tokens or the prompt opens the thinking."""
     chat = chat_of(name, tag)
     regions = by_region(chat, f"<{tag}>\n9, no 8.\n</{tag}>\n8", "3+5=?")
     # Without a special token after it, a question may share its last token with the template: that token is its own.

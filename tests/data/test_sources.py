@@ -1,4 +1,4 @@
-"""Documents from files and datasets: what a record may be, what is wrong with a line, and an order taken up again."""
+"""Documents from files and datasets: what a record may be, what is wrong with a line, and a resumed order."""
 
 import json
 from pathlib import Path

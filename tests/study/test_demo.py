@@ -194,8 +194,8 @@ def test_every_architecture_trains_and_is_evaluated_from_folders(
         (["demo", "--device", "cuda:99"], "--device cuda:99: this machine has none"),
         (["train", "--resume", "r", "--seed", "1"], "leave out --seed"),
         (["train", "--resume", "nowhere"], "nowhere is no folder"),
-        (["train", "--out", "o", "--config", "papr"], "papr is no file"),
-        (["train", "--out", "o", "--data", "nothing.jsonl"], "nothing.jsonl is no file"),
+        (["train", "--out", "o", "--config", "papr"], "There is no file papr"),
+        (["train", "--out", "o", "--data", "nothing.jsonl"], "There is no file nothing.jsonl"),
         (["evaluate", "nowhere"], "holds no adapters"),
     ],
 )

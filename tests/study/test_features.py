@@ -139,7 +139,7 @@ def test_refusals_in_one_line(copy: Path, tmp_path: Path, capsys: pytest.Capture
     assert "give I/N" in fails(str(copy), "--share", "half")
     assert "0 <= number < of" in fails(str(copy), "--share", "2/2", "--quiet")
     assert "allowed is a whole number >= 1" in fails(str(copy), "--examples", "0")
-    assert "is no file" in fails(str(copy), "--data", str(tmp_path / "none.jsonl"), "--quiet")
+    assert "There is no file" in fails(str(copy), "--data", str(tmp_path / "none.jsonl"), "--quiet")
     assert "holds no adapters" in fails(str(tmp_path / "none"))
     results = read_results(copy)
     (copy / "results.json").write_text(json.dumps({**results, "pair": {**results["pair"], "target": "other"}}))

@@ -15,7 +15,7 @@ from tl_adapters import PairedModel, train
 from tl_adapters.checkpoints.tokenizers import load_tokenizer
 from tl_adapters.config import DataConfig, RunConfig, TrainingConfig
 from tl_adapters.data.chat_format import ChatFormat
-from tl_adapters.data.documents import RENDERED, EncodedDocuments, open_documents
+from tl_adapters.data.documents import FINGERPRINTED_DOCUMENTS, EncodedDocuments, open_documents
 from tl_adapters.data.sources import open_reader
 from tl_adapters.study.open_run import open_data, open_run
 from tl_adapters.training.run_folder import RunFolderError
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     """Base, target, and a dataset of more rows than are rendered for the fingerprint."""
     write_pair(tmp_path, "Llama 3.2", dtype=torch.float32)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text(rows(RENDERED + 20))
+    (tmp_path / "data" / "train.jsonl").write_text(rows(FINGERPRINTED_DOCUMENTS + 20))
     return tmp_path
 
 
@@ -121,13 +121,13 @@ def test_fingerprints_depend_on_the_date(folder: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("changed", [3, RENDERED + 15])
+@pytest.mark.parametrize("changed", [3, FINGERPRINTED_DOCUMENTS + 15])
 def test_data_that_changed_is_refused_wherever_it_changed(changed: int, streaming: bool, folder: Path) -> None:
     run = begun(folder, documents(folder, streaming=streaming))
-    (folder / "data" / "train.jsonl").write_text(rows(RENDERED + 20, changed))
+    (folder / "data" / "train.jsonl").write_text(rows(FINGERPRINTED_DOCUMENTS + 20, changed))
     with pytest.raises(RunFolderError, match="was started with other (data|rendered text)"):
         Trainer.resume(pair_of(folder), documents(folder, streaming=streaming), run, progress=False)
-    (folder / "data" / "train.jsonl").write_text(rows(RENDERED + 20))
+    (folder / "data" / "train.jsonl").write_text(rows(FINGERPRINTED_DOCUMENTS + 20))
     if streaming:  # a table's own fingerprint knows the time of its files
         Trainer.resume(pair_of(folder), documents(folder, streaming=True), run, progress=False).run()
 
@@ -151,17 +151,19 @@ def test_a_commit_of_the_hub_is_in_the_fingerprint(folder: Path, monkeypatch: py
     assert found[0] == found[1] != found[2]
 
 
-@pytest.mark.parametrize("kept", [("data",), ("data", "chat_template")])
+@pytest.mark.parametrize("recorded", [("data",), ("data", "chat_template")])
 def test_a_run_of_an_earlier_version_resumes_with_a_warning_of_what_is_not_checked(
-    kept: tuple[str, ...], folder: Path, caplog: pytest.LogCaptureFixture
+    recorded: tuple[str, ...], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = begun(folder, documents(folder))
     record = json.loads((run / "run.json").read_text())
-    record["fingerprints"] = {k: v for k, v in record["fingerprints"].items() if k in (*kept, "target", "base_mlps")}
+    record["fingerprints"] = {
+        k: v for k, v in record["fingerprints"].items() if k in (*recorded, "target", "base_mlps")
+    }
     (run / "run.json").write_text(json.dumps(record))
     Trainer.resume(pair_of(folder), documents(folder), run, progress=False).run()
-    assert "data files" in caplog.text and "rendered text; that they are" in caplog.text
-    assert ("chat template" in caplog.text) == (len(kept) == 1)
+    assert "data files" in caplog.text and "rendered text, so whether they are the same is not checked" in caplog.text
+    assert ("chat template" in caplog.text) == (len(recorded) == 1)
 
 
 def test_there_is_no_warning_where_all_is_checked(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

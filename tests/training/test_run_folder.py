@@ -1,4 +1,4 @@
-"""A run folder survives: kills at any moment, a full disk, Ctrl-C, a second process; and goes on bit for bit."""
+"""A run folder survives: kills at any moment, a full disk, Ctrl-C, a second process; and resumes bit for bit."""
 
 import json
 import multiprocessing
@@ -78,13 +78,13 @@ def work(folder: Path, parent: Connection, die_at_rename: int | None = None, bef
 
         tl_adapters.utils.files.os.replace = rename  # type: ignore[attr-defined]
 
-    def tell(step: int, terms: StepTerms | None = None) -> None:
+    def report(step: int, terms: StepTerms | None = None) -> None:
         parent.send(step)
         parent.recv()
 
     trainer = start_or_resume(folder)
-    tell(trainer.step)
-    trainer.run(on_step=tell)
+    report(trainer.step)
+    trainer.run(on_step=report)
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +102,10 @@ def context() -> multiprocessing.context.ForkServerContext:
 
 @contextmanager
 def process(context: multiprocessing.context.ForkServerContext, *arguments: object) -> Iterator[tuple]:
-    steps, told = context.Pipe()
-    child = context.Process(target=work, args=(arguments[0], told, *arguments[1:]))
+    steps, child_end = context.Pipe()
+    child = context.Process(target=work, args=(arguments[0], child_end, *arguments[1:]))
     child.start()
-    told.close()
+    child_end.close()
     yield child, steps
     child.join()
 
@@ -295,7 +295,7 @@ def test_a_disk_that_fills_during_training_keeps_the_last_training_state(whole: 
 
     with (
         files_no_larger_than(10**9),
-        pytest.raises(TrainingError, match="Stopped at step 6: There is no room.*step-00000006.*train --resume"),
+        pytest.raises(TrainingError, match="Stopped at step 6: The disk is too full.*step-00000006.*train --resume"),
     ):
         trainer.run(on_step=fill)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]

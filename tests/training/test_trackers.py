@@ -1,4 +1,4 @@
-"""Trackers: what each tool really writes, where a resumed run goes on, and that none of them stops a training."""
+"""Trackers: what each tool really writes, where a resumed run continues, and that none of them stops a training."""
 
 import json
 import logging

@@ -97,9 +97,8 @@ class EncodedDocuments:
         self._reader, self._chat, self._config, self._seed, self._count = reader, chat, config, seed, tuple(count)
         self._max_tokens = min(config.max_tokens or max_tokens, max_tokens)
         self._validation_reader = validation
-        self._bad_rows = UnusableRows(
-            config
-        )  # rows that the template refuses; the reader counts those that it cannot read
+        # Rows that the template refuses; the reader counts those that it cannot read.
+        self._bad_rows = UnusableRows(config)
         for conversation in getattr(reader, "example_of_roles", {}).values():
             self._document(conversation)  # a refusal is reported now, not after hours of training
 
@@ -120,10 +119,7 @@ class EncodedDocuments:
             "chat": (tokenizer.chat_template, chat.turn_end, sorted(tokenizer.get_vocab().items())),
         }
         chat_fields = {f.name: getattr(chat, f.name) for f in fields(chat) if f.name != "tokenizer"}
-        with (
-            self._reader.bad_rows.ignored(),
-            self._bad_rows.ignored(),
-        ):  # reported in training
+        with self._reader.bad_rows.ignored(), self._bad_rows.ignored():  # they are reported in training
             rows = islice(self._reader.read("fingerprint", None), FINGERPRINTED_DOCUMENTS)
             traces = chat.tokenize([document for row, _ in rows if (document := self._document(row)) is not None])
         return {
