@@ -1,4 +1,4 @@
-"""The built-in pair: its problems and text, what it does, and that the recipe makes it again."""
+"""The model organism: its problems and text, its census, and that the recipe gives the same weights again."""
 
 import hashlib
 import json
@@ -105,7 +105,7 @@ FROZEN = {
     "forced": "ac504a09a12234e7",
     "reasoning": "3a3fd26cd806fca7",
 }
-"""Taken when sums were the only problems, from the code that the built-in pair was trained with."""
+"""Taken when sums were the only problems, from the code that the model organism was trained with."""
 
 
 def frozen(name: str) -> str:
@@ -119,7 +119,7 @@ def frozen(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def test_the_built_in_pairs_text_is_what_it_was_trained_on() -> None:
+def test_the_model_organisms_text_is_the_text_it_was_trained_on() -> None:
     assert {name: frozen(name) for name in FROZEN} == FROZEN
     pairs = [pair for split in SPLITS for pair in organism.reasoning_pairs(split, 100)]
     assert hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16] == "215623dfa80413a0"
@@ -157,7 +157,7 @@ def test_the_pair_is_small_and_of_this_recipe() -> None:
         assert AutoModelForCausalLM.from_pretrained(folder).config.architectures == ["Qwen2ForCausalLM"]
 
 
-def test_a_fingerprint_is_of_fields_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_hash_covers_fields_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
     built_in = recipe.Recipe()
     others = [replace(built_in, seed=1), replace(built_in, kind="differences"), replace(built_in, base_lr=1e-3)]
     calm = replace(built_in, target_mix={"calm": 1.0})

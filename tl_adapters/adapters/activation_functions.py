@@ -1,4 +1,4 @@
-"""Which features of an adapter are active: four activation functions, and how gradients pass them.
+"""The four activation functions of adapters, which decide which features are active, and their gradients.
 
     relu        pre where pre > 0                                (the paper's, arXiv 2602.20904; with an L1 term)
     jumprelu    pre where pre > threshold, learned per feature   (arXiv 2407.14435; with an L0 term)
@@ -39,7 +39,7 @@ def step(
 
 
 def topk(pre: Float[Tensor, "*batch n_features"], k: int) -> Float[Tensor, "*batch n_features"]:
-    """The k largest positive ones of each token; fewer where fewer are positive."""
+    """The k largest pre-activations of each token, without those that are not positive."""
     largest = torch.relu(pre).topk(k, -1)
     return torch.zeros_like(pre).scatter(-1, largest.indices, largest.values)
 
@@ -47,7 +47,7 @@ def topk(pre: Float[Tensor, "*batch n_features"], k: int) -> Float[Tensor, "*bat
 def batch_topk(
     pre: Float[Tensor, "*batch n_features"], k: int, real: Bool[Tensor, "*batch"], n_real: int | None = None
 ) -> Float[Tensor, "*batch n_features"]:
-    """The k * n largest positive ones of n real tokens together; padding takes no part and has none.
+    """The k * n largest positive pre-activations of n real tokens together; padding is left out and gets zeros.
 
     Equal values at the edge are let through together, so that equal tokens get equal activations.
 
@@ -59,13 +59,13 @@ def batch_topk(
     """
     positive = torch.relu(pre)
     values = torch.where(real[..., None], positive.detach(), 0.0).flatten()  # zeros of padding are never among the k n
-    kept = min(k * (int(real.sum()) if n_real is None else n_real), len(values))
-    smallest = values.topk(kept, sorted=False).values.amin()
+    n_active = min(k * (int(real.sum()) if n_real is None else n_real), len(values))
+    smallest = values.topk(n_active, sorted=False).values.amin()
     return torch.where((positive >= smallest) & real[..., None], positive, torch.zeros_like(positive))
 
 
 def smallest_active(acts: Float[Tensor, "*batch n_features"], real: Bool[Tensor, "*batch"]) -> Float[Tensor, ""]:
-    """The smallest positive activation of the real tokens; 0 where there is none."""
+    """The smallest positive activation of the real tokens; 0 if there is none."""
     smallest = torch.where((acts > 0) & real[..., None], acts.detach(), torch.inf).amin()
     return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
 

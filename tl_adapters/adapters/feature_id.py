@@ -9,21 +9,21 @@ from tl_adapters.errors import UserError
 
 
 class FeatureId(NamedTuple):
-    """One feature of an adapter set. Means something only together with the set: seeds number features anew."""
+    """One feature of an adapter set. It has a meaning only together with its set: other seeds have other features."""
 
     layer: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody misses on a pair
 
 
 class OwnedFeatureId(FeatureId):
-    """A FeatureId that knows the adapters it is a number of, and is equal to one that does not.
+    """A FeatureId that records its adapters; it compares equal to one that does not.
 
-    Circuits and feature stores give their features out like this, so wherever these reach a pair, alone or in any
-    list, `AdapterSet.require_own` refuses those of other adapters.
+    Circuits and feature stores return their features like this, so that `AdapterSet.require_own` can refuse features
+    of other adapters wherever they are passed to a pair.
     """
 
     adapters: str | None = None
-    """Fingerprint of the layer's adapter or of the whole set; "" for what is no feature of adapters."""
+    """Fingerprint of the layer's adapter or of the whole set; "" for neurons, which belong to no adapters."""
 
     def __new__(cls, layer: int, index: int, adapters: str | None = None) -> OwnedFeatureId:
         """As FeatureId, with the fingerprint."""
@@ -42,4 +42,4 @@ def owned(id: FeatureId | tuple[int, int], fingerprints: Mapping[str, str]) -> O
 
 
 class ForeignFeaturesError(UserError, ValueError):
-    """Features of other adapters than those they are asked of: a feature is a number of one set."""
+    """Features of other adapters than those in use; a feature's index has a meaning in one set only."""

@@ -23,10 +23,10 @@ from tl_adapters.utils.strict_json import dumps
 
 SAELENS_FILES = SAELENS_CONFIG_FILE, SAELENS_WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 INPUT_HOOKS = {"mlp_input": "blocks.{}.mlp.hook_in", "normalized": "blocks.{}.ln2.hook_normalized"}
-"""What an adapter reads: what the MLP reads, or that before the second norm's weight. The second is the same tensor
-in a model whose norms are folded into its MLPs, the first is not."""
+"""Hook points of an adapter's input: the MLP's input, or the same before the second norm's weight. The second is the
+same tensor in a model whose norms are folded into its MLPs, the first is not."""
 OUTPUT_HOOKS = {"adapter_out": "blocks.{}.mlp.hook_adapter_out", "mlp_out": "blocks.{}.hook_mlp_out"}
-"""What it writes: what is added to the MLP's output, or (transcoders of others) that output itself."""
+"""Hook points of an adapter's output, which is added to the MLP's output, or (other transcoders) replaces it."""
 ADDITIVE_NOTE = (
     "Additive: what it writes is added to the MLP's output of a model with the target's attention and the base's MLPs "
     "(tl_adapters.attach makes that model). On a model without blocks.N.mlp.hook_adapter_out, add_sae changes nothing."
@@ -40,12 +40,12 @@ SAELENS_ARCHITECTURES = {
 """What cfg.json calls a transcoder with an activation. A trained batchtopk computes what a jumprelu computes. SAELens
 has no topk_transcoder, and refuses one by its name: better than features of a relu that nobody trained."""
 THRESHOLDED = ("jumprelu", "batchtopk")
-"""The activations whose weights hold a threshold [n_features] besides."""
+"""The activations whose weights include a threshold, [n_features]."""
 _TESTED_WITH = "6.54.12"
 
 
 class AdapterFormatError(UserError, ValueError):
-    """Files that are not a set of adapters, or only part of one."""
+    """Files that are not a set of adapters, or only a part of one."""
 
 
 def sae_lens_version() -> str:

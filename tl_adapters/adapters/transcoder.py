@@ -24,7 +24,7 @@ from tl_adapters.utils.precision import at_least_float32
 
 
 class TranscoderAdapter(nn.Module):
-    """T of one layer. Its hook points carry SAELens's names, so caches and interventions find them.
+    """The adapter T of one layer. Its hook points have the names of SAELens's.
 
     Args:
         d_model: width of the residual stream.
@@ -41,10 +41,10 @@ class TranscoderAdapter(nn.Module):
     threshold: Tensor
     """[n_features], of jumprelu (learned) and batchtopk (the same for all; 0 until a batch has been seen) only."""
     training_tokens: Tensor | None
-    """Which tokens of the present batch are real, while the adapter trains; None while it evaluates."""
+    """The tokens of the present batch that are not padding, while the adapter trains; None while it evaluates."""
 
     n_training_tokens: int | None
-    """How many of them, where batchtopk asks."""
+    """Their number, which batchtopk reads."""
 
     def __init__(
         self,
@@ -77,9 +77,9 @@ class TranscoderAdapter(nn.Module):
         if generator is not None:
             bound = d_model**-0.5
             # Drawn on the generator's device: the same seed gives the same encoder wherever the adapter lives.
-            drawn = torch.rand(d_model, n_features, generator=generator, device=generator.device)
+            uniform = torch.rand(d_model, n_features, generator=generator, device=generator.device)
             with torch.no_grad():
-                self.W_enc.copy_((2 * drawn - 1) * bound)
+                self.W_enc.copy_((2 * uniform - 1) * bound)
 
     @property
     def n_features(self) -> int:
@@ -118,7 +118,7 @@ class TranscoderAdapter(nn.Module):
 
     @torch.no_grad()
     def settle_threshold(self, smallest: Float[Tensor, ""] | None, rate: float) -> None:
-        """After an optimiser's step: jumprelu's thresholds stay >= 0, batchtopk's follows ``smallest``.
+        """Updates thresholds after an optimizer step: jumprelu's stay >= 0, batchtopk's follows ``smallest``.
 
         Args:
             smallest: smallest activation that the step's batch let through; only batchtopk reads it.
@@ -144,7 +144,7 @@ def unit_rows(rows: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
 
 
 def require_activation(activation: str, k: int | None, n_features: int) -> None:
-    """Raises ConfigError where no adapter of so many features has this activation with this k."""
+    """Raises ConfigError for an unknown activation, or a k that it does not take with this many features."""
     if activation not in get_args(ActivationName):
         raise ConfigError(f"activation is {activation!r}; allowed is one of {', '.join(get_args(ActivationName))}.")
     takes_k = activation in ("topk", "batchtopk")

@@ -20,7 +20,7 @@ from tl_adapters.errors import UserError
 NEAR_TIE_UNITS = {torch.float64: 128, torch.float32: 128, torch.float16: 32, torch.bfloat16: 16}
 """By the model's dtype: two logits that differ by at most so many units of rounding (the dtype's eps times the largest
 logit) are a near tie. Between one prompt alone and the same prompt in a batch, the difference of two logits changed by
-up to 82 units in float32 and 12 in bfloat16, measured on the CPU with the built-in pair and with random models of all
+up to 82 units in float32 and 12 in bfloat16, measured on the CPU with the model organism and with random models of all
 four architectures."""
 
 

@@ -1,4 +1,4 @@
-"""Problems with checkable answers, and the one split of them that every figure names.
+"""Arithmetic problems with checkable answers, and their division into four splits.
 
 Two kinds: *sums* of two-digit terms, asked as ``47+85+19=?``, and *differences*, a three-digit number less two-digit
 terms, asked as ``312-47-85=?``. Which split a problem belongs to is a hash of that text, so the four splits are

@@ -1,15 +1,15 @@
-"""The recipe that makes the built-in pair from nothing, on a CPU: ``python -m tl_adapters.organism.recipe OUT``.
+"""The recipe that trains the model organism from scratch, on a CPU: ``python -m tl_adapters.organism.recipe OUT``.
 
 1. a byte-level BPE tokenizer with single digits and a chat template, as a hub model has them;
 2. a small Qwen2 *base*, trained on direct answers, textbook steps, marked homework and a few forced thoughts, then
    on the homework of careless pupils, until it can tell a wrong step from a right one;
 3. the *target*: the base fine-tuned, briefly and gently, on reasoning traces.
 
-``--seed 1 --kind differences`` makes a second pair, on which nothing was tuned. ``--null`` makes a *null pair* of a
-pair that exists: its base, and as target that base fine-tuned as long on thinking without hesitation.
+``--seed 1 --kind differences`` trains a second pair, on which nothing was tuned. ``--null`` trains a *null pair* from
+an existing pair: the same base, and as target that base fine-tuned for as many steps on thinking without hesitation.
 
-Everything is drawn from generators seeded by the recipe; the same recipe on the same machine with the same
-number of threads gives the same weights (tests/test_organism.py).
+All random numbers come from generators seeded by the recipe; the same recipe on the same machine with the same number
+of threads gives the same weights (tests/organism/test_organism.py).
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ _HASHED_DOCUMENTS = 200  # of each writer; some 500 steps, so that what happens 
 
 
 class NoRecipeError(UserError):
-    """A folder that the recipe did not make."""
+    """A folder without a recipe.json of this recipe."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the pair's weights, besides the text in traces.py and problems.py."""
+    """Everything that determines the weights of a pair, except the text that traces.py and problem_set.py generate."""
 
     seed: int = 0
     """Seeds weights, documents and batches."""
     kind: Kind = "sums"
-    """What the problems of all documents are."""
+    """The kind of problems in all documents."""
     d_model: int = 128
     """Width of the residual stream."""
     d_mlp: int = 320
@@ -70,7 +70,7 @@ class Recipe:
     batch_size: int = 32
     """Documents per step."""
     base_steps: int = 7000
-    """Steps from nothing to the base."""
+    """Training steps of the base, from random weights."""
     base_lr: float = 2e-3
     """Peak learning rate of the base."""
     base_mix: dict[str, float] = field(
@@ -94,9 +94,9 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """Fingerprint of every field and of the text: a sample of documents by each writer in any of the mixes.
+        """Hash of every field and of the text: a sample of documents by each writer in any of the mixes.
 
-        Of the text and not of the code that writes it: a module may grow, while another document is another recipe.
+        It covers the text instead of the code that writes it: a module may change as long as its documents do not.
         """
         rng = random.Random(self.seed)
         train = stream_problems("train", rng, kind=self.kind)
@@ -109,7 +109,7 @@ class Recipe:
 
     @classmethod
     def of(cls, pair: Path) -> Recipe:
-        """The recipe by which a pair's folder was made. Raises NoRecipeError where it does not say."""
+        """The recipe of a pair, from its folder. Raises NoRecipeError if there is no complete recipe.json."""
         try:
             record = json.loads((pair / "recipe.json").read_text())
             return cls(**{one.name: record[one.name] for one in fields(cls)})
@@ -119,8 +119,8 @@ class Recipe:
 
 def writer(name: str) -> Writer:
     """The function of traces.py that writes a kind of document, by its name in a mix."""
-    found: Writer = getattr(traces, f"{name}_document")
-    return found
+    write: Writer = getattr(traces, f"{name}_document")
+    return write
 
 
 CHAT_TEMPLATE = (
@@ -286,8 +286,8 @@ def make_pair(recipe: Recipe, out: Path) -> None:
 def make_null_pair(of: Path, out: Path) -> None:
     """Write the null pair of a pair's folder: its base, fine-tuned as long on thinking that never hesitates.
 
-    It is what ``make_pair`` gives for the same recipe with calm documents for the target, without training the base
-    again. Raises NoRecipeError where ``of`` is no pair, and FolderExistsError where ``out`` exists.
+    The result equals that of ``make_pair`` for the same recipe with calm documents for the target, without training the
+    base again. Raises NoRecipeError if ``of`` is not a pair, and FolderExistsError if ``out`` exists.
     """
     recipe = replace(Recipe.of(of), target_mix={"calm": 1.0})
     require_absent(out)
@@ -299,15 +299,15 @@ def make_null_pair(of: Path, out: Path) -> None:
 
 def main() -> None:
     """Command line of the recipe."""
-    parser = argparse.ArgumentParser(description="Train the built-in base / reasoning pair, or another, from nothing.")
+    parser = argparse.ArgumentParser(description="Train the model organism, or another pair like it, from scratch.")
     parser.add_argument("out", type=Path, help="folder to make; must not exist")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--kind", choices=KINDS, default=Recipe.kind, help="what is asked of the pair")
+    parser.add_argument("--kind", choices=KINDS, default=Recipe.kind, help="kind of problems")
     parser.add_argument(
         "--null", type=Path, nargs="?", const=PAIR, metavar="PAIR",
-        help="make the null pair of a pair's folder (default: the built-in one), whose seed and kind it has",
+        help="make the null pair of a pair's folder (default: the model organism), with its seed and kind",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads; part of what decides the exact weights")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; the exact weights depend on them")
     args = parser.parse_args()
     recipe = Recipe(seed=args.seed, kind=args.kind)
     if args.null is not None and recipe != Recipe():
