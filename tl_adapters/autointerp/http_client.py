@@ -15,8 +15,6 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
-import httpx
-
 from tl_adapters.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -85,6 +83,8 @@ class ChatServer:
             raise EndpointError(f"No model was given; give its name at {self.base_url}, or set {MODEL_VARIABLE}.")
         if timeout <= 0:
             raise EndpointError(f"timeout is {timeout}; allowed is more than 0 seconds.")
+        import httpx  # not at the top: its import draws from the user's random numbers
+
         self.timeout = timeout
         self._key = _key(api_key, self.base_url)
         local = httpx.URL(self.base_url).host in ("127.0.0.1", "localhost", "::1")
@@ -98,6 +98,8 @@ class ChatServer:
 
     def post(self, body: Mapping[str, Any]) -> Reply:
         """Send one request, whose body is complete but for the model. Threads may share the server."""
+        import httpx
+
         body = {"model": self.model, **body}
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         try:
@@ -112,7 +114,7 @@ class ChatServer:
             return Reply(None, 0, f"HTTP {status}: {quote}", retryable, fatal, _retry_after(response))
         return self._completion(response, body, quote)
 
-    def _completion(self, response: httpx.Response, body: Mapping[str, Any], quote: str) -> Reply:
+    def _completion(self, response: Any, body: Mapping[str, Any], quote: str) -> Reply:
         """The outcome of a response of status 200."""
         try:
             completion = response.json()
@@ -149,6 +151,8 @@ def _address(given: str | None) -> str:
         raise EndpointError(
             f"No endpoint was given; give a base address like http://127.0.0.1:8000/v1, or set {BASE_URL_VARIABLE}."
         )
+    import httpx
+
     try:
         url = httpx.URL(given)
         usable = url.scheme in ("http", "https") and url.host and not (url.userinfo or url.query or url.fragment)
@@ -213,7 +217,7 @@ def _tokens(completion: Mapping[str, Any], body: Mapping[str, Any], text: str | 
     return _reported_tokens(completion) or (len(json.dumps(body)) + len(text or "")) // _CHARACTERS_PER_TOKEN
 
 
-def _retry_after(response: httpx.Response) -> float | None:
+def _retry_after(response: Any) -> float | None:
     """Seconds that the server asks to wait; None if it does not ask."""
     given = response.headers.get("retry-after")
     if given is None:
