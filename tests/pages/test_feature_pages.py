@@ -19,7 +19,7 @@ from tl_adapters.features.feature import Example, FeatureStoreError, Label
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.features.stream_agreement import stream_agreement
 from tl_adapters.pages import feature_pages
-from tl_adapters.pages.feature_pages import PER_PAGE, feature_address, write_feature_pages
+from tl_adapters.pages.feature_pages import INDICES_PER_PAGE, feature_address, write_feature_pages
 from tl_adapters.utils.files import FolderExistsError
 
 
@@ -91,7 +91,7 @@ def test_every_alive_feature_has_one_page_at_its_address(folder: Path, hostile: 
     assert sum(len(held(p)["features"]) for p in (folder).glob("*/*.html")) == len(found)
     for name, (path, data, _) in found.items():
         assert f"{path.parent.name}/{path.name}#{name.index}" == feature_address(name)
-        assert {f["index"] // PER_PAGE for f in data["features"]} == {name.index // PER_PAGE}
+        assert {f["index"] // INDICES_PER_PAGE for f in data["features"]} == {name.index // INDICES_PER_PAGE}
     ends = {tuple(d["before"] or ()) for _, d, _ in found.values()}
     order = hostile.ids()
     firsts = [name for name in order if found[name][1]["features"][0]["index"] == name.index]

@@ -1,15 +1,15 @@
-"""A store of features as pages that open offline: an index of all of them, and a page to look at each.
+"""HTML pages of a feature store that open offline: an index of all alive features, and pages that show each feature.
 
-    index.html                          every alive feature: sorted, filtered and searched where it is opened
-    layer_3/features_384.html#403       features 384 to 415 of layer 3, one shown at a time
+    index.html                          every alive feature; sorted, filtered and searched in the browser
+    layer_3/features_384.html#403       features 384 to 415 of layer 3, one displayed at a time
 
-A browser reads no other file from a page that was opened as a file, so a page holds the data it shows. One page for
-every feature would be 230,000 files at the paper's scale, each with a copy of style and script; one for every layer
-would take minutes to open. A page therefore holds the alive ones among 32 numbers of a layer: a few hundred kilobytes
-that open at once, at an address that follows from the feature's name (`feature_address`).
+A browser does not let a page that was opened as a file read other files, so each page holds the data that it shows. One
+page per feature would be 230,000 files at the paper's scale, each with a copy of style and script; one page per layer
+would take minutes to open. A page therefore holds the alive features among 32 consecutive indices of a layer: a few
+hundred kilobytes that open at once, at an address that follows from the feature's id (`feature_address`).
 
-What comes from a model goes into a page as JSON that holds no ``<`` and reaches the screen as text alone. The policy
-of each page allows only the one style and the one script that it was written with, by their hashes, and loads nothing.
+Text that comes from a model enters a page as JSON without ``<`` and is displayed as text only. The content security
+policy of each page allows only its own style and script, by their hashes, and loads nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import base64
 import functools
 import hashlib
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -31,14 +30,14 @@ from tl_adapters.adapters.set_folder import LAYER_FOLDER
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature, FeatureStoreError
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.files import new_folder, require_absent
-from tl_adapters.utils.html import escape, script_json
+from tl_adapters.utils.html import escape, fill_template, script_json
 
-PER_PAGE = 32
-"""Numbers of a layer that share a page."""
-INDEX_FILE = "index.html"
-LISTED = 3
-"""Tokens in a cell of the index."""
-_STREAMS = {
+INDICES_PER_PAGE = 32
+"""Consecutive feature indices of a layer that share a page."""
+FEATURE_INDEX_PAGE = "index.html"
+_TOKENS_PER_CELL = 3
+"""Tokens listed in a cell of the index."""
+_STREAM_DESCRIPTIONS = {
     ("feature", "replacement"): "replacement (base MLPs with the adapters)",
     ("feature", "target"): "target (the adapters read along, and write nothing)",
     ("neuron", "target"): "target (the neurons of its own MLPs)",
@@ -46,8 +45,8 @@ _STREAMS = {
 
 
 def feature_address(feature: FeatureId, kind: str = "feature") -> str:
-    """Where a feature is shown, from the folder of all pages: "layer_3/features_384.html#403"."""
-    first = feature.index - feature.index % PER_PAGE
+    """Return the address of a feature, relative to the folder of the index: "layer_3/features_384.html#403"."""
+    first = feature.index - feature.index % INDICES_PER_PAGE
     return f"{LAYER_FOLDER.format(feature.layer)}/{kind}s_{first}.html#{feature.index}"
 
 
@@ -59,48 +58,49 @@ def write_feature_pages(
     ids: Iterable[FeatureId | tuple[int, int]] | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write the index of all alive features and their pages; nothing is left where that fails.
+    """Write the index of all alive features and their pages; on failure the folder is not created.
 
     Args:
-        store: what was collected, with the labels that it has.
+        store: the feature store, whose labels are shown.
         folder: must not exist.
-        words: those of the store's words whose logits are of interest, in this order; None takes all.
+        words: those of the store's words whose logit effects are shown, in this order; None shows all.
         ids: the features that get a page; None takes every alive one, at 8 kB and some milliseconds each. The index
-            lists all alive ones in any case.
-        progress: show a bar.
+            lists all alive features in either case.
+        progress: whether to show a progress bar.
 
     Returns:
-        The index.
+        The path of the index.
 
     Raises:
-        FeatureStoreError: words or features that the store does not have, or none alive.
+        FeatureStoreError: words or features that the store does not have, or a store without alive features.
         FolderExistsError, DiskFullError.
     """
     folder = Path(folder)
     require_absent(folder)
     shown_words = _require_words(store, words)
     table = store.table()
-    alive = [FeatureId(*name) for name in zip(table["layer"], table["index"], strict=True)]
+    alive = [FeatureId(*id) for id in zip(table["layer"], table["index"], strict=True)]
     if not alive:
         raise FeatureStoreError(f"No {store.about.kind} of the store is alive; collect from more traces.")
-    chosen = set(alive) if ids is None else {FeatureId(*feature) for feature in ids}
-    if unknown := sorted(chosen - set(alive)):
+    with_page = set(alive) if ids is None else {FeatureId(*feature) for feature in ids}
+    if unknown := sorted(with_page - set(alive)):
         raise FeatureStoreError(f"{unknown[0].layer}.{unknown[0].index} is not alive in this store; see its ids().")
     title = _title(store)
-    common = {"kind": store.about.kind, "per_page": PER_PAGE, "store": title, "words": shown_words}
+    common = {"kind": store.about.kind, "per_page": INDICES_PER_PAGE, "store": title, "words": shown_words}
     with new_folder(folder) as partial:
-        index = _index(store, table, [name in chosen for name in alive], shown_words)
+        index = _index_json(store, table, [id in with_page for id in alive], shown_words)
         page = _page("index", {"title": title, "kind": store.about.kind}, {**common, **index})
-        (partial / INDEX_FILE).write_text(page, encoding="utf-8")
-        told = {name: (label, row) for name, label, row in zip(alive, table["label"], table["top_logits"], strict=True)}
-        with tqdm(total=len(chosen), disable=not progress, unit="feature", mininterval=1.0) as bar:
-            for first, data in _pages(store, sorted(chosen), table, told, shown_words):
+        (partial / FEATURE_INDEX_PAGE).write_text(page, encoding="utf-8")
+        columns = (table[name] for name in ("label", "top_logits", "fires_on"))
+        summaries = {id: _Summary(*row) for id, *row in zip(alive, *columns, strict=True)}
+        with tqdm(total=len(with_page), disable=not progress, unit="feature", mininterval=1.0) as bar:
+            for first, data in _pages_json(store, sorted(with_page), summaries, shown_words):
                 path = partial / feature_address(first, store.about.kind).partition("#")[0]
                 path.parent.mkdir(exist_ok=True)
                 texts = {"title": f"Layer {first.layer} · {title}", "kind": store.about.kind, "store": title}
                 path.write_text(_page("feature", texts, {**common, **data}), encoding="utf-8")
                 bar.update(len(data["features"]))
-    return folder / INDEX_FILE
+    return folder / FEATURE_INDEX_PAGE
 
 
 def _require_words(store: FeatureStore, words: Sequence[str] | None) -> list[str]:
@@ -119,11 +119,8 @@ def _title(store: FeatureStore) -> str:
     return f"{about.kind.capitalize()}s of {target}, {about.stream} stream, {about.split}"
 
 
-# -- the index ----------------------------------------------------------------------------------------------------
-
-
-class _Strings:
-    """Every text of a page once; the rest of the page names it by number."""
+class _StringTable:
+    """The texts of a page, each stored once; the rest of the page refers to a text by its number."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -132,40 +129,45 @@ class _Strings:
         return self.numbers.setdefault(text, len(self.numbers))
 
     def optional(self, text: str) -> int:
-        """-1 for no text."""
+        """Return the number of a text, or -1 for an empty text."""
         return self(text) if text else -1
 
 
-def _index(
+# -- the index ----------------------------------------------------------------------------------------------------
+
+
+def _index_json(
     store: FeatureStore,
     table: Mapping[str, list[Any]],
     has_page: Sequence[bool],
     words: Sequence[str],
 ) -> dict[str, Any]:
-    """What the index holds: columns of numbers, lists of three texts a row, and texts by number."""
-    strings = _Strings()
+    """Return the data of the index: columns of numbers, lists of three texts per row, and the texts by number."""
+    strings = _StringTable()
     regions = [strings(region) for region in store.about.regions]
-    numbers = {name: [_short(x) for x in table[name]] for name in ("density", "mean", "max", "decoder_norm")}
+    numbers = {name: [_rounded(x) for x in table[name]] for name in ("density", "mean", "max", "decoder_norm")}
     lists = {
-        name: [number for row in table[column] for number in _padded([strings(text) for text in row[:LISTED]])]
+        name: [
+            number for row in table[column] for number in _padded([strings(text) for text in row[:_TOKENS_PER_CELL]])
+        ]
         for name, column in (("fires_on", "fires_on"), ("promotes", "top_logits"), ("suppresses", "bottom_logits"))
     }
     return {
         "layers": store.about.layers,
         "regions": regions,
-        "width": LISTED,
+        "width": _TOKENS_PER_CELL,
         "columns": {
             **{name: table[name] for name in ("layer", "index", "firings")},
             **numbers,
             "region": [strings(region) for region in table["region"]],
-            "region_share": [_short(x) for x in table["region_share"]],
+            "region_share": [_rounded(x) for x in table["region_share"]],
             "label": [strings.optional(text) for text in table["label"]],
             "category": [strings.optional(text) for text in table["category"]],
             "page": [int(page) for page in has_page],
         },
         "lists": lists,
         "effects": [
-            [_short(row[i]) for row in table["effects"]] for i in (store.about.words.index(word) for word in words)
+            [_rounded(row[i]) for row in table["effects"]] for i in (store.about.words.index(word) for word in words)
         ],
         "facts": _facts(store, len(has_page)),
         "more": _details(store),
@@ -174,17 +176,18 @@ def _index(
 
 
 def _padded(numbers: list[int]) -> list[int]:
-    return numbers + [-1] * (LISTED - len(numbers))
+    return numbers + [-1] * (_TOKENS_PER_CELL - len(numbers))
 
 
 def _facts(store: FeatureStore, alive: int) -> list[tuple[str, str]]:
+    """Return the facts at the top of the index, as (name, text)."""
     about = store.about
     total = len(about.layers) * about.n_features
     return [
         ("base", about.base or "in memory"),
         ("target", about.target or "in memory"),
         ("read on", f"{about.split}: {store.documents:,} documents, {store.tokens:,} tokens"),
-        ("stream", _STREAMS[about.kind, about.stream]),
+        ("stream", _STREAM_DESCRIPTIONS[about.kind, about.stream]),
         (f"alive {about.kind}s", f"{alive:,} of {total:,}: those that fired at least {ALIVE_FIRINGS} times"),
         *([("streams agree on", _agreement(store))] if store.agreement else []),
         ("activations", "in decoder-norm units: times the norm of what is written, so that layers compare"),
@@ -202,6 +205,7 @@ def _agreement(store: FeatureStore) -> str:
 
 
 def _details(store: FeatureStore) -> list[tuple[str, str]]:
+    """Return the facts that the index shows on request, as (name, text)."""
     return [
         ("layers", ", ".join(map(str, store.about.layers))),
         ("tokens by region", ", ".join(f"{name} {n:,}" for name, n in store.region_tokens.items())),
@@ -218,117 +222,139 @@ def _details(store: FeatureStore) -> list[tuple[str, str]]:
     ]
 
 
-# -- the pages ----------------------------------------------------------------------------------------------------
+# -- the pages of features ------------------------------------------------------------------------------------------
 
 
-def _pages(
+class _Summary(NamedTuple):
+    """What the pages show of a feature besides its record, and of features that are co-active with it."""
+
+    label: str
+    """The label; "" without one."""
+    top_logits: list[str]
+    """Tokens whose logits the feature raises most."""
+    fires_on: list[str]
+    """Tokens on which the feature fires most."""
+
+
+def _pages_json(
     store: FeatureStore,
-    chosen: Sequence[FeatureId],
-    table: Mapping[str, list[Any]],
-    told: Mapping[FeatureId, tuple[str, list[str]]],
+    with_page: Sequence[FeatureId],
+    summaries: Mapping[FeatureId, _Summary],
     words: Sequence[str],
 ) -> Iterator[tuple[FeatureId, dict[str, Any]]]:
-    """Each page's first feature and what the page holds, a layer after the other."""
-    fires_on = dict(zip(told, table["fires_on"], strict=True))
-    with_page, place = set(chosen), 0
-    features = store.features(chosen)
-    for _, group in itertools.groupby(chosen, lambda name: (name.layer, name.index // PER_PAGE)):
-        names, strings = list(group), _Strings()
+    """Yield the first feature and the data of each page, in the order of ``with_page``, which is sorted."""
+    linked, end = set(with_page), 0
+    features = store.features(with_page)
+    for _, group in itertools.groupby(with_page, lambda id: (id.layer, id.index // INDICES_PER_PAGE)):
+        ids, strings = list(group), _StringTable()
         records = [
-            _record(store, feature, strings, words, fires_on[feature.id], told, with_page)
-            for feature in itertools.islice(features, len(names))
+            _feature_json(store, feature, strings, words, summaries, linked)
+            for feature in itertools.islice(features, len(ids))
         ]
-        place += len(names)
+        start, end = end, end + len(ids)
         yield (
-            names[0],
+            ids[0],
             {
-                "layer": names[0].layer,
+                "layer": ids[0].layer,
                 "features": records,
-                "before": chosen[place - len(names) - 1] if place > len(names) else None,
-                "after": chosen[place] if place < len(chosen) else None,
+                "before": with_page[start - 1] if start > 0 else None,
+                "after": with_page[end] if end < len(with_page) else None,
                 "strings": list(strings.numbers),
             },
         )
 
 
-def _record(
+def _feature_json(
     store: FeatureStore,
     feature: Feature,
-    strings: _Strings,
+    strings: _StringTable,
     words: Sequence[str],
-    fires_on: Sequence[str],
-    told: Mapping[FeatureId, tuple[str, list[str]]],
-    with_page: set[FeatureId],
+    summaries: Mapping[FeatureId, _Summary],
+    linked: set[FeatureId],
 ) -> dict[str, Any]:
-    """One feature as its page takes it; texts by number."""
-    pairs = lambda found: [(strings(text), _short(value)) for text, value in found]  # noqa: E731
-    buckets = lambda found: [(_short(low), _short(high), count) for low, high, count in found]  # noqa: E731
+    """Return one feature as the script of its page reads it; texts are numbers of ``strings``."""
+    logits = lambda tokens: [(strings(text), _rounded(value)) for text, value in tokens]  # noqa: E731
+    histogram = lambda buckets: [(_rounded(low), _rounded(high), count) for low, high, count in buckets]  # noqa: E731
+    no_summary = _Summary("", [], [])
     return {
         "index": feature.id.index,
         "label": None if feature.label is None else vars(feature.label),
         "firings": feature.firings,
         **{
-            name: _short(getattr(feature, name))
+            name: _rounded(getattr(feature, name))
             for name in ("density", "mean", "max", "decoder_norm", "effect_spread", "effect_kurtosis")
         },
-        "fires_on": [strings(text) for text in fires_on],
-        "quantiles": [(share, _short(value)) for share, value in feature.quantiles],
-        "histogram": buckets(feature.histogram),
-        "regions": [(name, _short(rate), _short(feature.region_share[name])) for name, rate in feature.regions.items()],
-        "thinking": [_short(rate) for rate in feature.thinking_deciles],
-        "domains": [(name, _short(rate)) for name, rate in feature.domains.items()],
-        "promotes": pairs(feature.top_logits),
-        "suppresses": pairs(feature.bottom_logits),
-        "effects": [_short(feature.effects[word]) for word in words],
-        "effect_histogram": buckets(feature.effect_histogram),
-        "top": [_example(store, example, strings) for example in feature.top_examples],
-        "sample": [_example(store, example, strings) for example in feature.random_examples],
+        "fires_on": [strings(text) for text in summaries[feature.id].fires_on],
+        "quantiles": [(share, _rounded(value)) for share, value in feature.quantiles],
+        "histogram": histogram(feature.histogram),
+        "regions": [
+            (name, _rounded(rate), _rounded(feature.region_share[name])) for name, rate in feature.regions.items()
+        ],
+        "thinking": [_rounded(rate) for rate in feature.thinking_deciles],
+        "domains": [(name, _rounded(rate)) for name, rate in feature.domains.items()],
+        "promotes": logits(feature.top_logits),
+        "suppresses": logits(feature.bottom_logits),
+        "effects": [_rounded(feature.effects[word]) for word in words],
+        "effect_histogram": histogram(feature.effect_histogram),
+        "top": [_example_json(store, example, strings) for example in feature.top_examples],
+        "sample": [_example_json(store, example, strings) for example in feature.random_examples],
         "neighbours": [
             {
-                "id": near.id,
-                "share": _short(near.share),
-                "density": _short(near.density),
-                "label": told[near.id][0] if near.id in told else "",
-                "promotes": [strings(text) for text in (told[near.id][1] if near.id in told else [])],
-                "page": near.id in with_page,
+                "id": other.id,
+                "share": _rounded(other.share),
+                "density": _rounded(other.density),
+                "label": summaries.get(other.id, no_summary).label,
+                "promotes": [strings(text) for text in summaries.get(other.id, no_summary).top_logits],
+                "page": other.id in linked,
             }
-            for near in feature.coactivating
+            for other in feature.coactivating
         ],
     }
 
 
-def _example(store: FeatureStore, example: Example, strings: _Strings) -> tuple[Any, ...]:
-    """Place of its token, document, position, region, tokens, and (place, activation) where it fires: most are 0."""
-    active = [(place, _short(value)) for place, value in enumerate(example.values) if value]
+def _example_json(store: FeatureStore, example: Example, strings: _StringTable) -> tuple[Any, ...]:
+    """Return an example as (token index, document, position, region, tokens, activations).
+
+    The activations are (token index, activation) of the tokens on which the feature is active, since most are 0.
+    """
+    active = [(index, _rounded(value)) for index, value in enumerate(example.values) if value]
     tokens = [strings(token) for token in example.display_texts]
     return example.token_index, example.document, example.position, store.region_of(example), tokens, active
 
 
-def _short(value: float) -> float:
-    """Four figures: more than can be seen, and half the page."""
+def _rounded(value: float) -> float:
+    """Return a number with four significant digits, which halves the size of a page without a visible change."""
     return float(f"{value:.4g}")
 
 
 def _page(name: str, texts: Mapping[str, str], data: Mapping[str, Any]) -> str:
-    """A whole page. The one style and the one script that it holds are the only ones that its policy lets run."""
-    css, js = _asset("pages.css"), _asset("common.js") + _asset(f"{name}.js")
+    """Return a whole page; its content security policy allows only the style and the script that it holds."""
+    css, js = _template("pages.css"), _template("common.js") + _template(f"{name}.js")
     policy = (
-        f"default-src 'none'; script-src {_hash(js)}; style-src {_hash(css)}; img-src data:; base-uri 'none'; "
+        f"default-src 'none'; script-src {_csp_hash(js)}; style-src {_csp_hash(css)}; img-src data:; base-uri 'none'; "
         "form-action 'none'"
     )
     try:
-        held = script_json(data)
+        data_json = script_json(data)
     except ValueError as error:
-        raise FeatureStoreError(f"The store holds a number that is not finite ({error}); a page shows none.") from error
-    parts = {"policy": policy, "css": css, "js": js, "data": held, **{k: escape(text) for k, text in texts.items()}}
-    # One pass, so that text of the store that looks like a place to fill is left alone.
-    return re.sub(r"@@([a-z]+)@@", lambda place: parts[place[1]], _asset(f"{name}.html"))
+        raise FeatureStoreError(
+            f"The store holds a number that is not finite ({error}), which a page cannot show."
+        ) from error
+    parts = {
+        "policy": policy,
+        "css": css,
+        "js": js,
+        "data": data_json,
+        **{k: escape(text) for k, text in texts.items()},
+    }
+    return fill_template(_template(f"{name}.html"), parts)
 
 
-def _hash(text: str) -> str:
+def _csp_hash(text: str) -> str:
+    """Return the hash by which a content security policy names an inline style or script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 @functools.cache
-def _asset(name: str) -> str:
+def _template(name: str) -> str:
     return (files(__package__) / "templates" / "feature_pages" / name).read_text(encoding="utf-8")
