@@ -22,7 +22,7 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import ConfigError, DataConfig, RunConfig, TrainingConfig
 from tl_adapters.generation.responses import respond
 from tl_adapters.organism.recipe import build_tokenizer
-from tl_adapters.pages.sweep_page import SweepPoint, markdown, pareto_front, read_point, write_page
+from tl_adapters.pages.sweep_page import SweepPoint, pareto_front, read_sweep_point, sweep_markdown, write_sweep_page
 from tl_adapters.study.grid import GridError, grid_configurations, read_grid
 from tl_adapters.study.open_run import open_run
 from tl_adapters.study.sweep import SweepError, resume_sweep, sweep
@@ -101,7 +101,7 @@ def test_a_point_is_the_run_that_train_makes(whole: Path, tmp_path: Path) -> Non
 
 
 def test_the_figures_are_those_of_the_run_and_of_its_answers(whole: Path) -> None:
-    points = {block["name"]: read_point(block) for block in record(whole)["points"]}
+    points = {block["name"]: read_sweep_point(block) for block in record(whole)["points"]}
     for name, point in points.items():
         results = json.loads((whole / name / "results.json").read_text())
         f = results["faithfulness"]
@@ -148,7 +148,7 @@ def test_another_pair_is_measured_on_a_file_or_on_what_is_held_out(tmp_path: Pat
 
     (point,) = run(tmp_path / "file", config, {"lr": [0.003]}, held_out=str(other), documents=7)
     assert point.kl.n == 7 and point.kl.split == other.name and point.recovered is None
-    assert "recovered" not in markdown([point])
+    assert "recovered" not in sweep_markdown([point])
     html = (tmp_path / "file" / "sweep.html").read_text()
     assert "held &lt;out&gt;.jsonl" in html and "<out>" not in html and "ecovered" not in html
     share = RunConfig(**both, data=DataConfig(source=str(data), validation_fraction=0.3))
@@ -194,14 +194,14 @@ def test_a_sweep_stopped_anywhere_comes_to_the_same_file(
     assert counted["steps"] == STEPS * len(NAMES)
     assert (folder / "sweep.json").read_bytes() == (whole / "sweep.json").read_bytes()
     assert {k: v for k, v in first.items() if "adapters" not in k} == state(folder / NAMES[0])
-    assert points == [read_point(block) for block in record(whole)["points"]]
+    assert points == [read_sweep_point(block) for block in record(whole)["points"]]
     assert not list(folder.rglob(".*"))
 
 
 def test_one_that_is_done_takes_more_values(whole: Path, tmp_path: Path, counted: dict[str, int]) -> None:
     folder = tmp_path / "sweep"
     shutil.copytree(whole, folder)
-    assert run(folder) == [read_point(block) for block in record(whole)["points"]] and counted["steps"] == 0
+    assert run(folder) == [read_sweep_point(block) for block in record(whole)["points"]] and counted["steps"] == 0
     before = state(folder)
     points = run(folder, grid={"seed": [0], "l1_weight": [0.001, 0.01]})  # the options in any order
     assert [point.name for point in points] == [*NAMES, "l1_weight-0.01_seed-0"] and counted["steps"] == STEPS
@@ -335,7 +335,7 @@ def test_the_page_is_self_contained_escaped_and_says_what_it_leaves_out(whole: P
     evil = {"config": {"base": "<img src=x>", "target": "</p><script>"}, "grid": {"<b>$x_1$</b>": []}}
     found = points((2.0, 0.5), (0.0, 0.9), (1.0, 0.7), option="<b>$x_1$</b>|")
     found[0].options["n_features"] = "<i>$\\frac$</i>"
-    page = write_page(tmp_path, evil, found).read_text()
+    page = write_sweep_page(tmp_path, evil, found).read_text()
     for text in (html, page):
         assert not re.findall(r"""(?:src|href)=["']?(?!data:,|#)[^"'> ]+""", text.replace("&lt;img src=x&gt;", ""))
         assert "@import" not in text and "<script" not in text and "<b>" not in text and "<i>" not in text
@@ -344,11 +344,14 @@ def test_the_page_is_self_contained_escaped_and_says_what_it_leaves_out(whole: P
 
 
 def test_the_table_marks_the_front(tmp_path: Path) -> None:
-    lines = markdown(points((1.0, 0.9), (2.0, 0.5), (3.0, 0.7), option="a|b")).splitlines()
+    lines = sweep_markdown(points((1.0, 0.9), (2.0, 0.5), (3.0, 0.7), option="a|b")).splitlines()
     assert lines[0].startswith("| a\\|b | n_features | L0 |")
     assert [line.endswith("| yes |") for line in lines[2:]] == [True, True, False]
     assert "| 0.9 (0.81 to 0.99) | 90.0 % (81.0 % to 99.0 %) |" in lines[2]
     unknown = Measurement(None, None, None, 5, "x", "tune", reason="the denominator is 0")
     nothing = [replace(point, kl=unknown, kl_of_hybrid=unknown) for point in points((1.0, 1.0))]
-    assert "| - (the denominator is 0) | - (the denominator is 0) |" in markdown(nothing)
-    assert "the denominator is 0" in write_page(tmp_path, {"config": {"target": ""}, "grid": {}}, nothing).read_text()
+    assert "| - (the denominator is 0) | - (the denominator is 0) |" in sweep_markdown(nothing)
+    assert (
+        "the denominator is 0"
+        in write_sweep_page(tmp_path, {"config": {"target": ""}, "grid": {}}, nothing).read_text()
+    )

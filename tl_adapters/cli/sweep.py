@@ -32,7 +32,7 @@ def add_sweep(subcommands: Subcommands, common: argparse.ArgumentParser) -> None
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from tl_adapters.pages.sweep_page import PAGE, markdown, on_the_front
+    from tl_adapters.pages.sweep_page import SWEEP_PAGE_FILE, points_on_front, sweep_markdown
     from tl_adapters.study.grid import read_grid
     from tl_adapters.study.sweep import resume_sweep, sweep
 
@@ -56,6 +56,6 @@ def _sweep(args: argparse.Namespace) -> None:
             documents=300 if args.documents is None else args.documents, device=device, progress=progress,
         )  # fmt: skip
     folder = args.resume or args.out
-    print(f"{markdown(points)}\n\npage: {folder / PAGE}\nfigures: {folder / 'sweep.json'}")
-    best = shlex.quote(str(folder / (on_the_front(points) or points)[0].name))
+    print(f"{sweep_markdown(points)}\n\npage: {folder / SWEEP_PAGE_FILE}\nfigures: {folder / 'sweep.json'}")
+    best = shlex.quote(str(folder / (points_on_front(points) or points)[0].name))
     print(f"next: tl-adapters evaluate {best}{'' if points[0].recovered else ' --data HELD_OUT.jsonl'}")

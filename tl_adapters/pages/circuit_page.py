@@ -45,7 +45,7 @@ from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import escape, highlight_spans, page, table
 from tl_adapters.utils.results import plain
 
-HESITATION_PAGE = "hesitation.html"
+HESITATION_PAGE_FILE = "hesitation.html"
 PAGES = "features/pages"
 """Where a run's feature pages are."""
 LISTED, SHOWN_WORDS = 60, 12
@@ -120,7 +120,7 @@ def write_circuit_page(
         _features(circuit, store, link),
         _generations(examples, words),
     ]
-    path = folder / HESITATION_PAGE
+    path = folder / HESITATION_PAGE_FILE
     body = _STYLE + "\n".join(filter(None, sections))
     write_text(path, page(f"The {circuit.behavior} circuit", body.encode("utf-8", "replace").decode()))
     return path

@@ -1,63 +1,67 @@
-"""report.html of a run: one self-contained page made from what the run wrote, and from nothing else.
+"""The page report.html of a run: its measurements as tables and plots, with example answers.
 
-It reads results.json and the .jsonl files of the run folder, so it can be made anew at any time.
+The page is self-contained and made only from results.json and the .jsonl files of the run folder, so it can be written
+again at any time.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.data.hesitation_words import HIGHLIGHTED_WORDS
+from tl_adapters.pages.circuit_page import HESITATION_PAGE_FILE
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.html import escape, highlight_words, measurement_cell, page, table
-from tl_adapters.utils.plots import Line, plot
-from tl_adapters.utils.results import read_results
+from tl_adapters.utils.html import escape, highlight_words, measurement_cell, page, percent, table, three_digits
+from tl_adapters.utils.plots import Line, measured_line, plot
+from tl_adapters.utils.results import Block, read_results
 
-REPORT_PAGE = "report.html"
-Block = dict[str, Any]
+REPORT_PAGE_FILE = "report.html"
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.html into a run folder and return its path."""
+    """Write report.html into a run folder and return its path; stages that have not run are left out.
+
+    Raises DiskFullError.
+    """
     folder = Path(folder)
     results = read_results(folder)
-    sections = [_head(results), _summary(results)]
-    metrics = _lines(folder / "metrics.jsonl")
+    sections = [_heading(results), _summary_table(results)]
+    metrics = _read_lines(folder / "metrics.jsonl")
     if metrics:
-        sections.append(_training(metrics, _lines(folder / "validation.jsonl"), results.get("train", {})))
+        sections.append(_training_section(metrics, _read_lines(folder / "validation.jsonl"), results.get("train", {})))
     if "faithfulness" in results:
-        sections.append(_faithfulness(results["faithfulness"]))
+        sections.append(_faithfulness_section(results["faithfulness"]))
     if "baselines" in results:
-        sections.append(_baselines(results["baselines"]))
+        sections.append(_baselines_section(results["baselines"]))
     if "behaviour" in results:
-        sections.append(_behaviour(results["behaviour"]))
+        sections.append(_behavior_section(results["behaviour"]))
     if "labels" in results.get("features", {}):
-        sections.append(_features(results["features"]))
+        sections.append(_features_section(results["features"]))
     if results.get("labels"):
-        sections.append(_judged(results["labels"]))
+        sections.append(_judge_section(results["labels"]))
     if (results.get("attribution") or {}).get("graphs"):
-        sections.append(_attribution(results["attribution"]))
+        sections.append(_attribution_section(results["attribution"]))
     if results.get("hesitation"):
-        sections.append(_hesitation(upgraded_block(results["hesitation"])))
-    answers = _lines(folder / "answers.jsonl")
+        sections.append(_circuit_section(upgraded_block(results["hesitation"])))
+    answers = _read_lines(folder / "answers.jsonl")
     if answers:
-        sections.append(_answers(answers))
-    sections.append(_origin(results))
-    path = folder / REPORT_PAGE
+        sections.append(_answers_section(answers))
+    sections.append(_provenance_section(results))
+    path = folder / REPORT_PAGE_FILE
     write_text(path, page("What reasoning training changed", "\n".join(sections)))
     return path
 
 
-def _lines(path: Path) -> list[Block]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _head(results: Block) -> str:
+def _heading(results: Block) -> str:
     pair = results["pair"]
     return (
         "<h1>What reasoning training changed</h1>"
@@ -67,30 +71,32 @@ def _head(results: Block) -> str:
     )
 
 
-def _summary(results: Block) -> str:
+def _summary_table(results: Block) -> str:
     rows = []
     if "faithfulness" in results:
-        f = results["faithfulness"]
+        faithfulness = results["faithfulness"]
         partial = [
-            *f["partial_of_full"]["first"][:-1],
-            *f["partial_of_full"]["last"][1:],
-            *f["partial_of_full"]["only"],
+            *faithfulness["partial_of_full"]["first"][:-1],
+            *faithfulness["partial_of_full"]["last"][1:],
+            *faithfulness["partial_of_full"]["only"],
         ]
-        worst = max(partial, key=lambda fig: -math.inf if fig["value"] is None else fig["value"])
-        l0 = [fig["value"] for fig in f["l0"]]
+        worst = max(
+            partial, key=lambda measurement: -math.inf if measurement["value"] is None else measurement["value"]
+        )
+        l0 = [measurement["value"] for measurement in faithfulness["l0"]]
         rows += [
-            ["KL(target || replacement)", _figure(f["kl"]["replacement"])],
-            ["KL(target || hybrid)", _figure(f["kl"]["hybrid"])],
-            ["replacement's KL as a share of the hybrid's", _figure(f["kl_of_hybrid"], percent=True)],
-            ["worst partial replacement, KL over the full one's", _figure(worst)],
-            ["same likeliest token as the target", _figure(f["top1_agreement"], percent=True)],
+            ["KL(target || replacement)", measurement_cell(faithfulness["kl"]["replacement"], three_digits)],
+            ["KL(target || hybrid)", measurement_cell(faithfulness["kl"]["hybrid"], three_digits)],
+            ["replacement's KL as a share of the hybrid's", measurement_cell(faithfulness["kl_of_hybrid"], percent)],
+            ["worst partial replacement, KL over the full one's", measurement_cell(worst, three_digits)],
+            ["same likeliest token as the target", measurement_cell(faithfulness["top1_agreement"], percent)],
             ["active features per token and layer (L0), mean", f"{sum(l0) / len(l0):.2f}"],
         ]
     if "behaviour" in results:
-        b = results["behaviour"]
+        recovered = results["behaviour"]["recovered"]
         rows += [
-            ["accuracy recovered, against the hybrid", _figure(b["recovered"]["hybrid"], percent=True)],
-            ["accuracy recovered, against the base", _figure(b["recovered"]["base"], percent=True)],
+            ["accuracy recovered, against the hybrid", measurement_cell(recovered["hybrid"], percent)],
+            ["accuracy recovered, against the base", measurement_cell(recovered["base"], percent)],
         ]
     note = (
         '<p class="soft">Intervals are 95 % intervals over held-out documents or problems. KL is in nats per '
@@ -99,17 +105,17 @@ def _summary(results: Block) -> str:
     return table(["figure", "measured"], rows) + note if rows else ""
 
 
-def _training(metrics: Sequence[Block], held_out: Sequence[Block], train: Block) -> str:
+def _training_section(metrics: Sequence[Block], validation: Sequence[Block], train: Block) -> str:
     steps = [m["step"] for m in metrics]
     labels = {"output_kl": "output KL", "forward_bridge": "forward bridge", "backward_bridge": "backward bridge"}
-    # A bridge whose cut leaves it no layer of the replacement is 0: no value on a logarithmic scale, so a gap.
-    kls = [Line(label, steps, [m[key] or float("nan") for m in metrics]) for key, label in labels.items()]
+    # A bridge term is 0 if its cut leaves no layer of the replacement; a logarithmic axis shows a gap there.
+    kls = [Line(label, steps, [m[key] or math.nan for m in metrics]) for key, label in labels.items()]
     l0 = [Line(f"layer {i}", steps, [m["l0"][i] for m in metrics]) for i in range(len(metrics[0]["l0"]))]
     nmse = [Line("training", steps, [m["nmse"] for m in metrics])]
-    if held_out:
-        at = [v["step"] for v in held_out]
-        kls.append(Line("output KL, held out", at, [v["output_kl"] for v in held_out], dashed=True))
-        nmse.append(Line("held out", at, [v["nmse"] for v in held_out], dashed=True))
+    if validation:
+        validation_steps = [v["step"] for v in validation]
+        kls.append(Line("output KL, held out", validation_steps, [v["output_kl"] for v in validation], dashed=True))
+        nmse.append(Line("held out", validation_steps, [v["nmse"] for v in validation], dashed=True))
     seconds = f" in {train['seconds']:.0f} s" if "seconds" in train else ""
     plots = [
         plot(kls, xlabel="step", ylabel="nats per token", caption="The three divergences of the objective.", log=True),
@@ -120,23 +126,26 @@ def _training(metrics: Sequence[Block], held_out: Sequence[Block], train: Block)
     return f'<h2>Training</h2>{text}<div class="plots">{"".join(plots)}</div>'
 
 
-def _faithfulness(f: Block) -> str:
-    n = len(f["l0"])
-    layers = list(range(n))
+def _faithfulness_section(block: Block) -> str:
+    n_layers = len(block["l0"])
+    layers = list(range(n_layers))
     by_layer = [
-        _banded("first layers, 0..i", layers, f["kl_first"]),
-        _banded("last layers, i..L-1", layers, f["kl_last"]),
-        _banded("layer i alone", layers, f["kl_only"]),
-        Line("hybrid", [0, n - 1], [f["kl"]["hybrid"]["value"]] * 2, dashed=True),
-        Line("full replacement", [0, n - 1], [f["kl"]["replacement"]["value"]] * 2, dashed=True),
+        measured_line("first layers, 0..i", layers, block["kl_first"]),
+        measured_line("last layers, i..L-1", layers, block["kl_last"]),
+        measured_line("layer i alone", layers, block["kl_only"]),
+        Line("hybrid", [0, n_layers - 1], [block["kl"]["hybrid"]["value"]] * 2, dashed=True),
+        Line("full replacement", [0, n_layers - 1], [block["kl"]["replacement"]["value"]] * 2, dashed=True),
     ]
-    places = list(range(n + 1))
+    stream_positions = list(range(n_layers + 1))
     nmse = [
-        _banded("response tokens", places, f["nmse"]),
-        _banded("all tokens", places, f["nmse_all_tokens"]),
-        _banded("all but position 0", places, f["nmse_without_position_0"]),
+        measured_line("response tokens", stream_positions, block["nmse"]),
+        measured_line("all tokens", stream_positions, block["nmse_all_tokens"]),
+        measured_line("all but position 0", stream_positions, block["nmse_without_position_0"]),
     ]
-    l0 = [_banded("response tokens", layers, f["l0"]), _banded("all tokens", layers, f["l0_all_tokens"])]
+    l0 = [
+        measured_line("response tokens", layers, block["l0"]),
+        measured_line("all tokens", layers, block["l0_all_tokens"]),
+    ]
     plots = [
         plot(by_layer, xlabel="layer i", ylabel="KL, nats per token", log=True, whole=True,
              caption="KL(target || partial replacement), beside the hybrid and full replacement."),
@@ -144,72 +153,65 @@ def _faithfulness(f: Block) -> str:
              caption="Squared error of the replacement's residual stream over the target's squares."),
         plot(l0, xlabel="layer", ylabel="L0", whole=True, caption="Active features per token."),
     ]  # fmt: skip
-    tokens = f["tokens"]
+    tokens = block["tokens"]
     text = (
         f"<p>On {tokens['response']:,} response tokens ({tokens['all']:,} in all) of the target's greedy text on "
-        f"problems of the {escape(f['l0'][0]['split'])} split. Dead features per layer: "
-        f"{', '.join(map(str, f['dead']))}.</p>"
+        f"problems of the {escape(block['l0'][0]['split'])} split. Dead features per layer: "
+        f"{', '.join(map(str, block['dead']))}.</p>"
     )
     return f'<h2>Faithfulness</h2>{text}<div class="plots">{"".join(plots)}</div>'
 
 
-def _baselines(b: Block) -> str:
-    rows = [[escape(row["name"]), _figure(row["kl"])] for row in b["rows"]]
-    needed = b["rank_for_same_kl"]
-    said = f"The smallest rank tried that is at least as close as the adapters: <b>{needed}</b>." if needed else (
-        "No rank that was tried comes as close as the adapters."
-    )  # fmt: skip
+def _baselines_section(block: Block) -> str:
+    rows = [[escape(row["name"]), measurement_cell(row["kl"], three_digits)] for row in block["rows"]]
+    smallest_rank = block["rank_for_same_kl"]
+    conclusion = "No rank that was tried comes as close as the adapters."
+    if smallest_rank:
+        conclusion = f"The smallest rank tried that is at least as close as the adapters: <b>{smallest_rank}</b>."
     text = (
         "<p>Simpler stand-ins for the same MLP difference. Both see the target's MLP at work for every token, which an "
-        f"adapter never does; n is the adapters' L0, rounded up. {said}</p>"
+        f"adapter never does; n is the adapters' L0, rounded up. {conclusion}</p>"
     )
     return f"<h2>What that KL is worth</h2>{text}" + table(["added to the base MLP", "KL(target || it)"], rows)
 
 
-def _behaviour(b: Block) -> str:
-    rows = []
-    for name in ("base", "target", "hybrid", "replacement"):
-        rate = b[name]
-        cells = [
-            measurement_cell({**(rate["ci"].get(key) or {}), "value": rate[key]}, fmt)
-            for key, fmt in (
-                ("accuracy", _percent), ("length", _one), ("hesitation_per_1k", _one), ("think_opened", _percent),
-                ("truncated", _percent),
-            )
-        ]  # fmt: skip
-        rows.append([name, *cells])
+def _behavior_section(block: Block) -> str:
+    columns = ("accuracy", "length", "hesitation_per_1k", "think_opened", "truncated")
+    rows = [[name, *_rate_cells(block[name], columns)] for name in ("base", "target", "hybrid", "replacement")]
     header = ["model", "accuracy", "length, tokens", "hesitations per 1,000", "opens thinking", "cut at the limit"]
     text = (
-        f"<p>{b['target']['n']:,} problems of the {escape(b['target']['split'])} split, greedy decoding. "
+        f"<p>{block['target']['n']:,} problems of the {escape(block['target']['split'])} split, greedy decoding. "
         "<i>Base</i> is the real base model; the <i>hybrid</i> has the target's attention and the base's MLPs; the "
         "<i>replacement</i> adds the adapters.</p>"
     )
     return f"<h2>Behaviour</h2>{text}" + table(header, rows)
 
 
-def _features(b: Block) -> str:
-    neurons = b["neurons"]
+def _features_section(block: Block) -> str:
+    neurons = block["neurons"]
     rows = [
         [
             escape(category),
-            _figure(share["weighted"], percent=True),
-            _figure(neurons["labels"][category]["weighted"], percent=True) if category in neurons["labels"] else "",
+            measurement_cell(share["weighted"], percent),
+            measurement_cell(neurons["labels"][category]["weighted"], percent) if category in neurons["labels"] else "",
         ]
-        for category, share in b["labels"].items()
+        for category, share in block["labels"].items()
     ]
-    link = f'<a href="{escape(b["page"])}">what each of them fires on and promotes</a>'
+    link = f'<a href="{escape(block["page"])}">what each of them fires on and promotes</a>'
     text = (
-        f"<p>{b['alive']:,} of {b['total']:,} features are alive on {b['tokens']:,} tokens ({escape(b['split'])} "
-        f"split, the {escape(b['stream'])}'s stream): {link}. Labels are by rules that need no model; beside them, as "
-        f"a measure, the same rules on the target's MLP neurons, of each token and layer the {neurons['per_token']} "
-        f"that write most ({neurons['alive']:,} of {neurons['total']:,} alive).</p>"
+        f"<p>{block['alive']:,} of {block['total']:,} features are alive on {block['tokens']:,} tokens "
+        f"({escape(block['split'])} split, the {escape(block['stream'])}'s stream): {link}. Labels are by rules that "
+        f"need no model; beside them, as a measure, the same rules on the target's MLP neurons, of each token "
+        f"and layer the {neurons['per_token']} that write most ({neurons['alive']:,} of {neurons['total']:,} alive).</p>"
     )
-    layers = [layer["layer"] for layer in b["agreement"]]
+    layers = [layer["layer"] for layer in block["agreement"]]
     plots = [
         plot(
             [
-                _banded("on both, of firings on either", layers, [layer["overlap"] for layer in b["agreement"]]),
-                _banded("on both, of the replacement's", layers, [layer["kept"] for layer in b["agreement"]]),
+                measured_line(
+                    "on both, of firings on either", layers, [layer["overlap"] for layer in block["agreement"]]
+                ),
+                measured_line("on both, of the replacement's", layers, [layer["kept"] for layer in block["agreement"]]),
             ],
             xlabel="layer",
             ylabel="share of firings",
@@ -217,115 +219,134 @@ def _features(b: Block) -> str:
             caption="How far features fire alike on the target's own residual stream and on the replacement's.",
         )
     ]
-    shown = table(["called", "features", "neurons"], rows)
-    return f'<h2>What the features are</h2>{text}{shown}<div class="plots">{"".join(plots)}</div>'
+    shares = table(["called", "features", "neurons"], rows)
+    return f'<h2>What the features are</h2>{text}{shares}<div class="plots">{"".join(plots)}</div>'
 
 
-def _judged(b: Block) -> str:
-    out = ["<h2>What a model calls them</h2>"]
-    if judge := b.get("judge"):
+def _judge_section(block: Block) -> str:
+    parts = ["<h2>What a model calls them</h2>"]
+    if judge := block.get("judge"):
         again = (
-            f" Judged a second time, {_percent(judge['agreement']['value'])} of {judge['agreement']['n']} got the same "
+            f" Judged a second time, {percent(judge['agreement']['value'])} of {judge['agreement']['n']} got the same "
             "category."
             if judge["agreement"]
             else ""
         )
-        rows = [[escape(c), str(s["count"]), _figure(s["weighted"], percent=True)] for c, s in judge["shares"].items()]
-        out.append(
+        rows = [
+            [escape(c), str(s["count"]), measurement_cell(s["weighted"], percent)] for c, s in judge["shares"].items()
+        ]
+        parts.append(
             f"<p>{judge['judged']:,} of {judge['alive']:,} alive features, sorted by {escape(judge['model'])} into the "
             f"paper's categories.{again}</p>" + table(["category", "judged", "of the alive"], rows)
         )
-    if test := b.get("detection"):
+    if test := block.get("detection"):
         rows = [
-            [unit, str(test[unit]["score"]["n"]), _figure(test[unit]["score"])]
+            [unit, str(test[unit]["score"]["n"]), measurement_cell(test[unit]["score"], three_digits)]
             for unit in ("features", "neurons")
             if test[unit]
         ]
-        out.append(
+        parts.append(
             f"<p>Described by {escape(test['model'])} from some examples, and told apart by the description on others, "
             "features and neurons mixed blind: balanced accuracy, where 0.5 is chance.</p>"
             + table(["of", "tested", "detection score"], rows)
         )
-    return "".join(out)
+    return "".join(parts)
 
 
-def _attribution(b: Block) -> str:
+def _attribution_section(block: Block) -> str:
     rows = []
-    for moment in b["moments"]:
-        d = moment["difference"]
-        link = f'<a href="{escape(moment["page"])}">{escape(moment["prompt"][-40:])}</a>'
-        cells = [_percent(moment["probability"]), _percent(moment["influence_through_features"])]
-        rows.append([link, *cells, *(f"{d[part]:+.2f}" for part in ("hybrid", "features", "decoder_biases"))])
-        rows[-1] += [f"{d['unexplained']:+.2f}", f"{d['replacement']:+.2f}"]
+    for graph in block["moments"]:
+        difference = graph["difference"]
+        link = f'<a href="{escape(graph["page"])}">{escape(graph["prompt"][-40:])}</a>'
+        cells = [percent(graph["probability"]), percent(graph["influence_through_features"])]
+        rows.append([link, *cells, *(f"{difference[part]:+.2f}" for part in ("hybrid", "features", "decoder_biases"))])
+        rows[-1] += [f"{difference['unexplained']:+.2f}", f"{difference['replacement']:+.2f}"]
     header = ["before it says it (graph)", "P(word)", "influence through features", "logit in the hybrid", "+ features"]
     text = (
-        f"<p>What makes the replacement say {escape(repr(b['moments'][0]['word']))}: RelP graphs of the first "
-        f"hesitation in {b['graphs']} answers. Every row of a graph adds up to its target (largest residual "
-        f"{b['conservation']:.1e}); what the patterns, norms and gates do that the adapters move is not in it "
+        f"<p>What makes the replacement say {escape(repr(block['moments'][0]['word']))}: RelP graphs of the first "
+        f"hesitation in {block['graphs']} answers. Every row of a graph adds up to its target (largest residual "
+        f"{block['conservation']:.1e}); what the patterns, norms and gates do that the adapters move is not in it "
         "(unexplained).</p>"
     )
-    ranked = [[name, "-" if value is None else f"{value:.2f}"] for name, value in b["rank_correlation"].items()]
-    truth = (
+    correlations = [
+        [name, "-" if value is None else f"{value:.2f}"] for name, value in block["rank_correlation"].items()
+    ]
+    validation = (
         "<p>Adding up is no proof. Rank correlation of the attributed with the real effect of taking each active "
-        "feature away, mean over these moments:</p>" + table(["linearisation", "rank correlation"], ranked)
+        "feature away, mean over these moments:</p>" + table(["linearisation", "rank correlation"], correlations)
     )
-    curve = b["moments"][0]["curve"]
+    curves = block["moments"][0]["curve"]
     plots = [
         plot(
-            [Line(name, lines["n"], lines[kind]) for name, lines in curve.items()],
+            [Line(name, lines["n"], lines[kind]) for name, lines in curves.items()],
             xlabel="first n features of the ranking",
             ylabel="share of the features' effect on the logit",
             caption=f"{kind.capitalize()} the first n features by each ranking, in the real model; first moment.",
         )
         for kind in ("keeping", "removing")
     ]
-    shown = table([*header, "+ b_dec", "unexplained", "= logit"], rows)
-    return f'<h2>Why it hesitates</h2>{text}{shown}{truth}<div class="plots">{"".join(plots)}</div>'
+    graphs = table([*header, "+ b_dec", "unexplained", "= logit"], rows)
+    return f'<h2>Why it hesitates</h2>{text}{graphs}{validation}<div class="plots">{"".join(plots)}</div>'
 
 
-def _hesitation(b: Block) -> str:
-    circuit = b.get("circuit") or {}
-    kinds = ("output", "template", "continuation", "other")
-    roles = ", ".join(f"{circuit[role]:,} {role}" for role in kinds if circuit.get(role) is not None)
+def _circuit_section(block: Block) -> str:
+    circuit = block.get("circuit") or {}
+    role_names = ("output", "template", "continuation", "other")
+    roles = ", ".join(f"{circuit[role]:,} {role}" for role in role_names if circuit.get(role) is not None)
     share = circuit.get("share_of_alive")
     share = share.get("value") if isinstance(share, dict) else share
-    words = ", ".join(map(escape, b.get("words") or [])) or f"what {escape(str(b.get('function')))} finds"
-    of = "" if share is None else f" ({_percent(share)} of the alive)"
-    link = f'<a href="{escape(b.get("page") or "hesitation.html")}">the circuit, its features and every arm</a>'
+    words = ", ".join(map(escape, block.get("words") or [])) or f"what {escape(str(block.get('function')))} finds"
+    of_alive = "" if share is None else f" ({percent(share)} of the alive)"
+    link = f'<a href="{escape(block.get("page") or HESITATION_PAGE_FILE)}">the circuit, its features and every arm</a>'
     stronger = f"the whole circuit, at strength {circuit.get('strength') or 1:g}"
+    columns = ("accuracy", "length", "hesitation_per_1k")
     rows = []
-    for block, title in (("necessity", "taken out of the replacement"), ("sufficiency", "added to the hybrid")):
-        for arm in ("none", "output", "template", "circuit", "circuit_at_strength", "random"):
-            if rate := (b.get(block) or {}).get(arm):
-                named = {"circuit": "the whole circuit", "circuit_at_strength": stronger}.get(arm, arm)
-                rows.append([f"{named}, {title}", *_rate_cells(rate)])
+    for measured, title in (("necessity", "taken out of the replacement"), ("sufficiency", "added to the hybrid")):
+        for condition in ("none", "output", "template", "circuit", "circuit_at_strength", "random"):
+            if rate := (block.get(measured) or {}).get(condition):
+                condition_name = {"circuit": "the whole circuit", "circuit_at_strength": stronger}.get(
+                    condition, condition
+                )
+                rows.append([f"{condition_name}, {title}", *_rate_cells(rate, columns)])
     header = ["features", "accuracy", "length, tokens", "hesitations per 1,000"]
-    text = f"<p>The features that make it say {words}: {roles or 'none of any role'} features{of}. See {link}.</p>"
-    reached = [c.get("reached") for c in b.get("criteria") or []]
-    open_ = f"; {reached.count(None)} not known, for want of problems" if None in reached else ""
-    said = f"<p>{reached.count(True)} of {len(reached)} criteria reached{open_}.</p>" if reached else ""
-    return f"<h2>The hesitation circuit</h2>{text}{table(header, rows) if rows else ''}{said}"
+    text = (
+        f"<p>The features that make it say {words}: {roles or 'none of any role'} features{of_alive}. See {link}.</p>"
+    )
+    reached = [c.get("reached") for c in block.get("criteria") or []]
+    unknown = f"; {reached.count(None)} not known, for want of problems" if None in reached else ""
+    criteria = f"<p>{reached.count(True)} of {len(reached)} criteria reached{unknown}.</p>" if reached else ""
+    return f"<h2>The hesitation circuit</h2>{text}{table(header, rows) if rows else ''}{criteria}"
 
 
-def _rate_cells(rate: Block) -> list[str]:
-    cells = []
-    for key, fmt in (("accuracy", _percent), ("length", _one), ("hesitation_per_1k", _one)):
-        cells.append(measurement_cell({**((rate.get("ci") or {}).get(key) or {}), "value": rate.get(key)}, fmt))
-    return cells
+_RATE_FORMATS: dict[str, Callable[[float], str]] = {
+    "accuracy": percent,
+    "length": "{:.1f}".format,
+    "hesitation_per_1k": "{:.1f}".format,
+    "think_opened": percent,
+    "truncated": percent,
+}
 
 
-def _answers(answers: Sequence[Block]) -> str:
-    out = ["<h2>The same problem, three times</h2>"]
+def _rate_cells(rate: Block, columns: Sequence[str]) -> list[str]:
+    """Return the cells of one model's or condition's rates, each with its interval."""
+    intervals = rate.get("ci") or {}
+    return [
+        measurement_cell({**(intervals.get(key) or {}), "value": rate.get(key)}, _RATE_FORMATS[key]) for key in columns
+    ]
+
+
+def _answers_section(answers: Sequence[Block]) -> str:
+    parts = ["<h2>The same problem, three times</h2>"]
     for answer in answers:
         boxes = "".join(
             f"<div><h4>{name}</h4><pre>{highlight_words(answer[name], HIGHLIGHTED_WORDS)}</pre></div>"
             for name in ("target", "hybrid", "replacement")
         )
-        out.append(f"<p><b>{escape(answer['question'])}</b></p><div class='answers'>{boxes}</div>")
-    return "".join(out)
+        parts.append(f"<p><b>{escape(answer['question'])}</b></p><div class='answers'>{boxes}</div>")
+    return "".join(parts)
 
 
-def _origin(results: Block) -> str:
+def _provenance_section(results: Block) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items() if version)
     recipe = f"; recipe of the pair {escape(results['pair']['recipe'])}" if "recipe" in results["pair"] else ""
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results.get("seconds", {}).items())
@@ -333,26 +354,3 @@ def _origin(results: Block) -> str:
         f'<h2>Where this comes from</h2><p class="soft">{escape(versions)}.<br>{escape(seconds)}.<br>'
         f"Seed {escape(str(results.get('seeds')))}{recipe}. All figures are in results.json beside this page.</p>"
     )
-
-
-def _banded(label: str, x: Sequence[float], figures: Sequence[Block]) -> Line:
-    values, lows, highs = (
-        [math.nan if f[key] is None else f[key] for f in figures] for key in ("value", "low", "high")
-    )
-    return Line(label, x, values, (lows, highs))
-
-
-def _figure(figure: Block, percent: bool = False) -> str:
-    return measurement_cell(figure, _percent if percent else _short)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _one(value: float) -> str:
-    return f"{value:.1f}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"

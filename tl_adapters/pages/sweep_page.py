@@ -1,155 +1,153 @@
-"""What a sweep found: its points, which of them no other beats, and both as a table and a page."""
+"""The points of a sparsity sweep, their Pareto front, and both as a markdown table and as the page sweep.html."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.html import escape, interval_text, page, table, with_interval
+from tl_adapters.utils.html import escape, interval_text, page, percent, table, three_digits, with_interval
 from tl_adapters.utils.measurement import Measurement
-from tl_adapters.utils.plots import Line, plot
+from tl_adapters.utils.plots import Line, nan_for_none, plot
 
-PAGE = "sweep.html"
-FIGURES = ("l0", "kl", "kl_hybrid", "kl_of_hybrid", "nmse", "recovered")
-Block = dict[str, Any]
+SWEEP_PAGE_FILE = "sweep.html"
+_MEASURED_FIELDS = ("l0", "kl", "kl_hybrid", "kl_of_hybrid", "nmse", "recovered")
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One combination of the swept options, and what its adapters measure on held-out text."""
+    """One combination of the swept options, with the measurements of its adapters on held-out text."""
 
     name: str
-    """Its run folder, within the sweep's."""
+    """Name of its run folder within the folder of the sweep."""
     options: dict[str, Any]
-    """The swept options and their values here."""
+    """The swept options with their values at this point."""
     l0: Measurement
     """Active features per response token, mean over layers."""
     kl: Measurement
-    """KL(target || replacement) per response token."""
+    """KL(target || replacement) per response token, in nats."""
     kl_hybrid: Measurement
-    """KL(target || hybrid) on the same tokens: what having no adapters costs."""
+    """KL(target || hybrid) on the same tokens, that is, without adapters."""
     kl_of_hybrid: Measurement
-    """The first over the second, paired by document."""
+    """Ratio of ``kl`` to ``kl_hybrid``, paired by document."""
     nmse: Measurement
     """Squared error of the residual stream after the last layer, over the target's squares."""
     recovered: Measurement | None
-    """Share of the accuracy gained over the hybrid that the adapters recover; None where no problem was answered."""
+    """Share of the target's accuracy gain over the hybrid that the adapters recover; None if no problems were
+    answered."""
     features: int
-    """Features of all layers."""
+    """Number of features in all layers."""
     alive: int
-    """Of these, how many are alive on ``tokens`` tokens (`faithfulness.ALIVE_FIRINGS`)."""
+    """Number of features that are alive on ``tokens`` tokens (at least `ALIVE_FIRINGS` firings)."""
     tokens: int
     """Tokens of the held-out text, prompts included."""
 
 
-def read_point(block: Block) -> SweepPoint:
-    """The inverse of `results.plain`."""
-    return SweepPoint(**{**block, **{name: _read_figure(block[name]) for name in FIGURES}})
+def read_sweep_point(record: Mapping[str, Any]) -> SweepPoint:
+    """Return the point that `results.plain` turned into a mapping."""
+    return SweepPoint(**{**record, **{name: _read_measurement(record[name]) for name in _MEASURED_FIELDS}})
 
 
-def _read_figure(block: Block | None) -> Measurement | None:
-    if block is None:
+def _read_measurement(record: Mapping[str, Any] | None) -> Measurement | None:
+    if record is None:
         return None
-    return Measurement(**{**block, "seeds": tuple(block["seeds"])})
+    return Measurement(**{**record, "seeds": tuple(record["seeds"])})
 
 
 def pareto_front(costs: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points that no other beats, that is, costs no more in both and less in one.
+    """Return the positions of the points on the Pareto front.
 
-    A point with a cost that is not a number is not on the front.
+    A point is on the front if no other point costs at most as much in both and less in one. A point with a cost that is
+    not a number is not on it.
     """
 
-    def beaten(point: tuple[float, float]) -> bool:
+    def dominated(point: tuple[float, float]) -> bool:
         return any(other[0] <= point[0] and other[1] <= point[1] and other != point for other in costs)
 
-    return [i for i, cost in enumerate(costs) if not any(map(math.isnan, cost)) and not beaten(cost)]
+    return [i for i, cost in enumerate(costs) if not any(map(math.isnan, cost)) and not dominated(cost)]
 
 
-def on_the_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
-    """The points that no other beats in L0 and KL."""
-    return [points[i] for i in pareto_front([(nan(p.l0.value), nan(p.kl.value)) for p in points])]
+def points_on_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+    """Return the points on the Pareto front of L0 and KL."""
+    return [points[i] for i in pareto_front([(nan_for_none(p.l0.value), nan_for_none(p.kl.value)) for p in points])]
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-def markdown(points: Sequence[SweepPoint]) -> str:
-    """The points as a markdown table, each figure with its interval."""
-    header, rows = _cells(points)
+def sweep_markdown(points: Sequence[SweepPoint]) -> str:
+    """Return the points as a markdown table, each measurement with its interval."""
+    header, rows = _table_texts(points)
     texts = [[value + (f" ({interval})" if interval else "") for value, interval in row] for row in rows]
     lines = [header, ["---"] * len(header), *texts]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _cells(points: Sequence[SweepPoint]) -> tuple[list[str], list[list[tuple[str, str]]]]:
-    """Header, and rows of values with their intervals."""
+def _table_texts(points: Sequence[SweepPoint]) -> tuple[list[str], list[list[tuple[str, str]]]]:
+    """Return the header, and rows of (value, interval)."""
     answered = any(p.recovered is not None for p in points)
     options = list(dict.fromkeys(option for p in points for option in p.options))
     header = [*options, "L0", "KL", "KL / hybrid's", "NMSE", "alive", *(["recovered"] if answered else []), "front"]
-    best, rows = on_the_front(points), []
+    front, rows = points_on_front(points), []
     for p in points:
-        row = [(_text(p.options.get(option)), "") for option in options]
-        row += [_with_ends(p.l0, _short), _with_ends(p.kl, _short), _with_ends(p.kl_of_hybrid, _percent)]
-        row += [_with_ends(p.nmse, _short), (f"{p.alive:,} of {p.features:,}", "")]
-        row += [_with_ends(p.recovered, _percent)] if answered else []
-        rows.append([*row, ("yes" if p in best else "", "")])
+        row = [(_option_text(p.options.get(option)), "") for option in options]
+        row += [_value_and_interval(p.l0, three_digits), _value_and_interval(p.kl, three_digits)]
+        row += [_value_and_interval(p.kl_of_hybrid, percent), _value_and_interval(p.nmse, three_digits)]
+        row += [(f"{p.alive:,} of {p.features:,}", "")]
+        row += [_value_and_interval(p.recovered, percent)] if answered else []
+        rows.append([*row, ("yes" if p in front else "", "")])
     return header, rows
 
 
-def _with_ends(figure: Measurement | None, fmt: Callable[[float], str]) -> tuple[str, str]:
-    if figure is None or figure.value is None:
-        return "-", "" if figure is None else figure.reason
-    return fmt(figure.value), interval_text(vars(figure), fmt)
+def _value_and_interval(measurement: Measurement | None, fmt: Callable[[float], str]) -> tuple[str, str]:
+    if measurement is None or measurement.value is None:
+        return "-", "" if measurement is None else measurement.reason
+    return fmt(measurement.value), interval_text(vars(measurement), fmt)
 
 
-def nan(value: float | None) -> float:
-    """A number that can be drawn or left out."""
-    return math.nan if value is None else value
-
-
-def _text(value: Any) -> str:
+def _option_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def write_page(folder: Path, record: Block, points: Sequence[SweepPoint]) -> Path:
-    """Write sweep.html from what sweep.json records and its points; returns its path."""
-    about = (f'<p class="soft">{escape(text)}</p>' for text in _about(record, points))
-    body = ["<h1>Sparsity against faithfulness</h1>", *about]
+def write_sweep_page(folder: Path, record: Mapping[str, Any], points: Sequence[SweepPoint]) -> Path:
+    """Write sweep.html into the folder of a sweep and return its path.
+
+    Args:
+        folder: folder of the sweep.
+        record: the content of sweep.json, from which the configuration and the accuracies are shown.
+        points: the points that are done.
+
+    Raises:
+        DiskFullError.
+    """
+    introduction = (f'<p class="soft">{escape(text)}</p>' for text in _introduction(record, points))
+    body = ["<h1>Sparsity against faithfulness</h1>", *introduction]
     if points:
         plots = [
-            _tradeoff(points, lambda p: p.kl_of_hybrid, ylabel="KL over the hybrid's", log=True, caption=(
+            _tradeoff_plot(points, lambda p: p.kl_of_hybrid, ylabel="KL over the hybrid's", log=True, caption=(
                 "KL(target || replacement) as a share of KL(target || hybrid), against active features per token."
             ))
         ]  # fmt: skip
         if any(p.recovered is not None for p in points):
             caption = "Share of the accuracy gained over the hybrid that the adapters recover."
-            plots.append(_tradeoff(points, lambda p: p.recovered, ylabel="recovered", sign=-1, caption=caption))
-        header, rows = _cells(points)
+            plots.append(_tradeoff_plot(points, lambda p: p.recovered, ylabel="recovered", sign=-1, caption=caption))
+        header, rows = _table_texts(points)
         cells = [[with_interval(*cell) if cell[1] else escape(cell[0]) for cell in row] for row in rows]
         body += [f'<div class="plots">{"".join(plots)}</div>', table([escape(cell) for cell in header], cells)]
-    write_text(folder / PAGE, page("Sparsity against faithfulness", "\n".join(body)))
-    return folder / PAGE
+    write_text(folder / SWEEP_PAGE_FILE, page("Sparsity against faithfulness", "\n".join(body)))
+    return folder / SWEEP_PAGE_FILE
 
 
-def _about(record: Block, points: Sequence[SweepPoint]) -> list[str]:
-    config, behaviour = record["config"], record.get("behaviour") or {}
+def _introduction(record: Mapping[str, Any], points: Sequence[SweepPoint]) -> list[str]:
+    config, rates = record["config"], record.get("behaviour") or {}
     pair = f"{config['base']} (base) and {config['target']} (target)" if config["target"] else "the built-in pair"
     texts = [f"Transcoder adapters between {pair}, over {' and '.join(record['grid'])}; {len(points)} points are done."]
     if points:
@@ -157,57 +155,61 @@ def _about(record: Block, points: Sequence[SweepPoint]) -> list[str]:
         texts.append(
             f"Measured on {first.l0.n:,} held-out documents ({first.l0.split}; {first.tokens:,} tokens). Intervals are "
             "95 % intervals over documents or problems. KL is in nats per response token; the hybrid's is "
-            f"{_short(nan(first.kl_hybrid.value))}. NMSE is that of the residual stream after the last layer. A "
-            f"feature is alive if it fired at least {ALIVE_FIRINGS} times in these tokens. On the front are the "
-            "points that no other beats in L0 and KL."
+            f"{three_digits(nan_for_none(first.kl_hybrid.value))}. NMSE is that of the residual stream after the last "
+            f"layer. A feature is alive if it fired at least {ALIVE_FIRINGS} times in these tokens. On the front are "
+            "the points that no other beats in L0 and KL."
         )
-    if behaviour:
-        said = " and ".join(f"the {name} {_percent(rate['accuracy'])}" for name, rate in behaviour.items())
-        texts.append(f"Recovered is the share of the accuracy gained over the hybrid; right answers: {said}.")
+    if rates:
+        accuracies = " and ".join(f"the {name} {percent(rate['accuracy'])}" for name, rate in rates.items())
+        texts.append(f"Recovered is the share of the accuracy gained over the hybrid; right answers: {accuracies}.")
     return texts
 
 
-def _tradeoff(
+def _tradeoff_plot(
     points: Sequence[SweepPoint],
-    of: Callable[[SweepPoint], Measurement | None],
+    measurement_of: Callable[[SweepPoint], Measurement | None],
     *,
     ylabel: str,
     caption: str,
     log: bool = False,
     sign: int = 1,
 ) -> str:
-    """Figure ``of`` each point against its L0; ``sign`` -1 where more of it is better.
+    """Return a plot of one measurement of each point against its L0; ``sign`` is -1 if a larger value is better.
 
-    The first swept option is written beside the points; the others say which series a point belongs to.
+    The first swept option is written beside the points; each combination of the others is a series of its own.
     """
-    shown = [(p, figure) for p in points if (figure := of(p)) is not None and _has_a_place(p.l0.value, figure, log)]
-    if not shown:
+    drawable = [
+        (p, measurement)
+        for p in points
+        if (measurement := measurement_of(p)) is not None and _is_drawable(p.l0.value, measurement, log)
+    ]
+    if not drawable:
         return f"<p>{escape(caption)} None of the {len(points)} points has a place on these axes.</p>"
     series: dict[str, list[tuple[SweepPoint, Measurement]]] = {}
-    for p, figure in shown:
-        name = ", ".join(f"{key} {_text(value)}" for key, value in list(p.options.items())[1:])
-        series.setdefault(name or "points", []).append((p, figure))
+    for p, measurement in drawable:
+        name = ", ".join(f"{key} {_option_text(value)}" for key, value in list(p.options.items())[1:])
+        series.setdefault(name or "points", []).append((p, measurement))
     lines = [
         Line(
             name,
-            [nan(p.l0.value) for p, _ in members],
-            [nan(figure.value) for _, figure in members],
-            ([nan(figure.low) for _, figure in members], [nan(figure.high) for _, figure in members]),
-            labels=[_text(next(iter(p.options.values()))) for p, _ in members],
+            [nan_for_none(p.l0.value) for p, _ in members],
+            [nan_for_none(m.value) for _, m in members],
+            ([nan_for_none(m.low) for _, m in members], [nan_for_none(m.high) for _, m in members]),
+            labels=[_option_text(next(iter(p.options.values()))) for p, _ in members],
         )
         for name, members in series.items()
     ]
-    costs = [(nan(p.l0.value), sign * nan(figure.value)) for p, figure in shown]
+    costs = [(nan_for_none(p.l0.value), sign * nan_for_none(m.value)) for p, m in drawable]
     front = sorted(costs[i] for i in pareto_front(costs))
     lines.append(Line("not beaten by any", [x for x, _ in front], [sign * y for _, y in front], dashed=True))
-    beside = f" Beside the points: {next(iter(points[0].options))}."
-    left_out = len(points) - len(shown)
+    option = f" Beside the points: {next(iter(points[0].options))}."
+    left_out = len(points) - len(drawable)
     missing = f" Without {left_out} of {len(points)} points, which have no place on these axes." if left_out else ""
     return plot(
-        lines, xlabel="L0 (mean over layers)", ylabel=ylabel, caption=caption + beside + missing, log=log, log_x=True
+        lines, xlabel="L0 (mean over layers)", ylabel=ylabel, caption=caption + option + missing, log=log, log_x=True
     )
 
 
-def _has_a_place(x: float | None, figure: Measurement, log: bool) -> bool:
-    """A logarithmic axis has none for 0, such as the L0 of adapters that are all dead."""
-    return x is not None and x > 0 and figure.value is not None and (figure.value > 0 or not log)
+def _is_drawable(l0: float | None, measurement: Measurement, log: bool) -> bool:
+    """Return whether a point has coordinates; a logarithmic axis has none for 0, such as the L0 of dead adapters."""
+    return l0 is not None and l0 > 0 and measurement.value is not None and (measurement.value > 0 or not log)

@@ -38,7 +38,7 @@ from tl_adapters.evaluation.faithfulness import DocumentSums, features_block
 from tl_adapters.evaluation.response_metrics import correctness, measure_responses
 from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.pages.sweep_page import Block, SweepPoint, on_the_front, read_point, write_page
+from tl_adapters.pages.sweep_page import SweepPoint, points_on_front, read_sweep_point, write_sweep_page
 from tl_adapters.study.evaluation_stages import faithfulness_stage
 from tl_adapters.study.grid import grid_configurations
 from tl_adapters.study.open_run import open_data, open_held_out, open_pair
@@ -96,7 +96,7 @@ def sweep(
     """
     folder = Path(folder)
     runs = grid_configurations(config, grid)
-    request: Block = {
+    request: dict[str, Any] = {
         "config": config.to_dict(),
         "grid": {option: [plain(value) for value in values] for option, values in grid.items()},
         "held_out": held_out,
@@ -116,7 +116,7 @@ def sweep(
         }  # which may hold more values now
         runs = grid_configurations(config, record["grid"])
         _train_and_measure(_SharedInputs(config, held_out, documents, device, progress), folder, record, runs)
-        return [read_point(point) for point in record["points"]]
+        return [read_sweep_point(point) for point in record["points"]]
 
 
 def resume_sweep(folder: str | Path, device: str = "auto", progress: bool = True) -> list[SweepPoint]:
@@ -189,7 +189,9 @@ class _SharedInputs:
         return traces[: self.documents], split
 
 
-def _train_and_measure(shared: _SharedInputs, folder: Path, record: Block, runs: Mapping[str, RunConfig]) -> None:
+def _train_and_measure(
+    shared: _SharedInputs, folder: Path, record: dict[str, Any], runs: Mapping[str, RunConfig]
+) -> None:
     """Makes the points that are not done yet; sweep.json and the page are written after each."""
     done = {point["name"] for point in record["points"]}.intersection(runs)
     todo = {name: run for name, run in runs.items() if name not in done}
@@ -267,21 +269,21 @@ def _recovered(shared: _SharedInputs, split: str, seeds: tuple[int, ...]) -> Mea
 # -- the record -------------------------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, record: Block) -> None:
+def _write(folder: Path, record: dict[str, Any]) -> None:
     """Writes sweep.json and the page."""
-    points = [read_point(point) for point in record["points"]]
-    record = {**record, "front": [point.name for point in on_the_front(points)]}
+    points = [read_sweep_point(point) for point in record["points"]]
+    record = {**record, "front": [point.name for point in points_on_front(points)]}
     write_text(folder / SWEEP_FILE, dumps(record, indent=1) + "\n")
-    write_page(folder, record, points)
+    write_sweep_page(folder, record, points)
 
 
-def _read(folder: Path) -> Block:
+def _read(folder: Path) -> dict[str, Any]:
     if not (folder / SWEEP_FILE).is_file():
         raise FolderExistsError(
             f"{folder} exists and holds no {SWEEP_FILE}, so it is not a sweep's; choose another folder."
         )
     try:
-        record: Block = json.loads((folder / SWEEP_FILE).read_text())
+        record: dict[str, Any] = json.loads((folder / SWEEP_FILE).read_text())
         if record["schema_version"] != SWEEP_SCHEMA_VERSION:
             raise ValueError(f"schema_version {record['schema_version']}; this version reads {SWEEP_SCHEMA_VERSION}")
     except (ValueError, KeyError, TypeError) as error:
@@ -289,7 +291,7 @@ def _read(folder: Path) -> Block:
     return record
 
 
-def _settings(request: Block) -> dict[str, Any]:
+def _settings(request: dict[str, Any]) -> dict[str, Any]:
     """Settings that two sweeps in one folder must share, by dotted option; the swept options are left out."""
     config = RunConfig.from_dict(request["config"]).to_dict()  # options newer than the record get their defaults
     config["training"] = {key: value for key, value in config["training"].items() if key not in request["grid"]}
@@ -308,7 +310,9 @@ def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
-def _require_fingerprints(folder: Path, record: Block, shared: _SharedInputs, todo: Iterable[RunConfig]) -> None:
+def _require_fingerprints(
+    folder: Path, record: dict[str, Any], shared: _SharedInputs, todo: Iterable[RunConfig]
+) -> None:
     """Records the fingerprints of weights and documents. Raises SweepError where earlier ones differ."""
     current = dict(shared.pair.fingerprints)
     if not shared.problems:

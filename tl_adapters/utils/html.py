@@ -125,6 +125,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def three_digits(value: float) -> str:
+    """Return a number with three significant digits."""
+    return f"{value:.3g}"
+
+
 def page(title: str, body: str) -> str:
     """Return a complete page around ``body``, which loads no other file."""
     return (

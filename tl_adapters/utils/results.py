@@ -7,7 +7,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib import metadata
@@ -19,6 +19,8 @@ from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
+Block = Mapping[str, Any]
+"""A block of results.json: what one stage of a run measured."""
 RESULTS_SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
 _PACKAGES = ("tl-adapters", "torch", "transformer-lens", "sae-lens", "transformers", "safetensors")
