@@ -202,7 +202,8 @@ def _features_section(block: Block) -> str:
         f"<p>{block['alive']:,} of {block['total']:,} features are alive on {block['tokens']:,} tokens "
         f"({escape(block['split'])} split, the {escape(block['stream'])}'s stream): {link}. Labels are by rules that "
         f"need no model; beside them, as a measure, the same rules on the target's MLP neurons, of each token "
-        f"and layer the {neurons['per_token']} that write most ({neurons['alive']:,} of {neurons['total']:,} alive).</p>"
+        f"and layer the {neurons['per_token']} that write most ({neurons['alive']:,} of {neurons['total']:,} "
+        "alive).</p>"
     )
     layers = [layer["layer"] for layer in block["agreement"]]
     plots = [
