@@ -140,7 +140,7 @@ def test_answers_are_checked_in_other_threads_within_a_time_limit(monkeypatch: p
     first = math_equality._subprocess_checker.process
     assert first is not None
     monkeypatch.setattr(
-        checking, "SUBPROCESS_SECONDS", 1.0
+        math_equality, "SUBPROCESS_SECONDS", 1.0
     )  # less than its own bound, as where even that does not help
     assert in_a_thread(r"\boxed{9^{9^{9^{9}}}}") == [False]
     assert first.poll() is not None
