@@ -31,7 +31,7 @@ from tl_adapters.adapters.transcoder import TranscoderAdapter, adapter_of
 from tl_adapters.checkpoints.fingerprints import fingerprint, fingerprints
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 from tl_adapters.checkpoints.model_files import fetch
-from tl_adapters.utils.finite import require_finite_weights
+from tl_adapters.utils.finite_weights import require_finite_weights
 
 log = logging.getLogger(__name__)
 

@@ -42,9 +42,9 @@ from tl_adapters.attribution.targets import (
     resolve_target,
     token_label,
 )
+from tl_adapters.models.finite_activations import finite_blocks
 from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
 from tl_adapters.utils.arguments import choice, items
-from tl_adapters.utils.finite import finite_blocks
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.checkpoints.layer_samples import agrees, dtype_name
 from tl_adapters.models.backend import Backend
 from tl_adapters.models.weight_identity import ModelSamples, layer_and_title, recorded_samples
-from tl_adapters.utils.finite import require_finite_weights
+from tl_adapters.utils.finite_weights import require_finite_weights
 
 log = logging.getLogger(__name__)
 

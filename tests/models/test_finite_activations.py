@@ -18,12 +18,13 @@ from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.features.collect import collect_features
 from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.interop.saelens import from_saelens
+from tl_adapters.models.finite_activations import finite_blocks, require_finite_activations
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import reasoning_pairs
 from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.training.objective import held_out_terms
 from tl_adapters.training.trainer import Trainer, TrainingError
-from tl_adapters.utils.finite import NotFiniteError, finite_blocks, require_finite_activations, require_finite_weights
+from tl_adapters.utils.finite_weights import NotFiniteError, require_finite_weights
 
 BAD = [math.nan, math.inf, -math.inf]
 
