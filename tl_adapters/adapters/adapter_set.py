@@ -35,6 +35,13 @@ from tl_adapters.utils.finite_weights import require_finite_weights
 
 log = logging.getLogger(__name__)
 
+_EARLIER_VERSION = (
+    "%s was written by an earlier version of tl_adapters: it holds neither hashes of its files nor samples of all "
+    "weights of its models. Damage to encoders cannot be noticed, nor that embeddings, first norms or (where models "
+    "are cast or processed) attention and MLPs differ from those it was trained on. Where you are sure of the pair: "
+    "pair.load_adapters(adapters); adapters.samples = pair.samples; adapters.save_pretrained(NEW)."
+)
+
 
 class AdapterSet(nn.Module):
     """The adapters of a model's layers, with the metadata and weight samples that say where they belong.
@@ -231,16 +238,8 @@ class AdapterSet(nn.Module):
         left.
         """
         self.require_finite("These adapters are not saved")
-        description = SetDescription(
-            self.layer_indices,
-            self.n_layers,
-            self.d_model,
-            self.n_features,
-            self.metadata,
-            self.fingerprint,
-            self.layer_samples,
-            self.samples,
-        )
+        shape = (self.layer_indices, self.n_layers, self.d_model, self.n_features)
+        description = SetDescription(*shape, self.metadata, self.fingerprint, self.layer_samples, self.samples)
         write_set(folder, description, {layer: self[layer].state_dict() for layer in self.layer_indices})
 
     @classmethod
@@ -282,14 +281,7 @@ class AdapterSet(nn.Module):
         result = cls(adapters, description.layer_samples, metadata, description.n_layers, description.samples)
         if description.files is None:
             result.warned = True
-            log.warning(
-                "%s was written by an earlier version of tl_adapters: it holds neither hashes of its files nor samples "
-                "of all weights of its models. Damage to encoders cannot be noticed, nor that embeddings, first norms "
-                "or (where the models are cast or processed) attention and MLPs differ from those it was trained on. "
-                "Where you are sure of the pair: pair.load_adapters(adapters); adapters.samples = pair.samples; "
-                "adapters.save_pretrained(NEW).",
-                name,
-            )
+            log.warning(_EARLIER_VERSION, name)
         if layers is None and result.fingerprint != description.fingerprint:
             raise AdapterFormatError(
                 f"The weights in {name} are not those its {SET_METADATA_FILE} was written with (fingerprint "

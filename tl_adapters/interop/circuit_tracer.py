@@ -84,15 +84,10 @@ def write_circuit_tracer(
     targets = ids[graph.first_target :]
     pinned = list(dict.fromkeys([*(node for group in groups for node in group[1:]), *targets]))
     metadata = _metadata(graph, slug, node_threshold, edge_threshold)
+    shown = {"pinnedIds": pinned, "supernodes": groups, "linkType": "both", "clickedId": targets[0], "sg_pos": ""}
     record = {
         "metadata": metadata,
-        "qParams": {
-            "pinnedIds": pinned,
-            "supernodes": groups,
-            "linkType": "both",
-            "clickedId": targets[0],
-            "sg_pos": "",
-        },
+        "qParams": shown,
         "nodes": _nodes(graph, pruned, ids, features or {}),
         "links": _links(graph, pruned, ids),
     }
