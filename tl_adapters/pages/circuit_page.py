@@ -18,7 +18,6 @@ from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.data.words import word_pattern
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.pages.circuit_cells import Block, arm_name, count, short, shown
 from tl_adapters.pages.circuit_diagram import (
     SHOWN_EDGES,
     SHOWN_PER_ROLE,
@@ -30,20 +29,24 @@ from tl_adapters.pages.circuit_diagram import (
     size,
 )
 from tl_adapters.pages.circuit_sections import (
+    arm_name,
     arms_section,
     controls_section,
+    count,
     dose_section,
     injected_section,
     kinds_section,
     mediation_section,
     probabilities_section,
     sampled_section,
+    short,
+    shown,
     suppressors_section,
 )
 from tl_adapters.pages.feature_pages import feature_address
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import escape, highlight_spans, page, table
-from tl_adapters.utils.results import plain
+from tl_adapters.utils.results import Block, plain
 
 HESITATION_PAGE_FILE = "hesitation.html"
 PAGES = "features/pages"
