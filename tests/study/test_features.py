@@ -82,7 +82,7 @@ def test_the_verb_reads_any_documents(copy: Path, tmp_path: Path, capsys: pytest
     assert main(["features", str(copy), *common]) == 0, "again is nothing new"
     assert store.documents == load_stores(copy)[0].documents
     assert main(["features", str(copy), *common, "--stream", "target"]) == 2
-    assert "was read with stream 'replacement'" in capsys.readouterr().err
+    assert "was collected with stream 'replacement'" in capsys.readouterr().err
     assert (copy / FEATURES_FOLDER / STORE_FOLDER / "store.json").read_bytes() == before
 
 
