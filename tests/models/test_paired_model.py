@@ -346,7 +346,7 @@ def test_mlps_of_another_shape_are_refused(option: str, value: int) -> None:
         ("Qwen3ForCausalLM", "attention_bias", True, "attention_bias=True.*supported is False"),
         ("LlamaForCausalLM", "mlp_bias", True, "mlp_bias=True"),
         ("Gemma2ForCausalLM", "hidden_activation", "gelu_fast", "activation 'gelu_fast'.*gelu_pytorch_tanh"),
-        ("LlamaForCausalLM", "quantization_config", {"quant_method": "fp8"}, "quantised weights.*bfloat16"),
+        ("LlamaForCausalLM", "quantization_config", {"quant_method": "fp8"}, "quantized weights.*bfloat16"),
         ("Qwen2ForCausalLM", "architectures", ["MambaForCausalLM"], "MambaForCausalLM.*Qwen2ForCausalLM, Qwen3"),
         ("Qwen2ForCausalLM", "rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}, "'yarn'"),
     ],

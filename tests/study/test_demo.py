@@ -188,15 +188,15 @@ def test_every_architecture_trains_and_is_evaluated_from_folders(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--base", "x", "--out", "o"], "--base and --target go together"),
+        (["train", "--base", "x", "--out", "o"], "--base and --target are given together"),
         (["train", "--base", "x", "--target", "y", "--out", "o"], "--data is missing"),
         (["demo", "--device", "tpu"], "--device 'tpu' is not known"),
-        (["demo", "--device", "cuda:99"], "--device cuda:99: this machine has none"),
+        (["demo", "--device", "cuda:99"], "--device cuda:99: this machine does not have it"),
         (["train", "--resume", "r", "--seed", "1"], "leave out --seed"),
-        (["train", "--resume", "nowhere"], "nowhere is no folder"),
+        (["train", "--resume", "nowhere"], "There is no folder nowhere"),
         (["train", "--out", "o", "--config", "papr"], "There is no file papr"),
         (["train", "--out", "o", "--data", "nothing.jsonl"], "There is no file nothing.jsonl"),
-        (["evaluate", "nowhere"], "holds no adapters"),
+        (["evaluate", "nowhere"], "has no adapters"),
     ],
 )
 def test_errors_are_one_line(

@@ -274,7 +274,7 @@ def test_a_grid_names_every_combination_once() -> None:
         ({"lr": [1, 1.0]}, GridError, "lr-1 twice"),
         ({"lr": []}, GridError, r"values of lr are \[\]"),
         ({"tracker": "none"}, GridError, "values of tracker are 'none'"),
-        ({}, GridError, "got none"),
+        ({}, GridError, "the grid is empty"),
     ],
 )
 def test_a_bad_grid_is_refused_before_anything_is_made(

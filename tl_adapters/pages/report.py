@@ -184,7 +184,7 @@ def _behavior_section(block: Block) -> str:
         "<i>Base</i> is the real base model; the <i>hybrid</i> has the target's attention and the base's MLPs; the "
         "<i>replacement</i> adds the adapters.</p>"
     )
-    return f"<h2>Behaviour</h2>{text}" + table(header, rows)
+    return f"<h2>Behavior</h2>{text}" + table(header, rows)
 
 
 def _features_section(block: Block) -> str:
