@@ -21,7 +21,7 @@ from tl_adapters.evaluation.feature_matching import Share, shares_table
 from tl_adapters.evaluation.response_metrics import measure_responses
 from tl_adapters.evaluation.sampled_responses import SampledResponse, score_responses
 from tl_adapters.generation.responses import Response
-from tl_adapters.pages.circuit_sections import arms_section
+from tl_adapters.pages.circuit_sections import conditions_section
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_recovered
 from tl_adapters.utils.html import measurement_cell
 from tl_adapters.utils.measurement import IntervalError, Measurement, OutcomesMeasurement
@@ -282,7 +282,7 @@ def test_an_undefined_value_is_none_and_shown_as_such() -> None:
     )
     assert "2.0% of the draws" in measurement_cell({"value": 1.0, "low": 0.5, "high": 2.0, "undefined": 0.02}, form)
     answers = [response("wait a b")]
-    html = arms_section(
+    html = conditions_section(
         {"necessity": {"none": plain(record(answers, answers, ["wait"], "report"))}}, "necessity", "", ""
     )
     assert "there is one" in html and "nan" not in html.lower() and "None" not in html

@@ -1,6 +1,6 @@
 """The measurements of a circuit as sections of its page, with the cells and bars that they consist of.
 
-A section is "" for a measurement that the block does not hold.
+A section is the empty string if the block does not hold its measurement.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tl_adapters.pages.circuit_diagram import shown_text
+from tl_adapters.pages.circuit_diagram import visible_text
 from tl_adapters.utils.html import escape, measurement_cell, percent, table
 from tl_adapters.utils.plots import Line, nan_for_none, plot
 from tl_adapters.utils.results import Block
 
-_ARMS = {
+_CONDITION_NAMES = {
     "none": "nothing changed",
     "output": "output features",
     "template": "template features",
@@ -42,7 +42,7 @@ _ARMS = {
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: a value and its interval, in the units of its figure."""
+    """One bar of a chart: a value with its interval, NaN where unknown."""
 
     name: str
     value: float
@@ -50,35 +50,40 @@ class Bar:
     high: float
 
 
-def bar(record: Block, arm: str, key: str) -> Bar:
-    """Of one arm's record."""
+def bar(record: Block, condition: str, key: str) -> Bar:
+    """The bar of one value of a condition's record."""
     interval = (record.get("ci") or {}).get(key) or {}
     value = nan_for_none(record.get(key))
-    return Bar(_ARMS.get(arm, arm), value, nan_for_none(interval.get("low")), nan_for_none(interval.get("high")))
+    return Bar(
+        _CONDITION_NAMES.get(condition, condition),
+        value,
+        nan_for_none(interval.get("low")),
+        nan_for_none(interval.get("high")),
+    )
 
 
-def bars(drawn: Sequence[Bar], caption: str, as_share: bool) -> str:
-    """Bars with their intervals and values; a value that is not there is a gap."""
-    ends = [x for b in drawn for x in (b.value, b.high) if math.isfinite(x)]
+def bar_chart(chart: Sequence[Bar], caption: str, as_share: bool) -> str:
+    """Horizontal bars with their values and intervals as SVG; an unknown value is a gap."""
+    ends = [x for b in chart for x in (b.value, b.high) if math.isfinite(x)]
     scale = 130 / (max(ends, default=0.0) or 1.0)
     rows = []
-    for i, b in enumerate(drawn):
+    for i, b in enumerate(chart):
         y = 6 + 26 * i
-        rows.append(f'<text x="118" y="{y + 14}" text-anchor="end">{shown_text(b.name[:19])}</text>')
+        rows.append(f'<text x="118" y="{y + 14}" text-anchor="end">{visible_text(b.name[:19])}</text>')
         if not math.isfinite(b.value):
             rows.append(f'<text x="126" y="{y + 14}" fill="#57606a">not measured</text>')
             continue
         end = b.value
-        colour = "#8c959f" if i == 0 else "#54a0ee"
-        rows.append(f'<rect x="124" y="{y}" width="{max(0.5, b.value * scale):.1f}" height="19" fill="{colour}"/>')
+        color = "#8c959f" if i == 0 else "#54a0ee"
+        rows.append(f'<rect x="124" y="{y}" width="{max(0.5, b.value * scale):.1f}" height="19" fill="{color}"/>')
         if math.isfinite(b.low) and math.isfinite(b.high):
             end = max(b.value, b.high)
             low, high = (f"{124 + end * scale:.1f}" for end in (b.low, b.high))
             path = f"M{low},{y + 9.5} H{high} M{low},{y + 6} v7 M{high},{y + 6} v7"
             rows.append(f'<path d="{path}" stroke="#1b1f24" fill="none"/>')
-        said = percent(b.value) if as_share else short(b.value)
-        rows.append(f'<text x="{130 + end * scale:.1f}" y="{y + 14}">{said}</text>')
-    height = 26 * len(drawn) + 8
+        value = percent(b.value) if as_share else short(b.value)
+        rows.append(f'<text x="{130 + end * scale:.1f}" y="{y + 14}">{value}</text>')
+    height = 26 * len(chart) + 8
     return (
         f'<figure><svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 {height}" font-size="12" '
         f'font-family="system-ui, sans-serif">{"".join(rows)}</svg><figcaption>{escape(caption)}</figcaption></figure>'
@@ -86,14 +91,17 @@ def bars(drawn: Sequence[Bar], caption: str, as_share: bool) -> str:
 
 
 def cell(record: Block, key: str, as_share: bool | None) -> str:
-    """What a record has under a key, with the interval that it has of it."""
+    """The value of a record with its interval, as a table cell."""
     value = record.get(key)
     interval = (record.get("ci") or {}).get(key)
     return shown(value if isinstance(value, Mapping) else {"value": value, **(interval or {})}, as_share)
 
 
 def shown(value: Any, as_share: bool | None = None) -> str:
-    """A number, a figure with its interval, or a text; where nothing is said, a figure's unit tells shares."""
+    """A number, a measurement with its interval, or a text, as HTML.
+
+    ``as_share`` prints percent; None decides by the unit of a measurement.
+    """
     if value is None:
         return "-"
     if isinstance(value, Mapping):
@@ -103,32 +111,32 @@ def shown(value: Any, as_share: bool | None = None) -> str:
         return measurement_cell(value, form)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return percent(value) if as_share else short(value)
-    return shown_text(str(value))
+    return visible_text(str(value))
 
 
-def arm_name(name: str, block: Block | None = None) -> str:
-    """As a reader is told it, escaped; ``block`` tells how much stronger the stronger circuit is."""
+def condition_name(name: str, block: Block | None = None) -> str:
+    """The escaped name of a condition on the page; ``block`` holds the strength that "stronger" stands for."""
     strength = ((block or {}).get("circuit") or {}).get("strength")
-    for sign in (
-        "",
-        " - ",
-        " + ",
-        ", ",
-    ):  # "none", "replacement - circuit", "hybrid + circuit", "replacement, steering"
-        model, found, arm = name.partition(sign) if sign else ("", "", name)
-        if arm in _ARMS:
-            told = _ARMS[arm] if strength is None else _ARMS[arm].replace("stronger", f"at strength {strength:g}")
-            return shown_text(model + found + told)
-    return shown_text(name)
+    # "none", "replacement - circuit", "hybrid + circuit", "replacement, steering"
+    for sign in ("", " - ", " + ", ", "):
+        model, separator, condition = name.partition(sign) if sign else ("", "", name)
+        if condition in _CONDITION_NAMES:
+            text = (
+                _CONDITION_NAMES[condition]
+                if strength is None
+                else _CONDITION_NAMES[condition].replace("stronger", f"at strength {strength:g}")
+            )
+            return visible_text(model + separator + text)
+    return visible_text(name)
 
 
 def count(value: int | None) -> str:
-    """A whole number."""
+    """A count with thousands separators; "-" for None."""
     return "-" if value is None else f"{value:,}"
 
 
 def short(value: float) -> str:
-    """Three digits."""
+    """A number with three significant digits; "-" for NaN."""
     if not math.isfinite(value):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -136,7 +144,7 @@ def short(value: float) -> str:
 
 # -- the sections ---------------------------------------------------------------------------------------------------
 
-_FIGURE_ARMS = ("none", "output", "template", "circuit", "random")
+_CONDITIONS_WITH_BARS = ("none", "output", "template", "circuit", "random")
 _COLUMNS: tuple[tuple[str, str, bool | None], ...] = (
     ("hesitation_per_1k", "hesitations per 1,000", False),
     ("hesitation_cut", "of them gone", True),
@@ -151,105 +159,116 @@ _COLUMNS: tuple[tuple[str, str, bool | None], ...] = (
 )
 
 
-def arms_section(block: Block, name: str, title: str, said: str) -> str:
-    """What an arm says: rates, lengths and accuracy, as bars and as a table."""
-    arms: Mapping[str, Block] = _with_harm(block, name)
-    if not arms:
+def conditions_section(block: Block, name: str, title: str, action: str) -> str:
+    """Hesitation rate, length and accuracy of every condition of a part, as bars and as a table.
+
+    Args:
+        block: the block "hesitation".
+        name: the part: necessity, sufficiency or transfer.
+        title: heading of the section.
+        action: what is done to the features, such as "Features removed from".
+    """
+    conditions: Mapping[str, Block] = _with_harm(block, name)
+    if not conditions:
         return ""
-    reference = arms.get("none") or next(iter(arms.values()))
+    reference = conditions.get("none") or next(iter(conditions.values()))
     on = {"necessity": "the replacement", "sufficiency": "the hybrid", "transfer": "the target"}[name]
-    draws = (arms.get("random") or {}).get("draws")
+    draws = (conditions.get("random") or {}).get("draws")
     random = f" Random features: mean of {draws} draws." if draws else ""
     text = (
-        f"<p>{said} {on}; {count(reference.get('n'))} problems of the "
-        f"{shown_text(str(reference.get('split', '')))} split.{random}</p>"
+        f"<p>{action} {on}; {count(reference.get('n'))} problems of the "
+        f"{visible_text(str(reference.get('split', '')))} split.{random}</p>"
     )
-    drawn = [arm for arm in _FIGURE_ARMS if arm in arms] if name != "transfer" else list(arms)
-    figures = [
-        bars([bar(arms[arm], arm, key) for arm in drawn], caption, as_share)
+    with_bars = [c for c in _CONDITIONS_WITH_BARS if c in conditions] if name != "transfer" else list(conditions)
+    charts = [
+        bar_chart([bar(conditions[c], c, key) for c in with_bars], caption, as_share)
         for key, caption, as_share in (
             ("hesitation_per_1k", f"{_counted(block, capital=True)} per 1,000 response tokens.", False),
             ("length", "Response length, tokens.", False),
             ("accuracy", "Accuracy.", True),
         )
     ]
-    if name == "sufficiency":  # nothing is cut there
-        arms = {arm: {k: v for k, v in record.items() if k != "hesitation_cut"} for arm, record in arms.items()}
-    rest = [arm for arm in arms if arm not in drawn]
-    rivals = ""
+    if name == "sufficiency":  # the hybrid hardly hesitates, so no rate can be cut
+        conditions = {
+            condition: {k: v for k, v in record.items() if k != "hesitation_cut"}
+            for condition, record in conditions.items()
+        }
+    rest = [condition for condition in conditions if condition not in with_bars]
+    baselines = ""
     if rest:
-        rivals = "<h3>Rivals and controls</h3>" + _records(
-            {arm: arms[arm] for arm in ["none", "circuit", *rest] if arm in arms}, block
+        baselines = "<h3>Baselines and controls</h3>" + _records(
+            {condition: conditions[condition] for condition in ["none", "circuit", *rest] if condition in conditions},
+            block,
         )
-    main = _records({arm: arms[arm] for arm in drawn}, block)
-    return f'<h2>{title}</h2>{text}<div class="bars">{"".join(figures)}</div>{main}{rivals}'
+    main = _records({condition: conditions[condition] for condition in with_bars}, block)
+    return f'<h2>{title}</h2>{text}<div class="bars">{"".join(charts)}</div>{main}{baselines}'
 
 
 def _with_harm(block: Block, name: str) -> dict[str, Block]:
-    """The arms of a part, each with the KL(replacement || condition) elsewhere that was read over given text."""
+    """The records of a part by condition, each with its KL elsewhere (measured over given text)."""
     given, model = block.get("probabilities") or {}, {"necessity": "replacement", "sufficiency": "hybrid"}.get(name)
-    found = {}
-    for arm, record in (block.get(name) or {}).items():
-        keys = [model] if arm == "none" else [f"{model}{sign}{arm}" for sign in (" - ", " + ", ", ")]
+    records = {}
+    for condition, record in (block.get(name) or {}).items():
+        keys = [model] if condition == "none" else [f"{model}{sign}{condition}" for sign in (" - ", " + ", ", ")]
         harm = next((given[key].get("kl_elsewhere") for key in keys if given.get(key)), None)
-        found[arm] = record if harm is None else {**record, "kl_elsewhere": harm}
-    return found
+        records[condition] = record if harm is None else {**record, "kl_elsewhere": harm}
+    return records
 
 
 def _counted(block: Block, capital: bool = False) -> str:
-    """What is counted in answers, by the name that the study gave it."""
+    """The plural of what the rate counts: hesitations, or occurrences of a behavior."""
     name = str(block.get("behaviour") or "hesitation")
-    said = "hesitations" if name == "hesitation" else f"occurrences of {name}"
-    return said[0].upper() + said[1:] if capital else said
+    text = "hesitations" if name == "hesitation" else f"occurrences of {name}"
+    return text[0].upper() + text[1:] if capital else text
 
 
-def _records(arms: Mapping[str, Block], block: Block) -> str:
+def _records(conditions: Mapping[str, Block], block: Block) -> str:
     columns = [
-        (key, name.replace("hesitations", shown_text(_counted(block))), as_share)
+        (key, name.replace("hesitations", visible_text(_counted(block))), as_share)
         for key, name, as_share in _COLUMNS
-        if any(record.get(key) is not None for record in arms.values())
+        if any(record.get(key) is not None for record in conditions.values())
     ]
     rows = [
-        [arm_name(arm, block), *(cell(record, key, as_share) for key, _, as_share in columns)]
-        for arm, record in arms.items()
+        [condition_name(condition, block), *(cell(record, key, as_share) for key, _, as_share in columns)]
+        for condition, record in conditions.items()
     ]
     return '<div class="wide">' + table(["", *(name for _, name, _ in columns)], rows) + "</div>"
 
 
 def sampled_section(block: Block) -> str:
-    """Answers drawn at a temperature."""
-    arms = block.get("sampled") or {}
-    return "<h2>Sampled, not greedy</h2>" + _records(arms, block) if arms else ""
+    """Answers sampled at a temperature."""
+    conditions = block.get("sampled") or {}
+    return "<h2>Sampled, not greedy</h2>" + _records(conditions, block) if conditions else ""
 
 
 def injected_section(block: Block) -> str:
-    """Wrong steps that were set right."""
-    arms = block.get("injected") or {}
-    if not arms:
+    """Share of injected wrong steps that the answer corrects, by condition."""
+    conditions = block.get("injected") or {}
+    if not conditions:
         return ""
     rows = [
-        [arm_name(arm, block), shown(figure, as_share=True), count((figure or {}).get("n"))]
-        for arm, figure in arms.items()
+        [condition_name(condition, block), shown(figure, as_share=True), count((figure or {}).get("n"))]
+        for condition, figure in conditions.items()
     ]
-    text = "<p>A wrong step is written into the model's answer; how often does it put it right?</p>"
+    text = "<p>A wrong step is written into the model's answer; how often does the model correct it?</p>"
     out = f"<h2>Injected errors</h2>{text}" + table(["", "corrected", "injected"], rows)
     if more := block.get("injected_more") or {}:
-        rows = [[arm_name(arm, block), shown(figure, as_share=True)] for arm, figure in more.items()]
+        rows = [[condition_name(condition, block), shown(figure, as_share=True)] for condition, figure in more.items()]
         text = "<p>How much more is corrected without other features than without the circuit, paired by step:</p>"
         out += text + table(["without, in place of the circuit", "more corrected"], rows)
     return out
 
 
 def controls_section(block: Block) -> str:
-    """What the circuit is held against, and how each of it was set."""
+    """The controls of the circuit, and the strength that each was set to on the select split."""
     controls = block.get("controls") or {}
     if not controls:
         return ""
     rows = [
         [
-            arm_name(name, block),
+            condition_name(name, block),
             shown(c.get("setting")),
-            f"{shown(c.get('size'))} {shown_text(str(c.get('unit', '')))}",
+            f"{shown(c.get('size'))} {visible_text(str(c.get('unit', '')))}",
             shown(c.get("write_norm"), as_share=True),
             f"{shown(c.get('p_onset_before'), as_share=True)} → {shown(c.get('p_onset'), as_share=True)}",
             shown(c.get("kl_elsewhere")),
@@ -258,42 +277,42 @@ def controls_section(block: Block) -> str:
         for name, c in controls.items()
     ]
     text = (
-        "<p>Set on the select split. Bias, steering and neurons have the circuit's effect, P(word) at the moments, at "
+        "<p>Set on the select split. Bias, steering and neurons have the circuit's effect, P(word) at the onsets, at "
         "the least harm elsewhere: KL(replacement || condition), in nats per token, over the response without the "
-        "moments and what follows them. Other features are as many as the circuit's, or as many as have its summed "
-        "write norm at the moments (activation times norm of the decoder row), or as many as do its harm elsewhere. "
+        "onsets and continuations. Other features are as many as the circuit's, or as many as have its summed "
+        "write norm at the onsets (activation times norm of the decoder row), or as many as do its harm elsewhere. "
         "Where the goal cannot be reached the nearest is taken.</p>"
     )
-    heads = ["", "chosen", "size", "write norm, of the circuit's", "P(word) at moments", "KL elsewhere", ""]
+    heads = ["", "chosen", "size", "write norm, of the circuit's", "P(word) at onsets", "KL elsewhere", ""]
     return f"<h2>Controls</h2>{text}" + '<div class="wide">' + table(heads, rows) + "</div>"
 
 
 def probabilities_section(block: Block) -> str:
-    """Of the word, over the same text for every arm; beside it what the condition changes elsewhere."""
+    """Probability of the word over the same text for every condition, and the KL elsewhere."""
     out = []
-    heads = {"moment": "at moments", "boundary": "at boundaries", "elsewhere": "elsewhere"}
-    heads |= {"kl_elsewhere": "KL(replacement || model) away from moments, nats per token"}
+    heads = {"moment": "at onsets", "boundary": "at control positions", "elsewhere": "elsewhere"}
+    heads |= {"kl_elsewhere": "KL(replacement || model) away from onsets, nats per token"}
     for name, title in (("probabilities", "Probability of the word"), ("other_words", "Probability of other words")):
-        arms = block.get(name) or {}
-        places = [p for p in heads if any((arm or {}).get(p) for arm in arms.values())]
-        if places:
+        conditions = block.get(name) or {}
+        columns = [p for p in heads if any((condition or {}).get(p) for condition in conditions.values())]
+        if columns:
             rows = [
-                [arm_name(a, block), *(shown((f or {}).get(p), as_share=p != "kl_elsewhere") for p in places)]
-                for a, f in arms.items()
+                [condition_name(a, block), *(shown((f or {}).get(p), as_share=p != "kl_elsewhere") for p in columns)]
+                for a, f in conditions.items()
             ]
-            out.append(f"<h3>{title}</h3>" + table(["model", *(heads[p] for p in places)], rows))
+            out.append(f"<h3>{title}</h3>" + table(["model", *(heads[p] for p in columns)], rows))
     what = ""
     if block.get("measured"):
         what = (
-            f" The probability is that of {shown_text(str(block['measured']))}; of a phrase it is that of all its "
-            "tokens at the moments, elsewhere of those up to and with the one at which the text parts from it."
+            f" The probability is that of {visible_text(str(block['measured']))}; of a phrase it is that of all its "
+            "tokens at the onsets, elsewhere of those up to and with the one at which the text parts from it."
         )
-    text = f"<p>The same text for every model: no answer drifts.{what}</p>"
+    text = f"<p>Every model reads the same text, so answers cannot diverge.{what}</p>"
     return f"<h2>On given text</h2>{text}" + "".join(out) if out else ""
 
 
 def mediation_section(block: Block) -> str:
-    """Does template work through output?"""
+    """The effect of template features, and how much of it passes through output features."""
     m = block.get("mediation") or {}
     names = {
         "n": "template features, by formula, in the circuit and outside of it",
@@ -303,12 +322,12 @@ def mediation_section(block: Block) -> str:
         "interaction": "interaction: both together, beyond the sum",
     }
     rows = [[names[key], shown(m[key], as_share=key == "share" or None)] for key in names if m.get(key) is not None]
-    text = "<p>Template features are taken out while output features are held where they were, and the other way.</p>"
+    text = "<p>Template features are removed while output features keep their activations, and the reverse.</p>"
     return f"<h2>Do template features work through output features?</h2>{text}" + table(["", ""], rows) if rows else ""
 
 
 def dose_section(block: Block) -> str:
-    """Hesitation by number of features."""
+    """Hesitation rate and probability by the number of features removed or inserted."""
     dose = [d for d in block.get("dose") or [] if d.get("n") is not None]
     smallest = block.get("smallest") or {}
     if not dose:
@@ -319,58 +338,61 @@ def dose_section(block: Block) -> str:
         value, low, high = ([nan_for_none(r.get(key)) for r in rates] for key in ("value", "low", "high"))
         plots.append(
             plot(
-                [Line("first n features out", n, value, (low, high))],
-                xlabel="features taken out",
+                [Line("first n features removed", n, value, (low, high))],
+                xlabel="features removed",
                 ylabel=f"{_counted(block).partition(' of ')[0]} per 1,000 tokens",
-                caption="In the order in which the search took them, beyond the circuit too.",
+                caption="In the order of the search, which continues beyond the circuit.",
             )
         )
     lines = [
         Line(name, n, [nan_for_none(d.get(key)) for d in dose])
-        for key, name in (("p_moment", "taken out, at moments"), ("p_inserted", "put into the hybrid, at moments"))
+        for key, name in (("p_moment", "removed, at onsets"), ("p_inserted", "inserted into the hybrid, at onsets"))
         if any(d.get(key) is not None for d in dose)
     ]
     if lines:
         plots.append(
             plot(lines, xlabel="features", ylabel="probability of the word", caption="The same on given text.")
         )
-    said = ""
+    text = ""
     if smallest:
         cut = (
             f" a cut by {shown(smallest.get('cut'), as_share=True)}" if smallest.get("cut") is not None else " the cut"
         )
-        said = (
+        text = (
             f"<p>The smallest number tried that reaches{cut}: <b>{count(smallest['n'])}</b>.</p>"
             if smallest.get("n") is not None
             else f"<p>No number that was tried reaches{cut}.</p>"
         )
-    return f'<h2>How many it takes</h2>{said}<div class="plots">{"".join(plots)}</div>'
+    return f'<h2>How many it takes</h2>{text}<div class="plots">{"".join(plots)}</div>'
 
 
 def kinds_section(block: Block) -> str:
-    """What follows the word."""
+    """Counts of what follows the word, by kind and condition."""
     kinds = block.get("kinds") or {}
     if not kinds:
         return ""
     names = list(dict.fromkeys(kind for counts in kinds.values() for kind in counts or {}))
     rows = [
-        [arm_name(arm, block), *(count((counts or {}).get(kind)) for kind in names)] for arm, counts in kinds.items()
+        [condition_name(condition, block), *(count((counts or {}).get(kind)) for kind in names)]
+        for condition, counts in kinds.items()
     ]
-    return "<h2>What follows the word</h2>" + table(["", *map(shown_text, names)], rows)
+    return "<h2>What follows the word</h2>" + table(["", *map(visible_text, names)], rows)
 
 
 def suppressors_section(block: Block) -> str:
-    """Features of the other sign, and those that only fire there."""
+    """The effect of suppressors at control positions, and of bystanders at onsets."""
     rows = []
     if s := block.get("suppressors"):
         text = f"{shown(s.get('p_boundary_before'), as_share=True)} → {shown(s.get('p_boundary_after'), as_share=True)}"
-        rows.append([f"suppressors: P(word) at boundaries, with → without them{_ids(s)}", count(s.get("n")), text])
+        rows.append(
+            [f"suppressors: P(word) at control positions, with → without them{_ids(s)}", count(s.get("n")), text]
+        )
     if b := block.get("bystanders"):
         text = f"{shown(b.get('p_before'), as_share=True)} → {shown(b.get('p_after'), as_share=True)}"
-        rows.append([f"bystanders: P(word) at moments, with → without them{_ids(b)}", count(b.get("n")), text])
-    return "<h2>Those that lower it, and those that look on</h2>" + table(["", "features", ""], rows) if rows else ""
+        rows.append([f"bystanders: P(word) at onsets, with → without them{_ids(b)}", count(b.get("n")), text])
+    return "<h2>Suppressors and bystanders</h2>" + table(["", "features", ""], rows) if rows else ""
 
 
 def _ids(block: Block) -> str:
     ids = [str(id) for id in block.get("ids") or []]
-    return f"<small>{shown_text(', '.join(ids[:12]))}{' …' if len(ids) > 12 else ''}</small>" if ids else ""
+    return f"<small>{visible_text(', '.join(ids[:12]))}{' …' if len(ids) > 12 else ''}</small>" if ids else ""
