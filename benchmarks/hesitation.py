@@ -28,7 +28,7 @@ from tl_adapters.utils.results import read_results, write_results
 
 DEFAULT = ["sums-0", "sums-1", "sums-2", "differences-0", "differences-1", "differences-2", "null-0"]
 INSERTED = ("hybrid", "hybrid + circuit", "hybrid + circuit_at_strength", "hybrid + random")
-KEPT = "P(word) at the target's moments, hybrid + circuit over target"
+KEPT = "P(word) at the target's onsets, hybrid + circuit over target"
 KINDS: dict[str, Kind] = {"sums": "sums", "differences": "differences", "null": "sums"}
 
 
@@ -104,15 +104,15 @@ def rows(block: dict) -> dict[str, str]:
             f"{1000 * said[arm]['kl_elsewhere']['value']:.2f}" for arm in ("replacement - circuit", *tuned)
         ),
         "not reached": ", ".join(name for name, c in block["controls"].items() if not c["reached"]) or "-",
-        "P(Wait), %, at moments: replacement, without circuit, random": percent(
+        "P(Wait), %, at onsets: replacement, without circuit, random": percent(
             *(said[arm]["moment"] for arm in ("replacement", "replacement - circuit", "replacement - random"))
         ),
         "responses shorter, %": percent(-without["length_change"]["value"]),
         "accuracy, %, no slip: replacement, without": percent(*accuracy_by_slip[0]),
         "accuracy, %, a slip: replacement, without": percent(*accuracy_by_slip[1]),
-        f"P(Wait) at moments over the target's: hybrid + circuit, at {strength}": f"{asked[KEPT]:.2f}, "
+        f"P(Wait) at onsets over the target's: hybrid + circuit, at {strength}": f"{asked[KEPT]:.2f}, "
         f"{stronger['moment']['value'] / of_target:.2f}",
-        "P(Wait), %: at matched boundaries, at all other places": percent(*places),
+        "P(Wait), %: at matched control positions, at all other places": percent(*places),
         f"accuracy, %, thinking opened: hybrid, + circuit, at {strength}": percent(
             *of(suffices, "accuracy", "none", "circuit", stronger_name)
         ),
@@ -140,7 +140,7 @@ def rows(block: dict) -> dict[str, str]:
 def table(found: dict[str, dict]) -> str:
     """Markdown: a column for each study that found a circuit, a row for each thing measured."""
     studied = {job: rows(block) for job, block in found.items() if "criteria" in block}
-    lines = [f"{job}: no circuit; moments {block['moments']}" for job, block in found.items() if job not in studied]
+    lines = [f"{job}: no circuit; onsets {block['moments']}" for job, block in found.items() if job not in studied]
     if studied:
         lines += ["", "| measured | " + " | ".join(studied) + " |", "|---" * (len(studied) + 1) + "|"]
         for name in next(iter(studied.values())):

@@ -1,4 +1,4 @@
-"""Moments, boundaries and what follows: against the definitions read word by word, on texts made by hand."""
+"""Onsets, control positions and continuations: against the definitions read word by word, on texts made by hand."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -120,14 +120,14 @@ def test_what_the_target_wrote_is_read_as_the_definitions_say(
         assert {kind: places(onsets, kind, row) for kind in KINDS} == kinds
     ids = onsets.tokens
     marks = ids[onsets.onset].unique()
-    assert torch.isin(ids[onsets.control], marks).all(), "boundaries stand where a moment might"
+    assert torch.isin(ids[onsets.control], marks).all(), "control positions stand where an onset might"
     kinds = torch.stack([onsets.onset, onsets.control, onsets.continuation, onsets.elsewhere]).long().sum(0)
     assert torch.equal(kinds.bool(), onsets.predicting), "every place of a response is of one kind"
     assert kinds.max() == 1
 
 
 def test_the_prompt_and_padding_never_count(pair: PairedModel, wait: int) -> None:
-    """Token 0 pads, and is a real token too: as a mark it would make boundaries of the padding."""
+    """Token 0 pads, and is a real token too: as a mark it would make control positions of the padding."""
     traces = [Trace((0, wait, 4, 0, wait, 9, 0, 5), 3), Trace((4, 5, 6), 1)]
     onsets = find_onsets(pair, traces)
     assert places(onsets, "onset") == [3]

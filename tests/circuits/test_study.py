@@ -59,7 +59,7 @@ REMOVALS = (
     "steering",
     "neurons",
 )
-"""Arms in which something is taken away; other_tokens is among them where there are boundaries."""
+"""Conditions that remove something; other_tokens is among them where there are control positions."""
 BASELINES = ("logit_bias", "steering", "neurons")
 SETS, FORMS = ("random", "others"), ("", "_scaled", "_equal_harm")
 """Other features that are taken away, and how many."""
@@ -315,7 +315,7 @@ def test_criteria_are_read_off_the_block(study: BehaviorStudy) -> None:
     share = asked["circuit, share of the alive features"]
     assert (share["value"], share["reached"]) == (block["circuit"]["share_of_alive"], False), "10 % is above 3 %"
     said = block["probabilities"]
-    kept = asked["P(word) at the target's moments, hybrid + circuit over target"]
+    kept = asked["P(word) at the target's onsets, hybrid + circuit over target"]
     assert kept["value"] == said["hybrid + circuit"]["moment"].value / said["target"]["moment"].value
     shorter = asked["responses shorter without it"]
     assert shorter["value"] == -block["necessity"]["circuit"]["length_change"].value

@@ -346,7 +346,7 @@ def test_log_odds_of_bfloat16_logits_are_exact(words: Any) -> None:
 
 
 def whole_pass(onsets: Onsets, logits: torch.Tensor) -> torch.Tensor:
-    """Margins at the moments, of the logits of a whole pass."""
+    """Log-odds at the onsets, of the logits of a whole pass."""
     return log_odds_from_logits(lambda rows, places: logits[rows, places], onsets, onsets.onset)
 
 
@@ -372,7 +372,7 @@ def test_a_circuit_is_found_in_bfloat16_as_in_float64() -> None:
 
 
 def with_quiet_documents(onsets: Onsets) -> Onsets:
-    """The first and the last of five documents have boundaries only."""
+    """The first and the last of five documents have control positions only."""
     onset = onsets.onset.clone()
     onset[[0, 4]] = False
     control = onsets.control | (onsets.onset & ~onset)
@@ -384,7 +384,7 @@ def test_documents_without_an_onset_are_read_in_proportion() -> None:
     tokens = torch.arange(1, n * 4 + 1).view(n, 4)
     onset, control, none = (torch.zeros(n, 4, dtype=torch.bool) for _ in range(3))
     onset[::3, 1] = True
-    control[1::3, 2] = True  # a third has boundaries only, a third nothing
+    control[1::3, 2] = True  # a third has control positions only, a third nothing
     onsets = Onsets(tokens, torch.ones_like(onset), onset, control, none, (5,))
     assert len(onsets.with_onsets_and_controls()) == 20
     for documents, all_ in ((10, 20), (5, 10), (1, 2)):
@@ -654,7 +654,7 @@ def test_a_null_pair_has_the_same_empty_study_whoever_asks(
     assert Circuit.load(tmp_path) == study.circuit
     assert read_results(tmp_path)["hesitation"]["circuit"]["n"] == 0
     page = (tmp_path / "hesitation.html").read_text()
-    assert "12 answers of the select split hold 0 moments: it never does it" in page
+    assert "12 answers of the select split hold 0 onsets: the model never shows the behavior" in page
     assert "no features" in study._repr_html_()
 
 

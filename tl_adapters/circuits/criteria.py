@@ -120,7 +120,7 @@ def _sufficiency_criteria(block: Mapping[str, Any], texts: Onsets) -> list[Crite
     recovered = p_inserted / p_target if p_target and p_inserted is not None else None
     checked = [
         _criterion(
-            "P(word) at the target's moments, hybrid + circuit over target",
+            "P(word) at the target's onsets, hybrid + circuit over target",
             recovered,
             "at least 0.8",
             (recovered or 0.0) >= MIN_RECOVERED_PROBABILITY,
@@ -133,7 +133,7 @@ def _sufficiency_criteria(block: Mapping[str, Any], texts: Onsets) -> list[Crite
         ),
     ]
     if "boundary" in inserted:
-        name = "P(word) at matched boundaries, hybrid + circuit (stricter)"
+        name = "P(word) at matched control positions, hybrid + circuit (stricter)"
         checked.append(_equivalence(name, inserted["boundary"], "at most 0.05", MAX_FALSE_PROBABILITY))
     change = block["sufficiency"]["circuit"]["accuracy_change"]
     name = "accuracy, hybrid + circuit less hybrid"
