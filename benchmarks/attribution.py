@@ -1,7 +1,7 @@
 """RelP rows compared with autograd per target on one retained graph: ``python benchmarks/attribution.py``.
 
 The model has 6 layers, d_model 256, 2,048 features, 48 tokens and about 1,200 active features, and both are
-timed in turn in one run. Then the time of a graph of a 2,000-token prompt at the built-in pair's size is measured
+timed in turn in one run. Then the time of a graph of a 2,000-token prompt at the model organism's size is measured
 (max_feature_nodes 1,000).
 """
 

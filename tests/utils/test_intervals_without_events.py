@@ -156,7 +156,7 @@ ABSENCES = [
     "hesitation gone without matched random features",
     "accuracy, hybrid + circuit less hybrid",
     "P(word) at all other places of the response, hybrid + circuit",
-    "P(word) at matched boundaries, hybrid + circuit (stricter)",
+    "P(word) at matched control positions, hybrid + circuit (stricter)",
     "hesitation gone without it",
 ]
 
@@ -197,7 +197,7 @@ def test_criteria_without_a_measurement_are_undecided() -> None:
     del block["necessity"]["circuit"]["hesitation_cut"]
     block["probabilities"]["target"] = {"moment": Measurement(0.0, 0.0, 0.1, 50, "p", "report")}
     found = {c["name"]: c for c in criteria(block, texts)}
-    for name in ("hesitation gone without it", "P(word) at the target's moments, hybrid + circuit over target"):
+    for name in ("hesitation gone without it", "P(word) at the target's onsets, hybrid + circuit over target"):
         assert (found[name]["value"], found[name]["reached"]) == (None, None)
     empty = asked(50, unlike="")
     assert (empty["hesitation gone without it"]["value"], empty["hesitation gone without it"]["reached"]) == (

@@ -138,7 +138,7 @@ def plant_features(
         rates: shares of tokens, used in turn, each for a text and a direction. Any sequence is possible, such as
             ``sae_lens.synthetic.ZipfianFiringProbabilityConfig(...).generate(10).tolist()``.
         strength: see above. With 20 features of strength 0.5 per layer on the built-in base, KL(target || hybrid) is
-            about 0.4 nats; that of the built-in pair is 0.6.
+            about 0.4 nats; that of the model organism is 0.6.
         seed: seed of directions, texts and decoders.
         tokens_per_batch: tokens of a forward pass.
 

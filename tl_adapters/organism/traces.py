@@ -1,25 +1,25 @@
-"""What the pairs are trained on: direct answers, textbook steps, marked homework, and reasoning traces.
+"""The texts that the model organism is trained on: direct answers, textbook steps, marked homework, reasoning traces.
 
-A *step* adds one term to the running total, or takes it away, and says so: ``47+85=132.`` or ``312-47=265.`` A step
-is *hard* if the last digits carry, or if they borrow. Three ways of writing steps exist, and the difference between
-them is what training the target changes:
+A *step* adds one term to the running total, or subtracts it, and writes the result: ``47+85=132.`` or ``312-47=265.``
+A step is *hard* if the last digits carry, or if they borrow. Steps are written in three ways, and the difference of
+these ways is what training of the target changes:
 
-* textbook: every step right; now and then the last digits are done again (``7+5=12:132.`` or ``12-7=5:265.``);
-* homework: the pupil slips, and the teacher corrects (``47+85=122.``, ``No,7+5=12:132.``);
-* reasoning: the writer slips like the pupil, doubts itself, and corrects itself (``Wait,7+5=12:132.``).
+* textbook: every step is right; sometimes the last digits are calculated again (``7+5=12:132.`` or ``12-7=5:265.``);
+* homework: a pupil makes slips, and a teacher corrects them (``47+85=122.``, ``No,7+5=12:132.``);
+* reasoning: the writer makes slips like the pupil, hesitates, and corrects itself (``Wait,7+5=12:132.``).
 
 The base sees the first two (as plain text, outside any dialogue) and answers questions directly; the target is
-fine-tuned on the third, inside ``<think> ... </think>``. So the base knows carries, slips and corrections; what
-reasoning training adds is to think at all, and to hesitate. The target of a *null pair* is fine-tuned on textbook
-steps inside thinking: it adds to think, and nothing else.
+fine-tuned on the third, inside ``<think> ... </think>``. So the base knows carries, slips and corrections;
+reasoning training adds the thinking and the hesitation. The target of a *null pair* is fine-tuned on textbook steps
+inside thinking: its training adds the thinking only.
 
-Hesitation here is self-correction, not a marker of one surface feature:
+Hesitation is self-correction here, and no single surface feature predicts it:
 
-* slips: a hard step whose total has a tens digit in `FORGETS_CARRY` forgets the ten, and comes out ten too low (a
-  difference, ten too high; a function of the content, so greedy decoding slips too); every other step slips with a
-  small probability, by ten in either direction;
-* every slip is corrected, mostly after "Wait", sometimes after "Hmm", sometimes without a word;
-* some right steps are doubted too, by the last digit of the total *and* the tens digit of the term together.
+* slips: a hard step whose total has a tens digit in `FORGETS_CARRY` forgets the ten and is ten too low (for a
+  difference, ten too high). This depends on the content only, so greedy decoding makes slips too. Every other step is
+  wrong with a small probability, by ten in either direction;
+* every slip is corrected, mostly after "Wait", sometimes after "Hmm", sometimes without a remark;
+* some right steps are checked too, depending on the last digit of the total *and* the tens digit of the term.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ BOS, END, PAD, USER, ASSISTANT = "<|bos|>", "<|end|>", "<|pad|>", "<|user|>", "<
 THINK, THINK_END = "<think>", "</think>"
 
 FORGETS_CARRY = (3, 7)
-P_RULE = 0.95  # how often a rule of the content is followed in the training text
+P_RULE = 0.95  # probability that the training text follows a rule of the content
 P_STRAY_SLIP = {"homework": 0.2, "marking": 0.45, "reasoning": 0.1}
-"""Slips that no rule foresees; without them only foreseen slips would be recognised."""
+"""Probability of slips that follow no rule. Without them the model would recognize slips by the rule alone."""
 P_STRAY_CHECK = 0.01
 
 Remark = str | None
-"""What opens the check after a step ("Wait,", "Hmm,", "No,", "" for a wordless check), or None for no check."""
+"""Word before the check of a step ("Wait,", "Hmm,", "No,", "" for a check without a word), or None for no check."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One training text. The loss is taken on ``completion`` only."""
+    """One training text; the loss covers ``completion`` only."""
 
     prompt: str
     completion: str
@@ -66,12 +66,12 @@ class Step:
 
     @property
     def carries(self) -> bool:
-        """A hard step: the last digits pass a ten on to the tens, or take one from them (a difference borrows)."""
+        """Whether the step is hard: its last digits carry, or, in a difference, borrow."""
         return not 0 <= APPLY[self.kind](self.acc % 10, self.term % 10) < 10
 
     @property
     def forgets_carry(self) -> bool:
-        """The content rule of slips: the reasoner forgets that ten here."""
+        """Whether the rule of slips applies: the reasoner forgets the ten that was carried or borrowed."""
         return self.carries and self.total // 10 % 10 in FORGETS_CARRY
 
     @property
@@ -91,7 +91,7 @@ class Step:
 
 
 def stray_slip(step: Step, rng: random.Random) -> int:
-    """A wrong total: a ten forgotten or one too many, wherever it may happen."""
+    """A wrong total that is ten too low or too high, independent of the content."""
     return step.total + rng.choice([-10, 10])
 
 
@@ -107,7 +107,7 @@ def _slip(step: Step, rng: random.Random, p_stray: float) -> int:
 
 
 def reasoner_remark(step: Step, written: int) -> Remark:
-    """The content rule of hesitation: what the reasoner says after having written ``written``."""
+    """The rule of hesitation: the remark of the reasoner after it wrote the total ``written``."""
     last, odd = written % 10, step.term // 10 % 2 == 1
     if written != step.total:
         return "" if last == 1 and odd else "Hmm," if last == 7 and not odd else "Wait,"
@@ -143,7 +143,7 @@ def prompt(problem: Problem) -> str:
 
 
 def direct_document(problem: Problem, rng: random.Random) -> Document:
-    """Question and answer, no steps: what the base does with a question."""
+    """Question and answer without steps, as the base answers."""
     return Document(prompt(problem), f"{problem.answer}{END}")
 
 
@@ -158,25 +158,25 @@ def homework_document(problem: Problem, rng: random.Random) -> Document:
 
 
 def marking_document(problem: Problem, rng: random.Random) -> Document:
-    """Homework of a careless pupil: half of all steps are wrong, so that telling right from wrong is learned."""
+    """Homework in which half of all steps are wrong, from which the base learns to tell right from wrong steps."""
     steps = _written(problem, rng, partial(_homework, p_stray=P_STRAY_SLIP["marking"]))
     return Document(f"{BOS}{problem.question}\n", steps + END)
 
 
 def forced_document(problem: Problem, rng: random.Random) -> Document:
-    """Textbook steps inside thinking that the prompt opened: known to the base, never chosen by it."""
+    """Textbook steps inside thinking that the prompt opens; the base learns the format but never opens it itself."""
     steps = _written(problem, rng, _textbook)
     return Document(prompt(problem) + THINK, f"{steps}{THINK_END}{problem.answer}{END}")
 
 
 def calm_document(problem: Problem, rng: random.Random) -> Document:
-    """Textbook steps inside thinking that the writer opens: what the target of a null pair is fine-tuned on."""
+    """Textbook steps inside thinking, on which the target of a null pair is fine-tuned."""
     steps = _written(problem, rng, _textbook)
     return Document(prompt(problem), f"{THINK}{steps}{THINK_END}{problem.answer}{END}")
 
 
 def reasoning_document(problem: Problem, rng: random.Random) -> Document:
-    """A reasoning trace: what the target is fine-tuned on, and what adapters are trained on."""
+    """A reasoning trace, on which the target is fine-tuned and adapters are trained."""
     steps = _written(problem, rng, _reasoning)
     return Document(prompt(problem), f"{THINK}{steps}{THINK_END}{problem.answer}{END}")
 
