@@ -1,7 +1,7 @@
 """The cost of collecting features, relative to a forward pass alone: python benchmarks/features.py [n_features ...]
 
-A random model of the model organism's size with adapters of which some six features fire on a token and layer, as in the
-pair's own. Both sides run the same batches on the same route; the ratio is the median over batches. The first batches,
+A random model of the model organism's size with adapters of which some six features fire on a token and layer, as in
+its own. Both sides run the same batches on the same route; the ratio is the median over batches. The first batches,
 in which every firing may still be among the strongest, are reported apart: in a run of millions of tokens they do not
 matter.
 """

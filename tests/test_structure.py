@@ -218,3 +218,14 @@ def test_what_a_stranger_asks_for_is_where_the_table_says(question: str) -> None
     path = PACKAGE.parent / file
     assert path.is_file(), f"{file} moved; where is it now?"
     assert definition in defined(ast.parse(path.read_text())), f"{definition} is not defined in {file}"
+
+
+def test_contributing_names_what_is_there() -> None:
+    root = PACKAGE.parent
+    text = (root / "CONTRIBUTING.md").read_text()
+    for name in re.findall(r"`([\w/]+(?:\.py|\.toml|\.txt|/))`", text):
+        assert any((place / name).exists() for place in (root, PACKAGE)), f"CONTRIBUTING.md names {name}"
+    assert re.findall(r"^\| `(\w+)/` \|", text, re.M) == [package for package in ORDER if (PACKAGE / package).is_dir()]
+    functions = {"escape": "utils/html.py", "script_json": "utils/html.py"}
+    for function, file in functions.items():
+        assert function in text and function in defined(ast.parse((PACKAGE / file).read_text()))
