@@ -43,7 +43,7 @@ EXPORTS = {
     "FeatureId": "adapters.feature_id",
     "FeatureStore": "features.store",
     "FeatureTarget": "attribution.targets",
-    "find_circuit": "circuits.find",
+    "find_circuit": "circuits.search",
     "find_onsets": "circuits.onsets",
     "from_authors": "interop.authors_checkpoint",
     "from_saelens": "interop.saelens",
@@ -126,9 +126,9 @@ if TYPE_CHECKING:
     from tl_adapters.circuits.circuit import Circuit as Circuit
     from tl_adapters.circuits.controls import matched_features as matched_features
     from tl_adapters.circuits.controls import most_active_others as most_active_others
-    from tl_adapters.circuits.find import find_circuit as find_circuit
     from tl_adapters.circuits.onsets import find_onsets as find_onsets
     from tl_adapters.circuits.search import SearchOptions as SearchOptions
+    from tl_adapters.circuits.search import find_circuit as find_circuit
     from tl_adapters.circuits.search import search_circuit as search_circuit
     from tl_adapters.circuits.steering import shifted_logits as shifted_logits
     from tl_adapters.circuits.study import StudyOptions as StudyOptions

@@ -18,10 +18,9 @@ from tl_adapters import organism
 from tl_adapters.circuits.circuit import ROLES
 from tl_adapters.circuits.control_strengths import EFFECT_TOLERANCE, HARM_TOLERANCE, TuningTexts
 from tl_adapters.circuits.criteria import MIN_HESITATION_CUT
-from tl_adapters.circuits.find import FEWEST_ONSETS, find_circuit
 from tl_adapters.circuits.measurements import ReplacementResiduals, answers, probabilities, record
 from tl_adapters.circuits.onsets import Behavior, BehaviorError, find_onsets
-from tl_adapters.circuits.search import SearchOptions
+from tl_adapters.circuits.search import FEWEST_ONSETS, SearchOptions, find_circuit
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior, analyze_hesitation
 from tl_adapters.circuits.subject import Injection, Subject, builtin_subject
 from tl_adapters.config import TrainingConfig

@@ -20,11 +20,10 @@ import tl_adapters.circuits.comparisons as comparisons
 from tl_adapters import organism
 from tl_adapters.circuits.banned_words import banned, banned_neighbors
 from tl_adapters.circuits.circuit import Circuit, CircuitError
-from tl_adapters.circuits.find import find_circuit
 from tl_adapters.circuits.measurements import mediation, probabilities, record
 from tl_adapters.circuits.onsets import Onsets, final_residual, find_onsets, log_odds_from_logits
 from tl_adapters.circuits.roles import assign_roles, circuit_edges, effects_at
-from tl_adapters.circuits.search import SearchOptions, search_circuit
+from tl_adapters.circuits.search import SearchOptions, find_circuit, search_circuit
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
 from tl_adapters.circuits.subject import Subject, builtin_subject, kinds_at
 from tl_adapters.data.traces import Trace

@@ -9,6 +9,7 @@ from helpers.random_models import random_batch, random_model, randomise
 from safetensors.torch import load_file, save_file
 
 from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.finite_weights import NotFiniteError, require_finite_weights
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.config import TrainingConfig
@@ -24,7 +25,6 @@ from tl_adapters.organism import reasoning_pairs
 from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.training.objective import held_out_terms
 from tl_adapters.training.trainer import Trainer, TrainingError
-from tl_adapters.utils.finite_weights import NotFiniteError, require_finite_weights
 
 BAD = [math.nan, math.inf, -math.inf]
 

@@ -13,7 +13,7 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.interventions import feature_edits
-from tl_adapters.models.fused_attention import FusedAttention
+from tl_adapters.models.attention import FusedAttention
 from tl_adapters.models.hooked_transformer import build_hooked_transformer, tl_config
 from tl_adapters.models.paired_model import PairedModel
 

@@ -290,7 +290,7 @@ def test_every_module_imports_but_those_of_the_hooked_transformer() -> None:
     if default_backend() == "hooked":
         assert not failed
         return
-    assert failed == {"tl_adapters.models.fused_attention", "tl_adapters.models.hooked_transformer"}
+    assert failed == {"tl_adapters.models.attention", "tl_adapters.models.hooked_transformer"}
     with pytest.raises(UnsupportedModelError, match="backend='bridge', or install 'transformer-lens<4'"):
         build_model(random_model(1), backend="hooked")
     assert isinstance(PairedModel.from_pretrained(random_model(1), random_model(2)).model, TransformerBridge)

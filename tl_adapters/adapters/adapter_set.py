@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_adapters.adapters.feature_id import FeatureId, ForeignFeaturesError, OwnedFeatureId
+from tl_adapters.adapters.finite_weights import require_finite_weights
 from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.saelens_folder import THRESHOLDED, AdapterFormatError
 from tl_adapters.adapters.set_folder import (
@@ -31,7 +32,6 @@ from tl_adapters.adapters.transcoder import TranscoderAdapter, adapter_of
 from tl_adapters.checkpoints.fingerprints import fingerprint, fingerprints
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 from tl_adapters.checkpoints.model_files import fetch
-from tl_adapters.utils.finite_weights import require_finite_weights
 
 log = logging.getLogger(__name__)
 

@@ -29,9 +29,8 @@ from tl_adapters.circuits.controls import (
     matched_order,
     most_active_others,
 )
-from tl_adapters.circuits.find import FoundCircuit
 from tl_adapters.circuits.roles import effects_at
-from tl_adapters.circuits.search import SearchOptions, search_circuit
+from tl_adapters.circuits.search import FoundCircuit, SearchOptions, search_circuit
 from tl_adapters.interventions.variants import Variant, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 

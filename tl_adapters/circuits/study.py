@@ -52,9 +52,8 @@ from tl_adapters.circuits.comparisons import (
 from tl_adapters.circuits.conditions import choose_feature_sets, make_conditions
 from tl_adapters.circuits.control_strengths import TuningTexts, control_records, set_controls
 from tl_adapters.circuits.criteria import MIN_HESITATION_CUT, OUTCOME_NAMES, correction_beside_others, criteria
-from tl_adapters.circuits.find import FoundCircuit, find_circuit
 from tl_adapters.circuits.results_block import HESITATION_SCHEMA_VERSION
-from tl_adapters.circuits.search import SearchOptions
+from tl_adapters.circuits.search import FoundCircuit, SearchOptions, find_circuit
 from tl_adapters.circuits.subject import Subject
 from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, Find

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from tl_adapters.adapters.finite_weights import NotFiniteError
 from tl_adapters.adapters.transcoder import row_norms
 from tl_adapters.features.document_batches import TokenBatch
 from tl_adapters.features.feature import ResidualStream
@@ -19,7 +20,6 @@ from tl_adapters.features.logit_effects import decoder_rows
 from tl_adapters.features.store_description import StoreDescription
 from tl_adapters.models.finite_activations import finite_blocks
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
-from tl_adapters.utils.finite_weights import NotFiniteError
 
 MLP_INPUT_HOOK = "mlp.hook_in"
 NEURON_HOOK = "mlp.hook_post"

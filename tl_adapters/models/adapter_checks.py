@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.finite_weights import require_finite_weights
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.checkpoints.layer_samples import agrees, dtype_name
 from tl_adapters.models.backend import Backend
 from tl_adapters.models.weight_identity import ModelSamples, layer_and_title, recorded_samples
-from tl_adapters.utils.finite_weights import require_finite_weights
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.utils.finite_weights import NotFiniteError
+from tl_adapters.adapters.finite_weights import NotFiniteError
 
 
 def require_finite_activations(

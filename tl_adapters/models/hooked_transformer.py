@@ -5,7 +5,7 @@
 2. Parameters are views of the model's weights, in nn.Linear's layout. No weight is held twice, and the copies that
    stock components make of transposed weights at every call cost nothing.
 3. Attention runs in a fused kernel unless a hook reads scores or patterns; then the stock code runs
-   (`fused_attention`).
+   (`attention`).
 
 TransformerLens 4 has no HookedTransformer; there `transformer_bridge` is used.
 """
@@ -28,9 +28,8 @@ from tl_adapters.checkpoints.architectures import UnsupportedModelError, find_ar
 from tl_adapters.checkpoints.model_checks import mlp_activation, require_representable, rope_parameters
 from tl_adapters.checkpoints.model_files import PROJECTIONS
 from tl_adapters.checkpoints.tokenizers import give_tokenizer
-from tl_adapters.models.attention_masks import without_padding_inference
+from tl_adapters.models.attention import FusedAttention, without_padding_inference
 from tl_adapters.models.backend import Backend
-from tl_adapters.models.fused_attention import FusedAttention
 from tl_adapters.models.routed_mlp import MLPWeights, RoutedMLP, WeightsProcessedError, require_unrouted
 from tl_adapters.utils.precision import float32_logits, linear_in_float32
 

@@ -14,8 +14,8 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.circuits.circuit import EFFECT_NAMES, ROLES, Circuit
 from tl_adapters.circuits.criteria import OUTCOME_NAMES
-from tl_adapters.circuits.find import FEWEST_ONSETS
 from tl_adapters.circuits.results_block import upgraded_block
+from tl_adapters.circuits.search import FEWEST_ONSETS
 from tl_adapters.data.words import word_pattern
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature
 from tl_adapters.features.store import FeatureStore

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from tl_adapters.adapters.finite_weights import NotFiniteError
 from tl_adapters.data.traces import Batch
 from tl_adapters.models.finite_activations import by_layer_name, require_finite_activations
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.finite_weights import NotFiniteError
 
 
 @torch.no_grad()

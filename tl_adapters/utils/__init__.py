@@ -6,7 +6,6 @@
 * `devices`: The device that models run on: one by name, or the best that this machine has
 * `file_hashes`: SHA-256 of files; those of large files are remembered between runs
 * `files`: Atomic writes of files and folders, and a lock on a folder
-* `finite_weights`: A check that weights hold neither NaN nor infinity
 * `html`: HTML building blocks: escaping, tables, cells with confidence intervals, templates and a page frame
 * `kl_divergence`: KL divergence per token from logits or residual streams, in chunks
 * `measurement`: Types of measured values with their confidence intervals
