@@ -12,13 +12,13 @@ import torch
 from helpers.random_models import random_model, randomise
 from safetensors.torch import load_file, save_file
 
-import tl_adapters.utils.file_hashes as file_hashes
+import tl_adapters.adapters.file_hashes as file_hashes
 from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.file_hashes import file_hash
 from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
 from tl_adapters.adapters.set_folder import SET_METADATA_FILE, SET_SAMPLES_FILE, record_hash
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.file_hashes import file_hash
 
 WEIGHTS = "sae_weights.safetensors"
 

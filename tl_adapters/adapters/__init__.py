@@ -3,6 +3,7 @@
 * `activation_functions`: four activation functions of features, and how gradients pass them
 * `adapter_set`: the adapters of a model's layers as one set
 * `feature_id`: the name of a feature: layer, index and, where known, the set of adapters it belongs to
+* `file_hashes`: SHA-256 of files; those of large files are remembered between runs
 * `finite_weights`: a check that weights hold neither NaN nor infinity
 * `l0`: L0, the mean number of active features per token
 * `metadata`: the models that adapters belong to, what they read and write, and how they were trained

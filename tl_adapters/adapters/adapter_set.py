@@ -32,6 +32,7 @@ from tl_adapters.adapters.transcoder import TranscoderAdapter, adapter_of
 from tl_adapters.checkpoints.fingerprints import fingerprint, fingerprints
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 from tl_adapters.checkpoints.model_files import fetch
+from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ _EARLIER_VERSION = (
 )
 
 
+@renamed_attributes(marks="layer_samples")
 class AdapterSet(nn.Module):
     """The adapters of a model's layers, with the metadata and weight samples that say where they belong.
 

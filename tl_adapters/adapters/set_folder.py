@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tl_adapters.adapters.file_hashes import file_hash
 from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.saelens_folder import (
     INPUT_HOOKS,
@@ -37,7 +38,6 @@ from tl_adapters.adapters.saelens_folder import (
 from tl_adapters.adapters.transcoder import require_activation
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 from tl_adapters.checkpoints.model_files import fetch
-from tl_adapters.utils.file_hashes import file_hash
 from tl_adapters.utils.files import new_folder
 from tl_adapters.utils.strict_json import dumps
 

@@ -21,6 +21,7 @@ from tl_adapters.adapters.saelens_folder import AdapterFormatError, read_json, r
 from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
 from tl_adapters.utils.files import new_folder
+from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.strict_json import dumps
 
 GRAPH_FILE, TENSORS_FILE = "graph.json", "graph.safetensors"
@@ -52,6 +53,7 @@ class GraphTarget:
     """Vocabulary index of the token whose logit is subtracted, for a difference."""
 
 
+@renamed_attributes(shown="display_strings")
 @dataclass(frozen=True)
 class AttributionGraph:
     """The attribution graph of one prompt; tensors are on the CPU."""

@@ -34,6 +34,7 @@ from tl_adapters.autointerp.http_client import (
     Reply,
 )
 from tl_adapters.autointerp.reply_cache import ReplyCache, read_json
+from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class EndpointUsage:
     """Questions answered from the cache."""
 
 
+@renamed_attributes(spent="usage")
 class Endpoint:
     """A model behind an address; `ask_all` asks it questions.
 

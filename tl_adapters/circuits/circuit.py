@@ -30,6 +30,7 @@ from tl_adapters.interop.hub import HubError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import escape, table
+from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.results import plain
 from tl_adapters.utils.strict_json import dumps
 
@@ -63,6 +64,7 @@ class CircuitError(UserError, ValueError):
     """A circuit that cannot be read, or that belongs to other adapters."""
 
 
+@renamed_attributes(follows="continuation", mass="activation")
 @dataclass(frozen=True)
 class CircuitFeature:
     """A feature of a circuit with its role and its effects. Effects are in nats of the word's log-odds."""
@@ -124,6 +126,7 @@ class CircuitComparison:
     """Share of the shared features that have the same role in both; NaN where none is shared."""
 
 
+@renamed_attributes(behaviour="behavior")
 @dataclass(frozen=True)
 class Circuit:
     """The features that do a behavior, with the fingerprints of the adapters and models that they belong to."""

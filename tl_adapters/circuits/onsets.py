@@ -37,11 +37,20 @@ from tl_adapters.evaluation.behaviors import BehaviorError as BehaviorError
 from tl_adapters.evaluation.behaviors import Words, first_tokens
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.precision import at_least_float32
+from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 MAX_CONTINUATION_TOKENS = 24
 """Largest number of tokens of a continuation."""
 
 
+@renamed_attributes(
+    moment="onset",
+    boundary="control",
+    follows="continuation",
+    coming="next_tokens",
+    with_moments="with_onsets",
+    with_places="with_onsets_and_controls",
+)
 @dataclass(frozen=True)
 class Onsets:
     """Texts with the positions of a behavior in them. Rows are documents, padded on the right."""

@@ -49,6 +49,7 @@ from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import at_least_float32
+from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class SearchObjective:
     """KL over the continuations, in nats per token."""
 
 
+@renamed_attributes(aims="objectives")
 @dataclass(frozen=True)
 class Search:
     """The result of a search."""
@@ -228,6 +230,7 @@ FEWEST_ONSETS = 20
 """With fewer onsets on the select problems no circuit is searched."""
 
 
+@renamed_attributes(moments="onsets")
 @dataclass(frozen=True)
 class FoundCircuit:
     """A circuit with the texts and the search that it comes from."""

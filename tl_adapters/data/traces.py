@@ -18,12 +18,14 @@ from torch import Tensor
 from tl_adapters.config import REGIONS, Region
 from tl_adapters.errors import UserError
 from tl_adapters.utils.arguments import items
+from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 
 class DataError(UserError, ValueError):
     """Raised for documents that cannot be used; the message names the document, or the file and the line."""
 
 
+@renamed_attributes(counts="has_counted_tokens")
 @dataclass(frozen=True)
 class Trace:
     """One document of prompt and response."""

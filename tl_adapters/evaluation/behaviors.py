@@ -25,6 +25,7 @@ from tl_adapters.data.traces import Trace
 from tl_adapters.data.words import without_extensions, word_pattern, word_tokens
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 Words = tuple[int | tuple[int, ...], ...]
 """Tokens each of which is the behavior, and phrases (tuples of tokens)."""
@@ -55,6 +56,7 @@ class ResponseLike(Protocol):
         ...
 
 
+@renamed_attributes(places="text_spans")
 @dataclass(frozen=True)
 class Behavior:
     """A behavior: words or phrases, or whatever a function finds in a trace."""

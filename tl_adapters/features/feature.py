@@ -20,6 +20,7 @@ from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
 from tl_adapters.utils.html import escape, table
 from tl_adapters.utils.notebook import NotebookView, circuitsvis_tokens, circuitsvis_view
+from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 ALIVE_FIRINGS = 10
 """A feature counts as alive if it fired at least this often."""
@@ -42,6 +43,7 @@ class FeatureStoreError(UserError, ValueError):
     """A feature store cannot be read, or does not match what is asked of it."""
 
 
+@renamed_attributes(at="token_index", shown="display_texts")
 @dataclass(frozen=True)
 class Example:
     """A window of a document around one token, with a feature's activation on every token of the window."""
@@ -96,6 +98,14 @@ class Label:
     """Detection score: balanced accuracy on examples that the label was not made from; None if not measured."""
 
 
+@renamed_attributes(
+    promotes="top_logits",
+    suppresses="bottom_logits",
+    top="top_examples",
+    sample="random_examples",
+    neighbours="coactivating",
+    thinking="thinking_deciles",
+)
 @dataclass(frozen=True)
 class Feature:
     """Everything that a store holds on one feature or one MLP neuron. Activations are in decoder-norm units."""

@@ -20,11 +20,13 @@ from tl_adapters.generation.completions import Completion, complete
 from tl_adapters.generation.sampling import GenerationError
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 DEFAULT_ROUTES = ("target", "hybrid", "replacement")
 """Routes that are compared by default."""
 
 
+@renamed_attributes(hesitations="hesitation_spans", parts_at="differs_at")
 @dataclass(frozen=True)
 class VariantCompletion(Completion):
     """The completion by one variant, compared with that by the first variant."""

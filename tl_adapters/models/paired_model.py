@@ -50,6 +50,7 @@ from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.routed_model import RoutedModel
 from tl_adapters.models.weight_identity import BaseIdentity, ModelSamples, layer_samples, target_fingerprints
 from tl_adapters.utils.devices import resolve_device
+from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 if TYPE_CHECKING:
     from tl_adapters.interventions.feature_edits import Features, Positions
@@ -62,6 +63,7 @@ PRE_ACTS_HOOK = "mlp.adapter.hook_sae_acts_pre"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+@renamed_attributes(marks="layer_samples")
 class PairedModel(RoutedModel):
     """A base / target pair as one TransformerLens model (`model`) with a route per layer.
 

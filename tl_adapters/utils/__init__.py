@@ -4,7 +4,6 @@
 * `bootstrap`: Bootstrap intervals of ratios and means over documents
 * `clustered_intervals`: Intervals of shares, differences and rates of items that are clustered in documents
 * `devices`: The device that models run on: one by name, or the best that this machine has
-* `file_hashes`: SHA-256 of files; those of large files are remembered between runs
 * `files`: Atomic writes of files and folders, and a lock on a folder
 * `html`: HTML building blocks: escaping, tables, cells with confidence intervals, templates and a page frame
 * `kl_divergence`: KL divergence per token from logits or residual streams, in chunks
@@ -12,6 +11,7 @@
 * `notebook`: HTML views for notebooks: circuitsvis components that work offline, and tokens colored by value
 * `plots`: Line and point plots as inline SVG, drawn without pyplot
 * `precision`: Sums and logits in float32 or wider, whatever the dtype and the device of the model
+* `renamed_attributes`: Old names of attributes of public classes, which still work and warn
 * `results`: results.json: one block per stage of a run, with versions and seconds
 * `share_intervals`: Closed-form intervals of shares and counts of independent items
 * `strict_json`: JSON without NaN and infinities; the error names the key of the first one
