@@ -1,4 +1,4 @@
-"""A run's features: the demo's stage, the verb on documents of one's own, shares of several processes, refusals."""
+"""A run's features: the demo's stage, the subcommand on documents of one's own, shares of several processes, refusals."""
 
 import importlib.util
 import json
@@ -59,7 +59,7 @@ def test_a_moments_graph_knows_the_stores_labels_and_examples(run: Path) -> None
         assert node["clerp"] == (label.text if label else "")
 
 
-def test_the_verb_reads_any_documents(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_subcommand_reads_any_documents(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "mine.jsonl"
     lines = [
         {"prompt": question, "response": response, "domain": ("even", "odd")[i % 2]}

@@ -51,7 +51,7 @@ def test_features_keep_labels_and_replies(tmp_path: Path, monkeypatch: pytest.Mo
         "neuron_pages", "neurons", "pages", "replies", "store",
     ]  # fmt: skip
 
-    kept = features_stage(pair, traces[:6], tmp_path, "another split")  # as if the verb features had
+    kept = features_stage(pair, traces[:6], tmp_path, "another split")  # as if the subcommand features had
     assert kept.about.split == "report" and kept.documents == 3 and kept.labels[store.ids(1)[0]] == judged
     assert read_results(tmp_path)["features"]["split"] == "report"
 
