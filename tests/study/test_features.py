@@ -1,4 +1,4 @@
-"""A run's features: the demo's stage, the subcommand on documents of one's own, shares of several processes, refusals."""
+"""A run's features: the demo's stage, the subcommand on any documents, shares of several processes, refusals."""
 
 import importlib.util
 import json
