@@ -126,7 +126,8 @@ def test_the_front_door_has_one_list() -> None:
 def defined(tree: ast.Module) -> set[str]:
     """Names that a module defines at its top level."""
     names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    names |= {t.id for n in tree.body if isinstance(n, ast.Assign) for t in ast.walk(n) if isinstance(t, ast.Name)}
+    targets = [target for n in tree.body if isinstance(n, ast.Assign) for target in n.targets]
+    names |= {t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)}
     return names | {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
 
 
@@ -229,3 +230,13 @@ def test_contributing_names_what_is_there() -> None:
     functions = {"escape": "utils/html.py", "script_json": "utils/html.py"}
     for function, file in functions.items():
         assert function in text and function in defined(ast.parse((PACKAGE / file).read_text()))
+
+
+def test_a_constant_means_one_thing() -> None:
+    """No two modules have a public constant of one name: FILE, SHARE or KINDS would mean something else in each."""
+    homes: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for name in defined(ast.parse(path.read_text())):
+            if name.isupper() and len(name) > 1 and not name.startswith("_"):
+                homes.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}

@@ -10,9 +10,9 @@ import pytest
 
 from tl_adapters.evaluation import math_equality, tasks
 from tl_adapters.evaluation.tasks import (
-    BUILTIN,
     CHOICE_LETTERS,
     INSTRUCTION,
+    ORGANISM_TASK,
     TASKS,
     ChoiceProblem,
     MathProblem,
@@ -194,10 +194,10 @@ def test_the_last_complete_box_counts() -> None:
 
 
 def test_the_built_in_problems_need_no_download() -> None:
-    found = load_problems(BUILTIN, limit=5)
+    found = load_problems(ORGANISM_TASK, limit=5)
     assert found.split == "report" and len(found.problems) == 5
     with pytest.raises(TaskError, match="generated, not read"):
-        load_problems(BUILTIN, "file.jsonl")
+        load_problems(ORGANISM_TASK, "file.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -267,4 +267,4 @@ def test_a_missing_extra_is_reported_before_anything_is_loaded(monkeypatch: pyte
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TaskError, match=r'checked by math-verify.*pip install "tl-adapters\[benchmarks\]"'):
         require_task("gsm8k")
-    require_task(BUILTIN), require_task("gpqa_diamond")
+    require_task(ORGANISM_TASK), require_task("gpqa_diamond")

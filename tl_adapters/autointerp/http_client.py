@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
+from tl_adapters.data.conversations import THINKING_FIELDS
 from tl_adapters.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ _MIN_SECRET_LENGTH = 16
 """Characters of a real key, which is removed from replies too; a shorter one ("EMPTY") is not a secret."""
 _CHARACTERS_PER_TOKEN = 4
 """Used to estimate tokens where a server does not report them."""
-_THINKING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Fields, beside the text, in which servers return the thinking of a reasoning model."""
 _SHOWN_CHARACTERS = 300
 """Characters of a server's response that an error message quotes."""
 
@@ -184,7 +183,7 @@ def _content(message: Mapping[str, Any]) -> str | None:
     if isinstance(content, list):
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         content = "".join(text for text in texts if isinstance(text, str))
-    has_thinking = any(isinstance(message.get(name), str) and message[name] for name in _THINKING_FIELDS)
+    has_thinking = any(isinstance(message.get(name), str) and message[name] for name in THINKING_FIELDS)
     return content if isinstance(content, str) and (content.strip() or not has_thinking) else None
 
 
@@ -194,7 +193,7 @@ def _missing_text(message: Mapping[str, Any], finish_reason: Any) -> str:
         return TRUNCATED_REPLY
     if finish_reason == "content_filter":
         return "the server's content filter withheld the reply"
-    if any(message.get(name) for name in _THINKING_FIELDS):
+    if any(message.get(name) for name in THINKING_FIELDS):
         return "the reply has thinking and no text; give the model more tokens, or ask the server not to think"
     return "the reply has no text"
 

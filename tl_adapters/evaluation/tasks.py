@@ -36,7 +36,7 @@ from tl_adapters.generation.responses import Checkable
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 """Text that is appended to every question."""
 CHOICE_LETTERS = "ABCD"
-BUILTIN = "builtin"
+ORGANISM_TASK = "builtin"
 BUILTIN_PROBLEMS = 1_000
 """Number of problems of the model organism's report split where no limit is given."""
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -166,11 +166,11 @@ TASKS = {
 
 def require_task(name: str) -> None:
     """Raise TaskError where the task is unknown or the package of its check is not installed; nothing is loaded."""
-    if name != BUILTIN and name not in TASKS:
+    if name != ORGANISM_TASK and name not in TASKS:
         similar = difflib.get_close_matches(name, TASKS, n=1)
         hint = f" Did you mean {similar[0]!r}?" if similar else ""
-        raise TaskError(f"There is no task {name!r}.{hint} The tasks are {', '.join((BUILTIN, *TASKS))}.")
-    package = None if name == BUILTIN else TASKS[name].checked_by
+        raise TaskError(f"There is no task {name!r}.{hint} The tasks are {', '.join((ORGANISM_TASK, *TASKS))}.")
+    package = None if name == ORGANISM_TASK else TASKS[name].checked_by
     if package and importlib.util.find_spec(package) is None:
         raise TaskError(
             f"The answers of {name} are checked by {package.replace('_', '-')}, which is not installed. Run: "
@@ -192,9 +192,9 @@ def load_problems(name: str, source: str | None = None, *, limit: int | None = N
     require_task(name)
     if limit is not None and limit < 1:
         raise TaskError(f"The limit is {limit}; it must be a whole number >= 1.")
-    if name == BUILTIN:
+    if name == ORGANISM_TASK:
         if source is not None:
-            raise TaskError(f"The problems of {BUILTIN} are generated, not read from a file; leave out {source}.")
+            raise TaskError(f"The problems of {ORGANISM_TASK} are generated, not read from a file; leave out {source}.")
         generated = organism.problems("report", limit or BUILTIN_PROBLEMS)
         return Problems(name, "the built-in pair's problems", "report", generated)
     task = TASKS[name]

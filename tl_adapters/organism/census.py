@@ -24,8 +24,8 @@ from tl_adapters.organism.problem_set import Problem, problems
 from tl_adapters.organism.recipe import Recipe
 from tl_adapters.organism.traces import Step
 
-CHECK = r"(\w+,)?\d+[+-]\d=\d+:(\d+)\.\n"
-STEP = re.compile(rf"(\d+)[+-](\d+)=(\d+)\.\n(?:{CHECK})?")
+CHECK_PATTERN = r"(\w+,)?\d+[+-]\d=\d+:(\d+)\.\n"
+STEP_PATTERN = re.compile(rf"(\d+)[+-](\d+)=(\d+)\.\n(?:{CHECK_PATTERN})?")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class WrittenStep:
 
 def written_steps(problem: Problem, response: str) -> list[WrittenStep]:
     """The steps of a response, in order."""
-    matches = list(STEP.finditer(response))
+    matches = list(STEP_PATTERN.finditer(response))
     return [
         WrittenStep(
             Step(int(m[1]), int(m[2]), problem.kind),
@@ -135,7 +135,7 @@ def with_injected_slip(problem: Problem, rng: random.Random) -> tuple[str, Step]
 
 def corrects(text: str, step: Step) -> bool:
     """Whether the text continues with a check that ends in the step's right total."""
-    check = re.match(CHECK, text)
+    check = re.match(CHECK_PATTERN, text)
     return check is not None and int(check[2]) == step.total
 
 

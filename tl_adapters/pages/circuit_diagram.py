@@ -16,7 +16,7 @@ MAX_SHOWN_EDGES, MAX_SHOWN_PER_ROLE = 80, 60
 """Edges in the diagram, and features of each role."""
 Link = Callable[[FeatureId], str | None]
 """A function from a feature to the address of its page, or None."""
-WIDTH, TOP, LEFT, RIGHT, STEP = 1040.0, 34.0, 60.0, 130.0, 22.0
+WIDTH, TOP, LEFT, RIGHT, DOT_DISTANCE = 1040.0, 34.0, 60.0, 130.0, 22.0
 """Width of the diagram, its margins, and the distance of two dots, in SVG units."""
 _COLUMN_WIDTHS: dict[Role, float] = {"template": 1.2, "output": 1.2, "continuation": 1.0, "other": 0.6, "suppress": 0.8}
 _COLORS = {
@@ -84,15 +84,15 @@ def _layout(features: Sequence[CircuitFeature]) -> _Layout:
         top, lines, left = y, 1, LEFT
         for role in roles:
             width = unit * _COLUMN_WIDTHS[role]
-            per_line = max(1, int((width - 40) // STEP))
+            per_line = max(1, int((width - 40) // DOT_DISTANCE))
             in_cell = [f for f in features if f.role == role and f.id.layer == layer]
             for i, f in enumerate(in_cell):
                 columns = min(per_line, len(in_cell))
-                x = left + width / 2 + (i % per_line - (columns - 1) / 2) * STEP
-                centers[f.id] = (x, top + 14 + STEP * (i // per_line))
+                x = left + width / 2 + (i % per_line - (columns - 1) / 2) * DOT_DISTANCE
+                centers[f.id] = (x, top + 14 + DOT_DISTANCE * (i // per_line))
             lines = max(lines, math.ceil(len(in_cell) / per_line))
             left += width
-        y = top + STEP * lines + 8
+        y = top + DOT_DISTANCE * lines + 8
         texts.append(f'<text x="4" y="{top + 18:.0f}" fill="#57606a">layer {layer}</text>')
         texts.append(f'<line x1="0" y1="{y - 1:.0f}" x2="{WIDTH - RIGHT:.0f}" y2="{y - 1:.0f}" stroke="#eaeef2"/>')
     left = LEFT

@@ -52,7 +52,7 @@ from tl_adapters.utils.results import Block, plain
 HESITATION_PAGE_FILE = "hesitation.html"
 FEATURE_PAGES_FOLDER = "features/pages"
 """Folder of the feature pages within a run."""
-MAX_LISTED_FEATURES, MAX_SHOWN_WORDS = 60, 12
+MAX_TABLE_FEATURES, MAX_SHOWN_WORDS = 60, 12
 """Features in the table of the circuit, and words in the heading."""
 
 _ROLE_DESCRIPTIONS = {
@@ -224,7 +224,7 @@ def _diagram(circuit: Circuit, store: FeatureStore | None, link: Link, onsets: B
 def _features(circuit: Circuit, store: FeatureStore | None, link: Link) -> str:
     if not circuit.features:
         return ""
-    chosen = sorted(circuit.features, key=lambda f: -size(f.total))[:MAX_LISTED_FEATURES]
+    chosen = sorted(circuit.features, key=lambda f: -size(f.total))[:MAX_TABLE_FEATURES]
     known, rows = known_features(store, [f.id for f in chosen]), []
     for f in chosen:
         name = f"{f.id.layer}.{f.id.index}"

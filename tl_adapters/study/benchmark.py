@@ -21,7 +21,7 @@ from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.behaviors import Behavior
 from tl_adapters.evaluation.sampled_responses import ResponseOptions, TaskScore, sample_responses, score_responses
-from tl_adapters.evaluation.tasks import BUILTIN, TASKS, load_problems, require_task
+from tl_adapters.evaluation.tasks import ORGANISM_TASK, TASKS, load_problems, require_task
 from tl_adapters.generation.generation_config import DEFAULT_MAX_NEW_TOKENS, end_tokens
 from tl_adapters.interventions.variants import MAX_LISTED_FEATURES, Variant, on_route, with_only, without
 from tl_adapters.models.paired_model import PairedModel
@@ -134,8 +134,8 @@ def benchmark_run(
     require_adapters(run)
     if tasks is None:
         if not is_organism_run(run):
-            raise BenchmarkError(f"--tasks is missing; the tasks are {', '.join((BUILTIN, *TASKS))}.")
-        tasks = {BUILTIN: None}
+            raise BenchmarkError(f"--tasks is missing; the tasks are {', '.join((ORGANISM_TASK, *TASKS))}.")
+        tasks = {ORGANISM_TASK: None}
     samplings = {name: _sampling(name, options or {}) for name in tasks}
     for name in tasks:
         require_task(name)
@@ -161,7 +161,7 @@ def benchmark_run(
 
 
 def _sampling(task: str, options: Mapping[str, Any]) -> ResponseOptions:
-    own: dict[str, Any] = {"temperature": 0.0} if task == BUILTIN else {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS}
+    own: dict[str, Any] = {"temperature": 0.0} if task == ORGANISM_TASK else {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS}
     return ResponseOptions(**{**own, **options})
 
 
