@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from helpers.loopback_server import LoopbackServer, Request, Response
 
 KEY = "sk-a-key-that-must-never-be-seen-anywhere"
 
@@ -23,66 +21,47 @@ class Says:
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
     body: str | None = None  # instead of a chat completion
-    usage: dict[str, int] | None = field(default_factory=lambda: {"total_tokens": 10})
+    usage: dict[str, Any] | None = field(default_factory=lambda: {"total_tokens": 10})
+
+    def response(self) -> Response:
+        completion = {"choices": [{"message": {"role": "assistant", "content": self.text}}], "usage": self.usage}
+        body = json.dumps(completion) if self.body is None else self.body
+        return Response(body, self.status, self.headers, delay=self.delay)
 
 
 class FakeChat:
-    """Replies to each request with what ``answer`` returns for its messages; a text is an ordinary reply."""
+    """Replies to each request with what ``answer`` returns for its messages; a text is an ordinary reply.
 
-    def __init__(self, answer: Callable[[list[dict[str, str]]], str | Says]) -> None:
-        self.answer, self.asked, self.headers = answer, [], []
-        self.now, self.most_at_once, self.times = 0, 0, []
-        self._lock = threading.Lock()
+    An answer may also be a `Response` of the server below, which misbehaves in all ways that TCP allows.
+    """
+
+    def __init__(self, answer: Callable[[list[dict[str, str]]], str | Says | Response]) -> None:
+        self.answer, self.asked, self.headers, self.times = answer, [], [], []
+        self.server = LoopbackServer(self._reply)
 
     def __enter__(self) -> FakeChat:
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with fake._lock:
-                    fake.now += 1
-                    fake.most_at_once = max(fake.most_at_once, fake.now)
-                    fake.asked.append({"path": self.path, **body})
-                    fake.headers.append({k.lower(): v for k, v in self.headers.items()})
-                    fake.times.append(time.monotonic())
-                says: str | Says = ""
-                try:
-                    says = fake.answer(body["messages"])
-                    time.sleep(0.0 if isinstance(says, str) else says.delay)
-                finally:  # before the reply: whoever gets it may ask again at once
-                    with fake._lock:
-                        fake.now -= 1
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    fake.reply(self, Says(says) if isinstance(says, str) else says)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
+        self.server.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+        self.server.__exit__(*error)
 
-    @staticmethod
-    def reply(handler: BaseHTTPRequestHandler, says: Says) -> None:
-        completion = {"choices": [{"message": {"role": "assistant", "content": says.text}}], "usage": says.usage}
-        data = (json.dumps(completion) if says.body is None else says.body).encode()
-        handler.send_response(says.status)
-        for name, value in {"content-length": str(len(data)), **says.headers}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(data)
+    def _reply(self, request: Request) -> Response:
+        body = request.json()
+        self.asked.append({"path": request.path, **body})
+        self.headers.append(request.headers)
+        self.times.append(request.time)
+        says = self.answer(body["messages"])
+        says = Says(says) if isinstance(says, str) else says
+        return says.response() if isinstance(says, Says) else says
+
+    @property
+    def most_at_once(self) -> int:
+        return self.server.most_at_once
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}/v1"
+        return f"{self.server.url}/v1"
 
     @property
     def questions(self) -> list[str]:
