@@ -15,7 +15,7 @@ from tl_adapters.evaluation.baselines import (
 )
 from tl_adapters.evaluation.faithfulness import faithfulness_block, features_block, measure_faithfulness
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.kl_divergence import kl_per_token
+from tl_adapters.training.kl_divergence import kl_per_token
 
 
 @pytest.fixture

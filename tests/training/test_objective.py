@@ -10,9 +10,9 @@ from tl_adapters.adapters.transcoder import row_norms
 from tl_adapters.config import LossWeights
 from tl_adapters.data.traces import Batch
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.kl_divergence import kl_from_residual, masked_kl
 from tl_adapters.training.loss_terms import l0_term, l1_term, nmse_term
 from tl_adapters.training.objective import StepTerms, held_out_terms, reference_step, shared_prefix_step
-from tl_adapters.utils.kl_divergence import kl_from_residual, masked_kl
 
 WEIGHTS = LossWeights(output_kl=0.7, forward_bridge=1.3, backward_bridge=1.9, nmse=0.4, lowest_cut=0)
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from tl_adapters.pages.plots import Line, plot
 from tl_adapters.utils.html import escape, highlight_words
 from tl_adapters.utils.notebook import colored_tokens
-from tl_adapters.utils.plots import Line, plot
 
 
 def test_text_shows_exactly_itself() -> None:

@@ -17,9 +17,9 @@ from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.interventions.feature_edits import scaled
 from tl_adapters.interventions.frozen import frozen
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.kl_divergence import kl_from_residual, kl_per_token, token_kl_from_residual
 from tl_adapters.training.objective import PrecisionError, held_out_terms, reference_step, shared_prefix_step
 from tl_adapters.training.trainer import Trainer
-from tl_adapters.utils.kl_divergence import kl_from_residual, kl_per_token, token_kl_from_residual
 from tl_adapters.utils.precision import host_float64, linear_in_float32, wide
 
 VOCABULARY = 50_000

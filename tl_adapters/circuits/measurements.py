@@ -30,6 +30,7 @@ from tl_adapters.interventions.feature_edits import Features, ablated
 from tl_adapters.interventions.frozen import frozen
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.kl_divergence import kl_per_token
 from tl_adapters.utils.bootstrap import bootstrap_ratio
 from tl_adapters.utils.clustered_intervals import (
     change_of_ratio,
@@ -37,7 +38,6 @@ from tl_adapters.utils.clustered_intervals import (
     event_cluster_size,
     paired_difference,
 )
-from tl_adapters.utils.kl_divergence import kl_per_token
 from tl_adapters.utils.measurement import Estimate, Measurement, OutcomesMeasurement, SetsMeasurement
 from tl_adapters.utils.precision import host_float64, wide
 from tl_adapters.utils.results import plain

@@ -24,7 +24,7 @@ from tl_adapters.data.traces import Trace, batches_by_length
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import RoutedMLP
-from tl_adapters.utils.kl_divergence import token_kl_from_residual
+from tl_adapters.training.kl_divergence import token_kl_from_residual
 from tl_adapters.utils.precision import host_float64, wide
 
 Correction = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]

@@ -25,9 +25,9 @@ from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_tr
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.finite_activations import by_layer_name, require_finite_activations
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
+from tl_adapters.training.kl_divergence import token_kl_from_residual
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.utils.clustered_intervals import clustered_share, event_rate
-from tl_adapters.utils.kl_divergence import token_kl_from_residual
 from tl_adapters.utils.measurement import Measurement
 from tl_adapters.utils.precision import host_float64, wide
 

@@ -6,6 +6,7 @@
 * `feature_pages`: HTML pages of a feature store that open offline: an index, and pages that show each feature
 * `graph_page`: Writes an attribution graph to a folder: the saved graph, its HTML page, and circuit-tracer's files
 * `graph_viewer`: The interactive HTML page of an attribution graph
+* `plots`: Line and point plots as inline SVG, drawn without pyplot
 * `report`: The page report.html of a run: its measurements as tables and plots, with example answers
 * `server`: A local HTTP server for a folder of pages
 * `sweep_page`: The points of a sparsity sweep, their Pareto front, and both as a table and a page

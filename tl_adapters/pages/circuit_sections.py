@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tl_adapters.pages.circuit_diagram import visible_text
+from tl_adapters.pages.plots import Line, nan_for_none, plot
 from tl_adapters.utils.html import escape, measurement_cell, percent, table
-from tl_adapters.utils.plots import Line, nan_for_none, plot
 from tl_adapters.utils.results import Block
 
 _CONDITION_NAMES = {

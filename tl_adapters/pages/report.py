@@ -15,9 +15,9 @@ from typing import Any
 from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.data.hesitation_words import HIGHLIGHTED_WORDS
 from tl_adapters.pages.circuit_page import HESITATION_PAGE_FILE
+from tl_adapters.pages.plots import Line, measured_line, plot
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import escape, highlight_words, measurement_cell, page, percent, table, three_digits
-from tl_adapters.utils.plots import Line, measured_line, plot
 from tl_adapters.utils.results import Block, read_results
 
 REPORT_PAGE_FILE = "report.html"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.features.feature import ALIVE_FIRINGS
+from tl_adapters.pages.plots import Line, nan_for_none, plot
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import escape, interval_text, page, percent, table, three_digits, with_interval
 from tl_adapters.utils.measurement import Measurement
-from tl_adapters.utils.plots import Line, nan_for_none, plot
 
 SWEEP_PAGE_FILE = "sweep.html"
 _MEASURED_FIELDS = ("l0", "kl", "kl_hybrid", "kl_of_hybrid", "nmse", "recovered")

@@ -1,5 +1,6 @@
 """What does training optimize, and how does a run proceed?
 
+* `kl_divergence`: KL divergence per token from logits or residual streams, in chunks
 * `loss_terms`: the NMSE and sparsity terms of the objective as functions of tensors and masks
 * `metrics`: where a run's metrics are written: the progress bar, the .jsonl files and the tracker
 * `not_finite`: where a training step is not finite: the first activation or gradient that is NaN or infinite

@@ -1,7 +1,7 @@
 """The NMSE and sparsity terms of the training objective, as functions of tensors (arXiv 2602.20904, section 3.2).
 
-The divergence terms are in `utils.kl_divergence`. Padding never counts. With r the residual stream of the replacement,
-r* that of the target, f the activations of the features and T the tokens that count:
+The divergence terms are in `training.kl_divergence`. Padding never counts. With r the residual stream of the
+replacement, r* that of the target, f the activations of the features and T the tokens that count:
 
     NMSE of one layer       sum_T ||r - r*||^2 / sum_T ||r*||^2
     L1 of one layer         mean_T sum_f f ||W_dec[f]||

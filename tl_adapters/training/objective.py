@@ -36,8 +36,8 @@ from tl_adapters.data.traces import Batch
 from tl_adapters.errors import UserError
 from tl_adapters.models.finite_activations import by_layer_name, require_finite_activations
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel
+from tl_adapters.training.kl_divergence import kl_from_residual, masked_kl, token_kl_from_residual
 from tl_adapters.training.loss_terms import l0_term, l1_term, nmse_term
-from tl_adapters.utils.kl_divergence import kl_from_residual, masked_kl, token_kl_from_residual
 from tl_adapters.utils.precision import host_float64, wide
 
 

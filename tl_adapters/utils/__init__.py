@@ -6,11 +6,10 @@
 * `devices`: The device that models run on: one by name, or the best that this machine has
 * `files`: Atomic writes of files and folders, and a lock on a folder
 * `html`: HTML building blocks: escaping, tables, cells with confidence intervals, templates and a page frame
-* `kl_divergence`: KL divergence per token from logits or residual streams, in chunks
 * `measurement`: Types of measured values with their confidence intervals
 * `notebook`: HTML views for notebooks: circuitsvis components that work offline, and tokens colored by value
-* `plots`: Line and point plots as inline SVG, drawn without pyplot
 * `precision`: Sums and logits in float32 or wider, whatever the dtype and the device of the model
+* `reading`: Readers of text, JSON, YAML and safetensors files with one kind of error, and the base of checked records
 * `renamed_attributes`: Old names of attributes of public classes, which still work and warn
 * `results`: results.json: one block per stage of a run, with versions and seconds
 * `share_intervals`: Closed-form intervals of shares and counts of independent items
