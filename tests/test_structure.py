@@ -147,7 +147,7 @@ def test_help_imports_the_command_line_and_the_standard_library_alone() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     *shown, modules = out.splitlines()
     outside = {module for module in modules.split() if module.split(".")[0] not in sys.stdlib_module_names}
-    ours = {"tl_adapters", "tl_adapters.errors", "tl_adapters.cli"}
+    ours = {"tl_adapters", "tl_adapters.errors", "tl_adapters.cli", "tl_adapters.utils", "tl_adapters.utils.printing"}
     ours |= {
         f"tl_adapters.cli.{path.stem}" for path in (PACKAGE / "cli").glob("*.py") if not path.stem.startswith("__")
     }
@@ -172,6 +172,17 @@ def test_every_library_that_is_imported_is_a_declared_dependency() -> None:
             for name in {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"tl_adapters"}:
                 allowed = required if node in tree.body else required | optional
                 assert distributions.get(name, name).lower() in allowed, f"{path.name} imports {name}"
+
+
+def test_one_module_prints() -> None:
+    """Ruff's T20 refuses `print` elsewhere; nothing else writes to the streams, where names of others would pass."""
+    root = PACKAGE.parent
+    ignores = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]["per-file-ignores"]
+    inside = [pattern for pattern, rules in ignores.items() if pattern.startswith("tl_adapters/") and "T20" in rules]
+    assert inside == ["tl_adapters/utils/printing.py"]
+    for path in PACKAGE.rglob("*.py"):
+        if path != root / inside[0]:
+            assert not re.search(r"\bstd(out|err)(\.buffer)?\.write", path.read_text()), path
 
 
 def test_nothing_unsafe() -> None:

@@ -10,7 +10,7 @@ from helpers.random_models import randomise
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import Circuit, CircuitFeature
-from tl_adapters.cli.columns import BETWEEN, PARTING, Column, printable, side_by_side
+from tl_adapters.cli.columns import BETWEEN, PARTING, Column, side_by_side
 from tl_adapters.cli.common import feature_ids
 from tl_adapters.cli.main import main
 from tl_adapters.config import RunConfig
@@ -192,9 +192,6 @@ def test_printed_columns_are_safe_and_fit(width: int) -> None:
         assert max(wide) <= max(width, 6), "no escaped character is broken"
         beside = width >= 2 * 30 + len(BETWEEN)
         assert any(BETWEEN in line for line in lines) is beside
-    escaped = printable(NASTY)
-    assert escaped == r"a\x1b]0;title\x07b\x9b31mc\rd\u202ee\u2028f\u200bg\x00h    i\ud800j"
-    assert printable("a\nb é 漢 🙂") == "a\nb é 漢 🙂"
 
 
 def test_columns_hold_their_texts_in_order_and_end_on_one_line() -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from tl_adapters.cli.common import Subcommands, device_of, read_prompt
+from tl_adapters.utils.printing import show
 
 
 def add_attribute(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
@@ -66,6 +67,6 @@ def _attribute(args: argparse.Namespace) -> None:
     thresholds = dict(node_threshold=args.node_threshold, edge_threshold=args.edge_threshold)
     page, url = write_graph(pair, graph, out, name, **thresholds, store=store)
     check = f"conservation residual {graph.residual:.1e}" if graph.adds_up else "this linearization does not conserve"
-    print(f"{len(graph.features):,} features, {len(graph.weights):,} edges, {check}")
-    print(f"page: {page}\ngraph: {out / name}\ncircuit-tracer: {out / 'circuit-tracer'}, {url}")
-    print(f"next: tl-adapters serve {out}")
+    show(f"{len(graph.features):,} features, {len(graph.weights):,} edges, {check}")
+    show(f"page: {page}\ngraph: {out / name}\ncircuit-tracer: {out / 'circuit-tracer'}, {url}")
+    show(f"next: tl-adapters serve {out}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tl_adapters.cli.common import STRENGTH_HELP, Subcommands, device_of, feature_ids, strength_of
+from tl_adapters.utils.printing import show
 
 
 def add_benchmark(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
@@ -84,17 +85,17 @@ def _benchmark(args: argparse.Namespace) -> None:
         score = result.score
         right = interval_text(vars(score.ci["pass_at_1"]), lambda share: f"{100 * share:.1f}")
         hesitates = "-" if score.hesitation_per_1k is None else f"{score.hesitation_per_1k:.1f}"
-        print(
+        show(
             f"{result.task}, {result.variant}: pass@1 {100 * score.pass_at_1:.1f} % ({right}) of {score.n} problems, "
             f"{score.length:.0f} tokens, {hesitates} {'/'.join(score.words)} per 1,000, {100 * score.truncated:.1f} % "
             f"cut, {100 * score.looping:.1f} % looping"
         )
-        print(
+        show(
             f"decoding: {result.sampling.parameters}, up to {result.sampling.max_new_tokens:,} tokens; of 1,000 tokens "
             f"{score.near_ties_per_1k:.2f} are chosen by a margin below rounding"
         )
-        print(f"answers: {result.folder}")
-    print(f"next: tl-adapters benchmark {args.run_folder} --route {'replacement' if route == 'target' else 'target'}")
+        show(f"answers: {result.folder}")
+    show(f"next: tl-adapters benchmark {args.run_folder} --route {'replacement' if route == 'target' else 'target'}")
 
 
 def _tasks(given: Sequence[str]) -> dict[str, str | None]:

@@ -1,8 +1,7 @@
 """Texts in columns for a terminal: wrapped, marked where they first differ, and safe to print.
 
-Text that a model wrote is not trusted: control characters (an escape sequence could move the cursor, rename the window
-or hide text) and invisible characters (marks that change the direction of writing) are printed escaped. The only escape
-sequences in the output are those for bold text, and only if ``styled`` is set.
+Texts are escaped by `utils.printing`. The only escape sequences in the output are those for bold text, and only if
+``styled`` is set.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, zip_longest
 
+from tl_adapters.utils.printing import printable_character
+
 NARROWEST = 30
 """Narrowest column in characters; with less room, texts are printed below one another."""
 BETWEEN = " │ "
@@ -19,7 +20,6 @@ BETWEEN = " │ "
 PARTING = "≠"
 """Mark in front of the first character that differs."""
 _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
-_INVISIBLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,6 @@ def side_by_side(columns: Sequence[Column], width: int, styled: bool = False) ->
     return "\n".join(BETWEEN.join(_render(line, styled, each) for line in row).rstrip() for row in rows)
 
 
-def printable(text: str) -> str:
-    """The text with every character escaped that a terminal would act on or not show; line breaks stay."""
-    return "".join(character if character == "\n" else _shown(character) for character in text)
-
-
-def _shown(character: str) -> str:
-    if character == "\t":
-        return "    "
-    return ascii(character)[1:-1] if unicodedata.category(character) in _INVISIBLE else character
-
-
 def _parts(column: Column, width: int) -> list[list[list[_Cell]]]:
     """Title, text and footer as lines of at most ``width``, with empty lines around the text."""
     strong = {index for start, stop in column.strong for index in range(start, stop)}
@@ -80,12 +69,12 @@ def _parts(column: Column, width: int) -> list[list[list[_Cell]]]:
         if character == "\n":
             paragraphs.append([])
         else:
-            paragraphs[-1].append((_shown(character), index in strong))
+            paragraphs[-1].append((printable_character(character), index in strong))
     if column.parts_at == len(column.text):
         paragraphs[-1].append((PARTING, True))
-    title = list(_wrap([(_shown(c), True) for c in column.title], width))
+    title = list(_wrap([(printable_character(c), True) for c in column.title], width))
     text = [line for paragraph in paragraphs for line in _wrap(paragraph, width)]
-    footer = list(_wrap([(_shown(c), False) for c in column.footer], width))
+    footer = list(_wrap([(printable_character(c), False) for c in column.footer], width))
     return [[*title, []], [*text, []], footer]
 
 

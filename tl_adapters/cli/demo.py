@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from tl_adapters.cli.common import Subcommands, device_of, dtype_of
+from tl_adapters.utils.printing import show
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ def _demo(args: argparse.Namespace) -> None:
     if moved:
         log.info("the earlier %s is now %s", args.out, moved)
     report = demo(args.out, scale, device_of(args.device), dtype_of(args.dtype), progress=not args.quiet)
-    print(f"report: {report}\nfigures: {args.out / 'results.json'}\nadapters: {args.out / 'adapters'}")
-    print(f"took: {time.perf_counter() - began:.0f} s\nnext: tl-adapters evaluate {args.out}")
+    show(f"report: {report}\nfigures: {args.out / 'results.json'}\nadapters: {args.out / 'adapters'}")
+    show(f"took: {time.perf_counter() - began:.0f} s\nnext: tl-adapters evaluate {args.out}")
 
 
 def _move_aside(folder: Path) -> Path | None:

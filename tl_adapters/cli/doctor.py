@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tl_adapters.cli.common import Subcommands, device_of
 from tl_adapters.cli.train import run_config
+from tl_adapters.utils.printing import show
 
 
 def add_doctor(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
@@ -35,9 +36,9 @@ def _doctor(args: argparse.Namespace) -> int:
     from tl_adapters.study.doctor import diagnose, format_findings
 
     findings = diagnose(run_config(args), args.out, device_of(args.device), args.adapters)
-    print(format_findings(findings))
+    show(format_findings(findings))
     if any(finding.level == "error" for finding in findings):
         return 1
     pair = f"--base {shlex.quote(args.base)} --target {shlex.quote(args.target)}"
-    print(f"next: tl-adapters train {pair} --data TRACES.jsonl --out runs/mine")
+    show(f"next: tl-adapters train {pair} --data TRACES.jsonl --out runs/mine")
     return 0

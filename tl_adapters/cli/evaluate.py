@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from tl_adapters.cli.common import Subcommands, device_of
+from tl_adapters.utils.printing import show
 
 
 def add_evaluate(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
@@ -23,4 +24,4 @@ def _evaluate(args: argparse.Namespace) -> None:
     from tl_adapters.study.evaluate import evaluate_run
 
     evaluate_run(args.run_folder, args.data, device_of(args.device), args.dtype)
-    print(f"report: {write_report(args.run_folder)}\nfigures: {args.run_folder / 'results.json'}")
+    show(f"report: {write_report(args.run_folder)}\nfigures: {args.run_folder / 'results.json'}")

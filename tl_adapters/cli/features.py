@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tl_adapters.cli.common import Subcommands, device_of
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import show
 
 
 def add_features(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
@@ -54,13 +55,13 @@ def _features(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     if page is None:
-        print(
+        show(
             f"parts: {run / FEATURES_FOLDER / STORE_FOLDER}\nnext: the same command without --share, when every "
             "process is done"
         )
         return
-    print(f"pages: {page}\nstore: {run / FEATURES_FOLDER / STORE_FOLDER}\nreport: {write_report(run)}")
-    print(f"next: tl-adapters label {run}")
+    show(f"pages: {page}\nstore: {run / FEATURES_FOLDER / STORE_FOLDER}\nreport: {write_report(run)}")
+    show(f"next: tl-adapters label {run}")
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -122,11 +123,11 @@ def _label(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     for name, share in block["rules"].items():
-        print(f"{name}: {share['count']} features, {100 * share['weighted']['value']:.1f} % of the alive")
+        show(f"{name}: {share['count']} features, {100 * share['weighted']['value']:.1f} % of the alive")
     for name, share in (block.get("judge") or {}).get("shares", {}).items():
-        print(f"{name}: {share['count']} judged, {100 * share['weighted']['value']:.1f} %")
+        show(f"{name}: {share['count']} judged, {100 * share['weighted']['value']:.1f} %")
     if detection := block.get("detection"):
         for unit in ("features", "neurons"):
             if detection[unit]:
-                print(f"detection score of {unit}: {detection[unit]['score']['value']:.3f}")
-    print(f"report: {write_report(args.run_folder)}\nnext: tl-adapters serve {args.run_folder}")
+                show(f"detection score of {unit}: {detection[unit]['score']['value']:.3f}")
+    show(f"report: {write_report(args.run_folder)}\nnext: tl-adapters serve {args.run_folder}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tl_adapters.cli.common import STRENGTH_HELP, Subcommands, device_of, feature_ids, read_prompt, strength_of
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import show
 
 if TYPE_CHECKING:
     from tl_adapters.cli.columns import Column
@@ -87,12 +88,11 @@ def _generate(args: argparse.Namespace) -> None:
     lines = side_by_side(
         [_column(completion, completions[0]) for completion in completions], width, styled=sys.stdout.isatty()
     )
-    encoding = sys.stdout.encoding or "utf-8"  # a terminal of another encoding shows escapes instead of failing
-    print(lines.encode(encoding, "backslashreplace").decode(encoding))
+    show(lines, escaped=True)
     limit = default_max_new_tokens(pair.model) if args.max_new_tokens is None else args.max_new_tokens
     decoding = sampling_parameters(pair.model, args.temperature, args.top_p, args.top_k)
-    print(f"decoding: {decoding}, up to {min(limit, pair.model.cfg.n_ctx - len(prompt)):,} tokens")
-    print(f"next: tl-adapters attribute {args.run_folder} --prompt TEXT --target Wait")
+    show(f"decoding: {decoding}, up to {min(limit, pair.model.cfg.n_ctx - len(prompt)):,} tokens")
+    show(f"next: tl-adapters attribute {args.run_folder} --prompt TEXT --target Wait")
 
 
 def _variants(args: argparse.Namespace) -> list[Variant]:

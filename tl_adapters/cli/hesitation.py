@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from tl_adapters.cli.common import Subcommands, device_of
+from tl_adapters.utils.printing import show
 
 
 def add_hesitation(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
@@ -59,13 +60,13 @@ def _hesitation(args: argparse.Namespace) -> None:
     )
     size = study.block["circuit"]
     if not size["n"]:
-        print(f"no circuit: the target's answers have {study.block['moments']['select']['moments']} onsets")
+        show(f"no circuit: the target's answers have {study.block['moments']['select']['moments']} onsets")
     else:
         roles = ", ".join(f"{size[role]} {role}" for role in ("output", "template", "continuation"))
-        print(f"{size['n']} features ({100 * size['share_of_alive']:.1f} % of the alive): {roles}")
+        show(f"{size['n']} features ({100 * size['share_of_alive']:.1f} % of the alive): {roles}")
         for criterion in study.block["criteria"]:
             value = "-" if criterion["value"] is None else f"{criterion['value']:.3g}"
-            print(f"{OUTCOME_NAMES[criterion['reached']]:9}  {criterion['name']}: {value}, {criterion['bar']}")
+            show(f"{OUTCOME_NAMES[criterion['reached']]:9}  {criterion['name']}: {value}, {criterion['bar']}")
     run = args.run_folder
-    print(f"page: {run / study.block['page']}\ncircuit: {run / 'circuit.json'}\nreport: {write_report(run)}")
-    print(f"next: tl-adapters serve {run}")
+    show(f"page: {run / study.block['page']}\ncircuit: {run / 'circuit.json'}\nreport: {write_report(run)}")
+    show(f"next: tl-adapters serve {run}")

@@ -24,7 +24,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from tl_adapters import __version__
 from tl_adapters.cli import (
@@ -43,22 +44,40 @@ from tl_adapters.cli import (
 )
 from tl_adapters.cli.common import common_parent, quiet_parent
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import VisibleRecord, show_error, show_traceback
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status; 2 is a UserError, 130 is Ctrl-C."""
     args = _parser().parse_args(argv)
+    with _visible_messages(quiet=args.quiet):
+        try:
+            _silence_loading_bars()
+            return args.run(args) or 0
+        except UserError as error:
+            show_error(f"error: {error}")
+            return 2
+        except KeyboardInterrupt as interrupt:
+            show_error(str(interrupt) or "stopped.")
+            return 130
+
+
+@contextmanager
+def _visible_messages(quiet: bool) -> Iterator[None]:
+    """Logs, warnings and tracebacks go to the standard error, with everything invisible made visible."""
+    factory = logging.getLogRecordFactory()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("tl_adapters").setLevel(logging.WARNING if args.quiet else logging.INFO)
+    logging.getLogger("tl_adapters").setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.setLogRecordFactory(VisibleRecord)
+    logging.captureWarnings(True)
     try:
-        _silence_loading_bars()
-        return args.run(args) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "stopped.", file=sys.stderr)
-        return 130
+        yield
+    except Exception:
+        sys.excepthook = show_traceback  # the interpreter calls it when the exception leaves the program
+        raise
+    finally:
+        logging.captureWarnings(False)
+        logging.setLogRecordFactory(factory)
 
 
 def _parser() -> argparse.ArgumentParser:

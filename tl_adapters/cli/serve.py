@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from tl_adapters.cli.common import Subcommands
+from tl_adapters.utils.printing import show
 
 
 def add_serve(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
@@ -20,5 +21,5 @@ def _serve(args: argparse.Namespace) -> None:
     from tl_adapters.pages.server import HOST, make_server
 
     with make_server(args.folder, args.port) as server:
-        print(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C stops the server)", flush=True)
+        show(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C stops the server)")
         server.serve_forever()

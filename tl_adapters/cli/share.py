@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tl_adapters.cli.common import Subcommands, feature_ids
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import show
 
 
 def add_export(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
@@ -37,13 +38,13 @@ def _export(args: argparse.Namespace) -> None:
         _export_features(args)
         return
     export(args.adapters, args.to, args.out, reads=args.reads, base=args.base, target=args.target)
-    print(f"{args.to}: {args.out}")
+    show(f"{args.to}: {args.out}")
     if args.to == "saelens":
-        print(f'next: sae_lens.SAE.load_from_disk("{args.out}/layer_0")')
+        show(f'next: sae_lens.SAE.load_from_disk("{args.out}/layer_0")')
         if importlib.util.find_spec("sae_lens") is None:
-            print("SAELens is not installed here. It needs TransformerLens 3: pip install 'tl-adapters[saelens]'")
+            show("SAELens is not installed here. It needs TransformerLens 3: pip install 'tl-adapters[saelens]'")
     elif args.to != "authors":
-        print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{args.out}")')
+        show(f'next: transformers.AutoModelForCausalLM.from_pretrained("{args.out}")')
 
 
 def _export_features(args: argparse.Namespace) -> None:
@@ -51,12 +52,12 @@ def _export_features(args: argparse.Namespace) -> None:
 
     run = Path(args.adapters)
     if args.to == "neuronpedia":
-        print(f"neuronpedia: {export_neuronpedia(run, args.out, args.model_id, args.set)}")
+        show(f"neuronpedia: {export_neuronpedia(run, args.out, args.model_id, args.set)}")
         return
     if args.features is None:
         raise UserError("--features is missing; give the features to draw as layer.index, such as 2.17 4.3.")
     pages = export_sae_dashboard(run, args.out, feature_ids(args.features), args.data)
-    print("sae-dashboard: " + "\n".join(map(str, pages)))
+    show("sae-dashboard: " + "\n".join(map(str, pages)))
 
 
 def add_push(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
@@ -78,7 +79,7 @@ def _push(args: argparse.Namespace) -> None:
 
     adapters = load_adapters_with_measurements(args.adapters)
     address = push_to_hub(adapters, args.repo, private=args.private, revision=args.revision, reads=args.reads)
-    print(f"commit: {address}\nnext: tl-adapters pull {args.repo} --out adapters")
+    show(f"commit: {address}\nnext: tl-adapters pull {args.repo} --out adapters")
 
 
 def add_pull(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
@@ -96,9 +97,9 @@ def _pull(args: argparse.Namespace) -> None:
 
     adapters = pull(args.repo, args.out, layers=args.layers, revision=args.revision)
     about = adapters.metadata
-    print(f"adapters: {args.out} ({len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each)")
+    show(f"adapters: {args.out} ({len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each)")
     base, target = shlex.quote(about.base or "BASE"), shlex.quote(about.target or "TARGET")
-    print(f"next: tl-adapters doctor {base} {target} {args.out}")
+    show(f"next: tl-adapters doctor {base} {target} {args.out}")
 
 
 def _add_reads(subcommand: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tl_adapters.cli.common import Subcommands, device_of
 from tl_adapters.cli.train import run_config
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import show
 
 
 def add_sweep(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
@@ -56,6 +57,6 @@ def _sweep(args: argparse.Namespace) -> None:
             documents=300 if args.documents is None else args.documents, device=device, progress=progress,
         )  # fmt: skip
     folder = args.resume or args.out
-    print(f"{sweep_markdown(points)}\n\npage: {folder / SWEEP_PAGE_FILE}\nfigures: {folder / 'sweep.json'}")
+    show(f"{sweep_markdown(points)}\n\npage: {folder / SWEEP_PAGE_FILE}\nfigures: {folder / 'sweep.json'}")
     best = shlex.quote(str(folder / (points_on_front(points) or points)[0].name))
-    print(f"next: tl-adapters evaluate {best}{'' if points[0].recovered else ' --data HELD_OUT.jsonl'}")
+    show(f"next: tl-adapters evaluate {best}{'' if points[0].recovered else ' --data HELD_OUT.jsonl'}")

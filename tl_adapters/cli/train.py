@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tl_adapters.cli.common import Subcommands, device_of
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import show
 
 if TYPE_CHECKING:
     from tl_adapters.config import RunConfig
@@ -25,9 +26,9 @@ def _config(args: argparse.Namespace) -> None:
     from tl_adapters.config import RunConfig, commented_yaml, shipped_configs
 
     if args.list:
-        print("\n".join(shipped_configs()))
+        show("\n".join(shipped_configs()))
     else:
-        print(commented_yaml(RunConfig.load(args.name) if args.name else RunConfig()))
+        show(commented_yaml(RunConfig.load(args.name) if args.name else RunConfig()))
 
 
 def add_train(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
@@ -66,7 +67,7 @@ def _train(args: argparse.Namespace) -> None:
             )
         train_run(config, folder, device_of(args.device), progress=not args.quiet)
     data = "" if is_organism_run(folder) else " --data HELD_OUT.jsonl"
-    print(f"adapters: {folder / 'adapters'}\nnext: tl-adapters evaluate {folder}{data}")
+    show(f"adapters: {folder / 'adapters'}\nnext: tl-adapters evaluate {folder}{data}")
 
 
 def run_config(args: argparse.Namespace) -> RunConfig:

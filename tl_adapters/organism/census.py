@@ -23,6 +23,7 @@ from tl_adapters.organism import traces
 from tl_adapters.organism.problem_set import Problem, problems
 from tl_adapters.organism.recipe import Recipe
 from tl_adapters.organism.traces import Step
+from tl_adapters.utils.printing import show
 
 CHECK_PATTERN = r"(\w+,)?\d+[+-]\d=\d+:(\d+)\.\n"
 STEP_PATTERN = re.compile(rf"(\d+)[+-](\d+)=(\d+)\.\n(?:{CHECK_PATTERN})?")
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("pair", type=Path, nargs="?", default=Path(__file__).parent / "pair")
     parser.add_argument("-n", type=int, default=1000, help="problems")
     args = parser.parse_args()
-    print(json.dumps(census(args.pair, args.n), indent=1))
+    show(json.dumps(census(args.pair, args.n), indent=1))
 
 
 if __name__ == "__main__":

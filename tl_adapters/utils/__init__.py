@@ -9,6 +9,7 @@
 * `measurement`: Types of measured values with their confidence intervals
 * `notebook`: HTML views for notebooks: circuitsvis components that work offline, and tokens colored by value
 * `precision`: Sums and logits in float32 or wider, whatever the dtype and the device of the model
+* `printing`: Text for a terminal, in which control characters and invisible characters are visible
 * `reading`: Readers of text, JSON, YAML and safetensors files with one kind of error, and the base of checked records
 * `renamed_attributes`: Old names of attributes of public classes, which still work and warn
 * `results`: results.json: one block per stage of a run, with versions and seconds

@@ -1,0 +1,68 @@
+"""Text for a terminal: characters that a terminal would act on, or would not show, are written as escapes.
+
+Names and texts that we did not write (of a downloaded set, a model, a file, an answer) may hold an escape sequence,
+which moves the cursor, renames the window or hides text, or a mark that changes the direction of writing. `show` and
+`show_error` are the only functions of the package that print, and `VisibleRecord` does the same for log messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import unicodedata
+from types import TracebackType
+from typing import Any
+
+_INVISIBLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
+
+
+def show(text: str, *, escaped: bool = False) -> None:
+    """Prints a text and a line break to the standard output, with everything invisible made visible.
+
+    Args:
+        text: one or more lines.
+        escaped: the text went through `printable` already, and its escape sequences are meant, such as those for bold.
+    """
+    _print(text if escaped else printable(text), sys.stdout)
+
+
+def show_error(text: str) -> None:
+    """Prints a text and a line break to the standard error, with everything invisible made visible."""
+    _print(printable(text), sys.stderr)
+
+
+def _print(text: str, stream: Any) -> None:
+    encoding = stream.encoding or "utf-8"
+    # A terminal of another encoding shows escapes instead of failing.
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with every character escaped that a terminal would act on or not show; line breaks stay."""
+    return "".join(character if character == "\n" else printable_character(character) for character in text)
+
+
+def printable_line(text: str) -> str:
+    """The text on one line: as `printable`, and line breaks are escaped as well."""
+    return "".join(map(printable_character, text))
+
+
+def printable_character(character: str) -> str:
+    """The character, or its escape where a terminal would act on it or not show it; four spaces for a tab."""
+    if character == "\t":
+        return "    "
+    return ascii(character)[1:-1] if unicodedata.category(character) in _INVISIBLE else character
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A `sys.excepthook` whose traceback is printable."""
+    show_error("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+
+class VisibleRecord(logging.LogRecord):
+    """A record of which every handler, also one that another library has added, writes a printable message."""
+
+    def getMessage(self) -> str:
+        """The message, with everything invisible made visible."""
+        return printable(super().getMessage())
