@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tl_adapters.adapters.saelens_folder import INPUT_HOOKS, OUTPUT_HOOKS, AdapterFormatError
+from tl_adapters.checkpoints.model_reference import published_name
 from tl_adapters.config import ActivationName
 
 
@@ -45,3 +46,12 @@ class AdapterMetadata:
                     f"{name} is {getattr(self, name)!r}; allowed is one of {', '.join(allowed)}. These adapters were "
                     "made with a newer version of tl_adapters, or their description was edited."
                 )
+
+    def published(self) -> AdapterMetadata:
+        """The metadata as files for other people hold them: models and data sets by name, without paths."""
+        return replace(
+            self,
+            base=published_name(self.base, self.base_revision),
+            target=published_name(self.target, self.target_revision),
+            datasets=[published_name(dataset) for dataset in self.datasets],
+        )

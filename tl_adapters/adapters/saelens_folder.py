@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tl_adapters.errors import UserError
+from tl_adapters.utils.files import plain_file
 from tl_adapters.utils.strict_json import dumps
 
 SAELENS_FILES = SAELENS_CONFIG_FILE, SAELENS_WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -124,7 +125,7 @@ def read_weights(folder: Path, activation: str, device: torch.device | str = "cp
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises AdapterFormatError."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(plain_file(path.parent, path.name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterFormatError(f"{path} is missing or unreadable ({error}); copy the whole folder again.") from error
     if not isinstance(record, dict):
@@ -135,6 +136,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Every tensor of a file. Raises AdapterFormatError."""
     try:
-        return load_file(path, device=str(device))
+        return load_file(plain_file(path.parent, path.name), device=str(device))
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(f"{path} is missing or damaged ({error}); copy the whole folder again.") from error

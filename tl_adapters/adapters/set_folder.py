@@ -38,7 +38,7 @@ from tl_adapters.adapters.saelens_folder import (
 from tl_adapters.adapters.transcoder import require_activation
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 from tl_adapters.checkpoints.model_files import fetch
-from tl_adapters.utils.files import new_folder
+from tl_adapters.utils.files import new_folder, plain_file
 from tl_adapters.utils.strict_json import dumps
 
 SET_METADATA_FILE, SET_SAMPLES_FILE = "tl_adapters.json", "layer_marks.safetensors"
@@ -92,10 +92,14 @@ class SetDescription:
                 )
 
     def require_file(self, folder: Path, name: str) -> None:
-        """Raises AdapterFormatError where a file is missing, or its bytes are not those that were written."""
+        """Raises AdapterFormatError where a file is missing, or its bytes are not those that were written.
+
+        Raises UnsafeFileError for a link that leads out of the folder.
+        """
+        path = plain_file(folder, *name.split("/"))
         if self.files is None:
             return
-        path, expected = folder / name, self.files.get(name)
+        expected = self.files.get(name)
         if expected is None or not path.is_file():
             difference = f"it does not exist, or {SET_METADATA_FILE} does not list it"
         elif (size := path.stat().st_size) != expected["size"]:
@@ -162,7 +166,7 @@ def read_description(name: str | Path, *, revision: str | None = None, token: st
     Raises AdapterFormatError, CheckpointError.
     """
     folder = fetch(name, [SET_METADATA_FILE, SET_SAMPLES_FILE], revision=revision, token=token)
-    if not (folder / SET_METADATA_FILE).is_file():
+    if not plain_file(folder, SET_METADATA_FILE).is_file():
         raise AdapterFormatError(
             f"{name} holds no {SET_METADATA_FILE}: it is not a set of adapters. Read SAELens folders of others with "
             "from_saelens, and checkpoints of the paper's authors with from_authors."
@@ -229,7 +233,7 @@ def _take_file_hashes(folder: Path, record: dict[str, Any]) -> dict[str, dict[st
 
 def _read_samples(folder: Path) -> tuple[dict[int, LayerSamples] | None, dict[str, Tensor] | None]:
     """The samples per layer, and those of all weights; None for what the folder does not hold."""
-    if not (folder / SET_SAMPLES_FILE).is_file():
+    if not plain_file(folder, SET_SAMPLES_FILE).is_file():
         return None, None
     tensors = read_safetensors(folder / SET_SAMPLES_FILE)
     samples = {n.removeprefix(_SAMPLE_PREFIX): tensors.pop(n) for n in list(tensors) if n.startswith(_SAMPLE_PREFIX)}

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from tl_adapters.errors import UserError
 from tl_adapters.organism import BUILTIN
+from tl_adapters.utils.files import plain_file
 
 SHARD_INDEX_FILE = "model.safetensors.index.json"
 SINGLE_WEIGHTS_FILE = "model.safetensors"
@@ -112,7 +113,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json. Raises CheckpointError, also for a folder of LoRA weights."""
     require_whole_model(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(plain_file(folder, "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder} has no readable config.json ({error}).") from error
     if not isinstance(config, dict):
@@ -209,7 +210,7 @@ def remote_or_local_names(name: str, folder: Path) -> set[str]:
 
 def read_vocabulary(folder: Path) -> dict[str, int]:
     """Token -> id, special tokens included, from tokenizer.json; empty if the folder has none."""
-    path = folder / "tokenizer.json"
+    path = plain_file(folder, "tokenizer.json")
     if not path.is_file():
         return {}
     try:
@@ -226,7 +227,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
 def _open(path: Path, device: str = "cpu") -> Iterator[Any]:
     """Opens a safetensors file. Raises CheckpointError, also for errors within the context."""
     try:
-        with safe_open(path, framework="pt", device=device) as file:
+        with safe_open(plain_file(path.parent, path.name), framework="pt", device=device) as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error}); copy or download it again.") from error
@@ -237,21 +238,28 @@ def _shards(folder: Path) -> dict[str, str]:
 
     transformers has the same precedence.
     """
-    index = folder / SHARD_INDEX_FILE
-    if (folder / SINGLE_WEIGHTS_FILE).is_file():
+    if plain_file(folder, SINGLE_WEIGHTS_FILE).is_file():
         return {}
-    if index.is_file():
-        try:
-            return dict(json.loads(index.read_text())["weight_map"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{index} is not an index of safetensors ({error}); copy it again.") from error
+    index = plain_file(folder, SHARD_INDEX_FILE)
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has neither {SINGLE_WEIGHTS_FILE} nor {SHARD_INDEX_FILE}; {_advice(folder)}")
+    try:
+        shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{index} is not an index of safetensors ({error}); copy it again.") from error
+    for shard in set(shards.values()):
+        if not plain_file(folder, shard).name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {shard!r}; only files *.safetensors are read: copy the index again.")
+    return shards
+
+
+def _advice(folder: Path) -> str:
+    """What to do with a folder without safetensors."""
     if any(folder.glob("pytorch_model*.bin*")):
-        advice = "it has weights of another format, and only safetensors are read: convert it with save_pretrained."
-    elif commit_of(folder):
-        advice = "its weights were not downloaded: unset HF_HUB_OFFLINE, or download the repository first."
-    else:
-        advice = "only safetensors are read: give the folder that holds them."
-    raise CheckpointError(f"{folder} has neither {SINGLE_WEIGHTS_FILE} nor {SHARD_INDEX_FILE}; {advice}")
+        return "it has weights of another format, and only safetensors are read: convert it with save_pretrained."
+    if commit_of(folder):
+        return "its weights were not downloaded: unset HF_HUB_OFFLINE, or download the repository first."
+    return "only safetensors are read: give the folder that holds them."
 
 
 def _shard_of(folder: Path, name: str) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel
 
 from tl_adapters.checkpoints.architectures import ARCHITECTURES, UnsupportedModelError
 from tl_adapters.checkpoints.model_files import commit_of, locate, read_config
+from tl_adapters.organism import BUILTIN
 
 ModelReference: TypeAlias = str | Path | PreTrainedModel
 """A folder, a hub name, or a Hugging Face model already loaded."""
 GivenModel: TypeAlias = str | Path | nn.Module
 """What a user may give: like a ModelReference, but compiled, in DataParallel, or not a complete causal model."""
+_DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def resolve_model(model: GivenModel, role: str) -> ModelReference:
@@ -107,3 +112,34 @@ def model_config(model: ModelReference) -> dict[str, Any]:
 def model_commit(model: ModelReference) -> str | None:
     """The model's commit on the hub; None for a local folder or an object."""
     return None if isinstance(model, PreTrainedModel) else commit_of(locate(model, weights=False))
+
+
+def published_name(reference: str, revision: str | None = None) -> str:
+    """A model or data set as files for other people name it: by its hub name, or as ``./FOLDER`` without its path.
+
+    A path says how somebody's machine is laid out and who works there, and is of no use on another. Which folder is
+    meant is known from the weight fingerprints beside the name.
+
+    Args:
+        reference: a hub name, a folder, a file, or other text, which stays as it is.
+        revision: its commit on the hub, where one is recorded: then it is a hub name.
+    """
+    parts = reference.replace("\\", "/").rstrip("/").split("/")
+    cached = [part for part in parts[:-1] if part.startswith(("models--", "datasets--"))]
+    if cached:  # a folder of the hub's cache
+        return cached[-1].partition("--")[2].replace("--", "/", 1)
+    if not reference or reference in BUILTIN or (revision is not None and is_hub_name(reference)):
+        return reference
+    if os.path.exists(reference):
+        return f"./{Path(reference).resolve().name}"
+    elsewhere = len(parts) > 1 and (not is_hub_name(reference) or reference.endswith(_DATA_SUFFIXES))
+    return f"./{parts[-1]}" if elsewhere else reference
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether ``name`` has the form of a repository's name on the hub: NAME or USER/NAME."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

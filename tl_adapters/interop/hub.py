@@ -22,8 +22,8 @@ from tl_adapters.adapters.set_folder import set_files
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.errors import UserError
 from tl_adapters.interop.model_card import CARD_FILE, card
-from tl_adapters.interop.saelens import to_saelens
-from tl_adapters.utils.files import new_folder, require_absent
+from tl_adapters.interop.saelens import published, to_saelens
+from tl_adapters.utils.files import new_folder, plain_file, require_absent
 
 
 class HubError(UserError, RuntimeError):
@@ -64,7 +64,7 @@ def push_to_hub(
         if adapters.metadata.reads == "normalized":
             reads = "normalized"
         to_saelens(adapters, folder, reads=reads)
-        pushed = adapters.normalized() if reads == "normalized" else adapters
+        pushed = published(adapters.normalized() if reads == "normalized" else adapters)
         (folder / CARD_FILE).write_text(card(pushed, repo_id), encoding="utf-8")
         try:
             client.create_repo(repo_id, private=private, exist_ok=True)
@@ -109,9 +109,9 @@ def pull(
     source = fetch(name, files, revision=revision, token=token)
     with new_folder(folder) as out:
         for file in files:
-            if (source / file).is_file():
+            if (path := plain_file(source, *file.split("/"))).is_file():
                 (out / file).parent.mkdir(exist_ok=True)
-                shutil.copy(source / file, out / file)
+                shutil.copy(path, out / file)
     return adapters
 
 

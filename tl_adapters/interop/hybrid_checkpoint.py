@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tl_adapters.adapters.saelens_folder import read_json
 from tl_adapters.checkpoints.base_mlps import require_plain_folder
 from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, require_fit
 from tl_adapters.checkpoints.model_files import (
@@ -27,7 +28,8 @@ from tl_adapters.checkpoints.model_files import (
     shard_tensors,
     tensor_shapes,
 )
-from tl_adapters.utils.files import new_folder
+from tl_adapters.checkpoints.model_reference import published_name
+from tl_adapters.utils.files import new_folder, plain_file
 from tl_adapters.utils.strict_json import dumps
 
 
@@ -80,7 +82,11 @@ def write_hybrid(
             (out / SHARD_INDEX_FILE).write_text(dumps(index, indent=1) + "\n")
         _copy_description(target_folder, out)
         stream = "target" if base is None else "replacement" if beside_mlps else "hybrid"
-        about = {"stream": stream, "target": str(target), "mlps_of": str(base or target)}
+        about = {
+            "stream": stream,
+            "target": published_name(str(target)),
+            "mlps_of": published_name(str(base or target)),
+        }
         written_config = {**target_config, "tl_adapters": about, **(config or {})}
         (out / "config.json").write_text(dumps(written_config, indent=1) + "\n")
 
@@ -101,4 +107,17 @@ def _copy_description(target_folder: Path, out: Path) -> None:
     for pattern in DESCRIPTION_FILES:
         for file in target_folder.glob(pattern):
             if file.name not in ("config.json", SHARD_INDEX_FILE):
-                shutil.copy(file, out / file.name)
+                shutil.copy(plain_file(target_folder, file.name), out / file.name)
+    tokenizer_config = out / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        tokenizer_config.write_text(dumps(_without_paths(read_json(tokenizer_config)), indent=1) + "\n")
+
+
+def _without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the names in place of the paths that transformers has recorded in it."""
+    paths = {key: record[key] for key in _PATH_KEYS if isinstance(record.get(key), str)}
+    return {**record, **{key: published_name(path) for key, path in paths.items()}}
+
+
+_PATH_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
+"""Entries of config.json and tokenizer_config.json in which transformers keeps where they were loaded from."""

@@ -30,6 +30,7 @@ from tl_adapters.adapters.saelens_folder import (
 from tl_adapters.adapters.set_folder import SET_METADATA_FILE, SET_SAMPLES_FILE
 from tl_adapters.adapters.transcoder import adapter_of
 from tl_adapters.checkpoints.model_files import fetch
+from tl_adapters.utils.files import plain_file
 
 _SUPPORTED_VALUES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("architecture", ("transcoder", "jumprelu_transcoder")),
@@ -47,6 +48,8 @@ def to_saelens(
 ) -> None:
     """Write one SAELens folder per layer, which ``SAE.load_from_disk`` loads as a stock class.
 
+    Base, target and data sets that are folders or files of this machine are written as ``./NAME``, without their path.
+
     The class is Transcoder for relu, and JumpReLUTranscoder for jumprelu and for batchtopk, which has a threshold per
     layer in evaluation.
 
@@ -63,14 +66,21 @@ def to_saelens(
     """
     require_saelens_class(adapters)
     if reads == "normalized":
-        adapters.normalized().save_pretrained(folder)
+        published(adapters.normalized()).save_pretrained(folder)
     elif adapters.metadata.reads == reads:
-        adapters.save_pretrained(folder)
+        published(adapters).save_pretrained(folder)
     else:
         raise AdapterFormatError(
             f"These adapters read {adapters.metadata.reads}, and the norm's weight is not unfolded again; export them "
             f'with reads="{adapters.metadata.reads}".'
         )
+
+
+def published(adapters: AdapterSet) -> AdapterSet:
+    """Return the set, with the same adapters, whose metadata name models and data sets without their paths."""
+    layers = {layer: adapters[layer] for layer in adapters.layer_indices}
+    about = adapters.metadata.published()
+    return AdapterSet(layers, adapters.layer_samples, about, adapters.n_layers, adapters.samples)
 
 
 def require_saelens_class(adapters: AdapterSet) -> None:
@@ -121,9 +131,10 @@ def from_saelens(
     if sae_ids is None and (folder / SET_METADATA_FILE).is_file():
         return AdapterSet.from_pretrained(folder, device=device)
     if sae_ids is not None:
-        layer_folders = [folder / sae_id for sae_id in sae_ids]
+        layer_folders = [plain_file(folder, *sae_id.split("/")) for sae_id in sae_ids]
     else:
-        layer_folders = sorted({path.parent for path in folder.rglob(SAELENS_CONFIG_FILE)})
+        found = {path.parent.relative_to(folder) for path in folder.rglob(SAELENS_CONFIG_FILE)}
+        layer_folders = [plain_file(folder, *inner.parts) for inner in sorted(found)]
     if not layer_folders:
         raise AdapterFormatError(f"{name} holds no {SAELENS_CONFIG_FILE}; it is not a SAELens transcoder.")
     layers, metadata = {}, []

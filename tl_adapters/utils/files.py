@@ -1,4 +1,7 @@
-"""Atomic writes of files and folders, under a temporary name that is then renamed, and a lock on a folder."""
+"""Atomic writes of files and folders, a lock on a folder, and file names that were read from a file.
+
+A name out of a file of others may lead anywhere, so such names become paths only by `plain_file`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from safetensors import SafetensorError
 
 from tl_adapters.errors import UserError
 
+_MAX_NAME_BYTES = 255
 _DISK_FULL_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -28,6 +32,56 @@ class DiskFullError(UserError, OSError):
 
 class FolderBusyError(UserError, RuntimeError):
     """Another process is writing to a folder."""
+
+
+class UnsafeFileError(UserError, ValueError):
+    """A file name, or a link, that leads out of the folder that it belongs to."""
+
+
+def plain_file(folder: str | Path, *names: str) -> Path:
+    """The path of a file in ``folder``, or in folders within it; it need not exist.
+
+    Links within the folder are followed, and links of the Hugging Face cache, whose files are links to its blobs.
+
+    Args:
+        folder: may itself be a link.
+        names: the name of the file, or first those of the folders that lead to it; each without separators.
+
+    Raises UnsafeFileError for a name such as "../x" or "/etc/x", for a link that leads elsewhere, and for devices and
+    pipes.
+    """
+    for name in names:
+        if not _is_plain_name(name):
+            raise UnsafeFileError(
+                f"{folder} names the file {name!r}. A file of a folder is named without '/', '\\' and '..', so that it "
+                "cannot be outside. The folder is damaged, or was made to mislead: get it from a source that you trust."
+            )
+    path = Path(folder, *names)
+    actual = Path(os.path.realpath(path))
+    if not actual.is_relative_to(os.path.realpath(folder)) and not _is_hub_blob(actual):
+        raise UnsafeFileError(
+            f"{path} is a link to {actual}, outside of its folder, and such links are not followed. If you made it "
+            "yourself, put a copy of the file there (cp -rL copies a whole folder without links)."
+        )
+    if actual.exists() and not (actual.is_file() or actual.is_dir()):
+        raise UnsafeFileError(f"{path} is neither a file nor a folder, but a device or a pipe. Remove it.")
+    return path
+
+
+def _is_plain_name(name: object) -> bool:
+    """Whether a value is the name of a file, and no path."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and len(name.encode(errors="replace")) <= _MAX_NAME_BYTES
+        and name.isprintable()
+        and not any(separator in name for separator in "/\\")
+    )
+
+
+def _is_hub_blob(path: Path) -> bool:
+    """Whether a file is a blob of the Hugging Face cache: models--USER--NAME/blobs/HASH."""
+    return path.parent.name == "blobs" and path.parents[1].name.startswith(("models--", "datasets--"))
 
 
 def require_absent(path: str | Path) -> None:
