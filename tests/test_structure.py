@@ -14,7 +14,7 @@ import tl_adapters
 
 PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
-ORDER = ["errors", "config", "utils", "organism", "checkpoints", "adapters", "data", "models", "training", "features"]
+ORDER = ["errors", "utils", "config", "organism", "checkpoints", "adapters", "data", "models", "training", "features"]
 ORDER += ["interventions", "attribution", "generation", "evaluation", "autointerp", "interop", "circuits", "pages"]
 ORDER += ["study", "cli"]
 """From the bottom up: a package imports those before it and itself."""

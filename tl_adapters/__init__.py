@@ -93,6 +93,7 @@ EXPORTS = {
     "TranscoderAdapter": "adapters.transcoder",
     "UserError": "errors",
     "Variant": "interventions.variants",
+    "with_options": "config",
     "write_feature_pages": "pages.feature_pages",
     "write_graph": "pages.graph_page",
     "write_hybrid": "interop.hybrid_checkpoint",
@@ -140,6 +141,7 @@ if TYPE_CHECKING:
     from tl_adapters.config import LossWeights as LossWeights
     from tl_adapters.config import RunConfig as RunConfig
     from tl_adapters.config import TrainingConfig as TrainingConfig
+    from tl_adapters.config import with_options as with_options
     from tl_adapters.data.chat_format import encode_traces as encode_traces
     from tl_adapters.data.traces import Trace as Trace
     from tl_adapters.data.words import hesitation_tokens as hesitation_tokens

@@ -1,64 +1,110 @@
-"""The options of a run as frozen dataclasses, each documented under its field, and their YAML and JSON.
+"""The options of a run: frozen dataclasses that pydantic checks, their YAML and JSON, and a JSON schema for editors.
 
-An error for an unknown key names the nearest known one, and an error for a value says which values are allowed.
-`commented_yaml` prints a configuration with the documentation of each field, read from the docstrings in this file.
+The docstring under a field is its documentation, also in `commented_yaml` and in the schema. Every way to make a
+configuration is checked, `dataclasses.replace` included, and raises ConfigError, which names the option, its value and
+what is allowed; for an unknown option it names the nearest known one.
 """
 
 from __future__ import annotations
 
-import ast
 import datetime
-import difflib
-import inspect
+import functools
 import json
 import textwrap
-import types
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
 
-import yaml
+import pydantic.dataclasses
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 
 from tl_adapters.errors import UserError
+from tl_adapters.utils.reading import (
+    STRICT,
+    UnreadableFileError,
+    known_keys,
+    nearest_key,
+    parse_yaml,
+    problem_of,
+    read_json,
+    read_yaml,
+    schemas_at,
+    shown,
+)
+
+Options = TypeVar("Options")
 
 
 class ConfigError(UserError, ValueError):
     """Raised for a configuration that cannot be used; the message names the key, the value and what is allowed."""
 
 
-def _require(condition: bool, name: str, given: object, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} is {given!r}; allowed is {allowed}.")
+# -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _is_date(text: str) -> bool:
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def _checked(cls: type[Options]) -> type[Options]:
+    """Class decorator: a frozen dataclass whose fields pydantic checks, with ConfigError as its one error."""
+    settings = ConfigDict(**STRICT, use_attribute_docstrings=True)
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, config=settings)(cls)
+    check = made.__init__
+
+    @functools.wraps(check)
+    def init(self: Any, *values: Any, **named_values: Any) -> None:
+        by_position = dict(zip(made.__pydantic_fields__, values, strict=False))
+        if len(by_position) < len(values) or by_position.keys() & named_values:
+            raise TypeError(f"{cls.__name__} was given more values than it has options, or one of them twice")
+        try:
+            check(self, **by_position, **named_values)
+        except ValidationError as error:
+            raise ConfigError(problem_of(error, made, "option")) from None
+
+    made.__init__ = init
+    return made
+
+
+def _require_date(text: str) -> str:
     try:
         datetime.date.fromisoformat(text)
     except ValueError:
-        return False
-    return True
+        raise ValueError("give a date such as 2026-02-28, or null") from None
+    return text
 
 
-@dataclass(frozen=True)
+def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
+    """The value itself, which is checked: a whole number given for a number stays one."""
+    check(value)
+    return value
+
+
+# The values that options take; pydantic checks the bounds, errors and the JSON schema name them.
+Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+NotEmpty = Annotated[str, Field(min_length=1)]
+Date = Annotated[str, AfterValidator(_require_date), Field(json_schema_extra={"format": "date"})]
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+@_checked
 class LossWeights:
     """Weights of the four reconstruction terms (arXiv 2602.20904, section 3.2), and the lowest cut of the bridges."""
 
-    output_kl: float = 1.0
+    output_kl: Weight = 1.0
     """Weight of KL(target || replacement)."""
-    forward_bridge: float = 1.0
+    forward_bridge: Weight = 1.0
     """Weight of KL(target || replacement below the cut, target above it)."""
-    backward_bridge: float = 1.0
+    backward_bridge: Weight = 1.0
     """Weight of KL(target || target below the cut, replacement above it)."""
-    nmse: float = 1.0
+    nmse: Weight = 1.0
     """Weight of the NMSE of the residual stream."""
-    lowest_cut: int = 1
+    lowest_cut: Literal[0, 1] = 1
     """The cut is drawn uniformly from lowest_cut..n_layers: 1 in the paper, 0 in its public code."""
-
-    def __post_init__(self) -> None:
-        for name in ("output_kl", "forward_bridge", "backward_bridge", "nmse"):
-            _require(getattr(self, name) >= 0, f"loss_weights.{name}", getattr(self, name), "a number >= 0")
-        _require(self.lowest_cut in (0, 1), "loss_weights.lowest_cut", self.lowest_cut, "0 or 1")
 
 
 LOSS_WEIGHTS = {
@@ -66,6 +112,10 @@ LOSS_WEIGHTS = {
     "public_code": LossWeights(forward_bridge=2.0, backward_bridge=2.0, lowest_cut=0),
 }
 """Named weights: the paper states weight 1 for every term; its public code doubles both bridges and may draw cut 0."""
+
+
+def _named_weights(value: Any) -> Any:
+    return LOSS_WEIGHTS.get(value, value) if isinstance(value, str) else value
 
 
 TooLong = Literal["truncate", "drop", "refuse"]
@@ -78,7 +128,7 @@ TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 ActivationName = Literal["relu", "jumprelu", "topk", "batchtopk"]
 
 
-@dataclass(frozen=True)
+@_checked
 class DataConfig:
     """The source of the documents, and how they become traces."""
 
@@ -105,97 +155,86 @@ class DataConfig:
     """Column of a system turn, which is put before the other turns; null reads system."""
     domain_column: str | None = None
     """Column of the domain of each document (math, code, ...), by which features are counted; null reads domain."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
     """Maximal length of a document in tokens; null is the target's context length."""
     too_long: TooLong = "truncate"
     """What happens to a longer document: "truncate", "drop" (both are counted and reported) or "refuse" (an error)."""
     bad_rows: BadRows = "refuse"
     """What happens to a row that holds no conversation, or one that the chat template refuses: "refuse" (an error that
     names the row) or "drop" (the row is left out and counted)."""
-    template_date: str | None = None
+    template_date: Date | None = None
     """Date for a chat template that writes today's date, as YYYY-MM-DD; null is the day on which the run is started,
     which the run's own configuration then holds."""
     think_start: str = "<think>"
     """Tag that opens the thinking of a response; "<think>" stands for whichever published form the target uses."""
-    think_end: str = "</think>"
+    think_end: NotEmpty = "</think>"
     """Tag that closes the thinking; the answer follows it."""
-    shuffle_window: int = 4096
+    shuffle_window: Count = 4096
     """Number of documents that are encoded, shuffled and batched by length together."""
-    survey_documents: int = 2000
+    survey_documents: Count = 2000
     """Number of documents whose lengths are counted before training starts."""
-    validation_fraction: float = 0.0
+    validation_fraction: Annotated[ShareBelowOne, WrapValidator(_as_given)] = 0.0
     """Share of the documents that are held out, chosen by a hash of the question, so that it does not depend on the
     seed."""
     validation_split: str | None = None
     """Another split of a hub dataset to validate on, instead of a share of the training split."""
-    validation_documents: int = 64
+    validation_documents: Count = 64
     """Maximal number of held-out documents that are measured."""
 
-    def __post_init__(self) -> None:
-        for name in ("shuffle_window", "survey_documents", "validation_documents"):
-            _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "a whole number >= 1")
-        fraction = self.validation_fraction
-        _require(0 <= fraction < 1, "data.validation_fraction", fraction, "a number >= 0 and below 1")
-        _require(self.max_tokens is None or self.max_tokens >= 2, "data.max_tokens", self.max_tokens, "null or >= 2")
-        _require(bool(self.think_end), "data.think_end", self.think_end, "a string that is not empty")
-        _require(
-            self.template_date is None or _is_date(self.template_date),
-            "data.template_date",
-            self.template_date,
-            "null or a date such as 2026-02-28",
-        )
 
-
-@dataclass(frozen=True)
+@_checked
 class TrainingConfig:
     """Options of one training run. The defaults are tuned on the model organism (its tune split)."""
 
-    n_features: int = 512
+    n_features: Count = 512
     """Features per layer (8,192 in the paper, at d_model 3,584)."""
-    steps: int = 700
+    steps: Count = 700
     """Number of optimizer steps."""
-    tokens_per_batch: int = 1024
+    tokens_per_batch: Count = 1024
     """Maximal number of tokens per step, padding included; documents of similar length are batched together."""
-    lr: float = 0.012
+    lr: Positive = 0.012
     """Peak learning rate of Adam (8e-4 in the paper, for a model a thousand times larger)."""
-    beta1: float = 0.9
+    beta1: ShareBelowOne = 0.9
     """Adam's decay rate for the mean of the gradient."""
-    beta2: float = 0.999
+    beta2: ShareBelowOne = 0.999
     """Adam's decay rate for the mean of the squared gradient."""
-    warmup_fraction: float = 0.05
+    warmup_fraction: Share = 0.05
     """Share of the steps over which the learning rate rises linearly; afterwards it falls to 0 as a cosine."""
-    grad_clip: float = 1.0
+    grad_clip: Positive = 1.0
     """Maximal norm of the gradient of all adapters together; a larger gradient is scaled down to it."""
     activation: ActivationName = "relu"
     """Activation function, which decides which features are active: "relu" (the paper's; l1_weight makes it sparse),
     "jumprelu" (a learned threshold per feature; l0_weight makes it sparse), "topk" (the k largest of each token) or
     "batchtopk" (k per token on average: the largest of the whole batch in training, a threshold afterwards)."""
-    l1_weight: float = 0.001
+    l1_weight: Weight = 0.001
     """Weight of the sparsity term of relu, the L1 of activations in decoder-norm units: higher means fewer active
     features (1e-4 to 1e-2 in the paper). Only relu reads it."""
-    l0_weight: float = 0.001
+    l0_weight: Weight = 0.001
     """Weight of the sparsity term of jumprelu, the number of active features: higher means fewer active features. Only
     jumprelu reads it."""
-    l1_warmup_fraction: float = 0.25
+    l1_warmup_fraction: Share = 0.25
     """Share of the steps over which l1_weight or l0_weight rises linearly from 0. Only relu and jumprelu read it."""
-    k: int = 6
+    k: Count = 6
     """Active features per token and layer: exactly k (topk) or k on average (batchtopk). Only these two read it."""
-    bandwidth: float = 1.0
+    bandwidth: Positive = 1.0
     """Width of the kernel through which jumprelu's thresholds get a gradient, and their initial value, in units of the
     pre-activation, which is of the order of 1 because the input of an adapter is normalized. Only jumprelu reads it."""
-    count: tuple[Region, ...] = REGIONS
+    count: Annotated[tuple[Region, ...], Field(strict=False, min_length=1)] = REGIONS
     """Regions whose tokens the objective counts: any of prompt, thinking and answer (all of them in the paper)."""
-    loss_weights: LossWeights = field(default_factory=LossWeights)
+    loss_weights: Annotated[
+        LossWeights,
+        BeforeValidator(_named_weights, json_schema_input_type=LossWeights | Literal["paper", "public_code"]),
+    ] = field(default_factory=LossWeights)
     """Weights of the reconstruction terms; in a file also the name "paper" or "public_code"."""
     seed: int = 0
     """Seed of the encoders' initial weights, the order of the documents and the cuts."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between saved training states; a run that is stopped or killed resumes from the last one, bit for bit."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Number of saved training states that are kept on disk."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
-    validate_every: int = 500
+    validate_every: Count = 500
     """Steps between measurements on the held-out documents, if there are any (lines of validation.jsonl)."""
     tracker: TrackerName = "none"
     """Tracker that draws the curves besides metrics.jsonl; each but "none" needs the extra of its name."""
@@ -203,26 +242,7 @@ class TrainingConfig:
     """Project of the tracker in which the run appears."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "n_features", "steps", "tokens_per_batch", "checkpoint_every", "keep_checkpoints", "log_every",
-            "validate_every",
-        ):  # fmt: skip
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
-        for name in ("lr", "grad_clip"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
-        for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number >= 0 and below 1")
-        for name in ("warmup_fraction", "l1_warmup_fraction"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
-        for name in ("l1_weight", "l0_weight"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
-        _require(self.bandwidth > 0, "bandwidth", self.bandwidth, "a number > 0")
-        self._require_read_options()
-        _require(len(self.count) > 0, "count", list(self.count), f"one or more of {', '.join(REGIONS)}")
-
-    def _require_read_options(self) -> None:
         """Raises ConfigError for an option that was set although the activation function does not read it."""
-        _require(self.activation in get_args(ActivationName), "activation", self.activation, _in_words(ActivationName))
         for option, readers in _READ_BY.items():
             given, default = getattr(self, option), getattr(type(self), option)
             if self.activation not in readers and given != default:
@@ -230,10 +250,8 @@ class TrainingConfig:
                     f"{option} is {given!r}, and activation {self.activation!r} does not read it; only "
                     f"{' and '.join(readers)} {'do' if len(readers) > 1 else 'does'}. Leave it out."
                 )
-        if self.activation in _READ_BY["k"]:
-            _require(
-                1 <= self.k <= self.n_features, "k", self.k, f"a whole number from 1 to n_features ({self.n_features})"
-            )
+        if self.activation in _READ_BY["k"] and self.k > self.n_features:
+            raise ConfigError(f"k is {self.k}; allowed is a whole number from 1 to n_features ({self.n_features}).")
 
 
 _READ_BY: dict[str, tuple[ActivationName, ...]] = {
@@ -246,7 +264,7 @@ _READ_BY: dict[str, tuple[ActivationName, ...]] = {
 """Options that only some activation functions read, and those functions."""
 
 
-@dataclass(frozen=True)
+@_checked
 class RunConfig:
     """The options of a whole run: models, data and training. `tl-adapters train --config` reads them from a file."""
 
@@ -283,27 +301,104 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """The inverse of `to_dict`; missing keys get their defaults. Raises ConfigError."""
-        return _build(cls, values, "")
+        return _from_mapping(cls, values, "")
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
         """Read a .yaml, .yml or .json file, or a shipped configuration by its name. Raises ConfigError."""
-        path = Path(path)
-        if not path.suffix and str(path) in shipped_configs():
-            path = shipped_configs()[str(path)]
-        if not path.is_file():
-            known = ", ".join(shipped_configs())
-            raise ConfigError(
-                f"There is no file {path}; give a .yaml or .json file, or a shipped configuration: {known}."
-            )
+        path = shipped_configs().get(str(path), Path(path))
+        advice = f"Give a .yaml or .json file, or a shipped configuration: {', '.join(shipped_configs())}."
         try:
-            text = path.read_text(encoding="utf-8")
-            values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        except (json.JSONDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} is neither valid JSON nor YAML: {error}") from error
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{path} holds {type(values).__name__}; a configuration is a mapping of option: value.")
-        return cls.from_dict(values)
+            values = read_json(path, advice) if path.suffix == ".json" else read_yaml(path, advice)
+        except UnreadableFileError as error:
+            raise ConfigError(str(error)) from error
+        return _from_mapping(cls, values, f"{path}: ")
+
+
+def _from_mapping(cls: type[Options], values: Any, source: str) -> Options:
+    """Options from what a JSON or YAML parser gives. Raises ConfigError, whose message begins with ``source``."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}a configuration is a mapping of option: value, not {shown(values)}.")
+    try:
+        # Parsed from JSON, since only there a strict tuple can be given as a list.
+        return TypeAdapter(cls).validate_json(json.dumps(values, default=dict))
+    except ValidationError as error:
+        raise ConfigError(source + problem_of(error, cls, "option")) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}the configuration holds a value that is not JSON: {error}.") from error
+
+
+# -- changes, files and schema ----------------------------------------------------------------------------------------
+
+
+def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    """A copy of a configuration in which some options have other values.
+
+    Args:
+        config: the configuration.
+        options: option -> value, as a file has them. An option is named by its dotted path, such as "training.lr", or
+            by the end of that path where no other ends alike, such as "lr".
+
+    Raises ConfigError for an unknown option, with the nearest known one, and for a value that is not allowed.
+    """
+    values = config.to_dict()
+    for name, value in options.items():
+        *parents, last = option_path(name).split(".")
+        place = values
+        for parent in parents:
+            if not isinstance(place[parent], dict):
+                raise ConfigError(f"{name} is given beside {parent} {place[parent]!r}; give one of them.")
+            place = place[parent]
+        place[last] = value
+    return RunConfig.from_dict(values)
+
+
+def option_path(name: str) -> str:
+    """The dotted path of an option, given that path or its end, such as lr for training.lr. Raises ConfigError."""
+    known = known_keys(RunConfig)
+    found = [name] if name in known else [path for path in known if path.endswith(f".{name}")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"Option {name} can be {' or '.join(found)}; give the whole name.")
+    near = nearest_key(name, known)
+    hint = f"Did you mean {near}?" if near else "tl-adapters config prints every option."
+    raise ConfigError(f"Unknown option {name}. {hint}")
+
+
+def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
+    """The options that texts such as "training.lr=1e-3" set, as `with_options` takes them.
+
+    A value is read as YAML, or literally for an option that is text. Raises ConfigError for an unknown option, one that
+    is given twice, and text without "=".
+    """
+    options: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{assignment!r} sets no option; write OPTION=VALUE, such as training.lr=1e-3.")
+        path = option_path(name.strip())
+        if path in options:
+            raise ConfigError(f"Option {path} is given twice; give it once.")
+        options[path] = parse_option(path, text)
+    return options
+
+
+def parse_option(path: str, text: str) -> Any:
+    """The value of an option, given by its dotted path, from text. Raises ConfigError for text that is not YAML."""
+    types = [schema.get("type") for schema in schemas_at(RunConfig, path.split(".")) if "enum" not in schema]
+    if "string" in types and not (text == "null" and "null" in types):
+        return text
+    try:
+        return parse_yaml(text, f"The value of {path}, {text!r},")
+    except UnreadableFileError as error:
+        raise ConfigError(str(error)) from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of configuration files, by which editors complete, check and explain them."""
+    schema = TypeAdapter(RunConfig).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -326,84 +421,19 @@ def _commented_lines(config: Any, indent: str) -> list[str]:
             lines += [f"{indent}{name}:", *_commented_lines(value, indent + "  ")]
         else:
             plain = list(value) if isinstance(value, tuple) else value
-            # PyYAML reads 1e-05 as a string, but 0.00001 as a number.
-            text = f"{value:.12f}".rstrip("0") if isinstance(value, float) and "e" in repr(value) else json.dumps(plain)
+            text = json.dumps(plain)
+            if isinstance(value, float) and "." not in text:
+                text = text.replace("e", ".0e")  # YAML 1.1 reads 1e-05 as text, but 1.0e-05 as a number
             lines.append(f"{indent}{name}: {text}")
     return lines
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Name of every field and the docstring under it, read from the class's source."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(body, ast.ClassDef)
-    docs = {}
-    for node, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
-            docs[node.target.id] = inspect.cleandoc(ast.literal_eval(after.value))
-    return docs
+    """Name of every field and the docstring under it."""
+    fields: Mapping[str, Any] = cls.__pydantic_fields__  # type: ignore[attr-defined]
+    return {name: field.description for name, field in fields.items()}
 
 
 def _plain(config: Any) -> dict[str, Any]:
     """The dataclass as a dict, in which tuples are lists."""
     return asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
-
-
-def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    """A dataclass from a mapping. Raises ConfigError for an unknown key, or a value of another type than its field."""
-    hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
-    arguments = {}
-    for key, value in values.items():
-        if key not in known:
-            paths = _paths(cls, prefix)
-            near = difflib.get_close_matches(str(key), paths, n=1)
-            hint = f" Did you mean {paths[near[0]]}?" if near else f" Known are: {', '.join(known)}."
-            raise ConfigError(f"Unknown option {prefix}{key}.{hint}")
-        arguments[key] = _value(hints[key], value, f"{prefix}{key}")
-    return cls(**arguments)
-
-
-def _paths(cls: Any, prefix: str) -> dict[str, str]:
-    """Name and dotted path of the options of ``cls`` and of nested dataclasses; on a clash its own is taken."""
-    hints = get_type_hints(cls)
-    nested = [_paths(hint, f"{prefix}{name}.") for name, hint in hints.items() if is_dataclass(hint)]
-    own = {name: f"{prefix}{name}" for name in hints}
-    return {**{name: path for paths in nested for name, path in paths.items()}, **own}
-
-
-def _value(hint: Any, value: Any, key: str) -> Any:
-    """The value of an option whose type is ``hint``. Raises ConfigError, which names ``key``, for another type."""
-    if hint is LossWeights and isinstance(value, str):
-        if value not in LOSS_WEIGHTS:
-            raise ConfigError(f"{key} is {value!r}; allowed is a mapping or one of {sorted(LOSS_WEIGHTS)}.")
-        return LOSS_WEIGHTS[value]
-    if is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{key} is {value!r}; allowed is a mapping of option: value.")
-        return _build(hint, value, f"{key}.")
-    if get_origin(hint) is tuple:
-        if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{key} is {value!r}; allowed is a list.")
-        return tuple(_value(get_args(hint)[0], item, key) for item in value)
-    if not _allowed(hint, value):
-        raise ConfigError(f"{key} is {value!r}; allowed is {_in_words(hint)}.")
-    return value
-
-
-def _allowed(hint: Any, value: Any) -> bool:
-    if get_origin(hint) in (Union, types.UnionType):
-        return any(_allowed(h, value) for h in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-
-
-def _in_words(hint: Any) -> str:
-    """The values of a type, as an error names them."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_in_words(h) for h in get_args(hint))
-    if get_origin(hint) is Literal:
-        return ", ".join(map(json.dumps, get_args(hint)))
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}[hint]

@@ -353,7 +353,7 @@ def test_regions_of_a_trace_of_another_day_are_right(tmp_path: Path) -> None:
 
 
 def test_an_invalid_date_is_refused() -> None:
-    with pytest.raises(ConfigError, match="template_date is '3 Feb'; allowed is null or a date"):
+    with pytest.raises(ConfigError, match="template_date is '3 Feb': give a date such as 2026-02-28, or null"):
         DataConfig(template_date="3 Feb")
 
 

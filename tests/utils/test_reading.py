@@ -39,7 +39,7 @@ class Outer(Record):
     [
         ({"n": True}, "n is True; allowed is a whole number"),
         ({"n": "3"}, "n is '3'; allowed is a whole number"),
-        ({"n": 11}, "n is 11; allowed is less than or equal to 10"),
+        ({"n": 11}, "n is 11; allowed is a whole number from 1 to 10"),
         ({"inner": {"lr": float("nan")}}, "inner.lr is nan; allowed is a finite number"),
         ({"inner": {"lr": float("inf")}}, "inner.lr is inf; allowed is a finite number"),
         ({"inner": {"lrr": 1.0}}, "Unknown key inner.lrr. Did you mean inner.lr?"),

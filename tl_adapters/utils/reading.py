@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from tl_adapters.errors import UserError
@@ -29,12 +29,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-RecordType = TypeVar("RecordType", bound=BaseModel)
+RecordType = TypeVar("RecordType")
 WRITE_AGAIN = "Restore the file from a copy, or remove it and run the command that writes it again."
 """The way out for a file that a command of ours writes."""
 _LARGEST_NUMBER = 400
 """Most characters of a number in JSON; the longest float needs 324, and converting longer integers takes quadratic
 time."""
+
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+"""Pydantic's settings for everything that is read from a file: no unknown keys, other types, NaN and infinities."""
 
 
 class UnreadableFileError(UserError, ValueError):
@@ -44,7 +48,7 @@ class UnreadableFileError(UserError, ValueError):
 class Record(BaseModel):
     """Base of the records in our files: frozen, strict about types, without unknown keys, NaN and infinities."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(**STRICT, frozen=True)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -78,7 +82,7 @@ def read_json_object(path: str | Path, advice: str = WRITE_AGAIN) -> dict[str, A
     """Return the mapping that a JSON file holds. Arguments and errors as in `read_text`."""
     value = read_json(path, advice)
     if not isinstance(value, dict):
-        raise UnreadableFileError(f"{path} holds {_shown(value)}; it should hold a mapping of keys. {advice}")
+        raise UnreadableFileError(f"{path} holds {shown(value)}; it should hold a mapping of keys. {advice}")
     return value
 
 
@@ -237,7 +241,7 @@ def as_record(record: type[RecordType], value: Any, source: str, advice: str = "
     """Return ``value``, as a JSON or YAML parser gives it, as a record.
 
     Args:
-        record: the class of the record.
+        record: the class of the record, or a pydantic dataclass.
         value: mappings, lists and scalars.
         source: where the value is from, for the error.
         advice: a sentence that says what to do where the value cannot be used.
@@ -245,42 +249,60 @@ def as_record(record: type[RecordType], value: Any, source: str, advice: str = "
     Raises UnreadableFileError, which names the first key that cannot be used.
     """
     try:
-        text = json.dumps(value)
         # Parsed from JSON, since only there a strict tuple can be given as a list.
-        return record.model_validate_json(text)
+        return TypeAdapter(record).validate_json(json.dumps(value))
     except ValidationError as error:
         raise UnreadableFileError(f"{source}: {problem_of(error, record)} {advice}".rstrip()) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise UnreadableFileError(f"{source} holds values that are not JSON ({error}). {advice}".rstrip()) from error
 
 
-def problem_of(error: ValidationError, record: type[BaseModel]) -> str:
-    """Return the first problem of a pydantic error as a sentence: the key, its value, and what it should be."""
+def problem_of(error: ValidationError, record: type[Any], noun: str = "key") -> str:
+    """Return the first problem of a pydantic error as a sentence: the key, its value, and what it should be.
+
+    Args:
+        error: the error of a record or of a pydantic dataclass.
+        record: its class.
+        noun: what its keys are called.
+    """
     first = error.errors(include_url=False)[0]
-    location, message = first["loc"], str(first["msg"])
-    key = ".".join(map(str, location)) or "the value"
-    if first["type"] == "extra_forbidden":
-        near = nearest_key(key, known_keys(record))
-        return f"Unknown key {key}." + (f" Did you mean {near}?" if near else "")
-    if first["type"] == "missing":
-        return f"The key {key} is missing."
-    if first["type"] in ("value_error", "assertion_error"):
-        return f"{key} is {_shown(first['input'])}: {message.split(', ', 1)[-1].rstrip('.')}."
-    if first["type"] == "json_invalid":
+    kind, location, message, given = first["type"], first["loc"], str(first["msg"]), shown(first["input"])
+    key = _short_key(_dotted(location)) or "the value"
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"Unknown {noun} {key}.{_hint(key, record)}"
+    if kind == "missing":
+        return f"The {noun} {key} is missing."
+    if kind in ("value_error", "assertion_error"):
+        cause = first["ctx"]["error"]
+        return str(cause) if isinstance(cause, UserError) else f"{key} is {given}: {str(cause).rstrip('.')}."
+    if kind == "json_invalid":
         return f"{message}."
-    allowed = message.removeprefix("Input should be ").rstrip(".")
-    return f"{key} is {_shown(first['input'])}; allowed is {_PLAIN_WORDS.get(allowed, allowed)}."
+    if kind == "dataclass_exact_type":
+        return f"{key} is {given}; allowed is an instance of {first['ctx']['class_name']}."
+    allowed = allowed_values(record, location) or message.removeprefix("Input should be ").rstrip(".")
+    if kind == "finite_number":
+        allowed = allowed.replace("a number", "a finite number")
+    return f"{key} is {given}; allowed is {allowed}."
 
 
-_PLAIN_WORDS = {
-    "a valid integer": "a whole number",
-    "a valid number": "a number",
-    "a valid string": "text",
-    "a valid boolean": "true or false",
-    "a valid array": "a list",
-    "an object": "a mapping",
-}
-"""What pydantic calls types, and what our messages call them."""
+def _dotted(location: Sequence[str | int]) -> str:
+    """A place in nested mappings and lists, such as a.b[3].c."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def _short_key(key: str) -> str:
+    """A key in an error, which may be of any length in a damaged file."""
+    return key if len(key) <= 120 else f"{key[:60]}..."
+
+
+def _hint(key: str, record: type[Any]) -> str:
+    """The known key that is nearest to an unknown one, else the known keys beside it."""
+    known = known_keys(record)
+    if near := nearest_key(key, known):
+        return f" Did you mean {near}?"
+    parent = key.rpartition(".")[0]
+    beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    return f" Known are: {', '.join(beside)}." if beside else ""
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:
@@ -291,24 +313,98 @@ def nearest_key(key: str, known: Sequence[str]) -> str | None:
     return near[0] if near else last_parts[near_last[0]] if near_last else None
 
 
-def known_keys(record: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return the dotted keys of a record and of the records in its fields."""
+def known_keys(record: type[Any], prefix: str = "") -> list[str]:
+    """Return the dotted keys of a record, or of a pydantic dataclass, and of the records in its fields."""
     keys: list[str] = []
-    for name, field in record.model_fields.items():
+    for name, field in record.__pydantic_fields__.items():
         key = f"{prefix}{field.alias or name}"
-        nested = field.annotation
         keys.append(key)
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            keys += known_keys(nested, f"{key}.")
+        if hasattr(field.annotation, "__pydantic_fields__"):
+            keys += known_keys(field.annotation, f"{key}.")
     return keys
+
+
+def allowed_values(record: type[Any], location: Sequence[str | int]) -> str | None:
+    """Return the values that a key of a record takes, in words; None where its JSON schema does not say.
+
+    Args:
+        record: the class of the record, or a pydantic dataclass.
+        location: the place of the value in nested mappings and lists; () is the whole record.
+    """
+    words = [word for schema in schemas_at(record, location) for word in _in_words(schema)]
+    return None if "" in words or not words else " or ".join([", ".join(words[:-1]), words[-1]]).removeprefix(" or ")
+
+
+def schemas_at(record: type[Any], location: Sequence[str | int]) -> list[Mapping[str, Any]]:
+    """Return the JSON schemas, one of which a value at a place of a record must have. Arguments as `allowed_values`."""
+    schema = TypeAdapter(record).json_schema()
+    options: list[Mapping[str, Any]] = [schema]
+    for part in location:
+        found = (_part_of(option, part) for option in _alternatives(options, schema))
+        options = [option for option in found if option]
+    return _alternatives(options, schema)
+
+
+def _alternatives(options: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """JSON schemas without references and unions, in place of schemas with both."""
+    flat: list[Mapping[str, Any]] = []
+    for option in options:
+        if "$ref" in option:
+            flat += _alternatives([schema["$defs"][option["$ref"].rpartition("/")[2]]], schema)
+        elif "anyOf" in option:
+            flat += _alternatives(option["anyOf"], schema)
+        else:
+            flat.append(option)
+    return flat
+
+
+def _part_of(schema: Mapping[str, Any], part: str | int) -> Mapping[str, Any] | None:
+    """The JSON schema of an item of a list or of a value of a mapping; None where it has none."""
+    if isinstance(part, int):
+        return dict(enumerate(schema.get("prefixItems", ()))).get(part, schema.get("items"))
+    extra = schema.get("additionalProperties")
+    return schema.get("properties", {}).get(part, extra if isinstance(extra, Mapping) else None)
+
+
+def _in_words(schema: Mapping[str, Any]) -> list[str]:
+    """The values that a JSON schema without references allows, in words; "" where it does not say."""
+    if "const" in schema or "enum" in schema:
+        return [json.dumps(value) for value in schema.get("enum", [schema.get("const")])]
+    if schema.get("format") == "date":
+        return ["a date such as 2026-02-28"]
+    words = _PLAIN_WORDS.get(schema.get("type", ""), "")
+    if schema.get("minLength") == 1 or schema.get("minItems") == 1:
+        words += " that is not empty"
+    if items := schema.get("items", {}).get("enum"):
+        words += f" of {', '.join(map(json.dumps, items))}"
+    return [words + _bounds_in_words(schema)]
+
+
+def _bounds_in_words(schema: Mapping[str, Any]) -> str:
+    if "minimum" in schema and "maximum" in schema:
+        return f" from {schema['minimum']} to {schema['maximum']}"
+    bounds = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+    return " and".join(f" {sign} {schema[bound]}" for bound, sign in bounds if bound in schema)
+
+
+_PLAIN_WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "null",
+}
+"""What JSON schemas call types, and what our messages call them."""
 
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
 
-def _shown(value: Any) -> str:
-    """A value in an error: short, whatever its size."""
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: short, whatever its size."""
     if isinstance(value, Mapping) and len(value) > 4:
         return f"a mapping of {len(value)} keys"
     return _SHORT.repr(value)
