@@ -201,6 +201,45 @@ def test_nothing_unsafe() -> None:
                 assert trusted == ["False"] if asks else trusted in ([], ["False"]), f"{path}: {called}"
 
 
+WRITERS = (
+    {
+        f"os.{name}"
+        for name in ("replace", "rename", "remove", "unlink", "rmdir", "mkdir", "makedirs", "link", "symlink")
+    }
+    | {f"shutil.{name}" for name in ("rmtree", "move", "copy", "copy2", "copyfile", "copytree")}
+    | {"os.open", "os.truncate", "os.chmod", "os.utime", "os.removedirs", "os.renames", "save_file", "save_model"}
+)
+"""Functions that write, rename or remove."""
+WRITING_METHODS = {"write_text", "write_bytes", "mkdir", "rmdir", "unlink", "rename", "touch", "chmod", "symlink_to"}
+WRITING_METHODS |= {"hardlink_to", "tofile"}
+"""Methods of paths and arrays that do."""
+
+
+def test_only_one_module_writes_renames_or_removes() -> None:
+    """Whatever writes without `utils.files` is not whole or not at all, or has a name that two processes share."""
+    for path in PACKAGE.rglob("*.py"):
+        if path == PACKAGE / "utils" / "files.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            place = f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}; use the functions of utils/files.py"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {f"{getattr(node, 'module', None) or ''}.{alias.name}".lstrip(".") for alias in node.names}
+                shorter = {".".join(name.split(".")[-1:]) for name in names} | names
+                assert not shorter & (WRITERS | {"tempfile", "filelock"}), place
+                assert not any(name.startswith(("tempfile.", "filelock.")) for name in names), place
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in WRITERS, f"{called} in {place}"
+                method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+                assert method not in WRITING_METHODS, f"{called} in {place}"
+                # A string's replace takes two arguments; with one it is a path's, which overwrites.
+                assert not (method == "replace" and len(node.args) == 1), f"{called} in {place}"
+                if method == "open" or called == "open":
+                    modes = [*node.args[(called == "open") :][:1], *(k.value for k in node.keywords if k.arg == "mode")]
+                    texts = [mode.value for mode in modes if isinstance(mode, ast.Constant)]
+                    assert all(isinstance(text, str) and not set(text) & set("wax+") for text in texts), place
+
+
 def test_every_module_says_what_it_is_and_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
     for path in PACKAGE.rglob("*.py"):

@@ -213,7 +213,9 @@ def test_errors_are_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_earlier_demo_is_moved_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_demo_takes_the_next_free_name_and_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def short(folder: Path, *args: object, **options: object) -> Path:
         folder.mkdir(parents=True)
         (folder / "report.html").write_text(str(len(list(folder.parent.iterdir()))))
@@ -224,5 +226,21 @@ def test_an_earlier_demo_is_moved_not_overwritten(tmp_path: Path, monkeypatch: p
     for _ in range(3):
         assert main(["demo", "--quiet"]) == 0
     assert {p.parent.name: p.read_text() for p in tmp_path.rglob("report.html")} == {
-        "demo-1": "1", "demo-2": "2", "demo": "3",
+        "demo": "1", "demo-2": "2", "demo-3": "3",
     }  # fmt: skip
+    assert capsys.readouterr().out.count("next: tl-adapters evaluate runs/demo-3\n") == 1
+    assert main(["demo", "--out", "runs/demo"]) == 0
+    assert "runs/demo exists already and stays as it is; this run is runs/demo-4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", [".", "..", "", "/", "file", "file/run", "x" * 300, "/proc/run"])
+def test_a_demo_that_cannot_be_written_is_refused_before_anything_is_made(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tl_adapters.study.demo.demo", lambda *args, **options: pytest.fail("it started"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    assert main(["demo", "--quiet", "--out", out]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"

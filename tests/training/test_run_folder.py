@@ -8,7 +8,7 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,7 +17,6 @@ import pytest
 import torch
 from helpers.random_models import random_model
 
-import tl_adapters.utils.files
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.cli.main import main
 from tl_adapters.config import DataConfig, TrainingConfig
@@ -66,17 +65,20 @@ def work(folder: Path, parent: Connection, die_at_rename: int | None = None, bef
     """
     torch.set_num_threads(1)
     if die_at_rename is not None:
-        renames, replace = iter(range(10**6)), os.replace
+        renames = iter(range(10**6))
 
-        def rename(*paths: object) -> None:
-            last = next(renames) == die_at_rename
-            if last and before:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(*paths)  # type: ignore[arg-type]
-            if last:
-                os.kill(os.getpid(), signal.SIGKILL)
+        def dying(rename: Callable[..., None]) -> Callable[..., None]:
+            def call(*paths: object) -> None:
+                last = next(renames) == die_at_rename
+                if last and before:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                rename(*paths)
+                if last:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-        tl_adapters.utils.files.os.replace = rename  # type: ignore[attr-defined]
+            return call
+
+        os.rename, os.replace = dying(os.rename), dying(os.replace)  # of files.py, which alone renames
 
     def report(step: int, terms: StepTerms | None = None) -> None:
         parent.send(step)
@@ -279,7 +281,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_incomplete(tmp_path: Path) -
     with files_no_larger_than(100), pytest.raises(DiskFullError, match="too full to write .*notes.txt"):
         write_text(tmp_path / "notes.txt", "x" * 1000)
     with files_no_larger_than(100), pytest.raises(DiskFullError), new_folder(tmp_path / "folder") as out:
-        (out / "notes.txt").write_text("x" * 1000)
+        write_text(out / "notes.txt", "x" * 1000)
     with files_no_larger_than(1000), pytest.raises(DiskFullError, match="adapters"):
         pair().new_adapters(64).save_pretrained(tmp_path / "adapters")
     assert list(tmp_path.iterdir()) == []

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tl_adapters.errors import UserError
-from tl_adapters.utils.files import plain_file
+from tl_adapters.utils.files import plain_file, write_tensors, write_text
 from tl_adapters.utils.strict_json import dumps
 
 SAELENS_FILES = SAELENS_CONFIG_FILE, SAELENS_WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -92,9 +92,8 @@ def transcoder_config(layer: int, tensors: dict[str, Tensor], about: dict[str, A
 
 def write_transcoder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write cfg.json and weights into a fresh ``folder``."""
-    folder.mkdir()
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / SAELENS_WEIGHTS_FILE)
-    (folder / SAELENS_CONFIG_FILE).write_text(dumps(config, indent=1) + "\n")
+    write_tensors(folder / SAELENS_WEIGHTS_FILE, tensors)
+    write_text(folder / SAELENS_CONFIG_FILE, dumps(config, indent=1) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

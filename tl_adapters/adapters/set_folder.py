@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_adapters.adapters.file_hashes import file_hash
@@ -38,7 +37,7 @@ from tl_adapters.adapters.saelens_folder import (
 from tl_adapters.adapters.transcoder import require_activation
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 from tl_adapters.checkpoints.model_files import fetch
-from tl_adapters.utils.files import new_folder, plain_file
+from tl_adapters.utils.files import new_folder, plain_file, write_tensors, write_text
 from tl_adapters.utils.strict_json import dumps
 
 SET_METADATA_FILE, SET_SAMPLES_FILE = "tl_adapters.json", "layer_marks.safetensors"
@@ -151,13 +150,13 @@ def write_set(folder: str | Path, description: SetDescription, weights: Mapping[
         }
         samples |= {f"{_SAMPLE_PREFIX}{name}": t.contiguous() for name, t in (description.samples or {}).items()}
         if samples:
-            save_file(samples, out / SET_SAMPLES_FILE)
+            write_tensors(out / SET_SAMPLES_FILE, samples)
         files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
         record["files"] = {
             name: {"sha256": file_hash(out / name), "size": (out / name).stat().st_size} for name in files
         }
         text = dumps({**record, "sha256": record_hash(record)}, indent=1)
-        (out / SET_METADATA_FILE).write_text(text + "\n")
+        write_text(out / SET_METADATA_FILE, text + "\n")
 
 
 def read_description(name: str | Path, *, revision: str | None = None, token: str | None = None) -> SetDescription:

@@ -14,13 +14,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_adapters.adapters.saelens_folder import AdapterFormatError, read_json, read_safetensors
 from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
-from tl_adapters.utils.files import new_folder
+from tl_adapters.utils.files import new_folder, write_tensors, write_text
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.strict_json import dumps
 
@@ -135,8 +134,8 @@ class AttributionGraph:
         }
         names = ("tokens", "features", "activations", "errors", "edges", "weights", "rows", "balance", "decoder_biases")
         with new_folder(folder) as out:
-            save_file({name: getattr(self, name).contiguous() for name in names}, out / TENSORS_FILE)
-            (out / GRAPH_FILE).write_text(dumps(record, indent=1) + "\n")
+            write_tensors(out / TENSORS_FILE, {name: getattr(self, name) for name in names})
+            write_text(out / GRAPH_FILE, dumps(record, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> AttributionGraph:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_adapters.utils.files import write_text
+from tl_adapters.utils.files import remove_own, write_text
 from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class ReplyCache:
             old = self._path(_hash({**_without(question, "server"), "parameters": parameters}))
             if (text := _read(old)) is not None:
                 write_text(path, dumps({**question, "reply": text}, indent=1) + "\n")
-                old.unlink(missing_ok=True)  # so that no other server adopts it too
+                remove_own(old)  # so that no other server adopts it too
                 return
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, cycle
@@ -28,7 +27,7 @@ from tl_adapters.generation.completions import default_batch_size
 from tl_adapters.generation.generation_config import end_tokens, sampling_parameters
 from tl_adapters.generation.responses import Checkable, Response, respond, response_limit
 from tl_adapters.generation.sampling import GenerationError, SamplingParameters
-from tl_adapters.utils.files import alone_in, room_for, write_text
+from tl_adapters.utils.files import alone_in, append_text, make_folder, write_text
 from tl_adapters.utils.measurement import Interval
 from tl_adapters.utils.strict_json import dumps
 
@@ -183,14 +182,15 @@ def sample_responses(
     batches = _batches(problems, options.batch_size)
     todo = [(sample, number) for sample in range(options.samples) for number in range(len(batches))]
     settings = {**description, **_problem_settings(problems, options), "ends": end_tokens(model)}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with alone_in(folder):
         _require_same(folder / RESPONSE_SETTINGS_FILE, settings)
         finished = _whole_batches(folder / RESPONSES_FILE, [len(batch) for batch in batches])
         done = min(len(finished), len(todo))
         for sample, number in tqdm(todo[done:], initial=done, total=len(todo), disable=not progress, unit="batch"):
             batch = _sample_batch(model, problems, batches[number], sample, options)
-            _append(folder / RESPONSES_FILE, [_as_record(one, problems[one.problem].question) for one in batch])
+            records = [_as_record(one, problems[one.problem].question) for one in batch]
+            append_text(folder / RESPONSES_FILE, "".join(dumps(record) + "\n" for record in records))
             finished.append(batch)
     return list(chain(*finished[: len(todo)]))
 
@@ -260,14 +260,6 @@ def _from_record(record: Mapping[str, Any]) -> SampledResponse:
         near_ties=record.get("near_ties", 0),
     )
     return SampledResponse(record["problem"], record["sample"], response)
-
-
-def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines, and return when they are on disk. Raises DiskFullError."""
-    with room_for(path), path.open("a", encoding="utf-8") as file:
-        file.write("".join(dumps(record) + "\n" for record in records))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _whole_batches(path: Path, sizes: Sequence[int]) -> list[list[SampledResponse]]:

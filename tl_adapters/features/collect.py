@@ -9,7 +9,6 @@ continues after its last part, and documents can be added later.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -38,6 +37,7 @@ from tl_adapters.features.store_parts import (
 )
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.arguments import choice, texts
+from tl_adapters.utils.files import remove_own
 
 
 def collect_features(
@@ -201,5 +201,5 @@ def _merged_store(
         write_part(folder / f"part-{name}", merged, description.layers)
     # Parts are removed only now: a process that is killed before leaves both, and the merged part is the one read.
     for superseded in superseded_parts(folder):
-        shutil.rmtree(superseded)
+        remove_own(superseded)
     return FeatureStore.load(folder)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.data.tokens import single_token, token_text
@@ -24,12 +24,14 @@ from tl_adapters.features.logit_effects import LayerEffects, decoder_rows, layer
 from tl_adapters.features.store_description import StoreDescription
 from tl_adapters.features.store_parts import StorePart, current_parts, layer_file
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.files import new_folder, remove_partials, write_text
+from tl_adapters.utils.files import new_folder, write_tensors, write_text
 from tl_adapters.utils.strict_json import dumps
 
 STORE_SCHEMA_VERSION = 1
 STORE_FILE, VOCABULARY_FILE, EFFECTS_FOLDER = "store.json", "vocabulary.json", "effects"
 AGREEMENT_FILE, LABELS_FILE = "agreement.json", "labels.json"
+STORE_NAMES = (STORE_FILE, VOCABULARY_FILE, EFFECTS_FOLDER, "part-*", AGREEMENT_FILE, LABELS_FILE)
+"""Patterns of everything that a store's folder holds."""
 
 
 def prepare_folder(
@@ -56,10 +58,9 @@ def prepare_folder(
         record = {"schema_version": STORE_SCHEMA_VERSION, **description.to_json()}
         write_text(folder / STORE_FILE, dumps(record, indent=1) + "\n")
     if write_effects and not (folder / EFFECTS_FOLDER).is_dir():
-        remove_partials(folder / EFFECTS_FOLDER)
         with new_folder(folder / EFFECTS_FOLDER) as out:
             for layer, effects in effects_by_layer(pair, description):
-                save_file({k: t.contiguous() for k, t in effects._asdict().items()}, out / layer_file(layer))
+                write_tensors(out / layer_file(layer), effects._asdict())
     return current_parts(folder)
 
 

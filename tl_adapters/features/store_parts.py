@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_adapters.features.feature import FeatureStoreError
 from tl_adapters.features.layer_statistics import RANKINGS, SUMMED_TENSORS, LayerStatistics, best_firings, concatenated
-from tl_adapters.utils.files import new_folder
+from tl_adapters.utils.files import new_folder, write_tensors, write_text
 from tl_adapters.utils.strict_json import dumps
 
 PART_FILE, DOCUMENTS_FILE = "part.json", "documents.safetensors"
@@ -162,9 +161,9 @@ def write_part(folder: Path, part: StorePart, layers: Sequence[int]) -> StorePar
     """
     with new_folder(folder) as out:
         for layer in layers:
-            save_file(part.layer(layer).tensors(), out / layer_file(layer))
-        save_file({name: tensor.contiguous() for name, tensor in vars(part.documents).items()}, out / DOCUMENTS_FILE)
-        (out / PART_FILE).write_text(dumps(part.totals.to_json()))
+            write_tensors(out / layer_file(layer), part.layer(layer).tensors())
+        write_tensors(out / DOCUMENTS_FILE, vars(part.documents))
+        write_text(out / PART_FILE, dumps(part.totals.to_json()))
     return StorePart.open(folder)
 
 

@@ -33,7 +33,7 @@ from tl_adapters.interop.circuit_tracer_features import (
     viewer_json,
     write_feature_file,
 )
-from tl_adapters.utils.files import write_text
+from tl_adapters.utils.files import remove_own, write_text
 
 GRAPH_LIST_FILE = "graph-metadata.json"
 CIRCUIT_TRACER_SCHEMA_VERSION = 1
@@ -111,7 +111,7 @@ def remove_circuit_tracer(folder: str | Path, slug: str) -> None:
     if path.is_file():
         graphs = _read_list(path)
         write_text(path, viewer_json({"graphs": [entry for entry in graphs if entry.get("slug") != slug]}))
-    (Path(folder) / f"{slug}.json").unlink(missing_ok=True)
+    remove_own(Path(folder) / f"{slug}.json")
 
 
 def node_ids(graph: AttributionGraph) -> list[str]:

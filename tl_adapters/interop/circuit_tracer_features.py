@@ -9,6 +9,7 @@ Files hold no NaN and no infinity, which are not JSON and which browsers refuse.
 from __future__ import annotations
 
 import gzip
+import itertools
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.attribution.graph import GraphError
-from tl_adapters.utils.files import new_folder, write_text
+from tl_adapters.utils.files import new_folder, write_bytes, write_text
 from tl_adapters.utils.strict_json import dumps
 
 VIEWER_FEATURES_FOLDER = "features"
@@ -86,13 +87,12 @@ def write_packed_features(folder: str | Path, records: Mapping[int, Iterable[Fea
     with new_folder(Path(folder) / VIEWER_FEATURES_FOLDER) as out:
         for layer in sorted(records):
             chunks = _packed_layer(layer, records[layer], n_features)
-            offsets = [0]
+            in_order = [chunks.get(feature, b"") for feature in range(n_features)]
             file_name = _PACKED_LAYER_FILE.format(layer)
-            with (out / file_name).open("wb") as file:
-                for feature in range(n_features):
-                    offsets.append(offsets[-1] + file.write(chunks.get(feature, b"")))
+            write_bytes(out / file_name, in_order)
+            offsets = [0, *itertools.accumulate(map(len, in_order))]
             index[str(layer)] = {"filename": file_name, "offsets": offsets}
-        (out / _PACKED_INDEX_FILE).write_bytes(_compressed(index))
+        write_bytes(out / _PACKED_INDEX_FILE, _compressed(index))
 
 
 def viewer_json(record: dict[str, Any]) -> str:

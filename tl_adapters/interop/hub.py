@@ -7,8 +7,6 @@ processing the model's weights (`to_saelens`).
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,7 +21,7 @@ from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.errors import UserError
 from tl_adapters.interop.model_card import CARD_FILE, card
 from tl_adapters.interop.saelens import published, to_saelens
-from tl_adapters.utils.files import new_folder, plain_file, require_absent
+from tl_adapters.utils.files import copy_file, new_folder, plain_file, require_absent, temporary_folder, write_text
 
 
 class HubError(UserError, RuntimeError):
@@ -59,13 +57,13 @@ def push_to_hub(
     """
     _require_repo_id(repo_id)
     client = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "adapters"
+    with temporary_folder() as temporary:
+        folder = temporary / "adapters"
         if adapters.metadata.reads == "normalized":
             reads = "normalized"
         to_saelens(adapters, folder, reads=reads)
         pushed = published(adapters.normalized() if reads == "normalized" else adapters)
-        (folder / CARD_FILE).write_text(card(pushed, repo_id), encoding="utf-8")
+        write_text(folder / CARD_FILE, card(pushed, repo_id))
         try:
             client.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
@@ -110,8 +108,7 @@ def pull(
     with new_folder(folder) as out:
         for file in files:
             if (path := plain_file(source, *file.split("/"))).is_file():
-                (out / file).parent.mkdir(exist_ok=True)
-                shutil.copy(path, out / file)
+                copy_file(path, out / file)
     return adapters
 
 

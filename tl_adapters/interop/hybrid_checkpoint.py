@@ -6,13 +6,11 @@ are copied one at a time with their MLP tensors exchanged, so that no whole mode
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from tl_adapters.adapters.saelens_folder import read_json
 from tl_adapters.checkpoints.base_mlps import require_plain_folder
@@ -29,7 +27,7 @@ from tl_adapters.checkpoints.model_files import (
     tensor_shapes,
 )
 from tl_adapters.checkpoints.model_reference import published_name
-from tl_adapters.utils.files import new_folder, plain_file
+from tl_adapters.utils.files import copy_file, new_folder, plain_file, write_tensors, write_text
 from tl_adapters.utils.strict_json import dumps
 
 
@@ -76,10 +74,10 @@ def write_hybrid(
                 tensors[name] = remaining.pop(name).contiguous()
             weight_map |= dict.fromkeys(tensors, shard)
             total_size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            save_file(tensors, out / shard, metadata={"format": "pt"})
+            write_tensors(out / shard, tensors, {"format": "pt"})
         if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-            (out / SHARD_INDEX_FILE).write_text(dumps(index, indent=1) + "\n")
+            write_text(out / SHARD_INDEX_FILE, dumps(index, indent=1) + "\n")
         _copy_description(target_folder, out)
         stream = "target" if base is None else "replacement" if beside_mlps else "hybrid"
         about = {
@@ -88,7 +86,7 @@ def write_hybrid(
             "mlps_of": published_name(str(base or target)),
         }
         written_config = {**target_config, "tl_adapters": about, **(config or {})}
-        (out / "config.json").write_text(dumps(written_config, indent=1) + "\n")
+        write_text(out / "config.json", dumps(written_config, indent=1) + "\n")
 
 
 def _exchange_mlps(tensors: dict[str, torch.Tensor], base_folder: Path, mlp_names: set[str]) -> None:
@@ -107,10 +105,10 @@ def _copy_description(target_folder: Path, out: Path) -> None:
     for pattern in DESCRIPTION_FILES:
         for file in target_folder.glob(pattern):
             if file.name not in ("config.json", SHARD_INDEX_FILE):
-                shutil.copy(plain_file(target_folder, file.name), out / file.name)
+                copy_file(plain_file(target_folder, file.name), out / file.name)
     tokenizer_config = out / "tokenizer_config.json"
     if tokenizer_config.is_file():
-        tokenizer_config.write_text(dumps(_without_paths(read_json(tokenizer_config)), indent=1) + "\n")
+        write_text(tokenizer_config, dumps(_without_paths(read_json(tokenizer_config)), indent=1) + "\n")
 
 
 def _without_paths(record: Mapping[str, Any]) -> dict[str, Any]:

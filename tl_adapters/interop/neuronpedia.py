@@ -29,7 +29,7 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.adapters.set_folder import LAYER_FOLDER
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature, FeatureStoreError
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.utils.files import new_folder
+from tl_adapters.utils.files import new_folder, write_text
 from tl_adapters.utils.strict_json import dumps
 
 _SETTINGS_FILE, _SKIPPED_FILE, _BATCH_FILE = "run_settings.json", "skipped_indexes.json", "batch-{}.json"
@@ -77,7 +77,6 @@ def write_neuronpedia(
         features = store.features(ids)
         for layer in store.about.layers:
             out = partial / LAYER_FOLDER.format(layer)
-            out.mkdir()
             alive = [id for id in ids if id.layer == layer]
             for number, batch in enumerate(_batches(alive, features_per_batch)):
                 records = [_feature_json(store, feature) for feature in itertools.islice(features, len(batch))]
@@ -222,7 +221,7 @@ def _rounded_share(value: float) -> float:
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
     try:
-        path.write_text(dumps(record) + "\n", encoding="utf-8")
+        write_text(path, dumps(record) + "\n")
     except ValueError as error:
         raise FeatureStoreError(
             f"{path.name} would hold a number that is not finite ({error}), which Neuronpedia refuses; collect again."

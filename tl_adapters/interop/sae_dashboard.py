@@ -12,7 +12,6 @@ sae-dashboard takes documents of one length: longer ones are cut, and shorter on
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.resources import files
@@ -34,7 +33,7 @@ from tl_adapters.features.feature import ResidualStream
 from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.interop.saelens import to_saelens
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.files import new_folder, require_absent
+from tl_adapters.utils.files import new_folder, require_absent, temporary_folder, write_text, writing
 from tl_adapters.utils.html import d3_license_and_script
 
 INSTALL_COMMAND = (
@@ -112,10 +111,10 @@ def write_sae_dashboard(
             )
     tokens = _equal_length_documents(traces, length)
     documents_per_batch = max(1, tokens_per_batch // tokens.shape[1])
-    with tempfile.TemporaryDirectory() as exported, new_folder(folder) as partial, pair.routed(stream):
-        to_saelens(adapters, Path(exported) / "adapters")
+    with temporary_folder() as exported, new_folder(folder) as partial, pair.routed(stream):
+        to_saelens(adapters, exported / "adapters")
         for layer, indices in indices_by_layer.items():
-            transcoder = Path(exported) / "adapters" / LAYER_FOLDER.format(layer)
+            transcoder = exported / "adapters" / LAYER_FOLDER.format(layer)
             page = partial / f"{LAYER_FOLDER.format(layer)}.html"
             _write_layer_page(pair, layer, indices, transcoder, tokens, documents_per_batch, page)
     return [Path(folder) / f"{LAYER_FOLDER.format(layer)}.html" for layer in indices_by_layer]
@@ -162,7 +161,7 @@ def _write_layer_page(
     documents_per_batch: int,
     page: Path,
 ) -> None:
-    writing, config, running = (
+    vis_files, config, running = (
         import_module(f"sae_dashboard.{name}") for name in ("data_writing_fns", "sae_vis_data", "sae_vis_runner")
     )
     device = str(pair.model.cfg.device)
@@ -175,8 +174,9 @@ def _write_layer_page(
     )
     encoder = import_module("sae_lens").SAE.load_from_disk(str(transcoder), device=device)
     data = running.SaeVisRunner(settings).run(encoder, _Model(pair.model, unembedding), tokens)
-    writing.save_feature_centric_vis(data, page)
-    page.write_text(_offline(page.read_text(encoding="utf-8")), encoding="utf-8")
+    with writing(page):
+        vis_files.save_feature_centric_vis(data, page)
+    write_text(page, _offline(page.read_text(encoding="utf-8")))
 
 
 def _offline(page: str) -> str:

@@ -20,7 +20,6 @@ import json
 import logging
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -34,7 +33,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.organism import PAIR, traces
 from tl_adapters.organism.problem_set import KINDS, Kind, Problem, stream_problems
 from tl_adapters.organism.traces import Document
-from tl_adapters.utils.files import new_folder, require_absent
+from tl_adapters.utils.files import copy_file, new_folder, require_absent, write_text, writing
 from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
@@ -259,15 +258,16 @@ def _train_phase(model: Qwen2ForCausalLM, recipe: Recipe, phase: str, folder: Pa
     tokenizer = build_tokenizer()
     batches = stream_batches(recipe, mix, tokenizer, recipe.seed + 100 * number + 1)
     loss = fit(model, batches, steps, lr, phase)
-    model.save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / name)
+    with writing(folder / name):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     return {phase: round(loss, 4)}
 
 
 def _write_record(recipe: Recipe, losses: dict[str, float], folder: Path) -> None:
     """Write recipe.json: what decided the weights, and the loss at the end of each phase."""
     record = {**asdict(recipe), "hash": recipe.hash, "loss": losses, "threads": torch.get_num_threads()}
-    (folder / "recipe.json").write_text(dumps(record, indent=1) + "\n")
+    write_text(folder / "recipe.json", dumps(record, indent=1) + "\n")
 
 
 def make_pair(recipe: Recipe, out: Path) -> None:
@@ -293,7 +293,8 @@ def make_null_pair(of: Path, out: Path) -> None:
     require_absent(out)
     model = Qwen2ForCausalLM.from_pretrained(of / "base")
     with new_folder(out) as folder:
-        shutil.copytree(of / "base", folder / "base")
+        for file in sorted((of / "base").iterdir()):
+            copy_file(file, folder / "base" / file.name)
         _write_record(recipe, _train_phase(model, recipe, "target", folder), folder)
 
 

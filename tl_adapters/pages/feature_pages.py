@@ -29,12 +29,13 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.adapters.set_folder import LAYER_FOLDER
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature, FeatureStoreError
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.utils.files import new_folder, require_absent
+from tl_adapters.utils.files import new_folder, replaced_folder, require_absent, write_text
 from tl_adapters.utils.html import escape, fill_template, script_json
 
 INDICES_PER_PAGE = 32
 """Consecutive feature indices of a layer that share a page."""
 FEATURE_INDEX_PAGE = "index.html"
+_OWN_NAMES = (FEATURE_INDEX_PAGE, LAYER_FOLDER.format("*"))
 _TOKENS_PER_CELL = 3
 """Tokens listed in a cell of the index."""
 _STREAM_DESCRIPTIONS = {
@@ -56,16 +57,18 @@ def write_feature_pages(
     *,
     words: Sequence[str] | None = None,
     ids: Iterable[FeatureId | tuple[int, int]] | None = None,
+    replace: bool = False,
     progress: bool = True,
 ) -> Path:
     """Write the index of all alive features and their pages; on failure the folder is not created.
 
     Args:
         store: the feature store, whose labels are shown.
-        folder: must not exist.
+        folder: must not exist, unless ``replace`` is set.
         words: those of the store's words whose logit effects are shown, in this order; None shows all.
         ids: the features that get a page; None takes every alive one, at 8 kB and some milliseconds each. The index
             lists all alive features in either case.
+        replace: replace earlier pages once the new ones are complete; other files in the folder stay.
         progress: whether to show a progress bar.
 
     Returns:
@@ -76,7 +79,8 @@ def write_feature_pages(
         FolderExistsError, DiskFullError.
     """
     folder = Path(folder)
-    require_absent(folder)
+    if not replace:
+        require_absent(folder)
     shown_words = _require_words(store, words)
     table = store.table()
     alive = [FeatureId(*id) for id in zip(table["layer"], table["index"], strict=True)]
@@ -87,18 +91,17 @@ def write_feature_pages(
         raise FeatureStoreError(f"{unknown[0].layer}.{unknown[0].index} is not alive in this store; see its ids().")
     title = _title(store)
     common = {"kind": store.about.kind, "per_page": INDICES_PER_PAGE, "store": title, "words": shown_words}
-    with new_folder(folder) as partial:
+    with replaced_folder(folder, _OWN_NAMES) if replace else new_folder(folder) as partial:
         index = _index_json(store, table, [id in with_page for id in alive], shown_words)
         page = _page("index", {"title": title, "kind": store.about.kind}, {**common, **index})
-        (partial / FEATURE_INDEX_PAGE).write_text(page, encoding="utf-8")
+        write_text(partial / FEATURE_INDEX_PAGE, page)
         columns = (table[name] for name in ("label", "top_logits", "fires_on"))
         summaries = {id: _Summary(*row) for id, *row in zip(alive, *columns, strict=True)}
         with tqdm(total=len(with_page), disable=not progress, unit="feature", mininterval=1.0) as bar:
             for first, data in _pages_json(store, sorted(with_page), summaries, shown_words):
                 path = partial / feature_address(first, store.about.kind).partition("#")[0]
-                path.parent.mkdir(exist_ok=True)
                 texts = {"title": f"Layer {first.layer} · {title}", "kind": store.about.kind, "store": title}
-                path.write_text(_page("feature", texts, {**common, **data}), encoding="utf-8")
+                write_text(path, _page("feature", texts, {**common, **data}))
                 bar.update(len(data["features"]))
     return folder / FEATURE_INDEX_PAGE
 

@@ -6,7 +6,6 @@ and by its activations on the prompt. A feature store of the run adds the featur
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from tl_adapters.interop.circuit_tracer import (
 from tl_adapters.interop.circuit_tracer_features import FeatureRecord
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_viewer import ViewerData, ViewerNode, write_viewer
-from tl_adapters.utils.files import require_absent
+from tl_adapters.utils.files import remove_own, require_absent
 
 CIRCUIT_TRACER_FOLDER = "circuit-tracer"
 _TOP_LOGITS = 8
@@ -104,8 +103,8 @@ def remove_graph(folder: str | Path, name: str) -> None:
     """
     folder = Path(folder)
     remove_circuit_tracer(folder / CIRCUIT_TRACER_FOLDER, name)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / f"{name}.html").unlink(missing_ok=True)
+    remove_own(folder / name)
+    remove_own(folder / f"{name}.html")
 
 
 @torch.no_grad()

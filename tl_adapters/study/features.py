@@ -8,7 +8,6 @@ RUN/features/pages       an index of all features and a page to look at each; ne
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from tl_adapters.features.collect import collect_features, collect_share
 from tl_adapters.features.feature import ResidualStream
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.features.store_description import StoreOptions
-from tl_adapters.features.store_files import LABELS_FILE, read_description, read_labels
+from tl_adapters.features.store_files import LABELS_FILE, STORE_NAMES, read_description, read_labels
 from tl_adapters.features.stream_agreement import stream_agreement
 from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.interop.neuronpedia import write_neuronpedia
@@ -35,6 +34,7 @@ from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.feature_pages import write_feature_pages
 from tl_adapters.study.open_run import is_organism_run, open_held_out, open_run, require_adapters
+from tl_adapters.utils.files import replace_folder, working_folder
 from tl_adapters.utils.results import read_results, stage, write_results
 
 log = logging.getLogger(__name__)
@@ -81,20 +81,16 @@ def _collect_again(
     pair: PairedModel, traces: Sequence[Trace], features_folder: Path, split: str
 ) -> tuple[FeatureStore, FeatureStore]:
     """New stores that replace earlier ones and take over their labels by judges and persons."""
-    fresh = features_folder / "new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    stores = collect_features_and_neurons(pair, traces, fresh, split, StoreOptions(), progress=False)
-    stores[0].set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
-    for name, store in zip((STORE_FOLDER, NEURONS_FOLDER), stores, strict=True):
-        earlier = features_folder / name
-        if earlier.is_dir():
-            same = not differing(read_description(earlier).fingerprints, store.about.fingerprints)
-            if same and (earlier / LABELS_FILE).is_file():
+    with working_folder(features_folder / STORE_FOLDER) as fresh:
+        stores = collect_features_and_neurons(pair, traces, fresh, split, StoreOptions(), progress=False)
+        stores[0].set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
+        for name, store in zip((STORE_FOLDER, NEURONS_FOLDER), stores, strict=True):
+            earlier = features_folder / name
+            labeled = (earlier / LABELS_FILE).is_file()
+            if labeled and not differing(read_description(earlier).fingerprints, store.about.fingerprints):
                 labels = read_labels(earlier / LABELS_FILE)
                 store.set_labels({id: label for id, label in labels.items() if label.source != RULES_SOURCE})
-            shutil.rmtree(earlier)
-        (fresh / name).rename(earlier)
-    fresh.rmdir()
+            replace_folder(fresh / name, earlier, STORE_NAMES)
     return FeatureStore.load(features_folder / STORE_FOLDER), FeatureStore.load(features_folder / NEURONS_FOLDER)
 
 
@@ -206,11 +202,7 @@ def export_sae_dashboard(
 
 def draw_pages(store: FeatureStore, pages: Path, progress: bool = False) -> Path:
     """Draws a store's pages and returns the index page. Earlier pages stay until the new ones are complete."""
-    fresh = pages.with_name(f"new-{pages.name}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    index = write_feature_pages(store, fresh, progress=progress)
-    shutil.rmtree(pages, ignore_errors=True)
-    return fresh.rename(pages) / index.name
+    return write_feature_pages(store, pages, replace=True, progress=progress)
 
 
 def label_and_record(folder: Path, store: FeatureStore, neurons: FeatureStore) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from tl_adapters.study.train import train_stage
 from tl_adapters.training.trainer import Trainer, TrainingInterrupted
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_ratios, bootstrap_recovered
 from tl_adapters.utils.clustered_intervals import event_rate
-from tl_adapters.utils.files import FolderExistsError, alone_in, new_folder, remove_partials, write_text
+from tl_adapters.utils.files import FolderExistsError, alone_in, new_folder, write_text
 from tl_adapters.utils.measurement import Measurement
 from tl_adapters.utils.results import plain, read_results, versions
 from tl_adapters.utils.strict_json import dumps
@@ -237,7 +237,6 @@ def _point(shared: _SharedInputs, run: RunConfig, folder: Path, swept: Sequence[
 
 
 def _trainer(shared: _SharedInputs, run: RunConfig, folder: Path) -> Trainer:
-    remove_partials(folder)
     data, validation = shared.data(run.training)
     if folder.exists():
         return Trainer.resume(shared.pair, data, folder, validation=validation, progress=shared.progress)

@@ -15,20 +15,28 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
-from tl_adapters.utils.files import FolderExistsError, new_folder, remove_partials, room_for, write_text
+from tl_adapters.utils.files import (
+    FolderBusyError,
+    FolderExistsError,
+    alone_in,
+    append_text,
+    new_folder,
+    remove_own,
+    write_tensors,
+    write_text,
+)
 from tl_adapters.utils.results import versions
 from tl_adapters.utils.strict_json import dumps
 
@@ -60,10 +68,10 @@ class RunFolder:
             self.id, self.fingerprints = str(record["id"]), dict(record["fingerprints"])
         except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise RunFolderError(f"{path} is not the folder of a training run: {error}") from error
-        self._lock = FileLock(path / ".lock", timeout=0)
+        self._lock = ExitStack()
         try:
-            self._lock.acquire()
-        except Timeout:
+            self._lock.enter_context(alone_in(path))
+        except FolderBusyError:
             raise RunFolderError(
                 f"Another process is training in {path}. Wait for it or stop it; two runs need two folders."
             ) from None
@@ -75,9 +83,9 @@ class RunFolder:
         require_new(path)
         record = {"id": uuid.uuid4().hex[:12], "versions": versions(), "fingerprints": dict(fingerprints)}
         with new_folder(path) as out:
-            (out / "config.json").write_text(dumps(config.to_dict(), indent=1) + "\n")
-            (out / "run.json").write_text(dumps(record, indent=1) + "\n")
-            (out / METRICS_FILE).touch()
+            write_text(out / "config.json", dumps(config.to_dict(), indent=1) + "\n")
+            write_text(out / "run.json", dumps(record, indent=1) + "\n")
+            write_text(out / METRICS_FILE, "")
         return cls(path)
 
     @classmethod
@@ -89,7 +97,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Unlock the folder for other processes."""
-        self._lock.release()
+        self._lock.close()
 
     def require_same(self, fingerprints: Mapping[str, str]) -> None:
         """Raises RunFolderError if the pair or the data differ from those that the run was started with.
@@ -114,9 +122,8 @@ class RunFolder:
     # -- lines ----------------------------------------------------------------------------------------------------
 
     def append(self, file: str, line: Mapping[str, Any]) -> None:
-        """Append a line to one of the .jsonl files. Raises DiskFullError."""
-        with room_for(self.path / file), (self.path / file).open("a") as out:
-            out.write(dumps(dict(line)) + "\n")
+        """Append a line to one of the .jsonl files. Raises WriteError."""
+        append_text(self.path / file, dumps(dict(line)) + "\n")
 
     def _cut_lines(self, file: str, step: int) -> None:
         """Delete the lines of a .jsonl file that were written after ``step``."""
@@ -146,16 +153,16 @@ class RunFolder:
             counters: everything else that `load_training_state` is to return, as JSON can hold it.
 
         Raises:
-            DiskFullError: the disk is full; earlier states are kept.
+            WriteError: the disk is full, or refuses; earlier states are kept.
         """
         folder = self.path / "checkpoints" / f"step-{step:08d}"
         if not folder.exists():
             with new_folder(folder) as out:
                 adapters.save_pretrained(out / "adapters")
-                save_file(dict(optimizer), out / "optimizer.safetensors")
-                (out / "state.json").write_text(dumps(dict(counters)))
+                write_tensors(out / "optimizer.safetensors", optimizer)
+                write_text(out / "state.json", dumps(dict(counters)))
         for old in self.training_states[: -self.config.training.keep_checkpoints]:
-            shutil.rmtree(old)
+            remove_own(old)
 
     @property
     def training_states(self) -> list[Path]:
@@ -167,9 +174,6 @@ class RunFolder:
 
         Everything that was written after it is deleted: lines, and what a killed process left incomplete.
         """
-        for name in (METRICS_FILE, VALIDATION_FILE, "adapters"):
-            remove_partials(self.path / name)
-        remove_partials(self.path / "checkpoints" / "step-*")
         states = self.training_states
         if not states:
             self._cut_lines(METRICS_FILE, 0)
@@ -195,11 +199,10 @@ class RunFolder:
         return (int(json.loads(lines[-1])["tokens"]) if lines else 0), 0.0
 
     def finish(self, adapters: AdapterSet, tokens: int, seconds: float) -> None:
-        """Save the trained adapters, tokens and seconds, and delete the training states. Raises DiskFullError."""
+        """Save the trained adapters, tokens and seconds, and delete the training states. Raises WriteError."""
         if not (self.path / "adapters").is_dir():
             record = json.loads((self.path / "run.json").read_text())
             record["spent"] = {"tokens": tokens, "seconds": seconds}
             write_text(self.path / "run.json", dumps(record, indent=1) + "\n")
             adapters.save_pretrained(self.path / "adapters")
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        (self.path / ".lock").unlink(missing_ok=True)
+        remove_own(self.path / "checkpoints")

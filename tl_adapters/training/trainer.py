@@ -46,7 +46,7 @@ from tl_adapters.training.run_folder import RunFolder
 from tl_adapters.training.schedules import sparsity_weight, warmup_cosine
 from tl_adapters.training.stop_signals import stop_signals
 from tl_adapters.training.trackers import require_tracker
-from tl_adapters.utils.files import DiskFullError
+from tl_adapters.utils.files import WriteError
 
 THRESHOLD_WINDOW = 0.05
 """Share of the steps over which batchtopk's threshold is a running mean. At the end of the cosine the weights hardly
@@ -199,7 +199,7 @@ class Trainer:
                 self._loop(stop, metrics, on_step)
             if self.folder is not None:
                 self.folder.finish(self.adapters, self.tokens, self.seconds)
-        except DiskFullError as error:
+        except WriteError as error:
             raise TrainingError(f"Stopped at step {self.step}: {error}{self._how_to_resume()}") from error
         finally:
             if self.folder is not None:

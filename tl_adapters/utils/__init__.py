@@ -4,7 +4,7 @@
 * `bootstrap`: Bootstrap intervals of ratios and means over documents
 * `clustered_intervals`: Intervals of shares, differences and rates of items that are clustered in documents
 * `devices`: The device that models run on: one by name, or the best that this machine has
-* `files`: Atomic writes of files and folders, and a lock on a folder
+* `files`: The one place where files are written, renamed and removed: whole or not at all, and under locks
 * `html`: HTML building blocks: escaping, tables, cells with confidence intervals, templates and a page frame
 * `measurement`: Types of measured values with their confidence intervals
 * `notebook`: HTML views for notebooks: circuitsvis components that work offline, and tokens colored by value
