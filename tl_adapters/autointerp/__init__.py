@@ -9,4 +9,5 @@
 * `prompts`: the prompts of the LLM judge, and features and excerpts as they appear in them
 * `reply_cache`: replies of a model, cached on the disk by question and read as strict JSON
 * `rule_labels`: labels of features by rules that need no model
+* `secret_keys`: removes an API key from texts and log records, in every spelling
 """

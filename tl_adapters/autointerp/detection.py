@@ -144,6 +144,7 @@ def auto_interpret(
         tasks[kind], skipped[kind] = _drawn_tasks(one, per_layer, seed)
     mixed = [(kind, task) for kind, of_kind in tasks.items() for task in of_kind]
     random.Random(f"{seed} order").shuffle(mixed)
+    used_before = endpoint.usage
     outcomes = _explain_and_detect(endpoint, [task for _, task in mixed], progress)
     results = {}
     for kind, one in stores.items():
@@ -151,7 +152,8 @@ def auto_interpret(
         results[kind] = _scores(of_kind, skipped[kind], one.about.split, kind)
         _set_labels(one, results[kind], endpoint.model)
     features, neurons = results["feature"], results.get("neuron")
-    return InterpretationReport(endpoint.model, features, neurons, _difference(features, neurons), endpoint.usage, seed)
+    used = endpoint.usage.since(used_before)
+    return InterpretationReport(endpoint.model, features, neurons, _difference(features, neurons), used, seed)
 
 
 def _drawn_tasks(

@@ -7,8 +7,9 @@
    threads wait for that time.
 3. A budget limits requests and tokens. When it is used up, the error says where the replies are and how to continue.
 4. Replies are read strictly as JSON. A reply that is not JSON is sent back once; after a second failure the question is
-   reported as failed, and the next run asks it again. A reply that was cut at its limit of tokens is not sent back,
-   because it needs a larger limit.
+   reported as failed, and the next run asks it again.
+5. A reply that was cut at its limit of tokens is not sent back, because it needs a larger limit. Where the limit is
+   ours, the question is asked once more with `LONG_REPLY_TOKENS`. A user's limit is kept, and the error names it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from tl_adapters.autointerp.http_client import (
     EndpointError,
     Reply,
 )
-from tl_adapters.autointerp.reply_cache import ReplyCache, read_json
+from tl_adapters.autointerp.reply_cache import LENGTH_LIMITS, ReplyCache, read_json
+from tl_adapters.utils.printing import printable_line
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 log = logging.getLogger(__name__)
@@ -44,10 +46,15 @@ T = TypeVar("T")
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0
 """Seconds to wait before the second try, doubled at every further one; and at most, whatever the server asks for."""
-REPLY_TOKENS = 4096
-"""Tokens of the longest reply: a reasoning model thinks for thousands of tokens before a verdict of a hundred."""
+REPLY_TOKENS, LONG_REPLY_TOKENS = 4096, 16384
+"""Tokens of the longest reply, thinking included, and of the second try where the first reply was cut.
+
+A reasoning model thinks for thousands of tokens before a verdict of a hundred.
+"""
 MAX_FAILURES_IN_A_ROW = 5
 """After this many questions in a row that failed after all tries, the endpoint counts as broken."""
+MAX_COMPLAINT = 1000
+"""Characters of the reason why a reply cannot be used."""
 
 
 class BudgetError(EndpointError):
@@ -73,6 +80,10 @@ class EndpointUsage:
     cached: int = 0
     """Questions answered from the cache."""
 
+    def since(self, before: EndpointUsage) -> EndpointUsage:
+        """What was used after ``before``."""
+        return EndpointUsage(self.requests - before.requests, self.tokens - before.tokens, self.cached - before.cached)
+
 
 @renamed_attributes(spent="usage")
 class Endpoint:
@@ -82,15 +93,16 @@ class Endpoint:
         base_url: address like "http://127.0.0.1:8000/v1"; by default TL_ADAPTERS_BASE_URL or OPENAI_BASE_URL.
         model: name of the model at that address; by default TL_ADAPTERS_MODEL.
         api_key: by default TL_ADAPTERS_API_KEY or, for the address that it belongs to, OPENAI_API_KEY. May be missing
-            where the server needs none.
+            where the server needs none; "" sends none.
         cache: folder of cached replies; None caches nothing.
         concurrency: number of requests at a time.
-        timeout: seconds to wait for the server.
+        timeout: seconds for one request, from the connection to the last byte of the reply.
         tries: number of tries for a question, including the first.
         request_budget: number of requests that this object may send; None sets no limit.
         token_budget: number of tokens that may be read and written; None sets no limit. Requests that are under way
             when the limit is reached are completed.
-        reply_tokens: tokens of one reply, including the thinking of a reasoning model.
+        reply_tokens: tokens of one reply, including the thinking of a reasoning model; None allows `REPLY_TOKENS`, and
+            asks once more with `LONG_REPLY_TOKENS` where a reply was cut.
         parameters: request parameters, which override temperature 0, ``seed``, and ``reply_tokens`` as max_tokens. None
             removes one ({"max_tokens": None, "max_completion_tokens": 4000} for models that know only the latter).
         seed: seed that is sent to the server, and seed of the jitter.
@@ -107,22 +119,22 @@ class Endpoint:
         *,
         cache: str | Path | None = None,
         concurrency: int = 8,
-        timeout: float = 120.0,
+        timeout: float = 300.0,
         tries: int = 6,
         request_budget: int | None = None,
         token_budget: int | None = None,
-        reply_tokens: int = REPLY_TOKENS,
+        reply_tokens: int | None = None,
         parameters: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        for name, given in (("concurrency", concurrency), ("tries", tries), ("reply_tokens", reply_tokens)):
-            if given < 1:
-                raise EndpointError(f"{name} is {given}; allowed is a whole number >= 1.")
+        _require_whole(1, concurrency=concurrency, tries=tries, reply_tokens=reply_tokens)
+        _require_whole(0, request_budget=request_budget, token_budget=token_budget)
         self.server = ChatServer(base_url, model, api_key, timeout)
         self.cache, self.concurrency, self.tries = ReplyCache(cache), concurrency, tries
         self.request_budget, self.token_budget = request_budget, token_budget
-        chosen = {"temperature": 0, "seed": seed, "max_tokens": reply_tokens, **(parameters or {})}
+        chosen = {"temperature": 0, "seed": seed, "max_tokens": reply_tokens or REPLY_TOKENS, **(parameters or {})}
         self.parameters = {name: value for name, value in chosen.items() if value is not None}
+        self._may_ask_longer = reply_tokens is None and not set(LENGTH_LIMITS) & set(parameters or {})
         self._jitter = random.Random(seed)
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._usage, self._not_before, self._failed_in_a_row = EndpointUsage(), 0.0, 0
@@ -189,7 +201,8 @@ class Endpoint:
                 if truncated:
                     return Failure(TRUNCATED_REPLY)
                 complaint = (
-                    f"That cannot be used: {error}. Answer the same again, with nothing but the JSON object asked for."
+                    f"That cannot be used: {_short(error)}. Answer the same again, with nothing but the JSON object "
+                    "asked for."
                 )
             again = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": complaint}]
             text, truncated = self._ask(again)
@@ -197,8 +210,8 @@ class Endpoint:
                 return read(read_json(text))
             except ValueError as error:
                 for question in (messages, again):
-                    self.cache.mark_unusable(self._question(question), str(error))
-                return Failure(TRUNCATED_REPLY if truncated else f"no usable JSON in two replies: {error}")
+                    self.cache.mark_unusable(self._question(question), _short(error))
+                return Failure(TRUNCATED_REPLY if truncated else f"no usable JSON in two replies: {_short(error)}")
         except _NoReply as error:
             return Failure(str(error))
         except BaseException:
@@ -225,34 +238,39 @@ class Endpoint:
         return text, truncated
 
     def _send(self, messages: Messages) -> tuple[str, bool]:
-        """One reply of the server, after as many tries as it takes, and whether it was truncated.
-
-        Raises _NoReply, BudgetError, EndpointError.
-        """
+        """One reply of the server, and whether it was truncated. Raises _NoReply, BudgetError, EndpointError."""
         body = {"messages": [dict(m) for m in messages], **self.parameters}
-        problem = ""
+        reply = self._try(body)
+        if reply.truncated and self._may_ask_longer:
+            longer = self._try({**body, "max_tokens": LONG_REPLY_TOKENS})
+            # A server refuses a limit beyond what its model can read.
+            refused = longer.text is None and not longer.truncated
+            reply = Reply(None, problem=f"{TRUNCATED_REPLY}; with more: {longer.problem}") if refused else longer
+        if reply.text is not None:
+            self._failed_in_a_row = 0
+            return reply.text, reply.truncated
+        with self._lock:
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row < MAX_FAILURES_IN_A_ROW:
+                raise _NoReply(reply.problem)
+        failure = f"{MAX_FAILURES_IN_A_ROW} questions in a row got no answer, the last: {reply.problem}."
+        raise EndpointError(self._with_advice(f"{self.server.base_url} fails: {failure}"))
+
+    def _try(self, body: Mapping[str, Any]) -> Reply:
+        """The reply to a request, or the problem with the last try. Raises _NoReply, BudgetError, EndpointError."""
         for attempt in range(self.tries):
             self._wait_until_allowed()
             self._count_request()
             reply = self.server.post(body)
             self._count(tokens=reply.tokens)
-            if reply.text is not None:
-                self._failed_in_a_row = 0
-                return reply.text, reply.truncated
-            problem = reply.problem
             if reply.fatal:
                 hint = f"Check the address, {MODEL_VARIABLE} and {API_KEY_VARIABLE}."
-                raise EndpointError(self._with_advice(f"{self.server.base_url} refuses: {problem}. {hint}"))
-            if not reply.retryable:
+                raise EndpointError(self._with_advice(f"{self.server.base_url} refuses: {reply.problem}. {hint}"))
+            if reply.text is not None or not reply.retryable:
                 break
             if attempt + 1 < self.tries:
                 self._postpone(attempt, reply)
-        with self._lock:
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row < MAX_FAILURES_IN_A_ROW:
-                raise _NoReply(problem)
-        failure = f"{MAX_FAILURES_IN_A_ROW} questions in a row got no answer, the last: {problem}."
-        raise EndpointError(self._with_advice(f"{self.server.base_url} fails: {failure}"))
+        return reply
 
     # -- budget and waiting --------------------------------------------------------------------------------------
 
@@ -300,6 +318,19 @@ class Endpoint:
 
 class _NoReply(Exception):
     """One question got no reply; the others may get theirs."""
+
+
+def _require_whole(lowest: int, **given: int | None) -> None:
+    """Raise EndpointError for a number that is below the lowest allowed."""
+    for name, number in given.items():
+        if number is not None and number < lowest:
+            raise EndpointError(f"{name} is {number}; allowed is a whole number >= {lowest}.")
+
+
+def _short(error: ValueError) -> str:
+    """The text of an error about a reply, of which it may quote much."""
+    text = str(error)
+    return printable_line(text if len(text) <= MAX_COMPLAINT else text[:MAX_COMPLAINT] + "…")
 
 
 def _raise_first(done: set[Future[Any]]) -> None:

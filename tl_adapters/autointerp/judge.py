@@ -116,6 +116,7 @@ def judge(
     twice = sorted(random.Random(f"{seed} retest").sample(chosen, min(retest, len(chosen))))
     questions = [_question(feature, seed, 0) for feature in store.features(chosen)]
     questions += [_question(feature, seed, 1) for feature in store.features(twice)]
+    used_before = endpoint.usage
     replies = endpoint.ask_all(questions, _read_verdict, progress=progress, what="judge")
     verdicts, failed = _sorted_replies(chosen, replies[: len(chosen)])
     labels = {id: Label(verdict.label, verdict.category, endpoint.model) for id, verdict in verdicts.items()}
@@ -136,7 +137,7 @@ def judge(
         agreement=_agreement(category_pairs, split),
         group_agreement=_agreement([(_group(a), _group(b)) for a, b in category_pairs], split),
         kappa=_kappa(category_pairs, split, seed),
-        usage=endpoint.usage,
+        usage=endpoint.usage.since(used_before),
         seed=seed,
     )
 
@@ -184,7 +185,7 @@ def _read_verdict(reply: Any) -> Verdict:
 
 def one_line(text: str) -> str:
     """A reply's text as a label: in one line, and cut if it is too long. Raises ValueError where it is empty."""
-    text = " ".join(text.split())
+    text = " ".join(text.encode("utf-8", "replace").decode().split())  # UTF-8 lacks the halves of characters
     if not text:
         raise ValueError("a text is empty")
     return text if len(text) <= MAX_LABEL_CHARACTERS else text[: MAX_LABEL_CHARACTERS - 1] + "…"

@@ -14,6 +14,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 LENGTH_LIMITS = ("max_tokens", "max_completion_tokens")
 """Parameters that limit the length of a reply, under the names that servers know."""
+
+MAX_TAGS = 20
+"""Tags in a reply behind each of which its JSON is looked for."""
 
 
 class ReplyCache:
@@ -113,21 +117,21 @@ def read_json(reply: str) -> Any:
 def _after_thinking(reply: str) -> Iterator[str]:
     """The whole reply, and the text after each `</think>`, since a text in the JSON may contain that tag itself."""
     yield reply
-    start = 0
-    while (tag := reply.find("</think>", start)) >= 0:
-        start = tag + len("</think>")
-        yield reply[start:]
+    for tag in islice(re.finditer("</think>", reply), MAX_TAGS):
+        yield reply[tag.end() :]
 
 
 def _strict_json(text: str) -> Any:
     body = text.strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", body, flags=re.DOTALL)
+    opening, _, rest = body.partition("\n")
+    if opening.strip() in ("```", "```json") and rest.endswith("```"):
+        body = rest.removesuffix("```")
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
 
     try:
-        return json.loads(fenced.group(1) if fenced else body, parse_constant=refuse)
+        return json.loads(body, parse_constant=refuse)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is no JSON ({error})") from error
     except RecursionError:

@@ -52,19 +52,24 @@ def label_run(
     that were received until then are kept.
     """
     store, neurons = load_stores(folder)
+    asked = judge_n is not None or interpret_n is not None
+    options = {"cache": folder / FEATURES_FOLDER / REPLIES_FOLDER, "seed": seed, **(endpoint or {})}
+    model = Endpoint(**options) if asked else None  # one for both parts, which share its budget
     rules = label_and_record(folder, store, neurons)["labels"]
     block: dict[str, Any] = {}
-    endpoint_options = {"cache": folder / FEATURES_FOLDER / REPLIES_FOLDER, "seed": seed, **(endpoint or {})}
-    if judge_n is not None:
-        report = judge(
-            store, Endpoint(**endpoint_options), judge_n or None, retest=retest, seed=seed, progress=progress
-        )
-        block["judge"] = plain(report)
-    if interpret_n is not None:
-        tested = auto_interpret(store, neurons, Endpoint(**endpoint_options), interpret_n, seed=seed, progress=progress)
-        block["detection"] = plain(tested)
-    if block:
-        write_results(folder, labels={**read_results(folder).get("labels", {}), **block})
+    if model is not None and judge_n is not None:
+        report = judge(store, model, judge_n or None, retest=retest, seed=seed, progress=progress)
+        block["judge"] = _recorded(folder, "judge", report)
+    if model is not None and interpret_n is not None:
+        tested = auto_interpret(store, neurons, model, interpret_n, seed=seed, progress=progress)
+        block["detection"] = _recorded(folder, "detection", tested)
     draw_pages(store, folder / FEATURES_FOLDER / PAGES_FOLDER, progress=progress)
     draw_pages(neurons, folder / FEATURES_FOLDER / NEURON_PAGES_FOLDER, progress=progress)
     return {"rules": rules, **block}
+
+
+def _recorded(folder: Path, name: str, report: Any) -> dict[str, Any]:
+    """Write a report to the block labels as soon as it is complete, and return it as it is written."""
+    written: dict[str, Any] = plain(report)
+    write_results(folder, labels={**read_results(folder).get("labels", {}), name: written})
+    return written
