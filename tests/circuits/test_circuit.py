@@ -7,22 +7,20 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import stores
+from helpers.loopback_hub import COMMIT, LoopbackHub, hub  # noqa: F401  # a fixture
+from helpers.loopback_server import Response
 from helpers.random_models import random_model, randomise
 from helpers.stores import HOSTILE
-from huggingface_hub.errors import RepositoryNotFoundError
 
-import tl_adapters.checkpoints.model_files as checkpoints
-import tl_adapters.circuits.circuit as circuits
 from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.checkpoints.hub_client import HubError
 from tl_adapters.checkpoints.model_files import CheckpointError
 from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitError, CircuitFeature, Role
-from tl_adapters.interop.hub import HubError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.circuit_page import draw_circuit, page_link, write_circuit_page
 from tl_adapters.pages.feature_pages import write_feature_pages
@@ -226,40 +224,14 @@ def test_it_draws_itself_in_a_notebook() -> None:
 # -- the hub -------------------------------------------------------------------------------------------------------
 
 
-class FakeHub:
-    """A repository as a folder."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def client(self, token: str | None = None) -> Any:
-        return self
-
-    def upload_file(
-        self, path_or_fileobj: bytes, path_in_repo: str, repo_id: str, revision: str | None, commit_message: str
-    ) -> Any:
-        if not (self.root / repo_id).is_dir():
-            raise RepositoryNotFoundError(f"404: {repo_id}", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
-        (self.root / repo_id / path_in_repo).parent.mkdir(exist_ok=True)
-        (self.root / repo_id / path_in_repo).write_bytes(path_or_fileobj)
-        return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/0123abcd")
-
-    def snapshot_download(self, name: str, revision: str | None, allow_patterns: list[str], token: str | None) -> str:
-        if not (self.root / name).is_dir():
-            raise RepositoryNotFoundError(f"404: {name}", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
-        return str(self.root / name)
-
-
-def test_up_and_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake, circuit = FakeHub(tmp_path), replace(made(), features=made().features[1:])
-    monkeypatch.setattr(circuits, "HfApi", fake.client)
-    monkeypatch.setattr(checkpoints, "snapshot_download", fake.snapshot_download)
-    with pytest.raises(
-        HubError, match=r"did not take circuits/hesitation.json into user/repo.*Push its adapters first"
-    ):
+def test_up_and_down(hub: LoopbackHub) -> None:  # noqa: F811
+    circuit = replace(made(), features=made().features[1:])
+    with pytest.raises(HubError, match=r"did not take circuits/hesitation.json into user/repo, .*its adapters.*404"):
         circuit.push("user/repo")
-    (tmp_path / "user/repo").mkdir(parents=True)
-    assert circuit.push("user/repo") == "https://huggingface.co/user/repo/commit/0123abcd"
+    with pytest.raises(HubError, match="give user/name"):
+        circuit.push("not a name")
+    hub.files["user/repo"] = {}
+    assert circuit.push("user/repo") == f"{hub.server.url}/user/repo/commit/{COMMIT}"
     assert Circuit.from_hub("user/repo") == circuit
     with pytest.raises(CircuitError, match="holds no circuit 'doubt'"):
         Circuit.from_hub("user/repo", "doubt")
@@ -267,6 +239,9 @@ def test_up_and_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Circuit.from_hub("user/none")
     with pytest.raises(CircuitError, match="is not a valid name of a circuit"):
         circuit.push("user/repo", "../secret")
+    hub.fault = lambda request: Response(reset=True)
+    with pytest.raises(HubError, match="Check the network"):
+        circuit.push("user/repo")
 
 
 # -- the drawing and the page --------------------------------------------------------------------------------------

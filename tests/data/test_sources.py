@@ -6,6 +6,8 @@ from typing import Any
 
 import datasets
 import pytest
+from helpers.loopback_hub import COMMIT, LoopbackHub, hub  # noqa: F401  # a fixture
+from helpers.loopback_server import Request, Response
 
 from tl_adapters.config import DataConfig
 from tl_adapters.data.conversations import Conversation
@@ -245,20 +247,35 @@ def test_a_name_that_nobody_has_is_reported(streaming: bool) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [(ConnectionError("the hub is away\nand more"), "the hub is away"), (ConnectionError(), "ConnectionError")],
-)
-def test_an_error_of_the_hub_is_cut_to_its_first_line(
-    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def away(*args: object, **options: object) -> None:
-        raise error
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_the_hub_answers_is_kept_with_a_way_out(hub: LoopbackHub, streaming: bool) -> None:  # noqa: F811
+    words = {"error": "Access to dataset user/traces is restricted."}
+    hub.fault = lambda request: Response(json.dumps(words), 401, {"X-Error-Code": "GatedRepo"})
+    with pytest.raises(
+        DataError, match=r"is restricted.*/datasets/user/traces in a browser, accept the license"
+    ) as gated:
+        opened("user/traces", streaming=streaming)
+    hub.fault = lambda request: Response(reset=True)
+    with pytest.raises(DataError, match=r"Check the network.*call again") as away:
+        opened("user/traces", streaming=streaming)
+    assert str(gated.value).isprintable() and str(away.value).isprintable()
 
-    monkeypatch.setattr(datasets, "load_dataset", away)
-    with pytest.raises(DataError, match=f"{message}$") as caught:
-        opened("nobody/nothing")
-    assert "\n" not in str(caught.value)
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_of_the_hub_that_ends_early(hub: LoopbackHub, streaming: bool) -> None:  # noqa: F811
+    lines = "".join(json.dumps(pair) + "\n" for pair in numbered(3)).encode()
+    hub.files["datasets/user/traces"] = {"train.jsonl": lines}
+    assert len(conversations(opened("user/traces", streaming=streaming))) == 3
+
+    def cut(request: Request) -> Response | None:
+        if request.method != "GET" or not request.path.endswith("train.jsonl"):
+            return None
+        return Response(lines, headers={"ETag": '"0"', "X-Repo-Commit": COMMIT}, cut_after=10)
+
+    hub.fault = cut
+    hub.files["datasets/user/other"] = {"train.jsonl": lines}
+    with pytest.raises(DataError, match="user/other"):
+        conversations(opened("user/other", streaming=streaming))
 
 
 def test_the_fingerprint_depends_on_the_texts_alone(tmp_path: Path) -> None:

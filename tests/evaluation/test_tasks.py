@@ -7,6 +7,8 @@ from typing import Any
 
 import datasets
 import pytest
+from helpers.loopback_hub import LoopbackHub, hub  # noqa: F401  # a fixture
+from helpers.loopback_server import Response
 
 from tl_adapters.evaluation import math_equality, tasks
 from tl_adapters.evaluation.tasks import (
@@ -235,32 +237,21 @@ def test_errors_about_a_missing_dataset_are_one_line(tmp_path: Path) -> None:
         load_problems("math500", limit=0)
 
 
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (
-            ConnectionError("Couldn't reach it\nand more"),
-            "(Couldn't reach it). Check the network, or give a copy: gpqa",
-        ),
-        (
-            ValueError("It is a gated dataset."),
-            "Accept its terms on https://huggingface.co/datasets/Idavidrein/gpqa and",
-        ),
-        (ConnectionError(), "(ConnectionError)"),
-    ],
-)
-def test_errors_of_the_hub_come_with_advice(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    def away(*args: object, **options: object) -> None:
-        calls.append((args, options))
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", away)
-    with pytest.raises(TaskError) as caught:
+def test_errors_of_the_hub_come_with_advice(hub: LoopbackHub) -> None:  # noqa: F811
+    hub.fault = lambda request: Response("", 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Not found"})
+    advice = "404: Not found.*Check the spelling.*Or give a copy: gpqa_diamond=FILE with columns"
+    with pytest.raises(TaskError, match=advice) as caught:
         load_problems("gpqa_diamond")
-    assert says in str(caught.value) and "\n" not in str(caught.value)
-    assert calls == [(("Idavidrein/gpqa", "gpqa_diamond"), {"split": "train"})]
+    words = {"error": "Access to dataset Idavidrein/gpqa is restricted."}
+    hub.fault = lambda request: Response(json.dumps(words), 403, {"X-Error-Code": "GatedRepo"})
+    license = r"is restricted.*/datasets/Idavidrein/gpqa in a browser, accept the license.*Or give a copy"
+    with pytest.raises(TaskError, match=license) as gated:
+        load_problems("gpqa_diamond")
+    hub.fault = lambda request: Response(reset=True)
+    with pytest.raises(TaskError, match=r"Check the network.*Or give a copy") as away:
+        load_problems("gpqa_diamond")
+    for error in (caught, gated, away):
+        assert str(error.value).isprintable()
 
 
 def test_a_missing_extra_is_reported_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

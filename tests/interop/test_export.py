@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.fake_hub import FakeHub, fake  # noqa: F401  # a fixture
+from helpers.loopback_hub import LoopbackHub, hub  # noqa: F401  # a fixture
 from sae_lens import SAE
 from transformers import AutoModelForCausalLM
 
@@ -78,14 +78,14 @@ def test_to_the_authors_format_and_to_the_models(run: Path, pair: PairedModel, t
 
 def test_push_and_pull(
     run: Path,
-    fake: FakeHub,  # noqa: F811
+    hub: LoopbackHub,  # noqa: F811
     pair: PairedModel,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["push", str(run), "user/repo", "--private"]) == 0
-    assert "commit: https://huggingface.co/user/repo/commit/" in capsys.readouterr().out
-    card = (fake.root / "user/repo/main/snapshots/0123abcd/README.md").read_text()
+    assert f"commit: {hub.server.url}/user/repo/commit/" in capsys.readouterr().out
+    card = hub.files["user/repo"]["README.md"].decode()
     assert re.search(r"\| KL\(target \\\|\\\| replacement\) \| [\d.e-]+ \| [\d.e-]+ to ", card)
     assert main(["pull", "user/repo", "--out", str(tmp_path / "pulled")]) == 0
     out = capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_one_line_says_what_is_missing(run: Path, tmp_path: Path, capsys: pytest
         return err
 
     out = str(tmp_path / "out")
-    assert "is not a folder, and the hub has no files" in fails("export", "no/where", "--to", "saelens", "--out", out)
+    assert "is not a folder, and the hub did not give" in fails("export", "no/where", "--to", "saelens", "--out", out)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("adapters"))
     assert f"tl-adapters train --resume {unfinished}" in fails(

@@ -1,14 +1,14 @@
-"""The hub, as a folder behind the client's functions: up in one commit, down whole or not at all."""
+"""Adapters go up to the hub in one commit and come down whole or not at all, through the real client."""
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers.fake_hub import FakeHub, fake  # noqa: F401  # a fixture
+from helpers.loopback_hub import COMMIT, LoopbackHub, hub  # noqa: F401  # a fixture
+from helpers.loopback_server import Response
 from helpers.random_models import random_model, randomise
 from helpers.users_models import plain, reference
 from sae_lens import SAE
@@ -16,8 +16,9 @@ from sae_lens import SAE
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
 from tl_adapters.adapters.set_folder import read_description
+from tl_adapters.checkpoints.hub_client import HubError
 from tl_adapters.checkpoints.model_files import CheckpointError
-from tl_adapters.interop.hub import HubError, pull, push_to_hub
+from tl_adapters.interop.hub import pull, push_to_hub
 from tl_adapters.interop.model_card import card
 from tl_adapters.models.attach import attach
 from tl_adapters.models.paired_model import PairedModel
@@ -46,10 +47,11 @@ def adapters() -> AdapterSet:
     return found
 
 
-def test_up_and_down(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> None:  # noqa: F811
+def test_up_and_down(hub: LoopbackHub, adapters: AdapterSet, tmp_path: Path) -> None:  # noqa: F811
     address = push_to_hub(adapters, "user/repo", private=True)
-    assert address == "https://huggingface.co/user/repo/commit/0123abcd"
-    assert ("create_repo", "user/repo", True) in fake.calls
+    assert address == f"{hub.server.url}/user/repo/commit/{COMMIT}"
+    created = next(request for request in hub.server.requests if request.path == "/api/repos/create")
+    assert b"private" in created.body
     back = AdapterSet.from_pretrained("user/repo")
     assert back.metadata.reads == "normalized" and back.fingerprint == adapters.fingerprint
     model, expected = plain(dtype=torch.float32), plain(dtype=torch.float32)
@@ -64,68 +66,57 @@ def test_up_and_down(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> Non
     assert torch.equal(AdapterSet.from_pretrained("user/raw")[1].W_enc, adapters[1].W_enc)
 
 
-def test_branches_and_single_layers(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> None:  # noqa: F811
+def test_branches_and_single_layers(hub: LoopbackHub, adapters: AdapterSet, tmp_path: Path) -> None:  # noqa: F811
     push_to_hub(adapters, "user/repo", revision="seed-1")
-    assert ("create_branch", "user/repo", "seed-1") in fake.calls
-    with pytest.raises(CheckpointError, match="404"):
-        AdapterSet.from_pretrained("user/repo")
+    with pytest.raises(AdapterFormatError, match="is not a set of adapters"):
+        AdapterSet.from_pretrained("user/repo")  # its main branch is empty
     read_description("user/repo", revision="seed-1")
-    assert not any("weights" in call[1] for call in fake.calls)
+    assert not any("weights" in file for file in hub.downloads())
     some = AdapterSet.from_pretrained("user/repo", layers=[2], revision="seed-1")
     assert some.layer_indices == [2]
-    assert {call[1] for call in fake.calls if "weights" in call[1]} == {"layer_2/sae_weights.safetensors"}
+    assert {file for file in hub.downloads() if "weights" in file} == {"layer_2/sae_weights.safetensors"}
     pull("user/repo", tmp_path / "some", layers=[0, 2], revision="seed-1")
     assert AdapterSet.from_pretrained(tmp_path / "some").layer_indices == [0, 2]
 
 
 def test_the_token_is_the_clients_business(
-    fake: FakeHub,  # noqa: F811
+    hub: LoopbackHub,  # noqa: F811
     adapters: AdapterSet,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     push_to_hub(adapters, "user/repo")
-    assert fake.tokens == [None]  # the client reads HF_TOKEN itself
-    for file in (fake.root / "user/repo").rglob("*"):
-        assert not file.is_file() or b"hf_secret" not in file.read_bytes()
+    assert hub.server.requests[0].headers["authorization"] == "Bearer hf_secret"
+    assert not any(b"hf_secret" in content for content in hub.files["user/repo"].values())
 
 
-def test_what_breaks_off_leaves_nothing(fake: FakeHub, adapters: AdapterSet, tmp_path: Path) -> None:  # noqa: F811
-    fake.fail_upload = True
-    with pytest.raises(HubError, match=r"did not accept user/repo.*the line went dead.*push again"):
+def test_a_push_that_breaks_off_leaves_nothing(hub: LoopbackHub, adapters: AdapterSet) -> None:  # noqa: F811
+    hub.fault = lambda request: Response(reset=True) if "/commit/" in request.path else None
+    with pytest.raises(HubError, match=r"did not accept user/repo.*push again|did not accept user/repo.*call again"):
         push_to_hub(adapters, "user/repo")
-    with pytest.raises(CheckpointError, match="404"):
+    hub.fault = lambda request: None
+    with pytest.raises(AdapterFormatError, match="is not a set of adapters"):
         AdapterSet.from_pretrained("user/repo")
-    fake.fail_upload = False
-    push_to_hub(adapters, "user/repo")
-    fake.cut_download = True
-    with pytest.raises(CheckpointError, match="the line went dead"):
-        pull("user/repo", tmp_path / "pulled")
-    assert [p.name for p in tmp_path.iterdir()] == ["hub"]
-    fake.cut_download, fake.calls = False, []
-    pull("user/repo", tmp_path / "pulled")
-    fetched = {call[1] for call in fake.calls}
-    assert "layer_0/cfg.json" not in fetched and "layer_2/cfg.json" in fetched  # went on where it stopped
-    with pytest.raises(FileExistsError, match="exists already"):
-        pull("user/repo", tmp_path / "pulled")
-    stored = fake.root / "user/repo/main/snapshots/0123abcd/layer_1/sae_weights.safetensors"
-    stored.write_bytes(stored.read_bytes()[:300])
-    shutil.rmtree(fake.root / "cache")
-    with pytest.raises(AdapterFormatError, match="missing or damaged"):
-        pull("user/repo", tmp_path / "again")
-    assert not (tmp_path / "again").exists()
 
 
-def test_refusals_are_one_line(fake: FakeHub, adapters: AdapterSet) -> None:  # noqa: F811
-    with pytest.raises(HubError, match="403 Forbidden.*HF_TOKEN"):
-        push_to_hub(adapters, "stranger/repo")
+def test_names_that_nobody_has(adapters: AdapterSet, tmp_path: Path) -> None:
     with pytest.raises(HubError, match="give user/name"):
         push_to_hub(adapters, "not a name")
+    with pytest.raises(CheckpointError, match="Names of repositories are NAME or USER/NAME"):
+        pull("not a name", tmp_path / "pulled")
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
+        pull("user/repo", tmp_path / "pulled")
+    with pytest.raises(FileExistsError, match="exists already"):
+        pull("user/repo", tmp_path)
 
 
-def test_the_card_says_what_they_are_and_its_code_runs(fake: FakeHub, adapters: AdapterSet) -> None:  # noqa: F811
+def test_the_card_says_what_they_are_and_its_code_runs(
+    hub: LoopbackHub,  # noqa: F811
+    adapters: AdapterSet,
+    tmp_path: Path,
+) -> None:
     push_to_hub(adapters, "user/repo")
-    text = (fake.root / "user/repo/main/snapshots/0123abcd/README.md").read_text()
+    text = hub.files["user/repo"]["README.md"].decode()
     head = yaml.safe_load(text.split("---")[1])
     assert head["base_model"] == ["org/target", "org/base"] and head["datasets"] == ["org/data"]
     assert head["library_name"] == "tl_adapters" and "arxiv:2602.20904" in head["tags"]
@@ -138,7 +129,7 @@ def test_the_card_says_what_they_are_and_its_code_runs(fake: FakeHub, adapters: 
     assert len([line for line in blocks[0].splitlines() if line and "import" not in line]) == 4
     assert "Nothing yet" in card(reference().installed_adapters(), "user/repo")
     local = reference().installed_adapters()
-    object.__setattr__(local.metadata, "base", str(fake.root))
+    object.__setattr__(local.metadata, "base", str(tmp_path))
     assert "base_model" not in yaml.safe_load(card(local, "user/repo").split("---")[1])  # a folder is no hub name
 
 
@@ -149,33 +140,35 @@ def test_the_card_says_what_they_are_and_its_code_runs(fake: FakeHub, adapters: 
         ("batchtopk", ("5 features per token on average", "is a stock JumpReLUTranscoder that reads")),
     ],
 )
-def test_thresholds_go_up_and_down(fake: FakeHub, activation: str, words: tuple[str, ...]) -> None:  # noqa: F811
+def test_thresholds_go_up_and_down(hub: LoopbackHub, activation: str, words: tuple[str, ...]) -> None:  # noqa: F811
     models = (random_model(seed, torch.float32) for seed in (1, 2))
     adapters = randomise(PairedModel.from_pretrained(*models), activation=activation).installed_adapters()
     push_to_hub(adapters, "user/repo")
     back = AdapterSet.from_pretrained("user/repo")
     assert back.fingerprint == adapters.fingerprint and back.metadata.activation == activation
-    text = (fake.root / "user/repo/main/snapshots/0123abcd/README.md").read_text()
+    text = hub.files["user/repo"]["README.md"].decode()
     assert all(word in text for word in words)
 
 
-def test_what_sae_lens_cannot_load_is_not_pushed(fake: FakeHub) -> None:  # noqa: F811
+def test_what_sae_lens_cannot_load_is_not_pushed(hub: LoopbackHub) -> None:  # noqa: F811
     models = (random_model(seed, torch.float32) for seed in (1, 2))
     adapters = randomise(PairedModel.from_pretrained(*models), activation="topk").installed_adapters()
     with pytest.raises(AdapterFormatError, match="SAELens has no transcoder"):
         push_to_hub(adapters, "user/repo")
     with pytest.raises(AdapterFormatError, match="SAELens has no transcoder"):
         card(adapters, "user/repo")
-    assert fake.calls == []
+    assert hub.server.requests == []
 
 
-def test_the_commit_of_a_hub_model_is_recorded(tmp_path: Path, fake: FakeHub) -> None:  # noqa: F811
+def test_the_commit_of_a_hub_model_is_recorded(tmp_path: Path, hub: LoopbackHub) -> None:  # noqa: F811
     for seed, name in ((1, "base"), (2, "target")):
-        random_model(seed, torch.float32).save_pretrained(fake.root / "org" / name / "main" / "snapshots" / "0123abcd")
+        random_model(seed, torch.float32).save_pretrained(tmp_path / name)
+        files = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        hub.files[f"org/{name}"] = files
     pair = PairedModel.from_pretrained("org/base", "org/target")
     about = pair.new_adapters(8).metadata
-    assert (about.base, about.base_revision) == ("org/base", "0123abcd")
-    assert (about.target, about.target_revision) == ("org/target", "0123abcd")
+    assert (about.base, about.base_revision) == ("org/base", COMMIT)
+    assert (about.target, about.target_revision) == ("org/target", COMMIT)
     assert about.fingerprints == pair.fingerprints and set(json.loads(json.dumps(about.fingerprints))) == {
         "base_mlps",
         "base_dtype",

@@ -5,6 +5,7 @@
 * `compatibility`: comparison of two configurations and vocabularies: what must match, and what may differ
 * `fingerprints`: short content hashes of weights
 * `hf_model`: a Hugging Face model from a folder or the hub: configuration read, files checked, weights loaded
+* `hub_client`: calls of the Hugging Face hub, of which every failure becomes one error with a way out
 * `layer_samples`: samples of weights that identify base and target, and their comparison across dtypes
 * `model_checks`: checks that TransformerLens represents a model exactly: configuration, code and tensors
 * `model_files`: a model's files: where they are, and single tensors out of their safetensors shards

@@ -7,6 +7,7 @@ embeddings are never in memory. Only safetensors are read, never pickle.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_safetensors_metadata, snapshot_download
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 
+from tl_adapters.checkpoints.hub_client import hub_errors
 from tl_adapters.errors import UserError
 from tl_adapters.organism import BUILTIN
 from tl_adapters.utils.files import plain_file
@@ -51,24 +51,22 @@ def locate(name: str | Path, revision: str | None = None, weights: bool = True) 
 def fetch(name: str | Path, patterns: Sequence[str], *, revision: str | None = None, token: str | None = None) -> Path:
     """A local folder, or the hub's cache with the files of a repository that match ``patterns``.
 
-    An interrupted download is resumed, and a file gets its name only when it is complete.
+    A file gets its name only when it is complete, and what has arrived is not downloaded again.
     Raises CheckpointError.
     """
     if name in BUILTIN:
         return BUILTIN[str(name)]
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
-    if Path(name).exists():
+    if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; give the folder that contains it.")
-    try:
+    if str(name).startswith(("./", "../", "/", "~")):
+        trained = " The adapters were trained with a folder of another machine: give your copy of it." * (
+            str(name).count("/") == 1
+        )
+        raise CheckpointError(f"There is no folder {name}.{trained} Check the spelling, or give a name on the hub.")
+    with hub_errors(f"{name} is not a folder, and the hub did not give its files", str(name), error=CheckpointError):
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns), token=token))
-    except (OSError, HFValidationError, ValueError) as error:
-        offline = " HF_HUB_OFFLINE is set, so only downloaded repositories are found." if HF_HUB_OFFLINE else ""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{name} is not a folder, and the hub has no files for it ({type(error).__name__}: {reason}).{offline} "
-            "Check the spelling and the revision; a gated or private one needs HF_TOKEN."
-        ) from error
 
 
 def commit_of(folder: Path) -> str | None:
@@ -201,11 +199,8 @@ def remote_or_local_names(name: str, folder: Path) -> set[str]:
         return set(tensor_shapes(folder))
     if (folder / SHARD_INDEX_FILE).is_file():
         return set(_shards(folder))
-    try:  # for a single file, a ranged read of its header
-        return set(get_safetensors_metadata(name).weight_map)
-    except (OSError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name} has no readable safetensors on the hub ({reason}).") from error
+    with hub_errors(f"{name} has no readable safetensors on the hub", name, error=CheckpointError):
+        return set(get_safetensors_metadata(name).weight_map)  # for a single file, a ranged read of its header
 
 
 def read_vocabulary(folder: Path) -> dict[str, int]:

@@ -17,18 +17,17 @@ from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped,unused-ignore]
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId, owned
 from tl_adapters.adapters.transcoder import unit_rows
 from tl_adapters.checkpoints.fingerprints import differing
+from tl_adapters.checkpoints.hub_client import hub_errors, require_repository_name
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.errors import UserError
-from tl_adapters.interop.hub import HubError
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.files import write_text
+from tl_adapters.utils.files import plain_file, write_text
 from tl_adapters.utils.html import escape, table
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.results import plain
@@ -227,7 +226,7 @@ class Circuit:
             CheckpointError: no such repository, no network.
         """
         file = _hub_file(name)
-        path = fetch(repo, [file], revision=revision, token=token) / file
+        path = plain_file(fetch(repo, [file], revision=revision, token=token), *file.split("/"))
         if not path.is_file():
             raise CircuitError(f"{repo} holds no circuit {name!r} ({file}). Push one with Circuit.push.")
         return cls.load(path)
@@ -246,7 +245,8 @@ class Circuit:
         Raises HubError: no permission, no such repository, no network.
         """
         file = _hub_file(name)
-        try:
+        require_repository_name(repo)
+        with hub_errors(f"The hub did not take {file} into {repo}, which holds its adapters", repo, upload=True):
             commit = HfApi(token=token).upload_file(
                 path_or_fileobj=self._json().encode(),
                 path_in_repo=file,
@@ -254,12 +254,6 @@ class Circuit:
                 revision=revision,
                 commit_message=f"The {self.behavior} circuit",
             )
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise HubError(
-                f"The hub did not take {file} into {repo} ({type(error).__name__}: {reason}). Push its adapters first, "
-                "and set HF_TOKEN to a token that may write there (or run `hf auth login`)."
-            ) from error
         return str(commit.commit_url)
 
     def _json(self) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from tl_adapters.checkpoints.hub_client import hub_errors, load_hub_dataset
 from tl_adapters.config import DataConfig
 from tl_adapters.data.columns import ConversationColumns, UnusableRows
 from tl_adapters.data.conversations import Conversation
@@ -186,28 +187,32 @@ class StreamedReader:
         start = position if position is None or "row" in position else {"state": position, "row": None}
         start = start or {"state": self._beginning, "row": 0}
         dataset.load_state_dict(start["state"])
-        for n, record in enumerate(dataset):
+        for n, record in enumerate(self._records(dataset)):
             row = None if start["row"] is None else start["row"] + n
             # Positions of an earlier version hold no row number: then rows are counted from where the run resumed.
             location = f"row {row}" if row is not None else f"row {n} after the run was resumed"
             if (conversation := self._columns.read(record, f"{self._name}, {location}")) is not None:
                 yield conversation, {"state": dataset.state_dict(), "row": None if row is None else row + 1}
 
+    def _records(self, dataset: Any) -> Iterator[Any]:
+        """The rows of a dataset. Raises DataError where the hub does not give the next one."""
+        name = self._name.partition(",")[0]
+        with hub_errors(f"The hub did not give the next row of {self._name}", name, error=DataError, kind="dataset"):
+            yield from dataset
+
 
 def _load_dataset(config: DataConfig, split: str) -> Any:
-    import datasets  # takes a second to import, and only hub data needs it
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(
+    what = f"{config.source} (subset {config.subset}, split {split})"
+    with hub_errors(
+        f"{what} is neither a .jsonl file nor a dataset that the hub returned",
+        config.source,
+        error=DataError,
+        kind="dataset",
+        otherwise="Check the names of dataset, subset and split.",
+    ):
+        return load_hub_dataset(
             config.source, config.subset, split=split, revision=config.revision, streaming=config.streaming
         )
-    except Exception as error:  # the library raises a dozen classes for a wrong name
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{config.source} (subset {config.subset}, split {split}) is neither a .jsonl file nor a dataset that the "
-            f"hub returned: {reason}"
-        ) from error
 
 
 def _data_files(config: DataConfig, split: str) -> str:

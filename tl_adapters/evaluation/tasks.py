@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters import organism
+from tl_adapters.checkpoints.hub_client import hub_errors, load_hub_dataset
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.math_equality import equal
 from tl_adapters.generation.responses import Checkable
@@ -222,34 +223,24 @@ def _problem(task: Task, record: Mapping[str, Any], location: str, seed: int) ->
 
 
 def _table(name: str, task: Task, source: str | None) -> Any:
-    import datasets  # imported here, because it takes a second and the built-in problems do not need it
-
-    datasets.disable_progress_bars()
     path = None if source is None else Path(source)
     if path is not None and not path.exists():
         raise TaskError(
             f"{source} does not exist; give a copy of {task.source}, or only {name} to load it from the hub."
         )
-    try:
+    if path is not None and not path.is_dir() and path.suffix not in _FILE_FORMATS:
+        raise TaskError(f"The format of {path} is not supported; supported are {', '.join(_FILE_FORMATS)}.")
+    with hub_errors(
+        f"{task.source} cannot be loaded from the hub" if path is None else f"{path} cannot be read",
+        task.source,
+        error=TaskError,
+        kind="dataset",
+        otherwise=f"A row needs the columns {', '.join(task.columns)}.",
+        instead=f"Or give a copy: {name}=FILE with columns {', '.join(task.columns)}." if path is None else "",
+    ):
         if path is None or path.is_dir():
-            return datasets.load_dataset(source or task.source, task.subset, split=task.split)
-        if path.suffix not in _FILE_FORMATS:
-            raise TaskError(f"The format of {path} is not supported; supported are {', '.join(_FILE_FORMATS)}.")
-        return datasets.load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split="train")
-    except TaskError:
-        raise
-    except Exception as error:  # datasets raises a dozen classes, for the network, a login, a name or a file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if path is not None:
-            raise TaskError(f"{path} cannot be read: {reason}") from error
-        if "gated" in str(error):
-            advice = f"Accept its terms on https://huggingface.co/datasets/{task.source} and log in (HF_TOKEN)"
-        else:
-            advice = "Check the network"
-        raise TaskError(
-            f"{task.source} cannot be loaded from the hub ({reason}). {advice}, or give a copy: {name}=FILE with "
-            f"columns {', '.join(task.columns)}."
-        ) from error
+            return load_hub_dataset(source or task.source, task.subset, split=task.split)
+        return load_hub_dataset(_FILE_FORMATS[path.suffix], None, data_files=str(path), split="train")
 
 
 def after_thinking(response: str) -> str:

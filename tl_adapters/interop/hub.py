@@ -12,20 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.set_folder import set_files
+from tl_adapters.checkpoints.hub_client import hub_errors, require_repository_name
 from tl_adapters.checkpoints.model_files import fetch
-from tl_adapters.errors import UserError
 from tl_adapters.interop.model_card import CARD_FILE, card
 from tl_adapters.interop.saelens import published, to_saelens
 from tl_adapters.utils.files import copy_file, new_folder, plain_file, require_absent, temporary_folder, write_text
-
-
-class HubError(UserError, RuntimeError):
-    """The hub refused an upload or a download; the message says why and what to do."""
 
 
 def push_to_hub(
@@ -55,7 +49,7 @@ def push_to_hub(
         HubError: no permission, no such user, or no network.
         AdapterFormatError: adapters that `to_saelens` refuses, such as topk.
     """
-    _require_repo_id(repo_id)
+    require_repository_name(repo_id)
     client = HfApi(token=token)
     with temporary_folder() as temporary:
         folder = temporary / "adapters"
@@ -64,19 +58,13 @@ def push_to_hub(
         to_saelens(adapters, folder, reads=reads)
         pushed = published(adapters.normalized() if reads == "normalized" else adapters)
         write_text(folder / CARD_FILE, card(pushed, repo_id))
-        try:
+        with hub_errors(f"The hub did not accept {repo_id}", repo_id, upload=True):
             client.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
                 client.create_branch(repo_id, branch=revision, exist_ok=True)
             commit = client.upload_folder(
                 repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
             )
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise HubError(
-                f"The hub did not accept {repo_id} ({type(error).__name__}: {reason}). Set HF_TOKEN to a token that "
-                "may write there (or run `hf auth login`), and push again: what has arrived is not sent twice."
-            ) from error
     return str(commit.commit_url)
 
 
@@ -110,10 +98,3 @@ def pull(
             if (path := plain_file(source, *file.split("/"))).is_file():
                 copy_file(path, out / file)
     return adapters
-
-
-def _require_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is not the name of a repository ({error}); give user/name.") from error

@@ -1,0 +1,180 @@
+"""Calls of the Hugging Face hub, of which every failure becomes one error: what happened, the hub's words, what to do.
+
+The hub's client, the HTTP library below it and the libraries around it (datasets, xet) raise some thirty classes, which
+differ between their versions; some are no OSError. `hub_errors` is the only place that knows them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from tl_adapters.errors import UserError
+from tl_adapters.utils.files import DiskFullError
+from tl_adapters.utils.printing import printable_line
+
+RepositoryKind = Literal["model", "dataset"]
+MAX_EXPLANATION = 300
+"""Most characters of an explanation of the hub that a message repeats."""
+_NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp", "socket", "ssl")
+_OFFLINE = "HF_HUB_OFFLINE is set, so only downloaded repositories are found: unset it, or download this one first."
+
+
+class HubError(UserError, RuntimeError):
+    """The hub refused an upload or a download; the message says why and what to do."""
+
+
+@contextmanager
+def hub_errors(
+    failed: str,
+    repo: str,
+    *,
+    error: type[UserError] = HubError,
+    kind: RepositoryKind = "model",
+    upload: bool = False,
+    otherwise: str = "That is no answer of a hub: check the name, and HF_ENDPOINT where it is set.",
+    instead: str = "",
+) -> Iterator[None]:
+    """Within this context, whatever a call of the hub raises becomes one error; an error of ours passes unchanged.
+
+    Args:
+        failed: the beginning of the message: what was not possible.
+        repo: name of the repository.
+        error: class of the error.
+        kind: "model" or "dataset", which have other addresses.
+        upload: whether the call writes to the repository.
+        otherwise: what to do about errors that are neither of the network nor an answer of the hub.
+        instead: the end of the message: another way, which needs no hub.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as raised:
+        causes = _causes(raised)
+        if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+            raise DiskFullError(
+                f"The disk is too full to download {repo} into {constants.HF_HUB_CACHE}. Free some space, or set "
+                "HF_HOME to a folder on another disk, and call again: what has arrived is not downloaded again."
+            ) from raised
+        advice = _advice(causes, repo, kind, upload, otherwise)
+        raise error(f"{failed} ({_explanation(causes)}). {advice} {instead}".rstrip()) from raised
+
+
+def load_hub_dataset(name: str, subset: str | None, **options: Any) -> Any:
+    """Return what ``datasets.load_dataset(name, subset, **options)`` returns; to be called within `hub_errors`.
+
+    No code of a data set runs: releases of the library from 4.0 on, which are required, read data files only.
+    """
+    import datasets  # takes a second to import, and only data from the hub needs it
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, subset, **options)
+    except datasets.exceptions.DatasetNotFoundError:
+        # The library drops the hub's answer, which says whether a login or a license is missing, so it is asked again.
+        HfApi().dataset_info(name, revision=options.get("revision"))
+        raise
+
+
+def require_repository_name(name: str) -> None:
+    """Raises HubError for what cannot be the name of a repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise HubError(f"{name!r} is not the name of a repository ({error}); give user/name.") from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and those that it was raised from, the first of them last."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
+    return chain
+
+
+def _response(causes: list[BaseException]) -> Any:
+    """The hub's answer that led to an error; None where there was none."""
+    answers = (getattr(cause, "response", None) for cause in causes)
+    return next((answer for answer in answers if hasattr(answer, "status_code")), None)
+
+
+def _explanation(causes: list[BaseException]) -> str:
+    """The status and the hub's own words, or the error of the network, on one line."""
+    named = [cause for cause in causes if isinstance(cause, HfHubHTTPError)] or causes
+    first = named[0]
+    response = _response(causes)
+    words = getattr(first, "server_message", None) or (response is not None and response.headers.get("X-Error-Message"))
+    if response is not None:
+        text = f"{response.status_code}: {words or response.reason_phrase}"
+    else:
+        # LocalEntryNotFoundError and its like hide the error of the network among their causes.
+        last = causes[-1] if isinstance(causes[0], EntryNotFoundError) else first
+        text = f"{type(last).__name__}: {last}"
+    line = printable_line(" ".join(text.split()))
+    return line if len(line) <= MAX_EXPLANATION else f"{line[: MAX_EXPLANATION - 3]}..."
+
+
+def _is_of_network(cause: BaseException) -> bool:
+    """Whether an error is of the connection, and not of an answer or a file."""
+    library = type(cause).__module__.partition(".")[0]
+    cut = "Consistency check failed" in str(cause)  # of the hub's client, for a file that ended early
+    return cut or isinstance(cause, (ConnectionError, TimeoutError)) or library in _NETWORK_LIBRARIES
+
+
+def _advice(causes: list[BaseException], repo: str, kind: RepositoryKind, upload: bool, otherwise: str) -> str:
+    """What a user can do about an error."""
+    response = _response(causes)
+    if any(isinstance(cause, HFValidationError) for cause in causes):
+        return (
+            "Names of repositories are NAME or USER/NAME; for a folder on this machine, check the spelling of its path."
+        )
+    if response is None and constants.HF_HUB_OFFLINE:
+        return _OFFLINE
+    if response is None and not any(map(_is_of_network, causes)):
+        return otherwise
+    if response is None:
+        arrived = "what has arrived is not sent twice" if upload else "what has arrived is not downloaded again"
+        return f"Check the network, and HF_ENDPOINT and HTTPS_PROXY where they are set, and call again: {arrived}."
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return f"{repo} has no such revision; give a branch, a tag or a commit that its page lists."
+    return _advice_by_status(response, repo, kind, upload)
+
+
+def _advice_by_status(response: Any, repo: str, kind: RepositoryKind, upload: bool) -> str:
+    """What a user can do about an answer of the hub."""
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    status = int(response.status_code)
+    if status in (401, 403) and upload:
+        return (
+            f"Set HF_TOKEN to a token that may write to {repo} (or run `hf auth login`), and push again: what has "
+            "arrived is not sent twice."
+        )
+    if status in (401, 403):
+        unknown = " The hub answers the same for a name that does not exist: check its spelling." * (status == 401)
+        return (
+            f"Open {page} in a browser, accept the license if it asks for that, and set HF_TOKEN to a token of that "
+            f"account (or run `hf auth login`).{unknown}"
+        )
+    if status == 404:
+        return (
+            f"Check the spelling of {repo} and the revision. A private repository is found only with a token of an "
+            "account that may read it: set HF_TOKEN or run `hf auth login`."
+        )
+    if status == 429:
+        wait = response.headers.get("Retry-After", "")
+        seconds = f"{wait} seconds" if wait.isdecimal() and len(wait) < 6 else "some minutes"
+        return (
+            f"The hub limits the number of requests: wait {seconds} and call again. With HF_TOKEN set it allows more."
+        )
+    if status >= 500:
+        return "The fault is the hub's: call again later. https://status.huggingface.co says whether it is known."
+    return f"{page} may say more."
