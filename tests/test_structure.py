@@ -240,6 +240,14 @@ def test_only_one_module_writes_renames_or_removes() -> None:
                     assert all(isinstance(text, str) and not set(text) & set("wax+") for text in texts), place
 
 
+def test_a_block_that_depends_on_the_written_one_is_changed_under_the_lock() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "write_results":
+                place = f"{path.relative_to(PACKAGE)}:{node.lineno}; use changed_results"
+                assert "read_results" not in ast.unparse(node), place
+
+
 def test_every_module_says_what_it_is_and_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
     for path in PACKAGE.rglob("*.py"):

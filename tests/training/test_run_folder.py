@@ -303,3 +303,49 @@ def test_a_disk_that_fills_during_training_keeps_the_last_training_state(whole: 
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
     start_or_resume(tmp_path / "run").run()
     same(tmp_path / "run", whole)
+
+
+def damage(path: Path, what: str) -> None:
+    """Damage a training state as a copy that broke off, a disk or an editor may."""
+    if what == "missing":
+        (path / "state.json").unlink()
+    elif what == "cut":
+        file = path / "optimizer.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+    elif what == "one bit":
+        file = path / "optimizer.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 1
+        file.write_bytes(data)
+    elif what == "adapters":
+        next((path / "adapters").rglob("sae_weights.safetensors")).write_bytes(b"")
+    else:
+        (path / "state.json").write_text(what)
+
+
+@pytest.mark.parametrize("what", ["missing", "cut", "one bit", "adapters", "{", "[]", '{"step": 3}', "[" * 100_000])
+def test_a_damaged_newest_state_is_passed_over_for_the_one_before_it(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, terms: StepTerms) -> None:
+        if step == 10:
+            raise Stop
+
+    trainer = start_or_resume(tmp_path / "run")
+    with pytest.raises(Stop):
+        trainer.run(on_step=stop)
+    states = trainer.folder.training_states
+    assert [path.name for path in states] == ["step-00000003", "step-00000006", "step-00000009"]
+    damage(states[-1], what)
+    resumed = start_or_resume(tmp_path / "run")
+    assert resumed.step == 6 and "step-00000009 is damaged" in caplog.text and "back to step-00000006" in caplog.text
+    assert not states[-1].exists() and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
+    resumed.folder.release()
+    for state in states[:2]:
+        damage(state, what)
+    with pytest.raises(RunFolderError, match="Every training state .* is damaged; .*starts again from its first step"):
+        start_or_resume(tmp_path / "run")
+    assert [path.name for path in trainer.folder.training_states] == ["step-00000003", "step-00000006"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
-from tl_adapters.utils.files import write_text
+from tl_adapters.utils.files import FolderBusyError, locked, write_text
 from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
@@ -72,10 +72,11 @@ def _cached_hashes() -> dict[str, list[Any]]:
 
 
 def _cache_hash(path: str, entry: list[Any]) -> None:
-    """Add an entry. Of two processes that write at the same time one wins, and the other's files are hashed again."""
-    entries = {other: values for other, values in _cached_hashes().items() if other != path}
-    entries[path] = entry
+    """Add an entry; a cache that cannot be written is left as it is."""
     try:
-        write_text(hash_cache_file(), dumps(dict(list(entries.items())[-MAX_CACHED_HASHES:])))
-    except OSError as error:
+        with locked(hash_cache_file()):
+            entries = {other: values for other, values in _cached_hashes().items() if other != path}
+            entries[path] = entry
+            write_text(hash_cache_file(), dumps(dict(list(entries.items())[-MAX_CACHED_HASHES:])))
+    except (OSError, FolderBusyError) as error:
         log.debug("hashes of files are not cached: %s", error)

@@ -34,7 +34,7 @@ from tl_adapters.features.store_files import (
 from tl_adapters.features.store_parts import StorePart, current_parts
 from tl_adapters.features.stream_agreement import LayerAgreement
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.files import write_text
+from tl_adapters.utils.files import locked, write_text
 from tl_adapters.utils.results import plain
 from tl_adapters.utils.strict_json import dumps
 
@@ -211,7 +211,12 @@ class FeatureStore:
 
     def set_labels(self, labels: Mapping[FeatureId, Label]) -> None:
         """Label features, and write the labels to the store's folder, if any. Other features keep their labels."""
-        self.labels = dict(sorted({**self.labels, **labels}.items()))
-        if self.folder is not None:
+        if self.folder is None:
+            self.labels = dict(sorted({**self.labels, **labels}.items()))
+            return
+        path = self.folder / LABELS_FILE
+        with locked(path):  # another process may have labeled features since the store was loaded
+            earlier = read_labels(path) if path.is_file() else {}
+            self.labels = dict(sorted({**self.labels, **earlier, **labels}.items()))
             record = {f"{id.layer}.{id.index}": asdict(label) for id, label in self.labels.items()}
-            write_text(self.folder / LABELS_FILE, dumps(record, indent=0) + "\n")
+            write_text(path, dumps(record, indent=0) + "\n")

@@ -27,7 +27,7 @@ from tl_adapters.interventions.variants import MAX_LISTED_FEATURES, Variant, on_
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import ROUTES
 from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters
-from tl_adapters.utils.results import plain, read_results, write_results
+from tl_adapters.utils.results import changed_results, plain
 
 log = logging.getLogger(__name__)
 
@@ -181,5 +181,5 @@ def _slug(name: str) -> str:
 
 
 def _add(run: Path, task: str, variant: str, block: Mapping[str, Any]) -> None:
-    found = read_results(run).get(BENCHMARKS_FOLDER, {})
-    write_results(run, **{BENCHMARKS_FOLDER: {**found, task: {**found.get(task, {}), variant: block}}})
+    with changed_results(run) as results:
+        results.setdefault(BENCHMARKS_FOLDER, {}).setdefault(task, {})[variant] = block

@@ -19,7 +19,7 @@ from tl_adapters.study.scale import StudyScale
 from tl_adapters.study.train import train_stage
 from tl_adapters.training.run_folder import require_new
 from tl_adapters.training.trainer import Trainer
-from tl_adapters.utils.results import read_results, write_results
+from tl_adapters.utils.results import changed_results
 
 QUICK_SCALE = StudyScale(
     training_traces=4_000,
@@ -46,6 +46,7 @@ def demo(
     training = encode_traces(organism.reasoning_pairs("train", scale.training_traces, scale.training.seed), tokenizer)
     train_stage(Trainer(pair, training, scale.training, folder, origin=RunConfig(), progress=progress), folder)
     recipe = json.loads((organism.PAIR / "recipe.json").read_text())["hash"]
-    write_results(folder, pair={**read_results(folder)["pair"], "recipe": recipe})
+    with changed_results(folder) as results:
+        results["pair"]["recipe"] = recipe
     evaluate_organism(pair, folder, scale, training)
     return write_report(folder)

@@ -23,7 +23,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_recovered
 from tl_adapters.utils.clustered_intervals import paired_difference
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.results import read_results, stage, write_results
+from tl_adapters.utils.results import changed_results, read_results, stage, write_results
 from tl_adapters.utils.strict_json import dumps
 
 LOW_RANKS = (1, 2, 4, 8, 16, 32)
@@ -34,13 +34,13 @@ N_SHOWN_ANSWERS = 4
 
 def faithfulness_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, split: str) -> DocumentSums:
     """Adds the block faithfulness, and the block features where no features were collected, measured on ``traces``."""
-    results = read_results(folder)
-    seeds = tuple(results.get("seeds", [0]))
-    collected = "documents" in results.get("features", {})  # then the block holds more than this stage knows
+    seeds = tuple(read_results(folder).get("seeds", [0]))
     with stage(folder, "faithfulness"):
         sums = measure_faithfulness(pair, traces)
-        blocks = {} if collected else {"features": features_block(sums)}
-        write_results(folder, faithfulness=faithfulness_block(sums, split, seeds), **blocks)
+        with changed_results(folder) as results:
+            results["faithfulness"] = faithfulness_block(sums, split, seeds)
+            if "documents" not in results.get("features", {}):  # otherwise it holds more than this stage knows
+                results["features"] = features_block(sums)
     return sums
 
 

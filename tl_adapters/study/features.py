@@ -35,7 +35,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.feature_pages import write_feature_pages
 from tl_adapters.study.open_run import is_organism_run, open_held_out, open_run, require_adapters
 from tl_adapters.utils.files import replace_folder, working_folder
-from tl_adapters.utils.results import read_results, stage, write_results
+from tl_adapters.utils.results import changed_results, plain, stage
 
 log = logging.getLogger(__name__)
 
@@ -233,5 +233,6 @@ def label_and_record(folder: Path, store: FeatureStore, neurons: FeatureStore) -
         },
         "page": f"{FEATURES_FOLDER}/{PAGES_FOLDER}/index.html",
     }
-    results = write_results(folder, features={**read_results(folder).get("features", {}), **block})
+    with changed_results(folder) as results:
+        results["features"] = {**results.get("features", {}), **plain(block)}
     return dict(results["features"])

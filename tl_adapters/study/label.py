@@ -22,7 +22,7 @@ from tl_adapters.study.features import (
     label_and_record,
     load_stores,
 )
-from tl_adapters.utils.results import plain, read_results, write_results
+from tl_adapters.utils.results import changed_results, plain
 
 REPLIES_FOLDER = "replies"
 
@@ -71,5 +71,6 @@ def label_run(
 def _recorded(folder: Path, name: str, report: Any) -> dict[str, Any]:
     """Write a report to the block labels as soon as it is complete, and return it as it is written."""
     written: dict[str, Any] = plain(report)
-    write_results(folder, labels={**read_results(folder).get("labels", {}), name: written})
+    with changed_results(folder) as results:
+        results["labels"] = {**results.get("labels", {}), name: written}
     return written

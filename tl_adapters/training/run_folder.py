@@ -21,10 +21,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.file_hashes import file_hash
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
 from tl_adapters.utils.files import (
@@ -41,6 +43,8 @@ from tl_adapters.utils.results import versions
 from tl_adapters.utils.strict_json import dumps
 
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+_STATE_FOLDER = "step-{:08d}"
+_DAMAGED = (UserError, SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError)
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,19 @@ def require_new(path: Path) -> None:
         raise FolderExistsError(
             f"{path} exists already; choose another name, or resume that run: tl-adapters train --resume {path}"
         )
+
+
+def _read_state(folder: Path) -> tuple[AdapterSet, dict[str, Tensor], dict[str, Any]]:
+    """Adapters, optimizer tensors and counters of a training state. Raises one of _DAMAGED where it is damaged."""
+    counters = json.loads((folder / "state.json").read_text())
+    if folder.name != _STATE_FOLDER.format(counters["step"]):
+        raise ValueError(f"state.json is that of step {counters['step']}")
+    if missing := [name for name in ("tokens", "seconds", "order") if name not in counters]:
+        raise ValueError(f"state.json lacks {missing[0]}")
+    optimizer = folder / "optimizer.safetensors"
+    if file_hash(optimizer) != counters.pop("optimizer_sha256", file_hash(optimizer)):  # new in the second release
+        raise ValueError("the content of optimizer.safetensors is not the one that was written")
+    return AdapterSet.from_pretrained(folder / "adapters"), load_file(optimizer), counters
 
 
 class RunFolder:
@@ -155,12 +172,13 @@ class RunFolder:
         Raises:
             WriteError: the disk is full, or refuses; earlier states are kept.
         """
-        folder = self.path / "checkpoints" / f"step-{step:08d}"
+        folder = self.path / "checkpoints" / _STATE_FOLDER.format(step)
         if not folder.exists():
             with new_folder(folder) as out:
                 adapters.save_pretrained(out / "adapters")
                 write_tensors(out / "optimizer.safetensors", optimizer)
-                write_text(out / "state.json", dumps(dict(counters)))
+                hashed = {"optimizer_sha256": file_hash(out / "optimizer.safetensors")}
+                write_text(out / "state.json", dumps({**counters, **hashed}))
         for old in self.training_states[: -self.config.training.keep_checkpoints]:
             remove_own(old)
 
@@ -172,18 +190,37 @@ class RunFolder:
     def load_training_state(self) -> tuple[AdapterSet, dict[str, Tensor], dict[str, Any]] | None:
         """Adapters, optimizer tensors and counters of the latest training state; None if there is none yet.
 
-        Everything that was written after it is deleted: lines, and what a killed process left incomplete.
+        A state that is damaged is passed over for the one before it, which a warning says. The lines that were written
+        after the state are deleted. Raises RunFolderError where all states are damaged.
         """
-        states = self.training_states
-        if not states:
-            self._cut_lines(METRICS_FILE, 0)
-            self._cut_lines(VALIDATION_FILE, 0)
-            return None
-        latest = states[-1]
-        counters = json.loads((latest / "state.json").read_text())
+        state = self._newest_readable_state()
         for file in (METRICS_FILE, VALIDATION_FILE):
-            self._cut_lines(file, counters["step"])
-        return AdapterSet.from_pretrained(latest / "adapters"), load_file(latest / "optimizer.safetensors"), counters
+            self._cut_lines(file, 0 if state is None else state[2]["step"])
+        return state
+
+    def _newest_readable_state(self) -> tuple[AdapterSet, dict[str, Tensor], dict[str, Any]] | None:
+        """The newest training state that can be read, and None where there is none at all; damaged ones are removed.
+
+        Raises RunFolderError where there are training states and all are damaged.
+        """
+        damaged: dict[Path, Exception] = {}
+        for folder in reversed(self.training_states):
+            try:
+                state = _read_state(folder)
+            except _DAMAGED as error:
+                damaged[folder] = error
+                continue
+            for path, reason in damaged.items():
+                log.warning("%s is damaged (%s); going back to %s.", path, reason, folder.name)
+                remove_own(path)  # it would otherwise stand where the run saves that step again
+            return state
+        if damaged:
+            path, reason = next(iter(damaged.items()))
+            raise RunFolderError(
+                f"Every training state of {self.path} is damaged; the newest is {path} ({reason}). Copy the folder "
+                f"again, or remove {self.path / 'checkpoints'}: the run then starts again from its first step."
+            )
+        return None
 
     def result(self) -> AdapterSet | None:
         """The trained adapters of a run that has finished, else None."""

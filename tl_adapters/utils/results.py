@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tl_adapters.utils.files import write_text
+from tl_adapters.utils.files import locked, require_writable, write_text
 from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
@@ -50,13 +50,27 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     return results
 
 
+@contextmanager
+def changed_results(folder: str | Path) -> Iterator[dict[str, Any]]:
+    """The blocks of results.json, to be changed in place; they are written at the end of the block.
+
+    Other processes wait meanwhile, so that no block of theirs is lost; keep the block short. Raises NotFiniteJsonError
+    where a number is NaN or infinite (an undefined value must be None), FolderBusyError and WriteError.
+    """
+    path = Path(folder) / RESULTS_FILE
+    with locked(path):
+        results = read_results(folder)
+        yield results
+        write_text(path, dumps({name: plain(block) for name, block in results.items()}, indent=1) + "\n")
+
+
 def write_results(folder: str | Path, **blocks: Any) -> dict[str, Any]:
     """Add or replace blocks of results.json and return all blocks. Dataclasses are written as mappings.
 
-    Raises NotFiniteJsonError where a number is NaN or infinite; an undefined value must be None.
+    A block that depends on the one that is there is changed by `changed_results`. Raises what that raises.
     """
-    results = {**read_results(folder), **{name: plain(block) for name, block in blocks.items()}}
-    write_text(Path(folder) / RESULTS_FILE, dumps(results, indent=1) + "\n")
+    with changed_results(folder) as results:
+        results.update({name: plain(block) for name, block in blocks.items()})
     return results
 
 
@@ -82,10 +96,12 @@ def plain(value: Any, null: bool = False) -> Any:
 
 @contextmanager
 def stage(folder: Path, name: str) -> Iterator[None]:
-    """Measure the seconds of a stage and add them to results.json."""
+    """Measure the seconds of a stage and add them to results.json; raises WriteError before it where that cannot be."""
+    require_writable(folder)
     log.info("%s ...", name)
     began = time.perf_counter()
     yield
-    seconds = {**read_results(folder).get("seconds", {}), name: round(time.perf_counter() - began, 1)}
-    write_results(folder, seconds=seconds)
-    log.info("%s: %.0f s", name, seconds[name])
+    seconds = round(time.perf_counter() - began, 1)
+    with changed_results(folder) as results:
+        results["seconds"] = {**results.get("seconds", {}), name: seconds}
+    log.info("%s: %.0f s", name, seconds)
