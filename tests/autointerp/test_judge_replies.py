@@ -1,7 +1,6 @@
 """Replies of real chat servers and reasoning models: truncated thinking, additional fields, errors with status 200."""
 
 import json
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -110,37 +109,3 @@ def test_a_server_with_errors_of_status_200_only_stops_the_run() -> None:
         with pytest.raises(EndpointError, match="5 questions in a row"):
             ask(fake, 20, tries=2)
         assert len(fake.asked) == 10
-
-
-def test_an_unusable_reply_is_asked_for_again_by_the_next_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
-    good = False
-    with FakeChat(lambda _: '{"label": "x"}' if good else "I would rather not.") as fake:
-        (failure,) = ask(fake, cache=tmp_path)
-        assert isinstance(failure, Failure) and len(fake.asked) == 2
-        good = True
-        assert ask(fake, cache=tmp_path) == ["x"] and len(fake.asked) == 3
-        assert ask(fake, cache=tmp_path) == ["x"] and len(fake.asked) == 3
-    assert not caplog.records  # what was refused is no damaged file
-    assert any("unusable" in json.loads(f.read_text()) for f in tmp_path.rglob("*.json"))  # and can still be read
-
-
-def test_two_servers_with_one_model_name_do_not_share_replies(tmp_path: Path) -> None:
-    with FakeChat(lambda _: '{"label": "one"}') as one, FakeChat(lambda _: '{"label": "other"}') as other:
-        assert ask(one, cache=tmp_path) == ["one"]
-        assert ask(other, cache=tmp_path) == ["other"]
-        assert ask(one, cache=tmp_path) == ["one"] and len(one.asked) == 1
-
-
-def test_replies_that_the_first_release_cached_are_adopted_by_the_first_server_that_asks(tmp_path: Path) -> None:
-    import hashlib
-
-    parameters = {"temperature": 0, "seed": 0, "max_tokens": 1024}
-    old = {"model": "judge", "parameters": parameters, "messages": [{"role": "user", "content": "question 0"}]}
-    name = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
-    (tmp_path / name[:2]).mkdir()
-    (tmp_path / name[:2] / f"{name}.json").write_text(json.dumps({**old, "reply": '{"label": "paid"}'}))
-    with FakeChat(lambda _: '{"label": "new"}') as one, FakeChat(lambda _: '{"label": "other"}') as other:
-        assert ask(one, cache=tmp_path) == ["paid"] and not one.asked
-        assert ask(other, cache=tmp_path) == ["other"]
-        assert ask(one, cache=tmp_path) == ["paid"] and not one.asked

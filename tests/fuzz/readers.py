@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from tl_adapters.adapters.set_folder import SET_METADATA_FILE, record_hash
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.attribution.graph import AttributionGraph
 from tl_adapters.attribution.pruning import prune
+from tl_adapters.autointerp.reply_cache import ReplyCache
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitFeature
 from tl_adapters.evaluation import sampled_responses
@@ -39,6 +41,7 @@ from tl_adapters.interop.circuit_tracer import node_ids, remove_circuit_tracer, 
 from tl_adapters.interop.saelens import from_saelens
 from tl_adapters.organism import recipe
 from tl_adapters.utils.files import write_text
+from tl_adapters.utils.reading import UnreadableFileError
 from tl_adapters.utils.strict_json import dumps
 
 D_MODEL, N_FEATURES, N_LAYERS = 8, 6, 2
@@ -218,6 +221,28 @@ def _read_responses(folder: Path) -> None:
         score_responses(sampled, "report")
 
 
+QUESTIONS = [
+    {"server": "http://h/v1", "model": "m", "parameters": {"seed": 0, "temperature": 0}, "messages": [{"role": r}]}
+    for r in ("user", "system")
+]
+
+
+def _replies(folder: Path) -> None:
+    reply = json.dumps({"category": "language", "label": "x", "reason": "y"})
+    for question in QUESTIONS:
+        ReplyCache(folder).reply(question, lambda: (reply, False))
+    ReplyCache(folder).mark_unusable(QUESTIONS[1], "no")
+
+
+def _read_replies(folder: Path) -> None:
+    def ask() -> tuple[str, bool]:
+        raise UnreadableFileError(f"A question of {folder} is asked again.")
+
+    assert set(ReplyCache(folder).reply(QUESTIONS[0], ask)) >= {False, True}
+    with contextlib.suppress(UnreadableFileError):  # this one is unusable
+        ReplyCache(folder).reply(QUESTIONS[1], ask)
+
+
 def _recipe(folder: Path) -> None:
     folder.mkdir()
     shutil.copy(recipe.PAIR / "recipe.json", folder)
@@ -242,6 +267,7 @@ READERS = {
         Reader("graph-list", _copied(_viewer_folder), ("graph-metadata.json",), _update_viewer_folder, False),
         Reader("store", _copied(_store), ("*.json", "*/*.json", "*/*.safetensors"), _read_store, False),
         Reader("responses", _copied(_responses), ("*.json", "*.jsonl"), _read_responses, False),
+        Reader("replies", _copied(_replies), ("*/*.json",), _read_replies, False),
         Reader("recipe", _copied(_recipe), ("recipe.json",), _read_recipe, False),
     )
 }  # fmt: skip

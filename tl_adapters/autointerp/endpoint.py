@@ -37,6 +37,7 @@ from tl_adapters.autointerp.http_client import (
 from tl_adapters.autointerp.reply_cache import LENGTH_LIMITS, ReplyCache, read_json
 from tl_adapters.utils.printing import printable_line
 from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ class Endpoint:
         seed: seed that is sent to the server, and seed of the jitter.
 
     Raises:
-        EndpointError: the address, model, key or a limit cannot be used.
+        EndpointError: the address, model, key, a limit or a parameter cannot be used.
+        WriteError: nothing can be written into the cache's folder.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class Endpoint:
         self.request_budget, self.token_budget = request_budget, token_budget
         chosen = {"temperature": 0, "seed": seed, "max_tokens": reply_tokens or REPLY_TOKENS, **(parameters or {})}
         self.parameters = {name: value for name, value in chosen.items() if value is not None}
+        _require_sendable(self.parameters)
         self._may_ask_longer = reply_tokens is None and not set(LENGTH_LIMITS) & set(parameters or {})
         self._jitter = random.Random(seed)
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -325,6 +328,16 @@ def _require_whole(lowest: int, **given: int | None) -> None:
     for name, number in given.items():
         if number is not None and number < lowest:
             raise EndpointError(f"{name} is {number}; allowed is a whole number >= {lowest}.")
+
+
+def _require_sendable(parameters: Mapping[str, Any]) -> None:
+    """Raise EndpointError for request parameters that are not JSON, or that `Endpoint` sets or cannot read."""
+    if reserved := {"model", "messages", "stream"} & set(parameters):
+        raise EndpointError(f"parameters contain {', '.join(sorted(reserved))}; give all but model, messages, stream.")
+    try:
+        dumps(parameters)
+    except (TypeError, ValueError) as error:
+        raise EndpointError(f"parameters hold a value that is not JSON: {error}") from error
 
 
 def _short(error: ValueError) -> str:

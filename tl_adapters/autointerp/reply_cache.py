@@ -1,8 +1,11 @@
 """Replies of a model, cached on the disk by question and read as strict JSON.
 
 A reply's file is named by the hash of server, model, parameters and messages, and holds them, so that a person can read
-the question. The file is written atomically, before the reply is used. A reply that turns out to be unusable is marked
-so, and the question is asked again by the next run.
+the question. Only the owner can read it. It is written atomically, before the reply is used. A reply that turns out to
+be unusable is marked so: it stays as a record of what was asked, and the next run asks the question again.
+
+The first release hashed no server. Its replies were paid for, so the first server that is asked a question takes over
+the reply to it, unless that holds no JSON.
 """
 
 from __future__ import annotations
@@ -16,18 +19,44 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from tl_adapters.utils.files import remove_own, write_text
+from tl_adapters.utils.files import locked, make_folder, remove_own, require_writable, write_text
+from tl_adapters.utils.reading import Record, UnreadableFileError, read_record
 from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
 LENGTH_LIMITS = ("max_tokens", "max_completion_tokens")
 """Parameters that limit the length of a reply, under the names that servers know."""
-
 MAX_TAGS = 20
 """Tags in a reply behind each of which its JSON is looked for."""
+_FIRST_RELEASE_LIMIT = 1024
+"""The default of max_tokens in the first release, whose hashes depend on it."""
+
+
+class CachedReply(Record):
+    """The content of a reply's file."""
+
+    schema_version: Literal[1, 2] = 1
+    """1 in the first release, whose files have neither this key nor a server."""
+    server: str | None = None
+    """Base address."""
+    model: str
+    """Name of the model at that address."""
+    parameters: dict[str, Any]
+    """Parameters of the request."""
+    messages: tuple[dict[str, str], ...]
+    """The conversation that was sent."""
+    reply: str
+    """The model's reply."""
+    unusable: str | None = None
+    """The reason why the reply is not used; None where it is."""
+
+    def hash(self) -> str:
+        """The name, without its ending, of the file that this record belongs into."""
+        question = {"model": self.model, "parameters": self.parameters, "messages": list(self.messages)}
+        return _hash(question) if self.server is None else _question_hash({"server": self.server, **question})
 
 
 class ReplyCache:
@@ -38,15 +67,21 @@ class ReplyCache:
 
     Args:
         folder: folder of the cache; None caches nothing.
+
+    Raises WriteError where nothing can be written into the folder, before any reply is paid for.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
         self._lock, self._question_locks = threading.Lock(), defaultdict[str, threading.Lock](threading.Lock)
+        if self.folder is not None:
+            require_writable(self.folder)
+            for existing in self.folder.glob("[0-9a-f][0-9a-f]"):
+                make_folder(existing, private=True)  # everybody could read those of the first release
 
     def file(self, question: Mapping[str, Any]) -> Path | None:
         """The file of the reply to a question; None without a folder."""
-        return None if self.folder is None else self._path(_hash(_unlimited(question)))
+        return None if self.folder is None else self._path(_question_hash(question))
 
     def reply(self, question: Mapping[str, Any], ask: Callable[[], tuple[str, bool]]) -> tuple[str, bool, bool]:
         """The reply to a question, from the cache or else from ``ask``.
@@ -60,7 +95,7 @@ class ReplyCache:
         Returns:
             The reply, whether it was truncated, and whether it came from the cache.
 
-        Raises what ``ask`` raises, and DiskFullError.
+        Raises what ``ask`` raises, and WriteError.
         """
         path = self.file(question)
         if path is None:
@@ -69,34 +104,60 @@ class ReplyCache:
             question_lock = self._question_locks[path.name]
         with question_lock:
             self._adopt_first_release(question, path)
-            cached = _read(path)
+            cached = _usable_reply(path)
             if cached is not None:
                 return cached, False, True
             text, truncated = ask()
             if not truncated:
-                write_text(path, dumps({**question, "reply": text}, indent=1) + "\n")
+                self._write(path, question, text)
             return text, truncated, False
 
     def mark_unusable(self, question: Mapping[str, Any], reason: str) -> None:
         """Mark the cached reply to a question as unusable: it stays in its file, and the question is asked again."""
         path = self.file(question)
-        if path is not None and (text := _read(path)) is not None:
-            write_text(path, dumps({**question, "reply": text, "unusable": reason}, indent=1) + "\n")
+        if path is not None and (text := _usable_reply(path)) is not None:
+            self._write(path, question, text, unusable=reason)
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / name[:2] / f"{name}.json"
 
+    def _write(self, path: Path, question: Mapping[str, Any], reply: str, **unusable: str) -> None:
+        for folder in (path.parents[1], path.parent):
+            if not folder.exists():
+                make_folder(folder, private=True)
+        record = {"schema_version": 2, **question, "reply": reply, **unusable}
+        write_text(path, dumps(record, indent=1) + "\n", private=True)
+
     def _adopt_first_release(self, question: Mapping[str, Any], path: Path) -> None:
-        """Rename a reply that the first release cached, whose file names did not depend on the server."""
+        """Take over a reply of the first release, which one server may do, under a lock of the reply's file."""
         if path.exists():
             return
-        for parameters in (question["parameters"], {**question["parameters"], "max_tokens": 1024}):
-            old = self._path(_hash({**_without(question, "server"), "parameters": parameters}))
-            if (text := _read(old)) is not None:
-                write_text(path, dumps({**question, "reply": text}, indent=1) + "\n")
-                remove_own(old)  # so that no other server adopts it too
-                return
+        without_server = _without(question, "server")
+        for parameters in ({}, {"max_tokens": _FIRST_RELEASE_LIMIT}):
+            old = self._path(_hash({**without_server, "parameters": {**question["parameters"], **parameters}}))
+            if not old.is_file():
+                continue
+            with locked(old):
+                if (text := _usable_reply(old)) is not None and _is_json(text):
+                    self._write(path, question, text)
+                    remove_own(old)
+                    return
+
+
+def _usable_reply(path: Path) -> str | None:
+    """The usable reply in a file; None where there is none. What a damaged file held is asked for again."""
+    if not path.is_file():
+        return None
+    try:
+        record = read_record(CachedReply, path, "The question is asked again.")
+    except UnreadableFileError as error:
+        log.warning("%s", error)
+        return None
+    if record.hash() != path.stem:
+        log.warning("%s holds the reply to another question than its name says. The question is asked again.", path)
+        return None
+    return None if record.unusable is not None else record.reply
 
 
 def read_json(reply: str) -> Any:
@@ -138,9 +199,18 @@ def _strict_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _unlimited(question: Mapping[str, Any]) -> dict[str, Any]:
+def _is_json(reply: str) -> bool:
+    """Whether a reply holds JSON; one that was cut does not."""
+    try:
+        read_json(reply)
+    except ValueError:
+        return False
+    return True
+
+
+def _question_hash(question: Mapping[str, Any]) -> str:
     parameters = {name: value for name, value in question["parameters"].items() if name not in LENGTH_LIMITS}
-    return {**question, "parameters": parameters}
+    return _hash({**question, "parameters": parameters})
 
 
 def _without(question: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -149,18 +219,3 @@ def _without(question: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _hash(question: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: Path) -> str | None:
-    """The usable reply in a file; None where there is none."""
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        reply, unusable = record["reply"], "unusable" in record
-    except (ValueError, KeyError, TypeError):
-        reply, unusable = None, False
-    if not isinstance(reply, str):
-        log.warning("%s is damaged; the question is asked again.", path)
-        return None
-    return None if unusable else reply

@@ -153,10 +153,20 @@ def copy_file(source: str | Path, path: str | Path) -> None:
         write_bytes(path, iter(lambda: file.read(2**20), b""))
 
 
-def make_folder(path: str | Path) -> None:
-    """Make a folder, and those above it, where it does not exist. Raises WriteError."""
-    with writing(Path(path)):
-        Path(path).mkdir(parents=True, exist_ok=True)
+def make_folder(path: str | Path, *, private: bool = False) -> None:
+    """Make a folder, and those above it, where it does not exist.
+
+    Args:
+        path: the folder.
+        private: only the owner can enter it, also where it existed before.
+
+    Raises WriteError.
+    """
+    path = Path(path)
+    with writing(path):
+        path.mkdir(0o700 if private else 0o777, parents=True, exist_ok=True)
+        if private and path.stat().st_mode & 0o077:
+            path.chmod(0o700)
 
 
 @contextmanager
