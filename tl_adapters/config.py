@@ -308,11 +308,21 @@ class RunConfig:
         """Read a .yaml, .yml or .json file, or a shipped configuration by its name. Raises ConfigError."""
         path = shipped_configs().get(str(path), Path(path))
         advice = f"Give a .yaml or .json file, or a shipped configuration: {', '.join(shipped_configs())}."
-        try:
-            values = read_json(path, advice) if path.suffix == ".json" else read_yaml(path, advice)
-        except UnreadableFileError as error:
-            raise ConfigError(str(error)) from error
-        return _from_mapping(cls, values, f"{path}: ")
+        return _from_mapping(cls, _read(path, advice), f"{path}: ")
+
+    @classmethod
+    def of_run(cls, folder: str | Path) -> RunConfig:
+        """Read the configuration that a run folder records. Raises ConfigError."""
+        path = Path(folder) / "config.json"
+        advice = "Give a folder that train, demo or sweep made, and restore a damaged file from a copy."
+        return _from_mapping(cls, _read(path, advice), f"{path}: ")
+
+
+def _read(path: Path, advice: str) -> Any:
+    try:
+        return read_json(path, advice) if path.suffix == ".json" else read_yaml(path, advice)
+    except UnreadableFileError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _from_mapping(cls: type[Options], values: Any, source: str) -> Options:

@@ -45,7 +45,7 @@ class Outer(Record):
         ({"inner": {"lrr": 1.0}}, "Unknown key inner.lrr. Did you mean inner.lr?"),
         ({"lrr": 1.0}, "Unknown key lrr. Did you mean inner.lr?"),
         ({"inner": {"kinds": "abc"}}, "inner.kinds is 'abc'; allowed is a list"),
-        ({"schema_version": 2}, "schema_version is 2; allowed is 1"),
+        ({"schema_version": 2}, "it has schema_version 2; this version of tl-adapters reads 1, so update tl-adapters"),
         ([], "the value is []; allowed is a mapping"),
         ({"n": {1}}, "not JSON"),
     ],

@@ -69,7 +69,7 @@ def _generate(args: argparse.Namespace) -> None:
     text = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
     variants = _variants(args)
     pair = open_run(args.run_folder, device_of(args.device), args.dtype)
-    think_start = RunConfig.load(args.run_folder / "config.json").data.think_start
+    think_start = RunConfig.of_run(args.run_folder).data.think_start
     prompt = tokenize_question(
         pair.model.tokenizer, text, raw=args.raw, open_thinking=args.open_thinking, think_start=think_start
     )

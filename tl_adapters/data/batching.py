@@ -85,8 +85,13 @@ class BatchOrder:
         return dict(self._position)
 
     def restore(self, position: dict[str, Any]) -> None:
-        """Return to an earlier `position`."""
-        self._go_to(position)
+        """Return to an earlier `position`. Raises DataError for one beyond the end of the documents."""
+        try:
+            self._go_to(position)
+        except StopIteration:
+            raise DataError(
+                f"There are no documents at the position {position}, to which the run should return."
+            ) from None
 
     def _go_to(self, position: dict[str, Any]) -> None:
         self._position = dict(position)

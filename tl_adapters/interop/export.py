@@ -39,7 +39,7 @@ def load_adapters_with_measurements(name: str | Path, **options: Any) -> Adapter
             f"{folder} has no adapters yet; continue its training with: tl-adapters train --resume {folder}"
         )
     adapters = AdapterSet.from_pretrained(folder / "adapters", **options)
-    source = RunConfig.load(folder / "config.json").data.source
+    source = RunConfig.of_run(folder).data.source
     adapters.metadata = replace(
         adapters.metadata,
         figures={**adapters.metadata.figures, **_card_measurements(read_results(folder))},

@@ -171,7 +171,7 @@ def _model(pair: PairedModel) -> dict[str, Any]:
 
 
 def _opening(run: Path, pair: PairedModel) -> str:
-    data = RunConfig.load(run / "config.json").data
+    data = RunConfig.of_run(run).data
     chat = ChatFormat.of(pair.model.tokenizer, data.think_start, data.think_end)
     return "" if chat.opens_thinking else chat.think_start
 

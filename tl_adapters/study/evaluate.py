@@ -42,7 +42,7 @@ def evaluate_run(folder: Path, data: str | None, device: str = "auto", dtype: Dt
     require_adapters(folder)
     if data is None and not is_organism_run(folder):
         raise UserError("--data is missing; give a .jsonl file of held-out prompts and responses, or a dataset's name.")
-    config = RunConfig.load(folder / "config.json")
+    config = RunConfig.of_run(folder)
     pair = open_run(folder, device, dtype)
     if data is not None:
         documents = open_held_out(config, data, pair)

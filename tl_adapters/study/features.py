@@ -168,7 +168,7 @@ def features_run(
 
 def _documents(pair: PairedModel, folder: Path, data: str | None) -> tuple[Sequence[Trace], str]:
     if data is not None:
-        return open_held_out(RunConfig.load(folder / "config.json"), data, pair).traces(), Path(data).name
+        return open_held_out(RunConfig.of_run(folder), data, pair).traces(), Path(data).name
     with pair.routed("target"):
         responses = respond(pair.model, organism.problems("report", ORGANISM_PROBLEMS))
     return traces_of(responses, pair.model.tokenizer), "report"

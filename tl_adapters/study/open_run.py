@@ -52,7 +52,7 @@ def open_run(folder: Path, device: str = "auto", dtype: Dtype | None = None) -> 
     """
     require_adapters(folder)
     adapters = AdapterSet.from_pretrained(folder / "adapters")
-    config = RunConfig.load(folder / "config.json")
+    config = RunConfig.of_run(folder)
     pair = open_pair(replace(config, dtype=dtype or config.dtype), device)
     set_template_date(pair.model.tokenizer, _date(config.data))
     pair.load_adapters(adapters)

@@ -38,7 +38,7 @@ def resume_run(folder: Path, device: str = "auto", progress: bool = True, bad_ro
 
     ``bad_rows`` replaces the run's own option, so that a row that stopped the run can be dropped from now on.
     """
-    config = RunConfig.load(folder / "config.json") if folder.is_dir() else RunConfig()
+    config = RunConfig.of_run(folder) if folder.is_dir() else RunConfig()
     RunFolder.open(folder).release()
     if bad_rows is not None:
         config = replace(config, data=replace(config.data, bad_rows=bad_rows))

@@ -10,4 +10,5 @@
 * `stop_signals`: Ctrl-C and SIGTERM during training: the run stops between two steps
 * `trackers`: trackers that draw the curves of a run: TensorBoard, Weights & Biases or Trackio
 * `trainer`: the training loop: Adam on the five-term objective, one cut per step
+* `training_state`: a saved training state: how it is written, and checked before a run continues from it
 """

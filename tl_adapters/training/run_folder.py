@@ -13,22 +13,19 @@ back to the latest training state when a run is resumed. A run folder is locked 
 
 from __future__ import annotations
 
-import json
 import logging
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from tl_adapters.adapters.adapter_set import AdapterSet
-from tl_adapters.adapters.file_hashes import file_hash
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
+from tl_adapters.training.training_state import TrainingState, state_folder
 from tl_adapters.utils.files import (
     FolderBusyError,
     FolderExistsError,
@@ -36,17 +33,71 @@ from tl_adapters.utils.files import (
     append_text,
     new_folder,
     remove_own,
-    write_tensors,
     write_text,
 )
+from tl_adapters.utils.reading import Record, read_record, read_record_lines, read_text
 from tl_adapters.utils.results import versions
 from tl_adapters.utils.strict_json import dumps
 
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
-_STATE_FOLDER = "step-{:08d}"
-_DAMAGED = (UserError, SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError)
 
 log = logging.getLogger(__name__)
+
+
+_ADVICE = "Restore the file from a copy, or train again in another folder."
+
+
+class TrainingCost(Record):
+    """What a finished run has cost."""
+
+    tokens: NonNegativeInt
+    seconds: NonNegativeFloat
+
+
+class RunRecord(Record):
+    """run.json."""
+
+    schema_version: Literal[1] = 1
+    id: str
+    """The name of the run in a tracker."""
+    versions: dict[str, str | None]
+    """Versions of the packages with which the run was started."""
+    fingerprints: dict[str, str]
+    """What the run depends on -> its fingerprint."""
+    spent: TrainingCost | None = None
+    """None until the run has finished, and for runs of earlier versions."""
+
+
+class MetricsLine(Record):
+    """A line of metrics.jsonl: the terms of one step."""
+
+    step: PositiveInt
+    tokens: NonNegativeInt
+    """Tokens so far."""
+    lr: float
+    total: float
+    output_kl: float
+    forward_bridge: float
+    backward_bridge: float
+    nmse: float
+    sparsity: float
+    l0: tuple[float, ...]
+    """L0 of each layer."""
+
+
+class ValidationLine(Record):
+    """A line of validation.jsonl: the terms on held-out documents after a step."""
+
+    step: PositiveInt
+    output_kl: float
+    nmse: float
+    l0: tuple[float, ...]
+    """L0 of each layer."""
+    tokens: NonNegativeInt
+    """Tokens that count."""
+
+
+_LINES: dict[str, type[MetricsLine | ValidationLine]] = {METRICS_FILE: MetricsLine, VALIDATION_FILE: ValidationLine}
 
 
 class RunFolderError(UserError, RuntimeError):
@@ -61,30 +112,17 @@ def require_new(path: Path) -> None:
         )
 
 
-def _read_state(folder: Path) -> tuple[AdapterSet, dict[str, Tensor], dict[str, Any]]:
-    """Adapters, optimizer tensors and counters of a training state. Raises one of _DAMAGED where it is damaged."""
-    counters = json.loads((folder / "state.json").read_text())
-    if folder.name != _STATE_FOLDER.format(counters["step"]):
-        raise ValueError(f"state.json is that of step {counters['step']}")
-    if missing := [name for name in ("tokens", "seconds", "order") if name not in counters]:
-        raise ValueError(f"state.json lacks {missing[0]}")
-    optimizer = folder / "optimizer.safetensors"
-    if file_hash(optimizer) != counters.pop("optimizer_sha256", file_hash(optimizer)):  # new in the second release
-        raise ValueError("the content of optimizer.safetensors is not the one that was written")
-    return AdapterSet.from_pretrained(folder / "adapters"), load_file(optimizer), counters
-
-
 class RunFolder:
     """The folder of one run, locked by this process until `release`. Made by `create` or `open`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.config = RunConfig.load(path / "config.json")
-            record = json.loads((path / "run.json").read_text())
-            self.id, self.fingerprints = str(record["id"]), dict(record["fingerprints"])
-        except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise RunFolderError(f"{path} is not the folder of a training run: {error}") from error
+            self.config = RunConfig.of_run(path)
+            record = self._record()
+        except UserError as error:
+            raise RunFolderError(f"{path} is not the folder of a training run, or it is damaged: {error}") from error
+        self.id, self.fingerprints = record.id, record.fingerprints
         self._lock = ExitStack()
         try:
             self._lock.enter_context(alone_in(path))
@@ -93,15 +131,18 @@ class RunFolder:
                 f"Another process is training in {path}. Wait for it or stop it; two runs need two folders."
             ) from None
 
+    def _record(self) -> RunRecord:
+        return read_record(RunRecord, self.path / "run.json", _ADVICE)
+
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, fingerprints: Mapping[str, str]) -> RunFolder:
         """Makes the folder of a new run. Raises FolderExistsError if ``path`` exists."""
         path = Path(path)
         require_new(path)
-        record = {"id": uuid.uuid4().hex[:12], "versions": versions(), "fingerprints": dict(fingerprints)}
+        record = RunRecord(id=uuid.uuid4().hex[:12], versions=versions(), fingerprints=dict(fingerprints))
         with new_folder(path) as out:
             write_text(out / "config.json", dumps(config.to_dict(), indent=1) + "\n")
-            write_text(out / "run.json", dumps(record, indent=1) + "\n")
+            write_text(out / "run.json", record.json_text())
             write_text(out / METRICS_FILE, "")
         return cls(path)
 
@@ -143,42 +184,25 @@ class RunFolder:
         append_text(self.path / file, dumps(dict(line)) + "\n")
 
     def _cut_lines(self, file: str, step: int) -> None:
-        """Delete the lines of a .jsonl file that were written after ``step``."""
-        if (self.path / file).is_file():
-            lines = []
-            for line in (self.path / file).read_text().splitlines(keepends=True):
-                try:
-                    later = json.loads(line)["step"] > step
-                except json.JSONDecodeError:  # the process was killed while it wrote this line
-                    break
-                if later:
-                    break
-                lines.append(line)
-            write_text(self.path / file, "".join(lines))
+        """Delete the lines of a .jsonl file that were written after ``step``. Raises UnreadableFileError."""
+        path = self.path / file
+        if path.is_file():
+            lines = read_record_lines(_LINES[file], path, _ADVICE, partial_end=True)
+            kept = sum(line.step <= step for line in lines)
+            texts = [text for text in read_text(path, _ADVICE).split("\n") if text.strip()]
+            write_text(path, "".join(f"{text}\n" for text in texts[:kept]))
 
     # -- training states ------------------------------------------------------------------------------------------
 
-    def save_training_state(
-        self, step: int, adapters: AdapterSet, optimizer: Mapping[str, Tensor], counters: Mapping[str, Any]
-    ) -> None:
-        """Save the state after a step, then delete the oldest states beyond ``keep_checkpoints``.
+    def save_training_state(self, state: TrainingState) -> None:
+        """Save a training state, then delete the oldest states beyond ``keep_checkpoints``.
 
-        Args:
-            step: steps done.
-            adapters: the adapters.
-            optimizer: the optimizer's tensors by name.
-            counters: everything else that `load_training_state` is to return, as JSON can hold it.
-
-        Raises:
-            WriteError: the disk is full, or refuses; earlier states are kept.
+        Raises WriteError where the disk is full, or refuses; earlier states are kept.
         """
-        folder = self.path / "checkpoints" / _STATE_FOLDER.format(step)
+        folder = self.path / "checkpoints" / state_folder(state.counters.step)
         if not folder.exists():
             with new_folder(folder) as out:
-                adapters.save_pretrained(out / "adapters")
-                write_tensors(out / "optimizer.safetensors", optimizer)
-                hashed = {"optimizer_sha256": file_hash(out / "optimizer.safetensors")}
-                write_text(out / "state.json", dumps({**counters, **hashed}))
+                state.save(out)
         for old in self.training_states[: -self.config.training.keep_checkpoints]:
             remove_own(old)
 
@@ -187,28 +211,35 @@ class RunFolder:
         """Folders of the saved training states, the oldest first."""
         return sorted((self.path / "checkpoints").glob("step-*"))
 
-    def load_training_state(self) -> tuple[AdapterSet, dict[str, Tensor], dict[str, Any]] | None:
-        """Adapters, optimizer tensors and counters of the latest training state; None if there is none yet.
+    def load_training_state(self, like: AdapterSet) -> TrainingState | None:
+        """The latest training state; None if there is none yet.
 
         A state that is damaged is passed over for the one before it, which a warning says. The lines that were written
-        after the state are deleted. Raises RunFolderError where all states are damaged.
+        after the state are deleted.
+
+        Args:
+            like: adapters with the names and shapes of those that the run trains.
+
+        Raises:
+            RunFolderError: all states are damaged.
+            UnreadableFileError: a line of a .jsonl file is damaged.
         """
-        state = self._newest_readable_state()
-        for file in (METRICS_FILE, VALIDATION_FILE):
-            self._cut_lines(file, 0 if state is None else state[2]["step"])
+        state = self._newest_readable_state(like)
+        for file in _LINES:
+            self._cut_lines(file, state.counters.step if state else 0)
         return state
 
-    def _newest_readable_state(self) -> tuple[AdapterSet, dict[str, Tensor], dict[str, Any]] | None:
+    def _newest_readable_state(self, like: AdapterSet) -> TrainingState | None:
         """The newest training state that can be read, and None where there is none at all; damaged ones are removed.
 
         Raises RunFolderError where there are training states and all are damaged.
         """
-        damaged: dict[Path, Exception] = {}
+        damaged: dict[Path, str] = {}
         for folder in reversed(self.training_states):
             try:
-                state = _read_state(folder)
-            except _DAMAGED as error:
-                damaged[folder] = error
+                state = TrainingState.load(folder, like)
+            except UserError as error:
+                damaged[folder] = str(error).rstrip(" .")
                 continue
             for path, reason in damaged.items():
                 log.warning("%s is damaged (%s); going back to %s.", path, reason, folder.name)
@@ -229,17 +260,15 @@ class RunFolder:
 
     def tokens_and_seconds(self) -> tuple[int, float]:
         """Number of tokens and seconds of a finished run's training; 0 seconds for runs of earlier versions."""
-        record = json.loads((self.path / "run.json").read_text())
-        if "spent" in record:
-            return int(record["spent"]["tokens"]), float(record["spent"]["seconds"])
-        lines = (self.path / METRICS_FILE).read_text().splitlines()
-        return (int(json.loads(lines[-1])["tokens"]) if lines else 0), 0.0
+        if (spent := self._record().spent) is not None:
+            return spent.tokens, spent.seconds
+        lines = read_record_lines(MetricsLine, self.path / METRICS_FILE, _ADVICE, partial_end=True)
+        return (lines[-1].tokens if lines else 0), 0.0
 
     def finish(self, adapters: AdapterSet, tokens: int, seconds: float) -> None:
         """Save the trained adapters, tokens and seconds, and delete the training states. Raises WriteError."""
         if not (self.path / "adapters").is_dir():
-            record = json.loads((self.path / "run.json").read_text())
-            record["spent"] = {"tokens": tokens, "seconds": seconds}
-            write_text(self.path / "run.json", dumps(record, indent=1) + "\n")
+            record = self._record().model_copy(update={"spent": TrainingCost(tokens=tokens, seconds=seconds)})
+            write_text(self.path / "run.json", record.json_text())
             adapters.save_pretrained(self.path / "adapters")
         remove_own(self.path / "checkpoints")

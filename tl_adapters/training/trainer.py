@@ -18,7 +18,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,13 @@ from tl_adapters.training.run_folder import RunFolder
 from tl_adapters.training.schedules import sparsity_weight, warmup_cosine
 from tl_adapters.training.stop_signals import stop_signals
 from tl_adapters.training.trackers import require_tracker
+from tl_adapters.training.training_state import (
+    OrderPosition,
+    TrainingCounters,
+    TrainingState,
+    moments_by_name,
+    restore_moments,
+)
 from tl_adapters.utils.files import WriteError
 
 THRESHOLD_WINDOW = 0.05
@@ -270,10 +277,11 @@ class Trainer:
 
     def _save_state(self) -> None:
         if self.folder is not None:
-            counters = {
-                "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "order": self.order.position
-            }  # fmt: skip
-            self.folder.save_training_state(self.step, self.adapters, _moments_by_name(self.optimizer), counters)
+            counters = TrainingCounters(
+                step=self.step, tokens=self.tokens, seconds=self.seconds, order=OrderPosition(**self.order.position)
+            )
+            state = TrainingState(self.adapters, moments_by_name(self.optimizer), counters)
+            self.folder.save_training_state(state)
 
     def _restore(self, run: RunFolder) -> None:
         """Continue from the latest training state of a run folder, or from its result if the run has finished."""
@@ -283,32 +291,14 @@ class Trainer:
             self.adapters.load_state_dict(result.state_dict())
             self.step, self.tokens, self.seconds = self.config.steps, *run.tokens_and_seconds()
             return
-        state = run.load_training_state()
+        state = run.load_training_state(self.adapters)
         if state is None:  # the run was killed before its first saved state, so it starts again from the seed
             return
-        adapters, moments, counters = state
-        self.adapters.load_state_dict(adapters.state_dict())
-        _load_moments(self.optimizer, moments)
-        self.order.restore(counters["order"])
-        self.step, self.tokens, self.seconds = counters["step"], counters["tokens"], counters["seconds"]
-
-
-def _moments_by_name(optimizer: torch.optim.Adam) -> dict[str, torch.Tensor]:
-    """Adam's moments and step counts, each named "parameter index.key"."""
-    return {
-        f"{index}.{key}": value.contiguous()
-        for index, entries in optimizer.state_dict()["state"].items()
-        for key, value in entries.items()
-    }
-
-
-def _load_moments(optimizer: torch.optim.Adam, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The inverse of `_moments_by_name`."""
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        moments.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.adapters.load_state_dict(state.adapters.state_dict())
+        restore_moments(self.optimizer, state.moments)
+        counters = state.counters
+        self.order.restore(counters.order.model_dump())
+        self.step, self.tokens, self.seconds = counters.step, counters.tokens, counters.seconds
 
 
 def _origin_of(pair: PairedModel) -> RunConfig:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from tl_adapters.errors import UserError
+from tl_adapters.utils.strict_json import dumps
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,10 @@ class Record(BaseModel):
     """Base of the records in our files: frozen, strict about types, without unknown keys, NaN and infinities."""
 
     model_config = ConfigDict(**STRICT, frozen=True)
+
+    def json_text(self, indent: int | None = 1) -> str:
+        """Return the record as the text of its file."""
+        return dumps(self.model_dump(mode="json"), indent=indent) + "\n"
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -279,6 +284,10 @@ def problem_of(error: ValidationError, record: type[Any], noun: str = "key") -> 
         return f"{message}."
     if kind == "dataclass_exact_type":
         return f"{key} is {given}; allowed is an instance of {first['ctx']['class_name']}."
+    newer = isinstance(first["input"], int) and first["input"] > 0
+    if location[-1:] == ("schema_version",) and kind == "literal_error" and newer:
+        versions = allowed_values(record, location)
+        return f"it has schema_version {given}; this version of tl-adapters reads {versions}, so update tl-adapters."
     allowed = allowed_values(record, location) or message.removeprefix("Input should be ").rstrip(".")
     if kind == "finite_number":
         allowed = allowed.replace("a number", "a finite number")
