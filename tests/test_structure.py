@@ -285,7 +285,7 @@ def test_contributing_names_what_is_there() -> None:
     for name in re.findall(r"`([\w/]+(?:\.py|\.toml|\.txt|/))`", text):
         assert any((place / name).exists() for place in (root, PACKAGE)), f"CONTRIBUTING.md names {name}"
     assert re.findall(r"^\| `(\w+)/` \|", text, re.M) == [package for package in ORDER if (PACKAGE / package).is_dir()]
-    functions = {"escape": "utils/html.py", "script_json": "utils/html.py"}
+    functions = {"render": "utils/html.py"}
     for function, file in functions.items():
         assert function in text and function in defined(ast.parse((PACKAGE / file).read_text()))
 

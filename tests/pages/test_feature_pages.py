@@ -195,9 +195,10 @@ def test_pages_are_valid_self_contained_and_run_only_their_own_script(folder: Pa
         policy = next(a["content"] for tag, a in tags.seen if a.get("http-equiv") == "Content-Security-Policy")
         assert policy is not None and policy.startswith("default-src 'none'") and "unsafe" not in policy
         for kind, pattern in (("script-src", r"<script>(.*?)</script>"), ("style-src", r"<style>(.*?)</style>")):
-            (text,) = re.findall(pattern, page, re.DOTALL)
-            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-            assert f"{kind} 'sha256-{digest}';" in policy
+            texts = re.findall(pattern, page, re.DOTALL)
+            digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+            hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
+            assert hashes and f"{kind} {hashes};" in policy
     for name in ("common.js", "index.js", "feature.js"):
         script = (Path(feature_pages.__file__).parent / "templates" / "feature_pages" / name).read_text()
         assert not re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(|XMLHttp", script)

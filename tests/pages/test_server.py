@@ -51,7 +51,7 @@ def test_pages_are_served_and_listed(port: int) -> None:
     assert (status, body) == (200, b"<p>a</p>") and headers["Content-Type"] == "text/html; charset=utf-8"
     assert headers["X-Content-Type-Options"] == "nosniff"
     status, body, _ = get(port, "/")
-    assert status == 200 and b'href="/a.html"' in body and b"sub/&lt;b&gt;.html" in body and b"hidden" not in body
+    assert status == 200 and b'href="a.html"' in body and b"sub/&lt;b&gt;.html" in body and b"hidden" not in body
     assert get(port, "/sub/%3Cb%3E.html?x=1#y")[1] == b"b"
     assert get(port, "/a.html", method="HEAD")[:2] == (200, b"")
 

@@ -120,10 +120,10 @@ def test_the_page_in_a_browser(run: Path, tmp_path: Path) -> None:
     for heading in (
         "Training",
         "Faithfulness",
-        "What that KL is worth",
+        "Simpler replacements for the same MLP difference",
         "Behavior",
-        "What the features are",
-        "Why it hesitates",
+        "Features by label",
+        "Attribution of hesitations",
     ):
         assert f"<h2>{heading}</h2>" in done.stdout
     assert done.stdout.count("<svg") == 9

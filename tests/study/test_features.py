@@ -45,7 +45,7 @@ def test_the_demo_says_what_its_features_are(run: Path) -> None:
     assert all(store.feature(id).label is not None for id in store.ids()[:20])
     assert (run / block["page"]).is_file()
     report = (run / "report.html").read_text()
-    assert f'href="{block["page"]}"' in report and "What the features are" in report
+    assert f'href="{block["page"]}"' in report and "Features by label" in report
 
 
 def test_a_moments_graph_knows_the_stores_labels_and_examples(run: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_run_is_labelled_by_rules_and_by_a_judge(
     rules = read_results(folder)["features"]["labels"]
     assert sum(share["count"] for share in rules.values()) == len(store.ids()), "the rules' shares are of all"
     report = (folder / "report.html").read_text()
-    assert "What a model calls them" in report and "detection score" in report
+    assert "Labels by an LLM judge" in report and "detection score" in report
     shutil.rmtree(folder / FEATURES_FOLDER)
     assert main(["label", str(folder)]) == 2
     assert "holds no feature store" in capsys.readouterr().err

@@ -331,7 +331,7 @@ def points(*places: tuple[float, float], option: str = "l1_weight") -> list[Swee
 
 def test_the_page_is_self_contained_escaped_and_says_what_it_leaves_out(whole: Path, tmp_path: Path) -> None:
     html = (whole / "sweep.html").read_text()
-    assert html.count("<svg") == 2 and html.count("<tr>") == 3 and "&#x27;s" in html
+    assert html.count("<svg") == 2 and html.count("<tr>") == 3 and "&#39;s" in html
     evil = {"config": {"base": "<img src=x>", "target": "</p><script>"}, "grid": {"<b>$x_1$</b>": []}}
     found = points((2.0, 0.5), (0.0, 0.9), (1.0, 0.7), option="<b>$x_1$</b>|")
     found[0].options["n_features"] = "<i>$\\frac$</i>"

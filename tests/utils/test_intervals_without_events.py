@@ -23,7 +23,7 @@ from tl_adapters.evaluation.sampled_responses import SampledResponse, score_resp
 from tl_adapters.generation.responses import Response
 from tl_adapters.pages.circuit_sections import conditions_section
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_recovered
-from tl_adapters.utils.html import measurement_cell
+from tl_adapters.utils.html import Cell, measurement_cell
 from tl_adapters.utils.measurement import IntervalError, Measurement, OutcomesMeasurement
 from tl_adapters.utils.results import plain, read_results, write_results
 from tl_adapters.utils.share_intervals import share, unseen_share
@@ -274,15 +274,18 @@ def test_every_writer_uses_strict_json() -> None:
 
 def test_an_undefined_value_is_none_and_shown_as_such() -> None:
     assert rank_correlation(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0])) is None
-    assert Share(0, 0).value is None and "<td>-</td>" in shares_table({"x": {"all": Share(0, 0)}})
+    assert Share(0, 0).value is None and shares_table({"x": {"all": Share(0, 0)}})[1] == [["all", Cell("-")]]
     form = "{:.2f}".format
-    assert measurement_cell({"value": None, "reason": "over nothing"}, form) == "-<small>over nothing</small>"
+    assert measurement_cell({"value": None, "reason": "over nothing"}, form) == Cell("-", "over nothing")
     assert measurement_cell({"value": 1.0, "low": None, "high": None, "reason": "one problem"}, form) == (
-        "1.00<small>no interval: one problem</small>"
+        Cell("1.00", "no interval: one problem")
     )
-    assert "2.0% of the draws" in measurement_cell({"value": 1.0, "low": 0.5, "high": 2.0, "undefined": 0.02}, form)
+    assert (
+        "2.0% of the draws" in measurement_cell({"value": 1.0, "low": 0.5, "high": 2.0, "undefined": 0.02}, form).note
+    )
     answers = [response("wait a b")]
-    html = conditions_section(
+    section = conditions_section(
         {"necessity": {"none": plain(record(answers, answers, ["wait"], "report"))}}, "necessity", "", ""
     )
-    assert "there is one" in html and "nan" not in html.lower() and "None" not in html
+    shown = str(section)
+    assert "there is one" in shown and "nan" not in shown.lower() and "'None'" not in shown

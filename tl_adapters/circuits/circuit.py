@@ -28,7 +28,7 @@ from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.files import plain_file, write_text
-from tl_adapters.utils.html import escape, table
+from tl_adapters.utils.html import render
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.results import plain
 from tl_adapters.utils.strict_json import dumps
@@ -330,17 +330,20 @@ class Circuit:
     def _repr_html_(self) -> str:
         counts = Counter(f.role for f in self.features)
         roles = ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role]) or "no features"
-        words = ", ".join(f"<code>{escape(repr(word))}</code>" for word in self.words[:_MAX_ROWS])
-        found_by = self.function and f"found by {escape(self.function)}"
-        words = ", ".join(filter(None, (words, found_by))) or "does not occur"
         strongest = sorted(self.features, key=lambda f: -_size(f.total))[:_MAX_ROWS]
-        rows = [
-            [f"{f.id.layer}.{f.id.index}", f.role] + [f"{value:+.3g}" for value in f.effects] + [f"{f.activation:.3g}"]
-            for f in strongest
-        ]
-        more = f"<p>... and {len(self) - _MAX_ROWS} more, weaker ones.</p>" if len(self) > _MAX_ROWS else ""
-        header = ["feature", "role", *EFFECT_NAMES, "activation"]
-        return f"<p><b>{escape(self.behavior)}</b> ({words}): {roles}.</p>" + table(header, rows) + more
+        return render(
+            "notebook/circuit.html.j2",
+            behavior=self.behavior,
+            words=[repr(word) for word in self.words[:_MAX_ROWS]],
+            function=self.function,
+            roles=roles,
+            header=["feature", "role", *EFFECT_NAMES, "activation"],
+            rows=[
+                [f"{f.id.layer}.{f.id.index}", f.role, *(f"{x:+.3g}" for x in f.effects), f"{f.activation:.3g}"]
+                for f in strongest
+            ],
+            more=len(self) - _MAX_ROWS,
+        )
 
 
 def _circuit_of(record: Mapping[str, Any]) -> Circuit:

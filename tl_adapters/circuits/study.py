@@ -59,7 +59,7 @@ from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, Find
 from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.html import escape, table
+from tl_adapters.utils.html import render
 from tl_adapters.utils.measurement import Measurement
 
 log = logging.getLogger(__name__)
@@ -105,11 +105,11 @@ class BehaviorStudy:
 
     def _repr_html_(self) -> str:
         rows = [
-            [escape(c["name"]), f"{c['value']:.3g}" if c["value"] is not None else "", escape(c["bar"]),
-             OUTCOME_NAMES[c["reached"]]]
+            [c["name"], f"{c['value']:.3g}" if c["value"] is not None else "", c["bar"], OUTCOME_NAMES[c["reached"]]]
             for c in self.block.get("criteria", [])
-        ]  # fmt: skip
-        return table(["criterion", "measured", "threshold", ""], rows) + self.circuit._repr_html_()
+        ]
+        criteria = render("notebook/tables.html.j2", tables=[(["criterion", "measured", "threshold", ""], rows)])
+        return criteria + self.circuit._repr_html_()
 
 
 def analyze_hesitation(

@@ -32,7 +32,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.adapter_checks import adapter_scale
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.html import escape, table, with_interval
+from tl_adapters.utils.html import Cell, render
 from tl_adapters.utils.precision import host_float64, wide
 from tl_adapters.utils.share_intervals import share_interval
 
@@ -124,22 +124,22 @@ class Matching:
 
     def _repr_html_(self) -> str:
         rows = [[name, *(f"{v:.2f}" for v in values)] for name, values in self.quantiles().items()]
-        return shares_table({"of the first": self.shares("a"), "of the second": self.shares("b")}) + table(
-            ["over the matches", "10 %", "25 %", "median", "75 %", "90 %"], rows
-        )
+        shares = shares_table({"of the first": self.shares("a"), "of the second": self.shares("b")})
+        header = ["over the matches", "10 %", "25 %", "median", "75 %", "90 %"]
+        return render("notebook/tables.html.j2", tables=[shares, (header, rows)])
 
 
-def shares_table(columns: dict[str, dict[str, Share]]) -> str:
-    """An HTML table of shares by firing rate, with one column per set."""
+def shares_table(columns: dict[str, dict[str, Share]]) -> tuple[list[str], list[list[str | Cell]]]:
+    """The header and rows of a table of shares by firing rate, with one column per set."""
     names = list(dict.fromkeys(name for shares in columns.values() for name in shares))
 
-    def cell(s: Share) -> str:
+    def cell(s: Share) -> Cell:
         if s.value is None:
-            return "-"
-        return with_interval(f"{s.value:.0%}", f"{s.interval[0]:.0%} to {s.interval[1]:.0%} of {s.n}")
+            return Cell("-")
+        return Cell(f"{s.value:.0%}", f"{s.interval[0]:.0%} to {s.interval[1]:.0%} of {s.n}")
 
-    rows = [[escape(n), *(cell(s[n]) if n in s else "" for s in columns.values())] for n in names]
-    return table(["firing rate", *map(escape, columns)], rows)
+    rows: list[list[str | Cell]] = [[n, *(cell(s[n]) if n in s else "" for s in columns.values())] for n in names]
+    return ["firing rate", *columns], rows
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from tl_adapters.evaluation.feature_matching import Matching, Share, match_featu
 from tl_adapters.evaluation.planted_features import PlantedSet, plant_features
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.training.trainer import train
-from tl_adapters.utils.html import measurement_cell, table
+from tl_adapters.utils.html import measurement_cell, render
 from tl_adapters.utils.results import plain
 
 
@@ -80,9 +80,8 @@ class PlantedReport:
     def _repr_html_(self) -> str:
         kl = self.faithfulness["kl_of_hybrid"]
         of_hybrid = measurement_cell(vars(kl), "{:.1%}".format)
-        return shares_table(
-            {"precision": {"all": self.precision}, "recall": {**self.recall, **self.recall_by_kind}}
-        ) + table(["KL(replacement) / KL(hybrid)"], [[of_hybrid]])
+        shares = shares_table({"precision": {"all": self.precision}, "recall": {**self.recall, **self.recall_by_kind}})
+        return render("notebook/tables.html.j2", tables=[shares, (["KL(replacement) / KL(hybrid)"], [[of_hybrid]])])
 
 
 def planted_test(

@@ -15,10 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from markupsafe import Markup
+
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
-from tl_adapters.utils.html import escape, table
+from tl_adapters.utils.html import render
 from tl_adapters.utils.notebook import NotebookView, circuitsvis_tokens, circuitsvis_view
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 
@@ -32,11 +34,6 @@ ResidualStream = Literal["replacement", "target"]
 """The model whose residual stream features are read on."""
 VISIBLE_WHITESPACE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 """Visible signs for white space in tokens, for `str.translate`."""
-_STYLE = """<style>
-.tl-feature table { display: inline-table; margin: 4px 32px 4px 0; vertical-align: top; }
-.tl-feature td, .tl-feature th { text-align: left; padding: 1px 12px 1px 0; } .tl-feature h4 { margin: 12px 0 2px; }
-.tl-feature code { white-space: pre; } .tl-feature small { opacity: .7; }
-</style>"""
 
 
 class FeatureStoreError(UserError, ValueError):
@@ -169,35 +166,31 @@ class Feature:
 
 def feature_view(feature: Feature) -> NotebookView:
     """A notebook view of a feature: its statistics, top logits, trace regions, top and random examples."""
-    label = feature.label
-    label_text = "" if label is None else f" · {escape(label.text)}"
-    category = f" <small>{escape(label.category)}</small>" if label and label.category else ""
     statistics = (
         f"fires on {feature.density:.3g} of the tokens ({feature.firings:,} times), mean {feature.mean:.3g}, "
         f"largest {feature.max:.3g}; decoder norm {feature.decoder_norm:.3g}"
     )
-    regions = [
-        [escape(name), f"{rate:.3g}", f"{feature.region_share[name]:.3g}"] for name, rate in feature.regions.items()
-    ]
-    head = (
-        f'{_STYLE}<div class="tl-feature"><h3>{feature.kind.capitalize()} {feature.name}{label_text}{category}</h3>'
-        f"<p>{statistics}</p>{_logits_table('raises', feature.top_logits)}"
-        f"{_logits_table('lowers', feature.bottom_logits)}"
-        f"{table(['region', 'of its tokens', 'of the firings'], regions)}</div>"
+    head = render(
+        "notebook/feature.html.j2",
+        name=f"{feature.kind.capitalize()} {feature.name}",
+        label=feature.label,
+        statistics=statistics,
+        top_logits=_logit_texts(feature.top_logits),
+        bottom_logits=_logit_texts(feature.bottom_logits),
+        regions=[[name, f"{rate:.3g}", f"{feature.region_share[name]:.3g}"] for name, rate in feature.regions.items()],
     )
-    parts: list[str | tuple[str, dict[str, object]]] = [head]
+    parts: list[Markup | tuple[str, dict[str, object]]] = [head]
     for title, examples in (
-        ("Strongest activations", feature.top_examples),
+        ("Top activating examples", feature.top_examples),
         ("A random sample", feature.random_examples),
     ):
         if examples:
-            parts += [f'<div class="tl-feature"><h4>{title}</h4></div>', _examples_view(feature, examples)]
+            parts += [render("notebook/heading.html.j2", title=title), _examples_view(feature, examples)]
     return circuitsvis_view(parts)
 
 
-def _logits_table(title: str, logits: Sequence[tuple[str, float]]) -> str:
-    rows = [[f"<code>{escape(text.translate(VISIBLE_WHITESPACE))}</code>", f"{value:+.3g}"] for text, value in logits]
-    return table([title, ""], rows)
+def _logit_texts(logits: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
+    return [(text.translate(VISIBLE_WHITESPACE), f"{value:+.3g}") for text, value in logits]
 
 
 def _examples_view(feature: Feature, examples: Sequence[Example]) -> tuple[str, dict[str, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from markupsafe import Markup
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.saelens_folder import INPUT_HOOKS, OUTPUT_HOOKS
+from tl_adapters.adapters.set_folder import LAYER_FOLDER
 from tl_adapters.interop.saelens import require_saelens_class
-from tl_adapters.utils.html import interval_text
+from tl_adapters.utils.html import interval_text, render
 
 CARD_FILE = "README.md"
 _PAPER = "https://arxiv.org/abs/2602.20904"
@@ -31,40 +34,31 @@ def card(adapters: AdapterSet, repo_id: str) -> str:
         AdapterFormatError: adapters that `push_to_hub` refuses.
     """
     require_saelens_class(adapters)
-    about = adapters.metadata
-    base, target = about.base or "BASE", about.target or "TARGET"
-    return f"""---
-{_front_matter(about)}
----
-
-# Transcoder adapters: {target} against {base}
-
-At every layer a sparse transcoder that is *added* to the base's MLP and reproduces what training changed in the
-target's ([method]({_PAPER})). {len(adapters)} of {adapters.n_layers} layers, {adapters.n_features:,} features each,
-d_model {adapters.d_model}, {_ACTIVATIONS[about.activation].format(about.k)}. Made with tl_adapters.
-
-{_loading_section(adapters, repo_id, base, target)}
-
-## Measured
-
-{_measurements_table(about.figures)}
-
-## Which weights
-
-| | name | revision | fingerprint |
-|---|---|---|---|
-| base (its MLPs) | {base} | {about.base_revision or ""} | {about.fingerprints.get("base_mlps", "")} |
-| target | {target} | {about.target_revision or ""} | {about.fingerprints.get("target", "")} |
-| adapters | {repo_id} | | {adapters.fingerprint} |
-
-A feature is a layer and an index *of these adapters*: other seeds number them anew. Trained on
-{", ".join(about.datasets) or "data that was not recorded"}.
-
-## Citation
-
-The method is from Hu, Ward, Icard and Potts, *Transcoder Adapters for Reasoning-Model Diffing*,
-[arXiv 2602.20904]({_PAPER}).
-"""
+    about, layer = adapters.metadata, adapters.layer_indices[-1]
+    base, target = (_published_name(name) for name in (about.base, about.target))
+    return str(
+        render(
+            "model_card/card.md.j2",
+            front_matter=Markup(_front_matter(about)),
+            paper=Markup(_PAPER),
+            adapters=adapters,
+            about=about,
+            repo_id=repo_id,
+            base=base or "an unnamed base",
+            target=target or "an unnamed target",
+            base_argument=base if _is_hub_name(about.base) else "BASE",
+            target_argument=target if _is_hub_name(about.target) else "TARGET",
+            activation=_ACTIVATIONS[about.activation].format(about.k),
+            saelens_class=_SAELENS_CLASSES[about.activation],
+            hook=f"blocks.{layer}.mlp.adapter.hook_sae_acts_post",
+            layer_name=LAYER_FOLDER.format(layer),
+            reads=Markup(INPUT_HOOKS[about.reads].format(layer)),
+            writes=Markup(OUTPUT_HOOKS[about.writes].format(layer)),
+            valid_for=Markup(_VALID_FOR[about.reads]),
+            rows=_measurement_rows(about.figures),
+            datasets=", ".join(filter(None, map(_published_name, about.datasets))),
+        )
+    )
 
 
 _ACTIVATIONS = {
@@ -93,58 +87,33 @@ def _front_matter(about: AdapterMetadata) -> str:
     return str(yaml.safe_dump(entries, sort_keys=False)).strip()
 
 
-def _loading_section(adapters: AdapterSet, repo_id: str, base: str, target: str) -> str:
-    """Return how to load the adapters with this package and with SAELens."""
-    about, layer = adapters.metadata, adapters.layer_indices[-1]
-    reads, writes = INPUT_HOOKS[about.reads].format(layer), OUTPUT_HOOKS[about.writes].format(layer)
-    return f"""```python
-from tl_adapters import AdapterSet, PairedModel
-
-pair = PairedModel.from_pretrained(base="{base}", target="{target}")
-pair.load_adapters(AdapterSet.from_pretrained("{repo_id}"))
-with pair.routed("replacement") as model:  # the target's attention, the base's MLPs, and these adapters
-    logits, cache = model.run_with_cache("...")  # cache["blocks.{layer}.mlp.adapter.hook_sae_acts_post"]
-```
-
-## With SAELens
-
-```python
-from sae_lens import SAE
-
-transcoder = SAE.from_pretrained("{repo_id}", "layer_{layer}")
-```
-
-is a stock {_SAELENS_CLASSES[about.activation]} that reads `{reads}` and writes
-`{writes}`. {_VALID_FOR[about.reads]} Without tl_adapters it gives activations, not the
-replacement: a model has that output hook only while adapters are attached to it, and on any other `add_sae` logs a
-warning and changes nothing. The features were trained on the {about.stream}'s residual stream; on the target's own
-stream their activations differ a little."""
-
-
-def _measurements_table(measurements: Mapping[str, Any]) -> str:
-    if not measurements:
-        return "Nothing yet: `tl-adapters evaluate RUN` measures, and pushing the run writes it here."
-    rows = ["| figure | value | 95 % interval | unit | on |", "|---|---|---|---|---|"]
+def _measurement_rows(measurements: Mapping[str, Any]) -> list[list[str]]:
+    """Return name, value, interval, unit and data of each measurement."""
+    rows = []
     for name, measurement in measurements.items():
-        if isinstance(measurement, Mapping):
-            value = "-" if measurement.get("value") is None else f"{measurement['value']:.4g}"
-            interval = measurement.get("reason", "") if value == "-" else interval_text(measurement, "{:.4g}".format)
-            data = f"{measurement.get('split', '')}, n = {measurement.get('n', '')}"
-            unit = measurement.get("unit", "")
-            rows.append(f"| {_table_cell(name)} | {value} | {_table_cell(interval)} | {unit} | {data} |")
-        else:
-            rows.append(f"| {_table_cell(name)} | {_table_cell(measurement)} | | | |")
-    return "\n".join(rows)
+        if not isinstance(measurement, Mapping):
+            rows.append([name, str(measurement), "", "", ""])
+            continue
+        value, interval = "-", str(measurement.get("reason") or "")
+        if measurement.get("value") is not None:
+            value = f"{measurement['value']:.4g}"
+            interval = interval_text(measurement, "{:.4g}".format)
+        data = f"{measurement.get('split', '')}, n = {measurement.get('n', '')}"
+        rows.append([name, value, interval, str(measurement.get("unit", "")), data])
+    return rows
 
 
-def _is_hub_name(name: str) -> bool:
+def _published_name(name: str | None) -> str:
+    """Return the name of a model or data set as it may be published: of a folder of this machine the last part only."""
+    if not name or _is_hub_name(name):
+        return name or ""
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+
+
+def _is_hub_name(name: str | None) -> bool:
     """Return whether ``name`` is a repository's name ("user/name") and not a folder of this machine."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1 and not Path(name).exists()
-
-
-def _table_cell(value: object) -> str:
-    return str(value).replace("|", "\\|")
+    return name is not None and name.count("/") == 1 and not Path(name).exists()

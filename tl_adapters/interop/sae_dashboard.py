@@ -11,7 +11,7 @@ sae-dashboard takes documents of one length: longer ones are cut, and shorter on
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.resources import files
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from markupsafe import Markup
 from torch import Tensor
 
 from tl_adapters.adapters.feature_id import FeatureId
@@ -34,7 +35,7 @@ from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.interop.saelens import to_saelens
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.files import new_folder, require_absent, temporary_folder, write_text, writing
-from tl_adapters.utils.html import d3_license_and_script
+from tl_adapters.utils.html import render
 
 INSTALL_COMMAND = (
     "pip install --no-deps sae-dashboard==0.8.0 eindex-callum==0.1.2 dataclasses-json==0.6.7 marshmallow==3.26.2 "
@@ -44,6 +45,13 @@ INSTALL_COMMAND = (
 package does not run; with current ones, and the further packages named here, it runs unchanged."""
 _MIN_LENGTH = 32
 """Tokens of the shortest documents: sae-dashboard takes 20 examples, and none from the five tokens at either end."""
+
+
+_STYLE_START, _STYLE_END, _SCRIPT_START, _SCRIPT_END = "<style>", "</style>", "<script>", "</script>"
+_DATA_START = '{"AGGDATA"'
+"""What begins and ends the parts of sae-dashboard's page."""
+_TOKENS_IN_HTML = ("<code>${tok}</code>", "|${tok}|<br>")
+"""Where its script writes a token into HTML."""
 
 
 class DashboardError(UserError, ValueError):
@@ -176,15 +184,30 @@ def _write_layer_page(
     data = running.SaeVisRunner(settings).run(encoder, _Model(pair.model, unembedding), tokens)
     with writing(page):
         vis_files.save_feature_centric_vis(data, page)
-    write_text(page, _offline(page.read_text(encoding="utf-8")))
+    write_text(page, _safe_page(page.read_text(encoding="utf-8")))
 
 
-def _offline(page: str) -> str:
-    """Return the page with the two libraries that it would load from the network inlined, with their licenses."""
-    d3_license, d3 = d3_license_and_script()
+def _safe_page(page: str) -> str:
+    """Return sae-dashboard's page with its two libraries inlined, its tokens escaped, and a content security policy.
+
+    sae-dashboard would load the libraries from the network, and writes tokens into a script and into HTML as they are.
+
+    Raises DashboardError if the page is not built as that of the version that INSTALL_COMMAND installs.
+    """
+    try:
+        start = page.index(_DATA_START)
+        _, end = json.JSONDecoder().raw_decode(page, start)
+        columns, _, rest = page[:start].partition(_STYLE_START)
+        style, _, rest = rest.partition(_STYLE_END)
+        script = rest[rest.rindex(_SCRIPT_START) + len(_SCRIPT_START) :]
+        # Inside JSON "<" occurs in strings only, where its escape means the same and ends no script.
+        script += page[start:end].replace("<", "\\u003c") + page[end : page.rindex(_SCRIPT_END)]
+    except ValueError as error:
+        raise DashboardError(
+            f"The page of sae-dashboard is not as expected. Install the tested version: {INSTALL_COMMAND}"
+        ) from error
+    for written in _TOKENS_IN_HTML:
+        script = script.replace(written, written.replace("${tok}", "${tokenHtml(tok)}"))
     plotly = (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-    libraries = {"d3js.org": f"/*\n{d3_license}*/\n{d3}", "cdn.plot.ly": plotly}
-    # The replacement is a function, since backslashes in a replacement text would be interpreted.
-    return re.sub(
-        r'<script src="https://(d3js\.org|cdn\.plot\.ly)/[^"]*">', lambda tag: f"<script>{libraries[tag[1]]}", page
-    )
+    parts = {"columns": columns, "style": style, "script": script, "plotly": plotly}
+    return render("sae_dashboard/dashboard.html.j2", page={name: Markup(text) for name, text in parts.items()})

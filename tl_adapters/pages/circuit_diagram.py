@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import ROLES, Circuit, CircuitEdge, CircuitFeature, Role
 from tl_adapters.features.feature import VISIBLE_WHITESPACE, Feature
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.utils.html import escape
+from tl_adapters.utils.html import render
 
 MAX_SHOWN_EDGES, MAX_SHOWN_PER_ROLE = 80, 60
 """Edges in the diagram, and features of each role."""
@@ -28,7 +31,7 @@ _COLORS = {
 }
 
 
-def draw_circuit(circuit: Circuit, store: FeatureStore | None, link: Link) -> str:
+def draw_circuit(circuit: Circuit, store: FeatureStore | None, link: Link) -> Markup:
     """The circuit as SVG: a column for each role, layers from the bottom up, the word at the right.
 
     The area of a dot is the size of the feature's total effect, and the width of an edge that of its weight; negative
@@ -52,13 +55,19 @@ def draw_circuit(circuit: Circuit, store: FeatureStore | None, link: Link) -> st
         if edge.source in layout.centers and (edge.target is None or edge.target in layout.centers)
     ]
     largest = max((size(f.total) for f in features), default=0.0) or 1.0
-    dots = [_dot(f, layout.centers[f.id], largest, known.get(f.id), link(f.id)) for f in features]
-    return (
-        f'<svg class="circuit" xmlns="http://www.w3.org/2000/svg" '
-        f'viewBox="0 0 {WIDTH:.0f} {max(layout.bottom, 90):.0f}" role="img" '
-        f'aria-label="the circuit" font-family="system-ui, sans-serif" font-size="12">{"".join(curves)}'
-        f"{''.join(layout.texts)}{_word(circuit, word)}{''.join(dots)}</svg>"
-    )
+    words = ", ".join(circuit.words) or circuit.behavior
+    return render(
+        "circuit/diagram.svg.j2",
+        width=round(WIDTH),
+        height=round(max(layout.bottom, 90)),
+        right=round(WIDTH - RIGHT),
+        layers=layout.layers,
+        roles=layout.roles,
+        curves=curves,
+        word={"x": round(word[0]), "y": round(word[1]), "title": visible_text(words),
+              "name": visible_text(words if len(words) <= 14 else words[:13] + "…")},
+        dots=[_dot(f, layout.centers[f.id], largest, known.get(f.id), link(f.id)) for f in features],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,10 @@ class _Layout:
 
     centers: dict[FeatureId | None, tuple[float, float]]
     """Center of each feature's dot."""
-    texts: list[str]
-    """Names of layers and roles, and the lines between layers."""
+    layers: list[tuple[str, int, int]]
+    """For each layer its name, the height at which it is written, and that of the line below the layer."""
+    roles: list[tuple[Role, int, str]]
+    """For each role its name, the middle of its column, and its color."""
     bottom: float
     """Height of the diagram."""
 
@@ -79,7 +90,7 @@ def _layout(features: Sequence[CircuitFeature]) -> _Layout:
     roles: list[Role] = [role for role in _COLUMN_WIDTHS if role in present]
     unit = (WIDTH - LEFT - RIGHT) / max(1e-9, sum(_COLUMN_WIDTHS[role] for role in roles))
     centers: dict[FeatureId | None, tuple[float, float]] = {}
-    y, texts = TOP, []
+    y, layers = TOP, []
     for layer in sorted({f.id.layer for f in features}, reverse=True):
         top, lines, left = y, 1, LEFT
         for role in roles:
@@ -93,40 +104,28 @@ def _layout(features: Sequence[CircuitFeature]) -> _Layout:
             lines = max(lines, math.ceil(len(in_cell) / per_line))
             left += width
         y = top + DOT_DISTANCE * lines + 8
-        texts.append(f'<text x="4" y="{top + 18:.0f}" fill="#57606a">layer {layer}</text>')
-        texts.append(f'<line x1="0" y1="{y - 1:.0f}" x2="{WIDTH - RIGHT:.0f}" y2="{y - 1:.0f}" stroke="#eaeef2"/>')
-    left = LEFT
+        layers.append((f"layer {layer}", round(top + 18), round(y - 1)))
+    left, titles = LEFT, []
     for role in roles:
-        middle = left + unit * _COLUMN_WIDTHS[role] / 2
-        texts.append(f'<text x="{middle:.0f}" y="16" text-anchor="middle" fill="{_COLORS[role]}">{role}</text>')
+        titles.append((role, round(left + unit * _COLUMN_WIDTHS[role] / 2), _COLORS[role]))
         left += unit * _COLUMN_WIDTHS[role]
-    return _Layout(centers, texts, y)
-
-
-def _word(circuit: Circuit, position: tuple[float, float]) -> str:
-    words = ", ".join(circuit.words) or circuit.behavior
-    name = words if len(words) <= 14 else words[:13] + "…"
-    x, y = position
-    return (
-        f'<g><title>{visible_text(words)}</title><rect x="{x:.0f}" y="{y - 15:.0f}" width="100" height="30" rx="6" '
-        f'fill="#ffe28a" stroke="#d4a72c"/><text x="{x + 50:.0f}" y="{y + 5:.0f}" '
-        f'text-anchor="middle" font-weight="600">{visible_text(name)}</text></g>'
-    )
+    return _Layout(centers, layers, titles, y)
 
 
 def _curve(
     edge: CircuitEdge, start: tuple[float, float], stop: tuple[float, float], color: str, heaviest: float
-) -> str:
+) -> dict[str, Any]:
     (x1, y1), (x2, y2) = start, stop
     bend, share = max(30.0, abs(x2 - x1) / 2), size(edge.weight) / heaviest
-    dash = ' stroke-dasharray="4 3"' if edge.weight < 0 else ""
     end = "the word" if edge.target is None else _name(edge.target)
-    return (
-        f'<path d="M{x1:.1f},{y1:.1f} C{x1 + bend:.1f},{y1:.1f} {x2 - bend:.1f},{y2:.1f} {x2:.1f},{y2:.1f}" '
-        f'fill="none" stroke="{color}" stroke-width="{0.5 + 3.5 * share:.2f}" '
-        f'stroke-opacity="{0.2 + 0.4 * share:.2f}"{dash}>'
-        f"<title>{_name(edge.source)} → {end}: {signed(edge.weight)}</title></path>"
-    )
+    return {
+        "path": f"M{x1:.1f},{y1:.1f} C{x1 + bend:.1f},{y1:.1f} {x2 - bend:.1f},{y2:.1f} {x2:.1f},{y2:.1f}",
+        "color": color,
+        "width": f"{0.5 + 3.5 * share:.2f}",
+        "opacity": f"{0.2 + 0.4 * share:.2f}",
+        "dashed": edge.weight < 0,
+        "title": f"{_name(edge.source)} → {end}: {signed(edge.weight)}",
+    }
 
 
 def _shown_features(circuit: Circuit, ends: Collection[FeatureId]) -> list[CircuitFeature]:
@@ -141,28 +140,27 @@ def _shown_features(circuit: Circuit, ends: Collection[FeatureId]) -> list[Circu
 
 def _dot(
     f: CircuitFeature, center: tuple[float, float], largest: float, known: Feature | None, address: str | None
-) -> str:
-    radius = 3 + 7 * math.sqrt(size(f.total) / largest)
+) -> dict[str, Any]:
     lines = [f"{_name(f.id)} · {f.role}"]
     if known is not None and known.label is not None:
         lines.append(known.label.text)
     if known is not None:
         lines.append("top logits " + " ".join(repr(token) for token, _ in known.top_logits[:6]))
     lines.append(f"total {signed(f.total)}, direct {signed(f.direct)}, through output {signed(f.through)}")
-    hollow = f'fill="#fff" stroke="{_COLORS[f.role]}" stroke-width="1.5"'
-    filled = f'fill="{_COLORS[f.role]}" stroke="#fff"'
-    dot = (
-        f'<circle cx="{center[0]:.1f}" cy="{center[1]:.1f}" r="{radius:.1f}" {hollow if f.sign < 0 else filled}>'
-        f"<title>{visible_text(chr(10).join(lines), keep_lines=True)}</title></circle>"
-    )
-    return dot if address is None else f'<a href="{escape(address)}">{dot}</a>'
+    return {
+        "x": f"{center[0]:.1f}",
+        "y": f"{center[1]:.1f}",
+        "radius": f"{3 + 7 * math.sqrt(size(f.total) / largest):.1f}",
+        "color": _COLORS[f.role],
+        "hollow": f.sign < 0,
+        "title": "\n".join(lines),
+        "address": address,
+    }
 
 
-def visible_text(text: str, keep_lines: bool = False) -> str:
-    """The escaped text, with whitespace other than spaces made visible."""
-    signs = VISIBLE_WHITESPACE if not keep_lines else {}
-    shown = text.translate({k: v for k, v in signs.items() if k != ord(" ")})
-    return escape(shown.replace("\x00", "\N{REPLACEMENT CHARACTER}")).encode("utf-8", "replace").decode()
+def visible_text(text: str) -> str:
+    """The text with signs for whitespace other than spaces."""
+    return text.translate({k: v for k, v in VISIBLE_WHITESPACE.items() if k != ord(" ")})
 
 
 def _name(id: FeatureId) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.checkpoints.fingerprints import differing
@@ -30,6 +31,7 @@ from tl_adapters.pages.circuit_diagram import (
     visible_text,
 )
 from tl_adapters.pages.circuit_sections import (
+    Section,
     condition_name,
     conditions_section,
     controls_section,
@@ -46,8 +48,8 @@ from tl_adapters.pages.circuit_sections import (
 )
 from tl_adapters.pages.feature_pages import feature_address
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.html import escape, highlight_spans, page, table
-from tl_adapters.utils.results import Block, plain
+from tl_adapters.utils.html import Cell, highlight_spans, render, shown_from
+from tl_adapters.utils.results import RESULTS_FILE, Block, plain
 
 HESITATION_PAGE_FILE = "hesitation.html"
 FEATURE_PAGES_FOLDER = "features/pages"
@@ -77,14 +79,6 @@ _CIRCUIT_ROWS: tuple[tuple[str, str, bool | None], ...] = (
     ("strength", "strength at which they were searched; they are added at 1, and at this strength beside it", None),
     ("threshold", "direct effect from which a feature is an output feature, nats", None),
 )
-_STYLE = """<style>
-.circuit { width: 100%; height: auto; } .circuit a:hover circle { stroke: #1b1f24; stroke-width: 2; }
-.bars { display: flex; flex-wrap: wrap; gap: 20px; } .bars figure { margin: 0; flex: 1 1 300px; max-width: 340px; }
-.bars svg { width: 100%; height: auto; } .wide { overflow-x: auto; } .wide table { font-size: 13px; }
-.wide td { white-space: nowrap; padding-right: 10px; }
-td.text, th.text { text-align: left; white-space: normal; } td code { white-space: pre-wrap; font-size: 12px; }
-.answers { grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); }
-</style>"""
 
 
 def write_circuit_page(
@@ -100,17 +94,35 @@ def write_circuit_page(
         examples: answers to show side by side: "question", and the answer of each condition by its name. An optional
             "places" holds, for each condition, the (start, stop) of characters to highlight instead of the words.
 
-    Raises DiskFullError.
+    Raises:
+        UnreadableFileError: the block does not hold what the page shows.
+        DiskFullError.
     """
     folder, block = Path(folder), upgraded_block(plain(block, null=True))
     if store is not None and differing(store.about.fingerprints, circuit.fingerprints):
         store = None
     link = page_link(folder, store)
     words = [word.strip() for word in block.get("words") or circuit.words if word.strip()]
-    sections = [
-        _head(block, circuit, words),
-        _criteria(block),
-        _diagram(circuit, store, link, (block.get("moments") or {}).get(circuit.split) or {}),
+    with shown_from(folder / RESULTS_FILE):
+        text = render(
+            "circuit/circuit.html.j2",
+            behavior=visible_text(circuit.behavior),
+            split=visible_text(circuit.split),
+            head=_head(block, circuit, words),
+            criteria=_criteria_rows(block),
+            diagram=_diagram(circuit, store, link, (block.get("moments") or {}).get(circuit.split) or {}),
+            sections=[section for section in _sections(block) if section is not None],
+            features=_features(circuit, store, link),
+            generations=[_generation(example, words) for example in examples],
+        )
+    path = folder / HESITATION_PAGE_FILE
+    write_text(path, text)
+    return path
+
+
+def _sections(block: Block) -> list[Section | None]:
+    """The sections of measurements in their order; None for those that were not measured."""
+    return [
         controls_section(block),
         conditions_section(block, "necessity", "Necessity: the replacement without them", "Features removed from"),
         conditions_section(block, "sufficiency", "Sufficiency: the hybrid with them", "Features added to"),
@@ -124,13 +136,7 @@ def write_circuit_page(
         dose_section(block),
         kinds_section(block),
         suppressors_section(block),
-        _features(circuit, store, link),
-        _generations(examples, words),
     ]
-    path = folder / HESITATION_PAGE_FILE
-    body = _STYLE + "\n".join(filter(None, sections))
-    write_text(path, page(f"The {circuit.behavior} circuit", body.encode("utf-8", "replace").decode()))
-    return path
 
 
 def page_link(folder: Path, store: FeatureStore | None = None) -> Link:
@@ -152,18 +158,15 @@ def page_link(folder: Path, store: FeatureStore | None = None) -> Link:
     return link
 
 
-# -- sections ------------------------------------------------------------------------------------------------------
+# -- parts of the page ---------------------------------------------------------------------------------------------
 
 
-def _head(block: Block, circuit: Circuit, words: Sequence[str]) -> str:
+def _head(block: Block, circuit: Circuit, words: Sequence[str]) -> dict[str, Any]:
     sizes = block.get("circuit") or {}
-    marked_words = ", ".join(f"<mark>{visible_text(word)}</mark>" for word in words[:MAX_SHOWN_WORDS])
-    marked_words += f" and {len(words) - MAX_SHOWN_WORDS:,} more" if len(words) > MAX_SHOWN_WORDS else ""
-    function = block.get("function")
-    does = f"say {marked_words}" if marked_words else f"do what is called {visible_text(circuit.behavior)}"
-    does += f" (found by the function <code>{visible_text(str(function))}</code>)" if function else ""
     n_of_role = {role: sizes.get(role, sum(f.role == role for f in circuit.features)) for role in ROLES}
-    rows = [[f"{role} features: {_ROLE_DESCRIPTIONS[role]}", str(n)] for role, n in n_of_role.items()]
+    rows: list[list[str | Cell]] = [
+        [f"{role} features: {_ROLE_DESCRIPTIONS[role]}", str(n_of_role[role])] for role in ROLES
+    ]
     for key, name, form in _CIRCUIT_ROWS:
         if sizes.get(key) is not None:
             rows.append([name, shown(sizes[key], form)])
@@ -177,31 +180,28 @@ def _head(block: Block, circuit: Circuit, words: Sequence[str]) -> str:
         if alike := (block.get("begins_alike") or {}).get(split):
             counts += f" ({count(alike)} of them before something else that begins alike)"
         rows.append([f"{visible_text(split)} split", f"{counts} in {count(m.get('documents'))} documents"])
-    return (
-        f'<p class="soft"><a href="report.html">← report</a></p><h1>The {visible_text(circuit.behavior)} circuit</h1>'
-        f'<p class="soft">Which features make the model {does}, and what it does without them. Found on the '
-        f"{visible_text(circuit.split)} split, measured on another. An <i>onset</i> is a position whose next token "
-        "begins the word; a <i>control position</i> matches it and begins something else. Intervals are 95 % intervals "
-        f"over documents or problems.</p>{table(['the circuit', ''], rows)}"
-    )
+    return {
+        "words": [visible_text(word) for word in words[:MAX_SHOWN_WORDS]],
+        "more_words": len(words) - MAX_SHOWN_WORDS,
+        "function": visible_text(str(block.get("function") or "")),
+        "rows": rows,
+    }
 
 
-def _criteria(block: Block) -> str:
-    if not block.get("criteria"):
-        return ""
-    rows = [
+def _criteria_rows(block: Block) -> list[list[str | Cell]]:
+    return [
         [
             visible_text(str(c["name"])),
             shown(c.get("value")),
             shown(c.get("bar")),
-            "<b>missed</b>" if c.get("reached") is False else OUTCOME_NAMES[c.get("reached")],
+            Cell("missed", strong=True) if c.get("reached") is False else OUTCOME_NAMES[c.get("reached")],
         ]
-        for c in block["criteria"]
+        for c in block.get("criteria") or []
     ]
-    return "<h2>Criteria</h2>" + table(["criterion", "measured", "threshold", ""], rows)
 
 
-def _diagram(circuit: Circuit, store: FeatureStore | None, link: Link, onsets: Block) -> str:
+def _diagram(circuit: Circuit, store: FeatureStore | None, link: Link, onsets: Block) -> dict[str, Any]:
+    """The drawing of the circuit and what is said above it."""
     if not circuit.features:
         why = ""
         if onsets.get("moments") is not None:
@@ -211,69 +211,58 @@ def _diagram(circuit: Circuit, store: FeatureStore | None, link: Link, onsets: B
                 why += ": the model never shows the behavior, so no circuit can be searched."
             else:
                 why += f"; a circuit is searched for from {FEWEST_ONSETS} onsets on."
-        return f"<h2>The circuit</h2><p>No feature was found.{why}</p>"
+        return {"drawing": None, "text": f"No feature was found.{why}"}
     edges = f"the {min(MAX_SHOWN_EDGES, len(circuit.edges))} strongest of {len(circuit.edges):,} edges are drawn"
     text = (
-        "<p>Area: total effect on the word's log-odds; hollow where it lowers them. Of each role at most "
-        f"{MAX_SHOWN_PER_ROLE} features, and {edges if circuit.edges else 'edges were not measured'}; dashed edges "
-        "lower. Hover over a feature for its label, click it for its page.</p>"
+        "The area of a dot is the feature's total effect on the word's log-odds; the dot is hollow where the feature "
+        f"lowers them. Of each role at most {MAX_SHOWN_PER_ROLE} features are drawn, and "
+        f"{edges if circuit.edges else 'edges were not measured'}; a dashed edge has a negative weight. Hover over a "
+        "feature for its label, and click it for its page."
     )
-    return f"<h2>The circuit</h2>{text}{draw_circuit(circuit, store, link)}"
+    return {"drawing": draw_circuit(circuit, store, link), "text": text}
 
 
-def _features(circuit: Circuit, store: FeatureStore | None, link: Link) -> str:
-    if not circuit.features:
-        return ""
+def _features(circuit: Circuit, store: FeatureStore | None, link: Link) -> dict[str, Any]:
     chosen = sorted(circuit.features, key=lambda f: -size(f.total))[:MAX_TABLE_FEATURES]
-    known, rows = known_features(store, [f.id for f in chosen]), []
-    for f in chosen:
-        name = f"{f.id.layer}.{f.id.index}"
-        address = link(f.id)
-        cells = [name if address is None else f'<a href="{escape(address)}">{name}</a>', f.role]
-        cells += [signed(value) for value in f.effects]
-        cells.append(short(f.activation))
-        if store is not None:
-            cells += _label_cells(known.get(f.id))
-        rows.append(cells)
+    known = known_features(store, [f.id for f in chosen])
+    rows = [
+        {
+            "name": f"{f.id.layer}.{f.id.index}",
+            "address": link(f.id),
+            "cells": [f.role, *map(signed, f.effects), short(f.activation)],
+            **_examples(known.get(f.id)),
+        }
+        for f in chosen
+    ]
     header = ["feature", "role", *EFFECT_NAMES, "activation"]
     header += ["top logits", "top examples"] if store is not None else []
-    text = (
-        f"<p>The {len(chosen)} of {len(circuit):,} with the largest total effect; all are in circuit.json. Effects are "
-        "in nats of the word's log-odds, mean over the onsets; <i>on continuation</i>: in nats of the log-odds of the "
-        "tokens after it; <i>onsets less controls</i>: total less that at control positions.</p>"
-    )
-    return f"<h2>Its features</h2>{text}{table(header, rows)}"
+    return {"shown": len(chosen), "total": len(circuit), "header": header, "rows": rows, "stored": store is not None}
 
 
-def _label_cells(feature: Feature | None) -> list[str]:
+def _examples(feature: Feature | None) -> dict[str, Any]:
+    """The label, top logits and top activating examples of a feature; empty without its record."""
     if feature is None:
-        return ["", ""]
-    label = f"<small>{visible_text(feature.label.text)}</small>" if feature.label is not None else ""
-    top_logits = " ".join(f"<code>{visible_text(token)}</code>" for token, _ in feature.top_logits[:4])
-    return [top_logits + label, "<br>".join(f"<code>{_excerpt(e)}</code>" for e in feature.top_examples[:2])]
+        return {"label": "", "top_logits": [], "examples": []}
+    return {
+        "label": visible_text(feature.label.text) if feature.label is not None else "",
+        "top_logits": [visible_text(token) for token, _ in feature.top_logits[:4]],
+        "examples": [_excerpt(example) for example in feature.top_examples[:2]],
+    }
 
 
-def _excerpt(example: Example) -> str:
-    start, texts = max(0, example.token_index - 10), example.display_texts
-    before, after = (
-        "".join(texts[start : example.token_index]),
-        "".join(texts[example.token_index + 1 : example.token_index + 5]),
-    )
-    return f"{visible_text(before)}<mark>{visible_text(texts[example.token_index])}</mark>{visible_text(after)}"
+def _excerpt(example: Example) -> list[tuple[str, bool]]:
+    """The text around the token of an example, in pieces, and for each whether it is that token."""
+    start, at, texts = max(0, example.token_index - 10), example.token_index, example.display_texts
+    pieces = (("".join(texts[start:at]), False), (texts[at], True), ("".join(texts[at + 1 : at + 5]), False))
+    return [(visible_text(piece), marked) for piece, marked in pieces]
 
 
-def _generations(examples: Sequence[Block], words: Sequence[str]) -> str:
-    parts = []
-    for example in examples:
-        answers = {name: text for name, text in example.items() if name != "question" and isinstance(text, str)}
-        spans = example.get("places") or {
-            name: [match.span() for match in word_pattern(words).finditer(text)] if words else []
-            for name, text in answers.items()
-        }
-        boxes = "".join(
-            f"<div><h4>{condition_name(name)}</h4><pre>{highlight_spans(text, spans.get(name) or [])}</pre></div>"
-            for name, text in answers.items()
-        )
-        question = escape(str(example.get("question", "")))
-        parts.append(f'<p><b>{question}</b></p><div class="answers">{boxes}</div>')
-    return "<h2>Answers to the same problems</h2>" + "".join(parts) if parts else ""
+def _generation(example: Block, words: Sequence[str]) -> dict[str, Any]:
+    """The answers to one problem by condition, with the words or the given places highlighted."""
+    answers = {name: text for name, text in example.items() if name != "question" and isinstance(text, str)}
+    spans = example.get("places") or {
+        name: [match.span() for match in word_pattern(words).finditer(text)] if words else []
+        for name, text in answers.items()
+    }
+    boxes = [(condition_name(name), highlight_spans(text, spans.get(name) or [])) for name, text in answers.items()]
+    return {"question": str(example.get("question", "")), "boxes": boxes}

@@ -8,18 +8,13 @@ page per feature would be 230,000 files at the paper's scale, each with a copy o
 would take minutes to open. A page therefore holds the alive features among 32 consecutive indices of a layer: a few
 hundred kilobytes that open at once, at an address that follows from the feature's id (`feature_address`).
 
-Text that comes from a model enters a page as JSON without ``<`` and is displayed as text only. The content security
-policy of each page allows only its own style and script, by their hashes, and loads nothing.
+Text that comes from a model enters a page as JSON without ``<`` and is displayed as text only.
 """
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +25,8 @@ from tl_adapters.adapters.set_folder import LAYER_FOLDER
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature, FeatureStoreError
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.files import new_folder, replaced_folder, require_absent, write_text
-from tl_adapters.utils.html import escape, fill_template, script_json
+from tl_adapters.utils.html import render
+from tl_adapters.utils.strict_json import NotFiniteJsonError
 
 INDICES_PER_PAGE = 32
 """Consecutive feature indices of a layer that share a page."""
@@ -331,33 +327,10 @@ def _rounded(value: float) -> float:
 
 
 def _page(name: str, texts: Mapping[str, str], data: Mapping[str, Any]) -> str:
-    """Return a whole page; its content security policy allows only the style and the script that it holds."""
-    css, js = _template("pages.css"), _template("common.js") + _template(f"{name}.js")
-    policy = (
-        f"default-src 'none'; script-src {_csp_hash(js)}; style-src {_csp_hash(css)}; img-src data:; base-uri 'none'; "
-        "form-action 'none'"
-    )
+    """Return a whole page with its data."""
     try:
-        data_json = script_json(data)
-    except ValueError as error:
+        return render(f"feature_pages/{name}.html.j2", **texts, data=data)
+    except NotFiniteJsonError as error:
         raise FeatureStoreError(
             f"The store holds a number that is not finite ({error}), which a page cannot show."
         ) from error
-    parts = {
-        "policy": policy,
-        "css": css,
-        "js": js,
-        "data": data_json,
-        **{k: escape(text) for k, text in texts.items()},
-    }
-    return fill_template(_template(f"{name}.html"), parts)
-
-
-def _csp_hash(text: str) -> str:
-    """Return the hash by which a content security policy names an inline style or script."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-@functools.cache
-def _template(name: str) -> str:
-    return (files(__package__) / "templates" / "feature_pages" / name).read_text(encoding="utf-8")

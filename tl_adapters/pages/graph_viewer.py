@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 from tl_adapters.errors import UserError
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.html import d3_license_and_script, fill_template, script_json
+from tl_adapters.utils.html import render
+from tl_adapters.utils.strict_json import NotFiniteJsonError
 
 NodeKind = Literal["feature", "token", "logit", "error"]
 
@@ -81,21 +81,14 @@ def write_viewer(path: str | Path, data: ViewerData) -> None:
         DiskFullError.
     """
     _require_displayable(data)
+    record = {**vars(data), "nodes": [vars(node) for node in data.nodes], "about": dict(data.about)}
     try:
-        data_json = _data_json(data)
-    except ValueError as error:
+        text = render("graph_viewer/graph.html.j2", data=record)
+    except NotFiniteJsonError as error:
         raise ViewerDataError(
             f"The graph holds a number that is not finite ({error}), which a page cannot show."
         ) from error
-    d3_license, d3 = d3_license_and_script()
-    parts = {
-        "css": _template("viewer.css"),
-        "d3-licence": d3_license,
-        "d3": d3,
-        "data": data_json,
-        "js": _template("viewer.js"),
-    }
-    write_text(path, fill_template(_template("page.html"), parts))
+    write_text(path, text)
 
 
 def _require_displayable(data: ViewerData) -> None:
@@ -111,11 +104,3 @@ def _require_displayable(data: ViewerData) -> None:
     for source, target, _ in data.links:
         if not (0 <= source < len(data.nodes) and 0 <= target < len(data.nodes)):
             raise ViewerDataError(f"A link joins nodes {source} and {target}; there are {len(data.nodes)} nodes.")
-
-
-def _data_json(data: ViewerData) -> str:
-    return script_json({**vars(data), "nodes": [vars(node) for node in data.nodes], "about": dict(data.about)})
-
-
-def _template(name: str) -> str:
-    return (files(__package__) / "templates" / "graph_viewer" / name).read_text(encoding="utf-8")

@@ -5,15 +5,27 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from xml.dom import minidom
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from tl_adapters.utils.html import escape
+from tl_adapters.utils.html import visible
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot."""
+
+    svg: Markup
+    """The plot as an SVG element."""
+    caption: str
+    """Text below the plot."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ def measured_line(label: str, x: Sequence[float], measurements: Sequence[Mapping
 
 
 def nan_for_none(value: float | None) -> float:
-    """Return ``value``, or NaN for None: plots leave a gap there."""
+    """Return ``value``, or NaN for None: plots leave a gap there. Raises ValueError for a text that is no number."""
     return math.nan if value is None else float(value)
 
 
@@ -56,8 +68,8 @@ def plot(
     log: bool = False,
     whole: bool = False,
     log_x: bool = False,
-) -> str:
-    """Return lines and points as an HTML figure element with an SVG and a caption.
+) -> Plot:
+    """Return lines and points as an SVG with a caption.
 
     Args:
         lines: the lines and series of points.
@@ -70,7 +82,7 @@ def plot(
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tl_adapters", "font.size": 9}):
         figure = Figure(figsize=(4.6, 3.4), layout="constrained")  # not pyplot, whose backend is the user's
         axes = figure.subplots()
-        for line in lines:
+        for line in map(_with_numbers, lines):
             if line.labels is None:
                 _draw_line(axes, line, markers=whole)
             else:
@@ -90,8 +102,38 @@ def plot(
             text.set_parse_math(False)  # "$" is not math here
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
-    svg = out.getvalue()
-    return f"<figure>{svg[svg.index('<svg') :]}<figcaption>{escape(caption)}</figcaption></figure>"
+    return Plot(_without_styles(out.getvalue()), caption)
+
+
+def _without_styles(svg: str) -> Markup:
+    """Return matplotlib's SVG with its styles as attributes, since the policy of a page allows only its own style."""
+    document = minidom.parseString(svg)
+    root = document.documentElement
+    assert root is not None
+    for name in ("metadata", "style"):
+        for element in root.getElementsByTagName(name):
+            assert element.parentNode is not None
+            element.parentNode.removeChild(element)
+    for element in root.getElementsByTagName("*"):
+        declarations = [declaration.split(":", 1) for declaration in element.getAttribute("style").split(";")]
+        if element.hasAttribute("style"):
+            element.removeAttribute("style")
+            for name, value in (map(str.strip, parts) for parts in declarations if len(parts) == 2):
+                if name == "font":  # "9px 'DejaVu Sans', sans-serif", for which there is no attribute
+                    size, _, family = value.partition(" ")
+                    element.setAttribute("font-size", size)
+                    element.setAttribute("font-family", family)
+                else:
+                    element.setAttribute(name, value)
+    root.setAttribute("stroke-linejoin", "round")  # what the style element said of everything
+    root.setAttribute("stroke-linecap", "butt")
+    return Markup(root.toxml())  # matplotlib escapes what it writes
+
+
+def _with_numbers(line: Line) -> Line:
+    """Return the line with gaps for None. Raises ValueError for a text, which matplotlib would draw as a category."""
+    band = line.band and (list(map(nan_for_none, line.band[0])), list(map(nan_for_none, line.band[1])))
+    return replace(line, x=list(map(nan_for_none, line.x)), y=list(map(nan_for_none, line.y)), band=band)
 
 
 class _DecimalLogFormatter(LogFormatter):
@@ -104,7 +146,7 @@ class _DecimalLogFormatter(LogFormatter):
 def _draw_line(axes: Axes, line: Line, markers: bool) -> None:
     (artist,) = axes.plot(
         line.x, line.y, "--" if line.dashed else "-", marker="." if markers and not line.dashed else "",
-        linewidth=1.4, label=line.label,
+        linewidth=1.4, label=visible(line.label),
     )  # fmt: skip
     if line.band is not None:
         axes.fill_between(line.x, *line.band, alpha=0.2, color=artist.get_color(), linewidth=0)
@@ -116,8 +158,9 @@ def _draw_points(axes: Axes, line: Line, labels: Sequence[str]) -> None:
         lows, highs = line.band
         below = [max(0.0, y - low) for y, low in zip(line.y, lows, strict=True)]
         error_bars = (below, [max(0.0, high - y) for y, high in zip(line.y, highs, strict=True)])
-    axes.errorbar(line.x, line.y, yerr=error_bars, fmt="o", markersize=4, elinewidth=1, label=line.label)
+    axes.errorbar(line.x, line.y, yerr=error_bars, fmt="o", markersize=4, elinewidth=1, label=visible(line.label))
     for x, y, label in zip(line.x, line.y, labels, strict=True):
         axes.annotate(
-            label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, parse_math=False  # "$" is not math
+            visible(label), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7,
+            parse_math=False,  # "$" is not math
         )  # fmt: skip

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.features.feature import ALIVE_FIRINGS
-from tl_adapters.pages.plots import Line, nan_for_none, plot
+from tl_adapters.pages.plots import Line, Plot, nan_for_none, plot
 from tl_adapters.utils.files import write_text
-from tl_adapters.utils.html import escape, interval_text, page, percent, table, three_digits, with_interval
+from tl_adapters.utils.html import Cell, interval_text, percent, render, shown_from, three_digits
 from tl_adapters.utils.measurement import Measurement
 
 SWEEP_PAGE_FILE = "sweep.html"
@@ -126,24 +126,32 @@ def write_sweep_page(folder: Path, record: Mapping[str, Any], points: Sequence[S
         points: the points that are done.
 
     Raises:
+        UnreadableFileError: sweep.json does not hold what the page shows.
         DiskFullError.
     """
-    introduction = (f'<p class="soft">{escape(text)}</p>' for text in _introduction(record, points))
-    body = ["<h1>Sparsity against faithfulness</h1>", *introduction]
-    if points:
-        plots = [
-            _tradeoff_plot(points, lambda p: p.kl_of_hybrid, ylabel="KL over the hybrid's", log=True, caption=(
-                "KL(target || replacement) as a share of KL(target || hybrid), against active features per token."
-            ))
-        ]  # fmt: skip
-        if any(p.recovered is not None for p in points):
-            caption = "Share of the accuracy gained over the hybrid that the adapters recover."
-            plots.append(_tradeoff_plot(points, lambda p: p.recovered, ylabel="recovered", sign=-1, caption=caption))
+    with shown_from(folder / "sweep.json"):
         header, rows = _table_texts(points)
-        cells = [[with_interval(*cell) if cell[1] else escape(cell[0]) for cell in row] for row in rows]
-        body += [f'<div class="plots">{"".join(plots)}</div>', table([escape(cell) for cell in header], cells)]
-    write_text(folder / SWEEP_PAGE_FILE, page("Sparsity against faithfulness", "\n".join(body)))
+        text = render(
+            "sweep/sweep.html.j2",
+            introduction=_introduction(record, points),
+            plots=_plots(points),
+            header=header,
+            rows=[[Cell(value, interval) for value, interval in row] for row in rows],
+        )
+    write_text(folder / SWEEP_PAGE_FILE, text)
     return folder / SWEEP_PAGE_FILE
+
+
+def _plots(points: Sequence[SweepPoint]) -> list[Plot | str]:
+    """Return the plots of the points; a sentence stands for a plot on whose axes no point has a place."""
+    if not points:
+        return []
+    caption = "KL(target || replacement) as a share of KL(target || hybrid), against active features per token."
+    plots = [_tradeoff_plot(points, lambda p: p.kl_of_hybrid, ylabel="KL over the hybrid's", log=True, caption=caption)]
+    if any(p.recovered is not None for p in points):
+        caption = "Share of the accuracy gained over the hybrid that the adapters recover."
+        plots.append(_tradeoff_plot(points, lambda p: p.recovered, ylabel="recovered", sign=-1, caption=caption))
+    return plots
 
 
 def _introduction(record: Mapping[str, Any], points: Sequence[SweepPoint]) -> list[str]:
@@ -173,7 +181,7 @@ def _tradeoff_plot(
     caption: str,
     log: bool = False,
     sign: int = 1,
-) -> str:
+) -> Plot | str:
     """Return a plot of one measurement of each point against its L0; ``sign`` is -1 if a larger value is better.
 
     The first swept option is written beside the points; each combination of the others is a series of its own.
@@ -184,7 +192,7 @@ def _tradeoff_plot(
         if (measurement := measurement_of(p)) is not None and _is_drawable(p.l0.value, measurement, log)
     ]
     if not drawable:
-        return f"<p>{escape(caption)} None of the {len(points)} points has a place on these axes.</p>"
+        return f"{caption} None of the {len(points)} points has a place on these axes."
     series: dict[str, list[tuple[SweepPoint, Measurement]]] = {}
     for p, measurement in drawable:
         name = ", ".join(f"{key} {_option_text(value)}" for key, value in list(p.options.items())[1:])

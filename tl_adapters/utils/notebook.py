@@ -6,12 +6,15 @@ import functools
 import html
 import importlib.util
 import math
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tl_adapters.utils.strict_json import dumps
+from markupsafe import Markup
+
+from tl_adapters.utils.html import render
 
 
 @dataclass(frozen=True)
@@ -25,30 +28,26 @@ class NotebookView:
         return self.html
 
 
-def circuitsvis_view(parts: Sequence[str | tuple[str, Mapping[str, object]]]) -> NotebookView:
+def circuitsvis_view(parts: Sequence[Markup | tuple[str, Mapping[str, object]]]) -> NotebookView:
     """Return HTML and circuitsvis components in order, with the script of circuitsvis included once.
 
     circuitsvis itself writes 1.3 MB of script for every component and tries the network first.
 
     Args:
-        parts: pieces of HTML, and components as (name, properties). Tokens among the properties must be escaped
-            (`circuitsvis_tokens`).
+        parts: pieces of HTML that `render` made, and components as (name, properties). Tokens among the properties
+            must be escaped (`circuitsvis_tokens`).
 
     Raises:
         ValueError: a property is a number that is not finite.
     """
-    pieces, calls = [], []
-    for part in parts:
-        if isinstance(part, str):
-            pieces.append(part)
-            continue
-        element_id, (component, properties) = f"circuits-vis-{uuid.uuid4().hex[:12]}", part
-        pieces.append(f'<div id="{element_id}" style="margin: 12px 0"></div>')
-        # Escaped tokens hold no "<"; one in any other text could end the script.
-        properties_json = dumps(properties).replace("<", "\\u003c")
-        calls.append(f'CircuitsVis.render("{element_id}", CircuitsVis.{component}, {properties_json});')
-    script = f'<script type="module">{_circuitsvis_script()}\n{"".join(calls)}</script>' if calls else ""
-    return NotebookView("".join(pieces) + script)
+    pieces = [
+        {"html": part, "id": ""}
+        if isinstance(part, Markup)
+        else {"html": "", "id": f"circuits-vis-{uuid.uuid4().hex[:12]}", "component": part[0], "properties": part[1]}
+        for part in parts
+    ]
+    script = _circuitsvis_script() if any(piece["id"] for piece in pieces) else ""
+    return NotebookView(render("notebook/components.html.j2", pieces=pieces, script=script))
 
 
 def circuitsvis_tokens(tokens: Sequence[str]) -> list[str]:
@@ -57,13 +56,13 @@ def circuitsvis_tokens(tokens: Sequence[str]) -> list[str]:
 
 
 @functools.cache
-def _circuitsvis_script() -> str:
+def _circuitsvis_script() -> Markup:
     """Return the script of circuitsvis without importing the package, which takes seconds."""
     package = importlib.util.find_spec("circuitsvis")
     assert package is not None
     assert package.origin is not None
     script = Path(package.origin).parent / "dist" / "cdn" / "iife.js"
-    return script.read_text(encoding="utf-8").replace("</script>", "<\\/script>")
+    return Markup(re.sub(r"</(?=script)", r"<\\/", script.read_text(encoding="utf-8")))
 
 
 def colored_tokens(tokens: Sequence[str], values: Sequence[float]) -> NotebookView:

@@ -1,3 +1,4 @@
+"use strict";
 /* The features of one page; the address's fragment says which of them is shown. */
 const NAME = `${data.layer}.`;
 const SHOWN = 12; // examples before "more"

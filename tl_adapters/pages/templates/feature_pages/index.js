@@ -1,3 +1,4 @@
+"use strict";
 /* The index: columns in typed arrays, an order per column, one pass over it for the filters, a page of rows. */
 const began = performance.now();
 const PAGE = 200;
