@@ -1,7 +1,10 @@
 """The feature store equals a plain reference, whatever the batches, order, parts, processes and interruptions."""
 
 import json
+import os
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from tl_adapters.features.store import FeatureStore
 from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.features.stream_agreement import stream_agreement
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
+from tl_adapters.utils.files import FolderBusyError, alone_in
 
 OPTIONS = StoreOptions(examples=4, sample=5, before=3, after=2, tokens_per_batch=300)
 QUIET = {"progress": False, "split": "report"}
@@ -202,9 +206,7 @@ def test_a_kill_between_merging_and_removing_costs_nothing(
     half = 1 + sum(len(trace.tokens) for trace in traces) // 2
     options = StoreOptions(**{**vars(OPTIONS), "tokens_per_part": half})
     folder = tmp_path / "store"
-    monkeypatch.setattr(
-        "tl_adapters.features.collect.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(collecting, "remove_own", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         collect_features(pair, traces, folder, options=options, **QUIET)
     monkeypatch.undo()
@@ -213,6 +215,82 @@ def test_a_kill_between_merging_and_removing_costs_nothing(
     assert store.documents == len(traces)
     same(store, collect_features(pair, traces, folder, options=options, **QUIET))
     assert len(list(folder.glob("part-*"))) == 1, "what is merged is cleared away"
+
+
+def test_a_collection_killed_at_any_of_its_writes_continues(
+    pair: PairedModel, traces: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before the n-th rename, for n = 1, 2, ..., in one folder; vocabulary.json alone is no other's folder."""
+    half = 1 + sum(len(trace.tokens) for trace in traces) // 2
+    options = StoreOptions(**{**vars(OPTIONS), "tokens_per_part": half})
+    whole, folder = collect_features(pair, traces, options=options, **QUIET), tmp_path / "store"
+
+    class Killed(BaseException):
+        pass
+
+    def dying(rename: Callable[..., None]) -> Callable[..., None]:
+        def call(*paths: object) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            rename(*paths)
+
+        return call
+
+    found = []
+    for _ in range(20):
+        left = 2 if found else 1
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "rename", dying(os.rename))
+            patched.setattr(os, "replace", dying(os.replace))
+            try:
+                store = collect_features(pair, traces, folder, options=options, **QUIET)
+                break
+            except Killed:
+                found.append(sorted(path.name.partition("-")[0] for path in folder.iterdir()))
+    assert found[:3] == [[], ["vocabulary.json"], ["store.json", "vocabulary.json"]] and len(found) > 5
+    same(whole, store)
+    assert not list(folder.glob(".*"))
+
+
+def test_processes_that_share_a_collection_start_together_and_two_of_one_share_do_not(
+    pair: PairedModel, traces: list[Trace], tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    options = StoreOptions(**{**vars(OPTIONS), "tokens_per_part": 300})
+    for trial in range(3):
+        folder, children = tmp_path / f"store-{trial}", []
+        begin = time.time() + 0.3
+        for number in range(3):
+            if (child := os.fork()) == 0:
+                try:
+                    time.sleep(max(0, begin - time.time()))
+                    collect_share(pair, traces, folder, (number, 3), options=options, **QUIET)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    share = {"options": options, **QUIET}
+    with alone_in(folder, ".share-0-of-3.lock"):
+        with pytest.raises(FolderBusyError, match="Another process is writing to"):
+            collect_share(pair, traces, folder, (0, 3), **share)
+        with pytest.raises(FolderBusyError, match="Another process is writing to"):
+            collect_features(pair, traces, folder, **share)
+        collect_share(pair, traces, folder, (1, 3), **share)
+    with alone_in(folder), pytest.raises(FolderBusyError):
+        collect_share(pair, traces, folder, (1, 3), **share)
+    (folder / ".share-2-of-3.lock").touch()  # of a process that was killed
+    same(collect_features(pair, traces, options=options, **QUIET), collect_features(pair, traces, folder, **share))
+    assert not list(folder.glob(".*"))
+
+
+def test_another_vocabulary_alone_is_somebody_elses(pair: PairedModel, traces: list[Trace], tmp_path: Path) -> None:
+    (tmp_path / "vocabulary.json").write_text('["mine"]')
+    with pytest.raises(FeatureStoreError, match=r"is not a feature store: it holds vocabulary.json"):
+        collect_features(pair, traces[:3], tmp_path, **QUIET)
+    assert (tmp_path / "vocabulary.json").read_text() == '["mine"]'
 
 
 def test_the_sample_is_uniform() -> None:

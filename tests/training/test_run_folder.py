@@ -349,3 +349,20 @@ def test_a_damaged_newest_state_is_passed_over_for_the_one_before_it(
     with pytest.raises(RunFolderError, match="Every training state .* is damaged; .*starts again from its first step"):
         start_or_resume(tmp_path / "run")
     assert [path.name for path in trainer.folder.training_states] == ["step-00000003", "step-00000006"]
+
+
+def test_a_run_that_stops_before_its_first_step_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError("the batch does not fit")
+
+    monkeypatch.setattr("tl_adapters.training.trainer.shared_prefix_step", fail)
+    with pytest.raises(MemoryError):
+        start_or_resume(tmp_path / "run").run()
+    assert list(tmp_path.iterdir()) == []
+    start_or_resume(tmp_path / "run").folder.release()  # killed before its first step, by something else
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(MemoryError):
+        start_or_resume(tmp_path / "run").run()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,7 +38,7 @@ from tl_adapters.features.store_parts import (
 )
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.arguments import choice, texts
-from tl_adapters.utils.files import remove_own
+from tl_adapters.utils.files import alone_in, make_folder, remove_own
 
 
 def collect_features(
@@ -70,12 +71,14 @@ def collect_features(
 
     Raises:
         FeatureStoreError: the store in ``folder`` was collected on another pair, or with other options.
+        FolderBusyError: another process is collecting into ``folder``.
         DataError: there are no documents, or no chat template.
         UserError: a word is not a single token.
     """
     description = _description(pair, kind, stream, split, options, words)
-    parts = list(_collected_parts(pair, traces, folder, description, (0, 1), progress))
-    return _merged_store(pair, description, parts, folder)
+    with nullcontext() if folder is None else _collecting(Path(folder), (0, 1)):
+        parts = list(_collected_parts(pair, traces, folder, description, (0, 1), progress))
+        return _merged_store(pair, description, parts, folder)
 
 
 def collect_share(
@@ -100,8 +103,25 @@ def collect_share(
     if not 0 <= number < of:
         raise FeatureStoreError(f"The share is {share}; allowed is (number, of) with 0 <= number < of.")
     description = _description(pair, kind, stream, split, options, words)
-    for _ in _collected_parts(pair, traces, folder, description, share, progress):
-        pass
+    with _collecting(Path(folder), share):
+        for _ in _collected_parts(pair, traces, folder, description, share, progress):
+            pass
+
+
+@contextmanager
+def _collecting(folder: Path, share: tuple[int, int]) -> Iterator[None]:
+    """Hold the lock of a share; one process collects a share, and the one without a share is alone.
+
+    Raises FolderBusyError.
+    """
+    whole = share == (0, 1)
+    make_folder(folder)
+    with alone_in(folder) if whole else alone_in(folder, f".share-{share[0]}-of-{share[1]}.lock"):
+        for other in sorted(folder.glob(".share-*.lock")) if whole else [folder / ".lock"]:
+            if other.exists():  # it may have been left by a process that was killed
+                with alone_in(folder, other.name):
+                    pass
+        yield
 
 
 def _description(

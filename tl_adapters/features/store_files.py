@@ -24,7 +24,8 @@ from tl_adapters.features.logit_effects import LayerEffects, decoder_rows, layer
 from tl_adapters.features.store_description import StoreDescription
 from tl_adapters.features.store_parts import StorePart, current_parts, layer_file
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.files import new_folder, write_tensors, write_text
+from tl_adapters.utils.files import locked, new_folder, write_tensors, write_text
+from tl_adapters.utils.reading import read_text
 from tl_adapters.utils.strict_json import dumps
 
 STORE_SCHEMA_VERSION = 1
@@ -48,20 +49,32 @@ def prepare_folder(
     Raises:
         FeatureStoreError: the folder holds something else, or a store of another collection.
     """
-    if (folder / STORE_FILE).is_file():
-        read_description(folder).require_same(description, folder)
-    elif folder.exists() and any(not f.name.startswith(".") for f in folder.iterdir()):
-        raise FeatureStoreError(f"{folder} exists and is not a feature store; choose another folder.")
-    else:
-        vocabulary = vocabulary_texts(pair)
-        write_text(folder / VOCABULARY_FILE, dumps(vocabulary))
-        record = {"schema_version": STORE_SCHEMA_VERSION, **description.to_json()}
-        write_text(folder / STORE_FILE, dumps(record, indent=1) + "\n")
+    with locked(folder / STORE_FILE):  # processes with shares of one collection start together
+        if (folder / STORE_FILE).is_file():
+            read_description(folder).require_same(description, folder)
+        else:
+            _begin_store(pair, folder, description)
     if write_effects and not (folder / EFFECTS_FOLDER).is_dir():
         with new_folder(folder / EFFECTS_FOLDER) as out:
             for layer, effects in effects_by_layer(pair, description):
                 write_tensors(out / layer_file(layer), effects._asdict())
     return current_parts(folder)
+
+
+def _begin_store(pair: PairedModel, folder: Path, description: StoreDescription) -> None:
+    """Write the first two files of a store; a process that was killed between them has left the first."""
+    others = [path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name != VOCABULARY_FILE]
+    texts = dumps(vocabulary_texts(pair))
+    vocabulary = folder / VOCABULARY_FILE
+    if others or (vocabulary.exists() and read_text(vocabulary) != texts):
+        raise FeatureStoreError(
+            f"{folder} exists and is not a feature store: it holds {(others or [VOCABULARY_FILE])[0]}. Choose another "
+            "folder."
+        )
+    if not vocabulary.exists():
+        write_text(vocabulary, texts)
+    record = {"schema_version": STORE_SCHEMA_VERSION, **description.to_json()}
+    write_text(folder / STORE_FILE, dumps(record, indent=1) + "\n")
 
 
 def read_description(folder: Path) -> StoreDescription:

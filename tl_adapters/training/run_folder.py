@@ -115,6 +115,9 @@ def require_new(path: Path) -> None:
 class RunFolder:
     """The folder of one run, locked by this process until `release`. Made by `create` or `open`."""
 
+    is_new: bool = False
+    """Whether this process has made the folder, and saved no training state in it yet."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
@@ -144,7 +147,9 @@ class RunFolder:
             write_text(out / "config.json", dumps(config.to_dict(), indent=1) + "\n")
             write_text(out / "run.json", record.json_text())
             write_text(out / METRICS_FILE, "")
-        return cls(path)
+        run = cls(path)
+        run.is_new = True
+        return run
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -152,6 +157,11 @@ class RunFolder:
         if not Path(path).is_dir():
             raise RunFolderError(f"There is no folder {path}, so there is no run to resume.")
         return cls(Path(path))
+
+    def discard_new(self) -> None:
+        """Remove a folder that this process has made and in which nothing can be resumed; others stay."""
+        if self.is_new:
+            remove_own(self.path)
 
     def release(self) -> None:
         """Unlock the folder for other processes."""

@@ -208,6 +208,10 @@ class Trainer:
                 self.folder.finish(self.adapters, self.tokens, self.seconds)
         except WriteError as error:
             raise TrainingError(f"Stopped at step {self.step}: {error}{self._how_to_resume()}") from error
+        except Exception:
+            if self.folder is not None and self.step == 0:
+                self.folder.discard_new()  # the same command can be given again
+            raise
         finally:
             if self.folder is not None:
                 self.folder.release()
@@ -262,7 +266,7 @@ class Trainer:
         names = [name for name in TERM_NAMES if not math.isfinite(float(getattr(terms, name)))]
         what = ", ".join(names) or f"the gradient's norm ({norm})"
         saved = ""
-        if self.folder is not None:
+        if self.folder is not None and not (self.folder.is_new and self.step == 0):
             latest = [path.name for path in self.folder.training_states][-1:]
             saved = f" Saved in {self.folder.path}: {latest[0] if latest else 'no training state yet'}."
         return f"Step {self.step + 1}: {what} is not finite. {describe_not_finite(self.pair, batch)}{saved}"

@@ -373,9 +373,12 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def alone_in(folder: str | Path) -> Iterator[None]:
-    """Hold a lock on a folder. Raises FolderBusyError where another process holds it, and WriteError."""
-    with _held(Path(folder) / ".lock", 0.0, f"Another process is writing to {folder}."):
+def alone_in(folder: str | Path, lock: str = ".lock") -> Iterator[None]:
+    """Hold a lock on a folder, or on a part of the work in it that ``lock`` names; the folder must exist.
+
+    Raises FolderBusyError where another process holds it, and WriteError.
+    """
+    with _held(Path(folder) / lock, 0.0, f"Another process is writing to {folder}."):
         yield
 
 
