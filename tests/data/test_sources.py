@@ -100,11 +100,17 @@ def test_named_columns_are_read_instead_of_the_known_ones(tmp_path: Path) -> Non
         opened(path, prompt_column="nowhere")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    path.write_bytes("\ufeff".encode() + json.dumps(PAIR).encode() + b"\n" + json.dumps(PAIR).encode())
+    assert conversations(opened(path)) == [TURNS, TURNS]
+
+
 MALFORMED = {
     "no json": (b"{", "Expecting"),
-    "a list": (b'["prompt", "response"]', "found list"),
-    "a number": (b"7", "found int"),
-    "null": (b"null", "found NoneType"),
+    "a list": (b'["prompt", "response"]', r"found \['prompt', 'response'\]"),
+    "a number": (b"7", "found 7"),
+    "null": (b"null", "found None"),
     "unknown columns": (b'{"frage": "a", "antwort": "b"}', "columns frage, antwort"),
     "no response": (b'{"prompt": "a"}', "columns prompt"),
     "a response of null": (b'{"prompt": "a", "response": null}', "columns prompt, response"),
@@ -123,8 +129,16 @@ MALFORMED = {
         b'{"from": "human", "value": "c"}]}',
         r"\['user', 'assistant', 'user'\].*last turn",
     ),
-    "invalid utf-8": (b'{"prompt": "a\xff", "response": "b"}', "utf-8"),
+    "invalid utf-8": (b'{"prompt": "a\xff", "response": "b"}', "not UTF-8 text"),
     "half a surrogate pair": (b'{"prompt": "a", "response": "\\ud83d"}', "surrogate"),
+    "half a surrogate pair in a role": (b'{"messages": [{"role": "\\ud83d", "content": "a"}]}', "surrogate"),
+    "half a surrogate pair in a domain": (b'{"prompt": "a", "response": "b", "domain": "\\ud83d"}', "surrogate"),
+    "nested too deeply": (b'{"prompt": ' + b"[" * 10**5 + b"}", "nested too deeply"),
+    "NaN": (b'{"prompt": "a", "response": "b", "score": NaN}', "finite numbers"),
+    "many columns": (
+        json.dumps({f"column {i}": 1 for i in range(10**4)}).encode(),
+        r"column 18, column 19, \.\.\.\. Known",
+    ),
     "a number of 5,000 digits": (b'{"prompt": ' + b"1" * 5000 + b', "response": "b"}', "digits"),
 }
 
@@ -134,7 +148,7 @@ def test_a_malformed_line_raises_one_line_that_names_file_and_line(name: str, tm
     line, message = MALFORMED[name]
     path = tmp_path / "traces.jsonl"
     path.write_bytes(json.dumps(PAIR).encode() + b"\n\n" + line + b"\n" + json.dumps(PAIR).encode() + b"\n")
-    with pytest.raises(DataError, match=rf"traces\.jsonl, line 3: .*{message}") as caught:
+    with pytest.raises(DataError, match=rf"traces\.jsonl, line 3\b.*{message}") as caught:
         opened(path)
     assert "\n" not in str(caught.value)
 

@@ -223,12 +223,48 @@ def test_errors_about_a_file_are_one_line(name: str, rows: list[dict[str, Any]],
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"problem": "?", "answer": "1"}\nnull\n', "a.jsonl, line 2: found None. A row is an object with"),
+        ("a.jsonl", b"[" * 10**5, "a.jsonl, line 1 is nested too deeply"),
+        (
+            "a.jsonl",
+            b'{"problem": ' + b"1" * 5000 + b"}",
+            "line 1 is not valid JSON: it holds a number of 5000",
+        ),
+        ("a.jsonl", b"\xff", "a.jsonl is not UTF-8 text"),
+        ("a.jsonl", b'{"problem": "\\ud83d", "answer": "1"}', "row 0: problem holds half a surrogate pair"),
+        ("a.jsonl", b"", "has no column problem, answer"),
+        ("a.json", b'[{"problem": "?", "answer": "1"}, 3]', "a.json, item 2: found 3"),
+        ("a.json", b"[", "a.json is not valid JSON"),
+    ],
+)
+def test_a_damaged_file_is_one_line(name: str, content: bytes, says: str, tmp_path: Path) -> None:
+    """A line that is null was a segmentation fault inside datasets."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TaskError) as caught:
+        load_problems("math500", str(tmp_path / name))
+    assert says in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_a_json_file_holds_a_list_or_lines(tmp_path: Path) -> None:
+    row = {"problem": "1 + 1?", "answer": 2, "level": None}
+    (tmp_path / "list.json").write_bytes(
+        "\ufeff".encode() + json.dumps([row, {**row, "answer": "3"}], indent=1).encode()
+    )
+    (tmp_path / "lines.json").write_text(f"{json.dumps(row)}\n\n{json.dumps({**row, 'answer': '3'})}\n")
+    for name in ("list.json", "lines.json"):
+        found = load_problems("math500", str(tmp_path / name)).problems
+        assert [problem.answer for problem in found] == ["2", "3"]
+
+
 def test_errors_about_a_missing_dataset_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").touch(), (tmp_path / "bad.json").write_text("{")
     for source, says in (
         ("nowhere.jsonl", "nowhere.jsonl does not exist"),
         (str(tmp_path / "rows.txt"), "supported are .jsonl, .json, .csv, .parquet"),
-        (str(tmp_path / "bad.json"), "cannot be read"),
+        (str(tmp_path / "bad.json"), "bad.json, line 1 is not valid JSON"),
     ):
         with pytest.raises(TaskError) as caught:
             load_problems("math500", source)

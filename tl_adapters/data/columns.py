@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from tl_adapters.config import DataConfig
 from tl_adapters.data.conversations import THINKING_FIELDS, Conversation, Message, thinking_of
 from tl_adapters.data.traces import DataError
+from tl_adapters.utils.reading import shown
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +87,13 @@ class ConversationColumns:
     def conversation(self, record: Any, location: str) -> Conversation:
         """The conversation that a record holds. Raises DataError, which names the ``location``, if it holds none."""
         if not isinstance(record, Mapping):
-            raise DataError(f"{location}: found {type(record).__name__}; a line must be a JSON object.")
+            raise DataError(f"{location}: found {shown(record)}; a line must be a JSON object.")
         turns = None if self._prefers_pairs else _first_column(record, self._conversation)
         if turns is None:
             prompt, response = _first_column(record, self._prompt), _first_column(record, self._response)
             if prompt is None or response is None:
                 raise DataError(
-                    f"{location}: no question and response in the columns {', '.join(map(str, record))}. Known are "
+                    f"{location}: no question and response in the columns {_shown_names(record)}. Known are "
                     f"{', '.join(PROMPT_COLUMNS)} with {', '.join(RESPONSE_COLUMNS)}, or turns in "
                     f"{', '.join(CONVERSATION_COLUMNS)}; name other columns with prompt_column, response_column or "
                     "conversation_column."
@@ -101,6 +103,7 @@ class ConversationColumns:
         messages = _normalized_turns(turns, location)
         domain = _first_column(record, self._domain)
         if domain is not None:
+            _require_unicode(str(domain), location)
             messages = [*messages[:-1], {**messages[-1], "domain": str(domain)}]
         return RowConversation(messages, location)
 
@@ -140,19 +143,27 @@ def _normalized_turns(turns: Any, location: str) -> Conversation:
         if content is None and thinking is not None:
             content = ""  # the response was cut off while the model was thinking
         if not isinstance(role, str) or not isinstance(content, str):
-            raise DataError(f"{location}: a turn holds {sorted(turn)}; role and content must be text.")
+            raise DataError(f"{location}: a turn holds {_shown_names(turn)}; role and content must be text.")
         if not isinstance(thinking, str | None):
             raise DataError(f"{location}: a turn's thinking is {type(thinking).__name__}; it must be text.")
-        for text in (content, thinking or ""):
+        for text in (role, content, thinking or ""):
             _require_unicode(text, location)
         message = {"role": _ROLES.get(role, role), "content": content}
         messages.append(message if thinking is None else {**message, THINKING_FIELDS[0]: thinking})
     roles = [message["role"] for message in messages]
     if "user" not in roles or roles[-1] != "assistant":
-        raise DataError(f"{location}: roles are {roles}; the last turn must be an assistant's response to a user.")
+        raise DataError(
+            f"{location}: roles are {shown(roles)}; the last turn must be an assistant's response to a user."
+        )
     if not (messages[-1]["content"] + messages[-1].get(THINKING_FIELDS[0], "")).strip():
         raise DataError(f"{location}: the response is empty.")
     return messages
+
+
+def _shown_names(names: Iterable[Any]) -> str:
+    """Names in an error, which a damaged row may have in any number and length."""
+    listed = [str(name)[:40] for name in islice(names, 20)]
+    return ", ".join(listed) + (", ..." if len(listed) == 20 else "")
 
 
 def _require_unicode(text: str, location: str) -> None:

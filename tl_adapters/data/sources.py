@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from tl_adapters.checkpoints.hub_client import hub_errors, load_hub_dataset
 from tl_adapters.config import DataConfig
 from tl_adapters.data.columns import ConversationColumns, UnusableRows
 from tl_adapters.data.conversations import Conversation
 from tl_adapters.data.traces import DataError
+from tl_adapters.utils.reading import UnreadableFileError, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ ReaderPosition = Any
 
 _HASHED_BYTES = 2**22
 """Number of bytes at the beginning of a local data file that are hashed; with its size they identify the file."""
+
+_LINE_ADVICE = 'A line is {"prompt": "...", "response": "<think>..."} or {"messages": [...]}.'
 
 
 @runtime_checkable
@@ -58,7 +61,7 @@ def open_reader(config: DataConfig, split: str | None = None) -> DocumentReader:
         DataError: there is no such file or dataset, or it holds no usable rows.
     """
     columns = ConversationColumns(config)
-    if Path(config.source).suffix == ".jsonl" or Path(config.source).is_file():
+    if Path(config.source).suffix == ".jsonl" or os.path.isfile(config.source):
         return ShuffledReader(JsonlRecords(config.source), columns)
     dataset = _load_dataset(config, split or config.split)
     files = _data_files(config, split or config.split)
@@ -73,11 +76,11 @@ class JsonlRecords:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(path):
             raise DataError(f"There is no file {path}; give a .jsonl file, or the name of a dataset on the hub.")
         self._lines: list[tuple[int, int]] = []  # (line number, offset in bytes)
         digest, offset = hashlib.sha256(), 0
-        with self.path.open("rb") as file:
+        with self._opened() as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     self._lines.append((number, offset))
@@ -90,20 +93,29 @@ class JsonlRecords:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def __getitem__(self, index: int) -> tuple[Any, str]:
-        """A record and its location."""
-        number, offset = self._lines[index]
-        location = f"{self.path}, line {number}"
-        with self.path.open("rb") as file:
+    def __getitem__(self, index: int) -> Any:
+        """A record. Raises DataError, which names the line, for one that is no JSON."""
+        offset = self._lines[index][1]
+        with self._opened() as file:
             file.seek(offset)
             line = file.readline()
         try:
-            return json.loads(line), location
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f'{location}: {error}. A line is {{"prompt": "...", "response": "<think>..."}} or '
-                '{"messages": [...]}.'
-            ) from error
+            # A file's first bytes may be a byte-order mark, which is no part of its text.
+            return parse_json(line.decode("utf-8" if offset else "utf-8-sig"), self.location(index), _LINE_ADVICE)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.location(index)} is not UTF-8 text (byte {error.start}). {_LINE_ADVICE}") from error
+        except UnreadableFileError as error:
+            raise DataError(str(error)) from error
+
+    def location(self, index: int) -> str:
+        """The file and the line of a record."""
+        return f"{self.path}, line {self._lines[index][0]}"
+
+    def _opened(self) -> BinaryIO:
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read ({error.strerror}).") from error
 
 
 class HubRecords:
@@ -118,9 +130,13 @@ class HubRecords:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: int) -> tuple[Any, str]:
-        """A record and its location."""
-        return self._dataset[index], f"{self._name}, row {index}"
+    def __getitem__(self, index: int) -> Any:
+        """A record."""
+        return self._dataset[index]
+
+    def location(self, index: int) -> str:
+        """The dataset and the row of a record."""
+        return f"{self._name}, row {index}"
 
 
 class PairRecords:
@@ -133,10 +149,14 @@ class PairRecords:
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __getitem__(self, index: int) -> tuple[Any, str]:
-        """A record and its location."""
+    def __getitem__(self, index: int) -> Any:
+        """A record."""
         question, response = self._pairs[index]
-        return {"prompt": question, "response": response}, f"{self._name}, pair {index}"
+        return {"prompt": question, "response": response}
+
+    def location(self, index: int) -> str:
+        """The name of the pairs and the number of one."""
+        return f"{self._name}, pair {index}"
 
 
 class ShuffledReader:
@@ -157,10 +177,11 @@ class ShuffledReader:
         return len(self._records)
 
     def _conversation(self, index: int) -> Conversation | None:
+        location = self._records.location(index)
         try:
-            record, location = self._records[index]
-        except DataError as error:  # invalid JSON; the message names the line
-            self.bad_rows.add(str(error).partition(": ")[0], error)
+            record = self._records[index]
+        except DataError as error:  # invalid JSON
+            self.bad_rows.add(location, error)
             return None
         return self._columns.read(record, location)
 

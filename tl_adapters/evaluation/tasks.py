@@ -33,6 +33,7 @@ from tl_adapters.checkpoints.hub_client import hub_errors, load_hub_dataset
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.math_equality import equal
 from tl_adapters.generation.responses import Checkable
+from tl_adapters.utils.reading import UnreadableFileError, read_json, read_json_lines, read_text, shown
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 """Text that is appended to every question."""
@@ -41,6 +42,7 @@ ORGANISM_TASK = "builtin"
 BUILTIN_PROBLEMS = 1_000
 """Number of problems of the model organism's report split where no limit is given."""
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""Endings of files of problems, and what datasets calls their formats."""
 
 
 class TaskError(UserError, ValueError):
@@ -214,6 +216,9 @@ def load_problems(name: str, source: str | None = None, *, limit: int | None = N
 
 def _problem(task: Task, record: Mapping[str, Any], location: str, seed: int) -> Checkable:
     row = {column: "" if record[column] is None else str(record[column]) for column in task.columns}
+    for column, text in row.items():
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise TaskError(f"{location}: {column} holds half a surrogate pair, which is no text.")
     if empty := [column for column, text in row.items() if not text.strip()]:
         raise TaskError(f"{location}: {', '.join(empty)} is empty.")
     try:
@@ -240,7 +245,37 @@ def _table(name: str, task: Task, source: str | None) -> Any:
     ):
         if path is None or path.is_dir():
             return load_hub_dataset(source or task.source, task.subset, split=task.split)
+        if path.suffix in (".jsonl", ".json"):
+            return _JsonTable(path, task)
         return load_hub_dataset(_FILE_FORMATS[path.suffix], None, data_files=str(path), split="train")
+
+
+class _JsonTable:
+    """The rows of a .jsonl file, or of a .json file that holds a list of them.
+
+    They are not read by datasets, which a line such as null ends in a segmentation fault. Raises TaskError.
+    """
+
+    def __init__(self, path: Path, task: Task) -> None:
+        advice = f"A row is an object with the columns {', '.join(task.columns)}."
+        try:
+            is_list = path.suffix == ".json" and read_text(path, advice).lstrip().startswith("[")
+            rows = enumerate(read_json(path, advice), 1) if is_list else read_json_lines(path, advice)
+            self._rows = []
+            for number, row in rows:
+                if not isinstance(row, dict):
+                    place = "item" if is_list else "line"
+                    raise TaskError(f"{path}, {place} {number}: found {shown(row)}. {advice}")
+                self._rows.append(row)
+        except UnreadableFileError as error:
+            raise TaskError(str(error)) from error
+        self.column_names = list(dict.fromkeys(column for row in self._rows for column in row))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**dict.fromkeys(self.column_names), **self._rows[index]}
 
 
 def after_thinking(response: str) -> str:
