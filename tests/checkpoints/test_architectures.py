@@ -70,7 +70,7 @@ def test_a_record_is_all_that_a_gated_architecture_needs(
         PairedModel.from_pretrained(base, target, backend=backend)
 
     converter = "transformer_lens.pretrained.weight_conversions.mistral.convert_mistral_weights"
-    record = Architecture("MistralForCausalLM", "Mistral", converter)
+    record = Architecture("MistralForCausalLM", "Mistral", "mistral", converter)
     monkeypatch.setitem(ARCHITECTURES, record.name, record)
     pair = randomise(PairedModel.from_pretrained(base, target, backend=backend))
     theirs = random_mistral(1)

@@ -1,5 +1,6 @@
 """The real client of the hub against a server that refuses, resets, cuts and explains itself: one error, a way out."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from helpers.loopback_hub import LoopbackHub, hub, point_client_at  # noqa: F401
 from helpers.loopback_server import Request, Response, refusing_url
 from helpers.users_models import reference
 
+import tl_adapters
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.hub_client import HubError
 from tl_adapters.checkpoints.model_files import CheckpointError
@@ -133,3 +135,23 @@ def test_a_file_that_claims_to_be_shorter_is_refused(hub: LoopbackHub, adapters:
     with pytest.raises(UserError, match="missing or damaged"):
         pull("user/repo", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
+
+
+CALLS = {"snapshot_download", "hf_hub_download", "get_safetensors_metadata", "load_dataset", "load_hub_dataset"}
+CALLS |= {"create_repo", "create_branch", "upload_folder", "upload_file", "dataset_info", "model_info", "repo_info"}
+
+
+def test_every_call_of_the_hub_is_within_hub_errors() -> None:
+    package = Path(tl_adapters.__file__).parent
+    bare = []
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        guarded = [n for n in ast.walk(tree) if isinstance(n, ast.With) and "hub_errors(" in ast.unparse(n.items[0])]
+        # Its callers are within hub_errors, which this test sees to.
+        guarded += [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "load_hub_dataset"]
+        inside = {id(inner) for node in guarded for inner in ast.walk(node)}
+        for node in ast.walk(tree):
+            called = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+            if called in CALLS and id(node) not in inside:
+                bare.append(f"{path.relative_to(package)}, line {node.lineno}: {called}")
+    assert not bare

@@ -2,9 +2,9 @@
 
 To add an architecture with gated MLPs and RMS norms, as Llama has them:
 
-1. Add an `Architecture` to `ARCHITECTURES`. Its name is the class of transformers that config.json names, and its
-   converter is the function of TransformerLens that renames its weights (transformer_lens.pretrained.
-   weight_conversions). Every other field describes a difference from Llama and may be left out where there is none.
+1. Add an `Architecture` to `ARCHITECTURES`. Its name and its model_type are those of config.json, and its converter is
+   the function of TransformerLens that renames its weights (transformer_lens.pretrained.weight_conversions). Every
+   other field describes a difference from Llama and may be left out where there is none.
 2. Add a small random model with everything that is peculiar to it to ``ARCHITECTURES`` of
    tests/helpers/random_models.py: the tests of models, attribution and formats then run on it as well.
 
@@ -63,6 +63,8 @@ class Architecture:
     """The class of transformers, as config.json gives it under "architectures"."""
     label: str
     """The name that messages use, such as "Gemma 2"."""
+    model_type: str
+    """What config.json gives under "model_type", by which transformers chooses its classes."""
     converter: str
     """Dotted name of TransformerLens's function that converts the weights; imported on first use."""
     norms: Mapping[str, str] = field(default_factory=_llama_norms)
@@ -106,17 +108,19 @@ class Architecture:
 
 _CONVERSIONS = "transformer_lens.pretrained.weight_conversions"
 _RECORDS = (
-    Architecture("Qwen2ForCausalLM", "Qwen2", f"{_CONVERSIONS}.qwen2.convert_qwen2_weights"),
+    Architecture("Qwen2ForCausalLM", "Qwen2", "qwen2", f"{_CONVERSIONS}.qwen2.convert_qwen2_weights"),
     Architecture(
         "Qwen3ForCausalLM",
         "Qwen3",
+        "qwen3",
         f"{_CONVERSIONS}.qwen3.convert_qwen3_weights",
         norms={**_llama_norms(), "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"},
     ),
-    Architecture("LlamaForCausalLM", "Llama", f"{_CONVERSIONS}.llama.convert_llama_weights"),
+    Architecture("LlamaForCausalLM", "Llama", "llama", f"{_CONVERSIONS}.llama.convert_llama_weights"),
     Architecture(
         "Gemma2ForCausalLM",
         "Gemma 2",
+        "gemma2",
         f"{_CONVERSIONS}.gemma.convert_gemma_weights",
         norms={
             "ln1": "input_layernorm",
@@ -147,15 +151,25 @@ def find_architecture(name: str | None) -> Architecture:
     is no record of its name, it is taken to be as Llama is.
     """
     stock = (name or "none").removesuffix(AUTHORS_CHECKPOINT_SUFFIX)
-    return ARCHITECTURES.get(stock) or Architecture(stock, stock, converter="")
+    return ARCHITECTURES.get(stock) or Architecture(stock, stock, model_type="", converter="")
 
 
-def require_supported(config: Mapping[str, Any] | PretrainedConfig) -> Architecture:
-    """The record of the architecture that a configuration names. Raises UnsupportedModelError where there is none."""
+def require_supported(config: Mapping[str, Any] | PretrainedConfig, subject: str = "The model") -> Architecture:
+    """The record of the architecture that a configuration names, with a model_type that belongs to it.
+
+    ``subject`` is what the message calls the model. Raises UnsupportedModelError for another one.
+    """
     name = architecture_name(config)
-    if name not in ARCHITECTURES:
-        raise UnsupportedModelError(f"Architecture {name} is not supported; supported: {', '.join(ARCHITECTURES)}.")
-    return ARCHITECTURES[name]
+    model_type = config.get("model_type") if isinstance(config, Mapping) else config.model_type
+    record = ARCHITECTURES.get(name)
+    if record is None:
+        raise UnsupportedModelError(f"{subject} is of architecture {name}; supported: {', '.join(ARCHITECTURES)}.")
+    if model_type != record.model_type:
+        raise UnsupportedModelError(
+            f"{subject} has model_type {model_type!r} and architecture {name}, whose model_type is "
+            f"{record.model_type!r}: transformers would choose classes of another model. Get its config.json again."
+        )
+    return record
 
 
 def supported_labels() -> str:

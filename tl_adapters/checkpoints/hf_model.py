@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.checkpoints.architectures import (
-    ARCHITECTURES,
     AUTHORS_CHECKPOINT_SUFFIX,
     UnsupportedModelError,
     architecture_name,
+    require_supported,
 )
 from tl_adapters.checkpoints.model_checks import require_representable, require_stock_code, require_stock_files
 from tl_adapters.checkpoints.model_files import CheckpointError, locate, read_config
 from tl_adapters.checkpoints.tokenizers import load_tokenizer, warn_of_other_ids
+from tl_adapters.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -27,21 +30,36 @@ def load_config(folder: Path, without_adapters: bool = False) -> PretrainedConfi
     With ``without_adapters``, a checkpoint of the paper's authors is read as the hybrid that it contains.
     Raises CheckpointError, UnsupportedModelError.
     """
-    require_stock_code(read_config(folder), folder)
-    architecture = architecture_name(read_config(folder))
+    content = read_config(folder)
+    require_stock_code(content, folder)
+    architecture = architecture_name(content)
     if architecture.endswith(AUTHORS_CHECKPOINT_SUFFIX) and not without_adapters:
         raise UnsupportedModelError(
             f"{folder} is a whole replacement model of the paper's authors ({architecture}): read its adapters with "
             "from_authors, or the pair with authors_pair."
         )
-    if architecture.removesuffix(AUTHORS_CHECKPOINT_SUFFIX) not in ARCHITECTURES:
-        # Raised here, since the error of transformers for an unknown model type does not list what is supported.
-        raise UnsupportedModelError(
-            f"{folder} is of architecture {architecture}; supported: {', '.join(ARCHITECTURES)}."
-        )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    config.architectures = [architecture.removesuffix(AUTHORS_CHECKPOINT_SUFFIX)]
+    # transformers chooses its classes by model_type, and knows many more of them than are supported.
+    stock = architecture.removesuffix(AUTHORS_CHECKPOINT_SUFFIX)
+    require_supported({**content, "architectures": [stock]}, str(folder))
+    with _loading(folder, "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.architectures = [stock]
     return config
+
+
+@contextmanager
+def _loading(folder: Path, what: str) -> Iterator[None]:
+    """Within this context, whatever transformers raises about files becomes a CheckpointError with its first line."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises two dozen classes for files that it cannot use
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise CheckpointError(
+            f"transformers cannot load {what} of {folder} ({type(error).__name__}: {reason}). Get the files again, or "
+            "save the model again with save_pretrained."
+        ) from error
 
 
 def load_hf_model(
@@ -66,15 +84,16 @@ def load_hf_model(
     config = load_config(folder, without_adapters)
     architecture = require_representable(config)
     require_stock_files(folder, config)
-    hf_model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype or "auto",
-        use_safetensors=True,
-        output_loading_info=True,
-        trust_remote_code=False,
-        attn_implementation="eager" if architecture.eager_attention else None,
-    )
+    with _loading(folder, "the weights"):
+        hf_model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            attn_implementation="eager" if architecture.eager_attention else None,
+        )
     if missing := sorted(info["missing_keys"]):
         # transformers would initialize these at random and only log it.
         raise CheckpointError(

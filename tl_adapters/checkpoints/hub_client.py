@@ -23,7 +23,7 @@ RepositoryKind = Literal["model", "dataset"]
 MAX_EXPLANATION = 300
 """Most characters of an explanation of the hub that a message repeats."""
 _NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp", "socket", "ssl")
-_OFFLINE = "HF_HUB_OFFLINE is set, so only downloaded repositories are found: unset it, or download this one first."
+_OFFLINE = "HF_HUB_OFFLINE is set, so only downloaded repositories are found: unset it, or check the spelling."
 
 
 class HubError(UserError, RuntimeError):

@@ -17,6 +17,8 @@ from tl_adapters.checkpoints.model_files import PROJECTIONS, CheckpointError, re
 ROPE_TYPES = ("default", "llama3")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 """MLP activations that transformers and TransformerLens compute alike, under these names."""
+_OWN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "grouped_mm")
+"""Implementations of attention and experts that are part of transformers, or of a library that a user has installed."""
 
 
 def mlp_activation(config: PretrainedConfig) -> str:
@@ -58,15 +60,25 @@ def require_representable(config: PretrainedConfig) -> Architecture:
 
 
 def require_stock_code(config: Mapping[str, Any], name: str | Path) -> None:
-    """Raises UnsupportedModelError for a config.json that names modeling code of its own, which is never run."""
-    auto_map = config.get("auto_map")
-    named = [auto_map[k] for k in ("AutoModelForCausalLM", "AutoModel") if k in auto_map] if auto_map else []
+    """Raises UnsupportedModelError for a config.json that names code or weights of its own, which are never used.
+
+    Besides modeling code, these are a kernel for attention or experts, and a file of weights under another name.
+    """
+    auto_map = config.get("auto_map") or {}
+    named = [str(auto_map[key]) for key in ("AutoModelForCausalLM", "AutoModel") if key in auto_map]
     if named:
         raise UnsupportedModelError(
             f"The auto_map in config.json of {name} names modeling code of its own ({named[0]}). Such code is never "
             "run here, and without it the model may differ. If its weights are those of a stock architecture, "
             "load it with transformers and trust_remote_code=False, and give the model in place of its name."
         )
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "transformers_weights"):
+        value = config.get(key)
+        if value is not None and value not in _OWN_IMPLEMENTATIONS:
+            raise UnsupportedModelError(
+                f"config.json of {name} has {key} {value!r}: code or weights of its own are never used here. Remove "
+                "that entry if the model is a stock one without it."
+            )
 
 
 def require_plain_mlps(config: Mapping[str, Any], tensors: Iterable[str], name: str | Path) -> None:

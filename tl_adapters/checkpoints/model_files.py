@@ -6,21 +6,22 @@ embeddings are never in memory. Only safetensors are read, never pickle.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from huggingface_hub import get_safetensors_metadata, snapshot_download
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
 from tl_adapters.checkpoints.hub_client import hub_errors
 from tl_adapters.errors import UserError
 from tl_adapters.organism import BUILTIN
 from tl_adapters.utils.files import plain_file
+from tl_adapters.utils.reading import UnreadableFileError, as_record, read_json_object
 
 SHARD_INDEX_FILE = "model.safetensors.index.json"
 SINGLE_WEIGHTS_FILE = "model.safetensors"
@@ -31,6 +32,10 @@ PROJECTIONS = {"gate_proj": "W_gate", "up_proj": "W_in", "down_proj": "W_out"}
 """Names of a gated MLP's weights: Hugging Face -> TransformerLens, which has the transposed matrices."""
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 """Dtypes, as safetensors headers name them, whose values are the weights themselves (not quantized)."""
+MAX_LAYERS, MAX_SIZE = 1_000, 100_000_000
+"""The largest number of layers, and of anything else that config.json counts; with more, it is damaged."""
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+_COPY_AGAIN = "Copy or download the model again."
 DESCRIPTION_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
 """Patterns of the files that describe a model, without its weights."""
 
@@ -107,15 +112,40 @@ def require_unquantized(folder: Path, names: Iterable[str] | None = None) -> Non
                     )
 
 
+class _ConfigEntries(BaseModel):
+    """What is read of a config.json before transformers reads it; there are other entries, of any kind."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+    architectures: list[str] | None = None
+    model_type: str | None = None
+    auto_map: dict[str, Any] | None = None
+    num_hidden_layers: Size | None = None
+    hidden_size: Size | None = None
+    intermediate_size: Size | None = None
+    vocab_size: Size | None = None
+    head_dim: Size | None = None
+    num_attention_heads: Size | None = None
+    num_key_value_heads: Size | None = None
+    max_position_embeddings: Size | None = None
+    hidden_act: str | None = None
+    hidden_activation: str | None = None
+    tie_word_embeddings: bool | None = None
+    rope_theta: float | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    transcoder_n_features: Size | None = None
+    transcoder_dec_bias: bool | None = None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json. Raises CheckpointError, also for a folder of LoRA weights."""
     require_whole_model(folder)
-    try:
-        config = json.loads(plain_file(folder, "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder} has no readable config.json ({error}).") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} is not a mapping.")
+    path = plain_file(folder, "config.json")
+    with _damaged():
+        config = read_json_object(path, _COPY_AGAIN)
+        as_record(_ConfigEntries, config, str(path), _COPY_AGAIN)
+    if (layers := config.get("num_hidden_layers") or 0) > MAX_LAYERS:
+        raise CheckpointError(f"{path} has num_hidden_layers {layers}; allowed are up to {MAX_LAYERS}. {_COPY_AGAIN}")
     return config
 
 
@@ -209,13 +239,26 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        with _damaged():
+            record = read_json_object(path, _COPY_AGAIN)
         vocabulary = record["model"]["vocab"]
         if isinstance(vocabulary, list):  # unigram: [[token, score], ...]
             vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-        return {**vocabulary, **{t["content"]: t["id"] for t in record.get("added_tokens", [])}}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        vocabulary = {**vocabulary, **{t["content"]: t["id"] for t in record.get("added_tokens") or []}}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a tokenizer ({error}); copy it again.") from error
+    if not all(isinstance(token, str) and type(i) is int for token, i in vocabulary.items()):
+        raise CheckpointError(f"{path} is not a tokenizer (a token without an id); copy it again.")
+    return vocabulary
+
+
+@contextmanager
+def _damaged() -> Iterator[None]:
+    """Within this context, a file that cannot be read is a CheckpointError."""
+    try:
+        yield
+    except UnreadableFileError as error:
+        raise CheckpointError(str(error)) from error
 
 
 @contextmanager
@@ -224,8 +267,17 @@ def _open(path: Path, device: str = "cpu") -> Iterator[Any]:
     try:
         with safe_open(plain_file(path.parent, path.name), framework="pt", device=device) as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except UserError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error}); copy or download it again.") from error
+
+
+class _ShardIndex(BaseModel):
+    """The index of a checkpoint in several files."""
+
+    model_config = ConfigDict(strict=True)
+    weight_map: dict[str, str]
 
 
 def _shards(folder: Path) -> dict[str, str]:
@@ -238,10 +290,8 @@ def _shards(folder: Path) -> dict[str, str]:
     index = plain_file(folder, SHARD_INDEX_FILE)
     if not index.is_file():
         raise CheckpointError(f"{folder} has neither {SINGLE_WEIGHTS_FILE} nor {SHARD_INDEX_FILE}; {_advice(folder)}")
-    try:
-        shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{index} is not an index of safetensors ({error}); copy it again.") from error
+    with _damaged():
+        shards = as_record(_ShardIndex, read_json_object(index, _COPY_AGAIN), str(index), _COPY_AGAIN).weight_map
     for shard in set(shards.values()):
         if not plain_file(folder, shard).name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {shard!r}; only files *.safetensors are read: copy the index again.")

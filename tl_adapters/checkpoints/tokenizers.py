@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tl_adapters.errors import UserError
+from tl_adapters.utils.files import plain_file
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +52,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """
     if not any((folder / file).is_file() for file in _FILES):
         return None
-    path = folder / "tokenizer.json"
+    path = plain_file(folder, "tokenizer.json")
     if not path.is_file():
         return _load(AutoTokenizer, folder)  # only that class can interpret tokenizer.model
-    try:
-        file = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises plain Exceptions
-        raise TokenizerError(f"{path} is not a tokenizer ({error}); copy it again.") from error
+    file = _tokenizer_in(path)
     vocabulary = file.get_vocab(with_added_tokens=True)
     chosen: PreTrainedTokenizerBase | None = None
     try:
@@ -87,19 +85,27 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return plain
 
 
+def _tokenizer_in(path: Path) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes. Raises TokenizerError."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise TokenizerError(f"{path} is not a tokenizer ({str(error)[:300]}); copy it again.") from error
+
+
 def _load(cls: Any, folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, as a class loads it. Raises TokenizerError."""
     try:
         return cls.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a dozen classes, some of the tokenizers library
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise TokenizerError(f"{folder} has tokenizer files that {cls.__name__} cannot load: {reason}") from error
 
 
 def warn_of_other_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Logs a warning if the ids of a user's tokenizer differ from those of the tokenizer.json in ``folder``."""
-    path = folder / "tokenizer.json"
-    if path.is_file() and (mismatch := difference(tokenizer, Tokenizer.from_file(str(path)))) is not None:
+    path = plain_file(folder, "tokenizer.json")
+    if path.is_file() and (mismatch := difference(tokenizer, _tokenizer_in(path))) is not None:
         log.warning("The given tokenizer differs from the one in %s: %s.", folder, mismatch)
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from tl_adapters.adapters.saelens_folder import read_json
+from tl_adapters.checkpoints.architectures import require_supported
 from tl_adapters.checkpoints.base_mlps import require_plain_folder
 from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, require_fit
+from tl_adapters.checkpoints.model_checks import require_stock_code
 from tl_adapters.checkpoints.model_files import (
     DESCRIPTION_FILES,
     SHARD_INDEX_FILE,
@@ -51,10 +53,14 @@ def write_hybrid(
     Raises:
         CheckpointError: missing or damaged files.
         PairMismatchError: a base of other shapes.
+        UnsupportedModelError: a target with code of its own, or of an architecture that is not supported.
         FolderExistsError, DiskFullError.
     """
     target_folder = locate(target)
     target_config = read_config(target_folder)
+    require_stock_code(target_config, target)
+    require_supported(target_config, str(target))
+    target_config.pop("auto_map", None)  # names code that is neither run nor copied
     base_folder = locate(base) if base is not None else None
     mlp_names = mlp_tensor_names(target_config["num_hidden_layers"])
     if base_folder is not None:
