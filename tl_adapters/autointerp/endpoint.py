@@ -190,6 +190,10 @@ class Endpoint:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             _raise_first(done)
             return [future.result() for future in futures]
+        except KeyboardInterrupt:
+            wait_for = "Requests under way are completed first, so that their replies are kept; at most %.0f seconds."
+            log.warning(wait_for, self.server.timeout)
+            raise
         finally:  # also when interrupted: requests under way are completed and cached, and no more are sent
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)

@@ -7,7 +7,8 @@ pages are drawn again with the new labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tl_adapters.study.features import (
     label_and_record,
     load_stores,
 )
+from tl_adapters.utils.files import alone_in, make_folder
 from tl_adapters.utils.results import changed_results, plain
 
 REPLIES_FOLDER = "replies"
@@ -48,24 +50,37 @@ def label_run(
         seed: seed of sampling and order.
         progress: show progress bars.
 
-    Raises FeatureStoreError where there is no store, and what `judge`, `auto_interpret` and `Endpoint` raise. Replies
-    that were received until then are kept.
+    Raises FeatureStoreError where there is no store, FolderBusyError where another process asks a model about the same
+    run, and what `judge`, `auto_interpret` and `Endpoint` raise. Replies that were received until then are kept.
     """
     store, neurons = load_stores(folder)
-    asked = judge_n is not None or interpret_n is not None
     options = {"cache": folder / FEATURES_FOLDER / REPLIES_FOLDER, "seed": seed, **(endpoint or {})}
-    model = Endpoint(**options) if asked else None  # one for both parts, which share its budget
-    rules = label_and_record(folder, store, neurons)["labels"]
-    block: dict[str, Any] = {}
-    if model is not None and judge_n is not None:
-        report = judge(store, model, judge_n or None, retest=retest, seed=seed, progress=progress)
-        block["judge"] = _recorded(folder, "judge", report)
-    if model is not None and interpret_n is not None:
-        tested = auto_interpret(store, neurons, model, interpret_n, seed=seed, progress=progress)
-        block["detection"] = _recorded(folder, "detection", tested)
+    asked = judge_n is not None or interpret_n is not None
+    with _endpoint(options) if asked else nullcontext() as model:  # one for both parts, which share its budget
+        rules = label_and_record(folder, store, neurons)["labels"]
+        block: dict[str, Any] = {}
+        if model is not None and judge_n is not None:
+            report = judge(store, model, judge_n or None, retest=retest, seed=seed, progress=progress)
+            block["judge"] = _recorded(folder, "judge", report)
+        if model is not None and interpret_n is not None:
+            tested = auto_interpret(store, neurons, model, interpret_n, seed=seed, progress=progress)
+            block["detection"] = _recorded(folder, "detection", tested)
     draw_pages(store, folder / FEATURES_FOLDER / PAGES_FOLDER, progress=progress)
     draw_pages(neurons, folder / FEATURES_FOLDER / NEURON_PAGES_FOLDER, progress=progress)
     return {"rules": rules, **block}
+
+
+@contextmanager
+def _endpoint(options: Mapping[str, Any]) -> Iterator[Endpoint]:
+    """An endpoint whose cache no other process uses meanwhile, because both would pay for the same replies."""
+    endpoint = Endpoint(**options)
+    if (cache := endpoint.cache.folder) is None:
+        yield endpoint
+        return
+    if not cache.exists():
+        make_folder(cache, private=True)
+    with alone_in(cache):
+        yield endpoint
 
 
 def _recorded(folder: Path, name: str, report: Any) -> dict[str, Any]:
