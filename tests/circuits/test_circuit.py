@@ -148,11 +148,11 @@ def test_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema_version": 9}, "schema_version 9; this version reads 1"),
-        ({"n_features": 3}, "damaged .no feature 3.3 in 4 layers of 3"),
-        ({"features": [{"id": [0, 1], "role": "boss"}]}, "no role 'boss'"),
-        ({"words": None}, "damaged"),
-        ({"features": None}, "damaged"),
+        ({"schema_version": 9}, "schema_version is 9; allowed is 1 or 2"),
+        ({"n_features": 3}, "damaged: there is no feature 3.3 in 4 layers of 3"),
+        ({"features": [{"id": [0, 1], "role": "boss"}]}, "role is 'boss'; allowed is"),
+        ({"words": None}, "words is None; allowed is a list"),
+        ({"features": None}, "features is None; allowed is a list"),
     ],
 )
 def test_damaged_files_are_refused_in_one_line(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -170,7 +170,7 @@ def test_missing_and_cut_files(tmp_path: Path) -> None:
     record = json.loads(path.read_text())
     del record["strength"]
     path.write_text(json.dumps(record))
-    with pytest.raises(CircuitError, match="no 'strength'"):
+    with pytest.raises(CircuitError, match="key strength is missing"):
         Circuit.load(path)
     for text in (path.read_text()[:100], "[]"):
         path.write_text(text)

@@ -24,7 +24,7 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.set_folder import SET_METADATA_FILE, record_hash
 from tl_adapters.adapters.transcoder import TranscoderAdapter
-from tl_adapters.attribution.graph import AttributionGraph
+from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.pruning import prune
 from tl_adapters.autointerp.reply_cache import ReplyCache
 from tl_adapters.checkpoints.layer_samples import LayerSamples
@@ -40,7 +40,7 @@ from tl_adapters.interop.authors_checkpoint import from_authors, to_authors
 from tl_adapters.interop.circuit_tracer import node_ids, remove_circuit_tracer, write_circuit_tracer
 from tl_adapters.interop.saelens import from_saelens
 from tl_adapters.organism import recipe
-from tl_adapters.utils.files import write_text
+from tl_adapters.utils.files import append_text, write_text
 from tl_adapters.utils.reading import UnreadableFileError
 from tl_adapters.utils.strict_json import dumps
 
@@ -152,7 +152,8 @@ def _read_circuit(folder: Path) -> None:
 def _read_graph(folder: Path) -> None:
     graph = AttributionGraph.load(folder)
     assert graph.text is not None and graph.display_strings is not None and graph.residual >= 0
-    node_ids(graph)
+    with contextlib.suppress(GraphError):  # two targets may be the same
+        node_ids(graph)
     if graph.targets and len(graph.tokens):
         prune(graph)
 
@@ -210,13 +211,13 @@ def _responses(folder: Path) -> None:
             SampledResponse(i, 0, Response((1, 2), (3, 4, 5), "Wait, it is 3.", False, i == 0, end=5)) for i in batch
         ]
         lines = [sampled_responses._as_record(record, "What is it?") for record in records]
-        sampled_responses._append(folder / "answers.jsonl", lines)
+        append_text(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _read_responses(folder: Path) -> None:
     settings = {"n": 4, "seed": 0, **asdict(ResponseOptions())}
     sampled_responses._require_same(folder / "settings.json", settings)
-    batches = sampled_responses._whole_batches(folder / "answers.jsonl", [2, 2])
+    batches = sampled_responses._whole_batches(folder / "answers.jsonl", [[0, 1], [2, 3]])
     if sampled := [one for batch in batches for one in batch]:
         score_responses(sampled, "report")
 

@@ -9,7 +9,7 @@ from fuzz.fuzzing import fuzz
 from fuzz.readers import READERS
 
 CASES = 40
-UNFINISHED = set(READERS)
+UNFINISHED = {"authors", "store", "recipe"}
 """Readers that still have other errors."""
 
 

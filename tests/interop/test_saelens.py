@@ -292,9 +292,9 @@ def test_what_would_be_misread_is_refused(tmp_path: Path) -> None:
     assert JumpReLUTranscoderConfig.architecture() == "jumprelu_transcoder"
     for i, (changes, message) in enumerate(
         (
-            ({"architecture": "jumprelu_transcoder"}, r"expected .*'threshold': \(24,\)"),
-            ({"metadata": {"tl_adapters": {"activation": "jumprelu"}}}, "says jumprelu, its architecture transcoder"),
-            ({"metadata": {"tl_adapters": {"activation": "gelu"}}}, "says gelu, its architecture transcoder"),
+            ({"architecture": "jumprelu_transcoder"}, "no tensor threshold"),
+            ({"metadata": {"tl_adapters": {"activation": "jumprelu"}}}, "says 'jumprelu', its architecture transcoder"),
+            ({"metadata": {"tl_adapters": {"activation": "gelu"}}}, "says 'gelu', its architecture transcoder"),
             ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
             ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input is True"),
             ({"metadata": {"hook_name": "blocks.1.hook_mlp_in"}}, "it reads blocks.1.hook_mlp_in; supported are"),

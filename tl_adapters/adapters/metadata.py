@@ -8,6 +8,7 @@ from typing import Any
 from tl_adapters.adapters.saelens_folder import INPUT_HOOKS, OUTPUT_HOOKS, AdapterFormatError
 from tl_adapters.checkpoints.model_reference import published_name
 from tl_adapters.config import ActivationName
+from tl_adapters.utils.reading import shown
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class AdapterMetadata:
 
     def __post_init__(self) -> None:
         for name, allowed in (("reads", INPUT_HOOKS), ("writes", OUTPUT_HOOKS)):
-            if getattr(self, name) not in allowed:
+            if (given := getattr(self, name)) not in allowed:
                 raise AdapterFormatError(
-                    f"{name} is {getattr(self, name)!r}; allowed is one of {', '.join(allowed)}. These adapters were "
-                    "made with a newer version of tl_adapters, or their description was edited."
+                    f"{name} is {shown(given)}; allowed is one of {', '.join(allowed)}. These adapters were made "
+                    "with a newer version of tl_adapters, or their description was edited."
                 )
 
     def published(self) -> AdapterMetadata:

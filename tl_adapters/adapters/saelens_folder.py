@@ -8,18 +8,17 @@ are attached to it.
 
 from __future__ import annotations
 
-import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tl_adapters.checkpoints.tensor_fields import floats, require_tensors
 from tl_adapters.errors import UserError
 from tl_adapters.utils.files import plain_file, write_tensors, write_text
+from tl_adapters.utils.reading import Record, read_record, read_tensors, unreadable_as
 from tl_adapters.utils.strict_json import dumps
 
 SAELENS_FILES = SAELENS_CONFIG_FILE, SAELENS_WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -42,11 +41,52 @@ SAELENS_ARCHITECTURES = {
 has no topk_transcoder, and refuses one by its name: better than features of a relu that nobody trained."""
 THRESHOLDED = ("jumprelu", "batchtopk")
 """The activations whose weights include a threshold, [n_features]."""
+COPY_AGAIN = "Copy the whole folder again."
+"""The way out for a damaged folder of adapters."""
 _TESTED_WITH = "6.54.12"
 
 
 class AdapterFormatError(UserError, ValueError):
     """Files that are not a set of adapters, or only a part of one."""
+
+
+class SaelensMetadata(Record, extra="ignore"):
+    """What we read of the metadata in SAELens's cfg.json. The other keys are SAELens's."""
+
+    model_name: str | None = None
+    """Id or folder of the model."""
+    hook_name: str | None = None
+    """The hook point that the transcoder reads."""
+    hook_name_out: str | None = None
+    """The hook point that it writes to."""
+    hook_head_index: int | None = None
+    """An attention head, for SAEs of one."""
+    tl_adapters: dict[str, Any] | None = None
+    """Our own metadata (`AdapterMetadata`), in a folder that this package wrote."""
+
+
+class SaelensConfig(SaelensMetadata, extra="ignore"):
+    """What we read of SAELens's cfg.json. Versions before 6 had the metadata among the other keys."""
+
+    architecture: str | None = None
+    """SAELens's name of the class."""
+    apply_b_dec_to_input: bool | None = None
+    """Whether the decoder's bias is subtracted from the input."""
+    normalize_activations: str | None = None
+    """How the input is normalized."""
+    reshape_activations: str | None = None
+    """How the input is reshaped."""
+    activation_fn: str | None = None
+    """The activation function, in versions that did not name it by the architecture."""
+    activation_fn_str: str | None = None
+    """The same in still older versions."""
+    metadata: SaelensMetadata | None = None
+    """Where the transcoder belongs."""
+
+    @property
+    def about(self) -> SaelensMetadata:
+        """The metadata, wherever this version keeps it."""
+        return self.metadata or self
 
 
 def sae_lens_version() -> str:
@@ -96,45 +136,32 @@ def write_transcoder(folder: Path, config: dict[str, Any], tensors: dict[str, Te
     write_text(folder / SAELENS_CONFIG_FILE, dumps(config, indent=1) + "\n")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """cfg.json. Raises AdapterFormatError."""
-    return read_json(folder / SAELENS_CONFIG_FILE)
+def read_config(folder: Path) -> SaelensConfig:
+    """cfg.json. Raises AdapterFormatError, and UnsafeFileError for a link that leads out of the folder."""
+    with unreadable_as(AdapterFormatError):
+        return read_record(SaelensConfig, plain_file(folder, SAELENS_CONFIG_FILE), COPY_AGAIN)
 
 
 def read_weights(folder: Path, activation: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The weights of one layer: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_out], b_dec, and threshold [d_sae] where
-    the activation has one. Raises AdapterFormatError."""
-    tensors = read_safetensors(folder / SAELENS_WEIGHTS_FILE, device)
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    d_in, d_sae = found.get("W_enc", (0, 0))
-    d_out = found.get("W_dec", (0, 0))[-1]
-    expected: dict[str, tuple[int, ...]] = {
-        "W_enc": (d_in, d_sae),
-        "b_enc": (d_sae,),
-        "W_dec": (d_sae, d_out),
-        "b_dec": (d_out,),
+    """The weights of one layer: W_enc [d_model, n_features], b_enc, W_dec [n_features, d_model], b_dec, and threshold
+    [n_features] where the activation has one, all of one dtype. They may be NaN or infinite.
+
+    Raises AdapterFormatError, and UnsafeFileError for a link that leads out of the folder.
+    """
+    fields = {
+        "W_enc": floats("d_model", "n_features", finite=False),
+        "b_enc": floats("n_features", finite=False),
+        "W_dec": floats("n_features", "d_model", finite=False),
+        "b_dec": floats("d_model", finite=False),
     }
     if activation in THRESHOLDED:
-        expected["threshold"] = (d_sae,)
-    if found != expected:
-        raise AdapterFormatError(f"{folder / SAELENS_WEIGHTS_FILE} holds {found}; expected {expected}.")
+        fields["threshold"] = floats("n_features", finite=False)
+    path = plain_file(folder, SAELENS_WEIGHTS_FILE)
+    with unreadable_as(AdapterFormatError):
+        tensors = read_tensors(path, device, COPY_AGAIN)
+        require_tensors(tensors, fields, path, advice=COPY_AGAIN)
+    if len(dtypes := {str(tensor.dtype) for tensor in tensors.values()}) > 1:
+        raise AdapterFormatError(f"{path} holds weights of several dtypes: {', '.join(sorted(dtypes))}. {COPY_AGAIN}")
+    if not tensors["W_enc"].numel():
+        raise AdapterFormatError(f"{path} holds no features: W_enc is {list(tensors['W_enc'].shape)}. {COPY_AGAIN}")
     return tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises AdapterFormatError."""
-    try:
-        record = json.loads(plain_file(path.parent, path.name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterFormatError(f"{path} is missing or unreadable ({error}); copy the whole folder again.") from error
-    if not isinstance(record, dict):
-        raise AdapterFormatError(f"{path} is not a mapping; copy the whole folder again.")
-    return record
-
-
-def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Every tensor of a file. Raises AdapterFormatError."""
-    try:
-        return load_file(plain_file(path.parent, path.name), device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise AdapterFormatError(f"{path} is missing or damaged ({error}); copy the whole folder again.") from error

@@ -15,21 +15,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tl_adapters.adapters.file_hashes import file_hash
 from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.saelens_folder import (
+    COPY_AGAIN,
     INPUT_HOOKS,
     OUTPUT_HOOKS,
     SAELENS_FILES,
     AdapterFormatError,
     read_config,
-    read_json,
-    read_safetensors,
     read_weights,
     transcoder_config,
     write_transcoder,
@@ -37,7 +37,19 @@ from tl_adapters.adapters.saelens_folder import (
 from tl_adapters.adapters.transcoder import require_activation
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 from tl_adapters.checkpoints.model_files import fetch
+from tl_adapters.checkpoints.tensor_fields import floats, require_tensors
+from tl_adapters.config import ConfigError
 from tl_adapters.utils.files import new_folder, plain_file, write_tensors, write_text
+from tl_adapters.utils.reading import (
+    Record,
+    UnreadableFileError,
+    as_dataclass,
+    as_record,
+    read_json_object,
+    read_tensors,
+    shown,
+    unreadable_as,
+)
 from tl_adapters.utils.strict_json import dumps
 
 SET_METADATA_FILE, SET_SAMPLES_FILE = "tl_adapters.json", "layer_marks.safetensors"
@@ -45,6 +57,25 @@ SET_SCHEMA_VERSION = 3
 SET_READABLE_VERSIONS = (2, SET_SCHEMA_VERSION)
 LAYER_FOLDER = "layer_{}"
 _SAMPLE_PREFIX = "samples/"
+
+
+class FileIdentity(Record):
+    """What tl_adapters.json records of another file."""
+
+    sha256: str
+    """SHA-256 of its bytes."""
+    size: int
+    """Number of its bytes."""
+
+
+class _Shape(Record):
+    """The keys of tl_adapters.json that are not fields of `AdapterMetadata`."""
+
+    layers: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    n_layers: int = Field(ge=1, le=10_000)
+    d_model: int = Field(ge=1)
+    n_features: int = Field(ge=1)
+    files: dict[str, FileIdentity] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,27 +98,27 @@ class SetDescription:
     """Samples of target and base per layer; None where nothing is known of the models."""
     samples: dict[str, Tensor] | None = None
     """Samples of every weight of target and base; None in sets of format version 2."""
-    files: dict[str, dict[str, Any]] | None = None
-    """File name within the folder -> its "sha256" and "size"; None in sets of format version 2."""
+    files: Mapping[str, FileIdentity] | None = None
+    """File name within the folder -> its hash and size; None in sets of format version 2."""
 
     def require_layer(self, folder: Path, layer: int) -> None:
         """Raises AdapterFormatError where the files of a layer in ``folder`` are not those of this set."""
         layer_folder = LAYER_FOLDER.format(layer)
         for file in SAELENS_FILES:
             self.require_file(folder, f"{layer_folder}/{file}")
-        written = read_config(folder / layer_folder).get("metadata") or {}
-        ours = written.get("tl_adapters") or {}
+        written = read_config(folder / layer_folder).about
+        ours = written.tl_adapters or {}
         fingerprints = {**self.metadata.fingerprints, "adapters": self.fingerprint}
         for name, actual, expected in (
             ("layer", ours.get("layer"), layer),
-            ("hook_name", written.get("hook_name"), INPUT_HOOKS[self.metadata.reads].format(layer)),
-            ("hook_name_out", written.get("hook_name_out"), OUTPUT_HOOKS[self.metadata.writes].format(layer)),
+            ("hook_name", written.hook_name, INPUT_HOOKS[self.metadata.reads].format(layer)),
+            ("hook_name_out", written.hook_name_out, OUTPUT_HOOKS[self.metadata.writes].format(layer)),
             ("fingerprints", ours.get("fingerprints"), fingerprints),
         ):
             if actual != expected:
                 raise AdapterFormatError(
-                    f"{folder / layer_folder / 'cfg.json'} says {name} {actual!r}; its set has {expected!r}: files of "
-                    "two sets were mixed, or edited. Copy the whole folder again."
+                    f"{folder / layer_folder / 'cfg.json'} says {name} {shown(actual)}; its set has {shown(expected)}: "
+                    f"files of two sets were mixed, or edited. {COPY_AGAIN}"
                 )
 
     def require_file(self, folder: Path, name: str) -> None:
@@ -101,9 +132,9 @@ class SetDescription:
         expected = self.files.get(name)
         if expected is None or not path.is_file():
             difference = f"it does not exist, or {SET_METADATA_FILE} does not list it"
-        elif (size := path.stat().st_size) != expected["size"]:
-            difference = f"it has {size:,} bytes, expected {expected['size']:,}"
-        elif file_hash(path) != expected["sha256"]:
+        elif (size := path.stat().st_size) != expected.size:
+            difference = f"it has {size:,} bytes, expected {expected.size:,}"
+        elif file_hash(path) != expected.sha256:
             difference = f"its content differs from the one that {SET_METADATA_FILE} was written with"
         else:
             return
@@ -170,31 +201,44 @@ def read_description(name: str | Path, *, revision: str | None = None, token: st
             f"{name} holds no {SET_METADATA_FILE}: it is not a set of adapters. Read SAELens folders of others with "
             "from_saelens, and checkpoints of the paper's authors with from_authors."
         )
-    record = read_json(folder / SET_METADATA_FILE)
-    if (version := record.get("schema_version")) not in SET_READABLE_VERSIONS:
-        raise AdapterFormatError(
-            f"{name} has schema_version {version}; this version reads {' and '.join(map(str, SET_READABLE_VERSIONS))}. "
-            "Read it with the version of tl_adapters that wrote it, or update."
-        )
-    files = _take_file_hashes(folder, record) if version == SET_SCHEMA_VERSION else None
-    record.pop("schema_version")
-    try:
-        n_layers, d_model, n_features = (int(record.pop(key)) for key in ("n_layers", "d_model", "n_features"))
-        layers = [int(layer) for layer in record.pop("layers")]
-        fingerprint = str(record["fingerprints"].pop("adapters"))
-        metadata = AdapterMetadata(**record)
-        require_activation(metadata.activation, metadata.k, n_features)
-    except AdapterFormatError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise AdapterFormatError(
-            f"{folder / SET_METADATA_FILE} is not a description of adapters: {error!r}."
-        ) from error
-    description = SetDescription(layers, n_layers, d_model, n_features, metadata, fingerprint, files=files)
-    if SET_SAMPLES_FILE in (files or {}):
-        description.require_file(folder, SET_SAMPLES_FILE)
-    layer_samples, samples = _read_samples(folder)
+    path = folder / SET_METADATA_FILE
+    with unreadable_as(AdapterFormatError):
+        record = read_json_object(path, COPY_AGAIN)
+        if (version := record.pop("schema_version", None)) not in SET_READABLE_VERSIONS:
+            raise AdapterFormatError(
+                f"{path} has schema_version {shown(version)}; this version reads "
+                f"{' and '.join(map(str, SET_READABLE_VERSIONS))}. Read it with the version of tl_adapters that wrote "
+                "it, or update."
+            )
+        if version == SET_SCHEMA_VERSION:
+            _require_unchanged(path, {"schema_version": version, **record})
+        description = _description_of({name: value for name, value in record.items() if name != "sha256"}, path)
+        if description.files is not None and SET_SAMPLES_FILE in description.files:
+            description.require_file(folder, SET_SAMPLES_FILE)
+        layer_samples, samples = _read_samples(folder, description)
     return replace(description, layer_samples=layer_samples, samples=samples)
+
+
+def _description_of(record: Mapping[str, Any], path: Path) -> SetDescription:
+    """The description, without samples, in tl_adapters.json. Raises UnreadableFileError and AdapterFormatError."""
+    of_shape = {name: value for name, value in record.items() if name in _Shape.model_fields}
+    shape = as_record(_Shape, of_shape, str(path), COPY_AGAIN)
+    others = {name: value for name, value in record.items() if name not in _Shape.model_fields}
+    about = as_dataclass(AdapterMetadata, others, str(path), COPY_AGAIN)
+    if (fingerprint := about.fingerprints.pop("adapters", None)) is None:
+        raise AdapterFormatError(f"{path} has no fingerprint of its adapters (fingerprints.adapters). {COPY_AGAIN}")
+    if sorted(set(shape.layers)) != shape.layers or shape.layers[-1] >= shape.n_layers:
+        raise AdapterFormatError(
+            f"{path}: layers is {shown(shape.layers)}; allowed are ascending numbers from 0 to {shape.n_layers - 1}, "
+            f"since the model has n_layers = {shape.n_layers}. {COPY_AGAIN}"
+        )
+    try:
+        require_activation(about.activation, about.k, shape.n_features)
+    except ConfigError as error:
+        raise AdapterFormatError(f"{path}: {error}") from error
+    return SetDescription(
+        shape.layers, shape.n_layers, shape.d_model, shape.n_features, about, fingerprint, files=shape.files
+    )
 
 
 def read_layer(
@@ -218,29 +262,39 @@ def record_hash(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
-def _take_file_hashes(folder: Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Remove the hashes from a set's record and return those of its files. Raises AdapterFormatError if it changed."""
+def _require_unchanged(path: Path, record: dict[str, Any]) -> None:
+    """Raises AdapterFormatError where a set's record does not have the hash that it holds, or no list of its files."""
     expected = record.pop("sha256", None)
     if expected != (actual := record_hash(record)):
         raise AdapterFormatError(
-            f"{folder / SET_METADATA_FILE} was edited or is damaged: the hash of its content is {actual}, expected "
-            f"{expected}. Copy the whole folder again. To change the metadata of adapters, replace AdapterSet.metadata "
-            "and save the set."
+            f"{path} was edited or is damaged: the hash of its content is {actual}, expected {shown(expected)}. "
+            f"{COPY_AGAIN} To change the metadata of adapters, replace AdapterSet.metadata and save the set."
         )
-    return dict(record.pop("files"))
+    if not isinstance(record.get("files"), dict):
+        raise AdapterFormatError(f"{path} does not list the files of the set (files). {COPY_AGAIN}")
 
 
-def _read_samples(folder: Path) -> tuple[dict[int, LayerSamples] | None, dict[str, Tensor] | None]:
-    """The samples per layer, and those of all weights; None for what the folder does not hold."""
-    if not plain_file(folder, SET_SAMPLES_FILE).is_file():
+def _read_samples(
+    folder: Path, description: SetDescription
+) -> tuple[dict[int, LayerSamples] | None, dict[str, Tensor] | None]:
+    """The samples per layer, and those of all weights; None for what the folder does not hold.
+
+    Raises UnreadableFileError for samples of other layers than the model's or of another width, and where a layer with
+    an adapter has none.
+    """
+    path = plain_file(folder, SET_SAMPLES_FILE)
+    if not path.is_file():
         return None, None
-    tensors = read_safetensors(folder / SET_SAMPLES_FILE)
-    samples = {n.removeprefix(_SAMPLE_PREFIX): tensors.pop(n) for n in list(tensors) if n.startswith(_SAMPLE_PREFIX)}
-    try:
-        layers = sorted({int(name.partition(".")[0]) for name in tensors})
-        layer_samples = {
-            layer: LayerSamples(*(tensors[f"{layer}.{name}"] for name in LayerSamples._fields)) for layer in layers
-        }
-    except (KeyError, ValueError) as error:
-        raise AdapterFormatError(f"{folder / SET_SAMPLES_FILE} is incomplete ({error!r}); copy it again.") from error
-    return layer_samples or None, samples or None
+    tensors = read_tensors(path, advice=COPY_AGAIN)
+    samples = {name: tensor for name, tensor in tensors.items() if name.startswith(_SAMPLE_PREFIX)}
+    sampled_layers = [layer for layer in range(description.n_layers) if f"{layer}.ln2_w" in tensors]
+    of_layer = {"ln2_w": floats("d_model"), "attention_out": floats("attention"), "base_mlp_out": floats("base_mlp")}
+    fields = {f"{layer}.{name}": field for layer in sampled_layers for name, field in of_layer.items()}
+    fields |= {name: floats(name) for name in samples}
+    require_tensors(tensors, fields, path, {"d_model": description.d_model}, COPY_AGAIN)
+    if sampled_layers and (absent := sorted(set(description.layers) - set(sampled_layers))):
+        raise UnreadableFileError(f"{path} holds no samples of layers {shown(absent)}. {COPY_AGAIN}")
+    layer_samples = {
+        layer: LayerSamples(*(tensors[f"{layer}.{name}"] for name in LayerSamples._fields)) for layer in sampled_layers
+    }
+    return layer_samples or None, {name.removeprefix(_SAMPLE_PREFIX): t for name, t in samples.items()} or None

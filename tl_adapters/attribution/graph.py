@@ -14,12 +14,23 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
-from tl_adapters.adapters.saelens_folder import AdapterFormatError, read_json, read_safetensors
+from tl_adapters.adapters.file_hashes import file_hash
+from tl_adapters.checkpoints.tensor_fields import floats, require_tensors, whole_numbers
 from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
 from tl_adapters.utils.files import new_folder, write_tensors, write_text
+from tl_adapters.utils.reading import (
+    Record,
+    UnreadableFileError,
+    as_record,
+    read_json_object,
+    read_tensors,
+    shown,
+    unreadable_as,
+)
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.strict_json import dumps
 
@@ -124,39 +135,97 @@ class AttributionGraph:
 
     def save(self, folder: str | Path) -> None:
         """Write graph.json and graph.safetensors into a new folder. Raises FolderExistsError or DiskFullError."""
-        record = {
-            "schema_version": GRAPH_SCHEMA_VERSION,
-            "strings": self.strings,
-            "n_layers": self.n_layers,
-            "targets": [asdict(target) for target in self.targets],
-            "residual": self.residual if self.adds_up else None,
-            "about": self.about,
-        }
-        names = ("tokens", "features", "activations", "errors", "edges", "weights", "rows", "balance", "decoder_biases")
         with new_folder(folder) as out:
-            write_tensors(out / TENSORS_FILE, {name: getattr(self, name) for name in names})
+            write_tensors(out / TENSORS_FILE, {name: getattr(self, name) for name in _TENSORS})
+            record = {
+                "schema_version": GRAPH_SCHEMA_VERSION,
+                "strings": self.strings,
+                "n_layers": self.n_layers,
+                "targets": [asdict(target) for target in self.targets],
+                "residual": self.residual if self.adds_up else None,
+                "about": self.about,
+                "sha256": file_hash(out / TENSORS_FILE),
+            }
             write_text(out / GRAPH_FILE, dumps(record, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> AttributionGraph:
-        """Load a graph that `save` wrote. Raises GraphError if the folder does not hold one."""
-        try:
-            record = read_json(Path(folder) / GRAPH_FILE)
-            tensors = read_safetensors(Path(folder) / TENSORS_FILE)
-        except AdapterFormatError as error:
-            raise GraphError(f"{folder} does not hold an attribution graph: {error}") from error
-        if record.get("schema_version") != GRAPH_SCHEMA_VERSION:
-            raise GraphError(
-                f"{folder} has schema_version {record.get('schema_version')}, and this version of tl_adapters reads "
-                f"{GRAPH_SCHEMA_VERSION}; attribute the prompt again."
+        """Load a graph that `save` wrote. Raises GraphError if the folder does not hold one, or a damaged one."""
+        path, tensors_path = Path(folder) / GRAPH_FILE, Path(folder) / TENSORS_FILE
+        with unreadable_as(GraphError):
+            entries = read_json_object(path, _ADVICE)
+            strings = entries.pop("strings", None)  # pydantic refuses texts that are not Unicode, as a token's may be
+            if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
+                raise UnreadableFileError(f"{path}: strings is {shown(strings)}; allowed is a list of texts. {_ADVICE}")
+            record = as_record(_GraphRecord, entries, str(path), _ADVICE)
+            tensors = read_tensors(tensors_path, advice=_ADVICE)
+            if record.sha256 is not None and file_hash(tensors_path) != record.sha256:
+                raise UnreadableFileError(f"{tensors_path} is not the file that {path} was written with. {_ADVICE}")
+            _require_consistent(record, len(strings), tensors, path, tensors_path)
+        return cls(
+            **tensors,
+            strings=strings,
+            n_layers=record.n_layers,
+            targets=list(record.targets),
+            about=record.about.model_dump(exclude_unset=True),
+        )
+
+
+_ADVICE = "Copy the graph again, or attribute the prompt again (tl-adapters attribute)."
+_TENSORS = {
+    "tokens": whole_numbers("tokens"),
+    "features": whole_numbers("features", 3),
+    "activations": floats("features"),
+    "errors": whole_numbers("errors", 2),
+    "edges": whole_numbers(2, "edges", below="nodes"),
+    "weights": floats("edges"),
+    "rows": whole_numbers("rows", below="nodes"),
+    "balance": floats("rows", 4),
+    "decoder_biases": floats("rows"),
+}
+"""The tensors of a graph's file, which are fields of `AttributionGraph`."""
+
+
+class _About(Record, extra="allow"):
+    """The entries of `AttributionGraph.about` that something reads."""
+
+    linearisation: str | None = None
+    fingerprints: dict[str, str] | None = None
+    d_vocab: int | None = Field(None, ge=1, le=2**31)
+    max_n_logits: int | None = None
+    desired_logit_prob: float | None = None
+    batch_size: int | None = None
+    max_feature_nodes: int | None = None
+
+
+class _GraphRecord(Record):
+    """graph.json, without the strings."""
+
+    schema_version: Literal[1] = 1
+    n_layers: int = Field(ge=1, le=10_000)
+    targets: tuple[GraphTarget, ...]
+    residual: float | None = None
+    about: _About
+    sha256: str | None = None
+    """Hash of graph.safetensors; graphs of the first release have none."""
+
+
+def _require_consistent(
+    record: _GraphRecord, n_tokens: int, tensors: dict[str, Tensor], path: Path, tensors_path: Path
+) -> None:
+    """Check that nodes, edges and targets refer to what is there. Raises UnreadableFileError."""
+    nodes = sum(len(tensors[name]) for name in ("features", "errors") if name in tensors) + n_tokens
+    sizes = {"tokens": n_tokens, "nodes": nodes + len(record.targets)}
+    require_tensors(tensors, _TENSORS, tensors_path, sizes, _ADVICE)
+    for name in ("features", "errors"):
+        places = tensors[name][:, :2]
+        if len(places) and bool((places.amax(0) >= torch.tensor([record.n_layers, n_tokens])).any()):
+            raise UnreadableFileError(
+                f"{tensors_path}: {name} name a layer from {record.n_layers} or a position from {n_tokens} on, and "
+                f"the graph has so many layers and tokens. {_ADVICE}"
             )
-        try:
-            return cls(
-                **tensors,
-                strings=list(record["strings"]),
-                n_layers=int(record["n_layers"]),
-                targets=[GraphTarget(**target) for target in record["targets"]],
-                about=dict(record["about"]),
+    for number, target in enumerate(record.targets):
+        if not 0 <= target.position < n_tokens:
+            raise UnreadableFileError(
+                f"{path}: targets[{number}].position is {target.position}; allowed is 0 to {n_tokens - 1}. {_ADVICE}"
             )
-        except (KeyError, TypeError) as error:
-            raise GraphError(f"The attribution graph in {folder} is incomplete ({error!r}); save it again.") from error

@@ -10,5 +10,6 @@
 * `model_checks`: checks that TransformerLens represents a model exactly: configuration, code and tensors
 * `model_files`: a model's files: where they are, and single tensors out of their safetensors shards
 * `model_reference`: a model given as folder, hub name or object, its name and its configuration
+* `tensor_fields`: names, dtypes, shapes and ranges that the tensors of a file should have, checked before use
 * `tokenizers`: a tokenizer that gives the token ids of its tokenizer.json
 """

@@ -6,17 +6,17 @@ adapters. It is kept in a run (circuit.json), and on the hub in the repository o
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 from huggingface_hub import HfApi
+from pydantic import Field
 from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped,unused-ignore]
 
 from tl_adapters.adapters.adapter_set import AdapterSet
@@ -29,12 +29,14 @@ from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.files import plain_file, write_text
 from tl_adapters.utils.html import render
+from tl_adapters.utils.reading import Record, read_record, unreadable_as
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.results import plain
 from tl_adapters.utils.strict_json import dumps
 
-CIRCUIT_SCHEMA_VERSION, CIRCUIT_READABLE_VERSIONS = 2, (1, 2)
-"""Files of version 1 have neither the tokens of the words nor the name of the function that found them."""
+CIRCUIT_SCHEMA_VERSION = 2
+"""Version that is written; 1 is read, too. Files of version 1 have neither the tokens of the words nor the name of the
+function that found them."""
 CIRCUIT_FILE = "circuit.json"
 CIRCUIT_HUB_FILE = "circuits/{}.json"
 """Path of a circuit's file in a repository, with its name filled in."""
@@ -194,21 +196,10 @@ class Circuit:
         Raises CircuitError where there is no file, where it is damaged, or of a version that is not read.
         """
         path = Path(path) / CIRCUIT_FILE if Path(path).is_dir() else Path(path)
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CircuitError(f"There is no circuit at {path}. Find one with: tl-adapters hesitation RUN.") from error
-        except (OSError, ValueError) as error:
-            raise CircuitError(f"{path} is damaged ({error}). Copy or download it again.") from error
-        version = record.get("schema_version") if isinstance(record, dict) else None
-        if version not in CIRCUIT_READABLE_VERSIONS:
-            read = " and ".join(map(str, CIRCUIT_READABLE_VERSIONS))
-            raise CircuitError(f"{path} has schema_version {version}; this version reads {read}.")
-        try:
-            return _circuit_of(record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise CircuitError(f"{path} is damaged ({reason}). Copy or download it again.") from error
+        if not path.is_file():
+            raise CircuitError(f"There is no circuit at {path}. Find one with: tl-adapters hesitation RUN.")
+        with unreadable_as(CircuitError):
+            return _circuit_of(read_record(_CircuitRecord, path, _ADVICE), path)
 
     @classmethod
     def from_hub(
@@ -346,48 +337,86 @@ class Circuit:
         )
 
 
-def _circuit_of(record: Mapping[str, Any]) -> Circuit:
-    n_layers, n_features = int(record["n_layers"]), int(record["n_features"])
+_ADVICE = "Copy or download it again."
+_Id = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
-    def id_of(value: Sequence[int]) -> FeatureId:
-        layer, index = value
-        if not (
-            isinstance(layer, int) and isinstance(index, int) and 0 <= layer < n_layers and 0 <= index < n_features
-        ):
-            raise ValueError(f"no feature {layer}.{index} in {n_layers} layers of {n_features}")
-        return FeatureId(layer, index)
 
-    features = []
-    for item in record["features"]:
-        if item["role"] not in ROLES:
-            raise ValueError(f"no role {item['role']!r}; there are {', '.join(ROLES)}")
-        numbers = {name: _number(item[key]) for name, key in _NUMBER_KEYS.items()}
-        features.append(CircuitFeature(id_of(item["id"]), item["role"], **numbers))
-    if len({f.id for f in features}) < len(features):
-        raise ValueError("a feature is in it twice")
-    edges = [
-        CircuitEdge(id_of(e["source"]), None if e["target"] is None else id_of(e["target"]), _number(e["weight"]))
-        for e in record["edges"]
-    ]
+class _FeatureRecord(Record):
+    """A feature in the file; null stands for NaN."""
+
+    id: _Id
+    role: Role
+    direct: float | None
+    through: float | None
+    total: float | None
+    continuation: float | None = Field(alias="follows")
+    contrast: float | None
+    activation: float | None = Field(alias="mass")
+
+
+class _EdgeRecord(Record):
+    """An edge in the file."""
+
+    source: _Id
+    target: _Id | None
+    weight: float | None
+
+
+class _CircuitRecord(Record):
+    """circuit.json."""
+
+    schema_version: Literal[1, 2]
+    behavior: str = Field(alias="behaviour")
+    words: tuple[str, ...]
+    features: tuple[_FeatureRecord, ...]
+    strength: float | None
+    split: str
+    fingerprints: dict[str, str]
+    n_features: int = Field(ge=1)
+    n_layers: int = Field(ge=1)
+    threshold: float | None
+    edges: tuple[_EdgeRecord, ...]
+    phrases: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = ()
+    function: str | None = None
+
+
+def _circuit_of(record: _CircuitRecord, path: Path) -> Circuit:
+    """The circuit in a file. Raises CircuitError for features that the adapters do not have, or that occur twice."""
+    ids = [feature.id for feature in record.features]
+    ends = [end for edge in record.edges for end in (edge.source, edge.target) if end is not None]
+    for layer, index in (*ids, *ends):
+        if layer >= record.n_layers or index >= record.n_features:
+            raise CircuitError(
+                f"{path} is damaged: there is no feature {layer}.{index} in {record.n_layers} layers of "
+                f"{record.n_features} features. {_ADVICE}"
+            )
+    if len(set(ids)) < len(ids):
+        raise CircuitError(f"{path} is damaged: a feature is in it twice. {_ADVICE}")
     return Circuit(
-        behavior=str(record["behaviour"]),
-        words=tuple(map(str, record["words"])),
-        features=tuple(features),
-        strength=_number(record["strength"]),
-        split=str(record["split"]),
-        fingerprints={str(name): str(value) for name, value in record["fingerprints"].items()},
-        n_features=n_features,
-        n_layers=n_layers,
-        threshold=_number(record["threshold"]),
-        edges=tuple(edges),
-        phrases=tuple(tuple(int(token) for token in phrase) for phrase in record.get("phrases", ())),
-        function=None if record.get("function") is None else str(record["function"]),
+        behavior=record.behavior,
+        words=record.words,
+        features=tuple(
+            CircuitFeature(FeatureId(*f.id), f.role, *(_number(getattr(f, name)) for name in _NUMBER_KEYS))
+            for f in record.features
+        ),
+        strength=_number(record.strength),
+        split=record.split,
+        fingerprints=record.fingerprints,
+        n_features=record.n_features,
+        n_layers=record.n_layers,
+        threshold=_number(record.threshold),
+        edges=tuple(
+            CircuitEdge(FeatureId(*e.source), e.target and FeatureId(*e.target), _number(e.weight))
+            for e in record.edges
+        ),
+        phrases=record.phrases,
+        function=record.function,
     )
 
 
-def _number(value: Any) -> float:
+def _number(value: float | None) -> float:
     """A float as `plain` wrote it: null is NaN."""
-    return math.nan if value is None else float(value)
+    return math.nan if value is None else value
 
 
 def _size(value: float) -> float:

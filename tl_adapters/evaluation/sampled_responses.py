@@ -13,10 +13,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, cycle
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from tqdm import tqdm
 
 from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
@@ -29,6 +30,7 @@ from tl_adapters.generation.responses import Checkable, Response, respond, respo
 from tl_adapters.generation.sampling import GenerationError, SamplingParameters
 from tl_adapters.utils.files import alone_in, append_text, make_folder, write_text
 from tl_adapters.utils.measurement import Interval
+from tl_adapters.utils.reading import Record, read_json_object, read_record_lines, read_text, shown, unreadable_as
 from tl_adapters.utils.strict_json import dumps
 
 RESPONSE_SETTINGS_FILE = "settings.json"
@@ -185,7 +187,7 @@ def sample_responses(
     make_folder(folder)
     with alone_in(folder):
         _require_same(folder / RESPONSE_SETTINGS_FILE, settings)
-        finished = _whole_batches(folder / RESPONSES_FILE, [len(batch) for batch in batches])
+        finished = _whole_batches(folder / RESPONSES_FILE, batches)
         done = min(len(finished), len(todo))
         for sample, number in tqdm(todo[done:], initial=done, total=len(todo), disable=not progress, unit="batch"):
             batch = _sample_batch(model, problems, batches[number], sample, options)
@@ -233,11 +235,14 @@ def _require_same(path: Path, settings: Mapping[str, Any]) -> None:
     if not path.is_file():
         write_text(path, dumps(current, indent=1) + "\n")
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    advice = "Use another folder (--out), or remove the file and the responses beside it."
+    with unreadable_as(SamplingError):
+        earlier = read_json_object(path, advice)
     if different := [name for name in {**earlier, **current} if earlier.get(name) != current.get(name)]:
         name = different[0]
         raise SamplingError(
-            f"{path.parent} holds responses with {name} {earlier.get(name)!r}, and now it is {current.get(name)!r}. "
+            f"{path.parent} holds responses with {name[:60]} {shown(earlier.get(name))}, and now it is "
+            f"{shown(current.get(name))}. "
             "Use the same settings, or another folder (--out)."
         )
 
@@ -249,35 +254,58 @@ def _as_record(sampled: SampledResponse, question: str) -> dict[str, Any]:
     return {**facts, "question": question, "text": text, **response}
 
 
-def _from_record(record: Mapping[str, Any]) -> SampledResponse:
-    response = Response(
-        tuple(record["prompt"]),
-        tuple(record["tokens"]),
-        record["text"],
-        record["truncated"],
-        record["correct"],
-        end=record.get("end"),  # files of the first release lack these two keys
-        near_ties=record.get("near_ties", 0),
-    )
-    return SampledResponse(record["problem"], record["sample"], response)
+class _ResponseRecord(Record):
+    """A line of answers.jsonl."""
+
+    problem: int = Field(ge=0)
+    sample: int = Field(ge=0)
+    correct: bool
+    truncated: bool
+    question: str
+    text: str
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    end: int | None = None
+    """Missing in files of the first release, as is the next key."""
+    near_ties: int = 0
+
+    @property
+    def sampled(self) -> SampledResponse:
+        """The response."""
+        about = Response(
+            self.prompt, self.tokens, self.text, self.truncated, self.correct, end=self.end, near_ties=self.near_ties
+        )
+        return SampledResponse(self.problem, self.sample, about)
 
 
-def _whole_batches(path: Path, sizes: Sequence[int]) -> list[list[SampledResponse]]:
-    """The whole batches of the file; an incomplete batch, which a killed process left, is removed from it."""
+def _whole_batches(path: Path, batches: Sequence[Sequence[int]]) -> list[list[SampledResponse]]:
+    """The whole batches of the file; an incomplete batch, which a killed process left, is removed from it.
+
+    Args:
+        path: answers.jsonl.
+        batches: numbers of the problems of each batch of a sample.
+
+    Raises SamplingError for a damaged line before the last, and for responses to other problems than these.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    sampled: list[SampledResponse] = []
-    for line in lines:
-        try:
-            sampled.append(_from_record(json.loads(line)))
-        except (ValueError, KeyError):
-            break
-    batches, n = [], 0
-    for size in cycle(sizes):
-        if n + size > len(sampled):
-            break
-        batches.append(sampled[n : n + size])
-        n += size
-    write_text(path, "".join(line + "\n" for line in lines[:n]))
-    return batches
+    advice = "Copy the file again, or use another folder (--out); responses before a damaged line can be kept by hand."
+    with unreadable_as(SamplingError):
+        lines = [line for line in read_text(path, advice).split("\n") if line.strip()]
+        records = read_record_lines(_ResponseRecord, path, advice, partial_end=True)
+    finished: list[list[SampledResponse]] = []
+    n = 0
+    for sample in count():
+        for numbers in batches:
+            whole = records[n : n + len(numbers)]
+            if len(whole) < len(numbers):
+                write_text(path, "".join(line + "\n" for line in lines[:n]))
+                return finished
+            if [(record.sample, record.problem) for record in whole] != [(sample, number) for number in numbers]:
+                raise SamplingError(
+                    f"{path}: lines {n + 1} to {n + len(numbers)} should hold sample {sample} of the problems "
+                    f"{shown(list(numbers))}, and hold others. {advice}"
+                )
+            finished.append([record.sampled for record in whole])
+            n += len(numbers)
+    raise AssertionError("the loop over samples has no end")

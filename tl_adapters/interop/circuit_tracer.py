@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import tl_adapters
-from tl_adapters.adapters.saelens_folder import AdapterFormatError, read_json
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.pruning import (
     EDGE_THRESHOLD,
@@ -34,6 +33,7 @@ from tl_adapters.interop.circuit_tracer_features import (
     write_feature_file,
 )
 from tl_adapters.utils.files import remove_own, write_text
+from tl_adapters.utils.reading import Record, as_record, read_json_object, shown, unreadable_as
 
 GRAPH_LIST_FILE = "graph-metadata.json"
 CIRCUIT_TRACER_SCHEMA_VERSION = 1
@@ -322,13 +322,23 @@ def _with_entry(path: Path, metadata: dict[str, Any]) -> list[dict[str, Any]]:
     return [*others[:position], metadata, *others[position:]]
 
 
+class _GraphEntry(Record, extra="ignore"):
+    """What we read of an entry of graph-metadata.json; other keys are kept as they are."""
+
+    slug: str | None = None
+    transcoder_list: list[str] | str | None = None
+
+
 def _read_list(path: Path) -> list[dict[str, Any]]:
-    try:
-        graphs = read_json(path).get("graphs")
-    except AdapterFormatError:
-        graphs = None
-    if not isinstance(graphs, list) or not all(isinstance(entry, dict) for entry in graphs):
-        raise GraphError(f"{path} is damaged or not a list of graphs; remove it, or choose another folder.")
+    """Return the entries of the list of graphs. Raises GraphError."""
+    advice = "It is not a list of graphs: remove it, or choose another folder."
+    with unreadable_as(GraphError):
+        graphs = read_json_object(path, advice).get("graphs")
+        if not isinstance(graphs, list) or not all(isinstance(entry, dict) for entry in graphs):
+            raise GraphError(f"{path}: graphs is {shown(graphs)}; allowed is a list of mappings. {advice}")
+        for number, entry in enumerate(graphs):
+            read = {key: entry[key] for key in _GraphEntry.model_fields if key in entry}
+            as_record(_GraphEntry, read, f"{path}, graph {number}", advice)
     return graphs
 
 

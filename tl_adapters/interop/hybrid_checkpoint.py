@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from tl_adapters.adapters.saelens_folder import read_json
 from tl_adapters.checkpoints.architectures import require_supported
 from tl_adapters.checkpoints.base_mlps import require_plain_folder
 from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, require_fit
@@ -30,6 +29,7 @@ from tl_adapters.checkpoints.model_files import (
 )
 from tl_adapters.checkpoints.model_reference import published_name
 from tl_adapters.utils.files import copy_file, new_folder, plain_file, write_tensors, write_text
+from tl_adapters.utils.reading import read_json_object
 from tl_adapters.utils.strict_json import dumps
 
 
@@ -114,7 +114,7 @@ def _copy_description(target_folder: Path, out: Path) -> None:
                 copy_file(plain_file(target_folder, file.name), out / file.name)
     tokenizer_config = out / "tokenizer_config.json"
     if tokenizer_config.is_file():
-        write_text(tokenizer_config, dumps(_without_paths(read_json(tokenizer_config)), indent=1) + "\n")
+        write_text(tokenizer_config, dumps(_without_paths(read_json_object(tokenizer_config)), indent=1) + "\n")
 
 
 def _without_paths(record: Mapping[str, Any]) -> dict[str, Any]:

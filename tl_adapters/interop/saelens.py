@@ -19,6 +19,7 @@ import torch
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.saelens_folder import (
+    COPY_AGAIN,
     INPUT_HOOKS,
     OUTPUT_HOOKS,
     SAELENS_ARCHITECTURES,
@@ -28,9 +29,11 @@ from tl_adapters.adapters.saelens_folder import (
     read_weights,
 )
 from tl_adapters.adapters.set_folder import SET_METADATA_FILE, SET_SAMPLES_FILE
-from tl_adapters.adapters.transcoder import adapter_of
+from tl_adapters.adapters.transcoder import TranscoderAdapter, adapter_of
 from tl_adapters.checkpoints.model_files import fetch
+from tl_adapters.config import ConfigError
 from tl_adapters.utils.files import plain_file
+from tl_adapters.utils.reading import as_dataclass, shown, unreadable_as
 
 _SUPPORTED_VALUES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("architecture", ("transcoder", "jumprelu_transcoder")),
@@ -137,66 +140,78 @@ def from_saelens(
         layer_folders = [plain_file(folder, *inner.parts) for inner in sorted(found)]
     if not layer_folders:
         raise AdapterFormatError(f"{name} holds no {SAELENS_CONFIG_FILE}; it is not a SAELens transcoder.")
-    layers, metadata = {}, []
-    for layer_folder in layer_folders:
-        layer, about = _read_layer_metadata(layer_folder)
-        if layer in layers:
-            raise AdapterFormatError(f"{name} holds several transcoders of layer {layer}; choose with sae_ids=.")
-        weights = read_weights(layer_folder, about["activation"], device)
-        layers[layer] = adapter_of(weights, about["activation"], about["k"])
-        metadata.append(about)
-    n_layers = metadata[0].pop("n_layers", None) or max(layers) + 1
-    if any({**about, "n_layers": 0} != {**metadata[0], "n_layers": 0} for about in metadata):
-        raise AdapterFormatError(f"The transcoders in {name} do not belong to one set; choose with sae_ids=.")
-    result = AdapterSet(layers, None, AdapterMetadata(**metadata[0]), n_layers)
+    result = _set_of(name, layer_folders, device)
     result.require_finite(str(name))
     return result
 
 
-def _read_layer_metadata(folder: Path) -> tuple[int, dict[str, Any]]:
-    """Return the layer of one SAELens folder, and its fields of `AdapterMetadata` with "n_layers".
+def _set_of(name: str | Path, layer_folders: Sequence[Path], device: torch.device | str) -> AdapterSet:
+    """Return the set of the transcoders in these folders. Raises AdapterFormatError."""
+    layers: dict[int, TranscoderAdapter] = {}
+    metadata, n_layers = [], 0
+    for layer_folder in layer_folders:
+        layer, about, recorded_n_layers = _read_layer_metadata(layer_folder)
+        if layer in layers:
+            raise AdapterFormatError(f"{name} holds several transcoders of layer {layer}; choose with sae_ids=.")
+        weights = read_weights(layer_folder, about.activation, device)
+        try:
+            layers[layer] = adapter_of(weights, about.activation, about.k)
+        except ConfigError as error:
+            raise AdapterFormatError(f"{layer_folder / SAELENS_CONFIG_FILE}: {error}") from error
+        metadata.append(about)
+        n_layers = max(n_layers, recorded_n_layers or 0, layer + 1)
+    shapes = {(*adapter.W_enc.shape, adapter.W_enc.dtype) for adapter in layers.values()}
+    if len(shapes) > 1 or any(about != metadata[0] for about in metadata):
+        raise AdapterFormatError(f"The transcoders in {name} do not belong to one set; choose with sae_ids=.")
+    return AdapterSet(layers, None, metadata[0], n_layers)
+
+
+def _read_layer_metadata(folder: Path) -> tuple[int, AdapterMetadata, int | None]:
+    """Return the layer of one SAELens folder, its metadata, and the model's number of layers where it is recorded.
 
     Raises AdapterFormatError for a configuration that would be misread.
     """
     config = read_config(folder)
-    about = config.get("metadata") or config
+    about = config.about
     for key, supported in _SUPPORTED_VALUES:
-        if config.get(key) not in supported:
+        if (given := getattr(config, key)) not in supported:
             _refuse(
                 folder,
-                f"{key} is {config.get(key)!r}",
+                f"{key} is {shown(given)}",
                 f"supported is {' or '.join(repr(value) for value in supported if value is not None)}",
             )
-    if about.get("hook_head_index") is not None:
-        _refuse(folder, f"hook_head_index is {about['hook_head_index']}", "an adapter reads the whole stream")
-    layer, reads, writes = _read_hooks(folder, str(about.get("hook_name")), str(about.get("hook_name_out")))
-    ours = about.get("tl_adapters") or {"target": str(about.get("model_name") or "")}
-    known_fields = {f.name for f in fields(AdapterMetadata)}
-    metadata = {key: value for key, value in ours.items() if key in known_fields}
-    metadata["fingerprints"] = {k: v for k, v in metadata.get("fingerprints", {}).items() if k != "adapters"}
-    architecture = config["architecture"]
-    activation = metadata.get("activation") or {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}[architecture]
-    if SAELENS_ARCHITECTURES.get(activation) != architecture:
-        _refuse(
-            folder, f"its metadata says {activation}, its architecture {architecture}", "they contradict each other"
-        )
-    metadata |= {"activation": activation, "k": metadata.get("k")}
-    metadata |= {"reads": reads, "writes": writes, "n_layers": ours.get("n_layers")}
-    return layer, metadata
+    if about.hook_head_index is not None:
+        _refuse(folder, f"hook_head_index is {about.hook_head_index}", "an adapter reads the whole stream")
+    layer, reads, writes = _read_hooks(folder, str(about.hook_name), str(about.hook_name_out))
+    ours = about.tl_adapters or {"target": about.model_name or ""}
+    architecture = str(config.architecture)
+    activation = ours.get("activation") or {"transcoder": "relu", "jumprelu_transcoder": "jumprelu"}[architecture]
+    if not isinstance(activation, str) or SAELENS_ARCHITECTURES.get(activation) != architecture:
+        contradiction = f"its metadata says {shown(activation)}, its architecture {architecture}"
+        _refuse(folder, contradiction, "they contradict each other")
+    record = {key: ours[key] for key in (field.name for field in fields(AdapterMetadata)) if key in ours}
+    record |= {"activation": activation, "reads": reads, "writes": writes}
+    with unreadable_as(AdapterFormatError):
+        metadata = as_dataclass(AdapterMetadata, record, str(folder / SAELENS_CONFIG_FILE), COPY_AGAIN)
+    metadata.fingerprints.pop("adapters", None)
+    n_layers = ours.get("n_layers")
+    if n_layers is not None and (not isinstance(n_layers, int) or isinstance(n_layers, bool) or n_layers <= layer):
+        _refuse(folder, f"n_layers is {shown(n_layers)}", f"allowed is a whole number above {layer}, its layer")
+    return layer, metadata, n_layers
 
 
 def _read_hooks(folder: Path, hook_in: str, hook_out: str) -> tuple[int, str, str]:
     """Return the layer, and `AdapterMetadata`'s "reads" and "writes", that belong to the two hook names."""
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_in)
+    match = re.fullmatch(r"blocks\.([0-9]{1,4})\.(.+)", hook_in)
     reads = {hook.partition("{}.")[2]: name for name, hook in INPUT_HOOKS.items()}
     if match is None or match[2] not in reads:
         supported = " and ".join(hook.format("N") for hook in INPUT_HOOKS.values())
-        _refuse(folder, f"it reads {hook_in}", f"supported are {supported}")
+        _refuse(folder, f"it reads {hook_in[:100]}", f"supported are {supported}")
     layer = int(match[1])
     writes = {hook.format(layer): name for name, hook in OUTPUT_HOOKS.items()}
     writes[f"blocks.{layer}.mlp.hook_out"] = "mlp_out"
     if hook_out not in writes:
-        _refuse(folder, f"it writes {hook_out}", f"supported are {' and '.join(writes)}")
+        _refuse(folder, f"it writes {hook_out[:100]}", f"supported are {' and '.join(writes)}")
     return layer, reads[match[2]], writes[hook_out]
 
 

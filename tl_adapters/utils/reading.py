@@ -16,11 +16,15 @@ import math
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from safetensors import SafetensorError
 
 from tl_adapters.errors import UserError
@@ -44,6 +48,15 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_
 
 class UnreadableFileError(UserError, ValueError):
     """A file that is missing, damaged, or holds something else than it should; the message says where and what."""
+
+
+@contextmanager
+def unreadable_as(error_class: type[UserError]) -> Iterator[None]:
+    """Within this context, an UnreadableFileError becomes an ``error_class`` with the same message."""
+    try:
+        yield
+    except UnreadableFileError as error:
+        raise error_class(str(error)) from error
 
 
 class Record(BaseModel):
@@ -149,23 +162,26 @@ def parse_json(text: str, source: str, advice: str = "") -> Any:
     Raises UnreadableFileError.
     """
 
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"it holds {constant}, and JSON holds only finite numbers")
-
-    def finite(number: str) -> float:
-        return value if math.isfinite(value := float(number)) else refuse(number)
-
-    def whole(number: str) -> int:
-        if len(number) > _LARGEST_NUMBER:
-            raise ValueError(f"it holds a number of {len(number)} digits")
-        return int(number)
-
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite, parse_int=whole)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
     except RecursionError as error:
         raise UnreadableFileError(f"{source} is nested too deeply. {advice}".rstrip()) from error
     except ValueError as error:
         raise UnreadableFileError(f"{source} is not valid JSON: {error}. {advice}".rstrip()) from error
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"it holds {constant}, and JSON holds only finite numbers")
+
+
+def _finite(number: str) -> float:
+    return value if math.isfinite(value := float(number)) else _refuse(number)
+
+
+def _whole(number: str) -> int:
+    if len(number) > _LARGEST_NUMBER:
+        raise ValueError(f"it holds a number of {len(number)} digits")
+    return int(number)
 
 
 class _PlainYaml(yaml.SafeLoader):
@@ -260,6 +276,21 @@ def as_record(record: type[RecordType], value: Any, source: str, advice: str = "
         raise UnreadableFileError(f"{source}: {problem_of(error, record)} {advice}".rstrip()) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise UnreadableFileError(f"{source} holds values that are not JSON ({error}). {advice}".rstrip()) from error
+
+
+def as_dataclass(cls: type[RecordType], value: Any, source: str, advice: str = "") -> RecordType:
+    """Return ``value`` as a standard dataclass, as strict about keys and types as a `Record`; nested ones too.
+
+    Arguments and errors as in `as_record`.
+    """
+    checked: Any = as_record(_checked(cls), value, source, advice)  # type: ignore[arg-type]  # cached by the class
+    return cls(**{field.name: getattr(checked, field.name) for field in fields(checked)})
+
+
+@cache
+def _checked(cls: type[Any]) -> type[Any]:
+    """The dataclass with pydantic's checks of its arguments."""
+    return pydantic_dataclass(cls, config=STRICT, frozen=True)
 
 
 def problem_of(error: ValidationError, record: type[Any], noun: str = "key") -> str:
