@@ -48,7 +48,7 @@ def test_the_blocks_are_those_of_the_schema(results: dict[str, Any]) -> None:
     assert results["schema_version"] == 1
     assert set(results) == {
         "schema_version", "pair", "train", "faithfulness", "features", "behaviour", "baselines",
-        "attribution", "hesitation", "seconds", "versions", "seeds",
+        "attribution", "hesitation", "seconds", "versions", "seeds", "files",
     }  # fmt: skip
     f = results["faithfulness"]
     assert set(f["kl"]) == {"hybrid", "replacement"}

@@ -186,7 +186,7 @@ class Circuit:
         Raises DiskFullError.
         """
         path = Path(path) if Path(path).suffix == ".json" else Path(path) / CIRCUIT_FILE
-        write_text(path, self._json())
+        write_text(path, self.json_text())
         return path
 
     @classmethod
@@ -239,7 +239,7 @@ class Circuit:
         require_repository_name(repo)
         with hub_errors(f"The hub did not take {file} into {repo}, which holds its adapters", repo, upload=True):
             commit = HfApi(token=token).upload_file(
-                path_or_fileobj=self._json().encode(),
+                path_or_fileobj=self.json_text().encode(),
                 path_in_repo=file,
                 repo_id=repo,
                 revision=revision,
@@ -247,7 +247,8 @@ class Circuit:
             )
         return str(commit.commit_url)
 
-    def _json(self) -> str:
+    def json_text(self) -> str:
+        """The content of circuit.json."""
         fields = plain(asdict(self), null=True)
         record = {"schema_version": CIRCUIT_SCHEMA_VERSION, "behaviour": fields.pop("behavior"), **fields}
         record["features"] = [

@@ -44,11 +44,14 @@ def add_attribute(subcommands: Subcommands, common: argparse.ArgumentParser) -> 
 def _attribute(args: argparse.Namespace) -> None:
     from tl_adapters.attribution.attribute import attribute
     from tl_adapters.features.store import FeatureStore
-    from tl_adapters.pages.graph_page import write_graph
+    from tl_adapters.pages.graph_page import free_graph_name, require_new_graph, write_graph
     from tl_adapters.study.features import FEATURES_FOLDER, STORE_FOLDER
     from tl_adapters.study.open_run import open_run
 
     prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
+    out = args.out or args.run_folder / "graphs"
+    name = args.name or free_graph_name(out, "graph")
+    require_new_graph(out, name)
     pair = open_run(args.run_folder, device_of(args.device), args.dtype)
     graph = attribute(
         pair,
@@ -60,8 +63,6 @@ def _attribute(args: argparse.Namespace) -> None:
         exclude_bos=args.exclude_bos,
         progress=not args.quiet,
     )
-    out = args.out or args.run_folder / "graphs"
-    name = args.name or next(f"graph-{i}" for i in range(1, 10**6) if not (out / f"graph-{i}").exists())
     store_folder = args.run_folder / FEATURES_FOLDER / STORE_FOLDER
     store = FeatureStore.load(store_folder) if store_folder.is_dir() else None
     thresholds = dict(node_threshold=args.node_threshold, edge_threshold=args.edge_threshold)

@@ -40,10 +40,12 @@ def add_hesitation(subcommands: Subcommands, common: argparse.ArgumentParser) ->
 
 
 def _hesitation(args: argparse.Namespace) -> None:
+    from tl_adapters.circuits.circuit import CIRCUIT_FILE
     from tl_adapters.circuits.criteria import OUTCOME_NAMES
     from tl_adapters.data.hesitation_words import HESITATION_ONSET
     from tl_adapters.pages.report import write_report
     from tl_adapters.study.hesitation import hesitation_of_run
+    from tl_adapters.utils.results import output_file
 
     name, _, source = (args.task or "").partition("=")
     study = hesitation_of_run(
@@ -68,5 +70,5 @@ def _hesitation(args: argparse.Namespace) -> None:
             value = "-" if criterion["value"] is None else f"{criterion['value']:.3g}"
             show(f"{OUTCOME_NAMES[criterion['reached']]:9}  {criterion['name']}: {value}, {criterion['bar']}")
     run = args.run_folder
-    show(f"page: {run / study.block['page']}\ncircuit: {run / 'circuit.json'}\nreport: {write_report(run)}")
+    show(f"page: {run / study.block['page']}\ncircuit: {output_file(run, CIRCUIT_FILE)}\nreport: {write_report(run)}")
     show(f"next: tl-adapters serve {run}")

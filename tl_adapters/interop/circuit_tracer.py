@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import tl_adapters
@@ -32,11 +32,12 @@ from tl_adapters.interop.circuit_tracer_features import (
     viewer_json,
     write_feature_file,
 )
-from tl_adapters.utils.files import remove_own, write_text
+from tl_adapters.utils.files import locked, remove_own, write_text
 from tl_adapters.utils.reading import Record, as_record, read_json_object, shown, unreadable_as
 
 GRAPH_LIST_FILE = "graph-metadata.json"
 CIRCUIT_TRACER_SCHEMA_VERSION = 1
+_LONGEST_SLUG = 200
 _SCAN = "./data/features"
 """Value of "scan" with which the viewer reads the feature files beside the graphs and not those on the hub."""
 
@@ -70,8 +71,34 @@ def write_circuit_tracer(
     Raises:
         GraphError: a slug, prompt or supernode that cannot be shown, values that are not finite, thresholds outside
             (0, 1], or a folder whose list of graphs is damaged or belongs to other adapters.
-        DiskFullError.
+        WriteError.
     """
+    options = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+    data = write_circuit_tracer_data(graph, folder, slug, features=features, supernodes=supernodes, **options)
+    add_to_list(folder, data)
+    return data.address
+
+
+class CircuitTracerGraph(NamedTuple):
+    """A graph whose data are in a folder, and which is not in the folder's list yet."""
+
+    metadata: dict[str, Any]
+    """Its entry in the list."""
+    address: str
+    """Its address in the viewer, with pinned nodes and supernodes."""
+
+
+def write_circuit_tracer_data(
+    graph: AttributionGraph,
+    folder: str | Path,
+    slug: str,
+    *,
+    node_threshold: float,
+    edge_threshold: float,
+    features: Mapping[tuple[int, int], FeatureRecord] | None = None,
+    supernodes: Mapping[str, list[str]] | None = None,
+) -> CircuitTracerGraph:
+    """Write what `write_circuit_tracer` writes, except for the entry in the list; everything is checked before."""
     require_slug(slug)
     if len(graph.tokens) < 2 or not graph.targets:
         raise GraphError(
@@ -91,14 +118,25 @@ def write_circuit_tracer(
         "nodes": _nodes(graph, pruned, ids, features or {}),
         "links": _links(graph, pruned, ids),
     }
-    # Errors are raised before anything is written. The list is written last, so that it names complete graphs only.
     graph_text = viewer_json(record)
-    list_text = viewer_json({"graphs": _with_entry(folder / GRAPH_LIST_FILE, metadata)})
+    viewer_json({"graphs": _with_entry(folder / GRAPH_LIST_FILE, metadata)})
     _write_features(graph, pruned, folder / VIEWER_FEATURES_FOLDER, features or {})
     write_text(folder / f"{slug}.json", graph_text)
-    write_text(folder / GRAPH_LIST_FILE, list_text)
     query = {"slug": slug, "supernodes": json.dumps(groups), "pinnedIds": ",".join(pinned)}
-    return f"index.html?{urlencode(query, quote_via=quote)}"
+    return CircuitTracerGraph(metadata, f"index.html?{urlencode(query, quote_via=quote)}")
+
+
+def add_to_list(folder: str | Path, graph: CircuitTracerGraph) -> None:
+    """Add a graph to the folder's list, last of all, so that the list names complete graphs only."""
+    path = Path(folder) / GRAPH_LIST_FILE
+    with locked(path):
+        write_text(path, viewer_json({"graphs": _with_entry(path, graph.metadata)}))
+
+
+def listed_graphs(folder: str | Path) -> list[str]:
+    """The slugs in a folder's list of graphs; none where there is no list. Raises GraphError where it is damaged."""
+    path = Path(folder) / GRAPH_LIST_FILE
+    return [str(entry.get("slug")) for entry in _read_list(path)] if path.exists() else []
 
 
 def remove_circuit_tracer(folder: str | Path, slug: str) -> None:
@@ -109,8 +147,9 @@ def remove_circuit_tracer(folder: str | Path, slug: str) -> None:
     require_slug(slug)
     path = Path(folder) / GRAPH_LIST_FILE
     if path.is_file():
-        graphs = _read_list(path)
-        write_text(path, viewer_json({"graphs": [entry for entry in graphs if entry.get("slug") != slug]}))
+        with locked(path):
+            graphs = [entry for entry in _read_list(path) if entry.get("slug") != slug]
+            write_text(path, viewer_json({"graphs": graphs}))
     remove_own(Path(folder) / f"{slug}.json")
 
 
@@ -138,10 +177,12 @@ def node_ids(graph: AttributionGraph) -> list[str]:
 
 def require_slug(slug: str) -> None:
     """Raise GraphError for a name that cannot be a file name and part of an address."""
-    if not re.fullmatch(r"[\w.-]+", slug, re.ASCII):
+    if not re.fullmatch(r"[\w.-]+", slug, re.ASCII) or not slug.strip("."):
         raise GraphError(
             f"The slug {slug!r} is not allowed in file names and URLs; use letters, digits, '_', '.' and '-' only."
         )
+    if len(slug) > _LONGEST_SLUG:
+        raise GraphError(f"The slug {slug[:40]}... has {len(slug)} characters; allowed are {_LONGEST_SLUG}.")
     if f"{slug}.json".lower() == GRAPH_LIST_FILE:  # some file systems ignore case
         raise GraphError(f"The slug {slug!r} would overwrite {GRAPH_LIST_FILE}; choose another.")
 

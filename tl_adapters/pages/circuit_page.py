@@ -47,9 +47,8 @@ from tl_adapters.pages.circuit_sections import (
     suppressors_section,
 )
 from tl_adapters.pages.feature_pages import feature_address
-from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import Cell, highlight_spans, render, shown_from
-from tl_adapters.utils.results import RESULTS_FILE, Block, plain
+from tl_adapters.utils.results import RESULTS_FILE, Block, plain, write_output
 
 HESITATION_PAGE_FILE = "hesitation.html"
 FEATURE_PAGES_FOLDER = "features/pages"
@@ -115,9 +114,7 @@ def write_circuit_page(
             features=_features(circuit, store, link),
             generations=[_generation(example, words) for example in examples],
         )
-    path = folder / HESITATION_PAGE_FILE
-    write_text(path, text)
-    return path
+    return write_output(folder, HESITATION_PAGE_FILE, text)
 
 
 def _sections(block: Block) -> list[Section | None]:

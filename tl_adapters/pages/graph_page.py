@@ -6,12 +6,13 @@ and by its activations on the prompt. A feature store of the run adds the featur
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tl_adapters.attribution.graph import AttributionGraph
+from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.provenance import require_same_pair
 from tl_adapters.attribution.pruning import EDGE_THRESHOLD, NODE_THRESHOLD, PrunedGraph, feature_share, prune
 from tl_adapters.attribution.targets import token_label
@@ -19,15 +20,24 @@ from tl_adapters.features.feature import Feature
 from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.interop.circuit_tracer import (
+    add_to_list,
+    listed_graphs,
     node_ids,
     remove_circuit_tracer,
     require_slug,
-    write_circuit_tracer,
+    write_circuit_tracer_data,
 )
 from tl_adapters.interop.circuit_tracer_features import FeatureRecord
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_viewer import ViewerData, ViewerNode, write_viewer
-from tl_adapters.utils.files import remove_own, require_absent
+from tl_adapters.utils.files import (
+    FolderExistsError,
+    name_new,
+    remove_own,
+    require_absent,
+    require_writable,
+    working_folder,
+)
 
 CIRCUIT_TRACER_FOLDER = "circuit-tracer"
 _TOP_LOGITS = 8
@@ -74,26 +84,56 @@ def write_graph(
         GraphError: a name or threshold that is not allowed, or a graph of another pair.
         FolderExistsError: a graph of that name exists already.
     """
-    require_slug(name)
-    require_same_pair(pair, graph)
-    require_absent(Path(folder) / name)
     folder = Path(folder)
+    require_new_graph(folder, name)
+    require_same_pair(pair, graph)
     pruned = prune(graph, node_threshold, edge_threshold)
     records = feature_records(pair, graph, pruned, store)
-    # The circuit-tracer files are written first: they can still be refused (a prompt of one token, a folder with graphs
-    # of other adapters), and then nothing remains.
-    url = write_circuit_tracer(
-        graph,
-        folder / CIRCUIT_TRACER_FOLDER,
-        name,
-        node_threshold=node_threshold,
-        edge_threshold=edge_threshold,
-        features=records,
-    )
-    graph.save(folder / name)
+    viewer = viewer_data(graph, pruned, records, title or "".join(graph.display_strings[-12:]))
     page = folder / f"{name}.html"
-    write_viewer(page, viewer_data(graph, pruned, records, title or "".join(graph.display_strings[-12:])))
-    return GraphPaths(page, url)
+    with working_folder(folder / name) as work:
+        graph.save(work / "graph")
+        write_viewer(work / "page", viewer)
+        # This can still be refused: a prompt of one token, a folder with graphs of other adapters.
+        tracer = write_circuit_tracer_data(
+            graph,
+            folder / CIRCUIT_TRACER_FOLDER,
+            name,
+            node_threshold=node_threshold,
+            edge_threshold=edge_threshold,
+            features=records,
+        )
+        name_new(work / "page", page)
+        name_new(work / "graph", folder / name)
+    add_to_list(folder / CIRCUIT_TRACER_FOLDER, tracer)
+    return GraphPaths(page, tracer.address)
+
+
+def require_new_graph(folder: str | Path, name: str) -> None:
+    """Check that `write_graph` can write a graph under a name; to be called before the graph is computed.
+
+    Raises GraphError for a name that is not allowed, FolderExistsError where the name is taken, and WriteError where
+    nothing can be written.
+    """
+    require_slug(name)
+    folder = Path(folder)
+    if name.lower() == CIRCUIT_TRACER_FOLDER:  # some file systems ignore case
+        raise GraphError(f"The name {name!r} is that of the folder of the viewer's files; choose another.")
+    for path in (folder / name, folder / f"{name}.html"):
+        require_absent(path)
+    if name in listed_graphs(folder / CIRCUIT_TRACER_FOLDER):
+        raise FolderExistsError(
+            f"{folder / CIRCUIT_TRACER_FOLDER} lists a graph {name!r} already; choose another name."
+        )
+    require_writable(folder)
+
+
+def free_graph_name(folder: str | Path, prefix: str) -> str:
+    """Return the first of prefix-1, prefix-2, ... under which there is neither a graph nor a page in a folder."""
+    listed = listed_graphs(Path(folder) / CIRCUIT_TRACER_FOLDER)
+    names = (f"{prefix}-{i}" for i in count(1))
+    taken = lambda name: any((Path(folder) / file).exists() for file in (name, f"{name}.html"))  # noqa: E731
+    return next(name for name in names if name not in listed and not taken(name))
 
 
 def remove_graph(folder: str | Path, name: str) -> None:

@@ -15,10 +15,9 @@ from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.data.hesitation_words import HIGHLIGHTED_WORDS
 from tl_adapters.pages.circuit_page import HESITATION_PAGE_FILE
 from tl_adapters.pages.plots import Line, Plot, measured_line, plot
-from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import Cell, highlight_words, measurement_cell, percent, render, shown_from, three_digits
 from tl_adapters.utils.reading import read_json_lines
-from tl_adapters.utils.results import RESULTS_FILE, Block, read_results
+from tl_adapters.utils.results import RESULTS_FILE, Block, output_file, read_results, write_output
 
 REPORT_PAGE_FILE = "report.html"
 
@@ -34,9 +33,7 @@ def write_report(folder: str | Path) -> Path:
     results = read_results(folder)
     with shown_from(folder / RESULTS_FILE):
         text = render("report/report.html.j2", results=results, **_values(results, folder))
-    path = folder / REPORT_PAGE_FILE
-    write_text(path, text)
-    return path
+    return write_output(folder, REPORT_PAGE_FILE, text)
 
 
 def _values(results: Block, folder: Path) -> dict[str, Any]:
@@ -65,7 +62,7 @@ def _values(results: Block, folder: Path) -> dict[str, Any]:
         "detection_rows": _detection_rows(labels.get("detection")),
         "attribution": _attribution(attribution) if attribution.get("graphs") else None,
         "circuit": _circuit(upgraded_block(results["hesitation"])) if results.get("hesitation") else None,
-        "generations": [_generation(answer) for answer in _read_lines(folder / "answers.jsonl")],
+        "generations": [_generation(answer) for answer in _read_lines(output_file(folder, "answers.jsonl"))],
         "versions": ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items() if version),
         "seconds": ", ".join(f"{stage} {value:.0f} s" for stage, value in results.get("seconds", {}).items()),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.generation.responses import Response
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.pages.graph_page import remove_graph, write_graph
+from tl_adapters.pages.graph_page import free_graph_name, remove_graph, require_new_graph, write_graph
 from tl_adapters.utils.results import read_results, stage, write_results
 
 N_GRAPHS = 3
@@ -36,10 +35,9 @@ def attribution_stage(
     with stage(folder, "attribution"):
         for earlier in (read_results(folder).get("attribution") or {}).get("moments", []):
             remove_graph(graphs, Path(earlier["page"]).stem)  # graphs of an earlier evaluation; those of the user stay
-        names = (name for i in count(1) if not (graphs / (name := f"moment-{i}")).exists())
         onsets = [
-            attribute_onset(pair, tokens, LogitTarget(word), graphs, name, store)
-            for tokens, name in zip(prompts, names, strict=False)
+            attribute_onset(pair, tokens, LogitTarget(word), graphs, free_graph_name(graphs, "moment"), store)
+            for tokens in prompts
         ]
         mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731
         write_results(
@@ -67,6 +65,7 @@ def attribute_onset(
     store: FeatureStore | None = None,
 ) -> dict[str, Any]:
     """Writes the graph of one onset and validates it; returns its record for results.json."""
+    require_new_graph(folder, name)
     graph = attribute(pair, tokens, progress=False)
     if target.token not in [t.token for t in graph.targets]:
         likeliest = [LogitTarget(t.token) for t in graph.targets if t.token is not None]

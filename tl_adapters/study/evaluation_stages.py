@@ -22,8 +22,7 @@ from tl_adapters.models.build import build_model
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_recovered
 from tl_adapters.utils.clustered_intervals import paired_difference
-from tl_adapters.utils.files import write_text
-from tl_adapters.utils.results import changed_results, read_results, stage, write_results
+from tl_adapters.utils.results import changed_results, read_results, stage, write_output, write_results
 from tl_adapters.utils.strict_json import dumps
 
 LOW_RANKS = (1, 2, 4, 8, 16, 32)
@@ -93,7 +92,7 @@ def behavior_stage(
         answers = [
             {"question": compared[i].question, **{name: r[i].text for name, r in responses.items()}} for i in shown
         ]
-        write_text(folder / "answers.jsonl", "".join(dumps(a) + "\n" for a in answers))
+        write_output(folder, "answers.jsonl", "".join(dumps(a) + "\n" for a in answers))
     return target
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tl_adapters.circuits.circuit import CIRCUIT_FILE
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
 from tl_adapters.circuits.subject import Subject, builtin_subject, halves
 from tl_adapters.config import Dtype
@@ -20,8 +21,7 @@ from tl_adapters.pages.circuit_page import write_circuit_page
 from tl_adapters.study.features import FEATURES_FOLDER as FEATURES
 from tl_adapters.study.features import STORE_FOLDER
 from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters
-from tl_adapters.utils.files import write_text
-from tl_adapters.utils.results import plain, read_results, stage, write_results
+from tl_adapters.utils.results import plain, read_results, stage, write_output, write_results
 from tl_adapters.utils.strict_json import dumps
 
 EXAMPLES_FILE = "hesitation.jsonl"
@@ -51,8 +51,8 @@ def hesitation_stage(
     seeds = tuple(read_results(folder).get("seeds", [0]))
     with stage(folder, "hesitation"):
         study = analyze_behavior(pair, subject, words, find, name=name, options=options, seeds=seeds, progress=progress)
-        study.circuit.save(folder)
-        write_text(folder / EXAMPLES_FILE, "".join(dumps(e) + "\n" for e in study.examples))
+        write_output(folder, CIRCUIT_FILE, study.circuit.json_text())
+        write_output(folder, EXAMPLES_FILE, "".join(dumps(e) + "\n" for e in study.examples))
         store_folder = folder / FEATURES / STORE_FOLDER
         store = FeatureStore.load(store_folder) if store_folder.is_dir() else None
         page = write_circuit_page(folder, plain(study.block), study.circuit, store, study.examples)

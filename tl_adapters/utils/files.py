@@ -233,6 +233,19 @@ def replace_folder(fresh: str | Path, path: str | Path, own: Iterable[str]) -> N
         shutil.rmtree(earlier, ignore_errors=True)
 
 
+def name_new(work: str | Path, path: str | Path) -> None:
+    """Give a complete file or folder out of a `working_folder` its name, which must be free.
+
+    Raises FolderExistsError and WriteError.
+    """
+    work, path = Path(work), Path(path)
+    require_absent(path)
+    with writing(path):
+        _sync_tree(work, path)
+        os.rename(work, path)
+        _sync(path.parent)
+
+
 @contextmanager
 def working_folder(path: str | Path) -> Iterator[Path]:
     """A folder with a temporary name beside ``path``, removed at the end of the block unless it was renamed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ Block = Mapping[str, Any]
 """A block of results.json: what one stage of a run measured."""
 RESULTS_SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
+OUTPUT_FILES = "files"
+"""Block of results.json: name of each file that a stage wrote -> the name that it got, and its last two hashes."""
 _PACKAGES = ("tl-adapters", "torch", "transformer-lens", "sae-lens", "transformers", "safetensors")
 
 
@@ -60,6 +64,8 @@ def changed_results(folder: str | Path) -> Iterator[dict[str, Any]]:
     path = Path(folder) / RESULTS_FILE
     with locked(path):
         results = read_results(folder)
+        if not path.is_file():
+            results[OUTPUT_FILES] = {}
         yield results
         write_text(path, dumps({name: plain(block) for name, block in results.items()}, indent=1) + "\n")
 
@@ -72,6 +78,44 @@ def write_results(folder: str | Path, **blocks: Any) -> dict[str, Any]:
     with changed_results(folder) as results:
         results.update({name: plain(block) for name, block in blocks.items()})
     return results
+
+
+def write_output(folder: str | Path, name: str, text: str) -> Path:
+    """Write a file of a stage into a run folder and return its path.
+
+    A file of that name that no stage wrote, or that was changed since, stays as it is; the next free name is taken,
+    such as report-2.html, and a log line says so. What the stages wrote is known by its hash, which results.json keeps.
+    In a folder without results.json the file is replaced, because the caller has named it. Raises WriteError.
+    """
+    folder = Path(folder)
+    path = folder / name
+    if (folder / RESULTS_FILE).is_file():
+        with changed_results(folder) as results:
+            known = results.get(OUTPUT_FILES, {}).get(name, {"file": name, "sha256": []})
+            path = folder / known["file"]
+            # Runs of the first release kept no hashes.
+            if path.exists() and OUTPUT_FILES in results and _sha256(path.read_bytes()) not in known["sha256"]:
+                log.info("%s was not written by a stage of this run, or was changed, and stays as it is.", path)
+                path, known = _free_name(folder / name), {"sha256": []}
+            # The earlier hash is kept too: a process may be killed before the new file has its name.
+            hashes = [*known["sha256"][-1:], _sha256(text.encode())]
+            results.setdefault(OUTPUT_FILES, {})[name] = {"file": path.name, "sha256": hashes}
+    write_text(path, text)
+    return path
+
+
+def output_file(folder: str | Path, name: str) -> Path:
+    """The path of what `write_output` wrote under a name."""
+    return Path(folder) / read_results(folder).get(OUTPUT_FILES, {}).get(name, {}).get("file", name)
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2))
+    return next(name for name in names if not name.exists())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def plain(value: Any, null: bool = False) -> Any:

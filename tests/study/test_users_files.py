@@ -1,0 +1,165 @@
+"""Nothing of the user's is deleted, renamed or overwritten: neither beside a run's files nor under their names."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import small_scale
+from helpers import stores
+
+from tl_adapters import organism
+from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.features.feature import Label
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.pages.graph_page import free_graph_name, require_new_graph, write_graph
+from tl_adapters.pages.report import write_report
+from tl_adapters.study.benchmark import benchmark_run
+from tl_adapters.study.evaluate import evaluate_organism
+from tl_adapters.study.features import label_and_record, load_stores
+from tl_adapters.study.open_run import open_run
+from tl_adapters.utils.files import FolderExistsError, WriteError
+from tl_adapters.utils.results import changed_results, output_file, read_results
+
+USERS = {
+    "notes.txt": b"mine",
+    "report.html": b"<p>of another program</p>",
+    "answers.jsonl": b"\xff not even text",
+    "circuit.json": b'{"mine": true}',
+    "hesitation.html": b"<p>drawn by hand</p>",
+    "hesitation.jsonl": b"",
+    "features/NOTE.md": b"mine",
+    "features/store/NOTE.md": b"mine",
+    "features/pages/mine.html": b"mine",
+    "features/neuron_pages/drawings/one.svg": b"<svg/>",
+    "features/replies/paid.json": b"{}",
+    "graphs/own.json": b"{}",
+    "graphs/moment-9/graph.json": b"{}",
+    "graphs/circuit-tracer/mine.json": b"{}",
+    "benchmarks/notes.md": b"mine",
+}
+
+
+@pytest.fixture
+def seeded(run: Path, tmp_path: Path) -> Path:
+    """A finished run into which the user has put files, a label and a block, also under the names of our own files."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for name, content in USERS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    for store in load_stores(folder):
+        store.set_labels({store.ids(1)[0]: Label("mine", "", "a person")})
+    with changed_results(folder) as results:
+        results["mine"] = {"value": 1}
+    return folder
+
+
+def test_every_stage_leaves_what_is_the_users(seeded: Path) -> None:
+    scale = small_scale()
+    scale = replace(scale, problems=6, documents=8, baseline_documents=2, max_new_tokens=40, hesitation=(8, 6))
+    pair = open_run(seeded)
+    fit = encode_traces(organism.reasoning_pairs("train", 8), pair.model.tokenizer)
+    evaluate_organism(pair, seeded, scale, fit)
+    benchmark_run(seeded, limit=4, options={"max_new_tokens": 4}, progress=False)
+    label_and_record(seeded, *load_stores(seeded))
+    report = write_report(seeded)
+    assert write_report(seeded) == report
+    assert {name: (seeded / name).read_bytes() for name in USERS} == USERS
+    results = read_results(seeded)
+    assert results["mine"] == {"value": 1} and "mine" in [
+        label.text for store in load_stores(seeded) for label in store.labels.values()
+    ]
+    assert report == seeded / "report-2.html" == output_file(seeded, "report.html")
+    ours = {path.name for path in seeded.iterdir() if path.stem.endswith("-2")}
+    assert ours == {"report-2.html", "answers-2.jsonl", "circuit-2.json", "hesitation-2.html", "hesitation-2.jsonl"}
+    assert results["hesitation"]["page"] == "hesitation-2.html"
+    assert not list(seeded.rglob(".*"))
+
+
+def test_a_run_of_the_first_release_replaces_its_own_pages(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    with changed_results(tmp_path / "run") as results:
+        del results["files"]
+    (tmp_path / "run" / "report.html").write_text("an earlier report")
+    assert write_report(tmp_path / "run") == tmp_path / "run" / "report.html"
+    assert "an earlier report" not in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def graph() -> tuple[PairedModel, AttributionGraph]:
+    pair = stores.random_pair()
+    tokens = list(stores.documents()[0].tokens[:12])
+    return pair, attribute(pair, tokens, ["Wait"], max_feature_nodes=10, progress=False)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["circuit-tracer", "Circuit-Tracer", ".", "..", "...", "a/b", "", "x" * 300])
+def test_names_that_no_graph_can_have_are_refused_before_anything_is_computed(
+    name: str, graph: tuple[PairedModel, AttributionGraph], tmp_path: Path
+) -> None:
+    with pytest.raises((GraphError, WriteError)):
+        require_new_graph(tmp_path / "graphs", name)
+    with pytest.raises((GraphError, WriteError)):
+        write_graph(*graph, tmp_path / "graphs", name)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("taken", ["mine.html", "mine/graph.json"])
+def test_a_page_or_folder_of_the_users_is_not_a_graphs(
+    taken: str, graph: tuple[PairedModel, AttributionGraph], tmp_path: Path
+) -> None:
+    (tmp_path / taken).parent.mkdir(exist_ok=True)
+    (tmp_path / taken).write_text("mine")
+    with pytest.raises(FolderExistsError, match="exists already"):
+        write_graph(*graph, tmp_path, "mine")
+    assert (tmp_path / taken).read_text() == "mine" and len(files(tmp_path)) == 1 + ("/" in taken)
+    (tmp_path / "graph-1.html").touch()
+    assert free_graph_name(tmp_path, "graph") == "graph-2"
+
+
+def test_a_graph_that_is_stopped_at_any_write_is_not_listed_and_can_be_written_again(
+    graph: tuple[PairedModel, AttributionGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The n-th rename is refused, for n = 1, 2, ... until the graph is there."""
+
+    def failing(rename: Callable[..., None]) -> Callable[..., None]:
+        def call(*paths: object) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            rename(*paths)
+
+        return call
+
+    stopped = 0
+    for n in range(1, 200):
+        folder, left = tmp_path / str(n), n
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "rename", failing(os.rename))
+            patched.setattr(os, "replace", failing(os.replace))
+            try:
+                write_graph(*graph, folder, "one")
+                break
+            except WriteError:
+                stopped += 1
+        assert not (folder / "circuit-tracer" / "graph-metadata.json").exists()
+        if not (folder / "one.html").exists():  # all but the last two renames
+            write_graph(*graph, folder, "one")
+            assert not list(folder.rglob(".*"))
+    assert stopped > 4 and (folder / "one.html").is_file() and (folder / "one" / "graph.json").is_file()
+    with pytest.raises(FolderExistsError, match="exists already"):
+        write_graph(*graph, folder, "one")
+    shutil.rmtree(folder / "one")
+    (folder / "one.html").unlink()
+    with pytest.raises(FolderExistsError, match="lists a graph 'one'"):
+        write_graph(*graph, folder, "one")
