@@ -262,6 +262,31 @@ def test_a_server_that_refuses_the_larger_limit_is_quoted() -> None:
     assert all("--reply-tokens" in f.reason and "context of 8192" in f.reason for f in failures)
 
 
+def ask_many(fake: FakeChat) -> list[Any]:
+    judge = Endpoint(fake.url, "judge", concurrency=1, tries=2)
+    return judge.ask_all([[{"role": "user", "content": str(i)}] for i in range(12)], read_label, progress=False)
+
+
+@pytest.mark.parametrize("finish_reason", ["stop", "content_filter"])
+def test_a_model_that_says_nothing_does_not_stop_the_run(finish_reason: str) -> None:
+    with FakeChat(lambda _: Response(completion(None, finish_reason))) as fake:
+        assert all(isinstance(failure, Failure) for failure in ask_many(fake))
+        assert len(fake.asked) == 12
+
+
+@pytest.mark.parametrize("content", [None, "<think>hm"])
+def test_a_model_all_of_whose_replies_are_cut_stops_the_run_early(content: str | None) -> None:
+    with FakeChat(lambda _: Response(completion(content, "length"))) as fake:
+        with pytest.raises(EndpointError, match="5 questions in a row.*--reply-tokens"):
+            ask_many(fake)
+        assert len(fake.asked) == 10
+
+
+def test_a_byte_order_mark_is_no_damage() -> None:
+    with FakeChat(lambda _: Response("\ufeff" + completion())) as fake:
+        assert ask_three(fake) == ["x"] * 3 and len(fake.asked) == 3
+
+
 def test_a_broken_server_stops_the_run_in_a_bounded_time() -> None:
     with FakeChat(lambda _: Says(status=503, headers={"retry-after": "1e9"})) as fake:
         started = time.monotonic()

@@ -53,7 +53,7 @@ REPLY_TOKENS, LONG_REPLY_TOKENS = 4096, 16384
 A reasoning model thinks for thousands of tokens before a verdict of a hundred.
 """
 MAX_FAILURES_IN_A_ROW = 5
-"""After this many questions in a row that failed after all tries, the endpoint counts as broken."""
+"""After this many questions in a row that failed after all tries, or whose replies were cut, the run stops."""
 MAX_COMPLAINT = 1000
 """Characters of the reason why a reply cannot be used."""
 
@@ -253,15 +253,15 @@ class Endpoint:
             # A server refuses a limit beyond what its model can read.
             refused = longer.text is None and not longer.truncated
             reply = Reply(None, problem=f"{TRUNCATED_REPLY}; with more: {longer.problem}") if refused else longer
-        if reply.text is not None:
-            self._failed_in_a_row = 0
-            return reply.text, reply.truncated
         with self._lock:
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row < MAX_FAILURES_IN_A_ROW:
-                raise _NoReply(reply.problem)
-        failure = f"{MAX_FAILURES_IN_A_ROW} questions in a row got no answer, the last: {reply.problem}."
-        raise EndpointError(self._with_advice(f"{self.server.base_url} fails: {failure}"))
+            self._failed_in_a_row = 0 if reply.completed else self._failed_in_a_row + 1
+            broken = self._failed_in_a_row >= MAX_FAILURES_IN_A_ROW
+        if broken:
+            failure = f"{MAX_FAILURES_IN_A_ROW} questions in a row got no whole answer, the last: {reply.problem}."
+            raise EndpointError(self._with_advice(f"{self.server.base_url} fails: {failure}"))
+        if reply.text is None:
+            raise _NoReply(reply.problem)
+        return reply.text, reply.truncated
 
     def _try(self, body: Mapping[str, Any]) -> Reply:
         """The reply to a request, or the problem with the last try. Raises _NoReply, BudgetError, EndpointError."""

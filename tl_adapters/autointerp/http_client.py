@@ -74,7 +74,7 @@ class Reply(NamedTuple):
     tokens: int = 0
     """Tokens read and written by the model."""
     problem: str = ""
-    """The reason why there is no reply."""
+    """The reason why there is no whole reply."""
     retryable: bool = False
     """Whether another try may succeed."""
     fatal: bool = False
@@ -83,6 +83,8 @@ class Reply(NamedTuple):
     """Seconds that the server asks to wait."""
     truncated: bool = False
     """Whether the model was stopped at its limit of tokens before the end of its reply."""
+    completed: bool = False
+    """Whether the model came to the end of its reply, also where that has no text."""
 
 
 class ChatServer:
@@ -161,7 +163,7 @@ class ChatServer:
             return Reply(None, problem=self._quoted(f"{type(error).__name__}: {error}"), retryable=True)
         if len(content) > MAX_RESPONSE_BYTES:
             return Reply(None, problem=f"the response is longer than {MAX_RESPONSE_BYTES >> 20} MiB; it was not read")
-        status, text = response.status_code, content.decode("utf-8", "replace")
+        status, text = response.status_code, content.decode("utf-8-sig", "replace")
         if status != 200:
             retryable, fatal = status in _RETRYABLE or status >= 500, status in _FATAL or 300 <= status < 400
             return Reply(None, 0, f"HTTP {status}: {self._quoted(text)}", retryable, fatal, _retry_after(response))
@@ -220,11 +222,14 @@ class ChatServer:
             )
         self._answered = True
         text, truncated = _content(message), choice.get("finish_reason") in _TRUNCATED
-        tokens = _tokens(completion, body, message)
-        if text is None:
-            problem = self._quoted(_missing_text(message, choice.get("finish_reason")))
-            return Reply(None, tokens, TRUNCATED_REPLY if truncated else problem, truncated=truncated)
-        return Reply(self._key.removed_from_reply(text), tokens, truncated=truncated)
+        problem = TRUNCATED_REPLY if truncated else _missing_text(message, choice.get("finish_reason"))
+        return Reply(
+            text=None if text is None else self._key.removed_from_reply(text),
+            tokens=_tokens(completion, body, message),
+            problem="" if text is not None and not truncated else self._quoted(problem),
+            truncated=truncated,
+            completed=not truncated,
+        )
 
     def _no_completion(self, problem: str) -> Reply:
         """A response that a chat server does not give: fatal, unless this server has given others before."""
