@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import random
 import re
 import time
 from collections.abc import Callable
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzz.mutations import damaged
 from helpers.fake_chat import FakeChat, Says
 from helpers.loopback_server import LoopbackServer, Response, refusing_url
 
 from tl_adapters.autointerp import endpoint as endpoint_module
 from tl_adapters.autointerp import http_client
 from tl_adapters.autointerp.endpoint import Endpoint, Failure
-from tl_adapters.autointerp.http_client import EndpointError
+from tl_adapters.autointerp.http_client import ChatServer, EndpointError
 from tl_adapters.autointerp.reply_cache import read_json
 
 GOOD = '{"label": "x"}'
@@ -144,6 +146,24 @@ def test_one_failure_is_reported_after(behavior: str) -> None:
     assert len(failure.reason) < 1200 and failure.reason.isprintable()
 
 
+@pytest.mark.parametrize("cases", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_a_damaged_completion_becomes_a_reply_and_nothing_else(cases: int) -> None:
+    """Random damage to each part of a completion, as to the files that we read."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": GOOD, "reasoning_content": "hm"},
+              "finish_reason": "stop"}  # fmt: skip
+    whole = json.dumps({"choices": [choice], "usage": {"total_tokens": 12}, "error": None, "object": "x"}).encode()
+    server = ChatServer("http://127.0.0.1:1/v1", "judge", "sk-a-secret-key", 1.0)
+    rng, texts = random.Random(0), 0
+    for case in range(cases):
+        damage = damaged(".json", whole, [whole], rng) or b""
+        reply = server._completion(damage.decode("utf-8-sig", "replace"), {"messages": []})
+        texts += reply.text is not None
+        assert (reply.text is None) <= bool(reply.problem), case
+        assert 0 <= reply.tokens <= http_client.MAX_REPORTED_TOKENS and len(reply.problem) < 2000, case
+        assert reply.problem.isprintable() and not (reply.fatal and reply.retryable), case
+    assert 0.05 * cases < texts < cases
+
+
 @pytest.mark.parametrize(
     "page", ["<html>Log in</html>", "[]", '{"detail": "hello"}', "\ufeff?", GOOD.join(['"', '"'])]
 )  # fmt: skip
@@ -210,6 +230,18 @@ def test_nothing_is_sent_where_a_redirect_leads(status: int) -> None:
         with FakeChat(lambda _: moved) as fake, pytest.raises(EndpointError, match=f"HTTP {status}"):
             ask_three(fake)
         assert not other.requests
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_certificates_that_cannot_be_read_are_an_error(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "certificates.pem"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    with pytest.raises(EndpointError, match="SSL_CERT_FILE"):
+        Endpoint("https://example.com/v1", "judge")
 
 
 def test_an_address_where_nothing_listens_is_reported() -> None:

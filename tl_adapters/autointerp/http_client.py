@@ -104,8 +104,8 @@ class ChatServer:
     def __init__(self, base_url: str | None, model: str | None, api_key: str | None, timeout: float) -> None:
         self.base_url = _address(base_url or os.environ.get(BASE_URL_VARIABLE) or os.environ.get("OPENAI_BASE_URL"))
         self._key = SecretKey(_key(api_key, self.base_url))
-        shown = self.base_url.lower()  # as hosts are read
-        if SecretKey(self._key.value.lower()).removed_from(shown) != shown:
+        lower = self.base_url.lower()  # as hosts are read
+        if SecretKey(self._key.value.lower()).removed_from_reply(lower) != lower:
             raise EndpointError(f"The endpoint's address contains the key; give the key as {API_KEY_VARIABLE} only.")
         self.model = model or os.environ.get(MODEL_VARIABLE) or ""
         if not self.model:
@@ -124,20 +124,25 @@ class ChatServer:
         return f"ChatServer({self.base_url!r}, {self.model!r})"
 
     def _client_maker(self) -> Callable[[], httpx.AsyncClient]:
-        """A function that makes an HTTP client. Raises EndpointError where the environment's proxy cannot be used."""
+        """A function that makes an HTTP client. Raises EndpointError for an environment that httpx cannot use."""
         import httpx  # not at the top: its import draws from the user's random numbers
 
         local = httpx.URL(self.base_url).host in ("127.0.0.1", "localhost", "::1")
         if self._key and not local and self.base_url.startswith("http:"):
             log.warning("The key goes to %s unencrypted; use https.", self.base_url)
-        new_client = partial(
-            httpx.AsyncClient,
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # `post` has a deadline for all of it
-            trust_env=not local,  # a proxy from the environment cannot reach servers on this machine
-            verify=httpx.create_ssl_context(),
-        )
         try:
+            new_client = partial(
+                httpx.AsyncClient,
+                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # `post` has a deadline for all of it
+                trust_env=not local,  # a proxy from the environment cannot reach servers on this machine
+                verify=httpx.create_ssl_context(),
+            )
             new_client()
+        except OSError as error:
+            raise EndpointError(
+                f"The certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read ({error}); unset it to use "
+                "those of the package certifi."
+            ) from error
         except (ValueError, ImportError, httpx.InvalidURL):
             raise EndpointError(
                 "The proxy that the environment names (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) cannot be used; give "
