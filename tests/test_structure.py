@@ -248,6 +248,49 @@ def test_a_block_that_depends_on_the_written_one_is_changed_under_the_lock() -> 
                 assert "read_results" not in ast.unparse(node), place
 
 
+HTML_TAG = re.compile(
+    r"</?(?:html|head|body|meta|title|link|style|script|div|span|p|a|b|i|br|h[1-6]|ul|ol|li|dl|dt|dd|table|thead|tbody"
+    r"|tr|th|td|pre|code|mark|small|figure|figcaption|img|iframe|form|input|button|svg|g|path|text|rect|circle|line)"
+    r"(?=[\s/>])",
+    re.IGNORECASE,
+)
+HTML_IN_PYTHON = {"interop/sae_dashboard.py"}
+"""Modules with HTML in strings: the page of another package is taken apart at its tags."""
+MARKED_AS_HTML = {"utils/html.py", "utils/notebook.py", "pages/plots.py", "interop/sae_dashboard.py"}
+MARKED_AS_HTML |= {"interop/model_card.py"}
+"""Modules that call `Markup`, which keeps a template from escaping a text: of files of this package, of a library's
+script, of matplotlib, of another package's page; and sentences of ours in the model card."""
+
+
+def test_html_stands_in_templates_alone() -> None:
+    """Where Python writes HTML, one value is forgotten sooner or later; a template escapes every value."""
+    found, marking = set(), set()
+    for path in PACKAGE.rglob("*.py"):
+        tree, name = ast.parse(path.read_text()), path.relative_to(PACKAGE).as_posix()
+        bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
+                found |= {name} if HTML_TAG.search(node.value) else set()
+            marking |= {name} if isinstance(node, ast.Call) and ast.unparse(node.func) == "Markup" else set()
+    assert (found, marking) == (HTML_IN_PYTHON, MARKED_AS_HTML)
+
+
+def test_templates_escape_everything_and_run_nothing_inline() -> None:
+    templates = {path: path.read_text() for path in (PACKAGE / "pages" / "templates").rglob("*.j2")}
+    assert len(templates) > 10
+    for path, text in templates.items():
+        assert path.name.endswith((".html.j2", ".svg.j2", ".md.j2"))
+        assert not re.search(
+            r"\|\s*safe|autoescape|\son\w+\s*=|javascript:|<script[^>]*src|https?://(?!www\.w3\.org)", text
+        )
+        # An address from data passes the filter `address`, which gives nothing for one that leads elsewhere.
+        addresses = re.findall(r'(?:href|src)="([^"]*{{[^"]*)"', text)
+        assert set(addresses) <= {"{{ target }}"}, path
+        assert not addresses or re.search(r"{% set target = [\w.]+ \| address %}", text), path
+        frameless = path.parent.name in ("notebook", "shared") or not path.name.endswith(".html.j2")
+        assert frameless or text.startswith('{% extends "shared/layout.html.j2" %}'), f"{path} has no content policy"
+
+
 def test_every_module_says_what_it_is_and_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
     for path in PACKAGE.rglob("*.py"):

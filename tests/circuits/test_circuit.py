@@ -289,7 +289,7 @@ def test_the_page_of_a_whole_block(tmp_path: Path) -> None:
         "Transfer",
         "Injected",
         "On given text",
-        "How many it takes",
+        "By number of features",
         "a steering",
     ):
         assert text in html

@@ -1,13 +1,16 @@
 """The server: pages of one folder, on this machine's own address, and nothing else."""
 
 import http.client
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tl_adapters.cli.main import main
+from tl_adapters.pages import server
 from tl_adapters.pages.server import HOST, ServerError, make_server
 
 
@@ -81,3 +84,82 @@ def test_what_cannot_be_served_is_said(folder: Path, port: int, capsys: pytest.C
         make_server(folder, port)
     assert main(["serve", str(folder / "none")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_link_to_a_hidden_file_is_not_followed(folder: Path, port: int) -> None:
+    (folder / "shown.html").symlink_to(folder / ".hidden.html")
+    (folder / "weights.html").symlink_to(folder / "graph.safetensors")
+    (folder / "circle.html").symlink_to(folder / "circle.html")
+    for name in ("shown", "weights", "circle"):
+        status, body, _ = get(port, f"/{name}.html")
+        assert status == 404 and b"hidden" not in body and b"secret" not in body
+    listed = get(port, "/")[1]
+    assert b"a.html" in listed and not any(name in listed for name in (b"shown", b"weights", b"circle", b"link.html"))
+    (folder / "again.html").symlink_to(folder / "a.html")
+    assert get(port, "/again.html")[1] == b"<p>a</p>", "a link to a page of the folder is one"
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200), ("localhost", 200), ("LOCALHOST:80", 200), ("localhost:8000", 200), ("", 403),
+        ("evil.example", 403), ("evil.example:80", 403), ("localhost.evil.example", 403), ("[::", 403),
+        ("localhost@evil.example", 403),
+    ],
+)  # fmt: skip
+def test_a_host_needs_no_port(port: int, host: str, status: int) -> None:
+    """Browsers leave the port out where it is 80."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=5)
+    connection.putrequest("GET", "/a.html", skip_host=True)
+    connection.putheader("Host", host)
+    connection.endheaders()
+    assert connection.getresponse().status == status
+    connection.close()
+
+
+def test_headers_agree_with_the_pages(folder: Path, port: int) -> None:
+    (folder / "plot.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    page, drawing = get(port, "/a.html")[2], get(port, "/plot.svg")[2]
+    assert page["Content-Security-Policy"] == "frame-ancestors 'none'"
+    assert {"default-src 'none'", "sandbox"} <= set(drawing["Content-Security-Policy"].split("; "))
+    for headers in (page, drawing, get(port, "/")[2]):
+        assert headers["X-Content-Type-Options"] == "nosniff" and headers["Referrer-Policy"] == "no-referrer"
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other end closes the connection without an answer."""
+    try:
+        return connection.recv(100) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_requests_that_stay_half_open_are_bounded_and_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_REQUESTS", 2)
+    monkeypatch.setattr(server._PageHandler, "timeout", 0.3)
+    with make_server(folder) as made:
+        thread = threading.Thread(target=made.serve_forever, daemon=True)
+        thread.start()
+        port = int(made.server_address[1])
+        before = threading.active_count()
+        half_open = [socket.create_connection((HOST, port), timeout=5) for _ in range(8)]
+        for connection in half_open:
+            connection.sendall(b"GET /a.html HT")
+        assert all(map(is_closed, half_open[2:])) and threading.active_count() <= before + 2
+        assert all(map(is_closed, half_open[:2])), "closed after the time"
+        for _ in range(50):
+            try:
+                assert get(port, "/a.html")[0] == 200
+                break
+            except (ConnectionError, http.client.HTTPException):
+                time.sleep(0.02)
+        else:
+            raise AssertionError("the places are not given back")
+        made.shutdown()
+        thread.join()
+
+
+def test_a_port_that_does_not_exist_is_named(folder: Path) -> None:
+    with pytest.raises(ServerError, match="Port 99999 does not exist; choose one from 1 to 65535"):
+        make_server(folder, 99999)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,7 @@ def card(adapters: AdapterSet, repo_id: str) -> str:
         AdapterFormatError: adapters that `push_to_hub` refuses.
     """
     require_saelens_class(adapters)
-    about, layer = adapters.metadata, adapters.layer_indices[-1]
-    base, target = (_published_name(name) for name in (about.base, about.target))
+    about, layer = adapters.metadata.published(), adapters.layer_indices[-1]
     return str(
         render(
             "model_card/card.md.j2",
@@ -44,10 +42,10 @@ def card(adapters: AdapterSet, repo_id: str) -> str:
             adapters=adapters,
             about=about,
             repo_id=repo_id,
-            base=base or "an unnamed base",
-            target=target or "an unnamed target",
-            base_argument=base if _is_hub_name(about.base) else "BASE",
-            target_argument=target if _is_hub_name(about.target) else "TARGET",
+            base=about.base or "an unnamed base",
+            target=about.target or "an unnamed target",
+            base_argument=about.base if _is_hub_name(about.base) else "BASE",
+            target_argument=about.target if _is_hub_name(about.target) else "TARGET",
             activation=_ACTIVATIONS[about.activation].format(about.k),
             saelens_class=_SAELENS_CLASSES[about.activation],
             hook=f"blocks.{layer}.mlp.adapter.hook_sae_acts_post",
@@ -56,7 +54,7 @@ def card(adapters: AdapterSet, repo_id: str) -> str:
             writes=Markup(OUTPUT_HOOKS[about.writes].format(layer)),
             valid_for=Markup(_VALID_FOR[about.reads]),
             rows=_measurement_rows(about.figures),
-            datasets=", ".join(filter(None, map(_published_name, about.datasets))),
+            datasets=", ".join(about.datasets),
         )
     )
 
@@ -101,13 +99,6 @@ def _measurement_rows(measurements: Mapping[str, Any]) -> list[list[str]]:
         data = f"{measurement.get('split', '')}, n = {measurement.get('n', '')}"
         rows.append([name, value, interval, str(measurement.get("unit", "")), data])
     return rows
-
-
-def _published_name(name: str | None) -> str:
-    """Return the name of a model or data set as it may be published: of a folder of this machine the last part only."""
-    if not name or _is_hub_name(name):
-        return name or ""
-    return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
 
 
 def _is_hub_name(name: str | None) -> bool:
