@@ -17,6 +17,7 @@ from fuzz.fuzzing import Reader
 from helpers import made_stores
 from helpers.random_graphs import random_graph
 from helpers.random_models import random_model
+from helpers.word_tokenizers import word_tokenizer
 from safetensors.torch import save_file
 
 from tl_adapters.adapters.adapter_set import AdapterSet
@@ -27,7 +28,11 @@ from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.pruning import prune
 from tl_adapters.autointerp.reply_cache import ReplyCache
+from tl_adapters.checkpoints.base_mlps import read_base_mlps
+from tl_adapters.checkpoints.compatibility import compare_configs, compare_vocabularies
+from tl_adapters.checkpoints.hf_model import load_hf_model
 from tl_adapters.checkpoints.layer_samples import LayerSamples
+from tl_adapters.checkpoints.model_files import read_config, read_vocabulary
 from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitFeature
 from tl_adapters.evaluation import sampled_responses
 from tl_adapters.evaluation.sampled_responses import ResponseOptions, SampledResponse, score_responses
@@ -124,6 +129,33 @@ def _authors_checkpoint(folder: Path) -> None:
                                  vocab_size=11, num_attention_heads=2)  # fmt: skip
             model.save_pretrained(f"{models}/{name}")
         to_authors(_adapters("relu"), folder, base=f"{models}/base", target=f"{models}/target")
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def _model(folder: Path) -> None:
+    """A model in several shards with its tokenizer."""
+    model = random_model(1, torch.float32, hidden_size=D_MODEL, intermediate_size=12, num_hidden_layers=N_LAYERS,
+                         vocab_size=11, num_attention_heads=2)  # fmt: skip
+    model.save_pretrained(folder, max_shard_size="4kB")
+    word_tokenizer(*"abcdefgh").save_pretrained(folder)
+
+
+def _read_model(folder: Path) -> None:
+    hf_model, tokenizer = load_hf_model(folder)
+    hf_model(torch.tensor([[1, 2, 3]]))
+    if tokenizer is not None:
+        tokenizer("a b c")
+    read_vocabulary(folder)
+
+
+def _read_base(folder: Path) -> None:
+    """The model as a base: its MLPs, and the checks of doctor."""
+    config = read_config(folder)
+    compare_configs(config, config)
+    compare_vocabularies(read_vocabulary(folder), read_vocabulary(folder))
+    read_base_mlps(folder, N_LAYERS)
 
 
 # -- circuits and graphs ----------------------------------------------------------------------------------------------
@@ -255,6 +287,7 @@ def _read_recipe(folder: Path) -> None:
 
 
 ADAPTER_FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
+MODEL_FILES = ("*.json", "*.safetensors")
 READERS = {
     reader.name: reader
     for reader in (
@@ -263,6 +296,8 @@ READERS = {
         Reader("adapters-version-2", _copied(_without_hashes), ADAPTER_FILES, _read_set, True),
         Reader("saelens", _copied(_of_other_people), ADAPTER_FILES[2:], from_saelens, True),
         Reader("authors", _copied(_authors_checkpoint), ("config.json", "*.safetensors"), from_authors, True),
+        Reader("model", _copied(_model), MODEL_FILES, _read_model, True),
+        Reader("base", _copied(_model), MODEL_FILES, _read_base, True),
         Reader("circuit", _copied(_circuit), ("circuit.json",), _read_circuit, True),
         Reader("graph", _copied(random_graph(1, True, 4).save), ("*",), _read_graph, True),
         Reader("graph-list", _copied(_viewer_folder), ("graph-metadata.json",), _update_viewer_folder, False),

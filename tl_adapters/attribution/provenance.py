@@ -6,16 +6,21 @@ from typing import Any
 
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.checkpoints.fingerprints import differing
+from tl_adapters.checkpoints.model_reference import published_name
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.results import versions
 
 
 def provenance(pair: PairedModel) -> dict[str, Any]:
-    """The route, model ids, weight fingerprints, vocabulary size and library versions for `AttributionGraph.about`."""
+    """What `AttributionGraph.about` records of a pair.
+
+    It is the route, the models' names (of a folder without its path), weight fingerprints, vocabulary size and library
+    versions.
+    """
     return {
         "route": "replacement",
-        "base": pair.base_id,
-        "target": pair.target_id,
+        "base": published_name(pair.base_id),
+        "target": published_name(pair.target_id),
         "fingerprints": _fingerprints(pair),
         "d_vocab": pair.model.cfg.d_vocab,
         "versions": versions(),

@@ -40,7 +40,8 @@ def require_representable(config: PretrainedConfig) -> Architecture:
 
     def refuse(option: str, instead: str) -> None:
         raise UnsupportedModelError(
-            f"{option} is not represented by TransformerLens's {architecture.name}: the model would not be exact; "
+            f"{config.name_or_path or 'The model'}: {option} is not represented by TransformerLens's "
+            f"{architecture.name}: the model would not be exact; "
             f"{instead}."
         )
 

@@ -17,6 +17,7 @@ from huggingface_hub import get_safetensors_metadata, snapshot_download
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
+from tl_adapters.checkpoints.architectures import ARCHITECTURES, AUTHORS_CHECKPOINT_SUFFIX, architecture_name
 from tl_adapters.checkpoints.hub_client import hub_errors
 from tl_adapters.errors import UserError
 from tl_adapters.organism import BUILTIN
@@ -35,6 +36,9 @@ WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_LAYERS, MAX_SIZE = 1_000, 100_000_000
 """The largest number of layers, and of anything else that config.json counts; with more, it is damaged."""
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Finite = Annotated[float, Field(ge=-1e30, le=1e30)]
+_LONGEST_REASON = 300
+_REQUIRED_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size")
 _COPY_AGAIN = "Copy or download the model again."
 DESCRIPTION_FILES = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
 """Patterns of the files that describe a model, without its weights."""
@@ -112,6 +116,15 @@ def require_unquantized(folder: Path, names: Iterable[str] | None = None) -> Non
                     )
 
 
+class _Rope(BaseModel):
+    """What is read of a rotary embedding."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Finite | None = None
+
+
 class _ConfigEntries(BaseModel):
     """What is read of a config.json before transformers reads it; there are other entries, of any kind."""
 
@@ -130,9 +143,15 @@ class _ConfigEntries(BaseModel):
     hidden_act: str | None = None
     hidden_activation: str | None = None
     tie_word_embeddings: bool | None = None
-    rope_theta: float | None = None
-    rope_parameters: dict[str, Any] | None = None
-    rope_scaling: dict[str, Any] | None = None
+    rope_theta: Finite | None = None
+    rms_norm_eps: Finite | None = None
+    initializer_range: Finite | None = None
+    query_pre_attn_scalar: Finite | None = None
+    attn_logit_softcapping: Finite | None = None
+    final_logit_softcapping: Finite | None = None
+    sliding_window: Size | None = None
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
     transcoder_n_features: Size | None = None
     transcoder_dec_bias: bool | None = None
 
@@ -144,6 +163,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     with _damaged():
         config = read_json_object(path, _COPY_AGAIN)
         as_record(_ConfigEntries, config, str(path), _COPY_AGAIN)
+    supported = architecture_name(config).removesuffix(AUTHORS_CHECKPOINT_SUFFIX) in ARCHITECTURES
+    if supported and (missing := [key for key in _REQUIRED_SIZES if config.get(key) is None]):
+        raise CheckpointError(f"{path} lacks {missing[0]}. {_COPY_AGAIN}")
     if (layers := config.get("num_hidden_layers") or 0) > MAX_LAYERS:
         raise CheckpointError(f"{path} has num_hidden_layers {layers}; allowed are up to {MAX_LAYERS}. {_COPY_AGAIN}")
     return config
@@ -258,7 +280,8 @@ def _damaged() -> Iterator[None]:
     try:
         yield
     except UnreadableFileError as error:
-        raise CheckpointError(str(error)) from error
+        text = str(error)
+        raise CheckpointError(text if len(text) < 1_500 else f"{text[:1_000]}... {_COPY_AGAIN}") from error
 
 
 @contextmanager
@@ -270,7 +293,12 @@ def _open(path: Path, device: str = "cpu") -> Iterator[Any]:
     except UserError:
         raise
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path} is missing or damaged ({error}); copy or download it again.") from error
+        raise CheckpointError(f"{path} is missing or damaged ({_short(error)}); copy or download it again.") from error
+
+
+def _short(error: Exception) -> str:
+    """An error that may quote a whole file."""
+    return str(error)[:_LONGEST_REASON]
 
 
 class _ShardIndex(BaseModel):

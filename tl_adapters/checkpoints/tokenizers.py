@@ -88,9 +88,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def _tokenizer_in(path: Path) -> Tokenizer:
     """The tokenizer that a tokenizer.json describes. Raises TokenizerError."""
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.encode_batch(_probes(tokenizer))  # some damage is noticed only here
     except Exception as error:  # the tokenizers library raises plain Exceptions
         raise TokenizerError(f"{path} is not a tokenizer ({str(error)[:300]}); copy it again.") from error
+    return tokenizer
 
 
 def _load(cls: Any, folder: Path) -> PreTrainedTokenizerBase:

@@ -98,8 +98,13 @@ def _pull(args: argparse.Namespace) -> None:
     adapters = pull(args.repo, args.out, layers=args.layers, revision=args.revision)
     about = adapters.metadata
     show(f"adapters: {args.out} ({len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each)")
-    base, target = shlex.quote(about.base or "BASE"), shlex.quote(about.target or "TARGET")
-    show(f"next: tl-adapters doctor {base} {target} {args.out}")
+    names = {"BASE": about.base, "TARGET": about.target}
+    for word, name in names.items():
+        if name.startswith("./"):
+            show(f"The {word.lower()} was {name}, a folder of another machine: give your copy for {word} below.")
+            names[word] = ""
+    base, target = (shlex.quote(name or word) for word, name in names.items())
+    show(f"next: tl-adapters doctor {base} {target} {shlex.quote(str(args.out))}")
 
 
 def _add_reads(subcommand: argparse.ArgumentParser) -> None:

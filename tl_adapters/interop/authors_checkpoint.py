@@ -121,6 +121,14 @@ def _read_weights(folder: Path, layer: int, has_decoder_bias: bool, device: torc
     names = _adapter_tensor_names(layer, has_decoder_bias)
     tensors = read_tensors(folder, names, device)
     encoder, b_enc, decoder, *b_dec = (tensors[name] for name in names)
+    n_features, d_model = (*encoder.shape, 0, 0)[:2]
+    expected = [(n_features, d_model), (n_features,), (d_model, n_features), (d_model,)]
+    for name, shape in zip(names, expected, strict=False):
+        if tuple(tensors[name].shape) != shape or not tensors[name].is_floating_point():
+            raise AdapterFormatError(
+                f"{name} of {folder} has shape {list(tensors[name].shape)} and dtype {tensors[name].dtype}; by its "
+                f"encoder it has {list(shape)} floating-point numbers. Copy or download the checkpoint again."
+            )
     return {
         "W_enc": encoder.T.clone(memory_format=torch.contiguous_format),
         "b_enc": b_enc.clone(),
@@ -132,7 +140,7 @@ def _read_weights(folder: Path, layer: int, has_decoder_bias: bool, device: torc
 def _authors_architecture(name: str | Path, config: dict[str, Any]) -> tuple[Architecture, int]:
     """Return the architecture of the model around the adapters, and the number of features per layer."""
     architecture = architecture_name(config)
-    if not architecture.endswith(AUTHORS_CHECKPOINT_SUFFIX) or "transcoder_n_features" not in config:
+    if not architecture.endswith(AUTHORS_CHECKPOINT_SUFFIX) or config.get("transcoder_n_features") is None:
         raise AdapterFormatError(
             f"{name} is of architecture {architecture}, or lacks transcoder_n_features, so it is not a checkpoint of "
             f"the paper's authors, whose architecture ends in {AUTHORS_CHECKPOINT_SUFFIX}. Our own folders are read by "

@@ -9,11 +9,14 @@ from typing import Any, Literal, get_args
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.set_folder import SET_METADATA_FILE
+from tl_adapters.checkpoints.compatibility import PairMismatchError
+from tl_adapters.checkpoints.model_files import locate
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
 from tl_adapters.interop.authors_checkpoint import to_authors
 from tl_adapters.interop.hybrid_checkpoint import write_hybrid
 from tl_adapters.interop.saelens import to_saelens
+from tl_adapters.models.weight_identity import trained_on
 from tl_adapters.utils.files import require_absent
 from tl_adapters.utils.results import read_results
 
@@ -83,6 +86,7 @@ def export(
         base, target: names or folders of the models, if they are not where the adapters' metadata says.
 
     Raises:
+        PairMismatchError: models with other weights than those that the adapters were trained on.
         UserError: an unknown format, models that are not known, or the target of planted features, which no Hugging
             Face folder can hold; and the errors of the formats. Nothing incomplete remains.
     """
@@ -106,7 +110,20 @@ def export(
     models = {"base": base or about.base, "target": target or about.target}
     if missing := [role for role, model in models.items() if not model]:
         raise UserError(f"The adapters do not say what their {' and '.join(missing)} are; name them.")
+    _require_recorded_weights(adapters, models)
     if to == "authors":
         to_authors(adapters, folder, base=models["base"], target=models["target"])
     else:
         write_hybrid(folder, models["target"], models["base"] if to == "hybrid" else None)
+
+
+def _require_recorded_weights(adapters: AdapterSet, models: Mapping[str, str]) -> None:
+    """Raise PairMismatchError where base or target have other weights than those that the adapters were trained on."""
+    for role, name in models.items():
+        if "planted" in adapters.metadata.fingerprints and role == "target":
+            continue  # its weights are in no folder
+        if trained_on(adapters, role, locate(name)) is False:
+            raise PairMismatchError(
+                f"{name} has other weights than the {role} that the adapters were trained on, which they name "
+                f"{getattr(adapters.metadata, role) or 'nowhere'}. Give that {role} with --{role}."
+            )

@@ -91,7 +91,7 @@ def write_hybrid(
             "target": published_name(str(target)),
             "mlps_of": published_name(str(base or target)),
         }
-        written_config = {**target_config, "tl_adapters": about, **(config or {})}
+        written_config = {**_without_paths(target_config), "tl_adapters": about, **(config or {})}
         write_text(out / "config.json", dumps(written_config, indent=1) + "\n")
 
 

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.adapters.set_folder import LAYER_FOLDER
+from tl_adapters.checkpoints.model_reference import published_name
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature, FeatureStoreError
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.files import new_folder, write_text
@@ -185,6 +186,8 @@ def _settings(store: FeatureStore, layer: int, features_per_batch: int, min_firi
         "top_acts_group_size": store.about.options.examples,
         "tl_adapters": {
             **store.about.to_json(),
+            "base": published_name(store.about.base),
+            "target": published_name(store.about.target),
             "tokens": store.tokens,
             "min_firings": min_firings,
             "units": "decoder norm",

@@ -30,7 +30,7 @@ from tl_adapters.checkpoints.layer_samples import (
     sample,
     sample_positions,
 )
-from tl_adapters.checkpoints.model_files import read_tensors, read_values, tensor_shapes
+from tl_adapters.checkpoints.model_files import read_config, read_tensors, read_values, tensor_shapes
 from tl_adapters.models.backend import Backend
 
 _NORM_BEFORE = {"q_proj": "ln1", "k_proj": "ln1", "v_proj": "ln1", "gate_proj": "ln2", "up_proj": "ln2"}
@@ -228,6 +228,22 @@ def recorded_samples(adapters: AdapterSet | SetDescription) -> dict[str, Tensor]
         from_layers[f"{layer}.self_attn.o_proj"] = samples.attention_out
         from_layers[f"base.{layer}.mlp.down_proj"] = samples.base_mlp_out
     return {**from_layers, **(adapters.samples or {})}
+
+
+def trained_on(adapters: AdapterSet | SetDescription, role: str, folder: Path) -> bool | None:
+    """Whether the weights in a model's folder are those that adapters record of their base or target, by samples.
+
+    Args:
+        adapters: the set, or its description.
+        role: "base" or "target".
+        folder: the model's folder with its weights.
+
+    Returns None where no samples are recorded. Raises CheckpointError.
+    """
+    recorded = {n: t for n, t in recorded_samples(adapters).items() if n.startswith("base.") == (role == "base")}
+    if not recorded:
+        return None
+    return not any(ModelSamples.stored(folder, read_config(folder), recorded).differing(recorded))
 
 
 def layer_samples(backend: Backend, samples: Mapping[str, Tensor], has_base: bool) -> list[LayerSamples]:

@@ -34,7 +34,7 @@ from tl_adapters.data.documents import DataStatistics, open_documents
 from tl_adapters.data.template_differences import template_differences
 from tl_adapters.errors import UserError
 from tl_adapters.models.adapter_checks import short_model_name
-from tl_adapters.models.weight_identity import ModelSamples, recorded_samples
+from tl_adapters.models.weight_identity import recorded_samples, trained_on
 from tl_adapters.organism import BUILTIN
 from tl_adapters.utils.devices import resolve_device
 
@@ -159,12 +159,9 @@ def _adapters(
         for role, name in (("target", config.target), ("base", config.base))
     }
     try:
-        samples = recorded_samples(about)
-        if samples and all(local.values()):
+        if recorded_samples(about) and all(local.values()):
             for role, folder in (("target", target), ("base", base)):
-                of_role = {name: t for name, t in samples.items() if name.startswith("base.") == (role == "base")}
-                stored = ModelSamples.stored(folder, read_config(folder), of_role)
-                equal = not any(stored.differing(of_role))
+                equal = trained_on(about, role, folder) is not False
                 yield _belongs(equal, role, getattr(about.metadata, role), getattr(config, role))
         else:
             for role in local:

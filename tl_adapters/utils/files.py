@@ -337,8 +337,9 @@ def plain_file(folder: str | Path, *names: str) -> Path:
     for name in names:
         if not _is_plain_name(name):
             raise UnsafeFileError(
-                f"{folder} names the file {name!r}. A file of a folder is named without '/', '\\' and '..', so that it "
-                "cannot be outside. The folder is damaged, or was made to mislead: get it from a source that you trust."
+                f"{folder} names the file {str(name)[:100]!r}. A file of a folder is named without '/', '\\' and "
+                "'..', so that it cannot be outside. The folder is damaged, or was made to mislead: get it from a "
+                "source that you trust."
             )
     path = Path(folder, *names)
     actual = Path(os.path.realpath(path))
