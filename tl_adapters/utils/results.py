@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -14,20 +14,108 @@ from dataclasses import fields, is_dataclass
 from importlib import metadata
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
 
 from tl_adapters.utils.files import locked, require_writable, write_text
+from tl_adapters.utils.reading import STRICT, Record, as_record, read_json_object
 from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
 Block = Mapping[str, Any]
 """A block of results.json: what one stage of a run measured."""
-RESULTS_SCHEMA_VERSION = 1
+RESULTS_SCHEMA_VERSION: Literal[1] = 1
 RESULTS_FILE = "results.json"
 OUTPUT_FILES = "files"
 """Block of results.json: name of each file that a stage wrote -> the name that it got, and its last two hashes."""
 _PACKAGES = ("tl-adapters", "torch", "transformer-lens", "sae-lens", "transformers", "safetensors")
+_ADVICE = "Restore it from a copy, or remove it and run the stages of the run again."
+
+
+class _Block(Record):
+    """Fields that a later stage reads; other keys of a block are kept as they are."""
+
+    model_config = ConfigDict(**{**STRICT, "extra": "allow"}, frozen=True)
+
+
+class MeasuredValue(_Block):
+    """A measurement (`Measurement`)."""
+
+    value: float | None
+
+
+class PairBlock(_Block):
+    """The models of a run."""
+
+    base: str
+    target: str
+    fingerprints: dict[str, str] = Field(default_factory=dict)
+
+
+class TrainBlock(_Block):
+    """What training has cost."""
+
+    steps: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    n_features: int | None = None
+
+
+class FaithfulnessBlock(_Block):
+    """How close the replacement is to the target."""
+
+    kl: dict[str, MeasuredValue]
+    top1_agreement: MeasuredValue
+    l0: tuple[MeasuredValue, ...]
+
+
+class BehaviorBlock(_Block):
+    """Accuracy, length and hesitation rate of models and routes."""
+
+    recovered: dict[str, MeasuredValue] = Field(default_factory=dict)
+
+
+class AttributionBlock(_Block):
+    """The graphs of a run."""
+
+    moments: tuple[dict[str, Any], ...] = ()
+
+
+def _require_plain_name(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError("it is no name of a file within the run folder")
+    return name
+
+
+class OutputFile(Record):
+    """A file that a stage wrote."""
+
+    file: Annotated[str, AfterValidator(_require_plain_name)]
+    sha256: tuple[str, ...]
+    """Hashes of what the stage wrote last and before."""
+
+
+class Results(_Block):
+    """results.json. The keys are those of the first release; unknown blocks are kept."""
+
+    schema_version: Literal[1]
+    seeds: tuple[int, ...] = (0,)
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Seconds of each stage."""
+    versions: dict[str, str | None] = Field(default_factory=dict)
+    pair: PairBlock | None = None
+    train: TrainBlock | None = None
+    faithfulness: FaithfulnessBlock | None = None
+    baselines: dict[str, Any] | None = None
+    behaviour: BehaviorBlock | None = None
+    features: dict[str, Any] = Field(default_factory=dict)
+    labels: dict[str, Any] | None = None
+    attribution: AttributionBlock | None = None
+    hesitation: dict[str, Any] | None = None
+    benchmarks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    files: dict[str, OutputFile] = Field(default_factory=dict)
 
 
 def versions() -> dict[str, str | None]:
@@ -42,15 +130,15 @@ def versions() -> dict[str, str | None]:
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """The blocks of a run's results.json; only the schema version where there is no file yet."""
+    """The blocks of a run's results.json; only the schema version where there is no file yet.
+
+    Raises UnreadableFileError for a file that is damaged, or that a newer version of the package has written.
+    """
     path = Path(folder) / RESULTS_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {"schema_version": RESULTS_SCHEMA_VERSION}
-    results: dict[str, Any] = json.loads(path.read_text())
-    if results.get("schema_version") != RESULTS_SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} has schema_version {results.get('schema_version')}; this version reads {RESULTS_SCHEMA_VERSION}."
-        )
+    results = read_json_object(path, _ADVICE)
+    as_record(Results, results, str(path), _ADVICE)
     return results
 
 
