@@ -242,8 +242,20 @@ def test_other_weights_and_other_folders_are_refused(whole: Path, tmp_path: Path
     with pytest.raises(SweepError, match="fingerprint of target was '0000"):
         run(folder)
     (folder / "sweep.json").write_text("{")
-    with pytest.raises(SweepError, match="not the record of a sweep"):
+    with pytest.raises(SweepError, match=r"sweep\.json is not valid JSON"):
         run(folder)
+    for change, message in (
+        ({"schema_version": 2}, "it has schema_version 2; this version of tl-adapters reads 1"),
+        ({"points": [{**known["points"][0], "l0": 3}]}, r"points\[0\]\.l0 is 3; allowed is a mapping"),
+        ({"points": [{**known["points"][0], "alive": True}]}, r"points\[0\]\.alive is True; allowed is a whole number"),
+        ({"grid": {"lr": 3}}, "grid.lr is 3; allowed is a list"),
+        ({"grid": {"source": ["x"]}}, "sweep.json: data.source cannot be swept"),
+        ({"config": {"training": {"steps": 0}}}, "sweep.json: training.steps is 0"),
+        ({"notes": 1}, "Unknown key notes"),
+    ):
+        (folder / "sweep.json").write_text(json.dumps({**known, **change}))
+        with pytest.raises(SweepError, match=message):
+            run(folder)
     (folder / "sweep.json").unlink()
     with pytest.raises(FolderExistsError, match=r"holds no sweep\.json"):
         run(folder)
@@ -263,6 +275,8 @@ def test_a_grid_names_every_combination_once() -> None:
         assert str(config.training.l1_weight) in name and "+".join(config.training.count) in name
         assert config.training.steps == STEPS and config.data == CONFIG.data
     assert read_grid(["l1_weight=1e-3,0.1", "tracker=none"]) == {"l1_weight": [0.001, 0.1], "tracker": ["none"]}
+    assert read_grid(["training.lr=1", "nmse=0,1"]) == {"lr": [1], "loss_weights.nmse": [0, 1]}
+    assert [run.training.loss_weights.nmse for run in grid_configurations(CONFIG, {"nmse": [0, 2]}).values()] == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +289,7 @@ def test_a_grid_names_every_combination_once() -> None:
         ({"lr": []}, GridError, r"values of lr are \[\]"),
         ({"tracker": "none"}, GridError, "values of tracker are 'none'"),
         ({}, GridError, "the grid is empty"),
+        ({"data.source": ["x"]}, GridError, "data.source cannot be swept; options of training can"),
     ],
 )
 def test_a_bad_grid_is_refused_before_anything_is_made(

@@ -18,14 +18,16 @@ and produces the same file; a finished sweep can be extended by more values. Ano
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt
 
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
@@ -40,7 +42,7 @@ from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.sweep_page import SweepPoint, points_on_front, read_sweep_point, write_sweep_page
 from tl_adapters.study.evaluation_stages import faithfulness_stage
-from tl_adapters.study.grid import grid_configurations
+from tl_adapters.study.grid import grid_configurations, swept_option
 from tl_adapters.study.open_run import open_data, open_held_out, open_pair
 from tl_adapters.study.train import train_stage
 from tl_adapters.training.trainer import Trainer, TrainingInterrupted
@@ -48,12 +50,13 @@ from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_rati
 from tl_adapters.utils.clustered_intervals import event_rate
 from tl_adapters.utils.files import FolderExistsError, alone_in, new_folder, write_text
 from tl_adapters.utils.measurement import Measurement
+from tl_adapters.utils.reading import Record, UnreadableFileError, as_record, read_json_object
 from tl_adapters.utils.results import plain, read_results, versions
 from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
 
-SWEEP_SCHEMA_VERSION = 1
+SWEEP_SCHEMA_VERSION: Literal[1] = 1
 SWEEP_FILE = "sweep.json"
 
 
@@ -96,6 +99,7 @@ def sweep(
     """
     folder = Path(folder)
     runs = grid_configurations(config, grid)
+    grid = {swept_option(name): values for name, values in grid.items()}
     request: dict[str, Any] = {
         "config": config.to_dict(),
         "grid": {option: [plain(value) for value in values] for option, values in grid.items()},
@@ -227,7 +231,7 @@ def _point(shared: _SharedInputs, run: RunConfig, folder: Path, swept: Sequence[
     counts = features_block(sums)
     return SweepPoint(
         name=folder.name,
-        options={option: getattr(run.training, option) for option in swept},
+        options={option: attrgetter(option)(run.training) for option in swept},
         **_measurements(sums, *origin),
         recovered=_recovered(shared, *origin) if shared.problems else None,
         features=counts["total"],
@@ -268,6 +272,27 @@ def _recovered(shared: _SharedInputs, split: str, seeds: tuple[int, ...]) -> Mea
 # -- the record -------------------------------------------------------------------------------------------------------
 
 
+class SweepRecord(Record):
+    """sweep.json."""
+
+    schema_version: Literal[1]
+    config: dict[str, Any]
+    """The configuration of all points, as `RunConfig.to_dict` gives it."""
+    grid: dict[str, tuple[Any, ...]]
+    """Swept option -> its values."""
+    held_out: str | None
+    documents: PositiveInt
+    versions: dict[str, str | None]
+    points: tuple[SweepPoint, ...]
+    """The points that are done."""
+    front: tuple[str, ...] = ()
+    """Names of the points on the Pareto front."""
+    fingerprints: dict[str, str] = Field(default_factory=dict)
+    """What the points were made from."""
+    behaviour: dict[str, Any] = Field(default_factory=dict)
+    """Rates of the routes without adapters, for the model organism."""
+
+
 def _write(folder: Path, record: dict[str, Any]) -> None:
     """Writes sweep.json and the page."""
     points = [read_sweep_point(point) for point in record["points"]]
@@ -281,25 +306,34 @@ def _read(folder: Path) -> dict[str, Any]:
         raise FolderExistsError(
             f"{folder} exists and holds no {SWEEP_FILE}, so it is not a sweep's; choose another folder."
         )
+    path = folder / SWEEP_FILE
     try:
-        record: dict[str, Any] = json.loads((folder / SWEEP_FILE).read_text())
-        if record["schema_version"] != SWEEP_SCHEMA_VERSION:
-            raise ValueError(f"schema_version {record['schema_version']}; this version reads {SWEEP_SCHEMA_VERSION}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise SweepError(f"{folder / SWEEP_FILE} is not the record of a sweep: {error!r}.") from error
+        record = read_json_object(path)
+        as_record(SweepRecord, record, str(path))
+    except UnreadableFileError as error:
+        raise SweepError(str(error)) from error
+    try:
+        grid_configurations(RunConfig.from_dict(record["config"]), record["grid"])
+    except UserError as error:
+        raise SweepError(f"{path}: {error}") from error
     return record
 
 
 def _settings(request: dict[str, Any]) -> dict[str, Any]:
     """Settings that two sweeps in one folder must share, by dotted option; the swept options are left out."""
-    config = RunConfig.from_dict(request["config"]).to_dict()  # options newer than the record get their defaults
-    config["training"] = {key: value for key, value in config["training"].items() if key not in request["grid"]}
+    config = _flat(RunConfig.from_dict(request["config"]).to_dict(), "")  # newer options than the record's get defaults
+    swept = tuple(f"training.{option}" for option in request["grid"])
     return {
-        **_flat(config, ""),
+        **{key: value for key, value in config.items() if key not in swept and not key.startswith(_below(swept))},
         "swept": sorted(request["grid"]),
         "held_out": request["held_out"],
         "documents": request["documents"],
     }
+
+
+def _below(options: Sequence[str]) -> tuple[str, ...]:
+    """How the dotted names of options within options begin."""
+    return tuple(f"{option}." for option in options)
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def train_run(config: RunConfig, folder: Path, device: str = "auto", progress: b
     trainer = Trainer(
         pair, data, config.training, folder, validation=data.validation(), origin=config, progress=progress
     )
-    write_text(folder / "data.json", dumps(asdict(statistics), indent=1) + "\n")
+    write_text(folder / "data.json", dumps({"schema_version": 1, **asdict(statistics)}, indent=1) + "\n")
     train_stage(trainer, folder)
 
 
