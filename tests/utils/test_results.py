@@ -92,7 +92,7 @@ def test_unknown_blocks_and_keys_are_kept(tmp_path: Path) -> None:
         ),
         (
             {"files": {"a.html": {"file": "../a.html", "sha256": []}}},
-            "files.a.html.file is '../a.html': it is no name of",
+            "file is '../a.html': it is no name of a file",
         ),
         ({"attribution": {"moments": [3]}}, r"attribution.moments\[0\] is 3"),
     ],
