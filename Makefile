@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test versions bridge dashboards harness slow fuzz lint pair install clean
+.PHONY: demo test versions bridge dashboards harness slow fuzz lint commands pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -82,6 +82,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+commands: install  ## docs/commands.md and the table of wrong calls, written anew from the command line
+	$(BIN)/python .ci/commands.py
 
 pair: install  ## train the built-in pair anew, into runs/pair
 	$(BIN)/python -m tl_adapters.organism.recipe runs/pair

@@ -9,7 +9,7 @@ import torch
 from helpers.readme import ROOT, blocks
 
 from tl_adapters import organism
-from tl_adapters.cli.main import _parser
+from tl_adapters.cli.main import parse
 from tl_adapters.interop.export import export
 
 
@@ -42,6 +42,6 @@ def test_the_commands_exist() -> None:
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
         elif words[0].endswith("tl-adapters"):
-            _parser().parse_args(words[1:])
+            parse(words[1:])
         else:
             assert words[0] in ("pip", "git", "cd", ".venv/bin/python", "for"), command

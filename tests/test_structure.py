@@ -137,22 +137,32 @@ def test_a_renamed_name_still_works_and_warns() -> None:
             assert getattr(tl_adapters, old) is getattr(tl_adapters, new)
 
 
-def test_help_imports_the_command_line_and_the_standard_library_alone() -> None:
+def imported_by(*argv: str) -> tuple[list[str], set[str]]:
+    """Lines that the command line prints, and packages outside the standard library that it imports, ours by module."""
     code = (
         "import sys; before = set(sys.modules)\n"
         "from tl_adapters.cli.main import main\n"
-        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        f"main({list(argv)})\n"
         "print(*sorted(set(sys.modules) - before))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     *shown, modules = out.splitlines()
-    outside = {module for module in modules.split() if module.split(".")[0] not in sys.stdlib_module_names}
+    outside = {name for name in modules.split() if name.split(".")[0] not in sys.stdlib_module_names}
+    return shown, {name if name.startswith("tl_adapters") else name.split(".")[0] for name in outside}
+
+
+def test_help_imports_the_command_line_and_typer_alone() -> None:
     ours = {"tl_adapters", "tl_adapters.errors", "tl_adapters.cli", "tl_adapters.utils", "tl_adapters.utils.printing"}
     ours |= {
         f"tl_adapters.cli.{path.stem}" for path in (PACKAGE / "cli").glob("*.py") if not path.stem.startswith("__")
     }
-    assert outside <= ours
+    shown, imported = imported_by("--help")
+    assert imported <= ours | {"typer", "annotated_doc", "shellingham"}
     assert any("demo" in line for line in shown)
+    shown, imported = imported_by("train", "--help")
+    assert {name for name in imported if name.startswith("tl_adapters")} <= ours
+    assert not imported & {"torch", "transformers", "transformer_lens", "numpy", "yaml", "rich"}
+    assert any("--resume" in line for line in shown)
 
 
 def test_every_library_that_is_imported_is_a_declared_dependency() -> None:

@@ -1,6 +1,7 @@
 """Names and texts that others wrote reach the terminal with nothing in them that a terminal acts on (D2)."""
 
 import logging
+import re
 import shutil
 import sys
 import warnings
@@ -12,7 +13,7 @@ import pytest
 import torch
 from helpers.random_models import random_model, randomise
 
-from tl_adapters.cli import serve
+import tl_adapters.study.evaluate
 from tl_adapters.cli.main import main
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
@@ -87,7 +88,7 @@ def test_no_subcommand_prints_what_a_terminal_acts_on(
 ) -> None:
     main([str(word) for word in CALLS[what](nasty_set, files)])
     out, err = capfd.readouterr()
-    assert r"\x1b" in out + err, "the name is not shown at all, so the case tests nothing"
+    assert re.search(r"\\(x|u00)1b", out + err), "the name is not shown at all, so the case tests nothing"
     assert harmless(out) and harmless(err)
 
 
@@ -95,40 +96,41 @@ def harmless(text: str) -> bool:
     return all(character == "\n" or character.isprintable() for character in text)
 
 
-def fail(error: BaseException) -> Callable[[object], None]:
-    def run(_: object) -> None:
+def fail(error: BaseException) -> Callable[..., None]:
+    def run(*_: object) -> None:
         raise error
 
     return run
 
 
-def speak(_: object) -> None:
+def speak(*_: object) -> None:
     """A log message and a warning of another library, which has a handler of its own."""
     other = logging.getLogger("another.library")
     other.addHandler(logging.StreamHandler())
     other.warning("%s", NASTY)
     warnings.warn(NASTY, UserWarning, stacklevel=1)
     logging.getLogger("tl_adapters.test").info("%s", NASTY)
+    raise UserError(NASTY)
 
 
 @pytest.mark.parametrize(
-    ("run", "status"), [(fail(UserError(NASTY)), 2), (fail(KeyboardInterrupt(NASTY)), 130), (speak, 0)]
+    ("run", "status"), [(fail(UserError(NASTY)), 2), (fail(KeyboardInterrupt(NASTY)), 130), (speak, 2)]
 )
 def test_errors_and_messages_of_libraries_are_harmless(
-    run: Callable[[object], None], status: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Callable[..., None], status: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serve, "_serve", run)
-    assert main(["serve", "anywhere"]) == status
+    monkeypatch.setattr(tl_adapters.study.evaluate, "evaluate_run", run)
+    assert main(["evaluate", "anywhere"]) == status
     out, err = capfd.readouterr()
-    assert not out and err.count(r"\x1b]0;title\x07") == (4 if run is speak else 1)
+    assert not out and err.count(r"\x1b]0;title\x07") == (5 if run is speak else 1)
     assert harmless(err)
 
 
 def test_the_traceback_of_a_bug_is_harmless(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(serve, "_serve", fail(ZeroDivisionError(NASTY)))
+    monkeypatch.setattr(tl_adapters.study.evaluate, "evaluate_run", fail(ZeroDivisionError(NASTY)))
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     with pytest.raises(ZeroDivisionError) as caught:
-        main(["serve", "anywhere"])
+        main(["evaluate", "anywhere"])
     assert sys.excepthook is show_traceback
     sys.excepthook(caught.type, caught.value, caught.tb)
     err = capfd.readouterr().err

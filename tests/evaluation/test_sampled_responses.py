@@ -260,7 +260,7 @@ def test_names_of_variants_with_many_features_are_short_and_unique() -> None:
         (["--ablate", "1-2"], "'1-2' does not name a feature"),
         (["--ablate", "1.99"], "There are no features 1.99"),
         (["--samples", "4"], "At temperature 0"),
-        (["--limit", "0"], "The limit is 0"),
+        (["--limit", "0"], "--limit is 0"),
     ],
 )
 def test_errors_are_one_line(run: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -280,9 +280,9 @@ def test_the_subcommand_takes_a_raw_prompt_and_opens_the_thinking(printed) -> No
         (["--prompt", "a", "--ablate", "9.0"], "There are no features 9.0"),
         (["--prompt", "a", "--scale", "1.3"], "--scale is 1.3; give a factor and features"),
         (["--prompt", "a", "--scale", "nan", "1.3"], "give a factor and features"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 or more"),
-        (["--prompt", ""], "The prompt is empty"),
-        (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt cannot be read"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature is -1; give a finite number of at least 0"),
+        (["--prompt", ""], "--prompt needs a value, and an empty one follows"),
+        (["--prompt-file", "nowhere.txt"], "--prompt-file: There is no file nowhere.txt"),
     ],
 )
 def test_the_subcommand_refuses_in_one_line(printed, argv: list[str], message: str) -> None:  # type: ignore[no-untyped-def]

@@ -16,7 +16,8 @@ from tl_adapters import organism
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import Circuit, CircuitFeature
 from tl_adapters.cli.common import insertion_strength
-from tl_adapters.cli.generate import _variants
+from tl_adapters.cli.generate import variants
+from tl_adapters.cli.parsing import Words
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.response_metrics import measure_responses
 from tl_adapters.evaluation.sampled_responses import (
@@ -189,11 +190,8 @@ def test_a_circuit_is_inserted_at_its_own_strength(tmp_path: Path) -> None:
     for mixed in ([a, b], [a, "1.2"]):
         with pytest.raises(UserError, match="set one with --strength, or give --insert once for each"):
             insertion_strength(mixed)
-    from argparse import Namespace
-
-    nothing: dict[str, Any] = dict(route=["hybrid"], ablate=[], negate=[], scale=[])
     for given, factor in ((None, 2.5), (1.0, 1.0)):
-        (_, variant) = _variants(Namespace(insert=[[a]], strength=given, **nothing))
+        (_, variant) = variants(["hybrid"], None, [Words([a])], given, None, None)
         with torch.no_grad(), variant.entered(pair):
             found = pair.model(tokens)
         with torch.no_grad(), inserted(pair, [f.id for f in features], factor) as model:

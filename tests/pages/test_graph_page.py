@@ -95,9 +95,9 @@ def test_on_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     two = ["--prompt", PROMPT, "--target", "Wait,"]
     assert "is 2 tokens of this model ('Wait', ',')" in fails(*common, *two, "--out", str(tmp_path / "g"))
     missing = str(tmp_path / "none.txt")
-    assert "cannot be read as text" in fails(*common, "--prompt-file", missing, "--out", str(tmp_path / "g"))
+    assert "--prompt-file: There is no file" in fails(*common, "--prompt-file", missing, "--out", str(tmp_path / "g"))
     assert "has no adapters" in fails("attribute", str(tmp_path), "--prompt", "x")
-    assert "node_threshold is 2.0" in fails(
+    assert "--node-threshold is 2" in fails(
         *common, "--prompt", PROMPT, "--node-threshold", "2", "--out", str(tmp_path / "g")
     )
     assert sorted(p.name for p in (tmp_path / "g").iterdir()) == [

@@ -1,18 +1,18 @@
 """Which subcommands does the command line have? One file per subcommand or close family.
 
 * `attribute`: an attribution graph of a prompt's next token
-* `benchmark`: answers to tasks, with pass@1, length and hesitation rate
-* `columns`: texts side by side in a terminal: wrapped, marked where they part, and safe to print whatever they hold
+* `columns`: texts side by side in a terminal: wrapped, and marked where they part
 * `common`: options that several subcommands share, and how their values are read
 * `demo`: the whole study on the model organism
 * `doctor`: checks of a pair before anything expensive
-* `evaluate`: a run's adapters measured on held-out traces
+* `evaluate`: evaluate and benchmark: how faithful a run's adapters are, and how its routes answer tasks
 * `features`: features and label: what a run's features fire on, and what they are called
 * `generate`: what routes and changed features write after one prompt
 * `hesitation`: find and test the circuit of a behavior
 * `main`: the parser of all subcommands and the entry point; heavy libraries are imported when a subcommand runs
+* `parsing`: how words become values: several words after one option, and numbers within bounds
+* `result`: what a subcommand prints when it is done, and the command to run next
 * `serve`: a folder's pages on this machine's own address
 * `share`: export, push and pull: adapters for other tools and other people
-* `sweep`: sparsity against faithfulness over training options
-* `train`: config and train: the options of a run, and the run itself
+* `train`: config, train and sweep: the options of a run, the run itself, and runs over training options
 """

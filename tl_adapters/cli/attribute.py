@@ -2,72 +2,107 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tl_adapters.cli.common import Subcommands, device_of, read_prompt
-from tl_adapters.utils.printing import show
+import typer
+
+from tl_adapters.cli.common import AsJson, Device, Dtype, PromptFile, Quiet, RunFolder, device_of, read_prompt
+from tl_adapters.cli.parsing import number, whole
+from tl_adapters.cli.result import Result, command
+
+if TYPE_CHECKING:
+    from tl_adapters.attribution.graph import AttributionGraph
+
+_Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", metavar="TEXT", help="text as the model reads it, chat tokens included"),
+]
+_Target = Annotated[
+    list[str] | None,
+    typer.Option("--target", metavar="TOKEN", help="a token to attribute (default: the most probable next tokens)"),
+]
+_Linearisation = Annotated[
+    Literal["relp", "frozen_mlp", "gradient"],
+    typer.Option("--linearisation", help="rule by which the model is made linear"),
+]
+_MaxFeatureNodes = Annotated[int, whole("--max-feature-nodes", "keep the N most influential")]
+_Window = Annotated[int | None, whole("--window", "feature nodes of the last N positions only")]
+_ExcludeBos = Annotated[bool, typer.Option("--exclude-bos", help="leave out features at the first position")]
+_NodeThreshold = Annotated[
+    float,
+    number("--node-threshold", "share of the influence that the page's nodes hold", 0, 1, above=True),
+]
+_EdgeThreshold = Annotated[float, number("--edge-threshold", "share that its edges hold", 0, 1, above=True)]
+_Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="folder of graphs (default: RUN/graphs)")]
+_Name = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="name of the page (default: graph-1, graph-2, ...)"),
+]
 
 
-def add_attribute(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
-    """Adds `attribute`, which draws the attribution graph of a prompt's next token."""
-    attribute = subcommands.add_parser(
-        "attribute", parents=[common], help="attribute the next token to features and input tokens"
-    )
-    attribute.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
-    prompt = attribute.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="text as the model reads it, chat tokens included")
-    prompt.add_argument("--prompt-file", type=Path, help="a text file with the prompt")
-    attribute.add_argument(
-        "--target", action="append", help="a token to attribute (default: the most probable next tokens)"
-    )
-    attribute.add_argument("--linearisation", choices=("relp", "frozen_mlp", "gradient"), default="relp")
-    attribute.add_argument(
-        "--max-feature-nodes", type=int, default=5000, metavar="N", help="keep the N most influential"
-    )
-    attribute.add_argument("--window", type=int, metavar="N", help="feature nodes of the last N positions only")
-    attribute.add_argument("--exclude-bos", action="store_true", help="leave out features at the first position")
-    attribute.add_argument(
-        "--node-threshold",
-        type=float,
-        default=0.8,
-        help="share of the influence that the page's nodes hold (default: 0.8)",
-    )
-    attribute.add_argument(
-        "--edge-threshold", type=float, default=0.98, help="share that its edges hold (default: 0.98)"
-    )
-    attribute.add_argument("--out", type=Path, help="folder of graphs (default: RUN/graphs)")
-    attribute.add_argument("--name", help="name of the page (default: graph-1, graph-2, ...)")
-    attribute.set_defaults(run=_attribute)
+def attribute(
+    run_folder: RunFolder,
+    prompt: _Prompt = None,
+    prompt_file: PromptFile = None,
+    target: _Target = None,
+    linearisation: _Linearisation = "relp",
+    max_feature_nodes: _MaxFeatureNodes = 5000,
+    window: _Window = None,
+    exclude_bos: _ExcludeBos = False,
+    node_threshold: _NodeThreshold = 0.8,
+    edge_threshold: _EdgeThreshold = 0.98,
+    out: _Out = None,
+    name: _Name = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> Result:
+    """Attribute the next token to features and input tokens.
 
-
-def _attribute(args: argparse.Namespace) -> None:
-    from tl_adapters.attribution.attribute import attribute
+    Examples:
+        tl-adapters attribute runs/demo --prompt-file prompt.txt
+        tl-adapters attribute runs/demo --prompt-file prompt.txt --target Wait --name wait
+    """
+    from tl_adapters.attribution.attribute import attribute as attribute_tokens
     from tl_adapters.features.store import FeatureStore
     from tl_adapters.pages.graph_page import free_graph_name, require_new_graph, write_graph
     from tl_adapters.study.features import FEATURES_FOLDER, STORE_FOLDER
     from tl_adapters.study.open_run import open_run
 
-    prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
-    out = args.out or args.run_folder / "graphs"
-    name = args.name or free_graph_name(out, "graph")
+    text = read_prompt(prompt, prompt_file)
+    out = out or run_folder / "graphs"
+    name = name or free_graph_name(out, "graph")
     require_new_graph(out, name)
-    pair = open_run(args.run_folder, device_of(args.device), args.dtype)
-    graph = attribute(
+    pair = open_run(run_folder, device_of(device), dtype)
+    graph = attribute_tokens(
+        pair, text, target, linearisation=linearisation, max_feature_nodes=max_feature_nodes, window=window,
+        exclude_bos=exclude_bos, progress=not quiet,
+    )  # fmt: skip
+    store = run_folder / FEATURES_FOLDER / STORE_FOLDER
+    page, url = write_graph(
         pair,
-        prompt,
-        args.target,
-        linearisation=args.linearisation,
-        max_feature_nodes=args.max_feature_nodes,
-        window=args.window,
-        exclude_bos=args.exclude_bos,
-        progress=not args.quiet,
+        graph,
+        out,
+        name,
+        node_threshold=node_threshold,
+        edge_threshold=edge_threshold,
+        store=FeatureStore.load(store) if store.is_dir() else None,
     )
-    store_folder = args.run_folder / FEATURES_FOLDER / STORE_FOLDER
-    store = FeatureStore.load(store_folder) if store_folder.is_dir() else None
-    thresholds = dict(node_threshold=args.node_threshold, edge_threshold=args.edge_threshold)
-    page, url = write_graph(pair, graph, out, name, **thresholds, store=store)
+    return Result(
+        paths={"page": page, "graph": out / name, "circuit-tracer": out / "circuit-tracer", "in circuit-tracer": url},
+        values=_numbers(graph),
+        text=_line(graph),
+        next=command("serve", out),
+    )
+
+
+def _numbers(graph: AttributionGraph) -> dict[str, Any]:
+    residual = graph.residual if graph.adds_up else None
+    return {"features": len(graph.features), "edges": len(graph.weights), "residual": residual}
+
+
+def _line(graph: AttributionGraph) -> str:
     check = f"conservation residual {graph.residual:.1e}" if graph.adds_up else "this linearization does not conserve"
-    show(f"{len(graph.features):,} features, {len(graph.weights):,} edges, {check}")
-    show(f"page: {page}\ngraph: {out / name}\ncircuit-tracer: {out / 'circuit-tracer'}, {url}")
-    show(f"next: tl-adapters serve {out}")
+    return f"{len(graph.features):,} features, {len(graph.weights):,} edges, {check}"

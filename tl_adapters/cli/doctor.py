@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
-import argparse
-import shlex
 from pathlib import Path
+from typing import Annotated
 
-from tl_adapters.cli.common import Subcommands, device_of
-from tl_adapters.cli.train import run_config
-from tl_adapters.utils.printing import show
+import typer
+
+from tl_adapters.cli.common import AsJson, ConfigFile, Device, Dtype, Quiet, Seed, device_of, run_config
+from tl_adapters.cli.result import Result, command
+
+_Base = Annotated[
+    str,
+    typer.Argument(metavar="BASE", help="folder or hub name; the weights of hub models are not downloaded"),
+]
+_Target = Annotated[str, typer.Argument(metavar="TARGET", help="folder or hub name")]
+_Adapters = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="ADAPTERS", help="run, folder or hub name of adapters, to check that they belong to the pair"
+    ),
+]
+_Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DATA", help="a .jsonl file or a dataset's name, to count lengths and truncation"),
+]
+_Out = Annotated[
+    Path,
+    typer.Option("--out", metavar="DIR", help="where the run would be written"),
+]
 
 
-def add_doctor(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
-    """Adds `doctor`, which checks a pair, its data and this machine."""
-    doctor = subcommands.add_parser(
-        "doctor", parents=[common], help="check whether a pair works here, before anything expensive"
-    )
-    doctor.add_argument("base", metavar="BASE", help="folder or hub name; the weights of hub models are not downloaded")
-    doctor.add_argument("target", metavar="TARGET", help="folder or hub name")
-    doctor.add_argument(
-        "adapters",
-        metavar="ADAPTERS",
-        nargs="?",
-        help="run, folder or hub name of adapters, to check that they belong to the pair",
-    )
-    doctor.add_argument("--data", help="a .jsonl file or a dataset's name, to count lengths and truncation")
-    doctor.add_argument("--config", help="a YAML or JSON file, or the name of a shipped configuration")
-    doctor.add_argument(
-        "--out", type=Path, default=Path(), help="where the run would be written (default: the current folder)"
-    )
-    doctor.set_defaults(run=_doctor)
+def doctor(
+    base: _Base,
+    target: _Target,
+    adapters: _Adapters = None,
+    data: _Data = None,
+    config: ConfigFile = None,
+    out: _Out = Path(),
+    quiet: Quiet = False,
+    json: AsJson = False,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> Result:
+    """Check whether a pair works here, before anything expensive. The exit code is 1 if anything does not.
 
+    Examples:
+        tl-adapters doctor Qwen/Qwen2.5-Math-7B deepseek-ai/DeepSeek-R1-Distill-Qwen-7B
+        tl-adapters doctor BASE TARGET runs/mine --data traces.jsonl
+    """
+    from dataclasses import asdict
 
-def _doctor(args: argparse.Namespace) -> int:
     from tl_adapters.study.doctor import diagnose, format_findings
 
-    findings = diagnose(run_config(args), args.out, device_of(args.device), args.adapters)
-    show(format_findings(findings))
-    if any(finding.level == "error" for finding in findings):
-        return 1
-    pair = f"--base {shlex.quote(args.base)} --target {shlex.quote(args.target)}"
-    show(f"next: tl-adapters train {pair} --data TRACES.jsonl --out runs/mine")
-    return 0
+    options = run_config(config, base=base, target=target, data=data, seed=seed, dtype=dtype)
+    findings = diagnose(options, out, device_of(device), adapters)
+    works = all(finding.level != "error" for finding in findings)
+    train = command("train", base=base, target=target, data=data or "TRACES.jsonl", config=config, out="runs/mine")
+    return Result(
+        values={"findings": [asdict(finding) for finding in findings]},
+        text=format_findings(findings),
+        next=train if works else None,
+        status=0 if works else 1,
+    )

@@ -2,132 +2,190 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from tl_adapters.cli.common import Subcommands, device_of
+import typer
+
+from tl_adapters.cli.common import AsJson, Device, Dtype, Quiet, RunFolder, Seed, device_of
+from tl_adapters.cli.parsing import LARGEST_SEED, refuse, whole
+from tl_adapters.cli.result import Result, command
 from tl_adapters.errors import UserError
-from tl_adapters.utils.printing import show
+
+_Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="a .jsonl file of traces, or a dataset's name (not needed for the model organism)",
+    ),
+]
+_Stream = Annotated[
+    Literal["replacement", "target"],
+    typer.Option("--stream", help="whose residual stream they read"),
+]
+_Examples = Annotated[int | None, whole("--examples", "top activating examples kept per feature (default: 20)")]
+_Sample = Annotated[int | None, whole("--sample", "random examples kept per feature (default: 20)")]
+_TokensPerBatch = Annotated[int | None, whole("--tokens-per-batch", "tokens of a forward pass (default: 4096)")]
+_Share = Annotated[
+    str | None,
+    typer.Option(
+        "--share",
+        metavar="I/N",
+        help="collect part I of N (from 0); run once more without --share at the end",
+    ),
+]
 
 
-def add_features(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
-    """Adds `features`, which collects a run's features and writes their pages."""
-    features = subcommands.add_parser(
-        "features", parents=[common], help="collect what every feature fires on and writes, and draw pages"
-    )
-    features.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
-    features.add_argument(
-        "--data", help="a .jsonl file of traces, or a dataset's name (not needed for the model organism)"
-    )
-    features.add_argument(
-        "--stream", choices=("replacement", "target"), default="replacement", help="whose residual stream they read"
-    )
-    features.add_argument(
-        "--examples", type=int, metavar="N", help="top activating examples kept per feature (default: 20)"
-    )
-    features.add_argument("--sample", type=int, metavar="N", help="random examples kept per feature (default: 20)")
-    features.add_argument("--tokens-per-batch", type=int, metavar="N", help="tokens of a forward pass (default: 4096)")
-    features.add_argument(
-        "--share", metavar="I/N", help="collect part I of N (from 0); run once more without --share at the end"
-    )
-    features.set_defaults(run=_features)
+def features(
+    run_folder: RunFolder,
+    data: _Data = None,
+    stream: _Stream = "replacement",
+    examples: _Examples = None,
+    sample: _Sample = None,
+    tokens_per_batch: _TokensPerBatch = None,
+    share: _Share = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> Result:
+    """Collect what every feature fires on and writes, and draw pages.
 
-
-def _features(args: argparse.Namespace) -> None:
+    Examples:
+        tl-adapters features runs/demo
+        tl-adapters features runs/mine --data traces.jsonl --share 0/4
+    """
     from tl_adapters.features.store_description import StoreOptions
     from tl_adapters.pages.report import write_report
     from tl_adapters.study.features import FEATURES_FOLDER, STORE_FOLDER, features_run
 
-    given = {"examples": args.examples, "sample": args.sample, "tokens_per_batch": args.tokens_per_batch}
-    options = StoreOptions(
-        **{name: n for name, n in given.items() if n is not None}, **({} if args.seed is None else {"seed": args.seed})
-    )
-    run = args.run_folder
+    kept: dict[str, Any] = dict(examples=examples, sample=sample, tokens_per_batch=tokens_per_batch, seed=seed)
     page = features_run(
-        run,
-        args.data,
-        stream=args.stream,
-        options=options,
-        share=None if args.share is None else _share(args.share),
-        device=device_of(args.device),
-        dtype=args.dtype,
-        progress=not args.quiet,
+        run_folder,
+        data,
+        stream=stream,
+        options=StoreOptions(**{name: value for name, value in kept.items() if value is not None}),
+        share=None if share is None else _share(share),
+        device=device_of(device),
+        dtype=dtype,
+        progress=not quiet,
     )
+    store = run_folder / FEATURES_FOLDER / STORE_FOLDER
     if page is None:
-        show(
-            f"parts: {run / FEATURES_FOLDER / STORE_FOLDER}\nnext: the same command without --share, when every "
-            "process is done"
+        other = dict(stream=None if stream == "replacement" else stream, device=None if device == "auto" else device)
+        return Result(
+            paths={"parts": store},
+            text="Run the next command when every process is done.",
+            next=command("features", run_folder, data=data, dtype=dtype, **other, **kept),
         )
-        return
-    show(f"pages: {page}\nstore: {run / FEATURES_FOLDER / STORE_FOLDER}\nreport: {write_report(run)}")
-    show(f"next: tl-adapters label {run}")
+    return Result(
+        paths={"pages": page, "store": store, "report": write_report(run_folder)}, next=command("label", run_folder)
+    )
 
 
 def _share(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None:
+    if match is None or not int(match[1]) < int(match[2]):
         raise UserError(f"--share is {text!r}; give I/N, such as 0/4 for the first of four processes.")
     return int(match[1]), int(match[2])
 
 
-def add_label(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
-    """Adds `label`, which labels a run's features by rules and by an LLM judge."""
-    label = subcommands.add_parser("label", parents=[quiet], help="label a run's features by rules and by an LLM judge")
-    label.add_argument("run_folder", type=Path, metavar="RUN", help="run whose features were collected")
-    label.add_argument(
-        "--judge", type=int, nargs="?", const=0, metavar="N", help="let an LLM sort N features, or all, into categories"
-    )
-    label.add_argument(
-        "--retest", type=int, default=50, metavar="N", help="features of these that are judged twice (default: 50)"
-    )
-    label.add_argument(
-        "--auto-interp", type=int, metavar="N", help="explain N features and N neurons and score the explanations"
-    )
-    label.add_argument("--base-url", help="an OpenAI-compatible endpoint (default: TL_ADAPTERS_BASE_URL)")
-    label.add_argument(
-        "--model", help="the judge (default: TL_ADAPTERS_MODEL); its key is read from TL_ADAPTERS_API_KEY"
-    )
-    label.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (default: 8)")
-    label.add_argument("--max-requests", type=int, metavar="N", help="stop after N requests and keep their replies")
-    label.add_argument("--max-tokens", type=int, metavar="N", help="stop when all replies together have used N tokens")
-    label.add_argument(
-        "--reply-tokens",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="longest reply in tokens, thinking included (default: 4096)",
-    )
-    label.add_argument("--seed", type=int, default=0, help="seed of sampling and order (default: 0)")
-    label.set_defaults(run=_label)
+_RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run whose features were collected")]
+_Judge = Annotated[
+    int | None, whole("--judge", "let an LLM sort N features, or all, into categories", 0, metavar="[N]")
+]
+_Retest = Annotated[int | None, whole("--retest", "features of these that are judged twice (default: 50)", 0)]
+_AutoInterp = Annotated[
+    int | None, whole("--auto-interp", "explain N features and N neurons and score the explanations")
+]
+_BaseUrl = Annotated[
+    str | None,
+    typer.Option("--base-url", metavar="URL", help="an OpenAI-compatible endpoint (default: TL_ADAPTERS_BASE_URL)"),
+]
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="the judge (default: TL_ADAPTERS_MODEL); its key is read from TL_ADAPTERS_API_KEY",
+    ),
+]
+_Concurrency = Annotated[int | None, whole("--concurrency", "requests at once (default: 8)", most=256)]
+_MaxRequests = Annotated[int | None, whole("--max-requests", "stop after N requests and keep their replies", 0)]
+_MaxTokens = Annotated[int | None, whole("--max-tokens", "stop when all replies together have used N tokens", 0)]
+_ReplyTokens = Annotated[
+    int | None, whole("--reply-tokens", "longest reply in tokens, thinking included (default: 4096)")
+]
+_Seed = Annotated[int | None, whole("--seed", "seed of sampling and order (default: 0)", 0, LARGEST_SEED, "SEED")]
 
 
-def _label(args: argparse.Namespace) -> None:
+def label(
+    run_folder: _RunFolder,
+    judge: _Judge = None,
+    retest: _Retest = None,
+    auto_interp: _AutoInterp = None,
+    base_url: _BaseUrl = None,
+    model: _Model = None,
+    concurrency: _Concurrency = None,
+    max_requests: _MaxRequests = None,
+    max_tokens: _MaxTokens = None,
+    reply_tokens: _ReplyTokens = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+    seed: _Seed = None,
+) -> Result:
+    """Label a run's features by rules and by an LLM judge.
+
+    Examples:
+        tl-adapters label runs/demo
+        tl-adapters label runs/demo --judge 200 --auto-interp 100 --base-url http://127.0.0.1:8000/v1 --model NAME
+    """
     from tl_adapters.pages.report import write_report
     from tl_adapters.study.label import label_run
 
-    block = label_run(
-        args.run_folder,
-        judge_n=args.judge,
-        retest=args.retest,
-        interpret_n=args.auto_interp,
-        endpoint=dict(
-            base_url=args.base_url,
-            model=args.model,
-            concurrency=args.concurrency,
-            request_budget=args.max_requests,
-            token_budget=args.max_tokens,
-            reply_tokens=args.reply_tokens,
-        ),
-        seed=args.seed,
-        progress=not args.quiet,
+    endpoint: dict[str, Any] = dict(
+        base_url=base_url,
+        model=model,
+        concurrency=concurrency,
+        request_budget=max_requests,
+        token_budget=max_tokens,
+        reply_tokens=reply_tokens,
     )
-    for name, share in block["rules"].items():
-        show(f"{name}: {share['count']} features, {100 * share['weighted']['value']:.1f} % of the alive")
-    for name, share in (block.get("judge") or {}).get("shares", {}).items():
-        show(f"{name}: {share['count']} judged, {100 * share['weighted']['value']:.1f} %")
-    if detection := block.get("detection"):
-        for unit in ("features", "neurons"):
-            if detection[unit]:
-                show(f"detection score of {unit}: {detection[unit]['score']['value']:.3f}")
-    show(f"report: {write_report(args.run_folder)}\nnext: tl-adapters serve {args.run_folder}")
+    if judge is None and auto_interp is None:
+        refuse(
+            "Rules label without a judge, whom --judge and --auto-interp ask",
+            base_url=base_url, model=model, concurrency=concurrency, max_requests=max_requests,
+            max_tokens=max_tokens, reply_tokens=reply_tokens, seed=seed,
+        )  # fmt: skip
+    if judge is None:
+        refuse("Only --judge judges twice", retest=retest)
+    block = label_run(
+        run_folder,
+        judge_n=judge,
+        interpret_n=auto_interp,
+        endpoint={name: value for name, value in endpoint.items() if value is not None},
+        progress=not quiet,
+        **{name: value for name, value in (("retest", retest), ("seed", seed)) if value is not None},
+    )
+    return Result(
+        paths={"report": write_report(run_folder)},
+        values=block,
+        text="\n".join(_label_lines(block)),
+        next=command("serve", run_folder),
+    )
+
+
+def _label_lines(block: dict[str, Any]) -> list[str]:
+    rules, judged = block["rules"], (block.get("judge") or {}).get("shares", {})
+    lines = [f"{name}: {s['count']} features, {_percent(s)} % of the alive" for name, s in rules.items()]
+    lines += [f"{name}: {s['count']} judged, {_percent(s)} %" for name, s in judged.items()]
+    detection = block.get("detection") or {}
+    scores = {unit: detection[unit]["score"]["value"] for unit in ("features", "neurons") if detection.get(unit)}
+    return lines + [f"detection score of {unit}: {score:.3f}" for unit, score in scores.items()]
+
+
+def _percent(share: dict[str, Any]) -> str:
+    return f"{100 * share['weighted']['value']:.1f}"

@@ -2,73 +2,108 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from typing import Annotated, Any
 
-from tl_adapters.cli.common import Subcommands, device_of
-from tl_adapters.utils.printing import show
+import typer
+
+from tl_adapters.cli.common import (
+    AsJson,
+    Device,
+    Dtype,
+    Quiet,
+    RunFolder,
+    Seed,
+    device_of,
+    joined,
+    tasks_of,
+)
+from tl_adapters.cli.parsing import Words, number, refuse, whole, words
+from tl_adapters.cli.result import Result, command
+from tl_adapters.errors import UserError
+
+_Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="NAME[=FILE]",
+        help="problems: gsm8k, ... (default: those of the model organism)",
+    ),
+]
+_BehaviorWords = Annotated[
+    list[Words] | None,
+    words("--words", 'words or phrases of the behavior, such as Wait "Hold on" (default: Wait)', "WORD"),
+]
+_Share = Annotated[
+    float | None,
+    number("--share", "size of the circuit, as a share of alive features (default: 0.03)", 0, 1, above=True),
+]
+_Limit = Annotated[int | None, whole("--limit", "number of problems: half to choose on, half to report on", 2)]
+_MaxNewTokens = Annotated[
+    int | None,
+    whole("--max-new-tokens", "longest answer (default: the task's, or generation_config.json's, or 32,768)"),
+]
 
 
-def add_hesitation(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
-    """Add the subcommand hesitation."""
-    hesitation = subcommands.add_parser(
-        "hesitation", parents=[common], help="find the features that say a word, and test them by intervention"
-    )
-    hesitation.add_argument("run_folder", type=Path, metavar="RUN", help="folder that train or demo made")
-    hesitation.add_argument(
-        "--task", metavar="NAME[=FILE]", help="problems: gsm8k, ... (default: those of the model organism)"
-    )
-    hesitation.add_argument(
-        "--words",
-        nargs="+",
-        metavar="WORD",
-        help='words or phrases of the behavior, such as Wait "Hold on" (default: Wait)',
-    )
-    hesitation.add_argument(
-        "--share", type=float, metavar="X", help="size of the circuit, as a share of alive features (default: 0.03)"
-    )
-    hesitation.add_argument(
-        "--limit", type=int, metavar="N", help="number of problems: half to choose on, half to report on"
-    )
-    hesitation.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="longest answer (default: the task's, or generation_config.json's, or 32,768)",
-    )
-    hesitation.set_defaults(run=_hesitation)
+def hesitation(
+    run_folder: RunFolder,
+    task: _Task = None,
+    behavior_words: _BehaviorWords = None,
+    share: _Share = None,
+    limit: _Limit = None,
+    max_new_tokens: _MaxNewTokens = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> Result:
+    """Find the features that say a word, and test them by intervention.
 
-
-def _hesitation(args: argparse.Namespace) -> None:
+    Examples:
+        tl-adapters hesitation runs/demo
+        tl-adapters hesitation runs/mine --task gsm8k --words Wait "Hold on" --limit 1000
+    """
     from tl_adapters.circuits.circuit import CIRCUIT_FILE
-    from tl_adapters.circuits.criteria import OUTCOME_NAMES
     from tl_adapters.data.hesitation_words import HESITATION_ONSET
     from tl_adapters.pages.report import write_report
     from tl_adapters.study.hesitation import hesitation_of_run
     from tl_adapters.utils.results import output_file
 
-    name, _, source = (args.task or "").partition("=")
+    tasks = tasks_of([] if task is None else [task])
+    if len(tasks) > 1:
+        raise UserError(f"--task is {task}; give one task, as NAME or NAME=FILE.")
+    if not tasks:
+        refuse("The problems of the model organism have a limit of their own", max_new_tokens=max_new_tokens)
     study = hesitation_of_run(
-        args.run_folder,
-        (name, source or None) if name else None,
-        words=args.words or [HESITATION_ONSET],
-        share=args.share,
-        limit=args.limit,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed or 0,
-        device=device_of(args.device),
-        dtype=args.dtype,
-        progress=not args.quiet,
+        run_folder,
+        next(iter(tasks.items()), None),
+        words=joined(behavior_words) or [HESITATION_ONSET],
+        share=share,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        seed=seed or 0,
+        device=device_of(device),
+        dtype=dtype,
+        progress=not quiet,
     )
-    size = study.block["circuit"]
+    page, circuit = run_folder / study.block["page"], output_file(run_folder, CIRCUIT_FILE)
+    return Result(
+        paths={"page": page, "circuit": circuit, "report": write_report(run_folder)},
+        values={name: study.block[name] for name in ("circuit", "criteria")},
+        text="\n".join(_lines(study.block)),
+        next=command("serve", run_folder),
+    )
+
+
+def _lines(block: dict[str, Any]) -> list[str]:
+    from tl_adapters.circuits.criteria import OUTCOME_NAMES
+
+    size = block["circuit"]
     if not size["n"]:
-        show(f"no circuit: the target's answers have {study.block['moments']['select']['moments']} onsets")
-    else:
-        roles = ", ".join(f"{size[role]} {role}" for role in ("output", "template", "continuation"))
-        show(f"{size['n']} features ({100 * size['share_of_alive']:.1f} % of the alive): {roles}")
-        for criterion in study.block["criteria"]:
-            value = "-" if criterion["value"] is None else f"{criterion['value']:.3g}"
-            show(f"{OUTCOME_NAMES[criterion['reached']]:9}  {criterion['name']}: {value}, {criterion['bar']}")
-    run = args.run_folder
-    show(f"page: {run / study.block['page']}\ncircuit: {output_file(run, CIRCUIT_FILE)}\nreport: {write_report(run)}")
-    show(f"next: tl-adapters serve {run}")
+        return [f"no circuit: the target's answers have {block['moments']['select']['moments']} onsets"]
+    roles = ", ".join(f"{size[role]} {role}" for role in ("output", "template", "continuation"))
+    lines = [f"{size['n']} features ({100 * size['share_of_alive']:.1f} % of the alive): {roles}"]
+    for criterion in block["criteria"]:
+        value = "-" if criterion["value"] is None else f"{criterion['value']:.3g}"
+        lines.append(f"{OUTCOME_NAMES[criterion['reached']]:9}  {criterion['name']}: {value}, {criterion['bar']}")
+    return lines

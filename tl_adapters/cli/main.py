@@ -1,73 +1,133 @@
 """The command line. torch and the libraries behind it are imported when a subcommand runs, not before.
 
-tl-adapters demo                                  the whole study on the model organism
-tl-adapters doctor B T                            check a pair before anything expensive
-tl-adapters config                                every option of a run, documented, as a file to edit
-tl-adapters train --base B --target T --data F    train adapters for any pair
-tl-adapters train --resume RUN                    resume a run that was stopped or killed
-tl-adapters sweep --over l1_weight=3e-4,1e-3 --out DIR    L0 against KL over training options
-tl-adapters evaluate RUN --data F                 measure a run's adapters on held-out traces
-tl-adapters features RUN                          what every feature fires on and writes, as pages
-tl-adapters label RUN                             label them by rules and by an LLM judge
-tl-adapters attribute RUN --prompt TEXT           attribute the next token to features and input tokens
-tl-adapters generate RUN --prompt TEXT            completions of routes and changed features, side by side
-tl-adapters benchmark RUN --tasks gsm8k           answer tasks on one route: pass@1, length, hesitation
-tl-adapters hesitation RUN                        find and test the features that say "Wait"
-tl-adapters serve DIR                             show a folder's pages on 127.0.0.1
-tl-adapters export RUN --to saelens --out DIR     adapters, models or dashboards, for other tools
-tl-adapters push RUN USER/REPO                    upload adapters with their model card
-tl-adapters pull USER/REPO --out DIR              download adapters
+A subcommand is a function: its parameters are the options, the first paragraph of its docstring is the help, and what
+follows "Examples:" is shown below it. The function returns a `Result`, which `main` prints.
 """
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import cache
+from typing import Annotated, Any
+
+import typer
 
 from tl_adapters import __version__
-from tl_adapters.cli import (
-    attribute,
-    benchmark,
-    demo,
-    doctor,
-    evaluate,
-    features,
-    generate,
-    hesitation,
-    serve,
-    share,
-    sweep,
-    train,
-)
-from tl_adapters.cli.common import common_parent, quiet_parent
+from tl_adapters.cli.attribute import attribute
+from tl_adapters.cli.demo import demo
+from tl_adapters.cli.doctor import doctor
+from tl_adapters.cli.evaluate import benchmark, evaluate
+from tl_adapters.cli.features import features, label
+from tl_adapters.cli.generate import generate
+from tl_adapters.cli.hesitation import hesitation
+from tl_adapters.cli.parsing import Subcommand
+from tl_adapters.cli.result import Result, to_json
+from tl_adapters.cli.serve import serve
+from tl_adapters.cli.share import export, pull, push
+from tl_adapters.cli.train import config, sweep, train
 from tl_adapters.errors import UserError
-from tl_adapters.utils.printing import VisibleRecord, show_error, show_traceback
+from tl_adapters.utils.printing import VisibleRecord, show, show_error, show_traceback
+
+SUBCOMMANDS: tuple[Callable[..., Result], ...] = (
+    demo, doctor, config, train, sweep, evaluate, features, label, attribute, generate, benchmark, hesitation, serve,
+    export, push, pull,
+)  # fmt: skip
+"""Every subcommand, in the order of the help."""
+EXIT_CODES = """Exit codes: 0 done; 1 an error of this program, which shows a traceback, or a pair in which doctor found
+errors; 2 a command, a file or a machine that does not fit, in one line that says what to do; 130 stopped by Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit status; 2 is a UserError, 130 is Ctrl-C."""
-    args = _parser().parse_args(argv)
-    with _visible_messages(quiet=args.quiet):
+    """Run one subcommand and return its exit code (see `EXIT_CODES`).
+
+    With --json, the standard output holds one JSON object, also where it is {"error": message}.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    as_json = "--json" in argv
+    with _visible_messages():
         try:
+            call = parse(argv)
+            if isinstance(call, int):
+                return call
+            logging.getLogger("tl_adapters").setLevel(logging.WARNING if call.keywords.get("quiet") else logging.INFO)
             _silence_loading_bars()
-            return args.run(args) or 0
+            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                result: Result = call()
+            result.show(as_json)
+            if result.then is not None:
+                result.then()
+            return result.status
         except UserError as error:
-            show_error(f"error: {error}")
-            return 2
+            return _failed(f"error: {error}", str(error), as_json, 2)
         except KeyboardInterrupt as interrupt:
-            show_error(str(interrupt) or "stopped.")
-            return 130
+            return _failed(str(interrupt) or "stopped.", str(interrupt) or "stopped.", as_json, 130)
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The call of a subcommand's function, not yet made, or the exit code where there is nothing to call (--help).
+
+    Raises UserError for words that no subcommand takes.
+    """
+    try:
+        return app().main(list(argv), prog_name="tl-adapters", standalone_mode=False)
+    except typer.TyperException as error:
+        name = argv[0] if argv and argv[0] in {function.__name__ for function in SUBCOMMANDS} else ""
+        help = " ".join(filter(None, ["tl-adapters", name, "--help"]))
+        message = " ".join(error.format_message().replace("Value error, ", "").split())
+        raise UserError(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {help}.") from error
+
+
+@cache
+def app() -> Any:
+    """The command line as typer's command."""
+    commands = typer.Typer(
+        help="What did reasoning training change in a model?",
+        epilog=EXIT_CODES,
+        subcommand_metavar="SUBCOMMAND ...",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+    commands.callback()(_options_of_all)
+    for function in SUBCOMMANDS:
+        help, _, examples = (inspect.getdoc(function) or "").partition("\nExamples:\n")
+        epilog = "Examples:\n\n\b\n" + examples.rstrip()
+        commands.command(cls=Subcommand, help=help.strip(), epilog=epilog)(function)
+    return typer.main.get_command(commands)
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        show(f"tl-adapters {__version__}")
+        raise typer.Exit
+    return asked
+
+
+def _options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="print the version", callback=_version)
+    ] = False,
+) -> None:
+    """Options that are given before the subcommand."""
+
+
+def _failed(line: str, message: str, as_json: bool, status: int) -> int:
+    if as_json:
+        show(to_json({"error": message}))
+    else:
+        show_error(line)
+    return status
 
 
 @contextmanager
-def _visible_messages(quiet: bool) -> Iterator[None]:
+def _visible_messages() -> Iterator[None]:
     """Logs, warnings and tracebacks go to the standard error, with everything invisible made visible."""
     factory = logging.getLogRecordFactory()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("tl_adapters").setLevel(logging.WARNING if quiet else logging.INFO)
     logging.setLogRecordFactory(VisibleRecord)
     logging.captureWarnings(True)
     try:
@@ -78,31 +138,6 @@ def _visible_messages(quiet: bool) -> Iterator[None]:
     finally:
         logging.captureWarnings(False)
         logging.setLogRecordFactory(factory)
-
-
-def _parser() -> argparse.ArgumentParser:
-    quiet = quiet_parent()
-    common = common_parent(quiet)
-    parser = argparse.ArgumentParser(prog="tl-adapters", description="What did reasoning training change in a model?")
-    parser.add_argument("--version", action="version", version=f"tl-adapters {__version__}")
-    subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-    demo.add_demo(subcommands, common)
-    doctor.add_doctor(subcommands, common)
-    train.add_config(subcommands)
-    train.add_train(subcommands, common)
-    sweep.add_sweep(subcommands, common)
-    evaluate.add_evaluate(subcommands, common)
-    features.add_features(subcommands, common)
-    features.add_label(subcommands, quiet)
-    attribute.add_attribute(subcommands, common)
-    generate.add_generate(subcommands, common)
-    benchmark.add_benchmark(subcommands, common)
-    hesitation.add_hesitation(subcommands, common)
-    serve.add_serve(subcommands, quiet)
-    share.add_export(subcommands, quiet)
-    share.add_push(subcommands, quiet)
-    share.add_pull(subcommands, quiet)
-    return parser
 
 
 def _silence_loading_bars() -> None:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
+from http.server import HTTPServer
 from pathlib import Path
+from typing import Annotated
 
-from tl_adapters.cli.common import Subcommands
-from tl_adapters.utils.printing import show
+import typer
 
-
-def add_serve(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
-    """Adds `serve`, which shows a folder's pages on 127.0.0.1."""
-    serve = subcommands.add_parser("serve", parents=[quiet], help="show a folder's pages on 127.0.0.1")
-    serve.add_argument("folder", type=Path, metavar="DIR", help="a run, or a folder of graphs")
-    serve.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
-    serve.set_defaults(run=_serve)
+from tl_adapters.cli.common import AsJson, Quiet
+from tl_adapters.cli.parsing import whole
+from tl_adapters.cli.result import Result
 
 
-def _serve(args: argparse.Namespace) -> None:
+def serve(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a run, or a folder of graphs")],
+    port: Annotated[int, whole("--port", "port; 0 takes a free one", 0, 65_535, "PORT")] = 8000,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> Result:
+    """Show a folder's pages on 127.0.0.1, until Ctrl-C.
+
+    Examples:
+        tl-adapters serve runs/demo
+        tl-adapters serve runs/demo --port 8080
+    """
     from tl_adapters.pages.server import HOST, make_server
 
-    with make_server(args.folder, args.port) as server:
-        show(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C stops the server)")
+    server = make_server(folder, port)
+    url = f"http://{HOST}:{server.server_address[1]}/"
+    return Result(
+        values={"url": url}, text=f"{url}  (Ctrl-C stops the server)", then=lambda: _serve_until_stopped(server)
+    )
+
+
+def _serve_until_stopped(server: HTTPServer) -> None:
+    with server:
         server.serve_forever()

@@ -2,115 +2,210 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import shlex
 from pathlib import Path
+from typing import Annotated, Literal
 
-from tl_adapters.cli.common import Subcommands, feature_ids
+import typer
+
+from tl_adapters.cli.common import AsJson, Quiet, feature_ids, joined
+from tl_adapters.cli.parsing import Words, refuse, words
+from tl_adapters.cli.result import Result, command
 from tl_adapters.errors import UserError
-from tl_adapters.utils.printing import show
+
+ExportName = Literal["saelens", "authors", "hybrid", "target", "neuronpedia", "sae-dashboard"]
+Reads = Annotated[
+    Literal["normalized", "mlp_input"] | None,
+    typer.Option(
+        "--reads",
+        help="normalized: right on processed models too (default); mlp_input: as trained, for unprocessed models",
+    ),
+]
+Revision = Annotated[str | None, typer.Option("--revision", metavar="REVISION", help="branch, tag or commit")]
+NEW_SET_NAME = "tl-adapters"
+"""Neuronpedia's name of the set of features where none is given."""
+
+_READ_BY: dict[str, set[str]] = {
+    "saelens": {"reads"},
+    "authors": {"base", "target"},
+    "hybrid": {"base", "target"},
+    "target": {"base", "target"},
+    "neuronpedia": {"model_id", "set"},
+    "sae-dashboard": {"features", "data"},
+}
+"""Options that each format reads."""
 
 
-def add_export(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
-    """Adds `export`, which writes adapters, models or features for other tools."""
-    export = subcommands.add_parser(
-        "export", parents=[quiet], help="write adapters, models or features for other tools"
+_Adapters = Annotated[str, typer.Argument(metavar="RUN", help="run folder, folder of adapters, or hub name")]
+_To = Annotated[ExportName, typer.Option("--to", help="format; the last two take a run's features")]
+_Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="folder to make")]
+_Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base", metavar="BASE", help="folder or hub name of the base (default: the one the adapters record)"
+    ),
+]
+_Target = Annotated[
+    str | None,
+    typer.Option("--target", metavar="TARGET", help="folder or hub name of the target (default: likewise)"),
+]
+_ModelId = Annotated[
+    str | None,
+    typer.Option("--model-id", metavar="NAME", help="neuronpedia: its name of the model (default: the target's name)"),
+]
+_SetName = Annotated[
+    str | None,
+    typer.Option("--set", metavar="NAME", help=f"neuronpedia: its name of the set (default: {NEW_SET_NAME})"),
+]
+_Features = Annotated[list[Words] | None, words("--features", "sae-dashboard: features to draw, as layer.index", "L.I")]
+_Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DATA", help="sae-dashboard: documents (not needed for the model organism)"),
+]
+
+
+def export(
+    adapters: _Adapters,
+    to: _To,
+    out: _Out,
+    reads: Reads = None,
+    base: _Base = None,
+    target: _Target = None,
+    model_id: _ModelId = None,
+    set_name: _SetName = None,
+    features: _Features = None,
+    data: _Data = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> Result:
+    """Write adapters, models or features for other tools.
+
+    Examples:
+        tl-adapters export runs/mine --to saelens --out saelens
+        tl-adapters export runs/demo --to neuronpedia --model-id NAME --out batches
+        tl-adapters export runs/demo --to sae-dashboard --features 2.17 4.3 --out dashboards
+    """
+    given: dict[str, object] = dict(
+        reads=reads, base=base, target=target, model_id=model_id, set=set_name, features=features, data=data
     )
-    export.add_argument("adapters", metavar="RUN", help="run folder, folder of adapters, or hub name")
-    formats = ("saelens", "authors", "hybrid", "target", "neuronpedia", "sae-dashboard")
-    export.add_argument("--to", choices=formats, required=True, help="format; the last two take a run's features")
-    export.add_argument("--out", type=Path, required=True, help="folder to make")
-    _add_reads(export)
-    export.add_argument("--base", help="folder or hub name of the base (default: the one the adapters record)")
-    export.add_argument("--target", help="folder or hub name of the target (default: likewise)")
-    export.add_argument("--model-id", help="neuronpedia: its name of the model (default: the target's name)")
-    export.add_argument("--set", default="tl-adapters", help="neuronpedia: its name of the set (default: tl-adapters)")
-    export.add_argument("--features", nargs="+", metavar="L.I", help="sae-dashboard: features to draw, as layer.index")
-    export.add_argument("--data", help="sae-dashboard: documents (not needed for the model organism)")
-    export.set_defaults(run=_export)
+    refuse(f"--to {to} does not read this", **{name: v for name, v in given.items() if name not in _READ_BY[to]})
+    if to == "neuronpedia":
+        return _export_neuronpedia(Path(adapters), out, model_id, set_name or NEW_SET_NAME)
+    if to == "sae-dashboard":
+        return _export_dashboard(Path(adapters), out, joined(features), data)
+    from tl_adapters.interop.export import export as export_adapters
+
+    export_adapters(adapters, to, out, reads=reads or "normalized", base=base, target=target)
+    return Result(paths={to: out}, text=_loading(to, out))
 
 
-def _export(args: argparse.Namespace) -> None:
-    from tl_adapters.interop.export import export
-
-    if args.to in ("neuronpedia", "sae-dashboard"):
-        _export_features(args)
-        return
-    export(args.adapters, args.to, args.out, reads=args.reads, base=args.base, target=args.target)
-    show(f"{args.to}: {args.out}")
-    if args.to == "saelens":
-        show(f'next: sae_lens.SAE.load_from_disk("{args.out}/layer_0")')
-        if importlib.util.find_spec("sae_lens") is None:
-            show("SAELens is not installed here. It needs TransformerLens 3: pip install 'tl-adapters[saelens]'")
-    elif args.to != "authors":
-        show(f'next: transformers.AutoModelForCausalLM.from_pretrained("{args.out}")')
+def _loading(to: str, out: Path) -> str:
+    """The lines of Python that load what was exported."""
+    if to == "saelens":
+        missing = "\nSAELens is not installed here. It needs TransformerLens 3: pip install 'tl-adapters[saelens]'"
+        found = importlib.util.find_spec("sae_lens") is not None
+        return f"in Python: sae_lens.SAE.load_from_disk({f'{out}/layer_0'!r})" + ("" if found else missing)
+    return "" if to == "authors" else f"in Python: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
 
 
-def _export_features(args: argparse.Namespace) -> None:
-    from tl_adapters.study.features import export_neuronpedia, export_sae_dashboard
+def _export_neuronpedia(run: Path, out: Path, model_id: str | None, set_name: str) -> Result:
+    from tl_adapters.study.features import export_neuronpedia
 
-    run = Path(args.adapters)
-    if args.to == "neuronpedia":
-        show(f"neuronpedia: {export_neuronpedia(run, args.out, args.model_id, args.set)}")
-        return
-    if args.features is None:
+    return Result(paths={"neuronpedia": export_neuronpedia(run, out, model_id, set_name)})
+
+
+def _export_dashboard(run: Path, out: Path, features: list[str], data: str | None) -> Result:
+    from tl_adapters.study.features import export_sae_dashboard
+
+    if not features:
         raise UserError("--features is missing; give the features to draw as layer.index, such as 2.17 4.3.")
-    pages = export_sae_dashboard(run, args.out, feature_ids(args.features), args.data)
-    show("sae-dashboard: " + "\n".join(map(str, pages)))
+    return Result(paths={"sae-dashboard": export_sae_dashboard(run, out, feature_ids(features), data)})
 
 
-def add_push(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
-    """Adds `push`, which uploads adapters with their model card."""
-    push = subcommands.add_parser(
-        "push", parents=[quiet], help="upload adapters with their model card to the hub (reads HF_TOKEN)"
-    )
-    push.add_argument("adapters", metavar="RUN", help="run folder or folder of adapters")
-    push.add_argument("repo", metavar="USER/REPO", help="repository, created if it does not exist")
-    push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    push.add_argument("--revision", help="branch, created if it does not exist")
-    _add_reads(push)
-    push.set_defaults(run=_push)
+_PushAdapters = Annotated[str, typer.Argument(metavar="RUN", help="run folder or folder of adapters")]
+_Repo = Annotated[str, typer.Argument(metavar="USER/REPO", help="repository, created if it does not exist")]
+_Private = Annotated[bool, typer.Option("--private", help="make a new repository private")]
+_Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="BRANCH", help="branch, created if it does not exist")
+]
 
 
-def _push(args: argparse.Namespace) -> None:
+def push(
+    adapters: _PushAdapters,
+    repo: _Repo,
+    private: _Private = False,
+    revision: _Revision = None,
+    reads: Reads = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> Result:
+    """Upload adapters with their model card to the hub (reads HF_TOKEN).
+
+    Examples:
+        tl-adapters push runs/mine user/repo
+        tl-adapters push runs/mine user/repo --private --revision trial
+    """
     from tl_adapters.interop.export import load_adapters_with_measurements
     from tl_adapters.interop.hub import push_to_hub
 
-    adapters = load_adapters_with_measurements(args.adapters)
-    address = push_to_hub(adapters, args.repo, private=args.private, revision=args.revision, reads=args.reads)
-    show(f"commit: {address}\nnext: tl-adapters pull {args.repo} --out adapters")
+    found = load_adapters_with_measurements(adapters)
+    address = push_to_hub(found, repo, private=private or None, revision=revision, reads=reads or "normalized")
+    return Result(paths={"commit": address}, next=command("pull", repo, revision=revision, out="adapters"))
 
 
-def add_pull(subcommands: Subcommands, quiet: argparse.ArgumentParser) -> None:
-    """Adds `pull`, which downloads adapters from the hub."""
-    pull = subcommands.add_parser("pull", parents=[quiet], help="download adapters from the hub into a new folder")
-    pull.add_argument("repo", metavar="USER/REPO", help="repository of the hub")
-    pull.add_argument("--out", type=Path, required=True, help="folder to make")
-    pull.add_argument("--layers", type=int, nargs="+", help="these layers only")
-    pull.add_argument("--revision", help="branch, tag or commit")
-    pull.set_defaults(run=_pull)
+_PullRepo = Annotated[str, typer.Argument(metavar="USER/REPO", help="repository of the hub")]
+_Layers = Annotated[list[Words] | None, words("--layers", "these layers only", "LAYER")]
 
 
-def _pull(args: argparse.Namespace) -> None:
-    from tl_adapters.interop.hub import pull
+def pull(
+    repo: _PullRepo,
+    out: _Out,
+    layers: _Layers = None,
+    revision: Revision = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> Result:
+    """Download adapters from the hub into a new folder.
 
-    adapters = pull(args.repo, args.out, layers=args.layers, revision=args.revision)
+    Examples:
+        tl-adapters pull user/repo --out adapters
+        tl-adapters pull user/repo --out adapters --layers 0 1 2
+    """
+    from tl_adapters.interop.hub import pull as pull_adapters
+
+    adapters = pull_adapters(repo, out, layers=_layer_numbers(joined(layers)), revision=revision)
     about = adapters.metadata
-    show(f"adapters: {args.out} ({len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each)")
     names = {"BASE": about.base, "TARGET": about.target}
-    for word, name in names.items():
-        if name.startswith("./"):
-            show(f"The {word.lower()} was {name}, a folder of another machine: give your copy for {word} below.")
-            names[word] = ""
-    base, target = (shlex.quote(name or word) for word, name in names.items())
-    show(f"next: tl-adapters doctor {base} {target} {shlex.quote(str(args.out))}")
-
-
-def _add_reads(subcommand: argparse.ArgumentParser) -> None:
-    subcommand.add_argument(
-        "--reads",
-        choices=("normalized", "mlp_input"),
-        default="normalized",
-        help="normalized: right on processed models too (default); mlp_input: as trained, for unprocessed models",
+    count = f"{len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each"
+    return Result(
+        paths={"adapters": out},
+        values={
+            "layers": list(adapters.layer_indices),
+            "n_layers": adapters.n_layers,
+            "n_features": adapters.n_features,
+            "base": about.base,
+            "target": about.target,
+        },
+        text="\n".join([f"downloaded: {count}", *_elsewhere(names)]),
+        next=command("doctor", *(role if _is_local(name) else name for role, name in names.items()), out),
     )
+
+
+def _is_local(name: str) -> bool:
+    """Whether a model's recorded name says nothing here: there is none, or it was a folder of another machine."""
+    return not name or name.startswith("./")
+
+
+def _elsewhere(names: dict[str, str]) -> list[str]:
+    return [
+        f"The {role.lower()} was {name}, a folder of another machine: give your copy for {role} below."
+        for role, name in names.items()
+        if name and _is_local(name)
+    ]
+
+
+def _layer_numbers(given: list[str]) -> list[int] | None:
+    wrong = [layer for layer in given if not layer.isdecimal()]
+    if wrong:
+        raise UserError(f"--layers holds {wrong[0]}; give the numbers of layers, from 0, such as 0 1 2.")
+    return [int(layer) for layer in given] or None

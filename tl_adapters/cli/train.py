@@ -1,90 +1,206 @@
-"""The subcommands config and train: the options of a run, and the run itself."""
+"""The subcommands config, train and sweep: the options of a run, the run itself, and runs over training options."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any, Literal
 
-from tl_adapters.cli.common import Subcommands, device_of
+import typer
+
+from tl_adapters.cli.common import (
+    AsJson,
+    Base,
+    ConfigFile,
+    Device,
+    Dtype,
+    Quiet,
+    Seed,
+    SetOptions,
+    Target,
+    device_of,
+    joined,
+    run_config,
+)
+from tl_adapters.cli.parsing import Words, exactly_one, refuse, whole, words
+from tl_adapters.cli.result import Result, command
 from tl_adapters.errors import UserError
-from tl_adapters.utils.printing import show
 
-if TYPE_CHECKING:
-    from tl_adapters.config import RunConfig
-
-
-def add_config(subcommands: Subcommands) -> None:
-    """Adds `config`, which prints every option of a run as YAML."""
-    config = subcommands.add_parser("config", help="print every option of a run, documented, as YAML to edit")
-    config.add_argument("name", nargs="?", help="a shipped configuration or a file (default: the default options)")
-    config.add_argument("--list", action="store_true", help="list the shipped configurations")
-    config.set_defaults(run=_config, quiet=False)
+_Name = Annotated[
+    str | None,
+    typer.Argument(metavar="NAME", help="a shipped configuration or a file (default: the default options)"),
+]
+_ListShipped = Annotated[bool, typer.Option("--list", help="list the shipped configurations")]
 
 
-def _config(args: argparse.Namespace) -> None:
+def config(
+    name: _Name = None,
+    list_shipped: _ListShipped = False,
+    json: AsJson = False,
+) -> Result:
+    """Print every option of a run, documented, as YAML to edit.
+
+    Examples:
+        tl-adapters config > mine.yaml
+        tl-adapters config paper
+        tl-adapters config --list
+    """
     from tl_adapters.config import RunConfig, commented_yaml, shipped_configs
 
-    if args.list:
-        show("\n".join(shipped_configs()))
-    else:
-        show(commented_yaml(RunConfig.load(args.name) if args.name else RunConfig()))
+    if list_shipped:
+        if name is not None:
+            raise UserError(f"--list lists every shipped configuration; leave out {name}.")
+        return Result(values={"configurations": list(shipped_configs())}, text="\n".join(shipped_configs()))
+    options = RunConfig.load(name) if name else RunConfig()
+    return Result(values=options.to_dict(), text=commented_yaml(options))
 
 
-def add_train(subcommands: Subcommands, common: argparse.ArgumentParser) -> None:
-    """Adds `train`, which trains adapters for a pair or resumes a run."""
-    train = subcommands.add_parser("train", parents=[common], help="train adapters for a pair, or resume a run")
-    train.add_argument("--base", help="folder or hub name of the base (default: the model organism)")
-    train.add_argument("--target", help="folder or hub name of the target")
-    train.add_argument("--data", help="a .jsonl file of prompts and responses, or a dataset's name on the hub")
-    train.add_argument("--config", help="a YAML or JSON file, or the name of a shipped configuration")
-    train.add_argument("--bad-rows", choices=("refuse", "drop"), help="what to do with unusable rows (default: refuse)")
-    folder_options = train.add_mutually_exclusive_group(required=True)
-    folder_options.add_argument("--out", type=Path, help="run folder to make")
-    folder_options.add_argument("--resume", type=Path, metavar="RUN", help="run folder to resume with its own options")
-    train.set_defaults(run=_train)
+_Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="DATA", help="a .jsonl file of prompts and responses, or a dataset's name on the hub"
+    ),
+]
+_BadRows = Annotated[
+    Literal["refuse", "drop"] | None,
+    typer.Option("--bad-rows", help="what to do with unusable rows (default: refuse)"),
+]
+_Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run folder to make")]
+_Resume = Annotated[
+    Path | None,
+    typer.Option("--resume", metavar="RUN", help="run folder to resume with its own options"),
+]
 
 
-def _train(args: argparse.Namespace) -> None:
-    from dataclasses import replace
+def train(
+    base: Base = None,
+    target: Target = None,
+    data: _Data = None,
+    config: ConfigFile = None,
+    set_options: SetOptions = None,
+    bad_rows: _BadRows = None,
+    out: _Out = None,
+    resume: _Resume = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> Result:
+    """Train adapters for a pair, or resume a run.
 
+    Examples:
+        tl-adapters train --base BASE --target TARGET --data traces.jsonl --out runs/mine
+        tl-adapters train --config paper --set training.lr=4e-4 --set n_features=4096 --out runs/paper
+        tl-adapters train --resume runs/mine
+    """
     from tl_adapters.study.open_run import is_organism_run
     from tl_adapters.study.train import resume_run, train_run
+    from tl_adapters.utils.results import read_results
 
-    folder = args.resume or args.out
-    if args.resume:
-        given = [f"--{name}" for name in ("base", "target", "data", "config", "seed", "dtype") if getattr(args, name)]
-        if given:
-            raise UserError(f"--resume takes the run's own options; leave out {', '.join(given)}.")
-        resume_run(folder, device_of(args.device), progress=not args.quiet, bad_rows=args.bad_rows)
+    exactly_one(out=out, resume=resume)
+    if resume is not None:
+        refuse(
+            "--resume takes the run's own options",
+            base=base, target=target, data=data, config=config, set=set_options, seed=seed, dtype=dtype,
+        )  # fmt: skip
+        resume_run(resume, device_of(device), progress=not quiet, bad_rows=bad_rows)
     else:
-        config = run_config(args)
-        if args.bad_rows:
-            config = replace(config, data=replace(config.data, bad_rows=args.bad_rows))
-        if config.target and not config.data.source:
-            raise UserError(
-                "--data is missing; give a .jsonl file of prompts and responses, or a dataset's name on the hub."
-            )
-        train_run(config, folder, device_of(args.device), progress=not args.quiet)
-    data = "" if is_organism_run(folder) else " --data HELD_OUT.jsonl"
-    show(f"adapters: {folder / 'adapters'}\nnext: tl-adapters evaluate {folder}{data}")
-
-
-def run_config(args: argparse.Namespace) -> RunConfig:
-    """The configuration of --config or the defaults, with the options that the flags override."""
-    from dataclasses import replace
-
-    from tl_adapters.config import RunConfig
-
-    config = RunConfig.load(args.config) if args.config else RunConfig()
-    named = {name: getattr(args, name) for name in ("base", "target", "dtype") if getattr(args, name)}
-    if ("base" in named) != ("target" in named):
-        raise UserError(
-            "--base and --target are given together; leave both out for the configuration's pair or the model organism."
+        assert out is not None
+        options = run_config(
+            config, set_options, base=base, target=target, data=data, bad_rows=bad_rows, dtype=dtype, seed=seed
         )
-    config = replace(config, **named)
-    if args.data is not None:
-        config = replace(config, data=replace(config.data, source=args.data))
-    if args.seed is not None:
-        config = replace(config, training=replace(config.training, seed=args.seed))
-    return config
+        _require_data(options, "a .jsonl file of prompts and responses, or a dataset's name on the hub")
+        train_run(options, out, device_of(device), progress=not quiet)
+    folder = out or resume
+    assert folder is not None
+    held_out = None if is_organism_run(folder) else "HELD_OUT.jsonl"
+    return Result(
+        paths={"adapters": folder / "adapters"},
+        values={"train": read_results(folder).get("train")},
+        next=command("evaluate", folder, data=held_out),
+    )
+
+
+def _require_data(options: Any, what: str) -> None:
+    if options.target and not options.data.source:
+        raise UserError(f"--data is missing; give {what}.")
+
+
+_Over = Annotated[
+    list[Words] | None,
+    words("--over", "such as l1_weight=3e-4,1e-3 n_features=128,512", "OPTION=V,V"),
+]
+_SweepData = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DATA", help="training documents: a .jsonl file, or a dataset's name on the hub"),
+]
+_HeldOut = Annotated[
+    str | None,
+    typer.Option("--held-out", metavar="DATA", help="held-out documents (not needed for the model organism)"),
+]
+_Documents = Annotated[int | None, whole("--documents", "held-out problems or documents to use (default: 300)")]
+_SweepOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="folder to make or to continue")]
+_SweepResume = Annotated[
+    Path | None, typer.Option("--resume", metavar="DIR", help="sweep to continue with its own options")
+]
+
+
+def sweep(
+    over: _Over = None,
+    base: Base = None,
+    target: Target = None,
+    data: _SweepData = None,
+    config: ConfigFile = None,
+    set_options: SetOptions = None,
+    held_out: _HeldOut = None,
+    documents: _Documents = None,
+    out: _SweepOut = None,
+    resume: _SweepResume = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> Result:
+    """Train over training options: sparsity against faithfulness.
+
+    Examples:
+        tl-adapters sweep --over l1_weight=3e-4,1e-3,3e-3 n_features=128,512 --out runs/sweep
+        tl-adapters sweep --over l1_weight=1e-3,3e-3 --set training.steps=300 --out runs/short
+        tl-adapters sweep --resume runs/sweep
+    """
+    from tl_adapters.pages.sweep_page import SWEEP_PAGE_FILE, points_on_front, sweep_markdown
+    from tl_adapters.study.grid import read_grid
+    from tl_adapters.study.sweep import resume_sweep
+    from tl_adapters.study.sweep import sweep as run_sweep
+    from tl_adapters.utils.results import plain
+
+    exactly_one(out=out, resume=resume)
+    if resume is not None:
+        refuse(
+            "--resume takes the sweep's own options",
+            over=over, base=base, target=target, data=data, config=config, set=set_options, held_out=held_out,
+            documents=documents, seed=seed, dtype=dtype,
+        )  # fmt: skip
+        points = resume_sweep(resume, device_of(device), progress=not quiet)
+    else:
+        if not over:
+            raise UserError("--over is missing; give options with their values, such as l1_weight=3e-4,1e-3,3e-3.")
+        assert out is not None
+        grid = read_grid(joined(over))
+        options = run_config(config, set_options, base=base, target=target, data=data, dtype=dtype, seed=seed)
+        _require_data(options, "the training documents as a .jsonl file or a dataset's name on the hub")
+        points = run_sweep(
+            options, out, grid, held_out=held_out, documents=documents or 300, device=device_of(device),
+            progress=not quiet,
+        )  # fmt: skip
+    folder = out or resume
+    assert folder is not None
+    best = (points_on_front(points) or points)[0]
+    data_of_next = None if best.recovered else held_out or "HELD_OUT.jsonl"
+    return Result(
+        paths={"page": folder / SWEEP_PAGE_FILE, "figures": folder / "sweep.json"},
+        values={"points": plain(points), "best": best.name},
+        text=f"{sweep_markdown(points)}\n",
+        next=command("evaluate", folder / best.name, data=data_of_next),
+    )

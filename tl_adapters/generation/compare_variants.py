@@ -113,6 +113,9 @@ def generate_variants(
     the variants.
     """
     tokenizer = _required(pair.model.tokenizer)
+    for variant in variants:  # one that cannot be entered ends the call before anything is generated
+        with variant.entered(pair):
+            pass
     completions: list[VariantCompletion] = []
     for variant in tqdm(variants, disable=not progress, unit="variant"):
         with variant.entered(pair):

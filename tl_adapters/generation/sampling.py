@@ -8,6 +8,7 @@ rounding is reported as a near tie: a completion without near ties is the same i
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,10 +41,10 @@ class SamplingParameters:
     """Tokens are drawn from this many of the likeliest ones; 0 is all tokens."""
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
             raise GenerationError(
                 f"Got temperature {self.temperature}, top_p {self.top_p} and top_k {self.top_k}; temperature must be 0 "
-                "or more, top_p above 0 and at most 1, and top_k 0 (all tokens) or more."
+                "or more and finite, top_p above 0 and at most 1, and top_k 0 (all tokens) or more."
             )
 
     def __str__(self) -> str:

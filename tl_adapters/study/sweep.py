@@ -302,6 +302,8 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise SweepError(f"There is no folder {folder}, so there is no sweep to continue.")
     if not (folder / SWEEP_FILE).is_file():
         raise FolderExistsError(
             f"{folder} exists and holds no {SWEEP_FILE}, so it is not a sweep's; choose another folder."
