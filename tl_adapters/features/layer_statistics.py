@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_adapters.checkpoints.tensor_fields import TensorField, floats, whole_numbers
+
 N_DECILES = 10
 """The thinking of each trace is divided into this many equal stretches."""
 N_BUCKETS, BUCKETS_PER_OCTAVE, LOWEST_OCTAVE = 96, 4, -10
@@ -130,6 +132,45 @@ class LayerStatistics:
             for column, tensor in getattr(self, ranking)._asdict().items()
         }
         return {name: tensor.contiguous() for name, tensor in (sums | ranked).items()}
+
+    @classmethod
+    def fields(cls, regions: int, domains: int, documents: int) -> dict[str, TensorField]:
+        """The tensors of a store's files, by their names there, for so many regions, domains and documents."""
+        summed = {
+            "firings": whole_numbers("features"),
+            "summed_activation": floats("features"),
+            "region_firings": whole_numbers("features", regions),
+            "decile_firings": whole_numbers("features", N_DECILES),
+            "domain_firings": whole_numbers("features", domains),
+            "histogram": whole_numbers("features", N_BUCKETS),
+        }
+        ranked = {
+            "feature": lambda n: whole_numbers(n, below="features"),
+            "key": lambda n: whole_numbers(n, lowest=None),
+            "value": floats,
+            "document": lambda n: whole_numbers(n, below=documents),
+            "position": whole_numbers,
+            "window": lambda n: floats(n, "width", finite=False),  # half precision ends at 65,504
+            "coactivating": lambda n: whole_numbers(n, f"{n} others", lowest=-1),
+        }
+        return {SUMMED_TENSORS[name]: field for name, field in summed.items()} | {
+            f"{ranking}.{_COLUMN_NAMES.get(column, column)}": field(ranking)
+            for ranking in RANKINGS
+            for column, field in ranked.items()
+        }
+
+    def contradiction(self, document_lengths: Int[Tensor, "documents"]) -> str | None:
+        """What in the statistics cannot be: counts that do not add up, or examples in no order or in no document."""
+        for name in ("region_firings", "domain_firings", "histogram"):
+            if not torch.equal(getattr(self, name).sum(1), self.firings.long()):
+                return f"{SUMMED_TENSORS[name]} does not add up to the counts of firings"
+        for name in RANKINGS:
+            ranked: RankedFirings = getattr(self, name)
+            if bool((ranked.feature.diff() < 0).any()):
+                return f"{name}.feature is not sorted"
+            if bool((ranked.position >= document_lengths[ranked.document.long()]).any()):
+                return f"{name}.position is beyond the end of its document"
+        return None
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerStatistics:

@@ -21,15 +21,15 @@ from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature, Featur
 from tl_adapters.features.layer_records import TABLE_COLUMNS, LayerRecords
 from tl_adapters.features.layer_statistics import LayerStatistics
 from tl_adapters.features.logit_effects import LayerEffects
-from tl_adapters.features.store_description import StoreDescription
+from tl_adapters.features.store_description import COLLECT_AGAIN, StoreDescription
 from tl_adapters.features.store_files import (
     AGREEMENT_FILE,
     LABELS_FILE,
-    VOCABULARY_FILE,
+    read_agreement,
     read_description,
     read_effects,
-    read_json_file,
     read_labels,
+    read_vocabulary,
 )
 from tl_adapters.features.store_parts import StorePart, current_parts
 from tl_adapters.features.stream_agreement import LayerAgreement
@@ -66,9 +66,15 @@ class FeatureStore:
         self.labels: dict[FeatureId, Label] = {}
         self.agreement: list[dict[str, Any]] = []
         if folder is not None and (folder / AGREEMENT_FILE).is_file():
-            self.agreement = read_json_file(folder / AGREEMENT_FILE)
+            self.agreement = read_agreement(folder / AGREEMENT_FILE)
         if folder is not None and (folder / LABELS_FILE).is_file():
             self.labels = read_labels(folder / LABELS_FILE)
+            for id in self.labels:
+                if id.layer not in about.layers or id.index >= about.n_features:
+                    raise FeatureStoreError(
+                        f"{folder / LABELS_FILE} labels the feature {id.layer}.{id.index}, and the store has layers "
+                        f"{about.layers} of {about.n_features} features. Remove the file and label the features again."
+                    )
 
     @classmethod
     def load(cls, folder: str | Path) -> FeatureStore:
@@ -81,7 +87,14 @@ class FeatureStore:
                 f"{folder} holds {len(parts)} parts that are not merged: its collection was stopped, or is shared by "
                 "several processes. Run it again with the same arguments; it continues after the last part."
             )
-        return cls(about, parts[0], {}, read_json_file(folder / VOCABULARY_FILE), folder)
+        vocabulary, totals, tokens = read_vocabulary(folder), parts[0].totals, parts[0].documents.tokens
+        if len(totals.region_tokens) != len(about.regions) or (len(tokens) and int(tokens.max()) >= len(vocabulary)):
+            raise FeatureStoreError(
+                f"{folder} holds files of several stores: {len(about.regions)} regions and a vocabulary of "
+                f"{len(vocabulary):,} tokens, and documents with {len(totals.region_tokens)} regions and other tokens. "
+                f"{COLLECT_AGAIN}"
+            )
+        return cls(about, parts[0], {}, vocabulary, folder)
 
     # -- totals ---------------------------------------------------------------------------------------------------
 
@@ -114,9 +127,28 @@ class FeatureStore:
         if self._last_layer is None or self._last_layer[0] != layer:
             if layer not in self.about.layers:
                 raise FeatureStoreError(f"The store has no layer {layer}; it has {self.about.layers}.")
-            effects = self._effects.get(layer) or read_effects(self.folder, layer)
-            self._last_layer = (layer, self.part.layer(layer), effects)
+            effects = self._effects.get(layer) or read_effects(self.folder, layer, self.about, len(self.vocabulary))
+            statistics = self.part.layer(layer)
+            self._require_shape(layer, statistics)
+            self._last_layer = (layer, statistics, effects)
         return self._last_layer[1], self._last_layer[2]
+
+    def _require_shape(self, layer: int, statistics: LayerStatistics) -> None:
+        """Raises FeatureStoreError where the statistics of a layer are of another number of features or windows."""
+        options = self.about.options
+        widths = {statistics.top.window.shape[1], statistics.sample.window.shape[1]}
+        coactivating = [ranked.coactivating for ranked in (statistics.top, statistics.sample)]
+        others = max((int(features.max()) for features in coactivating if features.numel()), default=-1)
+        if (
+            len(statistics.firings) != self.about.n_features
+            or widths != {options.before + 1 + options.after}
+            or others >= self.about.total_features
+        ):
+            raise FeatureStoreError(
+                f"The file of layer {layer} in {self.part.folder} has {len(statistics.firings)} features and windows "
+                f"of {sorted(widths)} tokens; the store has {self.about.n_features} features per layer and windows of "
+                f"{options.before + 1 + options.after}. {COLLECT_AGAIN}"
+            )
 
     def _records(self, layer: int) -> LayerRecords:
         return LayerRecords(self.about, self.part, self.vocabulary, self.labels, layer, *self.layer(layer))

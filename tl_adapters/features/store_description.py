@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from tl_adapters.adapters.feature_id import FeatureId, OwnedFeatureId, owned
@@ -12,7 +13,10 @@ from tl_adapters.data.tokens import single_token
 from tl_adapters.data.trace_regions import TRACE_REGIONS
 from tl_adapters.features.feature import FeatureStoreError, ResidualStream, UnitKind
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.reading import UnreadableFileError, as_dataclass, shown
 
+COLLECT_AGAIN = "Copy the store again, or collect into a new folder (tl-adapters features RUN)."
+"""The way out for a damaged store."""
 _COACTIVATING_KEY = "neighbours"
 """Key of `StoreOptions.coactivating` in store.json, as the first release wrote it."""
 
@@ -108,12 +112,20 @@ class StoreDescription:
         )
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> StoreDescription:
-        """The description that `to_json` wrote. Raises TypeError, KeyError or ValueError for anything else."""
-        options = dict(record["options"])
-        if _COACTIVATING_KEY in options:
-            options["coactivating"] = options.pop(_COACTIVATING_KEY)
-        return cls(**{**record, "options": StoreOptions(**options)})
+    def from_json(cls, record: Mapping[str, Any], path: Path) -> StoreDescription:
+        """The description that `to_json` wrote into a file. Raises UnreadableFileError for anything else."""
+        options = record.get("options")
+        if isinstance(options, Mapping) and _COACTIVATING_KEY in options:
+            others = {name: value for name, value in options.items() if name != _COACTIVATING_KEY}
+            record = {**record, "options": {**others, "coactivating": options[_COACTIVATING_KEY]}}
+        description = as_dataclass(cls, record, str(path), COLLECT_AGAIN)
+        layers = description.layers
+        if not layers or layers != sorted(set(layers)) or layers[0] < 0 or description.n_features < 1:
+            raise UnreadableFileError(
+                f"{path}: layers is {shown(layers)} and n_features is {description.n_features}; allowed are ascending "
+                f"layers and at least one feature. {COLLECT_AGAIN}"
+            )
+        return description
 
     def to_json(self) -> dict[str, Any]:
         """The description as store.json holds it."""

@@ -10,22 +10,34 @@ labels.json              labels of the features, once they have any
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors.torch import load_file
+from pydantic import Field
 
 from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.checkpoints.tensor_fields import floats, require_tensors, whole_numbers
 from tl_adapters.data.tokens import single_token, token_text
 from tl_adapters.features.feature import FeatureStoreError, Label
-from tl_adapters.features.logit_effects import LayerEffects, decoder_rows, layer_effects
-from tl_adapters.features.store_description import StoreDescription
+from tl_adapters.features.logit_effects import N_EFFECT_BINS, LayerEffects, decoder_rows, layer_effects
+from tl_adapters.features.store_description import COLLECT_AGAIN, StoreDescription
 from tl_adapters.features.store_parts import StorePart, current_parts, layer_file
+from tl_adapters.features.stream_agreement import LayerAgreement
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.files import locked, new_folder, write_tensors, write_text
-from tl_adapters.utils.reading import read_text
+from tl_adapters.utils.reading import (
+    Record,
+    UnreadableFileError,
+    as_dataclass,
+    as_record,
+    read_json,
+    read_json_object,
+    read_tensors,
+    read_text,
+    shown,
+    unreadable_as,
+)
 from tl_adapters.utils.strict_json import dumps
 
 STORE_SCHEMA_VERSION = 1
@@ -79,19 +91,19 @@ def _begin_store(pair: PairedModel, folder: Path, description: StoreDescription)
 
 def read_description(folder: Path) -> StoreDescription:
     """The description of the store in a folder. Raises FeatureStoreError where the folder holds no store."""
-    try:
-        record = json.loads((folder / STORE_FILE).read_text())
-        if (version := record.pop("schema_version")) != STORE_SCHEMA_VERSION:
-            raise FeatureStoreError(
-                f"{folder} has schema_version {version}; this version reads {STORE_SCHEMA_VERSION}."
-            )
-        return StoreDescription.from_json(record)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, FeatureStoreError):
-            raise
+    path = folder / STORE_FILE
+    if not path.is_file():
         raise FeatureStoreError(
-            f"{folder} holds no feature store ({error}); make one with collect_features, or tl-adapters features RUN."
-        ) from error
+            f"{folder} holds no feature store; make one with collect_features, or tl-adapters features RUN."
+        )
+    with unreadable_as(FeatureStoreError):
+        record = read_json_object(path, COLLECT_AGAIN)
+        if (version := record.pop("schema_version", 1)) != STORE_SCHEMA_VERSION:
+            raise FeatureStoreError(
+                f"{path} has schema_version {shown(version)}; this version reads {STORE_SCHEMA_VERSION}. Read the "
+                "store with the version of tl_adapters that wrote it, or collect into a new folder."
+            )
+        return StoreDescription.from_json(record, path)
 
 
 def vocabulary_texts(pair: PairedModel) -> list[str]:
@@ -106,26 +118,65 @@ def effects_by_layer(pair: PairedModel, description: StoreDescription) -> Iterat
         yield layer, layer_effects(pair, layer, rows, words)
 
 
-def read_effects(folder: Path | None, layer: int) -> LayerEffects:
+def read_vocabulary(folder: Path) -> list[str]:
+    """The text of every token id, from a store's folder. Raises FeatureStoreError."""
+    path = folder / VOCABULARY_FILE
+    with unreadable_as(FeatureStoreError):
+        texts = read_json(path, COLLECT_AGAIN)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise FeatureStoreError(f"{path} is {shown(texts)}; allowed is a list of texts. {COLLECT_AGAIN}")
+    return texts
+
+
+def read_effects(folder: Path | None, layer: int, about: StoreDescription, d_vocab: int) -> LayerEffects:
     """The logit effects of one layer, from a store's folder. Raises FeatureStoreError."""
     assert folder is not None
     path = folder / EFFECTS_FOLDER / layer_file(layer)
     if not path.is_file():
         raise FeatureStoreError(f"{path} is missing; collect into this folder again, which adds it.")
-    return LayerEffects(**load_file(path))
+    sizes = {"features": about.n_features, "words": len(about.words), "d_vocab": d_vocab}
+    with unreadable_as(FeatureStoreError):
+        tensors = read_tensors(path, advice=COLLECT_AGAIN)
+        require_tensors(tensors, _EFFECT_FIELDS, path, sizes, COLLECT_AGAIN)
+    return LayerEffects(**tensors)
 
 
-def read_json_file(path: Path) -> Any:
-    """The content of a JSON file of a store. Raises FeatureStoreError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FeatureStoreError(f"{path} is missing or damaged ({error}); collect into a new folder.") from error
+_EFFECT_FIELDS = {
+    "top_tokens": whole_numbers("features", "top", below="d_vocab"),
+    "top": floats("features", "top"),
+    "bottom_tokens": whole_numbers("features", "top", below="d_vocab"),
+    "bottom": floats("features", "top"),
+    "norm": floats("features"),
+    "words": floats("features", "words"),
+    "spread": floats("features"),
+    "kurtosis": floats("features"),
+    "range": floats("features", 2),
+    "histogram": whole_numbers("features", N_EFFECT_BINS),
+}
+"""The tensors of a layer's file, which are fields of `LayerEffects`."""
 
 
 def read_labels(path: Path) -> dict[FeatureId, Label]:
     """The labels that `FeatureStore.set_labels` wrote. Raises FeatureStoreError."""
-    try:
-        return {FeatureId(*map(int, name.split("."))): Label(**label) for name, label in read_json_file(path).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise FeatureStoreError(f"{path} cannot be read ({error}); remove it and label again.") from error
+    advice = "Remove the file and label the features again."
+    with unreadable_as(FeatureStoreError):
+        labels = as_record(_Labels, {"labels": read_json(path, advice)}, str(path), advice).labels
+    return {FeatureId(*map(int, name.split("."))): label for name, label in labels.items()}
+
+
+class _Labels(Record):
+    """The content of labels.json: labels by "layer.index"."""
+
+    labels: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}\.[0-9]{1,9}$")], Label]
+
+
+def read_agreement(path: Path) -> list[dict[str, Any]]:
+    """The records of `stream_agreement`, as `FeatureStore.agreement` holds them. Raises FeatureStoreError."""
+    advice = "Remove the file; tl-adapters features RUN measures the agreement again."
+    with unreadable_as(FeatureStoreError):
+        record = read_json(path, advice)
+        if not isinstance(record, list):
+            raise UnreadableFileError(f"{path} is {shown(record)}; allowed is a list. {advice}")
+        for number, layer in enumerate(record):
+            as_dataclass(LayerAgreement, layer, f"{path}, layer {number} of the list", advice)
+    return record

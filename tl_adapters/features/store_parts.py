@@ -6,23 +6,33 @@ Statistics of disjoint sets of documents merge, in any order, into those of one 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Int
-from safetensors import safe_open
+from pydantic import Field
 from torch import Tensor
 
+from tl_adapters.checkpoints.tensor_fields import require_tensors, whole_numbers
 from tl_adapters.features.feature import FeatureStoreError
-from tl_adapters.features.layer_statistics import RANKINGS, SUMMED_TENSORS, LayerStatistics, best_firings, concatenated
+from tl_adapters.features.layer_statistics import (
+    N_DECILES,
+    RANKINGS,
+    SUMMED_TENSORS,
+    LayerStatistics,
+    best_firings,
+    concatenated,
+)
+from tl_adapters.features.store_description import COLLECT_AGAIN
 from tl_adapters.utils.files import new_folder, write_tensors, write_text
+from tl_adapters.utils.reading import Record, UnreadableFileError, read_record, read_tensors, unreadable_as
 from tl_adapters.utils.strict_json import dumps
 
 PART_FILE, DOCUMENTS_FILE = "part.json", "documents.safetensors"
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 @dataclass(frozen=True)
@@ -80,25 +90,18 @@ class DocumentTotals:
 
     def to_json(self) -> dict[str, Any]:
         """The totals as part.json holds them."""
-        return {key: getattr(self, attribute) for attribute, key in _TOTALS_KEYS.items()}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> DocumentTotals:
-        """The totals that `to_json` wrote. Raises KeyError or TypeError for anything else."""
-        if set(record) != set(_TOTALS_KEYS.values()):
-            raise KeyError(f"keys {sorted(record)} instead of {sorted(_TOTALS_KEYS.values())}")
-        return cls(**{attribute: record[key] for attribute, key in _TOTALS_KEYS.items()})
+        return {field.alias or name: getattr(self, name) for name, field in _PartRecord.model_fields.items()}
 
 
-_TOTALS_KEYS = {
-    "document_sets": "covers",
-    "documents": "documents",
-    "region_tokens": "region",
-    "decile_tokens": "tenth",
-    "domains": "domains",
-    "domain_tokens": "domain",
-}
-"""Attributes of `DocumentTotals`, and their keys in part.json."""
+class _PartRecord(Record):
+    """part.json: the fields of `DocumentTotals` under their published keys."""
+
+    document_sets: list[str] = Field(alias="covers")
+    documents: _Count
+    region_tokens: list[_Count] = Field(alias="region")
+    decile_tokens: list[_Count] = Field(alias="tenth", min_length=N_DECILES, max_length=N_DECILES)
+    domains: list[str]
+    domain_tokens: list[_Count] = Field(alias="domain")
 
 
 class StorePart:
@@ -117,36 +120,61 @@ class StorePart:
     @classmethod
     def open(cls, folder: Path) -> StorePart:
         """Open the part that `write_part` wrote. Raises FeatureStoreError."""
-        try:
-            totals = DocumentTotals.from_json(json.loads((folder / PART_FILE).read_text()))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise FeatureStoreError(
-                f"{folder} is not a part of a feature store ({error}); collect it again."
-            ) from error
-        return cls(totals, None, {}, folder)
+        path = folder / PART_FILE
+        with unreadable_as(FeatureStoreError):
+            record = read_record(_PartRecord, path, COLLECT_AGAIN)
+            if len(record.domains) != len(record.domain_tokens):
+                raise UnreadableFileError(
+                    f"{path} has {len(record.domains)} domains and {len(record.domain_tokens)} counts. {COLLECT_AGAIN}"
+                )
+        return cls(DocumentTotals(**dict(record)), None, {}, folder)
 
     @property
     def documents(self) -> Documents:
-        """The documents of the part."""
+        """The documents of the part. Raises FeatureStoreError where their file is damaged."""
         if self._documents is None:
-            self._documents = Documents(**self._read(DOCUMENTS_FILE))
+            assert self.folder is not None
+            path = self.folder / DOCUMENTS_FILE
+            with unreadable_as(FeatureStoreError):
+                tensors = read_tensors(path, advice=COLLECT_AGAIN)
+                regions, ends = len(self.totals.region_tokens), self.totals.documents + 1
+                sizes = {"documents": self.totals.documents, "ends": ends, "regions": regions}
+                require_tensors(tensors, _DOCUMENT_FIELDS, path, sizes, COLLECT_AGAIN)
+                start, counts = tensors["start"], tensors["region"].long().bincount(minlength=regions)
+                if start[0] != 0 or start[-1] != len(tensors["tokens"]) or bool((start.diff() < 0).any()):
+                    raise UnreadableFileError(
+                        f"{path}: start does not divide the tokens into documents. {COLLECT_AGAIN}"
+                    )
+                if counts.tolist() != self.totals.region_tokens:
+                    raise UnreadableFileError(
+                        f"{path}: region has other counts than {self.folder / PART_FILE}. {COLLECT_AGAIN}"
+                    )
+            self._documents = Documents(**tensors)
         return self._documents
 
     def layer(self, layer: int) -> LayerStatistics:
-        """The statistics of one layer."""
+        """The statistics of one layer. Raises FeatureStoreError where its file is damaged."""
         if layer in self._layers:
             return self._layers[layer]
-        return LayerStatistics.from_tensors(self._read(layer_file(layer)))
-
-    def _read(self, file: str) -> dict[str, Tensor]:
         assert self.folder is not None
-        try:
-            with safe_open(self.folder / file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors and the system raise exceptions of several classes
-            raise FeatureStoreError(
-                f"{self.folder / file} is missing or damaged ({error}); collect it again."
-            ) from error
+        path = self.folder / layer_file(layer)
+        totals, lengths = self.totals, self.documents.start.diff()
+        with unreadable_as(FeatureStoreError):
+            tensors = read_tensors(path, advice=COLLECT_AGAIN)
+            fields = LayerStatistics.fields(len(totals.region_tokens), len(totals.domains), totals.documents)
+            require_tensors(tensors, fields, path, advice=COLLECT_AGAIN)
+            statistics = LayerStatistics.from_tensors(tensors)
+            if problem := statistics.contradiction(lengths):
+                raise UnreadableFileError(f"{path}: {problem}. {COLLECT_AGAIN}")
+        return statistics
+
+
+_DOCUMENT_FIELDS = {
+    "tokens": whole_numbers("total"),
+    "region": whole_numbers("total", below="regions"),
+    "start": whole_numbers("ends"),
+    "identity": whole_numbers("documents", lowest=None),
+}
 
 
 def layer_file(layer: int) -> str:
