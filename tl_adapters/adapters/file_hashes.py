@@ -7,7 +7,6 @@ hashed again; small files always are.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 
 from tl_adapters.utils.files import FolderBusyError, locked, write_text
+from tl_adapters.utils.reading import UnreadableFileError, read_json_object
 from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,10 @@ def _digest(path: Path) -> str:
 
 def _cached_hashes() -> dict[str, list[Any]]:
     try:
-        entries = json.loads(hash_cache_file().read_text(encoding="utf-8"))
-        return {path: list(entry) for path, entry in entries.items() if len(entry) == 5}
-    except (OSError, ValueError, AttributeError, TypeError):
+        entries = read_json_object(hash_cache_file())
+    except UnreadableFileError:
         return {}
+    return {path: entry for path, entry in entries.items() if isinstance(entry, list) and len(entry) == 5}
 
 
 def _cache_hash(path: str, entry: list[Any]) -> None:

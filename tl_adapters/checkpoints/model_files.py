@@ -205,7 +205,9 @@ def read_values(folder: Path, name: str, positions: Callable[[int], torch.Tensor
         if name not in file.keys():  # noqa: SIM118  # a safe_open is not a mapping
             raise CheckpointError(f"{folder} has no tensor {name}; it is not a complete checkpoint.")
         matrix = file.get_slice(name)
-        rows, columns = matrix.get_shape()
+        if len(shape := matrix.get_shape()) != 2 or 0 in shape:
+            raise CheckpointError(f"{folder}: {name} has the shape {shape}; expected a matrix. Copy the folder again.")
+        rows, columns = shape
         return torch.stack([matrix[int(i) // columns, int(i) % columns] for i in positions(rows * columns)])
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.metadata import AdapterMetadata
-from tl_adapters.adapters.saelens_folder import AdapterFormatError
+from tl_adapters.adapters.saelens_folder import COPY_AGAIN, AdapterFormatError
 from tl_adapters.adapters.transcoder import adapter_of
 from tl_adapters.checkpoints.architectures import (
     AUTHORS_CHECKPOINT_SUFFIX,
@@ -42,12 +43,14 @@ from tl_adapters.checkpoints.model_files import (
     read_tensors,
     shard_files,
 )
+from tl_adapters.checkpoints.tensor_fields import floats, require_tensors
 from tl_adapters.interop.hybrid_checkpoint import write_hybrid
 from tl_adapters.models.build import build_model
 from tl_adapters.models.hf_outputs import record_hf_outputs
 from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.devices import resolve_device
+from tl_adapters.utils.reading import Record, as_record, unreadable_as
 
 _ENCODER, _DECODER = "model.layers.{}.mlp.transcoder_enc.{}", "model.layers.{}.mlp.transcoder_dec.{}"
 _PUBLISHED_NAME = "transcoder-adapters-R1-Distill-Qwen-7B"
@@ -79,12 +82,12 @@ def from_authors(
     """
     folder = fetch(name, DESCRIPTION_FILES, revision=revision, token=token)
     config = read_config(folder)
-    architecture, n_features = _authors_architecture(name, config)
-    n_layers = int(config["num_hidden_layers"])
+    architecture, described = _authors_architecture(name, config, folder)
+    n_features, n_layers = described.transcoder_n_features, described.num_hidden_layers
     selected = list(range(n_layers)) if layers is None else list(layers)
     if absent := [layer for layer in selected if not 0 <= layer < n_layers]:
         raise AdapterFormatError(f"{name} has {n_layers} layers; there are no layers {absent}.")
-    has_decoder_bias = bool(config.get("transcoder_dec_bias", True))
+    has_decoder_bias = described.transcoder_dec_bias
     names = [tensor for layer in selected for tensor in _adapter_tensor_names(layer, has_decoder_bias)]
     names += [
         tensor for layer in selected for tensor in (architecture.norm_tensor("ln2", layer), attention_out_name(layer))
@@ -101,6 +104,10 @@ def from_authors(
             )
         adapters[layer] = adapter_of(weights)
         samples[layer] = stored_samples(folder, folder, architecture, layer)
+        of_samples = {"ln2_w": floats("d_model"), "attention_out": floats("n"), "base_mlp_out": floats("m")}
+        with unreadable_as(AdapterFormatError):
+            sizes = {"d_model": weights["W_enc"].shape[0]}
+            require_tensors(samples[layer]._asdict(), of_samples, f"{folder}, layer {layer}", sizes, COPY_AGAIN)
     base, target = _PUBLISHED_PAIR if _PUBLISHED_NAME in str(name) else ("", "")
     result = AdapterSet(adapters, samples, AdapterMetadata(base=base, target=target), n_layers)
     result.require_finite(str(name))
@@ -120,6 +127,13 @@ def _read_weights(folder: Path, layer: int, has_decoder_bias: bool, device: torc
     """
     names = _adapter_tensor_names(layer, has_decoder_bias)
     tensors = read_tensors(folder, names, device)
+    of_encoder, of_decoder = ("n_features", "d_model"), ("d_model", "n_features")
+    shapes = (of_encoder, of_encoder[:1], of_decoder, of_decoder[:1])
+    fields = {tensor: floats(*shape, finite=False) for tensor, shape in zip(names, shapes, strict=False)}
+    with unreadable_as(AdapterFormatError):
+        require_tensors(tensors, fields, folder, advice=COPY_AGAIN)
+    if len({tensor.dtype for tensor in tensors.values()}) > 1 or not tensors[names[0]].numel():
+        raise AdapterFormatError(f"{folder}: the adapter of layer {layer} is empty or of several dtypes. {COPY_AGAIN}")
     encoder, b_enc, decoder, *b_dec = (tensors[name] for name in names)
     n_features, d_model = (*encoder.shape, 0, 0)[:2]
     expected = [(n_features, d_model), (n_features,), (d_model, n_features), (d_model,)]
@@ -137,8 +151,18 @@ def _read_weights(folder: Path, layer: int, has_decoder_bias: bool, device: torc
     }
 
 
-def _authors_architecture(name: str | Path, config: dict[str, Any]) -> tuple[Architecture, int]:
-    """Return the architecture of the model around the adapters, and the number of features per layer."""
+class _AuthorsConfig(Record, extra="ignore"):
+    """What we read of the config.json of an authors' checkpoint."""
+
+    num_hidden_layers: int = Field(ge=1)
+    transcoder_n_features: int = Field(ge=1)
+    transcoder_dec_bias: bool = True
+
+
+def _authors_architecture(
+    name: str | Path, config: dict[str, Any], folder: Path
+) -> tuple[Architecture, _AuthorsConfig]:
+    """Return the architecture of the model around the adapters, and what config.json says of them."""
     architecture = architecture_name(config)
     if not architecture.endswith(AUTHORS_CHECKPOINT_SUFFIX) or config.get("transcoder_n_features") is None:
         raise AdapterFormatError(
@@ -146,7 +170,9 @@ def _authors_architecture(name: str | Path, config: dict[str, Any]) -> tuple[Arc
             f"the paper's authors, whose architecture ends in {AUTHORS_CHECKPOINT_SUFFIX}. Our own folders are read by "
             "AdapterSet.from_pretrained."
         )
-    return find_architecture(architecture), int(config["transcoder_n_features"])
+    with unreadable_as(AdapterFormatError):
+        described = as_record(_AuthorsConfig, config, str(folder / "config.json"), COPY_AGAIN)
+    return find_architecture(architecture), described
 
 
 def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, target: str | Path) -> None:

@@ -34,6 +34,7 @@ from tl_adapters.organism import PAIR, traces
 from tl_adapters.organism.problem_set import KINDS, Kind, Problem, stream_problems
 from tl_adapters.organism.traces import Document
 from tl_adapters.utils.files import copy_file, new_folder, require_absent, write_text, writing
+from tl_adapters.utils.reading import UnreadableFileError, as_dataclass, read_json_object, shown
 from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
@@ -109,11 +110,37 @@ class Recipe:
     @classmethod
     def of(cls, pair: Path) -> Recipe:
         """The recipe of a pair, from its folder. Raises NoRecipeError if there is no complete recipe.json."""
+        path = pair / "recipe.json"
         try:
-            record = json.loads((pair / "recipe.json").read_text())
-            return cls(**{one.name: record[one.name] for one in fields(cls)})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise NoRecipeError(f"{pair} is no pair of this recipe: its recipe.json does not say all of it.") from error
+            record = read_json_object(path)
+            of_recipe = {one.name: record[one.name] for one in fields(cls) if one.name in record}
+            if absent := [one.name for one in fields(cls) if one.name not in record]:
+                raise UnreadableFileError(f"The key {absent[0]} is missing in {path}.")
+            recipe = as_dataclass(cls, of_recipe, str(path))
+            recipe._require_possible()
+        except UnreadableFileError as error:
+            raise NoRecipeError(f"{pair} is no pair of this recipe: {error}") from error
+        return recipe
+
+    def _require_possible(self) -> None:
+        """Raises UnreadableFileError for counts, rates and mixes that no pair can be trained with."""
+        for name in ("d_model", "d_mlp", "n_layers", "n_heads", "n_key_value_heads", "n_ctx", "batch_size"):
+            if not 1 <= getattr(self, name) < 2**31:
+                raise UnreadableFileError(f"{name} is {shown(getattr(self, name))}; allowed is a whole number >= 1.")
+        if self.d_model % self.n_heads or self.n_heads % self.n_key_value_heads:
+            raise UnreadableFileError(
+                f"n_heads is {self.n_heads}; allowed is a divisor of d_model ({self.d_model}) and a multiple of "
+                f"n_key_value_heads ({self.n_key_value_heads})."
+            )
+        for phase in ("base", "marking", "target"):
+            steps, rate, mix = (getattr(self, f"{phase}_{what}") for what in ("steps", "lr", "mix"))
+            writers = {name.removesuffix("_document") for name in vars(traces) if name.endswith("_document")}
+            if not 0 <= steps < 2**31 or not rate > 0:
+                raise UnreadableFileError(f"{phase}_steps is {shown(steps)} and {phase}_lr {rate}; both are positive.")
+            if not mix.keys() <= writers or min(mix.values(), default=0) < 0 or not 0 < sum(mix.values()) < 1e9:
+                raise UnreadableFileError(
+                    f"{phase}_mix is {shown(mix)}; allowed are shares above 0 of {', '.join(sorted(writers))}."
+                )
 
 
 def writer(name: str) -> Writer:

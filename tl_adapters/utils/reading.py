@@ -171,7 +171,7 @@ def parse_json(text: str, source: str, advice: str = "") -> Any:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"it holds {constant}, and JSON holds only finite numbers")
+    raise ValueError(f"it holds {constant[:40]}, and JSON holds only finite numbers")
 
 
 def _finite(number: str) -> float:
