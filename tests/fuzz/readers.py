@@ -177,7 +177,7 @@ def _read_circuit(folder: Path) -> None:
     circuit = Circuit.load(folder)
     circuit.ids()
     circuit._repr_html_()
-    circuit._json()
+    circuit.json_text()
     circuit._require_adapters(circuit.fingerprints, "the pair's are") if "adapters" in circuit.fingerprints else None
 
 
