@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test versions bridge dashboards harness slow fuzz lint commands pair install clean
+.PHONY: demo test versions bridge dashboards harness slow fuzz kill lint commands pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +77,9 @@ slow: install  ## the long tests: the pair's recipe from nothing, the full demo,
 
 fuzz: install  ## damaged files for every reader, 10,000 for files that come from strangers; prints a table of counts
 	PYTHONPATH=tests $(BIN)/python -m fuzz
+
+kill: install  ## kill -9 at random moments, 30 each of train and features and 5 of every other long subcommand; half an hour
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m kill
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -14,6 +14,7 @@ from helpers import stores
 from tl_adapters import organism
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.cli.main import main
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.features.feature import Label
 from tl_adapters.models.paired_model import PairedModel
@@ -23,7 +24,7 @@ from tl_adapters.study.benchmark import benchmark_run
 from tl_adapters.study.evaluate import evaluate_organism
 from tl_adapters.study.features import label_and_record, load_stores
 from tl_adapters.study.open_run import open_run
-from tl_adapters.utils.files import FolderExistsError, WriteError
+from tl_adapters.utils.files import FolderExistsError, WriteError, alone_in
 from tl_adapters.utils.results import changed_results, output_file, read_results
 
 USERS = {
@@ -163,3 +164,26 @@ def test_a_graph_that_is_stopped_at_any_write_is_not_listed_and_can_be_written_a
     (folder / "one.html").unlink()
     with pytest.raises(FolderExistsError, match="lists a graph 'one'"):
         write_graph(*graph, folder, "one")
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "features", "label", "hesitation"])
+def test_a_run_that_is_busy_or_read_only_is_refused_before_anything_is_loaded(
+    stage: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    before = files(folder)
+    for name in ("study.open_run.open_pair", "study.features.load_stores", "study.label.load_stores"):
+        monkeypatch.setattr(f"tl_adapters.{name}", lambda *args, **options: pytest.fail("it loads something"))
+    with alone_in(folder):
+        assert main([stage, str(folder), "--quiet"]) == 2
+    assert "Another process is writing to" in capsys.readouterr().err
+
+    def read_only(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", read_only)
+        assert main([stage, str(folder), "--quiet"]) == 2
+    assert "it is on a read-only file system; choose another place" in capsys.readouterr().err
+    assert files(folder) == before

@@ -27,6 +27,7 @@ from tl_adapters.interventions.variants import MAX_LISTED_FEATURES, Variant, on_
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import ROUTES
 from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters
+from tl_adapters.utils.files import require_writable
 from tl_adapters.utils.results import changed_results, plain
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ def benchmark_run(
         if not is_organism_run(run):
             raise BenchmarkError(f"--tasks is missing; the tasks are {', '.join((ORGANISM_TASK, *TASKS))}.")
         tasks = {ORGANISM_TASK: None}
+    require_writable(run if out is None else out)
     samplings = {name: _sampling(name, options or {}) for name in tasks}
     for name in tasks:
         require_task(name)

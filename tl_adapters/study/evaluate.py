@@ -22,6 +22,7 @@ from tl_adapters.study.evaluation_stages import baselines_stage, behavior_stage,
 from tl_adapters.study.features import features_stage
 from tl_adapters.study.hesitation import hesitation_stage
 from tl_adapters.study.open_run import (
+    alone_in_run,
     is_organism_run,
     open_held_out,
     open_run,
@@ -30,6 +31,7 @@ from tl_adapters.study.open_run import (
 from tl_adapters.study.scale import StudyScale
 
 
+@alone_in_run
 def evaluate_run(folder: Path, data: str | None, device: str = "auto", dtype: Dtype | None = None) -> None:
     """Measures a run's adapters on held-out traces, or, for the model organism, on its report split.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.feature_pages import write_feature_pages
 from tl_adapters.study.open_run import is_organism_run, open_held_out, open_run, require_adapters
-from tl_adapters.utils.files import replace_folder, working_folder
+from tl_adapters.utils.files import alone_in, replace_folder, require_writable, working_folder
 from tl_adapters.utils.results import changed_results, plain, stage
 
 log = logging.getLogger(__name__)
@@ -146,24 +147,27 @@ def features_run(
         raise UserError(
             "--data is missing; give a .jsonl file of prompts and responses, or a dataset's name on the hub."
         )
-    pair, options = open_run(folder, device, dtype), options or StoreOptions()
-    features_folder = folder / FEATURES_FOLDER
-    traces, split = _documents(pair, folder, data)
-    if share is not None:
-        words = list(hesitation_tokens(pair.model.tokenizer))
-        collect_share(
-            pair, traces, features_folder / STORE_FOLDER, share, stream=stream, split=split, options=options,
-            words=words, progress=progress,
-        )  # fmt: skip
-        return None
-    store, neurons = collect_features_and_neurons(
-        pair, traces, features_folder, split, options, stream=stream, progress=progress
-    )
-    if not store.agreement:
-        store.set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
-    label_and_record(folder, store, neurons)
-    draw_pages(neurons, features_folder / NEURON_PAGES_FOLDER, progress=progress)
-    return draw_pages(store, features_folder / PAGES_FOLDER, progress=progress)
+    require_writable(folder)
+    # Processes that share a collection work at the same time; the stores' own locks keep them apart.
+    with nullcontext() if share is not None else alone_in(folder):
+        pair, options = open_run(folder, device, dtype), options or StoreOptions()
+        features_folder = folder / FEATURES_FOLDER
+        traces, split = _documents(pair, folder, data)
+        if share is not None:
+            words = list(hesitation_tokens(pair.model.tokenizer))
+            collect_share(
+                pair, traces, features_folder / STORE_FOLDER, share, stream=stream, split=split, options=options,
+                words=words, progress=progress,
+            )  # fmt: skip
+            return None
+        store, neurons = collect_features_and_neurons(
+            pair, traces, features_folder, split, options, stream=stream, progress=progress
+        )
+        if not store.agreement:
+            store.set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
+        label_and_record(folder, store, neurons)
+        draw_pages(neurons, features_folder / NEURON_PAGES_FOLDER, progress=progress)
+        return draw_pages(store, features_folder / PAGES_FOLDER, progress=progress)
 
 
 def _documents(pair: PairedModel, folder: Path, data: str | None) -> tuple[Sequence[Trace], str]:

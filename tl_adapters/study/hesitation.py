@@ -20,7 +20,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.circuit_page import write_circuit_page
 from tl_adapters.study.features import FEATURES_FOLDER as FEATURES
 from tl_adapters.study.features import STORE_FOLDER
-from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters
+from tl_adapters.study.open_run import alone_in_run, is_organism_run, open_run, require_adapters
 from tl_adapters.utils.results import plain, read_results, stage, write_output, write_results
 from tl_adapters.utils.strict_json import dumps
 
@@ -61,6 +61,7 @@ def hesitation_stage(
     return study
 
 
+@alone_in_run
 def hesitation_of_run(
     folder: Path,
     task: tuple[str, str | None] | None = None,

@@ -23,12 +23,14 @@ from tl_adapters.study.features import (
     label_and_record,
     load_stores,
 )
+from tl_adapters.study.open_run import alone_in_run
 from tl_adapters.utils.files import alone_in, make_folder
 from tl_adapters.utils.results import changed_results, plain
 
 REPLIES_FOLDER = "replies"
 
 
+@alone_in_run
 def label_run(
     folder: Path,
     *,

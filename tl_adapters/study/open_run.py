@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -19,10 +22,15 @@ from tl_adapters.data.sources import PairRecords, ShuffledReader
 from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.files import alone_in, require_writable
 from tl_adapters.utils.results import read_results
 
 ORGANISM_TRACES = 20_000
 """Training documents of the model organism."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def load_organism_pair(
@@ -57,6 +65,23 @@ def open_run(folder: Path, device: str = "auto", dtype: Dtype | None = None) -> 
     set_template_date(pair.model.tokenizer, _date(config.data))
     pair.load_adapters(adapters)
     return pair
+
+
+def alone_in_run(work: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
+    """A stage of a run that holds the run folder's lock, so that no other process trains or measures in it meanwhile.
+
+    Raises FolderBusyError and WriteError before anything is loaded.
+    """
+
+    @wraps(work)
+    def alone(folder: Path, /, *args: P.args, **options: P.kwargs) -> T:
+        if not folder.is_dir():  # the stage says what is missing
+            return work(folder, *args, **options)
+        require_writable(folder)
+        with alone_in(folder):
+            return work(folder, *args, **options)
+
+    return alone
 
 
 def require_adapters(folder: Path) -> None:

@@ -10,7 +10,7 @@ from tl_adapters.config import BadRows, RunConfig
 from tl_adapters.study.open_run import open_data, open_pair
 from tl_adapters.training.run_folder import RunFolder, require_new
 from tl_adapters.training.trainer import Trainer
-from tl_adapters.utils.files import write_text
+from tl_adapters.utils.files import require_writable, write_text
 from tl_adapters.utils.results import read_results, stage, versions, write_results
 from tl_adapters.utils.strict_json import dumps
 
@@ -23,6 +23,7 @@ def train_run(config: RunConfig, folder: Path, device: str = "auto", progress: b
     Raises FolderExistsError before anything is loaded.
     """
     require_new(folder)
+    require_writable(folder)
     pair = open_pair(config, device)
     data = open_data(config, pair)
     statistics = data.log_survey()
