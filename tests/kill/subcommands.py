@@ -105,7 +105,7 @@ def export(to: str) -> Callable[[Path], int]:
 def label(folder: Path) -> int:
     with FakeChat(knowing) as server:
         address = f"{server.server.url}/v1"
-        judge = ["--base-url", address, "--model", "judge", "--judge", "6", "--retest", "2", "--auto-interp", "3"]
+        judge = ["--base-url", address, "--model", "judge", "--judge", "6", "--retest", "2"]
         return main(["label", "run", *judge, "--concurrency", "2", "--quiet"])
 
 
