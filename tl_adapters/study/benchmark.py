@@ -141,8 +141,7 @@ def benchmark_run(
     samplings = {name: _sampling(name, options or {}) for name in tasks}
     for name in tasks:
         require_task(name)
-    spec = variant or BenchmarkVariant()
-    entered = spec.variant
+    entered = (spec := variant or BenchmarkVariant()).variant
     loaded = [load_problems(name, source, limit=limit, seed=samplings[name].seed) for name, source in tasks.items()]
     pair = open_run(run, device, dtype)
     model_facts = {"variant": entered.name, **spec.as_record(), **_model(pair)}
