@@ -163,7 +163,8 @@ class ChatServer:
             # A coroutine can be stopped at any moment; a thread that waits for a slow server cannot.
             response, content = asyncio.run(asyncio.wait_for(self._exchange(body), self.timeout))
         except (TimeoutError, httpx.TimeoutException):
-            return Reply(None, problem=f"no complete answer within {self.timeout:g} seconds", retryable=True)
+            problem = f"no complete answer within {self.timeout:g} seconds (timeout=, --timeout)"
+            return Reply(None, problem=problem, retryable=True)
         except (httpx.RequestError, OSError, ValueError) as error:
             return Reply(None, problem=self._quoted(f"{type(error).__name__}: {error}"), retryable=True)
         if len(content) > MAX_RESPONSE_BYTES:

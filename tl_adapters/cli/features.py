@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tl_adapters.cli.common import AsJson, Device, Dtype, Quiet, RunFolder, Seed, device_of
-from tl_adapters.cli.parsing import LARGEST_SEED, refuse, whole
+from tl_adapters.cli.parsing import LARGEST_SEED, number, refuse, whole
 from tl_adapters.cli.result import Result, command
 from tl_adapters.errors import UserError
 
@@ -117,7 +117,15 @@ _Concurrency = Annotated[int | None, whole("--concurrency", "requests at once (d
 _MaxRequests = Annotated[int | None, whole("--max-requests", "stop after N requests and keep their replies", 0)]
 _MaxTokens = Annotated[int | None, whole("--max-tokens", "stop when all replies together have used N tokens", 0)]
 _ReplyTokens = Annotated[
-    int | None, whole("--reply-tokens", "longest reply in tokens, thinking included (default: 4096)")
+    int | None,
+    whole(
+        "--reply-tokens",
+        "longest reply in tokens, thinking included (default: 4096, and once more with 16384 where a reply was cut)",
+    ),
+]
+_Timeout = Annotated[
+    float | None,
+    number("--timeout", "seconds for one request (default: 300)", 0, 86_400, above=True, metavar="SECONDS"),
 ]
 _Seed = Annotated[int | None, whole("--seed", "seed of sampling and order (default: 0)", 0, LARGEST_SEED, "SEED")]
 
@@ -133,6 +141,7 @@ def label(
     max_requests: _MaxRequests = None,
     max_tokens: _MaxTokens = None,
     reply_tokens: _ReplyTokens = None,
+    timeout: _Timeout = None,
     quiet: Quiet = False,
     json: AsJson = False,
     seed: _Seed = None,
@@ -153,12 +162,13 @@ def label(
         request_budget=max_requests,
         token_budget=max_tokens,
         reply_tokens=reply_tokens,
+        timeout=timeout,
     )
     if judge is None and auto_interp is None:
         refuse(
             "Rules label without a judge, whom --judge and --auto-interp ask",
             base_url=base_url, model=model, concurrency=concurrency, max_requests=max_requests,
-            max_tokens=max_tokens, reply_tokens=reply_tokens, seed=seed,
+            max_tokens=max_tokens, reply_tokens=reply_tokens, timeout=timeout, seed=seed,
         )  # fmt: skip
     if judge is None:
         refuse("Only --judge judges twice", retest=retest)
