@@ -9,7 +9,7 @@ import pytest
 from helpers.readme import blocks
 
 from tl_adapters import organism
-from tl_adapters.cli.main import main
+from tl_adapters.cli.main import main, parse
 
 LINES = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("tl-adapters")]
 SMALL = ("--config", "small.yaml")
@@ -71,3 +71,5 @@ def test_a_line_runs_as_printed(line: str, place: Path, capsys: pytest.CaptureFi
     assert status == 0, printed.err
     assert printed.out.strip()
     assert out is None or out.exists()
+    for shown in (line for line in printed.out.splitlines() if line.startswith("next: ")):
+        parse(shlex.split(shown)[2:])  # the next command is one, too
