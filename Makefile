@@ -78,8 +78,10 @@ slow: install  ## the long tests: the pair's recipe from nothing, the full demo,
 fuzz: install  ## damaged files for every reader, 10,000 for files that come from strangers; prints a table of counts
 	PYTHONPATH=tests $(BIN)/python -m fuzz
 
-kill: install  ## kill -9 at random moments, 30 each of train and features and 5 of every other long subcommand; half an hour
-	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m kill
+kill: install  ## kill -9 at random moments, refused writes, two processes at once, for every long subcommand; an hour
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m kill
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m kill --refuse 10
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m kill --two 2
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Runs a subcommand in a process, kills it at a random moment, runs it again, and compares what is there.
+"""Runs a subcommand in a process, kills it at a random moment or refuses its writes, runs it again, and compares.
 
 Half of the kills come after a random time. Moments between two writes are rare among those, so the other half come at a
 random one of the calls that open, flush, rename or remove.
@@ -6,6 +6,7 @@ random one of the calls that open, flush, rename or remove.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,10 @@ from kill.subcommands import Subcommand
 from tl_adapters.utils import files
 
 CALLS = ("open", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
+CREATING = ("open", "fsync", "replace", "rename", "mkdir")
+"""Those of them that a full or a read-only disk refuses; open only where it makes a file."""
+AGAIN = "again"
+"""File that tells a subcommand that it runs again."""
 VOLATILE = {"seconds", "create_time_ms", "id", "sha256", "took", "size"}
 """Keys of JSON files that two equal runs do not share: times, what depends on them, and the name of a run."""
 TIMED_PAGES = ("report.html",)
@@ -33,13 +38,14 @@ TIMED_PAGES = ("report.html",)
 
 @dataclass
 class Tally:
-    """What became of the kills of one subcommand."""
+    """What became of one subcommand."""
 
     kills: int = 0
+    """Processes that were killed, or refused with one error."""
     at_calls: int = 0
     """Kills at a call that writes; the others came after a random time."""
     finished: int = 0
-    """Processes that had finished before they were killed."""
+    """Processes that finished."""
     failures: list[str] = field(default_factory=list)
 
 
@@ -54,34 +60,93 @@ def kill_often(subcommand: Subcommand, prepared: Path, work: Path, kills: int, s
         seed: of the moments.
     """
     rng, tally = random.Random(f"{seed}-kill"), Tally()
-    whole = _fresh(prepared, work / "folder", subcommand)
-    log = work / "calls"
-    started = time.perf_counter()
-    code = _run(subcommand, whole, count_calls_in=log)
-    seconds, calls = time.perf_counter() - started, int(log.read_text() or 0)
-    if code != 0:
-        tally.failures.append(f"not killed, it ends with {code}: {_last_words(whole)}")
-        return tally
-    expected = contents(whole)
-    for number in range(kills):
+    whole = _whole(subcommand, prepared, work, tally)
+    for number in range(kills if whole else 0):
         folder = _fresh(prepared, work / "folder", subcommand)
         if number % 2:
-            code = _run(subcommand, folder, die_at_call=rng.randint(1, calls))
+            code = _wait(_start(subcommand, folder, at_call=rng.randint(1, whole.calls)))
             tally.at_calls += 1
         else:
-            code = _run(subcommand, folder, die_after=rng.uniform(0, seconds))
+            code = _wait(_start(subcommand, folder), rng.uniform(0, whole.seconds))
         tally.kills += code == -signal.SIGKILL
         tally.finished += code == 0
-        code = _run(subcommand, folder)
-        if code != 0:
-            tally.failures.append(f"kill {number}: run again, it ends with {code}: {_last_words(folder)}")
-            continue
-        found = contents(folder)
-        if different := sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
-            tally.failures.append(f"kill {number}: {len(different)} files differ, such as {different[:4]}")
-        if left := leftovers(folder):
-            tally.failures.append(f"kill {number}: left behind: {left[:4]}")
+        _run_again(subcommand, folder, whole, tally, f"kill {number}")
     return tally
+
+
+def refuse_often(subcommand: Subcommand, prepared: Path, work: Path, cases: int, seed: int) -> Tally:
+    """Let the system refuse every write from a random one on, as a full or a read-only disk does, and run it again.
+
+    The subcommand must end with one error, or succeed where only a cache could not be written. Arguments as for
+    `kill_often`.
+    """
+    rng, tally = random.Random(f"{seed}-refuse"), Tally()
+    whole = _whole(subcommand, prepared, work, tally)
+    for number in range(cases if whole else 0):
+        folder = _fresh(prepared, work / "folder", subcommand)
+        code = errno.ENOSPC if number % 2 else errno.EROFS
+        what = f"refusal {number} ({errno.errorcode[code]})"
+        ended = _wait(_start(subcommand, folder, at_call=rng.randint(1, whole.creating), refusal=code))
+        tally.kills += ended == 2
+        tally.finished += ended == 0
+        words = _last_words(folder)
+        if "Traceback" in words or ended not in (0, 2) or (ended == 2 and "error: " not in words):
+            tally.failures.append(f"{what}: it ends with {ended}: {words}")
+        _run_again(subcommand, folder, whole, tally, what)
+    return tally
+
+
+def run_two_at_once(subcommand: Subcommand, prepared: Path, work: Path, cases: int, seed: int) -> Tally:
+    """Start a subcommand twice at the same time in one folder; each succeeds or is refused, and one succeeds."""
+    tally = Tally()
+    whole = _whole(subcommand, prepared, work, tally)
+    for number in range(cases if whole else 0):
+        folder = _fresh(prepared, work / "folder", subcommand)
+        children = [_start(subcommand, folder, stream=f"{name}-") for name in ("first", "second")]
+        codes = [_wait(child) for child in children]
+        words = [(work / f"{name}-stderr").read_text(errors="replace").strip() for name in ("first", "second")]
+        tally.kills += codes.count(2)
+        tally.finished += codes.count(0)
+        refused = [text for text, code in zip(words, codes, strict=True) if code == 2]
+        if 0 not in codes or not set(codes) <= {0, 2} or any("error: " not in text for text in refused):
+            tally.failures.append(f"pair {number}: they end with {codes}: {[text[-200:] for text in words]}")
+        _run_again(subcommand, folder, whole, tally, f"pair {number}")
+    return tally
+
+
+@dataclass
+class _Whole:
+    """A process that nothing stopped."""
+
+    contents: dict[str, str]
+    seconds: float
+    calls: int
+    """Calls that write."""
+    creating: int
+    """Those of them that a full or a read-only disk refuses."""
+
+
+def _whole(subcommand: Subcommand, prepared: Path, work: Path, tally: Tally) -> _Whole | None:
+    folder, log = _fresh(prepared, work / "folder", subcommand), work / "calls"
+    started = time.perf_counter()
+    if code := _wait(_start(subcommand, folder, count_in=log)):
+        tally.failures.append(f"not stopped, it ends with {code}: {_last_words(folder)}")
+        return None
+    calls, creating = map(int, log.read_text().split())
+    return _Whole(contents(folder), time.perf_counter() - started, calls, creating)
+
+
+def _run_again(subcommand: Subcommand, folder: Path, whole: _Whole, tally: Tally, what: str) -> None:
+    (folder / AGAIN).touch()
+    if code := _wait(_start(subcommand, folder)):
+        tally.failures.append(f"{what}: run again, it ends with {code}: {_last_words(folder)}")
+        return
+    (folder / AGAIN).unlink()
+    found = contents(folder)
+    if different := sorted(name for name in {*found, *whole.contents} if found.get(name) != whole.contents.get(name)):
+        tally.failures.append(f"{what}: {len(different)} files differ, such as {different[:4]}")
+    if left := leftovers(folder):
+        tally.failures.append(f"{what}: left behind: {left[:4]}")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -112,8 +177,9 @@ def _lasting(value: Any) -> Any:
 
 def _fresh(prepared: Path, folder: Path, subcommand: Subcommand) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
-    ignored = () if subcommand.needs_run else ("run",)
-    shutil.copytree(prepared, folder, ignore=lambda _, names: [name for name in names if name in ignored])
+    shutil.copytree(prepared, folder)
+    if subcommand.without:
+        shutil.rmtree(folder / subcommand.without)
     return folder
 
 
@@ -121,37 +187,53 @@ def _last_words(folder: Path) -> str:
     return (folder.parent / "stderr").read_text(errors="replace").strip()[-300:].replace("\n", " | ")
 
 
-def _run(
+def _start(
     subcommand: Subcommand,
     folder: Path,
     *,
-    die_after: float | None = None,
-    die_at_call: int | None = None,
-    count_calls_in: Path | None = None,
+    at_call: int | None = None,
+    refusal: int | None = None,
+    count_in: Path | None = None,
+    stream: str = "",
 ) -> int:
-    """Exit status of a process that runs the subcommand in a folder; negative where a signal ended it."""
+    """The number of a new process that runs the subcommand in a folder.
+
+    Args:
+        subcommand: what is run.
+        folder: where; its parent holds the process's output.
+        at_call: the process dies at this call that writes, or from this call on the system refuses.
+        refusal: the error with which the system refuses.
+        count_in: file for the number of calls.
+        stream: prefix of the names of the output's files.
+    """
     child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            os.chdir(folder)
-            for stream, name in ((1, "stdout"), (2, "stderr")):
-                descriptor = os.open(folder.parent / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(descriptor, stream)
-                os.close(descriptor)
-            made = _watch(die_at_call)
-            code = subcommand.run(folder) or 0
-            if count_calls_in is not None:
-                count_calls_in.write_text(str(len(made)))
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        finally:
-            with suppress(Exception):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
-    if die_after is not None:
-        end = time.perf_counter() + die_after
+    if child:
+        return child
+    code = 70
+    try:
+        os.chdir(folder)
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            opened = os.open(folder.parent / f"{stream}{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(opened, descriptor)
+            os.close(opened)
+        made = _watch(at_call, refusal)
+        code = subcommand.run(folder) or 0
+        if count_in is not None:
+            count_in.write_text(f"{len(made)} {sum(made)}")
+    except BaseException as error:
+        print(f"Traceback: {type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    raise AssertionError
+
+
+def _wait(child: int, kill_after: float | None = None) -> int:
+    """Exit status of a process; negative where a signal ended it."""
+    if kill_after is not None:
+        end = time.perf_counter() + kill_after
         while time.perf_counter() < end:
             if (status := os.waitpid(child, os.WNOHANG))[0]:
                 return os.waitstatus_to_exitcode(status[1])
@@ -160,19 +242,25 @@ def _run(
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _watch(die_at_call: int | None) -> list[None]:
-    """Count the calls that write from now on, in this process, and die before the one of that number."""
-    made: list[None] = []
+def _watch(at_call: int | None, refusal: int | None) -> list[bool]:
+    """Count the calls that write from now on, in this process; die at one of them, or refuse from it on.
 
-    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+    Returns a list that grows by one for each call, which says whether a full disk refuses it.
+    """
+    made: list[bool] = []
+
+    def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **options: Any) -> Any:
-            made.append(None)
-            if len(made) == die_at_call:
+            creates = name in CREATING and (name != "open" or bool(args[1] & os.O_CREAT))
+            made.append(creates)
+            if refusal is None and len(made) == at_call:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if refusal is not None and creates and sum(made) >= (at_call or 0):
+                raise OSError(refusal, os.strerror(refusal))
             return call(*args, **options)
 
         return counted
 
     for name in CALLS:
-        setattr(os, name, watched(getattr(os, name)))
+        setattr(os, name, watched(name, getattr(os, name)))
     return made

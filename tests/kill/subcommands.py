@@ -48,8 +48,8 @@ class Subcommand:
     """Run it, or run it again after a kill; in the folder, with relative paths, so that all runs write the same."""
     kills: int = 5
     """How often `make kill` kills it."""
-    needs_run: bool = True
-    """It works on a finished run, which is in the folder as "run"."""
+    without: str = ""
+    """What is taken out of the folder before: the finished run with features is there as "run"."""
 
 
 def shrink() -> None:
@@ -80,13 +80,6 @@ def collect(folder: Path) -> None:
     features_run(Path("run"), "documents.jsonl", options=options, progress=False)
 
 
-def collect_anew(folder: Path) -> None:
-    if not (folder / "begun").exists():
-        shutil.rmtree(folder / "run" / "features")
-        (folder / "begun").touch()
-    collect(folder)
-
-
 def attribute(folder: Path) -> int:
     if (folder / "run" / "graphs" / "one").exists():  # it was killed after its last write
         return 0
@@ -111,14 +104,14 @@ def label(folder: Path) -> int:
 
 def demo(folder: Path) -> int:
     """A second demo takes the next free name, so what a killed one left is put out of the way, as a user would."""
-    if (folder / "demo").exists():
+    if (folder / "again").exists() and (folder / "demo").exists():
         shutil.rmtree(folder / "demo")
     return main(["demo", "--quick", "--out", "demo", "--quiet"])
 
 
 SUBCOMMANDS = {
-    "train": Subcommand(train, kills=30, needs_run=False),
-    "features": Subcommand(collect_anew, kills=30),
+    "train": Subcommand(train, kills=30, without="run"),
+    "features": Subcommand(collect, kills=30, without="run/features"),
     "evaluate": Subcommand(lambda folder: main(["evaluate", "run", "--quiet"])),
     "hesitation": Subcommand(lambda folder: main(["hesitation", "run", "--limit", "16", "--quiet"])),
     "benchmark": Subcommand(
@@ -128,13 +121,13 @@ SUBCOMMANDS = {
         lambda folder: main(
             ["sweep", "--config", "config.yaml", "--over", "seed=0,1", "--documents", "4", "--out", "sweep", "--quiet"]
         ),
-        needs_run=False,
+        without="run",
     ),
     "label": Subcommand(label),
     "attribute": Subcommand(attribute),
     "export --to saelens": Subcommand(export("saelens")),
     "export --to neuronpedia": Subcommand(export("neuronpedia")),
     "export --to hybrid": Subcommand(export("hybrid")),
-    "demo --quick": Subcommand(demo, needs_run=False),
+    "demo --quick": Subcommand(demo, without="run"),
 }
 assert conftest.small_scale  # the tests' settings: no network, types checked

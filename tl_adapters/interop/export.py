@@ -17,7 +17,7 @@ from tl_adapters.interop.authors_checkpoint import to_authors
 from tl_adapters.interop.hybrid_checkpoint import write_hybrid
 from tl_adapters.interop.saelens import to_saelens
 from tl_adapters.models.weight_identity import trained_on
-from tl_adapters.utils.files import require_absent
+from tl_adapters.utils.files import require_absent, require_writable
 from tl_adapters.utils.results import read_results
 
 ExportFormat = Literal["saelens", "authors", "hybrid", "target"]
@@ -94,6 +94,7 @@ def export(
     if to not in formats:
         raise UserError(f"No format {to!r}; there are {', '.join(formats)}.")
     require_absent(folder)
+    require_writable(folder)
     adapters = load_adapters_with_measurements(name)
     if to == "saelens":
         to_saelens(adapters, folder, reads=reads)

@@ -19,7 +19,15 @@ from tl_adapters.checkpoints.hub_client import hub_errors, require_repository_na
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.interop.model_card import CARD_FILE, card
 from tl_adapters.interop.saelens import published, to_saelens
-from tl_adapters.utils.files import copy_file, new_folder, plain_file, require_absent, temporary_folder, write_text
+from tl_adapters.utils.files import (
+    copy_file,
+    new_folder,
+    plain_file,
+    require_absent,
+    require_writable,
+    temporary_folder,
+    write_text,
+)
 
 
 def push_to_hub(
@@ -87,6 +95,7 @@ def pull(
         AdapterFormatError, CheckpointError, FolderExistsError, DiskFullError.
     """
     require_absent(folder)
+    require_writable(folder)
     adapters = AdapterSet.from_pretrained(name, layers=layers, revision=revision, token=token)  # checks the files
     if layers is not None:
         adapters.save_pretrained(folder)
