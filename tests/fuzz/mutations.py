@@ -98,7 +98,7 @@ def _damaged_json(content: bytes, rng: Random) -> bytes:
 
 def _json_bytes(tree: Any, raw: str | None) -> bytes:
     try:
-        text = json.dumps(tree)
+        text = json.dumps(tree, default=str)
     except (ValueError, RecursionError):  # integers of more than 4,300 digits, or too deep
         return b"9" * 5000
     return (text if raw is None else text.replace(json.dumps(_MARK), raw)).encode()

@@ -7,13 +7,14 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from fuzz.fuzzing import Reader
+from fuzz.run_readers import RUN_READERS
 from helpers import made_stores
 from helpers.random_graphs import random_graph
 from helpers.random_models import random_model
@@ -305,5 +306,6 @@ READERS = {
         Reader("responses", _copied(_responses), ("*.json", "*.jsonl"), _read_responses, False),
         Reader("replies", _copied(_replies), ("*/*.json",), _read_replies, False),
         Reader("recipe", _copied(_recipe), ("recipe.json",), _read_recipe, False),
+        *(replace(reader, write=_copied(reader.write)) for reader in RUN_READERS),
     )
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Message = Mapping[str, str]
 """One turn: {"role": "user" or "assistant" or "system", "content": text}. An assistant's turn may hold its thinking in
@@ -29,6 +30,6 @@ class Document:
     """The subject of the document (math, code, ...), where the data names one."""
 
 
-def thinking_of(message: Message) -> str | None:
-    """The thinking that a turn holds in a separate field, or None."""
+def thinking_of(message: Mapping[str, Any]) -> Any:
+    """The thinking that a turn holds in a separate field, or None. It is text where the turn is a `Message`."""
     return next((message[field] for field in THINKING_FIELDS if message.get(field)), None)
