@@ -56,7 +56,7 @@ def read_sweep_point(record: Mapping[str, Any]) -> SweepPoint:
 def _read_measurement(record: Mapping[str, Any] | None) -> Measurement | None:
     if record is None:
         return None
-    return Measurement(**{**record, "seeds": tuple(record["seeds"])})
+    return Measurement(**{**record, "seeds": tuple(record.get("seeds", Measurement.seeds))})
 
 
 def pareto_front(costs: Sequence[tuple[float, float]]) -> list[int]:
