@@ -18,6 +18,7 @@ from tl_adapters.circuits.circuit import Circuit, CircuitError
 from tl_adapters.evaluation.sampled_responses import SamplingError, _whole_batches
 from tl_adapters.features.feature import FeatureStoreError
 from tl_adapters.features.store import FeatureStore
+from tl_adapters.pages.report import _read_answers
 from tl_adapters.utils.reading import UnreadableFileError
 
 CIRCUIT = {
@@ -173,3 +174,15 @@ def test_tensors_are_compared_with_their_fields() -> None:
             require_tensors(good | change, fields, "x", {"m": 3})
     with pytest.raises(UnreadableFileError, match="no tensor c"):
         require_tensors({"a": good["a"], "b": good["b"]}, fields, "x", {"m": 3})
+
+
+def test_answers_of_a_report_are_named_where_they_are_damaged(tmp_path: Path) -> None:
+    """The answers of a run's report, of which runs of the first release hold three models."""
+    path = tmp_path / "answers.jsonl"
+    whole = {"question": "1 + 1?", "target": "2", "hybrid": "3", "replacement": "2"}
+    path.write_text(json.dumps(whole) + "\n" + json.dumps(whole | {"base": "5"}) + "\n")
+    assert [answers.hybrid for answers in _read_answers(path)] == ["3", "3"]
+    del whole["hybrid"]
+    path.write_text(json.dumps(whole) + "\n")
+    with pytest.raises(UnreadableFileError, match=r"answers\.jsonl, line 1: The key hybrid is missing"):
+        _read_answers(path)

@@ -16,7 +16,7 @@ from tl_adapters.data.hesitation_words import HIGHLIGHTED_WORDS
 from tl_adapters.pages.circuit_page import HESITATION_PAGE_FILE
 from tl_adapters.pages.plots import Line, Plot, measured_line, plot
 from tl_adapters.utils.html import Cell, highlight_words, measurement_cell, percent, render, shown_from, three_digits
-from tl_adapters.utils.reading import read_json_lines
+from tl_adapters.utils.reading import Record, read_json_lines, read_record_lines
 from tl_adapters.utils.results import RESULTS_FILE, Block, output_file, read_results, write_output
 
 REPORT_PAGE_FILE = "report.html"
@@ -62,7 +62,7 @@ def _values(results: Block, folder: Path) -> dict[str, Any]:
         "detection_rows": _detection_rows(labels.get("detection")),
         "attribution": _attribution(attribution) if attribution.get("graphs") else None,
         "circuit": _circuit(upgraded_block(results["hesitation"])) if results.get("hesitation") else None,
-        "generations": [_generation(answer) for answer in _read_lines(output_file(folder, "answers.jsonl"))],
+        "generations": [_generation(answer) for answer in _read_answers(output_file(folder, "answers.jsonl"))],
         "versions": ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items() if version),
         "seconds": ", ".join(f"{stage} {value:.0f} s" for stage, value in results.get("seconds", {}).items()),
     }
@@ -264,7 +264,22 @@ def _rate_cells(rate: Block, columns: Sequence[str]) -> list[Cell]:
     ]
 
 
-def _generation(answer: Block) -> dict[str, Any]:
-    models = ("target", "hybrid", "replacement")
-    boxes = [(name, highlight_words(answer[name], HIGHLIGHTED_WORDS)) for name in models]
-    return {"question": answer["question"], "boxes": boxes}
+class _Answers(Record, extra="ignore"):
+    """A line of answers.jsonl: a question and the answers of three models; runs may hold those of others."""
+
+    question: str
+    target: str
+    hybrid: str
+    replacement: str
+
+
+def _read_answers(path: Path) -> list[_Answers]:
+    return read_record_lines(_Answers, path) if path.is_file() else []
+
+
+def _generation(answers: _Answers) -> dict[str, Any]:
+    boxes = [(name, text) for name, text in answers if name != "question"]
+    return {
+        "question": answers.question,
+        "boxes": [(name, highlight_words(text, HIGHLIGHTED_WORDS)) for name, text in boxes],
+    }
