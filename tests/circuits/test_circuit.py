@@ -15,6 +15,7 @@ import torch
 from helpers import stores
 from helpers.loopback_hub import COMMIT, LoopbackHub, hub  # noqa: F401  # a fixture
 from helpers.loopback_server import Response
+from helpers.page_values import EXAMPLES, made, whole_block
 from helpers.random_models import random_model, randomise
 from helpers.stores import HOSTILE
 
@@ -28,96 +29,6 @@ from tl_adapters.pages.feature_pages import write_feature_pages
 from tl_adapters.pages.report import write_report
 
 ROLES: tuple[Role, ...] = ("template", "output", "output", "continuation", "suppress")
-
-
-def made(fingerprint: str = "aaaa", n: int = 10, words: tuple[str, ...] = (" Wait",)) -> Circuit:
-    """Roles and layers in turn; the first feature's contrast is NaN."""
-    features = []
-    for i in range(n):
-        role, size = ROLES[i % 5], 0.1 * (i + 1)
-        total = -size if role == "suppress" else size
-        id = FeatureId(i % 4, i)
-        features.append(
-            CircuitFeature(id, role, total / 2, total / 4, total, total / 8, math.nan if i == 0 else size, size)
-        )
-    ids = [f.id for f in features]
-    edges = [CircuitEdge(ids[1], None, 0.5)] + ([CircuitEdge(ids[0], ids[1], -0.2)] if n else [])
-    return Circuit(
-        "hesitation", words, tuple(features), 1.5, "select",
-        {"adapters": fingerprint, "target": "t", "base_mlps": "b"}, 40, 4, 0.05, tuple(edges),
-    )  # fmt: skip
-
-
-def figure(value: float, unit: str = "share") -> dict[str, Any]:
-    return {"value": value, "low": 0.9 * value, "high": 1.1 * value, "n": 9, "unit": unit, "split": "report"}
-
-
-def record(rate: float) -> dict[str, Any]:
-    ci = {
-        k: {"low": 0.9 * v, "high": 1.1 * v}
-        for k, v in (("accuracy", 0.8), ("length", 99), ("hesitation_per_1k", rate))
-    }
-    return {
-        "n": 1200, "accuracy": 0.8, "length": 99.0, "hesitation_per_1k": rate, "truncated": 0.01, "think_opened": 1.0,
-        "ci": ci, "split": "report", "accuracy_without_slip": figure(0.9), "accuracy_with_slip": None,
-        "hesitation_cut": figure(1 - rate / 20), "length_change": figure(-0.2), "accuracy_change": figure(0.01),
-        "draws": 3,
-    }  # fmt: skip
-
-
-def whole_block() -> dict[str, Any]:
-    places = {"moment": figure(0.4), "boundary": figure(math.nan), "elsewhere": figure(0.001)}
-    return {
-        "behaviour": "hesitation", "words": ["Wait", "</script><b>"], "page": "hesitation.html",
-        "moments": {s: {"documents": 300, "moments": 410, "boundaries": 1234} for s in ("select", "report")},
-        "circuit": {
-            "n": 10, "output": 4, "template": 2, "continuation": 2, "suppress": 2, "share_of_alive": 0.03,
-            "share_of_all": 0.01, "share_of_activation": 0.1, "times_l0": 1.3, "distinct_directions": 7,
-            "strength": 1.5, "by_layer": [3, 3, 2, 2], "alive": 333, "threshold": 0.05,
-        },
-        "probabilities": {
-            "target": places,
-            "replacement - circuit": {**places, "kl_elsewhere": figure(0.0213, "nats per token")},
-            "replacement, steering": {"kl_elsewhere": figure(0.0417, "nats per token")},
-            HOSTILE: {"moment": None},
-        },
-        "other_words": {"replacement": {"moment": figure(0.1), "boundary": figure(0.2)}},
-        "necessity": {
-            a: record(r) for a, r in (
-                ("none", 20.0), ("output", 8.0), ("template", 11.0), ("circuit", 1.0), ("random", 19.0), ("ban", 0.0),
-                ("steering", 5.0), ("neurons", math.nan),
-            )
-        },
-        "sufficiency": {
-            a: record(r) for a, r in (
-                ("none", 1.0), ("output", 5.0), ("circuit", 5.0), ("circuit_at_strength", 25.0), ("b_dec_only", 1.0)
-            )
-        },
-        "transfer": {"none": record(20.0), "negated": record(3.0)},
-        "injected": {"none": figure(0.7), "circuit": figure(0.1)},
-        "mediation": {"total": figure(1.1, "nats"), "through_output": figure(0.9, "nats"), "share": figure(0.8)},
-        "dose": [
-            {"n": n, "hesitation_per_1k": figure(20 / n), "p_moment": 0.4 / n, "p_inserted": math.nan}
-            for n in (1, 2, 5, 10)
-        ],
-        "smallest": {"n": 5, "cut": 0.8},
-        "kinds": {"none": {"correction": 4, "re-check": 3}, "circuit": {"correction": 0, "re-check": 1}},
-        "sampled": {"none": record(18.0), "circuit": record(2.0)},
-        "controls": {
-            "circuit": {"setting": "10 features", "size": 10, "unit": "features", "p_onset_before": 0.8,
-                        "p_onset": 0.1, "kl_elsewhere": 0.02, "reached": True, "write_norm": 1.0},
-            "steering": {"setting": f"after layer 2, {HOSTILE}", "size": 1.75, "unit": HOSTILE, "p_onset_before": 0.8,
-                         "p_onset": 0.3, "kl_elsewhere": None, "reached": False},
-        },
-        "injected_more": {"others": figure(0.25), HOSTILE: None},
-        "suppressors": {"n": 2, "ids": ["0.4"], "p_boundary_before": figure(0.1), "p_boundary_after": figure(0.2)},
-        "bystanders": {"n": 1, "ids": ["2.2"], "p_before": figure(0.8), "p_after": figure(0.79)},
-        "criteria": [{"name": "cut by both", "value": figure(0.95), "bar": ">= 50 %", "reached": True},
-                     {"name": "random", "value": 0.05, "bar": 0.1, "reached": False}],
-    }  # fmt: skip
-
-
-EXAMPLES = [{"question": "47+85=? <b>", "replacement": f"132. Wait, {HOSTILE}", "both taken out": "132."}]
 
 
 # -- the artefact --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tl_adapters.data.traces import DataError
 from tl_adapters.features.firing_reader import features_read_on
 from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.interop.neuronpedia import write_neuronpedia
-from tl_adapters.interop.sae_dashboard import INSTALL_COMMAND, DashboardError, write_sae_dashboard
+from tl_adapters.interop.sae_dashboard import INSTALL_COMMAND, DashboardError, _safe_page, write_sae_dashboard
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.study.open_run import load_organism_pair
 
@@ -91,13 +91,36 @@ def test_it_reads_the_stream_and_writes_what_the_layer_does(activation: str, str
 def test_its_page_opens_offline(browser: Browser, tmp_path: Path) -> None:  # noqa: F811
     (page,) = write_sae_dashboard(random_pair(), documents(), store().ids()[:2], tmp_path / "pages", length=LENGTH)
     assert not re.findall(r'<(?:script|link)[^>]+(?:src|href)="http', page.read_text())
-    html = page.read_text() + "<script>document.body.dataset.ready = 1</script>"
-    (tmp_path / "page.html").write_text(html)
+    browser.errors.clear()
+    browser.send("Page.navigate", url=page.as_uri())
+    browser.until(lambda: browser.js("document.querySelectorAll('.js-plotly-plot svg').length"))
+    assert "TOP ACTIVATIONS" in browser.js("document.body.innerText")
+    assert not [error for error in browser.errors if '"error"' in error or "exception" in error]
+
+
+@pytest.mark.browser
+def test_tokens_that_look_like_html_are_text(browser: Browser, tmp_path: Path) -> None:  # noqa: F811
+    """A page built as sae-dashboard builds it, which writes tokens into a script and into HTML."""
+    token = "</script><script>window.ran = 1</script><img src=x onerror=window.ran=1>"
+    data = json.dumps({"AGGDATA": {}, "DASHBOARD_DATA": {"3": {"tok": token}}})
+    page = (
+        "<div class='grid-container'><div id='column-0' style='width: 300px'></div></div>\n<style>code { color: red }\n"
+        '</style>\n<script src="https://d3js.org/d3.v6.min.js"></script>\n'
+        '<script src="https://cdn.plot.ly/plotly-latest.min.js"></script>\n<script>\n'
+        "const tok = defineData().DASHBOARD_DATA[3].tok;\n"
+        "d3.select('#column-0').append('p').html(`<code>${tok}</code> (3)`);\n"
+        "document.body.dataset.text = `|${tok}|<br>`; document.body.dataset.ready = 1;\n"
+        f"function defineData() {{ return {data}; }}\n</script>\n"
+    )
+    (tmp_path / "page.html").write_text(_safe_page(page))
     browser.errors.clear()
     browser.open(tmp_path / "page.html")
-    browser.until(lambda: browser.js("document.querySelectorAll('.js-plotly-plot svg').length"))
-    assert "TOP ACTS_HOOK" in browser.js("document.body.innerText")
-    assert not [error for error in browser.errors if '"error"' in error or "exception" in error]
+    assert browser.js("document.querySelector('code').textContent") == token
+    assert browser.js("window.ran === undefined && document.querySelectorAll('img').length === 0")
+    assert "&#60;img" in browser.js("document.body.dataset.text")
+    assert browser.js("performance.getEntriesByType('resource').length") == 0 and not browser.errors
+    with pytest.raises(DashboardError, match="not as expected"):
+        _safe_page("<p>another version</p>")
 
 
 @installed

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ def close(shown: Any, true: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def hostile() -> FeatureStore:
-    """A store in which the commonest token, a word, a label and a category look like HTML."""
+    """A store in which the names of the models, the commonest token, a label and a category look like HTML."""
     found = new_store()
+    found.about = replace(found.about, base=HOSTILE, target=HOSTILE)
     vocabulary = list(found.vocabulary)
     vocabulary[vocabulary.index("+")] = HOSTILE
     vocabulary[vocabulary.index(".\n")] = ". \n\u202e"

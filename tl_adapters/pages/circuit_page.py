@@ -101,8 +101,8 @@ def write_circuit_page(
     if store is not None and differing(store.about.fingerprints, circuit.fingerprints):
         store = None
     link = page_link(folder, store)
-    words = [word.strip() for word in block.get("words") or circuit.words if word.strip()]
     with shown_from(folder / RESULTS_FILE):
+        words = [word.strip() for word in block.get("words") or circuit.words if word.strip()]
         text = render(
             "circuit/circuit.html.j2",
             behavior=visible_text(circuit.behavior),

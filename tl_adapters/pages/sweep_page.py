@@ -49,8 +49,9 @@ class SweepPoint:
 
 
 def read_sweep_point(record: Mapping[str, Any]) -> SweepPoint:
-    """Return the point that `results.plain` turned into a mapping."""
-    return SweepPoint(**{**record, **{name: _read_measurement(record[name]) for name in _MEASURED_FIELDS}})
+    """Return the point that `results.plain` turned into a mapping. Raises UnreadableFileError."""
+    with shown_from("sweep.json"):
+        return SweepPoint(**{**record, **{name: _read_measurement(record[name]) for name in _MEASURED_FIELDS}})
 
 
 def _read_measurement(record: Mapping[str, Any] | None) -> Measurement | None:

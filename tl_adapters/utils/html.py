@@ -165,14 +165,15 @@ def relative_address(address: object) -> str | None:
 
     A scheme (``javascript:``), another host, an absolute path, a way upwards and invisible characters are not allowed.
     """
-    text = str(address or "")
+    if not isinstance(address, str):
+        return None
     try:
-        parts = urlsplit(text)
+        parts = urlsplit(address)
     except ValueError:
         return None
     names = unquote(parts.path).split("/")
-    elsewhere = parts.scheme or parts.netloc or parts.query or ":" in parts.path or "\\" in text
-    if elsewhere or printable_line(text) != text or "" in names or ".." in names:
+    elsewhere = parts.scheme or parts.netloc or parts.query or ":" in parts.path or "\\" in address
+    if elsewhere or printable_line(address) != address or "" in names or ".." in names:
         return None
     return quote(parts.path, safe="/%") + (f"#{quote(parts.fragment)}" if parts.fragment else "")
 
