@@ -195,6 +195,8 @@ def _damaged_yaml(content: bytes, rng: Random) -> bytes:
     )  # fmt: skip
     if rng.random() < 0.25:
         return content + rng.choice(tricks)
+    if b"&" in content:  # an earlier trick: aliases, which stand for a value of any size
+        return _damaged_bytes(content, rng)
     try:
         tree = yaml.safe_load(content)
     except (yaml.YAMLError, ValueError, RecursionError):

@@ -54,6 +54,7 @@ def test_a_folder_that_refuses_or_is_busy_is_known_before_the_stage(
         write_results(tmp_path, train={})
 
 
+VALUE = {"value": 1.5, "n": 1}
 KNOWN = {
     "schema_version": 1,
     "pair": {"base": "b", "target": "t", "n_layers": 2, "recipe": "1f"},
@@ -61,7 +62,7 @@ KNOWN = {
     "seeds": [0],
     "seconds": {"train": 1},
     "faithfulness": {
-        "kl": {"hybrid": {"value": 1.5, "low": 1}},
+        "kl": {"hybrid": VALUE, "replacement": VALUE},
         "top1_agreement": {"value": 0.5},
         "l0": [{"value": None}],
     },
@@ -87,7 +88,7 @@ def test_unknown_blocks_and_keys_are_kept(tmp_path: Path) -> None:
         ({"seeds": [True]}, r"seeds\[0\] is True; allowed is a whole number"),
         ({"seconds": {"train": "1"}}, r"seconds.train is '1'; allowed is a number"),
         (
-            {"faithfulness": {"kl": {"hybrid": 3}, "top1_agreement": {"value": 1}, "l0": []}},
+            {"faithfulness": {"kl": {"hybrid": 3, "replacement": VALUE}, "top1_agreement": {"value": 1}, "l0": []}},
             "faithfulness.kl.hybrid is 3; allowed is a mapping",
         ),
         (

@@ -63,10 +63,17 @@ class TrainBlock(_Block):
     n_features: int | None = None
 
 
+class KlBlock(_Block):
+    """KL from the target."""
+
+    hybrid: MeasuredValue
+    replacement: MeasuredValue
+
+
 class FaithfulnessBlock(_Block):
     """How close the replacement is to the target."""
 
-    kl: dict[str, MeasuredValue]
+    kl: KlBlock
     top1_agreement: MeasuredValue
     l0: tuple[MeasuredValue, ...]
 
