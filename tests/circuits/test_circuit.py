@@ -22,14 +22,11 @@ from helpers.stores import HOSTILE
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.checkpoints.hub_client import HubError
 from tl_adapters.checkpoints.model_files import CheckpointError
-from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitError, CircuitFeature, Role
+from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitError, CircuitFeature
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.circuit_page import draw_circuit, page_link, write_circuit_page
 from tl_adapters.pages.feature_pages import write_feature_pages
 from tl_adapters.pages.report import write_report
-
-ROLES: tuple[Role, ...] = ("template", "output", "output", "continuation", "suppress")
-
 
 # -- the artefact --------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,9 @@ from typing import Any
 from helpers.stores import HOSTILE
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.circuits.circuit import ROLES, Circuit, CircuitEdge, CircuitFeature
+from tl_adapters.circuits.circuit import Circuit, CircuitEdge, CircuitFeature, Role
+
+ROLES: tuple[Role, ...] = ("template", "output", "output", "continuation", "suppress")
 
 
 def made(fingerprint: str = "aaaa", n: int = 10, words: tuple[str, ...] = (" Wait",)) -> Circuit:

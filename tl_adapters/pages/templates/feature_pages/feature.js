@@ -50,7 +50,7 @@ function histogram(buckets, { told, what, logHeight = false }) {
     el("svg:svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": aloud },
       el("svg:line", { x1: 0, x2: WIDTH, y1: FLOOR, y2: FLOOR }), drawn,
       ticks.map(([v, anchor]) => el("svg:text", { x: x(v), y: HEIGHT - 4, "text-anchor": anchor }, number(v)))),
-    el("figcaption", {}, what, log ? "; across by the logarithm" : "", logHeight ? "; upwards by the logarithm" : ""));
+    el("figcaption", {}, what, log ? "; logarithmic horizontal axis" : "", logHeight ? "; logarithmic vertical axis" : ""));
 }
 
 /** One example: its tokens coloured by the activation, the token that it was chosen for framed. */
@@ -91,7 +91,7 @@ function heading(f) {
     el("h1", {}, `${data.kind === "neuron" ? "Neuron" : "Feature"} ${NAME}${f.index}`,
       label?.text ? el("span", { class: "called" }, ` · ${label.text}`) : null),
     el("p", {}, label?.category ? el("span", { class: "chip" }, label.category) : null, " ",
-      label ? el("span", { class: "soft" }, `labelled by ${label.source || "an unnamed source"}`,
+      label ? el("span", { class: "soft" }, `labeled by ${label.source || "an unnamed source"}`,
         label.score === null
           ? "; the label was not tested" : `; detection score ${number(label.score)} (0.5 is chance)`) : null),
     el("dl", { class: "figures" }, [
@@ -106,7 +106,7 @@ function heading(f) {
 function firesOn(f) {
   const parts = [];
   if (f.fires_on.length) parts.push(el("p", {}, "Most often on ", f.fires_on.map((id) => [token(text(id)), " "])));
-  parts.push(section("Strongest activations", f.top.length ? examples(f.top, f.max) : soft("It never fired.")));
+  parts.push(section("Top activating examples", f.top.length ? examples(f.top, f.max) : soft("It never fired.")));
   if (f.sample.length) {
     const drawn = soft("Drawn uniformly, strongest first.");
     parts.push(section("A random sample of its firings", drawn, examples(f.sample, f.max)));
@@ -120,7 +120,7 @@ function promotes(f) {
     : soft("None."));
   const words = data.words.map((word, i) => [word, f.effects[i]])
     .map(([word, value]) => ({ what: token(word), figures: [signed(value)], value }));
-  return section("What it writes", soft("Change of a logit per unit of activation, directly."),
+  return section("Direct effect on the logits", soft("Change of a logit per unit of activation, directly."),
     el("div", { class: "beside" }, list("Raises", f.promotes), list("Lowers", f.suppresses)),
     words.length ? [el("h3", {}, "Chosen tokens"), bars([], words, { signs: true })] : null,
     el("h3", {}, "Over the vocabulary"),
@@ -159,8 +159,8 @@ function neighbours(f) {
       el("td", {}, n.label ? n.label : n.promotes.map((id) => [token(text(id)), " "])),
       el("td", { class: "number" }, percent(n.share)), el("td", { class: "number" }, percent(n.density)));
   });
-  return section("Fires together with", el("table", { class: "bars" },
-    el("thead", {}, el("tr", {}, ["", "called, or raises", "of its firings", "of all tokens"].map((title, i) =>
+  return section("Co-activating features", el("table", { class: "bars" },
+    el("thead", {}, el("tr", {}, ["", "label, or top logits", "of its firings", "of all tokens"].map((title, i) =>
       el("th", { scope: "col", class: i > 1 ? "number" : null }, title)))), el("tbody", {}, rows)));
 }
 
