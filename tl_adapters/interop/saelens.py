@@ -136,6 +136,9 @@ def from_saelens(
     if sae_ids is not None:
         layer_folders = [plain_file(folder, *sae_id.split("/")) for sae_id in sae_ids]
     else:
+        for entry in folder.iterdir():
+            if entry.is_symlink():  # a folder of a layer that would not be found
+                plain_file(folder, entry.name)
         found = {path.parent.relative_to(folder) for path in folder.rglob(SAELENS_CONFIG_FILE)}
         layer_folders = [plain_file(folder, *inner.parts) for inner in sorted(found)]
     if not layer_folders:
