@@ -1,5 +1,6 @@
 """The command line: how words become values, what is printed at the end, and what the reference says."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -160,6 +161,29 @@ def test_a_list_of_paths_is_a_line_each(capfd: pytest.CaptureFixture[str]) -> No
     assert json.loads(capfd.readouterr().out) == {
         "results": {"n": 1}, "paths": paths, "next": "tl-adapters serve 'x y'"
     }  # fmt: skip
+
+
+def test_a_place_that_cannot_be_read_is_one_line_and_other_errors_are_bugs(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: OSError) -> None:
+        def raise_it(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("tl_adapters.pages.server.make_server", raise_it)
+
+    fail(PermissionError(errno.EACCES, "Permission denied", "a\nb"))
+    assert main(["serve", "x"]) == 2
+    assert capfd.readouterr().err == "error: a\\nb: Permission denied. Choose another place, or change that one.\n"
+    fail(OSError(errno.EIO, "Input/output error", "a"))
+    with pytest.raises(OSError, match="Input/output"):
+        main(["serve", "x"])
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_word() -> None:
+    call = f"{shlex.quote(sys.executable)} -m tl_adapters.cli config | true; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", call], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert (ended.stdout.strip(), ended.stderr) == ("130", "")
 
 
 # -- help -------------------------------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ follows "Examples:" is shown below it. The function returns a `Result`, which `m
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import cache
 from typing import Annotated, Any
 
@@ -30,7 +31,7 @@ from tl_adapters.cli.serve import serve
 from tl_adapters.cli.share import export, pull, push
 from tl_adapters.cli.train import config, sweep, train
 from tl_adapters.errors import UserError
-from tl_adapters.utils.printing import VisibleRecord, show, show_error, show_traceback
+from tl_adapters.utils.printing import VisibleRecord, printable_line, show, show_error, show_traceback
 
 SUBCOMMANDS: tuple[Callable[..., Result], ...] = (
     demo, doctor, config, train, sweep, evaluate, features, label, attribute, generate, benchmark, hesitation, serve,
@@ -38,7 +39,10 @@ SUBCOMMANDS: tuple[Callable[..., Result], ...] = (
 )  # fmt: skip
 """Every subcommand, in the order of the help."""
 EXIT_CODES = """Exit codes: 0 done; 1 an error of this program, which shows a traceback, or a pair in which doctor found
-errors; 2 a command, a file or a machine that does not fit, in one line that says what to do; 130 stopped by Ctrl-C."""
+errors; 2 a command, a file or a machine that does not fit, in one line that says what to do; 130 stopped, by Ctrl-C or
+because nobody reads the output any more."""
+_PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC}
+"""What the system says of a place where nothing can be read or written; other errors are ours."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,9 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result.then()
             return result.status
         except UserError as error:
-            return _failed(f"error: {error}", str(error), as_json, 2)
+            return _failed(str(error), as_json, 2)
+        except BrokenPipeError:  # such as the command "head", which has read enough
+            with suppress(BrokenPipeError):
+                sys.stdout.close()  # or its buffer would be written once more when the process ends
+            return 130
+        except OSError as error:
+            if error.errno not in _PLACES:
+                raise
+            where = f"{error.filename}: {error.strerror}. Choose another place, or change that one."
+            return _failed(where, as_json, 2)
         except KeyboardInterrupt as interrupt:
-            return _failed(str(interrupt) or "stopped.", str(interrupt) or "stopped.", as_json, 130)
+            return _failed(str(interrupt) or "stopped.", as_json, 130)
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -115,11 +128,11 @@ def _options_of_all(
     """Options that are given before the subcommand."""
 
 
-def _failed(line: str, message: str, as_json: bool, status: int) -> int:
+def _failed(message: str, as_json: bool, status: int) -> int:
     if as_json:
         show(to_json({"error": message}))
     else:
-        show_error(line)
+        show_error(f"{'error: ' if status == 2 else ''}{printable_line(message)}")
     return status
 
 
