@@ -145,7 +145,7 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu", advice: s
         return load_file(path, device=str(device))
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error) if not isinstance(error, KeyError) else f"unknown dtype {error}"
-        raise UnreadableFileError(f"{path} is missing or damaged ({reason}). {advice}") from error
+        raise UnreadableFileError(f"{path} is missing or damaged ({reason[:200]}). {advice}") from error
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
