@@ -36,7 +36,7 @@ WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_LAYERS, MAX_SIZE = 1_000, 100_000_000
 """The largest number of layers, and of anything else that config.json counts; with more, it is damaged."""
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
-Finite = Annotated[float, Field(ge=-1e30, le=1e30)]
+Finite = Annotated[float, Field(ge=-1e18, le=1e18)]  # torch takes whole numbers of 64 bits
 _LONGEST_REASON = 300
 _REQUIRED_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size")
 _COPY_AGAIN = "Copy or download the model again."
