@@ -227,7 +227,7 @@ def _damaged_header(content: bytes, rng: Random) -> bytes:
     if operation == 0 and isinstance(entry, dict):
         entry["dtype"] = rng.choice(_DTYPES)
     elif operation == 1 and isinstance(entry, dict):
-        shape = list(entry.get("shape") or [1])
+        shape = entry.get("shape") if isinstance(entry.get("shape"), list) else [1]  # it may be damaged already
         entry["shape"] = rng.choice(
             (shape[::-1], [*shape, 1], [-1, *shape], [2**62, 4], [], [0], None, [2**70], shape[1:])
         )
