@@ -226,7 +226,7 @@ class TrainingConfig:
         BeforeValidator(_named_weights, json_schema_input_type=LossWeights | Literal["paper", "public_code"]),
     ] = field(default_factory=LossWeights)
     """Weights of the reconstruction terms; in a file also the name "paper" or "public_code"."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0
     """Seed of the encoders' initial weights, the order of the documents and the cuts."""
     checkpoint_every: Count = 500
     """Steps between saved training states; a run that is stopped or killed resumes from the last one, bit for bit."""

@@ -121,6 +121,8 @@ def test_features_are_exported(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert sum(len(batch["features"]) for batch in batches) == len(load_stores(run)[0].ids())
     assert {batch["model_id"] for batch in batches} == {"mine"}
     capsys.readouterr()
+    assert main(["export", str(run), "--to", "neuronpedia", "--out", str(tmp_path / "unnamed"), "--quiet"]) == 2
+    assert "give its name there with --model-id" in capsys.readouterr().err
     argv = ["export", str(run), "--to", "sae-dashboard", "--out", str(tmp_path / "d")]
     assert main(argv) == 2
     assert "layer.index, such as 2.17" in capsys.readouterr().err

@@ -34,7 +34,7 @@ from tl_adapters.utils.files import new_folder, write_text
 from tl_adapters.utils.strict_json import dumps
 
 _SETTINGS_FILE, _SKIPPED_FILE, _BATCH_FILE = "run_settings.json", "skipped_indexes.json", "batch-{}.json"
-_ALLOWED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+ALLOWED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def write_neuronpedia(
@@ -68,7 +68,7 @@ def write_neuronpedia(
         FolderExistsError, DiskFullError.
     """
     for name, given in (("model_id", model_id), ("sae_set", sae_set), ("sae_id_suffix", sae_id_suffix or "none")):
-        if not _ALLOWED_NAME.fullmatch(given):
+        if not ALLOWED_NAME.fullmatch(given):
             raise FeatureStoreError(f"{name} is {given!r}; allowed are letters, digits, '.', '_' and '-'.")
     if features_per_batch < 1:
         raise FeatureStoreError(f"features_per_batch is {features_per_batch}; allowed is a whole number >= 1.")

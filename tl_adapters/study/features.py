@@ -29,7 +29,7 @@ from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.features.store_files import LABELS_FILE, STORE_NAMES, read_description, read_labels
 from tl_adapters.features.stream_agreement import stream_agreement
 from tl_adapters.generation.responses import respond, traces_of
-from tl_adapters.interop.neuronpedia import write_neuronpedia
+from tl_adapters.interop.neuronpedia import ALLOWED_NAME, write_neuronpedia
 from tl_adapters.interop.sae_dashboard import require_dashboard, write_sae_dashboard
 from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.paired_model import PairedModel
@@ -188,10 +188,16 @@ def load_stores(folder: Path) -> tuple[FeatureStore, FeatureStore]:
 def export_neuronpedia(folder: Path, out: Path, model_id: str | None, sae_set: str) -> Path:
     """Writes Neuronpedia's batch files of a run's features and returns their folder.
 
-    Raises FeatureStoreError where the features were not collected yet.
+    Raises FeatureStoreError where the features were not collected yet, and UserError where no name of the model is
+    given and its own cannot be one.
     """
     store, _ = load_stores(folder)
-    return write_neuronpedia(store, out, model_id or short_model_name(store.about.target), sae_set)
+    name = model_id or short_model_name(store.about.target)
+    if model_id is None and not ALLOWED_NAME.fullmatch(name):
+        raise UserError(
+            f"The target's name {name!r} cannot be one on Neuronpedia; give its name there with --model-id."
+        )
+    return write_neuronpedia(store, out, name, sae_set)
 
 
 def export_sae_dashboard(
