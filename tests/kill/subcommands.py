@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from tl_adapters.circuits.search import SearchOptions
 from tl_adapters.circuits.study import StudyOptions
 from tl_adapters.cli.main import main
 from tl_adapters.config import TrainingConfig
+from tl_adapters.errors import UserError
 from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.study.features import features_run
 from tl_adapters.study.scale import StudyScale
@@ -67,7 +69,7 @@ def prepare(folder: Path) -> None:
     (folder / "documents.jsonl").write_text("\n".join(lines) + "\n")
     code = main(["train", "--config", "config.yaml", "--out", "run", "--quiet"])
     assert code == 0, "the run that the others start from"
-    collect(folder)
+    assert collect(folder) == 0
 
 
 def train(folder: Path) -> int:
@@ -75,9 +77,14 @@ def train(folder: Path) -> int:
     return main(["train", *how, "--quiet"])
 
 
-def collect(folder: Path) -> None:
+def collect(folder: Path) -> int:
     options = StoreOptions(examples=3, sample=3, before=3, after=2, tokens_per_part=1200, tokens_per_batch=600)
-    features_run(Path("run"), "documents.jsonl", options=options, progress=False)
+    try:
+        features_run(Path("run"), "documents.jsonl", options=options, progress=False)
+    except UserError as error:  # as the command line does it, which has no option for the size of a part
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def attribute(folder: Path) -> int:

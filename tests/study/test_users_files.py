@@ -92,6 +92,15 @@ def test_a_run_of_the_first_release_replaces_its_own_pages(run: Path, tmp_path: 
     assert "an earlier report" not in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("part", ["judge", "detection"])
+def test_a_report_shows_a_run_labeled_by_one_of_the_two(part: str, tmp_path: Path) -> None:
+    judge = {"judged": 2, "alive": 3, "model": "a judge", "agreement": None, "shares": {}}
+    block = {"judge": judge, "detection": {"model": "a judge", "features": None, "neurons": None}}
+    with changed_results(tmp_path) as results:
+        results["labels"] = {part: block[part]}
+    assert "a judge" in write_report(tmp_path).read_text()
+
+
 @pytest.fixture(scope="module")
 def graph() -> tuple[PairedModel, AttributionGraph]:
     pair = stores.random_pair()

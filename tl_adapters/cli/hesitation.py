@@ -89,7 +89,7 @@ def hesitation(
     page, circuit = run_folder / study.block["page"], output_file(run_folder, CIRCUIT_FILE)
     return Result(
         paths={"page": page, "circuit": circuit, "report": write_report(run_folder)},
-        values={name: study.block[name] for name in ("circuit", "criteria")},
+        values={"circuit": study.block["circuit"], "criteria": study.block.get("criteria", [])},
         text="\n".join(_lines(study.block)),
         next=command("serve", run_folder),
     )

@@ -57,7 +57,7 @@ def _values(results: Block, folder: Path) -> dict[str, Any]:
         "features": features,
         "label_rows": _label_rows(features) if features else [],
         "agreement_plots": _agreement_plots(features) if features else [],
-        "labels": labels,
+        "labels": labels and {"judge": None, "detection": None, **labels},  # either may be missing
         "judge_rows": _judge_rows(labels.get("judge")),
         "detection_rows": _detection_rows(labels.get("detection")),
         "attribution": _attribution(attribution) if attribution.get("graphs") else None,
