@@ -23,6 +23,7 @@ from tl_adapters.circuits.circuit import Circuit, CircuitFeature
 from tl_adapters.cli.common import feature_ids, read_prompt, tasks_of
 from tl_adapters.cli.main import EXIT_CODES, SUBCOMMANDS, app, main, parse
 from tl_adapters.cli.result import Result, command, quoted
+from tl_adapters.config import json_schema
 from tl_adapters.errors import UserError
 from tl_adapters.pages.server import make_server
 
@@ -237,3 +238,9 @@ def test_the_reference_is_up_to_date(script: ModuleType) -> None:
     for name, one in app().commands.items():
         for option in one.params:
             assert all(f"`{spelling}" in text for spelling in option.opts if spelling.startswith("--")), (name, option)
+
+
+def test_the_schema_of_configurations_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--schema"]) == 0
+    assert json.loads(capfd.readouterr().out) == json_schema()
+    assert main(["config", "--schema", "--list"]) == main(["config", "--schema", "paper"]) == 2

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import conftest
@@ -55,10 +57,11 @@ class Subcommand:
 
 
 def shrink() -> None:
-    """Make the sizes that the command line cannot set small, in this process and in those that it forks."""
+    """Make the sizes that the command line cannot set small, in this process and those that it forks; start a judge."""
     study_open_run.ORGANISM_TRACES = 60
     study_demo.QUICK_SCALE = SCALE
     study_evaluate.StudyScale = lambda: SCALE  # type: ignore[assignment, misc]
+    judge_address()
 
 
 def prepare(folder: Path) -> None:
@@ -102,11 +105,17 @@ def export(to: str) -> Callable[[Path], int]:
     return run
 
 
+@cache
+def judge_address() -> str:
+    """The address of one server for all processes: it is part of every cached reply, which are compared."""
+    server = FakeChat(knowing)
+    atexit.register(server.__exit__, None, None, None)
+    return f"{server.__enter__().server.url}/v1"
+
+
 def label(folder: Path) -> int:
-    with FakeChat(knowing) as server:
-        address = f"{server.server.url}/v1"
-        judge = ["--base-url", address, "--model", "judge", "--judge", "6", "--retest", "2"]
-        return main(["label", "run", *judge, "--concurrency", "2", "--quiet"])
+    judge = ["--base-url", judge_address(), "--model", "judge", "--judge", "6", "--retest", "2"]
+    return main(["label", "run", *judge, "--concurrency", "2", "--quiet"])
 
 
 def demo(folder: Path) -> int:

@@ -30,11 +30,13 @@ _Name = Annotated[
     typer.Argument(metavar="NAME", help="a shipped configuration or a file (default: the default options)"),
 ]
 _ListShipped = Annotated[bool, typer.Option("--list", help="list the shipped configurations")]
+_Schema = Annotated[bool, typer.Option("--schema", help="print the JSON schema of configuration files, for editors")]
 
 
 def config(
     name: _Name = None,
     list_shipped: _ListShipped = False,
+    schema: _Schema = False,
     json: AsJson = False,
 ) -> Result:
     """Print every option of a run, documented, as YAML to edit.
@@ -43,12 +45,16 @@ def config(
         tl-adapters config > mine.yaml
         tl-adapters config paper
         tl-adapters config --list
+        tl-adapters config --schema > schema.json
     """
-    from tl_adapters.config import RunConfig, commented_yaml, shipped_configs
+    from tl_adapters.config import RunConfig, commented_yaml, json_schema, shipped_configs
+    from tl_adapters.utils.strict_json import dumps
 
+    if (list_shipped or schema) and (name is not None or (list_shipped and schema)):
+        raise UserError("--list and --schema are for all configurations; give one of them alone, without a name.")
+    if schema:
+        return Result(values=json_schema(), text=dumps(json_schema(), indent=1))
     if list_shipped:
-        if name is not None:
-            raise UserError(f"--list lists every shipped configuration; leave out {name}.")
         return Result(values={"configurations": list(shipped_configs())}, text="\n".join(shipped_configs()))
     options = RunConfig.load(name) if name else RunConfig()
     return Result(values=options.to_dict(), text=commented_yaml(options))

@@ -88,7 +88,9 @@ class JsonlRecords:
                 offset += len(line)
         self.fingerprint = self.files = digest.hexdigest()[:16]
         if not self._lines:
-            raise DataError(f"{path} holds no traces.")
+            raise DataError(
+                f'{path} holds no traces; a line is {{"prompt": "...", "response": "..."}} or {{"messages": [...]}}.'
+            )
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -125,7 +127,7 @@ class HubRecords:
         self._dataset, self._name, self.files = dataset, name, files
         self.fingerprint = str(dataset._fingerprint)
         if len(dataset) == 0:
-            raise DataError(f"{name} holds no traces.")
+            raise DataError(f"{name} holds no traces; give another split or subset, or another dataset.")
 
     def __len__(self) -> int:
         return len(self._dataset)

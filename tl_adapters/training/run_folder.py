@@ -155,7 +155,9 @@ class RunFolder:
     def open(cls, path: str | Path) -> RunFolder:
         """Opens the folder of an earlier run. Raises RunFolderError if it is none, or another process works in it."""
         if not Path(path).is_dir():
-            raise RunFolderError(f"There is no folder {path}, so there is no run to resume.")
+            raise RunFolderError(
+                f"There is no folder {path}, so there is no run to resume; a new run takes --out in place of --resume."
+            )
         return cls(Path(path))
 
     def discard_new(self) -> None:
