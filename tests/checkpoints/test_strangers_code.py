@@ -54,8 +54,11 @@ def edit(path: Path, **entries: Any) -> None:
 def with_code(folder: Path, of: Path, canary: Path) -> Path:
     """A copy of a model with code beside it that writes the canary file when it is imported."""
     shutil.copytree(of, folder)
-    code = f"open({str(canary)!r}, 'w').close()\nfrom transformers import *\nC = Qwen2Config; M = Qwen2ForCausalLM\n"
-    code += "T = PreTrainedTokenizerFast\ndef generate(*args, **options): ...\n"
+    code = f"open({str(canary)!r}, 'w').close()\n"
+    code += "from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM\n"
+    # Subclasses, since transformers marks the classes that it loads so.
+    code += "class C(Qwen2Config): ...\nclass M(Qwen2ForCausalLM): ...\nclass T(PreTrainedTokenizerFast): ...\n"
+    code += "def generate(*args, **options): ...\n"
     for path in (folder / "evil.py", folder / "custom_generate" / "generate.py", folder / f"{folder.name}.py"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(code)

@@ -56,7 +56,7 @@ def test_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema_version": 9}, "schema_version is 9; allowed is 1 or 2"),
+        ({"schema_version": 9}, "schema_version 9; this version of tl-adapters reads 1 or 2"),
         ({"n_features": 3}, "damaged: there is no feature 3.3 in 4 layers of 3"),
         ({"features": [{"id": [0, 1], "role": "boss"}]}, "role is 'boss'; allowed is"),
         ({"words": None}, "words is None; allowed is a list"),

@@ -610,7 +610,7 @@ def test_circuits_of_the_first_release_are_read_and_of_a_later_one_refused(
     path.write_text(json.dumps(old))
     assert Circuit.load(path) == replace(studies["find"].circuit, phrases=(), function=None)
     path.write_text(json.dumps(written | {"schema_version": 3}))
-    with pytest.raises(CircuitError, match="schema_version 3; this version reads 1 and 2"):
+    with pytest.raises(CircuitError, match="schema_version 3; this version of tl-adapters reads 1 or 2"):
         Circuit.load(path)
 
 

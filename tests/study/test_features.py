@@ -139,7 +139,7 @@ def test_refusals_in_one_line(copy: Path, tmp_path: Path, capsys: pytest.Capture
         return error
 
     assert "give I/N" in fails(str(copy), "--share", "half")
-    assert "0 <= number < of" in fails(str(copy), "--share", "2/2", "--quiet")
+    assert "give I/N" in fails(str(copy), "--share", "2/2", "--quiet")
     assert "allowed is a whole number >= 1" in fails(str(copy), "--examples", "0")
     assert "There is no file" in fails(str(copy), "--data", str(tmp_path / "none.jsonl"), "--quiet")
     assert "has no adapters" in fails(str(tmp_path / "none"))

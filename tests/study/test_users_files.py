@@ -96,8 +96,9 @@ def test_a_run_of_the_first_release_replaces_its_own_pages(run: Path, tmp_path: 
 def test_a_report_shows_a_run_labeled_by_one_of_the_two(part: str, tmp_path: Path) -> None:
     judge = {"judged": 2, "alive": 3, "model": "a judge", "agreement": None, "shares": {}}
     block = {"judge": judge, "detection": {"model": "a judge", "features": None, "neurons": None}}
+    pair = {"base": "base", "target": "target", "n_layers": 2, "d_model": 8}
     with changed_results(tmp_path) as results:
-        results["labels"] = {part: block[part]}
+        results |= {"pair": pair, "train": {"n_features": 4}, "labels": {part: block[part]}}
     assert "a judge" in write_report(tmp_path).read_text()
 
 

@@ -88,6 +88,14 @@ class CircuitTracerGraph(NamedTuple):
     """Its address in the viewer, with pinned nodes and supernodes."""
 
 
+def require_drawable(graph: AttributionGraph) -> None:
+    """Raises GraphError for a graph that circuit-tracer's viewer cannot show."""
+    if len(graph.tokens) < 2 or not graph.targets:
+        raise GraphError(
+            "The viewer shows neither a prompt of one token nor a graph without targets; use a longer one."
+        )
+
+
 def write_circuit_tracer_data(
     graph: AttributionGraph,
     folder: str | Path,
@@ -100,10 +108,7 @@ def write_circuit_tracer_data(
 ) -> CircuitTracerGraph:
     """Write what `write_circuit_tracer` writes, except for the entry in the list; everything is checked before."""
     require_slug(slug)
-    if len(graph.tokens) < 2 or not graph.targets:
-        raise GraphError(
-            "The viewer shows neither a prompt of one token nor a graph without targets; use a longer one."
-        )
+    require_drawable(graph)
     folder = Path(folder)
     pruned = prune(graph, node_threshold, edge_threshold)
     ids = node_ids(graph)

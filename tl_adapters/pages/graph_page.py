@@ -24,6 +24,7 @@ from tl_adapters.interop.circuit_tracer import (
     listed_graphs,
     node_ids,
     remove_circuit_tracer,
+    require_drawable,
     require_slug,
     write_circuit_tracer_data,
 )
@@ -87,6 +88,7 @@ def write_graph(
     folder = Path(folder)
     require_new_graph(folder, name)
     require_same_pair(pair, graph)
+    require_drawable(graph)
     pruned = prune(graph, node_threshold, edge_threshold)
     records = feature_records(pair, graph, pruned, store)
     viewer = viewer_data(graph, pruned, records, title or "".join(graph.display_strings[-12:]))
@@ -94,7 +96,7 @@ def write_graph(
     with working_folder(folder / name) as work:
         graph.save(work / "graph")
         write_viewer(work / "page", viewer)
-        # This can still be refused: a prompt of one token, a folder with graphs of other adapters.
+        # This can still be refused: a folder with graphs of other adapters.
         tracer = write_circuit_tracer_data(
             graph,
             folder / CIRCUIT_TRACER_FOLDER,

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from tl_adapters.utils.html import visible
+from tl_adapters.utils.html import render, visible
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Plot:
     """The plot as an SVG element."""
     caption: str
     """Text below the plot."""
+
+    def _repr_html_(self) -> str:
+        """The plot with its caption, as a notebook shows it."""
+        return render("notebook/plot.html.j2", plot=self)
 
 
 @dataclass(frozen=True)
