@@ -140,7 +140,7 @@ def test_refusals_in_one_line(copy: Path, tmp_path: Path, capsys: pytest.Capture
 
     assert "give I/N" in fails(str(copy), "--share", "half")
     assert "give I/N" in fails(str(copy), "--share", "2/2", "--quiet")
-    assert "allowed is a whole number >= 1" in fails(str(copy), "--examples", "0")
+    assert "give a whole number of at least 1" in fails(str(copy), "--examples", "0")
     assert "There is no file" in fails(str(copy), "--data", str(tmp_path / "none.jsonl"), "--quiet")
     assert "has no adapters" in fails(str(tmp_path / "none"))
     results = read_results(copy)

@@ -135,3 +135,7 @@ def test_tensors_that_were_cut_off_are_one_error(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(UnreadableFileError, match=r"w\.safetensors is missing or damaged"):
             read_tensors(path)
+
+
+def test_a_lone_surrogate_becomes_a_question_mark() -> None:
+    assert as_record(Outer, {"name": "a\ud800b"}, "x").name == "a?b"

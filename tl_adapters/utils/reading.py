@@ -259,7 +259,7 @@ def read_record_lines(
 
 
 def as_record(record: type[RecordType], value: Any, source: str, advice: str = "") -> RecordType:
-    """Return ``value``, as a JSON or YAML parser gives it, as a record.
+    """Return ``value``, as a JSON or YAML parser gives it, as a record. A lone surrogate in a text becomes "?".
 
     Args:
         record: the class of the record, or a pydantic dataclass.
@@ -271,7 +271,7 @@ def as_record(record: type[RecordType], value: Any, source: str, advice: str = "
     """
     try:
         # Parsed from JSON, since only there a strict tuple can be given as a list.
-        return TypeAdapter(record).validate_json(json.dumps(value))
+        return TypeAdapter(record).validate_json(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except ValidationError as error:
         raise UnreadableFileError(f"{source}: {problem_of(error, record)} {advice}".rstrip()) from error
     except (TypeError, ValueError, RecursionError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -146,9 +145,7 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {"schema_version": RESULTS_SCHEMA_VERSION}
     results = read_json_object(path, _ADVICE)
-    # Texts of models may hold lone surrogates, which pydantic reads nowhere; only its copy is without them.
-    readable = json.loads(json.dumps(results, ensure_ascii=False).encode("utf-8", "replace"))
-    as_record(Results, readable, str(path), _ADVICE)
+    as_record(Results, results, str(path), _ADVICE)
     return results
 
 
