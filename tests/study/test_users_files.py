@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -183,8 +184,10 @@ def test_a_run_that_is_busy_or_read_only_is_refused_before_anything_is_loaded(
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     before = files(folder)
-    for name in ("study.open_run.open_pair", "study.features.load_stores", "study.label.load_stores"):
-        monkeypatch.setattr(f"tl_adapters.{name}", lambda *args, **options: pytest.fail("it loads something"))
+    # Imported before anything is replaced: a module that is imported later would keep what replaces it.
+    modules = [import_module(f"tl_adapters.study.{name}") for name in ("open_run", "features", "label")]
+    for module, name in zip(modules, ("open_pair", "load_stores", "load_stores"), strict=True):
+        monkeypatch.setattr(module, name, lambda *args, **options: pytest.fail("it loads something"))
     with alone_in(folder):
         assert main([stage, str(folder), "--quiet"]) == 2
     assert "Another process is writing to" in capsys.readouterr().err

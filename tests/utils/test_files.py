@@ -350,3 +350,12 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None
         write_text(out / "a", "x")
     replace_folder(tmp_path / "new", tmp_path / "newer", [])
     assert names(tmp_path / "newer") == ["a"]
+
+
+def test_the_next_free_name_keeps_the_suffix_that_it_is_given(tmp_path: Path) -> None:
+    assert files.next_free_name(tmp_path / "report.html", ".html") == tmp_path / "report.html"
+    for name in ("report.html", "report-2.html", "run.v1"):
+        (tmp_path / name).touch()
+    (tmp_path / "run.v1-2").symlink_to("nowhere")
+    assert files.next_free_name(tmp_path / "report.html", ".html") == tmp_path / "report-3.html"
+    assert files.next_free_name(tmp_path / "run.v1") == tmp_path / "run.v1-3"  # a broken link is taken, too

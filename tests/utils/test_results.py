@@ -93,8 +93,9 @@ def test_unknown_blocks_and_keys_are_kept(tmp_path: Path) -> None:
         ),
         (
             {"files": {"a.html": {"file": "../a.html", "sha256": []}}},
-            r"files\.a\.html\.file is '\.\./a\.html': it is no name",
+            r"files\.a\.html\.file is '\.\./a\.html': it is not the name",
         ),
+        ({"files": {"a.html": {"file": "..", "sha256": []}}}, r"files\.a\.html\.file is '\.\.': it is not the name"),
         ({"attribution": {"moments": [3]}}, r"attribution.moments\[0\] is 3"),
     ],
 )

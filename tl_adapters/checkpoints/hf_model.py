@@ -19,7 +19,7 @@ from tl_adapters.checkpoints.architectures import (
 from tl_adapters.checkpoints.model_checks import require_representable, require_stock_code, require_stock_files
 from tl_adapters.checkpoints.model_files import CheckpointError, locate, read_config
 from tl_adapters.checkpoints.tokenizers import load_tokenizer, warn_of_other_ids
-from tl_adapters.errors import UserError
+from tl_adapters.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,9 @@ def _loading(folder: Path, what: str) -> Iterator[None]:
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers raises two dozen classes for files that it cannot use
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise CheckpointError(
-            f"transformers cannot load {what} of {folder} ({type(error).__name__}: {reason}). Get the files again, or "
-            "save the model again with save_pretrained."
+            f"transformers cannot load {what} of {folder} ({type(error).__name__}: {first_line(error)}). Get the files "
+            "again, or save the model again with save_pretrained."
         ) from error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tl_adapters.errors import UserError
+from tl_adapters.errors import UserError, first_line
 from tl_adapters.utils.files import plain_file
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,9 @@ def _load(cls: Any, folder: Path) -> PreTrainedTokenizerBase:
     try:
         return cls.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a dozen classes, some of the tokenizers library
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise TokenizerError(f"{folder} has tokenizer files that {cls.__name__} cannot load: {reason}") from error
+        raise TokenizerError(
+            f"{folder} has tokenizer files that {cls.__name__} cannot load: {first_line(error)}"
+        ) from error
 
 
 def warn_of_other_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from itertools import chain, count
 from pathlib import Path
 from typing import Annotated
 
@@ -49,14 +48,15 @@ def demo(
     from tl_adapters.study.demo import QUICK_SCALE
     from tl_adapters.study.demo import demo as run_demo
     from tl_adapters.study.scale import StudyScale
-    from tl_adapters.utils.files import require_writable
+    from tl_adapters.utils.files import next_free_name, require_writable
 
     began = time.perf_counter()
     scale = QUICK_SCALE if quick else StudyScale()
     if seed is not None:
         scale = replace(scale, training=replace(scale.training, seed=seed))
     chosen, torch_dtype = device_of(device), dtype_of(dtype)
-    folder = free_name(out)
+    require_name(out)
+    folder = next_free_name(out)
     require_writable(folder)
     if folder != out:
         log.info("%s exists already and stays as it is; this run is %s", out, folder)
@@ -70,16 +70,11 @@ def demo(
     )
 
 
-def free_name(folder: Path) -> Path:
-    """``folder``, or the first of folder-2, folder-3, ... that does not exist; what exists is never touched.
-
-    Raises UserError where the path names no new folder: ".", "..", "/", or a file.
-    """
+def require_name(folder: Path) -> None:
+    """Raises UserError where the path cannot be the name of a new folder: ".", "..", "/", or a file."""
     if folder.name in ("", ".."):
         raise UserError(
             f"--out {str(folder)!r} is a folder that exists already; give the name of a new one, such as runs/demo."
         )
     if os.path.isfile(folder):
         raise UserError(f"--out {folder} is a file; give the name of a new folder, such as runs/demo.")
-    names = chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in count(2)))
-    return next(name for name in names if not os.path.lexists(name))

@@ -218,7 +218,7 @@ def _problem(task: Task, record: Mapping[str, Any], location: str, seed: int) ->
     row = {column: "" if record[column] is None else str(record[column]) for column in task.columns}
     for column, text in row.items():
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise TaskError(f"{location}: {column} holds half a surrogate pair, which is no text.")
+            raise TaskError(f"{location}: {column} holds half a surrogate pair, which is not text.")
     if empty := [column for column, text in row.items() if not text.strip()]:
         raise TaskError(f"{location}: {', '.join(empty)} is empty.")
     try:

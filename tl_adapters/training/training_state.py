@@ -40,7 +40,7 @@ class OrderPosition(Record):
 
 
 class TrainingCounters(Record):
-    """state.json: everything about a training state that is no tensor."""
+    """state.json: everything of a training state except its tensors."""
 
     schema_version: Literal[1] = 1
     step: NonNegativeInt

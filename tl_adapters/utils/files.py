@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatch
+from itertools import chain, count
 from pathlib import Path
 
 import psutil
@@ -96,6 +97,19 @@ def require_writable(folder: str | Path) -> None:
         probe = _temporary(existing / "probe", "partial")
         probe.touch(exist_ok=False)
         probe.unlink()
+
+
+def next_free_name(path: str | Path, suffix: str = "") -> Path:
+    """Return ``path``, or the first of name-2, name-3, ... beside it that does not exist.
+
+    Args:
+        path: a file or folder.
+        suffix: the end of the name that stays at the end, such as ".html".
+    """
+    path = Path(path)
+    stem = path.name.removesuffix(suffix)
+    later = (path.with_name(f"{stem}-{n}{suffix}") for n in count(2))
+    return next(name for name in chain([path], later) if not os.path.lexists(name))
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -335,7 +349,7 @@ def plain_file(folder: str | Path, *names: str) -> Path:
     pipes.
     """
     for name in names:
-        if not _is_plain_name(name):
+        if not is_plain_name(name):
             raise UnsafeFileError(
                 f"{folder} names the file {str(name)[:100]!r}. A file of a folder is named without '/', '\\' and "
                 "'..', so that it cannot be outside. The folder is damaged, or was made to mislead: get it from a "
@@ -353,7 +367,7 @@ def plain_file(folder: str | Path, *names: str) -> Path:
     return path
 
 
-def _is_plain_name(name: object) -> bool:
+def is_plain_name(name: object) -> bool:
     """Whether a value is the name of a file, and no path."""
     return (
         isinstance(name, str)

@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib import metadata
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from tl_adapters.utils.files import locked, require_writable, write_text
+from tl_adapters.utils.files import is_plain_name, locked, next_free_name, require_writable, write_text
 from tl_adapters.utils.reading import STRICT, Record, as_record, read_json_object
 from tl_adapters.utils.strict_json import dumps
 
@@ -91,8 +90,8 @@ class AttributionBlock(_Block):
 
 
 def _require_plain_name(name: str) -> str:
-    if Path(name).name != name:
-        raise ValueError("it is no name of a file within the run folder")
+    if not is_plain_name(name):
+        raise ValueError("it is not the name of a file within the run folder")
     return name
 
 
@@ -191,7 +190,7 @@ def write_output(folder: str | Path, name: str, text: str) -> Path:
             # Runs of the first release kept no hashes.
             if path.exists() and OUTPUT_FILES in results and _sha256(path.read_bytes()) not in known["sha256"]:
                 log.info("%s was not written by a stage of this run, or was changed, and stays as it is.", path)
-                path, known = _free_name(folder / name), {"sha256": []}
+                path, known = next_free_name(folder / name, path.suffix), {"sha256": []}
             # The earlier hash is kept too: a process may be killed before the new file has its name.
             hashes = [*known["sha256"][-1:], _sha256(text.encode())]
             results.setdefault(OUTPUT_FILES, {})[name] = {"file": path.name, "sha256": hashes}
@@ -202,11 +201,6 @@ def write_output(folder: str | Path, name: str, text: str) -> Path:
 def output_file(folder: str | Path, name: str) -> Path:
     """The path of what `write_output` wrote under a name."""
     return Path(folder) / read_results(folder).get(OUTPUT_FILES, {}).get(name, {}).get("file", name)
-
-
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2))
-    return next(name for name in names if not name.exists())
 
 
 def _sha256(content: bytes) -> str:
