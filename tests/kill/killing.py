@@ -171,6 +171,8 @@ def _content(path: Path) -> str:
 
 def _lasting(value: Any) -> Any:
     if isinstance(value, dict):
+        if "cached" in value:  # what a call of the judge has cost: replies that a killed one paid for cost nothing
+            return {}
         return {key: _lasting(item) for key, item in value.items() if key not in VOLATILE}
     return [_lasting(item) for item in value] if isinstance(value, list) else value
 
