@@ -7,17 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import small_scale
 from helpers import stores
 
+import tl_adapters.study.attribution as stage_of_graphs
 from tl_adapters import organism
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.cli.main import main
 from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.features.feature import Label
+from tl_adapters.generation.responses import Response
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import free_graph_name, require_new_graph, write_graph
 from tl_adapters.pages.report import write_report
@@ -175,6 +179,37 @@ def test_a_graph_that_is_stopped_at_any_write_is_not_listed_and_can_be_written_a
     (folder / "one.html").unlink()
     with pytest.raises(FolderExistsError, match="lists a graph 'one'"):
         write_graph(*graph, folder, "one")
+
+
+def test_graphs_of_an_evaluation_that_was_killed_are_the_next_ones(
+    graph: tuple[PairedModel, AttributionGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, _ = graph
+    word, graphs = stage_of_graphs.token_id(pair, HESITATION_ONSET), tmp_path / "graphs"
+    answers = [Response((2, 3), (1, word), "", False, correct=True)] * 3
+    survive = 2
+
+    def onset(pair: object, tokens: object, target: object, folder: Path, name: str, store: object) -> dict[str, Any]:
+        nonlocal survive
+        write_graph(*graph, folder, name)
+        survive -= 1
+        if survive == 0:
+            raise KeyboardInterrupt
+        return {
+            "page": f"graphs/{name}.html",
+            "residual": 0.0,
+            "influence_through_features": 1.0,
+            "rank_correlation": dict.fromkeys(stage_of_graphs.LINEARIZATIONS),
+        }
+
+    monkeypatch.setattr(stage_of_graphs, "attribute_onset", onset)
+    write_graph(*graph, graphs, "moment-1")  # the user's
+    with pytest.raises(KeyboardInterrupt):
+        stage_of_graphs.attribution_stage(pair, answers, tmp_path, "report")
+    for _ in range(2):
+        stage_of_graphs.attribution_stage(pair, answers, tmp_path, "report")
+        assert sorted(path.stem for path in graphs.glob("*.html")) == [f"moment-{i}" for i in range(1, 5)]
+        assert read_results(tmp_path)["moment_graphs"] == ["moment-2", "moment-3", "moment-4"]
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "features", "label", "hesitation"])

@@ -16,7 +16,7 @@ from tl_adapters.features.store import FeatureStore
 from tl_adapters.generation.responses import Response
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import free_graph_name, remove_graph, require_new_graph, write_graph
-from tl_adapters.utils.results import read_results, stage, write_results
+from tl_adapters.utils.results import changed_results, read_results, stage, write_results
 
 N_GRAPHS = 3
 
@@ -33,10 +33,9 @@ def attribution_stage(
     ][:N_GRAPHS]
     graphs = folder / "graphs"
     with stage(folder, "attribution"):
-        for earlier in (read_results(folder).get("attribution") or {}).get("moments", []):
-            remove_graph(graphs, Path(earlier["page"]).stem)  # graphs of an earlier evaluation; those of the user stay
+        _remove_earlier_graphs(folder, graphs)
         onsets = [
-            attribute_onset(pair, tokens, LogitTarget(word), graphs, free_graph_name(graphs, "moment"), store)
+            attribute_onset(pair, tokens, LogitTarget(word), graphs, _new_graph_name(folder, graphs), store)
             for tokens in prompts
         ]
         mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731
@@ -54,6 +53,24 @@ def attribution_stage(
                 "moments": onsets,
             },
         )
+
+
+def _remove_earlier_graphs(folder: Path, graphs: Path) -> None:
+    """Remove the graphs of an earlier evaluation, finished or killed; those of the user stay."""
+    results = read_results(folder)
+    moments = (results.get("attribution") or {}).get("moments", [])
+    # Runs of the first release named their graphs in the block attribution only.
+    for name in {*results.get("moment_graphs", []), *(Path(moment["page"]).stem for moment in moments)}:
+        remove_graph(graphs, name)
+    write_results(folder, moment_graphs=[])
+
+
+def _new_graph_name(folder: Path, graphs: Path) -> str:
+    """A free name, kept in results.json before there is a file of it, so that a killed evaluation leaves no graph."""
+    name = free_graph_name(graphs, "moment")
+    with changed_results(folder) as results:
+        results["moment_graphs"] = [*results.get("moment_graphs", []), name]
+    return name
 
 
 def attribute_onset(

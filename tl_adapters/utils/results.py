@@ -119,6 +119,8 @@ class Results(_Block):
     features: dict[str, Any] = Field(default_factory=dict)
     labels: dict[str, Any] | None = None
     attribution: AttributionBlock | None = None
+    moment_graphs: tuple[str, ...] = ()
+    """Names of the graphs that the stage attribution has written or was about to write."""
     hesitation: dict[str, Any] | None = None
     benchmarks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     files: dict[str, OutputFile] = Field(default_factory=dict)
