@@ -126,6 +126,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 BackendName = Literal["hooked", "bridge"]
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 ActivationName = Literal["relu", "jumprelu", "topk", "batchtopk"]
+Penalty = Literal["l1", "tanh", "log"]
 
 
 @_checked
@@ -180,6 +181,39 @@ class DataConfig:
     """Another split of a hub dataset to validate on, instead of a share of the training split."""
     validation_documents: Count = 64
     """Maximal number of held-out documents that are measured."""
+
+
+@_checked
+class LocalConfig:
+    """Options of the local stage, which regresses every layer's adapter on the difference of the two MLPs."""
+
+    steps: Count = 600
+    """Number of optimizer steps of every layer."""
+    tokens_per_step: Count = 2048
+    """Number of tokens of a step, drawn at random from the collected ones."""
+    max_tokens: Count = 400_000
+    """Maximal number of tokens that are collected. Of every token and layer, the MLP's input and the difference are in
+    memory: 8 * d_model bytes in float32."""
+    lr: Positive = 0.015
+    """Peak learning rate of Adam, in whitened coordinates and units of the difference's root mean square."""
+    warmup_fraction: Share = 0.05
+    """Share of the steps over which the learning rate rises linearly; afterwards it falls to 0 as a cosine."""
+    sparsity_weight: Weight = 0.2
+    """Weight of the sparsity penalty."""
+    sparsity_warmup_fraction: Share = 0.25
+    """Share of the steps over which sparsity_weight rises linearly from 0."""
+    penalty: Penalty = "tanh"
+    """Sparsity penalty of an activation s in decoder-norm units and units of the difference's root mean square: "l1"
+    (s), "tanh" (tanh(3 s) / 3) or "log" (log(1 + 10 s) / 10). Only relu reads it; jumprelu is made sparse by its number
+    of active features, and topk and batchtopk by k."""
+    shrinkage: Positive = 0.001
+    """Share of the largest eigenvalue of the inputs' covariance that is added to all of them before whitening."""
+    revisions: Annotated[tuple[ShareBelowOne, ...], Field(strict=False)] = (0.3, 0.5, 0.6, 0.8)
+    """Shares of the steps after which features are revised: features that split one direction are merged, and except
+    at the last revision, unused features are given directions that no feature writes yet."""
+    smallest_gain: Weight = 3e-5
+    """At the end, a feature is removed if the error without it is not higher by this share of the difference's
+    energy."""
 
 
 @_checked

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
 from tl_adapters.errors import UserError
+from tl_adapters.utils.precision import CAST_ELEMENTS, at_least_float32
 
 
 class WeightsProcessedError(UserError, RuntimeError):
@@ -58,6 +60,18 @@ class MLPWeights:
         """The neurons' activations, which multiply the rows of W_out, for inputs [..., d_model]; [..., d_mlp]."""
         return self.act_fn(x @ self.W_gate) * (x @ self.W_in)
 
+    def output(self, x: Tensor) -> Tensor:
+        """The MLP's output for inputs [..., d_model], with products and sums in the dtype of ``x``.
+
+        The weights may have another dtype; they are cast in slices, so that no whole copy of one is in memory.
+        """
+        out, width = torch.zeros_like(x), max(1, CAST_ELEMENTS // self.W_in.shape[0])
+        parts = (w.split(width, axis) for w, axis in ((self.W_gate, 1), (self.W_in, 1), (self.W_out, 0)))
+        for W_gate, W_in, W_out in zip(*parts, strict=True):
+            part = MLPWeights(W_gate.to(x.dtype), W_in.to(x.dtype), W_out.to(x.dtype), self.act_fn)
+            out = out + part.neurons(x) @ part.W_out
+        return out
+
 
 class RoutedMLP(nn.Module):
     """An MLP that can run the base's MLP in its place and add an adapter; a mixin before the MLP class it extends.
@@ -98,6 +112,20 @@ class RoutedMLP(nn.Module):
         """The target's and the base's weights. Only for an MLP with a base."""
         raise NotImplementedError
 
+    def difference(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """MLP_target(x) - MLP_base(x), with planted features as part of the target's MLP.
+
+        It is small beside either output and is computed in float32 at least, whatever the dtype of the weights.
+        """
+        target, base = self.weights()
+        x = at_least_float32(x)
+        out = target.output(x) - base.output(x if self.base_scale is None else x * self.base_scale)
+        return out if self.planted is None else out + self.planted(x)
+
+    def adapter_input(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What the adapter reads where the MLP reads ``x``."""
+        return x if self.adapter_scale is None else x * self.adapter_scale
+
     def require_unprocessed(self) -> None:
         """Raises WeightsProcessedError where weights were processed after `install`."""
 
@@ -123,8 +151,7 @@ class RoutedMLP(nn.Module):
                 out = out + self.planted(x)
         if self.route.adapter:
             assert self.adapter is not None
-            adapter_input = x if self.adapter_scale is None else x * self.adapter_scale
-            return out + self.adapter_out_hook(self.adapter(adapter_input).to(out.dtype))
+            return out + self.adapter_out_hook(self.adapter(self.adapter_input(x)).to(out.dtype))
         if _is_used(self.adapter_out_hook):
             return out + self.adapter_out_hook(torch.zeros_like(out))
         return out

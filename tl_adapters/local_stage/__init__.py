@@ -1,0 +1,12 @@
+"""How is one layer's adapter trained by itself, on the difference of the two MLPs?
+
+* `encoder_fit`: the encoder of one feature, fitted to the activations that it should have
+* `feature_polish`: encoders fitted again, one at a time, to what the other features leave
+* `feature_revision`: merging of features that split one, births of missing ones, removal of useless ones
+* `layer_run`: the local stage of one layer, step by step
+* `local_layer`: one layer's adapter in whitened coordinates, its local objective and its optimizer
+* `signal_to_noise`: how large the difference of the two MLPs is beside their rounding errors
+* `token_buffer`: the tokens that the stage trains on
+* `train_local`: the local stage of all layers
+* `whitening`: mean and covariance of a layer's inputs, and the coordinates in which it is the identity
+"""

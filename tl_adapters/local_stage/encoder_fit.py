@@ -1,0 +1,106 @@
+"""The encoder of one feature, fitted to the activations that it should have: a convex problem, solved by Newton steps.
+
+    minimize over w, b   sum_{i: c_i > 0} m_i (x_i w + b - c_i)^2  +  sum_{i: c_i = 0} m_i max(0, x_i w + b)^2
+
+x are inputs, c the wanted activations of a ReLU feature and m the weights of the inputs. Where the feature should be
+active its pre-activation is regressed on the wanted one; where it should not, only pre-activations above 0 count.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+BIAS_RIDGE = 1e-6
+"""Ridge on the bias, which keeps the Newton system regular where no input is active."""
+SMALLEST_STEP = 0.05
+"""Shortest share of a Newton step that is tried before the fit ends."""
+CONVERGED = 1e-4
+"""The fit ends where a step lowers the loss by less than this share."""
+
+
+class Encoder(NamedTuple):
+    """Weights and bias of one feature's encoder."""
+
+    w: Float[Tensor, "d"]
+    b: Float[Tensor, ""]
+
+
+@torch.no_grad()
+def fit_encoder(
+    x: Float[Tensor, "n d"],
+    wanted: Float[Tensor, "n"],
+    *,
+    weights: Float[Tensor, "n"] | None = None,
+    start: Encoder | None = None,
+    ridge: float = 1e-3,
+    steps: int = 10,
+) -> Encoder | None:
+    """Return the encoder whose ReLU activations are closest to ``wanted``; None where fewer than 3 are above 0.
+
+    Args:
+        x: inputs, in whitened coordinates, in which a ridge treats all directions alike.
+        wanted: activations to reproduce, >= 0.
+        weights: how many inputs each one stands for; None is 1 for all.
+        start: where Newton's steps start; None is the mean of the active inputs.
+        ridge: weight of |w|^2, per active input.
+        steps: most Newton steps.
+    """
+    active = wanted > 0
+    if int(active.sum()) < 3:
+        return None
+    scale = wanted[active].square().mean().sqrt()
+    problem = _Problem(x, wanted / scale, torch.ones_like(wanted) if weights is None else weights, active, ridge)
+    solution = problem.solve(
+        problem.first_guess() if start is None else torch.cat([start.w, start.b[None]]) / scale, steps
+    )
+    return Encoder(solution[:-1] * scale, solution[-1] * scale)
+
+
+class _Problem:
+    """The convex problem of one feature; solutions are (w, b) in one vector."""
+
+    def __init__(self, x: Tensor, wanted: Tensor, weights: Tensor, active: Tensor, ridge: float) -> None:
+        rows = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        self.active, self.inactive = rows[active], rows[~active]
+        self.wanted, self.active_weights, self.inactive_weights = wanted[active], weights[active], weights[~active]
+        self.ridge = torch.full_like(rows[0], ridge * float(self.active_weights.sum()))
+        self.ridge[-1] = BIAS_RIDGE
+        weighted = self.active * self.active_weights[:, None]
+        self.hessian = weighted.T @ self.active + torch.diag(self.ridge)
+        self.gradient = weighted.T @ self.wanted
+
+    def first_guess(self) -> Tensor:
+        """The mean of the active inputs (Fisher's discriminant in whitened coordinates), above 0 on 90 % of them."""
+        direction = self.active[:, :-1].mean(0)
+        direction = direction / direction.norm().clamp(min=1e-6)
+        scores = self.active[:, :-1] @ direction
+        cut = scores.kthvalue(1 + len(scores) // 10).values
+        return torch.cat([direction, -cut[None]])
+
+    def loss(self, solution: Tensor) -> float:
+        """The loss with its ridge."""
+        active = self.active_weights @ (self.active @ solution - self.wanted).square()
+        inactive = self.inactive_weights @ (self.inactive @ solution).clamp(min=0).square()
+        return float(active + inactive + self.ridge @ solution.square())
+
+    def solve(self, solution: Tensor, steps: int) -> Tensor:
+        """Newton steps, each halved until the loss falls."""
+        best = self.loss(solution)
+        for _ in range(steps):
+            wrong = self.inactive @ solution > 0
+            rows = self.inactive[wrong]
+            hessian = self.hessian + (rows * self.inactive_weights[wrong][:, None]).T @ rows
+            newton = torch.linalg.solve(hessian, self.gradient)
+            share = 1.0
+            while (loss := self.loss(solution + share * (newton - solution))) > best and share > SMALLEST_STEP:
+                share /= 2
+            if loss > best:
+                break
+            solution, previous, best = solution + share * (newton - solution), best, loss
+            if previous - best < CONVERGED * previous:
+                break
+        return solution

@@ -1,0 +1,187 @@
+"""The local objective of one layer: an adapter is regressed on the difference of the two MLPs, without the model.
+
+    d(x) = MLP_target(x) - MLP_base(x)
+    loss = sum |T(x) - d(x)|^2 / sum |d(x)|^2  +  weight * sparsity / mean |d(x)|^2
+
+x is what the MLP reads in the target. The adapter is trained on whitened inputs and on d in units of its root mean
+square, so that one learning rate fits every layer; `LocalLayer.write_to` converts its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_adapters.adapters.activation_functions import smallest_active, step
+from tl_adapters.adapters.transcoder import TranscoderAdapter, unit_rows
+from tl_adapters.config import LocalConfig, Penalty, TrainingConfig
+from tl_adapters.local_stage.encoder_fit import Encoder
+from tl_adapters.local_stage.whitening import Whitening
+from tl_adapters.training.schedules import linear_warmup, warmup_cosine
+
+TANH_SCALE, LOG_SCALE = 3.0, 0.1
+"""Scales of the penalties tanh and log, in units of the root mean square of the difference."""
+THRESHOLD_RATE = 0.05
+"""Share of a batch in the running mean that batchtopk's threshold is."""
+
+
+class LocalTerms(NamedTuple):
+    """The terms of a local step, as tensors on the layer's device."""
+
+    error: Tensor
+    """Share of the difference's energy that the adapter leaves."""
+    sparsity: Tensor
+    """Sparsity penalty per token, before its weight."""
+    l0: Tensor
+    """Active features per token."""
+
+
+def penalty(size: Float[Tensor, "n n_features"], kind: Penalty) -> Float[Tensor, "n n_features"]:
+    """The penalty of activations in decoder-norm units: the activations (L1), or a function that grows more slowly.
+
+    tanh and log have slope 1 at 0, as L1 has, and hardly shrink large activations.
+    """
+    if kind == "tanh":
+        return torch.tanh(TANH_SCALE * size) / TANH_SCALE
+    if kind == "log":
+        return torch.log1p(size / LOG_SCALE) * LOG_SCALE
+    return size
+
+
+class LocalLayer:
+    """One layer's adapter in whitened coordinates, with its optimizer.
+
+    Args:
+        whitening: of this layer's inputs.
+        size: root mean square of |d(x)| over tokens.
+        config: width and activation function of the adapter.
+        local: options of the local stage.
+        generator: source of the random encoder, whose columns have norm 1.
+        device: where the layer trains.
+    """
+
+    def __init__(
+        self,
+        whitening: Whitening,
+        size: float,
+        config: TrainingConfig,
+        local: LocalConfig,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        self.whitening, self.size, self.local, self.device = whitening.to(device), size, local, device
+        d_model = len(whitening.mean)
+        takes_k = config.activation in ("topk", "batchtopk")
+        self.adapter = TranscoderAdapter(
+            d_model,
+            config.n_features,
+            activation=config.activation,
+            k=config.k if takes_k else None,
+            bandwidth=config.bandwidth,
+            device=device,
+        )
+        columns = unit_rows(torch.randn(config.n_features, d_model, generator=generator)).T
+        with torch.no_grad():
+            self.adapter.W_enc.copy_(columns)
+        self.optimizer = torch.optim.Adam(
+            self.adapter.parameters(), lr=local.lr, betas=(config.beta1, config.beta2), fused=True
+        )
+
+    def coordinates(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and differences in the coordinates of this layer: whitened, and in units of the root mean square."""
+        return self.whitening(x.to(self.device).float()), d.to(self.device).float() / self.size
+
+    def step(self, x: Float[Tensor, "n d_model"], d: Float[Tensor, "n d_model"], index: int) -> LocalTerms:
+        """One optimizer step on tokens in this layer's coordinates.
+
+        Args:
+            x: whitened inputs.
+            d: differences in units of their root mean square.
+            index: number of the step, from 0.
+        """
+        local = self.local
+        for group in self.optimizer.param_groups:
+            group["lr"] = local.lr * warmup_cosine(index, local.steps, local.warmup_fraction)
+        weight = local.sparsity_weight * linear_warmup(index, local.steps, local.sparsity_warmup_fraction)
+        terms, loss, acts = self._loss(x, d, weight)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        real = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        self.adapter.settle_threshold(smallest_active(acts, real), THRESHOLD_RATE)
+        return terms
+
+    def _loss(self, x: Tensor, d: Tensor, weight: float) -> tuple[LocalTerms, Tensor, Tensor]:
+        adapter, energy = self.adapter, d.square().sum(1).mean()
+        with _training(adapter, len(x)):
+            acts = adapter.encode(x)
+        error = (adapter.decode(acts) - d).square().sum(1).mean() / energy
+        if adapter.activation == "relu":
+            sparsity = penalty(acts * adapter.decoder_norms(), self.local.penalty).sum(1).mean() / energy
+        elif adapter.activation == "jumprelu":
+            pre = torch.addmm(adapter.b_enc, x, adapter.W_enc)
+            sparsity = step(pre, adapter.threshold, adapter.bandwidth).sum(1).mean()
+        else:
+            sparsity = torch.zeros_like(error)
+        l0 = (acts.detach() > 0).sum(1).float().mean()
+        return LocalTerms(error.detach(), sparsity.detach(), l0), error + weight * sparsity, acts.detach()
+
+    # -- single features ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def replace(self, feature: int, encoder: Encoder, direction: Float[Tensor, "d_model"]) -> None:
+        """Give a feature this encoder and decoder; its moments in the optimizer become zero."""
+        self.adapter.W_enc[:, feature], self.adapter.b_enc[feature] = encoder.w, encoder.b
+        self.adapter.W_dec[feature] = direction
+        self._forget(torch.tensor([feature]))
+
+    @torch.no_grad()
+    def silence(self, features: Int[Tensor, "n"]) -> None:
+        """Make features inactive on every token and give them no decoder; they can be replaced later."""
+        self.adapter.W_enc[:, features], self.adapter.b_enc[features], self.adapter.W_dec[features] = 0.0, -1.0, 0.0
+        self._forget(features)
+
+    def _forget(self, features: Int[Tensor, "n"]) -> None:
+        adapter = self.adapter
+        for parameter, axis in ((adapter.W_enc, 1), (adapter.b_enc, 0), (adapter.W_dec, 0)):
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in (state := self.optimizer.state[parameter]):
+                    state[key].index_fill_(axis, features.to(self.device), 0.0)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def write_to(self, adapter: TranscoderAdapter) -> None:
+        """Copy the weights to an adapter that reads inputs as they are; its output is that of this one times size."""
+        W_enc, b_enc = self.whitening.encoder(self.adapter.W_enc, self.adapter.b_enc)
+        adapter.W_enc.copy_(W_enc)
+        adapter.b_enc.copy_(b_enc)
+        adapter.W_dec.copy_(self.adapter.W_dec * self.size)
+        adapter.b_dec.copy_(self.adapter.b_dec * self.size)
+        if hasattr(self.adapter, "threshold"):
+            adapter.threshold.copy_(self.adapter.threshold)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Weights and moments by name, from which `restore` continues bit for bit."""
+        moments = {
+            f"{name}.{key}": value
+            for name, parameter in self.adapter.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        return {**self.adapter.state_dict(), **moments}
+
+
+@contextmanager
+def _training(adapter: TranscoderAdapter, n: int) -> Iterator[None]:
+    """The adapter trains on n tokens, which batchtopk chooses among."""
+    adapter.training_tokens = torch.ones(n, dtype=torch.bool, device=adapter.W_enc.device)
+    adapter.n_training_tokens = n
+    try:
+        yield
+    finally:
+        adapter.training_tokens = adapter.n_training_tokens = None
