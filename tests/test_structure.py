@@ -14,8 +14,8 @@ import tl_adapters
 
 PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
-ORDER = ["errors", "utils", "config", "organism", "checkpoints", "adapters", "data", "models", "training"]
-ORDER += ["local_stage", "features", "interventions", "attribution", "generation", "evaluation", "autointerp"]
+ORDER = ["errors", "utils", "config", "organism", "checkpoints", "adapters", "data", "models", "local_stage"]
+ORDER += ["training", "features", "interventions", "attribution", "generation", "evaluation", "autointerp"]
 ORDER += ["interop", "circuits", "pages", "study", "cli"]
 """From the bottom up: a package imports those before it and itself."""
 SHORTHANDS = ("models.paired_model", "interventions.feature_edits")

@@ -5,6 +5,7 @@
 * `feature_revision`: merging of features that split one, births of missing ones, removal of useless ones
 * `layer_run`: the local stage of one layer, step by step
 * `local_layer`: one layer's adapter in whitened coordinates, its local objective and its optimizer
+* `schedules`: learning rate and weight of the sparsity term, of this stage and the end-to-end one, by step
 * `signal_to_noise`: how large the difference of the two MLPs is beside their rounding errors
 * `token_buffer`: the tokens that the stage trains on
 * `train_local`: the local stage of all layers

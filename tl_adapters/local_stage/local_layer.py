@@ -21,8 +21,8 @@ from tl_adapters.adapters.activation_functions import smallest_active, step
 from tl_adapters.adapters.transcoder import TranscoderAdapter, unit_rows
 from tl_adapters.config import LocalConfig, Penalty, TrainingConfig
 from tl_adapters.local_stage.encoder_fit import Encoder
+from tl_adapters.local_stage.schedules import linear_warmup, warmup_cosine
 from tl_adapters.local_stage.whitening import Whitening
-from tl_adapters.training.schedules import linear_warmup, warmup_cosine
 
 TANH_SCALE, LOG_SCALE = 3.0, 0.1
 """Scales of the penalties tanh and log, in units of the root mean square of the difference."""

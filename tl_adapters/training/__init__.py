@@ -6,7 +6,6 @@
 * `not_finite`: where a training step is not finite: the first activation or gradient that is NaN or infinite
 * `objective`: loss and gradient of one training step, in a reference version and a fast one
 * `run_folder`: the folder of a run, from which a run that was killed at any time resumes
-* `schedules`: the learning rate and the weight of the sparsity term as functions of the step
 * `stop_signals`: Ctrl-C and SIGTERM during training: the run stops between two steps
 * `trackers`: trackers that draw the curves of a run: TensorBoard, Weights & Biases or Trackio
 * `trainer`: the training loop: Adam on the five-term objective, one cut per step

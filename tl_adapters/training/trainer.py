@@ -32,6 +32,7 @@ from tl_adapters.data.chat_template import set_template_date
 from tl_adapters.data.documents import EncodedDocuments
 from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces, require_embedded
 from tl_adapters.errors import UserError
+from tl_adapters.local_stage.schedules import sparsity_weight, warmup_cosine
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.training.metrics import MetricsWriter, open_metrics
 from tl_adapters.training.not_finite import describe_not_finite
@@ -43,7 +44,6 @@ from tl_adapters.training.objective import (
     shared_prefix_step,
 )
 from tl_adapters.training.run_folder import RunFolder
-from tl_adapters.training.schedules import sparsity_weight, warmup_cosine
 from tl_adapters.training.stop_signals import stop_signals
 from tl_adapters.training.trackers import require_tracker
 from tl_adapters.training.training_state import (

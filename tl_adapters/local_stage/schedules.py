@@ -1,4 +1,4 @@
-"""Schedules of a training run as functions of the step: the learning rate and the weight of the sparsity term."""
+"""Schedules of both training stages as functions of the step: learning rate and weight of the sparsity term."""
 
 from __future__ import annotations
 
