@@ -89,9 +89,9 @@ def refuse_often(subcommand: Subcommand, prepared: Path, work: Path, cases: int,
         ended = _wait(_start(subcommand, folder, at_call=rng.randint(1, whole.creating), refusal=code))
         tally.kills += ended == 2
         tally.finished += ended == 0
-        words = _last_words(folder)
+        words = (work / "stderr").read_text(errors="replace")
         if "Traceback" in words or ended not in (0, 2) or (ended == 2 and "error: " not in words):
-            tally.failures.append(f"{what}: it ends with {ended}: {words}")
+            tally.failures.append(f"{what}: it ends with {ended}: {_last_words(folder)}")
         _run_again(subcommand, folder, whole, tally, what)
     return tally
 

@@ -6,6 +6,7 @@ and by its activations on the prompt. A feature store of the run adds the featur
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,9 +106,12 @@ def write_graph(
             edge_threshold=edge_threshold,
             features=records,
         )
-        name_new(work / "page", page)
-        name_new(work / "graph", folder / name)
-    add_to_list(folder / CIRCUIT_TRACER_FOLDER, tracer)
+        with ExitStack() as undone:  # a graph that could not be listed would take a name and be in no list
+            for part, path in (("page", page), ("graph", folder / name)):
+                name_new(work / part, path)
+                undone.callback(remove_own, path)
+            add_to_list(folder / CIRCUIT_TRACER_FOLDER, tracer)
+            undone.pop_all()
     return GraphPaths(page, tracer.address)
 
 

@@ -288,7 +288,7 @@ def temporary_folder() -> Iterator[Path]:
 def remove_own(path: str | Path) -> None:
     """Remove a file or folder that this package wrote; one that does not exist is no error. Raises WriteError.
 
-    A folder is renamed first, so that no half of it is ever found under its name.
+    A folder is renamed first, so that no half of it is ever found under its name; not where a full disk refuses that.
     """
     path = Path(path)
     with writing(path):
@@ -296,8 +296,11 @@ def remove_own(path: str | Path) -> None:
             path.unlink(missing_ok=True)
             return
         removed = _temporary(path, "removed")
-        os.rename(path, removed)
-        shutil.rmtree(removed, ignore_errors=True)
+        try:
+            os.rename(path, removed)
+        except OSError:
+            removed = path
+        shutil.rmtree(removed, ignore_errors=removed != path)
 
 
 def remove_leftovers(folder: str | Path) -> None:
