@@ -57,10 +57,12 @@ EXPORTS = {
     "label_shares": "autointerp.category_shares",
     "load_hf_model": "checkpoints.hf_model",
     "load_problems": "evaluation.tasks",
+    "LocalConfig": "config",
     "LogitTarget": "attribution.targets",
     "LossWeights": "config",
     "matched_features": "circuits.controls",
     "measure_faithfulness": "evaluation.faithfulness",
+    "measure_transcoders": "local_stage.transcoders",
     "most_active_others": "circuits.controls",
     "negated": "interventions.feature_edits",
     "only": "interventions.feature_edits",
@@ -88,6 +90,7 @@ EXPORTS = {
     "Trace": "data.traces",
     "traces_of": "generation.responses",
     "train": "training.trainer",
+    "train_transcoders": "local_stage.transcoders",
     "Trainer": "training.trainer",
     "TrainingConfig": "config",
     "TranscoderAdapter": "adapters.transcoder",
@@ -138,6 +141,7 @@ if TYPE_CHECKING:
     from tl_adapters.circuits.subject import Subject as Subject
     from tl_adapters.circuits.subject import builtin_subject as builtin_subject
     from tl_adapters.config import DataConfig as DataConfig
+    from tl_adapters.config import LocalConfig as LocalConfig
     from tl_adapters.config import LossWeights as LossWeights
     from tl_adapters.config import RunConfig as RunConfig
     from tl_adapters.config import TrainingConfig as TrainingConfig
@@ -179,6 +183,8 @@ if TYPE_CHECKING:
     from tl_adapters.interventions.feature_edits import scaled as scaled
     from tl_adapters.interventions.frozen import frozen as frozen
     from tl_adapters.interventions.variants import Variant as Variant
+    from tl_adapters.local_stage.transcoders import measure_transcoders as measure_transcoders
+    from tl_adapters.local_stage.transcoders import train_transcoders as train_transcoders
     from tl_adapters.models.attach import attach as attach
     from tl_adapters.models.attach import attached as attached
     from tl_adapters.models.attach import detach as detach

@@ -5,9 +5,11 @@
 * `feature_revision`: merging of features that split one, births of missing ones, removal of useless ones
 * `layer_run`: the local stage of one layer, step by step
 * `local_layer`: one layer's adapter in whitened coordinates, its local objective and its optimizer
+* `regression_data`: inputs and wanted outputs of every layer: the difference of a pair's MLPs, or a model's own MLP
 * `schedules`: learning rate and weight of the sparsity term, of this stage and the end-to-end one, by step
 * `signal_to_noise`: how large the difference of the two MLPs is beside their rounding errors
 * `token_buffer`: the tokens that the stage trains on
 * `train_local`: the local stage of all layers
+* `transcoders`: transcoders of a model's own MLPs, and how much of the MLPs' output they explain
 * `whitening`: mean and covariance of a layer's inputs, and the coordinates in which it is the identity
 """

@@ -1,4 +1,4 @@
-"""The tokens that the local stage trains on: what every layer's MLP reads in the target, and the difference there."""
+"""The tokens that the local stage trains on: what the adapter of every layer reads, and the output it should have."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import torch
 from torch import Tensor
 
 from tl_adapters.data.traces import Batch
-from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.local_stage.regression_data import RegressionData
 
 
 class TokenBuffer:
-    """The latest tokens of a stream: what every layer's MLP reads in the target, and the difference there.
+    """The latest tokens of a stream: what the adapter of every layer reads (x), and the output it should have (d).
 
-    Both are kept in the dtype of the model; the difference is computed in float32 before it is rounded, which changes
-    each of its entries by at most one part in 256.
+    Both are kept in the dtype of the model; the difference of two MLPs is computed in float32 before it is rounded,
+    which changes each of its entries by at most one part in 256.
 
     Args:
-        pair: base and target.
+        data: inputs and wanted outputs of a batch.
         capacity: number of tokens that are kept.
     """
 
-    def __init__(self, pair: PairedModel, capacity: int) -> None:
-        self.pair, self.capacity, self.seen = pair, capacity, 0
-        shape, dtype = (capacity, pair.model.cfg.d_model), pair.model.cfg.dtype
-        self.x = [torch.empty(shape, dtype=dtype, device=pair.device) for _ in pair.mlps]
-        self.d = [torch.empty(shape, dtype=dtype, device=pair.device) for _ in pair.mlps]
+    def __init__(self, data: RegressionData, capacity: int) -> None:
+        self.data, self.capacity, self.seen = data, capacity, 0
+        shape = (capacity, data.d_model)
+        self.x = [torch.empty(shape, dtype=data.dtype, device=data.device) for _ in range(data.n_layers)]
+        self.d = [torch.empty(shape, dtype=data.dtype, device=data.device) for _ in range(data.n_layers)]
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
@@ -34,27 +34,22 @@ class TokenBuffer:
         """Whether new tokens overwrite old ones."""
         return self.seen >= self.capacity
 
-    @torch.no_grad()
     def add(self, batch: Batch) -> None:
-        """Run the target on a batch and keep its counted tokens, in the place of the oldest ones."""
-        pair, batch = self.pair, batch.to(self.pair.device)
-        with pair.routed("target"), pair.recorded("mlp.hook_in") as inputs:
-            pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
-        rows = batch.counted.nonzero(as_tuple=True)
-        n = min(len(rows[0]), self.capacity)
-        places = torch.arange(self.seen, self.seen + n, device=pair.device) % self.capacity
-        for layer, mlp in enumerate(pair.mlps):
-            x = inputs[layer][rows][:n]
-            self.x[layer][places] = mlp.adapter_input(x).to(x.dtype)
-            self.d[layer][places] = mlp.difference(x).to(x.dtype)
+        """Run the model on a batch and keep its counted tokens, in the place of the oldest ones."""
+        n = 0
+        for layer, (x, d) in enumerate(self.data.read(batch)):
+            n = min(len(x), self.capacity)
+            places = torch.arange(self.seen, self.seen + n, device=x.device) % self.capacity
+            self.x[layer][places] = x[:n].to(self.data.dtype)
+            self.d[layer][places] = d[:n].to(self.data.dtype)
         self.seen += n
 
     def draw(self, layer: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Inputs and differences of n tokens of a layer, drawn at random with replacement."""
+        """Inputs and wanted outputs of n tokens of a layer, drawn at random with replacement."""
         rows = torch.randint(len(self), (n,), generator=generator).to(self.x[layer].device)
         return self.x[layer][rows], self.d[layer][rows]
 
     def sample(self, layer: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Inputs and differences of at most n different tokens of a layer, drawn at random."""
+        """Inputs and wanted outputs of at most n different tokens of a layer, drawn at random."""
         rows = torch.randperm(len(self), generator=generator)[:n].to(self.x[layer].device)
         return self.x[layer][rows], self.d[layer][rows]

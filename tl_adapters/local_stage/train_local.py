@@ -19,10 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.config import LocalConfig, TrainingConfig
 from tl_adapters.data.batching import BatchOrder, TracesInMemory
 from tl_adapters.data.traces import Batch, Trace, readable_traces
 from tl_adapters.local_stage.layer_run import LayerRun
+from tl_adapters.local_stage.regression_data import MLPDifferences, RegressionData
 from tl_adapters.local_stage.token_buffer import TokenBuffer
 from tl_adapters.models.paired_model import PairedModel
 
@@ -49,8 +51,8 @@ def train_local(
     Raises DataError where there is no document to train on.
     """
     config, local = config or TrainingConfig(), local or LocalConfig()
-    source = TracesInMemory(readable_traces(traces, pair.model.cfg), config.count)
-    buffer = collect(pair, BatchOrder(source, config.tokens_per_batch, config.seed, config.count), local.max_tokens)
+    traces = readable_traces(traces, pair.model.cfg)
+    buffer = collect(MLPDifferences(pair), batches(traces, config), local.max_tokens)
     adapters = pair.new_adapters(
         config.n_features,
         seed=config.seed,
@@ -58,16 +60,37 @@ def train_local(
         k=config.k if config.activation in ("topk", "batchtopk") else None,
         bandwidth=config.bandwidth,
     )
-    bar = tqdm(total=local.steps * pair.n_layers, desc="local stage", disable=not progress)
-    with bar, ThreadPoolExecutor(threads) as pool:
-        runs = [LayerRun(layer, buffer, config, local) for layer in range(pair.n_layers)]
-        for run in pool.map(lambda run: run.train(bar.update), runs):
-            run.layer.write_to(adapters[run.index])
+    train_layers(buffer, list(adapters), config, local, threads=threads, progress=progress)
     return adapters
 
 
-def collect(pair: PairedModel, order: BatchOrder, max_tokens: int) -> TokenBuffer:
-    """The inputs and differences of all layers at the tokens of one epoch, or at the first ``max_tokens`` of them."""
+def train_layers(
+    buffer: TokenBuffer,
+    adapters: Sequence[TranscoderAdapter],
+    config: TrainingConfig,
+    local: LocalConfig,
+    *,
+    threads: int = 1,
+    progress: bool = True,
+) -> None:
+    """Train the adapters of all layers on collected tokens and write their weights into ``adapters``.
+
+    Args: as `train_local`; buffer: the collected tokens.
+    """
+    bar = tqdm(total=local.steps * len(adapters), desc="local stage", disable=not progress)
+    with bar, ThreadPoolExecutor(threads) as pool:
+        runs = [LayerRun(layer, buffer, config, local) for layer in range(len(adapters))]
+        for run in pool.map(lambda run: run.train(bar.update), runs):
+            run.layer.write_to(adapters[run.index])
+
+
+def batches(traces: Sequence[Trace], config: TrainingConfig) -> BatchOrder:
+    """The batches in which traces are collected. Raises DataError where there is none with a token that counts."""
+    return BatchOrder(TracesInMemory(traces, config.count), config.tokens_per_batch, config.seed, config.count)
+
+
+def collect(data: RegressionData, order: BatchOrder, max_tokens: int) -> TokenBuffer:
+    """The inputs and wanted outputs of all layers at the tokens of one epoch, or the first ``max_tokens`` of them."""
     batches: list[Batch] = []
     n = 0
     while n < max_tokens:
@@ -76,7 +99,7 @@ def collect(pair: PairedModel, order: BatchOrder, max_tokens: int) -> TokenBuffe
             break
         batches.append(batch)
         n += int(batch.counted.sum())
-    buffer = TokenBuffer(pair, min(n, max_tokens))
+    buffer = TokenBuffer(data, min(n, max_tokens))
     for batch in batches:
         buffer.add(batch)
     return buffer

@@ -1,0 +1,105 @@
+"""What the adapters of all layers are regressed on: the inputs that they read and the outputs that they should have.
+
+Adapters explain the difference of the two MLPs of a pair (`MLPDifferences`), ordinary transcoders the whole output of
+one model's MLPs (`MLPOutputs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_adapters.adapters.saelens_folder import INPUT_HOOKS, OUTPUT_HOOKS
+from tl_adapters.data.traces import Batch
+from tl_adapters.errors import UserError
+from tl_adapters.models.paired_model import PairedModel
+
+READS, WRITES = "normalized", "mlp_out"
+"""What a transcoder of a model's own MLP reads and writes, as `AdapterMetadata` names it."""
+
+
+class HookMissingError(UserError, ValueError):
+    """A model without a hook point that transcoders read or write."""
+
+
+@runtime_checkable
+class RegressionData(Protocol):
+    """Inputs and wanted outputs of every layer's adapter."""
+
+    n_layers: int
+    """Number of layers of the model."""
+    d_model: int
+    """Width of inputs and outputs."""
+    dtype: torch.dtype
+    """Dtype of the model."""
+    device: torch.device
+    """Device of the model."""
+
+    def read(self, batch: Batch) -> Iterator[tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]]:
+        """Inputs and wanted outputs of one layer after another, at the counted tokens of a batch."""
+        ...
+
+
+class MLPDifferences:
+    """What every layer's MLP reads in the target of a pair, and MLP_target(x) - MLP_base(x), in float32 at least."""
+
+    def __init__(self, pair: PairedModel) -> None:
+        self.pair, self.n_layers, self.device = pair, pair.n_layers, pair.device
+        self.d_model, self.dtype = pair.model.cfg.d_model, pair.model.cfg.dtype
+
+    @torch.no_grad()
+    def read(self, batch: Batch) -> Iterator[tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]]:
+        """Like `RegressionData.read`."""
+        pair, batch = self.pair, batch.to(self.device)
+        with pair.routed("target"), pair.recorded("mlp.hook_in") as inputs:
+            pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
+        for layer, mlp in enumerate(pair.mlps):
+            x = inputs[layer][batch.counted]
+            yield mlp.adapter_input(x), mlp.difference(x)
+
+
+class MLPOutputs:
+    """What every layer's MLP reads in a TransformerLens model, and its output, at the hook points that SAELens names.
+
+    The input is the second norm's output before its weight (``blocks.N.ln2.hook_normalized``), the output is what the
+    layer adds to the residual stream (``blocks.N.hook_mlp_out``, after a norm that follows the MLP). The first token of
+    a document is left out: in many models its output is hundreds of times as long as any other, and always the same.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge, with any processing of its weights.
+
+    Raises HookMissingError for a model without these hook points, such as one whose attention and MLP share a norm.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.n_layers, self.d_model = model, model.cfg.n_layers, model.cfg.d_model
+        self.dtype, self.device = model.cfg.dtype, next(model.parameters()).device
+        for hook in (INPUT_HOOKS[READS].format(0), OUTPUT_HOOKS[WRITES].format(0)):
+            if hook not in model.hook_dict:
+                raise HookMissingError(
+                    f"This {type(model).__name__} has no {hook}; a transcoder needs a model with a norm before every "
+                    "MLP, as Llama, Qwen, Gemma and GPT-2 have it."
+                )
+
+    @torch.no_grad()
+    def read(self, batch: Batch) -> Iterator[tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]]:
+        """Like `RegressionData.read`."""
+        batch, recorded = batch.to(self.device), dict[str, Tensor]()
+        counted = batch.counted.clone()
+        counted[:, 0] = False
+
+        def keep(value: Tensor, hook: Any, name: str) -> None:
+            recorded[name] = value[counted]
+
+        names = [
+            (INPUT_HOOKS[READS].format(layer), OUTPUT_HOOKS[WRITES].format(layer)) for layer in range(self.n_layers)
+        ]
+        with self.model.hooks(fwd_hooks=[(name, partial(keep, name=name)) for both in names for name in both]):
+            self.model(batch.tokens, attention_mask=batch.real.long(), stop_at_layer=self.n_layers)
+        for x, output in names:
+            yield recorded[x], recorded[output]
