@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test versions bridge dashboards harness slow fuzz kill lint commands pair install clean
+.PHONY: demo test versions bridge dashboards harness slow fuzz kill lint commands planted organism tables pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -90,6 +90,17 @@ lint: install
 
 commands: install  ## docs/commands.md and the table of wrong calls, written anew from the command line
 	$(BIN)/python .ci/commands.py
+
+planted: install  ## what adapters find of known differences, into benchmarks/results.json; hours
+	$(BIN)/python benchmarks/planted.py runs/planted --record
+	$(BIN)/python benchmarks/tables.py
+
+organism: install  ## faithfulness and seed agreement on the model organism, into benchmarks/results.json; an hour
+	$(BIN)/python benchmarks/organism.py runs/organism --record
+	$(BIN)/python benchmarks/tables.py
+
+tables: install  ## the tables of docs/believing_features.md, from benchmarks/results.json
+	$(BIN)/python benchmarks/tables.py
 
 pair: install  ## train the built-in pair anew, into runs/pair
 	$(BIN)/python -m tl_adapters.organism.recipe runs/pair

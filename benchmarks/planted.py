@@ -1,162 +1,273 @@
-"""How many planted features does training recover? ``python benchmarks/planted.py OUT [--steps 300]``.
+"""What do adapters find of a known difference? ``python benchmarks/planted.py OUT``.
 
-The planted test is run on the built-in base over widths, L1 weights and seeds, and the adapters of two seeds of the
-built-in pair are matched. Every cell is a JSON file in OUT, and cells that exist are not run again. The tables of all
-cells are printed.
+Features are planted in the built-in base, in several families (`plants.families`), and every recipe
+(`plants.recipes`) trains adapters on the pair. A run is a file in OUT, and runs that exist are not made again. The
+table of all runs in OUT is printed, and ``--record`` writes it to results.json.
+
+By default all recipes are compared on the family "discriminants", and the recipe of ``--best`` is run on every other
+family. Options of recipes were chosen on plants 0 and 1, so what is reported comes from plants 2 and above.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from plants.families import FAMILIES
+from plants.measurement import firings, measure, representable
+from plants.plant import Ground, Plant
+from plants.recipes import EARLIER, FIRST_RELEASE, RECIPES, Options, timed
+from recorded import commit, machine, read_cell, record, value_and_range
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tl_adapters import organism
-from tl_adapters.config import LossWeights, TrainingConfig
+from tl_adapters.config import LocalConfig
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.traces import Trace
-from tl_adapters.evaluation.feature_matching import MATCH_STATISTICS, Matching, Share, seed_agreement
-from tl_adapters.evaluation.planted_features import PlantedSet, plant_features
-from tl_adapters.evaluation.planted_recovery import planted_test
-from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.training.trainer import train
 from tl_adapters.utils.files import write_text
 
-WIDTHS, L1_WEIGHTS = (64, 256), (1e-3, 3e-3, 2e-2)
-LONG_STEPS, HIGH_NMSE = 2_000, 100.0
-"""Steps of the longest runs, and a weight of the NMSE (1 in the paper) with which every layer reproduces its own part
-of the difference."""
-CALIBRATION_DOCUMENTS, TRAINING_DOCUMENTS, EVALUATION_DOCUMENTS = 2_000, 12_000, 1_850
-"""Numbers of documents of about 60 tokens: 120,000 tokens for calibration, 110,000 for evaluation."""
-BEFORE_SEEDS = 4
-"""Number of cells that are run before the agreement of seeds."""
-DECADES = ("all", "1e-1", "1e-2", "1e-3", "1e-4")
+MAIN_FAMILY = "discriminants"
+DECADES = ("1e-1", "1e-2", "1e-3", "1e-4")
+MAX_TOKENS = 800_000
+"""Tokens that recipes without a backward pass hold in memory: all of the training text."""
+REFERENCE = "first-release.json"
+"""The time of the first release's default training on the built-in pair, in which times are given."""
 
 
-def percent(share: Share) -> str:
-    low, high = share.interval
-    return f"{share.value:.0%} ({low:.0%}-{high:.0%})" if share.n else "-"
+class Run(NamedTuple):
+    """One recipe, trained with one seed on one plant of a family."""
 
-
-def share_of(record: dict) -> Share:
-    """The share of a JSON record."""
-    return Share(record["k"], record["n"])
-
-
-class Cell(NamedTuple):
-    width: int
-    l1_weight: float
-    steps: int
-    seed: int = 0
-    strength: float = 0.5
-    nmse: float = 1.0
+    family: str
+    plant: int
+    recipe: str
+    seed: int
 
     @property
-    def name(self) -> str:
-        name = f"w{self.width}-l1_{self.l1_weight:g}-steps{self.steps}-strength{self.strength:g}-seed{self.seed}"
-        return name if self.nmse == 1 else f"{name}-nmse{self.nmse:g}"
+    def file(self) -> str:
+        return f"{self.family}-plant{self.plant}-{self.recipe}-seed{self.seed}.json"
 
 
-def cells(steps: int) -> list[Cell]:
-    """The cells in the order in which they are run: the middle first, longer runs, the others, second seeds."""
-    middle = [Cell(64, 1e-3, steps), Cell(256, 1e-3, steps), Cell(256, 3e-3, steps)]
-    beyond = [Cell(64, 1e-3, steps, strength=2.0), Cell(64, 2e-2, 3 * steps), Cell(256, 2e-2, 3 * steps)]
-    grid = [Cell(n, l1, steps) for l1 in L1_WEIGHTS for n in WIDTHS]
-    heavy = [
-        Cell(64, 1e-2, LONG_STEPS, nmse=HIGH_NMSE),
-        *(Cell(n, 1e-2, steps, nmse=HIGH_NMSE) for n in WIDTHS),
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of all runs")
+    parser.add_argument("--plants", type=int, nargs="+", default=[2, 3, 4], help="seeds of the planted features")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of training")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, *EARLIER], default=list(RECIPES))
+    parser.add_argument("--best", choices=[*RECIPES, *EARLIER], default="local", help="run on every family")
+    parser.add_argument("--all", action="store_true", help="every recipe on every family")
+    parser.add_argument("--earlier", action="store_true", help="the first release's recipes of the README instead")
+    parser.add_argument("--features", type=int, default=64, help="features per layer")
+    parser.add_argument("--steps", type=int, help="steps of every recipe, for a trial")
+    parser.add_argument("--rates", type=float, nargs="+", help="firing rates of planted features, for a trial")
+    parser.add_argument("--per-layer", type=int, default=20, help="planted features per layer")
+    parser.add_argument("--documents", type=int, default=12_000, help="training documents, of about 60 tokens")
+    parser.add_argument("--calibration", type=int, default=2_000, help="documents on which features are planted")
+    parser.add_argument("--held-out", type=int, default=1_850, help="evaluation documents")
+    parser.add_argument("--no-reference", action="store_true", help="do not time the first release's training")
+    parser.add_argument("--record", action="store_true", help="write the table to benchmarks/results.json")
+    return parser.parse_args()
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that all runs in a folder share."""
+    names = ("features", "steps", "rates", "per_layer", "documents", "calibration", "held_out")
+    return {name: getattr(args, name) for name in names}
+
+
+def runs(args: argparse.Namespace) -> list[Run]:
+    """The runs, plant by plant, so that a plant is made once for all of them."""
+    recipes = list(EARLIER) if args.earlier else args.recipes
+    return [
+        Run(family, plant, recipe, seed)
+        for plant in args.plants
+        for family in args.families
+        for recipe in (recipes if args.all or family == MAIN_FAMILY else [args.best])
+        for seed in args.seeds
     ]
-    heavy += [Cell(64, 1e-3, steps, nmse=HIGH_NMSE), Cell(64, 1e-2, steps, seed=1, nmse=HIGH_NMSE)]
-    return list(
-        dict.fromkeys([*middle, Cell(64, 1e-3, LONG_STEPS), *heavy, *beyond, *grid, Cell(64, 1e-3, steps, seed=1)])
-    )
 
 
-def run_cell(out: Path, cell: Cell, plant: PlantedSet, traces: list[Trace], held_out: list[Trace]) -> None:
-    weights = LossWeights(nmse=cell.nmse)
-    config = TrainingConfig(
-        n_features=cell.width, l1_weight=cell.l1_weight, steps=cell.steps, seed=cell.seed, loss_weights=weights
-    )
-    report = planted_test(organism.BUILTIN_BASE, traces, held_out, config, plant=plant, progress=False)
-    write_text(out, json.dumps({"cell": cell._asdict(), **report.to_dict()}))
+class Bench:
+    """Text and models of all runs, and the latest plant."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        tokenizer = AutoTokenizer.from_pretrained(organism.BASE)
+        base, other = (AutoModelForCausalLM.from_pretrained(folder) for folder in (organism.BASE, organism.TARGET))
+
+        def text(split: organism.Split, n: int) -> list[Trace]:
+            return encode_traces(organism.reasoning_pairs(split, n, 0), tokenizer, base.config.max_position_embeddings)
+
+        self.traces, self.held_out = text("train", args.documents), text("report", args.held_out)
+        rates = {} if args.rates is None else {"rates": tuple(args.rates)}
+        calibration = self.traces[: args.calibration]
+        self.ground = Ground(base.eval(), calibration, other.eval(), tokenizer, per_layer=args.per_layer, **rates)
+        self._latest: tuple[tuple[str, int], Plant, dict[str, Any]] | None = None
+
+    def plant(self, family: str, seed: int) -> tuple[Plant, dict[str, Any]]:
+        """A plant, and what is the same for all recipes: firings in the training text, and what can be represented."""
+        if self._latest is None or self._latest[0] != (family, seed):
+            plant = FAMILIES[family](self.ground, seed)
+            shared = {
+                "firings": firings(plant, self.traces),
+                "representable": representable(plant, self.traces, self.held_out),
+            }
+            self._latest = ((family, seed), plant, shared)
+        return self._latest[1:]
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Train and measure."""
+        plant, shared = self.plant(run.family, run.plant)
+        options = Options(self.args.features, run.seed, local_options(self.args), self.args.steps)
+        with timed() as seconds:
+            adapters = {**RECIPES, **EARLIER}[run.recipe](plant.pair, self.traces, options)
+        found = measure(plant, adapters, self.held_out, shared["firings"])
+        about = {"representable": shared["representable"], "planted": plant.about}
+        return {**found, **about, "seconds": vars(seconds), "training_tokens": sum(len(t.tokens) for t in self.traces)}
 
 
-def run_agreement(out: Path, steps: int, traces: list[Trace], held_out: list[Trace]) -> None:
-    """Match the adapters of seeds 0 and 1, with the default options except for the number of steps."""
+def local_options(args: argparse.Namespace) -> LocalConfig:
+    """The default options of the local stage, on all of the text."""
+    local = LocalConfig(max_tokens=MAX_TOKENS)
+    return local if args.steps is None else replace(local, steps=args.steps)
+
+
+def time_first_release(args: argparse.Namespace) -> dict[str, Any]:
+    """The time of the first release's default training on the built-in pair."""
     pair = load_organism_pair()
-    both = [train(pair, traces, TrainingConfig(steps=steps, seed=seed), progress=False) for seed in (0, 1)]
-    matching = seed_agreement(pair, *both, held_out)
-    write_text(out, json.dumps({"steps": steps, **agreement_record(matching)}))
+    pairs = organism.reasoning_pairs("train", args.documents, 0)
+    traces = encode_traces(pairs, pair.model.tokenizer, pair.model.cfg.n_ctx)
+    options = Options(FIRST_RELEASE.n_features, steps=args.steps)
+    with timed() as seconds:
+        train(pair, traces, options.end_to_end(), progress=False)
+    return {"seconds": vars(seconds)}
 
 
-def agreement_record(matching: Matching) -> dict:
+def make_runs(args: argparse.Namespace) -> None:
+    """Make the runs that are not in the folder yet."""
+    shared, bench = settings(args), None
+    for name, run in [(REFERENCE, None), *((run.file, run) for run in runs(args))]:
+        path = args.out / name
+        if run is None and args.no_reference:
+            continue
+        if (cell := read_cell(path)) is not None:
+            if cell["settings"] != shared:
+                raise SystemExit(f"{path} was made with {cell['settings']}, not {shared}; give another folder.")
+            continue
+        if run is None:
+            measured = time_first_release(args)
+        else:
+            bench = bench or Bench(args)
+            measured = {**run._asdict(), **bench.run(run)}
+        about = {"settings": shared, "commit": commit(), "machine": machine()}
+        write_text(path, json.dumps({**measured, **about}, indent=1) + "\n")
+        print(name, "done", file=sys.stderr, flush=True)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def cells(out: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """All runs in a folder by family and recipe."""
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted(out.glob("*-plant*-seed*.json")):
+        cell = json.loads(path.read_text())
+        grouped.setdefault((cell["family"], cell["recipe"]), []).append(cell)
+    order = [*FAMILIES, *RECIPES, *EARLIER]
+    return dict(sorted(grouped.items(), key=lambda item: [order.index(name) for name in item[0]]))
+
+
+def pooled(shares: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """A share over all runs, and its range; None where there is nothing to find."""
+    shares = [share for share in shares if share["n"]]
+    if not shares:
+        return None
+    k, n = (sum(share[key] for share in shares) for key in ("k", "n"))
+    figure = {**value_and_range(k / n, [share["k"] / share["n"] for share in shares]), "k": k, "n": n}
+    for name in ("firings_training", "firings_held_out"):
+        if name in shares[0]:
+            figure[name] = [min(share[name][0] for share in shares), max(share[name][1] for share in shares)]
+    return figure
+
+
+def mean(values: list[float]) -> dict[str, Any]:
+    return value_and_range(sum(values) / len(values), values)
+
+
+def summary(group: list[dict[str, Any]], reference: dict[str, Any] | None) -> dict[str, Any]:
+    """The figures of one recipe on one family, over its plants and seeds."""
+    decades = {name: pooled([c["recall"].get(name, {"k": 0, "n": 0}) for c in group]) for name in ("all", *DECADES)}
+    figures: dict[str, Any] = {
+        "recall": {name: figure for name, figure in decades.items() if figure is not None},
+        "precision": pooled([c["precision"] for c in group]),
+        "kl_left": mean([c["kl_left"]["value"] for c in group]),
+        "l0": mean([c["l0"] for c in group]),
+        "true_l0": mean([c["true_l0"] for c in group]),
+        "alive": mean([c["alive"] for c in group]),
+        "representable": pooled([c["representable"] for c in group if c["representable"]]),
+    }
+    if reference is not None:
+        for clock, name in (("wall", "seconds"), ("cpu", "processor_seconds")):
+            figures[name] = mean([c["seconds"][clock] / reference["seconds"][clock] for c in group])
+    return {**figures, "plants": sorted({c["plant"] for c in group}), "seeds": sorted({c["seed"] for c in group})}
+
+
+def summaries(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    reference = read_cell(out / REFERENCE)
+    return {key: summary(group, reference) for key, group in cells(out).items()}
+
+
+def shown(figure: dict[str, Any] | None, form: str = "{:.0%}") -> str:
+    if figure is None:
+        return "-"
+    low, high = (form.format(value) for value in figure["range"])
+    return form.format(figure["value"]) + (f" ({low} to {high})" if low != high else "")
+
+
+def rows(found: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
+    """A Markdown table: over all plants and seeds, and in brackets the range over them."""
+    head = ["family", "recipe", "plants x seeds", *DECADES, "precision", "KL left", "L0", "true L0", "alive"]
+    head += ["representable", "seconds", "processor seconds"]
+    yield "| " + " | ".join(head) + " |"
+    yield "|---" * len(head) + "|"
+    for (family, recipe), s in found.items():
+        row = [family, recipe, f"{len(s['plants'])} x {len(s['seeds'])}"]
+        row += [shown(s["recall"].get(decade)) for decade in DECADES]
+        row += [shown(s["precision"]), shown(s["kl_left"], "{:.1%}"), shown(s["l0"], "{:.2f}")]
+        row += [shown(s["true_l0"], "{:.2f}"), shown(s["alive"], "{:.0f}"), shown(s["representable"])]
+        row += [shown(s.get(name), "{:.2f}") for name in ("seconds", "processor_seconds")]
+        yield "| " + " | ".join(row) + " |"
+
+
+def block(out: Path, best: str) -> dict[str, Any]:
+    """The block "planted" of results.json."""
+    found = summaries(out)
+    main = found[MAIN_FAMILY, best]
     return {
-        "tokens": matching.tokens,
-        **{side: {name: s._asdict() for name, s in matching.shares(side).items()} for side in ("a", "b")},
-        "quantiles": matching.quantiles(),
-        "matches": [asdict(m) for m in matching.matches],
+        "recipe": best,
+        **{name: main[name] for name in ("recall", "precision", "kl_left", "l0", "true_l0", "plants", "seeds")},
+        **{name: main[name] for name in ("seconds", "processor_seconds") if name in main},
+        "families": {family: s for (family, recipe), s in found.items() if recipe == best},
+        "recipes": {recipe: s for (family, recipe), s in found.items() if family == MAIN_FAMILY},
+        "settings": next(iter(cells(out).values()))[0]["settings"],
+        "tokens": {name: next(iter(cells(out).values()))[0][f"{name}_tokens"] for name in ("training", "held_out")},
     }
 
 
-def print_tables(folder: Path) -> None:
-    head = [*Cell._fields, "alive", "precision", "recall", *(f"recall {d}" for d in DECADES[1:]), "texts", "directions"]
-    head += ["KL(r) / KL(h)", "L0"]
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    for path in sorted(folder.glob("w*.json")):
-        record = json.loads(path.read_text())
-        recall = record["recall"]
-        kl, l0 = record["kl_of_hybrid"], [figure["value"] for figure in record["l0_all_tokens"]]
-        cells = [*Cell(**record["cell"]), record["alive"]]
-        cells += [
-            percent(share_of(record["precision"])),
-            *(percent(share_of(recall[d])) if d in recall else "-" for d in DECADES),
-        ]
-        cells += [percent(share_of(record["recall_by_kind"][kind])) for kind in ("text", "direction")]
-        cells += [f"{kl['value']:.1%} ({kl['low']:.1%}-{kl['high']:.1%})", f"{sum(l0) / len(l0):.2f}"]
-        print("| " + " | ".join(map(str, cells)) + " |")
-    for path in sorted(folder.glob("seeds-*.json")):
-        record = json.loads(path.read_text())
-        print(f"\nSeeds 0 and 1 of the built-in pair, {record['steps']} steps, {record['tokens']:,} tokens\n")
-        print("| firing rate | of seed 0 | n | of seed 1 | n |\n|---|---|---|---|---|")
-        for name in dict.fromkeys([*record["a"], *record["b"]]):
-            a, b = (share_of(record[side].get(name, {"k": 0, "n": 0})) for side in ("a", "b"))
-            print(f"| {name} | {percent(a)} | {a.n} | {percent(b)} | {b.n} |")
-        print("\n| over the matches | 10 % | 25 % | median | 75 % | 90 % |\n|---|---|---|---|---|---|")
-        for figure in MATCH_STATISTICS:
-            print(f"| {figure} | " + " | ".join(f"{v:.2f}" for v in record["quantiles"][figure]) + " |")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=300)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = arguments()
     torch.set_num_threads(1)
-    base = PairedModel.from_pretrained(organism.BUILTIN_BASE, organism.BUILTIN_BASE)
-
-    def text(split: str, n: int, seed: int) -> list[Trace]:
-        return encode_traces(organism.reasoning_pairs(split, n, seed), base.model.tokenizer, base.model.cfg.n_ctx)  # type: ignore[arg-type]
-
-    traces, held_out = text("train", TRAINING_DOCUMENTS, 0), text("report", EVALUATION_DOCUMENTS, 0)
-    grid = cells(args.steps)
-    plants: dict[float, PlantedSet] = {}
-    seeds = args.out / f"seeds-{args.steps}.json"
-    for i, cell in enumerate(grid):
-        if i == BEFORE_SEEDS and not seeds.is_file():
-            run_agreement(seeds, args.steps, traces, held_out)
-            print(seeds.name, "done", file=sys.stderr, flush=True)
-        path = args.out / f"{cell.name}.json"
-        if not path.is_file():
-            if cell.strength not in plants:
-                plants[cell.strength] = plant_features(base, traces[:CALIBRATION_DOCUMENTS], strength=cell.strength)
-            run_cell(path, cell, plants[cell.strength], traces, held_out)
-        print(path.name, "done", file=sys.stderr, flush=True)
-    print_tables(args.out)
+    make_runs(args)
+    print("\n".join(rows(summaries(args.out))))
+    if args.record:
+        commits = [cell["commit"] for group in cells(args.out).values() for cell in group]
+        record("planted", block(args.out, args.best), commits)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ EXPORTS = {
     "LogitTarget": "attribution.targets",
     "LossWeights": "config",
     "matched_features": "circuits.controls",
+    "measure_agreement": "evaluation.agreement",
     "measure_faithfulness": "evaluation.faithfulness",
     "measure_transcoders": "local_stage.transcoders",
     "most_active_others": "circuits.controls",
@@ -150,6 +151,7 @@ if TYPE_CHECKING:
     from tl_adapters.data.traces import Trace as Trace
     from tl_adapters.data.words import hesitation_tokens as hesitation_tokens
     from tl_adapters.errors import UserError as UserError
+    from tl_adapters.evaluation.agreement import measure_agreement as measure_agreement
     from tl_adapters.evaluation.behaviors import Behavior as Behavior
     from tl_adapters.evaluation.faithfulness import measure_faithfulness as measure_faithfulness
     from tl_adapters.evaluation.feature_matching import seed_agreement as seed_agreement

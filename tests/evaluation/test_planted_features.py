@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.random_models import ARCHITECTURES, random_batch, random_model
+from helpers.skewed_traces import skewed_traces
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -67,16 +68,6 @@ def base_plus(planted: AdapterSet, architecture: str, times: int = 1) -> torch.T
     return model(TOKENS)
 
 
-def skewed_traces(n: int = 300, seed: int = 0, vocab: int = 61) -> list[Trace]:
-    """Documents whose tokens are of very different frequencies."""
-    generator = torch.Generator().manual_seed(seed)
-    shares = 1 / torch.arange(1, vocab).double()
-    return [
-        Trace(tuple((1 + torch.multinomial(shares, 20 + i % 5, True, generator=generator)).tolist()), 3)
-        for i in range(n)
-    ]
-
-
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -108,6 +99,22 @@ def test_the_target_is_the_base_plus_the_planted_features(architecture: str) -> 
     assert (
         sums.kl["hybrid"].sum() > 1e-3 and max(float(v.abs().sum()) for k, v in sums.kl.items() if k != "hybrid") < 1e-9
     )
+
+
+@torch.no_grad()
+def test_features_are_planted_in_a_target_that_differs_from_the_base_elsewhere_too(base: PreTrainedModel) -> None:
+    planted, changed = random_set(), random_model(2)
+    pair = PairedModel.plant(base, planted, target=changed)
+    plain = PairedModel.from_pretrained(base, changed)
+    x = torch.randn(3, 32, dtype=torch.float64)
+    for layer, mlp in enumerate(pair.mlps):
+        close(mlp.difference(x), plain.mlps[layer].difference(x) + formula(planted[layer], x), 1e-10)
+    with pair.routed("hybrid"), plain.routed("hybrid"):
+        close(pair.model(TOKENS), plain.model(TOKENS), 1e-12)
+    plain.load_adapters(random_set())
+    with plain.routed("target+adapter"):
+        close(pair.model(TOKENS), plain.model(TOKENS), 1e-10)
+    assert pair.target_id.startswith(plain.target_id) and pair.base_id == plain.base_id
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """How faithful are adapters, how does the model behave, and is what was found true?
 
+* `agreement`: how far two adapter sets of one pair agree, as features and as subspaces, beside chance
 * `baselines`: baselines for the KL of adapters: swapped neurons, and the MLP difference at low rank
 * `behaviors`: A behavior of a model: what it is, where it is in a text, and how often an answer shows it
 * `faithfulness`: KL, NMSE and L0 of replacements and partial replacements (arXiv 2602.20904, section 4.1)

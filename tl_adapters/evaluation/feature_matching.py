@@ -106,12 +106,12 @@ class Matching:
     def shares(self, side: Literal["a", "b"]) -> dict[str, Share]:
         """The share of one set's alive features that are the same as a feature of the other: "all", and by firing rate.
 
-        Rates are rounded to the nearest power of ten: "1e-3" is from 10^-3.5 to 10^-2.5.
+        Rates are rounded to the nearest power of ten (`rate_decade`).
         """
         same = {FeatureId(m.layer, getattr(m, side)) for m in self.matches if m.same}
         groups: dict[str, list[FeatureId]] = {"all": list(getattr(self, side))}
         for feature, rate in sorted(getattr(self, side).items(), key=lambda item: -item[1]):
-            groups.setdefault(f"1e{round(math.log10(rate))}", []).append(feature)
+            groups.setdefault(rate_decade(rate), []).append(feature)
         return {name: Share(len(same.intersection(group)), len(group)) for name, group in groups.items()}
 
     def quantiles(self) -> dict[str, list[float]]:
@@ -127,6 +127,11 @@ class Matching:
         shares = shares_table({"of the first": self.shares("a"), "of the second": self.shares("b")})
         header = ["over the matches", "10 %", "25 %", "median", "75 %", "90 %"]
         return render("notebook/tables.html.j2", tables=[shares, (header, rows)])
+
+
+def rate_decade(rate: float) -> str:
+    """The nearest power of ten of a firing rate, such as "1e-3" for rates from 10^-3.5 to 10^-2.5."""
+    return f"1e{round(math.log10(rate))}"
 
 
 def shares_table(columns: dict[str, dict[str, Share]]) -> tuple[list[str], list[list[str | Cell]]]:
@@ -167,15 +172,15 @@ def match_features(
         MatchingError: a set has another number of layers or another width than the pair.
     """
     traces = readable_traces(traces, pair.model.cfg)
-    encoders_a, encoders_b = _Encoders(pair, adapters_a), _Encoders(pair, adapters_b)
+    encoders_a, encoders_b = SetEncoders(pair, adapters_a), SetEncoders(pair, adapters_b)
     moments, firings_a, firings_b = _InputMoments(pair), _Firings(encoders_a), _Firings(encoders_b)
-    for inputs in _target_inputs(pair, traces, tokens_per_batch):
+    for inputs in target_inputs(pair, traces, tokens_per_batch):
         moments.add(inputs)
         firings_a.add(inputs)
         firings_b.add(inputs)
     set_a, set_b = _AliveFeatures(encoders_a, firings_a), _AliveFeatures(encoders_b, firings_b)
     sums = {layer: _ProductSums() for layer in set_a.indices.keys() & set_b.indices.keys()}
-    for inputs in _target_inputs(pair, traces, tokens_per_batch):
+    for inputs in target_inputs(pair, traces, tokens_per_batch):
         for layer, products in sums.items():
             products.add(set_a.acts(layer, inputs[layer]), set_b.acts(layer, inputs[layer]))
     matches = [m for layer in sorted(sums) for m in _match_layer(layer, set_a, set_b, sums[layer], moments)]
@@ -205,7 +210,10 @@ def seed_agreement(
     return match_features(adapters_a, adapters_b, pair, traces, tokens_per_batch=tokens_per_batch)
 
 
-def _target_inputs(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int) -> Iterator[list[Tensor]]:
+@torch.no_grad()
+def target_inputs(
+    pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048
+) -> Iterator[list[Float[Tensor, "n d_model"]]]:
     """The MLP inputs of every layer on the target route, without padding, batch by batch."""
     for _, batch in batches_by_length(traces, tokens_per_batch):
         batch = batch.to(pair.device)
@@ -239,7 +247,7 @@ class _InputMoments:
         return host_float64(self.products[layer]) / self.n - torch.outer(mean, mean)
 
 
-class _Encoders:
+class SetEncoders:
     """The encoders of an adapter set, reading the pair's MLP inputs. Raises MatchingError for other shapes."""
 
     def __init__(self, pair: PairedModel, adapters: AdapterSet) -> None:
@@ -251,7 +259,8 @@ class _Encoders:
         self.adapters = adapters.to(pair.device)
         self.scales = {layer: adapter_scale(adapters, pair.backend, layer) for layer in adapters.layer_indices}
 
-    def acts(self, layer: int, x: Tensor) -> Float[Tensor, "n n_features"]:
+    def acts(self, layer: int, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n n_features"]:
+        """Activations at what the layer's MLP reads."""
         scale = self.scales[layer]
         return self.adapters[layer].encode(x if scale is None else x * scale)
 
@@ -259,7 +268,7 @@ class _Encoders:
 class _Firings:
     """The number of tokens at which each feature of a set is active, accumulated over batches."""
 
-    def __init__(self, encoders: _Encoders) -> None:
+    def __init__(self, encoders: SetEncoders) -> None:
         self.encoders = encoders
         self.by_layer: dict[int, Tensor] = {}
 
@@ -272,7 +281,7 @@ class _Firings:
 class _AliveFeatures:
     """The alive features of a set: their indices by layer, activations, encoders, decoders and firing rates."""
 
-    def __init__(self, encoders: _Encoders, firings: _Firings) -> None:
+    def __init__(self, encoders: SetEncoders, firings: _Firings) -> None:
         self.encoders, self.firings = encoders, firings.by_layer
         alive = {layer: (count >= ALIVE_FIRINGS).nonzero()[:, 0] for layer, count in self.firings.items()}
         self.indices = {layer: index for layer, index in alive.items() if len(index)}

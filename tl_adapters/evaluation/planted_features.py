@@ -262,7 +262,7 @@ def _text_feature(
             tokens = tuple(number // d_vocab**back % d_vocab for back in reversed(range(length)))
             at_text = ends == number
             encoder = inputs.discriminant(at_text)
-            threshold = None if tokens in used else _threshold(inputs.scores(encoder), rate)
+            threshold = None if tokens in used else threshold_at_rate(inputs.scores(encoder), rate)
             if threshold is not None:
                 fires = threshold[1] > 0
                 purity = int((at_text & fires).sum()) / int(fires.sum())
@@ -281,12 +281,12 @@ def _direction_feature(inputs: _Inputs, rate: float, generator: torch.Generator)
     for _ in range(10 * CANDIDATE_TEXTS):
         direction = torch.randn(inputs.whiten.shape[1], generator=generator, dtype=torch.float64)
         encoder = inputs.encoder_of(direction.to(inputs.whiten))
-        if (threshold := _threshold(inputs.scores(encoder), rate)) is not None:
+        if (threshold := threshold_at_rate(inputs.scores(encoder), rate)) is not None:
             return _Candidate(encoder, *threshold)
     raise PlantingError(f"No direction fires on a share of {rate:g} of these tokens; give more varied traces.")
 
 
-def _threshold(scores: Float[Tensor, "n"], rate: float) -> tuple[float, Float[Tensor, "n"]] | None:
+def threshold_at_rate(scores: Float[Tensor, "n"], rate: float) -> tuple[float, Float[Tensor, "n"]] | None:
     """A threshold exceeded by a share ``rate`` of the scores, and the activations above it.
 
     The threshold is in the widest gap within 10 % of the rate, so that it never separates equal inputs (such as the

@@ -149,6 +149,7 @@ class PairedModel(RoutedModel):
         base: GivenModel,
         adapters: AdapterSet,
         *,
+        target: GivenModel | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -162,13 +163,16 @@ class PairedModel(RoutedModel):
         Args:
             base: a folder, a hub name, or a Hugging Face model already loaded.
             adapters: the features to plant, of all layers or some.
+            target: the model to which the features are added; None is the base. Whatever else differs between it and
+                the base is then part of the pair's difference.
             dtype, device, tokenizer, backend: as in `from_pretrained`.
 
         Raises:
             PairMismatchError: adapters of another depth or width, or transcoders that replace an MLP's output.
             And what `from_pretrained` raises.
         """
-        pair = cls.from_pretrained(base, base, dtype=dtype, device=device, tokenizer=tokenizer, backend=backend)
+        target = base if target is None else target
+        pair = cls.from_pretrained(base, target, dtype=dtype, device=device, tokenizer=tokenizer, backend=backend)
         planted = copy.deepcopy(adapters).to(pair.device).requires_grad_(False)
         planted.layer_samples = planted.samples = None
         require_belonging(planted, pair.backend, "", None, "")
@@ -178,7 +182,7 @@ class PairedModel(RoutedModel):
                 planted[layer].W_enc.mul_(scale.to(planted[layer].W_enc)[:, None])
             pair.mlps[layer].planted = planted[layer]
         pair.planted = planted
-        pair.target_id = f"{pair.base_id} with planted features {pair.fingerprints['planted']}"
+        pair.target_id = f"{pair.target_id} with planted features {pair.fingerprints['planted']}"
         pair.backend.name_hooks()
         return pair
 

@@ -1,0 +1,72 @@
+"""The measurements of the benchmarks, results.json beside this file; each benchmark replaces its own block only.
+
+A block holds what was measured, and with what: command, commit, machine and versions. A value that was measured
+several times is ``{"value", "range"}``: over all runs, and its lowest and highest value in one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_adapters.utils.results import read_results, versions, write_results
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def record(name: str, block: Mapping[str, Any], commits: Sequence[str] = (), folder: Path = FOLDER) -> None:
+    """Replace one block; those of other benchmarks stay as they are.
+
+    Args:
+        name: the benchmark.
+        block: what it measured.
+        commits: commits at which its runs were made; none is the present one.
+        folder: where results.json is.
+    """
+    made = {"command": command(), "commits": sorted(set(commits)) or [commit()], "machine": machine()}
+    write_results(folder, **{name: {**block, **made, "versions": versions()}})
+
+
+def recorded(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
+    """One block; None where the benchmark has recorded nothing yet."""
+    return read_results(folder).get(name)
+
+
+def value_and_range(value: float, values: Sequence[float]) -> dict[str, Any]:
+    """A value over all runs, with its lowest and highest value in one of them."""
+    return {"value": value, "range": [min(values), max(values)]}
+
+
+def command() -> str:
+    """The command that runs, as it can be repeated."""
+    script = Path(sys.argv[0])
+    return shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+
+
+def commit() -> str:
+    """The commit of this repository, with "+" where files are changed that it tracks; "unknown" outside of one."""
+    git = ["git", "-C", str(FOLDER)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".."], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def machine() -> dict[str, Any]:
+    """What running times depend on; nothing that identifies the machine."""
+    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+def read_cell(path: Path) -> dict[str, Any] | None:
+    """One run of a benchmark, None where it was not made yet."""
+    return json.loads(path.read_text()) if path.is_file() else None

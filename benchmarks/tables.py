@@ -1,0 +1,139 @@
+"""Write the tables of docs/believing_features.md from results.json: ``python benchmarks/tables.py``.
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; the text around it is written by hand. The test
+tests/benchmarks/test_tables.py holds that page and results agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recorded import FOLDER, recorded
+
+from tl_adapters.utils.files import write_text
+
+PAGE = FOLDER.parent / "docs" / "believing_features.md"
+TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
+DECADES = ("1e-1", "1e-2", "1e-3", "1e-4")
+NOT_MEASURED = "Not measured yet.\n"
+RECIPE_NAMES = {
+    "end_to_end": "end to end, as in the first release",
+    "local": "local stage",
+    "bias": "bias",
+    "low_rank": "linear map of low rank",
+    "sae_on_difference": "SAE that reads the difference",
+}
+FAMILY_NAMES = {
+    "discriminants": "text and direction features",
+    "related": "contained and correlated features",
+    "noise": "the first, with dense noise",
+    "attention": "the first, with other attention",
+    "learned": "features learned by gradient",
+    "neurons": "edited gated neurons",
+}
+
+
+def with_range(figure: dict[str, Any] | None, form: str = "{:.0%}") -> str:
+    """A value with the range over its runs."""
+    if figure is None:
+        return "-"
+    low, high = (form.format(value) for value in figure["range"])
+    value = form.format(figure["value"])
+    return value if low == high else f"{value} ({low} to {high})"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def firings(figure: dict[str, Any] | None, text: str) -> str:
+    """The lowest and highest number of firings of one feature in a text."""
+    return "-" if figure is None else "{:,} to {:,}".format(*figure[f"firings_{text}"])
+
+
+def by_rate(block: dict[str, Any]) -> str:
+    """Recall by firing rate, with the number of firings."""
+    rows = []
+    for decade in DECADES:
+        figure = block["recall"].get(decade)
+        found = "-" if figure is None else f"{figure['k']} of {figure['n']}"
+        rows.append([decade, firings(figure, "training"), firings(figure, "held_out"), found, with_range(figure)])
+    return markdown(["firing rate", "firings in training", "firings held out", "found", "recall"], rows)
+
+
+def _row(name: str, s: dict[str, Any]) -> list[str]:
+    rates = [with_range(s["recall"].get(decade)) for decade in DECADES]
+    kl, l0 = with_range(s["kl_left"], "{:.1%}"), with_range(s["l0"], "{:.2f}")
+    return [name, *rates, with_range(s["precision"]), kl, l0]
+
+
+COLUMNS = [*DECADES, "precision", "KL left", "L0"]
+
+
+def by_recipe(block: dict[str, Any]) -> str:
+    """What each recipe finds on the first family."""
+    rows = [
+        [*_row(RECIPE_NAMES.get(name, name), s), with_range(s.get("seconds"), "{:.2f}")]
+        for name, s in block["recipes"].items()
+    ]
+    return markdown(["recipe", *COLUMNS, "time"], rows)
+
+
+def by_family(block: dict[str, Any]) -> str:
+    """What one recipe finds in each family."""
+    rows = [
+        [*_row(FAMILY_NAMES.get(name, name), s), with_range(s["true_l0"], "{:.2f}"), with_range(s["representable"])]
+        for name, s in block["families"].items()
+    ]
+    return markdown(["family", *COLUMNS, "true L0", "representable"], rows)
+
+
+def by_seed(block: dict[str, Any]) -> str:
+    """Whether two seeds of the model organism agree, beside chance."""
+    rows = []
+    for recipe, by_width in block["recipes"].items():
+        for width, s in by_width.items():
+            agree = s["seed_agreement"]
+            row = [RECIPE_NAMES.get(recipe, recipe), width, with_range(s["kl_share"], "{:.2%}")]
+            row += [with_range(s["l0"], "{:.2f}"), with_range(s["alive"], "{:.0f}")]
+            row += [f"{with_range(agree)}; {agree['chance']:.0%}"]
+            row += [
+                f"{with_range(agree[n])}; {agree[f'{n}_chance']:.0%}" for n in ("features_in_span", "energy_in_span")
+            ]
+            rows.append(row)
+    head = ["recipe", "width", "KL of the hybrid's", "L0", "alive", "seeds agree; by chance"]
+    return markdown([*head, "features in the span; by chance", "energy in the span; by chance"], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "rates": ("planted", by_rate),
+    "recipes": ("planted", by_recipe),
+    "families": ("planted", by_family),
+    "seeds": ("organism", by_seed),
+}
+"""Table -> the block of results.json that it shows, and how."""
+
+
+def filled(text: str, folder: Path = FOLDER) -> str:
+    """The text of a page with every table as results.json has it."""
+
+    def table(found: re.Match[str]) -> str:
+        name, make = TABLES[found[2]]
+        block = recorded(name, folder)
+        return found[1] + (NOT_MEASURED if block is None else make(block)) + found[3]
+
+    return TABLE.sub(table, text)
+
+
+def main() -> None:
+    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
