@@ -43,7 +43,7 @@ def learned_features(ground: Ground, seed: int, steps: int = STEPS) -> Plant:
     planted = ground.plant(features)
     left = _leave_out_small(planted, ground)
     pair = ground.plant(planted.planted)  # again, since its identity covers its features
-    return Plant(pair, pair.planted, {"loss": float(loss), "features": left})
+    return Plant(pair, pair.planted, {"loss": float(loss.detach()), "features": left})
 
 
 def _loss(pair: PairedModel, batch: Batch, l1_weight: float) -> Tensor:

@@ -21,11 +21,10 @@ from torch import Tensor
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.config import LocalConfig, LossWeights, TrainingConfig
-from tl_adapters.data.batching import BatchOrder, TracesInMemory
-from tl_adapters.data.traces import Trace
-from tl_adapters.local_stage.layer_run import LayerRun
+from tl_adapters.data.traces import Trace, readable_traces
+from tl_adapters.local_stage.regression_data import MLPDifferences
 from tl_adapters.local_stage.token_buffer import TokenBuffer
-from tl_adapters.local_stage.train_local import collect, train_local
+from tl_adapters.local_stage.train_local import batches, collect, train_layers, train_local
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import RoutedMLP
 from tl_adapters.training.trainer import train
@@ -152,11 +151,10 @@ class ReadsDifference(TranscoderAdapter):
 
 def sae_on_difference(pair: PairedModel, traces: Sequence[Trace], options: Options) -> AdapterSet:
     """A sparse autoencoder of the difference, trained by the local stage."""
-    buffer, config = _tokens(pair, traces, options), options.end_to_end()
+    buffer = _tokens(pair, traces, options)
     buffer.x = buffer.d
     layers = [ReadsDifference(mlp, options.n_features) for mlp in pair.mlps]
-    for layer, adapter in enumerate(layers):
-        LayerRun(layer, buffer, config, options.local).train(lambda: None).layer.write_to(adapter)
+    train_layers(buffer, layers, options.end_to_end(), options.local, progress=False)
     adapters = AdapterSet(layers, pair.layer_samples, samples=pair.samples)
     pair.load_adapters(adapters)
     return adapters
@@ -164,9 +162,8 @@ def sae_on_difference(pair: PairedModel, traces: Sequence[Trace], options: Optio
 
 def _tokens(pair: PairedModel, traces: Sequence[Trace], options: Options) -> TokenBuffer:
     """Inputs and differences at the tokens of the text."""
-    config = options.end_to_end()
-    order = BatchOrder(TracesInMemory(traces, config.count), config.tokens_per_batch, config.seed, config.count)
-    return collect(pair, order, options.local.max_tokens)
+    order = batches(readable_traces(traces, pair.model.cfg), options.end_to_end())
+    return collect(MLPDifferences(pair), order, options.local.max_tokens)
 
 
 def _of_first_release(nmse: float, steps: int, n_features: int, l1_weight: float) -> Recipe:

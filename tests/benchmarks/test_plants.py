@@ -8,14 +8,14 @@ import torch
 from helpers.random_models import random_model
 from helpers.skewed_traces import skewed_traces
 from plants.edited_neurons import NeuronChanges, edited_neurons
-from plants.families import FAMILIES, NOISE_SHARE, attention, discriminants, noise
+from plants.families import FAMILIES, NOISE_SHARE, discriminants
 from plants.learned_features import learned_features
 from plants.plant import Ground, Plant, layer_inputs
 from plants.related_features import CHILD_RATE, CONTAINMENT, CORRELATION, TOLERANCE, related_features
 from torch import Tensor
 
 LAYERS, PER_LAYER = 2, 8
-RATES = (0.1, 0.05)
+RATES = (0.1, 0.05, 0.02, 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def plants(ground: Ground) -> Callable[[str], Plant]:
     return plant
 
 
-def differences(plant: Plant, ground: Ground, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+def differences(plant: Plant, ground: Ground, layer: int, documents: int = 60) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs of a layer, the difference of its two MLPs there, and what the true features write there."""
-    x = layer_inputs(plant.pair, ground.calibration[:60], layer)
+    x = layer_inputs(plant.pair, ground.calibration[:documents], layer)
     truth = plant.truth[layer]
     with torch.no_grad():
         return x, plant.pair.mlps[layer].difference(x), truth.decode(truth.encode(x))
@@ -90,11 +90,12 @@ def test_noise_is_dense_and_has_its_share_of_the_energy(plants: Callable[[str], 
     for ours, theirs in zip(plant.truth.parameters(), clean.truth.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     for layer in range(LAYERS):
-        x, d, planted = differences(plant, ground, layer)
+        x, d, planted = differences(plant, ground, layer, documents=len(ground.calibration))
         target, base = plant.pair.mlps[layer].weights()
         close(d - planted, base.neurons(x) @ (target.W_out - base.W_out), 1e-3)
         energy = float((d - planted).square().sum() / planted.square().sum())
-        assert energy == pytest.approx(NOISE_SHARE, rel=0.3)  # the share was set at all tokens, on the clean stream
+        # It was set on the stream of the target without noise, which is the same in the first layer only.
+        assert energy == pytest.approx(NOISE_SHARE, rel=1e-3 if layer == 0 else 0.3)
         assert float(((d - planted).norm(dim=1) > 0).float().mean()) == 1
 
 
@@ -151,9 +152,7 @@ def test_edited_neurons_are_the_whole_difference_and_each_term_is_rank_one(groun
         assert bool((every >= 0).all()) and not bool(((every[:, :half] > 0) & (every[:, half:] > 0)).any())
         assert bool((few.count_nonzero(0) <= every.count_nonzero(0)).all()) and few.count_nonzero() > 0
         edits = plant.about["edits"][layer]
-        assert [edit["kind"] for edit in edits] == list(
-            itertools.islice(itertools.cycle(["gate", "in", "out", "all"]), 8)
-        )
+        assert [edit["kind"] for edit in edits] == 2 * ["gate", "in", "out", "all"]
         assert half == sum(2 if edit["kind"] == "all" else 1 for edit in edits)
         target, base = plant.pair.mlps[layer].weights()
         for edit in edits:
@@ -166,7 +165,7 @@ def test_edited_neurons_are_the_whole_difference_and_each_term_is_rank_one(groun
                 assert torch.equal(new[neuron], old[donor] if edit["kind"] in (kind, "all") else old[neuron])
 
 
-@pytest.mark.parametrize("family", [discriminants, noise, attention, related_features, edited_neurons])
+@pytest.mark.parametrize("family", [discriminants, related_features, edited_neurons])
 def test_a_plant_depends_on_its_seed_only_and_leaves_the_base_as_it_is(
     family: Callable[[Ground, int], Plant], ground: Ground, plants: Callable[[str], Plant]
 ) -> None:

@@ -170,7 +170,8 @@ class _SpanSums:
 
 def _in_span(sums: dict[int, _SpanSums], alive: dict[int, list[int]]) -> InSpan:
     """The shares of all layers."""
-    of_features, inside, energy = {}, 0.0, 0.0
+    of_features: dict[FeatureId, float] = {}
+    inside = energy = 0.0
     for layer, layer_sums in sums.items():
         all_of_it, part = host_float64(layer_sums.energy), host_float64(layer_sums.inside)
         shares = (part / all_of_it.clamp(min=1e-300)).tolist()

@@ -1,0 +1,103 @@
+"""results.json of the benchmarks, and the page whose tables are written from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import organism
+import planted
+import pytest
+import tables
+from recorded import FOLDER, commit, machine, record, recorded, value_and_range
+
+
+def share(k: int, n: int, **more: Any) -> dict[str, Any]:
+    return {"k": k, "n": n, **more}
+
+
+def cell(plant: int = 2, seed: int = 0, found: int = 1, **changed: Any) -> dict[str, Any]:
+    """What one run of planted.py has measured."""
+    rates = {"firings_training": [700, 900], "firings_held_out": [100 + seed, 120]}
+    made = {
+        "family": "discriminants", "plant": plant, "recipe": "local", "seed": seed,
+        "recall": {"all": share(found, 4, **rates), "1e-3": share(found, 4, **rates)},
+        "precision": share(found, 5), "kl_left": {"value": 0.02 * found, "low": 0.0, "high": 0.1}, "l0": 0.4,
+        "true_l0": 0.3, "alive": 5, "representable": {}, "seconds": {"wall": 50.0, "cpu": 40.0}, "training_tokens": 9,
+        "held_out_tokens": 8, "settings": {"features": 64}, "commit": "abc", "machine": machine(),
+    }  # fmt: skip
+    return {**made, **changed}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    cells = [cell(), cell(seed=1, found=3), cell(recipe="bias", precision=share(0, 0)), cell(family="neurons", found=0)]
+    for i, made in enumerate(cells):
+        (tmp_path / f"{made['family']}-plant2-{made['recipe']}-seed{i}.json").write_text(json.dumps(made))
+    (tmp_path / planted.REFERENCE).write_text(json.dumps({"seconds": {"wall": 100.0, "cpu": 80.0}}))
+    return tmp_path
+
+
+def test_a_benchmark_replaces_its_own_block_only(tmp_path: Path) -> None:
+    assert recorded("planted", tmp_path) is None
+    record("planted", {"a": 1}, folder=tmp_path)
+    record("organism", {"b": 2}, ["abc", "abc", "abd"], folder=tmp_path)
+    record("planted", {"c": 3}, folder=tmp_path)
+    ours, other = recorded("planted", tmp_path), recorded("organism", tmp_path)
+    assert ours is not None and other is not None
+    assert ours["c"] == 3 and "a" not in ours and ours["commits"] == [commit()]
+    assert other["b"] == 2 and other["commits"] == ["abc", "abd"]
+    assert set(ours["machine"]) == {"cores", "threads", "torch"} and "torch" in ours["versions"]
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
+
+
+def test_runs_are_pooled_and_the_range_is_over_runs(runs: Path) -> None:
+    block = planted.block(runs, "local")
+    assert block["recall"]["1e-3"] == {
+        **value_and_range(0.5, [0.25, 0.75]), "k": 4, "n": 8, "firings_training": [700, 900],
+        "firings_held_out": [100, 120],
+    }  # fmt: skip
+    assert block["precision"]["value"] == 0.4 and block["kl_left"] == value_and_range(0.04, [0.02, 0.06])
+    assert block["seconds"] == value_and_range(0.5, [0.5, 0.5]) and block["seeds"] == [0, 1]
+    assert set(block["families"]) == {"discriminants", "neurons"} and set(block["recipes"]) == {"local", "bias"}
+    assert block["recipes"]["bias"]["precision"] is None
+    lines = list(planted.rows(planted.summaries(runs)))
+    assert len(lines) == 2 + 3 and "50% (25% to 75%)" in lines[2] and {line.count("|") for line in lines} == {16}
+
+
+def test_runs_are_grouped_by_plant_and_all_recipes_run_on_the_first_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["planted.py", "out", "--plants", "2", "3", "--seeds", "0"])
+    runs = planted.runs(planted.arguments())
+    assert len(runs) == 2 * (len(planted.RECIPES) + len(planted.FAMILIES) - 1)
+    order = [(run.plant, run.family) for run in runs]
+    assert len({key for i, key in enumerate(order) if i == 0 or order[i - 1] != key}) == 2 * len(planted.FAMILIES)
+    assert {run.recipe for run in runs if run.family != planted.MAIN_FAMILY} == {"local"}
+    monkeypatch.setattr("sys.argv", ["planted.py", "out", "--earlier", "--families", "discriminants"])
+    assert {run.recipe for run in planted.runs(planted.arguments())} == set(planted.EARLIER)
+
+
+def agreement() -> dict[str, Any]:
+    features = {"all": share(2, 4), "1e-1": share(2, 4)}
+    observed = {"features": features, "features_in_span": share(3, 4), "energy_in_span": 0.9}
+    chance = {"features": {"all": share(0, 4)}, "features_in_span": share(1, 4), "energy_in_span": 0.3}
+    return {"alive": [4, 4], "tokens": 100, "seeds": [{"observed": observed, "chance": chance}] * 2}
+
+
+def test_every_table_of_the_page_is_made_of_the_blocks(runs: Path, tmp_path: Path) -> None:
+    text = "".join(f"before\n<!-- table {name} -->\nold\n<!-- end -->\n" for name in tables.TABLES)
+    assert tables.filled(text, tmp_path).count(tables.NOT_MEASURED) == len(tables.TABLES)
+    record("planted", planted.block(runs, "local"), folder=tmp_path)
+    ran = {"kl_share": 0.004, "l0": 4.0, "seconds": {"wall": 60.0, "cpu": 50.0}, "commit": "abc"}
+    figures = organism.summary([ran, {**ran, "kl_share": 0.006}], agreement())
+    record("organism", {"recipes": {"local": {"128": figures}}}, folder=tmp_path)
+    page = tables.filled(text, tmp_path)
+    assert tables.NOT_MEASURED not in page and "old" not in page and page.count("before") == len(tables.TABLES)
+    assert "| 1e-3 | 700 to 900 | 100 to 120 | 4 of 8 | 50% (25% to 75%) |" in page
+    assert "| local stage | 128 | 0.50% (0.40% to 0.60%) | 4.00 | 4 | 50%; 0% | 75%; 25% | 90%; 30% |" in page
+    assert "| edited gated neurons |" in page and tables.filled(page, tmp_path) == page
+    assert organism.rows({"local": {"128": figures}})[-1].count("|") == organism.rows({})[0].count("|")
+
+
+def test_the_page_shows_what_is_recorded() -> None:
+    text = tables.PAGE.read_text(encoding="utf-8")
+    assert set(tables.TABLES) == {name for _, name, _ in tables.TABLE.findall(text)}
+    assert tables.filled(text, FOLDER) == text, "run `make tables`"
