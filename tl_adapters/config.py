@@ -72,11 +72,20 @@ def _require_date(text: str) -> str:
     return text
 
 
+def _require_stages(stages: tuple[str, ...]) -> tuple[str, ...]:
+    if stages not in STAGE_ORDERS:
+        raise ValueError("give [local], [end_to_end] or [local, end_to_end]")
+    return stages
+
+
 def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
     """The value itself, which is checked: a whole number given for a number stays one."""
     check(value)
     return value
 
+
+STAGE_ORDERS = (("local",), ("end_to_end",), ("local", "end_to_end"))
+"""The stages of training that a run can have, each in its order."""
 
 # The values that options take; pydantic checks the bounds, errors and the JSON schema name them.
 Count = Annotated[int, Field(ge=1)]
@@ -93,7 +102,8 @@ Date = Annotated[str, AfterValidator(_require_date), Field(json_schema_extra={"f
 
 @_checked
 class LossWeights:
-    """Weights of the four reconstruction terms (arXiv 2602.20904, section 3.2), and the lowest cut of the bridges."""
+    """Weights of the four reconstruction terms (arXiv 2602.20904, section 3.2), the lowest cut of the bridges, and the
+    weight of the local term."""
 
     output_kl: Weight = 1.0
     """Weight of KL(target || replacement)."""
@@ -103,6 +113,12 @@ class LossWeights:
     """Weight of KL(target || target below the cut, replacement above it)."""
     nmse: Weight = 1.0
     """Weight of the NMSE of the residual stream."""
+    local: Weight = 0.0
+    """Weight of the local term, summed over layers: the squared error of the adapter's output for what the MLP reads in
+    the target, over the energy of the difference of the two MLPs. 0 leaves it out; the paper has no such term."""
+    local_l1: Weight = 0.05
+    """Weight of the sparsity term inside the local term (L1 in units of the difference's root mean square for relu, L0
+    for jumprelu)."""
     lowest_cut: Literal[0, 1] = 1
     """The cut is drawn uniformly from lowest_cut..n_layers: 1 in the paper, 0 in its public code."""
 
@@ -127,6 +143,7 @@ BackendName = Literal["hooked", "bridge"]
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 ActivationName = Literal["relu", "jumprelu", "topk", "batchtopk"]
 Penalty = Literal["l1", "tanh", "log"]
+StageName = Literal["local", "end_to_end"]
 
 
 @_checked
@@ -190,10 +207,17 @@ class LocalConfig:
     steps: Count = 600
     """Number of optimizer steps of every layer."""
     tokens_per_step: Count = 2048
-    """Number of tokens of a step, drawn at random from the collected ones."""
+    """Number of tokens of a step, drawn at random from those in memory."""
     max_tokens: Count = 400_000
-    """Maximal number of tokens that are collected. Of every token and layer, the MLP's input and the difference are in
-    memory: 8 * d_model bytes in float32."""
+    """Maximal number of tokens in memory. Of every token and layer, the MLP's input and the difference are kept:
+    8 * d_model bytes in float32, 4 * d_model in bfloat16."""
+    streaming: bool = False
+    """Whether the oldest tokens are replaced at every step by as many new ones as the step draws, for documents that
+    hold more than max_tokens; otherwise the tokens that are collected first are all that the stage trains on."""
+    workers: Count | None = None
+    """Number of layers that are trained at the same time: on the CPU each in a thread of its own, on accelerators each
+    on one of as many devices. null is the number of cores on the CPU, and the model's own device elsewhere. It changes
+    no result."""
     lr: Positive = 0.015
     """Peak learning rate of Adam, in whitened coordinates and units of the difference's root mean square."""
     warmup_fraction: Share = 0.05
@@ -222,8 +246,15 @@ class TrainingConfig:
 
     n_features: Count = 512
     """Features per layer (8,192 in the paper, at d_model 3,584)."""
+    stages: Annotated[tuple[StageName, ...], Field(strict=False), AfterValidator(_require_stages)] = ("end_to_end",)
+    """Stages of training, in this order: "local" (every layer's adapter is regressed on the difference of its two MLPs;
+    section local) and "end_to_end" (the paper's objective, with the options of this section, from where the local stage
+    ended if there was one). Each can be left out."""
+    local: LocalConfig = field(default_factory=LocalConfig)
+    """The local stage. It also reads n_features, beta1, beta2, activation, k, bandwidth, count, seed and
+    tokens_per_batch of this section."""
     steps: Count = 700
-    """Number of optimizer steps."""
+    """Number of optimizer steps of the end-to-end stage."""
     tokens_per_batch: Count = 1024
     """Maximal number of tokens per step, padding included; documents of similar length are batched together."""
     lr: Positive = 0.012
@@ -263,11 +294,12 @@ class TrainingConfig:
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0
     """Seed of the encoders' initial weights, the order of the documents and the cuts."""
     checkpoint_every: Count = 500
-    """Steps between saved training states; a run that is stopped or killed resumes from the last one, bit for bit."""
+    """Steps, counted over all stages, between saved training states; a run that is stopped or killed resumes from the
+    last one, bit for bit."""
     keep_checkpoints: Count = 2
     """Number of saved training states that are kept on disk."""
     log_every: Count = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl, and of local_metrics.jsonl in the local stage."""
     validate_every: Count = 500
     """Steps between measurements on the held-out documents, if there are any (lines of validation.jsonl)."""
     tracker: TrackerName = "none"
@@ -380,8 +412,7 @@ def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
 
     Args:
         config: the configuration.
-        options: option -> value, as a file has them. An option is named by its dotted path, such as "training.lr", or
-            by the end of that path where no other ends alike, such as "lr".
+        options: option -> value, as a file has them. An option is named as `option_path` reads it.
 
     Raises ConfigError for an unknown option, with the nearest known one, and for a value that is not allowed.
     """
@@ -398,9 +429,15 @@ def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
 
 
 def option_path(name: str) -> str:
-    """The dotted path of an option, given that path or its end, such as lr for training.lr. Raises ConfigError."""
+    """The dotted path of an option, given that path or its end. Raises ConfigError.
+
+    Of several paths with this end, the one with the fewest parts is meant: lr is training.lr, and local.lr is
+    training.local.lr.
+    """
     known = known_keys(RunConfig)
-    found = [name] if name in known else [path for path in known if path.endswith(f".{name}")]
+    ending = [path for path in known if path == name or path.endswith(f".{name}")]
+    depth = min((path.count(".") for path in ending), default=0)
+    found = [path for path in ending if path.count(".") == depth]
     if len(found) == 1:
         return found[0]
     if found:

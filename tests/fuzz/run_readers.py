@@ -14,16 +14,16 @@ from helpers.random_models import random_model
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import DataConfig, RunConfig, TrainingConfig
+from tl_adapters.data.batching import OrderPosition
 from tl_adapters.data.sources import open_reader
 from tl_adapters.evaluation.tasks import load_problems
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.sweep import SWEEP_FILE, SWEEP_SCHEMA_VERSION, _read
+from tl_adapters.training.adapter_adam import AdapterAdam
 from tl_adapters.training.run_folder import METRICS_FILE, VALIDATION_FILE, MetricsLine, RunFolder
 from tl_adapters.training.training_state import (
-    OrderPosition,
     TrainingCounters,
     TrainingState,
-    moments_by_name,
     state_folder,
 )
 from tl_adapters.utils.reading import read_record_lines
@@ -61,14 +61,12 @@ def _adapters() -> AdapterSet:
 def _run(folder: Path) -> None:
     RunFolder.create(folder, CONFIG, {"data": "1f", "target": "2e"}).release()
     adapters = _adapters()
-    optimizer = torch.optim.Adam(adapters.parameters())
+    adam = AdapterAdam(adapters, CONFIG.training)
     for parameter in adapters.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    adam.step(1e-3, None, 1.0)
     order = OrderPosition(epoch=0, window=1, first_step=2, source={"state": {"a": [1]}, "row": 3})
-    state = TrainingState(
-        adapters, moments_by_name(optimizer), TrainingCounters(step=2, tokens=7, seconds=0.5, order=order)
-    )
+    state = TrainingState(adapters, adam.tensors(), TrainingCounters(step=2, tokens=7, seconds=0.5, order=order))
     path = folder / "checkpoints" / state_folder(2)
     path.mkdir(parents=True)
     state.save(path)

@@ -14,7 +14,9 @@ from tl_adapters.training.kl_divergence import kl_from_residual, masked_kl
 from tl_adapters.training.loss_terms import l0_term, l1_term, nmse_term
 from tl_adapters.training.objective import StepTerms, held_out_terms, reference_step, shared_prefix_step
 
-WEIGHTS = LossWeights(output_kl=0.7, forward_bridge=1.3, backward_bridge=1.9, nmse=0.4, lowest_cut=0)
+WEIGHTS = LossWeights(
+    output_kl=0.7, forward_bridge=1.3, backward_bridge=1.9, nmse=0.4, local=0.6, local_l1=0.3, lowest_cut=0
+)
 
 
 def gradients(pair: PairedModel) -> dict[str, torch.Tensor]:
@@ -24,7 +26,7 @@ def gradients(pair: PairedModel) -> dict[str, torch.Tensor]:
     return found
 
 
-TERMS = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity", "total")
+TERMS = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity", "local", "total")
 OTHERS = [name for name in ACTIVATION_OPTIONS if name != "relu"]
 
 
@@ -64,7 +66,45 @@ def test_the_total_is_the_weighted_sum_of_the_terms(activation: str, batch: Batc
     t: StepTerms = shared_prefix_step(make(activation), batch, 2, WEIGHTS, 0.05)
     assert bool(t.sparsity > 0) is (activation in ("relu", "jumprelu"))
     expected = 0.7 * t.output_kl + 1.3 * t.forward_bridge + 1.9 * t.backward_bridge + 0.4 * t.nmse + 0.05 * t.sparsity
-    assert abs(t.total - expected) < 1e-12
+    assert t.local is not None and t.local > 0
+    assert abs(t.total - expected - 0.6 * t.local) < 1e-12
+
+
+def test_the_local_term_is_the_error_of_the_difference_at_the_targets_own_inputs(
+    pair: PairedModel, batch: Batch
+) -> None:
+    """Computed token by token, from the inputs that the target's MLPs record."""
+    terms = shared_prefix_step(pair, batch, 2, LossWeights(local=0.5, local_l1=0.25), 0.0)
+    with torch.no_grad(), pair.routed("target"), pair.recorded("mlp.hook_in") as inputs:
+        pair.residual_streams(batch.tokens)
+    expected = 0.0
+    for layer, mlp in enumerate(pair.mlps):
+        adapter, x = pair.installed_adapters()[layer], inputs[layer][batch.counted]
+        d, acts = mlp.difference(x), adapter.encode(mlp.adapter_input(x)).detach()
+        energy = float(d.square().sum(1).mean())
+        missed = float((adapter.decode(acts) - d).detach().square().sum(1).mean())
+        l1 = float((acts * row_norms(adapter.W_dec)).detach().sum(1).mean())
+        expected += missed / energy + 0.25 * l1 / energy**0.5
+    assert terms.local is not None
+    assert abs(float(terms.local) - expected) < 1e-6 * expected
+    without = shared_prefix_step(pair, batch, 2, LossWeights(), 0.0)
+    assert without.local is None and "local" not in without.by_name()
+    assert abs(terms.total - without.total - 0.5 * terms.local) < 1e-10
+
+
+@pytest.mark.parametrize("step", [reference_step, shared_prefix_step])
+def test_the_local_term_of_a_layer_whose_mlps_are_equal_is_0(batch: Batch, step: Callable[..., StepTerms]) -> None:
+    base, target = random_model(1), random_model(2)
+    target.model.layers[1].mlp.load_state_dict(base.model.layers[1].mlp.state_dict())
+    with torch.no_grad():
+        target.model.layers[1].post_attention_layernorm.weight.copy_(
+            base.model.layers[1].post_attention_layernorm.weight
+        )
+    pair = randomise(PairedModel.from_pretrained(base, target))
+    step(pair, batch, 2, LossWeights(0, 0, 0, 0, local=1.0), 0.0)
+    for layer, adapter in enumerate(pair.installed_adapters()):
+        assert bool(adapter.W_dec.grad.isfinite().all())
+        assert bool(adapter.W_dec.grad.any()) is (layer != 1)
 
 
 def test_the_bridges_of_the_lowest_and_highest_cut_are_pure_models(pair: PairedModel, batch: Batch) -> None:

@@ -120,7 +120,7 @@ def test_a_state_of_other_adapters_is_refused(run: tuple[RunFolder, AdapterSet])
     folder, like = run
     pair = PairedModel.from_pretrained(random_model(1, torch.float32), random_model(2, torch.float32))
     with pytest.raises(UnreadableFileError, match=r"0\.exp_avg is .* of shape .*8\); allowed are .*9\)"):
-        TrainingState.load(folder.training_states[-1], pair.new_adapters(9))
+        TrainingState.load(folder.training_states[-1], pair.new_adapters(9), CONFIG)
     assert len(folder.training_states) == 2
 
 

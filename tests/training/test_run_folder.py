@@ -27,6 +27,7 @@ from tl_adapters.data.sources import PairRecords, ShuffledReader
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import reasoning_pairs
 from tl_adapters.organism.recipe import build_tokenizer
+from tl_adapters.training.end_to_end_stage import EndToEndStage
 from tl_adapters.training.objective import StepTerms
 from tl_adapters.training.run_folder import RunFolderError
 from tl_adapters.training.trainer import Trainer, TrainingError, TrainingInterrupted
@@ -227,18 +228,18 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 def test_the_command_line_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, step = tmp_path / "c.yaml", Trainer._one_step
+    config, step = tmp_path / "c.yaml", EndToEndStage.advance
     config.write_text("training: {steps: 4, n_features: 8, tokens_per_batch: 200, log_every: 1}\n")
 
-    def interrupted(self: Trainer, want_l0: bool) -> StepTerms:
+    def interrupted(self: EndToEndStage, want_l0: bool) -> StepTerms:
         if self.step == 1:
             signal.raise_signal(signal.SIGTERM)  # what a cluster sends before it takes the machine
         return step(self, want_l0)
 
-    monkeypatch.setattr(Trainer, "_one_step", interrupted)
+    monkeypatch.setattr(EndToEndStage, "advance", interrupted)
     assert main(["train", "--config", str(config), "--out", str(tmp_path / "run"), "--quiet"]) == 130
     assert f"tl-adapters train --resume {tmp_path / 'run'}" in capsys.readouterr().err
-    monkeypatch.setattr(Trainer, "_one_step", step)
+    monkeypatch.setattr(EndToEndStage, "advance", step)
     assert main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from pydantic import NonNegativeInt
 
 from tl_adapters.config import REGIONS, Region
 from tl_adapters.data.sources import ReaderPosition
 from tl_adapters.data.traces import Batch, DataError, Trace, collate, rows_by_length
+from tl_adapters.utils.reading import Record
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,16 @@ class TracesInMemory:
     def windows(self, epoch: int, position: ReaderPosition) -> Iterator[tuple[ReaderPosition, list[Trace]]]:
         """Like `TraceSource.windows`."""
         yield None, self._traces
+
+
+class OrderPosition(Record):
+    """The beginning of the current window of documents (`BatchOrder.position`), as files keep it."""
+
+    epoch: NonNegativeInt
+    window: NonNegativeInt
+    first_step: NonNegativeInt
+    source: NonNegativeInt | dict[str, Any] | None
+    """Position of the reader; its form is the reader's."""
 
 
 class BatchOrder:

@@ -8,8 +8,9 @@
 * `regression_data`: inputs and wanted outputs of every layer: the difference of a pair's MLPs, or a model's own MLP
 * `schedules`: learning rate and weight of the sparsity term, of this stage and the end-to-end one, by step
 * `signal_to_noise`: how large the difference of the two MLPs is beside their rounding errors
-* `token_buffer`: the tokens that the stage trains on
-* `train_local`: the local stage of all layers
+* `stage`: the local stage of all layers, which are trained side by side
+* `token_buffer`: the tokens that the stage trains on, and the batches that they are read from
+* `train_local`: the local stage alone, in memory
 * `transcoders`: transcoders of a model's own MLPs, and how much of the MLPs' output they explain
-* `whitening`: mean and covariance of a layer's inputs, and the coordinates in which it is the identity
+* `whitening`: mean and covariance of a layer's inputs, and the coordinates in which a layer is trained
 """

@@ -1,10 +1,14 @@
-"""The local stage of one layer: steps, revisions of its features, and the removal of useless ones."""
+"""The local stage of one layer: steps, revisions of its features, and the removal of useless ones.
+
+Every draw comes from a generator whose seed is made of its purpose and step. So the layer depends on nothing but its
+tokens and options, not on other layers, and it goes on from a saved state as if it had never stopped.
+"""
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,11 +17,13 @@ from tl_adapters.config import LocalConfig, TrainingConfig
 from tl_adapters.local_stage.feature_revision import give_birth, merge_split_features, remove_useless_features
 from tl_adapters.local_stage.local_layer import LocalLayer, LocalTerms
 from tl_adapters.local_stage.token_buffer import TokenBuffer
-from tl_adapters.local_stage.whitening import RunningCovariance, Whitening
+from tl_adapters.local_stage.whitening import LayerCoordinates, RunningCovariance, Whitening
 from tl_adapters.utils.precision import wide
 
 REVISION_TOKENS = 400_000
 """Most tokens by which features are revised."""
+ALIVE_STEPS = 100
+"""A feature is alive if it was active on some token of the last steps, of which this is the number."""
 
 log = logging.getLogger(__name__)
 
@@ -27,36 +33,57 @@ class LayerRun:
 
     Args:
         index: number of the layer.
-        buffer: the tokens of all layers.
+        buffer: the tokens of all layers; its tokens so far decide the coordinates of a new run.
         config: options of training.
         local: options of the local stage.
+        state: an earlier `state`, from which the run goes on; None starts a new one.
     """
 
-    def __init__(self, index: int, buffer: TokenBuffer, config: TrainingConfig, local: LocalConfig) -> None:
+    def __init__(
+        self,
+        index: int,
+        buffer: TokenBuffer,
+        config: TrainingConfig,
+        local: LocalConfig,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.index, self.buffer, self.local, self._seed = index, buffer, local, config.seed
-        x, d = buffer.x[index][: len(buffer)], buffer.d[index][: len(buffer)]
+        device = buffer.x[index].device
+        coordinates = self._measured() if state is None else LayerCoordinates.of_tensors(state, device)
+        self.layer = LocalLayer(
+            coordinates.whitening, coordinates.size, config, local, self._generator("weights"), device
+        )
+        self.terms: LocalTerms | None = None
+        self.inactive_steps = torch.zeros(config.n_features, device=device)
+        """Number of steps since each feature was active."""
+        if state is not None:
+            self.layer.restore(state)
+            self.inactive_steps.copy_(state["inactive_steps"])
+
+    def _measured(self) -> LayerCoordinates:
+        """Coordinates by the tokens in the buffer."""
+        x, d = (part[self.index][: len(self.buffer)] for part in (self.buffer.x, self.buffer.d))
         inputs = RunningCovariance(x.shape[1])
         inputs.add(x)
-        self.size = float(wide(d).square().sum(1).mean().sqrt())
-        whitening = Whitening.of(inputs, local.shrinkage)
-        self.layer = LocalLayer(whitening, self.size, config, local, self._generator("weights"), x.device)
-        self.terms: LocalTerms | None = None
+        size = float(wide(d).square().sum(1).mean().sqrt())
+        return LayerCoordinates(Whitening.of(inputs, self.local.shrinkage), size)
 
-    def train(self, on_step: Callable[[], object]) -> LayerRun:
-        """Train to the last step and remove useless features. A layer without a difference stays as it is."""
-        if self.size == 0:
-            return self
+    @property
+    def alive(self) -> int:
+        """Number of features that were active on some token of the last `ALIVE_STEPS` steps."""
+        return int((self.inactive_steps < ALIVE_STEPS).sum())
+
+    def advance(self, steps: range) -> None:
+        """Train for some steps, given by their numbers from 0. A layer without a difference stays as it is."""
+        if self.layer.size == 0:
+            return
         revisions = [round(share * self.local.steps) for share in self.local.revisions]
-        for index in range(self.local.steps):
+        for index in steps:
             x, d = self.buffer.draw(self.index, self.local.tokens_per_step, self._generator("step", index))
             self.terms = self.layer.step(*self.layer.coordinates(x, d), index)
+            self.inactive_steps = torch.where(self.terms.active, 0.0, self.inactive_steps + 1)
             if index + 1 in revisions:
                 self.revise(index + 1, births=index + 1 < max(revisions))
-            on_step()
-        x, d = self._sample("removal")
-        removed = remove_useless_features(self.layer, x, d, self.local.smallest_gain)
-        log.debug("layer %d: %d features removed", self.index, removed)
-        return self
 
     def revise(self, step: int, births: bool) -> None:
         """Merge split features, then give birth to missing ones."""
@@ -65,6 +92,18 @@ class LayerRun:
         merged = merge_split_features(self.layer, x, generator)
         born = give_birth(self.layer, x, d, generator) if births else 0
         log.debug("layer %d, step %d: %d features merged, %d born", self.index, step, merged, born)
+
+    def finish(self) -> None:
+        """Remove useless features; after the last step."""
+        if self.layer.size == 0:
+            return
+        x, d = self._sample("removal")
+        removed = remove_useless_features(self.layer, x, d, self.local.smallest_gain)
+        log.debug("layer %d: %d features removed", self.index, removed)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a run goes on from, by name."""
+        return {**self.layer.state(), **self.layer.coordinates.tensors(), "inactive_steps": self.inactive_steps}
 
     def _sample(self, *purpose: object) -> tuple[Tensor, Tensor]:
         """Tokens by which features are revised, in the coordinates of the layer."""

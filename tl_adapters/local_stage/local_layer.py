@@ -22,7 +22,7 @@ from tl_adapters.adapters.transcoder import TranscoderAdapter, unit_rows
 from tl_adapters.config import LocalConfig, Penalty, TrainingConfig
 from tl_adapters.local_stage.encoder_fit import Encoder
 from tl_adapters.local_stage.schedules import linear_warmup, warmup_cosine
-from tl_adapters.local_stage.whitening import Whitening
+from tl_adapters.local_stage.whitening import LayerCoordinates, Whitening
 
 TANH_SCALE, LOG_SCALE = 3.0, 0.1
 """Scales of the penalties tanh and log, in units of the root mean square of the difference."""
@@ -39,6 +39,8 @@ class LocalTerms(NamedTuple):
     """Sparsity penalty per token, before its weight."""
     l0: Tensor
     """Active features per token."""
+    active: Tensor
+    """Which features are active on some token of the step, [n_features]."""
 
 
 def penalty(size: Float[Tensor, "n n_features"], kind: Penalty) -> Float[Tensor, "n n_features"]:
@@ -74,7 +76,8 @@ class LocalLayer:
         generator: torch.Generator,
         device: torch.device,
     ) -> None:
-        self.whitening, self.size, self.local, self.device = whitening.to(device), size, local, device
+        self.coordinates = LayerCoordinates(whitening.to(device), size)
+        self.local, self.device = local, device
         d_model = len(whitening.mean)
         takes_k = config.activation in ("topk", "batchtopk")
         self.adapter = TranscoderAdapter(
@@ -91,10 +94,14 @@ class LocalLayer:
         self.optimizer = torch.optim.Adam(
             self.adapter.parameters(), lr=local.lr, betas=(config.beta1, config.beta2), fused=True
         )
+        for parameter in self.adapter.parameters():  # as Adam begins; here already, so that every state has all names
+            zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.zeros((), device=device), **zeros}
 
-    def coordinates(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and differences in the coordinates of this layer: whitened, and in units of the root mean square."""
-        return self.whitening(x.to(self.device).float()), d.to(self.device).float() / self.size
+    @property
+    def size(self) -> float:
+        """Root mean square of the difference's length."""
+        return self.coordinates.size
 
     def step(self, x: Float[Tensor, "n d_model"], d: Float[Tensor, "n d_model"], index: int) -> LocalTerms:
         """One optimizer step on tokens in this layer's coordinates.
@@ -128,8 +135,9 @@ class LocalLayer:
             sparsity = step(pre, adapter.threshold, adapter.bandwidth).sum(1).mean()
         else:
             sparsity = torch.zeros_like(error)
-        l0 = (acts.detach() > 0).sum(1).float().mean()
-        return LocalTerms(error.detach(), sparsity.detach(), l0), error + weight * sparsity, acts.detach()
+        active = acts.detach() > 0
+        terms = LocalTerms(error.detach(), sparsity.detach(), active.sum(1).float().mean(), active.any(0))
+        return terms, error + weight * sparsity, acts.detach()
 
     # -- single features ----------------------------------------------------------------------------------------------
 
@@ -158,22 +166,25 @@ class LocalLayer:
     @torch.no_grad()
     def write_to(self, adapter: TranscoderAdapter) -> None:
         """Copy the weights to an adapter that reads inputs as they are; its output is that of this one times size."""
-        W_enc, b_enc = self.whitening.encoder(self.adapter.W_enc, self.adapter.b_enc)
-        adapter.W_enc.copy_(W_enc)
-        adapter.b_enc.copy_(b_enc)
-        adapter.W_dec.copy_(self.adapter.W_dec * self.size)
-        adapter.b_dec.copy_(self.adapter.b_dec * self.size)
-        if hasattr(self.adapter, "threshold"):
-            adapter.threshold.copy_(self.adapter.threshold)
+        self.coordinates.write(self.adapter, adapter)
 
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """Weights and moments by name, from which `restore` continues bit for bit."""
-        moments = {
+        return {**self.adapter.state_dict(), **self._moments()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights and moments of an earlier `state` in the same coordinates."""
+        self.adapter.load_state_dict({name: state[name] for name in self.adapter.state_dict()})
+        for name, value in self._moments().items():
+            value.copy_(state[name])
+
+    def _moments(self) -> dict[str, Tensor]:
+        return {
             f"{name}.{key}": value
             for name, parameter in self.adapter.named_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
-        return {**self.adapter.state_dict(), **moments}
 
 
 @contextmanager

@@ -35,6 +35,8 @@ class RegressionData(Protocol):
     """Number of layers of the model."""
     d_model: int
     """Width of inputs and outputs."""
+    d_vocab: int
+    """Number of token ids that the model embeds."""
     dtype: torch.dtype
     """Dtype of the model."""
     device: torch.device
@@ -50,7 +52,8 @@ class MLPDifferences:
 
     def __init__(self, pair: PairedModel) -> None:
         self.pair, self.n_layers, self.device = pair, pair.n_layers, pair.device
-        self.d_model, self.dtype = pair.model.cfg.d_model, pair.model.cfg.dtype
+        cfg = pair.model.cfg
+        self.d_model, self.d_vocab, self.dtype = cfg.d_model, cfg.d_vocab, cfg.dtype
 
     @torch.no_grad()
     def read(self, batch: Batch) -> Iterator[tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]]:
@@ -78,7 +81,7 @@ class MLPOutputs:
 
     def __init__(self, model: Any) -> None:
         self.model, self.n_layers, self.d_model = model, model.cfg.n_layers, model.cfg.d_model
-        self.dtype, self.device = model.cfg.dtype, next(model.parameters()).device
+        self.d_vocab, self.dtype, self.device = model.cfg.d_vocab, model.cfg.dtype, next(model.parameters()).device
         for hook in (INPUT_HOOKS[READS].format(0), OUTPUT_HOOKS[WRITES].format(0)):
             if hook not in model.hook_dict:
                 raise HookMissingError(

@@ -21,9 +21,10 @@ from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.config import REGIONS, LocalConfig, Region, TrainingConfig
+from tl_adapters.data.batching import TracesInMemory
 from tl_adapters.data.traces import DataError, Trace, batches_by_length, readable_traces
 from tl_adapters.local_stage.regression_data import READS, WRITES, MLPOutputs
-from tl_adapters.local_stage.train_local import batches, collect, train_layers
+from tl_adapters.local_stage.train_local import train_layers
 from tl_adapters.utils.precision import host_float64, wide
 
 
@@ -33,7 +34,6 @@ def train_transcoders(
     config: TrainingConfig | None = None,
     local: LocalConfig | None = None,
     *,
-    threads: int = 1,
     progress: bool = True,
 ) -> AdapterSet:
     """Train a transcoder for the MLP of every layer of ``model`` by the local stage, and return them.
@@ -43,8 +43,7 @@ def train_transcoders(
             route that is set: within ``pair.routed("hybrid")`` the base's MLPs are explained, in the target's stream.
         traces: the training documents.
         config: width, activation function, counted regions, seed and batches; None is the default ones.
-        local: options of the local stage; None is the default ones.
-        threads: number of layers that are trained at the same time.
+        local: options of the local stage; None is those of ``config``.
         progress: show a progress bar.
 
     Returns:
@@ -55,14 +54,14 @@ def train_transcoders(
         DataError: there is no document to train on, or one that the model cannot read.
         HookMissingError: the model has no norm before its MLPs.
     """
-    config, local, data = config or TrainingConfig(), local or LocalConfig(), MLPOutputs(model)
-    buffer = collect(data, batches(readable_traces(traces, model.cfg), config), local.max_tokens)
+    config, data = config or TrainingConfig(), MLPOutputs(model)
+    source = TracesInMemory(readable_traces(traces, model.cfg), config.count)
     k = config.k if config.activation in ("topk", "batchtopk") else None
     options: dict[str, Any] = {"activation": config.activation, "k": k, "bandwidth": config.bandwidth}
     layers = [
         TranscoderAdapter(data.d_model, config.n_features, device=data.device, **options) for _ in range(data.n_layers)
     ]
-    train_layers(buffer, layers, config, local, threads=threads, progress=progress)
+    train_layers(data, source, layers, config, local, progress)
     metadata = AdapterMetadata(
         target=str(getattr(model.cfg, "model_name", "") or ""),
         reads=READS,

@@ -6,10 +6,18 @@ replacement, r* that of the target, f the activations of the features and T the 
     NMSE of one layer       sum_T ||r - r*||^2 / sum_T ||r*||^2
     L1 of one layer         mean_T sum_f f ||W_dec[f]||
     L0 of one layer         mean_T sum_f [f > 0]
+
+The local term reads d, the difference of the two MLPs' outputs where both read what the target's MLP reads, and the
+adapter's output there. It is no part of the paper's objective:
+
+    local term of one layer     sum_T ||T(x) - d||^2 / sum_T ||d||^2 + weight * sparsity
+
+where sparsity is the L1 over the root of mean_T ||d||^2 for relu, and the L0 for jumprelu.
 """
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -62,6 +70,32 @@ def l0_term(active: Float[Tensor, "batch pos n_features"], mask: Bool[Tensor, "b
         mask: the tokens that count.
     """
     return _mean_over(active.sum(-1), mask)
+
+
+def local_term(
+    output: Float[Tensor, "batch pos d_model"],
+    difference: Float[Tensor, "batch pos d_model"],
+    sparsity: Float[Tensor, ""],
+    mask: Bool[Tensor, "batch pos"],
+    sparsity_weight: float,
+    in_units_of_difference: bool,
+) -> Float[Tensor, ""]:
+    """The local term of one layer; 0 where the two MLPs do not differ on any token that counts.
+
+    Args:
+        output: T(x), the adapter's output.
+        difference: MLP_target(x) - MLP_base(x).
+        sparsity: `l1_term` or `l0_term` of the adapter's activations.
+        mask: the tokens that count.
+        sparsity_weight: weight of the sparsity.
+        in_units_of_difference: divide the sparsity by the root mean square of the difference's length, as an L1 needs.
+    """
+    energy = _mean_over(difference.square().sum(-1), mask)
+    differs = energy > 0
+    energy = torch.where(differs, energy, 1.0)
+    error = _mean_over((output - difference).square().sum(-1), mask) / energy
+    in_units = sparsity / energy.sqrt() if in_units_of_difference else sparsity
+    return torch.where(differs, error + sparsity_weight * in_units, 0.0)
 
 
 def _mean_over(per_token: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ A cut k is drawn for each step, and all models read the same tokens. The terms o
 3. backward bridge   KL(target || target on layers 0..k-1, replacement on k..L-1)
 4. NMSE              of the replacement's residual stream, at the embedding and after every layer
 5. sparsity          of the replacement's activations: L1 in decoder-norm units for relu, L0 for jumprelu, else none
+6. local             if `LossWeights.local` is above 0: at every layer, how much T(x) misses of MLP_target(x) -
+                     MLP_base(x) at the target's own x, and the sparsity there (`loss_terms.local_term`)
 
 Adapters train on the real tokens of the batch (`AdapterSet.training_on`) and evaluate on held-out documents.
 
@@ -20,7 +22,7 @@ as its loss is known, so that only one pass's graph is in memory. Values and gra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.models.finite_activations import by_layer_name, require_finite_activations
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel
 from tl_adapters.training.kl_divergence import kl_from_residual, masked_kl, token_kl_from_residual
-from tl_adapters.training.loss_terms import l0_term, l1_term, nmse_term
+from tl_adapters.training.loss_terms import l0_term, l1_term, local_term, nmse_term
 from tl_adapters.utils.precision import host_float64, wide
 
 
@@ -55,6 +57,8 @@ class StepTerms:
     """Term 4: mean over the residual stream at the embedding and after each of the n_layers layers."""
     sparsity: Tensor
     """Term 5, summed over layers: in decoder-norm units (relu), number of active features (jumprelu), or 0."""
+    local: Tensor | None
+    """Term 6, summed over layers; None where its weight is 0."""
     total: Tensor
     """The loss that is optimized: the sum of the terms times their weights."""
     l0: list[float] | None = None
@@ -62,8 +66,13 @@ class StepTerms:
     smallest_active: list[Tensor] | None = None
     """Smallest activation that batchtopk let through at each layer; None for other activation functions."""
 
+    def by_name(self) -> dict[str, Tensor]:
+        """The terms that were computed."""
+        terms = {name: getattr(self, name) for name in TERM_NAMES}
+        return {name: term for name, term in terms.items() if term is not None}
 
-TERM_NAMES = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity")
+
+TERM_NAMES = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity", "local")
 
 
 class PrecisionError(UserError, ValueError):
@@ -89,7 +98,7 @@ def reference_step(
         pair: base and target, with adapters.
         batch: the documents, on the models' device.
         cut: the layer k at which the bridges change models, 0 to n_layers.
-        weights: weights of terms 1 to 4.
+        weights: weights of terms 1 to 4 and 6.
         sparsity_weight: weight of term 5.
 
     Raises:
@@ -123,11 +132,18 @@ def _reference_terms(
         sparsity = torch.stack([_sparsity(adapters[i], pre.get(i), acts[i], batch.counted) for i in range(n)]).sum()
         smallest = _smallest_active(adapters, acts, batch)
     total = weighted(output_kl, forward_bridge, backward_bridge, nmse, sparsity)
+    local = None
+    if weights.local:
+        with pair.recorded("mlp.hook_in") as inputs:
+            streams("target")
+        local = torch.stack([_local_term(pair, i, inputs[i], batch, weights) for i in range(n)]).sum()
+        total = total + weights.local * local
     total.backward()
     output_kl, forward_bridge, backward_bridge, nmse, sparsity, total = (
         t.detach() for t in (output_kl, forward_bridge, backward_bridge, nmse, sparsity, total)
     )
-    return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, sparsity, total, smallest_active=smallest)
+    local = None if local is None else local.detach()
+    return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, sparsity, local, total, smallest_active=smallest)
 
 
 def shared_prefix_step(
@@ -150,8 +166,8 @@ def _shared_prefix_terms(
 ) -> StepTerms:
     n, adapters, weighted = pair.n_layers, pair.installed_adapters(), _weighted_sum(weights, sparsity_weight)
     counted, predicting = batch.counted, batch.predicting
-    with torch.no_grad(), pair.routed("target"):
-        target = pair.residual_streams(batch.tokens)
+    target, inputs = _target_streams(pair, batch, with_inputs=weights.local > 0)
+    local = _local_step(pair, inputs, batch, weights) if weights.local else None
 
     def kl(resid: Tensor) -> Tensor:
         return kl_from_residual(target[-1], resid, predicting, pair.unembed, pair.rows_at_once)
@@ -198,8 +214,41 @@ def _shared_prefix_terms(
     nmse, sparsity = (nmse_below + nmse_above).detach(), (sparsity_below + sparsity_above).detach()
     output_kl, forward_bridge, backward_bridge = (t.detach() for t in (output_kl, forward_bridge, backward_bridge))
     total = weighted(output_kl, forward_bridge, backward_bridge, nmse, sparsity)
+    total = total if local is None else total + weights.local * local
     by_layer = torch.stack([l0_by_layer[layer] for layer in range(n)]).tolist() if want_l0 else None
-    return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, sparsity, total, by_layer, smallest)
+    return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, sparsity, local, total, by_layer, smallest)
+
+
+@torch.no_grad()
+def _target_streams(pair: PairedModel, batch: Batch, with_inputs: bool) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """The target's residual streams, and layer -> what its MLP reads, if that is wanted."""
+    with pair.routed("target"), ExitStack() as recording:
+        inputs = recording.enter_context(pair.recorded("mlp.hook_in")) if with_inputs else {}
+        return pair.residual_streams(batch.tokens), inputs
+
+
+def _local_step(pair: PairedModel, inputs: dict[int, Tensor], batch: Batch, weights: LossWeights) -> Tensor:
+    """Term 6 with one layer's graph in memory at a time; adds its gradients."""
+    terms: list[Tensor] = []
+    for layer in range(pair.n_layers):
+        term = _local_term(pair, layer, inputs.pop(layer), batch, weights)
+        (weights.local * term).backward()
+        terms.append(term.detach())
+    return torch.stack(terms).sum()
+
+
+def _local_term(pair: PairedModel, layer: int, x: Tensor, batch: Batch, weights: LossWeights) -> Tensor:
+    """Term 6 of one layer, where the target's MLP reads ``x``."""
+    mlp, adapter = pair.mlps[layer], pair.installed_adapters()[layer]
+    x = x.detach()
+    with torch.no_grad():
+        difference = mlp.difference(x)
+    with _recorded_features(pair) as (pre, _):
+        acts = adapter.encode(mlp.adapter_input(x))
+        sparsity = _sparsity(adapter, pre.get(layer), acts, batch.counted)
+        output = adapter.decode(acts)
+    in_units = adapter.activation == "relu"
+    return local_term(output, difference, sparsity, batch.counted, weights.local_l1, in_units)
 
 
 @contextmanager

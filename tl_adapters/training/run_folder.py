@@ -3,11 +3,12 @@
     config.json        the whole configuration (RunConfig)
     run.json           an id, versions, and fingerprints of the pair and the data that the run was started with
     metrics.jsonl      a line every log_every steps, without times, so that a resumed run writes the same bytes
+    local_metrics.jsonl    the same for the steps of the local stage
     validation.jsonl   the same for the held-out documents
     checkpoints/       the last training states: adapters, optimizer and counters; deleted when the run has finished
     adapters/          the result; present only when the run has finished
 
-Except for the two .jsonl files, everything is written completely before it gets its name. The .jsonl files are cut
+Except for the .jsonl files, everything is written completely before it gets its name. The .jsonl files are cut
 back to the latest training state when a run is resumed. A run folder is locked by the process that works in it.
 """
 
@@ -25,7 +26,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
-from tl_adapters.training.training_state import TrainingState, state_folder
+from tl_adapters.training.training_state import TrainingState, local_steps, state_folder
 from tl_adapters.utils.files import (
     FolderBusyError,
     FolderExistsError,
@@ -39,7 +40,7 @@ from tl_adapters.utils.reading import Record, read_record, read_record_lines, re
 from tl_adapters.utils.results import versions
 from tl_adapters.utils.strict_json import dumps
 
-METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+METRICS_FILE, LOCAL_METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "local_metrics.jsonl", "validation.jsonl"
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class RunRecord(Record):
 
 
 class MetricsLine(Record):
-    """A line of metrics.jsonl: the terms of one step."""
+    """A line of metrics.jsonl: the terms of one step of the end-to-end stage."""
 
     step: PositiveInt
     tokens: NonNegativeInt
@@ -81,8 +82,27 @@ class MetricsLine(Record):
     backward_bridge: float
     nmse: float
     sparsity: float
+    local: float | None = None
+    """None where the local term is not part of the objective."""
     l0: tuple[float, ...]
     """L0 of each layer."""
+
+
+class LocalMetricsLine(Record):
+    """A line of local_metrics.jsonl: one step of the local stage; lists are by layer."""
+
+    step: PositiveInt
+    tokens: NonNegativeInt
+    """Tokens that the target has read for the stage so far."""
+    lr: float
+    error: tuple[float, ...]
+    """Share of the difference's energy that the adapter leaves."""
+    sparsity: tuple[float, ...]
+    """Sparsity penalty per token, before its weight."""
+    l0: tuple[float, ...]
+    """L0."""
+    alive: tuple[NonNegativeInt, ...]
+    """Number of features that were active in one of the last steps."""
 
 
 class ValidationLine(Record):
@@ -97,7 +117,11 @@ class ValidationLine(Record):
     """Tokens that count."""
 
 
-_LINES: dict[str, type[MetricsLine | ValidationLine]] = {METRICS_FILE: MetricsLine, VALIDATION_FILE: ValidationLine}
+_LINES: dict[str, type[MetricsLine | LocalMetricsLine | ValidationLine]] = {
+    METRICS_FILE: MetricsLine,
+    LOCAL_METRICS_FILE: LocalMetricsLine,
+    VALIDATION_FILE: ValidationLine,
+}
 
 
 class RunFolderError(UserError, RuntimeError):
@@ -236,9 +260,12 @@ class RunFolder:
             RunFolderError: all states are damaged.
             UnreadableFileError: a line of a .jsonl file is damaged.
         """
-        state = self._newest_readable_state(like)
+        state, config = self._newest_readable_state(like), self.config.training
+        step = state.counters.step if state else 0
         for file in _LINES:
-            self._cut_lines(file, state.counters.step if state else 0)
+            # What is measured on held-out documents after the local stage is measured after its last state was saved.
+            later = file == VALIDATION_FILE and step == local_steps(config) > 0
+            self._cut_lines(file, step - later)
         return state
 
     def _newest_readable_state(self, like: AdapterSet) -> TrainingState | None:
@@ -249,7 +276,7 @@ class RunFolder:
         damaged: dict[Path, str] = {}
         for folder in reversed(self.training_states):
             try:
-                state = TrainingState.load(folder, like)
+                state = TrainingState.load(folder, like, self.config.training)
             except UserError as error:
                 damaged[folder] = str(error).rstrip(" .")
                 continue

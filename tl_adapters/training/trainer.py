@@ -1,63 +1,48 @@
-"""Training of adapters: Adam on the five-term objective, one cut per step (arXiv 2602.20904, section 3.2 and appendix).
+"""A training run: the stages that the configuration names, one after another, in a folder from which it can go on.
 
-    for each step:
-        learning rate: linear warm-up, then a cosine to zero;  weight of the sparsity term: linear warm-up
-        draw a batch of traces and a cut
-        loss and gradient of the objective (objective.py)
-        clip the gradient, take a step, update the thresholds
+    local        every layer's adapter is regressed on the difference of its two MLPs (local_stage/stage.py)
+    end_to_end   Adam on the five-term objective, from where the local stage ended if there is one (end_to_end_stage.py)
 
-Schedules, batches and cuts are pure functions of the seed and the step. The state of a run is therefore its weights,
-the optimizer's moments and a few counters, and a run that is stopped or killed resumes from its last saved training
-state bit for bit (run_folder.py).
+Steps are counted over both stages. All that is drawn at random is a pure function of the seed and the step. The state
+of a run is therefore its weights, the optimizers' moments and a few counters, and a run that is stopped or killed
+resumes from its last saved training state bit for bit (run_folder.py).
 """
 
 from __future__ import annotations
 
 import datetime
-import math
-import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.finite_weights import NotFiniteError
 from tl_adapters.config import RunConfig, TrainingConfig
-from tl_adapters.data.batching import BatchOrder, TracesInMemory, TraceSource
+from tl_adapters.data.batching import BatchOrder, OrderPosition, TracesInMemory, TraceSource
 from tl_adapters.data.chat_template import set_template_date
 from tl_adapters.data.documents import EncodedDocuments
-from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_traces, require_embedded
+from tl_adapters.data.traces import Trace, batches_by_length, readable_traces, require_embedded
 from tl_adapters.errors import UserError
-from tl_adapters.local_stage.schedules import sparsity_weight, warmup_cosine
+from tl_adapters.local_stage.regression_data import MLPDifferences
+from tl_adapters.local_stage.stage import LocalProgress, LocalStage
+from tl_adapters.local_stage.token_buffer import StreamPosition
+from tl_adapters.local_stage.train_local import new_adapters
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.adapter_adam import PlacedAdapter
+from tl_adapters.training.end_to_end_stage import EndToEndStage
 from tl_adapters.training.metrics import MetricsWriter, open_metrics
-from tl_adapters.training.not_finite import describe_not_finite
-from tl_adapters.training.objective import (
-    TERM_NAMES,
-    StepTerms,
-    held_out_terms,
-    require_trainable,
-    shared_prefix_step,
-)
+from tl_adapters.training.objective import StepTerms, held_out_terms, require_trainable
 from tl_adapters.training.run_folder import RunFolder
 from tl_adapters.training.stop_signals import stop_signals
 from tl_adapters.training.trackers import require_tracker
-from tl_adapters.training.training_state import (
-    OrderPosition,
-    TrainingCounters,
-    TrainingState,
-    moments_by_name,
-    restore_moments,
-)
+from tl_adapters.training.training_state import TrainingCounters, TrainingState, local_steps
 from tl_adapters.utils.files import WriteError
-
-THRESHOLD_WINDOW = 0.05
-"""Share of the steps over which batchtopk's threshold is a running mean. At the end of the cosine the weights hardly
-change, so that the threshold fits the final adapters."""
 
 
 class TrainingError(UserError, RuntimeError):
@@ -88,7 +73,11 @@ class Trainer:
     """
 
     folder: RunFolder | None
+    steps: int
+    """Number of steps of all stages."""
     _fingerprints: dict[str, str]
+    _resumed: TrainingState | None
+    """The state that the run goes on from, until its stage has taken it over."""
 
     def __init__(
         self,
@@ -151,7 +140,9 @@ class Trainer:
         require_trainable(pair)
         require_tracker(config.tracker)
         self.pair, self.config, self.progress = pair, config, progress
-        self.folder = None
+        self.steps = local_steps(config) + (config.steps if "end_to_end" in config.stages else 0)
+        self.folder = self._resumed = None
+        self._has_result = False
         source: TraceSource
         if isinstance(traces, TraceSource):
             source = traces
@@ -159,21 +150,13 @@ class Trainer:
             source = TracesInMemory(readable_traces(traces, pair.model.cfg), config.count)
         self._template_date = source.template_date if isinstance(source, EncodedDocuments) else None
         set_template_date(pair.model.tokenizer, self._template_date)
-        self.order = BatchOrder(source, config.tokens_per_batch, config.seed, config.count)
+        self._source = source
+        self.order = self._new_order()
         require_embedded(self.order[0].tokens, pair.model.cfg.d_vocab, "The first batch")
         held_out = readable_traces(validation, pair.model.cfg)
         held_out = [trace for trace in held_out if trace.has_counted_tokens(config.count)]
         self.validation = [batch for _, batch in batches_by_length(held_out, config.tokens_per_batch, config.count)]
-        self.adapters = pair.new_adapters(
-            config.n_features,
-            seed=config.seed,
-            activation=config.activation,
-            k=config.k if config.activation in ("topk", "batchtopk") else None,
-            bandwidth=config.bandwidth,
-        )
-        self.optimizer = torch.optim.Adam(
-            self.adapters.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
-        )
+        self.adapters = new_adapters(pair, config)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -183,13 +166,19 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """True if no step is left."""
-        return self.step == self.config.steps
+        return self.step == self.steps
 
-    def run(self, on_step: Callable[[int, StepTerms], None] | None = None) -> AdapterSet:
+    def run(
+        self,
+        on_step: Callable[[int, StepTerms], None] | None = None,
+        on_local_step: Callable[[int, LocalProgress], None] | None = None,
+    ) -> AdapterSet:
         """Train to the last step and return the adapters, which are saved in the run folder if there is one.
 
         Args:
-            on_step: called after every step with its number (from 1) and its terms.
+            on_step: called after every step of the end-to-end stage with its number (from 1) and its terms.
+            on_local_step: called in the local stage, every few steps, with the number of the last one and what it has
+                shown.
 
         Raises:
             TrainingError: a term is not finite, the disk is full, or a tracker is named and there is no run folder. The
@@ -203,11 +192,16 @@ class Trainer:
                 stop_signals() as stop,
                 open_metrics(self.folder, self.config, self.step, self.progress) as metrics,
             ):
-                self._loop(stop, metrics, on_step)
+                run = _Process(self, stop, metrics)
+                placed: list[PlacedAdapter] = []
+                if not self._has_result and self.step <= local_steps(self.config) > 0:
+                    placed = self._local_stage(run, on_local_step)
+                if not self.finished:
+                    self._end_to_end_stage(run, placed, on_step)
             if self.folder is not None:
                 self.folder.finish(self.adapters, self.tokens, self.seconds)
         except WriteError as error:
-            raise TrainingError(f"Stopped at step {self.step}: {error}{self._how_to_resume()}") from error
+            raise TrainingError(f"Stopped at step {self.step}: {error}{how_to_resume(self.folder)}") from error
         except Exception:
             if self.folder is not None and self.step == 0:
                 self.folder.discard_new()  # the same command can be given again
@@ -217,75 +211,76 @@ class Trainer:
                 self.folder.release()
         return self.adapters
 
-    def _loop(
-        self, stop: threading.Event, metrics: MetricsWriter, on_step: Callable[[int, StepTerms], None] | None
+    # -- stages -------------------------------------------------------------------------------------------------------
+
+    def _local_stage(self, run: _Process, on_step: Callable[[int, LocalProgress], None] | None) -> list[PlacedAdapter]:
+        """Train every layer by itself; returns the adapters in the coordinates of their layers."""
+        config, local, state, metrics = self.config, self.config.local, self._resumed, run.metrics
+        metrics.new_bar("collect tokens", local.max_tokens)
+        stage = LocalStage(
+            MLPDifferences(self.pair), self._new_order(), config, local, step=self.step, on_batch=run.count_collected,
+            state=None if state is None else state.tensors,
+            position=None if state is None else state.counters.stream,
+        )  # fmt: skip
+        self._resumed = state = None
+        metrics.new_bar("local stage", local.steps, self.step)
+        while not stage.finished:
+            with run.finite_steps():
+                taken = stage.advance(run.steps_to_next_event())
+            run.count(taken, stage.tokens)
+            progress = stage.progress()
+            if on_step is not None:
+                on_step(self.step, progress)
+            if self.step % config.log_every == 0 or stage.finished:
+                metrics.write_local(self.step, progress)
+            if not stage.finished and self.step % config.validate_every == 0:
+                stage.write_to(self.adapters)
+                run.validate(due=True)
+            run.save_or_stop(lambda: self._local_state(stage), due=stage.finished)
+            metrics.bar.update(taken)
+        stage.finish(self.adapters)
+        run.count(0, stage.tokens)
+        run.validate(due=True)
+        return [PlacedAdapter(layer.adapter, layer.coordinates).to(self.pair.device) for layer in stage.trained]
+
+    def _end_to_end_stage(
+        self, run: _Process, placed: Sequence[PlacedAdapter], on_step: Callable[[int, StepTerms], None] | None
     ) -> None:
-        config, start = self.config, time.perf_counter() - self.seconds
-        while self.step < config.steps:
-            last = self.step + 1 == config.steps
+        config, first, tokens = self.config, local_steps(self.config), self.tokens
+        tensors = None if self._resumed is None else self._resumed.tensors
+        stage = EndToEndStage(self.pair, self.order, config, placed, self.step - first, tensors)
+        self._resumed = tensors = None
+        run.metrics.new_bar("train", config.steps, stage.step)
+        while not self.finished:
+            last = self.step + 1 == self.steps
             log_this = (self.step + 1) % config.log_every == 0 or last
-            terms = self._one_step(want_l0=log_this)
-            self.step += 1
-            self.seconds = time.perf_counter() - start
+            lr = stage.lr
+            with run.finite_steps():
+                terms = stage.advance(log_this)
+            run.count(1, tokens + stage.tokens)
             if on_step is not None:
                 on_step(self.step, terms)
             if log_this:
-                metrics.write_terms(self.step, self.tokens, self.optimizer.param_groups[0]["lr"], terms)
-            if self.validation and (self.step % config.validate_every == 0 or last):
-                metrics.write_validation(self.step, held_out_terms(self.pair, self.validation))
-            if stop.is_set():
-                self._save_state()
-                raise TrainingInterrupted(f"Stopped at step {self.step} of {config.steps}.{self._how_to_resume()}")
-            if self.step % config.checkpoint_every == 0 and not last:
-                self._save_state()
-            metrics.bar.update()
+                run.metrics.write_terms(self.step, self.tokens, lr, terms)
+            run.validate(due=self.step % config.validate_every == 0 or last)
+            run.save_or_stop(lambda: self._state(stage.adam.tensors()))
+            run.metrics.bar.update()
 
-    def _one_step(self, want_l0: bool) -> StepTerms:
-        config, step = self.config, self.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * warmup_cosine(step, config.steps, config.warmup_fraction)
-        weights = config.loss_weights
-        batch = self.order[step]
-        # The batch is still on the CPU, where this check costs nothing.
-        require_embedded(batch.tokens, self.pair.model.cfg.d_vocab, f"The batch of step {step + 1}")
-        batch = batch.to(self.pair.device)
-        cut = random.Random(f"{config.seed}-cut-{step}").randint(weights.lowest_cut, self.pair.n_layers)
-        terms = shared_prefix_step(self.pair, batch, cut, weights, sparsity_weight(config, step), want_l0)
-        norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), config.grad_clip)
-        if not bool(torch.isfinite(terms.total) & torch.isfinite(norm)):
-            raise TrainingError(self._not_finite_message(terms, float(norm), batch))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        rate = min(1.0, 1 / (THRESHOLD_WINDOW * config.steps))
-        for index, adapter in enumerate(self.adapters):
-            adapter.settle_threshold(None if terms.smallest_active is None else terms.smallest_active[index], rate)
-        self.tokens += int(batch.real.sum())
-        return terms
+    # -- training states ----------------------------------------------------------------------------------------------
 
-    def _not_finite_message(self, terms: StepTerms, norm: float, batch: Batch) -> str:
-        names = [name for name in TERM_NAMES if not math.isfinite(float(getattr(terms, name)))]
-        what = ", ".join(names) or f"the gradient's norm ({norm})"
-        saved = ""
-        if self.folder is not None and not (self.folder.is_new and self.step == 0):
-            latest = [path.name for path in self.folder.training_states][-1:]
-            saved = f" Saved in {self.folder.path}: {latest[0] if latest else 'no training state yet'}."
-        return f"Step {self.step + 1}: {what} is not finite. {describe_not_finite(self.pair, batch)}{saved}"
+    def _new_order(self) -> BatchOrder:
+        return BatchOrder(self._source, self.config.tokens_per_batch, self.config.seed, self.config.count)
 
-    def _how_to_resume(self) -> str:
-        if self.folder is None:
-            return " The run has no folder, so it cannot be resumed; the pair holds the adapters as they are now."
-        path = self.folder.path
-        return f" Resume with: tl-adapters train --resume {path} (or Trainer.resume(pair, traces, {str(path)!r}))."
+    def _local_state(self, stage: LocalStage) -> TrainingState:
+        stage.write_to(self.adapters)
+        return self._state(stage.state(), stage.position)
 
-    # -- training states ------------------------------------------------------------------------------------------
-
-    def _save_state(self) -> None:
-        if self.folder is not None:
-            counters = TrainingCounters(
-                step=self.step, tokens=self.tokens, seconds=self.seconds, order=OrderPosition(**self.order.position)
-            )
-            state = TrainingState(self.adapters, moments_by_name(self.optimizer), counters)
-            self.folder.save_training_state(state)
+    def _state(self, tensors: Mapping[str, Tensor], stream: StreamPosition | None = None) -> TrainingState:
+        order = OrderPosition(**self.order.position)
+        counters = TrainingCounters(
+            step=self.step, tokens=self.tokens, seconds=self.seconds, order=order, stream=stream
+        )
+        return TrainingState(self.adapters, tensors, counters)
 
     def _restore(self, run: RunFolder) -> None:
         """Continue from the latest training state of a run folder, or from its result if the run has finished."""
@@ -293,16 +288,100 @@ class Trainer:
         result = run.result()
         if result is not None:  # the run has finished, and may have been killed while it deleted its training states
             self.adapters.load_state_dict(result.state_dict())
-            self.step, self.tokens, self.seconds = self.config.steps, *run.tokens_and_seconds()
+            self._has_result = True
+            self.step, self.tokens, self.seconds = self.steps, *run.tokens_and_seconds()
             return
-        state = run.load_training_state(self.adapters)
+        state = self._resumed = run.load_training_state(self.adapters)
         if state is None:  # the run was killed before its first saved state, so it starts again from the seed
             return
         self.adapters.load_state_dict(state.adapters.state_dict())
-        restore_moments(self.optimizer, state.moments)
         counters = state.counters
         self.order.restore(counters.order.model_dump())
         self.step, self.tokens, self.seconds = counters.step, counters.tokens, counters.seconds
+
+
+class _Process:
+    """What one process does between the steps of a run: count them, measure, save, and stop.
+
+    Args:
+        trainer: the run.
+        stop: set when the run is to stop after the current step.
+        metrics: where metrics are written.
+    """
+
+    def __init__(self, trainer: Trainer, stop: threading.Event, metrics: MetricsWriter) -> None:
+        self.trainer, self.stop, self.metrics = trainer, stop, metrics
+        self._started = time.perf_counter() - trainer.seconds
+
+    def steps_to_next_event(self) -> int:
+        """Number of steps until something is logged, measured or saved."""
+        trainer, config = self.trainer, self.trainer.config
+        events = [config.log_every, config.checkpoint_every, *([config.validate_every] if trainer.validation else [])]
+        return min(every - trainer.step % every for every in events)
+
+    @contextmanager
+    def finite_steps(self) -> Iterator[None]:
+        """Raises TrainingError where a step within raises NotFiniteError."""
+        try:
+            yield
+        except NotFiniteError as error:
+            folder, step = self.trainer.folder, self.trainer.step
+            raise TrainingError(f"Step {step + 1}: {error}{what_is_saved(folder, step)}") from error
+
+    def count(self, steps: int, tokens: int) -> None:
+        """Count steps that were taken, with the number of tokens of the run so far."""
+        self.trainer.step += steps
+        self.trainer.tokens, self.trainer.seconds = tokens, time.perf_counter() - self._started
+
+    def count_collected(self, tokens: int, capacity: int) -> None:
+        """Show the tokens that were collected so far, of those that will be. Raises TrainingInterrupted."""
+        self.metrics.bar.total = capacity
+        self.metrics.bar.update(tokens - self.metrics.bar.n)
+        self.stop_if_requested()
+
+    def validate(self, due: bool) -> None:
+        """Measure the adapters on the held-out documents, if it is time and there are any."""
+        if due and (trainer := self.trainer).validation:
+            self.metrics.write_validation(trainer.step, held_out_terms(trainer.pair, trainer.validation))
+
+    def save_or_stop(self, state: Callable[[], TrainingState], due: bool = False) -> None:
+        """Save the state after a step, if it is time or the run is to stop.
+
+        Args:
+            state: makes the state.
+            due: save in any case.
+
+        Raises TrainingInterrupted if the run is to stop.
+        """
+        trainer = self.trainer
+        due = due or (trainer.step % trainer.config.checkpoint_every == 0 and not trainer.finished)
+        if trainer.folder is not None and (due or self.stop.is_set()):
+            trainer.folder.save_training_state(state())
+        self.stop_if_requested()
+
+    def stop_if_requested(self) -> None:
+        """Raises TrainingInterrupted if the run is to stop."""
+        if self.stop.is_set():
+            trainer = self.trainer
+            raise TrainingInterrupted(
+                f"Stopped at step {trainer.step} of {trainer.steps}.{how_to_resume(trainer.folder)}"
+            )
+
+
+def how_to_resume(folder: RunFolder | None) -> str:
+    """A sentence that says how a run goes on."""
+    if folder is None:
+        return " The run has no folder, so it cannot be resumed; the pair holds the adapters as they are now."
+    path = folder.path
+    return f" Resume with: tl-adapters train --resume {path} (or Trainer.resume(pair, traces, {str(path)!r}))."
+
+
+def what_is_saved(folder: RunFolder | None, step: int) -> str:
+    """A sentence that names the latest training state."""
+    if folder is None or (folder.is_new and step == 0):
+        return ""
+    latest = [path.name for path in folder.training_states][-1:]
+    return f" Saved in {folder.path}: {latest[0] if latest else 'no training state yet'}."
 
 
 def _origin_of(pair: PairedModel) -> RunConfig:

@@ -1,8 +1,11 @@
-"""A saved training state: adapters, Adam's moments and counters, each checked before a run continues from it.
+"""A saved training state: adapters, the stage's tensors and counters, each checked before a run continues from it.
 
 adapters/               the adapters, as everywhere
-optimizer.safetensors   Adam's moments and step counts, each named "parameter index.key"
+optimizer.safetensors   the tensors of the stage: Adam's moments and step counts, and what the local stage measured
 state.json              the counters
+
+The tensors of the end-to-end stage are named "parameter index.key", and after a local stage also "layer.L.name"
+(`AdapterAdam.tensors`). Those of the local stage are named "L.name" (`LocalStage.state`).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt
@@ -18,25 +21,18 @@ from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.file_hashes import file_hash
+from tl_adapters.config import TrainingConfig
+from tl_adapters.data.batching import OrderPosition
+from tl_adapters.local_stage.token_buffer import StreamPosition
 from tl_adapters.utils.files import write_tensors, write_text
 from tl_adapters.utils.reading import Record, UnreadableFileError, read_record, read_tensors
 
-_STATE_FILE, _MOMENTS_FILE = "state.json", "optimizer.safetensors"
+_STATE_FILE, _TENSORS_FILE = "state.json", "optimizer.safetensors"
 
 
 def state_folder(step: int) -> str:
     """The name of the folder of the training state after a step."""
     return f"step-{step:08d}"
-
-
-class OrderPosition(Record):
-    """The beginning of the current window of documents (`BatchOrder.position`)."""
-
-    epoch: NonNegativeInt
-    window: NonNegativeInt
-    first_step: NonNegativeInt
-    source: NonNegativeInt | dict[str, Any] | None
-    """Position of the reader; its form is the reader's."""
 
 
 class TrainingCounters(Record):
@@ -50,8 +46,10 @@ class TrainingCounters(Record):
     seconds: NonNegativeFloat
     """Seconds of training, over all processes that worked on the run."""
     order: OrderPosition
+    stream: StreamPosition | None = None
+    """Where the tokens of the local stage were read; None in the end-to-end stage."""
     optimizer_sha256: str | None = None
-    """Hash of the file of moments; None in states of the first release."""
+    """Hash of the file of tensors; None in states of the first release."""
 
 
 @dataclass(frozen=True)
@@ -59,66 +57,84 @@ class TrainingState:
     """What a run resumes from."""
 
     adapters: AdapterSet
-    moments: Mapping[str, Tensor]
-    """Adam's moments and step counts by name (`moments_by_name`)."""
+    tensors: Mapping[str, Tensor]
+    """The tensors of the stage by name."""
     counters: TrainingCounters
 
     def save(self, folder: Path) -> None:
         """Write the state into a new folder. Raises WriteError."""
         self.adapters.save_pretrained(folder / "adapters")
-        write_tensors(folder / _MOMENTS_FILE, self.moments)
-        counters = self.counters.model_copy(update={"optimizer_sha256": file_hash(folder / _MOMENTS_FILE)})
+        write_tensors(folder / _TENSORS_FILE, self.tensors)
+        counters = self.counters.model_copy(update={"optimizer_sha256": file_hash(folder / _TENSORS_FILE)})
         write_text(folder / _STATE_FILE, counters.json_text(indent=None))
 
     @classmethod
-    def load(cls, folder: Path, like: AdapterSet) -> TrainingState:
+    def load(cls, folder: Path, like: AdapterSet, config: TrainingConfig) -> TrainingState:
         """Read a state that `save` wrote.
 
         Args:
             folder: its folder.
             like: adapters of the run, whose tensors have the names and shapes of those that are read.
+            config: options of the run, whose stages decide which other tensors there are.
 
         Raises:
             UserError: a file is missing or damaged, or is another run's.
         """
-        counters, moments_file = read_record(TrainingCounters, folder / _STATE_FILE, ""), folder / _MOMENTS_FILE
+        counters, tensors_file = read_record(TrainingCounters, folder / _STATE_FILE, ""), folder / _TENSORS_FILE
         if folder.name != state_folder(counters.step):
             raise UnreadableFileError(f"{folder / _STATE_FILE} is that of step {counters.step}.")
-        if moments_file.is_file() and counters.optimizer_sha256 not in (None, file_hash(moments_file)):
-            raise UnreadableFileError(f"The content of {moments_file} is not the one that was written.")
-        moments = read_tensors(moments_file, advice="")
-        _require_shapes(_moment_shapes(like), moments, moments_file)
+        if (counters.stream is not None) is not in_local_stage(config, counters.step):
+            raise UnreadableFileError(f"{folder / _STATE_FILE} is that of another stage.")
+        if tensors_file.is_file() and counters.optimizer_sha256 not in (None, file_hash(tensors_file)):
+            raise UnreadableFileError(f"The content of {tensors_file} is not the one that was written.")
+        tensors = read_tensors(tensors_file, advice="")
+        _require_shapes(_tensor_shapes(like, config, counters.step), tensors, tensors_file)
         adapters = AdapterSet.from_pretrained(folder / "adapters")
-        shapes = {name: value.shape for name, value in like.state_dict().items()}
-        _require_shapes(shapes, adapters.state_dict(), folder / "adapters")
-        return cls(adapters, moments, counters)
+        _require_shapes(_shapes(like.state_dict()), adapters.state_dict(), folder / "adapters")
+        return cls(adapters, tensors, counters)
 
 
-def moments_by_name(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
-    """Adam's moments and step counts, each named "parameter index.key"."""
-    return {
-        f"{index}.{key}": value.contiguous()
-        for index, entries in optimizer.state_dict()["state"].items()
-        for key, value in entries.items()
-    }
+def local_steps(config: TrainingConfig) -> int:
+    """Number of steps of the local stage of a run; 0 without that stage."""
+    return config.local.steps if "local" in config.stages else 0
 
 
-def restore_moments(optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `moments_by_name`."""
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        moments.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+def in_local_stage(config: TrainingConfig, step: int) -> bool:
+    """Whether a training state after so many steps of a run is one of the local stage.
+
+    That after its last step is, because useless features are removed afterwards.
+    """
+    return 0 < step <= local_steps(config)
 
 
-def _moment_shapes(adapters: AdapterSet) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors that Adam keeps for adapters."""
+def _tensor_shapes(like: AdapterSet, config: TrainingConfig, step: int) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors that belong to a training state after so many steps."""
+    scalar, vector, d_model = torch.Size(()), torch.Size([like.n_features]), torch.Size([like.d_model])
+    coordinates = {"mean": d_model, "matrix": d_model + d_model, "size": scalar}
     shapes: dict[str, torch.Size] = {}
-    for index, parameter in enumerate(adapters.parameters()):
-        of_key = {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-        shapes |= {f"{index}.{key}": shape for key, shape in of_key.items()}
+    if in_local_stage(config, step):
+        for layer, adapter in enumerate(like):
+            own = {**_shapes(adapter.state_dict()), **coordinates, "inactive_steps": vector}
+            for name, parameter in adapter.named_parameters():
+                own |= {f"{name}.{key}": shape for key, shape in _moment_shapes(parameter).items()}
+            shapes |= {f"{layer}.{name}": shape for name, shape in own.items()}
+        return shapes
+    for index, parameter in enumerate(like.parameters()):
+        shapes |= {f"{index}.{key}": shape for key, shape in _moment_shapes(parameter).items()}
+    if local_steps(config):
+        for layer, adapter in enumerate(like):
+            placed = {**_shapes(adapter.state_dict()), **coordinates}
+            shapes |= {f"layer.{layer}.{name}": shape for name, shape in placed.items()}
     return shapes
+
+
+def _moment_shapes(parameter: Tensor) -> dict[str, torch.Size]:
+    """What Adam keeps for a parameter."""
+    return {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tensors.items()}
 
 
 def _require_shapes(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], source: Path) -> None:

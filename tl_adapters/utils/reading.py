@@ -347,7 +347,9 @@ def _hint(key: str, record: type[Any]) -> str:
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:
     """Return the known dotted key that is spelled most like ``key``, or whose last part is; None if none is close."""
-    last_parts = {path.rpartition(".")[2]: path for path in reversed(known)}
+    last_parts: dict[str, str] = {}
+    for path in sorted(known, key=lambda path: path.count(".")):  # of paths with equal last parts, the shortest
+        last_parts.setdefault(path.rpartition(".")[2], path)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     near_last = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1)
     return near[0] if near else last_parts[near_last[0]] if near_last else None

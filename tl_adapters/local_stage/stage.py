@@ -1,0 +1,198 @@
+"""The local stage of all layers: their tokens, their runs, and the threads in which layers are trained side by side.
+
+A layer reads the shared tokens and changes nothing outside itself, and each of its operations runs on one thread of its
+worker. Results therefore do not depend on the number of workers, bit for bit. Threads do as well as processes here:
+nearly all of the time is spent in operations that release Python's lock.
+
+With `LocalConfig.streaming`, one forward pass of the target and of the base's MLPs per batch feeds all layers, and the
+oldest tokens leave the buffer. Otherwise the tokens that are collected first are the data, as in a data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tl_adapters.adapters.finite_weights import NotFiniteError
+from tl_adapters.adapters.transcoder import TranscoderAdapter
+from tl_adapters.config import LocalConfig, TrainingConfig
+from tl_adapters.data.batching import BatchOrder
+from tl_adapters.local_stage.layer_run import LayerRun
+from tl_adapters.local_stage.local_layer import LocalLayer
+from tl_adapters.local_stage.regression_data import RegressionData
+from tl_adapters.local_stage.schedules import warmup_cosine
+from tl_adapters.local_stage.token_buffer import StreamPosition, TokenStream
+
+STEPS_AT_ONCE = 10
+"""Most steps that layers take before they wait for each other, and so before a stop or a save."""
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class LocalProgress:
+    """What the last step of the local stage has shown, by layer."""
+
+    lr: float
+    """Learning rate."""
+    tokens: int
+    """Tokens that the model has read for the stage."""
+    error: list[float]
+    """Share of the difference's energy that the adapter leaves."""
+    sparsity: list[float]
+    """Sparsity penalty per token, before its weight."""
+    l0: list[float]
+    """Active features per token."""
+    alive: list[int]
+    """Number of features that were active on some token of the last steps (`layer_run.ALIVE_STEPS`)."""
+
+
+class LocalStage:
+    """The local stage of all layers. Fills the buffer and measures the layers' coordinates, or goes on from a state.
+
+    Args:
+        data: what the layers are regressed on.
+        order: the batches, from the first one on.
+        config: options of training.
+        local: options of the local stage.
+        step: steps done already.
+        state: tensors of an earlier `state`, by name; None starts a new stage.
+        position: where the tokens of that state were read.
+        on_batch: called after every batch that fills the buffer, with the tokens in it and those that it will hold.
+    """
+
+    def __init__(
+        self,
+        data: RegressionData,
+        order: BatchOrder,
+        config: TrainingConfig,
+        local: LocalConfig,
+        *,
+        step: int = 0,
+        state: Mapping[str, Tensor] | None = None,
+        position: StreamPosition | None = None,
+        on_batch: Callable[[int, int], object] = lambda tokens, capacity: None,
+    ) -> None:
+        self.local, self.step = local, step
+        devices, self._workers = workers_and_devices(data.device, local.workers, data.n_layers)
+        if position is None:
+            self._stream = TokenStream.fill(data, order, local.max_tokens, devices, on_batch)
+        else:
+            self._stream = TokenStream.resume(data, order, position, devices, on_batch)
+        buffer = self._stream.buffer
+        # Where an epoch fits into the buffer, new batches would bring no new tokens.
+        self._streams = local.streaming and buffer.capacity == local.max_tokens
+        states = [_of_layer(state, layer) if state else None for layer in range(data.n_layers)]
+        self.layers: list[LayerRun] = self._side_by_side(
+            lambda layer: LayerRun(layer, buffer, config, local, states[layer]), range(data.n_layers)
+        )
+
+    @property
+    def finished(self) -> bool:
+        """True if no step is left."""
+        return self.step == self.local.steps
+
+    def advance(self, most: int = STEPS_AT_ONCE) -> int:
+        """Take at most so many steps and return their number, which is at least 1. Raises NotFiniteError."""
+        until = min(self.step + most, self.step + STEPS_AT_ONCE, self.local.steps)
+        first, spans = self.step, [range(self.step, until)]
+        if self._streams:
+            spans = [range(step, step + 1) for step in range(self.step, until)]
+        for steps in spans:
+            if self._streams:
+                self._stream.read_until(self.local.max_tokens + steps.stop * self.local.tokens_per_step)
+            self._side_by_side(partial(LayerRun.advance, steps=steps), self.layers)
+        self.step = until
+        for run in self.layers:
+            if run.terms is not None and not bool(run.terms.error.isfinite()):
+                raise NotFiniteError(f"The error of layer {run.index} is not finite. Lower training.local.lr.")
+        return until - first
+
+    def finish(self, adapters: Iterable[TranscoderAdapter]) -> None:
+        """Remove useless features after the last step, and write the weights to the adapters."""
+        self._side_by_side(LayerRun.finish, self.layers)
+        self.write_to(adapters)
+
+    def write_to(self, adapters: Iterable[TranscoderAdapter]) -> None:
+        """Write the weights as they are now to adapters that read and write the residual stream as it is."""
+        for run, adapter in zip(self.layers, adapters, strict=True):
+            run.layer.write_to(adapter)
+
+    @property
+    def trained(self) -> list[LocalLayer]:
+        """The layers as they are trained, in their own coordinates."""
+        return [run.layer for run in self.layers]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model has read for the stage."""
+        return self._stream.buffer.seen
+
+    def progress(self) -> LocalProgress:
+        """What the last step has shown; zeros for a layer whose two MLPs do not differ."""
+        local, terms = self.local, [run.terms for run in self.layers]
+        error, sparsity, l0 = (
+            [0.0 if term is None else float(getattr(term, name)) for term in terms]
+            for name in ("error", "sparsity", "l0")
+        )
+        lr = local.lr * warmup_cosine(self.step - 1, local.steps, local.warmup_fraction)
+        return LocalProgress(lr, self.tokens, error, sparsity, l0, [run.alive for run in self.layers])
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors from which the stage goes on, each named "layer.name"."""
+        return {f"{run.index}.{name}": value for run in self.layers for name, value in run.state().items()}
+
+    @property
+    def position(self) -> StreamPosition:
+        """Where the tokens in the buffer were read."""
+        return self._stream.position
+
+    # -- workers ------------------------------------------------------------------------------------------------------
+
+    def _side_by_side(self, function: Callable[[Given], Made], values: Iterable[Given]) -> list[Made]:
+        """The function's results for all values, computed by the workers."""
+        with one_thread_per_operation(), ThreadPoolExecutor(self._workers) as pool:
+            return list(pool.map(function, values))
+
+
+def _of_layer(state: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    prefix = f"{layer}."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def workers_and_devices(device: torch.device, workers: int | None, n_layers: int) -> tuple[list[torch.device], int]:
+    """The devices on which layers are trained, and the number of layers that are trained at the same time.
+
+    Args:
+        device: of the model.
+        workers: `LocalConfig.workers`.
+        n_layers: layers of the model.
+    """
+    if device.type == "cpu":
+        return [device], min(workers or torch.get_num_threads(), n_layers)
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    first, n = device.index or 0, min(workers or 1, there, n_layers)
+    if there == 1 or n == 1:
+        return [device], n
+    return [torch.device("cuda", (first + i) % there) for i in range(n)], n
+
+
+@contextmanager
+def one_thread_per_operation() -> Iterator[None]:
+    """PyTorch computes each operation on the CPU in the thread that calls it, in threads that start within, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

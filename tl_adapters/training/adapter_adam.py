@@ -1,0 +1,133 @@
+"""Adam on adapters: on their own weights, or in the coordinates of the local stage.
+
+After the local stage an adapter is trained in that stage's coordinates, in which its encoder reads whitened inputs and
+its decoder writes in units of the layer's difference. Neither the model nor the objective changes: gradients are
+converted before every step, and weights after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.transcoder import TranscoderAdapter
+from tl_adapters.config import TrainingConfig
+from tl_adapters.local_stage.whitening import LayerCoordinates
+
+
+@dataclass(frozen=True)
+class PlacedAdapter:
+    """An adapter in the coordinates of its layer, as the local stage leaves it."""
+
+    adapter: TranscoderAdapter
+    """The adapter; its inputs are whitened, and its outputs are in units of the layer's difference."""
+    coordinates: LayerCoordinates
+    """The coordinates."""
+
+    def to(self, device: torch.device) -> PlacedAdapter:
+        """The same adapter on a device."""
+        return PlacedAdapter(self.adapter.to(device), self.coordinates.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and coordinates, from which `of_tensors` makes the adapter again."""
+        return {**self.adapter.state_dict(), **self.coordinates.tensors()}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], like: TranscoderAdapter) -> PlacedAdapter:
+        """The inverse of `tensors`, for an adapter of the kind and on the device of another one."""
+        device = like.W_enc.device
+        adapter = TranscoderAdapter(
+            *like.W_enc.shape, activation=like.activation, k=like.k, bandwidth=like.bandwidth, device=device
+        )
+        adapter.load_state_dict({name: tensors[name] for name in adapter.state_dict()})
+        return cls(adapter, LayerCoordinates.of_tensors(tensors, device))
+
+
+class AdapterAdam:
+    """Adam on the adapters of a pair, whose weights it changes.
+
+    Args:
+        adapters: the adapters to which the objective gives gradients.
+        config: learning rate and decay rates.
+        placed: the same adapters in the coordinates in which they are trained; none where their own weights are.
+    """
+
+    def __init__(self, adapters: AdapterSet, config: TrainingConfig, placed: Sequence[PlacedAdapter] = ()) -> None:
+        self._pairs = list(zip(placed, adapters, strict=True)) if placed else []
+        self.trained = [each.adapter for each in placed] or list(adapters)
+        """The adapters whose parameters Adam moves."""
+        self.parameters = [parameter for adapter in self.trained for parameter in adapter.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        self._write()
+
+    def clip(self, largest: float) -> Tensor:
+        """Scale the gradient of all trained parameters together to a norm of at most ``largest``.
+
+        Returns its norm before, in the coordinates in which the adapters are trained.
+        """
+        for placed, adapter in self._pairs:
+            placed.coordinates.take_gradients(adapter, placed.adapter)
+        return torch.nn.utils.clip_grad_norm_(self.parameters, largest)
+
+    def step(self, lr: float, smallest_active: Sequence[Tensor] | None, threshold_rate: float) -> None:
+        """Take a step by the gradients that `clip` has left, then update the thresholds.
+
+        Args:
+            lr: learning rate.
+            smallest_active: smallest activation that batchtopk let through at each layer; None for other activations.
+            threshold_rate: as ``rate`` of `TranscoderAdapter.settle_threshold`.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for _, adapter in self._pairs:
+            adapter.zero_grad()
+        for index, adapter in enumerate(self.trained):
+            adapter.settle_threshold(None if smallest_active is None else smallest_active[index], threshold_rate)
+        self._write()
+
+    def _write(self) -> None:
+        for placed, adapter in self._pairs:
+            placed.coordinates.write(placed.adapter, adapter)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Moments and step counts, named "parameter index.key", and placed adapters, "layer.L.name"."""
+        moments = {
+            f"{index}.{key}": value
+            for index, entries in self.optimizer.state_dict()["state"].items()
+            for key, value in entries.items()
+        }
+        placed = {
+            f"layer.{layer}.{name}": value
+            for layer, (placed, _) in enumerate(self._pairs)
+            for name, value in placed.tensors().items()
+        }
+        return moments | placed
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the moments of `tensors`; adapters are made from the same tensors by `placed_adapters`."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if not name.startswith("layer."):
+                index, key = name.split(".", 1)
+                moments.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def placed_adapters(tensors: Mapping[str, Tensor], like: AdapterSet) -> list[PlacedAdapter]:
+    """The placed adapters in `AdapterAdam.tensors`; none where the adapters' own weights were trained."""
+    by_layer: list[dict[str, Tensor]] = [{} for _ in like]
+    for name, value in tensors.items():
+        if name.startswith("layer."):
+            _, layer, key = name.split(".", 2)
+            by_layer[int(layer)][key] = value
+    if not any(by_layer):
+        return []
+    return [PlacedAdapter.of_tensors(layer, adapter) for layer, adapter in zip(by_layer, like, strict=True)]
