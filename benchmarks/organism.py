@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plants.recipes import FIRST_RELEASE, Options, Recipe, end_to_end, local, timed
+from plants.recipes import FIRST_RELEASE, Options, Recipe, end_to_end, local, local_then_end_to_end, timed
 from recorded import commit, machine, read_cell, record, value_and_range
 
 from tl_adapters import organism
@@ -32,6 +32,7 @@ from tl_adapters.utils.files import write_text
 
 RECIPES: dict[str, Recipe] = {
     "local": local,
+    "local_then_end_to_end": local_then_end_to_end,
     "end_to_end": partial(end_to_end, l1_weight=FIRST_RELEASE.l1_weight),
 }
 """The recipes, the one whose figures stand for the rest first."""

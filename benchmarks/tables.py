@@ -21,7 +21,9 @@ DECADES = ("1e-1", "1e-2", "1e-3", "1e-4")
 NOT_MEASURED = "Not measured yet.\n"
 RECIPE_NAMES = {
     "end_to_end": "end to end, as in the first release",
+    "end_to_end_whitened": "end to end, in whitened coordinates",
     "local": "local stage",
+    "local_then_end_to_end": "local stage, then end to end",
     "bias": "bias",
     "low_rank": "linear map of low rank",
     "sae_on_difference": "SAE that reads the difference",

@@ -21,18 +21,23 @@ from torch import Tensor
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.config import LocalConfig, LossWeights, TrainingConfig
-from tl_adapters.data.traces import Trace, readable_traces
+from tl_adapters.data.batching import BatchOrder, TracesInMemory
+from tl_adapters.data.traces import Batch, Trace, readable_traces
 from tl_adapters.local_stage.regression_data import MLPDifferences
-from tl_adapters.local_stage.token_buffer import TokenBuffer
-from tl_adapters.local_stage.train_local import batches, collect, train_layers, train_local
+from tl_adapters.local_stage.token_buffer import TokenBuffer, TokenStream
+from tl_adapters.local_stage.train_local import train_layers, train_local
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import RoutedMLP
 from tl_adapters.training.trainer import train
 
-FIRST_RELEASE = TrainingConfig(n_features=512, steps=700, lr=0.012, l1_weight=0.001, tokens_per_batch=1024)
+FIRST_RELEASE = TrainingConfig(
+    stages=("end_to_end",), n_features=512, steps=700, lr=0.012, l1_weight=0.001, tokens_per_batch=1024
+)
 """The default training of the first release, in whose time others are given."""
 SAME_L0 = 0.02
 """l1_weight at which training end to end on a plant has the L0 of the local stage, chosen on plants 0 and 1."""
+FINISH_STEPS, FINISH_LR, FINISH_LOCAL = 80, 3e-3, 0.1
+"""Steps and learning rate of the objective after the local stage, and the weight of the local term in it."""
 RIDGE = 1e-4
 """Ridge of the low-rank regression, in units of the inputs' mean variance."""
 
@@ -94,6 +99,21 @@ def local(pair: PairedModel, traces: Sequence[Trace], options: Options) -> Adapt
     return train_local(pair, traces, options.end_to_end(), options.local, progress=False)
 
 
+def local_then_end_to_end(pair: PairedModel, traces: Sequence[Trace], options: Options) -> AdapterSet:
+    """The local stage, then a few steps of the objective with the local term."""
+    weights = LossWeights(local=FINISH_LOCAL)
+    config = replace(options.end_to_end(), steps=options.steps or FINISH_STEPS, lr=FINISH_LR, l1_weight=0.0)
+    config = replace(config, stages=("local", "end_to_end"), local=options.local, loss_weights=weights)
+    return train(pair, traces, config, progress=False)
+
+
+def end_to_end_whitened(pair: PairedModel, traces: Sequence[Trace], options: Options) -> AdapterSet:
+    """Training end to end in the coordinates and from the start of the local stage, which itself takes no step."""
+    none = LocalConfig(steps=1, lr=1e-12, revisions=(), smallest_gain=0.0, max_tokens=options.local.max_tokens)
+    config = options.end_to_end(l1_weight=SAME_L0, stages=("local", "end_to_end"), local=none)
+    return train(pair, traces, config, progress=False)
+
+
 def bias(pair: PairedModel, traces: Sequence[Trace], options: Options) -> AdapterSet:
     """The mean difference of every layer, and no feature that is ever active."""
     buffer, adapters = _tokens(pair, traces, options), pair.new_adapters(options.n_features)
@@ -149,12 +169,18 @@ class ReadsDifference(TranscoderAdapter):
         return super().encode(self.difference(x))
 
 
+class Differences(MLPDifferences):
+    """The difference as the input as well as the output."""
+
+    def read(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((d, d) for _, d in super().read(batch))
+
+
 def sae_on_difference(pair: PairedModel, traces: Sequence[Trace], options: Options) -> AdapterSet:
     """A sparse autoencoder of the difference, trained by the local stage."""
-    buffer = _tokens(pair, traces, options)
-    buffer.x = buffer.d
     layers = [ReadsDifference(mlp, options.n_features) for mlp in pair.mlps]
-    train_layers(buffer, layers, options.end_to_end(), options.local, progress=False)
+    source = TracesInMemory(readable_traces(traces, pair.model.cfg))
+    train_layers(Differences(pair), source, layers, options.end_to_end(), options.local, progress=False)
     adapters = AdapterSet(layers, pair.layer_samples, samples=pair.samples)
     pair.load_adapters(adapters)
     return adapters
@@ -162,8 +188,10 @@ def sae_on_difference(pair: PairedModel, traces: Sequence[Trace], options: Optio
 
 def _tokens(pair: PairedModel, traces: Sequence[Trace], options: Options) -> TokenBuffer:
     """Inputs and differences at the tokens of the text."""
-    order = batches(readable_traces(traces, pair.model.cfg), options.end_to_end())
-    return collect(MLPDifferences(pair), order, options.local.max_tokens)
+    config, source = options.end_to_end(), TracesInMemory(readable_traces(traces, pair.model.cfg))
+    order = BatchOrder(source, config.tokens_per_batch, config.seed)
+    devices = [pair.device] * pair.n_layers
+    return TokenStream.fill(MLPDifferences(pair), order, options.local.max_tokens, devices, lambda *_: None).buffer
 
 
 def _of_first_release(nmse: float, steps: int, n_features: int, l1_weight: float) -> Recipe:
@@ -172,7 +200,9 @@ def _of_first_release(nmse: float, steps: int, n_features: int, l1_weight: float
 
 RECIPES: dict[str, Recipe] = {
     "end_to_end": end_to_end,
+    "end_to_end_whitened": end_to_end_whitened,
     "local": local,
+    "local_then_end_to_end": local_then_end_to_end,
     "bias": bias,
     "low_rank": low_rank,
     "sae_on_difference": sae_on_difference,

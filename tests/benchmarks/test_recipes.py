@@ -10,7 +10,17 @@ from plants.edited_neurons import edited_neurons
 from plants.families import discriminants
 from plants.measurement import firings, measure, representable
 from plants.plant import Ground, Plant, layer_inputs
-from plants.recipes import Options, bias, end_to_end, local, low_rank, reduced_rank_regression, sae_on_difference
+from plants.recipes import (
+    Options,
+    bias,
+    end_to_end,
+    end_to_end_whitened,
+    local,
+    local_then_end_to_end,
+    low_rank,
+    reduced_rank_regression,
+    sae_on_difference,
+)
 from torch import Tensor
 
 from tl_adapters.adapters.feature_id import FeatureId
@@ -103,8 +113,8 @@ def test_the_truth_is_measured_as_found_and_an_untrained_set_as_empty(plant: Pla
 
 
 def test_recipes_train_adapters_of_the_width_that_is_asked(plant: Plant) -> None:
-    few = replace(OPTIONS, local=LocalConfig(steps=4, tokens_per_step=64))
-    for recipe in (local, end_to_end):
+    few = replace(OPTIONS, local=LocalConfig(steps=4, tokens_per_step=64), steps=2)
+    for recipe in (local, local_then_end_to_end, end_to_end, end_to_end_whitened):
         adapters = recipe(plant.pair, TEXT, few)
         assert adapters.n_features == WIDTH and adapters.n_layers == LAYERS
         assert plant.pair.installed_adapters() is adapters
