@@ -13,14 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from beartype import BeartypeConf, beartype
 from filelock import FileLock
-from jaxtyping import install_import_hook
+from helpers.type_checks import check_types
 
 torch.backends.mps.is_available = functools.cache(lambda: False)  # likewise; cached, as torch 2.14 looks into it
 
-check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
-install_import_hook("tl_adapters", "conftest.check_types")
+check_types("tl_adapters")
 
 from helpers.random_models import ARCHITECTURES, random_batch, random_model, randomise  # noqa: E402
 from transformers import (  # noqa: E402

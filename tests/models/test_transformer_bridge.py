@@ -122,6 +122,26 @@ def test_hooks_copies_and_generation_work(bridged: PairedModel) -> None:
     assert cached.tolist() == plain.tolist()
 
 
+def test_hook_points_are_looked_up_again_when_they_change() -> None:
+    """By a bridge that looks them up once, and by a copy of it."""
+    pair = make()
+    looked_up = TransformerBridge.hook_dict.fget
+    changes = {
+        "nothing": lambda: pair.model.hook_dict.clear(),
+        "other adapters": lambda: pair.new_adapters(3),
+        "an alias": lambda: pair.model.hook_aliases.update(hook_of_mine="embed.hook_out"),
+        "no adapters": pair.release,
+    }
+    for name, change in changes.items():
+        before = pair.model.hook_dict
+        change()
+        found = pair.model.hook_dict
+        assert found == looked_up(pair.model) and list(found) == list(looked_up(pair.model)), name
+        assert (found == before) == (name == "nothing"), name
+    other = copy.deepcopy(pair.model)
+    assert other.hook_dict == looked_up(other) != pair.model.hook_dict
+
+
 @pytest.mark.parametrize("cut", [0, 2, 4])
 def test_the_fast_objective_equals_the_formulas(cut: int) -> None:
     gradients, weights = [], LossWeights(output_kl=0.7, forward_bridge=1.1, backward_bridge=0.9, nmse=1.3)

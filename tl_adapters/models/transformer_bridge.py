@@ -51,7 +51,27 @@ def build_bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         give_tokenizer(bridge, tokenizer)
     bridge.cfg.default_prepend_bos = False
     bridge.requires_grad_(False)
+    bridge.__class__ = IndexedBridge
     return bridge.eval()
+
+
+class IndexedBridge(TransformerBridge):
+    """A TransformerBridge that looks its hook points up once, until its registry changes.
+
+    TransformerBridge resolves every alias of every layer anew whenever ``hook_dict`` is read, and ``hooks()`` reads it
+    once for each hook. The time to add a hook to every layer is then quadratic in the number of layers, and exceeds the
+    time of a forward pass of a small model many times over.
+    """
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """All hook points by name, aliases included; a new dictionary, which the caller may change."""
+        seen = (dict(self._hook_registry), dict(self.hook_aliases))
+        found: tuple[Any, dict[str, HookPoint]] | None = self.__dict__.get("_found_hooks")
+        if found is None or found[0] != seen:
+            found = (seen, super().hook_dict)
+            self.__dict__["_found_hooks"] = found
+        return dict(found[1])
 
 
 class BridgedMLP(RoutedMLP):
