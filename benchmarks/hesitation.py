@@ -22,9 +22,10 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.recipe import Recipe, make_null_pair, make_pair
 from tl_adapters.study.hesitation import ORGANISM_PROBLEM_COUNTS, hesitation_stage
-from tl_adapters.study.open_run import ORGANISM_TRACES
+from tl_adapters.study.open_run import ORGANISM_TRACES, load_organism_pair
+from tl_adapters.study.train import train_stage
 from tl_adapters.training.trainer import Trainer
-from tl_adapters.utils.results import read_results, write_results
+from tl_adapters.utils.results import read_results
 
 DEFAULT = ["sums-0", "sums-1", "sums-2", "differences-0", "differences-1", "differences-2", "null-0"]
 INSERTED = ("hybrid", "hybrid + circuit", "hybrid + circuit_at_strength", "hybrid + random")
@@ -34,7 +35,7 @@ KINDS: dict[str, Kind] = {"sums": "sums", "differences": "differences", "null": 
 
 def open_pair(out: Path, name: str) -> PairedModel:
     if name == "sums":
-        return PairedModel.from_pretrained(organism.BASE, organism.TARGET)
+        return load_organism_pair()
     folder = out / f"pair-{name}"
     if not folder.is_dir():
         if name == "null":
@@ -59,9 +60,11 @@ def study(out: Path, job: str) -> dict:
         pair = open_pair(out, name)
         if not (folder / "adapters").is_dir():
             encoded = encode_traces(training_pairs(name, int(seed)), pair.model.tokenizer)
-            Trainer(pair, encoded, TrainingConfig(seed=int(seed)), folder, origin=RunConfig(), progress=False).run()
+            config = RunConfig() if name == "sums" else RunConfig(base=pair.base_id, target=pair.target_id)
+            train_stage(
+                Trainer(pair, encoded, TrainingConfig(seed=int(seed)), folder, origin=config, progress=False), folder
+            )
         pair.load_adapters(AdapterSet.from_pretrained(folder / "adapters"))
-        write_results(folder, seeds=[int(seed)])
         hesitation_stage(pair, builtin_subject(*ORGANISM_PROBLEM_COUNTS, kind=KINDS[name], seed=int(seed)), folder)
     return upgraded_block(read_results(folder)["hesitation"])
 

@@ -9,10 +9,14 @@ from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget
 from tl_adapters.attribution.validation import (
+    FEWEST_PROMPTS,
     ablation_effects,
+    compare_linearizations,
     explain_difference,
     faithfulness_curve,
+    mean_over_prompts,
     rank_correlation,
+    rank_correlations,
     total_effects,
     values_with_features,
 )
@@ -89,6 +93,24 @@ def test_rank_correlation() -> None:
     assert rank_correlation(a, -a) == pytest.approx(-1)
     assert rank_correlation(a, torch.tensor([1.0, 1.0, 2.0, 2.0])) == pytest.approx(2 / 5**0.5)
     assert rank_correlation(a, torch.tensor([2.0, 1.0, 4.0, 3.0])) == pytest.approx(0.6)
+
+
+def test_rank_correlations_alone_are_those_beside_the_curves(pair: PairedModel) -> None:
+    alone = rank_correlations(pair, TOKENS[:5].tolist(), LogitTarget(7))
+    assert alone == compare_linearizations(pair, TOKENS[:5].tolist(), LogitTarget(7))["rank_correlation"]
+    assert len(set(alone.values())) == len(alone), "every linearization has its own"
+
+
+def test_a_mean_over_few_prompts_has_no_interval() -> None:
+    values = torch.linspace(-0.2, 0.7, FEWEST_PROMPTS).tolist()
+    enough = mean_over_prompts([*values, None])
+    assert enough.value == pytest.approx(0.25)
+    spread = 1.96 * torch.tensor(values).std(correction=0).item() / FEWEST_PROMPTS**0.5
+    assert enough.high - enough.low == pytest.approx(2 * spread, rel=0.1)
+    few = mean_over_prompts([*values[1:], None])
+    assert (few.value, few.low, few.high) == (pytest.approx(0.3), None, None)
+    assert few.reason == f"an interval requires {FEWEST_PROMPTS} prompts; there are {FEWEST_PROMPTS - 1}"
+    assert mean_over_prompts([None]).value is None
 
 
 def test_the_difference_between_replacement_and_hybrid(pair: PairedModel) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ from helpers.random_models import ARCHITECTURES, random_batch
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.pruning import prune
+from tl_adapters.attribution.targets import LogitTarget
 from tl_adapters.cli.main import main
+from tl_adapters.errors import UserError
 from tl_adapters.features.logit_effects import logit_effects
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import feature_records, write_graph
+from tl_adapters.study import attribution
+from tl_adapters.study.attribution import rank_correlations_of_run
 
 PROMPT = "<|bos|><|user|>47+85+19=?<|assistant|><think>47+85=122.\n"
 TOKENS = random_batch(3).tokens[0, :11]
@@ -110,6 +116,7 @@ def test_the_demo_draws_three_hesitations_and_holds_them_to_account(run: Path) -
     report = (run / "report.html").read_text()
     assert block["graphs"] == len(block["moments"]) == 3 and block["conservation"] < 1e-3
     assert set(block["rank_correlation"]) == {"relp", "frozen_mlp", "gradient"}
+    assert block["rank_correlation_prompts"] == 3 and "no interval: an interval requires 10 prompts" in report
     for moment in block["moments"]:
         assert f'href="{moment["page"]}"' in report and (run / moment["page"]).is_file()
         d = moment["difference"]
@@ -118,6 +125,45 @@ def test_the_demo_draws_three_hesitations_and_holds_them_to_account(run: Path) -
         assert set(moment["curve"]) == {"relp", "frozen_mlp", "gradient", "ablation"}
         labels = [node["label"] for node in page_data(run / moment["page"])["nodes"] if node["kind"] == "logit"]
         assert "Wait" in labels
+
+
+def test_linearizations_are_compared_on_more_prompts_than_there_are_graphs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, compared = tmp_path / "run", []
+    shutil.copytree(run, folder)
+
+    def measured(pair: PairedModel, prompt: tuple[int, ...], target: LogitTarget) -> dict[str, float]:
+        compared.append(pair.model.tokenizer.decode(prompt))
+        return {"relp": 0.1 * len(compared), "frozen_mlp": 0.2, "gradient": 0.9}
+
+    monkeypatch.setattr(attribution, "rank_correlations", measured)
+    before = json.loads((folder / "results.json").read_text())
+    rank_correlations_of_run(folder, 10, progress=False)
+    after = json.loads((folder / "results.json").read_text())
+    graphs, block = before.pop("attribution"), after.pop("attribution")
+    assert {key: value for key, value in after.items() if key != "files"} | {"files": before["files"]} == before
+    fields = {f"rank_correlation{part}" for part in ("", "_ci", "_prompts", "_by_prompt")}
+    assert {key for key in block if block[key] != graphs.get(key)} == fields
+    assert compared[:3] == [moment["prompt"] for moment in graphs["moments"]] and len(set(compared)) == 10
+    assert block["rank_correlation_by_prompt"]["relp"] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert block["rank_correlation"] == pytest.approx({"relp": 0.55, "frozen_mlp": 0.2, "gradient": 0.9})
+    low, high = (block["rank_correlation_ci"]["relp"][end] for end in ("low", "high"))
+    assert 0.3 < low < 0.45 and 0.65 < high < 0.8
+    report = (folder / "report.html").read_text()
+    assert "mean over 10 prompts" in report and f"{low:.2f} to {high:.2f}" in report
+    monkeypatch.setattr(attribution, "PROBLEMS_PER_PROMPT", 1)
+    with pytest.raises(UserError, match=r"of 20 answers hesitate; give n_prompts=\d+ or fewer"):
+        rank_correlations_of_run(folder, 20, progress=False)
+
+
+def test_prompts_are_those_of_the_model_organism(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "results.json").write_text(
+        json.dumps({"schema_version": 1, "pair": {"base": "org/base", "target": "org/target"}})
+    )
+    with pytest.raises(UserError, match="another pair than the model organism"):
+        rank_correlations_of_run(tmp_path)
 
 
 @pytest.mark.browser

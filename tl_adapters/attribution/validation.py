@@ -23,10 +23,14 @@ from tl_adapters.attribution.graph import LINEARIZATIONS, AttributionGraph, Grap
 from tl_adapters.attribution.provenance import require_same_pair
 from tl_adapters.attribution.targets import DifferenceTarget, LogitTarget, unembedding_column
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
+from tl_adapters.utils.bootstrap import bootstrap_ratio
+from tl_adapters.utils.measurement import Estimate
 from tl_adapters.utils.precision import host_float64
 
 CURVE_SIZES = (5, 10, 20, 50, 100)
 """Numbers of features that `compare_linearizations` keeps and removes."""
+FEWEST_PROMPTS = 10
+"""A mean over fewer prompts has no interval: a bootstrap of so few is too narrow."""
 
 
 def compare_linearizations(pair: PairedModel, prompt: Sequence[int], target: LogitTarget) -> dict[str, Any]:
@@ -37,13 +41,7 @@ def compare_linearizations(pair: PairedModel, prompt: Sequence[int], target: Log
         "curve": a `FaithfulnessCurve` by linearization, and for the ranking by the ablation effects themselves
         ("ablation"), which is the best ranking of single features.
     """
-    graphs = {
-        name: attribute(pair, prompt, [target], linearisation=name, max_feature_nodes=10**9, progress=False)
-        for name in LINEARIZATIONS
-    }
-    relp = graphs["relp"]
-    ablation = ablation_effects(pair, relp, torch.arange(len(relp.features)))
-    effects = {name: total_effects(graph) for name, graph in graphs.items()}
+    relp, effects, ablation = _effects(pair, prompt, target)
     counts = [n for n in CURVE_SIZES if n < len(relp.features)]
     return {
         "features": len(relp.features),
@@ -53,6 +51,40 @@ def compare_linearizations(pair: PairedModel, prompt: Sequence[int], target: Log
             for name, effect in {**effects, "ablation": ablation}.items()
         },
     }
+
+
+def rank_correlations(pair: PairedModel, prompt: Sequence[int], target: LogitTarget) -> dict[str, float | None]:
+    """The part "rank_correlation" of `compare_linearizations` alone, which needs no curves."""
+    _, effects, ablation = _effects(pair, prompt, target)
+    return {name: rank_correlation(effect, ablation) for name, effect in effects.items()}
+
+
+def mean_over_prompts(values: Sequence[float | None]) -> Estimate:
+    """The mean of one value per prompt, with an interval over the prompts; prompts without a value do not count.
+
+    Fewer than `FEWEST_PROMPTS` prompts give a mean without an interval, and the reason.
+    """
+    known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+    if not len(known):
+        return Estimate(None, None, None, reason="no prompt has a value")
+    estimate = bootstrap_ratio(known, torch.ones_like(known))
+    if len(known) >= FEWEST_PROMPTS:
+        return estimate
+    reason = f"an interval requires {FEWEST_PROMPTS} prompts; there are {len(known)}"
+    return Estimate(estimate.value, None, None, reason=reason)
+
+
+def _effects(
+    pair: PairedModel, prompt: Sequence[int], target: LogitTarget
+) -> tuple[AttributionGraph, dict[str, Float[Tensor, "n_features"]], Float[Tensor, "n_features"]]:
+    """The RelP graph of a prompt, the total effects by linearization, and the effects of ablating every feature."""
+    graphs = {
+        name: attribute(pair, prompt, [target], linearisation=name, max_feature_nodes=10**9, progress=False)
+        for name in LINEARIZATIONS
+    }
+    relp = graphs["relp"]
+    effects = {name: total_effects(graph) for name, graph in graphs.items()}
+    return relp, effects, ablation_effects(pair, relp, torch.arange(len(relp.features)))
 
 
 def total_effects(graph: AttributionGraph, target: int = 0) -> Float[Tensor, "n_features"]:

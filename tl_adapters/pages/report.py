@@ -200,7 +200,8 @@ def _attribution(block: Block) -> dict[str, Any]:
         shares = [percent(graph["probability"]), percent(graph["influence_through_features"])]
         parts = ("hybrid", "features", "decoder_biases", "unexplained", "replacement")
         rows.append([link, *shares, *(f"{difference[part]:+.2f}" for part in parts)])
-    curves = block["moments"][0]["curve"]
+    curves, n_prompts = block["moments"][0]["curve"], block.get("rank_correlation_prompts", len(block["moments"]))
+    intervals = block.get("rank_correlation_ci") or {}  # runs of the first release have none
     plots = [
         plot(
             [Line(name, lines["n"], lines[kind]) for name, lines in curves.items()],
@@ -214,8 +215,10 @@ def _attribution(block: Block) -> dict[str, Any]:
         "word": repr(block["moments"][0]["word"]),
         "conservation": f"{block['conservation']:.1e}",
         "rows": rows,
+        "prompts": n_prompts,
         "correlations": [
-            [name, "-" if value is None else f"{value:.2f}"] for name, value in block["rank_correlation"].items()
+            [name, measurement_cell({**(intervals.get(name) or {}), "value": value}, "{:.2f}".format)]
+            for name, value in block["rank_correlation"].items()
         ],
         "plots": plots,
     }
