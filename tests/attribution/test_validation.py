@@ -1,10 +1,13 @@
 """Graphs compared with interventions in the model, and the difference between replacement and hybrid."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.pairs import make
 from helpers.random_models import random_batch
 
+from tl_adapters.attribution import validation
 from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget
@@ -99,6 +102,34 @@ def test_rank_correlations_alone_are_those_beside_the_curves(pair: PairedModel) 
     alone = rank_correlations(pair, TOKENS[:5].tolist(), LogitTarget(7))
     assert alone == compare_linearizations(pair, TOKENS[:5].tolist(), LogitTarget(7))["rank_correlation"]
     assert len(set(alone.values())) == len(alone), "every linearization has its own"
+
+
+def test_a_feature_that_rounding_leaves_out_of_one_graph_has_no_effect_there(
+    pair: PairedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, target = TOKENS[:5].tolist(), LogitTarget(7)
+    expected = rank_correlations(pair, prompt, target)
+    full = attribute(pair, prompt, [target], progress=False)
+    least = int(total_effects(full).abs().argmin())
+
+    def without_one(*args: object, linearisation: str, **options: object) -> AttributionGraph:
+        graph = attribute(*args, linearisation=linearisation, **options)  # type: ignore[arg-type]
+        if linearisation != "gradient":
+            return graph
+        keep = torch.arange(graph.n_nodes) != least
+        number = keep.cumsum(0) - 1
+        edges = keep[graph.edges].all(0)
+        return replace(
+            graph, features=graph.features[keep[: len(graph.features)]], edges=number[graph.edges[:, edges]],
+            activations=graph.activations[keep[: len(graph.features)]], weights=graph.weights[edges],
+        )  # fmt: skip
+
+    monkeypatch.setattr(validation, "attribute", without_one)
+    found = rank_correlations(pair, prompt, target)
+    assert {name: found[name] for name in ("relp", "frozen_mlp")} == {
+        name: expected[name] for name in ("relp", "frozen_mlp")
+    }
+    assert found["gradient"] == pytest.approx(expected["gradient"], abs=0.05)
 
 
 def test_a_mean_over_few_prompts_has_no_interval() -> None:

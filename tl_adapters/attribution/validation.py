@@ -77,14 +77,23 @@ def mean_over_prompts(values: Sequence[float | None]) -> Estimate:
 def _effects(
     pair: PairedModel, prompt: Sequence[int], target: LogitTarget
 ) -> tuple[AttributionGraph, dict[str, Float[Tensor, "n_features"]], Float[Tensor, "n_features"]]:
-    """The RelP graph of a prompt, the total effects by linearization, and the effects of ablating every feature."""
+    """The RelP graph of a prompt, the total effects by linearization, and the effects of ablating every feature.
+
+    All effects are of the features of the RelP graph. A feature whose pre-activation is zero up to rounding may be
+    active in one graph and not in another, where its effect is 0.
+    """
     graphs = {
         name: attribute(pair, prompt, [target], linearisation=name, max_feature_nodes=10**9, progress=False)
         for name in LINEARIZATIONS
     }
     relp = graphs["relp"]
-    effects = {name: total_effects(graph) for name, graph in graphs.items()}
+    effects = {name: _effects_of(relp.features, graph) for name, graph in graphs.items()}
     return relp, effects, ablation_effects(pair, relp, torch.arange(len(relp.features)))
+
+
+def _effects_of(features: Int[Tensor, "n 3"], graph: AttributionGraph) -> Float[Tensor, "n"]:
+    known = dict(zip(map(tuple, graph.features.tolist()), total_effects(graph).tolist(), strict=True))
+    return torch.tensor([known.get(tuple(feature), 0.0) for feature in features.tolist()], dtype=torch.float64)
 
 
 def total_effects(graph: AttributionGraph, target: int = 0) -> Float[Tensor, "n_features"]:
