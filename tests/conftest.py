@@ -93,7 +93,9 @@ def small_scale():  # type: ignore[no-untyped-def]
         baseline_documents=8,
         max_new_tokens=72,
         hesitation=(32, 16),
-        circuit=StudyOptions(SearchOptions(per_round=8, documents=12), draws=1, probability_draws=1),
+        circuit=StudyOptions(
+            SearchOptions(per_round=8, documents=12), draws=1, probability_draws=1, curve_factors=(1.0,)
+        ),
         training=TrainingConfig(n_features=64, steps=30, log_every=5),
     )
 

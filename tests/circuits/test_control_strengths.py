@@ -20,10 +20,12 @@ from tl_adapters.circuits.control_strengths import (
     set_controls,
     size_for_goal,
     tuned_logit_bias,
+    tuned_low_rank,
     tuned_neurons,
     tuned_steering,
 )
 from tl_adapters.circuits.controls import (
+    RELATIVE_RIDGE,
     first_features,
     inserted_in_part,
     largest_scores,
@@ -33,6 +35,7 @@ from tl_adapters.circuits.controls import (
     neuron_effects,
     removed_in_part,
     size_for_norm,
+    written_directions,
 )
 from tl_adapters.circuits.criteria import correction_beside_others
 from tl_adapters.circuits.measurements import (
@@ -42,7 +45,7 @@ from tl_adapters.circuits.measurements import (
 )
 from tl_adapters.circuits.onsets import BehaviorError, Onsets
 from tl_adapters.circuits.roles import effects_at
-from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
+from tl_adapters.circuits.steering import shifted_logits, steered, without_directions, without_neurons
 from tl_adapters.interventions.feature_edits import InterventionError, inserted, only
 from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
@@ -153,7 +156,7 @@ def test_texts_without_an_onset_or_without_another_place_are_refused(pair: Paire
 def settings(texts: TuningTexts, circuit: list[FeatureId]) -> tuple[ConditionEffect, dict[str, TunedCondition]]:
     goal = texts.measure(without(circuit))
     tuned = {"bias": tuned_logit_bias(texts, goal), "steering": tuned_steering(texts, goal)}
-    return goal, tuned | {"neurons": tuned_neurons(texts, goal)}
+    return goal, tuned | {"neurons": tuned_neurons(texts, goal), "low_rank": tuned_low_rank(texts, goal)}
 
 
 def test_baselines_do_what_the_circuit_does_and_say_where_they_cannot(
@@ -173,6 +176,9 @@ def test_baselines_do_what_the_circuit_does_and_say_where_they_cannot(
         assert (said, harm) == pytest.approx((setting.measured.p_onset, setting.measured.kl_elsewhere), abs=1e-5), name
         record = setting.record(texts.unchanged)
         assert record["p_onset_before"] == texts.unchanged.p_onset > record["p_onset"] == setting.measured.p_onset
+        assert setting.at_size is not None and setting.size <= setting.most
+        assert texts.measure(setting.at_size(setting.size)) == setting.measured, "the same at the size that was chosen"
+        assert texts.measure(setting.at_size(setting.size / 2)).kl_elsewhere < setting.measured.kl_elsewhere, name
     assert found["bias"].reached
     assert found["steering"].reached
     unreachable = replace(goal, p_onset=-1.0)
@@ -291,6 +297,58 @@ def test_neuron_effects_are_slopes_and_what_is_written(pair: PairedModel, onsets
     assert texts.measure(small).p_onset < texts.unchanged.p_onset
 
 
+# -- low rank -----------------------------------------------------------------------------------------------------
+
+
+def written_by_adapters(pair: PairedModel, variant: Variant, tokens: torch.Tensor) -> dict[int, torch.Tensor]:
+    with torch.no_grad(), variant.entered(pair), pair.recorded("mlp.hook_adapter_out") as written:
+        pair.model(tokens)
+    return written
+
+
+def test_adapters_write_nothing_along_removed_directions(pair: PairedModel, onsets: Onsets) -> None:
+    basis, _ = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    before, plain = state(pair), written_by_adapters(pair, on_route("replacement"), onsets.tokens)
+    removed = [(1, basis[:, 0]), (3, basis[:, 1]), (1, basis[:, 2]), (1, basis[:, 3])]
+    found = written_by_adapters(pair, without_directions(removed, last=0.25), onsets.tokens)
+    assert state(pair) == before
+    assert torch.equal(found[0], plain[0])
+    along = lambda written: written.double() @ basis  # noqa: E731
+    assert along(found[1])[..., [0, 2]].abs().max() < 1e-5 < along(plain[1])[..., [0, 2]].abs().max()
+    assert along(found[3])[..., 1].abs().max() < 1e-5
+    assert torch.allclose(along(found[1])[..., 3], 0.75 * along(plain[1])[..., 3], atol=1e-5)
+    assert torch.allclose(along(found[1])[..., 4:], along(plain[1])[..., 4:], atol=1e-5)
+    nothing = without_directions([(layer, column) for layer in range(N_LAYERS) for column in basis.T])
+    hybrid = logits_of(pair, on_route("hybrid"), onsets.tokens)
+    assert torch.allclose(logits_of(pair, nothing, onsets.tokens), hybrid, atol=1e-4)
+    assert torch.equal(
+        logits_of(pair, without_directions([]), onsets.tokens), logits_of(pair, on_route("replacement"), onsets.tokens)
+    )
+
+
+def test_directions_are_those_along_which_adapters_write_most(pair: PairedModel, onsets: Onsets) -> None:
+    written = written_by_adapters(pair, on_route("replacement"), onsets.tokens)
+    drawn = torch.randn(32, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    trials = torch.nn.functional.normalize(drawn, dim=0)
+
+    def energies(layer: int, at: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        return (written[layer][at].double() @ directions).square().mean(0)
+
+    for name, order in written_directions(pair, onsets).items():
+        assert [d.score for d in order] == sorted((d.score for d in order), reverse=True)
+        for layer in range(N_LAYERS):
+            found = [d for d in order if d.layer == layer]
+            basis = torch.stack([d.direction for d in found], 1)
+            assert torch.allclose(basis.T @ basis, torch.eye(len(found), dtype=basis.dtype), atol=1e-8)
+            scores = [energies(layer, onsets.onset, directions) for directions in (basis[:, :1], trials)]
+            if "over" in name:
+                away = [energies(layer, onsets.away_from_onsets, v) for v in (basis[:, :1], trials)]
+                ridge = RELATIVE_RIDGE * energies(layer, onsets.away_from_onsets, torch.eye(32).double()).mean()
+                scores = [score / (other + ridge) for score, other in zip(scores, away, strict=True)]
+            assert float(scores[0]) == pytest.approx(found[0].score, rel=1e-3), name
+            assert bool((scores[0] > scores[1]).all()), "no other direction has a larger score"
+
+
 # -- sets of features ---------------------------------------------------------------------------------------------
 
 
@@ -379,7 +437,7 @@ def test_controls_of_the_smallest_and_the_largest_circuit(
     found = set_controls(texts, order, orders, norms)
     assert set(found) == {
         "circuit", "random", "random_scaled", "random_equal_harm", "others", "others_scaled", "others_equal_harm",
-        "logit_bias", "steering", "neurons",
+        "logit_bias", "steering", "neurons", "low_rank",
     }  # fmt: skip
     for setting in found.values():
         assert logits_of(pair, setting.variant, onsets.tokens).isfinite().all()

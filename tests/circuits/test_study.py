@@ -18,6 +18,7 @@ from tl_adapters import organism
 from tl_adapters.circuits.circuit import ROLES
 from tl_adapters.circuits.control_strengths import EFFECT_TOLERANCE, HARM_TOLERANCE, TuningTexts
 from tl_adapters.circuits.criteria import MIN_HESITATION_CUT
+from tl_adapters.circuits.dose_curves import INTERVENTIONS
 from tl_adapters.circuits.measurements import ReplacementResiduals, answers, probabilities, record
 from tl_adapters.circuits.onsets import Behavior, BehaviorError, find_onsets
 from tl_adapters.circuits.search import FEWEST_ONSETS, SearchOptions, find_circuit
@@ -28,7 +29,7 @@ from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.traces import Trace
 from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.interventions.feature_edits import only
-from tl_adapters.interventions.variants import Variant, on_route, without
+from tl_adapters.interventions.variants import Variant, on_route, rescaled, without
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.organism.census import corrects, with_injected_slip
 from tl_adapters.organism.traces import prompt
@@ -40,7 +41,7 @@ from tl_adapters.utils.share_intervals import mcnemar, newcombe
 
 SEARCH = SearchOptions(share=0.1, documents=16)
 LIMIT = 40
-OPTIONS = StudyOptions(SEARCH, draws=1, probability_draws=2)
+OPTIONS = StudyOptions(SEARCH, draws=1, probability_draws=2, curve_factors=(0.5, 1.0))
 REMOVALS = (
     "none",
     "output",
@@ -57,9 +58,10 @@ REMOVALS = (
     "logit_bias",
     "steering",
     "neurons",
+    "low_rank",
 )
 """Conditions that remove something; other_tokens is among them where there are control positions."""
-BASELINES = ("logit_bias", "steering", "neurons")
+BASELINES = ("logit_bias", "steering", "neurons", "low_rank")
 SETS, FORMS = ("random", "others"), ("", "_scaled", "_equal_harm")
 """Other features that are taken away, and how many."""
 
@@ -118,7 +120,7 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviorStudy) -> None
     assert set(block) == {
         "schema_version", "behaviour", "words", "moments", "circuit", "probabilities", "other_words", "necessity",
         "sufficiency", "transfer", "injected", "mediation", "dose", "smallest", "kinds", "sampled", "suppressors",
-        "bystanders", "criteria", "controls", "injected_more",
+        "bystanders", "criteria", "controls", "injected_more", "dose_curves",
     }  # fmt: skip
     assert (block["behaviour"], set(block["words"])) == ("hesitation", {"Wait", "wait", " Wait"})
     assert set(block["necessity"]) == {*REMOVALS, "other_tokens"}
@@ -286,6 +288,36 @@ def test_doses_grow_to_the_whole(study: BehaviorStudy) -> None:
     assert whole["p_moment"] < doses[0]["p_moment"] < block["probabilities"]["replacement"]["moment"].value
     enough = [d["n"] for d in doses if d["hesitation_cut"] >= MIN_HESITATION_CUT]
     assert block["smallest"]["n"] == min(enough, default=None)
+
+
+def test_dose_curves_end_in_the_conditions_that_other_parts_measure(
+    study: BehaviorStudy, pair: PairedModel, subject: Subject
+) -> None:
+    block, found = study.block, study.block["dose_curves"]
+    given, before = block["probabilities"], block["probabilities"]["replacement"]["moment"]
+    assert plain(found["unchanged"]["p_onset"]) == plain(before)
+    assert found["unchanged"]["corrected"].value == block["injected"]["replacement"].value
+    full = {"circuit": "replacement - circuit"} | {name: f"replacement, {name}" for name in BASELINES}
+    full |= {of: f"replacement - {of}_equal_harm" for of in SETS}
+    assert set(found["curves"]) == set(full) == set(INTERVENTIONS)
+    for name, condition in full.items():
+        half, whole = found["curves"][name]
+        assert (half["factor"], whole["factor"]) == (0.5, 1.0) and half["size"] == pytest.approx(whole["size"] / 2)
+        assert whole["size"] == pytest.approx(
+            1 if name == "circuit" else block["controls"][INTERVENTIONS[name]]["size"]
+        )
+        harm, same = whole["kl_elsewhere"], given[condition]["kl_elsewhere"]
+        assert (harm.value, harm.low, harm.high) == pytest.approx((same.value, same.low, same.high))
+        assert whole["behavior_left"].value == pytest.approx(given[condition]["moment"].value / before.value)
+        assert whole["behavior_left"].low <= whole["behavior_left"].value <= whole["behavior_left"].high
+        assert whole["corrected"].value == block["injected"][condition].value
+        assert half["kl_elsewhere"].value > 0
+        if name in ("circuit", "logit_bias"):
+            assert whole["behavior_left"].value < half["behavior_left"].value < 1, "half as strong leaves more"
+    onsets = find_onsets(pair, traces_of(answers(pair, subject, on_route("target")), pair.model.tokenizer))
+    half = rescaled(list(study.found.search.order), 0.5)  # type: ignore[union-attr]
+    by_hand = probabilities(pair, onsets, half, "report")["moment"].value / before.value
+    assert found["curves"]["circuit"][0]["behavior_left"].value == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_a_circuit_does_more_than_random_features_that_are_as_active(study: BehaviorStudy) -> None:

@@ -18,12 +18,12 @@ from helpers.word_tokenizers import word_tokenizer
 
 import tl_adapters.circuits.comparisons as comparisons
 from tl_adapters import organism
-from tl_adapters.circuits.banned_words import banned, banned_neighbors
 from tl_adapters.circuits.circuit import Circuit, CircuitError
 from tl_adapters.circuits.measurements import mediation, probabilities, record
 from tl_adapters.circuits.onsets import Onsets, final_residual, find_onsets, log_odds_from_logits
 from tl_adapters.circuits.roles import assign_roles, circuit_edges, effects_at
 from tl_adapters.circuits.search import SearchOptions, find_circuit, search_circuit
+from tl_adapters.circuits.steering import banned, banned_neighbors
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
 from tl_adapters.circuits.subject import Subject, builtin_subject, kinds_at
 from tl_adapters.data.traces import Trace
@@ -477,7 +477,7 @@ def test_a_banned_phrase_is_never_said_and_what_begins_alike_is(pair: PairedMode
 # -- whole studies ----------------------------------------------------------------------------------------------------
 
 LIMIT = 40
-OPTIONS = StudyOptions(SearchOptions(share=0.1, documents=8), draws=1, probability_draws=1)
+OPTIONS = StudyOptions(SearchOptions(share=0.1, documents=8), draws=1, probability_draws=1, curve_factors=(1.0,))
 
 
 def after_a_line(trace: Trace) -> list[tuple[int, int]]:

@@ -46,6 +46,23 @@ def record(rate: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def dose_curves() -> dict[str, Any]:
+    """Curves of every intervention, with names and units of others among them."""
+
+    def points(harm: float, left: float, unit: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "factor": f, "size": 12.5 * f, "unit": unit, "behavior_left": figure(1 - (1 - left) * f / 2),
+                "kl_elsewhere": figure(harm * f, "nats per token"), "corrected": figure(0.8 - 0.3 * f / 2),
+            }
+            for f in (0.5, 1.0, 2.0)
+        ]  # fmt: skip
+
+    names = ("circuit", "random", "others", "neurons", "steering", "logit_bias", "low_rank", HOSTILE)
+    curves = {name: points(2.0 ** (i - 9), 0.1 * i, HOSTILE if i > 6 else "features") for i, name in enumerate(names)}
+    return {"unchanged": {"p_onset": figure(0.8), "corrected": figure(0.8)}, "curves": curves}
+
+
 def whole_block() -> dict[str, Any]:
     places = {"moment": figure(0.4), "boundary": figure(math.nan), "elsewhere": figure(0.001)}
     return {
@@ -77,6 +94,7 @@ def whole_block() -> dict[str, Any]:
         "transfer": {"none": record(20.0), "negated": record(3.0)},
         "injected": {"none": figure(0.7), "circuit": figure(0.1)},
         "mediation": {"total": figure(1.1, "nats"), "through_output": figure(0.9, "nats"), "share": figure(0.8)},
+        "dose_curves": dose_curves(),
         "dose": [
             {"n": n, "hesitation_per_1k": figure(20 / n), "p_moment": 0.4 / n, "p_inserted": math.nan}
             for n in (1, 2, 5, 10)

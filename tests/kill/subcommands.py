@@ -39,7 +39,7 @@ SCALE = StudyScale(
     baseline_documents=2,
     max_new_tokens=48,
     hesitation=(12, 6),
-    circuit=StudyOptions(SearchOptions(per_round=8, documents=6), draws=1, probability_draws=1),
+    circuit=StudyOptions(SearchOptions(per_round=8, documents=6), draws=1, probability_draws=1, curve_factors=(1.0,)),
     training=replace(TrainingConfig(**TRAINING), steps=6),
 )
 

@@ -4,7 +4,7 @@ A condition is a `Variant` under a name that results.json uses. There are three 
 
 * *removals*: the replacement without a set of features (the circuit, a part of it, or other features);
 * *baselines*: the replacement under an intervention that needs no features (banned words, a bias on their logits,
-  steering, neurons);
+  steering, neurons, low rank);
 * *insertions*: the hybrid with a set of features added.
 
 Matched random sets stand beside each group; they are drawn several times, so they are kept as sets (`FeatureSets`).
@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.circuits.banned_words import banned, banned_neighbors
 from tl_adapters.circuits.control_strengths import TunedCondition
 from tl_adapters.circuits.controls import (
     commonest_alternative,
@@ -31,12 +30,13 @@ from tl_adapters.circuits.controls import (
 )
 from tl_adapters.circuits.roles import effects_at
 from tl_adapters.circuits.search import FoundCircuit, SearchOptions, search_circuit
+from tl_adapters.circuits.steering import banned, banned_neighbors
 from tl_adapters.interventions.variants import Variant, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 
 CONTROL_SETS = ("random_scaled", "random_equal_harm", "others", "others_scaled", "others_equal_harm")
 """Sets of other features that are removed, beside matched random sets of the circuit's size."""
-TUNED_BASELINES = ("logit_bias", "steering", "neurons")
+TUNED_BASELINES = ("logit_bias", "steering", "neurons", "low_rank")
 """Baselines whose strength is set to the circuit's own effect."""
 
 
@@ -56,6 +56,8 @@ class FeatureSets:
     """As many of the most active other features."""
     orders: Mapping[str, Sequence[FeatureId]]
     """"random" and "others": the order in which features join a control set that is enlarged."""
+    random_orders: tuple[tuple[FeatureId, ...], ...]
+    """That order for each of the matched random sets."""
     write_norms: Float[Tensor, "n_layers n_features"]
     """Of every feature its mean activation at the onsets, times the norm of its decoder row."""
     activation_shares: Mapping[str, float]
@@ -83,7 +85,7 @@ def choose_feature_sets(pair: PairedModel, found: FoundCircuit, n_random: int, s
     random = [matched_features(circuit, activation, found.alive, generator) for _ in range(n_random)]
     every_other = most_active_others(circuit, activation, found.alive, activation.numel())
     others = every_other[: len(circuit)]
-    random_order = matched_order(circuit, random[0], activation, found.alive, generator)
+    random_orders = [matched_order(circuit, first, activation, found.alive, generator) for first in random]
 
     def summed(features: Sequence[FeatureId]) -> float:
         return float(sum(activation[f] for f in features))
@@ -95,7 +97,8 @@ def choose_feature_sets(pair: PairedModel, found: FoundCircuit, n_random: int, s
         template=tuple(found.circuit.ids("template")),
         random=tuple(map(tuple, random)),
         others=tuple(others),
-        orders={"random": random_order, "others": every_other},
+        orders={"random": random_orders[0], "others": every_other},
+        random_orders=tuple(map(tuple, random_orders)),
         write_norms=at_onsets.activation,
         activation_shares={
             "circuit": summed(circuit) / total,

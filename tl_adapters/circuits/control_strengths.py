@@ -1,15 +1,16 @@
 """Controls of equal strength: each is set on the select split to have the circuit's effect, write norm or harm.
 
 A control that breaks the model, or that does less than the circuit, says nothing about the circuit. So each has one
-size that is searched (a coefficient, nats of a bias, a number of neurons or features). Of several ways to apply it, the
-one is taken that has the effect with the least harm elsewhere:
+size that is searched (a coefficient, nats of a bias, a number of neurons, directions or features). Of several ways to
+apply it, the one is taken that has the effect with the least harm elsewhere:
 
 * *effect*: how far the mean probability of the words at the onsets falls;
 * *harm*: mean KL(replacement || condition) away from the onsets and continuations (`Onsets.away_from_onsets`).
 
-Steering, logit bias and neurons are set to the circuit's effect. Other features are taken in an order (matched random
-sets, or the most active others), as many as have the circuit's summed write norm at the onsets, and, another time, as
-many as do its harm elsewhere. Where no size reaches the goal, the nearest is taken, and the record states that.
+Steering, logit bias, neurons and low rank are set to the circuit's effect. Other features are taken in an order
+(matched random sets, or the most active others), as many as have the circuit's summed write norm at the onsets, and,
+another time, as many as do its harm elsewhere. Where no size reaches the goal, the nearest is taken, and the record
+states that.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from torch import Tensor
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.controls import (
     Shares,
+    WrittenDirection,
     first_features,
     largest_scores,
     neuron_effects,
     removed_in_part,
     size_for_norm,
+    written_directions,
 )
 from tl_adapters.circuits.measurements import kl_from_replacement
 from tl_adapters.circuits.onsets import BehaviorError, Onsets, log_odds
-from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
+from tl_adapters.circuits.steering import shifted_logits, steered, without_directions, without_neurons
 from tl_adapters.interventions.variants import Variant, on_route, without
 from tl_adapters.models.paired_model import PairedModel
 
@@ -76,6 +79,10 @@ class TunedCondition:
     """Whether its goal is reached within the tolerance; the circuit and sets of its size have no goal."""
     shares: Shares | None = None
     """For a set of features, the share of each activation that is taken."""
+    at_size: Callable[[float], Variant] | None = None
+    """The same condition at other sizes; None where it has one size only."""
+    most: float = 0.0
+    """The largest size that makes a difference."""
 
     def record(self, unchanged: ConditionEffect) -> dict[str, Any]:
         """The record in results.json; ``unchanged`` is the replacement's effect."""
@@ -243,7 +250,9 @@ def _least_harmful(
             EFFECT_TOLERANCE * wanted,
             lambda measured, limit=limit: measured.kl_elsewhere >= limit,  # type: ignore[misc]
         )
-        tuned = TunedCondition(candidate.make(size), candidate.chosen, size, unit, measured, reached)
+        tuned = TunedCondition(
+            candidate.make(size), candidate.chosen, size, unit, measured, reached, None, candidate.make, candidate.most
+        )
         if size > 0 and (best is None or rank(tuned) < rank(best)):
             best = tuned
     nothing = on_route("replacement")
@@ -331,6 +340,26 @@ def tuned_neurons(texts: TuningTexts, goal: ConditionEffect) -> TunedCondition:
     return _least_harmful(texts, goal, candidates(), "neurons")
 
 
+def tuned_low_rank(texts: TuningTexts, goal: ConditionEffect) -> TunedCondition:
+    """Remove directions from what the adapters write, as many as it takes, in the better of two orders.
+
+    The orders are by what is written along a direction at the onsets, and by that over what is written along it
+    elsewhere (`controls.written_directions`).
+    """
+
+    def candidates() -> Iterator[_Candidate]:
+        for chosen, directions in written_directions(texts.pair, texts.onsets).items():
+
+            def make(size: float, directions: Sequence[WrittenDirection] = directions) -> Variant:
+                n = math.ceil(size)
+                return without_directions([(d.layer, d.direction) for d in directions[:n]], 1 - (n - size))
+
+            if directions:
+                yield _Candidate(make, chosen, min(4.0, len(directions)), float(len(directions)))
+
+    return _least_harmful(texts, goal, candidates(), "directions")
+
+
 # -- other features -----------------------------------------------------------------------------------------------
 
 
@@ -380,8 +409,13 @@ def _removed_features(texts: TuningTexts, order: Sequence[FeatureId], size: floa
     chosen = f"{len(shares)} features"
     if size > len(order):
         chosen = f"all {len(order)} features, {size / len(order):.2f} times"
-    variant = removed_in_part(shares)
-    return TunedCondition(variant, chosen, size, "features", texts.measure(variant), reached, shares)
+
+    def at_size(size: float) -> Variant:
+        return removed_in_part(first_features(order, size))
+
+    variant = at_size(size)
+    measured = texts.measure(variant)
+    return TunedCondition(variant, chosen, size, "features", measured, reached, shares, at_size, float(len(order)))
 
 
 def set_controls(
@@ -399,7 +433,7 @@ def set_controls(
         norms: of every feature, mean activation at the onsets times the norm of its decoder row.
 
     Of each order there are three sets: NAME of the circuit's size, NAME_scaled of its write norm at the onsets, and
-    NAME_equal_harm. "logit_bias", "steering" and "neurons" have the circuit's effect.
+    NAME_equal_harm. "logit_bias", "steering", "neurons" and "low_rank" have the circuit's effect.
     """
     goal, variant = texts.measure(without(circuit)), without(circuit)
     tuned = {"circuit": TunedCondition(variant, f"{len(circuit)} features", len(circuit), "features", goal, True)}
@@ -412,6 +446,7 @@ def set_controls(
     tuned["logit_bias"] = tuned_logit_bias(texts, goal)
     tuned["steering"] = tuned_steering(texts, goal)
     tuned["neurons"] = tuned_neurons(texts, goal)
+    tuned["low_rank"] = tuned_low_rank(texts, goal)
     return tuned
 
 

@@ -9,9 +9,10 @@
 * a difference-of-means direction of the residual stream (onsets less controls), subtracted after a layer, at all
   positions or only after tokens after which the word may come (`steering`);
 * neurons of the base's MLPs, set to zero or to their mean (`steering`);
+* low rank: directions of the residual stream along which the adapters no longer write (`steering`);
 * the same search for the token that most often comes at the control positions (`conditions`).
 
-`control_strengths` sets bias, steering and neurons to the circuit's own effect.
+`control_strengths` sets bias, steering, neurons and low rank to the circuit's own effect.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ from tl_adapters.evaluation.behaviors import first_tokens
 from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.precision import host_float64, wide
 
 NEAREST_CANDIDATES = 5
 """A matched feature is drawn among this many nearest candidates."""
+RELATIVE_RIDGE = 1e-3
+"""Added to a covariance that is inverted, as a share of its mean eigenvalue."""
 
 
 def matched_features(
@@ -238,6 +242,73 @@ def largest_scores(scores: Float[Tensor, "n_layers d_mlp"], n: int | None = None
     """Return (layer, index) of the ``n`` largest scores, largest first; of all scores, if None."""
     best = scores.flatten().topk(min(scores.numel() if n is None else n, scores.numel())).indices.tolist()
     return [(i // scores.shape[1], i % scores.shape[1]) for i in best]
+
+
+# -- low rank -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WrittenDirection:
+    """A unit direction of the residual stream along which an adapter writes at the onsets."""
+
+    layer: int
+    """Layer of the adapter."""
+    direction: Float[Tensor, "d_model"]
+    """The direction; those of one layer are orthonormal."""
+    score: float
+    """By which the directions of all layers are ordered."""
+
+
+@torch.no_grad()
+def written_directions(pair: PairedModel, onsets: Onsets) -> dict[str, list[WrittenDirection]]:
+    """Directions that the adapters write along at the onsets, in two orders, by their names; the largest score first.
+
+    * by energy at the onsets: the right singular vectors of what an adapter writes there; the score is the mean square;
+    * by energy at the onsets over that elsewhere: the same in coordinates in which what it writes away from the onsets
+      has the same energy in every direction, made orthonormal in their order; the score is the ratio.
+    """
+    d_model, n_away = pair.model.cfg.d_model, 0
+    at_onsets: list[list[Tensor]] = [[] for _ in range(pair.n_layers)]
+    elsewhere = [wide(torch.zeros(d_model, d_model, device=pair.device)) for _ in range(pair.n_layers)]
+    for _, batch in onsets.batches():
+        batch = batch.to(pair.device)
+        with pair.routed("replacement"), pair.recorded("mlp.hook_adapter_out") as written:
+            final_residual(pair, batch.tokens)
+        n_away += int(batch.away_from_onsets.sum())
+        for layer in range(pair.n_layers):
+            at_onsets[layer].append(host_float64(written[layer][batch.onset]))
+            rows = wide(written[layer][batch.away_from_onsets])
+            elsewhere[layer] += rows.T @ rows
+    orders: dict[str, list[WrittenDirection]] = {
+        "by energy at the onsets": [],
+        "by energy at the onsets over that elsewhere": [],
+    }
+    for layer in range(pair.n_layers):
+        rows = torch.cat(at_onsets[layer]) / max(1, sum(map(len, at_onsets[layer]))) ** 0.5
+        covariance = host_float64(elsewhere[layer]) / max(1, n_away)
+        for order, found in zip(orders.values(), (None, covariance), strict=True):
+            scores, directions = _strongest_directions(rows, found)
+            n = int((scores > 1e-12 * scores.max()).sum()) if len(scores) else 0
+            order += [WrittenDirection(layer, directions[:, i], float(scores[i])) for i in range(n)]
+    return {name: sorted(order, key=lambda d: -d.score) for name, order in orders.items()}
+
+
+def _strongest_directions(
+    rows: Float[Tensor, "n d_model"], elsewhere: Float[Tensor, "d_model d_model"] | None
+) -> tuple[Float[Tensor, "r"], Float[Tensor, "d_model r"]]:
+    """Orthonormal directions in columns along which rows have most energy, strongest first, with the energies.
+
+    With a covariance ``elsewhere`` the energies are relative to it.
+    """
+    if elsewhere is None:
+        _, singular, right = torch.linalg.svd(rows, full_matrices=False)
+        return singular.square(), right.T
+    ridge = RELATIVE_RIDGE * elsewhere.diagonal().mean().clamp(min=1e-12)
+    factor = torch.linalg.cholesky(elsewhere + ridge * torch.eye(len(elsewhere), dtype=elsewhere.dtype))
+    _, singular, right = torch.linalg.svd(
+        torch.linalg.solve_triangular(factor, rows.T, upper=False).T, full_matrices=False
+    )
+    return singular.square(), torch.linalg.qr(torch.linalg.solve_triangular(factor.T, right.T, upper=True)).Q
 
 
 def commonest_alternative(onsets: Onsets) -> int | None:

@@ -45,6 +45,8 @@ from tl_adapters.utils.share_intervals import share
 
 POSITION_KEYS = {"onset": "moment", "control": "boundary", "elsewhere": "elsewhere"}
 """Positions of `Onsets` -> the key of the probability there, in what is returned and in results.json."""
+_UNITS = {"kl_elsewhere": "nats per token", "behavior_left": "share of the replacement's probability"}
+"""Units of the measurements over given text that are not probabilities."""
 FEW_SETS = 5
 """A mean over fewer random sets than these states their number as its reason."""
 
@@ -66,7 +68,7 @@ def probabilities(
     Returns figures under the keys "moment" (onsets), "boundary" (matched control positions) and "elsewhere", as in
     results.json; a kind of position that the texts do not have is left out.
     """
-    return _as_measurements(_probability_sums(pair, onsets, variant, residuals), split)
+    return _as_measurements(probability_sums(pair, onsets, variant, residuals), split)
 
 
 def mean_probabilities(
@@ -77,8 +79,37 @@ def mean_probabilities(
     residuals: ReplacementResiduals | None = None,
 ) -> dict[str, Measurement]:
     """`probabilities` as a mean over variants that were drawn (random sets); intervals include the choice of them."""
-    sums = [_probability_sums(pair, onsets, variant, residuals) for variant in variants]
+    sums = [probability_sums(pair, onsets, variant, residuals) for variant in variants]
     return _as_measurements({key: torch.stack([each[key] for each in sums]) for key in sums[0]}, split)
+
+
+def behavior_left(
+    pair: PairedModel,
+    onsets: Onsets,
+    variants: Sequence[Variant],
+    split: str,
+    residuals: ReplacementResiduals,
+    unchanged: Float[Tensor, "n"],
+) -> dict[str, Measurement]:
+    """How much of the behavior is left under a condition, and its harm: "behavior_left" and "kl_elsewhere".
+
+    What is left is the probability of the behavior at the onsets, as a share of the replacement's, paired by document.
+
+    Args:
+        pair: with adapters on every layer.
+        onsets: the texts.
+        variants: the condition; where it was drawn several times, the mean over its variants is measured.
+        split: of the problems, recorded in the figures.
+        residuals: of the replacement over the same texts.
+        unchanged: of every document, the replacement's probabilities at the onsets, summed (`probability_sums`).
+    """
+    left, harm = [], []
+    for variant in variants:
+        sums = probability_sums(pair, onsets, variant, residuals)
+        left.append(torch.stack([sums[POSITION_KEYS["onset"]][0], unchanged]))
+        harm.append(sums["kl_elsewhere"])
+    sets = (lambda parts: parts[0]) if len(variants) == 1 else torch.stack
+    return _as_measurements({"behavior_left": sets(left), "kl_elsewhere": sets(harm)}, split)
 
 
 @torch.no_grad()
@@ -121,8 +152,8 @@ class ReplacementResiduals:
 
 
 @torch.no_grad()
-def _probability_sums(
-    pair: PairedModel, onsets: Onsets, variant: Variant, residuals: ReplacementResiduals | None
+def probability_sums(
+    pair: PairedModel, onsets: Onsets, variant: Variant, residuals: ReplacementResiduals | None = None
 ) -> dict[str, Float[Tensor, "2 n"]]:
     """By kind of position and document: the sum of the probabilities and the number of positions; the KL likewise."""
     sums = {key: torch.zeros(2, len(onsets), dtype=torch.float64) for key in POSITION_KEYS.values()}
@@ -154,8 +185,7 @@ def _as_measurements(sums: dict[str, Float[Tensor, "*sets 2 n"]], split: str) ->
         estimate = Estimate(None, None, None, reason="it is infinite: a token is ruled out")
         if bool(top.isfinite().all()):
             estimate = bootstrap_ratio(top, bottom)
-        unit = "nats per token" if key == "kl_elsewhere" else "probability of the word"
-        figure = estimate.measurement(totals.shape[-1], unit, split)
+        figure = estimate.measurement(totals.shape[-1], _UNITS.get(key, "probability of the word"), split)
         values = (top.sum(-1) / bottom.sum(-1)).reshape(-1).tolist()
         figures[key] = figure if totals.ndim == 2 else _of_sets(figure, values)
     return figures
@@ -313,6 +343,21 @@ def corrected(
         reason=estimate.reason,
         outcomes=outcomes,
     )
+
+
+def mean_corrected(
+    pair: PairedModel, injections: Sequence[Injection], variants: Sequence[Variant], subject: Subject, split: str
+) -> Measurement:
+    """`corrected` as a mean over variants that were drawn (random sets), without the single outcomes.
+
+    The interval of several variants includes the choice of them; the interval of one is that of `corrected`.
+    """
+    outcomes = [corrected(pair, injections, variant, subject, split).outcomes for variant in variants]
+    hits = torch.tensor([[float(outcome) for outcome in each] for each in outcomes])
+    figure = clustered_share(hits if len(variants) > 1 else hits[0]).measurement(
+        len(injections), "share corrected", split
+    )
+    return figure if len(variants) == 1 else _of_sets(figure, hits.mean(1).tolist())
 
 
 def corrected_more(more: OutcomesMeasurement, less: OutcomesMeasurement) -> Measurement:

@@ -1,11 +1,18 @@
-"""Interventions that need no features: shifted logits, a steering vector, ablated neurons."""
+"""Interventions that need no features: shifted logits, banned words, a steering vector, neurons, low rank.
+
+A single token is banned by its logit. The first token of a phrase ("Hold on") must stay allowed, because other phrases
+begin with it. So a later token of the phrase is banned where the token before it in the phrase was just read. For two
+tokens that bans the phrase and nothing else. For more tokens the pair may occur in other phrases ("on" after "Hold" in
+"Hold on to"), so the pair of neighbors is taken that occurs least often elsewhere in given texts, and that number is
+recorded.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,16 +20,23 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.evaluation.behaviors import Words, first_tokens
 from tl_adapters.interventions.feature_edits import InterventionError
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
 
+Neighbors = dict[tuple[int, int], int]
+"""(token, next token) of a phrase -> how often the pair occurs in given texts outside of the phrase."""
+
+
+# -- logits -------------------------------------------------------------------------------------------------------
+
 
 def shifted_logits(words: Words | Sequence[int], by: float) -> Variant:
     """The replacement with a constant added to the words' logits; minus infinity bans the words.
 
-    For phrases it is added to the tokens that begin them, whatever follows (`banned_words` bans whole phrases). It is
+    For phrases it is added to the tokens that begin them, whatever follows (`banned` bans whole phrases). It is
     added before the soft cap of a model that has one, so banned words then have the lowest possible logit.
     """
 
@@ -42,6 +56,81 @@ def shifted_logits(words: Words | Sequence[int], by: float) -> Variant:
             handle.remove()
 
     return Variant("words banned" if by == -torch.inf else f"words' logits {by:+.1f}", entered)
+
+
+def banned_neighbors(onsets: Onsets) -> Neighbors:
+    """Return, for every phrase, the first of its neighboring tokens that occur least often outside of the phrase."""
+    rarest: Neighbors = {}
+    tokens, following = onsets.tokens, onsets.next_tokens
+    for phrase in (word for word in onsets.words if isinstance(word, tuple)):
+        within = _phrase_starts(onsets, phrase)
+        elsewhere: Neighbors = {}
+        for offset, pair in enumerate(pairwise(phrase)):
+            occurs = onsets.predicting & (tokens == pair[0]) & (following == pair[1])
+            elsewhere.setdefault(pair, int((occurs & ~within.roll(offset, 1)).sum()))
+        best = min(elsewhere, key=elsewhere.__getitem__)
+        rarest[best] = min(elsewhere[best], rarest.get(best, elsewhere[best]))
+    return rarest
+
+
+def _phrase_starts(onsets: Onsets, phrase: tuple[int, ...]) -> Tensor:
+    """The positions of the first token of every occurrence of a phrase."""
+    tokens = onsets.tokens
+    starts = tokens == phrase[0]
+    for i, token in enumerate(phrase[1:], start=1):
+        starts = starts & (tokens.roll(-i, 1) == token) & onsets.predicting.roll(1 - i, 1)
+        starts[:, tokens.shape[1] - i :] = False
+    return starts
+
+
+def banned(words: Words, neighbors: Neighbors) -> Variant:
+    """The replacement with single tokens banned, and of neighbors (`banned_neighbors`) the second after the first.
+
+    It works in generation and in whole passes. Where logits are formed at other positions than tokens were read,
+    InterventionError is raised, because the token before them is not known.
+    """
+    single = [word for word in words if isinstance(word, int)]
+
+    @contextmanager
+    def entered(pair: PairedModel) -> Iterator[Any]:
+        device = pair.device
+        pairs = torch.tensor(list(neighbors), dtype=torch.long, device=device).reshape(-1, 2)
+        alone = torch.tensor(single, dtype=torch.long, device=device)
+        seconds = torch.nn.functional.one_hot(pairs[:, 1], pair.model.cfg.d_vocab).float()
+        read: list[Tensor] = []
+
+        def remember(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read[:] = [next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))]
+
+        def ban(module: object, inputs: object, logits: Tensor) -> Tensor:
+            logits = logits.index_fill(-1, alone, -torch.inf)
+            return _without_seconds(logits, read[0], pairs[:, 0], seconds) if len(pairs) else logits
+
+        handles = [pair.model.embed.register_forward_pre_hook(remember, with_kwargs=True)]
+        handles.append(pair.model.unembed.register_forward_hook(ban))
+        try:
+            with pair.routed("replacement") as model:
+                yield model
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return Variant("words banned", entered)
+
+
+def _without_seconds(logits: Tensor, read: Tensor, first: Tensor, seconds: Tensor) -> Tensor:
+    """Logits at the last positions that were read, without the second token of a pair where the first was read."""
+    n = logits.shape[1]
+    if logits.shape[0] != read.shape[0] or n > read.shape[1]:
+        raise InterventionError(
+            f"A phrase can be banned only in passes over whole texts. Tokens of shape {tuple(read.shape)} were read, "
+            f"and logits are formed at {tuple(logits.shape[:2])} positions. Run the model on the tokens."
+        )
+    after = (read[:, -n:, None] == first).float()
+    return logits.masked_fill(after @ seconds > 0, -torch.inf)
+
+
+# -- activations --------------------------------------------------------------------------------------------------
 
 
 def steered(
@@ -113,26 +202,56 @@ def without_neurons(
         values: the values of all neurons; None sets them to zero.
         last: the extent to which the last neuron is changed (0 to 1), so that their number can be set finely.
     """
-    order = sorted(range(len(neurons)), key=lambda i: neurons[i])  # by layer
-    sizes = Counter(neurons[i][0] for i in order)
+    extents = _extents_by_layer(neurons, last)
 
     def change(acts: Tensor, hook: HookPoint, index: Tensor, keep: Tensor, put: Tensor) -> Tensor:
         return acts.index_copy(-1, index, acts[..., index] * keep + put)
 
     @contextmanager
     def entered(pair: PairedModel) -> Iterator[Any]:
-        like = pair.model.W_E
-        which = torch.tensor([neurons[i] for i in order], dtype=torch.long).reshape(-1, 2).to(like.device)
-        share = torch.tensor([last if i == len(neurons) - 1 else 1.0 for i in order]).to(like)
-        value = torch.zeros_like(share) if values is None else values.to(like)[which[:, 0], which[:, 1]]
-        of_layers = zip(
-            sizes, *(t.split(list(sizes.values())) for t in (which[:, 1], 1 - share, share * value)), strict=True
-        )
-        hooks = [
-            (f"blocks.{layer}.mlp.hook_post", partial(change, index=index, keep=keep, put=put))
-            for layer, index, keep, put in of_layers
-        ]
+        hooks = []
+        for layer, (index, extent) in extents.items():
+            index, extent = index.to(pair.device), extent.to(pair.model.W_E)
+            put = torch.zeros_like(extent) if values is None else extent * values.to(extent)[layer, index]
+            hooks.append((f"blocks.{layer}.mlp.hook_post", partial(change, index=index, keep=1 - extent, put=put)))
         with pair.routed("replacement") as model, model.hooks(fwd_hooks=hooks):
             yield model
 
     return Variant(f"without {len(neurons)} neurons" + ("" if values is None else ", held at their mean"), entered)
+
+
+def without_directions(directions: Sequence[tuple[int, Float[Tensor, "d_model"]]], last: float = 1.0) -> Variant:
+    """The replacement whose adapters write nothing along some directions of the residual stream (low rank).
+
+    Args:
+        directions: of each the layer, and a unit vector; those of one layer are orthonormal.
+        last: the extent to which the last direction is removed (0 to 1), so that their number can be set finely.
+    """
+    extents = _extents_by_layer([(layer, i) for i, (layer, _) in enumerate(directions)], last)
+
+    def remove(written: Tensor, hook: HookPoint, basis: Tensor, extent: Tensor) -> Tensor:
+        return written - (written @ basis.T * extent) @ basis
+
+    @contextmanager
+    def entered(pair: PairedModel) -> Iterator[Any]:
+        hooks = []
+        for layer, (index, extent) in extents.items():
+            basis = torch.stack([directions[i][1] for i in index.tolist()]).to(pair.model.W_E)
+            hook = partial(remove, basis=basis, extent=extent.to(basis))
+            hooks.append((f"blocks.{layer}.mlp.hook_adapter_out", hook))
+        with pair.routed("replacement") as model, model.hooks(fwd_hooks=hooks):
+            yield model
+
+    return Variant(f"adapters without {len(directions)} directions", entered)
+
+
+def _extents_by_layer(chosen: Sequence[tuple[int, int]], last: float) -> dict[int, tuple[Tensor, Tensor]]:
+    """Layer -> the indices that are chosen in it, and the extent of each: 1, and ``last`` for the last of all."""
+    extents = [*[1.0] * (len(chosen) - 1), last]
+    by_layer: dict[int, list[tuple[int, float]]] = {}
+    for (layer, index), extent in zip(chosen, extents[: len(chosen)], strict=True):
+        by_layer.setdefault(layer, []).append((index, extent))
+    return {
+        layer: (torch.tensor([i for i, _ in found]), torch.tensor([extent for _, extent in found]))
+        for layer, found in sorted(by_layer.items())
+    }

@@ -10,8 +10,9 @@
    model's answer are still corrected (`comparisons`).
 5. Every claim stands beside its controls (`conditions`): matched random features and the most active other features,
    equal in size, in write norm at the onsets, and in harm elsewhere; banned words; the circuit of another token; and a
-   bias on the logits, steering and neurons, each set on the select split to the circuit's own effect
-   (`control_strengths`).
+   bias on the logits, steering, neurons and low rank, each set on the select split to the circuit's own effect
+   (`control_strengths`). Behavior left against harm elsewhere is measured over the whole range of strengths
+   (`dose_curves`).
 
 The circuit is inserted at strength 1: that is what is claimed. Where it was searched at another strength, the same is
 measured at that strength too.
@@ -25,6 +26,7 @@ reported, and the main test reads no logit: it is the correction of injected wro
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -52,6 +54,7 @@ from tl_adapters.circuits.comparisons import (
 from tl_adapters.circuits.conditions import choose_feature_sets, make_conditions
 from tl_adapters.circuits.control_strengths import TuningTexts, control_records, set_controls
 from tl_adapters.circuits.criteria import MIN_HESITATION_CUT, OUTCOME_NAMES, correction_beside_others, criteria
+from tl_adapters.circuits.dose_curves import CURVE_FACTORS, dose_curves
 from tl_adapters.circuits.results_block import HESITATION_SCHEMA_VERSION
 from tl_adapters.circuits.search import FoundCircuit, SearchOptions, find_circuit
 from tl_adapters.circuits.subject import Subject
@@ -75,6 +78,8 @@ class StudyOptions:
     """Size and weights of the search."""
     draws: int = 3
     """Matched random sets under which the problems are answered."""
+    curve_factors: tuple[float, ...] = CURVE_FACTORS
+    """Strengths at which the dose curves are measured, as factors of the full strength of each intervention."""
     probability_draws: int = 8
     """Matched random sets under which probabilities are measured."""
     temperature: float = 1.0
@@ -85,6 +90,8 @@ class StudyOptions:
     def __post_init__(self) -> None:
         if self.draws < 1 or self.probability_draws < 1 or self.temperature <= 0:
             raise BehaviorError(f"Got {self}; draws are at least 1 each, and the temperature is above 0.")
+        if not all(math.isfinite(factor) and factor > 0 for factor in self.curve_factors):
+            raise BehaviorError(f"Got curve_factors={self.curve_factors}; every strength is a number above 0.")
 
 
 @dataclass
@@ -210,6 +217,7 @@ def _measurements(
         "injected_more": corrections_lost_to_circuit(correction),
         "mediation": measured("mediation", mediation_of_templates, report, found.roles.templates, sets.output),
         "dose": dose,
+        "dose_curves": measured("dose_curves", dose_curves, report, sets, tuned, options.curve_factors, options.draws),
         "kinds": kinds_by_condition(report, removed, inserted),
         "sampled": measured("sampled", sampled, report, sets, options.temperature, options.seed),
         "suppressors": measured("suppressors", suppressor_probabilities, report, found.circuit.ids("suppress")),

@@ -3,6 +3,7 @@
 * `circuit_diagram`: A circuit as an SVG drawing: its features by role and layer, and the effects among them
 * `circuit_page`: The page hesitation.html of a run: the circuit, its measurements and example answers
 * `circuit_sections`: The measurements of a circuit as sections of its page, with their cells and bars
+* `dose_curve_plots`: The dose curves of a circuit as two plots: behavior left, and errors corrected, against harm
 * `feature_pages`: HTML pages of a feature store that open offline: an index, and pages that show each feature
 * `graph_page`: Writes an attribution graph to a folder: the saved graph, its HTML page, and circuit-tracer's files
 * `graph_viewer`: The interactive HTML page of an attribution graph

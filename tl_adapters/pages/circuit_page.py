@@ -46,6 +46,7 @@ from tl_adapters.pages.circuit_sections import (
     shown,
     suppressors_section,
 )
+from tl_adapters.pages.dose_curve_plots import dose_curves_section
 from tl_adapters.pages.feature_pages import feature_address
 from tl_adapters.utils.html import Cell, highlight_spans, render, shown_from
 from tl_adapters.utils.results import RESULTS_FILE, Block, plain, write_output
@@ -120,6 +121,7 @@ def write_circuit_page(
 def _sections(block: Block) -> list[Section | None]:
     """The sections of measurements in their order; None for those that were not measured."""
     return [
+        dose_curves_section(block),
         controls_section(block),
         conditions_section(block, "necessity", "Necessity: the replacement without them", "Features removed from"),
         conditions_section(block, "sufficiency", "Sufficiency: the hybrid with them", "Features added to"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from tl_adapters.utils.html import render, visible
+
+_STYLES: tuple[tuple[str, str, str | tuple[int, tuple[int, ...]]], ...] = (
+    ("#000000", "o", "-"),
+    ("#0072b2", "s", (0, (5, 2))),
+    ("#d55e00", "^", (0, (3, 1, 1, 1))),
+    ("#009e73", "D", (0, (1, 1))),
+    ("#cc79a7", "v", (0, (6, 2, 1, 2))),
+    ("#e69f00", "P", (0, (2, 2))),
+    ("#56b4e9", "X", (0, (8, 2, 1, 2, 1, 2))),
+)
+"""Color, marker and dashes of lines that are told apart without color; the colors are those of Okabe and Ito, which
+remain distinct with every kind of color blindness."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,10 @@ class Line:
     """Lower and upper ends of an interval around the values."""
     dashed: bool = False
     """Whether the line is dashed, which marks a reference."""
+    x_band: tuple[Sequence[float], Sequence[float]] | None = None
+    """Lower and upper ends of an interval around the positions, where lines are told apart without color."""
+    large: Sequence[bool] | None = None
+    """Which points are drawn larger, where lines are told apart without color."""
     labels: Sequence[str] | None = None
     """Text beside each point, shown literally. The points are then not joined, and the band becomes error bars."""
 
@@ -56,6 +73,14 @@ def measured_line(label: str, x: Sequence[float], measurements: Sequence[Mapping
         [nan_for_none(measurement.get(key)) for measurement in measurements] for key in ("value", "low", "high")
     )
     return Line(label, x, values, (lows, highs))
+
+
+def measured_curve(
+    label: str, x: Sequence[Mapping[str, Any]], y: Sequence[Mapping[str, Any]], large: Sequence[bool]
+) -> Line:
+    """Return a line through points of which both coordinates are measurements with intervals."""
+    across, line = measured_line("", [], x), measured_line(label, [], y)
+    return replace(line, x=across.y, x_band=across.band, large=large)
 
 
 def nan_for_none(value: float | None) -> float:
@@ -72,6 +97,8 @@ def plot(
     log: bool = False,
     whole: bool = False,
     log_x: bool = False,
+    from_zero: bool = False,
+    without_color: bool = False,
 ) -> Plot:
     """Return lines and points as an SVG with a caption.
 
@@ -82,12 +109,18 @@ def plot(
         log: whether the y axis is logarithmic.
         whole: whether ticks of the x axis are whole numbers only.
         log_x: whether the x axis is logarithmic.
+        from_zero: whether the y axis begins at zero.
+        without_color: whether lines differ in their dashes and markers too, not in color alone; their intervals are
+            error bars, and the plot is larger.
     """
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tl_adapters", "font.size": 9}):
-        figure = Figure(figsize=(4.6, 3.4), layout="constrained")  # not pyplot, whose backend is the user's
+        size = (4.9, 4.4) if without_color else (4.6, 3.4)
+        figure = Figure(figsize=size, layout="constrained")  # not pyplot, whose backend is the user's
         axes = figure.subplots()
-        for line in map(_with_numbers, lines):
-            if line.labels is None:
+        for line, style in zip(map(_with_numbers, lines), itertools.cycle(_STYLES)):
+            if without_color:
+                _draw_curve(axes, line, *style)
+            elif line.labels is None:
                 _draw_line(axes, line, markers=whole)
             else:
                 _draw_points(axes, line, line.labels)
@@ -98,6 +131,8 @@ def plot(
             axis.set_major_formatter(_DecimalLogFormatter())
             # matplotlib's own thresholds: minor ticks are labeled if they are few
             axis.set_minor_formatter(_DecimalLogFormatter(minor_thresholds=(2, 0.4)))
+        if from_zero:
+            axes.set_ylim(bottom=0)
         if whole:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
@@ -136,8 +171,12 @@ def _without_styles(svg: str) -> Markup:
 
 def _with_numbers(line: Line) -> Line:
     """Return the line with gaps for None. Raises ValueError for a text, which matplotlib would draw as a category."""
-    band = line.band and (list(map(nan_for_none, line.band[0])), list(map(nan_for_none, line.band[1])))
-    return replace(line, x=list(map(nan_for_none, line.x)), y=list(map(nan_for_none, line.y)), band=band)
+    x, y = list(map(nan_for_none, line.x)), list(map(nan_for_none, line.y))
+    band, x_band = (
+        ends and (list(map(nan_for_none, ends[0])), list(map(nan_for_none, ends[1])))
+        for ends in (line.band, line.x_band)
+    )
+    return replace(line, x=x, y=y, band=band, x_band=x_band)
 
 
 class _DecimalLogFormatter(LogFormatter):
@@ -156,12 +195,31 @@ def _draw_line(axes: Axes, line: Line, markers: bool) -> None:
         axes.fill_between(line.x, *line.band, alpha=0.2, color=artist.get_color(), linewidth=0)
 
 
+def _draw_curve(axes: Axes, line: Line, color: str, marker: str, dashes: str | tuple[int, tuple[int, ...]]) -> None:
+    axes.errorbar(
+        line.x, line.y, xerr=_error_bars(line.x, line.x_band), yerr=_error_bars(line.y, line.band), color=color,
+        marker=marker, markersize=4, linestyle=dashes, linewidth=1.3, elinewidth=0.7, label=visible(line.label),
+    )  # fmt: skip
+    chosen = [i for i, is_large in enumerate(line.large or ()) if is_large]
+    axes.plot(
+        [line.x[i] for i in chosen], [line.y[i] for i in chosen], marker, color=color, markersize=9,
+        markeredgecolor="black", markeredgewidth=0.8, zorder=3,
+    )  # fmt: skip
+
+
+def _error_bars(
+    values: Sequence[float], band: tuple[Sequence[float], Sequence[float]] | None
+) -> tuple[list[float], list[float]] | None:
+    """The lengths of error bars below and above values, from the ends of their intervals."""
+    if band is None:
+        return None
+    lows, highs = band
+    below = [max(0.0, value - low) for value, low in zip(values, lows, strict=True)]
+    return below, [max(0.0, high - value) for value, high in zip(values, highs, strict=True)]
+
+
 def _draw_points(axes: Axes, line: Line, labels: Sequence[str]) -> None:
-    error_bars = None
-    if line.band is not None:
-        lows, highs = line.band
-        below = [max(0.0, y - low) for y, low in zip(line.y, lows, strict=True)]
-        error_bars = (below, [max(0.0, high - y) for y, high in zip(line.y, highs, strict=True)])
+    error_bars = _error_bars(line.y, line.band)
     axes.errorbar(line.x, line.y, yerr=error_bars, fmt="o", markersize=4, elinewidth=1, label=visible(line.label))
     for x, y, label in zip(line.x, line.y, labels, strict=True):
         axes.annotate(

@@ -14,6 +14,7 @@ from typing import Any
 from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.data.hesitation_words import HIGHLIGHTED_WORDS
 from tl_adapters.pages.circuit_page import HESITATION_PAGE_FILE
+from tl_adapters.pages.dose_curve_plots import dose_curve_plots
 from tl_adapters.pages.plots import Line, Plot, measured_line, plot
 from tl_adapters.utils.html import Cell, highlight_words, measurement_cell, percent, render, shown_from, three_digits
 from tl_adapters.utils.reading import Record, read_json_lines, read_record_lines
@@ -243,6 +244,7 @@ def _circuit(block: Block) -> dict[str, Any]:
         "roles": ", ".join(f"{circuit[role]:,} {role}" for role in role_names if circuit.get(role) is not None),
         "of_alive": "" if share is None else f" ({percent(share)} of the alive)",
         "page": block.get("page") or HESITATION_PAGE_FILE,
+        "plots": dose_curve_plots(block),
         "rows": rows,
         "criteria": len(reached),
         "reached": reached.count(True),

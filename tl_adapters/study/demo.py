@@ -27,7 +27,9 @@ QUICK_SCALE = StudyScale(
     documents=300,
     baseline_documents=60,
     hesitation=(120, 100),
-    circuit=StudyOptions(SearchOptions(per_round=8, documents=40), draws=1, probability_draws=3),
+    circuit=StudyOptions(
+        SearchOptions(per_round=8, documents=40), draws=1, probability_draws=3, curve_factors=(0.5, 1.0, 2.0)
+    ),
     training=TrainingConfig(steps=150),
 )
 """Every stage in a few minutes; the adapters are not yet sparse."""
