@@ -105,6 +105,20 @@ def test_the_store_equals_a_plain_reference(pair: PairedModel, traces: list[Trac
             assert example.values[example.token_index] > 0
 
 
+def test_the_store_says_how_large_the_difference_is_beside_rounding(
+    pair: PairedModel, traces: list[Trace], tmp_path: Path
+) -> None:
+    store = collect_features(pair, traces[:3], tmp_path / "s", options=OPTIONS, **QUIET)
+    recorded = json.loads((tmp_path / "s" / "store.json").read_text())["signal_to_noise"]
+    assert store.about.signal_to_noise is not None
+    assert [vars(value) for value in store.about.signal_to_noise] == recorded
+    assert len(recorded) == pair.n_layers
+    assert all(0 <= value["noise"] < 1e-6 * value["energy"] for value in recorded)  # weights in float32
+    again = collect_features(pair, traces, tmp_path / "s", options=OPTIONS, **QUIET)  # of other documents
+    assert again.about == store.about
+    assert collect_features(pair, traces[:3], kind="neuron", stream="target", **QUIET).about.signal_to_noise is None
+
+
 def test_coactivating_features_fire_on_the_sampled_tokens(pair: PairedModel, traces: list[Trace]) -> None:
     options = StoreOptions(examples=1, sample=1000, coactivating=200, tokens_per_batch=300)
     store = collect_features(pair, traces, options=options, **QUIET)

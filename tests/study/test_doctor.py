@@ -102,6 +102,25 @@ def test_weights_are_seen_in_their_headers(folders: tuple[Path, Path]) -> None:
     assert "3 of 15 MLP tensors are missing, such as model.layers.4.mlp.gate_proj" in finding.message
 
 
+def test_a_difference_that_is_rounding_is_seen(folders: tuple[Path, Path]) -> None:
+    ok = next(f for f in diagnose(pair_of(folders)) if f.subject == "signal to noise")
+    assert (ok.level, "more than 1,000 times the rounding" in ok.message) == ("ok", True)
+    base, target = (load_file(folder / "model.safetensors") for folder in folders)
+    generator = torch.Generator().manual_seed(0)
+    for name in target:
+        if (
+            "layers.2.mlp" in name or "layers.4.mlp" in name
+        ):  # stored in bfloat16 once, and a change of a tenth of a unit
+            change = 1 + 4e-4 * torch.randn(target[name].shape, generator=generator)
+            target[name] = (base[name] * change).bfloat16().float()
+            base[name] = base[name].bfloat16().float()
+    for folder, weights in zip(folders, (base, target), strict=True):
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (finding,) = found(pair_of(folders), "warning")
+    assert finding.subject == "signal to noise"
+    assert "leaves such layers unexplained, here 2, 4." in finding.advice
+
+
 def test_tokenizers_and_templates(folders: tuple[Path, Path]) -> None:
     record = json.loads((folders[0] / "tokenizer.json").read_text())
     record["added_tokens"][-1]["id"] += 1

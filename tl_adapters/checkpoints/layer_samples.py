@@ -85,7 +85,7 @@ def agrees(
         expected, size = expected * scale, size * scale.abs()
         tolerance = _ARITHMETIC * (size + stored)
     for dtype in dtypes:
-        half_unit = 0.5 * _unit(size, dtype) * (1 if shift is None else 2)
+        half_unit = 0.5 * unit_in_last_place(size, dtype) * (1 if shift is None else 2)
         tolerance = tolerance + half_unit
     for dtype in dtypes | stored_in:
         tolerance = tolerance + 0.5 * torch.finfo(dtype).eps * stored
@@ -108,7 +108,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _unit(values: Tensor, dtype: torch.dtype) -> Tensor:
+def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The unit in the last place, in a dtype, of values that are not negative."""
     limits = torch.finfo(dtype)
     return limits.eps * torch.exp2(values.clamp(min=limits.smallest_normal).log2().floor())
@@ -116,13 +116,17 @@ def _unit(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def stored_samples(target: Path, base: Path, architecture: Architecture, layer: int) -> LayerSamples:
     """The samples of a layer, read from the models' files; of matrices only single values. Raises CheckpointError."""
-    name = architecture.norm_tensor("ln2", layer)
-    ln2_w = read_tensors(target, [name])[name].clone()  # may be a view of its whole shard
     return LayerSamples(
-        norm_weights(ln2_w, architecture),
+        stored_second_norm(target, architecture, layer),
         read_values(target, attention_out_name(layer), sample_positions),
         read_values(base, MLP_KEY.format(layer, "down_proj"), sample_positions),
     )
+
+
+def stored_second_norm(folder: Path, architecture: Architecture, layer: int) -> Tensor:
+    """A layer's second-norm weights as TransformerLens has them, read from a model's files. Raises CheckpointError."""
+    name = architecture.norm_tensor("ln2", layer)
+    return norm_weights(read_tensors(folder, [name])[name].clone(), architecture)  # may be a view of its whole shard
 
 
 def attention_out_name(layer: int) -> str:

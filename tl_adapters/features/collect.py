@@ -36,6 +36,7 @@ from tl_adapters.features.store_parts import (
     superseded_parts,
     write_part,
 )
+from tl_adapters.local_stage.regression_data import pair_signal_to_noise
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.arguments import choice, texts
 from tl_adapters.utils.files import alone_in, make_folder, remove_own
@@ -75,7 +76,7 @@ def collect_features(
         DataError: there are no documents, or no chat template.
         UserError: a word is not a single token.
     """
-    description = _description(pair, kind, stream, split, options, words)
+    description = _description(pair, traces, kind, stream, split, options, words)
     with nullcontext() if folder is None else _collecting(Path(folder), (0, 1)):
         parts = list(_collected_parts(pair, traces, folder, description, (0, 1), progress))
         return _merged_store(pair, description, parts, folder)
@@ -102,7 +103,7 @@ def collect_share(
     number, of = share
     if not 0 <= number < of:
         raise FeatureStoreError(f"The share is {share}; allowed is (number, of) with 0 <= number < of.")
-    description = _description(pair, kind, stream, split, options, words)
+    description = _description(pair, traces, kind, stream, split, options, words)
     with _collecting(Path(folder), share):
         for _ in _collected_parts(pair, traces, folder, description, share, progress):
             pass
@@ -126,6 +127,7 @@ def _collecting(folder: Path, share: tuple[int, int]) -> Iterator[None]:
 
 def _description(
     pair: PairedModel,
+    traces: Sequence[Trace] | TraceSource,
     kind: UnitKind,
     stream: ResidualStream,
     split: str,
@@ -137,7 +139,9 @@ def _description(
     choice(stream, get_args(ResidualStream), "stream")
     if kind == "neuron" and stream != "target":
         raise FeatureStoreError("Neurons are the target's own, on its own stream; give stream='target'.")
-    return StoreDescription.of(pair, kind, stream, split, options or StoreOptions(), words)
+    ChatFormat.of(pair.model.tokenizer)  # raises DataError for a pair whose traces could not be read
+    measured = pair_signal_to_noise(pair, traces) if kind == "feature" else None
+    return StoreDescription.of(pair, kind, stream, split, options or StoreOptions(), words, measured)
 
 
 def _collected_parts(

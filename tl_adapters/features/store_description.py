@@ -12,6 +12,7 @@ from tl_adapters.checkpoints.fingerprints import differing
 from tl_adapters.data.tokens import single_token
 from tl_adapters.data.trace_regions import TRACE_REGIONS
 from tl_adapters.features.feature import FeatureStoreError, ResidualStream, UnitKind
+from tl_adapters.local_stage.signal_to_noise import SignalToNoise
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.reading import UnreadableFileError, as_dataclass, shown
 
@@ -82,6 +83,9 @@ class StoreDescription:
     """How much is kept."""
     regions: list[str] = field(default_factory=lambda: list(TRACE_REGIONS))
     """Regions of a trace, in the order of the counts."""
+    signal_to_noise: list[SignalToNoise] | None = None
+    """The difference of base and target beside the rounding of weights, by layer, on the first documents; None for
+    neurons, for a target without a base, and in stores of earlier versions."""
 
     @classmethod
     def of(
@@ -92,8 +96,9 @@ class StoreDescription:
         split: str,
         options: StoreOptions,
         words: Sequence[str],
+        signal_to_noise: list[SignalToNoise] | None = None,
     ) -> StoreDescription:
-        """The description of a collection that is about to start.
+        """The description of a collection that is about to start; arguments are its fields.
 
         Raises:
             UserError: a word is not a single token.
@@ -107,9 +112,8 @@ class StoreDescription:
             layers, n_features = adapters.layer_indices, adapters.n_features
             adapter_fingerprints = adapters.fingerprints
         fingerprints = {**pair.fingerprints, **adapter_fingerprints}
-        return cls(
-            kind, stream, split, pair.base_id, pair.target_id, layers, n_features, fingerprints, list(words), options
-        )
+        models = (pair.base_id, pair.target_id, layers, n_features, fingerprints)
+        return cls(kind, stream, split, *models, list(words), options, signal_to_noise=signal_to_noise)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], path: Path) -> StoreDescription:
@@ -157,7 +161,7 @@ class StoreDescription:
         irrelevant = {"tokens_per_batch": 0, "tokens_per_part": 0}
         for name in (f.name for f in fields(StoreDescription)):
             stored, given = getattr(self, name), getattr(new, name)
-            if name in ("base", "target"):  # models may be moved or renamed; the fingerprints identify them
+            if name in ("base", "target", "signal_to_noise"):  # of models that are moved or renamed; of other documents
                 continue
             if name == "fingerprints":
                 differs = differing(stored, given)

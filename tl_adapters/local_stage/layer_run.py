@@ -22,6 +22,8 @@ from tl_adapters.utils.precision import wide
 
 REVISION_TOKENS = 400_000
 """Most tokens by which features are revised."""
+NOISE_TOKENS = 4_096
+"""Most tokens by which signal to noise is measured."""
 ALIVE_STEPS = 100
 """A feature is alive if it was active on some token of the last steps, of which this is the number."""
 
@@ -61,11 +63,16 @@ class LayerRun:
             self.inactive_steps.copy_(state["inactive_steps"])
 
     def _measured(self) -> LayerCoordinates:
-        """Coordinates by the tokens in the buffer."""
+        """Coordinates by the tokens in the buffer; of size 0 where there is only the rounding of weights to explain."""
         x, d = (part[self.index][: len(self.buffer)] for part in (self.buffer.x, self.buffer.d))
         inputs = RunningCovariance(x.shape[1])
         inputs.add(x)
         size = float(wide(d).square().sum(1).mean().sqrt())
+        sample = self.buffer.sample(self.index, NOISE_TOKENS, self._generator("noise"))
+        beside_noise = self.buffer.data.signal_to_noise(self.index, *sample)
+        if beside_noise is not None and not beside_noise.explainable:
+            log.warning("layer %d is left unexplained, and its adapter is silent: %s", self.index, beside_noise)
+            size = 0.0
         return LayerCoordinates(Whitening.of(inputs, self.local.shrinkage), size)
 
     @property
@@ -74,7 +81,7 @@ class LayerRun:
         return int((self.inactive_steps < ALIVE_STEPS).sum())
 
     def advance(self, steps: range) -> None:
-        """Train for some steps, given by their numbers from 0. A layer without a difference stays as it is."""
+        """Train for some steps, given by their numbers from 0. A layer with nothing to explain stays silent."""
         if self.layer.size == 0:
             return
         revisions = [round(share * self.local.steps) for share in self.local.revisions]

@@ -60,7 +60,7 @@ class LocalLayer:
 
     Args:
         whitening: of this layer's inputs.
-        size: root mean square of |d(x)| over tokens.
+        size: root mean square of |d(x)| over tokens; 0 where there is nothing to explain, so that no feature is active.
         config: width and activation function of the adapter.
         local: options of the local stage.
         generator: source of the random encoder, whose columns have norm 1.
@@ -97,6 +97,8 @@ class LocalLayer:
         for parameter in self.adapter.parameters():  # as Adam begins; here already, so that every state has all names
             zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.zeros((), device=device), **zeros}
+        if not size:
+            self.silence(torch.arange(config.n_features))
 
     @property
     def size(self) -> float:

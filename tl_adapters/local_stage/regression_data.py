@@ -6,7 +6,7 @@ one model's MLPs (`MLPOutputs`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,12 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_adapters.adapters.saelens_folder import INPUT_HOOKS, OUTPUT_HOOKS
-from tl_adapters.data.traces import Batch
+from tl_adapters.data.batching import TraceSource
+from tl_adapters.data.traces import Batch, Trace, collate, readable_traces
 from tl_adapters.errors import UserError
+from tl_adapters.local_stage.signal_to_noise import SignalToNoise, signal_to_noise
 from tl_adapters.models.paired_model import PairedModel
 
 READS, WRITES = "normalized", "mlp_out"
 """What a transcoder of a model's own MLP reads and writes, as `AdapterMetadata` names it."""
+
+FIRST_DOCUMENTS, FIRST_TOKENS = 8, 256
+"""Number of documents, and of tokens of each, on which the signal to noise of a pair is measured."""
 
 
 class HookMissingError(UserError, ValueError):
@@ -46,6 +51,12 @@ class RegressionData(Protocol):
         """Inputs and wanted outputs of one layer after another, at the counted tokens of a batch."""
         ...
 
+    def signal_to_noise(
+        self, layer: int, x: Float[Tensor, "n d_model"], d: Float[Tensor, "n d_model"]
+    ) -> SignalToNoise | None:
+        """How large the wanted outputs d of a layer are beside rounding errors; None where they are no difference."""
+        ...
+
 
 class MLPDifferences:
     """What every layer's MLP reads in the target of a pair, and MLP_target(x) - MLP_base(x), in float32 at least."""
@@ -64,6 +75,28 @@ class MLPDifferences:
         for layer, mlp in enumerate(pair.mlps):
             x = inputs[layer][batch.counted]
             yield mlp.adapter_input(x), mlp.difference(x)
+
+    def signal_to_noise(
+        self, layer: int, x: Float[Tensor, "n d_model"], d: Float[Tensor, "n d_model"]
+    ) -> SignalToNoise:
+        """Like `RegressionData.signal_to_noise`."""
+        return signal_to_noise(*self.pair.mlps[layer].weights(), x.to(self.device), d.to(self.device))
+
+
+@torch.no_grad()
+def pair_signal_to_noise(pair: PairedModel, traces: Sequence[Trace] | TraceSource) -> list[SignalToNoise] | None:
+    """How large the difference of every layer is beside the rounding of weights, on the first of some documents.
+
+    Returns None for a pair without a base, with norms folded into the target's weights alone, or without documents.
+    """
+    if not pair.has_base or any(mlp.base_scale is not None for mlp in pair.mlps):
+        return None
+    documents = traces if isinstance(traces, Sequence) else next(traces.windows(0, None), (None, []))[1]
+    first = [trace.cut(FIRST_TOKENS) for trace in readable_traces(documents[:FIRST_DOCUMENTS], pair.model.cfg)]
+    if not first:
+        return None
+    data = MLPDifferences(pair)
+    return [data.signal_to_noise(layer, x, d) for layer, (x, d) in enumerate(data.read(collate(first)))]
 
 
 class MLPOutputs:
@@ -85,8 +118,7 @@ class MLPOutputs:
         for hook in (INPUT_HOOKS[READS].format(0), OUTPUT_HOOKS[WRITES].format(0)):
             if hook not in model.hook_dict:
                 raise HookMissingError(
-                    f"This {type(model).__name__} has no {hook}; a transcoder needs a model with a norm before every "
-                    "MLP, as Llama, Qwen, Gemma and GPT-2 have it."
+                    f"This {type(model).__name__} has no {hook}; transcoders need a model with a norm before every MLP."
                 )
 
     @torch.no_grad()
@@ -106,3 +138,6 @@ class MLPOutputs:
             self.model(batch.tokens, attention_mask=batch.real.long(), stop_at_layer=self.n_layers)
         for x, output in names:
             yield recorded[x], recorded[output]
+
+    def signal_to_noise(self, layer: int, x: Float[Tensor, "n d_model"], d: Float[Tensor, "n d_model"]) -> None:
+        """Like `RegressionData.signal_to_noise`: a whole output is far above the rounding of its MLP's weights."""

@@ -1,7 +1,8 @@
 """Checks of a pair, its data and this machine, before anything expensive.
 
-Of the models only the configuration, the tokenizer and the index or headers of the safetensors files are read; the
-weights of a hub model are not downloaded. Every finding says what to change, or why nothing has to change.
+Of the models only the configuration, the tokenizer and the index or headers of the safetensors files are read, and of
+local ones the MLPs; the weights of a hub model are not downloaded. Every finding says what to change, or why nothing
+has to change.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.documents import DataStatistics, open_documents
 from tl_adapters.data.template_differences import template_differences
 from tl_adapters.errors import UserError
+from tl_adapters.local_stage.signal_to_noise import SMALLEST_RATIO, stored_signal_to_noise
 from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.weight_identity import recorded_samples, trained_on
 from tl_adapters.organism import BUILTIN
@@ -40,6 +42,8 @@ from tl_adapters.utils.devices import resolve_device
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
+_LARGE_MLP, _MEASURED_LAYERS = 10_000_000, 4
+"""With matrices of more weights than this, signal to noise is measured in so many layers only."""
 
 
 def diagnose(
@@ -71,6 +75,8 @@ def diagnose(
         return [*findings, Finding("error", "architecture", str(error))]
     findings += _rope_and_context(described, config)
     findings += _weights(config, base, target, described)
+    if not any(finding.level == "error" for finding in findings):
+        findings += _signal_to_noise(config, base, target, described)
     if adapters is not None:
         findings += _adapters(adapters, config, base, target, described)
     base_vocabulary, vocabulary = read_vocabulary(base), read_vocabulary(target)
@@ -111,6 +117,10 @@ def _rope_and_context(described: PretrainedConfig, config: RunConfig) -> Iterato
         yield Finding("ok", "context length", f"{n_ctx:,} tokens.")
 
 
+def _is_local(name: str) -> bool:
+    return name in BUILTIN or Path(name).is_dir()
+
+
 def _weights(config: RunConfig, base: Path, target: Path, described: PretrainedConfig) -> Iterator[Finding]:
     needed = mlp_tensor_names(described.num_hidden_layers)
     for role, name, folder in (("base", config.base, base), ("target", config.target, target)):
@@ -119,7 +129,7 @@ def _weights(config: RunConfig, base: Path, target: Path, described: PretrainedC
         except UserError as error:
             yield Finding("error", f"{role}'s weights", str(error))
             continue
-        local = name in BUILTIN or Path(name).is_dir()  # of a hub model only the names of its tensors are known
+        local = _is_local(name)  # of a hub model only the names of its tensors are known
         try:
             if role == "base":
                 require_plain_folder(folder, read_config(folder), names, needed if local else ())
@@ -134,6 +144,35 @@ def _weights(config: RunConfig, base: Path, target: Path, described: PretrainedC
             yield Finding("error", f"{role}'s weights", says, "Give a complete checkpoint of this architecture.")
         else:
             yield Finding("ok", f"{role}'s weights", f"safetensors, {len(names)} tensors, every MLP among them.")
+
+
+def _signal_to_noise(config: RunConfig, base: Path, target: Path, described: PretrainedConfig) -> Iterator[Finding]:
+    """Whether training changed MLPs by more than the rounding of their weights, where weights are on this machine."""
+    if not (_is_local(config.base) and _is_local(config.target)):
+        return
+    n_layers = described.num_hidden_layers
+    if described.hidden_size * described.intermediate_size > _LARGE_MLP:
+        layers = sorted({round(i * (n_layers - 1) / (_MEASURED_LAYERS - 1)) for i in range(_MEASURED_LAYERS)})
+    else:
+        layers = list(range(n_layers))
+    try:
+        measured = {layer: stored_signal_to_noise(base, target, described, layer) for layer in layers}
+    except UserError as error:
+        yield Finding("error", "signal to noise", str(error))
+        return
+    where = "every layer" if len(layers) == n_layers else f"layers {', '.join(map(str, layers))}"
+    lowest = min(value.ratio for value in measured.values())
+    times = "more than 1,000" if lowest > 1_000 else f"at least {lowest:.2g}"
+    says = f"the difference of the MLPs is {times} times the rounding of their weights in {where}, on random inputs."
+    if unexplained := [layer for layer, value in measured.items() if not value.explainable]:
+        few = ", ".join(map(str, unexplained))
+        do = (
+            f"Below {SMALLEST_RATIO:g} a difference is mostly rounding: the local stage measures it on the data and "
+            f"leaves such layers unexplained, here {few}. Give checkpoints in float32, if there are any."
+        )
+        yield Finding("warning", "signal to noise", says, do)
+    else:
+        yield Finding("ok", "signal to noise", says)
 
 
 def _adapters(
@@ -154,10 +193,7 @@ def _adapters(
         yield Finding("error", "adapters", says, "Give adapters of this model.")
         return
     yield Finding("ok", "adapters", says)
-    local = {
-        role: name in BUILTIN or Path(name).is_dir()
-        for role, name in (("target", config.target), ("base", config.base))
-    }
+    local = {"target": _is_local(config.target), "base": _is_local(config.base)}
     try:
         if recorded_samples(about) and all(local.values()):
             for role, folder in (("target", target), ("base", base)):

@@ -62,7 +62,7 @@ def train_stage(trainer: Trainer, folder: Path) -> None:
         return
     with stage(folder, "train"):
         trainer.run()
-    pair, config, cfg = trainer.pair, trainer.config, trainer.pair.model.cfg
+    pair, config, cfg, noise = trainer.pair, trainer.config, trainer.pair.model.cfg, trainer.signal_to_noise()
     write_results(
         folder,
         pair={
@@ -73,6 +73,7 @@ def train_stage(trainer: Trainer, folder: Path) -> None:
             "d_mlp": cfg.d_mlp,
             "d_vocab": cfg.d_vocab,
             "fingerprints": pair.fingerprints,
+            "signal_to_noise": None if noise is None else [vars(of_layer) for of_layer in noise],
         },
         train={
             "steps": config.steps,

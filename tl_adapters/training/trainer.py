@@ -29,7 +29,8 @@ from tl_adapters.data.chat_template import set_template_date
 from tl_adapters.data.documents import EncodedDocuments
 from tl_adapters.data.traces import Trace, batches_by_length, readable_traces, require_embedded
 from tl_adapters.errors import UserError
-from tl_adapters.local_stage.regression_data import MLPDifferences
+from tl_adapters.local_stage.regression_data import MLPDifferences, pair_signal_to_noise
+from tl_adapters.local_stage.signal_to_noise import SignalToNoise
 from tl_adapters.local_stage.stage import LocalProgress, LocalStage
 from tl_adapters.local_stage.token_buffer import StreamPosition
 from tl_adapters.local_stage.train_local import new_adapters
@@ -265,6 +266,10 @@ class Trainer:
             run.validate(due=self.step % config.validate_every == 0 or last)
             run.save_or_stop(lambda: self._state(stage.adam.tensors()))
             run.metrics.bar.update()
+
+    def signal_to_noise(self) -> list[SignalToNoise] | None:
+        """The difference of every layer's MLPs beside the rounding of weights, on the first of the documents."""
+        return pair_signal_to_noise(self.pair, self._source)
 
     # -- training states ----------------------------------------------------------------------------------------------
 
