@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,16 @@ import tl_adapters.checkpoints.model_files as checkpoints
 import tl_adapters.study.doctor as doctor
 from tl_adapters.checkpoints.compatibility import Finding
 from tl_adapters.cli.main import main
-from tl_adapters.config import DataConfig, RunConfig, TrainingConfig
+from tl_adapters.config import DataConfig, LocalConfig, RunConfig, TrainingConfig
+from tl_adapters.data.batching import BatchOrder, TracesInMemory
+from tl_adapters.data.traces import Trace
+from tl_adapters.local_stage.regression_data import MLPDifferences
+from tl_adapters.local_stage.stage import LocalStage
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import BASE, TARGET
-from tl_adapters.study.doctor import diagnose, estimate_size
+from tl_adapters.study.doctor import diagnose
+from tl_adapters.study.run_size import LOGIT_CHUNKS, estimate_size
+from tl_adapters.training.adapter_adam import AdapterAdam, PlacedAdapter
 
 
 @pytest.fixture
@@ -47,7 +54,7 @@ def test_a_good_pair_has_no_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 errors, 0 warnings." in out and "next: tl-adapters train --base" in out
     subjects = (
         "architecture", "d_mlp", "rope", "context length", "base's weights", "token ids", "chat template",
-        "think tokens", "dtype", "memory", "disk",
+        "think tokens", "dtype", "memory", "time", "disk",
     )  # fmt: skip
     for subject in subjects:
         assert f"ok      {subject}: " in out, subject
@@ -195,6 +202,7 @@ def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
     adapters = pair.new_adapters(96)
     config = RunConfig(training=TrainingConfig(n_features=96, tokens_per_batch=4 * 60))
     size = estimate_size(config, target.config)
+    (stage,) = size.stages
     kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in pair.model.parameters()}
 
@@ -208,10 +216,41 @@ def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
     with pair.routed("replacement"), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         streams = pair.residual_streams(tokens)
     assert streams[-1].requires_grad
-    assert 0.5 < (size.activations - 4 * 2**26) / sum(kept.values()) < 2
-    assert size.adapters == 16 * sum(p.numel() for p in adapters.parameters())
+    assert 0.5 < (stage.activations - LOGIT_CHUNKS) / sum(kept.values()) < 2
+    assert stage.adapters == 16 * sum(p.numel() for p in adapters.parameters())
     mlps = sum(p.numel() for name, p in base.named_parameters() if ".mlp." in name)
     assert 0.98 < size.models / (4 * (n_params + mlps)) < 1.02
+
+
+def test_the_estimate_knows_both_stages() -> None:
+    """The local stage's tokens, adapters and training state are what it really keeps, the later stage's state too."""
+    base, target = (random_model(seed, torch.float32) for seed in (1, 2))
+    pair = PairedModel.from_pretrained(base, target)
+    local = LocalConfig(steps=2, tokens_per_step=20, max_tokens=300, revisions=())
+    config = TrainingConfig(n_features=9, tokens_per_batch=60, stages=("local", "end_to_end"), local=local, steps=1)
+    documents = [Trace(tuple(range(1, 40)), 3) for _ in range(20)]
+    stage = LocalStage(MLPDifferences(pair), BatchOrder(TracesInMemory(documents), 60, 0), config, local)
+    stage.advance()
+    size = estimate_size(RunConfig(training=config), target.config)
+    estimate, later = size.stages
+    kept = sum(layer.buffer.x[i].nbytes + layer.buffer.d[i].nbytes for i, layer in enumerate(stage.layers))
+    assert estimate.tokens == kept
+    adapters = size.result
+    state = sum(tensor.nbytes for tensor in stage.state().values())
+    assert abs(estimate.checkpoint - adapters - state) < 0.1 * state
+    assert abs(estimate.adapters - adapters - state - adapters) < 0.1 * state  # a gradient for every weight
+    placed = [PlacedAdapter(layer.adapter, layer.coordinates) for layer in stage.trained]
+    adam = AdapterAdam(pair.new_adapters(9), config, placed)
+    for parameter in adam.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    adam.step(1e-3, None, 1.0)
+    state = sum(tensor.nbytes for tensor in adam.tensors().values())
+    assert abs(later.checkpoint - adapters - state) < 0.1 * state
+    assert size.memory == size.models + max(estimate.memory, later.memory)
+    twice = estimate_size(RunConfig(training=replace(config, steps=2)), target.config).stages[1]
+    assert twice.operations == 2 * later.operations > 0
+    streaming = replace(config, local=replace(local, streaming=True))
+    assert estimate_size(RunConfig(training=streaming), target.config).stages[0].operations > estimate.operations > 0
 
 
 def test_do_the_adapters_belong(tmp_path: Path, folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,6 @@ The method is that of arXiv 2602.20904 (attribution graphs with RelP, arXiv 2508
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -45,6 +44,7 @@ from tl_adapters.attribution.targets import (
 from tl_adapters.models.finite_activations import finite_blocks
 from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
 from tl_adapters.utils.arguments import choice, items
+from tl_adapters.utils.devices import seconds_of
 
 log = logging.getLogger(__name__)
 
@@ -210,15 +210,5 @@ def estimated_cost(pair: PairedModel, n_positions: int, n_active: int, n_targets
     memory = size * (patterns + batch_size * (3 * n_positions * cfg.d_mlp + 2 * n_active))
     return (
         f"{n_targets:,} targets, {n_active:,} active features, {n_positions:,} positions: about "
-        f"{_seconds(operations, pair.device):.0f} s and {memory / 1e9:.2g} GB beside the model."
+        f"{seconds_of(operations, pair.device):.0f} s and {memory / 1e9:.2g} GB beside the model."
     )
-
-
-def _seconds(operations: float, device: torch.device) -> float:
-    """The time of so many floating-point operations on ``device``, estimated from two matrix products."""
-    side = 512
-    a = torch.ones(side, side, device=device)
-    (a @ a).sum().item()
-    began = time.perf_counter()
-    (a @ a @ a @ a).sum().item()
-    return operations * (time.perf_counter() - began) / (3 * 2 * side**3) * 2

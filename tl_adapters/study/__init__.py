@@ -11,6 +11,7 @@
 * `hesitation`: the stage hesitation of a run: its circuit, the page, and the block in results.json
 * `label`: labels: by rules always, by an LLM judge and by scored explanations on request
 * `open_run`: opens what a run folder or a configuration names: the pair, its adapters, its documents
+* `run_size`: estimated memory, disk space and time of a training run, stage by stage
 * `scale`: the size of a study: how many documents, problems and steps each stage uses
 * `sweep`: sweeps: sparsity against faithfulness over the values of some training options
 * `train`: training: a new run, a resumed run, and the stage that demo and sweep share

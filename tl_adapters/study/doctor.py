@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -38,9 +37,9 @@ from tl_adapters.local_stage.signal_to_noise import SMALLEST_RATIO, stored_signa
 from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.weight_identity import recorded_samples, trained_on
 from tl_adapters.organism import BUILTIN
-from tl_adapters.utils.devices import resolve_device
+from tl_adapters.study.run_size import RunSize, estimate_size, stored_dtype
+from tl_adapters.utils.devices import resolve_device, seconds_of
 
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
 _LARGE_MLP, _MEASURED_LAYERS = 10_000_000, 4
 """With matrices of more weights than this, signal to noise is measured in so many layers only."""
@@ -102,8 +101,8 @@ def diagnose(
     except UserError as error:
         findings.append(Finding("error", checked, str(error)))
     findings += _dtype(config, described)
-    size = estimate_size(config, described, longest)
-    return [*findings, *_memory(size, device), *_disk(size, config, out)]
+    size, chosen = estimate_size(config, described, longest), resolve_device(device)
+    return [*findings, *_memory(size, chosen), _time(size, chosen), *_disk(size, config, out)]
 
 
 def _rope_and_context(described: PretrainedConfig, config: RunConfig) -> Iterator[Finding]:
@@ -255,7 +254,7 @@ def _data(statistics: DataStatistics) -> Finding:
 
 
 def _dtype(config: RunConfig, described: PretrainedConfig) -> Iterator[Finding]:
-    stored, used = _stored_dtype(described), config.dtype or _stored_dtype(described)
+    stored, used = stored_dtype(described), config.dtype or stored_dtype(described)
     if used == "float16":
         do = "Set dtype to bfloat16 (same memory) or float32."
         yield Finding("warning", "dtype", "float16 overflows in long training of some models.", do)
@@ -265,80 +264,41 @@ def _dtype(config: RunConfig, described: PretrainedConfig) -> Iterator[Finding]:
         yield Finding("ok", "dtype", f"{used}; adapters are float32.")
 
 
-def _stored_dtype(described: PretrainedConfig) -> str:
-    dtype = str(getattr(described, "dtype", None) or "float32").removeprefix("torch.")
-    return dtype if dtype in _BYTES else "float32"
-
-
-@dataclass(frozen=True)
-class RunSize:
-    """Estimated memory and disk space of a run, in bytes."""
-
-    models: int
-    """Weights of the target and of the base's MLPs."""
-    adapters: int
-    """Adapters in float32 with their gradients and Adam's two moment estimates."""
-    activations: int
-    """Activations kept for one backward pass, and the logits that are computed at a time."""
-    checkpoint: int
-    """One saved training state on disk."""
-    tokens: int
-    """Tokens of the largest batch."""
-
-    @property
-    def memory(self) -> int:
-        """Bytes that are in memory at once."""
-        return self.models + self.adapters + self.activations
-
-
-def estimate_size(config: RunConfig, described: PretrainedConfig, longest: int = 0) -> RunSize:
-    """The size of a run, computed from shapes alone (a test compares it with what autograd keeps).
-
-    Args:
-        config: width of the adapters, dtype, tokens per batch.
-        described: the target's configuration.
-        longest: tokens of the longest document, which is a batch of its own where it exceeds ``tokens_per_batch``.
-    """
-    d, d_mlp, n_layers = described.hidden_size, described.intermediate_size, described.num_hidden_layers
-    heads, kv = described.num_attention_heads, described.num_key_value_heads
-    d_head = getattr(described, "head_dim", None) or d // heads
-    width = _BYTES[config.dtype or _stored_dtype(described)]
-    n = config.training.n_features
-    mlp = 3 * d * d_mlp
-    attention = d * d_head * (2 * heads + 2 * kv)
-    embeddings = described.vocab_size * d * (1 if described.tie_word_embeddings else 2)
-    adapters = n_layers * (2 * d * n + n + d)
-    tokens = max(config.training.tokens_per_batch, min(longest, described.max_position_embeddings))
-    # Per token and layer, with frozen weights: norms and residual streams, q, k and v, the MLP's factors, and the
-    # adapter's input and activations.
-    kept_bytes = width * (4 * d + d_head * (heads + 2 * kv) + 3 * d_mlp) + 4 * (d + 2 * n)
-    return RunSize(
-        models=width * (n_layers * (2 * mlp + attention) + embeddings),
-        adapters=16 * adapters,
-        activations=tokens * n_layers * kept_bytes + 4 * 2**26,
-        checkpoint=12 * adapters,
-        tokens=tokens,
-    )
-
-
-def _memory(size: RunSize, device: str) -> Iterator[Finding]:
-    device = str(resolve_device(device))
-    if device.startswith("cuda"):
-        free, where = torch.cuda.mem_get_info(device)[0], device
+def _memory(size: RunSize, device: torch.device) -> Iterator[Finding]:
+    if device.type == "cuda":
+        free, where = torch.cuda.mem_get_info(device)[0], str(device)
     else:
         free, where = psutil.virtual_memory().available, "this machine"
+    largest = size.largest
+    tokens = f", tokens {largest.tokens / _GB:.2g}" if largest.tokens else ""
+    stage = f" in the stage {largest.stage}" if len(size.stages) > 1 else ""
     says = (
-        f"about {size.memory / _GB:.2g} GB (models {size.models / _GB:.2g}, adapters with Adam "
-        f"{size.adapters / _GB:.2g}, activations of {size.tokens:,} tokens {size.activations / _GB:.2g}); "
-        f"{where} has {free / _GB:.2g} GB free."
+        f"about {size.memory / _GB:.2g} GB{stage} (models {size.models / _GB:.2g}, adapters with Adam "
+        f"{largest.adapters / _GB:.2g}, activations of {size.tokens:,} tokens {largest.activations / _GB:.2g}"
+        f"{tokens}); {where} has {free / _GB:.2g} GB free."
     )
     if size.memory > free:
         do = (
             "Use dtype bfloat16, fewer training.n_features, or a shorter data.max_tokens and training.tokens_per_batch."
         )
+        if largest.tokens:
+            do = f"Lower training.local.max_tokens, with training.local.streaming to read as many in turn. {do}"
         yield Finding("error", "memory", says, do)
     else:
         yield Finding("warning" if size.memory > 0.8 * free else "ok", "memory", says)
+
+
+def _time(size: RunSize, device: torch.device) -> Finding:
+    """The time of each stage by the speed of a matrix product in float32."""
+    each = (f"{stage.stage} {_duration(seconds_of(stage.operations, device))}" for stage in size.stages)
+    return Finding("ok", "time", f"{', '.join(each)} on {device}, estimated from a matrix product in float32.")
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:.0f} {unit}"
+    return f"about {seconds:.0f} seconds"
 
 
 def _disk(size: RunSize, config: RunConfig, out: Path) -> Iterator[Finding]:
@@ -347,7 +307,7 @@ def _disk(size: RunSize, config: RunConfig, out: Path) -> Iterator[Finding]:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     n_kept = config.training.keep_checkpoints
-    needed = (n_kept + 1) * size.checkpoint + size.adapters // 4
+    needed = (n_kept + 1) * size.checkpoint + size.result
     says = f"{needed / _GB:.2g} GB for {n_kept} + 1 checkpoints and the result; {folder} has {free / _GB:.2g} GB free."
     if needed > free:
         yield Finding("error", "disk", says, "Lower training.keep_checkpoints or write elsewhere (--out).")

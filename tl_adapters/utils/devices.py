@@ -1,8 +1,9 @@
-"""The device that models run on: one by name, or the best that this machine has."""
+"""The device that models run on, one by name or the best that this machine has, and how fast it is."""
 
 from __future__ import annotations
 
 import logging
+import time
 
 import torch
 
@@ -50,3 +51,16 @@ def resolve_device(device: str | torch.device | None = AUTO) -> torch.device:
     if requested not in devices and not (requested.index == 0 and torch.device(requested.type) in devices):
         raise DeviceError(f"device {device}: this machine does not have it, or torch was built without it. {available}")
     return requested
+
+
+def seconds_of(operations: float, device: torch.device) -> float:
+    """The time of so many floating-point operations on a device, estimated from matrix products in float32.
+
+    It is twice what these products take, since a model's are smaller and there are other operations between them.
+    """
+    side = 512 if device.type == "cpu" else 4096
+    a = torch.ones(side, side, device=device)
+    (a @ a).sum().item()
+    began = time.perf_counter()
+    (a @ a @ a @ a).sum().item()
+    return operations * (time.perf_counter() - began) / (3 * 2 * side**3) * 2

@@ -1,0 +1,186 @@
+"""Estimated memory, disk space and time of a training run, stage by stage, from shapes alone.
+
+Bytes of adapters in float32: 4 for a weight, 4 for its gradient, 8 for Adam's two moments. The local stage trains them
+in coordinates of their own, which are d_model^2 numbers a layer, and keeps the tokens that it trains on; the end-to-end
+stage after it keeps the adapters in both coordinates. Operations are those of matrix products with weights; attention
+between positions is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from tl_adapters.config import LocalConfig, RunConfig, StageName, TrainingConfig
+from tl_adapters.local_stage.layer_run import REVISION_TOKENS
+
+BYTES_OF_DTYPE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+LOGIT_CHUNKS = 4 * 2**26
+"""Bytes of the logits that are computed at a time."""
+
+
+@dataclass(frozen=True)
+class StageSize:
+    """Estimated memory, disk space and operations of one stage."""
+
+    stage: StageName
+    """The stage."""
+    adapters: int
+    """Bytes of adapters, their gradients, Adam's moments, and coordinates."""
+    activations: int
+    """Bytes of activations kept for one backward pass, and of the logits that are computed at a time."""
+    tokens: int
+    """Bytes of the tokens that the local stage keeps."""
+    checkpoint: int
+    """Bytes of one saved training state on disk."""
+    operations: float
+    """Floating-point operations of all its steps."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are in memory at once, beside the models."""
+        return self.adapters + self.activations + self.tokens
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """Estimated size of a run."""
+
+    models: int
+    """Bytes of the weights of the target and of the base's MLPs."""
+    stages: tuple[StageSize, ...]
+    """Its stages, one after another."""
+    result: int
+    """Bytes of the trained adapters."""
+    tokens: int
+    """Tokens of the largest batch."""
+
+    @property
+    def largest(self) -> StageSize:
+        """The stage that needs the most memory."""
+        return max(self.stages, key=lambda stage: stage.memory)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are in memory at once."""
+        return self.models + self.largest.memory
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of the largest saved training state."""
+        return max(stage.checkpoint for stage in self.stages)
+
+
+def stored_dtype(described: PretrainedConfig) -> str:
+    """The dtype of a model's weights in its files, as its configuration says it; float32 where it does not."""
+    dtype = str(getattr(described, "dtype", None) or "float32").removeprefix("torch.")
+    return dtype if dtype in BYTES_OF_DTYPE else "float32"
+
+
+def estimate_size(config: RunConfig, described: PretrainedConfig, longest: int = 0) -> RunSize:
+    """The size of a run (a test compares it with what autograd and the stages keep).
+
+    Args:
+        config: stages, width of the adapters, dtype, tokens per batch.
+        described: the target's configuration.
+        longest: tokens of the longest document, which is a batch of its own where it exceeds ``tokens_per_batch``.
+    """
+    shapes = _Shapes.of(described, BYTES_OF_DTYPE[config.dtype or stored_dtype(described)])
+    training, n_layers = config.training, shapes.n_layers
+    tokens = max(training.tokens_per_batch, min(longest, described.max_position_embeddings))
+    estimates = {"local": _local_stage, "end_to_end": _end_to_end_stage}
+    return RunSize(
+        models=shapes.width * (n_layers * (2 * shapes.mlp + shapes.attention) + shapes.embeddings),
+        stages=tuple(estimates[stage](shapes, training, tokens) for stage in training.stages),
+        result=4 * n_layers * shapes.adapter(training.n_features),
+        tokens=tokens,
+    )
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Numbers of weights of a model, each of one layer, and the bytes of a weight."""
+
+    n_layers: int
+    d_model: int
+    d_mlp: int
+    per_token: int
+    """Numbers per token and layer that a backward pass through frozen weights keeps."""
+    mlp: int
+    attention: int
+    embeddings: int
+    """Of the embedding and the unembedding, which may be one matrix."""
+    unembedding: int
+    width: int
+    """Bytes of a weight."""
+
+    @classmethod
+    def of(cls, described: PretrainedConfig, width: int) -> _Shapes:
+        """The shapes that a target's configuration describes."""
+        d, d_mlp = described.hidden_size, described.intermediate_size
+        heads, kv = described.num_attention_heads, described.num_key_value_heads
+        d_head = getattr(described, "head_dim", None) or d // heads
+        unembedding = described.vocab_size * d
+        return cls(
+            n_layers=described.num_hidden_layers,
+            d_model=d,
+            d_mlp=d_mlp,
+            # norms and residual streams; q, k and v; the MLP's factors
+            per_token=4 * d + d_head * (heads + 2 * kv) + 3 * d_mlp,
+            mlp=3 * d * d_mlp,
+            attention=d * d_head * (2 * heads + 2 * kv),
+            embeddings=unembedding * (1 if described.tie_word_embeddings else 2),
+            unembedding=unembedding,
+            width=width,
+        )
+
+    def adapter(self, n_features: int) -> int:
+        """Weights of one layer's adapter."""
+        return 2 * self.d_model * n_features + n_features + self.d_model
+
+
+def _end_to_end_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) -> StageSize:
+    n, n_layers, per_batch = training.n_features, shapes.n_layers, training.tokens_per_batch
+    adapters, coordinates = n_layers * shapes.adapter(n), 0
+    if "local" in training.stages:  # weights and gradients in the local stage's coordinates, too
+        coordinates = 8 * adapters + 4 * n_layers * shapes.d_model**2
+    products = shapes.mlp + shapes.attention
+    # Three forward passes (target, replacement, and two halves of bridges), two backward passes to the inputs, and of
+    # adapters one and a half of each, with the gradient of their weights; logits of four streams, and three gradients.
+    forward_and_backward = n_layers * (5 * products + 1.5 * 3 * 2 * shapes.d_model * n) + 9 * shapes.unembedding
+    if training.loss_weights.local:
+        forward_and_backward += n_layers * (2 * shapes.mlp + 3 * 2 * shapes.d_model * n)
+    return StageSize(
+        stage="end_to_end",
+        adapters=16 * adapters + coordinates,
+        activations=tokens * n_layers * (shapes.width * shapes.per_token + 4 * (shapes.d_model + 2 * n)) + LOGIT_CHUNKS,
+        tokens=0,
+        checkpoint=12 * adapters + coordinates - (4 * adapters if coordinates else 0),
+        operations=2.0 * forward_and_backward * per_batch * training.steps,
+    )
+
+
+def _local_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) -> StageSize:
+    local, n, n_layers = training.local, training.n_features, shapes.n_layers
+    adapters, matrices = n_layers * shapes.adapter(n), 4 * n_layers * shapes.d_model**2
+    # Of the model only what one layer's MLP computes is kept at a time, in float32, and the inputs of all of them.
+    read = tokens * (n_layers * shapes.width * shapes.d_model + 4 * 3 * shapes.d_mlp)
+    return StageSize(
+        stage="local",
+        adapters=(4 + 16) * adapters + matrices,
+        activations=read + 4 * local.tokens_per_step * (4 * shapes.d_model + 6 * n),
+        tokens=local.max_tokens * n_layers * 2 * shapes.width * shapes.d_model,
+        checkpoint=(4 + 12) * adapters + matrices,
+        operations=_local_operations(shapes, local, n),
+    )
+
+
+def _local_operations(shapes: _Shapes, local: LocalConfig, n_features: int) -> float:
+    """A forward pass of the target and both MLPs per new token, the steps, and a pass of all tokens per revision."""
+    new_tokens = local.max_tokens + (local.steps * local.tokens_per_step if local.streaming else 0)
+    collecting = new_tokens * shapes.n_layers * (shapes.attention + 3 * shapes.mlp)
+    encoder = shapes.d_model * n_features
+    step = local.tokens_per_step * shapes.n_layers * (3 * 2 * encoder + shapes.d_model**2)
+    revised = min(REVISION_TOKENS, local.max_tokens) * shapes.n_layers * (2 * encoder + shapes.d_model**2)
+    return 2.0 * (collecting + local.steps * step + (len(local.revisions) + 1) * revised)
