@@ -9,7 +9,9 @@ from torch import Tensor
 from tl_adapters.adapters.transcoder import TranscoderAdapter, unit_rows
 from tl_adapters.config import LocalConfig, TrainingConfig
 from tl_adapters.local_stage.encoder_fit import Encoder, fit_encoder
+from tl_adapters.local_stage.feature_polish import polish_features
 from tl_adapters.local_stage.feature_revision import give_birth, merge_split_features, remove_useless_features
+from tl_adapters.local_stage.layer_tokens import LayerTokens
 from tl_adapters.local_stage.local_layer import LocalLayer, penalty
 from tl_adapters.local_stage.whitening import RunningCovariance, Whitening
 
@@ -64,6 +66,20 @@ def write_truth(layer: LocalLayer, planted: Planted) -> None:
         encoder = fit_encoder(x, planted.acts[:, feature], ridge=1e-8)
         assert encoder is not None
         layer.replace(feature, encoder, planted.W_dec[feature] / size)
+
+
+def tokens_of(layer: LocalLayer, planted: Planted) -> LayerTokens:
+    return LayerTokens(layer, *layer.coordinates(planted.x, planted.d))
+
+
+def require_up_to_date(tokens: LayerTokens) -> None:
+    """What the tokens keep is what their adapter computes."""
+    adapter = tokens.layer.adapter
+    with torch.no_grad():
+        acts = adapter.encode(tokens.x)
+        kept = torch.stack([tokens.activations(feature) for feature in range(adapter.n_features)], 1)
+        torch.testing.assert_close(kept, acts, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(tokens.residual, tokens.d - adapter.decode(acts), atol=1e-3, rtol=1e-3)
 
 
 def test_whitened_inputs_have_no_covariance_and_converted_encoders_the_same_pre_activations(planted: Planted) -> None:
@@ -126,21 +142,23 @@ def test_features_that_split_one_are_merged(planted: Planted) -> None:
             adapter.W_enc[:, part] = adapter.W_enc[:, 0]
             adapter.b_enc[part] = adapter.b_enc[0]
             adapter.W_dec[part] = share * planted.W_dec[0] / layer.size
-    x, d = layer.coordinates(planted.x, planted.d)
-    before = float((adapter(x) - d).detach().square().sum())
-    assert merge_split_features(layer, x, torch.Generator().manual_seed(3)) == 1
-    assert float((adapter(x) - d).detach().square().sum()) < max(before, 1e-3 * float(d.square().sum()))
+    tokens = tokens_of(layer, planted)
+    before, energy = float(tokens.residual.square().sum()), float(tokens.d.square().sum())
+    assert merge_split_features(tokens, torch.Generator().manual_seed(3)) == 1
+    require_up_to_date(tokens)
+    assert float(tokens.residual.square().sum()) < max(before, 1e-3 * energy)
     assert found(layer, planted) == N_TRUE
-    assert merge_split_features(layer, x, torch.Generator().manual_seed(3)) == 0
+    assert merge_split_features(tokens, torch.Generator().manual_seed(3)) == 0
 
 
 def test_a_direction_that_no_feature_writes_is_born(planted: Planted) -> None:
     layer = layer_of(planted)
     write_truth(layer, planted)
     layer.silence(torch.tensor([2, 4]))
-    x, d = layer.coordinates(planted.x, planted.d)
+    tokens = tokens_of(layer, planted)
     assert found(layer, planted) == N_TRUE - 2
-    assert give_birth(layer, x, d, torch.Generator().manual_seed(4)) >= 2
+    assert give_birth(tokens, torch.Generator().manual_seed(4)) >= 2
+    require_up_to_date(tokens)
     assert found(layer, planted) == N_TRUE
 
 
@@ -151,10 +169,26 @@ def test_features_that_explain_nothing_are_removed(planted: Planted) -> None:
     layer.replace(
         8, Encoder(torch.randn(D_MODEL, generator=generator), torch.tensor(-6.0)), torch.full((D_MODEL,), 1e-3)
     )
-    x, d = layer.coordinates(planted.x, planted.d)
-    assert bool((layer.adapter.encode(x)[:, 8] > 0).any())
-    assert remove_useless_features(layer, x, d, 3e-5) == 1
-    assert not bool((layer.adapter.encode(x)[:, 8] > 0).any())
+    tokens = tokens_of(layer, planted)
+    assert len(tokens.tokens[8]) > 0
+    assert remove_useless_features(tokens, 3e-5) == 1
+    require_up_to_date(tokens)
+    assert len(tokens.tokens[8]) == 0
+    assert found(layer, planted) == N_TRUE
+
+
+def test_an_encoder_that_is_not_exact_is_polished(planted: Planted) -> None:
+    layer = layer_of(planted)
+    write_truth(layer, planted)
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        columns = layer.adapter.W_enc[:, :N_TRUE]
+        columns += 0.3 * columns.norm(dim=0) * unit_rows(torch.randn(N_TRUE, D_MODEL, generator=generator)).T
+    tokens = tokens_of(layer, planted)
+    before = float(tokens.residual.square().sum())
+    assert polish_features(tokens, generator) == N_TRUE
+    require_up_to_date(tokens)
+    assert float(tokens.residual.square().sum()) < 0.1 * before
     assert found(layer, planted) == N_TRUE
 
 
@@ -189,7 +223,8 @@ def test_planted_features_are_found_again(planted: Planted) -> None:
         rows = torch.randint(len(x), (512,), generator=generator)
         layer.step(x[rows], d[rows], index)
         if index in (60, 120, 160):
-            merge_split_features(layer, x, generator)
-            give_birth(layer, x, d, generator)
-    remove_useless_features(layer, x, d, 3e-5)
+            tokens = tokens_of(layer, planted)
+            merge_split_features(tokens, generator)
+            give_birth(tokens, generator)
+    remove_useless_features(tokens_of(layer, planted), 3e-5)
     assert found(layer, planted) == N_TRUE

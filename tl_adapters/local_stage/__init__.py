@@ -4,6 +4,7 @@
 * `feature_polish`: encoders fitted again, one at a time, to what the other features leave
 * `feature_revision`: merging of features that split one, births of missing ones, removal of useless ones
 * `layer_run`: the local stage of one layer, step by step
+* `layer_tokens`: the tokens by which features are revised, their activations, and what they leave
 * `local_layer`: one layer's adapter in whitened coordinates, its local objective and its optimizer
 * `regression_data`: inputs and wanted outputs of every layer: the difference of a pair's MLPs, or a model's own MLP
 * `schedules`: learning rate and weight of the sparsity term, of this stage and the end-to-end one, by step

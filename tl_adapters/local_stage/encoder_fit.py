@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+RIDGE = 1e-3
+"""Weight of |w|^2 for each dimension of the inputs, as if there were so many inputs more."""
 BIAS_RIDGE = 1e-6
 """Ridge on the bias, which keeps the Newton system regular where no input is active."""
 SMALLEST_STEP = 0.05
@@ -36,7 +38,7 @@ def fit_encoder(
     *,
     weights: Float[Tensor, "n"] | None = None,
     start: Encoder | None = None,
-    ridge: float = 1e-3,
+    ridge: float = RIDGE,
     steps: int = 10,
 ) -> Encoder | None:
     """Return the encoder whose ReLU activations are closest to ``wanted``; None where fewer than 3 are above 0.
@@ -46,7 +48,7 @@ def fit_encoder(
         wanted: activations to reproduce, >= 0.
         weights: how many inputs each one stands for; None is 1 for all.
         start: where Newton's steps start; None is the mean of the active inputs.
-        ridge: weight of |w|^2, per active input.
+        ridge: weight of |w|^2, per dimension of the inputs and per unit of the active ones' mean weight.
         steps: most Newton steps.
     """
     active = wanted > 0
@@ -67,7 +69,7 @@ class _Problem:
         rows = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         self.active, self.inactive = rows[active], rows[~active]
         self.wanted, self.active_weights, self.inactive_weights = wanted[active], weights[active], weights[~active]
-        self.ridge = torch.full_like(rows[0], ridge * float(self.active_weights.sum()))
+        self.ridge = torch.full_like(rows[0], ridge * x.shape[1] * float(self.active_weights.mean()))
         self.ridge[-1] = BIAS_RIDGE
         weighted = self.active * self.active_weights[:, None]
         self.hessian = weighted.T @ self.active + torch.diag(self.ridge)

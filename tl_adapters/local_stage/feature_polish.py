@@ -9,12 +9,12 @@ falls.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_adapters.adapters.transcoder import row_norms
 from tl_adapters.local_stage.encoder_fit import Encoder, fit_encoder
-from tl_adapters.local_stage.local_layer import LocalLayer
+from tl_adapters.local_stage.layer_tokens import TOKENS_AT_ONCE, LayerTokens
 
 SMALLEST_ACTIVATION = 0.05
 """Least length along a feature's direction, in units of the root mean square, that the feature should explain."""
@@ -28,83 +28,86 @@ LARGEST_WEIGHT = 30.0
 """Most tokens for which one of the others stands."""
 MIN_TOKENS = 8
 """A feature with fewer tokens of its own is left as it is."""
+FEATURES_AT_ONCE = 16
+"""Number of features whose pre-activations on all tokens are in memory."""
+STEPS = (1.0, 0.5, 0.2)
+"""Shares of the way to a fitted encoder that are tried."""
 DECODER_RIDGE = 1e-4
 """Ridge of the decoders' least squares, as a share of every feature's own energy."""
 
 
 @torch.no_grad()
-def polish_features(
-    layer: LocalLayer, x: Float[Tensor, "n d_model"], d: Float[Tensor, "n d_model"], generator: torch.Generator
-) -> int:
+def polish_features(tokens: LayerTokens, generator: torch.Generator) -> int:
     """Fit every feature's encoder once, those that write most first, then all decoders together.
 
     Args:
-        layer: the layer, whose adapter changes.
-        x: tokens in the layer's coordinates.
-        d: differences in the layer's coordinates.
+        tokens: tokens of the layer whose features change.
         generator: draws the tokens to which encoders are fitted.
 
     Returns: the number of encoders that were changed.
     """
-    state = _State(layer, x, d)
+    energy = tokens.energy()
+    order = [feature for feature in energy.argsort(descending=True).tolist() if float(energy[feature]) > 0]
     changed = 0
-    for feature in state.energy.argsort(descending=True).tolist():
-        if (encoder := state.fitted(feature, generator)) is not None:
-            changed += state.step_towards(feature, encoder)
-    _fit_decoders(layer, state.acts, d)
+    for start in range(0, len(order), FEATURES_AT_ONCE):
+        block = _Block(tokens, order[start : start + FEATURES_AT_ONCE])
+        changed += sum(block.polish(position, generator) for position in range(len(block.features)))
+    _fit_decoders(tokens)
     return changed
 
 
-class _State:
-    """Activations of all features and the residual, both kept up to date while encoders change."""
+class _Block:
+    """Some features, their pre-activations, and the projections of the residual on their directions.
 
-    def __init__(self, layer: LocalLayer, x: Tensor, d: Tensor) -> None:
-        self.adapter, self.x = layer.adapter, x
-        self.acts = self.adapter.encode(x)
-        self.residual = d - self.adapter.decode(self.acts)
-        self.lengths = self.residual.square().sum(1)
-        self.norms = row_norms(self.adapter.W_dec)
-        self.energy = self.acts.square().sum(0) * self.norms.square()
+    They are computed by one product each for all features of the block, and kept up to date while encoders change.
+    """
 
-    def fitted(self, feature: int, generator: torch.Generator) -> Encoder | None:
+    def __init__(self, tokens: LayerTokens, features: list[int]) -> None:
+        adapter, self.tokens, self.features = tokens.layer.adapter, tokens, features
+        self.norms = row_norms(adapter.W_dec[features])
+        self.directions = adapter.W_dec[features] / self.norms[:, None]
+        self.along = self.directions @ tokens.residual.T
+        self.pre = torch.addmm(adapter.b_enc[features, None], adapter.W_enc[:, features].T, tokens.x.T)
+        self.lengths = tokens.residual.square().sum(1)
+
+    def polish(self, position: int, generator: torch.Generator) -> bool:
+        """Fit the encoder of one feature, and take the longest step to it that lowers the error, if there is one."""
+        encoder = self._fitted(position, generator)
+        if encoder is None:
+            return False
+        tokens, feature = self.tokens, self.features[position]
+        adapter, before, acts = tokens.layer.adapter, self.pre[position], tokens.activations(feature)
+        after, norm, along = tokens.x @ encoder.w + encoder.b, self.norms[position], self.along[position]
+        for share in STEPS:
+            stepped = torch.relu(before.lerp(after, share))
+            change = (stepped - acts) * norm
+            if float(change @ (2 * along - change)) <= 0:
+                continue
+            old = Encoder(adapter.W_enc[:, feature], adapter.b_enc[feature])
+            part = Encoder(old.w.lerp(encoder.w, share), old.b.lerp(encoder.b, share))
+            rows = tokens.set_encoder(feature, part, stepped)
+            self.along[:, rows] = self.directions @ tokens.residual[rows].T
+            self.lengths[rows] = tokens.residual[rows].square().sum(1)
+            return True
+        return False
+
+    def _fitted(self, position: int, generator: torch.Generator) -> Encoder | None:
         """The encoder of a feature for what the other features leave along its direction."""
-        adapter, norm = self.adapter, self.norms[feature]
-        if float(norm) == 0:
-            return None
-        size = self.acts[:, feature] * norm
-        along = self.residual @ (adapter.W_dec[feature] / norm)
+        tokens, feature, norm = self.tokens, self.features[position], self.norms[position]
+        adapter, along = tokens.layer.adapter, self.along[position]
+        size = tokens.activations(feature) * norm
         wanted = along + size
         own = (wanted > SMALLEST_ACTIVATION) & (wanted.square() > OWN_SHARE * (self.lengths + size * (along + wanted)))
         if int(own.sum()) < MIN_TOKENS:
             return None
-        pre = (self.x @ adapter.W_enc[:, feature] + adapter.b_enc[feature]) * norm
-        near = ~own & (pre > NEAR_BOUNDARY)
-        groups = [_draw(tokens, generator) for tokens in (own, near, ~own & ~near)]
+        near = ~own & (self.pre[position] * norm > NEAR_BOUNDARY)
+        groups = [_draw(chosen, generator) for chosen in (own, near, ~own & ~near)]
         rows = torch.cat([rows for rows, _ in groups])
         weights = torch.cat([torch.full((len(rows),), weight, device=rows.device) for rows, weight in groups])
         start = Encoder(adapter.W_enc[:, feature] * norm, adapter.b_enc[feature] * norm)
         targets = torch.where(own[rows], wanted[rows], 0.0)
-        fit = fit_encoder(self.x[rows], targets, weights=weights, start=start, steps=12)
+        fit = fit_encoder(tokens.x[rows], targets, weights=weights, start=start, steps=12)
         return None if fit is None else Encoder(fit.w / norm, fit.b / norm)
-
-    def step_towards(self, feature: int, encoder: Encoder) -> bool:
-        """Change a feature's encoder by the longest step that lowers the error; whether there was one."""
-        adapter, decoder, acts = self.adapter, self.adapter.W_dec[feature], self.acts[:, feature]
-        old = self.x @ adapter.W_enc[:, feature] + adapter.b_enc[feature]
-        new = self.x @ encoder.w + encoder.b
-        for share in (1.0, 0.5, 0.2):
-            change = torch.relu(old.lerp(new, share)) - acts
-            rows = change.nonzero()[:, 0]
-            written = change[rows, None] * decoder
-            gain = (2 * self.residual[rows] * written - written.square()).sum(1)
-            if float(gain.sum()) > 0:
-                self.residual[rows] -= written
-                self.lengths[rows] -= gain
-                self.acts[:, feature] += change
-                adapter.W_enc[:, feature].lerp_(encoder.w, share)
-                adapter.b_enc[feature].lerp_(encoder.b, share)
-                return True
-        return False
 
 
 def _draw(tokens: Bool[Tensor, "n"], generator: torch.Generator) -> tuple[Int[Tensor, "k"], float]:
@@ -114,11 +117,17 @@ def _draw(tokens: Bool[Tensor, "n"], generator: torch.Generator) -> tuple[Int[Te
     return drawn, min(LARGEST_WEIGHT, len(rows) / max(1, len(drawn)))
 
 
-def _fit_decoders(layer: LocalLayer, acts: Tensor, d: Tensor) -> None:
+def _fit_decoders(tokens: LayerTokens) -> None:
     """All decoders of active features by least squares; the bias stays."""
-    adapter = layer.adapter
-    alive = (acts > 0).sum(0) >= MIN_TOKENS
-    active = acts[:, alive]
-    gram = active.T @ active
+    adapter = tokens.layer.adapter
+    alive = [feature for feature, active in enumerate(tokens.tokens) if len(active) >= MIN_TOKENS]
+    gram = adapter.W_dec.new_zeros(len(alive), len(alive))
+    products = adapter.W_dec.new_zeros(len(alive), adapter.W_dec.shape[1])
+    for start in range(0, tokens.n, TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        acts = adapter.encode(tokens.x[part])[:, alive]
+        gram += acts.T @ acts
+        products += acts.T @ (tokens.d[part] - adapter.b_dec)
     gram += torch.diag(DECODER_RIDGE * gram.diagonal())
-    adapter.W_dec[alive] = torch.linalg.solve(gram, active.T @ (d - adapter.b_dec))
+    adapter.W_dec[alive] = torch.linalg.solve(gram, products)
+    tokens.refresh()

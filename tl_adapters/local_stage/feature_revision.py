@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_adapters.adapters.transcoder import row_norms, unit_rows
 from tl_adapters.local_stage.encoder_fit import Encoder, fit_encoder
-from tl_adapters.local_stage.local_layer import LocalLayer
+from tl_adapters.local_stage.layer_tokens import LayerTokens
 
 SAME_DIRECTION = 0.9
 """Cosine above which two directions are the same."""
@@ -26,28 +26,29 @@ SMALLEST_ENERGY = 1e-3
 """Least squared length of a large residual, in units of the mean squared length of the difference."""
 CLUSTERED_RESIDUALS, SMALLEST_CLUSTER = 4096, 4
 """Number of residuals that are clustered, and the fewest that make a cluster."""
+DIRECTIONS_AT_ONCE = 16
+"""Number of directions on which all residuals are projected at a time."""
+ALONG, ALONG_SHARE = 0.1, 0.8
+"""A residual is along a direction if its projection is longer than the first, in units of the root mean square of the
+difference, and has more than the second of its energy."""
 LARGEST_COST = 0.1
 """A birth may take a feature that explains at most this share of what the new one will."""
 ACTIVE_TOKENS, INACTIVE_TOKENS = 6_000, 20_000
 """Most active and most inactive tokens to which an encoder is fitted."""
-MIN_FIRINGS = 3
-"""A feature with fewer active tokens counts as unused."""
 
 
 @torch.no_grad()
-def merge_split_features(layer: LocalLayer, x: Float[Tensor, "n d_model"], generator: torch.Generator) -> int:
+def merge_split_features(tokens: LayerTokens, generator: torch.Generator) -> int:
     """Merge features with one decoder direction, where one feature can have the sum of their activations.
 
     Args:
-        layer: the layer, whose adapter changes.
-        x: tokens in the layer's coordinates.
+        tokens: tokens of the layer whose features change.
         generator: draws the tokens to which encoders are fitted.
 
     Returns: the number of features that are free now.
     """
-    acts = layer.adapter.encode(x)
-    energy = _energy(layer, acts)
-    norms, directions = row_norms(layer.adapter.W_dec), unit_rows(layer.adapter.W_dec)
+    W_dec, energy = tokens.layer.adapter.W_dec, tokens.energy()
+    norms, directions = row_norms(W_dec), unit_rows(W_dec)
     cosines, left, freed = directions @ directions.T, energy > 0, 0
     for feature in energy.argsort(descending=True).tolist():
         if not left[feature]:
@@ -56,47 +57,47 @@ def merge_split_features(layer: LocalLayer, x: Float[Tensor, "n d_model"], gener
         left[group] = False
         if len(group) < 2:
             continue
-        wanted = acts[:, group] @ norms[group]
-        encoder = _fit(x, wanted, generator)
+        wanted = sum(tokens.activations(member) * norms[member] for member in group.tolist())
+        encoder = _fit(tokens.x, wanted, generator)
         if encoder is None:
             continue
-        missed = (torch.relu(x @ encoder.w + encoder.b) - wanted).square().sum()
+        missed = (torch.relu(tokens.x @ encoder.w + encoder.b) - wanted).square().sum()
         if float(missed) > LARGEST_MERGE_ERROR * float(wanted.square().sum()):
             continue
-        layer.silence(group)
-        layer.replace(feature, encoder, unit_rows(energy[group] @ directions[group]))
+        direction = unit_rows(energy[group] @ directions[group])
+        for member in group.tolist():
+            tokens.silence(member)
+        tokens.replace(feature, encoder, direction)
         freed += len(group) - 1
     return freed
 
 
 @torch.no_grad()
-def give_birth(
-    layer: LocalLayer, x: Float[Tensor, "n d_model"], d: Float[Tensor, "n d_model"], generator: torch.Generator
-) -> int:
+def give_birth(tokens: LayerTokens, generator: torch.Generator) -> int:
     """Give unused and least-used features the directions that clusters of large residuals share.
 
-    Args: as `merge_split_features`; d: differences in the layer's coordinates.
+    Args: as `merge_split_features`.
 
     Returns: the number of features that were born.
     """
-    acts = layer.adapter.encode(x)
-    residual = d - layer.adapter.decode(acts)
-    energy, lengths = _energy(layer, acts), residual.square().sum(1)
+    energy, residual = tokens.energy(), tokens.residual.clone()
+    lengths = residual.square().sum(1)
     slots, born = energy.argsort().tolist(), 0
-    written = unit_rows(layer.adapter.W_dec[energy > 0])
-    for direction in residual_directions(residual, d, generator):
-        if bool((written @ direction > SAME_DIRECTION).any()):
-            continue  # a feature has this direction, and lacks only the right encoder
-        along = residual @ direction
-        tokens = (along > 0.1) & (along.square() > 0.8 * lengths)
-        wanted = torch.where(tokens, along, 0.0)
-        encoder = _fit(x, wanted, generator, ridge=1e-2)
-        if encoder is None or born == len(slots):
-            continue
-        if float(energy[slots[born]]) > LARGEST_COST * float(wanted.square().sum()):
-            break  # the least-used feature explains more than this one would
-        layer.replace(slots[born], encoder, direction)
-        born += 1
+    written = unit_rows(tokens.layer.adapter.W_dec[energy > 0])
+    found = residual_directions(residual, tokens.d, generator)
+    # Where a feature has the direction, it lacks only the right encoder.
+    missing = [direction for direction in found if not bool((written @ direction > SAME_DIRECTION).any())]
+    for start in range(0, len(missing), DIRECTIONS_AT_ONCE):
+        some = missing[start : start + DIRECTIONS_AT_ONCE]
+        for direction, along in zip(some, torch.stack(some) @ residual.T, strict=True):
+            wanted = torch.where((along > ALONG) & (along.square() > ALONG_SHARE * lengths), along, 0.0)
+            encoder = _fit(tokens.x, wanted, generator)
+            if encoder is None:
+                continue
+            if born == len(slots) or float(energy[slots[born]]) > LARGEST_COST * float(wanted.square().sum()):
+                return born  # the least-used feature explains more than this one would
+            tokens.replace(slots[born], encoder, direction)
+            born += 1
     return born
 
 
@@ -117,36 +118,49 @@ def residual_directions(
     units = unit_rows(residual[rows].unique(dim=0))  # equal tokens make no cluster
     near = units @ units.T > SAME_DIRECTION
     left = torch.ones(len(units), dtype=torch.bool, device=units.device)
-    directions: list[Tensor] = []
+    sizes, directions = near.sum(1), list[Tensor]()
     while True:
-        sizes = near[:, left].sum(1) * left
-        center = int(sizes.argmax())
-        if int(sizes[center]) < SMALLEST_CLUSTER:
+        center = int((sizes * left).argmax())
+        if int(sizes[center] * left[center]) < SMALLEST_CLUSTER:
             return directions
         members = near[center] & left
         for _ in range(2):
             direction = unit_rows(units[members].mean(0))
             members = (units @ direction > SAME_DIRECTION) & left
-        left &= ~(units @ direction > SAME_DIRECTION) & ~near[center]
+        gone = left & ((units @ direction > SAME_DIRECTION) | near[center])
+        left &= ~gone
+        sizes -= near[gone].sum(0)
         directions.append(direction)
 
 
-def _energy(layer: LocalLayer, acts: Float[Tensor, "n n_features"]) -> Float[Tensor, "n_features"]:
-    """What every feature alone adds: its activations' energy in decoder-norm units; 0 for an unused one."""
-    energy = acts.square().sum(0) * row_norms(layer.adapter.W_dec).square()
-    return torch.where((acts > 0).sum(0) < MIN_FIRINGS, 0.0, energy)
+@torch.no_grad()
+def remove_useless_features(tokens: LayerTokens, smallest_gain: float) -> int:
+    """Silence features without which the error is hardly higher, or lower; those that write least come first.
+
+    Args:
+        tokens: tokens of the layer whose features change.
+        smallest_gain: share of the difference's energy by which the error must be higher.
+
+    Returns: the number of features that were active on some token and were removed.
+    """
+    total, removed = float(tokens.d.square().sum()), 0
+    for feature in tokens.energy().argsort().tolist():
+        if tokens.gain(feature) < smallest_gain * total:
+            removed += len(tokens.tokens[feature]) > 0
+            tokens.silence(feature)
+    return removed
 
 
-def _fit(x: Tensor, wanted: Tensor, generator: torch.Generator, ridge: float = 1e-3) -> Encoder | None:
+def _fit(x: Tensor, wanted: Tensor, generator: torch.Generator) -> Encoder | None:
     """The encoder for wanted activations, fitted to a draw of the active and of the inactive tokens."""
     active, inactive = _sample(wanted > 0, ACTIVE_TOKENS, generator), _sample(wanted <= 0, INACTIVE_TOKENS, generator)
     rows = torch.cat([active, inactive])
-    return fit_encoder(x[rows], wanted[rows], ridge=ridge)
+    return fit_encoder(x[rows], wanted[rows])
 
 
-def _sample(tokens: Bool[Tensor, "n"], most: int, generator: torch.Generator) -> Tensor:
-    """Indices of at most ``most`` of the given tokens."""
-    rows = tokens.nonzero()[:, 0]
+def _sample(chosen: Bool[Tensor, "n"], most: int, generator: torch.Generator) -> Tensor:
+    """Indices of at most ``most`` of the chosen tokens."""
+    rows = chosen.nonzero()[:, 0]
     return rows[torch.randperm(len(rows), generator=generator)[:most].to(rows.device)]
 
 
@@ -154,27 +168,3 @@ def _draw(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """At most n indices, drawn without replacement in proportion to weights (Efraimidis and Spirakis, 2006)."""
     keys = torch.rand(len(weights), generator=generator, dtype=torch.float64).log() / weights.double()
     return keys.topk(min(n, len(weights))).indices
-
-
-@torch.no_grad()
-def remove_useless_features(
-    layer: LocalLayer, x: Float[Tensor, "n d_model"], d: Float[Tensor, "n d_model"], smallest_gain: float
-) -> int:
-    """Silence features without which the error is hardly higher, or lower; those that write least come first.
-
-    Args: as `give_birth`; smallest_gain: share of the difference's energy by which the error must be higher.
-
-    Returns: the number of features that were active on some token and were removed.
-    """
-    acts = layer.adapter.encode(x)
-    decoder, residual = layer.adapter.W_dec, d - layer.adapter.decode(acts)
-    total, removed = float(d.square().sum()), 0
-    for feature in _energy(layer, acts).argsort().tolist():
-        tokens = (acts[:, feature] > 0).nonzero()[:, 0]
-        written = acts[tokens, feature, None] * decoder[feature]
-        gain = float(2 * (residual[tokens] * written).sum() + written.square().sum()) / total
-        if gain < smallest_gain:
-            residual[tokens] += written
-            layer.silence(torch.tensor([feature]))
-            removed += len(tokens) > 0
-    return removed
