@@ -235,7 +235,10 @@ class LocalConfig:
     revisions: Annotated[tuple[ShareBelowOne, ...], Field(strict=False)] = (0.3, 0.5, 0.6, 0.8)
     """Shares of the steps after which features are revised: features that split one direction are merged, and except
     at the last revision, unused features are given directions that no feature writes yet."""
-    smallest_gain: Weight = 3e-5
+    polish: bool = True
+    """Whether encoders are polished at the end: each is fitted to all of its tokens and to those near its boundary,
+    features are born once more where the error is large, and these are polished too. Only relu reads it."""
+    smallest_gain: Weight = 1e-4
     """At the end, a feature is removed if the error without it is not higher by this share of the difference's
     energy."""
 

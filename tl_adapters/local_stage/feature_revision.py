@@ -57,7 +57,7 @@ def merge_split_features(tokens: LayerTokens, generator: torch.Generator) -> int
         left[group] = False
         if len(group) < 2:
             continue
-        wanted = sum(tokens.activations(member) * norms[member] for member in group.tolist())
+        wanted = torch.stack([tokens.activations(member) * norms[member] for member in group.tolist()]).sum(0)
         encoder = _fit(tokens.x, wanted, generator)
         if encoder is None:
             continue

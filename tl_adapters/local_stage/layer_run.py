@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from tl_adapters.config import LocalConfig, TrainingConfig
+from tl_adapters.local_stage.feature_polish import polish_features
 from tl_adapters.local_stage.feature_revision import give_birth, merge_split_features, remove_useless_features
+from tl_adapters.local_stage.layer_tokens import LayerTokens
 from tl_adapters.local_stage.local_layer import LocalLayer, LocalTerms
 from tl_adapters.local_stage.token_buffer import TokenBuffer
 from tl_adapters.local_stage.whitening import LayerCoordinates, RunningCovariance, Whitening
@@ -24,6 +26,8 @@ REVISION_TOKENS = 400_000
 """Most tokens by which features are revised."""
 NOISE_TOKENS = 4_096
 """Most tokens by which signal to noise is measured."""
+UNPOLISHED_SHARE = 0.3
+"""Share of smallest_gain that a feature needs to stay before its encoder is polished."""
 ALIVE_STEPS = 100
 """A feature is alive if it was active on some token of the last steps, of which this is the number."""
 
@@ -94,27 +98,36 @@ class LayerRun:
 
     def revise(self, step: int, births: bool) -> None:
         """Merge split features, then give birth to missing ones."""
-        x, d = self._sample("revision", step)
-        generator = self._generator("fits", step)
-        merged = merge_split_features(self.layer, x, generator)
-        born = give_birth(self.layer, x, d, generator) if births else 0
+        tokens, generator = self._tokens(REVISION_TOKENS, step), self._generator("fits", step)
+        merged = merge_split_features(tokens, generator)
+        if merged:
+            tokens.refresh()  # features that compete, as in topk, are active on other tokens then
+        born = give_birth(tokens, generator) if births else 0
         log.debug("layer %d, step %d: %d features merged, %d born", self.index, step, merged, born)
 
     def finish(self) -> None:
-        """Remove useless features; after the last step."""
+        """After the last step: polish the features, give birth once more, and remove useless features."""
         if self.layer.size == 0:
             return
-        x, d = self._sample("removal")
-        removed = remove_useless_features(self.layer, x, d, self.local.smallest_gain)
+        tokens, least = self._tokens(len(self.buffer), "end"), self.local.smallest_gain
+        if self.local.polish and self.layer.adapter.activation == "relu":
+            generator = self._generator("fits", "end")
+            remove_useless_features(tokens, UNPOLISHED_SHARE * least)
+            polish_features(tokens, generator)
+            remove_useless_features(tokens, least)
+            if give_birth(tokens, generator):
+                polish_features(tokens, generator)
+        removed = remove_useless_features(tokens, least)
         log.debug("layer %d: %d features removed", self.index, removed)
 
     def state(self) -> dict[str, Tensor]:
         """What a run goes on from, by name."""
         return {**self.layer.state(), **self.layer.coordinates.tensors(), "inactive_steps": self.inactive_steps}
 
-    def _sample(self, *purpose: object) -> tuple[Tensor, Tensor]:
-        """Tokens by which features are revised, in the coordinates of the layer."""
-        return self.layer.coordinates(*self.buffer.sample(self.index, REVISION_TOKENS, self._generator(*purpose)))
+    def _tokens(self, n: int, purpose: object) -> LayerTokens:
+        """At most n tokens by which features are revised."""
+        rows = self.buffer.sample(self.index, n, self._generator("revision", purpose))
+        return LayerTokens(self.layer, *self.layer.coordinates(*rows))
 
     def _generator(self, *purpose: object) -> torch.Generator:
         """A generator for one purpose, so that no draw depends on those before it."""
