@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 DEVICE = torch.device("privateuseone:0")
 _DEVICE_OF = Tensor.device.__get__  # type: ignore[attr-defined]
@@ -85,8 +84,22 @@ def _key(tensor: Tensor) -> int:
         return 0
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors of nested tuples, lists and dictionaries; several times as fast as torch's pytree."""
+    found: list[Tensor] = []
+    _add_tensors(tree, found)
+    return found
+
+
+def _add_tensors(tree: Any, found: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            _add_tensors(item, found)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            _add_tensors(item, found)
 
 
 def _has_list(index: Any) -> bool:
@@ -113,6 +126,15 @@ class PretendedDevice:
     def __exit__(self, *exception: Any) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(*exception)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Compute on the CPU within a block, as fast as usual."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def hold(self, *things: nn.Module | Tensor) -> None:
         """Put modules (parameters and buffers) and tensors on the device, where they stand."""
@@ -191,7 +213,7 @@ class _Functions(TorchFunctionMode):
             return self._to(*args, **kwargs)
         if func is Tensor.cpu:
             return self._move(args[0], False)
-        inputs = list(_tensors((args, kwargs)))
+        inputs = _tensors((args, kwargs))
         tagged = any(t in emulator.tags for t in inputs)
         if func in (Tensor.numpy, Tensor.__array__) and tagged:
             raise PretendedDeviceError("NumPy cannot see a tensor on the device; copy it to the host first.")
@@ -261,7 +283,7 @@ class _Operators(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         emulator, name = self.emulator, func._schema.name
-        inputs = list(_tensors((args, kwargs)))
+        inputs = _tensors((args, kwargs))
         if emulator.ambient and name in ("aten::lift_fresh", "aten::lift"):  # torch.tensor within a torch function
             emulator.tags.add(inputs[0])
         on = [t for t in inputs if t in emulator.tags]

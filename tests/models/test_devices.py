@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.pretended_device import DEVICE, PretendedDevice, PretendedDeviceError, grown
 from helpers.random_models import ACTIVATION_OPTIONS, random_batch, random_model, randomise
+from transformers import PreTrainedModel
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.attribution.attribute import attribute
@@ -79,13 +80,15 @@ def tiny(
     n_features: int = 24,
     backend: str | None = None,
 ) -> PairedModel:
-    """A random pair that is built, and gets its adapters, on the device."""
-    base, target = (
-        random_model(seed, torch.float32, architecture, num_hidden_layers=layers, vocab_size=31) for seed in (1, 2)
-    )
-    device.hold(target)
-    pair = PairedModel.from_pretrained(base, target, backend=backend)
-    return randomise(on(device, pair), n_features, activation=activation)
+    """A random pair with adapters, on the device, and built elsewhere, which is many times as fast."""
+    with device.paused():
+        pair = PairedModel.from_pretrained(*models(layers, architecture), backend=backend)
+        randomise(pair, n_features, activation=activation)
+    return on(device, pair)
+
+
+def models(layers: int, architecture: str) -> list[PreTrainedModel]:
+    return [random_model(seed, torch.float32, architecture, num_hidden_layers=layers, vocab_size=31) for seed in (1, 2)]
 
 
 def documents(n: int = 4, seed: int = 0, vocab: int = 31) -> list[Trace]:
@@ -152,6 +155,21 @@ def test_a_gradient_returns_to_the_device_of_its_tensor(device: PretendedDevice)
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
+def test_a_pair_and_its_adapters_are_built_on_the_device(
+    device: PretendedDevice, architecture: str, backend: str
+) -> None:
+    base, target = models(2, architecture)
+    device.hold(target)
+    pair = on(device, PairedModel.from_pretrained(base, target, backend=backend))
+    for activation in ACTIVATION_OPTIONS:
+        randomise(pair, activation=activation)
+        assert all(device.holds(tensor) for tensor in pair.model.state_dict().values())
+        with torch.no_grad(), pair.routed("replacement"):
+            assert device.holds(pair.model(torch.tensor([documents(1)[0].tokens], device=DEVICE)))
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
