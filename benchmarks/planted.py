@@ -20,7 +20,7 @@ import torch
 from plants.families import FAMILIES
 from plants.measurement import firings, measure, representable
 from plants.plant import Ground, Plant
-from plants.recipes import EARLIER, FIRST_RELEASE, RECIPES, Options, timed
+from plants.recipes import EARLIER, FIRST_RELEASE, RECIPES, SEEDLESS, Options, timed
 from recorded import commit, machine, read_cell, record, value_and_range
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,7 +92,7 @@ def runs(args: argparse.Namespace) -> list[Run]:
         for plant in args.plants
         for family in families
         for recipe in (recipes if args.all or family == MAIN_FAMILY else [args.best])
-        for seed in args.seeds
+        for seed in (args.seeds[:1] if recipe in SEEDLESS else args.seeds)
     ]
 
 

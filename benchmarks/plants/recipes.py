@@ -208,6 +208,8 @@ RECIPES: dict[str, Recipe] = {
     "sae_on_difference": sae_on_difference,
 }
 """The recipes of the comparison, at equal width and text."""
+SEEDLESS = ("bias", "low_rank")
+"""Recipes that draw nothing, so that one seed is enough."""
 EARLIER: dict[str, Recipe] = {
     f"nmse{nmse:g}-steps{steps}-w{width}-l1_{l1:g}": _of_first_release(nmse, steps, width, l1)
     for nmse, steps, width, l1 in (

@@ -71,10 +71,11 @@ def related_features(ground: Ground, seed: int) -> Plant:
 def _directions(
     x: Tensor, ground: Ground, generator: torch.Generator, layer: int, about: list[dict[str, Any]]
 ) -> list[Direction]:
-    """The features of a layer, a parent, its child and a pair for each rate in turn."""
+    """The features of a layer: a parent, its child and a pair, for rates from the highest to the lowest."""
     found: list[Direction] = []
-    while len(found) < ground.per_layer:
-        rate = ground.rates[len(found) // 4 % len(ground.rates)]
+    groups = math.ceil(ground.per_layer / 4)
+    for group in range(groups):
+        rate = ground.rates[group * len(ground.rates) // groups]  # from the highest to the lowest
         parent = _random(x, rate, generator)
         child, containment = _child(x, parent, max(SMALLEST_RATE, CHILD_RATE * rate), generator)
         one = _random(x, rate, generator)
