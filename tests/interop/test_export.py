@@ -42,6 +42,7 @@ def test_a_runs_adapters_carry_its_figures(run: Path) -> None:
     assert about.figures["accuracy recovered against the hybrid"] == results["behaviour"]["recovered"]["hybrid"]
     assert about.datasets == ["the built-in pair's text"]
     assert about.fingerprints == results["pair"]["fingerprints"]
+    assert [sorted(of_layer) for of_layer in results["pair"]["signal_to_noise"]] == 5 * [["energy", "noise"]]
 
 
 @torch.no_grad()

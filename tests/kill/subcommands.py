@@ -118,6 +118,11 @@ def label(folder: Path) -> int:
     return main(["label", "run", *judge, "--concurrency", "2", "--quiet"])
 
 
+def transcoders(folder: Path) -> int:
+    options = ["--config", "config.yaml", "--set", "local.steps=4"]
+    return 0 if (folder / "own").exists() else main(["transcoders", *options, "--out", "own", "--quiet"])
+
+
 def demo(folder: Path) -> int:
     """A second demo takes the next free name, so what a killed one left is put out of the way, as a user would."""
     if (folder / "again").exists() and (folder / "demo").exists():
@@ -139,6 +144,7 @@ SUBCOMMANDS = {
         ),
         without="run",
     ),
+    "transcoders": Subcommand(transcoders, without="run"),
     "label": Subcommand(label),
     "attribute": Subcommand(attribute),
     "export --to saelens": Subcommand(export("saelens")),

@@ -14,5 +14,5 @@
 * `result`: what a subcommand prints when it is done, and the command to run next
 * `serve`: a folder's pages on this machine's own address
 * `share`: export, push and pull: adapters for other tools and other people
-* `train`: config, train and sweep: the options of a run, the run itself, and runs over training options
+* `train`: config, train, sweep and transcoders: options of a run, the run, runs over options, transcoders of a model
 """

@@ -1,4 +1,4 @@
-"""The subcommands config, train and sweep: the options of a run, the run itself, and runs over training options."""
+"""The subcommands config, train, sweep and transcoders: options of a run, the run, runs over options, transcoders."""
 
 from __future__ import annotations
 
@@ -210,3 +210,45 @@ def sweep(
         text=f"{sweep_markdown(points)}\n",
         next=command("evaluate", folder / best.name, data=data_of_next),
     )
+
+
+_Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="folder or hub name (default: the base of the model organism)"),
+]
+_MeasuredOn = Annotated[
+    str | None,
+    typer.Option("--held-out", metavar="DATA", help="documents to measure on (default: 2 % of the training documents)"),
+]
+_TranscodersOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="folder to make")]
+
+
+def transcoders(
+    model: _Model = None,
+    data: _Data = None,
+    config: ConfigFile = None,
+    set_options: SetOptions = None,
+    held_out: _MeasuredOn = None,
+    out: _TranscodersOut = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> Result:
+    """Train ordinary transcoders of a model's own MLPs by the local stage, as SAELens reads them. There is no base.
+
+    Examples:
+        tl-adapters transcoders --set activation=batchtopk --set k=16 --set n_features=256 --out transcoders
+        tl-adapters transcoders Qwen/Qwen2.5-Math-7B --data traces.jsonl --set local.steps=2000 --out transcoders
+    """
+    from dataclasses import asdict
+
+    from tl_adapters.study.train import format_fits, transcoders_run
+
+    if out is None:
+        raise UserError("--out is missing; give the name of a new folder, such as transcoders.")
+    options = run_config(config, set_options, base=model, target=model, data=data, dtype=dtype, seed=seed)
+    _require_data(options, "a .jsonl file of prompts and responses, or a dataset's name on the hub")
+    fits = transcoders_run(options, out, held_out, device_of(device), progress=not quiet)
+    return Result(paths={"transcoders": out}, values={"layers": [asdict(fit) for fit in fits]}, text=format_fits(fits))

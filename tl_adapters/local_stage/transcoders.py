@@ -21,7 +21,7 @@ from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.config import REGIONS, LocalConfig, Region, TrainingConfig
-from tl_adapters.data.batching import TracesInMemory
+from tl_adapters.data.batching import TracesInMemory, TraceSource
 from tl_adapters.data.traces import DataError, Trace, batches_by_length, readable_traces
 from tl_adapters.local_stage.regression_data import READS, WRITES, MLPOutputs
 from tl_adapters.local_stage.train_local import train_layers
@@ -30,7 +30,7 @@ from tl_adapters.utils.precision import host_float64, wide
 
 def train_transcoders(
     model: Any,
-    traces: Sequence[Trace],
+    traces: Sequence[Trace] | TraceSource,
     config: TrainingConfig | None = None,
     local: LocalConfig | None = None,
     *,
@@ -41,7 +41,7 @@ def train_transcoders(
     Args:
         model: a HookedTransformer or a TransformerBridge, which stays as it is. The model of a PairedModel has the
             route that is set: within ``pair.routed("hybrid")`` the base's MLPs are explained, in the target's stream.
-        traces: the training documents.
+        traces: the training documents: a list, or a source that reads them as they are needed.
         config: width, activation function, counted regions, seed and batches; None is the default ones.
         local: options of the local stage; None is those of ``config``.
         progress: show a progress bar.
@@ -55,13 +55,14 @@ def train_transcoders(
         HookMissingError: the model has no norm before its MLPs.
     """
     config, data = config or TrainingConfig(), MLPOutputs(model)
-    source = TracesInMemory(readable_traces(traces, model.cfg), config.count)
+    if not isinstance(traces, TraceSource):
+        traces = TracesInMemory(readable_traces(traces, model.cfg), config.count)
     k = config.k if config.activation in ("topk", "batchtopk") else None
     options: dict[str, Any] = {"activation": config.activation, "k": k, "bandwidth": config.bandwidth}
     layers = [
         TranscoderAdapter(data.d_model, config.n_features, device=data.device, **options) for _ in range(data.n_layers)
     ]
-    train_layers(data, source, layers, config, local, progress)
+    train_layers(data, traces, layers, config, local, progress)
     metadata = AdapterMetadata(
         target=str(getattr(model.cfg, "model_name", "") or ""),
         reads=READS,
@@ -79,8 +80,8 @@ class TranscoderFit:
 
     layer: int
     """Number of the layer."""
-    fvu: float
-    """Fraction of variance unexplained: sum |T(x) - MLP(x)|^2 / sum |MLP(x) - mean|^2."""
+    fvu: float | None
+    """Fraction of variance unexplained: sum |T(x) - MLP(x)|^2 / sum |MLP(x) - mean|^2; None for a constant output."""
     l0: float
     """Active features per token."""
     alive: int
@@ -150,6 +151,6 @@ class _Sums:
     def fit(self, layer: int) -> TranscoderFit:
         """The figures of all tokens."""
         variance = self.energy - float(self.output.square().sum()) / self.tokens
-        fvu = self.error / variance if variance > 0 else float("nan")
+        fvu = self.error / variance if variance > 0 else None
         alive = int((self.active > 0).sum())
         return TranscoderFit(layer, fvu, int(self.active.sum()) / self.tokens, alive, self.tokens)

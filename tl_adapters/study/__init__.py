@@ -14,5 +14,5 @@
 * `run_size`: estimated memory, disk space and time of a training run, stage by stage
 * `scale`: the size of a study: how many documents, problems and steps each stage uses
 * `sweep`: sweeps: sparsity against faithfulness over the values of some training options
-* `train`: training: a new run, a resumed run, and the stage that demo and sweep share
+* `train`: training: a new run, a resumed run, the stage that demo and sweep share, transcoders of one model
 """

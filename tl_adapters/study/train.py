@@ -1,20 +1,36 @@
-"""Training as a stage of a study: a new run, a resumed run, and the stage that demo and sweep share."""
+"""Training: a new run, a resumed run, the stage that demo and sweep share, and transcoders of one model's own MLPs."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from tl_adapters import organism
+from tl_adapters.adapters.metadata import AdapterMetadata
+from tl_adapters.checkpoints.hf_model import load_hf_model
+from tl_adapters.checkpoints.model_reference import model_commit
 from tl_adapters.config import BadRows, RunConfig
-from tl_adapters.study.open_run import open_data, open_pair
+from tl_adapters.data.traces import DataError
+from tl_adapters.local_stage.transcoders import TranscoderFit, measure_transcoders, train_transcoders
+from tl_adapters.models.build import build_model
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.study.open_run import open_data, open_held_out, open_pair
 from tl_adapters.training.run_folder import RunFolder, require_new
 from tl_adapters.training.trainer import Trainer
-from tl_adapters.utils.files import require_writable, write_text
+from tl_adapters.utils.devices import resolve_device
+from tl_adapters.utils.files import require_absent, require_writable, write_text
 from tl_adapters.utils.results import read_results, stage, versions, write_results
 from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)
+
+HELD_OUT_SHARE = 0.02
+"""Share of the documents on which transcoders are measured, where neither configuration nor call names others."""
 
 
 def train_run(config: RunConfig, folder: Path, device: str = "auto", progress: bool = True) -> None:
@@ -83,4 +99,79 @@ def train_stage(trainer: Trainer, folder: Path) -> None:
         },
         seeds=[config.seed],
         versions=versions(),
+    )
+
+
+# -- transcoders ------------------------------------------------------------------------------------------------------
+
+
+def transcoders_run(
+    config: RunConfig, out: Path, held_out: str | None = None, device: str = "auto", progress: bool = True
+) -> list[TranscoderFit]:
+    """Train transcoders of a model's MLPs, measure them on held-out documents, and write them into a new folder.
+
+    Args:
+        config: its target is the model ("" is the base of the model organism); the base is not read.
+        out: folder to make: a SAELens folder per layer, and the set's own files (`AdapterSet.save_pretrained`).
+        held_out: a .jsonl file or a dataset's name; None holds out a share of the documents.
+        device: where the model is; "auto" is the first available of cuda, mps and cpu.
+        progress: show a progress bar.
+
+    Raises UserError for a model, documents or a folder that cannot be used, before anything is trained.
+    """
+    require_absent(out)
+    require_writable(out)
+    pair = _open_model(config, device)
+    data = config.data
+    if held_out is None and not data.validation_fraction and not data.validation_split:
+        config = replace(config, data=replace(data, validation_fraction=HELD_OUT_SHARE))
+    documents = open_data(config, pair)
+    documents.log_survey()
+    measured = documents.validation() if held_out is None else open_held_out(config, held_out, pair).traces()
+    if not measured:
+        raise DataError("No document is held out to measure on; give some with --held-out, or more training documents.")
+    transcoders = train_transcoders(pair.model, documents, config.training, progress=progress)
+    fits = measure_transcoders(
+        pair.model,
+        transcoders,
+        measured,
+        count=config.training.count,
+        tokens_per_batch=config.training.tokens_per_batch,
+    )
+    transcoders.metadata = _described(transcoders.metadata, config, fits, len(measured))
+    transcoders.save_pretrained(out)
+    return fits
+
+
+def format_fits(fits: Sequence[TranscoderFit]) -> str:
+    """What was measured, as a Markdown table with a row per layer."""
+    rows = [f"| {f.layer} | {'-' if f.fvu is None else f'{f.fvu:.3f}'} | {f.l0:.1f} | {f.alive:,} |" for f in fits]
+    head = ["| layer | fraction of variance unexplained | L0 | features active at all |", "|---:|---:|---:|---:|"]
+    return "\n".join([*head, *rows])
+
+
+def _open_model(config: RunConfig, device: str) -> PairedModel:
+    """The model as a pair without a base."""
+    name = config.target or organism.BUILTIN_BASE
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    hf_model, tokenizer = load_hf_model(name, dtype, resolve_device(device))
+    return PairedModel(build_model(hf_model, tokenizer, config.backend), None, target=name)
+
+
+def _described(
+    metadata: AdapterMetadata, config: RunConfig, fits: Sequence[TranscoderFit], documents: int
+) -> AdapterMetadata:
+    """The metadata with the model, the data and what was measured."""
+    figures: dict[str, Any] = {}
+    about = {"n": documents, "split": "held out", "seeds": [config.training.seed]}
+    for fit in fits:
+        figures[f"fraction of variance unexplained, layer {fit.layer}"] = {"value": fit.fvu, "unit": "", **about}
+        figures[f"L0, layer {fit.layer}"] = {"value": fit.l0, "unit": "features per token", **about}
+    name = config.target or organism.BUILTIN_BASE
+    return replace(
+        metadata,
+        target=name,
+        target_revision=model_commit(name),
+        datasets=[config.data.source or "the model organism's text"],
+        figures=figures,
     )
