@@ -9,13 +9,21 @@ that exist are not made again. ``--record`` writes the first recipe at its first
 import argparse
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from plants.recipes import FIRST_RELEASE, Options, Recipe, end_to_end, local, local_then_end_to_end, timed
+from plants.recipes import (
+    FIRST_RELEASE,
+    Options,
+    Recipe,
+    end_to_end,
+    local,
+    local_options,
+    local_then_end_to_end,
+    timed,
+)
 from recorded import commit, machine, read_cell, record, value_and_range
 
 from tl_adapters import organism
@@ -51,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--problems", type=int, default=400, help="problems on which KL is measured")
     parser.add_argument("--split", choices=organism.SPLITS, default="report", help="of the held-out problems")
     parser.add_argument("--steps", type=int, help="steps of every recipe, for a trial")
+    parser.add_argument("--local", nargs="+", default=[], metavar="OPTION=VALUE", help="options of the local stage")
     parser.add_argument("--record", action="store_true", help="write the table to benchmarks/results.json")
     return parser.parse_args()
 
@@ -81,10 +90,9 @@ class Bench:
         folder, file = self.args.out / name, self.args.out / f"{name}.json"
         if (cell := read_cell(file)) is not None:
             return AdapterSet.from_pretrained(folder), cell
-        local_options = LOCAL if self.args.steps is None else replace(LOCAL, steps=self.args.steps)
         traces = text(self.pair, "train", self.args.documents, seed)
         with timed() as seconds:
-            options = Options(width, seed, local_options, self.args.steps)
+            options = Options(width, seed, local_options(LOCAL, self.args.local, self.args.steps), self.args.steps)
             adapters = RECIPES[recipe](self.pair, traces, options)
         sums = measure_faithfulness(self.pair, self.answers)
         cell = {
@@ -178,7 +186,7 @@ def main() -> None:
     print("\n".join(rows(found)))
     if args.record:
         commits = [c for by_width in found.values() for s in by_width.values() for c in s.pop("commits")]
-        names = ("seeds", "documents", "held_out", "problems", "split", "steps")
+        names = ("seeds", "documents", "held_out", "problems", "split", "steps", "local")
         about = {"recipe": args.recipes[0], "width": args.widths[0], "settings": {n: getattr(args, n) for n in names}}
         first = found[args.recipes[0]][str(args.widths[0])]
         record("organism", {**first, **about, "recipes": found}, commits)

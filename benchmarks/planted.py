@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import torch
 from plants.families import FAMILIES
 from plants.measurement import firings, measure, representable
 from plants.plant import Ground, Plant
-from plants.recipes import EARLIER, FIRST_RELEASE, RECIPES, SEEDLESS, Options, timed
+from plants.recipes import EARLIER, FIRST_RELEASE, RECIPES, SEEDLESS, Options, local_options, timed
 from recorded import commit, machine, read_cell, record, value_and_range
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,6 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--earlier", action="store_true", help="the first release's recipes of the README instead")
     parser.add_argument("--features", type=int, default=64, help="features per layer")
     parser.add_argument("--steps", type=int, help="steps of every recipe, for a trial")
+    parser.add_argument("--local", nargs="+", default=[], metavar="OPTION=VALUE", help="options of the local stage")
     parser.add_argument("--rates", type=float, nargs="+", help="firing rates of planted features, for a trial")
     parser.add_argument("--per-layer", type=int, default=20, help="planted features per layer")
     parser.add_argument("--documents", type=int, default=12_000, help="training documents, of about 60 tokens")
@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options that all runs in a folder share."""
-    names = ("features", "steps", "rates", "per_layer", "documents", "calibration", "held_out")
+    names = ("features", "steps", "local", "rates", "per_layer", "documents", "calibration", "held_out")
     return {name: getattr(args, name) for name in names}
 
 
@@ -127,18 +127,13 @@ class Bench:
     def run(self, run: Run) -> dict[str, Any]:
         """Train and measure."""
         plant, shared = self.plant(run.family, run.plant)
-        options = Options(self.args.features, run.seed, local_options(self.args), self.args.steps)
+        local = local_options(LocalConfig(max_tokens=MAX_TOKENS), self.args.local, self.args.steps)
+        options = Options(self.args.features, run.seed, local, self.args.steps)
         with timed() as seconds:
             adapters = {**RECIPES, **EARLIER}[run.recipe](plant.pair, self.traces, options)
         found = measure(plant, adapters, self.held_out, shared["firings"])
         about = {"representable": shared["representable"], "planted": plant.about}
         return {**found, **about, "seconds": vars(seconds), "training_tokens": sum(len(t.tokens) for t in self.traces)}
-
-
-def local_options(args: argparse.Namespace) -> LocalConfig:
-    """The default options of the local stage, on all of the text."""
-    local = LocalConfig(max_tokens=MAX_TOKENS)
-    return local if args.steps is None else replace(local, steps=args.steps)
 
 
 def time_first_release(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import yaml
 from jaxtyping import Float
 from torch import Tensor
 
@@ -57,6 +58,13 @@ class Options:
         """The first release's training at this width."""
         config = replace(FIRST_RELEASE, n_features=self.n_features, seed=self.seed, **options)
         return config if self.steps is None else replace(config, steps=self.steps)
+
+
+def local_options(default: LocalConfig, given: Sequence[str], steps: int | None = None) -> LocalConfig:
+    """Options of the local stage: ``default`` with those given as ``name=value``, and with another number of steps."""
+    values = dict(option.split("=", 1) for option in given)
+    local = replace(default, **{name: yaml.safe_load(value) for name, value in values.items()})
+    return local if steps is None else replace(local, steps=steps)
 
 
 Recipe = Callable[[PairedModel, Sequence[Trace], Options], AdapterSet]

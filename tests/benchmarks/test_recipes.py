@@ -16,6 +16,7 @@ from plants.recipes import (
     end_to_end,
     end_to_end_whitened,
     local,
+    local_options,
     local_then_end_to_end,
     low_rank,
     reduced_rank_regression,
@@ -24,7 +25,7 @@ from plants.recipes import (
 from torch import Tensor
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.config import LocalConfig
+from tl_adapters.config import ConfigError, LocalConfig
 
 LAYERS, WIDTH = 2, 8
 TEXT, HELD_OUT = skewed_traces(300), skewed_traces(120, seed=1)
@@ -110,6 +111,13 @@ def test_the_truth_is_measured_as_found_and_an_untrained_set_as_empty(plant: Pla
     rates = sorted(rate for *_, rate, _ in found["features"])
     held_out = [round(rate * found["held_out_tokens"]) for rate in rates]
     assert found["recall"]["all"]["firings_held_out"] == [held_out[0], held_out[-1]]
+
+
+def test_options_of_the_local_stage_are_given_by_name() -> None:
+    given = local_options(LocalConfig(), ["penalty=l1", "revisions=[0.5]", "lr=0.02"], steps=9)
+    assert given == replace(LocalConfig(), penalty="l1", revisions=(0.5,), lr=0.02, steps=9)
+    with pytest.raises(ConfigError, match="lr is"):
+        local_options(LocalConfig(), ["lr=fast"])
 
 
 def test_recipes_train_adapters_of_the_width_that_is_asked(plant: Plant) -> None:
