@@ -99,7 +99,7 @@ organism: install  ## faithfulness and seed agreement on the model organism, int
 	$(BIN)/python benchmarks/organism.py runs/organism --record
 	$(BIN)/python benchmarks/tables.py
 
-tables: install  ## the tables of docs/believing_features.md, from benchmarks/results.json
+tables: install  ## the tables of docs/believing_features.md and docs/circuits.md, from benchmarks/results.json
 	$(BIN)/python benchmarks/tables.py
 
 pair: install  ## train the built-in pair anew, into runs/pair

@@ -1,35 +1,45 @@
-"""The README's hesitation table. ``python benchmarks/hesitation.py OUT [PAIR-SEED ...]``.
+"""The hesitation circuit, over pairs and seeds. ``python benchmarks/hesitation.py OUT [PAIR-SEED ...]``.
 
 Pairs: ``sums`` (the built-in one), ``differences`` (another seed and kind of problem, by the recipe) and ``null`` (a
 target that thinks and never hesitates, by the recipe). By default three seeds of each of the first two, one of the
-null pair. What is in OUT already is not made again: pairs (forty minutes each on one core), adapters, studies.
+null pair. What is in OUT already is not made again: pairs (forty minutes each on one core), adapters, studies. So any
+run of one of these pairs is studied that is in OUT under such a name, and ``--set`` changes the training of new ones.
+``--record`` writes what docs/circuits.md shows to results.json beside this file, and its figure beside the page.
 """
 
 import argparse
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
+from recorded import FOLDER, record, value_and_range
 
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.circuits.conditions import TUNED_BASELINES
+from tl_adapters.circuits.dose_curves import INTERVENTIONS
 from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.circuits.subject import builtin_subject
-from tl_adapters.config import RunConfig, TrainingConfig
+from tl_adapters.config import RunConfig, parse_options, with_options
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.recipe import Recipe, make_null_pair, make_pair
+from tl_adapters.pages.dose_curve_plots import dose_curve_plots
 from tl_adapters.study.hesitation import ORGANISM_PROBLEM_COUNTS, hesitation_stage
 from tl_adapters.study.open_run import ORGANISM_TRACES, load_organism_pair
 from tl_adapters.study.train import train_stage
 from tl_adapters.training.trainer import Trainer
+from tl_adapters.utils.files import write_text
 from tl_adapters.utils.results import read_results
 
 DEFAULT = ["sums-0", "sums-1", "sums-2", "differences-0", "differences-1", "differences-2", "null-0"]
 INSERTED = ("hybrid", "hybrid + circuit", "hybrid + circuit_at_strength", "hybrid + random")
 KEPT = "P(word) at the target's onsets, hybrid + circuit over target"
+FIGURES = ("behavior_left.svg", "errors_corrected.svg")
+"""The plots that docs/circuits.md shows."""
 KINDS: dict[str, Kind] = {"sums": "sums", "differences": "differences", "null": "sums"}
 
 
@@ -53,7 +63,7 @@ def training_pairs(name: str, seed: int) -> list[tuple[str, str]]:
     return [(p.question, document.completion.removesuffix(traces.END)) for p, document in calm]
 
 
-def study(out: Path, job: str) -> dict:
+def study(out: Path, job: str, options: dict[str, Any]) -> dict:
     name, _, seed = job.partition("-")
     folder = out / job
     if "hesitation" not in read_results(folder):
@@ -61,9 +71,8 @@ def study(out: Path, job: str) -> dict:
         if not (folder / "adapters").is_dir():
             encoded = encode_traces(training_pairs(name, int(seed)), pair.model.tokenizer)
             config = RunConfig() if name == "sums" else RunConfig(base=pair.base_id, target=pair.target_id)
-            train_stage(
-                Trainer(pair, encoded, TrainingConfig(seed=int(seed)), folder, origin=config, progress=False), folder
-            )
+            config = with_options(config, {**options, "training.seed": int(seed)})
+            train_stage(Trainer(pair, encoded, config.training, folder, origin=config, progress=False), folder)
         pair.load_adapters(AdapterSet.from_pretrained(folder / "adapters"))
         hesitation_stage(pair, builtin_subject(*ORGANISM_PROBLEM_COUNTS, kind=KINDS[name], seed=int(seed)), folder)
     return upgraded_block(read_results(folder)["hesitation"])
@@ -86,7 +95,7 @@ def rows(block: dict) -> dict[str, str]:
     strength, added = f"{size['strength']:g}", said["hybrid + circuit"]
     stronger, of_target = said.get("hybrid + circuit_at_strength", added), said["target"]["moment"]["value"]
     stronger_name = "circuit_at_strength" if "circuit_at_strength" in suffices else "circuit"
-    tuned = [f"replacement, {name}" for name in ("logit_bias", "steering", "neurons")]
+    tuned = [f"replacement, {name}" for name in TUNED_BASELINES]
     forms = ("others", "others_scaled", "others_equal_harm")
     accuracy_by_slip = [of(need, f"accuracy_{slip}_slip", "none", "circuit") for slip in ("without", "with")]
     mediation = block["mediation"]
@@ -100,10 +109,10 @@ def rows(block: dict) -> dict[str, str]:
         "gone, %: most active others, as many, of equal write norm, of equal harm": percent(
             *of(need, "hesitation_cut", *forms)
         ),
-        "gone, %, at the circuit's effect: logit bias, steering, neurons": percent(
-            *of(need, "hesitation_cut", "logit_bias", "steering", "neurons")
+        "gone, %, at the circuit's effect: logit bias, steering, neurons, low rank": percent(
+            *of(need, "hesitation_cut", *TUNED_BASELINES)
         ),
-        "KL elsewhere, millinats: circuit, logit bias, steering, neurons": ", ".join(
+        "KL elsewhere, millinats: circuit, logit bias, steering, neurons, low rank": ", ".join(
             f"{1000 * said[arm]['kl_elsewhere']['value']:.2f}" for arm in ("replacement - circuit", *tuned)
         ),
         "not reached": ", ".join(name for name, c in block["controls"].items() if not c["reached"]) or "-",
@@ -125,7 +134,7 @@ def rows(block: dict) -> dict[str, str]:
         "injected corrected, %: most active others, as many, of equal write norm, of equal harm": percent(
             *of(block["injected"], "", *(f"replacement - {form}" for form in forms))
         ),
-        "injected corrected, %: logit bias, steering, neurons": percent(*of(block["injected"], "", *tuned)),
+        "injected corrected, %: logit bias, steering, neurons, low rank": percent(*of(block["injected"], "", *tuned)),
         f"injected corrected, %: hybrid, + circuit, at {strength}, + random": percent(
             *of(block["injected"], "", *(arm for arm in INSERTED if arm in block["injected"]))
         ),
@@ -154,17 +163,75 @@ def table(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def block(found: dict[str, dict]) -> dict[str, Any]:
+    """Per pair, over its seeds: every intervention at full strength, and the template features."""
+    pairs: dict[str, dict[str, Any]] = {}
+    for pair in dict.fromkeys(job.partition("-")[0] for job in found):
+        blocks = [b for job, b in found.items() if job.partition("-")[0] == pair and "criteria" in b]
+        if blocks:
+            points = {name: [_full_strength(b, name) for b in blocks] for name in INTERVENTIONS}
+            pairs[pair] = {
+                "seeds": len(blocks),
+                "unchanged": _over_seeds(
+                    [{"behavior_left": 1.0, **_values(b["dose_curves"]["unchanged"])} for b in blocks]
+                ),
+                "full_strength": {name: _over_seeds([p for p in of_seeds if p]) for name, of_seeds in points.items()},
+                "templates": _over_seeds([_templates(b) for b in blocks]),
+            }
+    return {"pairs": pairs}
+
+
+def _full_strength(block: dict, name: str) -> dict[str, float] | None:
+    """What one intervention does at full strength; None where it has no curve."""
+    points = [p for p in block["dose_curves"]["curves"].get(name, []) if p["factor"] == 1]
+    return _values(points[0]) if points else None
+
+
+def _values(point: dict) -> dict[str, float]:
+    """The values of the measurements of a point."""
+    return {key: figure["value"] for key, figure in point.items() if isinstance(figure, dict)}
+
+
+def _templates(block: dict) -> dict[str, float]:
+    """How many template features there are, and what they are worth."""
+    mediation, size = block["mediation"], block["circuit"]
+    effect = {key: mediation[key]["value"] for key in ("total", "share") if key in mediation}
+    return {
+        "in_circuit": size["template"],
+        "circuit": size["n"],
+        "anywhere": mediation["n"],
+        "alive": size["alive"],
+        **effect,
+    }
+
+
+def _over_seeds(seeds: list[dict[str, float]]) -> dict[str, Any]:
+    """The mean over seeds of every value, with its range, over those that have it."""
+    keys = dict.fromkeys(key for values in seeds for key in values)
+    of = {key: [values[key] for values in seeds if values.get(key) is not None] for key in keys}
+    return {key: value_and_range(sum(values) / len(values), values) for key, values in of.items() if values}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("jobs", nargs="*", default=DEFAULT)
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the training")
+    parser.add_argument(
+        "--record", action="store_true", help="write benchmarks/results.json and the figure of the page"
+    )
     options = parser.parse_args()
     torch.set_num_threads(2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     found = {}
     for job in options.jobs:
-        found[job] = study(options.out, job)
+        found[job] = study(options.out, job, parse_options(options.set))
     print(table(found))
+    if options.record:
+        record("hesitation", block(found))
+        shown = next(b for job, b in found.items() if job.startswith("sums") and "criteria" in b)
+        for name, drawn in zip(FIGURES, dose_curve_plots(shown), strict=True):
+            write_text(FOLDER.parent / "docs" / name, drawn.svg + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Write the tables of docs/believing_features.md from results.json: ``python benchmarks/tables.py``.
+"""Write the tables of docs/ that hold measurements from results.json: ``python benchmarks/tables.py``.
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; the text around it is written by hand. The test
-tests/benchmarks/test_tables.py holds that page and results agree.
+tests/benchmarks/test_recorded.py holds that pages and results agree.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 from recorded import FOLDER, recorded
 
+from tl_adapters.pages.dose_curve_plots import CURVE_NAMES
 from tl_adapters.utils.files import write_text
 
-PAGE = FOLDER.parent / "docs" / "believing_features.md"
+PAGES = tuple(FOLDER.parent / "docs" / name for name in ("believing_features.md", "circuits.md"))
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 DECADES = ("1e-1", "1e-2", "1e-3", "1e-4")
 NOT_MEASURED = "Not measured yet.\n"
@@ -36,6 +37,8 @@ FAMILY_NAMES = {
     "learned": "features learned by gradient",
     "neurons": "edited gated neurons",
 }
+PAIR_NAMES = {"sums": "built-in (sums)", "differences": "second pair (differences)"}
+LINEARIZATION_NAMES = {"relp": "RelP", "frozen_mlp": "frozen MLPs", "gradient": "gradient"}
 
 
 def with_range(figure: dict[str, Any] | None, form: str = "{:.0%}") -> str:
@@ -112,11 +115,56 @@ def by_seed(block: dict[str, Any]) -> str:
     return markdown([*head, "features in the span; by chance", "energy in the span; by chance"], rows)
 
 
+def by_intervention(block: dict[str, Any]) -> str:
+    """What every intervention does at full strength, on each pair."""
+    rows = []
+    for pair, s in block["pairs"].items():
+        for name, figures in {"unchanged": s["unchanged"], **s["full_strength"]}.items():
+            row = [
+                PAIR_NAMES.get(pair, pair),
+                CURVE_NAMES.get(name, "nothing"),
+                with_range(figures.get("behavior_left")),
+            ]
+            harm = figures.get("kl_elsewhere")
+            row.append("0" if name == "unchanged" else with_range(harm, "{:.2g}"))
+            rows.append([*row, with_range(figures.get("corrected"))])
+    return markdown(["pair", "removed", "behavior left", "harm elsewhere", "errors corrected"], rows)
+
+
+def by_pair(block: dict[str, Any]) -> str:
+    """The template features of each pair."""
+    rows = []
+    for pair, s in block["pairs"].items():
+        t = s["templates"]
+        counts = [
+            f"{with_range(t[part], '{:.3g}')} of {with_range(t[whole], '{:,.0f}')}"
+            for part, whole in (("in_circuit", "circuit"), ("anywhere", "alive"))
+        ]
+        effects = [with_range(t.get("total"), "{:.2f}"), with_range(t.get("share"))]
+        rows.append([PAIR_NAMES.get(pair, pair), *counts, *effects])
+    head = ["pair", "template features in the circuit", "anywhere, of the alive", "nats lost without them"]
+    return markdown([*head, "of which through output features"], rows)
+
+
+def by_linearization(block: dict[str, Any]) -> str:
+    """Rank correlations with real ablations, of each run with its interval over prompts."""
+    rows = []
+    for name, figure in block["rank_correlation"].items():
+        runs = [f"{run['value']:.2f} ({run['low']:.2f} to {run['high']:.2f})" for run in figure["runs"]]
+        rows.append([LINEARIZATION_NAMES.get(name, name), with_range(figure, "{:.2f}"), "; ".join(runs)])
+    return markdown(
+        ["linearization", "rank correlation", f"each seed, with its interval over {block['prompts']} prompts"], rows
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "rates": ("planted", by_rate),
     "recipes": ("planted", by_recipe),
     "families": ("planted", by_family),
     "seeds": ("organism", by_seed),
+    "interventions": ("hesitation", by_intervention),
+    "templates": ("hesitation", by_pair),
+    "linearizations": ("linearizations", by_linearization),
 }
 """Table -> the block of results.json that it shows, and how."""
 
@@ -133,8 +181,9 @@ def filled(text: str, folder: Path = FOLDER) -> str:
 
 
 def main() -> None:
-    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
-    print(PAGE)
+    for page in PAGES:
+        write_text(page, filled(page.read_text(encoding="utf-8")))
+        print(page)
 
 
 if __name__ == "__main__":

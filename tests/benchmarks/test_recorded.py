@@ -1,14 +1,19 @@
-"""results.json of the benchmarks, and the page whose tables are written from it."""
+"""results.json of the benchmarks, and the pages whose tables are written from it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import hesitation
+import linearizations
 import organism
 import planted
 import pytest
 import tables
+from helpers.page_values import dose_curves
 from recorded import FOLDER, commit, machine, record, recorded, value_and_range
+
+from tl_adapters.utils.measurement import Interval
 
 
 def share(k: int, n: int, **more: Any) -> dict[str, Any]:
@@ -90,14 +95,62 @@ def test_every_table_of_the_page_is_made_of_the_blocks(runs: Path, tmp_path: Pat
     figures = organism.summary([ran, {**ran, "kl_share": 0.006}], agreement())
     record("organism", {"recipes": {"local": {"128": figures}}}, folder=tmp_path)
     page = tables.filled(text, tmp_path)
-    assert tables.NOT_MEASURED not in page and "old" not in page and page.count("before") == len(tables.TABLES)
+    others = [name for name, (block, _) in tables.TABLES.items() if block not in ("planted", "organism")]
+    assert page.count(tables.NOT_MEASURED) == len(others) and "old" not in page
+    assert page.count("before") == len(tables.TABLES)
     assert "| 1e-3 | 700 to 900 | 100 to 120 | 4 of 8 | 50% (25% to 75%) |" in page
     assert "| local stage | 128 | 0.50% (0.40% to 0.60%) | 4.00 | 4 | 50%; 0% | 75%; 25% | 90%; 30% |" in page
     assert "| edited gated neurons |" in page and tables.filled(page, tmp_path) == page
     assert organism.rows({"local": {"128": figures}})[-1].count("|") == organism.rows({})[0].count("|")
 
 
-def test_the_page_shows_what_is_recorded() -> None:
-    text = tables.PAGE.read_text(encoding="utf-8")
-    assert set(tables.TABLES) == {name for _, name, _ in tables.TABLE.findall(text)}
-    assert tables.filled(text, FOLDER) == text, "run `make tables`"
+def studied(template: int, left: float) -> dict[str, Any]:
+    """What benchmarks/hesitation.py reads of one study."""
+    curves = dose_curves()
+    curves["curves"]["circuit"][1]["behavior_left"] = {"value": left}
+    del curves["curves"]["neurons"]
+    mediation = {"n": 2 * template} | ({"total": {"value": 0.1}, "share": {"value": 0.5}} if template else {})
+    size = {"template": template, "n": 60, "alive": 2000}
+    return {"criteria": [], "circuit": size, "mediation": mediation, "dose_curves": curves}
+
+
+def test_studies_of_one_pair_are_means_over_its_seeds(tmp_path: Path) -> None:
+    found = {"sums-0": studied(0, 0.1), "sums-1": studied(3, 0.3), "null-0": {"moments": {}}}
+    block = hesitation.block(found)
+    assert set(block["pairs"]) == {"sums"} and block["pairs"]["sums"]["seeds"] == 2
+    assert block["pairs"]["sums"]["full_strength"]["circuit"]["behavior_left"] == value_and_range(0.2, [0.1, 0.3])
+    assert block["pairs"]["sums"]["full_strength"]["neurons"] == {}
+    assert block["pairs"]["sums"]["templates"]["total"] == value_and_range(0.1, [0.1])
+    record("hesitation", block, folder=tmp_path)
+    page = tables.filled("<!-- table interventions -->\n<!-- end --><!-- table templates -->\n<!-- end -->", tmp_path)
+    assert "| built-in (sums) | the circuit | 20% (10% to 30%) | 0.002 | 65% |" in page
+    assert "| built-in (sums) | nothing | 100% | 0 | 80% |" in page
+    assert "| 1.5 (0 to 3) of 60 | 3 (0 to 6) of 2,000 | 0.10 | 50% |" in page
+
+
+def test_linearizations_of_several_runs_keep_their_intervals(tmp_path: Path) -> None:
+    def run(mean: float) -> dict[str, Any]:
+        intervals = {name: Interval(mean - 0.1, mean + 0.1) for name in linearizations.LINEARIZATIONS}
+        correlations = dict.fromkeys(linearizations.LINEARIZATIONS, mean)
+        by_prompt = {name: [mean, None] for name in linearizations.LINEARIZATIONS}
+        return {
+            "rank_correlation": correlations, "rank_correlation_ci": intervals, "rank_correlation_prompts": 30,
+            "rank_correlation_by_prompt": by_prompt,
+        }  # fmt: skip
+
+    block = linearizations.block({"sums-0": run(0.4), "sums-1": run(0.6)})
+    assert {key: block["rank_correlation"]["relp"][key] for key in ("value", "range")} == value_and_range(
+        0.5, [0.4, 0.6]
+    )
+    assert linearizations.interval(run(0.4), "relp") == "0.40 (0.30 to 0.50; range 0.40 to 0.40)"
+    record("linearizations", block, folder=tmp_path)
+    page = tables.filled("<!-- table linearizations -->\n<!-- end -->", tmp_path)
+    assert "| RelP | 0.50 (0.40 to 0.60) | 0.40 (0.30 to 0.50); 0.60 (0.50 to 0.70) |" in page
+    assert "over 30 prompts" in page
+
+
+def test_the_pages_show_what_is_recorded() -> None:
+    texts = [page.read_text(encoding="utf-8") for page in tables.PAGES]
+    assert sorted(tables.TABLES) == sorted(name for text in texts for _, name, _ in tables.TABLE.findall(text))
+    for text in texts:
+        assert tables.filled(text, FOLDER) == text, "run `make tables`"

@@ -13,7 +13,7 @@ from tl_adapters.pages.plots import Plot, measured_curve, plot
 from tl_adapters.utils.html import Cell, percent, visible
 from tl_adapters.utils.results import Block
 
-_CURVE_NAMES = {
+CURVE_NAMES = {
     "circuit": "the circuit",
     "random": "matched random features",
     "others": "most active other features",
@@ -22,6 +22,7 @@ _CURVE_NAMES = {
     "logit_bias": "a bias against the words",
     "low_rank": "low rank of what adapters write",
 }
+"""Curve -> its name."""
 _HARM = "KL from the replacement away from onsets, nats per token"
 
 
@@ -39,7 +40,7 @@ def dose_curve_plots(block: Block) -> list[Plot]:
     for key, ylabel, caption in panels:
         lines = [
             measured_curve(
-                _CURVE_NAMES.get(name, name),
+                CURVE_NAMES.get(name, name),
                 [point.get("kl_elsewhere") or {} for point in points],
                 [point[key] for point in points],
                 [point.get("factor") == 1 for point in points],
@@ -71,7 +72,7 @@ def dose_curves_section(block: Block) -> Section | None:
                 size = "all of it" if name == "circuit" else f"{short(point['size'])} {visible(point['unit'])}"
                 cells = [shown(point.get("behavior_left"), as_share=True), shown(point.get("kl_elsewhere"))]
                 corrected = shown(point.get("corrected"), as_share=True)
-                rows.append([visible(_CURVE_NAMES.get(name, name)), size, *cells, corrected])
+                rows.append([visible(CURVE_NAMES.get(name, name)), size, *cells, corrected])
     header = ["removed", "full strength", "behavior left", "harm elsewhere", "injected errors corrected"]
     text = (
         "Every intervention at several strengths. Large points are at full strength: the whole circuit, and every "
