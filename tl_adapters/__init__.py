@@ -91,6 +91,7 @@ EXPORTS = {
     "Trace": "data.traces",
     "traces_of": "generation.responses",
     "train": "training.trainer",
+    "train_local": "local_stage.train_local",
     "train_transcoders": "local_stage.transcoders",
     "Trainer": "training.trainer",
     "TrainingConfig": "config",
@@ -185,6 +186,7 @@ if TYPE_CHECKING:
     from tl_adapters.interventions.feature_edits import scaled as scaled
     from tl_adapters.interventions.frozen import frozen as frozen
     from tl_adapters.interventions.variants import Variant as Variant
+    from tl_adapters.local_stage.train_local import train_local as train_local
     from tl_adapters.local_stage.transcoders import measure_transcoders as measure_transcoders
     from tl_adapters.local_stage.transcoders import train_transcoders as train_transcoders
     from tl_adapters.models.attach import attach as attach

@@ -314,7 +314,7 @@ class TrainingConfig:
         """Raises ConfigError for an option that was set although the activation function does not read it."""
         for option, readers in _READ_BY.items():
             given, default = getattr(self, option), getattr(type(self), option)
-            if self.activation not in readers and given != default:
+            if self.activation not in readers and given not in (default, 0):  # a weight of 0 asks for nothing
                 raise ConfigError(
                     f"{option} is {given!r}, and activation {self.activation!r} does not read it; only "
                     f"{' and '.join(readers)} {'do' if len(readers) > 1 else 'does'}. Leave it out."

@@ -33,7 +33,7 @@ from tl_adapters.circuits.roles import assign_roles, circuit_edges, effects_at
 from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.circuits.steering import shifted_logits, steered, without_neurons
 from tl_adapters.cli.common import device_of
-from tl_adapters.config import TrainingConfig
+from tl_adapters.config import LocalConfig, LossWeights, TrainingConfig
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.traces import Trace
 from tl_adapters.errors import UserError
@@ -180,6 +180,29 @@ def test_training_runs(device: PretendedDevice, activation: str) -> None:
     )  # type: ignore[arg-type]
     trainer = Trainer(tiny(device), documents(), config, validation=documents(2, 1), progress=False)
     adapters = trainer.run()
+    assert all(device.holds(weight) and weight.isfinite().all() for weight in adapters.state_dict().values())
+
+
+@pytest.mark.parametrize(("activation", "streaming"), [("relu", True), ("batchtopk", False)])
+def test_both_stages_of_training_run_and_resume(
+    device: PretendedDevice, activation: str, streaming: bool, tmp_path: Path
+) -> None:
+    local = LocalConfig(
+        steps=6, tokens_per_step=16, max_tokens=20 if streaming else 99, streaming=streaming, revisions=(0.4, 0.7)
+    )
+    config = TrainingConfig(
+        n_features=8, steps=2, tokens_per_batch=24, checkpoint_every=4, log_every=2, activation=activation,
+        stages=("local", "end_to_end"), local=local, loss_weights=LossWeights(local=0.1),
+        **({"k": 3} if "topk" in activation else {}),
+    )  # fmt: skip
+    pair = tiny(device)
+
+    def stop(step: int, shown: object) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        Trainer(pair, documents(), config, tmp_path / "run", progress=False).run(stop)
+    adapters = Trainer.resume(pair, documents(), tmp_path / "run", progress=False).run()
     assert all(device.holds(weight) and weight.isfinite().all() for weight in adapters.state_dict().values())
 
 
@@ -379,7 +402,7 @@ def test_the_waits_of_a_training_step_do_not_grow_with_layers(device: PretendedD
         config = TrainingConfig(n_features=16, steps=1, activation=activation, **k)  # type: ignore[arg-type]
         trainer = Trainer(tiny(device, layers), documents(), config, validation=documents(2, 1), progress=False)
         counts.append(waits(device, trainer.run))
-    ours = lambda key: key[2] == "_one_step"  # noqa: E731 (torch's gradient clipping asks a device for its devices)
+    ours = lambda key: key[2] == "clip"  # noqa: E731 (torch's gradient clipping asks a device for its devices)
     assert not grown(*counts, allowed=ours)
 
 

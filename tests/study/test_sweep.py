@@ -27,7 +27,8 @@ from tl_adapters.study.grid import GridError, grid_configurations, read_grid
 from tl_adapters.study.open_run import open_run
 from tl_adapters.study.sweep import SweepError, resume_sweep, sweep
 from tl_adapters.study.train import train_run
-from tl_adapters.training.trainer import Trainer, TrainingInterrupted
+from tl_adapters.training.end_to_end_stage import EndToEndStage
+from tl_adapters.training.trainer import TrainingInterrupted
 from tl_adapters.utils.files import FolderBusyError, FolderExistsError
 from tl_adapters.utils.measurement import Measurement
 
@@ -74,15 +75,15 @@ def state(folder: Path) -> dict[str, tuple[int, bytes]]:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many steps are trained; at ``interrupt_at`` comes a Ctrl-C."""
-    counter, one_step = {"steps": 0, "interrupt_at": -1}, Trainer._one_step
+    counter, one_step = {"steps": 0, "interrupt_at": -1}, EndToEndStage.advance
 
-    def counting(self: Trainer, want_l0: bool) -> Any:
+    def counting(self: EndToEndStage, want_l0: bool) -> Any:
         counter["steps"] += 1
         if counter["steps"] == counter["interrupt_at"]:
             signal.raise_signal(signal.SIGINT)
         return one_step(self, want_l0)
 
-    monkeypatch.setattr(Trainer, "_one_step", counting)
+    monkeypatch.setattr(EndToEndStage, "advance", counting)
     return counter
 
 

@@ -82,7 +82,7 @@ class LayerRun:
     @property
     def alive(self) -> int:
         """Number of features that were active on some token of the last `ALIVE_STEPS` steps."""
-        return int((self.inactive_steps < ALIVE_STEPS).sum())
+        return 0 if self.layer.size == 0 else int((self.inactive_steps < ALIVE_STEPS).sum())
 
     def advance(self, steps: range) -> None:
         """Train for some steps, given by their numbers from 0. A layer with nothing to explain stays silent."""

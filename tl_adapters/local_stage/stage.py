@@ -161,8 +161,11 @@ class LocalStage:
 
     def _side_by_side(self, function: Callable[[Given], Made], values: Iterable[Given]) -> list[Made]:
         """The function's results for all values, computed by the workers."""
-        with one_thread_per_operation(), ThreadPoolExecutor(self._workers) as pool:
-            return list(pool.map(function, values))
+        with one_thread_per_operation():
+            if self._workers == 1:
+                return [function(value) for value in values]
+            with ThreadPoolExecutor(self._workers) as pool:
+                return list(pool.map(function, values))
 
 
 def _of_layer(state: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:

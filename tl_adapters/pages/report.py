@@ -39,14 +39,17 @@ def write_report(folder: str | Path) -> Path:
 
 def _values(results: Block, folder: Path) -> dict[str, Any]:
     """Return what the template shows besides the results themselves; None or empty where a stage has not run."""
-    metrics, features = _read_lines(folder / "metrics.jsonl"), results.get("features", {})
+    metrics, local_metrics, validation = (
+        _read_lines(folder / file) for file in ("metrics.jsonl", "local_metrics.jsonl", "validation.jsonl")
+    )
+    features = results.get("features", {})
     faithfulness, baselines = results.get("faithfulness"), results.get("baselines")
     behavior, labels = results.get("behaviour"), results.get("labels") or {}
     attribution = results.get("attribution") or {}
     features = features if "labels" in features else None
     return {
         "summary": _summary_rows(results),
-        "training": _training(metrics, _read_lines(folder / "validation.jsonl"), results) if metrics else None,
+        "training": _training(metrics, local_metrics, validation, results) if metrics or local_metrics else None,
         "faithfulness": faithfulness,
         "faithfulness_plots": _faithfulness_plots(faithfulness) if faithfulness else [],
         "baselines": baselines,
@@ -103,7 +106,35 @@ def _summary_rows(results: Block) -> list[list[str | Cell]]:
     return rows
 
 
-def _training(metrics: Sequence[Block], validation: Sequence[Block], results: Block) -> dict[str, Any]:
+def _training(
+    metrics: Sequence[Block], local_metrics: Sequence[Block], validation: Sequence[Block], results: Block
+) -> dict[str, Any]:
+    seconds = results["train"].get("seconds")
+    plots = [*_local_plots(local_metrics), *_end_to_end_plots(metrics, validation)]
+    return {"seconds": "" if seconds is None else f"{seconds:.0f} s", "plots": plots}
+
+
+def _local_plots(metrics: Sequence[Block]) -> list[Plot]:
+    if not metrics:
+        return []
+    steps, layers = [m["step"] for m in metrics], range(len(metrics[0]["l0"]))
+    captions = {
+        "error": "Local stage: share of the energy of the two MLPs' difference that the adapter leaves.",
+        "l0": "Local stage: active features per token.",
+        "alive": "Local stage: features that were active in one of the last steps.",
+    }
+    return [
+        plot(
+            [Line(f"layer {i}", steps, [m[name][i] or math.nan for m in metrics]) for i in layers],
+            xlabel="step", ylabel=name, caption=caption, log=name != "alive",
+        )
+        for name, caption in captions.items()
+    ]  # fmt: skip
+
+
+def _end_to_end_plots(metrics: Sequence[Block], validation: Sequence[Block]) -> list[Plot]:
+    if not metrics:
+        return []
     steps = [m["step"] for m in metrics]
     labels = {"output_kl": "output KL", "forward_bridge": "forward bridge", "backward_bridge": "backward bridge"}
     # A bridge term is 0 if its cut leaves no layer of the replacement; a logarithmic axis shows a gap there.
@@ -114,14 +145,12 @@ def _training(metrics: Sequence[Block], validation: Sequence[Block], results: Bl
         validation_steps = [v["step"] for v in validation]
         kls.append(Line("output KL, held out", validation_steps, [v["output_kl"] for v in validation], dashed=True))
         nmse.append(Line("held out", validation_steps, [v["nmse"] for v in validation], dashed=True))
-    seconds = results["train"].get("seconds")
-    plots = [
+    return [
         plot(kls, xlabel="step", ylabel="nats per token", caption="The three divergences of the objective.", log=True),
         plot(nmse, xlabel="step", ylabel="NMSE", log=True,
              caption="Error of the residual stream, mean over layers."),
         plot(l0, xlabel="step", ylabel="L0", caption="Active features per token.", log=True),
     ]  # fmt: skip
-    return {"seconds": "" if seconds is None else f"{seconds:.0f} s", "plots": plots}
 
 
 def _faithfulness_plots(block: Block) -> list[Plot]:

@@ -64,7 +64,7 @@ def resume_run(folder: Path, device: str = "auto", progress: bool = True, bad_ro
     trainer = Trainer.resume(pair, data, folder, validation=data.validation(), progress=progress)
     if bad_rows is not None:
         write_text(folder / "config.json", dumps(config.to_dict(), indent=1) + "\n")
-    log.info("resuming at step %d of %d", trainer.step, trainer.config.steps)
+    log.info("resuming at step %d of %d", trainer.step, trainer.steps)
     train_stage(trainer, folder)
 
 
@@ -92,7 +92,8 @@ def train_stage(trainer: Trainer, folder: Path) -> None:
             "signal_to_noise": None if noise is None else [vars(of_layer) for of_layer in noise],
         },
         train={
-            "steps": config.steps,
+            "stages": list(config.stages),
+            "steps": trainer.steps,
             "tokens": trainer.tokens,
             "seconds": round(trainer.seconds, 1),
             "n_features": config.n_features,
