@@ -18,12 +18,14 @@ from tl_adapters.config import (
     LOSS_WEIGHTS,
     ConfigError,
     DataConfig,
+    LocalConfig,
     LossWeights,
     RunConfig,
     TrainingConfig,
     commented_yaml,
     field_docs,
     json_schema,
+    option_path,
     parse_options,
     shipped_configs,
     with_options,
@@ -52,6 +54,23 @@ def test_options_that_an_activation_does_not_read_are_not_recorded() -> None:
     for name in recorded:
         config = RunConfig(training=TrainingConfig(activation=name))
         assert RunConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_short_name_is_the_shortest_path_that_ends_with_it() -> None:
+    paths = {"lr": "training.lr", "local.lr": "training.local.lr", "steps": "training.steps", "local": "training.local"}
+    paths |= {"max_tokens": "data.max_tokens", "loss_weights.local": "training.loss_weights.local", "data": "data"}
+    assert {name: option_path(name) for name in paths} == paths
+    changed = with_options(RunConfig(), parse_options(["stages=[local,end_to_end]", "local.steps=7", "steps=9"]))
+    assert changed.training == TrainingConfig(stages=("local", "end_to_end"), local=LocalConfig(steps=7), steps=9)
+
+
+def test_recipes_by_name_are_what_the_names_promise() -> None:
+    """The paper's recipes have the paper's objective, whatever the default becomes."""
+    for name in ("paper", "public_code"):
+        training = RunConfig.load(name).training
+        assert training.stages == ("end_to_end",) and training.loss_weights == LOSS_WEIGHTS[name]
+        assert training.loss_weights.local == 0
+    assert RunConfig.load("builtin_local").training.stages == ("local", "end_to_end")
 
 
 def test_published_weights() -> None:
@@ -92,6 +111,11 @@ def test_published_weights() -> None:
         ({"activation": "jumprelu", "l0_weight": -1}, "l0_weight is -1; allowed is a number >= 0"),
         ({"activation": "topk", "k": 0}, "k is 0; allowed is a whole number >= 1"),
         ({"activation": "batchtopk", "n_features": 4}, r"k is 6; allowed is .* n_features \(4\)"),
+        ({"stages": []}, r"stages is \[\]: give \[local\], \[end_to_end\] or \[local, end_to_end\]"),
+        ({"stages": ["end_to_end", "local"]}, r"give \[local\], \[end_to_end\] or \[local, end_to_end\]"),
+        ({"stages": ["lokal"]}, r"stages\[0\] is 'lokal'; allowed is \"local\" or \"end_to_end\""),
+        ({"local": {"stps": 3}}, "Unknown option training.local.stps. Did you mean training.local.steps"),
+        ({"local": {"workers": 0}}, "training.local.workers is 0; allowed is a whole number >= 1 or null"),
     ],
 )
 def test_an_impossible_training_option_is_refused(values: dict[str, object], message: str) -> None:
@@ -211,7 +235,7 @@ def test_python_values_keep_their_types() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.lr = 2.0  # type: ignore[misc]
     with pytest.raises(TypeError, match="more values than it has options"):
-        LossWeights(1, 1, 1, 1, 1, 1)  # type: ignore[call-arg]
+        LossWeights(1, 1, 1, 1, 1, 1, 1, 1)  # type: ignore[call-arg]
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
 
 

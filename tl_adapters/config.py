@@ -113,14 +113,14 @@ class LossWeights:
     """Weight of KL(target || target below the cut, replacement above it)."""
     nmse: Weight = 1.0
     """Weight of the NMSE of the residual stream."""
+    lowest_cut: Literal[0, 1] = 1
+    """The cut is drawn uniformly from lowest_cut..n_layers: 1 in the paper, 0 in its public code."""
     local: Weight = 0.0
     """Weight of the local term, summed over layers: the squared error of the adapter's output for what the MLP reads in
     the target, over the energy of the difference of the two MLPs. 0 leaves it out; the paper has no such term."""
     local_l1: Weight = 0.05
     """Weight of the sparsity term inside the local term (L1 in units of the difference's root mean square for relu, L0
     for jumprelu)."""
-    lowest_cut: Literal[0, 1] = 1
-    """The cut is drawn uniformly from lowest_cut..n_layers: 1 in the paper, 0 in its public code."""
 
 
 LOSS_WEIGHTS = {
@@ -249,13 +249,6 @@ class TrainingConfig:
 
     n_features: Count = 512
     """Features per layer (8,192 in the paper, at d_model 3,584)."""
-    stages: Annotated[tuple[StageName, ...], Field(strict=False), AfterValidator(_require_stages)] = ("end_to_end",)
-    """Stages of training, in this order: "local" (every layer's adapter is regressed on the difference of its two MLPs;
-    section local) and "end_to_end" (the paper's objective, with the options of this section, from where the local stage
-    ended if there was one). Each can be left out."""
-    local: LocalConfig = field(default_factory=LocalConfig)
-    """The local stage. It also reads n_features, beta1, beta2, activation, k, bandwidth, count, seed and
-    tokens_per_batch of this section."""
     steps: Count = 700
     """Number of optimizer steps of the end-to-end stage."""
     tokens_per_batch: Count = 1024
@@ -309,6 +302,13 @@ class TrainingConfig:
     """Tracker that draws the curves besides metrics.jsonl; each but "none" needs the extra of its name."""
     tracker_project: str = "tl-adapters"
     """Project of the tracker in which the run appears."""
+    stages: Annotated[tuple[StageName, ...], Field(strict=False), AfterValidator(_require_stages)] = ("end_to_end",)
+    """Stages of training, in this order: "local" (every layer's adapter is regressed on the difference of its two MLPs;
+    section local) and "end_to_end" (the paper's objective, with the options of this section, from where the local stage
+    ended if there was one). Each can be left out."""
+    local: LocalConfig = field(default_factory=LocalConfig)
+    """The local stage. It also reads n_features, beta1, beta2, activation, k, bandwidth, count, seed and
+    tokens_per_batch of this section."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an option that was set although the activation function does not read it."""

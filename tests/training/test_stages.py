@@ -20,6 +20,7 @@ from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.config import LocalConfig, LossWeights, RunConfig, TrainingConfig
 from tl_adapters.data.batching import BatchOrder, TracesInMemory
 from tl_adapters.data.traces import Trace
+from tl_adapters.local_stage.layer_run import LayerRun
 from tl_adapters.local_stage.regression_data import MLPDifferences
 from tl_adapters.local_stage.stage import LocalStage, workers_and_devices
 from tl_adapters.local_stage.token_buffer import StreamPosition, TokenStream
@@ -154,6 +155,23 @@ def test_ctrl_c_stops_while_tokens_are_collected(whole: Path, tmp_path: Path, mo
         with pytest.raises(TrainingInterrupted, match="Stopped at step 0 of"):
             start_or_resume(tmp_path / "run").run()
     start_or_resume(tmp_path / "run").run()
+    same(tmp_path / "run", whole)
+
+
+def test_ctrl_c_stops_while_features_are_finished(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = LayerRun.finish
+
+    def interrupted(self: LayerRun, between: Callable[[], object]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        finish(self, between)
+        pytest.fail("the polish did not stop")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerRun, "finish", interrupted)
+        with pytest.raises(TrainingInterrupted, match=f"Stopped at step {LOCAL.steps} of"):
+            start_or_resume(tmp_path / "run", replace(CONFIG, local=replace(LOCAL, workers=1))).run()
+    start_or_resume(tmp_path / "run").run()
+    (tmp_path / "run" / "config.json").write_bytes((whole / "config.json").read_bytes())
     same(tmp_path / "run", whole)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -105,17 +105,24 @@ class LayerRun:
         born = give_birth(tokens, generator) if births else 0
         log.debug("layer %d, step %d: %d features merged, %d born", self.index, step, merged, born)
 
-    def finish(self) -> None:
-        """After the last step: polish the features, give birth once more, and remove useless features."""
+    def finish(self, between: Callable[[], object]) -> None:
+        """After the last step: polish the features, give birth once more, and remove useless features.
+
+        Args:
+            between: called between these parts, each of which can take a minute; it may raise an exception to stop.
+        """
         if self.layer.size == 0:
             return
         tokens, least = self._tokens(len(self.buffer), "end"), self.local.smallest_gain
         if self.local.polish and self.layer.adapter.activation == "relu":
             generator = self._generator("fits", "end")
             remove_useless_features(tokens, UNPOLISHED_SHARE * least)
+            between()
             polish_features(tokens, generator)
             remove_useless_features(tokens, least)
+            between()
             if give_birth(tokens, generator):
+                between()
                 polish_features(tokens, generator)
         removed = remove_useless_features(tokens, least)
         log.debug("layer %d: %d features removed", self.index, removed)

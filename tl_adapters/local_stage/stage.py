@@ -116,9 +116,26 @@ class LocalStage:
                 raise NotFiniteError(f"The error of layer {run.index} is not finite. Lower training.local.lr.")
         return until - first
 
-    def finish(self, adapters: Iterable[TranscoderAdapter]) -> None:
-        """Remove useless features after the last step, and write the weights to the adapters."""
-        self._side_by_side(LayerRun.finish, self.layers)
+    def finish(
+        self,
+        adapters: Iterable[TranscoderAdapter],
+        on_layer: Callable[[], object] = lambda: None,
+        between: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Finish the features of every layer after the last step, and write the weights to the adapters.
+
+        Args:
+            adapters: adapters that read and write the residual stream as it is.
+            on_layer: called when a layer is done, by its worker.
+            between: as `LayerRun.finish`.
+        """
+
+        def finish(run: LayerRun) -> None:
+            between()
+            run.finish(between)
+            on_layer()
+
+        self._side_by_side(finish, self.layers)
         self.write_to(adapters)
 
     def write_to(self, adapters: Iterable[TranscoderAdapter]) -> None:

@@ -239,7 +239,8 @@ class Trainer:
                 run.validate(due=True)
             run.save_or_stop(lambda: self._local_state(stage), due=stage.finished)
             metrics.bar.update(taken)
-        stage.finish(self.adapters)
+        metrics.new_bar("finish layers", self.pair.n_layers)
+        stage.finish(self.adapters, metrics.bar.update, run.stop_if_requested)
         run.count(0, stage.tokens)
         run.validate(due=True)
         return [PlacedAdapter(layer.adapter, layer.coordinates).to(self.pair.device) for layer in stage.trained]
