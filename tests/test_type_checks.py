@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import inspect
 import weakref
 from collections.abc import Callable
 from types import ModuleType
@@ -57,9 +58,19 @@ def closure(added: object):
         return [x, added, more]
     return inner
 
-def shaped_closure(added: Tensor):
+def keywords(added: object):
+    def inner(x: int, *more: str, key: float = 2, **others: object) -> object:
+        return [x, more, key, others, added]
+    return inner
+
+def alone():
+    def inner(x: int) -> int:
+        return x
+    return inner
+
+def shaped_closure(added: object):
     def inner(x: Float[Tensor, "a b"]) -> Float[Tensor, "b"]:
-        return x.sum(0) + added
+        return x.sum(0) + (added if isinstance(added, Tensor) else 0)
     return inner
 """
 
@@ -94,6 +105,9 @@ WRONG: dict[str, Callable[[ModuleType], object]] = {
     "a context": lambda m: m.context("1").__enter__(),
     "a function within a function": lambda m: m.closure(1)("1"),
     "another one with the same code": lambda m: [m.closure(1)(1), m.closure(2)("1")],
+    "a keyword of one": lambda m: m.keywords(1)(1, key="a"),
+    "many arguments of one": lambda m: m.keywords(1)(1, 2),
+    "one that closes over nothing": lambda m: [m.alone()(1), m.alone()("1")],
     "the shape of one within a function": lambda m: m.shaped_closure(ROW)(ROW),
     "what another one returns": lambda m: [m.shaped_closure(ROW)(SQUARE[:, :2]), m.shaped_closure(SQUARE)(SQUARE)],
 }
@@ -114,7 +128,9 @@ def test_a_right_call_does_what_it_says(checked: ModuleType) -> None:
         assert value == 3
     one, other = checked.closure("a"), checked.closure("b")
     assert one(1) == [1, "a", "a"] and other(2) == [2, "b", "b"] and one(3, "c") == [3, "a", "c"]
+    assert checked.keywords(0)(1, "a", b=3) == [1, ("a",), 2, {"b": 3}, 0] and checked.alone()(5) == 5
     assert checked.shaped_closure(ROW)(SQUARE[:, :2]).shape == (2,)
+    assert one.__name__ == "inner" and inspect.signature(one).parameters["more"].default == "a"
 
 
 def test_what_a_function_closes_over_is_not_kept(checked: ModuleType) -> None:
@@ -124,6 +140,7 @@ def test_what_a_function_closes_over_is_not_kept(checked: ModuleType) -> None:
     value = Value()
     gone = weakref.ref(value)
     checked.closure(value)(1)
+    checked.shaped_closure(value)(SQUARE)
     del value
     gc.collect()
     assert gone() is None

@@ -14,7 +14,8 @@ import inspect
 import threading
 import typing
 from collections.abc import Callable
-from types import CodeType, FunctionType
+from inspect import Signature
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import jaxtyping
@@ -41,7 +42,7 @@ def _checked(defined: Any) -> Any:
 
 
 def _checked_function(function: FunctionType) -> Callable[..., Any]:
-    if "<locals>" in function.__qualname__ and function.__closure__:
+    if "<locals>" in function.__qualname__:
         return _checked_closure(function)
     signature = _resolved(function)
     if _has_shapes(signature):
@@ -57,44 +58,70 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
 
 # -- functions within functions ----------------------------------------------------------------------------------------
 
-_compiled: dict[CodeType, Callable[..., Any]] = {}
-_called = threading.local()
+_Around = Callable[[FunctionType], Callable[..., Any]]
+_compiled: dict[tuple[str, str, CodeType], _Around] = {}
+"""By the code that closures share, what puts the checks around one of them."""
 
 
 def _checked_closure(function: FunctionType) -> Callable[..., Any]:
-    compiled = _compiled.get(function.__code__)
-    if compiled is None:
-        compiled = _compiled[function.__code__] = _checks_of_closures(function)
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        functions = _called.__dict__.setdefault("functions", [])
-        functions.append(function)
-        try:
-            return compiled(*args, **kwargs)
-        finally:
-            functions.pop()
-
-    return wrapper
+    key = function.__module__, function.__qualname__, function.__code__
+    if key not in _compiled:
+        signature = _resolved(function)
+        _compiled[key] = (_around_shaped if _has_shapes(signature) else _around_plain)(function, signature)
+    return _compiled[key](function)
 
 
-def _checks_of_closures(function: FunctionType) -> Callable[..., Any]:
-    """A function that checks a call of any closure with the code of ``function``, and keeps no closure alive."""
+def _around_plain(function: FunctionType, signature: Signature) -> _Around:
+    """beartype's wrapper of an empty closure is compiled once; in its copies a given closure stands in that place."""
+    cells = tuple(CellType() for _ in function.__code__.co_freevars)
+    empty = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    empty.__annotations__, empty.__qualname__ = _annotations(signature), function.__qualname__
+    wrapper: Any = check(empty)
+    if wrapper is empty:  # it has no annotations
+        return lambda function: function
+    assert [*wrapper.__kwdefaults__.values()].count(empty) == 1
+
+    def around(function: FunctionType) -> Callable[..., Any]:
+        copy = FunctionType(wrapper.__code__, wrapper.__globals__, function.__name__, wrapper.__defaults__)
+        copy.__kwdefaults__ = {k: function if v is empty else v for k, v in wrapper.__kwdefaults__.items()}
+        return functools.wraps(function)(copy)
+
+    return around
+
+
+_called = threading.local()
+
+
+def _around_shaped(function: FunctionType, signature: Signature) -> _Around:
+    """jaxtyping's wrapper of a function that calls the given closure is compiled once; it keeps no closure alive."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return _called.functions[-1](*args, **kwargs)
 
-    signature = _resolved(function)
     defaults = [p if p.default is p.empty else p.replace(default=None) for p in signature.parameters.values()]
     call.__signature__ = signature.replace(parameters=defaults)  # type: ignore[attr-defined]
     call.__name__, call.__qualname__, call.__module__ = function.__name__, function.__qualname__, function.__module__
-    return _check_shapes(call, typechecker=check)
+    compiled = _check_shapes(call, typechecker=check)
+
+    def around(function: FunctionType) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            functions = _called.__dict__.setdefault("functions", [])
+            functions.append(function)
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                functions.pop()
+
+        return wrapper
+
+    return around
 
 
 # -- annotations -------------------------------------------------------------------------------------------------------
 
 
-def _resolved(function: FunctionType) -> inspect.Signature:
+def _resolved(function: FunctionType) -> Signature:
     """The signature with types for their names; a name that is not defined yet stands for anything, as in jaxtyping."""
     signature = inspect.signature(function)
     resolve = lambda annotation: _type_of(annotation, function.__globals__)  # noqa: E731
@@ -103,7 +130,7 @@ def _resolved(function: FunctionType) -> inspect.Signature:
 
 
 def _type_of(annotation: Any, names: dict[str, Any]) -> Any:
-    if annotation is inspect.Signature.empty:
+    if annotation is Signature.empty:
         return annotation
     try:
         return typing.get_type_hints(_Holder(annotation), names, include_extras=True)["value"]
@@ -118,12 +145,12 @@ class _Holder:
         self.__annotations__ = {"value": annotation}
 
 
-def _annotations(signature: inspect.Signature) -> dict[str, Any]:
+def _annotations(signature: Signature) -> dict[str, Any]:
     named = {p.name: p.annotation for p in signature.parameters.values()} | {"return": signature.return_annotation}
-    return {name: annotation for name, annotation in named.items() if annotation is not inspect.Signature.empty}
+    return {name: annotation for name, annotation in named.items() if annotation is not Signature.empty}
 
 
-def _has_shapes(signature: inspect.Signature) -> bool:
+def _has_shapes(signature: Signature) -> bool:
     return any(map(_is_shaped, _annotations(signature).values()))
 
 
