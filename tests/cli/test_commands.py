@@ -22,10 +22,11 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.circuit import Circuit, CircuitFeature
 from tl_adapters.cli.common import feature_ids, read_prompt, tasks_of
 from tl_adapters.cli.main import EXIT_CODES, SUBCOMMANDS, app, main, parse
-from tl_adapters.cli.result import Result, command, quoted
+from tl_adapters.cli.result import Result
 from tl_adapters.config import json_schema
 from tl_adapters.errors import UserError
 from tl_adapters.pages.server import make_server
+from tl_adapters.utils.printing import command, quoted
 
 NAMES = [function.__name__ for function in SUBCOMMANDS]
 
@@ -92,13 +93,13 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
 
 # -- results ----------------------------------------------------------------------------------------------------------
 
-HARD = ["a b", "it's", "-x", "$HOME", "`ls`", "a\nb", "\x1b[31m'\\\u202e", "\x9bé", "漢"]
+HARD = ["a b", "it's", "-x", "$HOME", "`ls`", "a\nb", "\x1b[31m'\\\u202e", "\x9bé", "漢", "a\udcff1"]
 
 
 def test_a_shell_reads_printed_words_as_they_were() -> None:
     printf = " ".join(["printf", shlex.quote("%s\\0"), *map(quoted, HARD)])
     read = subprocess.run(["bash", "-c", printf], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}).stdout
-    assert read.decode().split("\0")[:-1] == HARD
+    assert os.fsdecode(read).split("\0")[:-1] == HARD
     assert all(c.isprintable() for word in HARD for c in quoted(word))
 
 
@@ -106,6 +107,15 @@ def test_a_command_leaves_out_what_is_not_given() -> None:
     line = command("benchmark", Path("my runs/a"), limit=None, samples=4, open_thinking=True, words=["a b", "c"])
     assert line == "tl-adapters benchmark 'my runs/a' --samples 4 --open-thinking --words 'a b' c"
     assert given(*shlex.split(line)[1:])["hesitation_words"] == [("a b", "c")]
+
+
+def test_a_command_is_parsed_as_it_was_meant() -> None:
+    line = command("features", Path("-a run"), data="--b", tokens_per_batch=5)
+    assert line == "tl-adapters features --data=--b --tokens-per-batch 5 -- '-a run'"
+    call = parse(shlex.split(line)[1:]).keywords
+    assert (call["run_folder"], call["data"], call["tokens_per_batch"]) == (Path("-a run"), "--b", 5)
+    line = command("benchmark", "RUN", words=["--x", "hold on"], quiet=False)
+    assert parse(shlex.split(line)[1:]).keywords["hesitation_words"] == [("--x",), ("hold on",)]
 
 
 def test_the_next_command_and_the_object_follow_a_run(

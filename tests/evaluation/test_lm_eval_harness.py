@@ -166,7 +166,7 @@ def test_completions_end_at_stop_strings_and_limits(model: Any) -> None:
     assert HarnessModel(model, batch_size=3, seed=1).generate_until(drawn, disable_tqdm=True) != first
     with pytest.raises(HarnessError, match="option top_k is not supported"):
         lm.generate_until([asked("1", {"top_k": 3})], disable_tqdm=True)
-    with pytest.raises(HarnessError, match=f"leave no room in a context of {N_CTX}"):
+    with pytest.raises(HarnessError, match=f"leave no room for a prompt in a context of {N_CTX}"):
         lm.generate_until([asked("1", {})], disable_tqdm=True)
 
 

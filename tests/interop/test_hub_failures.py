@@ -2,18 +2,21 @@
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.loopback_hub import LoopbackHub, hub, point_client_at  # noqa: F401  # a fixture
 from helpers.loopback_server import Request, Response, refusing_url
+from helpers.page_values import made
 from helpers.users_models import reference
 
 import tl_adapters
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.hub_client import HubError
 from tl_adapters.checkpoints.model_files import CheckpointError
+from tl_adapters.circuits.circuit import Circuit
 from tl_adapters.errors import UserError
 from tl_adapters.interop.hub import pull, push_to_hub
 
@@ -78,12 +81,14 @@ def test_what_the_hub_answers_becomes_one_error(
 ) -> None:
     answer, down, up = CASES[case]
     hub.fault = lambda request: answer
-    with pytest.raises(CheckpointError, match=down) as caught:
-        pull("user/repo", tmp_path / "pulled")
-    assert is_one_clear_line(caught.value)
-    with pytest.raises(HubError, match=up) as refused:
-        push_to_hub(adapters, "user/repo")
-    assert is_one_clear_line(refused.value)
+    for download in (lambda: pull("user/repo", tmp_path / "pulled"), lambda: Circuit.from_hub("user/repo")):
+        with pytest.raises(CheckpointError, match=down) as caught:
+            download()
+        assert is_one_clear_line(caught.value)
+    for upload in (lambda: push_to_hub(adapters, "user/repo"), lambda: made().push("user/repo")):
+        with pytest.raises(HubError, match=up) as refused:
+            upload()
+        assert is_one_clear_line(refused.value)
     assert not (tmp_path / "pulled").exists()
 
 
@@ -94,6 +99,8 @@ def test_nobody_listens(adapters: AdapterSet, tmp_path: Path, monkeypatch: pytes
             AdapterSet.from_pretrained("user/repo")
         with pytest.raises(HubError, match=NETWORK):
             push_to_hub(adapters, "user/repo")
+        with pytest.raises(HubError, match=NETWORK):
+            made().push("user/repo")
 
 
 def test_a_revision_that_is_not_there(hub: LoopbackHub, adapters: AdapterSet) -> None:  # noqa: F811
@@ -102,22 +109,26 @@ def test_a_revision_that_is_not_there(hub: LoopbackHub, adapters: AdapterSet) ->
         AdapterSet.from_pretrained("user/repo", revision="seed-9")
 
 
+def cut_in_half(hub: LoopbackHub, file: str) -> None:  # noqa: F811
+    """From now on the hub hangs up when it has sent half of a file."""
+
+    def cut(request: Request) -> Response | None:
+        if request.method != "GET" or not request.path.endswith(file):
+            return None
+        sent = hub._file(request, request.path)
+        half = len(hub.files["user/repo"][file]) // 2
+        return Response(sent.body, sent.status, sent.headers, cut_after=half if sent.status == 200 else 0)
+
+    hub.fault = cut
+
+
 def test_a_file_cut_in_half_is_not_taken_for_whole_and_the_next_call_goes_on(
     hub: LoopbackHub,  # noqa: F811
     adapters: AdapterSet,
     tmp_path: Path,
 ) -> None:
     push_to_hub(adapters, "user/repo")
-    whole = hub.files["user/repo"]["layer_2/sae_weights.safetensors"]
-    half = len(whole) // 2
-
-    def cut(request: Request) -> Response | None:
-        if request.method != "GET" or not request.path.endswith("layer_2/sae_weights.safetensors"):
-            return None
-        sent = hub._file(request, request.path)
-        return Response(sent.body, sent.status, sent.headers, cut_after=half if sent.status == 200 else 0)
-
-    hub.fault = cut
+    cut_in_half(hub, "layer_2/sae_weights.safetensors")
     with pytest.raises(CheckpointError, match=NETWORK) as caught:
         pull("user/repo", tmp_path / "pulled")
     assert is_one_clear_line(caught.value) and not (tmp_path / "pulled").exists()
@@ -126,6 +137,22 @@ def test_a_file_cut_in_half_is_not_taken_for_whole_and_the_next_call_goes_on(
     assert pull("user/repo", tmp_path / "pulled").fingerprint == adapters.fingerprint
     assert "layer_0/sae_weights.safetensors" not in hub.downloads()  # they had arrived
     assert hub.downloads().count("layer_2/sae_weights.safetensors") == 1
+
+
+def test_a_circuit_cut_in_half_is_not_taken_for_whole_and_the_next_call_goes_on(hub: LoopbackHub) -> None:  # noqa: F811
+    circuit = replace(made(), features=made().features[1:])
+    hub.files["user/repo"] = {}
+    circuit.push("user/repo")
+    cut_in_half(hub, "circuits/hesitation.json")
+    with pytest.raises(CheckpointError, match=NETWORK) as caught:
+        Circuit.from_hub("user/repo")
+    assert is_one_clear_line(caught.value)
+    hub.fault = lambda request: None
+    assert Circuit.from_hub("user/repo") == circuit
+    hub.files["user/repo"]["circuits/hesitation.json"] = circuit.json_text().encode()[:300]
+    hub.commits["main"] = "89ab" * 10  # a commit of half a file, which arrives whole
+    with pytest.raises(UserError, match="circuits/hesitation.json"):
+        Circuit.from_hub("user/repo")
 
 
 def test_a_file_that_claims_to_be_shorter_is_refused(hub: LoopbackHub, adapters: AdapterSet, tmp_path: Path) -> None:  # noqa: F811
@@ -137,8 +164,9 @@ def test_a_file_that_claims_to_be_shorter_is_refused(hub: LoopbackHub, adapters:
     assert not (tmp_path / "pulled").exists()
 
 
-CALLS = {"snapshot_download", "hf_hub_download", "get_safetensors_metadata", "load_dataset", "load_hub_dataset"}
-CALLS |= {"create_repo", "create_branch", "upload_folder", "upload_file", "dataset_info", "model_info", "repo_info"}
+CALLS = {"snapshot_download", "hf_hub_download", "get_safetensors_metadata", "dataset_builder", "load_table"}
+CALLS |= {"load_dataset", "load_dataset_builder", "create_repo", "create_branch", "upload_folder", "upload_file"}
+CALLS |= {"dataset_info", "model_info", "repo_info"}
 
 
 def test_every_call_of_the_hub_is_within_hub_errors() -> None:
@@ -147,8 +175,9 @@ def test_every_call_of_the_hub_is_within_hub_errors() -> None:
     for path in package.rglob("*.py"):
         tree = ast.parse(path.read_text())
         guarded = [n for n in ast.walk(tree) if isinstance(n, ast.With) and "hub_errors(" in ast.unparse(n.items[0])]
-        # Its callers are within hub_errors, which this test sees to.
-        guarded += [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "load_hub_dataset"]
+        # Their callers are within hub_errors, which this test sees to.
+        inner = ("dataset_builder", "load_table")
+        guarded += [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in inner]
         inside = {id(inner) for node in guarded for inner in ast.walk(node)}
         for node in ast.walk(tree):
             called = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""

@@ -61,7 +61,8 @@ def pair_of(activation: str) -> PairedModel:
 )
 def test_it_reads_the_stream_and_writes_what_the_layer_does(activation: str, stream: str, tmp_path: Path) -> None:
     """Strongest activations and effects against our own, in decoder-norm units; the model is as it was."""
-    pair, ids = pair_of(activation), [store().ids()[5], *store().ids()[50:52]]
+    pair = pair_of(activation)
+    ids = [FeatureId(*id) for id in (store().ids()[5], *store().ids()[50:52])]  # of no set: the pair may be another
     routes = pair.routes
     pages = write_sae_dashboard(pair, documents(), ids, tmp_path / "pages", stream=stream, length=LENGTH)
     assert [page.name for page in pages] == [f"layer_{layer}.html" for layer in sorted({id.layer for id in ids})]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -437,3 +438,13 @@ def test_a_script_put_into_the_page_does_not_run(browser: Browser, folder: Path)
     browser.js("0")
     assert browser.errors and all("Content Security Policy" in error for error in browser.errors)
     browser.errors.clear()
+
+
+def test_half_a_character_in_a_label_is_replaced(tmp_path: Path) -> None:
+    """A judge's JSON can spell one, and no page can hold it."""
+    found = copy(store())
+    id = found.ids()[0]
+    found.set_labels({id: Label("a\ud83d", "b\ud83d", "c\ud83d")})
+    assert found.labels[id] == Label("a?", "b?", "c?")
+    index = write_feature_pages(found, tmp_path / "pages", ids=[id], progress=False)
+    assert "a?" in index.read_text()

@@ -3,7 +3,9 @@
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +24,9 @@ from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.features.feature import Label
 from tl_adapters.generation.responses import Response
+from tl_adapters.interop.circuit_tracer import listed_graphs
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.pages import graph_page
 from tl_adapters.pages.graph_page import free_graph_name, require_new_graph, write_graph
 from tl_adapters.pages.report import write_report
 from tl_adapters.study.benchmark import benchmark_run
@@ -178,6 +182,34 @@ def test_a_graph_that_is_stopped_at_any_write_is_not_listed_and_can_be_written_a
     (folder / "one.html").unlink()
     with pytest.raises(FolderExistsError, match="lists a graph 'one'"):
         write_graph(*graph, folder, "one")
+
+
+def test_graphs_without_a_name_that_are_written_at_once_take_a_name_each(
+    graph: tuple[PairedModel, AttributionGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found graph-1 free when they began; the second one is computed, too, and is not lost."""
+    at_once = threading.Barrier(2, timeout=60)
+    records = graph_page.feature_records
+
+    def together(*args: Any) -> Any:
+        at_once.wait()
+        return records(*args)
+
+    monkeypatch.setattr(graph_page, "feature_records", together)
+    with ThreadPoolExecutor(2) as pool:
+        written = list(pool.map(lambda _: write_graph(*graph, tmp_path), range(2)))
+    assert sorted(paths.page.name for paths in written) == ["graph-1.html", "graph-2.html"]
+    assert sorted(listed_graphs(tmp_path / "circuit-tracer")) == ["graph-1", "graph-2"]
+
+
+def test_a_prompt_of_one_token_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tl_adapters.study.open_run.open_run", lambda *_: stores.random_pair())
+    monkeypatch.setattr("tl_adapters.attribution.attribute.attribute", lambda *_, **__: pytest.fail("it started"))
+    assert main(["attribute", str(tmp_path), "--prompt", "4", "--quiet"]) == 2
+    assert "does not show a prompt of one token; give a longer one" in capsys.readouterr().err
+    assert files(tmp_path) == []
 
 
 def test_graphs_of_an_evaluation_that_was_killed_are_the_next_ones(

@@ -311,6 +311,18 @@ def test_a_file_may_have_the_longest_name_that_the_system_allows(tmp_path: Path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_text_may_hold_halves_of_characters_and_a_name_may_not(tmp_path: Path) -> None:
+    """JSON spells halves of characters, which UTF-8 lacks; safetensors would write such a name and not read it."""
+    write_text(tmp_path / "file", "a\ud83db\n")
+    append_text(tmp_path / "file", "\udcff")
+    assert (tmp_path / "file").read_bytes() == b"a?b\n?"
+    for name in (os.fsdecode(b"\xff"), os.fsdecode(b"\xff" * 255)):
+        for refused in (lambda path: write_text(path, "x"), fill, lambda path: require_writable(path / "inner")):
+            with pytest.raises(WriteError, match="the name is not UTF-8; choose another"):
+                refused(tmp_path / name)
+    assert names(tmp_path) == ["file"]
+
+
 def test_private_files_are_the_owners_alone(tmp_path: Path) -> None:
     write_text(tmp_path / "reply.json", "{}", private=True)
     write_text(tmp_path / "page.html", "")

@@ -7,6 +7,7 @@ differ between their versions; some are no OSError. `hub_errors` is the only pla
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from tl_adapters.utils.printing import printable_line
 RepositoryKind = Literal["model", "dataset"]
 MAX_EXPLANATION = 300
 """Most characters of an explanation of the hub that a message repeats."""
+TABLE_FORMATS = ("json", "csv", "parquet", "arrow", "text")
+"""Formats of a dataset's files that are read, as the datasets library calls them."""
 _NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp", "socket", "ssl")
 _OFFLINE = "HF_HUB_OFFLINE is set, so only downloaded repositories are found: unset it, or check the spelling."
 
@@ -67,20 +70,57 @@ def hub_errors(
         raise error(f"{failed} ({_explanation(causes)}). {advice} {instead}".rstrip()) from raised
 
 
-def load_hub_dataset(name: str, subset: str | None, **options: Any) -> Any:
-    """Return what ``datasets.load_dataset(name, subset, **options)`` returns; to be called within `hub_errors`.
+def dataset_builder(
+    name: str,
+    subset: str | None = None,
+    *,
+    revision: str | None = None,
+    data_files: str | None = None,
+    error: type[UserError] = HubError,
+) -> Any:
+    """Return the datasets library's builder of a table; to be called within `hub_errors`.
 
-    No code of a data set runs: releases of the library from 4.0 on, which are required, read data files only.
+    Nothing but tables of text is read. No code of a data set runs, since releases of the library from 4.0 on, which are
+    required, read data files only; and no file is unpickled, which some of the library's other formats do.
+
+    Args:
+        name: a dataset of the hub, a folder on this machine, or, with ``data_files``, the format of that file.
+        subset: None is the dataset's own.
+        revision: branch, tag or commit of the hub's.
+        data_files: a file on this machine.
+        error: class of the error.
+
+    Raises ``error`` for other files, and for the name of a format, which the library would look for in the current
+    folder.
     """
-    import datasets  # takes a second to import, and only data from the hub needs it
+    import datasets  # takes a second to import, and only tables need it
 
     datasets.disable_progress_bars()
+    if os.path.isfile(os.path.join(name, datasets.config.DATASET_STATE_JSON_FILENAME)):
+        raise error(f"{name} was written by save_to_disk of the datasets library; write a .jsonl file with to_json.")
     try:
-        return datasets.load_dataset(name, subset, **options)
+        builder = datasets.load_dataset_builder(name, subset, revision=revision, data_files=data_files)
     except datasets.exceptions.DatasetNotFoundError:
         # The library drops the hub's answer, which says whether a login or a license is missing, so it is asked again.
-        HfApi().dataset_info(name, revision=options.get("revision"))
+        HfApi().dataset_info(name, revision=revision)
         raise
+    if data_files is None and builder.repo_id is None and not os.path.isdir(name):
+        raise error(f"{name} is a format of files and no dataset; give a .jsonl file, a folder, or USER/NAME.")
+    file_format = type(builder).__module__.rpartition(".")[2]
+    if file_format not in TABLE_FORMATS:
+        raise error(
+            f"{name} holds files of the format {file_format}, which is not read: conversations are read from "
+            f"{', '.join(TABLE_FORMATS)}. Give another dataset, or write it as a .jsonl file."
+        )
+    return builder
+
+
+def load_table(builder: Any, split: str, streaming: bool = False) -> Any:
+    """Return a split of what `dataset_builder` gave, as a dataset; to be called within `hub_errors`."""
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
 
 
 def require_repository_name(name: str) -> None:

@@ -9,7 +9,8 @@ import typer
 
 from tl_adapters.cli.common import AsJson, Device, Dtype, PromptFile, Quiet, RunFolder, device_of, read_prompt
 from tl_adapters.cli.parsing import number, whole
-from tl_adapters.cli.result import Result, command
+from tl_adapters.cli.result import Result
+from tl_adapters.utils.printing import command
 
 if TYPE_CHECKING:
     from tl_adapters.attribution.graph import AttributionGraph
@@ -66,16 +67,18 @@ def attribute(
         tl-adapters attribute runs/demo --prompt-file prompt.txt --target Wait --name wait
     """
     from tl_adapters.attribution.attribute import attribute as attribute_tokens
+    from tl_adapters.attribution.targets import prompt_token_ids
     from tl_adapters.features.store import FeatureStore
-    from tl_adapters.pages.graph_page import free_graph_name, require_new_graph, write_graph
+    from tl_adapters.interop.circuit_tracer import require_drawable
+    from tl_adapters.pages.graph_page import require_new_graph, write_graph
     from tl_adapters.study.features import FEATURES_FOLDER, STORE_FOLDER
     from tl_adapters.study.open_run import open_run
 
     text = read_prompt(prompt, prompt_file)
     out = out or run_folder / "graphs"
-    name = name or free_graph_name(out, "graph")
     require_new_graph(out, name)
     pair = open_run(run_folder, device_of(device), dtype)
+    require_drawable(prompt_token_ids(pair, text))
     graph = attribute_tokens(
         pair, text, target, linearisation=linearisation, max_feature_nodes=max_feature_nodes, window=window,
         exclude_bos=exclude_bos, progress=not quiet,
@@ -90,8 +93,9 @@ def attribute(
         edge_threshold=edge_threshold,
         store=FeatureStore.load(store) if store.is_dir() else None,
     )
+    saved = page.with_suffix("")
     return Result(
-        paths={"page": page, "graph": out / name, "circuit-tracer": out / "circuit-tracer", "in circuit-tracer": url},
+        paths={"page": page, "graph": saved, "circuit-tracer": out / "circuit-tracer", "in circuit-tracer": url},
         values=_numbers(graph),
         text=_line(graph),
         next=command("serve", out),

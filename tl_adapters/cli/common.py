@@ -89,6 +89,13 @@ def device_of(name: str) -> str:
         raise UserError(f"--{error}") from error
 
 
+def given_device(name: str) -> str | None:
+    """The device of --device for a further command, or None where it was not given."""
+    from tl_adapters.utils.devices import AUTO
+
+    return None if name == AUTO else name
+
+
 def dtype_of(name: str | None) -> Any:
     """The torch dtype of --dtype, or None."""
     import torch

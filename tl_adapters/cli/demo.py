@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from tl_adapters.cli.common import AsJson, Device, Dtype, Quiet, Seed, device_of, dtype_of
-from tl_adapters.cli.result import Result, command
+from tl_adapters.cli.common import AsJson, Device, Dtype, Quiet, Seed, device_of, dtype_of, given_device
+from tl_adapters.cli.result import Result
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import command
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def demo(
         paths={"report": report, "figures": folder / "results.json", "adapters": folder / "adapters"},
         values={"seconds": round(seconds)},
         text=f"took: {seconds:.0f} s",
-        next=command("evaluate", folder),
+        next=command("evaluate", folder, device=given_device(device), dtype=dtype),
     )
 
 

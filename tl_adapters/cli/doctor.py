@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tl_adapters.cli.common import AsJson, ConfigFile, Device, Dtype, Quiet, Seed, device_of, run_config
-from tl_adapters.cli.result import Result, command
+from tl_adapters.cli.common import AsJson, ConfigFile, Device, Dtype, Quiet, Seed, device_of, given_device, run_config
+from tl_adapters.cli.result import Result
+from tl_adapters.utils.printing import command
 
 _Base = Annotated[
     str,
@@ -53,14 +54,21 @@ def doctor(
     from dataclasses import asdict
 
     from tl_adapters.study.doctor import diagnose, format_findings
+    from tl_adapters.utils.files import next_free_name
 
     options = run_config(config, base=base, target=target, data=data, seed=seed, dtype=dtype)
     findings = diagnose(options, out, device_of(device), adapters)
     works = all(finding.level != "error" for finding in findings)
-    train = command("train", base=base, target=target, data=data or "TRACES.jsonl", config=config, out="runs/mine")
+    traces = None if data or options.data.source else "TRACES.jsonl"
+    give = f"\nFor {traces} below, give the training documents: a .jsonl file, or a dataset's name on the hub."
+    train = command(
+        "train", base=base, target=target, data=data or traces, config=config,
+        out=next_free_name(out / "runs" / "mine") if out.exists() else out,
+        seed=seed, device=given_device(device), dtype=dtype,
+    )  # fmt: skip
     return Result(
         values={"findings": [asdict(finding) for finding in findings]},
-        text=format_findings(findings),
+        text=format_findings(findings) + (give if traces and works else ""),
         next=train if works else None,
         status=0 if works else 1,
     )

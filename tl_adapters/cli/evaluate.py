@@ -22,13 +22,15 @@ from tl_adapters.cli.common import (
     TopP,
     device_of,
     feature_ids,
+    given_device,
     joined,
     strength_of,
     tasks_of,
 )
 from tl_adapters.cli.parsing import Words, whole, words
-from tl_adapters.cli.result import Result, command
+from tl_adapters.cli.result import Result
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import command
 
 if TYPE_CHECKING:
     from tl_adapters.study.benchmark import BenchmarkResult, BenchmarkVariant
@@ -60,13 +62,15 @@ def evaluate(
     """
     from tl_adapters.pages.report import write_report
     from tl_adapters.study.evaluate import evaluate_run
+    from tl_adapters.study.features import has_features
     from tl_adapters.utils.results import read_results
 
     evaluate_run(run_folder, data, device_of(device), dtype)
+    features = command("features", run_folder, data=data, device=given_device(device), dtype=dtype)
     return Result(
         paths={"report": write_report(run_folder), "figures": run_folder / "results.json"},
         values={"faithfulness": read_results(run_folder).get("faithfulness")},
-        next=command("features", run_folder, data=data),
+        next=command("label", run_folder) if has_features(run_folder) else features,
     )
 
 
@@ -142,19 +146,13 @@ def benchmark(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; answers so far are in {folder}; the same command continues.") from None
     other: dict[str, Any] = dict(route="replacement" if variant.route == "target" else "target", limit=limit)
-    other |= dict(
-        tasks=named or None, words=counted or None, out=out, dtype=dtype, device=None if device == "auto" else device
-    )
+    other |= dict(tasks=named or None, words=counted or None, out=out, dtype=dtype, device=given_device(device))
     return Result(
         paths={"answers": [result.folder for result in results]},
         values={"tasks": [{"task": r.task, "variant": r.variant, **plain(r.score)} for r in results]},
         text="\n".join(map(_benchmark_lines, results)),
         next=command("benchmark", run_folder, **other, **given, open_thinking=open_thinking),
     )
-
-
-def _given(device: str) -> str | None:
-    return None if device == "auto" else device
 
 
 def _variant(route: str | None, ablate: list[str], insert: list[str], strength: float | None) -> BenchmarkVariant:

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tl_adapters.cli.common import AsJson, Device, Dtype, Quiet, RunFolder, Seed, device_of
+from tl_adapters.cli.common import AsJson, Device, Dtype, Quiet, RunFolder, Seed, device_of, given_device
 from tl_adapters.cli.parsing import LARGEST_SEED, number, refuse, whole
-from tl_adapters.cli.result import Result, command
+from tl_adapters.cli.result import Result
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import command
 
 _Data = Annotated[
     str | None,
@@ -75,7 +76,7 @@ def features(
     )
     store = run_folder / FEATURES_FOLDER / STORE_FOLDER
     if page is None:
-        other = dict(stream=None if stream == "replacement" else stream, device=None if device == "auto" else device)
+        other = dict(stream=None if stream == "replacement" else stream, device=given_device(device))
         return Result(
             paths={"parts": store},
             text="Run the next command when every process is done.",

@@ -25,13 +25,15 @@ from tl_adapters.cli.common import (
     TopP,
     device_of,
     feature_ids,
+    given_device,
     joined,
     read_prompt,
     strength_of,
 )
 from tl_adapters.cli.parsing import Words, choices, whole, words
-from tl_adapters.cli.result import Result, command
+from tl_adapters.cli.result import Result
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import command
 
 if TYPE_CHECKING:
     from tl_adapters.cli.columns import Column
@@ -114,8 +116,15 @@ def generate(
         values={"completions": [_plain(completion) for completion in completions]},
         text="\n".join([_beside(completions), _decoding_line(pair.model, len(tokens), max_new_tokens, decoding)]),
         escaped=True,
-        next=command("attribute", run_folder, prompt=asked),
+        next=command("attribute", run_folder, prompt=asked, device=given_device(device), dtype=dtype)
+        if len(tokens) > 1 and _fits_a_command(asked)
+        else None,
     )
+
+
+def _fits_a_command(text: str) -> bool:
+    """Whether the system takes a text as one word of a command: 128 KiB on Linux, without a null character."""
+    return "\0" not in text and len(text.encode("utf-8", "surrogateescape")) < 2**17
 
 
 def variants(

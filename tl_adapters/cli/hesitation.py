@@ -18,8 +18,9 @@ from tl_adapters.cli.common import (
     tasks_of,
 )
 from tl_adapters.cli.parsing import Words, number, refuse, whole, words
-from tl_adapters.cli.result import Result, command
+from tl_adapters.cli.result import Result
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import command
 
 _Task = Annotated[
     str | None,

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import looks_like_option
 
 LARGEST_SEED = 2**63 - 1
 """Largest seed that every random generator takes."""
@@ -62,7 +63,7 @@ def _with_one_value(args: Sequence[str], options: dict[str, TyperOption]) -> Ite
             continue
         metavar = option.metavar or ""
         values = [value] if has_value else []
-        while rest and not _is_option(rest[0]) and _takes_another(metavar, values, rest[0]):
+        while rest and not looks_like_option(rest[0]) and _takes_another(metavar, values, rest[0]):
             values.append(rest.pop(0))
         if not values and metavar.startswith("["):
             values = ["0"]
@@ -70,10 +71,6 @@ def _with_one_value(args: Sequence[str], options: dict[str, TyperOption]) -> Ite
             follows = "an empty one" if values else f"the option {rest[0]}" if rest else "nothing"
             raise UserError(f"{name} needs a value, and {follows} follows; give {name} {metavar.removesuffix('...')}.")
         yield from (name, shlex.join(values) if metavar.endswith("...") else values[0])
-
-
-def _is_option(word: str) -> bool:
-    return word.startswith("--") and not any(space in word for space in " \n\t")
 
 
 def _takes_another(metavar: str, values: Sequence[str], word: str) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tl_adapters.utils.printing import printable_character, printable_line, show
+from tl_adapters.utils.printing import printable_line, show
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,8 @@ class Result:
     text: str = ""
     """Lines for a person, before the paths."""
     next: str | None = None
-    """The command to run next, as a shell reads it."""
+    """The command to run next, as a shell reads it (`utils.printing.command`). It runs as it is; where it needs what
+    only the user has, a name in capitals stands for it, such as HELD_OUT.jsonl, and ``text`` says what to give."""
     escaped: bool = False
     """Whether ``text`` is printable already, and its escape sequences are meant."""
     status: int = 0
@@ -49,39 +49,6 @@ class Result:
 def to_json(value: Mapping[str, Any]) -> str:
     """One line of JSON, in ASCII, so that no terminal acts on what is in it."""
     return json.dumps(value, default=str)
-
-
-def command(*words: object, **options: object) -> str:
-    """A command of ours as a shell reads it: `command("evaluate", run, data="my file.jsonl")`.
-
-    Args:
-        words: the subcommand and its arguments.
-        options: options by their names with underscores. None and False leave an option out, True gives it alone, and a
-            list gives it once, with all values after it.
-    """
-    line = ["tl-adapters", *map(str, words)]
-    for name, value in options.items():
-        if value is None or value is False:
-            continue
-        line.append(f"--{name.replace('_', '-')}")
-        line += [] if value is True else map(str, value) if isinstance(value, list | tuple) else [str(value)]
-    return " ".join(map(quoted, line))
-
-
-def quoted(word: str) -> str:
-    """A word as a shell reads it, without characters that a terminal acts on (bash and zsh read them from $'...')."""
-    if "".join(map(printable_character, word)) == word:
-        return shlex.quote(word)
-    return f"$'{''.join(map(_ansi_c, word))}'"
-
-
-def _ansi_c(character: str) -> str:
-    """A character between $' and '."""
-    if character in "\\'":
-        return f"\\{character}"
-    if printable_character(character) == character:
-        return character
-    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
 
 
 def _texts(path: str | Path | Sequence[str | Path]) -> list[str]:

@@ -10,8 +10,9 @@ import typer
 
 from tl_adapters.cli.common import AsJson, Quiet, feature_ids, joined
 from tl_adapters.cli.parsing import Words, refuse, words
-from tl_adapters.cli.result import Result, command
+from tl_adapters.cli.result import Result
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import command
 
 ExportName = Literal["saelens", "authors", "hybrid", "target", "neuronpedia", "sae-dashboard"]
 Reads = Annotated[
@@ -147,10 +148,12 @@ def push(
     """
     from tl_adapters.interop.export import load_adapters_with_measurements
     from tl_adapters.interop.hub import push_to_hub
+    from tl_adapters.utils.files import next_free_name
 
     found = load_adapters_with_measurements(adapters)
     address = push_to_hub(found, repo, private=private or None, revision=revision, reads=reads or "normalized")
-    return Result(paths={"commit": address}, next=command("pull", repo, revision=revision, out="adapters"))
+    out = next_free_name("adapters")
+    return Result(paths={"commit": address}, next=command("pull", repo, revision=revision, out=out))
 
 
 _PullRepo = Annotated[str, typer.Argument(metavar="USER/REPO", help="repository of the hub")]
@@ -197,11 +200,9 @@ def _is_local(name: str) -> bool:
 
 
 def _elsewhere(names: dict[str, str]) -> list[str]:
-    return [
-        f"The {role.lower()} was {name}, a folder of another machine: give your copy for {role} below."
-        for role, name in names.items()
-        if name and _is_local(name)
-    ]
+    local = {role: name for role, name in names.items() if _is_local(name)}
+    was = {r: f"was {name}, a folder of another machine" if name else "is not recorded" for r, name in local.items()}
+    return [f"The {role.lower()} {origin}: give your copy for {role} below." for role, origin in was.items()]
 
 
 def _layer_numbers(given: list[str]) -> list[int] | None:

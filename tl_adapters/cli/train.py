@@ -18,12 +18,14 @@ from tl_adapters.cli.common import (
     SetOptions,
     Target,
     device_of,
+    given_device,
     joined,
     run_config,
 )
 from tl_adapters.cli.parsing import Words, exactly_one, refuse, whole, words
-from tl_adapters.cli.result import Result, command
+from tl_adapters.cli.result import Result
 from tl_adapters.errors import UserError
+from tl_adapters.utils.printing import command
 
 _Name = Annotated[
     str | None,
@@ -71,6 +73,8 @@ _BadRows = Annotated[
     typer.Option("--bad-rows", help="what to do with unusable rows (default: refuse)"),
 ]
 _Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run folder to make")]
+_HELD_OUT = "HELD_OUT.jsonl"
+_GIVE_HELD_OUT = f"For {_HELD_OUT} below, give held-out documents: a .jsonl file, or a dataset's name on the hub."
 _Resume = Annotated[
     Path | None,
     typer.Option("--resume", metavar="RUN", help="run folder to resume with its own options"),
@@ -119,11 +123,12 @@ def train(
         train_run(options, out, device_of(device), progress=not quiet)
     folder = out or resume
     assert folder is not None
-    held_out = None if is_organism_run(folder) else "HELD_OUT.jsonl"
+    held_out = None if is_organism_run(folder) else _HELD_OUT
     return Result(
         paths={"adapters": folder / "adapters"},
         values={"train": read_results(folder).get("train")},
-        next=command("evaluate", folder, data=held_out),
+        text="" if held_out is None else _GIVE_HELD_OUT,
+        next=command("evaluate", folder, data=held_out, device=given_device(device)),
     )
 
 
@@ -203,12 +208,12 @@ def sweep(
     folder = out or resume
     assert folder is not None
     best = (points_on_front(points) or points)[0]
-    data_of_next = None if best.recovered else held_out or "HELD_OUT.jsonl"
+    data_of_next = None if best.recovered else held_out or _HELD_OUT
     return Result(
         paths={"page": folder / SWEEP_PAGE_FILE, "figures": folder / "sweep.json"},
         values={"points": plain(points), "best": best.name},
-        text=f"{sweep_markdown(points)}\n",
-        next=command("evaluate", folder / best.name, data=data_of_next),
+        text=f"{sweep_markdown(points)}\n" + (_GIVE_HELD_OUT if data_of_next == _HELD_OUT else ""),
+        next=command("evaluate", folder / best.name, data=data_of_next, device=given_device(device)),
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
-from tl_adapters.checkpoints.hub_client import hub_errors, load_hub_dataset
+from tl_adapters.checkpoints.hub_client import dataset_builder, hub_errors, load_table
 from tl_adapters.config import DataConfig
 from tl_adapters.data.columns import ConversationColumns, UnusableRows
 from tl_adapters.data.conversations import Conversation
@@ -63,8 +63,7 @@ def open_reader(config: DataConfig, split: str | None = None) -> DocumentReader:
     columns = ConversationColumns(config)
     if Path(config.source).suffix == ".jsonl" or os.path.isfile(config.source):
         return ShuffledReader(JsonlRecords(config.source), columns)
-    dataset = _load_dataset(config, split or config.split)
-    files = _data_files(config, split or config.split)
+    dataset, files = _load_dataset(config, split or config.split)
     if config.streaming:
         facts = (config.source, config.subset, split or config.split, config.revision)
         return StreamedReader(dataset, columns, ", ".join(fact for fact in facts if fact), files)
@@ -224,7 +223,8 @@ class StreamedReader:
             yield from dataset
 
 
-def _load_dataset(config: DataConfig, split: str) -> Any:
+def _load_dataset(config: DataConfig, split: str) -> tuple[Any, str]:
+    """The dataset that a configuration names, and the hash of its files. Raises DataError."""
     what = f"{config.source} (subset {config.subset}, split {split})"
     with hub_errors(
         f"{what} is neither a .jsonl file nor a dataset that the hub returned",
@@ -233,25 +233,21 @@ def _load_dataset(config: DataConfig, split: str) -> Any:
         kind="dataset",
         otherwise="Check the names of dataset, subset and split.",
     ):
-        return load_hub_dataset(
-            config.source, config.subset, split=split, revision=config.revision, streaming=config.streaming
-        )
+        builder = dataset_builder(config.source, config.subset, revision=config.revision, error=DataError)
+        return load_table(builder, split, config.streaming), hash_of_files(builder, config.source, split)
 
 
-def _data_files(config: DataConfig, split: str) -> str:
+def hash_of_files(builder: Any, name: str, split: str) -> str:
     """Hash of the data files of a split: name, size and beginning of local ones, address and commit of the hub's.
 
     "" if the datasets library does not tell which files they are.
     """
-    import datasets
-
     try:
-        builder = datasets.load_dataset_builder(config.source, config.subset, revision=config.revision)
         files = dict(builder.config.data_files or {})
         of_split = next((of_name for name, of_name in files.items() if str(name) == split.partition("[")[0]), None)
         paths = [str(path) for names in ([of_split] if of_split is not None else files.values()) for path in names]
-    except Exception as error:  # a dozen classes, as above; the dataset itself was found
-        log.warning("The data files of %s are not known, so a change of them goes unnoticed: %s", config.source, error)
+    except Exception as error:  # whatever a release of the library has there instead; the dataset itself was found
+        log.warning("The data files of %s are not known, so a change of them goes unnoticed: %s", name, error)
         return ""
     return hashlib.sha256(repr(sorted(map(_file_facts, paths))).encode()).hexdigest()[:16] if paths else ""
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters import organism
-from tl_adapters.checkpoints.hub_client import hub_errors, load_hub_dataset
+from tl_adapters.checkpoints.hub_client import dataset_builder, hub_errors, load_table
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.math_equality import equal
 from tl_adapters.generation.responses import Checkable
@@ -244,10 +244,10 @@ def _table(name: str, task: Task, source: str | None) -> Any:
         instead=f"Or give a copy: {name}=FILE with columns {', '.join(task.columns)}." if path is None else "",
     ):
         if path is None or path.is_dir():
-            return load_hub_dataset(source or task.source, task.subset, split=task.split)
+            return load_table(dataset_builder(source or task.source, task.subset, error=TaskError), task.split)
         if path.suffix in (".jsonl", ".json"):
             return _JsonTable(path, task)
-        return load_hub_dataset(_FILE_FORMATS[path.suffix], None, data_files=str(path), split="train")
+        return load_table(dataset_builder(_FILE_FORMATS[path.suffix], data_files=str(path), error=TaskError), "train")
 
 
 class _JsonTable:

@@ -94,6 +94,11 @@ class Label:
     score: float | None = None
     """Detection score: balanced accuracy on examples that the label was not made from; None if not measured."""
 
+    def __post_init__(self) -> None:
+        """Replace halves of characters, which the JSON of a judge can spell and no page can hold, by "?"."""
+        for name in ("text", "category", "source"):
+            object.__setattr__(self, name, getattr(self, name).encode("utf-8", "replace").decode())
+
 
 @renamed_attributes(
     promotes="top_logits",

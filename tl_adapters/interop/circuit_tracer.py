@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
@@ -88,12 +88,12 @@ class CircuitTracerGraph(NamedTuple):
     """Its address in the viewer, with pinned nodes and supernodes."""
 
 
-def require_drawable(graph: AttributionGraph) -> None:
-    """Raises GraphError for a graph that circuit-tracer's viewer cannot show."""
-    if len(graph.tokens) < 2 or not graph.targets:
-        raise GraphError(
-            "The viewer shows neither a prompt of one token nor a graph without targets; use a longer one."
-        )
+def require_drawable(tokens: Sized, targets: Sized | None = None) -> None:
+    """Raises GraphError for a prompt, or a graph's targets, that circuit-tracer's viewer cannot show."""
+    if len(tokens) < 2:
+        raise GraphError("The viewer does not show a prompt of one token; give a longer one.")
+    if targets is not None and len(targets) == 0:
+        raise GraphError("The viewer does not show a graph without targets; attribute one at least.")
 
 
 def write_circuit_tracer_data(
@@ -108,7 +108,7 @@ def write_circuit_tracer_data(
 ) -> CircuitTracerGraph:
     """Write what `write_circuit_tracer` writes, except for the entry in the list; everything is checked before."""
     require_slug(slug)
-    require_drawable(graph)
+    require_drawable(graph.tokens, graph.targets)
     folder = Path(folder)
     pruned = prune(graph, node_threshold, edge_threshold)
     ids = node_ids(graph)

@@ -18,6 +18,7 @@ from tl_adapters.interop.hybrid_checkpoint import write_hybrid
 from tl_adapters.interop.saelens import to_saelens
 from tl_adapters.models.weight_identity import trained_on
 from tl_adapters.utils.files import require_absent, require_writable
+from tl_adapters.utils.printing import command
 from tl_adapters.utils.results import read_results
 
 ExportFormat = Literal["saelens", "authors", "hybrid", "target"]
@@ -38,9 +39,7 @@ def load_adapters_with_measurements(name: str | Path, **options: Any) -> Adapter
     if not (folder / "config.json").is_file() or (folder / SET_METADATA_FILE).is_file():
         return AdapterSet.from_pretrained(name, **options)
     if not (folder / "adapters").is_dir():
-        raise UserError(
-            f"{folder} has no adapters yet; continue its training with: tl-adapters train --resume {folder}"
-        )
+        raise UserError(f"{folder} has no adapters yet; continue its training with: {command('train', resume=folder)}")
     adapters = AdapterSet.from_pretrained(folder / "adapters", **options)
     source = RunConfig.of_run(folder).data.source
     adapters.metadata = replace(

@@ -34,6 +34,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_viewer import ViewerData, ViewerNode, write_viewer
 from tl_adapters.utils.files import (
     FolderExistsError,
+    locked,
     name_new,
     remove_own,
     require_absent,
@@ -42,6 +43,8 @@ from tl_adapters.utils.files import (
 )
 
 CIRCUIT_TRACER_FOLDER = "circuit-tracer"
+_GRAPHS = "graphs"
+"""What the lock of a folder of graphs, and a graph that is being written, are named after."""
 _TOP_LOGITS = 8
 """Tokens listed as raised, and as lowered, by a feature."""
 _STORE_EXAMPLES = 4
@@ -63,7 +66,7 @@ def write_graph(
     pair: PairedModel,
     graph: AttributionGraph,
     folder: str | Path,
-    name: str,
+    name: str | None = None,
     *,
     title: str = "",
     node_threshold: float = NODE_THRESHOLD,
@@ -76,7 +79,8 @@ def write_graph(
         pair: the pair whose features are in the graph.
         graph: a graph made by `attribute`.
         folder: created if it does not exist.
-        name: name of the page and of the graph; letters, digits, ``_``, ``.`` and ``-``.
+        name: name of the page and of the graph; letters, digits, ``_``, ``.`` and ``-``. None takes the first free one
+            of graph-1, graph-2, ...
         title: heading of the page; "" takes the end of the prompt.
         node_threshold, edge_threshold: as in `prune`; the page and circuit-tracer's files hold the pruned graph.
         store: a feature store of the same adapters, for labels and further examples.
@@ -89,12 +93,15 @@ def write_graph(
     folder = Path(folder)
     require_new_graph(folder, name)
     require_same_pair(pair, graph)
-    require_drawable(graph)
+    require_drawable(graph.tokens, graph.targets)
     pruned = prune(graph, node_threshold, edge_threshold)
     records = feature_records(pair, graph, pruned, store)
     viewer = viewer_data(graph, pruned, records, title or "".join(graph.display_strings[-12:]))
-    page = folder / f"{name}.html"
-    with working_folder(folder / name) as work:
+    # Another process may have taken the name since it was found free, and takes none meanwhile.
+    with locked(folder / _GRAPHS), working_folder(folder / _GRAPHS) as work:
+        name = name or free_graph_name(folder, "graph")
+        require_new_graph(folder, name)
+        page = folder / f"{name}.html"
         graph.save(work / "graph")
         write_viewer(work / "page", viewer)
         # This can still be refused: a folder with graphs of other adapters.
@@ -115,14 +122,18 @@ def write_graph(
     return GraphPaths(page, tracer.address)
 
 
-def require_new_graph(folder: str | Path, name: str) -> None:
-    """Check that `write_graph` can write a graph under a name; to be called before the graph is computed.
+def require_new_graph(folder: str | Path, name: str | None) -> None:
+    """Check that `write_graph` can write a graph under a name, or under a free one; to be called before the graph is
+    computed.
 
     Raises GraphError for a name that is not allowed, FolderExistsError where the name is taken, and WriteError where
     nothing can be written.
     """
-    require_slug(name)
     folder = Path(folder)
+    require_writable(folder)
+    if name is None:
+        return
+    require_slug(name)
     if name.lower() == CIRCUIT_TRACER_FOLDER:  # some file systems ignore case
         raise GraphError(f"The name {name!r} is that of the folder of the viewer's files; choose another.")
     for path in (folder / name, folder / f"{name}.html"):
@@ -131,7 +142,6 @@ def require_new_graph(folder: str | Path, name: str) -> None:
         raise FolderExistsError(
             f"{folder / CIRCUIT_TRACER_FOLDER} lists a graph {name!r} already; choose another name."
         )
-    require_writable(folder)
 
 
 def free_graph_name(folder: str | Path, prefix: str) -> str:

@@ -23,7 +23,7 @@ from tl_adapters.data.traces import Trace
 from tl_adapters.data.words import hesitation_tokens
 from tl_adapters.errors import UserError
 from tl_adapters.features.collect import collect_features, collect_share
-from tl_adapters.features.feature import ResidualStream
+from tl_adapters.features.feature import FeatureStoreError, ResidualStream
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.features.store_files import LABELS_FILE, STORE_NAMES, read_description, read_labels
@@ -183,6 +183,15 @@ def load_stores(folder: Path) -> tuple[FeatureStore, FeatureStore]:
     return FeatureStore.load(folder / FEATURES_FOLDER / STORE_FOLDER), FeatureStore.load(
         folder / FEATURES_FOLDER / NEURONS_FOLDER
     )
+
+
+def has_features(folder: Path) -> bool:
+    """Whether a run's features and neurons were collected to the end."""
+    try:
+        load_stores(folder)
+    except FeatureStoreError:
+        return False
+    return True
 
 
 def export_neuronpedia(folder: Path, out: Path, model_id: str | None, sae_set: str) -> Path:

@@ -19,7 +19,6 @@ and produces the same file; a finished sweep can be extended by more values. Ano
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -50,6 +49,7 @@ from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_rati
 from tl_adapters.utils.clustered_intervals import event_rate
 from tl_adapters.utils.files import FolderExistsError, alone_in, new_folder, write_text
 from tl_adapters.utils.measurement import Measurement
+from tl_adapters.utils.printing import command
 from tl_adapters.utils.reading import Record, UnreadableFileError, as_record, read_json_object
 from tl_adapters.utils.results import plain, read_results, versions
 from tl_adapters.utils.strict_json import dumps
@@ -214,7 +214,7 @@ def _train_and_measure(
     except KeyboardInterrupt as stop:
         raise TrainingInterrupted(
             f"Stopped with {len(done)} of {len(runs)} points done; the next one resumes from its last saved "
-            f"state. Continue with: tl-adapters sweep --resume {shlex.quote(str(folder))}"
+            f"state. Continue with: {command('sweep', resume=folder)}"
         ) from stop
 
 

@@ -120,13 +120,13 @@ def write_text(path: str | Path, text: str, *, private: bool = False) -> None:
 
     Args:
         path: the file; its folder is made where it does not exist, and a file that is there is replaced.
-        text: the content.
+        text: the content; halves of characters (lone surrogates), which UTF-8 lacks, become "?".
         private: only the owner can read the file.
 
     Raises:
         WriteError: the system refuses; the old file, if any, is as it was.
     """
-    write_bytes(path, text.encode("utf-8"), private=private)
+    write_bytes(path, text.encode("utf-8", "replace"), private=private)
 
 
 def write_bytes(path: str | Path, content: bytes | Iterable[bytes], *, private: bool = False) -> None:
@@ -149,7 +149,7 @@ def append_text(path: str | Path, text: str) -> None:
 
     Raises WriteError; the file then ends where it ended before.
     """
-    data = memoryview(text.encode("utf-8"))
+    data = memoryview(text.encode("utf-8", "replace"))
     with writing(Path(path)), open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         try:
@@ -438,7 +438,12 @@ def _held(file: Path, seconds: float, busy: str) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system refuses, through whichever library, into a WriteError that names ``path``."""
+    """Turn what the system refuses, through whichever library, into a WriteError that names ``path``.
+
+    A name that is not UTF-8 is refused as well: safetensors writes such a file, and cannot read it.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in str(path)):
+        raise WriteError(f"{path} cannot be written: the name is not UTF-8; choose another.")
     try:
         yield
     except UserError:
@@ -483,9 +488,9 @@ def _temporary(path: Path, state: str) -> Path:
 
 
 def _stem(path: Path, suffix: str) -> str:
-    name = path.name
-    if len(name.encode()) > _LONGEST_NAME:
-        name = hashlib.sha256(name.encode()).hexdigest()[:32]
+    name, content = path.name, os.fsencode(path.name)
+    if len(content) > _LONGEST_NAME:
+        name = hashlib.sha256(content).hexdigest()[:32]
     return f".{name}.{suffix}"
 
 
