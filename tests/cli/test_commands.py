@@ -60,6 +60,7 @@ def test_an_option_takes_every_word_up_to_the_next_option() -> None:
         "limit": 3,
     }
     assert parse(["pull", "a/b", "--layers", "0", "1", "--out", "x"]).keywords["layers"] == [("0", "1")]
+    assert parse(["pull", "a/b", "--layers", "0", "1", "--out=x y"]).keywords["layers"] == [("0", "1")]
 
 
 def test_an_option_in_brackets_may_stand_alone() -> None:

@@ -99,7 +99,8 @@ def _option(name: str, value: object) -> list[str]:
 
 def looks_like_option(word: str) -> bool:
     """Whether the command line takes a word for the name of an option, and never for the value of one."""
-    return word.startswith("--") and not any(space in word for space in " \n\t")
+    name = word.partition("=")[0]  # what follows is its value, which may hold spaces
+    return name.startswith("--") and not any(space in name for space in " \n\t")
 
 
 def quoted(word: str) -> str:
