@@ -20,9 +20,9 @@ from typing import Any
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
-from jaxtyping import AbstractArray, install_import_hook
+from jaxtyping import AbstractArray, TypeCheckError, install_import_hook
 
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+check = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeCheckError))  # an int is a float
 _check_shapes = jaxtyping.jaxtyped
 
 
