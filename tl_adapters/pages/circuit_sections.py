@@ -15,7 +15,7 @@ from tl_adapters.pages.plots import Line, Plot, nan_for_none, plot
 from tl_adapters.utils.html import Cell, measurement_cell, percent, render
 from tl_adapters.utils.results import Block
 
-_CONDITION_NAMES = {
+CONDITION_NAMES = {
     "none": "nothing changed",
     "output": "output features",
     "template": "template features",
@@ -35,10 +35,12 @@ _CONDITION_NAMES = {
     "logit_bias": "a bias on their logits",
     "steering": "a steering vector",
     "neurons": "neurons of the base's MLPs",
+    "low_rank": "low rank of what adapters write",
     "other_tokens": "features of other tokens",
     "negated": "circuit, negated",
     "negated_random": "random features, negated",
 }
+"""Condition of a study -> its name."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def bar(record: Block, condition: str, key: str) -> Bar:
     """The bar of one value of a condition's record."""
     interval = (record.get("ci") or {}).get(key) or {}
     return Bar(
-        _CONDITION_NAMES.get(condition, condition),
+        CONDITION_NAMES.get(condition, condition),
         nan_for_none(record.get(key)),
         nan_for_none(interval.get("low")),
         nan_for_none(interval.get("high")),
@@ -158,11 +160,11 @@ def condition_name(name: str, block: Block | None = None) -> str:
     # "none", "replacement - circuit", "hybrid + circuit", "replacement, steering"
     for sign in ("", " - ", " + ", ", "):
         model, separator, condition = name.partition(sign) if sign else ("", "", name)
-        if condition in _CONDITION_NAMES:
+        if condition in CONDITION_NAMES:
             text = (
-                _CONDITION_NAMES[condition]
+                CONDITION_NAMES[condition]
                 if strength is None
-                else _CONDITION_NAMES[condition].replace("stronger", f"at strength {strength:g}")
+                else CONDITION_NAMES[condition].replace("stronger", f"at strength {strength:g}")
             )
             return visible_text(model + separator + text)
     return visible_text(name)
@@ -310,11 +312,11 @@ def controls_section(block: Block) -> Section | None:
         for name, c in controls.items()
     ]
     text = (
-        "Set on the select split. Bias, steering and neurons have the circuit's effect, P(word) at the onsets, at "
-        "the least harm elsewhere: KL(replacement || condition), in nats per token, over the response without the "
-        "onsets and continuations. Other features are as many as the circuit's, or as many as have its summed "
-        "write norm at the onsets (activation times norm of the decoder row), or as many as do its harm elsewhere. "
-        "Where the goal cannot be reached the nearest is taken."
+        "Set on the select split. Bias, steering, neurons and low rank (directions along which adapters no longer "
+        "write) have the circuit's effect, P(word) at the onsets, at the least harm elsewhere: KL(replacement || "
+        "condition), in nats per token, over the response without the onsets and continuations. Other features are as "
+        "many as the circuit's, or as many as have its summed write norm at the onsets (activation times norm of the "
+        "decoder row), or as many as do its harm elsewhere. Where the goal cannot be reached the nearest is taken."
     )
     header = ["", "chosen", "size", "write norm, of the circuit's", "P(word) at onsets", "KL elsewhere", ""]
     return Section("Controls", text, tables=[SectionTable(header, rows, wide=True)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tl_adapters.pages.circuit_sections import Section, SectionTable, short, shown
+from tl_adapters.pages.circuit_sections import CONDITION_NAMES, Section, SectionTable, short, shown
 from tl_adapters.pages.plots import Plot, measured_curve, plot
 from tl_adapters.utils.html import Cell, percent, visible
 from tl_adapters.utils.results import Block
@@ -17,10 +17,8 @@ CURVE_NAMES = {
     "circuit": "the circuit",
     "random": "matched random features",
     "others": "most active other features",
-    "neurons": "neurons of the base's MLPs",
-    "steering": "a steering vector",
     "logit_bias": "a bias against the words",
-    "low_rank": "low rank of what adapters write",
+    **{name: CONDITION_NAMES[name] for name in ("neurons", "steering", "low_rank")},
 }
 """Curve -> its name."""
 _HARM = "KL from the replacement away from onsets, nats per token"
