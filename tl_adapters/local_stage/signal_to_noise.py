@@ -10,7 +10,7 @@ change add an error to the stored difference. Where s is small, the stored diffe
 s (2 / pi)^1/2 of the weights, which is also its mean square m, and the error has the variance m - s^2 = m - m^2 pi / 2.
 Where s is large, the variance is 1/6, of two roundings. The two meet near m = 1 / pi. So m gives the variance, here for
 every neuron, matrix and power of two of the weights, and the noise is the difference that errors of these variances
-make. Where training started from the stored base, only its result was rounded, and the noise is half of that at least.
+make. Where training started from the stored base, only its result was rounded, and the noise is about half of that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ SMALLEST_RATIO = 0.5
 """Signal to noise, as measured here, from which a layer is explained. Of 19 features planted in a layer of the model
 organism, beside the rounding of its weights, the local stage found 13 without noise, 14 at a true ratio of 3, 11 at 1
 and 7 at 0.3; it left 2, 24, 74 and 255 % of the planted difference's energy. So below about 0.7 an adapter is farther
-from the difference than silence is. The measured ratio is between half of the true one and the true one."""
+from the difference than silence is. The measured ratio is the true one where both weights were rounded and about half
+of it where one was; for changes of low rank far below a unit in the last place it is too high."""
 STORED_INPUTS = 64
 """Number of random inputs on which stored weights are compared."""
 SMALLEST_BINADE = 7
