@@ -117,7 +117,9 @@ def local_then_end_to_end(pair: PairedModel, traces: Sequence[Trace], options: O
 
 def end_to_end_whitened(pair: PairedModel, traces: Sequence[Trace], options: Options) -> AdapterSet:
     """Training end to end in the coordinates and from the start of the local stage, which itself takes no step."""
-    none = LocalConfig(steps=1, lr=1e-12, revisions=(), smallest_gain=0.0, max_tokens=options.local.max_tokens)
+    none = LocalConfig(
+        steps=1, lr=1e-12, revisions=(), polish=False, smallest_gain=0.0, max_tokens=options.local.max_tokens
+    )
     config = options.end_to_end(l1_weight=SAME_L0, stages=("local", "end_to_end"), local=none)
     return train(pair, traces, config, progress=False)
 

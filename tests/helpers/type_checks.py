@@ -51,9 +51,20 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
     function.__annotations__ = _annotations(signature)
     wrapper = check(function)
     function.__annotations__ = written
-    if wrapper is not function:
-        wrapper.__annotations__ = written
-    return wrapper
+    if wrapper is function:
+        return function
+    wrapper.__annotations__ = written
+    return _switched(function, wrapper)
+
+
+def _switched(function: FunctionType, wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper, which is passed by while jaxtyping's own checks are switched off."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (function if jaxtyping.config.jaxtyping_disable else wrapper)(*args, **kwargs)
+
+    return call
 
 
 # -- functions within functions ----------------------------------------------------------------------------------------
@@ -84,7 +95,7 @@ def _around_plain(function: FunctionType, signature: Signature) -> _Around:
     def around(function: FunctionType) -> Callable[..., Any]:
         copy = FunctionType(wrapper.__code__, wrapper.__globals__, function.__name__, wrapper.__defaults__)
         copy.__kwdefaults__ = {k: function if v is empty else v for k, v in wrapper.__kwdefaults__.items()}
-        return functools.wraps(function)(copy)
+        return _switched(function, functools.wraps(function)(copy))
 
     return around
 

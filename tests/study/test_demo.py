@@ -48,7 +48,7 @@ def test_the_blocks_are_those_of_the_schema(results: dict[str, Any]) -> None:
     assert results["schema_version"] == 1
     assert set(results) == {
         "schema_version", "pair", "train", "faithfulness", "features", "behaviour", "baselines",
-        "attribution", "hesitation", "seconds", "versions", "seeds", "files",
+        "attribution", "moment_graphs", "hesitation", "seconds", "versions", "seeds", "files",
     }  # fmt: skip
     f = results["faithfulness"]
     assert set(f["kl"]) == {"hybrid", "replacement"}
@@ -126,7 +126,7 @@ def test_the_page_in_a_browser(run: Path, tmp_path: Path) -> None:
         "Attribution of hesitations",
     ):
         assert f"<h2>{heading}</h2>" in done.stdout
-    assert done.stdout.count("<svg") == 9
+    assert done.stdout.count("<svg") == 11
     assert (tmp_path / "page.png").stat().st_size > 20_000
 
 

@@ -358,7 +358,7 @@ def test_a_run_that_stops_before_its_first_step_leaves_no_folder(
     def fail(*args: object) -> None:
         raise MemoryError("the batch does not fit")
 
-    monkeypatch.setattr("tl_adapters.training.trainer.shared_prefix_step", fail)
+    monkeypatch.setattr("tl_adapters.training.end_to_end_stage.shared_prefix_step", fail)
     with pytest.raises(MemoryError):
         start_or_resume(tmp_path / "run").run()
     assert list(tmp_path.iterdir()) == []

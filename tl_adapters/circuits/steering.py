@@ -9,6 +9,7 @@ recorded.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -202,17 +203,16 @@ def without_neurons(
         values: the values of all neurons; None sets them to zero.
         last: the extent to which the last neuron is changed (0 to 1), so that their number can be set finely.
     """
-    extents = _extents_by_layer(neurons, last)
 
     def change(acts: Tensor, hook: HookPoint, index: Tensor, keep: Tensor, put: Tensor) -> Tensor:
         return acts.index_copy(-1, index, acts[..., index] * keep + put)
 
     @contextmanager
     def entered(pair: PairedModel) -> Iterator[Any]:
-        hooks = []
-        for layer, (index, extent) in extents.items():
-            index, extent = index.to(pair.device), extent.to(pair.model.W_E)
-            put = torch.zeros_like(extent) if values is None else extent * values.to(extent)[layer, index]
+        like, hooks = pair.model.W_E, []
+        held = None if values is None else values.to(like)
+        for layer, (index, extent) in _extents_by_layer(neurons, last, like).items():
+            put = torch.zeros_like(extent) if held is None else extent * held[layer, index]
             hooks.append((f"blocks.{layer}.mlp.hook_post", partial(change, index=index, keep=1 - extent, put=put)))
         with pair.routed("replacement") as model, model.hooks(fwd_hooks=hooks):
             yield model
@@ -227,17 +227,17 @@ def without_directions(directions: Sequence[tuple[int, Float[Tensor, "d_model"]]
         directions: of each the layer, and a unit vector; those of one layer are orthonormal.
         last: the extent to which the last direction is removed (0 to 1), so that their number can be set finely.
     """
-    extents = _extents_by_layer([(layer, i) for i, (layer, _) in enumerate(directions)], last)
+    places = [(layer, i) for i, (layer, _) in enumerate(directions)]
 
     def remove(written: Tensor, hook: HookPoint, basis: Tensor, extent: Tensor) -> Tensor:
         return written - (written @ basis.T * extent) @ basis
 
     @contextmanager
     def entered(pair: PairedModel) -> Iterator[Any]:
-        hooks = []
-        for layer, (index, extent) in extents.items():
-            basis = torch.stack([directions[i][1] for i in index.tolist()]).to(pair.model.W_E)
-            hook = partial(remove, basis=basis, extent=extent.to(basis))
+        like, hooks = pair.model.W_E, []
+        vectors = torch.stack([direction for _, direction in directions]).to(like) if directions else like[:0]
+        for layer, (index, extent) in _extents_by_layer(places, last, like).items():
+            hook = partial(remove, basis=vectors[index], extent=extent)
             hooks.append((f"blocks.{layer}.mlp.hook_adapter_out", hook))
         with pair.routed("replacement") as model, model.hooks(fwd_hooks=hooks):
             yield model
@@ -245,13 +245,16 @@ def without_directions(directions: Sequence[tuple[int, Float[Tensor, "d_model"]]
     return Variant(f"adapters without {len(directions)} directions", entered)
 
 
-def _extents_by_layer(chosen: Sequence[tuple[int, int]], last: float) -> dict[int, tuple[Tensor, Tensor]]:
-    """Layer -> the indices that are chosen in it, and the extent of each: 1, and ``last`` for the last of all."""
-    extents = [*[1.0] * (len(chosen) - 1), last]
-    by_layer: dict[int, list[tuple[int, float]]] = {}
-    for (layer, index), extent in zip(chosen, extents[: len(chosen)], strict=True):
-        by_layer.setdefault(layer, []).append((index, extent))
-    return {
-        layer: (torch.tensor([i for i, _ in found]), torch.tensor([extent for _, extent in found]))
-        for layer, found in sorted(by_layer.items())
-    }
+def _extents_by_layer(
+    chosen: Sequence[tuple[int, int]], last: float, like: Tensor
+) -> dict[int, tuple[Int[Tensor, "n"], Float[Tensor, "n"]]]:
+    """Layer -> the indices that are chosen in it, and the extent of each: 1, and ``last`` for the last of all.
+
+    They are copied to the device of ``like`` at once for all layers.
+    """
+    order = sorted(range(len(chosen)), key=lambda i: chosen[i][0])
+    sizes = Counter(chosen[i][0] for i in order)
+    index = torch.tensor([chosen[i][1] for i in order], dtype=torch.long).to(like.device)
+    extent = torch.tensor([last if i == len(chosen) - 1 else 1.0 for i in order]).to(like)
+    parts = (part.split(list(sizes.values())) for part in (index, extent))
+    return dict(zip(sizes, zip(*parts, strict=True), strict=True))

@@ -6,6 +6,7 @@ one model's MLPs (`MLPOutputs`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -87,7 +88,8 @@ class MLPDifferences:
 def pair_signal_to_noise(pair: PairedModel, traces: Sequence[Trace] | TraceSource) -> list[SignalToNoise] | None:
     """How large the difference of every layer is beside the rounding of weights, on the first of some documents.
 
-    Returns None for a pair without a base, with norms folded into the target's weights alone, or without documents.
+    Returns None for a pair without a base, with norms folded into the target's weights alone, without documents, or
+    where a weight or activation is not finite, which whoever reads the documents finds and names.
     """
     if not pair.has_base or any(mlp.base_scale is not None for mlp in pair.mlps):
         return None
@@ -96,7 +98,8 @@ def pair_signal_to_noise(pair: PairedModel, traces: Sequence[Trace] | TraceSourc
     if not first:
         return None
     data = MLPDifferences(pair)
-    return [data.signal_to_noise(layer, x, d) for layer, (x, d) in enumerate(data.read(collate(first)))]
+    measured = [data.signal_to_noise(layer, x, d) for layer, (x, d) in enumerate(data.read(collate(first)))]
+    return measured if all(math.isfinite(found.energy) for found in measured) else None
 
 
 class MLPOutputs:

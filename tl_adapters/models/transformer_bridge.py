@@ -52,6 +52,7 @@ def build_bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     bridge.cfg.default_prepend_bos = False
     bridge.requires_grad_(False)
     bridge.__class__ = IndexedBridge
+    bridge.__dict__["_found_hooks"] = None
     return bridge.eval()
 
 
