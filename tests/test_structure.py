@@ -285,15 +285,12 @@ def test_every_file_of_the_package_is_in_the_wheel() -> None:
     assert not [path for path in ignored if not path.endswith(".pyc")]
 
 
-UNQUOTED_ELSEWHERE = {"training/run_folder.py", "training/trainer.py"}
-
-
 def test_a_command_in_a_message_is_written_by_the_function_that_quotes() -> None:
     """A folder's name may hold what a shell acts on, so no command is put together from text and values."""
     subcommand = "|".join(function.__name__ for function in SUBCOMMANDS)
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr) and path.relative_to(PACKAGE).as_posix() not in UNQUOTED_ELSEWHERE:
+            if isinstance(node, ast.JoinedStr):
                 text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
                 assert not re.search(rf"tl-adapters ({subcommand}) [^.()]*\0", text), f"{path}: {text}"
 

@@ -322,6 +322,12 @@ class TrainingConfig:
         if self.activation in _READ_BY["k"] and self.k > self.n_features:
             raise ConfigError(f"k is {self.k}; allowed is a whole number from 1 to n_features ({self.n_features}).")
 
+    @property
+    def adapter_options(self) -> dict[str, Any]:
+        """Activation function of an adapter, and its options, as `TranscoderAdapter` takes them."""
+        k = self.k if self.activation in _READ_BY["k"] else None
+        return {"activation": self.activation, "k": k, "bandwidth": self.bandwidth}
+
 
 _READ_BY: dict[str, tuple[ActivationName, ...]] = {
     "l1_weight": ("relu",),

@@ -10,7 +10,6 @@ from tl_adapters.evaluation.baselines import (
     corrected,
     difference_directions,
     low_rank,
-    mlp_difference,
     top_neurons,
 )
 from tl_adapters.evaluation.faithfulness import faithfulness_block, features_block, measure_faithfulness
@@ -97,7 +96,7 @@ def test_mlp_difference_is_that_of_the_two_routes(pair: PairedModel) -> None:
     for route in ("target", "hybrid"):
         with pair.routed(route):
             out[route] = pair.mlps[2](x)
-    torch.testing.assert_close(mlp_difference(pair.mlps[2], x), out["target"] - out["hybrid"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(pair.mlps[2].difference(x), out["target"] - out["hybrid"], rtol=1e-9, atol=1e-9)
 
 
 def test_with_all_neurons_or_full_rank_the_baseline_is_the_target(pair: PairedModel, traces: list[Trace]) -> None:
@@ -121,7 +120,7 @@ def test_the_strongest_directions_lose_the_least(pair: PairedModel, traces: list
     mlp, batch = pair.mlps[1], collate(traces)
     _, cache = pair.model.run_with_cache(batch.tokens)
     x = cache["blocks.1.mlp.hook_in"][batch.real]
-    difference = mlp_difference(mlp, x)
+    difference = mlp.difference(x)
     lost = lambda d: (difference - low_rank(mlp, d)(x)).square().sum()  # noqa: E731
     best = lost(difference_directions(pair, traces)[1][:, :5])
     generator = torch.Generator().manual_seed(0)
@@ -151,4 +150,4 @@ def test_the_model_is_unchanged_after_a_correction(pair: PairedModel, traces: li
 def test_mlp_difference_of_equal_models_is_zero() -> None:
     pair = PairedModel.from_pretrained(random_model(2), random_model(2))
     x = torch.randn(2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert mlp_difference(pair.mlps[0], x).abs().max() == 0
+    assert pair.mlps[0].difference(x).abs().max() == 0

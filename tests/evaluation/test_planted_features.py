@@ -22,7 +22,7 @@ from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.config import LossWeights, TrainingConfig
 from tl_adapters.data.traces import Trace, collate
 from tl_adapters.errors import UserError
-from tl_adapters.evaluation.baselines import baseline_kl, difference_directions, low_rank, mlp_difference, top_neurons
+from tl_adapters.evaluation.baselines import baseline_kl, difference_directions, low_rank, top_neurons
 from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.evaluation.feature_matching import MatchingError, Share, match_features, one_to_one, seed_agreement
 from tl_adapters.evaluation.planted_features import PlantedSet, PlantingError, plant_features
@@ -162,7 +162,7 @@ def test_sets_of_some_layers_and_sets_that_read_normalized_inputs(base: PreTrain
     some = random_set(layers=(1, 3))
     pair = PairedModel.plant(base, some)
     close(pair.model(TOKENS), base_plus(some, "Qwen2ForCausalLM"), 1e-10)
-    assert mlp_difference(pair.mlps[0], torch.randn(3, 32, dtype=torch.float64)).abs().max() == 0
+    assert pair.mlps[0].difference(torch.randn(3, 32, dtype=torch.float64)).abs().max() == 0
     whole = AdapterSet(list(random_set()), PairedModel.from_pretrained(base, base).layer_samples)
     normalized = whole.normalized()
     assert (normalized[0].W_enc - whole[0].W_enc).abs().max() > 0.01
@@ -217,7 +217,7 @@ def test_baselines_include_planted_features(base: PreTrainedModel) -> None:
     planted = random_set()
     pair = PairedModel.plant(base, planted)
     x = torch.randn(2, 5, 32, dtype=torch.float64)
-    close(mlp_difference(pair.mlps[1], x), formula(planted[1], x), 1e-10)
+    close(pair.mlps[1].difference(x), formula(planted[1], x), 1e-10)
     traces = skewed_traces(4)
     directions = difference_directions(pair, traces)
     kl, _ = baseline_kl(pair, [low_rank(mlp, d) for mlp, d in zip(pair.mlps, directions, strict=True)], traces)

@@ -6,6 +6,7 @@ import multiprocessing.forkserver
 import os
 import random
 import resource
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -29,9 +30,9 @@ from tl_adapters.organism import reasoning_pairs
 from tl_adapters.organism.recipe import build_tokenizer
 from tl_adapters.training.end_to_end_stage import EndToEndStage
 from tl_adapters.training.objective import StepTerms
-from tl_adapters.training.run_folder import RunFolderError
-from tl_adapters.training.trainer import Trainer, TrainingError, TrainingInterrupted
-from tl_adapters.utils.files import DiskFullError, new_folder, write_text
+from tl_adapters.training.run_folder import RunFolderError, require_new
+from tl_adapters.training.trainer import Trainer, TrainingError, TrainingInterrupted, how_to_resume
+from tl_adapters.utils.files import DiskFullError, FolderExistsError, new_folder, write_text
 
 CONFIG = TrainingConfig(
     n_features=16, steps=130, tokens_per_batch=200, checkpoint_every=3, keep_checkpoints=3, log_every=1,
@@ -350,6 +351,17 @@ def test_a_damaged_newest_state_is_passed_over_for_the_one_before_it(
     with pytest.raises(RunFolderError, match="Every training state .* is damaged; .*starts again from its first step"):
         start_or_resume(tmp_path / "run")
     assert [path.name for path in trainer.folder.training_states] == ["step-00000003", "step-00000006"]
+
+
+def test_the_command_that_resumes_quotes_a_folder(tmp_path: Path) -> None:
+    run = start_or_resume(tmp_path / "it's mine")
+    assert shlex.split(how_to_resume(run.folder).split("with: ")[1].split(" (or ")[0])[-1] == str(
+        tmp_path / "it's mine"
+    )
+    run.folder.release()
+    with pytest.raises(FolderExistsError) as refused:
+        require_new(tmp_path / "it's mine")
+    assert shlex.split(str(refused.value).split("that run: ")[1])[-1] == str(tmp_path / "it's mine")
 
 
 def test_a_run_that_stops_before_its_first_step_leaves_no_folder(

@@ -12,8 +12,9 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import RunConfig, TrainingConfig
 from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.faithfulness import measure_faithfulness
-from tl_adapters.local_stage.schedules import linear_warmup, sparsity_weight, warmup_cosine
+from tl_adapters.local_stage.schedules import linear_warmup, warmup_cosine
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.end_to_end_stage import sparsity_weight
 from tl_adapters.training.objective import StepTerms
 from tl_adapters.training.run_folder import RunFolderError
 from tl_adapters.training.trainer import Trainer, TrainingError, train

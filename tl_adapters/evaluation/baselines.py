@@ -31,13 +31,6 @@ Correction = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch
 """A function of the MLP's input that returns what is added to the base MLP's output."""
 
 
-def mlp_difference(mlp: RoutedMLP, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-    """MLP_target(x) - MLP_base(x), with planted features as part of the target's MLP."""
-    target, base = mlp.weights()
-    difference = target.neurons(x) @ target.W_out - base.neurons(x) @ base.W_out
-    return difference if mlp.planted is None else difference + mlp.planted(x)
-
-
 def top_neurons(mlp: RoutedMLP, n: int) -> Correction:
     """The correction that swaps the ``n`` most changed neurons of each token.
 
@@ -65,7 +58,13 @@ def top_neurons(mlp: RoutedMLP, n: int) -> Correction:
 
 def low_rank(mlp: RoutedMLP, directions: Float[Tensor, "d_model r"]) -> Correction:
     """The correction that is the MLP output difference projected on orthonormal ``directions``."""
-    return lambda x: (mlp_difference(mlp, x) @ directions) @ directions.T
+
+    def correct(x: Tensor) -> Tensor:
+        difference = mlp.difference(x)
+        onto = directions.to(difference.dtype)
+        return ((difference @ onto) @ onto.T).to(x.dtype)
+
+    return correct
 
 
 @torch.no_grad()
@@ -81,7 +80,7 @@ def difference_directions(
             pair.residual_streams(batch.tokens)
         at_tokens = batch.real.nonzero(as_tuple=True)
         for layer, mlp in enumerate(pair.mlps):
-            difference = wide(mlp_difference(mlp, inputs[layer][at_tokens]))
+            difference = wide(mlp.difference(inputs[layer][at_tokens]))
             second_moment[layer] += difference.T @ difference
     dtype = pair.model.cfg.dtype
     return [torch.linalg.eigh(host_float64(m)).eigenvectors.flip(-1).to(device, dtype) for m in second_moment]

@@ -7,7 +7,7 @@
 * `layer_tokens`: the tokens by which features are revised, their activations, and what they leave
 * `local_layer`: one layer's adapter in whitened coordinates, its local objective and its optimizer
 * `regression_data`: inputs and wanted outputs of every layer: the difference of a pair's MLPs, or a model's own MLP
-* `schedules`: learning rate and weight of the sparsity term, of this stage and the end-to-end one, by step
+* `schedules`: factors of the learning rate and of the sparsity term's weight by step, for both stages
 * `signal_to_noise`: how large the difference of the two MLPs is beside their rounding errors
 * `stage`: the local stage of all layers, which are trained side by side
 * `token_buffer`: the tokens that the stage trains on, and the batches that they are read from

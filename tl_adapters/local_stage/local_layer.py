@@ -79,15 +79,7 @@ class LocalLayer:
         self.coordinates = LayerCoordinates(whitening.to(device), size)
         self.local, self.device = local, device
         d_model = len(whitening.mean)
-        takes_k = config.activation in ("topk", "batchtopk")
-        self.adapter = TranscoderAdapter(
-            d_model,
-            config.n_features,
-            activation=config.activation,
-            k=config.k if takes_k else None,
-            bandwidth=config.bandwidth,
-            device=device,
-        )
+        self.adapter = TranscoderAdapter(d_model, config.n_features, device=device, **config.adapter_options)
         columns = unit_rows(torch.randn(config.n_features, d_model, generator=generator)).T
         with torch.no_grad():
             self.adapter.W_enc.copy_(columns)
@@ -160,8 +152,7 @@ class LocalLayer:
         adapter = self.adapter
         for parameter, axis in ((adapter.W_enc, 1), (adapter.b_enc, 0), (adapter.W_dec, 0)):
             for key in ("exp_avg", "exp_avg_sq"):
-                if key in (state := self.optimizer.state[parameter]):
-                    state[key].index_fill_(axis, features.to(self.device), 0.0)
+                self.optimizer.state[parameter][key].index_fill_(axis, features.to(self.device), 0.0)
 
     # -- results ------------------------------------------------------------------------------------------------------
 

@@ -78,10 +78,4 @@ def train_layers(
 
 def new_adapters(pair: PairedModel, config: TrainingConfig) -> AdapterSet:
     """Untrained adapters with the width and activation function of a configuration, installed in the pair."""
-    return pair.new_adapters(
-        config.n_features,
-        seed=config.seed,
-        activation=config.activation,
-        k=config.k if config.activation in ("topk", "batchtopk") else None,
-        bandwidth=config.bandwidth,
-    )
+    return pair.new_adapters(config.n_features, seed=config.seed, **config.adapter_options)

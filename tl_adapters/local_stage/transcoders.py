@@ -57,8 +57,7 @@ def train_transcoders(
     config, data = config or TrainingConfig(), MLPOutputs(model)
     if not isinstance(traces, TraceSource):
         traces = TracesInMemory(readable_traces(traces, model.cfg), config.count)
-    k = config.k if config.activation in ("topk", "batchtopk") else None
-    options: dict[str, Any] = {"activation": config.activation, "k": k, "bandwidth": config.bandwidth}
+    options = config.adapter_options
     layers = [
         TranscoderAdapter(data.d_model, config.n_features, device=data.device, **options) for _ in range(data.n_layers)
     ]
@@ -68,8 +67,8 @@ def train_transcoders(
         reads=READS,
         writes=WRITES,
         stream="target",
-        activation=config.activation,
-        k=k,
+        activation=options["activation"],
+        k=options["k"],
     )
     return AdapterSet(layers, metadata=metadata)
 

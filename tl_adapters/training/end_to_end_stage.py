@@ -22,7 +22,7 @@ from tl_adapters.adapters.finite_weights import NotFiniteError
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data.batching import BatchOrder
 from tl_adapters.data.traces import Batch, require_embedded
-from tl_adapters.local_stage.schedules import sparsity_weight, warmup_cosine
+from tl_adapters.local_stage.schedules import linear_warmup, warmup_cosine
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.training.adapter_adam import AdapterAdam, PlacedAdapter, placed_adapters
 from tl_adapters.training.not_finite import describe_not_finite
@@ -95,3 +95,9 @@ class EndToEndStage:
         names = [name for name, term in terms.by_name().items() if not math.isfinite(float(term))]
         what = ", ".join(names) or f"the gradient's norm ({norm})"
         return f"{what} is not finite. {describe_not_finite(self.pair, batch)}"
+
+
+def sparsity_weight(config: TrainingConfig, step: int) -> float:
+    """Weight of the sparsity term at ``step`` (from 0): of L1 for relu, of L0 for jumprelu, else 0."""
+    weight = {"relu": config.l1_weight, "jumprelu": config.l0_weight}.get(config.activation, 0.0)
+    return weight * linear_warmup(step, config.steps, config.l1_warmup_fraction)

@@ -36,6 +36,7 @@ from tl_adapters.utils.files import (
     remove_own,
     write_text,
 )
+from tl_adapters.utils.printing import command
 from tl_adapters.utils.reading import Record, read_record, read_record_lines, read_text
 from tl_adapters.utils.results import versions
 from tl_adapters.utils.strict_json import dumps
@@ -132,7 +133,7 @@ def require_new(path: Path) -> None:
     """Raises FolderExistsError if ``path`` exists, so that this is known before models are loaded."""
     if path.exists():
         raise FolderExistsError(
-            f"{path} exists already; choose another name, or resume that run: tl-adapters train --resume {path}"
+            f"{path} exists already; choose another name, or resume that run: {command('train', resume=path)}"
         )
 
 

@@ -44,6 +44,7 @@ from tl_adapters.training.stop_signals import stop_signals
 from tl_adapters.training.trackers import require_tracker
 from tl_adapters.training.training_state import TrainingCounters, TrainingState, local_steps
 from tl_adapters.utils.files import WriteError
+from tl_adapters.utils.printing import command
 
 
 class TrainingError(UserError, RuntimeError):
@@ -379,7 +380,7 @@ def how_to_resume(folder: RunFolder | None) -> str:
     if folder is None:
         return " The run has no folder, so it cannot be resumed; the pair holds the adapters as they are now."
     path = folder.path
-    return f" Resume with: tl-adapters train --resume {path} (or Trainer.resume(pair, traces, {str(path)!r}))."
+    return f" Resume with: {command('train', resume=path)} (or Trainer.resume(pair, traces, {str(path)!r}))."
 
 
 def what_is_saved(folder: RunFolder | None, step: int) -> str:
