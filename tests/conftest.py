@@ -4,7 +4,8 @@ import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are exact on the CPU, also where "auto" would find a GPU
+if os.environ.get("TL_ADAPTERS_TEST_CUDA") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are exact on the CPU, also where "auto" would find a GPU
 if os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for notebooks' kernels: as many workers as cores
 

@@ -113,6 +113,8 @@ def _is_device(device: Any) -> bool:
 class PretendedDevice:
     """See the module's text. A context manager; `hold` puts modules and tensors on the device."""
 
+    name = DEVICE
+
     def __init__(self, float64: bool = True) -> None:
         self.float64, self.events, self.tags = float64, list[Event](), _Tags()
         self.ambient = False  # is an operator of device tensors under way? what it makes inside is on the device

@@ -1,7 +1,9 @@
-"""Every stage on a pretended device: no operator mixes devices, no float64 where there is none, few waits.
+"""Every stage on a device: no operator mixes devices, no float64 where there is none, few waits.
 
 The device is pretended (`pretended_device`), once as a GPU and once as MPS, which has no float64. Parameters go there
-by the library's own calls; buffers are put there in any case, so that these tests are about operators only.
+by the library's own calls; buffers are put there in any case, so that these tests are about operators only. On a
+machine with a GPU, ``TL_ADAPTERS_TEST_CUDA=1`` runs the stages there, too, and compares what they compute with the CPU
+(``make gpu``).
 """
 
 from collections import Counter
@@ -11,8 +13,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers.cuda_device import CUDA_IS_TESTED, CudaDevice
 from helpers.pretended_device import DEVICE, PretendedDevice, PretendedDeviceError, grown
-from helpers.random_models import ACTIVATION_OPTIONS, random_batch, random_model, randomise
+from helpers.random_models import ACTIVATION_OPTIONS, ARCHITECTURES, random_batch, random_model, randomise
 from transformers import PreTrainedModel
 
 from tl_adapters.adapters.feature_id import FeatureId
@@ -55,25 +58,38 @@ from tl_adapters.interventions.variants import on_route, with_only, without
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.organism import problems, reasoning_pairs
 from tl_adapters.study.open_run import load_organism_pair
+from tl_adapters.training.objective import shared_prefix_step
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.devices import DeviceError, resolve_device
 
+Device = PretendedDevice | CudaDevice
+ON_CUDA = ["real_cuda"] if CUDA_IS_TESTED else []
 
-@pytest.fixture(params=[True, False], ids=["gpu", "mps"])
-def device(request: pytest.FixtureRequest) -> Iterator[PretendedDevice]:
-    with PretendedDevice(float64=request.param) as emulator:
+
+@pytest.fixture(params=["gpu", "mps", *ON_CUDA])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    if request.param == "real_cuda":
+        yield CudaDevice()
+        return
+    with PretendedDevice(float64=request.param == "gpu") as emulator:
         yield emulator
 
 
-def on(device: PretendedDevice, pair: PairedModel) -> PairedModel:
+@pytest.fixture(params=["gpu", "mps"])
+def pretended(request: pytest.FixtureRequest) -> Iterator[PretendedDevice]:
+    with PretendedDevice(float64=request.param == "gpu") as emulator:
+        yield emulator
+
+
+def on(device: Device, pair: PairedModel) -> PairedModel:
     """The pair with everything of it on the device."""
     device.hold(pair.model)
-    pair.model.cfg.device = str(DEVICE)
+    pair.model.cfg.device = str(device.name)
     return pair
 
 
 def tiny(
-    device: PretendedDevice,
+    device: Device,
     layers: int = 2,
     activation: str = "relu",
     architecture: str = "Qwen2ForCausalLM",
@@ -109,7 +125,7 @@ def some_onsets() -> Onsets:
 # -- the emulator itself ----------------------------------------------------------------------------------------------
 
 
-def test_the_emulator_refuses_what_a_device_refuses(device: PretendedDevice) -> None:
+def test_the_emulator_refuses_what_a_device_refuses(pretended: PretendedDevice) -> None:
     x, host = torch.ones(3, device=DEVICE), torch.ones(3)
     assert x.device == DEVICE and host.device.type == "cpu" and x.cpu().device.type == "cpu"
     assert (x * 2 + torch.tensor(1.0)).device == DEVICE  # an operator may take a number of the CPU
@@ -123,12 +139,12 @@ def test_the_emulator_refuses_what_a_device_refuses(device: PretendedDevice) -> 
     ):
         with pytest.raises(PretendedDeviceError):
             wrong()
-    if not device.float64:
+    if not pretended.float64:
         with pytest.raises(PretendedDeviceError, match="float64"):
             x.double()
 
 
-def test_the_emulator_counts_waits(device: PretendedDevice) -> None:
+def test_the_emulator_counts_waits(pretended: PretendedDevice) -> None:
     x = torch.ones(3, 2, device=DEVICE)
     for act, kind in (
         (lambda: float(x.sum()), "sync"),
@@ -140,15 +156,15 @@ def test_the_emulator_counts_waits(device: PretendedDevice) -> None:
         (lambda: x[[0, 1]], "to_device"),
         (lambda: torch.tensor([1.0], device=x.device), "to_device"),
     ):
-        before = len(device.events)
+        before = len(pretended.events)
         act()
-        assert [event.kind for event in device.events[before:]] == [kind]
-    before = len(device.events)
+        assert [event.kind for event in pretended.events[before:]] == [kind]
+    before = len(pretended.events)
     x[x > 0] = 1.0
-    assert x[1:, 0].sum().device == DEVICE and len(device.events) == before
+    assert x[1:, 0].sum().device == DEVICE and len(pretended.events) == before
 
 
-def test_a_gradient_returns_to_the_device_of_its_tensor(device: PretendedDevice) -> None:
+def test_a_gradient_returns_to_the_device_of_its_tensor(pretended: PretendedDevice) -> None:
     host = torch.ones(3, requires_grad=True)
     (host.to(DEVICE) * torch.ones(3, device=DEVICE)).sum().backward()
     assert host.grad is not None and host.grad.device.type == "cpu"
@@ -159,9 +175,7 @@ def test_a_gradient_returns_to_the_device_of_its_tensor(device: PretendedDevice)
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
-def test_a_pair_and_its_adapters_are_built_on_the_device(
-    device: PretendedDevice, architecture: str, backend: str
-) -> None:
+def test_a_pair_and_its_adapters_are_built_on_the_device(device: Device, architecture: str, backend: str) -> None:
     base, target = models(2, architecture)
     device.hold(target)
     pair = on(device, PairedModel.from_pretrained(base, target, backend=backend))
@@ -169,11 +183,11 @@ def test_a_pair_and_its_adapters_are_built_on_the_device(
         randomise(pair, activation=activation)
         assert all(device.holds(tensor) for tensor in pair.model.state_dict().values())
         with torch.no_grad(), pair.routed("replacement"):
-            assert device.holds(pair.model(torch.tensor([documents(1)[0].tokens], device=DEVICE)))
+            assert device.holds(pair.model(torch.tensor([documents(1)[0].tokens], device=device.name)))
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
-def test_training_runs(device: PretendedDevice, activation: str) -> None:
+def test_training_runs(device: Device, activation: str) -> None:
     k = {"k": 5} if "topk" in activation else {}
     config = TrainingConfig(
         n_features=16, steps=3, tokens_per_batch=24, activation=activation, log_every=1, validate_every=2, **k
@@ -185,7 +199,7 @@ def test_training_runs(device: PretendedDevice, activation: str) -> None:
 
 @pytest.mark.parametrize(("activation", "streaming"), [("relu", True), ("batchtopk", False)])
 def test_both_stages_of_training_run_and_resume(
-    device: PretendedDevice, activation: str, streaming: bool, tmp_path: Path
+    device: Device, activation: str, streaming: bool, tmp_path: Path
 ) -> None:
     local = LocalConfig(
         steps=6, tokens_per_step=16, max_tokens=20 if streaming else 99, streaming=streaming, revisions=(0.4, 0.7)
@@ -207,7 +221,7 @@ def test_both_stages_of_training_run_and_resume(
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
-def test_faithfulness_and_baselines_run(device: PretendedDevice, architecture: str) -> None:
+def test_faithfulness_and_baselines_run(device: Device, architecture: str) -> None:
     pair, traces = tiny(device, architecture=architecture), documents()
     faithfulness_block(measure_faithfulness(pair, traces), "x")
     baseline_kl(pair, [top_neurons(mlp, 3) for mlp in pair.mlps], traces)
@@ -217,7 +231,7 @@ def test_faithfulness_and_baselines_run(device: PretendedDevice, architecture: s
     layer_effects(pair, 0, pair.installed_adapters()[0].W_dec, words=(3, 4))
 
 
-def test_matching_and_planting_run(device: PretendedDevice) -> None:
+def test_matching_and_planting_run(device: Device) -> None:
     pair, traces = tiny(device), documents(80)
     matching = match_features(pair.installed_adapters(), pair.installed_adapters(), pair, traces)
     assert matching.matches and all(m.same for m in matching.matches)
@@ -228,7 +242,7 @@ def test_matching_and_planting_run(device: PretendedDevice) -> None:
 
 @pytest.mark.parametrize("linearisation", ["relp", "frozen_mlp", "gradient"])
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
-def test_attribution_runs(device: PretendedDevice, linearisation: str, architecture: str) -> None:
+def test_attribution_runs(device: Device, linearisation: str, architecture: str) -> None:
     pair, quiet = tiny(device, architecture=architecture), {"linearisation": linearisation, "progress": False}
     prompt = list(documents(1)[0].tokens)
     attribute(pair, prompt, **quiet)  # type: ignore[arg-type]
@@ -236,7 +250,7 @@ def test_attribution_runs(device: PretendedDevice, linearisation: str, architect
     attribute(pair, prompt, [3, LogitTarget(4), FeatureTarget(1, 2, -1)], **few, **quiet)  # type: ignore[arg-type]
 
 
-def test_ablations_in_the_model_run(device: PretendedDevice) -> None:
+def test_ablations_in_the_model_run(device: Device) -> None:
     pair, prompt = tiny(device), list(documents(1)[0].tokens)
     compare_linearizations(pair, prompt, LogitTarget(3))
     explain_difference(pair, prompt, LogitTarget(3), progress=False)
@@ -246,8 +260,8 @@ def test_ablations_in_the_model_run(device: PretendedDevice) -> None:
     assert not device.holds(effects)
 
 
-def test_interventions_run(device: PretendedDevice) -> None:
-    pair, tokens = tiny(device), random_batch(3, vocab=31).to(DEVICE).tokens
+def test_interventions_run(device: Device) -> None:
+    pair, tokens = tiny(device), random_batch(3, vocab=31).to(device.name).tokens
     features = [FeatureId(0, 3), FeatureId(1, 2), FeatureId(1, 7)]
     with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as source:
         pair.model(tokens)
@@ -268,7 +282,7 @@ def test_interventions_run(device: PretendedDevice) -> None:
         model(tokens)
 
 
-def test_circuit_search_and_measurements_run(device: PretendedDevice) -> None:
+def test_circuit_search_and_measurements_run(device: Device) -> None:
     pair, onsets = tiny(device), some_onsets()
     everything = torch.ones(2, 24, dtype=torch.bool)
     found = search_circuit(pair, onsets, everything, SearchOptions(share=0.1, per_round=2), progress=False)
@@ -283,7 +297,7 @@ def test_circuit_search_and_measurements_run(device: PretendedDevice) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
-def test_the_stages_run_on_a_bridge(device: PretendedDevice, architecture: str) -> None:
+def test_the_stages_run_on_a_bridge(device: Device, architecture: str) -> None:
     pair, features = tiny(device, architecture=architecture, backend="bridge"), [FeatureId(0, 1), FeatureId(1, 4)]
     prompt = list(documents(1)[0].tokens)
     measure_faithfulness(pair, documents())
@@ -291,7 +305,7 @@ def test_the_stages_run_on_a_bridge(device: PretendedDevice, architecture: str) 
     for linearisation in ("relp", "gradient"):
         attribute(pair, prompt, linearisation=linearisation, progress=False)
     with inserted(pair, features) as model:
-        model(torch.tensor([prompt], device=DEVICE))
+        model(torch.tensor([prompt], device=device.name))
     Trainer(pair, documents(), TrainingConfig(n_features=16, steps=2), progress=False).run()
 
 
@@ -302,7 +316,7 @@ def loaded() -> PairedModel:
 
 
 @pytest.fixture
-def builtin(loaded: PairedModel, device: PretendedDevice) -> PairedModel:
+def builtin(loaded: PairedModel, device: Device) -> PairedModel:
     pair = on(device, loaded)
     randomise(pair, n_features=16)
     with torch.no_grad():
@@ -311,7 +325,7 @@ def builtin(loaded: PairedModel, device: PretendedDevice) -> PairedModel:
     return pair
 
 
-def test_collection_runs(builtin: PairedModel, device: PretendedDevice) -> None:
+def test_collection_runs(builtin: PairedModel, device: Device) -> None:
     traces = encode_traces(reasoning_pairs("report", 4), builtin.model.tokenizer)
     options = StoreOptions(examples=2, sample=2, before=2, after=2, tokens_per_batch=200)
     for kind, stream in (("feature", "replacement"), ("feature", "target"), ("neuron", "target")):
@@ -321,7 +335,7 @@ def test_collection_runs(builtin: PairedModel, device: PretendedDevice) -> None:
         assert store.ids(1)
 
 
-def test_generation_runs(builtin: PairedModel, device: PretendedDevice) -> None:
+def test_generation_runs(builtin: PairedModel, device: Device) -> None:
     features = [FeatureId(0, 3), FeatureId(1, 2)]
     prompt = encode_traces(reasoning_pairs("report", 1), builtin.model.tokenizer)[0].tokens[:12]
     variants = [on_route("target"), without(features), with_only(features)]
@@ -332,6 +346,31 @@ def test_generation_runs(builtin: PairedModel, device: PretendedDevice) -> None:
     assert len(list(log_likelihoods(builtin.model, [(prompt[:5], prompt[5:8]), (prompt[:3], prompt[3:9])]))) == 2
 
 
+@pytest.mark.skipif(not CUDA_IS_TESTED, reason="make gpu runs this on a machine with a GPU")
+@pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_real_cuda_computes_what_the_cpu_computes(architecture: str, activation: str) -> None:
+    """In float64, where nothing but the order of sums can differ."""
+    found = []
+    for name in ("cpu", "cuda"):
+        hf_models = (random_model(seed, architecture=architecture) for seed in (1, 2))
+        pair = randomise(PairedModel.from_pretrained(*hf_models, device=name), activation=activation)
+        batch = random_batch(3).to(torch.device(name))
+        values: dict[str, torch.Tensor] = {}
+        for route in ("target", "hybrid", "replacement", "target+adapter"):
+            with torch.no_grad(), pair.routed(route):
+                values[route] = pair.model(batch.tokens, attention_mask=batch.real.long())[batch.real]
+        terms = shared_prefix_step(pair, batch, 2, LossWeights(), 0.01)
+        values |= terms.by_name()
+        values |= {
+            f"gradient of {n}": w.grad for n, w in pair.installed_adapters().named_parameters() if w.grad is not None
+        }
+        graph = attribute(pair, batch.tokens[0], [3], progress=False)
+        values |= {"active": graph.features, "rows": graph.rows}
+        found.append({key: value.detach().cpu() for key, value in values.items()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)
+
+
 # -- how often the host waits -----------------------------------------------------------------------------------------
 
 
@@ -340,16 +379,16 @@ def file_name(module: ModuleType) -> str:
     return Path(str(module.__file__)).name
 
 
-def waits(device: PretendedDevice, act: Callable[[], object]) -> Counter[tuple[str, str, str]]:
-    with device.counted() as counts:
+def waits(pretended: PretendedDevice, act: Callable[[], object]) -> Counter[tuple[str, str, str]]:
+    with pretended.counted() as counts:
         act()
     return counts
 
 
-def test_a_changed_pass_copies_nothing_by_layer_or_token(device: PretendedDevice) -> None:
+def test_a_changed_pass_copies_nothing_by_layer_or_token(pretended: PretendedDevice) -> None:
     counts = []
     for layers, length in ((2, 6), (4, 11)):
-        pair = tiny(device, layers)
+        pair = tiny(pretended, layers)
         tokens = torch.arange(1, length, device=DEVICE)[None]
         features = [FeatureId(layer, i) for layer in range(layers) for i in (1, 5)]
         with torch.no_grad(), pair.routed("replacement"), pair.recorded(ACTS_HOOK) as source:
@@ -359,15 +398,15 @@ def test_a_changed_pass_copies_nothing_by_layer_or_token(device: PretendedDevice
             inserted(pair, features), negated(pair, features),
         ):  # fmt: skip
             with torch.no_grad(), pair.routed("replacement"), changed as model:
-                counts.append(waits(device, lambda model=model, tokens=tokens: model(tokens)))
+                counts.append(waits(pretended, lambda model=model, tokens=tokens: model(tokens)))
     ours = [{key: n for key, n in count.items() if key[1] == file_name(feature_edits)} for count in counts]
     assert not any(ours), ours
 
 
-def test_entering_an_intervention_copies_once_for_all_layers(device: PretendedDevice) -> None:
+def test_entering_an_intervention_copies_once_for_all_layers(pretended: PretendedDevice) -> None:
     counts = []
     for layers in (2, 4):
-        pair, total = tiny(device, layers), Counter[tuple[str, str, str]]()
+        pair, total = tiny(pretended, layers), Counter[tuple[str, str, str]]()
         features = [FeatureId(layer, i) for layer in range(layers) for i in (1, 5)]
         for make in (ablated, inserted, negated):
 
@@ -375,19 +414,21 @@ def test_entering_an_intervention_copies_once_for_all_layers(device: PretendedDe
                 with make(pair, which):  # type: ignore[attr-defined]
                     pass
 
-            total += waits(device, enter)
+            total += waits(pretended, enter)
         counts.append(total)
     assert counts[0] and not grown(*counts)
 
 
-def test_rows_of_an_attribution_graph_wait_once_per_batch(device: PretendedDevice) -> None:
+def test_rows_of_an_attribution_graph_wait_once_per_batch(pretended: PretendedDevice) -> None:
     """The longer prompt has more tokens, features and rows, and as many batches: one per layer."""
-    pair, counts, rows = tiny(device, 3), [], []
+    pair, counts, rows = tiny(pretended, 3), [], []
     for length in (4, 12):
         graphs: list[object] = []
         prompt = list(range(1, length))
         counts.append(
-            waits(device, lambda p=prompt, g=graphs: g.append(attribute(pair, p, [3], batch_size=9999, progress=False)))
+            waits(
+                pretended, lambda p=prompt, g=graphs: g.append(attribute(pair, p, [3], batch_size=9999, progress=False))
+            )
         )
         rows.append(len(graphs[0].rows))  # type: ignore[attr-defined]
     assert rows[1] > 2 * rows[0]
@@ -395,44 +436,44 @@ def test_rows_of_an_attribution_graph_wait_once_per_batch(device: PretendedDevic
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
-def test_the_waits_of_a_training_step_do_not_grow_with_layers(device: PretendedDevice, activation: str) -> None:
+def test_the_waits_of_a_training_step_do_not_grow_with_layers(pretended: PretendedDevice, activation: str) -> None:
     counts = []
     for layers in (2, 4):
         k = {"k": 5} if activation == "batchtopk" else {}
         config = TrainingConfig(n_features=16, steps=1, activation=activation, **k)  # type: ignore[arg-type]
-        trainer = Trainer(tiny(device, layers), documents(), config, validation=documents(2, 1), progress=False)
-        counts.append(waits(device, trainer.run))
+        trainer = Trainer(tiny(pretended, layers), documents(), config, validation=documents(2, 1), progress=False)
+        counts.append(waits(pretended, trainer.run))
     ours = lambda key: key[2] == "clip"  # noqa: E731 (torch's gradient clipping asks a device for its devices)
     assert not grown(*counts, allowed=ours)
 
 
-def test_ablations_in_the_model_copy_once_for_all_layers(device: PretendedDevice) -> None:
+def test_ablations_in_the_model_copy_once_for_all_layers(pretended: PretendedDevice) -> None:
     counts = []
     for layers in (2, 4):
-        pair = tiny(device, layers)
+        pair = tiny(pretended, layers)
         graph = attribute(pair, list(range(1, 9)), [3], progress=False)
-        counts.append(waits(device, lambda pair=pair, graph=graph: ablation_effects(pair, graph, torch.arange(4))))
+        counts.append(waits(pretended, lambda pair=pair, graph=graph: ablation_effects(pair, graph, torch.arange(4))))
     assert counts[0] and not grown(*counts)
 
 
-def test_the_waits_of_effects_and_faithfulness_do_not_grow_with_layers(device: PretendedDevice) -> None:
+def test_the_waits_of_effects_and_faithfulness_do_not_grow_with_layers(pretended: PretendedDevice) -> None:
     counts: list[Counter[tuple[str, str, str]]] = []
     for layers in (2, 4):
-        pair, onsets = tiny(device, layers), some_onsets()
+        pair, onsets = tiny(pretended, layers), some_onsets()
         counts.append(
-            waits(device, lambda pair=pair: measure_faithfulness(pair, documents()))
-            + waits(device, lambda pair=pair: stream_agreement(pair, documents()))
-            + waits(device, lambda pair=pair, onsets=onsets: effects_at(pair, onsets))
+            waits(pretended, lambda pair=pair: measure_faithfulness(pair, documents()))
+            + waits(pretended, lambda pair=pair: stream_agreement(pair, documents()))
+            + waits(pretended, lambda pair=pair, onsets=onsets: effects_at(pair, onsets))
         )
     assert not grown(*counts)
 
 
-def test_the_waits_of_matching_do_not_grow_with_features(device: PretendedDevice) -> None:
+def test_the_waits_of_matching_do_not_grow_with_features(pretended: PretendedDevice) -> None:
     counts = []
     for n_features in (12, 48):
-        pair = tiny(device, n_features=n_features)
+        pair = tiny(pretended, n_features=n_features)
         both = pair.installed_adapters()
-        counts.append(waits(device, lambda pair=pair, both=both: match_features(both, both, pair, documents(80))))
+        counts.append(waits(pretended, lambda pair=pair, both=both: match_features(both, both, pair, documents(80))))
     assert not grown(*counts)
 
 
@@ -450,10 +491,10 @@ def test_auto_is_the_first_available_of_cuda_mps_and_cpu(monkeypatch: pytest.Mon
         resolve_device("cuda:2")
 
 
-def test_a_model_in_memory_stays_where_it_is_unless_a_device_is_named(device: PretendedDevice) -> None:
+def test_a_model_in_memory_stays_where_it_is_unless_a_device_is_named(pretended: PretendedDevice) -> None:
     base, target = (random_model(seed, torch.float32, num_hidden_layers=2) for seed in (1, 2))
-    device.hold(target)
-    assert device.holds(PairedModel.from_pretrained(base, target).model.W_E)
+    pretended.hold(target)
+    assert pretended.holds(PairedModel.from_pretrained(base, target).model.W_E)
     with pytest.raises(DeviceError, match="This machine has cpu"):
         PairedModel.from_pretrained(base, base, device="cuda:7")
 
@@ -468,10 +509,10 @@ def test_the_device_that_auto_chose_is_logged(caplog: pytest.LogCaptureFixture) 
             device_of(unknown)
 
 
-def test_controls_copy_once_for_all_layers_and_nothing_in_a_pass(device: PretendedDevice) -> None:
+def test_controls_copy_once_for_all_layers_and_nothing_in_a_pass(pretended: PretendedDevice) -> None:
     entering, passing = [], []
     for layers, length in ((2, 6), (4, 11)):
-        pair, tokens = tiny(device, layers), torch.arange(1, length, device=DEVICE)[None]
+        pair, tokens = tiny(pretended, layers), torch.arange(1, length, device=DEVICE)[None]
         direction = torch.ones(pair.model.cfg.d_model, device=DEVICE)
         held = torch.ones(layers, pair.model.cfg.d_mlp, device=DEVICE)
         shares = {FeatureId(layer, i): 0.5 for layer in range(layers) for i in (1, 5)}
@@ -481,8 +522,8 @@ def test_controls_copy_once_for_all_layers_and_nothing_in_a_pass(device: Pretend
             without_neurons([(layer, 2) for layer in range(layers)], held, 0.5), removed_in_part(shares),
             inserted_in_part(shares),
         ):  # fmt: skip
-            with device.counted() as counts, torch.no_grad(), variant.entered(pair) as model:
-                passing.append(waits(device, lambda model=model, tokens=tokens: model(tokens)))
+            with pretended.counted() as counts, torch.no_grad(), variant.entered(pair) as model:
+                passing.append(waits(pretended, lambda model=model, tokens=tokens: model(tokens)))
             total += counts
         entering.append(total)
     assert entering[0]
