@@ -5,9 +5,10 @@ done, with the device's name, its seconds, and the peak of memory beside what th
 fit into memory says so, and the next one runs. ``--record`` writes all files of OUT into results.json.
 
     tests       the tests of tl_adapters that run on a device, and the same numbers on it as on the CPU
+    precision   training on the built-in pair, with adapters that compute in float32, TF32 and bfloat16
     forward     tokens per second of the routes, with adapters in float32 and bfloat16
-    train       one step of the paper's objective, for documents of several lengths
-    local       the streaming local stage
+    train       one step of the paper's objective, for documents of several lengths, and with blocks computed again
+    local       the streaming local stage, and one revision of its features
     attribute   rows of attribution graphs, for prompts of several lengths
     collect     features collected over documents
     generate    tokens generated, greedily, in a batch
@@ -33,18 +34,23 @@ from transformers import AutoTokenizer
 
 from tl_adapters import organism
 from tl_adapters.attribution.attribute import attribute
-from tl_adapters.config import LocalConfig, RunConfig, TrainingConfig
+from tl_adapters.config import AdapterPrecision, LocalConfig, RunConfig, TrainingConfig
 from tl_adapters.data.batching import BatchOrder, TracesInMemory
-from tl_adapters.data.traces import Trace
+from tl_adapters.data.chat_format import encode_traces
+from tl_adapters.data.traces import Trace, batches_by_length
 from tl_adapters.features.collect import collect_features
 from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.generation.completions import complete
 from tl_adapters.local_stage.regression_data import MLPDifferences
 from tl_adapters.local_stage.stage import LocalStage
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.study.run_size import estimate_size
 from tl_adapters.training.end_to_end_stage import EndToEndStage
+from tl_adapters.training.objective import held_out_terms
+from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.files import write_text
+from tl_adapters.utils.precision import adapter_dtype
 
 Measured = dict[str, Any]
 L0 = 1.4
@@ -102,6 +108,29 @@ class Bench:
         shape = {name: getattr(cfg, name) for name in ("n_layers", "d_model", "d_mlp", "d_vocab")}
         yield "pair", {"seconds": time.perf_counter() - self.started, "gb": self.peak(), **shape}
 
+    def precision(self) -> Iterator[tuple[str, Measured]]:
+        """Loss curves, KL and L0 on the built-in pair by the precision of its adapters, the model in bfloat16."""
+        steps = 10 if self.small else 200
+        pair = load_organism_pair(str(self.device), torch.bfloat16)
+        limit = pair.model.cfg.n_ctx
+        traces, held_out = (
+            encode_traces(organism.reasoning_pairs(split, n, 0), pair.model.tokenizer, limit)
+            for split, n in (("train", 100 if self.small else 6000), ("tune", 100))
+        )
+        found: Measured = {}
+        for precision in ("float32", "tf32", "bfloat16"):
+            losses: list[float] = []
+            options = TrainingConfig(steps=steps, adapter_precision=precision)  # type: ignore[arg-type]
+            trainer = Trainer(pair, traces, options, progress=False)
+            started = time.perf_counter()
+            trainer.run(lambda step, terms, losses=losses: losses.append(float(terms.total)))
+            seconds = time.perf_counter() - started
+            batches = [batch for _, batch in batches_by_length(held_out, 1024, options.count)]
+            terms = held_out_terms(pair, batches)
+            found[precision] = {"seconds": seconds, "loss_every_20": losses[::20], "output_kl": terms["output_kl"],
+                                "nmse": terms["nmse"], "l0": sum(terms["l0"])}  # fmt: skip
+        yield "precision", {"steps": steps, "model": "bfloat16", **found}
+
     def forward(self) -> Iterator[tuple[str, Measured]]:
         """Forward passes of the routes."""
         tokens = random_tokens(self.pair, 1, min(4096, self.pair.model.cfg.n_ctx)).to(self.device)
@@ -112,7 +141,8 @@ class Bench:
             self.pair.model(tokens, return_type=None)
 
         for dtype in (torch.float32, torch.bfloat16):
-            self.adapters(dtype)
+            self.adapters()
+            self.pair.installed_adapters().compute_in(dtype)
             for route in routes:
                 with torch.no_grad(), self.pair.routed(route):
                     found[f"{route}, adapters in {str(dtype).removeprefix('torch.')}"] = self.seconds(run, 3)
@@ -120,16 +150,31 @@ class Bench:
 
     def train(self) -> Iterator[tuple[str, Measured]]:
         """A step of the paper's objective, Adam included, by the length of its one document."""
-        for length in self.args.lengths:
-            training = TrainingConfig(n_features=self.args.features, tokens_per_batch=length, steps=1000)
+        for length, precision, recompute in self._training_options():
+            training = TrainingConfig(
+                n_features=self.args.features, tokens_per_batch=length, steps=1000, recompute=recompute,
+                adapter_precision=precision,
+            )  # fmt: skip
             self.fresh()
             self.adapters()
+            self.pair.installed_adapters().compute_in(adapter_dtype(torch.bfloat16, self.device, precision))
             documents = random_documents(self.pair, 2, length)
             stage = EndToEndStage(self.pair, self._order(documents, training), training)
-            size = estimate_size(RunConfig(dtype="bfloat16", training=training), self.described, length)
-            measured: Measured = {"tokens": length, "predicted_gb": size.memory / 1e9}
-            yield from self._measure(f"train-{length}", measured, lambda: stage.advance(False), 3)
+            measured: Measured = {"tokens": length, "predicted_gb": self._predicted_gb(training, length)}
+            name = "-".join(["train", str(length), precision, *(["recompute"] if recompute else [])])
+            yield from self._measure(name, measured, lambda: stage.advance(False), 2)
             del stage
+
+    def _training_options(self) -> Iterator[tuple[int, AdapterPrecision, bool]]:
+        for length in self.args.lengths:
+            yield length, "bfloat16", False
+            yield length, "bfloat16", True
+        for precision in ("float32", "tf32"):
+            yield self.args.lengths[0], precision, False
+
+    def _predicted_gb(self, training: TrainingConfig, length: int) -> float:
+        config = RunConfig(dtype="bfloat16", training=training)
+        return estimate_size(config, self.described, length, self.device).memory / 1e9
 
     def local(self) -> Iterator[tuple[str, Measured]]:
         """Steps of the streaming local stage, after its buffer is filled, by the number of tokens of a step."""
@@ -144,16 +189,23 @@ class Bench:
         self.adapters()
         length = min(per_step, self.pair.model.cfg.n_ctx)
         documents = random_documents(self.pair, 60, length)
-        size = estimate_size(RunConfig(dtype="bfloat16", training=training), self.described, length)
         stages: list[LocalStage] = []
 
         def fill() -> None:
             data, order = MLPDifferences(self.pair), self._order(documents, training)
             stages.append(LocalStage(data, order, training, options))
 
-        filled = self.seconds(fill)
-        measured: Measured = {"tokens": 10 * per_step, "predicted_gb": size.memory / 1e9, "filling_seconds": filled}
-        yield from self._measure("local", measured, lambda: stages[0].advance(10), 2)
+        measured: Measured = {"predicted_gb": self._predicted_gb(training, length)}
+        yield from self._measure("local-start", {"tokens": 8 * per_step, **measured}, fill, 1)
+        (stage,) = stages
+        yield from self._measure("local", {"tokens": 10 * per_step, **measured}, lambda: stage.advance(10), 2)
+
+        def revise() -> None:
+            layer = stage.layers[0]
+            with layer.layer.adapter.computing_in(None):
+                layer.revise(20, births=True)
+
+        yield from self._measure("local-revision", {"tokens": 8 * per_step, "layers": 1}, revise, 1)
 
     def attribute(self) -> Iterator[tuple[str, Measured]]:
         """Attribution graphs by the length of the prompt; rows are the part that grows with a graph."""
@@ -216,7 +268,7 @@ class Bench:
         yield name, measured
 
 
-STEPS = ("forward", "train", "local", "attribute", "collect", "generate")
+STEPS = ("precision", "forward", "train", "local", "attribute", "collect", "generate")
 
 
 def run_tests(out: Path) -> bool:

@@ -144,6 +144,7 @@ TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 ActivationName = Literal["relu", "jumprelu", "topk", "batchtopk"]
 Penalty = Literal["l1", "tanh", "log"]
 StageName = Literal["local", "end_to_end"]
+AdapterPrecision = Literal["auto", "float32", "tf32", "bfloat16"]
 
 
 @_checked
@@ -280,6 +281,13 @@ class TrainingConfig:
     bandwidth: Positive = 1.0
     """Width of the kernel through which jumprelu's thresholds get a gradient, and their initial value, in units of the
     pre-activation, which is of the order of 1 because the input of an adapter is normalized. Only jumprelu reads it."""
+    adapter_precision: AdapterPrecision = "auto"
+    """Precision of the adapters' products: "float32"; "tf32" (float32 with products of 10 bits, on GPUs that have
+    them); "bfloat16"; or "auto" (bfloat16 beside a model in bfloat16 on a GPU, where float32 takes several times as
+    long, and float32 elsewhere). Weights, gradients and moments are in float32 in any case."""
+    recompute: bool = False
+    """Whether the backward pass computes every block again instead of keeping what its forward pass made. Results are
+    the same; a step takes about a third more time, and memory for a fraction of the tokens' activations."""
     count: Annotated[tuple[Region, ...], Field(strict=False, min_length=1)] = REGIONS
     """Regions whose tokens the objective counts: any of prompt, thinking and answer (all of them in the paper)."""
     loss_weights: Annotated[

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.random_models import ARCHITECTURES, random_model
+from helpers.random_models import ARCHITECTURES, random_batch, random_model
 from huggingface_hub.errors import NotASafetensorsRepoError
 from safetensors.torch import load_file, save_file
 
@@ -16,9 +16,9 @@ import tl_adapters.checkpoints.model_files as checkpoints
 import tl_adapters.study.doctor as doctor
 from tl_adapters.checkpoints.compatibility import Finding
 from tl_adapters.cli.main import main
-from tl_adapters.config import DataConfig, LocalConfig, RunConfig, TrainingConfig
+from tl_adapters.config import DataConfig, LocalConfig, LossWeights, RunConfig, TrainingConfig
 from tl_adapters.data.batching import BatchOrder, TracesInMemory
-from tl_adapters.data.traces import Trace
+from tl_adapters.data.traces import Batch, Trace
 from tl_adapters.local_stage.regression_data import MLPDifferences
 from tl_adapters.local_stage.stage import LocalStage
 from tl_adapters.models.paired_model import PairedModel
@@ -26,6 +26,7 @@ from tl_adapters.organism import BASE, TARGET
 from tl_adapters.study.doctor import diagnose
 from tl_adapters.study.run_size import LOGIT_CHUNKS, estimate_size
 from tl_adapters.training.adapter_adam import AdapterAdam, PlacedAdapter
+from tl_adapters.training.objective import shared_prefix_step
 
 
 @pytest.fixture
@@ -203,6 +204,21 @@ def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
     config = RunConfig(training=TrainingConfig(n_features=96, tokens_per_batch=4 * 60))
     size = estimate_size(config, target.config)
     (stage,) = size.stages
+    batch = random_batch(0, (60,) * 4)
+    streams = (pair.n_layers + 1) * batch.tokens.numel() * 64 * 4  # of the target, which are kept beside
+    kept = kept_by_a_step(pair, batch, recompute=False)
+    assert 0.6 < (stage.activations - LOGIT_CHUNKS) / (kept + streams) < 1.4
+    # Computed again, a block keeps its input, and one block at a time all of its own.
+    kept = kept_by_a_step(pair, batch, recompute=True) + kept // pair.n_layers
+    (stage,) = estimate_size(replace(config, training=replace(config.training, recompute=True)), target.config).stages
+    assert 0.6 < (stage.activations - LOGIT_CHUNKS) / (kept + streams) < 1.4
+    assert stage.adapters == 16 * sum(p.numel() for p in adapters.parameters())
+    mlps = sum(p.numel() for name, p in base.named_parameters() if ".mlp." in name)
+    assert 0.98 < size.models / (4 * (n_params + mlps)) < 1.02
+
+
+def kept_by_a_step(pair: PairedModel, batch: Batch, recompute: bool) -> int:
+    """Bytes of what one step keeps for its backward pass at cut 0, where one pass has a graph; without weights."""
     kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in pair.model.parameters()}
 
@@ -212,14 +228,10 @@ def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    tokens = torch.randint(1, 61, (4, 60), generator=torch.Generator().manual_seed(0))
-    with pair.routed("replacement"), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        streams = pair.residual_streams(tokens)
-    assert streams[-1].requires_grad
-    assert 0.5 < (stage.activations - LOGIT_CHUNKS) / sum(kept.values()) < 2
-    assert stage.adapters == 16 * sum(p.numel() for p in adapters.parameters())
-    mlps = sum(p.numel() for name, p in base.named_parameters() if ".mlp." in name)
-    assert 0.98 < size.models / (4 * (n_params + mlps)) < 1.02
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        shared_prefix_step(pair, batch, 0, LossWeights(), 0.01, recompute=recompute)
+    pair.installed_adapters().zero_grad()
+    return sum(kept.values())
 
 
 def test_the_estimate_knows_both_stages() -> None:

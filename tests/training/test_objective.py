@@ -49,16 +49,36 @@ def test_shared_prefixes_change_nothing_with_any_other_activation(activation: st
 def both_steps_agree(pair: PairedModel, batch: Batch, cut: int) -> None:
     slow = reference_step(pair, batch, cut, WEIGHTS, 0.05)
     slow_gradients = gradients(pair)
-    fast = shared_prefix_step(pair, batch, cut, WEIGHTS, 0.05)
-    fast_gradients = gradients(pair)
-    for name in TERMS:
-        assert abs(getattr(slow, name) - getattr(fast, name)) < 1e-10, name
-    assert (slow.smallest_active is None) is (fast.smallest_active is None)
-    for ours, theirs in zip(slow.smallest_active or [], fast.smallest_active or [], strict=True):
-        assert abs(ours - theirs) < 1e-10 and ours > 0
-    for name, gradient in slow_gradients.items():
-        assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(fast_gradients[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+    for recompute in (False, True):
+        fast = shared_prefix_step(pair, batch, cut, WEIGHTS, 0.05, want_l0=True, recompute=recompute)
+        fast_gradients = gradients(pair)
+        for name in TERMS:
+            assert abs(getattr(slow, name) - getattr(fast, name)) < 1e-10, name
+        assert fast.l0 is not None and len(fast.l0) == pair.n_layers
+        assert (slow.smallest_active is None) is (fast.smallest_active is None)
+        for ours, theirs in zip(slow.smallest_active or [], fast.smallest_active or [], strict=True):
+            assert abs(ours - theirs) < 1e-10 and ours > 0
+        for name, gradient in slow_gradients.items():
+            assert gradient.abs().max() > 0, name
+            torch.testing.assert_close(fast_gradients[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_recomputing_keeps_only_the_residual_stream_between_blocks(batch: Batch) -> None:
+    """Most of what a step's largest graph keeps grows with the blocks; recomputed, a block keeps its input alone."""
+    kept = []
+    for recompute in (False, True):
+        pair = make("relu")
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            if tensor.shape[:2] == batch.tokens.shape:  # an activation
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            shared_prefix_step(pair, batch, 0, WEIGHTS, 0.05, recompute=recompute)
+        kept.append(sum(sizes.values()))
+    assert kept[1] < kept[0] / 3
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)

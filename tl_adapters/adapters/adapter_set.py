@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,9 +215,14 @@ class AdapterSet(nn.Module):
             for adapter in self:
                 adapter.training_tokens = adapter.n_training_tokens = None
 
+    def compute_in(self, dtype: torch.dtype | None) -> None:
+        """Compute activations and outputs in a dtype, whatever that of the weights is; None is the weights' own."""
+        for adapter in self:
+            adapter.compute_dtype = dtype
+
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Within this context, weights of a narrower dtype are float32; afterwards they are as before.
+        """Within this context, adapters compute in float32 at least, with float32 weights; afterwards as before.
 
         Attribution and circuits need this, since they sum over features, and rounded activations would not add up.
         """
@@ -226,7 +231,10 @@ class AdapterSet(nn.Module):
         try:
             for weight in narrow:
                 weight.data = weight.data.float()
-            yield
+            with ExitStack() as computing:
+                for adapter in self:
+                    computing.enter_context(adapter.computing_in(None))
+                yield
         finally:
             for weight, data in zip(narrow, originals, strict=True):
                 weight.data = data

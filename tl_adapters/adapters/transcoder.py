@@ -11,6 +11,8 @@ evaluates. nn.Module's train() and eval() change nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import get_args
 
 import torch
@@ -33,7 +35,8 @@ class TranscoderAdapter(nn.Module):
         k: active features per token of topk and batchtopk; None for the others.
         bandwidth: width of jumprelu's straight-through kernel, in units of the pre-activation; thresholds start at it.
         generator: source of the random encoder, uniform in +-1/sqrt(d_model); None leaves every weight zero.
-        dtype, device: of the weights; inputs are cast to this dtype and outputs back to the input's.
+        dtype, device: of the weights; inputs are cast to this dtype, or to ``compute_dtype``, and outputs back to the
+            input's.
 
     Raises ConfigError for another activation, or a k that it does not take.
     """
@@ -45,6 +48,8 @@ class TranscoderAdapter(nn.Module):
 
     n_training_tokens: int | None
     """Their number, which batchtopk reads."""
+    compute_dtype: torch.dtype | None
+    """The dtype of products and activations, to which the weights are cast in every pass; None is the weights' own."""
 
     def __init__(
         self,
@@ -61,7 +66,7 @@ class TranscoderAdapter(nn.Module):
         super().__init__()
         require_activation(activation, k, n_features)
         self.activation, self.k, self.bandwidth = activation, k, bandwidth
-        self.training_tokens = self.n_training_tokens = None
+        self.training_tokens = self.n_training_tokens = self.compute_dtype = None
         self.W_enc = nn.Parameter(torch.zeros(d_model, n_features, dtype=dtype, device=device))
         self.b_enc = nn.Parameter(torch.zeros(n_features, dtype=dtype, device=device))
         self.W_dec = nn.Parameter(torch.zeros(n_features, d_model, dtype=dtype, device=device))
@@ -86,15 +91,29 @@ class TranscoderAdapter(nn.Module):
         """Width of the adapter."""
         return self.W_enc.shape[1]
 
+    @property
+    def acts_dtype(self) -> torch.dtype:
+        """The dtype of activations: ``compute_dtype``, or the weights' own."""
+        return self.compute_dtype or self.W_enc.dtype
+
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Within this context ``compute_dtype`` is ``dtype``."""
+        before, self.compute_dtype = self.compute_dtype, dtype
+        try:
+            yield
+        finally:
+            self.compute_dtype = before
+
     def decoder_norms(self) -> Float[Tensor, "n_features"]:
         """`row_norms` of the decoder, with gradients: an activation times its norm is what the feature writes."""
         return row_norms(self.W_dec)
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
         """Feature activations of what the MLP reads: the pre-activation where a feature is active, 0 where not."""
-        x = self.hook_sae_input(x.to(self.W_enc.dtype))
-        pre = self.hook_sae_acts_pre(torch.addmm(self.b_enc, x.flatten(0, -2), self.W_enc).unflatten(0, x.shape[:-1]))
-        return self.hook_sae_acts_post(self._activate(pre))
+        x = self.hook_sae_input(x.to(self.acts_dtype))
+        pre = self._product(x, self.W_enc, self.b_enc)
+        return self.hook_sae_acts_post(self._activate(self.hook_sae_acts_pre(pre)))
 
     def _activate(self, pre: Tensor) -> Tensor:
         if self.activation == "relu":
@@ -109,8 +128,12 @@ class TranscoderAdapter(nn.Module):
 
     def decode(self, acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_model"]:
         """What the activations add to the MLP's output."""
-        out = torch.addmm(self.b_dec, acts.flatten(0, -2), self.W_dec).unflatten(0, acts.shape[:-1])
-        return self.hook_sae_recons(out)
+        return self.hook_sae_recons(self._product(acts, self.W_dec, self.b_dec))
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dtype = self.acts_dtype
+        product = torch.addmm(bias.to(dtype), x.flatten(0, -2).to(dtype), weight.to(dtype))
+        return product.unflatten(0, x.shape[:-1])
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """T(x), in the dtype of x."""
@@ -129,6 +152,7 @@ class TranscoderAdapter(nn.Module):
         elif self.activation == "batchtopk":
             assert smallest is not None
             first = self.threshold == 0
+            smallest = smallest.to(self.threshold.dtype)
             self.threshold.copy_(torch.where(first, smallest, self.threshold.lerp(smallest, rate)))
 
 

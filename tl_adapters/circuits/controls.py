@@ -179,7 +179,7 @@ def _gates(pair: PairedModel, others: float, chosen: Shares) -> dict[int, Tensor
     gates = torch.full((pair.n_layers, adapters.n_features), others)
     for f, value in chosen.items():
         gates[f] = value
-    gates = gates.to(like.device, adapters[adapters.layer_indices[0]].W_dec.dtype)
+    gates = gates.to(like.device, adapters[adapters.layer_indices[0]].acts_dtype)
     return {layer: gates[layer] for layer in adapters.layer_indices}
 
 

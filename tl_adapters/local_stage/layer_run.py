@@ -20,7 +20,7 @@ from tl_adapters.local_stage.layer_tokens import LayerTokens
 from tl_adapters.local_stage.local_layer import LocalLayer, LocalTerms
 from tl_adapters.local_stage.token_buffer import TokenBuffer
 from tl_adapters.local_stage.whitening import LayerCoordinates, RunningCovariance, Whitening
-from tl_adapters.utils.precision import wide
+from tl_adapters.utils.precision import adapter_dtype, wide
 
 REVISION_TOKENS = 400_000
 """Most tokens by which features are revised."""
@@ -59,6 +59,7 @@ class LayerRun:
         self.layer = LocalLayer(
             coordinates.whitening, coordinates.size, config, local, self._generator("weights"), device
         )
+        self.layer.adapter.compute_dtype = adapter_dtype(buffer.data.dtype, device, config.adapter_precision)
         self.terms: LocalTerms | None = None
         self.inactive_steps = torch.zeros(config.n_features, device=device)
         """Number of steps since each feature was active."""
@@ -77,7 +78,7 @@ class LayerRun:
         if beside_noise is not None and not beside_noise.explainable:
             log.warning("layer %d is left unexplained, and its adapter is silent: %s", self.index, beside_noise)
             size = 0.0
-        return LayerCoordinates(Whitening.of(inputs, self.local.shrinkage), size)
+        return LayerCoordinates(Whitening.of(inputs, self.local.shrinkage, x.device), size)
 
     @property
     def alive(self) -> int:
@@ -94,7 +95,8 @@ class LayerRun:
             self.terms = self.layer.step(*self.layer.coordinates(x, d), index)
             self.inactive_steps = torch.where(self.terms.active, 0.0, self.inactive_steps + 1)
             if index + 1 in revisions:
-                self.revise(index + 1, births=index + 1 < max(revisions))
+                with self.layer.adapter.computing_in(None):
+                    self.revise(index + 1, births=index + 1 < max(revisions))
 
     def revise(self, step: int, births: bool) -> None:
         """Merge split features, then give birth to missing ones."""
@@ -111,8 +113,11 @@ class LayerRun:
         Args:
             between: called between these parts, each of which can take a minute; it may raise an exception to stop.
         """
-        if self.layer.size == 0:
-            return
+        if self.layer.size:
+            with self.layer.adapter.computing_in(None):
+                self._finish(between)
+
+    def _finish(self, between: Callable[[], object]) -> None:
         tokens, least = self._tokens(len(self.buffer), "end"), self.local.smallest_gain
         if self.local.polish and self.layer.adapter.activation == "relu":
             generator = self._generator("fits", "end")

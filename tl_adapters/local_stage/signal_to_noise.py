@@ -86,7 +86,10 @@ def signal_to_noise(
         d: the difference for these inputs.
     """
     change = torch.zeros_like(x := at_least_float32(x))
-    for exact, rounded in _with_errors(target, base, torch.Generator().manual_seed(0)):
+    device = target.W_in.device
+    # On a GPU drawn there, as a large model has billions of weights; elsewhere on the CPU.
+    generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(0)
+    for exact, rounded in _with_errors(target, base, generator):
         change += rounded.output(x) - exact.output(x)
     return SignalToNoise(_energy(at_least_float32(d)), _energy(change))
 
@@ -169,4 +172,4 @@ def _draw_error(
     sums, counts = sums.scatter_add(1, group, squared), sums.scatter_add(1, group, torch.ones_like(squared))
     mean = (sums / counts.clamp(min=1)).gather(1, group)
     variance = torch.where(mean < 1 / math.pi, mean - mean.square() * math.pi / 2, 1 / 6)
-    return unit * variance.sqrt() * torch.randn(unit.shape, generator=generator).to(unit)
+    return unit * variance.sqrt() * torch.randn(unit.shape, generator=generator, device=generator.device).to(unit)

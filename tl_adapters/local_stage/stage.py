@@ -29,6 +29,7 @@ from tl_adapters.local_stage.local_layer import LocalLayer
 from tl_adapters.local_stage.regression_data import RegressionData
 from tl_adapters.local_stage.schedules import warmup_cosine
 from tl_adapters.local_stage.token_buffer import StreamPosition, TokenStream
+from tl_adapters.utils.precision import tf32_products
 
 STEPS_AT_ONCE = 10
 """Most steps that layers take before they wait for each other, and so before a stop or a save."""
@@ -81,7 +82,7 @@ class LocalStage:
         position: StreamPosition | None = None,
         on_batch: Callable[[int, int], object] = lambda tokens, capacity: None,
     ) -> None:
-        self.local, self.step = local, step
+        self.local, self.step, self._tf32 = local, step, config.adapter_precision == "tf32"
         devices, self._workers = workers_and_devices(data.device, local.workers, data.n_layers)
         if position is None:
             self._stream = TokenStream.fill(data, order, local.max_tokens, devices, on_batch)
@@ -109,7 +110,8 @@ class LocalStage:
         for steps in spans:
             if self._streams:
                 self._stream.read_until(self.local.max_tokens + steps.stop * self.local.tokens_per_step)
-            self._side_by_side(partial(LayerRun.advance, steps=steps), self.layers)
+            with tf32_products(self._tf32):
+                self._side_by_side(partial(LayerRun.advance, steps=steps), self.layers)
         self.step = until
         for run in self.layers:
             if run.terms is not None and not bool(run.terms.error.isfinite()):

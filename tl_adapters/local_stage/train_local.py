@@ -25,6 +25,7 @@ from tl_adapters.data.traces import Trace, readable_traces
 from tl_adapters.local_stage.regression_data import MLPDifferences, RegressionData
 from tl_adapters.local_stage.stage import LocalStage
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.precision import adapter_dtype
 
 
 def train_local(
@@ -77,5 +78,7 @@ def train_layers(
 
 
 def new_adapters(pair: PairedModel, config: TrainingConfig) -> AdapterSet:
-    """Untrained adapters with the width and activation function of a configuration, installed in the pair."""
-    return pair.new_adapters(config.n_features, seed=config.seed, **config.adapter_options)
+    """Untrained adapters with the width, activation function and precision of a configuration, in the pair."""
+    adapters = pair.new_adapters(config.n_features, seed=config.seed, **config.adapter_options)
+    adapters.compute_in(adapter_dtype(pair.model.cfg.dtype, pair.device, config.adapter_precision))
+    return adapters

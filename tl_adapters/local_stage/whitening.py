@@ -17,6 +17,7 @@ from torch import Tensor
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.utils.precision import host_float64, wide
 
+_CPU = torch.device("cpu")
 ROWS_AT_ONCE = 2**14
 """Number of rows whose products are summed at a time."""
 
@@ -58,15 +59,18 @@ class Whitening:
     """Eigenvectors of the covariance as columns, each over the root of its shrunk eigenvalue."""
 
     @classmethod
-    def of(cls, inputs: RunningCovariance, shrinkage: float) -> Whitening:
-        """The whitening of inputs with these moments, in float32.
+    def of(cls, inputs: RunningCovariance, shrinkage: float, device: torch.device = _CPU) -> Whitening:
+        """The whitening of inputs with these moments, in float32 on the CPU.
 
         Args:
             inputs: mean and covariance.
+            device: where eigenvectors may be computed.
             shrinkage: share of the largest eigenvalue that is added to every eigenvalue, above 0, so that directions
                 in which the inputs hardly vary are not scaled up to noise.
         """
-        values, vectors = torch.linalg.eigh(inputs.covariance)
+        # On a GPU, where 3,584 columns take seconds instead of a minute; MPS has neither float64 nor this function.
+        covariance = inputs.covariance.to(device if device.type == "cuda" else "cpu")
+        values, vectors = (part.cpu() for part in torch.linalg.eigh(covariance))
         values = values.clamp(min=0)
         matrix = vectors * (values + shrinkage * values.max()).rsqrt()
         return cls(inputs.mean.float(), matrix.float().contiguous())  # products do not depend on its layout

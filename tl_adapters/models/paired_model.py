@@ -50,6 +50,7 @@ from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.routed_model import RoutedModel
 from tl_adapters.models.weight_identity import BaseIdentity, ModelSamples, layer_samples, target_fingerprints
 from tl_adapters.utils.devices import resolve_device
+from tl_adapters.utils.precision import adapter_dtype
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 if TYPE_CHECKING:
@@ -255,6 +256,7 @@ class PairedModel(RoutedModel):
         require_belonging(adapters, self.backend, self.target_id, base_samples, self.base_id, fingerprints)
         scales = {layer: adapter_scale(adapters, self.backend, layer) for layer in adapters.layer_indices}
         self.adapters = adapters.to(self.device)
+        adapters.compute_in(adapter_dtype(self.model.cfg.dtype, self.device))
         for layer, mlp in enumerate(self.mlps):
             mlp.adapter = adapters[layer] if layer in scales else None
             scale = scales.get(layer)

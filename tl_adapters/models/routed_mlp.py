@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
 from tl_adapters.errors import UserError
-from tl_adapters.utils.precision import CAST_ELEMENTS, at_least_float32
+from tl_adapters.utils.precision import CAST_ELEMENTS, at_least_float32, product_in_float32
 
 
 class WeightsProcessedError(UserError, RuntimeError):
@@ -61,15 +61,15 @@ class MLPWeights:
         return self.act_fn(x @ self.W_gate) * (x @ self.W_in)
 
     def output(self, x: Tensor) -> Tensor:
-        """The MLP's output for inputs [..., d_model], with products and sums in the dtype of ``x``.
+        """The MLP's output for inputs [..., d_model], computed in float32 at least, whatever the dtype of the weights.
 
-        The weights may have another dtype; they are cast in slices, so that no whole copy of one is in memory.
+        Weights that have to be cast are cast in slices, so that no whole copy of one is in memory.
         """
-        out, width = torch.zeros_like(x), max(1, CAST_ELEMENTS // self.W_in.shape[0])
+        out, width = torch.zeros_like(at_least_float32(x)), max(1, CAST_ELEMENTS // self.W_in.shape[0])
         parts = (w.split(width, axis) for w, axis in ((self.W_gate, 1), (self.W_in, 1), (self.W_out, 0)))
         for W_gate, W_in, W_out in zip(*parts, strict=True):
-            part = MLPWeights(W_gate.to(x.dtype), W_in.to(x.dtype), W_out.to(x.dtype), self.act_fn)
-            out = out + part.neurons(x) @ part.W_out
+            neurons = self.act_fn(product_in_float32(x, W_gate)) * product_in_float32(x, W_in)
+            out = out + product_in_float32(neurons, W_out)
         return out
 
 
@@ -118,9 +118,9 @@ class RoutedMLP(nn.Module):
         It is small beside either output and is computed in float32 at least, whatever the dtype of the weights.
         """
         target, base = self.weights()
-        x = at_least_float32(x)
-        out = target.output(x) - base.output(x if self.base_scale is None else x * self.base_scale)
-        return out if self.planted is None else out + self.planted(x)
+        for_base = x if self.base_scale is None else at_least_float32(x) * self.base_scale
+        out = target.output(x) - base.output(for_base)
+        return out if self.planted is None else out + self.planted(at_least_float32(x))
 
     def adapter_input(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """What the adapter reads where the MLP reads ``x``."""

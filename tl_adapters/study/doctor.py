@@ -101,7 +101,8 @@ def diagnose(
     except UserError as error:
         findings.append(Finding("error", checked, str(error)))
     findings += _dtype(config, described)
-    size, chosen = estimate_size(config, described, longest), resolve_device(device)
+    chosen = resolve_device(device)
+    size = estimate_size(config, described, longest, chosen)
     return [*findings, *_memory(size, chosen), _time(size, chosen), *_disk(size, config, out)]
 
 

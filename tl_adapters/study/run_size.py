@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PretrainedConfig
 
 from tl_adapters.config import LocalConfig, RunConfig, StageName, TrainingConfig
 from tl_adapters.local_stage.layer_run import REVISION_TOKENS
+from tl_adapters.utils.precision import adapter_dtype
 
 BYTES_OF_DTYPE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LOGIT_CHUNKS = 4 * 2**26
@@ -78,15 +80,21 @@ def stored_dtype(described: PretrainedConfig) -> str:
     return dtype if dtype in BYTES_OF_DTYPE else "float32"
 
 
-def estimate_size(config: RunConfig, described: PretrainedConfig, longest: int = 0) -> RunSize:
+def estimate_size(
+    config: RunConfig, described: PretrainedConfig, longest: int = 0, device: torch.device | None = None
+) -> RunSize:
     """The size of a run (a test compares it with what autograd and the stages keep).
 
     Args:
         config: stages, width of the adapters, dtype, tokens per batch.
         described: the target's configuration.
         longest: tokens of the longest document, which is a batch of its own where it exceeds ``tokens_per_batch``.
+        device: where the run computes, which decides the adapters' precision; None is the CPU.
     """
-    shapes = _Shapes.of(described, BYTES_OF_DTYPE[config.dtype or stored_dtype(described)])
+    dtype = config.dtype or stored_dtype(described)
+    precision = config.training.adapter_precision
+    rounded = adapter_dtype(getattr(torch, dtype), device or torch.device("cpu"), precision) is not None
+    shapes = _Shapes.of(described, BYTES_OF_DTYPE[dtype], 2 if rounded else 4)
     training, n_layers = config.training, shapes.n_layers
     tokens = max(training.tokens_per_batch, min(longest, described.max_position_embeddings))
     estimates = {"local": _local_stage, "end_to_end": _end_to_end_stage}
@@ -114,9 +122,11 @@ class _Shapes:
     unembedding: int
     width: int
     """Bytes of a weight."""
+    acts_width: int
+    """Bytes of an adapter's activation."""
 
     @classmethod
-    def of(cls, described: PretrainedConfig, width: int) -> _Shapes:
+    def of(cls, described: PretrainedConfig, width: int, acts_width: int) -> _Shapes:
         """The shapes that a target's configuration describes."""
         d, d_mlp = described.hidden_size, described.intermediate_size
         heads, kv = described.num_attention_heads, described.num_key_value_heads
@@ -133,6 +143,7 @@ class _Shapes:
             embeddings=unembedding * (1 if described.tie_word_embeddings else 2),
             unembedding=unembedding,
             width=width,
+            acts_width=acts_width,
         )
 
     def adapter(self, n_features: int) -> int:
@@ -149,16 +160,29 @@ def _end_to_end_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) ->
     # Three forward passes (target, replacement, and two halves of bridges), two backward passes to the inputs, and of
     # adapters one and a half of each, with the gradient of their weights; logits of four streams, and three gradients.
     forward_and_backward = n_layers * (5 * products + 1.5 * 3 * 2 * shapes.d_model * n) + 9 * shapes.unembedding
+    if training.recompute:  # the passes that have a backward pass run twice
+        forward_and_backward += n_layers * (2 * products + 1.5 * 2 * shapes.d_model * n)
     if training.loss_weights.local:
         forward_and_backward += n_layers * (2 * shapes.mlp + 3 * 2 * shapes.d_model * n)
     return StageSize(
         stage="end_to_end",
         adapters=16 * adapters + coordinates,
-        activations=tokens * n_layers * (shapes.width * shapes.per_token + 4 * (shapes.d_model + 2 * n)) + LOGIT_CHUNKS,
+        activations=_kept_for_backward(shapes, training, tokens) + LOGIT_CHUNKS,
         tokens=0,
         checkpoint=12 * adapters + coordinates - (4 * adapters if coordinates else 0),
         operations=2.0 * forward_and_backward * per_batch * training.steps,
     )
+
+
+def _kept_for_backward(shapes: _Shapes, training: TrainingConfig, tokens: int) -> int:
+    """Bytes that a pass of the replacement keeps for its backward pass, beside the target's residual stream."""
+    n, d, n_layers = training.n_features, shapes.d_model, shapes.n_layers
+    # of a block: the model's own; the adapter's input, pre-activations and activations; the error of the NMSE
+    block = tokens * (shapes.width * shapes.per_token + shapes.acts_width * (d + 2 * n) + 4 * d)
+    if shapes.acts_width < 4:  # weights that were cast
+        block += shapes.acts_width * shapes.adapter(n)
+    streams = 2 * tokens * n_layers * shapes.width * d
+    return streams + block * (1 if training.recompute else n_layers)
 
 
 def _local_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) -> StageSize:

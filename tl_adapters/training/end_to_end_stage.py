@@ -27,6 +27,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.training.adapter_adam import AdapterAdam, PlacedAdapter, placed_adapters
 from tl_adapters.training.not_finite import describe_not_finite
 from tl_adapters.training.objective import StepTerms, shared_prefix_step
+from tl_adapters.utils.precision import tf32_products
 
 THRESHOLD_WINDOW = 0.05
 """Share of the steps over which batchtopk's threshold is a running mean. At the end of the cosine the weights hardly
@@ -81,7 +82,10 @@ class EndToEndStage:
         require_embedded(batch.tokens, self.pair.model.cfg.d_vocab, f"The batch of step {step + 1}")
         batch = batch.to(self.pair.device)
         cut = random.Random(f"{config.seed}-cut-{step}").randint(config.loss_weights.lowest_cut, self.pair.n_layers)
-        terms = shared_prefix_step(self.pair, batch, cut, config.loss_weights, sparsity_weight(config, step), want_l0)
+        with tf32_products(config.adapter_precision == "tf32"):
+            terms = shared_prefix_step(
+                self.pair, batch, cut, config.loss_weights, sparsity_weight(config, step), want_l0, config.recompute
+            )
         norm = self.adam.clip(config.grad_clip)
         if not bool(torch.isfinite(terms.total) & torch.isfinite(norm)):
             raise NotFiniteError(self._not_finite_message(terms, float(norm), batch))

@@ -69,7 +69,7 @@ def l0_term(active: Float[Tensor, "batch pos n_features"], mask: Bool[Tensor, "b
         active: 1 or 0, with a gradient to the thresholds (`activation_functions.step`).
         mask: the tokens that count.
     """
-    return _mean_over(active.sum(-1), mask)
+    return _mean_over(active.sum(-1, dtype=torch.promote_types(active.dtype, torch.float32)), mask)
 
 
 def local_term(
@@ -99,4 +99,5 @@ def local_term(
 
 
 def _mean_over(per_token: Tensor, mask: Tensor) -> Tensor:
+    per_token = at_least_float32(per_token)  # activations may be in bfloat16, sums may not
     return (per_token * mask.to(per_token.dtype)).sum() / mask.sum()

@@ -24,10 +24,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from tl_adapters.adapters.activation_functions import smallest_active, step
 from tl_adapters.adapters.adapter_set import AdapterSet
@@ -41,6 +42,8 @@ from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedMode
 from tl_adapters.training.kl_divergence import kl_from_residual, masked_kl, token_kl_from_residual
 from tl_adapters.training.loss_terms import l0_term, l1_term, local_term, nmse_term
 from tl_adapters.utils.precision import host_float64, wide
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -147,76 +150,144 @@ def _reference_terms(
 
 
 def shared_prefix_step(
-    pair: PairedModel, batch: Batch, cut: int, weights: LossWeights, sparsity_weight: float, want_l0: bool = False
+    pair: PairedModel,
+    batch: Batch,
+    cut: int,
+    weights: LossWeights,
+    sparsity_weight: float,
+    want_l0: bool = False,
+    recompute: bool = False,
 ) -> StepTerms:
     """`reference_step` with shared prefixes, and one pass's graph in memory at a time.
 
-    Args: as `reference_step`, and ``want_l0``, whether to count the active features.
+    Args: as `reference_step`, and
+        want_l0: whether to count the active features.
+        recompute: whether the backward pass computes every block again, so that of a pass only the residual stream
+            between the blocks is in memory.
 
     Raises:
         PrecisionError: the models are in float16.
     """
     require_trainable(pair)
     with pair.installed_adapters().training_on(batch.real):
-        return _shared_prefix_terms(pair, batch, cut, weights, sparsity_weight, want_l0)
+        return _SharedPrefixes(pair, batch, cut, weights, sparsity_weight, want_l0, recompute).terms()
 
 
-def _shared_prefix_terms(
-    pair: PairedModel, batch: Batch, cut: int, weights: LossWeights, sparsity_weight: float, want_l0: bool
-) -> StepTerms:
-    n, adapters, weighted = pair.n_layers, pair.installed_adapters(), _weighted_sum(weights, sparsity_weight)
-    counted, predicting = batch.counted, batch.predicting
-    target, inputs = _target_streams(pair, batch, with_inputs=weights.local > 0)
-    local = _local_step(pair, inputs, batch, weights) if weights.local else None
+class _SharedPrefixes:
+    """One call of `shared_prefix_step`; its arguments."""
 
-    def kl(resid: Tensor) -> Tensor:
-        return kl_from_residual(target[-1], resid, predicting, pair.unembed, pair.rows_at_once)
+    def __init__(
+        self,
+        pair: PairedModel,
+        batch: Batch,
+        cut: int,
+        weights: LossWeights,
+        sparsity_weight: float,
+        want_l0: bool,
+        recompute: bool,
+    ) -> None:
+        self.pair, self.batch, self.cut, self.weights, self.sparsity_weight = pair, batch, cut, weights, sparsity_weight
+        self.n, self.adapters, self.want_l0, self.recompute = (
+            pair.n_layers,
+            pair.installed_adapters(),
+            want_l0,
+            recompute,
+        )
+        self.run = _run_again_in_backward if recompute else _run
+        self.l0, self.smallest = dict[int, Tensor](), dict[int, Tensor]()
+        self.target, inputs = _target_streams(pair, batch, with_inputs=weights.local > 0)
+        self.local = _local_step(pair, inputs, batch, weights) if weights.local else None
 
-    def replacement_blocks(resid: Tensor, layers: range) -> tuple[Tensor, Tensor, Tensor]:
-        """The replacement's residual stream after ``layers``, and the share of these layers in NMSE and sparsity."""
+    def terms(self) -> StepTerms:
+        """Add all gradients and return the terms."""
+        pair, cut, weighted = self.pair, self.cut, _weighted_sum(self.weights, self.sparsity_weight)
+        zero = self.target[0].new_zeros(())
+        # Every backward pass is taken on the route of its forward pass, as it may compute blocks again.
+        with pair.routed("replacement"), _recorded_features(pair) as features:
+            at_cut, nmse_below, sparsity_below = self._replacement(self.target[0], range(cut), features)
+            resume = at_cut.detach().requires_grad_()
+            final, nmse_above, sparsity_above = self._replacement(resume, range(cut, self.n), features)
+            output_kl = self._kl(final)
+            # At cut 0 and cut n, one bridge is the replacement itself and the other the target, without gradients.
+            forward_bridge = output_kl if cut == self.n else zero
+            backward_bridge = output_kl if cut == 0 else zero
+            weighted(output_kl, forward_bridge, backward_bridge, nmse_above, sparsity_above).backward()
+            if 0 < cut < self.n:
+                forked = at_cut.detach().requires_grad_()
+                forward_bridge = self._bridge("target", forked, self.weights.forward_bridge)
+                assert resume.grad is not None
+                assert forked.grad is not None
+                resume.grad += forked.grad
+            if cut:
+                below = self.weights.nmse * nmse_below + self.sparsity_weight * sparsity_below
+                torch.autograd.backward([at_cut, below], [resume.grad, torch.ones_like(below)])
+        if 0 < cut < self.n:
+            backward_bridge = self._bridge("replacement", self.target[cut], self.weights.backward_bridge)
+
+        nmse, sparsity = (nmse_below + nmse_above).detach(), (sparsity_below + sparsity_above).detach()
+        output_kl, forward_bridge, backward_bridge = (t.detach() for t in (output_kl, forward_bridge, backward_bridge))
+        total = weighted(output_kl, forward_bridge, backward_bridge, nmse, sparsity)
+        total = total if self.local is None else total + self.weights.local * self.local
+        by_layer = torch.stack([self.l0[layer] for layer in range(self.n)]).tolist() if self.want_l0 else None
+        smallest = [self.smallest[layer] for layer in range(self.n)] if self.smallest else None
+        kls = (output_kl, forward_bridge, backward_bridge)
+        return StepTerms(*kls, nmse, sparsity, self.local, total, by_layer, smallest)
+
+    def _kl(self, resid: Tensor) -> Tensor:
+        pair, predicting = self.pair, self.batch.predicting
+        return kl_from_residual(self.target[-1], resid, predicting, pair.unembed, pair.rows_at_once)
+
+    def _replacement(
+        self, resid: Tensor, layers: range, features: tuple[dict[int, Tensor], dict[int, Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The replacement's residual stream after ``layers``, and the share of these layers in NMSE and sparsity.
+
+        Args:
+            resid: the residual stream before them.
+            layers: the layers.
+            features: what `_recorded_features` records.
+        """
+        pre, acts = features
+
+        def block(resid: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+            resid = self.pair.run_blocks(resid, layer, layer + 1)
+            nmse = nmse_term(self.target[layer + 1], resid, self.batch.counted) / (self.n + 1)
+            active = acts.pop(layer)  # so that only the graph keeps them, if it does
+            self._count(layer, active.detach())
+            return resid, nmse, _sparsity(self.adapters[layer], pre.pop(layer, None), active, self.batch.counted)
+
         nmse = sparsity = resid.new_zeros(())
         for layer in layers:
-            resid = pair.run_blocks(resid, layer, layer + 1)
-            nmse = nmse + nmse_term(target[layer + 1], resid, counted) / (n + 1)
-            sparsity = sparsity + _sparsity(adapters[layer], pre.get(layer), acts[layer], counted)
-            if want_l0:
-                l0_by_layer[layer] = l0(acts[layer].detach(), counted)
+            resid, nmse_here, sparsity_here = self.run(block, resid, layer)
+            nmse, sparsity = nmse + nmse_here, sparsity + sparsity_here
         return resid, nmse, sparsity
 
-    zero = target[0].new_zeros(())
-    l0_by_layer: dict[int, Tensor] = {}
-    with pair.routed("replacement"), _recorded_features(pair) as (pre, acts):
-        at_cut, nmse_below, sparsity_below = replacement_blocks(target[0], range(cut))
-        resume = at_cut.detach().requires_grad_()
-        final, nmse_above, sparsity_above = replacement_blocks(resume, range(cut, n))
-        output_kl = kl(final)
-        # At cut 0 and cut n, one bridge is the replacement itself and the other the target, which has no gradient.
-        forward_bridge = output_kl if cut == n else zero
-        backward_bridge = output_kl if cut == 0 else zero
-        weighted(output_kl, forward_bridge, backward_bridge, nmse_above, sparsity_above).backward()
-        smallest = _smallest_active(adapters, acts, batch)
-    if 0 < cut < n:
-        forked = at_cut.detach().requires_grad_()
-        with pair.routed("target"):
-            forward_bridge = kl(pair.run_blocks(forked, cut, n))
-        (weights.forward_bridge * forward_bridge).backward()
-        assert resume.grad is not None
-        assert forked.grad is not None
-        resume.grad += forked.grad
-    if cut:
-        below = weights.nmse * nmse_below + sparsity_weight * sparsity_below
-        torch.autograd.backward([at_cut, below], [resume.grad, torch.ones_like(below)])
-    if 0 < cut < n:
-        with pair.routed("replacement"):
-            backward_bridge = kl(pair.run_blocks(target[cut], cut, n))
-        (weights.backward_bridge * backward_bridge).backward()
+    def _count(self, layer: int, acts: Tensor) -> None:
+        if self.want_l0:
+            self.l0[layer] = l0(acts, self.batch.counted)
+        if self.adapters.metadata.activation == "batchtopk":
+            self.smallest[layer] = smallest_active(acts, self.batch.real)
 
-    nmse, sparsity = (nmse_below + nmse_above).detach(), (sparsity_below + sparsity_above).detach()
-    output_kl, forward_bridge, backward_bridge = (t.detach() for t in (output_kl, forward_bridge, backward_bridge))
-    total = weighted(output_kl, forward_bridge, backward_bridge, nmse, sparsity)
-    total = total if local is None else total + weights.local * local
-    by_layer = torch.stack([l0_by_layer[layer] for layer in range(n)]).tolist() if want_l0 else None
-    return StepTerms(output_kl, forward_bridge, backward_bridge, nmse, sparsity, local, total, by_layer, smallest)
+    def _bridge(self, route: str, resid: Tensor, weight: float) -> Tensor:
+        """The KL divergence of the blocks above the cut on a route; adds its gradients."""
+        blocks = [(layer, layer + 1) for layer in range(self.cut, self.n)] if self.recompute else [(self.cut, self.n)]
+        with self.pair.routed(route):
+            for start, stop in blocks:
+                resid = self.run(self.pair.run_blocks, resid, start, stop)
+            bridge = self._kl(resid)
+            (weight * bridge).backward()
+        return bridge
+
+
+def _run(function: Callable[..., Made], *args: Any) -> Made:
+    return function(*args)
+
+
+def _run_again_in_backward(function: Callable[..., Made], *args: Any) -> Made:
+    """The function's result, of whose computation nothing is kept but the arguments."""
+    with set_checkpoint_early_stop(False):  # so that the second run cleans up as the first one does
+        made: Made = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return made
 
 
 @torch.no_grad()
