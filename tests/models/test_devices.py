@@ -61,6 +61,7 @@ from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.training.objective import shared_prefix_step
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.devices import DeviceError, resolve_device
+from tl_adapters.utils.precision import product_in_float32
 
 Device = PretendedDevice | CudaDevice
 ON_CUDA = ["real_cuda"] if CUDA_IS_TESTED else []
@@ -369,6 +370,32 @@ def test_real_cuda_computes_what_the_cpu_computes(architecture: str, activation:
         values |= {"active": graph.features, "rows": graph.rows}
         found.append({key: value.detach().cpu() for key, value in values.items()})
     torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.skipif(not CUDA_IS_TESTED, reason="make gpu runs this on a machine with a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_real_cuda_products_are_those_of_float64_arithmetic(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).to("cuda", dtype) for shape in ((3, 50, 640), (640, 320)))
+    weight = weight.to(torch.bfloat16)
+    exact = x.double() @ weight.double()
+    assert float((product_in_float32(x, weight) - exact).norm()) < 1e-6 * float(exact.norm())
+
+
+@pytest.mark.skipif(not CUDA_IS_TESTED, reason="make gpu runs this on a machine with a GPU")
+@pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
+def test_real_cuda_adapters_train_in_bfloat16_beside_a_bfloat16_model(activation: str) -> None:
+    base, target = (random_model(seed, torch.bfloat16) for seed in (1, 2))
+    pair = PairedModel.from_pretrained(base, target, device="cuda")
+    local = LocalConfig(steps=6, tokens_per_step=16, max_tokens=99, revisions=(0.4, 0.7))
+    config = TrainingConfig(
+        n_features=16, steps=3, tokens_per_batch=24, activation=activation, stages=("local", "end_to_end"),
+        local=local, recompute=True, **({"k": 5} if "topk" in activation else {}),
+    )  # type: ignore[arg-type]  # fmt: skip
+    adapters = Trainer(pair, documents(vocab=61), config, progress=False).run()
+    assert all(adapter.acts_dtype == torch.bfloat16 for adapter in adapters)
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in adapters.parameters())
+    faithfulness_block(measure_faithfulness(pair, documents(vocab=61)), "x")
 
 
 # -- how often the host waits -----------------------------------------------------------------------------------------
