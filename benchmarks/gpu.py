@@ -33,7 +33,7 @@ from recorded import record
 from transformers import AutoTokenizer
 
 from tl_adapters import organism
-from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.attribute import attribute, default_batch_size, estimated_memory
 from tl_adapters.config import AdapterPrecision, LocalConfig, RunConfig, TrainingConfig
 from tl_adapters.data.batching import BatchOrder, TracesInMemory
 from tl_adapters.data.chat_format import encode_traces
@@ -212,7 +212,7 @@ class Bench:
         for length in self.args.prompts:
             self.fresh()
             l0, tokens = self.adapters(), random_tokens(self.pair, 1, length)[0]
-            rows = 16 if self.small else 256
+            rows, resident = 16 if self.small else 256, self._resident()
             graphs: list[Any] = []
 
             def graph(tokens: torch.Tensor = tokens, rows: int = rows, graphs: list[Any] = graphs) -> None:
@@ -221,7 +221,9 @@ class Bench:
             measured: Measured = {"tokens": length, "l0": l0, "rows": rows}
             for name, step in self._measure(f"attribute-{length}", measured, graph, 1):
                 if graphs:
-                    step["active_features"] = graphs[0].about["active_features"]
+                    step["active_features"] = active = graphs[0].about["active_features"]
+                    beside = estimated_memory(self.pair, length, active, default_batch_size(self.pair, length))
+                    step["predicted_gb"] = (resident + beside) / 1e9
                 yield name, step
 
     def collect(self) -> Iterator[tuple[str, Measured]]:
@@ -251,6 +253,10 @@ class Bench:
                 )
 
     # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def _resident(self) -> int:
+        """Bytes of the pair and its adapters."""
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
 
     def _order(self, documents: list[Trace], training: TrainingConfig) -> BatchOrder:
         source = TracesInMemory(documents, training.count)

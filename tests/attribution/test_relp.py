@@ -8,8 +8,9 @@ from helpers.relp_by_hooks import relp_hooks
 from helpers.users_models import plain, process, reference
 from transformer_lens.hook_points import HookPoint
 
+from tl_adapters.attribution import relp
 from tl_adapters.attribution.gradient import GradientModel
-from tl_adapters.attribution.relp import LinearizedModel, Rows
+from tl_adapters.attribution.relp import LinearizedModel, Rows, large_coefficient_bytes
 from tl_adapters.interventions.feature_edits import ablated
 from tl_adapters.interventions.frozen import frozen
 from tl_adapters.models.attach import attach
@@ -57,6 +58,25 @@ def test_every_target_is_the_sum_of_its_contributions_and_constants(
         assert rows.biases.abs().max() > 1e-3 or architecture != "Qwen2ForCausalLM" or layer == start == 4
         assert bool(rows.errors.any()) is (linearization == "frozen_mlp" and layer > 0)
         assert bool(rows.outside.abs().max() > 1e-6) is (start > 0)
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("linearization", ["relp", "frozen_mlp"])
+def test_coefficients_that_are_computed_again_change_no_row(
+    architecture: str, backend: str, linearization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make(architecture, backend)
+    kept = LinearizedModel(pair, TOKENS, linearization, 2)
+    monkeypatch.setattr(relp, "KEPT_BYTES", large_coefficient_bytes(pair, len(TOKENS)) - 1)
+    monkeypatch.setattr(relp, "HIDDEN_AT_ONCE", 300)
+    again = LinearizedModel(pair, TOKENS, linearization, 2)
+    assert kept._kept and not again._kept and torch.equal(kept.active, again.active)
+    for layer in range(5):
+        positions, vectors, _, _ = targets(pair, kept, layer, 2)
+        for ours, theirs in zip(
+            kept.rows(layer, positions, vectors), again.rows(layer, positions, vectors), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from tl_adapters.attribution.gradient import GradientModel, PromptModel
 from tl_adapters.attribution.graph import LINEARIZATIONS, AttributionGraph, GraphError
 from tl_adapters.attribution.provenance import provenance
-from tl_adapters.attribution.relp import LinearizedModel
+from tl_adapters.attribution.relp import HIDDEN_AT_ONCE, KEPT_BYTES, LinearizedModel, large_coefficient_bytes
 from tl_adapters.attribution.rows import GraphRows
 from tl_adapters.attribution.targets import (
     DifferenceTarget,
@@ -46,6 +46,10 @@ from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
 from tl_adapters.utils.arguments import choice, items
 from tl_adapters.utils.devices import seconds_of
 
+ROWS_AT_ONCE = 64
+"""Most rows of a graph that are computed together, unless another number is given."""
+GRADIENT_NUMBERS = 2**29
+"""Most numbers of one gradient of all rows that are computed together (2 GB in float32)."""
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +66,7 @@ def attribute(
     max_feature_nodes: int = 5_000,
     exclude_bos: bool = False,
     window: int | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> AttributionGraph:
     """The attribution graph of one prompt on the pair's replacement route.
@@ -79,7 +83,8 @@ def attribute(
         max_feature_nodes: the largest number of feature nodes; those with the most influence on the targets are kept.
         exclude_bos: leave features at the first position out of the graph, before anything is ranked.
         window: only the last ``window`` positions have nodes. Contributions from before them are summed in each row.
-        batch_size: rows computed together; memory grows with batch_size x (positions x d_model + active features).
+        batch_size: rows computed together; memory grows with batch_size x (positions x d_model + active features). None
+            is 64, or fewer for a long prompt of a large model (`default_batch_size`).
         progress: show a progress bar.
 
     Returns:
@@ -92,12 +97,18 @@ def attribute(
         PairMismatchError: some layers have no adapter.
         NotFiniteError: activations are NaN or infinite.
     """
-    options = _Options(linearisation, position, mass, max_logits, max_feature_nodes, exclude_bos, window, batch_size)
+    options = _Options(
+        linearisation, position, mass, max_logits, max_feature_nodes, exclude_bos, window,
+        ROWS_AT_ONCE if batch_size is None else batch_size,
+    )  # fmt: skip
     options.check()
     if targets is not None:
         advice = "give tokens (texts or ids), LogitTarget, DifferenceTarget or FeatureTarget"
         targets = items(targets, (str, int, LogitTarget, DifferenceTarget, FeatureTarget), "targets", advice)
-    return _attribute(pair, prompt_token_ids(pair, prompt), targets, options, progress)
+    tokens = prompt_token_ids(pair, prompt)
+    if batch_size is None:
+        options = replace(options, batch_size=default_batch_size(pair, len(tokens)))
+    return _attribute(pair, tokens, targets, options, progress)
 
 
 @dataclass(frozen=True)
@@ -198,6 +209,32 @@ def _check_targets(targets: Sequence[ResolvedTarget], start: int, window: int | 
         )
 
 
+def default_batch_size(pair: PairedModel, n_tokens: int) -> int:
+    """Rows computed together: 64, or so many that a gradient of all of them has `GRADIENT_NUMBERS` numbers."""
+    return max(1, min(ROWS_AT_ONCE, GRADIENT_NUMBERS // (n_tokens * pair.model.cfg.d_model)))
+
+
+def estimated_memory(pair: PairedModel, n_tokens: int, n_active: int, batch_size: int) -> int:
+    """Bytes that the rows of a graph take at most, beside the model and its adapters in float32.
+
+    Args:
+        pair: the pair.
+        n_tokens: tokens of the prompt.
+        n_active: active features on it.
+        batch_size: rows computed together.
+    """
+    cfg, adapters = pair.model.cfg, pair.installed_adapters()
+    width = torch.promote_types(cfg.dtype, torch.float32).itemsize
+    large = large_coefficient_bytes(pair, n_tokens)
+    # Beyond what is kept, one layer's at a time: recorded, cast, and its factors.
+    large = large if large <= KEPT_BYTES else 2 * large // cfg.n_layers
+    by_token = n_tokens * (2 * adapters.n_features + 3 * cfg.d_model) * cfg.n_layers
+    by_feature = n_active * cfg.d_model
+    hidden = 3 * min(HIDDEN_AT_ONCE, batch_size * n_tokens * cfg.d_mlp)
+    gradients = batch_size * (4 * n_tokens * cfg.d_model + 2 * n_active)
+    return int(large + width * (by_token + by_feature + hidden + gradients))
+
+
 def estimated_cost(pair: PairedModel, n_positions: int, n_active: int, n_targets: int, batch_size: int) -> str:
     """One line on the time and memory that the rows will take: operations from the shapes, seconds by a measurement."""
     cfg = pair.model.cfg
@@ -205,9 +242,7 @@ def estimated_cost(pair: PairedModel, n_positions: int, n_active: int, n_targets
     attention = 2 * n_positions * cfg.n_heads * cfg.d_head
     # On average a target is half way up the layers and half way along the positions.
     operations = n_targets * cfg.n_layers / 2 * n_positions / 2 * (2 * per_position + attention)
-    size = 4 if cfg.dtype != torch.float64 else 8
-    patterns = cfg.n_layers * cfg.n_heads * n_positions**2
-    memory = size * (patterns + batch_size * (3 * n_positions * cfg.d_mlp + 2 * n_active))
+    memory = estimated_memory(pair, n_positions, n_active, batch_size)
     return (
         f"{n_targets:,} targets, {n_active:,} active features, {n_positions:,} positions: about "
         f"{seconds_of(operations, pair.device):.0f} s and {memory / 1e9:.2g} GB beside the model."

@@ -16,20 +16,29 @@ attention of its own layer. The value of a target equals the sum of all contribu
 outputs and decoders) exactly: `LinearizedModel.rows` returns the constants too, and a test checks the sum to 1e-10 in
 float64 on every architecture.
 
-There is no autograd graph: memory is the coefficients plus batch x (positions x d_model + active features).
+There is no autograd graph: memory is the coefficients plus batch x (positions x d_model + active features). Attention
+patterns and the coefficients of gates grow fastest with the prompt and the model; beyond `KEPT_BYTES` they are not
+kept, and a layer's are computed again from its residual stream whenever rows pass through it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.precision import product_in_float32
+
+KEPT_BYTES = 2**31
+"""Most bytes of attention patterns and gate coefficients that are kept for all layers."""
+HIDDEN_AT_ONCE = 2**28
+"""Most numbers of an MLP's hidden layer that are computed at a time (1 GB in float32)."""
 
 
 class Rows(NamedTuple):
@@ -49,21 +58,26 @@ class Rows(NamedTuple):
     """Contribution of everything at positions before the window."""
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """The coefficients and weights of one layer; vectors are rows. Weights are the model's own, in the layout of
-    Hugging Face. Those of a bfloat16 model are cast where they are used, one at a time."""
+class _Coefficients(NamedTuple):
+    """The large coefficients of one layer."""
 
     pattern: Tensor  # [head, query, key]
+    gate: Tensor  # [pos, d_mlp]: of the gate's pre-activation
+    up: Tensor  # [pos, d_mlp]: of the linear branch
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The other coefficients of one layer, and its weights; vectors are rows. Weights are the model's own, in the
+    layout of Hugging Face. Those of a bfloat16 model are cast where they are used, one at a time."""
+
     values: Tensor  # [key, kv_head, d_head]
     into_attention: Tensor  # [pos, d_model]: weight of the first norm / its scale
     out_of_attention: Tensor | None  # [pos, d_model]: the same for a post-norm
     into_base: Tensor  # [pos, d_model]: weight of the second norm / its scale, for the base MLP
     into_adapter: Tensor  # [pos, d_model]: the same for the adapter
     out_of_mlp: Tensor | None  # [pos, d_model]: the same for a post-norm
-    gate: Tensor  # [pos, d_mlp]: coefficient of the gate's pre-activation
-    up: Tensor  # [pos, d_mlp]: coefficient of the linear branch
-    base_out: Tensor  # [pos, d_model]: output of the base MLP
+    base_out: Tensor | None  # [pos, d_model]: output of the base MLP; None where it is not frozen
     w_v: Tensor
     w_o: Tensor
     b_v: Tensor | None  # [kv_head, d_head]
@@ -98,13 +112,17 @@ class LinearizedModel:
         self.n_layers, self.n_tokens, self.start = pair.n_layers, len(tokens), start
         self.linearization = linearization
         self.tokens = tokens
-        device = pair.device
+        self.dtype = torch.promote_types(pair.model.W_E.dtype, torch.float32)
+        self._pair = pair
+        keeps_all = large_coefficient_bytes(pair, self.n_tokens) <= KEPT_BYTES
+        hooks = _CACHED_HOOKS + (_LARGE_HOOKS if keeps_all else ("hook_resid_pre",))
         last = f"blocks.{self.n_layers - 1}.hook_resid_post"
         with pair.routed("replacement"):
             _, cache = pair.model.run_with_cache(
-                tokens[None].to(device), names_filter=lambda name: name == last or _is_cached(name), return_type=None
+                tokens[None].to(pair.device),
+                names_filter=lambda name: name == last or _is_one_of(hooks, name),
+                return_type=None,
             )
-        self.dtype = torch.promote_types(pair.model.W_E.dtype, torch.float32)
         self._cache = {name: value[0] if value.shape[0] == 1 else value for name, value in cache.items()}
         self.embedding = self._cached("hook_embed")
         final = pair.backend.norm("ln_final")
@@ -117,11 +135,16 @@ class LinearizedModel:
         self.activations = torch.cat([a[tuple(i.T)] for a, i in zip(acts, by_layer, strict=True)])
         self.offsets = [0, *torch.tensor([len(indices) for indices in by_layer]).cumsum(0).tolist()]
         self._before_position = _counts_before_position(self.active, self.n_layers, self.n_tokens)
+        self._recorded, self._kept = self._cache, list[_Coefficients]()
+        self._residuals = [] if keeps_all else [self._cache[f"blocks.{i}.hook_resid_pre"] for i in range(self.n_layers)]
         self.layers = [self._layer(pair, layer, acts[layer], by_layer[layer]) for layer in range(self.n_layers)]
+        if keeps_all:
+            self._kept = [self._large(layer) for layer in range(self.n_layers)]
         self.encoders = [adapter.W_enc.detach().to(self.dtype) for adapter in pair.installed_adapters()]
         self.b_enc = [adapter.b_enc.detach().to(self.dtype) for adapter in pair.installed_adapters()]
         self.final_residual = self._cached(last)
         self.read_by_unembedding = self.final_residual * self.out_of_model
+        self._recorded = {}
         del self._cache
 
     def _cached(self, name: str) -> Tensor:
@@ -132,15 +155,43 @@ class LinearizedModel:
         inverse = 1 / self._cached(scale)
         return inverse if weight is None else inverse * weight.detach().to(self.dtype)
 
+    def _large_values(self, layer: int) -> list[Tensor]:
+        """The values of `_LARGE_HOOKS` of a layer: recorded, or computed again from its residual stream.
+
+        The adapter of the layer has no part in them.
+        """
+        names, values = [f"blocks.{layer}.{hook}" for hook in _LARGE_HOOKS], self._recorded
+
+        def keep(value: Tensor, hook: Any, name: str) -> None:
+            values[name] = value[0]
+
+        if names[0] not in values:
+            values, hooks = {}, [(name, partial(keep, name=name)) for name in names]
+            with self._pair.routed("hybrid"), self._pair.model.hooks(fwd_hooks=hooks):
+                self._pair.run_blocks(self._residuals[layer][None], layer, layer + 1)
+        return [values[name].to(self.dtype) for name in names]
+
+    def _large(self, layer: int) -> _Coefficients:
+        """The large coefficients of a layer."""
+        if layer < len(self._kept):
+            return self._kept[layer]
+        pattern, gate, up = self._large_values(layer)
+        act = self._pair.mlps[layer].weights()[1].act_fn(gate)
+        # act(z) / z tends to 1/2 at z = 0 for SiLU and GELU; there it multiplies 0.
+        slope = torch.where(gate == 0, torch.full_like(gate, 0.5), act / gate)
+        return _Coefficients(pattern, 0.5 * slope * up, 0.5 * act)
+
+    def _base_out(self, layer: int) -> Tensor:
+        """The output of the base's MLP of a layer."""
+        _, gate, up = self._large_values(layer)
+        _, base = self._pair.mlps[layer].weights()
+        return product_in_float32(base.act_fn(gate) * up, base.W_out.detach())
+
     def _layer(self, pair: PairedModel, layer: int, acts: Tensor, active: Int[Tensor, "n 2"]) -> _Layer:
         name, mlp, backend = f"blocks.{layer}.", pair.mlps[layer], pair.backend
         weights = {key: w.detach() for key, w in backend.named_weights(layer)}
         biases = {key: b.detach().to(self.dtype) for key, b in backend.attention_biases(layer)}
         _, base = mlp.weights()
-        gate, up = self._cached(f"{name}mlp.hook_pre"), self._cached(f"{name}mlp.hook_pre_linear")
-        act = base.act_fn(gate)
-        # act(z) / z tends to 1/2 at z = 0 for SiLU and GELU; there it multiplies 0.
-        slope = torch.where(gate == 0, torch.full_like(gate, 0.5), act / gate)
         into_mlp = self._factor(f"{name}ln2.hook_scale", backend.norm(f"{name}ln2"))
         scale = [s if s is None else s.to(self.dtype) for s in (mlp.base_scale, mlp.adapter_scale)]
         post = {
@@ -150,25 +201,21 @@ class LinearizedModel:
         }
         adapter = pair.installed_adapters()[layer]
         positions, index = active[:, 0], active[:, 1]
-        w_down = base.W_out.detach().T
         return _Layer(
-            pattern=self._cached(f"{name}attn.hook_pattern"),
             values=self._cached(f"{name}attn.hook_v"),
             into_attention=self._factor(f"{name}ln1.hook_scale", backend.norm(f"{name}ln1")),
             out_of_attention=post.get("ln1_post"),
             into_base=into_mlp if scale[0] is None else into_mlp * scale[0],
             into_adapter=into_mlp if scale[1] is None else into_mlp * scale[1],
             out_of_mlp=post.get("ln2_post"),
-            gate=0.5 * slope * up,
-            up=0.5 * act,
-            base_out=(act * up) @ w_down.T.to(self.dtype),
+            base_out=self._base_out(layer) if self.linearization == "frozen_mlp" else None,
             w_v=weights["self_attn.v_proj"],
             w_o=weights["self_attn.o_proj"],
             b_v=biases.get("b_V"),
             b_o=biases.get("b_O"),
             w_gate=base.W_gate.detach().T,
             w_up=base.W_in.detach().T,
-            w_down=w_down,
+            w_down=base.W_out.detach().T,
             positions=positions,
             decoders=adapter.W_dec.detach().to(self.dtype)[index] * acts[positions, index][:, None],
             b_dec=adapter.b_dec.detach().to(self.dtype),
@@ -197,15 +244,16 @@ class LinearizedModel:
         if layer == self.n_layers:
             grad[at] = vectors * self.out_of_model[positions]
         for k in range(min(layer, self.n_layers - 1), -1, -1):
+            large = self._large(k)
             if k == layer:
                 grad[at] += vectors * self.layers[k].into_adapter[positions]
             else:
-                grad = self._through_mlp(k, grad, stop, out)
-            grad = self._through_attention(self.layers[k], grad, stop, out)
+                grad = self._through_mlp(k, large, grad, stop, out)
+            grad = self._through_attention(self.layers[k], large.pattern, grad, stop, out)
         out.tokens[:, first:stop] = torch.einsum("btd,td->bt", grad, self.embedding[first:stop])
         return out
 
-    def _through_mlp(self, k: int, grad: Tensor, stop: int, out: Rows) -> Tensor:
+    def _through_mlp(self, k: int, large: _Coefficients, grad: Tensor, stop: int, out: Rows) -> Tensor:
         """From resid_post of layer k to its resid_mid; records its features, b_dec and, if frozen, its base MLP."""
         c, window = self.layers[k], slice(self.start, stop)
         write = grad if c.out_of_mlp is None else grad * c.out_of_mlp[window]
@@ -216,29 +264,35 @@ class LinearizedModel:
             "bnd,nd->bn", write[:, c.positions[inside] - self.start], c.decoders[inside]
         )
         out.decoder_biases.add_(write.sum(1) @ c.b_dec)
-        if self.linearization == "frozen_mlp":
+        if c.base_out is not None:
             out.errors[:, k, window] = torch.einsum("btd,td->bt", write, c.base_out[window])
             return grad
-        hidden = write @ c.w_down.to(self.dtype)
-        into = (hidden * c.gate[window]) @ c.w_gate.to(self.dtype) + (hidden * c.up[window]) @ c.w_up.to(self.dtype)
-        return grad + into * c.into_base[window]
+        at_once = max(1, HIDDEN_AT_ONCE // (write.shape[1] * len(c.w_gate)))
+        into = [self._through_base(c, large, part, window) for part in write.split(at_once)]
+        return grad + torch.cat(into) * c.into_base[window]
 
-    def _through_attention(self, c: _Layer, grad: Tensor, stop: int, out: Rows) -> Tensor:
+    def _through_base(self, c: _Layer, large: _Coefficients, write: Tensor, window: slice) -> Tensor:
+        """From the output of the base's MLP to its input."""
+        hidden = product_in_float32(write, c.w_down)
+        into = product_in_float32(hidden * large.gate[window], c.w_gate)
+        return into + product_in_float32(hidden * large.up[window], c.w_up)
+
+    def _through_attention(self, c: _Layer, pattern: Tensor, grad: Tensor, stop: int, out: Rows) -> Tensor:
         """From resid_mid to resid_pre; records the biases, and the contribution of values before the window."""
         window = slice(self.start, stop)
         write = grad if c.out_of_attention is None else grad * c.out_of_attention[window]
         if c.b_o is not None:
             out.biases.add_(write.sum(1) @ c.b_o)
-        heads, (_, kv_heads, d_head) = c.pattern.shape[0], c.values.shape
-        z = (write @ c.w_o.to(self.dtype)).unflatten(-1, (heads, d_head))
-        mixed = torch.einsum("hqk,bqhd->bkhd", c.pattern[:, window, :stop], z)
+        heads, (_, kv_heads, d_head) = pattern.shape[0], c.values.shape
+        z = product_in_float32(write, c.w_o).unflatten(-1, (heads, d_head))
+        mixed = torch.einsum("hqk,bqhd->bkhd", pattern[:, window, :stop], z)
         mixed = mixed.unflatten(2, (kv_heads, heads // kv_heads)).sum(3)  # query heads of a group share keys and values
         if self.start:
             out.outside.add_(torch.einsum("bkhd,khd->b", mixed[:, : self.start], c.values[: self.start]))
             mixed = mixed[:, self.start :]
         if c.b_v is not None:
             out.biases.add_(torch.einsum("bkhd,hd->b", mixed, c.b_v))
-        return grad + (mixed.flatten(2) @ c.w_v.to(self.dtype)) * c.into_attention[window]
+        return grad + product_in_float32(mixed.flatten(2), c.w_v) * c.into_attention[window]
 
 
 def active_feature_indices(acts: Sequence[Float[Tensor, "pos n_features"]]) -> tuple[Int[Tensor, "n 3"], list[Tensor]]:
@@ -265,14 +319,19 @@ def _counts_before_position(active: Int[Tensor, "n 3"], n_layers: int, n_tokens:
 _CACHED_HOOKS = (
     "hook_embed",
     "hook_scale",
-    "attn.hook_pattern",
     "attn.hook_v",
-    "mlp.hook_pre",
-    "mlp.hook_pre_linear",
     "adapter.hook_sae_acts_pre",
     "adapter.hook_sae_acts_post",
 )
+_LARGE_HOOKS = ("attn.hook_pattern", "mlp.hook_pre", "mlp.hook_pre_linear")
 
 
-def _is_cached(name: str) -> bool:
-    return name.endswith(_CACHED_HOOKS) and ".q_norm." not in name and ".k_norm." not in name
+def _is_one_of(hooks: tuple[str, ...], name: str) -> bool:
+    return name.endswith(hooks) and ".q_norm." not in name and ".k_norm." not in name
+
+
+def large_coefficient_bytes(pair: PairedModel, n_tokens: int) -> int:
+    """Bytes of the attention patterns and the gates' coefficients of all layers, for a prompt of so many tokens."""
+    cfg = pair.model.cfg
+    width = torch.promote_types(cfg.dtype, torch.float32).itemsize
+    return int(width * cfg.n_layers * n_tokens * (cfg.n_heads * n_tokens + 2 * cfg.d_mlp))

@@ -64,13 +64,18 @@ def logit_effects(
         written: the vectors, such as decoder rows.
         unembedding: the pair's unembedding in float32, if the caller has it; None casts it here.
     """
+    return _effects(pair, layer, written, _unembedding(pair) if unembedding is None else unembedding).cpu()
+
+
+def _effects(pair: PairedModel, layer: int, written: Tensor, unembedding: Tensor) -> Tensor:
+    """`logit_effects` on the pair's device."""
     written = written.detach().to(pair.device).float()
     for norm in (f"blocks.{layer}.ln2_post", "ln_final"):
         if norm == "ln_final" or hasattr(pair.model.blocks[layer], "ln2_post"):
             weight = pair.backend.norm(norm)
             written = written if weight is None else written * weight.float()
-    effects = written @ (_unembedding(pair) if unembedding is None else unembedding).T
-    return (effects - effects.mean(-1, keepdim=True)).cpu()
+    effects = written @ unembedding.T
+    return effects - effects.mean(-1, keepdim=True)
 
 
 def _unembedding(pair: PairedModel) -> Float[Tensor, "d_vocab d_model"]:
@@ -89,11 +94,15 @@ def layer_effects(
         written: decoder rows, or output rows of neurons, of any norm.
         words: token ids whose effects are kept one by one.
     """
-    chosen, unembedding = torch.tensor(list(words), dtype=torch.long), _unembedding(pair)
+    unembedding = _unembedding(pair)
+    # A large model's effects are hundreds of gigabytes, so they are summarized where they are computed. MPS lacks some
+    # of these operations.
+    device = pair.device if pair.device.type == "cuda" else torch.device("cpu")
+    chosen = torch.tensor(list(words), dtype=torch.long).to(device)
     chunks = []
     for rows in written.split(pair.rows_at_once):
-        effects = logit_effects(pair, layer, unit_rows(rows), unembedding)
-        chunks.append(_summary(effects, row_norms(rows).float().cpu(), chosen))
+        effects = _effects(pair, layer, unit_rows(rows), unembedding).to(device)
+        chunks.append([part.cpu() for part in _summary(effects, row_norms(rows).float(), chosen)])
     return LayerEffects(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
@@ -105,7 +114,7 @@ def _summary(effects: Tensor, norm: Tensor, words: Tensor) -> LayerEffects:
     low, high = effects.aminmax(dim=-1)
     width = ((high - low) / N_EFFECT_BINS).clamp(min=1e-30)
     bins = ((effects - low[:, None]) / width[:, None]).long().clamp(max=N_EFFECT_BINS - 1)
-    histogram = torch.zeros(len(effects), N_EFFECT_BINS, dtype=torch.int64).scatter_add_(1, bins, torch.ones_like(bins))
+    histogram = bins.new_zeros(len(effects), N_EFFECT_BINS).scatter_add_(1, bins, torch.ones_like(bins))
     return LayerEffects(
         top_tokens=top.indices.int(),
         top=top.values,

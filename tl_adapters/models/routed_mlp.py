@@ -65,7 +65,9 @@ class MLPWeights:
 
         Weights that have to be cast are cast in slices, so that no whole copy of one is in memory.
         """
-        out, width = torch.zeros_like(at_least_float32(x)), max(1, CAST_ELEMENTS // self.W_in.shape[0])
+        # The GPU's fast kernels need slices whose widths are multiples of 8.
+        width = max(8, CAST_ELEMENTS // self.W_in.shape[0] // 8 * 8)
+        out = torch.zeros_like(at_least_float32(x))
         parts = (w.split(width, axis) for w, axis in ((self.W_gate, 1), (self.W_in, 1), (self.W_out, 0)))
         for W_gate, W_in, W_out in zip(*parts, strict=True):
             neurons = self.act_fn(product_in_float32(x, W_gate)) * product_in_float32(x, W_in)
