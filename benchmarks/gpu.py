@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from large_pair import SHAPES, configuration, install_adapters, random_documents, random_pair, random_tokens
-from recorded import record
+from recorded import commit, here, record
 from transformers import AutoTokenizer
 
 from tl_adapters import organism
@@ -301,7 +301,7 @@ def run_tests(out: Path) -> bool:
 def write_step(out: Path, name: str, measured: Measured) -> None:
     """Write and print one step."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    step = {"device": where, "torch": str(torch.__version__), **measured}
+    step = {"device": where, "commit": commit(), "made_on": here(), **measured}
     write_text(out / f"{name}.json", json.dumps(step, indent=1) + "\n")
     sys.stdout.write(f"{name}: {json.dumps(step)}\n")
     sys.stdout.flush()
@@ -331,7 +331,9 @@ def main() -> int:
             for step, measured in getattr(bench, name)():
                 write_step(args.out, step, measured)
     if args.record:
-        record("gpu", {path.stem: json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))})
+        steps = {path.stem: json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))}
+        commits, machines = ([step.pop(name) for step in steps.values()] for name in ("commit", "made_on"))
+        record("gpu", {"steps": steps}, commits, measured_on=machines[0])
     return 0 if passed else 1
 
 

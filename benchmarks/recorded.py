@@ -22,7 +22,13 @@ from tl_adapters.utils.results import read_results, versions, write_results
 FOLDER = Path(__file__).resolve().parent
 
 
-def record(name: str, block: Mapping[str, Any], commits: Sequence[str] = (), folder: Path = FOLDER) -> None:
+def record(
+    name: str,
+    block: Mapping[str, Any],
+    commits: Sequence[str] = (),
+    folder: Path = FOLDER,
+    measured_on: Mapping[str, Any] | None = None,
+) -> None:
     """Replace one block; those of other benchmarks stay as they are.
 
     Args:
@@ -30,9 +36,10 @@ def record(name: str, block: Mapping[str, Any], commits: Sequence[str] = (), fol
         block: what it measured.
         commits: commits at which its runs were made; none is the present one.
         folder: where results.json is.
+        measured_on: "machine" and "versions" of the runs (`here`); None is this machine.
     """
-    made = {"command": command(), "commits": sorted(set(commits)) or [commit()], "machine": machine()}
-    write_results(folder, **{name: {**block, **made, "versions": versions()}})
+    made = {"command": command(), "commits": sorted(set(commits)) or [commit()], **(measured_on or here())}
+    write_results(folder, **{name: {**block, **made}})
 
 
 def recorded(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
@@ -65,6 +72,11 @@ def commit() -> str:
 def machine() -> dict[str, Any]:
     """What running times depend on; nothing that identifies the machine."""
     return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+def here() -> dict[str, Any]:
+    """This machine and the versions of what runs on it."""
+    return {"machine": machine(), "versions": versions()}
 
 
 def read_cell(path: Path) -> dict[str, Any] | None:

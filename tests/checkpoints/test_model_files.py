@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 import tl_adapters.checkpoints.model_files as checkpoints
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
 from tl_adapters.checkpoints.compatibility import PairMismatchError, compare_configs, require_same_ids
+from tl_adapters.checkpoints.hf_model import load_hf_model
 from tl_adapters.checkpoints.model_files import CheckpointError, read_vocabulary, tensor_shapes
+from tl_adapters.errors import LONGEST_MESSAGE, UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import BASE, TARGET
 
@@ -183,3 +185,18 @@ def test_shapes_come_from_headers(folders: tuple[Path, Path]) -> None:
 def test_a_file_in_place_of_a_folder_raises(folders: tuple[Path, Path]) -> None:
     with pytest.raises(CheckpointError, match="is a file; give the folder"):
         PairedModel.from_pretrained(folders[0] / "config.json", folders[1])
+
+
+@pytest.mark.parametrize("wrong", [{"num_attention_heads": 10**6}, {"pad_token_id": 10**6}])
+def test_a_configuration_that_describes_no_model_is_one_error(tmp_path: Path, wrong: dict[str, int]) -> None:
+    random_model(1).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **wrong}))
+    with pytest.raises(CheckpointError, match=r"config\.json of .*Get its config\.json again"):
+        load_hf_model(tmp_path / "model")
+
+
+def test_an_error_that_quotes_a_huge_value_stays_short() -> None:
+    long = str(UserError("The name is " + 10_000 * "x" + ". Give another one."))
+    assert len(long) <= LONGEST_MESSAGE and long.startswith("The name is x") and long.endswith("Give another one.")
+    assert str(UserError("short")) == "short"

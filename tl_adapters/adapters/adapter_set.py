@@ -222,22 +222,15 @@ class AdapterSet(nn.Module):
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Within this context, adapters compute in float32 at least, with float32 weights; afterwards as before.
-
-        Attribution and circuits need this, since they sum over features, and rounded activations would not add up.
-        """
-        narrow = [w for w in (*self.parameters(), *self.buffers()) if w.is_floating_point() and w.element_size() < 4]
-        originals = [weight.data for weight in narrow]
-        try:
-            for weight in narrow:
-                weight.data = weight.data.float()
-            with ExitStack() as computing:
-                for adapter in self:
-                    computing.enter_context(adapter.computing_in(None))
-                yield
-        finally:
-            for weight, data in zip(narrow, originals, strict=True):
-                weight.data = data
+        """Within this context, adapters compute in float32 at least: attribution sums over features, which adds up."""
+        with ExitStack() as computing:
+            for adapter in self:
+                computing.enter_context(adapter.computing_in(None))
+            for weight in (*self.parameters(), *self.buffers()):
+                if weight.is_floating_point() and weight.element_size() < 4:
+                    computing.callback(setattr, weight, "data", weight.data)
+                    weight.data = weight.data.float()
+            yield
 
     # -- files ----------------------------------------------------------------------------------------------------
 

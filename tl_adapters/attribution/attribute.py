@@ -46,7 +46,7 @@ from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
 from tl_adapters.utils.arguments import choice, items
 from tl_adapters.utils.devices import seconds_of
 
-ROWS_AT_ONCE = 64
+MOST_ROWS = 64
 """Most rows of a graph that are computed together, unless another number is given."""
 GRADIENT_NUMBERS = 2**29
 """Most numbers of one gradient of all rows that are computed together (2 GB in float32)."""
@@ -99,7 +99,7 @@ def attribute(
     """
     options = _Options(
         linearisation, position, mass, max_logits, max_feature_nodes, exclude_bos, window,
-        ROWS_AT_ONCE if batch_size is None else batch_size,
+        MOST_ROWS if batch_size is None else batch_size,
     )  # fmt: skip
     options.check()
     if targets is not None:
@@ -211,7 +211,7 @@ def _check_targets(targets: Sequence[ResolvedTarget], start: int, window: int | 
 
 def default_batch_size(pair: PairedModel, n_tokens: int) -> int:
     """Rows computed together: 64, or so many that a gradient of all of them has `GRADIENT_NUMBERS` numbers."""
-    return max(1, min(ROWS_AT_ONCE, GRADIENT_NUMBERS // (n_tokens * pair.model.cfg.d_model)))
+    return max(1, min(MOST_ROWS, GRADIENT_NUMBERS // (n_tokens * pair.model.cfg.d_model)))
 
 
 def estimated_memory(pair: PairedModel, n_tokens: int, n_active: int, batch_size: int) -> int:

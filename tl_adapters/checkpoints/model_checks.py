@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tl_adapters.checkpoints.architectures import Architecture, UnsupportedModelError, require_supported
 from tl_adapters.checkpoints.model_files import PROJECTIONS, CheckpointError, require_unquantized, tensor_shapes
+from tl_adapters.errors import first_line
 
 ROPE_TYPES = ("default", "llama3")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -111,10 +112,20 @@ def require_plain_mlps(config: Mapping[str, Any], tensors: Iterable[str], name: 
 
 
 def stock_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model that ``config`` describes on the meta device: names, shapes and classes, without memory."""
+    """The model that ``config`` describes on the meta device: names, shapes and classes, without memory.
+
+    Raises UnsupportedModelError, and CheckpointError where transformers cannot build it.
+    """
     config = copy.deepcopy(config)
-    with torch.device("meta"):
-        return getattr(transformers, require_representable(config).name)(config)
+    model_class = getattr(transformers, require_representable(config).name)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except Exception as error:  # whatever a number that makes no sense leads to
+        raise CheckpointError(
+            f"config.json of {config.name_or_path or 'the model'} describes no model that transformers can build "
+            f"({type(error).__name__}: {first_line(error)}). Get its config.json again."
+        ) from error
 
 
 def require_stock_files(folder: Path, config: PretrainedConfig) -> None:

@@ -46,9 +46,11 @@ class TokenBuffer:
         n, dtype = 0, self.data.dtype
         for (x, d), device, kept_x, kept_d in zip(self.data.read(batch), self.devices, self.x, self.d, strict=True):
             n = min(len(x), self.capacity)
-            places = torch.arange(self.seen, self.seen + n, device=device) % self.capacity
-            kept_x[places] = x[:n].to(device, dtype)
-            kept_d[places] = d[:n].to(device, dtype)
+            first = self.seen % self.capacity
+            before_end = min(n, self.capacity - first)
+            for kept, new in ((kept_x, x[:n].to(device, dtype)), (kept_d, d[:n].to(device, dtype))):
+                kept[first : first + before_end] = new[:before_end]
+                kept[: n - before_end] = new[before_end:]
         self.seen += n
 
     def draw(self, layer: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
