@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test versions bridge dashboards harness slow fuzz kill lint commands planted organism tables pair install clean
+.PHONY: demo test versions bridge dashboards harness slow fuzz kill lint commands planted organism wheels gpu tables pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -98,6 +98,16 @@ planted: install  ## what adapters find of known differences, into benchmarks/re
 organism: install  ## faithfulness and seed agreement on the model organism, into benchmarks/results.json; an hour
 	$(BIN)/python benchmarks/organism.py runs/organism --record
 	$(BIN)/python benchmarks/tables.py
+
+wheels:  ## what `make gpu` needs beside torch, as wheels for Python 3.12 on Linux, into .wheels; to be copied along
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir .wheels transformers-stream-generator==0.0.5 py2store==0.1.24
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		--dest .wheels -r benchmarks/gpu_requirements.txt
+
+gpu:  ## what a pair of 7B's shape takes on this machine's GPU, with its own torch and the wheels of `make wheels`
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --target .wheels/site .wheels/*.whl
+	PYTHONPATH=.wheels/site:. HF_HUB_OFFLINE=1 $(PYTHON) benchmarks/gpu.py runs/gpu
 
 tables: install  ## the tables of docs/believing_features.md and docs/circuits.md, from benchmarks/results.json
 	$(BIN)/python benchmarks/tables.py

@@ -16,7 +16,7 @@ from recorded import FOLDER, recorded
 from tl_adapters.pages.dose_curve_plots import CURVE_NAMES
 from tl_adapters.utils.files import write_text
 
-PAGES = tuple(FOLDER.parent / "docs" / name for name in ("believing_features.md", "circuits.md"))
+PAGES = tuple(FOLDER.parent / "docs" / name for name in ("believing_features.md", "circuits.md", "large_models.md"))
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 DECADES = ("1e-1", "1e-2", "1e-3", "1e-4")
 NOT_MEASURED = "Not measured yet.\n"
@@ -157,6 +157,60 @@ def by_linearization(block: dict[str, Any]) -> str:
     )
 
 
+def _gigabytes(step: dict[str, Any]) -> list[str]:
+    predicted, measured = (step.get(name) for name in ("predicted_gb", "gb"))
+    return ["-" if value is None else f"{value:.1f}" for value in (predicted, measured)]
+
+
+def _steps(block: dict[str, Any], prefix: str) -> list[tuple[list[str], dict[str, Any]]]:
+    """The parts of the names of all steps that begin with a prefix, and what was measured, by number of tokens."""
+    found = [(name.split("-"), step) for name, step in block["steps"].items() if name.split("-")[0] == prefix]
+    return sorted(found, key=lambda item: (item[1]["tokens"], item[0]))
+
+
+def training_on_gpu(block: dict[str, Any]) -> str:
+    """Seconds and memory of a step of the objective, by length of the document."""
+    rows = [
+        [f"{step['tokens']:,}", name[2], "again" if "recompute" in name else "kept", f"{step['seconds']:.2f}"]
+        + _gigabytes(step)
+        for name, step in _steps(block, "train")
+    ]
+    return markdown(["tokens", "adapters compute in", "blocks are", "seconds", "GB predicted", "GB measured"], rows)
+
+
+def attribution_on_gpu(block: dict[str, Any]) -> str:
+    """Seconds and memory of attribution graphs, by length of the prompt."""
+    rows = [
+        [f"{step['tokens']:,}", f"{step['active_features']:,}", f"{step['seconds']:.0f}", *_gigabytes(step)]
+        for _, step in _steps(block, "attribute")
+    ]
+    return markdown(["tokens", "active features", "seconds", "GB predicted", "GB measured"], rows)
+
+
+def rates_on_gpu(block: dict[str, Any]) -> str:
+    """Tokens per second of the other steps."""
+    names = {
+        "local": "streaming local stage", "collect": "collection", "generate-target": "generation, target",
+        "generate-replacement": "generation, replacement",
+    }  # fmt: skip
+    steps = block["steps"]
+    rows = [
+        [text, f"{steps[name]['tokens_per_second']:,.0f}", *_gigabytes(steps[name])] for name, text in names.items()
+    ]
+    return markdown(["", "tokens per second", "GB predicted", "GB measured"], rows)
+
+
+def precision_on_gpu(block: dict[str, Any]) -> str:
+    """What training ends with, by the precision of the adapters' products."""
+    step = block["steps"]["precision"]
+    rows = [
+        [name, f"{figures['loss_every_20'][-1]:.4f}", f"{figures['output_kl']:.5f}", f"{figures['nmse']:.5f}",
+         f"{figures['l0']:.1f}"]
+        for name, figures in step.items() if isinstance(figures, dict)
+    ]  # fmt: skip
+    return markdown(["precision", "loss at step 181", "KL held out", "NMSE held out", "L0 of all layers"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "rates": ("planted", by_rate),
     "recipes": ("planted", by_recipe),
@@ -165,6 +219,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "interventions": ("hesitation", by_intervention),
     "templates": ("hesitation", by_pair),
     "linearizations": ("linearizations", by_linearization),
+    "gpu_training": ("gpu", training_on_gpu),
+    "gpu_attribution": ("gpu", attribution_on_gpu),
+    "gpu_rates": ("gpu", rates_on_gpu),
+    "gpu_precision": ("gpu", precision_on_gpu),
 }
 """Table -> the block of results.json that it shows, and how."""
 
