@@ -171,8 +171,13 @@ def _steps(block: dict[str, Any], prefix: str) -> list[tuple[list[str], dict[str
 def training_on_gpu(block: dict[str, Any]) -> str:
     """Seconds and memory of a step of the objective, by length of the document."""
     rows = [
-        [f"{step['tokens']:,}", name[2], "again" if "recompute" in name else "kept", f"{step['seconds']:.2f}"]
-        + _gigabytes(step)
+        [
+            f"{step['tokens']:,}",
+            name[2],
+            "again" if "recompute" in name else "kept",
+            f"{step['seconds']:.2f}",
+            *_gigabytes(step),
+        ]
         for name, step in _steps(block, "train")
     ]
     return markdown(["tokens", "adapters compute in", "blocks are", "seconds", "GB predicted", "GB measured"], rows)

@@ -218,6 +218,7 @@ def _start(
             opened = os.open(folder.parent / f"{stream}{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(opened, descriptor)
             os.close(opened)
+            setattr(sys, name, open(descriptor, "w", closefd=False))  # noqa: SIM115 (pytest may have put its own there)
         made = _watch(at_call, refusal)
         code = subcommand.run(folder) or 0
         if count_in is not None:
