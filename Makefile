@@ -109,7 +109,7 @@ gpu:  ## what a pair of 7B's shape takes on this machine's GPU, with its own tor
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --target .wheels/site .wheels/*.whl
 	PYTHONPATH=.wheels/site:. HF_HUB_OFFLINE=1 $(PYTHON) benchmarks/gpu.py runs/gpu
 
-tables: install  ## the tables of docs/believing_features.md and docs/circuits.md, from benchmarks/results.json
+tables: install  ## the tables of docs/believing_features.md, circuits.md and large_models.md, from benchmarks/results.json
 	$(BIN)/python benchmarks/tables.py
 
 pair: install  ## train the built-in pair anew, into runs/pair

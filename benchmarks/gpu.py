@@ -6,7 +6,7 @@ fit into memory says so, and the next one runs. ``--record`` writes all files of
 
     tests       the tests of tl_adapters that run on a device, and the same numbers on it as on the CPU
     precision   training on the built-in pair, with adapters that compute in float32, TF32 and bfloat16
-    forward     tokens per second of the routes, with adapters in float32 and bfloat16
+    forward     a forward pass of the routes, with adapters in float32 and bfloat16
     train       one step of the paper's objective, for documents of several lengths, and with blocks computed again
     local       the streaming local stage, and one revision of its features
     attribute   rows of attribution graphs, for prompts of several lengths
@@ -96,8 +96,9 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
-    def adapters(self, dtype: torch.dtype = torch.float32) -> float:
-        return install_adapters(self.pair, self.args.features, L0, dtype)
+    def adapters(self) -> float:
+        """Install new adapters; returns their active features per token and layer."""
+        return install_adapters(self.pair, self.args.features, L0)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -134,7 +135,6 @@ class Bench:
     def forward(self) -> Iterator[tuple[str, Measured]]:
         """Forward passes of the routes."""
         tokens = random_tokens(self.pair, 1, min(4096, self.pair.model.cfg.n_ctx)).to(self.device)
-        routes = {"target": torch.float32, "hybrid": torch.float32, "replacement": torch.float32}
         found: dict[str, float] = {}
 
         def run() -> None:
@@ -143,7 +143,7 @@ class Bench:
         for dtype in (torch.float32, torch.bfloat16):
             self.adapters()
             self.pair.installed_adapters().compute_in(dtype)
-            for route in routes:
+            for route in ("target", "hybrid", "replacement"):
                 with torch.no_grad(), self.pair.routed(route):
                     found[f"{route}, adapters in {str(dtype).removeprefix('torch.')}"] = self.seconds(run, 3)
         yield "forward", {"tokens": tokens.numel(), "seconds": found}
@@ -177,7 +177,7 @@ class Bench:
         return estimate_size(config, self.described, length, self.device).memory / 1e9
 
     def local(self) -> Iterator[tuple[str, Measured]]:
-        """Steps of the streaming local stage, after its buffer is filled, by the number of tokens of a step."""
+        """The start of the streaming local stage, which fills its buffer; its steps; one revision of one layer."""
         per_step = 128 if self.small else 2048
         options = LocalConfig(
             steps=40, tokens_per_step=per_step, max_tokens=8 * per_step, streaming=True, revisions=(), polish=False

@@ -74,12 +74,12 @@ def _base_of(target: Qwen2ForCausalLM) -> PreTrainedModel:
     return base.requires_grad_(False)
 
 
-def install_adapters(pair: PairedModel, n_features: int, l0: float, dtype: torch.dtype = torch.float32) -> float:
+def install_adapters(pair: PairedModel, n_features: int, l0: float) -> float:
     """Install random adapters of which ``l0`` features a token are active at each layer; returns what they have.
 
     Encoders' biases are set from one forward pass of the hybrid; decoders write little, so that this stays true.
     """
-    adapters = pair.new_adapters(n_features, dtype=dtype)
+    adapters = pair.new_adapters(n_features)
     generator = torch.Generator(pair.device).manual_seed(1)
     tokens = random_tokens(pair, 1, min(1024, pair.model.cfg.n_ctx)).to(pair.device)
     with torch.no_grad():

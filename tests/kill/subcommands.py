@@ -28,8 +28,11 @@ from tl_adapters.cli.main import main
 from tl_adapters.config import TrainingConfig
 from tl_adapters.errors import UserError
 from tl_adapters.features.store_description import StoreOptions
+from tl_adapters.interop.circuit_tracer import listed_graphs
+from tl_adapters.pages.graph_page import require_new_graph
 from tl_adapters.study.features import features_run
 from tl_adapters.study.scale import StudyScale
+from tl_adapters.utils.files import locked, working_folder
 
 TRAINING = {"steps": 12, "n_features": 48, "tokens_per_batch": 512, "log_every": 1, "checkpoint_every": 2}
 SCALE = StudyScale(
@@ -91,7 +94,12 @@ def collect(folder: Path) -> int:
 
 
 def attribute(folder: Path) -> int:
-    if (folder / "run" / "graphs" / "one").exists():  # it was killed after its last write
+    graphs = folder / "run" / "graphs"
+    if graphs.exists():
+        require_new_graph(graphs, "another")
+        with locked(graphs / "graphs"), working_folder(graphs / "graphs"):
+            pass  # as whoever writes the next graph does
+    if "one" in listed_graphs(graphs / "circuit-tracer"):  # it was killed after its last write
         return 0
     prompt = ["--prompt", "<|user|>12+7=?", "--max-feature-nodes", "20"]
     return main(["attribute", "run", *prompt, "--name", "one", "--quiet"])

@@ -184,6 +184,51 @@ def test_a_graph_that_is_stopped_at_any_write_is_not_listed_and_can_be_written_a
         write_graph(*graph, folder, "one")
 
 
+@pytest.mark.parametrize("last", ["one.html", "one", "graph-metadata.json"])
+def test_a_graph_whose_process_was_killed_while_it_was_named_can_be_written_again(
+    last: str, graph: tuple[PairedModel, AttributionGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed takes nothing back, so here nothing can be removed after the last file."""
+    (tmp_path / "own.html").write_text("mine")
+    rename = graph_page.name_new
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def named(work: Path, path: Path) -> None:
+        rename(work, path)
+        if path.name == last:
+            die()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(graph_page, "name_new", named)
+        patched.setattr(graph_page, "remove_own", lambda path: die())
+        with pytest.raises(KeyboardInterrupt):
+            write_graph(*graph, tmp_path, "one")
+    assert (tmp_path / "one.html").is_file() and (tmp_path / ".unfinished-graph").read_text() == "one"
+    listed = listed_graphs(tmp_path / "circuit-tracer")
+    assert ("one" in listed) is (last == "graph-metadata.json")
+    if "one" in listed:  # it is complete, and stays
+        with pytest.raises(FolderExistsError):
+            require_new_graph(tmp_path, "one")
+        require_new_graph(tmp_path, "two")
+    else:
+        require_new_graph(tmp_path, "one")
+        write_graph(*graph, tmp_path, "one")
+    assert (tmp_path / "one" / "graph.json").is_file() and (tmp_path / "own.html").read_text() == "mine"
+    assert not list(tmp_path.rglob(".unfinished*"))
+
+
+@pytest.mark.parametrize("name", ["../own", "circuit-tracer", ""])
+def test_a_name_that_no_graph_can_have_removes_nothing(name: str, tmp_path: Path) -> None:
+    (tmp_path / "graphs" / "circuit-tracer").mkdir(parents=True)
+    (tmp_path / "own.html").touch()
+    (tmp_path / "graphs" / ".unfinished-graph").write_text(name)
+    with pytest.raises(GraphError):
+        require_new_graph(tmp_path / "graphs", "one")
+    assert (tmp_path / "own.html").is_file() and (tmp_path / "graphs" / "circuit-tracer").is_dir()
+
+
 def test_graphs_without_a_name_that_are_written_at_once_take_a_name_each(
     graph: tuple[PairedModel, AttributionGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,17 +97,13 @@ def attribute(
         PairMismatchError: some layers have no adapter.
         NotFiniteError: activations are NaN or infinite.
     """
-    options = _Options(
-        linearisation, position, mass, max_logits, max_feature_nodes, exclude_bos, window,
-        MOST_ROWS if batch_size is None else batch_size,
-    )  # fmt: skip
+    tokens = prompt_token_ids(pair, prompt)
+    batch_size = default_batch_size(pair, len(tokens)) if batch_size is None else batch_size
+    options = _Options(linearisation, position, mass, max_logits, max_feature_nodes, exclude_bos, window, batch_size)
     options.check()
     if targets is not None:
         advice = "give tokens (texts or ids), LogitTarget, DifferenceTarget or FeatureTarget"
         targets = items(targets, (str, int, LogitTarget, DifferenceTarget, FeatureTarget), "targets", advice)
-    tokens = prompt_token_ids(pair, prompt)
-    if batch_size is None:
-        options = replace(options, batch_size=default_batch_size(pair, len(tokens)))
     return _attribute(pair, tokens, targets, options, progress)
 
 

@@ -21,6 +21,7 @@ from tl_adapters.features.feature import Feature
 from tl_adapters.features.logit_effects import logit_effects
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.interop.circuit_tracer import (
+    CircuitTracerGraph,
     add_to_list,
     listed_graphs,
     node_ids,
@@ -40,11 +41,15 @@ from tl_adapters.utils.files import (
     require_absent,
     require_writable,
     working_folder,
+    write_text,
 )
+from tl_adapters.utils.reading import read_text
 
 CIRCUIT_TRACER_FOLDER = "circuit-tracer"
 _GRAPHS = "graphs"
 """What the lock of a folder of graphs, and a graph that is being written, are named after."""
+_UNFINISHED = ".unfinished-graph"
+"""File with the name, free before, under which a graph is put into its folder, while that lasts."""
 _TOP_LOGITS = 8
 """Tokens listed as raised, and as lowered, by a feature."""
 _STORE_EXAMPLES = 4
@@ -99,9 +104,9 @@ def write_graph(
     viewer = viewer_data(graph, pruned, records, title or "".join(graph.display_strings[-12:]))
     # Another process may have taken the name since it was found free, and takes none meanwhile.
     with locked(folder / _GRAPHS), working_folder(folder / _GRAPHS) as work:
+        _remove_unfinished(folder)
         name = name or free_graph_name(folder, "graph")
         require_new_graph(folder, name)
-        page = folder / f"{name}.html"
         graph.save(work / "graph")
         write_viewer(work / "page", viewer)
         # This can still be refused: a folder with graphs of other adapters.
@@ -113,13 +118,24 @@ def write_graph(
             edge_threshold=edge_threshold,
             features=records,
         )
-        with ExitStack() as undone:  # a graph that could not be listed would take a name and be in no list
-            for part, path in (("page", page), ("graph", folder / name)):
-                name_new(work / part, path)
-                undone.callback(remove_own, path)
-            add_to_list(folder / CIRCUIT_TRACER_FOLDER, tracer)
-            undone.pop_all()
-    return GraphPaths(page, tracer.address)
+        _put_in_place(work, folder, name, tracer)
+    return GraphPaths(folder / f"{name}.html", tracer.address)
+
+
+def _put_in_place(work: Path, folder: Path, name: str, tracer: CircuitTracerGraph) -> None:
+    """Name the page and the graph in a working folder, and list the graph, or leave nothing.
+
+    A graph that was not listed would take its name and be in no list, so a process that is killed leaves the name.
+    """
+    write_text(folder / _UNFINISHED, name)
+    with ExitStack() as undone:
+        undone.callback(remove_own, folder / _UNFINISHED)
+        for part, path in (("page", folder / f"{name}.html"), ("graph", folder / name)):
+            name_new(work / part, path)
+            undone.callback(remove_own, path)
+        add_to_list(folder / CIRCUIT_TRACER_FOLDER, tracer)
+        undone.pop_all()
+    remove_own(folder / _UNFINISHED)
 
 
 def require_new_graph(folder: str | Path, name: str | None) -> None:
@@ -131,17 +147,37 @@ def require_new_graph(folder: str | Path, name: str | None) -> None:
     """
     folder = Path(folder)
     require_writable(folder)
+    if (folder / _UNFINISHED).exists():
+        with locked(folder / _GRAPHS):  # a process that is still writing holds it
+            _remove_unfinished(folder)
     if name is None:
         return
-    require_slug(name)
-    if name.lower() == CIRCUIT_TRACER_FOLDER:  # some file systems ignore case
-        raise GraphError(f"The name {name!r} is that of the folder of the viewer's files; choose another.")
+    _require_name(name)
     for path in (folder / name, folder / f"{name}.html"):
         require_absent(path)
     if name in listed_graphs(folder / CIRCUIT_TRACER_FOLDER):
         raise FolderExistsError(
             f"{folder / CIRCUIT_TRACER_FOLDER} lists a graph {name!r} already; choose another name."
         )
+
+
+def _require_name(name: str) -> None:
+    """Raises GraphError for a name that no graph can have."""
+    require_slug(name)
+    if name.lower() == CIRCUIT_TRACER_FOLDER:  # some file systems ignore case
+        raise GraphError(f"The name {name!r} is that of the folder of the viewer's files; choose another.")
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove the page and the graph of a process that was killed before it had listed them; under the lock."""
+    if not (folder / _UNFINISHED).exists():
+        return
+    name = read_text(folder / _UNFINISHED)
+    _require_name(name)
+    if name not in listed_graphs(folder / CIRCUIT_TRACER_FOLDER):
+        remove_own(folder / name)
+        remove_own(folder / f"{name}.html")
+    remove_own(folder / _UNFINISHED)
 
 
 def free_graph_name(folder: str | Path, prefix: str) -> str:
