@@ -97,7 +97,8 @@ def attribute(folder: Path) -> int:
     graphs = folder / "run" / "graphs"
     if graphs.exists():
         require_new_graph(graphs, "another")
-        with locked(graphs / "graphs"), working_folder(graphs / "graphs"):
+        list_of_graphs = graphs / "circuit-tracer" / "graph-metadata.json"
+        with locked(graphs / "graphs"), working_folder(graphs / "graphs"), locked(list_of_graphs):
             pass  # as whoever writes the next graph does
     if "one" in listed_graphs(graphs / "circuit-tracer"):  # it was killed after its last write
         return 0
