@@ -134,6 +134,7 @@ def test_an_impossible_training_option_is_refused(values: dict[str, object], mes
         ({"data": {"validation_fraction": 1.0}}, "validation_fraction"),
         ({"dtype": "int8"}, "dtype is 'int8'; allowed is \"float32\", .* or null"),
         ({"base": "b"}, "give both, or neither"),
+        ({"data": {"source": "d\udcff.jsonl"}}, "data.source is .* not text in UTF-8. Give .* rename a file"),
     ],
 )
 def test_an_impossible_option_is_refused(values: dict[str, object], message: str) -> None:

@@ -11,7 +11,7 @@ import datetime
 import functools
 import json
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
@@ -412,6 +412,10 @@ def _from_mapping(cls: type[Options], values: Any, source: str) -> Options:
     """Options from what a JSON or YAML parser gives. Raises ConfigError, whose message begins with ``source``."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}a configuration is a mapping of option: value, not {shown(values)}.")
+    for option, value in _texts(values):
+        if not value.isascii() and value != value.encode("utf-8", "replace").decode():
+            advice = "Give a text in UTF-8, and rename a file or folder whose name is not."
+            raise ConfigError(f"{source}{option} is {shown(value)}, which is not text in UTF-8. {advice}")
     try:
         # Parsed from JSON, since only there a strict tuple can be given as a list.
         return TypeAdapter(cls).validate_json(json.dumps(values, default=dict))
@@ -419,6 +423,15 @@ def _from_mapping(cls: type[Options], values: Any, source: str) -> Options:
         raise ConfigError(source + problem_of(error, cls, "option")) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}the configuration holds a value that is not JSON: {error}.") from error
+
+
+def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested mappings, with the dotted name of its option."""
+    if isinstance(values, str):
+        yield name, values
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _texts(value, f"{name}.{key}" if name else str(key))
 
 
 # -- changes, files and schema ----------------------------------------------------------------------------------------
