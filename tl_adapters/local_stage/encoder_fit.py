@@ -62,6 +62,18 @@ def fit_encoder(
     return Encoder(solution[:-1] * scale, solution[-1] * scale)
 
 
+class _Point(NamedTuple):
+    """A solution (w, b) in one vector, and the pre-activations that it gives on active and inactive inputs."""
+
+    solution: Tensor
+    active: Tensor
+    inactive: Tensor
+
+    def towards(self, other: _Point, share: float) -> _Point:
+        """The point at a share of the way to another, without a product, since pre-activations are linear."""
+        return _Point(*(torch.lerp(ours, theirs, share) for ours, theirs in zip(self, other, strict=True)))
+
+
 class _Problem:
     """The convex problem of one feature; solutions are (w, b) in one vector."""
 
@@ -83,26 +95,30 @@ class _Problem:
         cut = scores.kthvalue(1 + len(scores) // 10).values
         return torch.cat([direction, -cut[None]])
 
-    def loss(self, solution: Tensor) -> float:
+    def at(self, solution: Tensor) -> _Point:
+        """A solution with the pre-activations that it gives."""
+        return _Point(solution, self.active @ solution, self.inactive @ solution)
+
+    def loss(self, point: _Point) -> float:
         """The loss with its ridge."""
-        active = self.active_weights @ (self.active @ solution - self.wanted).square()
-        inactive = self.inactive_weights @ (self.inactive @ solution).clamp(min=0).square()
-        return float(active + inactive + self.ridge @ solution.square())
+        active = self.active_weights @ (point.active - self.wanted).square()
+        inactive = self.inactive_weights @ point.inactive.clamp(min=0).square()
+        return float(active + inactive + self.ridge @ point.solution.square())
 
     def solve(self, solution: Tensor, steps: int) -> Tensor:
         """Newton steps, each halved until the loss falls."""
-        best = self.loss(solution)
+        point = self.at(solution)
+        best = self.loss(point)
         for _ in range(steps):
-            wrong = self.inactive @ solution > 0
+            wrong = point.inactive > 0
             rows = self.inactive[wrong]
             hessian = self.hessian + (rows * self.inactive_weights[wrong][:, None]).T @ rows
-            newton = torch.linalg.solve(hessian, self.gradient)
-            share = 1.0
-            while (loss := self.loss(solution + share * (newton - solution))) > best and share > SMALLEST_STEP:
+            newton, share = self.at(torch.linalg.solve(hessian, self.gradient)), 1.0
+            while (loss := self.loss(next_point := point.towards(newton, share))) > best and share > SMALLEST_STEP:
                 share /= 2
             if loss > best:
                 break
-            solution, previous, best = solution + share * (newton - solution), best, loss
+            point, previous, best = next_point, best, loss
             if previous - best < CONVERGED * previous:
                 break
-        return solution
+        return point.solution

@@ -3,13 +3,13 @@
 Gradient steps see a feature that is active on one token of ten thousand in every fifth batch only. Its decoder
 direction is found, but its encoder is not exact. Here every feature's encoder is fitted to all of its tokens and to
 the tokens nearest to its boundary, which is a convex problem (encoder_fit.py), and a fit counts only if the error
-falls.
+falls. Some features are fitted at a time, so that one product computes their pre-activations on all tokens.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_adapters.adapters.transcoder import row_norms
@@ -29,7 +29,7 @@ LARGEST_WEIGHT = 30.0
 MIN_TOKENS = 8
 """A feature with fewer tokens of its own is left as it is."""
 FEATURES_AT_ONCE = 16
-"""Number of features whose pre-activations on all tokens are in memory."""
+"""Number of features that are fitted before the first of them changes."""
 STEPS = (1.0, 0.5, 0.2)
 """Shares of the way to a fitted encoder that are tried."""
 DECODER_RIDGE = 1e-4
@@ -50,8 +50,7 @@ def polish_features(tokens: LayerTokens, generator: torch.Generator) -> int:
     order = [feature for feature in energy.argsort(descending=True).tolist() if float(energy[feature]) > 0]
     changed = 0
     for start in range(0, len(order), FEATURES_AT_ONCE):
-        block = _Block(tokens, order[start : start + FEATURES_AT_ONCE])
-        changed += sum(block.polish(position, generator) for position in range(len(block.features)))
+        changed += _Block(tokens, order[start : start + FEATURES_AT_ONCE]).polish(generator)
     _fit_decoders(tokens)
     return changed
 
@@ -68,16 +67,21 @@ class _Block:
         self.directions = adapter.W_dec[features] / self.norms[:, None]
         self.along = self.directions @ tokens.residual.T
         self.pre = torch.addmm(adapter.b_enc[features, None], adapter.W_enc[:, features].T, tokens.x.T)
-        self.lengths = tokens.residual.square().sum(1)
+        self.lengths = row_norms(tokens.residual).square()
 
-    def polish(self, position: int, generator: torch.Generator) -> bool:
-        """Fit the encoder of one feature, and take the longest step to it that lowers the error, if there is one."""
-        encoder = self._fitted(position, generator)
-        if encoder is None:
-            return False
+    def polish(self, generator: torch.Generator) -> int:
+        """Fit the encoders of all features, and take every step that lowers the error; returns their number."""
+        fits = [(i, fit) for i in range(len(self.features)) if (fit := self._fitted(i, generator)) is not None]
+        if not fits:
+            return 0
+        fitted = self.tokens.encoded([fit for _, fit in fits])
+        return sum(self._step(i, fit, after) for (i, fit), after in zip(fits, fitted, strict=True))
+
+    def _step(self, position: int, encoder: Encoder, after: Float[Tensor, "n"]) -> bool:
+        """Take the longest step to a feature's fitted encoder that lowers the error, if there is one."""
         tokens, feature = self.tokens, self.features[position]
         adapter, before, acts = tokens.layer.adapter, self.pre[position], tokens.activations(feature)
-        after, norm, along = tokens.x @ encoder.w + encoder.b, self.norms[position], self.along[position]
+        norm, along = self.norms[position], self.along[position]
         for share in STEPS:
             stepped = torch.relu(before.lerp(after, share))
             change = (stepped - acts) * norm
@@ -87,7 +91,6 @@ class _Block:
             part = Encoder(old.w.lerp(encoder.w, share), old.b.lerp(encoder.b, share))
             rows = tokens.set_encoder(feature, part, stepped)
             self.along[:, rows] = self.directions @ tokens.residual[rows].T
-            self.lengths[rows] = tokens.residual[rows].square().sum(1)
             return True
         return False
 
@@ -129,5 +132,5 @@ def _fit_decoders(tokens: LayerTokens) -> None:
         gram += acts.T @ acts
         products += acts.T @ (tokens.d[part] - adapter.b_dec)
     gram += torch.diag(DECODER_RIDGE * gram.diagonal())
-    adapter.W_dec[alive] = torch.linalg.solve(gram, products)
-    tokens.refresh()
+    for feature, direction in zip(alive, torch.linalg.solve(gram, products), strict=True):
+        tokens.set_decoder(feature, direction)

@@ -61,13 +61,14 @@ def merge_split_features(tokens: LayerTokens, generator: torch.Generator) -> int
         encoder = _fit(tokens.x, wanted, generator)
         if encoder is None:
             continue
-        missed = (torch.relu(tokens.x @ encoder.w + encoder.b) - wanted).square().sum()
+        acts = tokens.encoded([encoder])[0].relu_()
+        missed = (acts - wanted).square().sum()
         if float(missed) > LARGEST_MERGE_ERROR * float(wanted.square().sum()):
             continue
         direction = unit_rows(energy[group] @ directions[group])
         for member in group.tolist():
             tokens.silence(member)
-        tokens.replace(feature, encoder, direction)
+        tokens.replace(feature, encoder, direction, acts)
         freed += len(group) - 1
     return freed
 
@@ -81,22 +82,23 @@ def give_birth(tokens: LayerTokens, generator: torch.Generator) -> int:
     Returns: the number of features that were born.
     """
     energy, residual = tokens.energy(), tokens.residual.clone()
-    lengths = residual.square().sum(1)
+    lengths = row_norms(residual).square()
     slots, born = energy.argsort().tolist(), 0
     written = unit_rows(tokens.layer.adapter.W_dec[energy > 0])
     found = residual_directions(residual, tokens.d, generator)
     # Where a feature has the direction, it lacks only the right encoder.
     missing = [direction for direction in found if not bool((written @ direction > SAME_DIRECTION).any())]
     for start in range(0, len(missing), DIRECTIONS_AT_ONCE):
-        some = missing[start : start + DIRECTIONS_AT_ONCE]
+        some, fits = missing[start : start + DIRECTIONS_AT_ONCE], list[tuple[Tensor, float, Encoder]]()
         for direction, along in zip(some, torch.stack(some) @ residual.T, strict=True):
             wanted = torch.where((along > ALONG) & (along.square() > ALONG_SHARE * lengths), along, 0.0)
-            encoder = _fit(tokens.x, wanted, generator)
-            if encoder is None:
-                continue
-            if born == len(slots) or float(energy[slots[born]]) > LARGEST_COST * float(wanted.square().sum()):
+            if (encoder := _fit(tokens.x, wanted, generator)) is not None:
+                fits.append((direction, float(wanted.square().sum()), encoder))
+        activations = tokens.encoded([encoder for *_, encoder in fits]).relu_()
+        for (direction, size, encoder), acts in zip(fits, activations, strict=True):
+            if born == len(slots) or float(energy[slots[born]]) > LARGEST_COST * size:
                 return born  # the least-used feature explains more than this one would
-            tokens.replace(slots[born], encoder, direction)
+            tokens.replace(slots[born], encoder, direction, acts)
             born += 1
     return born
 
@@ -109,8 +111,8 @@ def residual_directions(
 
     Residuals are drawn by their length, not its square: rare but strong tokens must not crowd out the others.
     """
-    energy = residual.square().sum(1)
-    large = (energy > LARGE_RESIDUAL**2 * d.square().sum(1)) & (energy > SMALLEST_ENERGY)
+    energy = row_norms(residual).square()
+    large = (energy > LARGE_RESIDUAL**2 * row_norms(d).square()) & (energy > SMALLEST_ENERGY)
     rows = large.nonzero()[:, 0]
     if len(rows) < SMALLEST_CLUSTER:
         return []
@@ -143,7 +145,7 @@ def remove_useless_features(tokens: LayerTokens, smallest_gain: float) -> int:
 
     Returns: the number of features that were active on some token and were removed.
     """
-    total, removed = float(tokens.d.square().sum()), 0
+    total, removed = float(row_norms(tokens.d).square().sum()), 0
     for feature in tokens.energy().argsort().tolist():
         if tokens.gain(feature) < smallest_gain * total:
             removed += len(tokens.tokens[feature]) > 0

@@ -7,6 +7,7 @@ tokens and options, not on other layers, and it goes on from a saved state as if
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping
 
@@ -19,11 +20,11 @@ from tl_adapters.local_stage.feature_revision import give_birth, merge_split_fea
 from tl_adapters.local_stage.layer_tokens import LayerTokens
 from tl_adapters.local_stage.local_layer import LocalLayer, LocalTerms
 from tl_adapters.local_stage.token_buffer import TokenBuffer
-from tl_adapters.local_stage.whitening import LayerCoordinates, RunningCovariance, Whitening
+from tl_adapters.local_stage.whitening import ROWS_AT_ONCE, LayerCoordinates, RunningCovariance, Whitening
 from tl_adapters.utils.precision import adapter_dtype, wide
 
-REVISION_TOKENS = 400_000
-"""Most tokens by which features are revised."""
+REVISION_TOKENS = 200_000
+"""Most tokens by which coordinates are measured and, before the last step, features are revised."""
 NOISE_TOKENS = 4_096
 """Most tokens by which signal to noise is measured."""
 UNPOLISHED_SHARE = 0.3
@@ -69,12 +70,11 @@ class LayerRun:
 
     def _measured(self) -> LayerCoordinates:
         """Coordinates by the tokens in the buffer; of size 0 where there is only the rounding of weights to explain."""
-        x, d = (part[self.index][: len(self.buffer)] for part in (self.buffer.x, self.buffer.d))
+        x, d = self.buffer.sample(self.index, REVISION_TOKENS, self._generator("coordinates"))
         inputs = RunningCovariance(x.shape[1])
         inputs.add(x)
-        size = float(wide(d).square().sum(1).mean().sqrt())
-        sample = self.buffer.sample(self.index, NOISE_TOKENS, self._generator("noise"))
-        beside_noise = self.buffer.data.signal_to_noise(self.index, *sample)
+        size = math.sqrt(sum(float(wide(part).square().sum()) for part in d.split(ROWS_AT_ONCE)) / len(d))
+        beside_noise = self.buffer.data.signal_to_noise(self.index, x[:NOISE_TOKENS], d[:NOISE_TOKENS])
         if beside_noise is not None and not beside_noise.explainable:
             log.warning("layer %d is left unexplained, and its adapter is silent: %s", self.index, beside_noise)
             size = 0.0

@@ -6,6 +6,8 @@ then costs as much as it has active tokens, and one product with the inputs wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -32,24 +34,24 @@ class LayerTokens:
     @torch.no_grad()
     def __init__(self, layer: LocalLayer, x: Float[Tensor, "n d_model"], d: Float[Tensor, "n d_model"]) -> None:
         self.layer, self.x, self.d = layer, x, d
+        self.residual = torch.empty_like(d)
+        """What the adapter leaves of the difference, [n, d_model]."""
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute activations and residual again from the adapter."""
         adapter = self.layer.adapter
-        residual, features, tokens, values = [], [], [], []
+        features, tokens, values = [], [], []
         for start in range(0, len(self.x), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
             acts = adapter.encode(self.x[part])
-            residual.append(self.d[part] - adapter.decode(acts))
+            torch.addmm(self.d[part] - adapter.b_dec, acts, adapter.W_dec, alpha=-1, out=self.residual[part])
             by_feature = acts.T
             feature, token = by_feature.nonzero(as_tuple=True)
             features.append(feature)
             tokens.append(token + start)
             values.append(by_feature[feature, token])
-        self.residual = torch.cat(residual)
-        """What the adapter leaves of the difference, [n, d_model]."""
         feature, order = torch.cat(features).sort(stable=True)
         sizes = torch.bincount(feature, minlength=adapter.n_features).tolist()
         self.tokens = list(torch.cat(tokens)[order].split(sizes))
@@ -61,6 +63,14 @@ class LayerTokens:
     def n(self) -> int:
         """Number of tokens."""
         return len(self.x)
+
+    @torch.no_grad()
+    def encoded(self, encoders: Sequence[Encoder]) -> Float[Tensor, "k n"]:
+        """Pre-activations that these encoders have on all tokens."""
+        if not encoders:
+            return self.x.new_empty(0, self.n)
+        weights, biases = (torch.stack(parts) for parts in zip(*encoders, strict=True))
+        return torch.addmm(biases[:, None], weights, self.x.T)
 
     def activations(self, feature: int) -> Float[Tensor, "n"]:
         """A feature's activations on all tokens."""
@@ -79,8 +89,9 @@ class LayerTokens:
     @torch.no_grad()
     def gain(self, feature: int) -> float:
         """By how much the squared error would rise without a feature."""
-        written = self._written(feature)
-        return float((2 * self.residual[self.tokens[feature]] * written + written.square()).sum())
+        values, direction = self.values[feature], self.layer.adapter.W_dec[feature]
+        left = self.residual[self.tokens[feature]] @ direction
+        return float(values @ (2 * left + values * direction.square().sum()))
 
     @torch.no_grad()
     def silence(self, feature: int) -> None:
@@ -90,11 +101,13 @@ class LayerTokens:
         self.layer.silence(torch.tensor([feature]))
 
     @torch.no_grad()
-    def replace(self, feature: int, encoder: Encoder, direction: Float[Tensor, "d_model"]) -> None:
-        """Give a feature another encoder and decoder."""
+    def replace(
+        self, feature: int, encoder: Encoder, direction: Float[Tensor, "d_model"], acts: Float[Tensor, "n"]
+    ) -> None:
+        """Give a feature another encoder, with these activations, and another decoder."""
         self.residual[self.tokens[feature]] += self._written(feature)
         self.layer.replace(feature, encoder, direction)
-        self._activate(feature, torch.relu(self.x @ encoder.w + encoder.b))
+        self._activate(feature, acts)
         self.residual[self.tokens[feature]] -= self._written(feature)
 
     @torch.no_grad()
@@ -106,6 +119,13 @@ class LayerTokens:
         self._activate(feature, acts)
         self.residual[self.tokens[feature]] -= self._written(feature)
         return torch.cat([before, self.tokens[feature]]).unique()
+
+    @torch.no_grad()
+    def set_decoder(self, feature: int, direction: Float[Tensor, "d_model"]) -> None:
+        """Change what a feature writes; its encoder stays."""
+        self.residual[self.tokens[feature]] += self._written(feature)
+        self.layer.adapter.W_dec[feature] = direction
+        self.residual[self.tokens[feature]] -= self._written(feature)
 
     def _activate(self, feature: int, acts: Tensor) -> None:
         self.tokens[feature] = acts.nonzero()[:, 0]

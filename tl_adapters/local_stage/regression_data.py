@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_adapters.adapters.saelens_folder import INPUT_HOOKS, OUTPUT_HOOKS
 from tl_adapters.data.batching import TraceSource
@@ -71,11 +72,24 @@ class MLPDifferences:
     def read(self, batch: Batch) -> Iterator[tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]]:
         """Like `RegressionData.read`."""
         pair, batch = self.pair, batch.to(self.device)
-        with pair.routed("target"), pair.recorded("mlp.hook_in") as inputs:
+        with pair.routed("target"), pair.recorded("mlp.hook_in") as inputs, self._outputs() as outputs:
             pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
         for layer, mlp in enumerate(pair.mlps):
             x = inputs[layer][batch.counted]
-            yield mlp.adapter_input(x), mlp.difference(x)
+            yield mlp.adapter_input(x), mlp.difference(x, outputs[layer][batch.counted])
+
+    @contextmanager
+    def _outputs(self) -> Iterator[dict[int, Tensor]]:
+        """Layer to what its MLP has written last, for the length of a block."""
+        latest: dict[int, Tensor] = {}
+
+        def keep(mlp: nn.Module, args: object, out: Tensor, layer: int) -> None:
+            latest[layer] = out
+
+        with ExitStack() as handles:
+            for layer, mlp in enumerate(self.pair.mlps):
+                handles.enter_context(mlp.register_forward_hook(partial(keep, layer=layer)))
+            yield latest
 
     def signal_to_noise(
         self, layer: int, x: Float[Tensor, "n d_model"], d: Float[Tensor, "n d_model"]

@@ -59,7 +59,9 @@ class TokenBuffer:
         return self.x[layer][rows], self.d[layer][rows]
 
     def sample(self, layer: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Inputs and wanted outputs of at most n different tokens of a layer, drawn at random."""
+        """Inputs and wanted outputs of n different tokens of a layer, drawn at random; of all if there are fewer."""
+        if n >= len(self):
+            return self.x[layer][: len(self)], self.d[layer][: len(self)]
         rows = torch.randperm(len(self), generator=generator)[:n].to(self.devices[layer])
         return self.x[layer][rows], self.d[layer][rows]
 

@@ -81,7 +81,7 @@ class Whitening:
 
     def __call__(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         """Inputs in whitened coordinates."""
-        return (x - self.mean) @ self.matrix
+        return torch.addmm(-self.mean @ self.matrix, x, self.matrix)
 
     def encoder(
         self, W_enc: Float[Tensor, "d_model n_features"], b_enc: Float[Tensor, "n_features"]

@@ -114,13 +114,22 @@ class RoutedMLP(nn.Module):
         """The target's and the base's weights. Only for an MLP with a base."""
         raise NotImplementedError
 
-    def difference(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    def difference(
+        self, x: Float[Tensor, "*batch d_model"], output: Float[Tensor, "*batch d_model"] | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
         """MLP_target(x) - MLP_base(x), with planted features as part of the target's MLP.
 
         It is small beside either output and is computed in float32 at least, whatever the dtype of the weights.
+
+        Args:
+            x: inputs of the MLP.
+            output: what the MLP has written there on the route "target", if it is known. It spares the target's part,
+                unless it is in bfloat16 or float16, whose rounding would be a large part of the difference.
         """
         target, base = self.weights()
         for_base = x if self.base_scale is None else at_least_float32(x) * self.base_scale
+        if output is not None and output.dtype == at_least_float32(output).dtype:
+            return output - base.output(for_base)
         out = target.output(x) - base.output(for_base)
         return out if self.planted is None else out + self.planted(at_least_float32(x))
 
