@@ -24,7 +24,7 @@ from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import load_organism_pair
-from tl_adapters.study.scale import StudyScale
+from tl_adapters.study.run_size import StudyScale
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.files import write_text
 

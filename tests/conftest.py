@@ -85,7 +85,7 @@ def small_scale():  # type: ignore[no-untyped-def]
     from tl_adapters.circuits.search import SearchOptions
     from tl_adapters.circuits.study import StudyOptions
     from tl_adapters.config import TrainingConfig
-    from tl_adapters.study.scale import StudyScale
+    from tl_adapters.study.run_size import StudyScale
 
     return StudyScale(
         training_traces=400,

@@ -55,8 +55,10 @@ EXPORTS = {
     "judge": "autointerp.judge",
     "label_by_rules": "autointerp.rule_labels",
     "label_shares": "autointerp.category_shares",
+    "load": "study.by_name",
     "load_hf_model": "checkpoints.hf_model",
     "load_problems": "evaluation.tasks",
+    "load_traces": "study.by_name",
     "LocalConfig": "config",
     "LogitTarget": "attribution.targets",
     "LossWeights": "config",
@@ -198,6 +200,8 @@ if TYPE_CHECKING:
     from tl_adapters.pages.feature_pages import write_feature_pages as write_feature_pages
     from tl_adapters.pages.graph_page import write_graph as write_graph
     from tl_adapters.study.benchmark import benchmark_run as benchmark_run
+    from tl_adapters.study.by_name import load as load
+    from tl_adapters.study.by_name import load_traces as load_traces
     from tl_adapters.training.trainer import Trainer as Trainer
     from tl_adapters.training.trainer import train as train
     from tl_adapters.utils.notebook import colored_tokens as colored_tokens

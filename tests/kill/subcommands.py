@@ -31,7 +31,7 @@ from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.interop.circuit_tracer import listed_graphs
 from tl_adapters.pages.graph_page import require_new_graph
 from tl_adapters.study.features import features_run
-from tl_adapters.study.scale import StudyScale
+from tl_adapters.study.run_size import StudyScale
 from tl_adapters.utils.files import locked, working_folder
 
 TRAINING = {"steps": 12, "n_features": 48, "tokens_per_batch": 512, "log_every": 1, "checkpoint_every": 2}

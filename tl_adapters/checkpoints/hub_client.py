@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 from huggingface_hub import HfApi, constants
@@ -27,6 +28,24 @@ TABLE_FORMATS = ("json", "csv", "parquet", "arrow", "text")
 """Formats of a dataset's files that are read, as the datasets library calls them."""
 _NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp", "socket", "ssl")
 _OFFLINE = "HF_HUB_OFFLINE is set, so only downloaded repositories are found: unset it, or check the spelling."
+
+
+_TOKEN: ContextVar[str | None] = ContextVar("hub token", default=None)
+
+
+@contextmanager
+def hub_token(token: str | None) -> Iterator[None]:
+    """Within this context, downloads that are given no token of their own use this one; None changes nothing."""
+    before = _TOKEN.set(token or _TOKEN.get())
+    try:
+        yield
+    finally:
+        _TOKEN.reset(before)
+
+
+def given_token() -> str | None:
+    """The token of the innermost `hub_token`; None leaves the choice to the hub's client (HF_TOKEN, the login)."""
+    return _TOKEN.get()
 
 
 class HubError(UserError, RuntimeError):

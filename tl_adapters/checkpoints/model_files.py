@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
 from tl_adapters.checkpoints.architectures import ARCHITECTURES, AUTHORS_CHECKPOINT_SUFFIX, architecture_name
-from tl_adapters.checkpoints.hub_client import hub_errors
+from tl_adapters.checkpoints.hub_client import given_token, hub_errors
 from tl_adapters.errors import UserError
 from tl_adapters.organism import BUILTIN
 from tl_adapters.utils.files import plain_file
@@ -61,6 +61,13 @@ def fetch(name: str | Path, patterns: Sequence[str], *, revision: str | None = N
     """A local folder, or the hub's cache with the files of a repository that match ``patterns``.
 
     A file gets its name only when it is complete, and what has arrived is not downloaded again.
+
+    Args:
+        name: a folder, or a repository on the hub as USER/NAME or USER/NAME@REVISION.
+        patterns: names of files, with * for any characters.
+        revision: branch, tag or commit, if the name has none.
+        token: None is that of `hub_token`, HF_TOKEN or the stored login.
+
     Raises CheckpointError.
     """
     if name in BUILTIN:
@@ -74,8 +81,18 @@ def fetch(name: str | Path, patterns: Sequence[str], *, revision: str | None = N
             str(name).count("/") == 1
         )
         raise CheckpointError(f"There is no folder {name}.{trained} Check the spelling, or give a name on the hub.")
-    with hub_errors(f"{name} is not a folder, and the hub did not give its files", str(name), error=CheckpointError):
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns), token=token))
+    repo, revision = _repository(str(name), revision)
+    with hub_errors(f"{name} is not a folder, and the hub did not give its files", repo, error=CheckpointError):
+        options = dict(revision=revision, allow_patterns=list(patterns), token=token or given_token())
+        return Path(snapshot_download(repo, **options))
+
+
+def _repository(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Repository and revision of a name on the hub, USER/NAME or USER/NAME@REVISION. Raises CheckpointError."""
+    repo, _, of_name = name.partition("@")
+    if of_name and revision not in (None, of_name):
+        raise CheckpointError(f"{name} names the revision {of_name}, and revision is {revision}; give one of them.")
+    return repo, of_name or revision
 
 
 def commit_of(folder: Path) -> str | None:
@@ -254,7 +271,8 @@ def remote_or_local_names(name: str, folder: Path) -> set[str]:
     if (folder / SHARD_INDEX_FILE).is_file():
         return set(_shards(folder))
     with hub_errors(f"{name} has no readable safetensors on the hub", name, error=CheckpointError):
-        return set(get_safetensors_metadata(name).weight_map)  # for a single file, a ranged read of its header
+        repo, revision = _repository(name)  # for a single file, a ranged read of its header
+        return set(get_safetensors_metadata(repo, revision=revision, token=given_token()).weight_map)
 
 
 def read_vocabulary(folder: Path) -> dict[str, int]:

@@ -128,8 +128,11 @@ def published_name(reference: str, revision: str | None = None) -> str:
     cached = [part for part in parts[:-1] if part.startswith(("models--", "datasets--"))]
     if cached:  # a folder of the hub's cache
         return cached[-1].partition("--")[2].replace("--", "/", 1)
-    if not reference or reference in BUILTIN or (revision is not None and is_hub_name(reference)):
+    if not reference or reference in BUILTIN:
         return reference
+    repository = reference.partition("@")[0]  # what follows is the revision, whose commit is recorded beside the name
+    if revision is not None and is_hub_name(repository):
+        return repository
     if os.path.exists(reference):
         return f"./{Path(reference).resolve().name}"
     elsewhere = len(parts) > 1 and (not is_hub_name(reference) or reference.endswith(_DATA_SUFFIXES))

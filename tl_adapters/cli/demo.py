@@ -48,7 +48,7 @@ def demo(
 
     from tl_adapters.study.demo import QUICK_SCALE
     from tl_adapters.study.demo import demo as run_demo
-    from tl_adapters.study.scale import StudyScale
+    from tl_adapters.study.run_size import StudyScale
     from tl_adapters.utils.files import next_free_name, require_writable
 
     began = time.perf_counter()

@@ -28,13 +28,13 @@ from tl_adapters.cli.hesitation import hesitation
 from tl_adapters.cli.parsing import Subcommand
 from tl_adapters.cli.result import Result, to_json
 from tl_adapters.cli.serve import serve
-from tl_adapters.cli.share import export, pull, push
+from tl_adapters.cli.share import export, open, pull, push
 from tl_adapters.cli.train import config, sweep, train, transcoders
 from tl_adapters.errors import UserError
 from tl_adapters.utils.printing import VisibleRecord, printable_line, show, show_error, show_traceback
 
 SUBCOMMANDS: tuple[Callable[..., Result], ...] = (
-    demo, doctor, config, train, sweep, transcoders, evaluate, features, label, attribute, generate, benchmark,
+    demo, doctor, config, train, sweep, transcoders, open, evaluate, features, label, attribute, generate, benchmark,
     hesitation, serve, export, push, pull,
 )  # fmt: skip
 """Every subcommand, in the order of the help."""

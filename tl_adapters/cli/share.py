@@ -1,4 +1,4 @@
-"""The subcommands export, push and pull: adapters for other tools and other people."""
+"""The subcommands export, push, pull and open: adapters for and of other tools and other people."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tl_adapters.cli.common import AsJson, Quiet, feature_ids, joined
+from tl_adapters.cli.common import AsJson, Device, Dtype, Quiet, device_of, feature_ids, given_device, joined
 from tl_adapters.cli.parsing import Words, refuse, words
 from tl_adapters.cli.result import Result
 from tl_adapters.errors import UserError
@@ -210,3 +210,52 @@ def _layer_numbers(given: list[str]) -> list[int] | None:
     if wrong:
         raise UserError(f"--layers holds {wrong[0]}; give the numbers of layers, from 0, such as 0 1 2.")
     return [int(layer) for layer in given] or None
+
+
+_Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="folder or hub name of adapters: ours, SAELens, the paper's authors'")
+]
+_Run = Annotated[Path, typer.Option("--out", metavar="RUN", help="run folder to make")]
+_Later = Annotated[
+    str | None, typer.Option("--data", metavar="DATA", help="a .jsonl file or a dataset's name, recorded for later")
+]
+
+
+def open(
+    name: _Name,
+    out: _Run,
+    base: _Base = None,
+    target: _Target = None,
+    data: _Later = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> Result:
+    """Make a run folder of adapters that exist already, so that every stage after training takes them.
+
+    A hub name can hold a revision: USER/NAME@REVISION, also for --base and --target.
+
+    Examples:
+        tl-adapters open nathu0/transcoder-adapters-R1-Distill-Qwen-7B-l1w0.001-l0-1.4 --out runs/r1
+        tl-adapters open adapters --base org/base --target org/target@v2 --out runs/theirs --data held_out.jsonl
+    """
+    from tl_adapters.study.by_name import open_set
+
+    adapters = open_set(
+        name, out, base=base, target=target, data=data, revision=revision, device=device_of(device), dtype=dtype
+    )
+    models = {"base": adapters.metadata.base, "target": adapters.metadata.target}
+    about = f"{len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each"
+    return Result(
+        paths={"run": out},
+        values={
+            "layers": list(adapters.layer_indices),
+            "n_layers": adapters.n_layers,
+            "n_features": adapters.n_features,
+            **models,
+        },
+        text=f"opened: {about}; base {models['base']}, target {models['target']}",
+        next=command("evaluate", out, data=data, device=given_device(device), dtype=dtype),
+    )

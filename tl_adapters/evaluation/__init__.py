@@ -7,6 +7,7 @@
 * `feature_matching`: one-to-one matching of the features of two adapter sets
 * `lm_eval_harness`: A model class for lm-evaluation-harness (the extra `lm-eval`)
 * `math_equality`: Equality of two mathematical expressions by math-verify, within a bounded time
+* `pair_check`: a first look at a pair with adapters: logits, KL, L0, memory
 * `planted_features`: planted features: made for a base model with a known meaning, active at chosen rates
 * `planted_recovery`: a test of adapters with a known answer: how many planted features training recovers
 * `response_metrics`: Accuracy, length and hesitation rate of responses, with intervals over problems

@@ -1,5 +1,6 @@
 """How are adapters, features and graphs exchanged with other tools?
 
+* `any_set`: adapters in any form that this package reads, by their name
 * `authors_checkpoint`: Reads and writes the replacement-model checkpoints of the paper's authors
 * `circuit_tracer`: Attribution graphs as files that circuit-tracer's viewer and Neuronpedia read
 * `circuit_tracer_features`: Feature files of circuit-tracer's viewer, single or packed

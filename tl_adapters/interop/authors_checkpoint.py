@@ -10,6 +10,7 @@ config.json holds transcoder_n_features, transcoder_dec_bias and an architecture
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,20 @@ def from_authors(
             sizes = {"d_model": weights["W_enc"].shape[0]}
             require_tensors(samples[layer]._asdict(), of_samples, f"{folder}, layer {layer}", sizes, COPY_AGAIN)
     base, target = _PUBLISHED_PAIR if _PUBLISHED_NAME in str(name) else ("", "")
-    result = AdapterSet(adapters, samples, AdapterMetadata(base=base, target=target), n_layers)
+    metadata = AdapterMetadata(base=base, target=target, figures=_named_l0(name))
+    result = AdapterSet(adapters, samples, metadata, n_layers)
     result.require_finite(str(name))
     return result
+
+
+def _named_l0(name: str | Path) -> dict[str, Any]:
+    """The L0 that the authors write into the names of their repositories, such as ...-l0-1.4, as a figure."""
+    found = re.search(r"-l0-([0-9]+(?:\.[0-9]+)?)$", str(name).partition("@")[0])
+    if found is None:
+        return {}
+    return {
+        "L0, mean over layers": {"value": float(found[1]), "unit": "features per token", "split": "as its name says"}
+    }
 
 
 def _adapter_tensor_names(layer: int, has_decoder_bias: bool) -> list[str]:

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tl_adapters.adapters.adapter_set import AdapterSet
-from tl_adapters.adapters.set_folder import SET_METADATA_FILE
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.checkpoints.model_files import locate
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
+from tl_adapters.interop.any_set import read_adapters
 from tl_adapters.interop.authors_checkpoint import to_authors
 from tl_adapters.interop.hybrid_checkpoint import write_hybrid
 from tl_adapters.interop.saelens import to_saelens
 from tl_adapters.models.weight_identity import trained_on
 from tl_adapters.utils.files import require_absent, require_writable
 from tl_adapters.utils.printing import command
-from tl_adapters.utils.results import read_results
+from tl_adapters.utils.results import RESULTS_FILE, read_results
 
 ExportFormat = Literal["saelens", "authors", "hybrid", "target"]
 
@@ -36,8 +36,8 @@ def load_adapters_with_measurements(name: str | Path, **options: Any) -> Adapter
         AdapterFormatError, CheckpointError: there are no adapters under that name.
     """
     folder = Path(name)
-    if not (folder / "config.json").is_file() or (folder / SET_METADATA_FILE).is_file():
-        return AdapterSet.from_pretrained(name, **options)
+    if not any((folder / file).is_file() for file in ("run.json", RESULTS_FILE)):
+        return read_adapters(name, **options)
     if not (folder / "adapters").is_dir():
         raise UserError(f"{folder} has no adapters yet; continue its training with: {command('train', resume=folder)}")
     adapters = AdapterSet.from_pretrained(folder / "adapters", **options)

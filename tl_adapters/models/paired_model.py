@@ -54,6 +54,8 @@ from tl_adapters.utils.precision import adapter_dtype
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 if TYPE_CHECKING:
+    from tl_adapters.data.traces import Trace
+    from tl_adapters.evaluation.pair_check import PairCheck
     from tl_adapters.interventions.feature_edits import Features, Positions
 
 ACTS_HOOK = "mlp.adapter.hook_sae_acts_post"
@@ -90,6 +92,8 @@ class PairedModel(RoutedModel):
         super().__init__(model, base_mlps, ln2_weights)
         self.base_id, self.target_id, self.revisions = base, target, revisions
         self._base_identity = None if base_mlps is None else BaseIdentity.of(base_mlps)
+        self.hf_probe: tuple[Tensor, Tensor] | None = None
+        """A few tokens, and the logits of the target's Hugging Face model on them, where there was one."""
 
     @classmethod
     def from_pretrained(
@@ -142,7 +146,22 @@ class PairedModel(RoutedModel):
             revisions=(model_commit(base), model_commit(target)),
         )
         require_hybrid(pair.mlps, hf_outputs)
+        if hf_outputs is not None:
+            pair.hf_probe = hf_outputs.tokens.cpu(), hf_outputs.target.logits.cpu()
         return pair
+
+    def check(self, traces: Sequence[Trace] | None = None) -> PairCheck:
+        """A first look: logits against Hugging Face, KL and L0 on a text, what the adapters claim, memory left.
+
+        Args:
+            traces: some documents, such as ``load_traces`` gives; None takes eight of the model organism's sums, which
+                any model can read and few were trained on.
+
+        Raises PairMismatchError for a pair without adapters, and what `measure_faithfulness` raises.
+        """
+        from tl_adapters.evaluation.pair_check import check_pair, sums_to_read
+
+        return check_pair(self, sums_to_read(self) if traces is None else traces)
 
     @classmethod
     def plant(

@@ -28,7 +28,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import free_graph_name, remove_graph, require_new_graph, write_graph
 from tl_adapters.pages.report import REPORT_PAGE_FILE, write_report
 from tl_adapters.study.open_run import alone_in_run, is_organism_run, open_run, require_adapters
-from tl_adapters.study.scale import StudyScale
+from tl_adapters.study.run_size import StudyScale
 from tl_adapters.utils.results import changed_results, output_file, read_results, stage, write_results
 
 N_GRAPHS = 3

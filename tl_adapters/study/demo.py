@@ -15,7 +15,7 @@ from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.pages.report import write_report
 from tl_adapters.study.evaluate import evaluate_organism
 from tl_adapters.study.open_run import load_organism_pair
-from tl_adapters.study.scale import StudyScale
+from tl_adapters.study.run_size import StudyScale
 from tl_adapters.study.train import train_stage
 from tl_adapters.training.run_folder import require_new
 from tl_adapters.training.trainer import Trainer

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import PretrainedConfig
 
@@ -38,7 +37,7 @@ from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.weight_identity import recorded_samples, trained_on
 from tl_adapters.organism import BUILTIN
 from tl_adapters.study.run_size import RunSize, estimate_size, stored_dtype
-from tl_adapters.utils.devices import resolve_device, seconds_of
+from tl_adapters.utils.devices import free_memory, resolve_device, seconds_of
 
 _GB = 1e9
 _LARGE_MLP, _MEASURED_LAYERS = 10_000_000, 4
@@ -266,10 +265,7 @@ def _dtype(config: RunConfig, described: PretrainedConfig) -> Iterator[Finding]:
 
 
 def _memory(size: RunSize, device: torch.device) -> Iterator[Finding]:
-    if device.type == "cuda":
-        free, where = torch.cuda.mem_get_info(device)[0], str(device)
-    else:
-        free, where = psutil.virtual_memory().available, "this machine"
+    free, where = free_memory(device), str(device) if device.type == "cuda" else "this machine"
     largest = size.largest
     tokens = f", tokens {largest.tokens / _GB:.2g}" if largest.tokens else ""
     stage = f" in the stage {largest.stage}" if len(size.stages) > 1 else ""

@@ -28,7 +28,7 @@ from tl_adapters.study.open_run import (
     open_run,
     require_adapters,
 )
-from tl_adapters.study.scale import StudyScale
+from tl_adapters.study.run_size import StudyScale
 
 
 @alone_in_run

@@ -23,6 +23,7 @@ from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.files import alone_in, require_writable
+from tl_adapters.utils.printing import command
 from tl_adapters.utils.results import read_results
 
 ORGANISM_TRACES = 20_000
@@ -87,7 +88,11 @@ def alone_in_run(work: Callable[Concatenate[Path, P], T]) -> Callable[Concatenat
 def require_adapters(folder: Path) -> None:
     """Raises UserError where a run folder has no adapters."""
     if not (folder / "adapters").is_dir():
-        raise UserError(f"{folder} has no adapters; give the folder of a train or demo run that has finished.")
+        opened = command("open", folder, out="runs/opened")
+        raise UserError(
+            f"{folder} has no adapters; give the folder of a train or demo run that has finished. Adapters that are "
+            f"not of a run become one with: {opened}"
+        )
 
 
 def _date(data: DataConfig) -> datetime.date | None:

@@ -1,4 +1,4 @@
-"""Estimated memory, disk space and time of a training run, stage by stage, from shapes alone.
+"""The size of a study, and estimated memory, disk space and time of a training run, stage by stage, by shapes alone.
 
 Bytes of adapters in float32: 4 for a weight, 4 for its gradient, 8 for Adam's two moments. The local stage trains them
 in coordinates of their own, which are d_model^2 numbers a layer, and keeps the tokens that it trains on; the end-to-end
@@ -8,18 +8,43 @@ between positions is left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PretrainedConfig
 
+from tl_adapters.circuits.study import StudyOptions
 from tl_adapters.config import LocalConfig, RunConfig, StageName, TrainingConfig
 from tl_adapters.local_stage.layer_run import REVISION_TOKENS
+from tl_adapters.study.hesitation import ORGANISM_PROBLEM_COUNTS
+from tl_adapters.study.open_run import ORGANISM_TRACES
 from tl_adapters.utils.precision import adapter_dtype
 
 BYTES_OF_DTYPE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LOGIT_CHUNKS = 4 * 2**26
 """Bytes of the logits that are computed at a time."""
+
+
+@dataclass(frozen=True)
+class StudyScale:
+    """How many documents, problems and steps each stage of a study uses. The defaults are those of the full demo."""
+
+    training_traces: int = ORGANISM_TRACES
+    """Training documents of the model organism."""
+    problems: int = 1_000
+    """Held-out problems whose answers are compared between models."""
+    documents: int = 1_800
+    """Greedy traces of the target for KL, NMSE, L0 and alive features; the first ``problems`` of them are shared."""
+    baseline_documents: int = 200
+    """How many of these the baselines are measured on."""
+    max_new_tokens: int = 160
+    """Longest answer in tokens."""
+    hesitation: tuple[int, int] = ORGANISM_PROBLEM_COUNTS
+    """Problems on which the hesitation circuit is selected, and other problems on which it is reported."""
+    circuit: StudyOptions = field(default_factory=StudyOptions)
+    """Options of the hesitation study."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Options of the training run."""
 
 
 @dataclass(frozen=True)

@@ -78,17 +78,11 @@ def train_stage(trainer: Trainer, folder: Path) -> None:
         return
     with stage(folder, "train"):
         trainer.run()
-    pair, config, cfg, noise = trainer.pair, trainer.config, trainer.pair.model.cfg, trainer.signal_to_noise()
+    config, noise = trainer.config, trainer.signal_to_noise()
     write_results(
         folder,
         pair={
-            "base": pair.base_id,
-            "target": pair.target_id,
-            "n_layers": cfg.n_layers,
-            "d_model": cfg.d_model,
-            "d_mlp": cfg.d_mlp,
-            "d_vocab": cfg.d_vocab,
-            "fingerprints": pair.fingerprints,
+            **pair_block(trainer.pair),
             "signal_to_noise": None if noise is None else [vars(of_layer) for of_layer in noise],
         },
         train={
@@ -101,6 +95,20 @@ def train_stage(trainer: Trainer, folder: Path) -> None:
         seeds=[config.seed],
         versions=versions(),
     )
+
+
+def pair_block(pair: PairedModel) -> dict[str, Any]:
+    """What results.json says of the models of a run."""
+    cfg = pair.model.cfg
+    return {
+        "base": pair.base_id,
+        "target": pair.target_id,
+        "n_layers": cfg.n_layers,
+        "d_model": cfg.d_model,
+        "d_mlp": cfg.d_mlp,
+        "d_vocab": cfg.d_vocab,
+        "fingerprints": pair.fingerprints,
+    }
 
 
 # -- transcoders ------------------------------------------------------------------------------------------------------

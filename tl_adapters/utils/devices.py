@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+import psutil
 import torch
 
 from tl_adapters.errors import UserError
@@ -51,6 +52,13 @@ def resolve_device(device: str | torch.device | None = AUTO) -> torch.device:
     if requested not in devices and not (requested.index == 0 and torch.device(requested.type) in devices):
         raise DeviceError(f"device {device}: this machine does not have it, or torch was built without it. {available}")
     return requested
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on the CPU and on Apple's GPU, which share them, those of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def seconds_of(operations: float, device: torch.device) -> float:

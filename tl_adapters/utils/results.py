@@ -62,6 +62,15 @@ class TrainBlock(_Block):
     n_features: int | None = None
 
 
+class OpenedBlock(_Block):
+    """Where adapters come from that were not trained in this run."""
+
+    name: str
+    revision: str | None = None
+    n_features: int
+    fingerprint: str
+
+
 class KlBlock(_Block):
     """KL from the target."""
 
@@ -113,6 +122,7 @@ class Results(_Block):
     versions: dict[str, str | None] = Field(default_factory=dict)
     pair: PairBlock | None = None
     train: TrainBlock | None = None
+    opened: OpenedBlock | None = None
     faithfulness: FaithfulnessBlock | None = None
     baselines: dict[str, Any] | None = None
     behaviour: BehaviorBlock | None = None

@@ -1,0 +1,203 @@
+"""Adapters that somebody else trained are opened by their name, and every later stage takes them like a run's own."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.fake_chat import FakeChat
+from helpers.hub_folders import write_pair
+from helpers.judges import knowing
+from helpers.loopback_hub import LoopbackHub, hub  # noqa: F401  # a fixture
+from helpers.random_models import randomise
+
+from tl_adapters import load, load_traces, organism
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.set_folder import SET_METADATA_FILE, SET_SAMPLES_FILE
+from tl_adapters.cli.main import main
+from tl_adapters.data.traces import DataError
+from tl_adapters.errors import UserError
+from tl_adapters.interop.authors_checkpoint import to_authors
+from tl_adapters.interop.hub import push_to_hub
+from tl_adapters.interop.saelens import to_saelens
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.results import read_results
+
+TOKENS = torch.tensor([[5, 9, 20, 31, 7]])
+CLAIMED = "user/sums-l0-1.5"
+
+
+@torch.no_grad()
+def logits(pair: PairedModel, route: str = "replacement") -> torch.Tensor:
+    with pair.routed(route):
+        return pair.model(TOKENS)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> PairedModel:
+    """A tiny pair from two folders, with adapters."""
+    return randomise(PairedModel.from_pretrained(*write_pair(tmp_path / "models", "Qwen3", dtype=torch.float32)))
+
+
+def as_folder(trained: PairedModel, form: str, folder: Path) -> Path:
+    adapters = trained.installed_adapters()
+    if form == "ours":
+        adapters.save_pretrained(folder)
+    elif form == "saelens":
+        to_saelens(adapters, folder)
+        for file in (SET_METADATA_FILE, SET_SAMPLES_FILE):  # as SAELens itself would write it
+            (folder / file).unlink()
+    else:
+        to_authors(adapters, folder, base=trained.base_id, target=trained.target_id)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["ours", "saelens", "authors"])
+def test_any_form_is_loaded_by_its_name(trained: PairedModel, form: str, tmp_path: Path) -> None:
+    name = as_folder(trained, form, tmp_path / "theirs")
+    pair = load(name, target=trained.target_id, base=trained.base_id)
+    torch.testing.assert_close(logits(pair), logits(trained))
+    models = ["--target", trained.target_id, "--base", trained.base_id]
+    assert main(["open", str(name), *models, "--out", str(tmp_path / "run")]) == 0
+    torch.testing.assert_close(logits(load(tmp_path / "run")), logits(trained))
+    opened = read_results(tmp_path / "run")["opened"]
+    assert opened["name"] == str(name) and opened["n_features"] == trained.installed_adapters().n_features
+
+
+def test_the_bases_mlps_of_an_authors_checkpoint_are_its_own(trained: PairedModel, tmp_path: Path) -> None:
+    name = as_folder(trained, "authors", tmp_path / "theirs")
+    pair = load(name, target=trained.target_id)
+    assert pair.base_id == str(name)
+    for route in ("hybrid", "replacement"):
+        torch.testing.assert_close(logits(pair, route), logits(trained, route))
+
+
+def put_on(hub: LoopbackHub, name: str, folder: Path) -> None:  # noqa: F811
+    hub.files[name] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_by_hub_name_and_revision(hub: LoopbackHub, trained: PairedModel, tmp_path: Path) -> None:  # noqa: F811
+    """A set, a base and a target are on the hub, each at its own revision, with one token for all of them."""
+    theirs = as_folder(trained, "authors", tmp_path / "theirs")
+    hub.commits |= {"v1": "1" * 40, "v2": "2" * 40}
+    for name, folder in ((f"{CLAIMED}@v1", theirs), ("org/target@v2", Path(trained.target_id))):
+        put_on(hub, name, folder)
+        hub.files.setdefault(name.partition("@")[0], {})
+    pair = load(f"{CLAIMED}@v1", target="org/target@v2", token="secret")
+    torch.testing.assert_close(logits(pair), logits(trained))
+    asked = [request for request in hub.server.requests if "/resolve/" in request.path]
+    assert asked and all(request.headers.get("authorization") == "Bearer secret" for request in asked)
+    check = pair.check()
+    assert check.claimed_l0 == 1.5 and "the set says 1.5" in str(check)
+    with pytest.raises(UserError, match="names the revision v1, and revision is v2; give one of them"):
+        load(f"{CLAIMED}@v1", target="org/target@v2", revision="v2")
+    with pytest.raises(UserError, match="org/target"):
+        load(f"{CLAIMED}@v1", target="org/target@v3")
+
+
+def test_a_pushed_set_needs_no_other_name(hub: LoopbackHub, trained: PairedModel, tmp_path: Path) -> None:  # noqa: F811
+    for role in ("base", "target"):
+        put_on(hub, f"org/{role}", Path(getattr(trained, f"{role}_id")))
+    adapters = PairedModel.from_pretrained("org/base", "org/target").new_adapters(4)
+    push_to_hub(adapters, "user/set")
+    out = tmp_path / "run"
+    assert main(["open", "user/set", "--out", str(out), "--json"]) == 0
+    assert AdapterSet.from_pretrained(out / "adapters").metadata.target == "org/target"
+
+
+def test_what_is_missing_is_said(trained: PairedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, empty = tmp_path / "run", tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(
+        UserError, match=r"holds no adapters: neither tl_adapters.json .* nor cfg.json .* WithTranscoder"
+    ):
+        load(empty)
+    theirs = as_folder(trained, "authors", tmp_path / "theirs")
+    assert main(["open", str(theirs), "--out", str(out)]) == 2
+    assert "does not say what its target are. Name them: --target" in capsys.readouterr().err
+    assert main(["open", str(theirs), "--out", str(empty), "--target", trained.target_id]) == 2
+    assert "exists already" in capsys.readouterr().err
+    other = write_pair(tmp_path / "other", "Qwen3", dtype=torch.float32, num_hidden_layers=3)[1]
+    assert main(["open", str(theirs), "--out", str(out), "--target", str(other)]) == 2
+    assert "layers" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_check_measures_what_it_says(trained: PairedModel) -> None:
+    check = trained.check()
+    assert check.logits_off is not None and check.logits_off < 1e-5
+    assert check.claimed_l0 is None and 0 < check.mean_l0 < trained.installed_adapters().n_features
+    assert check.kl_replacement > 0 and check.kl_hybrid > 0 and check.memory_left > 1e8
+    with torch.no_grad():
+        trained.model.blocks[0].mlp.W_out.mul_(1.1)
+    assert trained.check().logits_off > 1e-3, "the target is another model now"
+
+
+def test_traces_by_name(builtin: PairedModel, tmp_path: Path) -> None:
+    file = tmp_path / "sums.jsonl"
+    rows = [{"prompt": p, "response": r} for p, r in organism.reasoning_pairs("report", 9, 0)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load_traces(file, builtin, n=4)) == 4 and len(load_traces(file, builtin)) == 9
+    answered = load_traces("builtin", builtin, n=3, max_new_tokens=160)
+    text = builtin.model.tokenizer.decode(answered[0].tokens)
+    assert len(answered) == 3 and re.search(r"=\?.*<think>.*</think>", text, re.DOTALL)
+    with pytest.raises(DataError, match="n is 0"):
+        load_traces(file, builtin, n=0)
+
+
+@pytest.fixture(scope="module")
+def builtin() -> PairedModel:
+    """The built-in pair with a few random features."""
+    pair = PairedModel.from_pretrained(organism.BUILTIN_BASE, organism.BUILTIN_TARGET)
+    generator = torch.Generator().manual_seed(0)
+    for adapter in pair.new_adapters(16):
+        for parameter in adapter.parameters():
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return pair
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory, builtin: PairedModel) -> Path:
+    """A folder with "run", opened from a checkpoint of the authors' layout, and with documents."""
+    folder = tmp_path_factory.mktemp("opened")
+    to_authors(builtin.installed_adapters(), folder / "theirs", base=builtin.base_id, target=builtin.target_id)
+    pairs = organism.reasoning_pairs("report", 12)
+    (folder / "held.jsonl").write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs))
+    options = ["--target", builtin.target_id, "--data", str(folder / "held.jsonl")]
+    assert main(["open", str(folder / "theirs"), *options, "--out", str(folder / "run"), "--quiet"]) == 0
+    return folder
+
+
+def take(opened: Path, *words: str) -> None:
+    """A stage takes the opened run."""
+    assert main([words[0], str(opened / "run"), *words[1:], "--quiet"]) == 0
+
+
+def test_stages_take_an_opened_run(opened: Path, builtin: PairedModel) -> None:
+    take(opened, "evaluate", "--data", str(opened / "held.jsonl"))
+    take(opened, "attribute", "--prompt", "<|user|>12+7=?", "--max-feature-nodes", "20")
+    take(opened, "generate", "--prompt", "12+7=?", "--max-new-tokens", "8")
+    for to in ("saelens", "authors", "hybrid", "target"):
+        take(opened, "export", "--to", to, "--out", str(opened / to))
+    results = read_results(opened / "run")
+    assert "faithfulness" in results and results["pair"]["fingerprints"] == builtin.fingerprints
+    page = (opened / "run" / "report.html").read_text()
+    assert "they were opened from" in page and str(opened / "theirs") in page
+
+
+@pytest.mark.slow
+def test_long_stages_take_an_opened_run(opened: Path) -> None:
+    take(opened, "features", "--data", str(opened / "held.jsonl"))
+    with FakeChat(knowing) as judge:
+        judged = ["--base-url", f"{judge.server.url}/v1", "--model", "judge", "--judge", "4", "--retest", "0"]
+        take(opened, "label", *judged)
+    take(opened, "benchmark", "--tasks", "builtin", "--limit", "2", "--max-new-tokens", "16")
+    take(opened, "hesitation", "--limit", "12", "--share", "0.01")
+    take(opened, "export", "--to", "neuronpedia", "--model-id", "m", "--out", str(opened / "np"))
+    assert {"features", "labels", "hesitation", "benchmarks"} <= set(read_results(opened / "run"))
+
+
+def test_training_is_not_resumed_from_an_opened_run(opened: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", str(opened / "run")]) == 2
+    assert "is not the folder of a training run" in capsys.readouterr().err
