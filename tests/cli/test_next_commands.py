@@ -28,6 +28,7 @@ CASES: dict[str, list[list[str]]] = {
     "doctor": [["BASE", "TARGET", *SMALL, "--seed", "3", "--device", "cpu", "--dtype", "float32"]],
     "train": [[*PAIR, *SMALL, "--out", NEW], [*SMALL, "--out", NEW]],
     "sweep": [[*PAIR, "--held-out", "held out.jsonl", *SWEEP], SWEEP],
+    "open": [[*DATA, "--out", NEW, "--", RUN]],
     "evaluate": [[*DATA, "--", "no features"], [*DATA, "--", RUN]],
     "features": [[*DATA, "--share", "0/1", "--examples", "3", "--", "no features"], [*DATA, "--", "no features"]],
     "label": [["--", RUN]],

@@ -274,5 +274,6 @@ def authors_pair(
         target=str(target),
     )
     require_hybrid(pair.mlps, hf_outputs)
+    pair.hf_probe = None if hf_outputs is None else hf_outputs.probe
     pair.load_adapters(adapters)
     return pair

@@ -77,6 +77,11 @@ class HFOutputs:
     """The relative difference between the target's attention implementations, [1, pos] per layer; None in full
     precision."""
 
+    @property
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """The token ids and the target's logits, on the CPU."""
+        return self.tokens.cpu(), self.target.logits.cpu()
+
 
 @torch.no_grad()
 def record_hf_outputs(

@@ -92,8 +92,7 @@ class PairedModel(RoutedModel):
         super().__init__(model, base_mlps, ln2_weights)
         self.base_id, self.target_id, self.revisions = base, target, revisions
         self._base_identity = None if base_mlps is None else BaseIdentity.of(base_mlps)
-        self.hf_probe: tuple[Tensor, Tensor] | None = None
-        """A few tokens, and the logits of the target's Hugging Face model on them, where there was one."""
+        self.hf_probe: tuple[Tensor, Tensor] | None = None  # tokens, and the logits of the target's Hugging Face model
 
     @classmethod
     def from_pretrained(
@@ -146,22 +145,8 @@ class PairedModel(RoutedModel):
             revisions=(model_commit(base), model_commit(target)),
         )
         require_hybrid(pair.mlps, hf_outputs)
-        if hf_outputs is not None:
-            pair.hf_probe = hf_outputs.tokens.cpu(), hf_outputs.target.logits.cpu()
+        pair.hf_probe = None if hf_outputs is None else hf_outputs.probe
         return pair
-
-    def check(self, traces: Sequence[Trace] | None = None) -> PairCheck:
-        """A first look: logits against Hugging Face, KL and L0 on a text, what the adapters claim, memory left.
-
-        Args:
-            traces: some documents, such as ``load_traces`` gives; None takes eight of the model organism's sums, which
-                any model can read and few were trained on.
-
-        Raises PairMismatchError for a pair without adapters, and what `measure_faithfulness` raises.
-        """
-        from tl_adapters.evaluation.pair_check import check_pair, sums_to_read
-
-        return check_pair(self, sums_to_read(self) if traces is None else traces)
 
     @classmethod
     def plant(
@@ -282,6 +267,12 @@ class PairedModel(RoutedModel):
             dtype = torch.promote_types(adapters[layer].W_enc.dtype, torch.float32) if layer in scales else None
             mlp.adapter_scale = None if scale is None else scale.to(self.device, dtype)
         self.backend.name_hooks()
+
+    def check(self, traces: Sequence[Trace] | None = None) -> PairCheck:
+        """A first look (`pair_check.check_pair`), on the model organism's sums if no documents are given."""
+        from tl_adapters.evaluation import pair_check
+
+        return pair_check.check_pair(self, pair_check.sums_to_read(self) if traces is None else traces)
 
     # -- changes of features: shorthand for the functions of these names --------------------------------------------
 
