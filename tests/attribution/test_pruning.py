@@ -247,3 +247,20 @@ def test_twenty_thousand_features_take_seconds_and_no_matrix() -> None:
     ends = pruned.influence[n_features:first_target].sum()
     unfed = torch.bincount(targets, minlength=n_features)[:n_features] == 0
     assert float(ends + pruned.influence[:n_features][unfed].sum()) == pytest.approx(1.0)  # all of it ends somewhere
+
+
+def test_a_notebook_shows_a_graphs_targets_with_their_strongest_edges() -> None:
+    graph = random_graph(3, with_errors=True)
+    graph.strings[0] = "<script>\u202e"
+    html = graph._repr_html_()
+    assert "<script>" not in html and "&lt;script&gt;" in html and "\u202e" not in html
+    for i, target in enumerate(graph.targets[:3]):
+        into = graph.edges[0] == graph.first_target + i
+        strongest = int(graph.weights.abs().masked_fill(~into, -1).argmax())
+        assert f"strongest edges into {target.label}" in html and f"{graph.weights[strongest]:+.3g}" in html
+    assert f"<td>{graph.node_name(int(graph.edges[1, strongest]))}</td>".replace("'", "&#39;") in html
+    kinds = (0, len(graph.features), graph.first_token + 1, graph.first_target)
+    names = [graph.node_name(node) for node in kinds]
+    layer, position, index = graph.features[0].tolist()
+    assert names[0].startswith(f"{layer}.{index} at {position} ") and names[1].startswith("error of layer 0 at 0 ")
+    assert names[2:] == ["token 1 ' t1'", "out0"]

@@ -33,7 +33,7 @@ from tl_adapters.circuits.roles import (
     effects_at,
     effects_on_continuation,
 )
-from tl_adapters.circuits.search import SearchObjective, SearchOptions, search_circuit
+from tl_adapters.circuits.search import SearchObjective, SearchOptions, round_sizes, search_circuit
 from tl_adapters.interventions.feature_edits import ablated, gated, only, patched, scaled
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel
 
@@ -240,6 +240,25 @@ def test_a_search_goes_on_beyond_the_circuit(circuit: tuple[PairedModel, Onsets]
     assert [a.n for a in odd.objectives] == [0, 4, 6, 9], "the circuit is whole before more join"
 
 
+def test_a_large_circuit_takes_no_more_rounds_than_allowed(circuit: tuple[PairedModel, Onsets]) -> None:
+    few = SearchOptions(rounds=4)
+    assert round_sizes(5_000, 7_500, few) == [500, 1_500, 3_000, 5_000, 7_000, 7_500]
+    assert round_sizes(73, 110, few) == [7, 22, 44, 73, 102, 110]
+    assert round_sizes(11, 11, few) == [3, 6, 9, 11], "a small circuit is searched as before"
+    for size, further in ((1, 1), (13, 13), (13, 20), (120, 180), (121, 182), (40_000, 60_000)):
+        for rounds in (1, 2, 7, 40):
+            sizes = round_sizes(size, further, SearchOptions(rounds=rounds))
+            assert sizes == sorted(set(sizes)) and size in sizes and sizes[-1] == further
+            assert sizes.index(size) < rounds and len(sizes) <= 2 * rounds + 1
+    pair, onsets = circuit
+    options = replace(SMALL, share=20 / (4 * N_FEATURES), per_round=1)
+    greedy, blocks = (
+        search_circuit(pair, onsets, everything(pair), replace(options, rounds=n), progress=False) for n in (40, 4)
+    )
+    assert [o.n for o in blocks.objectives] == [0, 2, 6, 12, 20]
+    assert blocks.order[0] == greedy.order[0] and OUTPUT in blocks.order
+
+
 def test_adapters_are_given_back_as_they_were() -> None:
     pair, onsets = planted()
     parameters = list(pair.installed_adapters().parameters())
@@ -272,6 +291,7 @@ def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Onsets]) -> None:
         {"share": 0.0},
         {"share": 1.5},
         {"per_round": 0},
+        {"rounds": 0},
         {"strength": 0.0},
         {"documents": 0},
         {"further": 0.9},

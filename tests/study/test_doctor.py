@@ -304,3 +304,15 @@ def test_adapters_of_hub_models_are_compared_by_name(
     assert findings["adapters' base"].level == "ok" and "by name" in findings["adapters' base"].message
     assert findings["adapters' target"].level == "warning"
     assert "the adapters record org/other, and mirror/target was given" in findings["adapters' target"].message
+
+
+def test_the_plan_of_a_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--out", str(out), "--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:3]] == ["memory:", "time:", "disk:"] and not out.exists()
+    assert main(["train", "--out", str(out), "--plan", "--set", "n_features=90000000", "--json"]) == 1
+    findings = json.loads(capsys.readouterr().out)["results"]["findings"]
+    assert "error" in {finding["level"] for finding in findings if finding["subject"] == "memory"}
+    assert main(["train", "--resume", str(out), "--plan"]) == 2
+    assert "--resume takes the run's own options; leave out --plan" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from tl_adapters.checkpoints.tensor_fields import floats, require_tensors, whole
 from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
 from tl_adapters.utils.files import new_folder, write_tensors, write_text
+from tl_adapters.utils.html import render
 from tl_adapters.utils.reading import (
     Record,
     UnreadableFileError,
@@ -34,6 +35,8 @@ from tl_adapters.utils.reading import (
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.strict_json import dumps
 
+_MAX_TARGETS, _MAX_SOURCES = 3, 8
+"""Number of targets, and of edges into each, that a notebook shows."""
 GRAPH_FILE, TENSORS_FILE = "graph.json", "graph.safetensors"
 GRAPH_SCHEMA_VERSION = 1
 Linearization = Literal["relp", "frozen_mlp", "gradient"]
@@ -132,6 +135,30 @@ class AttributionGraph:
         value, *parts = self.balance.unbind(1)
         scale = torch.stack([value, *parts]).abs().amax(0).clamp(min=1e-30)
         return float(((value - sum(parts)).abs() / scale).max()) if len(value) else 0.0
+
+    def node_name(self, node: int) -> str:
+        """A node in words: a feature as layer.index, with its token, an error, a token, or a target."""
+        if node >= self.first_target:
+            return self.targets[node - self.first_target].label
+        if node >= self.first_token:
+            position = node - self.first_token
+            return f"token {position} {self.strings[position]!r}"
+        if node < len(self.features):
+            layer, position, index = self.features[node].tolist()
+            return f"{layer}.{index} at {position} {self.strings[position]!r}"
+        layer, position = self.errors[node - len(self.features)].tolist()
+        return f"error of layer {layer} at {position} {self.strings[position]!r}"
+
+    def _repr_html_(self) -> str:
+        counts = [("tokens", self.tokens), ("features", self.features), ("edges", self.weights)]
+        tables = [(["in this graph", "number"], [[name, f"{len(part):,}"] for name, part in counts])]
+        for i, target in enumerate(self.targets[:_MAX_TARGETS]):
+            into = (self.edges[0] == self.first_target + i).nonzero()[:, 0]
+            largest = into[self.weights[into].abs().argsort(descending=True)[:_MAX_SOURCES]].tolist()
+            probability = "" if target.probability is None else f", probability {target.probability:.3g}"
+            rows = [[self.node_name(int(self.edges[1, edge])), f"{self.weights[edge]:+.3g}"] for edge in largest]
+            tables.append(([f"strongest edges into {target.label}{probability}", "weight"], rows))
+        return render("notebook/tables.html.j2", tables=tables)
 
     def save(self, folder: str | Path) -> None:
         """Write graph.json and graph.safetensors into a new folder. Raises FolderExistsError or DiskFullError."""

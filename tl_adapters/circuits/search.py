@@ -22,6 +22,10 @@ loss *given the features in S*: minus the gradient with respect to its gate. The
 the given size. So features that copy what is in S already, and have a large effect of their own, are not taken again; a
 ranking by effect alone takes all of them.
 
+A round reads all texts, forwards and backwards. A large circuit therefore takes no more than ``rounds`` of them, in
+which blocks of growing size join: of R rounds the first brings 1 part of 1 + 2 + ... + R, the last R parts. Then the
+cost does not grow with the circuit.
+
 The order in which features joined is kept: its first n features are the circuit of size n.
 """
 
@@ -48,7 +52,7 @@ from tl_adapters.evaluation.behaviors import Behavior, BehaviorError
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
-from tl_adapters.utils.precision import at_least_float32
+from tl_adapters.training.kl_divergence import kl_from_residual
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 
@@ -62,6 +66,8 @@ class SearchOptions:
     """The search continues to this multiple of the size, so that larger circuits can be measured too."""
     per_round: int = 3
     """Features that join in a round; a smaller number is slower and takes fewer copies."""
+    rounds: int = 40
+    """Most rounds until the circuit has its size."""
     strength: float = 1.75
     """Factor of the circuit's activations where it is added to the hybrid. It is above 1 because a small part of the
     features that fire in the replacement has the effect of all."""
@@ -77,11 +83,11 @@ class SearchOptions:
     """Tokens in a forward pass."""
 
     def __post_init__(self) -> None:
-        counts = min(self.further, self.per_round, self.documents)
+        counts = min(self.further, self.per_round, self.rounds, self.documents)
         if not 0 < self.share <= 1 or counts < 1 or self.strength <= 0:
             raise BehaviorError(
-                f"Got {self}; share is above 0 and at most 1, further, per_round and documents are at least 1, and "
-                "strength is above 0."
+                f"Got {self}; share is above 0 and at most 1, further, per_round, rounds and documents are at least "
+                "1, and strength is above 0."
             )
 
 
@@ -113,7 +119,10 @@ class Search:
 
 
 class _Reference:
-    """The target's probabilities over a batch: read once, used in every round."""
+    """What the target says over a batch: read once, used in every round.
+
+    Of the continuations the final residual stream is kept, not the probabilities, which are some forty times as large.
+    """
 
     @torch.no_grad()
     def __init__(self, pair: PairedModel, batch: Onsets) -> None:
@@ -122,7 +131,7 @@ class _Reference:
         with pair.routed("target"):
             residual = final_residual(pair, self.batch.tokens)
         self.probability = log_odds(pair, residual, self.batch, self.positions).sigmoid()
-        self.continuation = at_least_float32(pair.unembed(residual[self.batch.continuation])).log_softmax(-1)
+        self.continuation = residual[self.batch.continuation]
 
 
 @adapters_in_float32
@@ -150,6 +159,7 @@ def search_circuit(
     texts = onsets.with_onsets_and_controls(options.documents)
     references = [_Reference(pair, batch) for _, batch in texts.batches(options.tokens_per_batch)]
     size, size_further = (_size(alive, options.share * times) for times in (1.0, options.further))
+    sizes = iter(round_sizes(size, size_further, options))
     chosen, order, objectives = torch.zeros_like(alive), list[int](), list[SearchObjective]()
     flat_alive = alive.flatten()
     with (
@@ -161,15 +171,30 @@ def search_circuit(
             objectives.append(values)
             if len(order) == size_further:
                 break
-            left = (size if len(order) < size else size_further) - len(order)  # the circuit is complete first
             candidates = flat_alive & ~chosen.flatten()
-            best = score.flatten().masked_fill(~candidates, -torch.inf).topk(min(options.per_round, left))
+            best = score.flatten().masked_fill(~candidates, -torch.inf).topk(next(sizes) - len(order))
             order += best.indices.tolist()
             chosen.view(-1)[best.indices] = True
             bar.update(len(best.indices))
     n = alive.shape[1]
     features = [FeatureId(i // n, i % n) for i in order]
     return Search(tuple(features[:size]), tuple(features[size:]), tuple(objectives))
+
+
+def round_sizes(size: int, size_further: int, options: SearchOptions) -> list[int]:
+    """The number of features in S after each round; the circuit is whole before more join.
+
+    Args:
+        size: features of the circuit.
+        size_further: features at which the search ends.
+        options: ``per_round`` and ``rounds``.
+    """
+    n, each = options.rounds, options.per_round
+    if size <= n * each:
+        return [*range(each, size, each), *range(size, size_further, each), size_further]
+    growing = {max(1, round(size * k * (k + 1) / (n * (n + 1)))) for k in range(1, n + 1)}
+    last = max(each, size - max(growing - {size}, default=0))  # the rounds after it bring as many as its last one
+    return [*sorted(growing), *range(size + last, size_further, last), *([size_further] if size_further > size else [])]
 
 
 def _size(alive: Tensor, share: float) -> int:
@@ -208,9 +233,16 @@ def _objective_sums(
         residual = final_residual(pair, batch.tokens)
         odds = log_odds(pair, residual, batch, reference.positions)
         sufficiency = (F.softplus(odds) - reference.probability * odds).sum()
-        log_p = at_least_float32(pair.unembed(residual[batch.continuation])).log_softmax(-1)
-        continuation = (reference.continuation.exp() * (reference.continuation - log_p)).sum()
+        continuation = _summed_kl(pair, reference.continuation, residual[batch.continuation])
     return necessity, sufficiency, continuation
+
+
+def _summed_kl(pair: PairedModel, target: Float[Tensor, "n d_model"], residual: Float[Tensor, "n d_model"]) -> Tensor:
+    """KL(target || model) summed over tokens, by chunks of the vocabulary's logits."""
+    if not len(target):
+        return residual.sum().float()
+    everywhere = torch.ones(1, len(target), dtype=torch.bool, device=target.device)
+    return len(target) * kl_from_residual(target[None], residual[None], everywhere, pair.unembed, pair.rows_at_once)
 
 
 @contextmanager

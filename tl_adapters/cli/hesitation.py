@@ -38,6 +38,9 @@ _Share = Annotated[
     float | None,
     number("--share", "size of the circuit, as a share of alive features (default: 0.03)", 0, 1, above=True),
 ]
+_Rounds = Annotated[
+    int | None, whole("--rounds", "most rounds of the search, each of which reads all texts (default: 40)")
+]
 _Limit = Annotated[int | None, whole("--limit", "number of problems: half to choose on, half to report on", 2)]
 _MaxNewTokens = Annotated[
     int | None,
@@ -50,6 +53,7 @@ def hesitation(
     task: _Task = None,
     behavior_words: _BehaviorWords = None,
     share: _Share = None,
+    rounds: _Rounds = None,
     limit: _Limit = None,
     max_new_tokens: _MaxNewTokens = None,
     quiet: Quiet = False,
@@ -80,6 +84,7 @@ def hesitation(
         next(iter(tasks.items()), None),
         words=joined(behavior_words) or [HESITATION_ONSET],
         share=share,
+        rounds=rounds,
         limit=limit,
         max_new_tokens=max_new_tokens,
         seed=seed or 0,

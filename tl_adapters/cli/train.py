@@ -73,6 +73,9 @@ _BadRows = Annotated[
     typer.Option("--bad-rows", help="what to do with unusable rows (default: refuse)"),
 ]
 _Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run folder to make")]
+_Plan = Annotated[
+    bool, typer.Option("--plan", help="only print the memory, time and disk space that the run would take")
+]
 _HELD_OUT = "HELD_OUT.jsonl"
 _GIVE_HELD_OUT = f"For {_HELD_OUT} below, give held-out documents: a .jsonl file, or a dataset's name on the hub."
 _Resume = Annotated[
@@ -90,6 +93,7 @@ def train(
     bad_rows: _BadRows = None,
     out: _Out = None,
     resume: _Resume = None,
+    plan: _Plan = False,
     quiet: Quiet = False,
     json: AsJson = False,
     seed: Seed = None,
@@ -100,6 +104,7 @@ def train(
 
     Examples:
         tl-adapters train --base BASE --target TARGET --data traces.jsonl --out runs/mine
+        tl-adapters train --base BASE --target TARGET --data traces.jsonl --out runs/mine --plan
         tl-adapters train --config paper --set training.lr=4e-4 --set n_features=4096 --out runs/paper
         tl-adapters train --resume runs/mine
     """
@@ -111,7 +116,7 @@ def train(
     if resume is not None:
         refuse(
             "--resume takes the run's own options",
-            base=base, target=target, data=data, config=config, set=set_options, seed=seed, dtype=dtype,
+            base=base, target=target, data=data, config=config, set=set_options, plan=plan, seed=seed, dtype=dtype,
         )  # fmt: skip
         resume_run(resume, device_of(device), progress=not quiet, bad_rows=bad_rows)
     else:
@@ -120,6 +125,8 @@ def train(
             config, set_options, base=base, target=target, data=data, bad_rows=bad_rows, dtype=dtype, seed=seed
         )
         _require_data(options, "a .jsonl file of prompts and responses, or a dataset's name on the hub")
+        if plan:
+            return _planned(options, out, device_of(device))
         train_run(options, out, device_of(device), progress=not quiet)
     folder = out or resume
     assert folder is not None
@@ -129,6 +136,19 @@ def train(
         values={"train": read_results(folder).get("train")},
         text="" if held_out is None else _GIVE_HELD_OUT,
         next=command("evaluate", folder, data=held_out, device=given_device(device)),
+    )
+
+
+def _planned(options: Any, out: Path, device: str) -> Result:
+    from dataclasses import asdict
+
+    from tl_adapters.study.doctor import format_findings, plan_run
+
+    findings = plan_run(options, out, device)
+    return Result(
+        values={"findings": [asdict(finding) for finding in findings]},
+        text=format_findings(findings),
+        status=0 if all(finding.level != "error" for finding in findings) else 1,
     )
 
 

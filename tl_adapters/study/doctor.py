@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.local_stage.signal_to_noise import SMALLEST_RATIO, stored_signal_to_noise
 from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.weight_identity import recorded_samples, trained_on
-from tl_adapters.organism import BUILTIN
+from tl_adapters.organism import BUILTIN, BUILTIN_BASE, BUILTIN_TARGET
 from tl_adapters.study.run_size import RunSize, estimate_size, stored_dtype
 from tl_adapters.utils.devices import free_memory, resolve_device, seconds_of
 
@@ -103,6 +104,17 @@ def diagnose(
     chosen = resolve_device(device)
     size = estimate_size(config, described, longest, chosen)
     return [*findings, *_memory(size, chosen), _time(size, chosen), *_disk(size, config, out)]
+
+
+def plan_run(config: RunConfig, out: Path = Path(), device: str = "auto") -> list[Finding]:
+    """Of `diagnose`, what a run would take (memory, time, disk space), and whatever stands in its way.
+
+    Args: as `diagnose`. A configuration without a pair is the model organism's.
+    """
+    if not config.target:
+        config = replace(config, base=BUILTIN_BASE, target=BUILTIN_TARGET)
+    findings = diagnose(config, out, device)
+    return [f for f in findings if f.level == "error" or f.subject in ("memory", "time", "disk")]
 
 
 def _rope_and_context(described: PretrainedConfig, config: RunConfig) -> Iterator[Finding]:

@@ -68,6 +68,7 @@ def hesitation_of_run(
     *,
     words: Sequence[str] = (HESITATION_ONSET,),
     share: float | None = None,
+    rounds: int | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
     seed: int = 0,
@@ -83,6 +84,7 @@ def hesitation_of_run(
             the model organism.
         words: words or phrases of the behavior.
         share: size of the circuit as a share of the alive features; None takes the default of the search.
+        rounds: most rounds of the search until the circuit has its size; None takes the default of the search.
         limit: number of problems, select and report problems together; None takes all.
         max_new_tokens: longest answer; None takes the limit of the task or the model (`responses.response_limit`).
         seed: of every draw.
@@ -100,6 +102,7 @@ def hesitation_of_run(
     else:
         subject = halves(load_problems(*task, limit=limit, seed=seed).problems, max_new_tokens)
     defaults = StudyOptions()
-    search: dict[str, Any] = {} if share is None else {"share": share}
-    options = replace(defaults, search=replace(defaults.search, **search), seed=seed)
+    search: dict[str, Any] = {"share": share, "rounds": rounds}
+    given = {name: value for name, value in search.items() if value is not None}
+    options = replace(defaults, search=replace(defaults.search, **given), seed=seed)
     return hesitation_stage(open_run(folder, device, dtype), subject, folder, options, words, progress=progress)
