@@ -4,6 +4,8 @@ import http.client
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +117,32 @@ def test_a_host_needs_no_port(port: int, host: str, status: int) -> None:
     connection.endheaders()
     assert connection.getresponse().status == status
     connection.close()
+
+
+def test_a_proxy_is_read_by_the_name_that_was_given(folder: Path) -> None:
+    """A notebook server's proxy passes its own name on; no other name is answered, and the refusal says what to do."""
+    with make_server(folder, behind="Hub.example.org") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://{HOST}:{server.server_address[1]}/a.html"
+        answers = {}
+        for host in (
+            "hub.example.org",
+            "hub.example.org:443",
+            "127.0.0.1",
+            "evil.example",
+            "hub.example.org.evil.example",
+        ):
+            request = urllib.request.Request(url, headers={"Host": host})
+            try:
+                answers[host] = urllib.request.urlopen(request, timeout=5).status
+            except urllib.error.HTTPError as error:
+                answers[host] = error.code
+                assert b"--behind NAME" in error.read()
+        server.shutdown()
+    assert list(answers.values()) == [200, 200, 200, 403, 403]
+    for wrong in ("https://hub.example.org", "hub.example.org:443", "hub/lab", ""):
+        with pytest.raises(ServerError, match="is no host name; give it without https://"):
+            make_server(folder, behind=wrong)
 
 
 def test_headers_agree_with_the_pages(folder: Path, port: int) -> None:

@@ -16,6 +16,10 @@ from tl_adapters.cli.result import Result
 def serve(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a run, or a folder of graphs")],
     port: Annotated[int, whole("--port", "port; 0 takes a free one", 0, 65_535, "PORT")] = 8000,
+    behind: Annotated[
+        str | None,
+        typer.Option("--behind", metavar="NAME", help="host name of a notebook server whose proxy shows the pages"),
+    ] = None,
     quiet: Quiet = False,
     json: AsJson = False,
 ) -> Result:
@@ -24,10 +28,11 @@ def serve(
     Examples:
         tl-adapters serve runs/demo
         tl-adapters serve runs/demo --port 8080
+        tl-adapters serve runs/demo --behind hub.example.org
     """
     from tl_adapters.pages.server import HOST, make_server
 
-    server = make_server(folder, port)
+    server = make_server(folder, port, behind)
     url = f"http://{HOST}:{server.server_address[1]}/"
     return Result(
         values={"url": url}, text=f"{url}  (Ctrl-C stops the server)", then=lambda: _serve_until_stopped(server)

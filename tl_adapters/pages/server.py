@@ -48,20 +48,23 @@ class ServerError(UserError, OSError):
     """The folder or the port cannot be served."""
 
 
-def make_server(folder: str | Path, port: int = 0) -> ThreadingHTTPServer:
+def make_server(folder: str | Path, port: int = 0, behind: str | None = None) -> ThreadingHTTPServer:
     """Return a server of ``folder`` on 127.0.0.1.
 
     Args:
         folder: the folder whose pages are served.
         port: the port; 0 takes a free one.
+        behind: host name of a proxy on this machine that passes its own name on, such as that of a notebook server.
 
-    Raises ServerError if the folder does not exist or the port is not available.
+    Raises ServerError if the folder does not exist, the port is not available, or ``behind`` is no host name.
     """
+    if behind is not None and _name_of(behind) != behind.lower():
+        raise ServerError(f"{behind!r} is no host name; give it without https://, port and path, as hub.example.org.")
     root = Path(folder).resolve()
     if not root.is_dir():
         raise ServerError(f"{folder} is not a folder; give one that demo or attribute made.")
     try:
-        return _PageServer((HOST, port), partial(_PageHandler, root=root))
+        return _PageServer((HOST, port), partial(_PageHandler, root=root, behind=behind))
     except OverflowError as error:
         raise ServerError(f"Port {port} does not exist; choose one from 1 to 65535 with --port.") from error
     except OSError as error:
@@ -103,15 +106,17 @@ class _PageHandler(SimpleHTTPRequestHandler):
 
     timeout = REQUEST_SECONDS  # of the socket: a request that stays half-open is closed
 
-    def __init__(self, *args: Any, root: Path) -> None:
+    def __init__(self, *args: Any, root: Path, behind: str | None = None) -> None:
         self.root = root
+        self.names = {HOST, "localhost"} | ({behind.lower()} if behind else set())
         super().__init__(*args, directory=str(root))
 
     def send_head(self) -> Any:
         """Send the file, the list of pages for "/", or an error; never a file outside the folder (``..`` or a link)."""
-        if not _is_own_name(self.headers.get("Host") or ""):
+        if _name_of(self.headers.get("Host") or "") not in self.names:
             # DNS rebinding: a page from another site, whose name now resolves to this machine, sends that name.
-            self.send_error(HTTPStatus.FORBIDDEN)
+            explain = "This server is read as 127.0.0.1. Behind a proxy, start it with: tl-adapters serve --behind NAME"
+            self.send_error(HTTPStatus.FORBIDDEN, explain=explain)
             return None
         name = unquote(urlsplit(self.path).path).lstrip("/")
         if not name:
@@ -155,9 +160,9 @@ class _PageHandler(SimpleHTTPRequestHandler):
         log.debug(format, *args)
 
 
-def _is_own_name(host: str) -> bool:
-    """Return whether a Host header names this machine; browsers leave port 80 out."""
+def _name_of(host: str) -> str | None:
+    """Return the name in a Host header, without its port, which browsers leave out for port 80."""
     try:
-        return urlsplit(f"//{host}").hostname in (HOST, "localhost")
+        return urlsplit(f"//{host}").hostname
     except ValueError:
-        return False
+        return None
