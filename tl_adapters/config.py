@@ -12,7 +12,7 @@ import functools
 import json
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, field, is_dataclass
+from dataclasses import asdict, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
 
@@ -121,6 +121,11 @@ class LossWeights:
     local_l1: Weight = 0.05
     """Weight of the sparsity term inside the local term (L1 in units of the difference's root mean square for relu, L0
     for jumprelu)."""
+
+    def times(self, factor: float) -> LossWeights:
+        """Every term's weight times a factor; ``local_l1`` is within a term and stays."""
+        names = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "local")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
 
 
 LOSS_WEIGHTS = {
@@ -254,6 +259,9 @@ class TrainingConfig:
     """Number of optimizer steps of the end-to-end stage."""
     tokens_per_batch: Count = 1024
     """Maximal number of tokens per step, padding included; documents of similar length are batched together."""
+    batches_per_step: Count = 1
+    """Number of batches whose gradients are added up, each weighted by its share of the counted tokens, before a step
+    of the end-to-end stage: a step on many documents in the memory of one batch."""
     lr: Positive = 0.012
     """Peak learning rate of Adam (8e-4 in the paper, for a model a thousand times larger)."""
     beta1: ShareBelowOne = 0.9

@@ -13,7 +13,7 @@ from huggingface_hub.errors import NotASafetensorsRepoError
 from safetensors.torch import load_file, save_file
 
 import tl_adapters.checkpoints.model_files as checkpoints
-import tl_adapters.study.doctor as doctor
+import tl_adapters.utils.devices as devices
 from tl_adapters.checkpoints.compatibility import Finding
 from tl_adapters.cli.main import main
 from tl_adapters.config import DataConfig, LocalConfig, LossWeights, RunConfig, TrainingConfig
@@ -160,8 +160,8 @@ def test_data_is_surveyed(folders: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_memory_and_disk(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
     memory, disk = found(pair_of(folders), "error")
     assert memory.subject == "memory" and "bfloat16" in memory.advice
     assert disk.subject == "disk" and "keep_checkpoints" in disk.advice
@@ -179,7 +179,7 @@ def test_of_hub_models_no_weights_are_downloaded(folders: tuple[Path, Path], mon
         asked.extend(allow_patterns)
         return str(parts[name])
 
-    def header(name: str) -> SimpleNamespace:
+    def header(name: str, revision: str | None, token: str | None) -> SimpleNamespace:
         if name != "org/target":
             raise NotASafetensorsRepoError(name)
         return SimpleNamespace(weight_map=names)

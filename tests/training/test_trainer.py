@@ -1,6 +1,7 @@
 """Training: it learns, it resumes bit for bit, and it writes a run folder that can be read."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from helpers.random_models import ACTIVATION_OPTIONS, ARCHITECTURES, random_mode
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import RunConfig, TrainingConfig
+from tl_adapters.data.batching import BatchOrder, TracesInMemory
 from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.local_stage.schedules import linear_warmup, warmup_cosine
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.training.end_to_end_stage import sparsity_weight
-from tl_adapters.training.objective import StepTerms
+from tl_adapters.training.end_to_end_stage import EndToEndStage, sparsity_weight
+from tl_adapters.training.objective import StepTerms, shared_prefix_step
 from tl_adapters.training.run_folder import RunFolderError
 from tl_adapters.training.trainer import Trainer, TrainingError, train
 
@@ -139,10 +141,44 @@ class Stop(Exception):
     pass
 
 
+def test_a_step_on_several_batches_adds_up_their_gradients() -> None:
+    """Each weighted by its share of the counted tokens; schedules and the cut are those of the step."""
+    config = replace(CONFIG, batches_per_step=3, grad_clip=1e9, l1_weight=0.3, seed=4)
+    pair, alone = (PairedModel.from_pretrained(random_model(1), random_model(2)) for _ in range(2))
+    order = BatchOrder(TracesInMemory(traces()), config.tokens_per_batch, config.seed)
+    batches = [order[index] for index in range(9, 12)]
+    assert len({tuple(batch.tokens.shape) for batch in batches}) > 1
+    for each in (pair, alone):
+        each.new_adapters(16, dtype=torch.float64)
+        for parameter in each.installed_adapters().parameters():
+            parameter.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(parameter)))
+    stage = EndToEndStage(pair, order, config, step=3)
+    seen: list[torch.Tensor] = []
+    stage.adam.step = lambda *_: seen.extend(p.grad.clone() for p in stage.adam.parameters)  # type: ignore[method-assign]
+    terms = stage.advance(want_l0=True)
+    counts = [int(batch.counted.sum()) for batch in batches]
+    cut = random.Random(f"{config.seed}-cut-3").randint(1, pair.n_layers)
+    expected, totals = [torch.zeros_like(g) for g in seen], dict.fromkeys(("total", "nmse", "output_kl"), 0.0)
+    l0 = torch.zeros(pair.n_layers)
+    for batch, n in zip(batches, counts, strict=True):
+        alone.installed_adapters().zero_grad()
+        found = shared_prefix_step(alone, batch, cut, config.loss_weights, sparsity_weight(config, 3), True, False)
+        for total, parameter in zip(expected, alone.installed_adapters().parameters(), strict=True):
+            total += n / sum(counts) * parameter.grad
+        for name in totals:
+            totals[name] += n / sum(counts) * float(getattr(found, name))
+        l0 += n / sum(counts) * torch.tensor(found.l0)
+    for ours, theirs in zip(seen, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    for name, total in totals.items():
+        assert float(getattr(terms, name)) == pytest.approx(total, rel=1e-9), name
+    assert terms.l0 == pytest.approx(l0.tolist()) and stage.tokens == sum(int(b.real.sum()) for b in batches)
+
+
 @pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
 def test_a_resumed_run_equals_one_that_never_stopped(activation: str, tmp_path: Path) -> None:
     options = dict(validation=traces(5), progress=False)
-    config = replace(CONFIG, **ACTIVATION_OPTIONS[activation])
+    config = replace(CONFIG, **ACTIVATION_OPTIONS[activation], batches_per_step=1 + (activation == "batchtopk"))
     whole = train(fresh_pair(), traces(), config, tmp_path / "whole", **options)
 
     def stop(step: int, terms: StepTerms) -> None:

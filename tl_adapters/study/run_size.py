@@ -195,7 +195,7 @@ def _end_to_end_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) ->
         activations=_kept_for_backward(shapes, training, tokens) + LOGIT_CHUNKS,
         tokens=0,
         checkpoint=12 * adapters + coordinates - (4 * adapters if coordinates else 0),
-        operations=2.0 * forward_and_backward * per_batch * training.steps,
+        operations=2.0 * forward_and_backward * per_batch * training.steps * training.batches_per_step,
     )
 
 

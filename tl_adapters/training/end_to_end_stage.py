@@ -2,7 +2,7 @@
 
     for each step:
         learning rate: linear warm-up, then a cosine to zero;  weight of the sparsity term: linear warm-up
-        draw a batch of traces and a cut
+        draw a cut, and one batch of traces or several, whose gradients are added up
         loss and gradient of the objective (objective.py)
         clip the gradient, take a step, update the thresholds
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from tl_adapters.local_stage.schedules import linear_warmup, warmup_cosine
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.training.adapter_adam import AdapterAdam, PlacedAdapter, placed_adapters
 from tl_adapters.training.not_finite import describe_not_finite
-from tl_adapters.training.objective import StepTerms, shared_prefix_step
+from tl_adapters.training.objective import TERM_NAMES, StepTerms, shared_prefix_step
 from tl_adapters.utils.precision import tf32_products
 
 THRESHOLD_WINDOW = 0.05
@@ -77,28 +78,62 @@ class EndToEndStage:
         Raises NotFiniteError, and DataError for a token that has no embedding.
         """
         config, step = self.config, self.step
-        batch = self.order[step]
-        # The batch is still on the CPU, where this check costs nothing.
-        require_embedded(batch.tokens, self.pair.model.cfg.d_vocab, f"The batch of step {step + 1}")
-        batch = batch.to(self.pair.device)
-        cut = random.Random(f"{config.seed}-cut-{step}").randint(config.loss_weights.lowest_cut, self.pair.n_layers)
-        with tf32_products(config.adapter_precision == "tf32"):
-            terms = shared_prefix_step(
-                self.pair, batch, cut, config.loss_weights, sparsity_weight(config, step), want_l0, config.recompute
-            )
+        first = step * config.batches_per_step
+        batches = [self.order[index] for index in range(first, first + config.batches_per_step)]
+        for batch in batches:  # still on the CPU, where this check costs nothing
+            require_embedded(batch.tokens, self.pair.model.cfg.d_vocab, f"The batch of step {step + 1}")
+        counted = [int(batch.counted.sum()) for batch in batches]
+        parts = []
+        for batch, n in zip(batches, counted, strict=True):
+            parts.append(self._add_gradients(batch.to(self.pair.device), n / sum(counted), want_l0))
+        terms = mean_terms(parts, [n / sum(counted) for n in counted])
         norm = self.adam.clip(config.grad_clip)
         if not bool(torch.isfinite(terms.total) & torch.isfinite(norm)):
-            raise NotFiniteError(self._not_finite_message(terms, float(norm), batch))
+            raise NotFiniteError(self._not_finite_message(parts, float(norm), batches))
         rate = min(1.0, 1 / (THRESHOLD_WINDOW * config.steps))
         self.adam.step(self.lr, terms.smallest_active, rate)
         self.step += 1
-        self.tokens += int(batch.real.sum())
+        self.tokens += sum(int(batch.real.sum()) for batch in batches)
         return terms
 
-    def _not_finite_message(self, terms: StepTerms, norm: float, batch: Batch) -> str:
-        names = [name for name, term in terms.by_name().items() if not math.isfinite(float(term))]
-        what = ", ".join(names) or f"the gradient's norm ({norm})"
-        return f"{what} is not finite. {describe_not_finite(self.pair, batch)}"
+    def _add_gradients(self, batch: Batch, share: float, want_l0: bool) -> StepTerms:
+        """Add the gradients of a batch, weighted by its share of the step, and return its terms."""
+        config, step = self.config, self.step
+        cut = random.Random(f"{config.seed}-cut-{step}").randint(config.loss_weights.lowest_cut, self.pair.n_layers)
+        weights, sparsity = config.loss_weights, sparsity_weight(config, step)
+        if share < 1:
+            weights, sparsity = weights.times(share), sparsity * share
+        with tf32_products(config.adapter_precision == "tf32"):
+            return shared_prefix_step(self.pair, batch, cut, weights, sparsity, want_l0, config.recompute)
+
+    def _not_finite_message(self, parts: Sequence[StepTerms], norm: float, batches: Sequence[Batch]) -> str:
+        for terms, batch in zip(parts, batches, strict=True):
+            if names := [name for name, term in terms.by_name().items() if not math.isfinite(float(term))]:
+                return f"{', '.join(names)} is not finite. {describe_not_finite(self.pair, batch.to(self.pair.device))}"
+        where = describe_not_finite(self.pair, batches[0].to(self.pair.device))
+        return f"the gradient's norm ({norm}) is not finite. {where}"
+
+
+def mean_terms(parts: Sequence[StepTerms], shares: Sequence[float]) -> StepTerms:
+    """The terms of a step of several batches: their means weighted by shares, and the sum of their totals.
+
+    Args:
+        parts: the terms of each batch; each total is weighted by the batch's share already.
+        shares: the batches' shares of the step.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    named = [terms.by_name() for terms in parts]
+    means: dict[str, Any] = dict.fromkeys(TERM_NAMES)
+    for name in named[0]:
+        means[name] = torch.stack([s * terms[name] for s, terms in zip(shares, named, strict=True)]).sum(0)
+    means["total"] = torch.stack([terms.total for terms in parts]).sum()
+    l0, smallest = ([getattr(terms, name) for terms in parts] for name in ("l0", "smallest_active"))
+    if l0[0] is not None:
+        means["l0"] = [sum(s * x for s, x in zip(shares, layer, strict=True)) for layer in zip(*l0, strict=True)]
+    if smallest[0] is not None:
+        means["smallest_active"] = [torch.stack(layer).mean(0) for layer in zip(*smallest, strict=True)]
+    return StepTerms(**means)
 
 
 def sparsity_weight(config: TrainingConfig, step: int) -> float:
