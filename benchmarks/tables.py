@@ -83,7 +83,7 @@ COLUMNS = [*DECADES, "precision", "KL left", "L0"]
 def by_recipe(block: dict[str, Any]) -> str:
     """What each recipe finds on the first family."""
     rows = [
-        [*_row(RECIPE_NAMES.get(name, name), s), with_range(s.get("seconds"), "{:.2f}")]
+        [*_row(RECIPE_NAMES.get(name, name), s), with_range(s.get("processor_seconds"), "{:.2f}")]
         for name, s in block["recipes"].items()
     ]
     return markdown(["recipe", *COLUMNS, "time"], rows)
