@@ -74,10 +74,11 @@ def by_rate(block: dict[str, Any]) -> str:
 def _row(name: str, s: dict[str, Any]) -> list[str]:
     rates = [with_range(s["recall"].get(decade)) for decade in DECADES]
     kl, l0 = with_range(s["kl_left"], "{:.1%}"), with_range(s["l0"], "{:.2f}")
-    return [name, *rates, with_range(s["precision"]), kl, l0]
+    runs = f"{len(s['plants'])} x {len(s['seeds'])}"
+    return [name, runs, *rates, with_range(s["precision"]), kl, l0]
 
 
-COLUMNS = [*DECADES, "precision", "KL left", "L0"]
+COLUMNS = ["plants x seeds", *DECADES, "precision", "KL left", "L0"]
 
 
 def by_recipe(block: dict[str, Any]) -> str:
