@@ -28,7 +28,7 @@ CASES: dict[str, list[list[str]]] = {
     "doctor": [["BASE", "TARGET", *SMALL, "--seed", "3", "--device", "cpu", "--dtype", "float32"]],
     "train": [[*PAIR, *SMALL, "--out", NEW], [*SMALL, "--out", NEW]],
     "sweep": [[*PAIR, "--held-out", "held out.jsonl", *SWEEP], SWEEP],
-    "open": [[*DATA, "--out", NEW, "--", RUN]],
+    "open": [["--out", NEW, "--", RUN]],
     "evaluate": [[*DATA, "--", "no features"], [*DATA, "--", RUN]],
     "features": [[*DATA, "--share", "0/1", "--examples", "3", "--", "no features"], [*DATA, "--", "no features"]],
     "label": [["--", RUN]],
@@ -109,8 +109,8 @@ def test_the_next_command_runs_as_printed(
 ) -> None:
     served: list[str] = []
 
-    def serve_nothing(folder: Path, port: int) -> object:
-        server = make_server(folder, 0)  # another process may hold the port
+    def serve_nothing(folder: Path, port: int, behind: str | None) -> object:
+        server = make_server(folder, 0, behind)  # another process may hold the port
         monkeypatch.setattr(server, "serve_forever", lambda: served.append(str(folder)))
         return server
 

@@ -122,6 +122,9 @@ def test_what_is_missing_is_said(trained: PairedModel, tmp_path: Path, capsys: p
     assert main(["open", str(theirs), "--out", str(out), "--target", str(other)]) == 2
     assert "layers" in capsys.readouterr().err
     assert not out.exists()
+    assert main(["open", str(theirs), "--out", str(out), "--target", trained.target_id]) == 0
+    with pytest.raises(UserError, match="is a run, which is opened as it was made; leave out backend"):
+        load(out, backend="hooked")
 
 
 def test_the_check_measures_what_it_says(trained: PairedModel) -> None:
@@ -164,7 +167,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory, builtin: PairedModel) -> Pa
     to_authors(builtin.installed_adapters(), folder / "theirs", base=builtin.base_id, target=builtin.target_id)
     pairs = organism.reasoning_pairs("report", 12)
     (folder / "held.jsonl").write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs))
-    options = ["--target", builtin.target_id, "--data", str(folder / "held.jsonl")]
+    options = ["--target", builtin.target_id]
     assert main(["open", str(folder / "theirs"), *options, "--out", str(folder / "run"), "--quiet"]) == 0
     return folder
 
@@ -182,6 +185,7 @@ def test_stages_take_an_opened_run(opened: Path, builtin: PairedModel) -> None:
         take(opened, "export", "--to", to, "--out", str(opened / to))
     results = read_results(opened / "run")
     assert "faithfulness" in results and results["pair"]["fingerprints"] == builtin.fingerprints
+    assert AdapterSet.from_pretrained(opened / "saelens").metadata.datasets == [], "it was trained elsewhere"
     page = (opened / "run" / "report.html").read_text()
     assert "they were opened from" in page and str(opened / "theirs") in page
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from tl_adapters.adapters.feature_id import FeatureId
     from tl_adapters.config import RunConfig
 
+HELD_OUT = "HELD_OUT.jsonl"
+"""What a printed command names where the user has documents of their own."""
+GIVE_HELD_OUT = f"For {HELD_OUT} below, give held-out documents: a .jsonl file, or a dataset's name on the hub."
+
 RouteName = Literal["target", "hybrid", "replacement", "target+adapter"]
 DtypeName = Literal["float32", "bfloat16", "float16", "float64"]
 

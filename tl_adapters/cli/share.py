@@ -8,7 +8,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from tl_adapters.cli.common import AsJson, Device, Dtype, Quiet, device_of, feature_ids, given_device, joined
+from tl_adapters.cli.common import (
+    GIVE_HELD_OUT,
+    HELD_OUT,
+    AsJson,
+    Device,
+    Dtype,
+    Quiet,
+    device_of,
+    feature_ids,
+    given_device,
+    joined,
+)
 from tl_adapters.cli.parsing import Words, refuse, words
 from tl_adapters.cli.result import Result
 from tl_adapters.errors import UserError
@@ -216,9 +227,6 @@ _Name = Annotated[
     str, typer.Argument(metavar="NAME", help="folder or hub name of adapters: ours, SAELens, the paper's authors'")
 ]
 _Run = Annotated[Path, typer.Option("--out", metavar="RUN", help="run folder to make")]
-_Later = Annotated[
-    str | None, typer.Option("--data", metavar="DATA", help="a .jsonl file or a dataset's name, recorded for later")
-]
 
 
 def open(
@@ -226,7 +234,6 @@ def open(
     out: _Run,
     base: _Base = None,
     target: _Target = None,
-    data: _Later = None,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -239,13 +246,14 @@ def open(
 
     Examples:
         tl-adapters open nathu0/transcoder-adapters-R1-Distill-Qwen-7B-l1w0.001-l0-1.4 --out runs/r1
-        tl-adapters open adapters --base org/base --target org/target@v2 --out runs/theirs --data held_out.jsonl
+        tl-adapters open adapters --base org/base --target org/target@v2 --out runs/theirs
     """
     from tl_adapters.study.by_name import open_set
+    from tl_adapters.study.open_run import is_organism_run
 
-    adapters = open_set(
-        name, out, base=base, target=target, data=data, revision=revision, device=device_of(device), dtype=dtype
-    )
+    adapters = open_set(name, out, base=base, target=target, revision=revision, device=device_of(device), dtype=dtype)
+    held_out = None if is_organism_run(out) else HELD_OUT
+    give = "" if held_out is None else f"\n{GIVE_HELD_OUT}"
     models = {"base": adapters.metadata.base, "target": adapters.metadata.target}
     about = f"{len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each"
     return Result(
@@ -256,6 +264,6 @@ def open(
             "n_features": adapters.n_features,
             **models,
         },
-        text=f"opened: {about}; base {models['base']}, target {models['target']}",
-        next=command("evaluate", out, data=data, device=given_device(device), dtype=dtype),
+        text=f"opened: {about}; base {models['base']}, target {models['target']}{give}",
+        next=command("evaluate", out, data=held_out, device=given_device(device), dtype=dtype),
     )

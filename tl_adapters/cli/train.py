@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tl_adapters.cli.common import (
+    GIVE_HELD_OUT,
+    HELD_OUT,
     AsJson,
     Base,
     ConfigFile,
@@ -76,8 +78,6 @@ _Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run fol
 _Plan = Annotated[
     bool, typer.Option("--plan", help="only print the memory, time and disk space that the run would take")
 ]
-_HELD_OUT = "HELD_OUT.jsonl"
-_GIVE_HELD_OUT = f"For {_HELD_OUT} below, give held-out documents: a .jsonl file, or a dataset's name on the hub."
 _Resume = Annotated[
     Path | None,
     typer.Option("--resume", metavar="RUN", help="run folder to resume with its own options"),
@@ -130,11 +130,11 @@ def train(
         train_run(options, out, device_of(device), progress=not quiet)
     folder = out or resume
     assert folder is not None
-    held_out = None if is_organism_run(folder) else _HELD_OUT
+    held_out = None if is_organism_run(folder) else HELD_OUT
     return Result(
         paths={"adapters": folder / "adapters"},
         values={"train": read_results(folder).get("train")},
-        text="" if held_out is None else _GIVE_HELD_OUT,
+        text="" if held_out is None else GIVE_HELD_OUT,
         next=command("evaluate", folder, data=held_out, device=given_device(device)),
     )
 
@@ -228,11 +228,11 @@ def sweep(
     folder = out or resume
     assert folder is not None
     best = (points_on_front(points) or points)[0]
-    data_of_next = None if best.recovered else held_out or _HELD_OUT
+    data_of_next = None if best.recovered else held_out or HELD_OUT
     return Result(
         paths={"page": folder / SWEEP_PAGE_FILE, "figures": folder / "sweep.json"},
         values={"points": plain(points), "best": best.name},
-        text=f"{sweep_markdown(points)}\n" + (_GIVE_HELD_OUT if data_of_next == _HELD_OUT else ""),
+        text=f"{sweep_markdown(points)}\n" + (GIVE_HELD_OUT if data_of_next == HELD_OUT else ""),
         next=command("evaluate", folder / best.name, data=data_of_next, device=given_device(device)),
     )
 

@@ -41,11 +41,12 @@ def load_adapters_with_measurements(name: str | Path, **options: Any) -> Adapter
     if not (folder / "adapters").is_dir():
         raise UserError(f"{folder} has no adapters yet; continue its training with: {command('train', resume=folder)}")
     adapters = AdapterSet.from_pretrained(folder / "adapters", **options)
-    source = RunConfig.of_run(folder).data.source
+    results, about = read_results(folder), adapters.metadata
+    own_data = [RunConfig.of_run(folder).data.source or "the built-in pair's text"]
     adapters.metadata = replace(
-        adapters.metadata,
-        figures={**adapters.metadata.figures, **_card_measurements(read_results(folder))},
-        datasets=[source or "the built-in pair's text"],
+        about,
+        figures={**about.figures, **_card_measurements(results)},
+        datasets=about.datasets if "opened" in results else own_data,  # an opened set was trained elsewhere
     )
     return adapters
 

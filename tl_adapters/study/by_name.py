@@ -53,6 +53,8 @@ def load(
     """
     with hub_token(token):
         if (Path(name) / "config.json").is_file() and (Path(name) / "adapters").is_dir() and base is target is None:
+            if given := [word for word, value in (("revision", revision), ("backend", backend)) if value is not None]:
+                raise UserError(f"{name} is a run, which is opened as it was made; leave out {' and '.join(given)}.")
             return open_run(Path(name), device, dtype)
         adapters = read_adapters(name, revision=revision, token=token)
         return _pair(_config(name, adapters, base, target, dtype, backend, revision), adapters, device)
@@ -64,7 +66,6 @@ def open_set(
     *,
     base: str | None = None,
     target: str | None = None,
-    data: str | None = None,
     revision: str | None = None,
     device: str = "auto",
     dtype: Dtype | None = None,
@@ -73,7 +74,6 @@ def open_set(
 
     Args:
         out: folder to make, which evaluate, features, attribute and every later stage take.
-        data: a .jsonl file or a dataset's name, which those stages read where they are given none.
         name, base, target, revision, device, dtype: as in `load`.
 
     Returns the adapters. Raises UserError; nothing is written then.
@@ -82,7 +82,6 @@ def open_set(
     require_writable(out)
     adapters = read_adapters(name, revision=revision)
     config = _config(name, adapters, base, target, dtype, None, revision)
-    config = replace(config, data=DataConfig(source=data or ""))
     pair = _pair(config, adapters, device)
     about = adapters.metadata
     adapters.metadata = replace(about, base=about.base or pair.base_id, target=about.target or pair.target_id)
