@@ -187,6 +187,7 @@ def test_stages_take_an_opened_run(opened: Path, builtin: PairedModel) -> None:
     assert "faithfulness" in results and results["pair"]["fingerprints"] == builtin.fingerprints
     assert AdapterSet.from_pretrained(opened / "saelens").metadata.datasets == [], "it was trained elsewhere"
     page = (opened / "run" / "report.html").read_text()
+    assert "greedy text" not in page and re.search(r"tokens in\s+all\) of\s+held\.jsonl\. Dead", page)
     assert "they were opened from" in page and str(opened / "theirs") in page
 
 

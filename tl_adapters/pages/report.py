@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tl_adapters import organism
 from tl_adapters.circuits.results_block import upgraded_block
 from tl_adapters.data.hesitation_words import HIGHLIGHTED_WORDS
 from tl_adapters.pages.circuit_page import HESITATION_PAGE_FILE
@@ -51,6 +52,8 @@ def _values(results: Block, folder: Path) -> dict[str, Any]:
         "summary": _summary_rows(results),
         "training": _training(metrics, local_metrics, validation, results) if metrics or local_metrics else None,
         "faithfulness": faithfulness,
+        # The model organism is measured on what its target writes; any other pair on the documents that were given.
+        "own_text": faithfulness is not None and faithfulness["l0"][0]["split"] in organism.SPLITS,
         "faithfulness_plots": _faithfulness_plots(faithfulness) if faithfulness else [],
         "baselines": baselines,
         "baseline_rows": [[row["name"], measurement_cell(row["kl"], three_digits)] for row in baselines["rows"]]
