@@ -116,6 +116,19 @@ def by_seed(block: dict[str, Any]) -> str:
     return markdown([*head, "features in the span; by chance", "energy in the span; by chance"], rows)
 
 
+def by_trainer(block: dict[str, Any]) -> str:
+    """What each trainer finds on SAELens's synthetic data."""
+    keys = {
+        "mean best cosine (MCC)": "mcc", "F1": "classification/f1_score", "precision": "classification/precision",
+        "recall": "classification/recall", "variance explained": "explained_variance", "uniqueness": "uniqueness",
+    }  # fmt: skip
+    rows = [
+        [run["trainer"], f"{run['sae_l0']:.2f}", *(f"{run[key]:.2f}" for key in keys.values()), f"{run['seconds']:.0f}"]
+        for run in block["runs"]
+    ]
+    return markdown(["trainer", "L0", *keys, "seconds"], rows)
+
+
 def by_intervention(block: dict[str, Any]) -> str:
     """What every intervention does at full strength, on each pair."""
     rows = []
@@ -222,6 +235,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "recipes": ("planted", by_recipe),
     "families": ("planted", by_family),
     "seeds": ("organism", by_seed),
+    "trainers": ("synthetic", by_trainer),
     "interventions": ("hesitation", by_intervention),
     "templates": ("hesitation", by_pair),
     "linearizations": ("linearizations", by_linearization),
