@@ -15,9 +15,11 @@ from helpers.random_models import randomise
 from tl_adapters import load, load_traces, organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.set_folder import SET_METADATA_FILE, SET_SAMPLES_FILE
+from tl_adapters.checkpoints.model_reference import published_name
 from tl_adapters.cli.main import main
 from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
+from tl_adapters.evaluation.pair_check import claimed_l0
 from tl_adapters.interop.authors_checkpoint import to_authors
 from tl_adapters.interop.hub import push_to_hub
 from tl_adapters.interop.saelens import to_saelens
@@ -135,6 +137,20 @@ def test_the_check_measures_what_it_says(trained: PairedModel) -> None:
     with torch.no_grad():
         trained.model.blocks[0].mlp.W_out.mul_(1.1)
     assert trained.check().logits_off > 1e-3, "the target is another model now"
+
+
+def test_figures_of_any_form_are_read() -> None:
+    layer = {"value": 2.0, "unit": "features per token"}
+    assert claimed_l0({"L0, layer 0": layer, "L0, layer 1": {"value": 4}, "KL": {"value": 9.0}}) == 3.0
+    for odd in (None, "1.4", 1.4, {}, {"value": None}, {"value": "1.4"}, [2.0]):
+        assert claimed_l0({"L0, layer 0": odd}) is None
+        assert claimed_l0({"L0, layer 0": odd, "L0, layer 1": layer}) == 2.0
+
+
+def test_a_name_with_a_revision_is_published_as_its_repository() -> None:
+    assert published_name("org/name@v1", "a" * 40) == "org/name"
+    assert published_name("org/name@v1") == "org/name@v1", "not as if it were a folder"
+    assert published_name("/home/me/name@v1") == "./name@v1"
 
 
 def test_traces_by_name(builtin: PairedModel, tmp_path: Path) -> None:

@@ -270,8 +270,9 @@ def remote_or_local_names(name: str, folder: Path) -> set[str]:
         return set(tensor_shapes(folder))
     if (folder / SHARD_INDEX_FILE).is_file():
         return set(_shards(folder))
-    with hub_errors(f"{name} has no readable safetensors on the hub", name, error=CheckpointError):
-        repo, revision = _repository(name)  # for a single file, a ranged read of its header
+    repo, revision = _repository(name)
+    with hub_errors(f"{name} has no readable safetensors on the hub", repo, error=CheckpointError):
+        # For a single file this is a ranged read of its header.
         return set(get_safetensors_metadata(repo, revision=revision, token=given_token()).weight_map)
 
 

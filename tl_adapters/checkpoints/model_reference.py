@@ -135,7 +135,7 @@ def published_name(reference: str, revision: str | None = None) -> str:
         return repository
     if os.path.exists(reference):
         return f"./{Path(reference).resolve().name}"
-    elsewhere = len(parts) > 1 and (not is_hub_name(reference) or reference.endswith(_DATA_SUFFIXES))
+    elsewhere = len(parts) > 1 and (not is_hub_name(repository) or reference.endswith(_DATA_SUFFIXES))
     return f"./{parts[-1]}" if elsewhere else reference
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,9 @@ from tl_adapters.cli.parsing import Words, refuse, words
 from tl_adapters.cli.result import Result
 from tl_adapters.errors import UserError
 from tl_adapters.utils.printing import command
+
+if TYPE_CHECKING:
+    from tl_adapters.adapters.adapter_set import AdapterSet
 
 ExportName = Literal["saelens", "authors", "hybrid", "target", "neuronpedia", "sae-dashboard"]
 Reads = Annotated[
@@ -190,19 +193,26 @@ def pull(
     adapters = pull_adapters(repo, out, layers=_layer_numbers(joined(layers)), revision=revision)
     about = adapters.metadata
     names = {"BASE": about.base, "TARGET": about.target}
-    count = f"{len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each"
     return Result(
         paths={"adapters": out},
-        values={
-            "layers": list(adapters.layer_indices),
-            "n_layers": adapters.n_layers,
-            "n_features": adapters.n_features,
-            "base": about.base,
-            "target": about.target,
-        },
-        text="\n".join([f"downloaded: {count}", *_elsewhere(names)]),
+        values=_values_of(adapters),
+        text="\n".join([f"downloaded: {_size_of(adapters)}", *_elsewhere(names)]),
         next=command("doctor", *(role if _is_local(name) else name for role, name in names.items()), out),
     )
+
+
+def _values_of(adapters: AdapterSet) -> dict[str, Any]:
+    return {
+        "layers": list(adapters.layer_indices),
+        "n_layers": adapters.n_layers,
+        "n_features": adapters.n_features,
+        "base": adapters.metadata.base,
+        "target": adapters.metadata.target,
+    }
+
+
+def _size_of(adapters: AdapterSet) -> str:
+    return f"{len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each"
 
 
 def _is_local(name: str) -> bool:
@@ -254,16 +264,10 @@ def open(
     adapters = open_set(name, out, base=base, target=target, revision=revision, device=device_of(device), dtype=dtype)
     held_out = None if is_organism_run(out) else HELD_OUT
     give = "" if held_out is None else f"\n{GIVE_HELD_OUT}"
-    models = {"base": adapters.metadata.base, "target": adapters.metadata.target}
-    about = f"{len(adapters)} of {adapters.n_layers} layers, {adapters.n_features} features each"
+    about = adapters.metadata
     return Result(
         paths={"run": out},
-        values={
-            "layers": list(adapters.layer_indices),
-            "n_layers": adapters.n_layers,
-            "n_features": adapters.n_features,
-            **models,
-        },
-        text=f"opened: {about}; base {models['base']}, target {models['target']}{give}",
+        values=_values_of(adapters),
+        text=f"opened: {_size_of(adapters)}; base {about.base}, target {about.target}{give}",
         next=command("evaluate", out, data=held_out, device=given_device(device), dtype=dtype),
     )

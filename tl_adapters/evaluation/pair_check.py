@@ -91,7 +91,9 @@ def sums_to_read(pair: PairedModel) -> list[Trace]:
 
 def claimed_l0(figures: Mapping[str, Any]) -> float | None:
     """The mean over layers of the L0 that a set's figures tell; None where they tell none."""
-    values = [figure["value"] for name, figure in figures.items() if name.startswith("L0, ")]
+    # A set may be anybody's, so a figure may be of any form.
+    told = [figure for name, figure in figures.items() if name.startswith("L0, ") and isinstance(figure, Mapping)]
+    values = [float(figure["value"]) for figure in told if isinstance(figure.get("value"), int | float)]
     return sum(values) / len(values) if values else None
 
 

@@ -83,8 +83,12 @@ def open_set(
     adapters = read_adapters(name, revision=revision)
     config = _config(name, adapters, base, target, dtype, None, revision)
     pair = _pair(config, adapters, device)
-    about = adapters.metadata
-    adapters.metadata = replace(about, base=about.base or pair.base_id, target=about.target or pair.target_id)
+    about, (base_commit, target_commit) = adapters.metadata, pair.revisions
+    if not about.base:
+        about = replace(about, base=pair.base_id, base_revision=base_commit)
+    if not about.target:
+        about = replace(about, target=pair.target_id, target_revision=target_commit)
+    adapters.metadata = about
     with new_folder(out) as folder:
         write_text(folder / "config.json", dumps(config.to_dict(), indent=1) + "\n")
         adapters.save_pretrained(folder / "adapters")
