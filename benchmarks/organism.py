@@ -58,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=1_850, help="documents on which agreement is measured")
     parser.add_argument("--problems", type=int, default=400, help="problems on which KL is measured")
     parser.add_argument("--split", choices=organism.SPLITS, default="report", help="of the held-out problems")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, and layers that are trained side by side")
     parser.add_argument("--steps", type=int, help="steps of every recipe, for a trial")
     parser.add_argument("--local", nargs="+", default=[], metavar="OPTION=VALUE", help="options of the local stage")
     parser.add_argument("--record", action="store_true", help="write the table to benchmarks/results.json")
@@ -180,13 +181,13 @@ def rows(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 def main() -> None:
     args = arguments()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     bench = Bench(args)
     found = {r: {str(width): bench.agreement(r, width) for width in args.widths} for r in args.recipes}
     print("\n".join(rows(found)))
     if args.record:
         commits = [c for by_width in found.values() for s in by_width.values() for c in s.pop("commits")]
-        names = ("seeds", "documents", "held_out", "problems", "split", "steps", "local")
+        names = ("seeds", "documents", "held_out", "problems", "split", "threads", "steps", "local")
         about = {"recipe": args.recipes[0], "width": args.widths[0], "settings": {n: getattr(args, n) for n in names}}
         first = found[args.recipes[0]][str(args.widths[0])]
         record("organism", {**first, **about, "recipes": found}, commits)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from helpers.log_odds import log_odds_at, word_log_odds
@@ -24,6 +25,10 @@ from helpers.planted_circuits import (
 from helpers.random_models import random_batch, random_model
 
 from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution.pruning import prune
+from tl_adapters.attribution.summed_influence import summed_influence
+from tl_adapters.circuits import onsets as onsets_module
 from tl_adapters.circuits.onsets import BehaviorError, Onsets, final_residual
 from tl_adapters.circuits.roles import (
     MIN_EFFECT_SHARE,
@@ -36,6 +41,7 @@ from tl_adapters.circuits.roles import (
 from tl_adapters.circuits.search import SearchObjective, SearchOptions, round_sizes, search_circuit
 from tl_adapters.interventions.feature_edits import ablated, gated, only, patched, scaled
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel
+from tl_adapters.utils.arguments import ArgumentError
 
 STEP = 1e-5
 
@@ -282,6 +288,67 @@ def test_only_so_many_documents_are_read(circuit: tuple[PairedModel, Onsets]) ->
     assert two.objectives[0] != every.objectives[0]
 
 
+def test_a_round_of_the_sampled_method_reads_one_part_of_the_texts(circuit: tuple[PairedModel, Onsets]) -> None:
+    pair, onsets = circuit
+    whole = search_circuit(pair, onsets, everything(pair), SMALL, progress=False)
+    options = replace(SMALL, method="sampled", parts=3)
+    one, two = (search_circuit(pair, onsets, everything(pair), options, progress=False) for _ in range(2))
+    assert one == two and OUTPUT in one.order and [o.n for o in one.objectives] == [0, 2, 4, 6]
+    texts = onsets.with_onsets_and_controls(SMALL.documents)
+    first = search_circuit(pair, texts.rows(range(0, len(texts), 3)), everything(pair), SMALL, progress=False)
+    assert one.objectives[0].necessity == pytest.approx(first.objectives[0].necessity, rel=1e-9)
+    assert one.order[:2] == first.order[:2] and one.objectives[0] != whole.objectives[0]
+    same = search_circuit(pair, onsets, everything(pair), replace(options, parts=1), progress=False)
+    assert same == whole, "with one part it is the greedy search"
+    many = search_circuit(pair, onsets, everything(pair), replace(options, parts=1_000), progress=False)
+    assert len(many.order) == 6, "a part for every text"
+
+
+def test_the_end_of_a_sampled_search_is_measured_on_all_texts(circuit: tuple[PairedModel, Onsets]) -> None:
+    pair, onsets = circuit
+    every = SearchOptions(share=1.0, further=1.0, per_round=10_000, strength=1.0)
+    greedy, sampled = (
+        search_circuit(pair, onsets, everything(pair), replace(every, method=method), progress=False)
+        for method in ("greedy", "sampled")
+    )
+    for name in ("necessity", "sufficiency", "continuation"):
+        of_all = getattr(sampled.objectives[-1], name)
+        assert of_all == pytest.approx(getattr(greedy.objectives[-1], name), rel=1e-6)
+
+
+def test_graphs_rank_by_influence_on_the_word(circuit: tuple[PairedModel, Onsets]) -> None:
+    pair, onsets = circuit
+    search = search_circuit(pair, onsets, everything(pair), replace(SMALL, method="graphs"), progress=False)
+    assert OUTPUT in search.order[:2] and len(set(search.order)) == 6 and [o.n for o in search.objectives] == [0, 6]
+    row = int(onsets.onset.any(1).nonzero()[0])
+    onset = int(onsets.onset[row].nonzero()[0])
+    prompt, word = onsets.tokens[row, : onset + 1], int(onsets.tokens[row, onset + 1])
+    graph = attribute(pair, prompt, [word], progress=False)
+    kept = prune(graph)
+    expected = torch.zeros(pair.n_layers, N_FEATURES, dtype=torch.float64)
+    for node, (layer, _, index) in enumerate(graph.features.tolist()):
+        expected[layer, index] += float(kept.influence[node]) * bool(kept.node_mask[node])
+    expected /= kept.influence.sum()
+    found = summed_influence(pair, [prompt.tolist()] * 2, [word] * 2)
+    torch.testing.assert_close(found.double(), 2 * expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_blocks_that_are_computed_again_give_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, texts = doubled(backend)
+    kept = search_circuit(pair, texts, everything(pair), SMALL, progress=False)
+    roles = assign_roles(pair, texts, kept.order, everything(pair))
+    before, again = state(pair), list[bool]()
+    run_blocks = type(pair).run_blocks
+    monkeypatch.setattr(onsets_module, "MOST_KEPT_BYTES", 0)
+    monkeypatch.setattr(
+        type(pair), "run_blocks", lambda *args, **how: again.append(how["recompute"]) or run_blocks(*args, **how)
+    )
+    assert search_circuit(pair, texts, everything(pair), SMALL, progress=False) == kept
+    assert assign_roles(pair, texts, kept.order, everything(pair)) == roles
+    assert set(again) == {True, False} and state(pair) == before, "again with a gradient only"
+
+
 def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Onsets]) -> None:
     pair, onsets = circuit
     silent = replace(onsets, onset=torch.zeros_like(onsets.onset))
@@ -295,9 +362,19 @@ def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Onsets]) -> None:
         {"strength": 0.0},
         {"documents": 0},
         {"further": 0.9},
+        {"parts": 0},
     ):
         with pytest.raises(BehaviorError, match="share is above 0 and at most 1"):
             SearchOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_an_unknown_method_is_named() -> None:
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ArgumentError, match="'best'; allowed: 'greedy', 'sampled', 'graphs'"):
+            SearchOptions(method="best")  # type: ignore[arg-type]
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # -- roles --------------------------------------------------------------------------------------------------------

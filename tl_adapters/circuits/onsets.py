@@ -41,6 +41,8 @@ from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 MAX_CONTINUATION_TOKENS = 24
 """Largest number of tokens of a continuation."""
+MOST_KEPT_BYTES = 2 * 10**9
+"""Most bytes that a forward pass keeps of its blocks for a gradient; above it, blocks are computed again."""
 
 
 @renamed_attributes(
@@ -204,8 +206,21 @@ def _continuations(onset: Tensor, may_begin: Tensor, predicting: Tensor) -> Tens
 
 
 def final_residual(pair: PairedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-    """Return the residual stream after the last block, on the present routes and under the present interventions."""
-    return pair.run_blocks(pair.embed(tokens), 0, pair.n_layers)
+    """Return the residual stream after the last block, on the present routes and under the present interventions.
+
+    Where a gradient would keep more than `MOST_KEPT_BYTES`, the backward pass computes every block again, so it has to
+    run on the same routes and under the same interventions.
+    """
+    large = torch.is_grad_enabled() and tokens.numel() * pair.n_layers * kept_bytes(pair) > MOST_KEPT_BYTES
+    return pair.run_blocks(pair.embed(tokens), 0, pair.n_layers, recompute=large)
+
+
+def kept_bytes(pair: PairedModel) -> int:
+    """Return the bytes that a block keeps of one token for a gradient to its adapter's gates and to its input."""
+    cfg, n_features = pair.model.cfg, 0 if pair.adapters is None else pair.adapters.n_features
+    heads = cfg.d_head * (cfg.n_heads + 2 * (cfg.n_key_value_heads or cfg.n_heads))
+    of_model = 4 * cfg.d_model + heads + 3 * cfg.d_mlp  # norms and residual stream; q, k and v; the MLP's factors
+    return int(cfg.dtype.itemsize * of_model + 4 * (cfg.d_model + 3 * n_features))  # adapters compute in float32
 
 
 def log_odds(

@@ -152,7 +152,7 @@ def effects_on_continuation(
             logits = at_least_float32(pair.unembed(final_residual(pair, batch.tokens)[batch.continuation]))
             others = logits.scatter(1, next_tokens, -torch.inf).logsumexp(1)
             odds = logits.gather(1, next_tokens)[:, 0] - others
-        total += torch.autograd.grad(odds.sum(), gates)[0].cpu()
+            total += torch.autograd.grad(odds.sum(), gates)[0].cpu()
         n += len(odds)
     return total / max(1, n)
 

@@ -1,4 +1,4 @@
-"""A greedy search for the features that make a target say a word, by necessity and sufficiency at once.
+"""A search for the features that make a target say a word, by necessity and sufficiency at once.
 
 `search_circuit` searches over given onsets. `find_circuit` starts from the target's own text: it finds the onsets,
 searches, and gives the features their roles and edges.
@@ -22,9 +22,14 @@ loss *given the features in S*: minus the gradient with respect to its gate. The
 the given size. So features that copy what is in S already, and have a large effect of their own, are not taken again; a
 ranking by effect alone takes all of them.
 
-A round reads all texts, forwards and backwards. A large circuit therefore takes no more than ``rounds`` of them, in
-which blocks of growing size join: of R rounds the first brings 1 part of 1 + 2 + ... + R, the last R parts. Then the
-cost does not grow with the circuit.
+A large circuit takes no more than ``rounds`` of them, in which blocks of growing size join: of R rounds the first
+brings 1 part of 1 + 2 + ... + R, the last R parts. So the cost does not grow with the circuit. There are three methods:
+
+* "greedy": every round reads all texts, forwards and backwards;
+* "sampled": the texts are divided into ``parts``, each round reads the next part, and scores are a running mean over
+  rounds. A round takes a part of the time, and features still join in many small blocks;
+* "graphs": no search. Features are ranked by their summed influence on the word in the attribution graphs of the texts,
+  as arXiv 2602.20904 reads its circuit off graphs (section 5). Copies are taken together then.
 
 The order in which features joined is kept: its first n features are the circuit of size n.
 """
@@ -34,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +49,7 @@ from tqdm import tqdm
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.adapters.l0 import active_counts
+from tl_adapters.attribution.summed_influence import summed_influence
 from tl_adapters.circuits.circuit import Circuit
 from tl_adapters.circuits.onsets import Onsets, final_residual, find_onsets, log_odds
 from tl_adapters.circuits.roles import FeatureRoles, assign_roles, circuit_edges
@@ -53,7 +59,13 @@ from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.training.kl_divergence import kl_from_residual
+from tl_adapters.utils.arguments import choice
 from tl_adapters.utils.renamed_attributes import renamed_attributes
+
+SearchMethod = Literal["greedy", "sampled", "graphs"]
+"""How the features of a circuit are chosen."""
+KEPT_OF_EARLIER_ROUNDS = 0.6
+"""Weight of earlier rounds in the running mean of scores, where a round reads a part of the texts."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,10 @@ class SearchOptions:
     """Features that join in a round; a smaller number is slower and takes fewer copies."""
     rounds: int = 40
     """Most rounds until the circuit has its size."""
+    method: SearchMethod = "greedy"
+    """How features are chosen: "greedy", "sampled" or "graphs" (see the module's text)."""
+    parts: int = 8
+    """Parts of the texts, of which a round of the method "sampled" reads one."""
     strength: float = 1.75
     """Factor of the circuit's activations where it is added to the hybrid. It is above 1 because a small part of the
     features that fire in the replacement has the effect of all."""
@@ -83,11 +99,12 @@ class SearchOptions:
     """Tokens in a forward pass."""
 
     def __post_init__(self) -> None:
-        counts = min(self.further, self.per_round, self.rounds, self.documents)
+        choice(self.method, get_args(SearchMethod), "method")
+        counts = min(self.further, self.per_round, self.rounds, self.parts, self.documents)
         if not 0 < self.share <= 1 or counts < 1 or self.strength <= 0:
             raise BehaviorError(
-                f"Got {self}; share is above 0 and at most 1, further, per_round, rounds and documents are at least "
-                "1, and strength is above 0."
+                f"Got {self}; share is above 0 and at most 1, further, per_round, rounds, parts and documents are "
+                "at least 1, and strength is above 0."
             )
 
 
@@ -115,7 +132,7 @@ class Search:
     further: tuple[FeatureId, ...]
     """Features that joined after the circuit had its size."""
     objectives: tuple[SearchObjective, ...]
-    """The objectives before every round, and at the end."""
+    """The objectives before every round, on the texts that it reads, and at the end on all texts."""
 
 
 class _Reference:
@@ -157,28 +174,52 @@ def search_circuit(
     if not bool(onsets.onset.any()):
         raise BehaviorError("There is no onset in these texts, so there is no circuit to find.")
     texts = onsets.with_onsets_and_controls(options.documents)
-    references = [_Reference(pair, batch) for _, batch in texts.batches(options.tokens_per_batch)]
     size, size_further = (_size(alive, options.share * times) for times in (1.0, options.further))
-    sizes = iter(round_sizes(size, size_further, options))
-    chosen, order, objectives = torch.zeros_like(alive), list[int](), list[SearchObjective]()
-    flat_alive = alive.flatten()
+    parts = _in_parts(pair, texts, options.parts if options.method == "sampled" else 1, options.tokens_per_batch)
+    graphs = options.method == "graphs"
+    sizes = [size_further] if graphs else round_sizes(size, size_further, options)
+    order, objectives, mean = list[int](), list[SearchObjective](), None
     with (
         _gradients_of_gates_only(pair),
         tqdm(total=size_further, desc="circuit", unit=" features", disable=not progress) as bar,
     ):
-        while True:
-            score, values = _score(pair, references, chosen, options)
-            objectives.append(values)
-            if len(order) == size_further:
-                break
-            candidates = flat_alive & ~chosen.flatten()
-            best = score.flatten().masked_fill(~candidates, -torch.inf).topk(next(sizes) - len(order))
-            order += best.indices.tolist()
-            chosen.view(-1)[best.indices] = True
-            bar.update(len(best.indices))
+        for number, wanted in enumerate(sizes):
+            chosen = _chosen(alive, order)
+            score, before = _score(pair, parts[number % len(parts)], chosen, options)
+            score = _influence_in_graphs(pair, texts) if graphs else score
+            mean = score if mean is None or len(parts) == 1 else mean.lerp(score, 1 - KEPT_OF_EARLIER_ROUNDS)
+            candidates = (alive & ~chosen).flatten()
+            best = mean.flatten().masked_fill(~candidates, -torch.inf).topk(wanted - len(order)).indices.tolist()
+            order += best
+            objectives.append(before)
+            bar.update(len(best))
+        objectives.append(_score(pair, [r for part in parts for r in part], _chosen(alive, order), options)[1])
     n = alive.shape[1]
     features = [FeatureId(i // n, i % n) for i in order]
     return Search(tuple(features[:size]), tuple(features[size:]), tuple(objectives))
+
+
+def _in_parts(pair: PairedModel, texts: Onsets, n: int, tokens_per_batch: int) -> list[list[_Reference]]:
+    """The texts in n parts, each of which has texts from everywhere; fewer parts where there are fewer texts."""
+    n = min(n, len(texts))
+    parts = [texts.rows(torch.arange(part, len(texts), n)) for part in range(n)]
+    return [[_Reference(pair, batch) for _, batch in part.batches(tokens_per_batch)] for part in parts]
+
+
+def _chosen(alive: Tensor, order: Sequence[int]) -> Bool[Tensor, "n_layers n_features"]:
+    chosen = torch.zeros_like(alive)
+    chosen.view(-1)[list(order)] = True
+    return chosen
+
+
+def _influence_in_graphs(pair: PairedModel, texts: Onsets) -> Float[Tensor, "n_layers n_features"]:
+    """The influence of every feature on the word, summed over the graphs of the first onset of every text."""
+    prompts, words = list[list[int]](), list[int]()
+    for row in texts.onset.any(1).nonzero()[:, 0].tolist():
+        onset = int(texts.onset[row].nonzero()[0])
+        prompts.append(texts.tokens[row, : onset + 1].tolist())
+        words.append(int(texts.tokens[row, onset + 1]))
+    return summed_influence(pair, prompts, words)
 
 
 def round_sizes(size: int, size_further: int, options: SearchOptions) -> list[int]:
@@ -213,28 +254,38 @@ def _score(
     score, values = torch.zeros(chosen.shape), [0.0, 0.0, 0.0]
     for reference in references:
         joined = chosen.float().to(reference.probability.device).requires_grad_()
-        with torch.enable_grad():
-            sums = _objective_sums(pair, reference, joined, options.strength)
-            weighted = torch.stack([w / n * s for w, n, s in zip(weights, counts, sums, strict=True)]).sum()
-            score -= torch.autograd.grad(weighted, joined)[0].cpu()
+        scales = [weight / n for weight, n in zip(weights, counts, strict=True)]
+        gradient, sums = _gradient_and_sums(pair, reference, joined, options.strength, scales)
+        score -= gradient.cpu()
         values = [so_far + float(s.detach()) / n for so_far, n, s in zip(values, counts, sums, strict=True)]
     return score, SearchObjective(int(chosen.sum()), *values)
 
 
-def _objective_sums(
-    pair: PairedModel, reference: _Reference, joined: Float[Tensor, "n_layers n_features"], strength: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each objective, summed over its positions, with every feature in S to the extent of its gate (0 to 1)."""
-    batch = reference.batch
+@torch.enable_grad()
+def _gradient_and_sums(
+    pair: PairedModel,
+    reference: _Reference,
+    joined: Float[Tensor, "n_layers n_features"],
+    strength: float,
+    scales: Sequence[float],
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The gradient of the scaled objectives, and each of them summed over its positions.
+
+    Every feature is in S to the extent of its gate (0 to 1). Gradients are taken under the gates, since blocks may be
+    computed again for them, and of one pass after the other, since each keeps its blocks until then.
+    """
+    batch, (necessary, sufficient, continued) = reference.batch, scales
     with gated(pair, dict(enumerate(1 - joined))):
         odds = log_odds(pair, final_residual(pair, batch.tokens), batch, batch.onset)
         necessity = F.softplus(odds + 2).sum()
+        gradient = torch.autograd.grad(necessary * necessity, joined)[0]
     with gated(pair, dict(enumerate(joined * strength)), decoder_bias=False):
         residual = final_residual(pair, batch.tokens)
         odds = log_odds(pair, residual, batch, reference.positions)
         sufficiency = (F.softplus(odds) - reference.probability * odds).sum()
         continuation = _summed_kl(pair, reference.continuation, residual[batch.continuation])
-    return necessity, sufficiency, continuation
+        gradient = gradient + torch.autograd.grad(sufficient * sufficiency + continued * continuation, joined)[0]
+    return gradient, (necessity, sufficiency, continuation)
 
 
 def _summed_kl(pair: PairedModel, target: Float[Tensor, "n d_model"], residual: Float[Tensor, "n d_model"]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -38,8 +38,15 @@ _Share = Annotated[
     float | None,
     number("--share", "size of the circuit, as a share of alive features (default: 0.03)", 0, 1, above=True),
 ]
-_Rounds = Annotated[
-    int | None, whole("--rounds", "most rounds of the search, each of which reads all texts (default: 40)")
+_Rounds = Annotated[int | None, whole("--rounds", "most rounds of the search (default: 40)")]
+SearchName = Literal["greedy", "sampled", "graphs"]
+_Search = Annotated[
+    SearchName | None,
+    typer.Option(
+        "--search",
+        help="how features are chosen: greedy reads all texts in every round (default), sampled a part of them, graphs "
+        "ranks by influence in attribution graphs",
+    ),
 ]
 _Limit = Annotated[int | None, whole("--limit", "number of problems: half to choose on, half to report on", 2)]
 _MaxNewTokens = Annotated[
@@ -54,6 +61,7 @@ def hesitation(
     behavior_words: _BehaviorWords = None,
     share: _Share = None,
     rounds: _Rounds = None,
+    search: _Search = None,
     limit: _Limit = None,
     max_new_tokens: _MaxNewTokens = None,
     quiet: Quiet = False,
@@ -85,6 +93,7 @@ def hesitation(
         words=joined(behavior_words) or [HESITATION_ONSET],
         share=share,
         rounds=rounds,
+        method=search,
         limit=limit,
         max_new_tokens=max_new_tokens,
         seed=seed or 0,

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.adapter_set import AdapterSet
@@ -24,6 +25,15 @@ from tl_adapters.utils.arguments import whole_numbers
 
 LOGITS_AT_ONCE = 2**24
 """Logits that are formed at a time: 64 MB of them in float32."""
+
+Made = TypeVar("Made")
+
+
+def run_again_in_backward(function: Callable[..., Made], *args: Any) -> Made:
+    """The function's result, of whose computation nothing is kept for the backward pass but the arguments."""
+    with set_checkpoint_early_stop(False):  # so that the second run cleans up as the first one does
+        made: Made = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return made
 
 
 class RoutedModel:
@@ -173,9 +183,19 @@ class RoutedModel:
         start: int,
         stop: int,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
+        *,
+        recompute: bool = False,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after blocks start..stop-1 have run on ``resid``, on the present routes."""
-        return self.backend.run_blocks(resid, start, stop, attention_mask)
+        """The residual stream after blocks start..stop-1 have run on ``resid``, on the present routes.
+
+        With ``recompute`` only the residual stream between blocks is kept for the backward pass, which computes every
+        block again and so has to run on the same routes and under the same hooks.
+        """
+        if not recompute:
+            return self.backend.run_blocks(resid, start, stop, attention_mask)
+        for layer in range(start, stop):
+            resid = run_again_in_backward(self.backend.run_blocks, resid, layer, layer + 1, attention_mask)
+        return resid
 
     def residual_streams(self, tokens: Int[Tensor, "batch pos"]) -> list[Float[Tensor, "batch pos d_model"]]:
         """The residual stream at the embedding and after every layer, on the present routes. No left padding."""

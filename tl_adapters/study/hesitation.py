@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.circuits.circuit import CIRCUIT_FILE
+from tl_adapters.circuits.search import SearchMethod
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
 from tl_adapters.circuits.subject import Subject, builtin_subject, halves
 from tl_adapters.config import Dtype
@@ -69,6 +70,7 @@ def hesitation_of_run(
     words: Sequence[str] = (HESITATION_ONSET,),
     share: float | None = None,
     rounds: int | None = None,
+    method: SearchMethod | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
     seed: int = 0,
@@ -85,6 +87,7 @@ def hesitation_of_run(
         words: words or phrases of the behavior.
         share: size of the circuit as a share of the alive features; None takes the default of the search.
         rounds: most rounds of the search until the circuit has its size; None takes the default of the search.
+        method: how the search chooses features; None takes its default.
         limit: number of problems, select and report problems together; None takes all.
         max_new_tokens: longest answer; None takes the limit of the task or the model (`responses.response_limit`).
         seed: of every draw.
@@ -102,7 +105,7 @@ def hesitation_of_run(
     else:
         subject = halves(load_problems(*task, limit=limit, seed=seed).problems, max_new_tokens)
     defaults = StudyOptions()
-    search: dict[str, Any] = {"share": share, "rounds": rounds}
+    search: dict[str, Any] = {"share": share, "rounds": rounds, "method": method}
     given = {name: value for name, value in search.items() if value is not None}
     options = replace(defaults, search=replace(defaults.search, **given), seed=seed)
     return hesitation_stage(open_run(folder, device, dtype), subject, folder, options, words, progress=progress)

@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from tl_adapters.adapters.activation_functions import smallest_active, step
 from tl_adapters.adapters.adapter_set import AdapterSet
@@ -39,6 +38,7 @@ from tl_adapters.data.traces import Batch
 from tl_adapters.errors import UserError
 from tl_adapters.models.finite_activations import by_layer_name, require_finite_activations
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel
+from tl_adapters.models.routed_model import run_again_in_backward
 from tl_adapters.training.kl_divergence import kl_from_residual, masked_kl, token_kl_from_residual
 from tl_adapters.training.loss_terms import l0_term, l1_term, local_term, nmse_term
 from tl_adapters.utils.precision import host_float64, wide
@@ -193,7 +193,7 @@ class _SharedPrefixes:
             want_l0,
             recompute,
         )
-        self.run = _run_again_in_backward if recompute else _run
+        self.run = run_again_in_backward if recompute else _run
         self.l0, self.smallest = dict[int, Tensor](), dict[int, Tensor]()
         self.target, inputs = _target_streams(pair, batch, with_inputs=weights.local > 0)
         self.local = _local_step(pair, inputs, batch, weights) if weights.local else None
@@ -270,10 +270,8 @@ class _SharedPrefixes:
 
     def _bridge(self, route: str, resid: Tensor, weight: float) -> Tensor:
         """The KL divergence of the blocks above the cut on a route; adds its gradients."""
-        blocks = [(layer, layer + 1) for layer in range(self.cut, self.n)] if self.recompute else [(self.cut, self.n)]
         with self.pair.routed(route):
-            for start, stop in blocks:
-                resid = self.run(self.pair.run_blocks, resid, start, stop)
+            resid = self.pair.run_blocks(resid, self.cut, self.n, recompute=self.recompute)
             bridge = self._kl(resid)
             (weight * bridge).backward()
         return bridge
@@ -281,13 +279,6 @@ class _SharedPrefixes:
 
 def _run(function: Callable[..., Made], *args: Any) -> Made:
     return function(*args)
-
-
-def _run_again_in_backward(function: Callable[..., Made], *args: Any) -> Made:
-    """The function's result, of whose computation nothing is kept but the arguments."""
-    with set_checkpoint_early_stop(False):  # so that the second run cleans up as the first one does
-        made: Made = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-    return made
 
 
 @torch.no_grad()
