@@ -1,5 +1,7 @@
 """frozen(): the reference without interventions, linear with everything held, and mediated effects removed."""
 
+import weakref
+
 import pytest
 import torch
 from helpers.pairs import TOKENS, make, state
@@ -7,7 +9,7 @@ from helpers.random_models import ARCHITECTURES, random_model, randomise
 
 from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.interventions.feature_edits import InterventionError, ablated, added, patched
-from tl_adapters.interventions.frozen import frozen
+from tl_adapters.interventions.frozen import FrozenChange, frozen, frozen_by_block
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 
 LATER = [(layer, i) for layer in (2, 3) for i in range(24)]
@@ -237,3 +239,39 @@ def test_passes_of_another_shape_or_route_are_refused(kind) -> None:  # type: ig
     ):
         pass
     assert state(pair) == before
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
+def test_block_by_block_an_ablation_is_the_same(architecture: str, kind) -> None:  # type: ignore[no-untyped-def]
+    pair, late = make(architecture, kind[0]), [feature for feature in LATER if feature[0] == 3]
+    before, changes = state(pair), {"nothing": FrozenChange(()), "early": FrozenChange(EARLY)}
+    changes |= {"late": FrozenChange(late), "held": FrozenChange(EARLY, held=LATER)}
+    rows, positions = torch.tensor([0, 0, 1]), torch.tensor([2, 5, 4])
+    with torch.no_grad(), pair.routed("replacement"):
+        plain = pair.model(TOKENS)
+        passes = frozen_by_block(pair, TOKENS, changes)
+        found = {name: passes.logits(name, rows, positions) for name in changes}
+        for name, change in changes.items():
+            with frozen(pair, TOKENS, features=change.held), ablated(pair, change.ablated) as model:
+                expected = model(TOKENS)[rows, positions]
+            assert (found[name] - expected).abs().max() < 10 * kind[1]
+            assert ((found[name] - plain[rows, positions]).abs().max() > 1e-4) == (name != "nothing")
+    assert (found["held"] - found["early"]).abs().max() > 1e-4 and state(pair) == before
+
+
+def test_patterns_of_one_block_at_a_time_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make("Qwen2ForCausalLM", "hooked")
+    alive, most = weakref.WeakSet[torch.Tensor](), 0
+
+    def count(pattern: torch.Tensor, hook: object) -> None:
+        nonlocal most
+        alive.add(pattern)
+        most = max(most, len(alive))
+
+    points = [(f"blocks.{layer}.attn.hook_pattern", count) for layer in range(pair.n_layers)]
+    with pair.routed("replacement"), pair.model.hooks(fwd_hooks=points):
+        frozen_by_block(pair, TOKENS, {"early": FrozenChange(EARLY), "late": FrozenChange([(3, 2)])})
+        block_by_block, most = most, 0
+        with frozen(pair, TOKENS):
+            pair.model(TOKENS)
+    assert block_by_block <= 4 < pair.n_layers + 1 <= most

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from tl_adapters.evaluation.behaviors import Behavior, counts
 from tl_adapters.evaluation.response_metrics import correctness, measure_responses
 from tl_adapters.generation.responses import Response, respond
 from tl_adapters.interventions.feature_edits import Features, ablated
-from tl_adapters.interventions.frozen import frozen
+from tl_adapters.interventions.frozen import FrozenChange, frozen_by_block
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.training.kl_divergence import kl_per_token
@@ -386,24 +387,26 @@ def mediation(
     for rows, batch in onsets.batches(2048):
         batch = batch.to(pair.device)
 
-        def add_log_odds(name: str, batch: Onsets = batch, rows: list[int] = rows) -> None:
-            logits = pair.model(batch.tokens)  # a whole pass: norms are held over every position
-            odds = wide(log_odds_from_logits(lambda row, position: logits[row, position], batch, batch.onset))
-            by_position = odds.new_zeros(batch.onset.shape)
-            by_position[batch.onset] = odds
-            sums[name][rows] = host_float64(by_position.sum(1))
+        def add(name: str, odds: Tensor, batch: Onsets = batch, rows: list[int] = rows) -> None:
+            by_position = torch.zeros(batch.onset.shape, dtype=torch.float64)
+            by_position[batch.onset.cpu()] = host_float64(odds)
+            sums[name][rows] = by_position.sum(1)
 
         with pair.routed("replacement"):
-            with frozen(pair, batch.tokens):
-                add_log_odds("clean")
-                with ablated(pair, template):
-                    add_log_odds("total")
-            with frozen(pair, batch.tokens, features=output), ablated(pair, template):
-                add_log_odds("direct")
-            add_log_odds("free")
-            for name, features in (("template", [*template]), ("output", [*output]), ("both", [*template, *output])):
+            changes = {
+                "clean": FrozenChange(()),
+                "total": FrozenChange(template),
+                "direct": FrozenChange(template, held=output),
+            }
+            passes = frozen_by_block(pair, batch.tokens, changes)
+            for name in changes:
+                logits_at = partial(passes.logits, name)
+                add(name, log_odds_from_logits(logits_at, batch, batch.onset, pair.rows_at_once))
+            sets = {"free": [], "template": [*template], "output": [*output], "both": [*template, *output]}
+            for name, features in sets.items():
                 with ablated(pair, features):
-                    add_log_odds(name)
+                    residual = final_residual(pair, batch.tokens)
+                    add(name, log_odds(pair, residual, batch, batch.onset, pair.rows_at_once))
 
     def per_onset(total: Tensor) -> Measurement:
         return bootstrap_ratio(total, n_onsets).measurement(len(onsets), "nats of log-odds", split)

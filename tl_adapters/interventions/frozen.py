@@ -18,6 +18,9 @@ effect is measured with the output features held in addition:
     with pair.routed("replacement"), frozen(pair, tokens, features=output) as model, ablated(pair, template):
         direct = model(tokens)
 
+`frozen_by_block` measures the same of ablations, for long texts: block by block, so that the patterns of one block only
+are in memory at a time.
+
 With attention, norms and mlps held, the model is linear except for the adapters' own activation functions: it is the
 linearized replacement model with constant base MLPs (`attribution.relp.LinearizedModel`, "frozen_mlp"), and
 interventions give the edges of that graph. (circuit-tracer's constrained_layers are the reverse: they name the layers
@@ -26,18 +29,18 @@ whose MLPs are held. All of them there correspond to attention, norms, mlps and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.interventions.feature_edits import Features, InterventionError, patched
+from tl_adapters.interventions.feature_edits import Features, InterventionError, ablated, patched
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 
 NEURONS_HOOK = "mlp.hook_post"
@@ -92,9 +95,13 @@ def frozen(
     activations = {feature.layer: f"blocks.{feature.layer}.{ACTS_HOOK}" for feature in chosen}
     reference = _recorded(pair, tokens, attention_mask, {*held, *activations.values()})
     source = {layer: reference[name] for layer, name in activations.items() if name in reference}
-    hooks = [(name, partial(_hold, name=name, reference=reference, shape=tokens.shape)) for name in held]
-    with pair.model.hooks(fwd_hooks=hooks), patched(pair, chosen, source) as model:
+    with pair.model.hooks(fwd_hooks=_holding(held, reference, tokens.shape)), patched(pair, chosen, source) as model:
         yield model
+
+
+def _holding(names: Sequence[str], reference: dict[str, Tensor], shape: Sequence[int]) -> list[tuple[str, Any]]:
+    """Hooks that hold the values at these points, which a pass over tokens of this shape has given."""
+    return [(name, partial(_hold, name=name, reference=reference, shape=shape)) for name in names]
 
 
 def _hold(value: Tensor, hook: HookPoint, name: str, reference: dict[str, Tensor], shape: Sequence[int]) -> Tensor:
@@ -117,7 +124,7 @@ def _held_hook_points(
 ) -> list[str]:
     """The names of the hook points to hold."""
     neurons = [NEURONS_HOOK] if pair.planted is None else [NEURONS_HOOK, PLANTED_ACTS_HOOK]
-    names = [name for name in pair.model.hook_dict if norms and name.endswith(".hook_scale")]
+    names = [name for name in pair.model.hook_dict if norms and _is_scale(name)]
     for layer in range(pair.n_layers):
         if layer in free_layers:
             parts = ["attn.hook_pattern"] * attention + neurons * mlps
@@ -131,12 +138,89 @@ def _held_hook_points(
 def _recorded(pair: PairedModel, tokens: Tensor, attention_mask: Tensor | None, names: set[str]) -> dict[str, Tensor]:
     """The values at the named hook points in a pass over ``tokens``, without those that are not reached."""
     values: dict[str, Tensor] = {}
+    device = pair.device
+    mask = None if attention_mask is None else attention_mask.to(device)
+    with _recording(pair, names, values):
+        pair.model(tokens.to(device), attention_mask=mask, return_type=None)
+    return values
+
+
+def _recording(pair: PairedModel, names: Iterable[str], values: dict[str, Tensor]) -> Any:
+    """The model, whose next pass writes the values at the named hook points to ``values``."""
 
     def record(value: Tensor, hook: HookPoint, name: str) -> None:
         values[name] = value
 
-    device = pair.device
-    mask = None if attention_mask is None else attention_mask.to(device)
-    with pair.model.hooks(fwd_hooks=[(name, partial(record, name=name)) for name in names]):
-        pair.model(tokens.to(device), attention_mask=mask, return_type=None)
-    return values
+    return pair.model.hooks(fwd_hooks=[(name, partial(record, name=name)) for name in names])
+
+
+class FrozenChange(NamedTuple):
+    """An ablation in a pass in which attention and norms are held at their values without it."""
+
+    ablated: Features
+    """Features whose activations are 0."""
+    held: Features = ()
+    """Features whose activations are held too."""
+
+
+class FrozenPasses(NamedTuple):
+    """What `frozen_by_block` gives: the residual streams after the last block, and how they are read."""
+
+    reference: Float[Tensor, "batch pos d_model"]
+    """Without a change."""
+    changed: dict[str, Float[Tensor, "batch pos d_model"]]
+    """Under every change, by its name."""
+    pair: PairedModel
+    """The pair."""
+
+    def logits(self, name: str, row: Tensor, position: Tensor) -> Float[Tensor, "n d_vocab"]:
+        """Logits under a change at some positions, with the final norm's scale held."""
+        chosen = self.reference[row, position], self.changed[name][row, position]
+        names = [name for name in self.pair.model.hook_dict if _is_scale(name) and not name.startswith("blocks.")]
+        reference: dict[str, Tensor] = {}
+        with _recording(self.pair, names, reference):
+            self.pair.unembed(chosen[0])
+        with self.pair.model.hooks(fwd_hooks=_holding(names, reference, chosen[0].shape[:-1])):
+            return self.pair.unembed(chosen[1])
+
+
+@torch.no_grad()
+def frozen_by_block(
+    pair: PairedModel, tokens: Int[Tensor, "batch pos"], changes: Mapping[str, FrozenChange]
+) -> FrozenPasses:
+    """Ablations with attention and norms held, of which one block's patterns are in memory at a time.
+
+    Every block runs on the stream without a change and then on each changed one, which takes its patterns and scales.
+
+    Args:
+        pair: a pair with adapters, on the route that is meant.
+        tokens: padding on the right only.
+        changes: by name.
+
+    Raises InterventionError for features that do not exist.
+    """
+    reference_stream = pair.embed(tokens.to(pair.device))
+    streams = dict.fromkeys(changes, reference_stream)
+    for layer in range(pair.n_layers):
+        block = f"blocks.{layer}."
+        names = [
+            f"{block}attn.hook_pattern",
+            *(n for n in pair.model.hook_dict if _is_scale(n) and n.startswith(block)),
+        ]
+        reference: dict[str, Tensor] = {}
+        with _recording(pair, [*names, f"{block}{ACTS_HOOK}"], reference):
+            before, reference_stream = reference_stream, pair.run_blocks(reference_stream, layer, layer + 1)
+        source = {layer: reference[f"{block}{ACTS_HOOK}"]} if f"{block}{ACTS_HOOK}" in reference else {}
+        for name, change in changes.items():
+            of_layer = [[FeatureId(*f) for f in features if f[0] == layer] for features in change]
+            if streams[name] is before and not of_layer[0]:
+                streams[name] = reference_stream  # nothing is changed so far
+                continue
+            hooks = _holding(names, reference, tokens.shape)
+            with pair.model.hooks(fwd_hooks=hooks), patched(pair, of_layer[1], source), ablated(pair, of_layer[0]):
+                streams[name] = pair.run_blocks(streams[name], layer, layer + 1)
+    return FrozenPasses(reference_stream, streams, pair)
+
+
+def _is_scale(name: str) -> bool:
+    return name.endswith(".hook_scale")
