@@ -1,26 +1,37 @@
 """A random pair of a published model's full shape, made on the device, with adapters of a chosen density.
 
 Its weights say nothing, but its sizes, dtypes and operators are those of the real pair, so that memory and time are.
+`ShapesOnly` is a pair of such a shape without any weights, which fits anywhere.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.adapters.transcoder import TranscoderAdapter
+from tl_adapters.checkpoints.base_mlps import read_base_mlps
 from tl_adapters.data.traces import Trace
+from tl_adapters.models.hooked_transformer import build_hooked_transformer
 from tl_adapters.models.paired_model import PRE_ACTS_HOOK, PairedModel
+from tl_adapters.models.routed_model import RoutedModel
 
 SHAPES = {
     "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
                num_key_value_heads=4, vocab_size=152064),
+    "14b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40,
+                num_key_value_heads=8, vocab_size=152064),
     "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                  num_key_value_heads=2, vocab_size=151936),
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=512),
 }  # fmt: skip
-"""DeepSeek-R1-Distill-Qwen-7B and -1.5B, and a shape on which the script itself can be tried."""
+"""DeepSeek-R1-Distill-Qwen-7B, -14B and -1.5B, and a shape on which the script itself can be tried."""
 MLP_CHANGE = 0.02
 """Standard deviation of the change of an MLP weight, as a share of the weights' own."""
 
@@ -47,17 +58,57 @@ def random_pair(
         n_ctx: positions of the longest document.
         tokenizer: the pair's.
     """
-    config = configuration(shape, n_ctx)
+    return pair_of_configuration(configuration(shape, n_ctx), device, torch.bfloat16, tokenizer)
+
+
+def pair_of_configuration(
+    config: Qwen2Config, device: torch.device, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PairedModel:
+    """`random_pair` of any shape and dtype."""
     torch.manual_seed(0)  # transformers draws initial weights from torch's own generator
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            target = Qwen2ForCausalLM(config).eval().requires_grad_(False)
+    with _in_dtype(dtype):
+        target = _model(config, device)
         base = _base_of(target)
+    return PairedModel.from_pretrained(base, target, tokenizer=tokenizer)
+
+
+class ShapesOnly(PairedModel):
+    """A pair in bfloat16 of full shape whose tensors are on the meta device: every operation has a shape and no value.
+
+    Args:
+        shape: a name in `SHAPES`.
+        n_ctx: positions of the longest document.
+        n_features: features per layer.
+    """
+
+    def __init__(self, shape: str, n_ctx: int, n_features: int) -> None:
+        with _in_dtype(torch.bfloat16):
+            target, base = (_model(configuration(shape, n_ctx), torch.device("meta")) for _ in range(2))
+        model, base_mlps = build_hooked_transformer(target, None), read_base_mlps(base, target.config.num_hidden_layers)
+        RoutedModel.__init__(self, model, base_mlps)  # what identifies weights reads their values
+        self.base_id, self.target_id, self.revisions = f"{shape} base", f"{shape} target", (None, None)
+        d_model, device = target.config.hidden_size, torch.device("meta")
+        adapters = AdapterSet([TranscoderAdapter(d_model, n_features, device=device) for _ in self.mlps], None)
+        adapters.compute_in(torch.bfloat16)
+        self.adapters = adapters
+        for mlp, adapter in zip(self.mlps, adapters, strict=True):
+            mlp.adapter = adapter
+        self.backend.name_hooks()
+
+
+def _model(config: Qwen2Config, device: torch.device) -> Qwen2ForCausalLM:
+    with device:
+        return Qwen2ForCausalLM(config).eval().requires_grad_(False)
+
+
+@contextmanager
+def _in_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
     finally:
         torch.set_default_dtype(before)
-    return PairedModel.from_pretrained(base, target, tokenizer=tokenizer)
 
 
 def _base_of(target: Qwen2ForCausalLM) -> PreTrainedModel:

@@ -24,7 +24,7 @@ from tl_adapters.local_stage.stage import LocalStage
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import BASE, TARGET
 from tl_adapters.study.doctor import diagnose
-from tl_adapters.study.run_size import LOGIT_CHUNKS, estimate_size
+from tl_adapters.study.run_size import LOGIT_COPIES, estimate_size
 from tl_adapters.training.adapter_adam import AdapterAdam, PlacedAdapter
 from tl_adapters.training.objective import shared_prefix_step
 
@@ -205,13 +205,14 @@ def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
     size = estimate_size(config, target.config)
     (stage,) = size.stages
     batch = random_batch(0, (60,) * 4)
+    logits = 4 * LOGIT_COPIES * batch.tokens.numel() * target.config.vocab_size
     streams = (pair.n_layers + 1) * batch.tokens.numel() * 64 * 4  # of the target, which are kept beside
     kept = kept_by_a_step(pair, batch, recompute=False)
-    assert 0.6 < (stage.activations - LOGIT_CHUNKS) / (kept + streams) < 1.4
+    assert 0.6 < (stage.activations - logits) / (kept + streams) < 1.4
     # Computed again, a block keeps its input, and one block at a time all of its own.
     kept = kept_by_a_step(pair, batch, recompute=True) + kept // pair.n_layers
     (stage,) = estimate_size(replace(config, training=replace(config.training, recompute=True)), target.config).stages
-    assert 0.6 < (stage.activations - LOGIT_CHUNKS) / (kept + streams) < 1.4
+    assert 0.6 < (stage.activations - logits) / (kept + streams) < 1.4
     assert stage.adapters == 16 * sum(p.numel() for p in adapters.parameters())
     mlps = sum(p.numel() for name, p in base.named_parameters() if ".mlp." in name)
     assert 0.98 < size.models / (4 * (n_params + mlps)) < 1.02

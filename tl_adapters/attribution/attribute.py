@@ -231,15 +231,26 @@ def estimated_memory(pair: PairedModel, n_tokens: int, n_active: int, batch_size
     return int(large + width * (by_token + by_feature + hidden + gradients))
 
 
-def estimated_cost(pair: PairedModel, n_positions: int, n_active: int, n_targets: int, batch_size: int) -> str:
-    """One line on the time and memory that the rows will take: operations from the shapes, seconds by a measurement."""
+def estimated_operations(pair: PairedModel, n_positions: int, n_targets: int) -> float:
+    """Floating-point operations of the rows of a graph.
+
+    Args:
+        pair: the pair.
+        n_positions: positions of the prompt that have nodes.
+        n_targets: rows, those of features and of the graph's targets.
+    """
     cfg = pair.model.cfg
     per_position = 6 * cfg.d_model * cfg.d_mlp + 4 * cfg.d_model * cfg.n_heads * cfg.d_head
     attention = 2 * n_positions * cfg.n_heads * cfg.d_head
     # On average a target is half way up the layers and half way along the positions.
-    operations = n_targets * cfg.n_layers / 2 * n_positions / 2 * (2 * per_position + attention)
+    return n_targets * cfg.n_layers / 2 * n_positions / 2 * (2 * per_position + attention)
+
+
+def estimated_cost(pair: PairedModel, n_positions: int, n_active: int, n_targets: int, batch_size: int) -> str:
+    """One line on the time and memory that the rows will take: operations from the shapes, seconds by a measurement."""
     memory = estimated_memory(pair, n_positions, n_active, batch_size)
+    seconds = seconds_of(estimated_operations(pair, n_positions, n_targets), pair.device)
     return (
         f"{n_targets:,} targets, {n_active:,} active features, {n_positions:,} positions: about "
-        f"{seconds_of(operations, pair.device):.0f} s and {memory / 1e9:.2g} GB beside the model."
+        f"{seconds:.0f} s and {memory / 1e9:.2g} GB beside the model."
     )

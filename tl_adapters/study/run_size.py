@@ -1,4 +1,4 @@
-"""The size of a study, and estimated memory, disk space and time of a training run, stage by stage, by shapes alone.
+"""The size of a study; estimated memory, disk space and time of a training run and of a search, by shapes alone.
 
 Bytes of adapters in float32: 4 for a weight, 4 for its gradient, 8 for Adam's two moments. The local stage trains them
 in coordinates of their own, which are d_model^2 numbers a layer, and keeps the tokens that it trains on; the end-to-end
@@ -13,16 +13,21 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PretrainedConfig
 
+from tl_adapters.circuits.onsets import MOST_KEPT_BYTES
+from tl_adapters.circuits.search import SearchOptions, round_sizes
 from tl_adapters.circuits.study import StudyOptions
 from tl_adapters.config import LocalConfig, RunConfig, StageName, TrainingConfig
 from tl_adapters.local_stage.layer_run import REVISION_TOKENS
+from tl_adapters.models.routed_model import LOGITS_AT_ONCE
 from tl_adapters.study.hesitation import ORGANISM_PROBLEM_COUNTS
 from tl_adapters.study.open_run import ORGANISM_TRACES
 from tl_adapters.utils.precision import adapter_dtype
 
 BYTES_OF_DTYPE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-LOGIT_CHUNKS = 4 * 2**26
-"""Bytes of the logits that are computed at a time."""
+LOGIT_COPIES = 4
+"""Tensors of the size of the logits that are computed at a time: logits, log-probabilities, and a gradient of each."""
+ROLE_PASSES = 4
+"""Passes over all texts, with a gradient, by which features get their roles."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,29 @@ class StageSize:
     def memory(self) -> int:
         """Bytes that are in memory at once, beside the models."""
         return self.adapters + self.activations + self.tokens
+
+
+@dataclass(frozen=True)
+class SearchSize:
+    """Estimated size of the search of a circuit, with the roles of its features."""
+
+    models: int
+    """Bytes of the models and of the adapters, in float32."""
+    activations: int
+    """Bytes kept for a gradient, of one batch of texts."""
+    rounds: int
+    """Rounds of the search."""
+    tokens: int
+    """Tokens that are read with a gradient: in all rounds of the search, and for the roles."""
+    model_operations: float
+    """Operations of the models' products, in their own dtype."""
+    adapter_operations: float
+    """Operations of the adapters' products, in float32."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are in memory at once."""
+        return self.models + self.activations
 
 
 @dataclass(frozen=True)
@@ -124,10 +152,54 @@ def estimate_size(
     tokens = max(training.tokens_per_batch, min(longest, described.max_position_embeddings))
     estimates = {"local": _local_stage, "end_to_end": _end_to_end_stage}
     return RunSize(
-        models=shapes.width * (n_layers * (2 * shapes.mlp + shapes.attention) + shapes.embeddings),
+        models=shapes.models,
         stages=tuple(estimates[stage](shapes, training, tokens) for stage in training.stages),
         result=4 * n_layers * shapes.adapter(training.n_features),
         tokens=tokens,
+    )
+
+
+def estimate_search(
+    described: PretrainedConfig,
+    n_features: int,
+    chosen: int,
+    texts: int,
+    tokens: int,
+    options: SearchOptions | None = None,
+    dtype: str | None = None,
+) -> SearchSize:
+    """The size of a search by rounds (a test compares it with what autograd keeps and the rounds read).
+
+    Args:
+        described: the target's configuration.
+        n_features: features per layer.
+        chosen: features of the circuit.
+        texts: texts that a round reads, or of which it reads a part.
+        tokens: of a text.
+        options: of the search; its share and documents are not read.
+        dtype: of the models; None is the target's own.
+    """
+    options = options or SearchOptions()
+    shapes = _Shapes.of(described, BYTES_OF_DTYPE[dtype or stored_dtype(described)], 4)
+    batch = max(tokens, options.tokens_per_batch // tokens * tokens)
+    block = batch * (shapes.width * shapes.per_token + 4 * (shapes.d_model + n_features))
+    kept = shapes.n_layers * block
+    if kept > MOST_KEPT_BYTES:  # the residual stream between blocks, and one block at a time
+        kept = shapes.n_layers * batch * shapes.width * shapes.d_model + 2 * block
+    recorded = 4 * shapes.n_layers * batch * n_features  # all activations, where roles are assigned
+    parts = min(options.parts, texts) if options.method == "sampled" else 1
+    rounds = len(round_sizes(chosen, round(options.further * chosen), options))
+    read = texts * tokens
+    # Two passes of a round, and those of the roles, each forwards, again, and backwards; the target's own; the end.
+    passes = 3 * (2 * (rounds / parts + 1) + ROLE_PASSES) + 1
+    products = shapes.mlp + shapes.attention
+    return SearchSize(
+        models=shapes.models + 4 * shapes.n_layers * shapes.adapter(n_features),
+        activations=kept + recorded + shapes.logits(batch),
+        rounds=rounds,
+        tokens=round(read * (rounds / parts + 1 + ROLE_PASSES)),
+        model_operations=2.0 * passes * read * shapes.n_layers * (products + tokens * shapes.attended),
+        adapter_operations=2.0 * passes * read * shapes.n_layers * 2 * shapes.d_model * n_features,
     )
 
 
@@ -142,6 +214,8 @@ class _Shapes:
     """Numbers per token and layer that a backward pass through frozen weights keeps."""
     mlp: int
     attention: int
+    attended: int
+    """Multiplications of a token with one other in scores and values, half of them behind the mask."""
     embeddings: int
     """Of the embedding and the unembedding, which may be one matrix."""
     unembedding: int
@@ -165,11 +239,21 @@ class _Shapes:
             per_token=4 * d + d_head * (heads + 2 * kv) + 3 * d_mlp,
             mlp=3 * d * d_mlp,
             attention=d * d_head * (2 * heads + 2 * kv),
+            attended=heads * d_head,
             embeddings=unembedding * (1 if described.tie_word_embeddings else 2),
             unembedding=unembedding,
             width=width,
             acts_width=acts_width,
         )
+
+    def logits(self, tokens: int) -> int:
+        """Bytes of the logits that are computed at a time, and of what is made of them."""
+        return LOGIT_COPIES * 4 * min(LOGITS_AT_ONCE, tokens * self.unembedding // self.d_model)
+
+    @property
+    def models(self) -> int:
+        """Bytes of the target and of the base's MLPs."""
+        return self.width * (self.n_layers * (2 * self.mlp + self.attention) + self.embeddings)
 
     def adapter(self, n_features: int) -> int:
         """Weights of one layer's adapter."""
@@ -192,7 +276,7 @@ def _end_to_end_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) ->
     return StageSize(
         stage="end_to_end",
         adapters=16 * adapters + coordinates,
-        activations=_kept_for_backward(shapes, training, tokens) + LOGIT_CHUNKS,
+        activations=_kept_for_backward(shapes, training, tokens) + shapes.logits(tokens),
         tokens=0,
         checkpoint=12 * adapters + coordinates - (4 * adapters if coordinates else 0),
         operations=2.0 * forward_and_backward * per_batch * training.steps * training.batches_per_step,

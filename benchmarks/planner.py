@@ -1,0 +1,172 @@
+"""Is what the planner predicts what a run takes? ``python benchmarks/planner.py``: a grid of runs on the CPU.
+
+Each cell is one thing that is done once in a process of its own, on a random pair of one shape: a step of the paper's
+objective, the attribution graph of a prompt, or a round of the search of a circuit. Its peak of memory beside what was
+there before and its seconds stand beside what the planner predicts from the shapes alone. ``--record`` writes all cells
+to results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from large_pair import install_adapters, pair_of_configuration, random_documents, random_tokens
+from recorded import record
+from transformers import Qwen2Config
+
+from tl_adapters.attribution.attribute import attribute, default_batch_size, estimated_memory, estimated_operations
+from tl_adapters.circuits.onsets import Onsets
+from tl_adapters.circuits.search import SearchOptions, search_circuit
+from tl_adapters.config import RunConfig, TrainingConfig
+from tl_adapters.data.batching import BatchOrder, TracesInMemory
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.study.run_size import ROLE_PASSES, estimate_search, estimate_size
+from tl_adapters.training.end_to_end_stage import EndToEndStage
+from tl_adapters.utils.devices import seconds_of
+
+Cell = dict[str, Any]
+GRID: dict[str, Cell] = {
+    "train": dict(do="train", layers=6, d_model=256, features=2048, tokens=2048),
+    "train, recompute": dict(do="train", layers=6, d_model=256, features=2048, tokens=2048, recompute=True),
+    "train, more layers": dict(do="train", layers=12, d_model=256, features=2048, tokens=2048),
+    "train, wider": dict(do="train", layers=6, d_model=512, features=2048, tokens=2048),
+    "train, more tokens": dict(do="train", layers=6, d_model=256, features=2048, tokens=6144),
+    "train, more tokens, recompute": dict(
+        do="train", layers=6, d_model=256, features=2048, tokens=6144, recompute=True
+    ),
+    "train, more features": dict(do="train", layers=6, d_model=256, features=8192, tokens=2048),
+    "attribute, 1,000 tokens": dict(do="attribute", layers=5, d_model=128, features=512, tokens=1000),
+    "attribute, 3,000 tokens": dict(do="attribute", layers=5, d_model=128, features=512, tokens=3000),
+    "attribute, 6,000 tokens": dict(do="attribute", layers=5, d_model=128, features=512, tokens=6000),
+    "attribute, wider": dict(do="attribute", layers=6, d_model=512, features=2048, tokens=1000),
+    "search": dict(do="search", layers=6, d_model=256, features=2048, tokens=1024, texts=8),
+    "search, long texts": dict(do="search", layers=12, d_model=256, features=2048, tokens=6144, texts=2),
+}
+"""What is measured: the shape of the pair, and of the text."""
+L0 = 3.0
+"""Active features per token and layer of the random adapters."""
+ROWS = 256
+"""Feature nodes of an attribution graph."""
+VOCABULARY = 4096
+
+
+def configuration(cell: Cell) -> Qwen2Config:
+    """The shape of a cell's target."""
+    d_model = cell["d_model"]
+    return Qwen2Config(
+        hidden_size=d_model, intermediate_size=4 * d_model, num_hidden_layers=cell["layers"], vocab_size=VOCABULARY,
+        num_attention_heads=d_model // 32, num_key_value_heads=2, max_position_embeddings=8192, rms_norm_eps=1e-6,
+        tie_word_embeddings=False, architectures=["Qwen2ForCausalLM"], dtype="float32",
+    )  # fmt: skip
+
+
+def memory(name: str) -> int:
+    """A line of this process's memory in bytes: VmRSS is what it has, VmHWM the most it had."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
+
+
+def measured(act: Callable[[], object]) -> Cell:
+    """Seconds of one call, and the most memory beside what was there before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before, started = memory("VmRSS"), time.perf_counter()
+    act()
+    return {"seconds": time.perf_counter() - started, "bytes": memory("VmHWM") - before}
+
+
+def train(cell: Cell, pair: PairedModel) -> Cell:
+    """The second step of the objective, with Adam; adapters, gradients and moments are counted with the first."""
+    tokens, training = cell["tokens"], TrainingConfig(
+        stages=("end_to_end",), n_features=cell["features"], tokens_per_batch=cell["tokens"], steps=1,
+        recompute=cell.get("recompute", False),
+    )  # fmt: skip
+    (size,) = estimate_size(RunConfig(training=training), configuration(cell), tokens).stages
+    order = BatchOrder(TracesInMemory(random_documents(pair, 2, tokens)), tokens, 0)
+    found = measured(lambda: EndToEndStage(pair, order, training).advance(False))
+    weights = sum(parameter.nbytes for parameter in pair.installed_adapters().parameters())  # were there before
+    return {**found, "predicted_bytes": size.memory - weights, "operations": size.operations}
+
+
+def graph(cell: Cell, pair: PairedModel) -> Cell:
+    """An attribution graph."""
+    tokens = random_tokens(pair, 1, cell["tokens"])[0]
+    graphs: list[Any] = []
+    found = measured(lambda: graphs.append(attribute(pair, tokens, max_feature_nodes=ROWS, progress=False)))
+    active, targets = graphs[0].about["active_features"], len(graphs[0].targets)
+    beside = estimated_memory(pair, len(tokens), active, default_batch_size(pair, len(tokens)))
+    operations = estimated_operations(pair, len(tokens), ROWS + targets)
+    return {**found, "predicted_bytes": beside, "operations": operations, "active_features": active}
+
+
+def search(cell: Cell, pair: PairedModel) -> Cell:
+    """Two rounds of a search; the planner's roles and end are left out of the time."""
+    texts, tokens = cell["texts"], cell["tokens"]
+    ids = random_tokens(pair, texts, tokens)
+    onset, control, after = (torch.zeros(texts, tokens, dtype=torch.bool) for _ in range(3))
+    onset[:, tokens // 2 :: 64], control[:, 32::64], after[:, tokens // 2 + 1 :: 64] = True, True, True
+    onsets = Onsets(ids, torch.ones_like(onset), onset, control, after, (7,))
+    alive = torch.ones(pair.n_layers, cell["features"], dtype=torch.bool)
+    options = SearchOptions(share=8 / alive.numel(), further=1.0, per_round=4, tokens_per_batch=4096)
+    found = measured(lambda: search_circuit(pair, onsets, alive, options, progress=False))
+    size = estimate_search(configuration(cell), cell["features"], 8, texts, tokens, options, "float32")
+    recorded = 4 * pair.n_layers * max(tokens, 4096 // tokens * tokens) * cell["features"]  # for roles only
+    rounds = size.rounds + 1
+    operations = (
+        (size.model_operations + size.adapter_operations) * (6 * rounds + 1) / (6 * rounds + 3 * ROLE_PASSES + 1)
+    )
+    return {**found, "predicted_bytes": size.activations - recorded, "operations": operations}
+
+
+def run_cell(cell: Cell) -> Cell:
+    """Make the pair of a cell, and measure it."""
+    torch.set_num_threads(1)
+    pair = pair_of_configuration(configuration(cell), torch.device("cpu"), torch.float32)
+    install_adapters(pair, cell["features"], L0)
+    found = {"train": train, "attribute": graph, "search": search}[cell["do"]](cell, pair)
+    predicted = seconds_of(found["operations"], pair.device)
+    return {
+        **cell,
+        **found,
+        "predicted_seconds": predicted,
+        "memory_ratio": found["predicted_bytes"] / found["bytes"],
+        "time_ratio": predicted / found["seconds"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="*", default=list(GRID), help="some of the cells, by name")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--record", action="store_true", help="write all cells to benchmarks/results.json")
+    args = parser.parse_args()
+    if args.cell:
+        print(json.dumps(run_cell(GRID[args.cell])))
+        return
+    # Large tensors are then given back when they are freed, so that the peak is that of what was in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    found: dict[str, Cell] = {}
+    for name in args.cells:
+        command = [sys.executable, __file__, "--cell", name]
+        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        found[name] = cell = json.loads(out.splitlines()[-1])
+        print(
+            f"{name}: {cell['predicted_bytes'] / 1e9:.2f} GB predicted, {cell['bytes'] / 1e9:.2f} measured "
+            f"({cell['memory_ratio']:.2f}); {cell['predicted_seconds']:.1f} s predicted, {cell['seconds']:.1f} "
+            f"measured ({cell['time_ratio']:.2f})",
+            flush=True,
+        )
+    if args.record:
+        record("planner", {"cells": found})
+
+
+if __name__ == "__main__":
+    main()
