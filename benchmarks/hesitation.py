@@ -216,12 +216,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("jobs", nargs="*", default=DEFAULT)
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the training")
     parser.add_argument(
         "--record", action="store_true", help="write benchmarks/results.json and the figure of the page"
     )
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     found = {}
     for job in options.jobs:

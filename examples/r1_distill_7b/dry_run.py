@@ -1,10 +1,10 @@
 """A dry run at the full shape of DeepSeek-R1-Distill-Qwen-7B with 8,192 features a layer, without its weights.
 
     python examples/r1_distill_7b/dry_run.py --meta      on any machine: every tensor has a shape and no value
-    python examples/r1_distill_7b/dry_run.py --random    on a card of 80 GB: random weights, and every stage on a few texts
+    python examples/r1_distill_7b/dry_run.py --random    on a card of 80 GB: random weights, every stage on a few texts
 
-``--meta`` builds the pair with its adapters, runs every route and one step of the objective, and prints what the planner
-predicts for the stages of study.py. ``--random`` runs them on random tokens, and prints seconds and memory beside.
+``--meta`` builds the pair with its adapters, runs every route and one step of the objective, and prints what the
+planner predicts for training and for the stages of study.py. ``--random`` runs those stages on random tokens.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python examples/r1_distill_7b/study.py runs/r1 --stages open faithfulness   L0 against the number in each name
     python examples/r1_distill_7b/study.py runs/r1 --table                      the table of what was measured so far
 
-Each set becomes a run folder of its own in the folder that is given, so every subcommand of tl-adapters takes it. A stage
-whose results are there is not run again. table.md beside the runs has the paper's figures and the measured ones.
+Each set becomes a run folder of its own in the folder that is given, so every subcommand of tl-adapters takes it. A
+stage whose results are there is not run again. table.md beside the runs has the paper's figures and the measured ones.
 
     open           the set is downloaded, loaded into its pair, and written as a run
     faithfulness   L0, KL and NMSE by layer, on documents of the training data that were held out
@@ -39,14 +39,9 @@ from tl_adapters.utils.files import write_text
 from tl_adapters.utils.results import read_results
 
 AUTHOR = "nathu0/transcoder-adapters-R1-Distill-Qwen-7B"
-SETS = {
-    f"{AUTHOR}-l1w0.01-l0-0.1": 0.1,
-    f"{AUTHOR}-l1w0.003-l0-0.4": 0.4,
-    f"{AUTHOR}-l1w0.001-l0-1.4": 1.4,
-    f"{AUTHOR}-l1w0.0003-l0-4.3": 4.3,
-    f"{AUTHOR}-l1w0.0001-l0-10.3": 10.3,
-}
-"""The published sets, with the L0 that their names say."""
+L1_WEIGHTS_AND_L0 = [("0.01", "0.1"), ("0.003", "0.4"), ("0.001", "1.4"), ("0.0003", "4.3"), ("0.0001", "10.3")]
+SETS = [f"{AUTHOR}-l1w{weight}-l0-{l0}" for weight, l0 in L1_WEIGHTS_AND_L0]
+"""The published sets; each name says the weight of the L1 term and the L0."""
 STUDIED = f"{AUTHOR}-l1w0.001-l0-1.4"
 """The set whose features and circuit the paper studies."""
 STAGES = ("open", "faithfulness", "features", "circuit")
@@ -90,10 +85,11 @@ def arm(group: str, name: str, key: str, form: str = "{:.1f}") -> Callable[[dict
     return read
 
 
-def faithfulness_rows(l0: float) -> list[Row]:
+def faithfulness_rows(name: str) -> list[Row]:
     """What every set is compared by."""
+    _, says, l0 = name.rpartition("-l0-")
     return [
-        Row("L0 per token and layer", f"{l0:g}", lambda r: f"{mean(r['faithfulness']['l0_all_tokens']):.2f}"),
+        Row("L0 per token and layer", l0 if says else "-", lambda r: f"{mean(r['faithfulness']['l0_all_tokens']):.2f}"),
         Row("KL(target || replacement), nats", "-", lambda r: number(r["faithfulness"]["kl"]["replacement"], "{:.4f}")),
         Row("as a share of the hybrid's KL", "-", lambda r: number(r["faithfulness"]["kl_of_hybrid"], "{:.3f}")),
         Row("NMSE after the last layer", "-", lambda r: number(r["faithfulness"]["nmse"][-1], "{:.4f}")),
@@ -142,9 +138,7 @@ class Study:
         for name in self.args.sets:
             folder = self.folder(name)
             if "open" in self.args.stages and not folder.is_dir():
-                open_set(
-                    name, folder, base=self.args.base, target=self.args.target, device=self.args.device
-                )  # fmt: skip
+                open_set(name, folder, base=self.args.base, target=self.args.target, device=self.args.device)
             todo = [stage for stage in self.args.stages if self._missing(name, stage)]
             if todo:
                 pair = open_run(folder, self.args.device)
@@ -191,8 +185,7 @@ class Study:
         lines = ["| set | figure | paper | measured |", "|---|---|---|---|"]
         for name in self.args.sets:
             results = read_results(self.folder(name))
-            rows = faithfulness_rows(SETS[name]) if name in SETS else faithfulness_rows(float("nan"))
-            for row in [*rows, *(CIRCUIT_ROWS if name == self.args.studied else [])]:
+            for row in [*faithfulness_rows(name), *(CIRCUIT_ROWS if name == self.args.studied else [])]:
                 try:
                     measured = row.read(results)
                 except KeyError:
@@ -206,7 +199,7 @@ class Study:
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the runs and of table.md")
-    parser.add_argument("--sets", nargs="+", default=list(SETS), help="names or folders of adapter sets")
+    parser.add_argument("--sets", nargs="+", default=SETS, help="names or folders of adapter sets")
     parser.add_argument("--studied", default=STUDIED, help="the set whose features and circuit are studied")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--base", help="folder or hub name of the base; by default what the set says")
