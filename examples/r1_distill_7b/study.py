@@ -96,7 +96,7 @@ def faithfulness_rows(name: str) -> list[Row]:
         Row(
             "largest KL with adapters on some layers, of that on all",
             "at most 1",
-            lambda r: f"{max(max(shares) for shares in r['faithfulness']['partial_of_full'].values()):.2f}",
+            lambda r: f"{max(x['value'] for part in r['faithfulness']['partial_of_full'].values() for x in part):.2f}",
         ),
     ]
 
@@ -196,7 +196,7 @@ class Study:
         write_text(Path(self.args.out) / "table.md", self.text)
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the runs and of table.md")
     parser.add_argument("--sets", nargs="+", default=SETS, help="names or folders of adapter sets")
@@ -212,7 +212,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--share", type=float, default=0.03, help="size of the circuit, as a share of alive features")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--table", action="store_true", help="only write the table")
-    args = parser.parse_args(given)
+    args = parser.parse_args()
     if args.studied not in args.sets:
         parser.error(f"--studied is {args.studied}, which is none of --sets")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
