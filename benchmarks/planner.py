@@ -54,8 +54,8 @@ GRID: dict[str, Cell] = {
 """What is measured: the shape of the pair, and of the text."""
 L0 = 3.0
 """Active features per token and layer of the random adapters."""
-ROWS = 256
-"""Feature nodes of an attribution graph."""
+ROWS, TARGETS = 256, 64
+"""Feature nodes of an attribution graph, and targets at its last position, which are one whole batch of rows."""
 VOCABULARY = 4096
 
 
@@ -100,10 +100,11 @@ def graph(cell: Cell, pair: PairedModel) -> Cell:
     """An attribution graph."""
     tokens = random_tokens(pair, 1, cell["tokens"])[0]
     graphs: list[Any] = []
-    found = measured(lambda: graphs.append(attribute(pair, tokens, max_feature_nodes=ROWS, progress=False)))
-    active, targets = graphs[0].about["active_features"], len(graphs[0].targets)
+    targets = list(range(TARGETS))
+    found = measured(lambda: graphs.append(attribute(pair, tokens, targets, max_feature_nodes=ROWS, progress=False)))
+    active = graphs[0].about["active_features"]
     beside = estimated_memory(pair, len(tokens), active, default_batch_size(pair, len(tokens)))
-    operations = estimated_operations(pair, len(tokens), ROWS + targets)
+    operations = estimated_operations(pair, len(tokens), ROWS + TARGETS)
     return {**found, "predicted_bytes": beside, "operations": operations, "active_features": active}
 
 

@@ -226,7 +226,7 @@ def estimated_memory(pair: PairedModel, n_tokens: int, n_active: int, batch_size
     large = large if large <= KEPT_BYTES else 2 * large // cfg.n_layers
     by_token = n_tokens * (2 * adapters.n_features + 3 * cfg.d_model) * cfg.n_layers
     by_feature = n_active * cfg.d_model
-    hidden = 3 * min(HIDDEN_AT_ONCE, batch_size * n_tokens * cfg.d_mlp)
+    hidden = 2 * min(HIDDEN_AT_ONCE, batch_size * n_tokens * cfg.d_mlp)
     gradients = batch_size * (4 * n_tokens * cfg.d_model + 2 * n_active)
     return int(large + width * (by_token + by_feature + hidden + gradients))
 

@@ -220,7 +220,7 @@ def kept_bytes(pair: PairedModel) -> int:
     cfg, n_features = pair.model.cfg, 0 if pair.adapters is None else pair.adapters.n_features
     heads = cfg.d_head * (cfg.n_heads + 2 * (cfg.n_key_value_heads or cfg.n_heads))
     of_model = 4 * cfg.d_model + heads + 3 * cfg.d_mlp  # norms and residual stream; q, k and v; the MLP's factors
-    return int(cfg.dtype.itemsize * of_model + 4 * (cfg.d_model + n_features))  # adapters compute in float32
+    return int(cfg.dtype.itemsize * of_model + 4 * n_features)  # adapters compute in float32
 
 
 def log_odds(

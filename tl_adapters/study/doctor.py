@@ -298,9 +298,10 @@ def _memory(size: RunSize, device: torch.device) -> Iterator[Finding]:
 
 
 def _time(size: RunSize, device: torch.device) -> Finding:
-    """The time of each stage by the speed of a matrix product in float32."""
-    each = (f"{stage.stage} {_duration(seconds_of(stage.operations, device))}" for stage in size.stages)
-    return Finding("ok", "time", f"{', '.join(each)} on {device}, estimated from a matrix product in float32.")
+    """The time of each stage by the speed of a matrix product in the models' dtype."""
+    dtype = getattr(torch, size.dtype)
+    each = (f"{stage.stage} {_duration(seconds_of(stage.operations, device, dtype))}" for stage in size.stages)
+    return Finding("ok", "time", f"{', '.join(each)} on {device}, estimated from a matrix product in {size.dtype}.")
 
 
 def _duration(seconds: float) -> str:

@@ -102,6 +102,8 @@ class SearchSize:
 class RunSize:
     """Estimated size of a run."""
 
+    dtype: str
+    """Dtype of the models' weights."""
     models: int
     """Bytes of the weights of the target and of the base's MLPs."""
     stages: tuple[StageSize, ...]
@@ -147,11 +149,13 @@ def estimate_size(
     dtype = config.dtype or stored_dtype(described)
     precision = config.training.adapter_precision
     rounded = adapter_dtype(getattr(torch, dtype), device or torch.device("cpu"), precision) is not None
-    shapes = _Shapes.of(described, BYTES_OF_DTYPE[dtype], 2 if rounded else 4)
-    training, n_layers = config.training, shapes.n_layers
+    training = config.training
     tokens = max(training.tokens_per_batch, min(longest, described.max_position_embeddings))
+    shapes = _Shapes.of(described, BYTES_OF_DTYPE[dtype], 2 if rounded else 4, min(longest or tokens, tokens))
+    n_layers = shapes.n_layers
     estimates = {"local": _local_stage, "end_to_end": _end_to_end_stage}
     return RunSize(
+        dtype=dtype,
         models=shapes.models,
         stages=tuple(estimates[stage](shapes, training, tokens) for stage in training.stages),
         result=4 * n_layers * shapes.adapter(training.n_features),
@@ -180,9 +184,9 @@ def estimate_search(
         dtype: of the models; None is the target's own.
     """
     options = options or SearchOptions()
-    shapes = _Shapes.of(described, BYTES_OF_DTYPE[dtype or stored_dtype(described)], 4)
+    shapes = _Shapes.of(described, BYTES_OF_DTYPE[dtype or stored_dtype(described)], 4, tokens)
     batch = max(tokens, options.tokens_per_batch // tokens * tokens)
-    block = batch * (shapes.width * shapes.per_token + 4 * (shapes.d_model + n_features))
+    block = batch * (shapes.width * shapes.per_token + 4 * n_features)
     kept = shapes.n_layers * block
     if kept > MOST_KEPT_BYTES:  # the residual stream between blocks, and one block at a time
         kept = shapes.n_layers * batch * shapes.width * shapes.d_model + 2 * block
@@ -225,18 +229,21 @@ class _Shapes:
     """Bytes of an adapter's activation."""
 
     @classmethod
-    def of(cls, described: PretrainedConfig, width: int, acts_width: int) -> _Shapes:
-        """The shapes that a target's configuration describes."""
+    def of(cls, described: PretrainedConfig, width: int, acts_width: int, longest: int) -> _Shapes:
+        """The shapes that a target's configuration describes, for documents of at most so many tokens."""
         d, d_mlp = described.hidden_size, described.intermediate_size
         heads, kv = described.num_attention_heads, described.num_key_value_heads
         d_head = getattr(described, "head_dim", None) or d // heads
         unembedding = described.vocab_size * d
+        soft_capped = bool(getattr(described, "attn_logit_softcapping", None))
+        patterns = 4 * heads * longest if soft_capped else 0  # scores that no fused kernel computes
+        post_norms = described.model_type.startswith("gemma")
         return cls(
             n_layers=described.num_hidden_layers,
             d_model=d,
             d_mlp=d_mlp,
             # norms and residual streams; q, k and v; the MLP's factors
-            per_token=4 * d + d_head * (heads + 2 * kv) + 3 * d_mlp,
+            per_token=(6 if post_norms else 4) * d + d_head * (heads + 2 * kv) + 3 * d_mlp + patterns,
             mlp=3 * d * d_mlp,
             attention=d * d_head * (2 * heads + 2 * kv),
             attended=heads * d_head,
@@ -286,10 +293,10 @@ def _end_to_end_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) ->
 def _kept_for_backward(shapes: _Shapes, training: TrainingConfig, tokens: int) -> int:
     """Bytes that a pass of the replacement keeps for its backward pass, beside the target's residual stream."""
     n, d, n_layers = training.n_features, shapes.d_model, shapes.n_layers
-    # of a block: the model's own; the adapter's input, pre-activations and activations; the error of the NMSE
-    block = tokens * (shapes.width * shapes.per_token + shapes.acts_width * (d + 2 * n) + 4 * d)
-    if shapes.acts_width < 4:  # weights that were cast
-        block += shapes.acts_width * shapes.adapter(n)
+    # of a block: the model's own, which the adapter reads too; the adapter's activations; the error of the NMSE
+    block = tokens * (shapes.width * shapes.per_token + shapes.acts_width * n + 4 * d)
+    if shapes.acts_width < 4:  # what was cast: the input, pre-activations, and weights
+        block += shapes.acts_width * (tokens * (d + n) + shapes.adapter(n))
     streams = 2 * tokens * n_layers * shapes.width * d
     return streams + block * (1 if training.recompute else n_layers)
 
