@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of torch, and layers that are trained side by side")
     parser.add_argument("--steps", type=int, help="steps of every recipe, for a trial")
     parser.add_argument("--local", nargs="+", default=[], metavar="OPTION=VALUE", help="options of the local stage")
+    parser.add_argument("--made", action="store_true", help="only runs that are in OUT; no others are made")
     parser.add_argument("--record", action="store_true", help="write the table to benchmarks/results.json")
     return parser.parse_args()
 
@@ -116,6 +118,10 @@ class Bench:
         write_text(file, json.dumps(cell, indent=1) + "\n")
         print(name, "done", file=sys.stderr, flush=True)
         return adapters, cell
+
+    def made(self, recipe: str, width: int) -> bool:
+        """Whether the runs of both seeds exist."""
+        return all((self.args.out / f"{recipe}-w{width}-seed{seed}.json").is_file() for seed in self.args.seeds)
 
     def agreement(self, recipe: str, width: int) -> dict[str, Any]:
         """The figures of one recipe and width, over both seeds."""
@@ -191,7 +197,10 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     bench = Bench(args)
-    found = {r: {str(width): bench.agreement(r, width) for width in args.widths} for r in args.recipes}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for recipe, width in product(args.recipes, args.widths):
+        if not args.made or bench.made(recipe, width):
+            found.setdefault(recipe, {})[str(width)] = bench.agreement(recipe, width)
     print("\n".join(rows(found)))
     if args.record:
         commits = [c for by_width in found.values() for s in by_width.values() for c in s.pop("commits")]

@@ -37,6 +37,8 @@ FAMILY_NAMES = {
     "learned": "features learned by gradient",
     "neurons": "edited gated neurons",
 }
+CARDS, CARD_SHARE = (24, 80), 0.95
+"""Sizes of cards in GB, and the share of one that a run can have."""
 PAIR_NAMES = {"sums": "built-in (sums)", "differences": "second pair (differences)"}
 LINEARIZATION_NAMES = {"relp": "RelP", "frozen_mlp": "frozen MLPs", "gradient": "gradient"}
 
@@ -230,6 +232,30 @@ def precision_on_gpu(block: dict[str, Any]) -> str:
     return markdown(["precision", "loss at step 181", "KL held out", "NMSE held out", "L0 of all layers"], rows)
 
 
+def by_shape(block: dict[str, Any]) -> str:
+    """GB that every stage takes at the shapes of published models, and the smallest card that has them."""
+    shapes = block["predicted_gb"]
+    head = ["", *(f"{shape.upper()}, {block['features'][shape]:,} features" for shape in shapes)]
+
+    def cell(gigabytes: float) -> str:
+        card = next((f"{size} GB" for size in CARDS if gigabytes < CARD_SHARE * size), "larger")
+        return f"{gigabytes:.0f} ({card})"
+
+    stages = next(iter(shapes.values()))
+    return markdown(head, [[name, *(cell(of_shape[name]) for of_shape in shapes.values())] for name in stages])
+
+
+def by_search(block: dict[str, Any]) -> str:
+    """Seconds of a search by its method, and what the circuit that it finds does."""
+    methods = block["methods"]
+    rows = [["seconds of the search", *(f"{m['seconds']:.0f}" for m in methods.values())]]
+    rows += [
+        [name, *("-" if (value := m["criteria"].get(name)) is None else f"{value:.3g}" for m in methods.values())]
+        for name in next(iter(methods.values()))["criteria"]
+    ]
+    return markdown(["", *methods], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "rates": ("planted", by_rate),
     "recipes": ("planted", by_recipe),
@@ -239,6 +265,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "interventions": ("hesitation", by_intervention),
     "templates": ("hesitation", by_pair),
     "linearizations": ("linearizations", by_linearization),
+    "sizes": ("sizes", by_shape),
+    "searches": ("searches", by_search),
     "gpu_training": ("gpu", training_on_gpu),
     "gpu_attribution": ("gpu", attribution_on_gpu),
     "gpu_rates": ("gpu", rates_on_gpu),

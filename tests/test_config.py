@@ -70,7 +70,7 @@ def test_recipes_by_name_are_what_the_names_promise() -> None:
         training = RunConfig.load(name).training
         assert training.stages == ("end_to_end",) and training.loss_weights == LOSS_WEIGHTS[name]
         assert training.loss_weights.local == 0
-    assert RunConfig.load("builtin_local").training.stages == ("local", "end_to_end")
+    assert RunConfig.load("builtin_local").training.stages == ("local",)
 
 
 def test_published_weights() -> None:

@@ -20,49 +20,19 @@ import torch
 import torch.fx.experimental._config as fx_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from large_pair import ShapesOnly, configuration, install_adapters, random_documents, random_pair, random_tokens
+from large_pair import ShapesOnly, install_adapters, random_documents, random_pair, random_tokens
+from sizes import L0, LONGEST, predictions
 
-from tl_adapters.attribution.attribute import attribute, default_batch_size, estimated_memory
+from tl_adapters.attribution.attribute import attribute
 from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.circuits.search import SearchOptions, search_circuit
-from tl_adapters.config import LocalConfig, LossWeights, RunConfig, TrainingConfig
+from tl_adapters.config import LossWeights
 from tl_adapters.data.traces import collate
 from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.run_size import estimate_search, estimate_size
 from tl_adapters.training.objective import shared_prefix_step
 
-SHAPE, FEATURES, L0, LONGEST = "7b", 8192, 1.4, 10_240
-TEXTS, TOKENS, CHOSEN = 120, 7_800, 5_000
-"""Texts of the search of a circuit, their length, and the features that it chooses."""
-GB = 1e9
-
-
-def predictions(shape: str, n_features: int) -> dict[str, float]:
-    """GB of memory that each stage takes, by the planner."""
-    described, pair = configuration(shape, LONGEST), ShapesOnly(shape, LONGEST, n_features)
-    cuda = torch.device("cuda")
-    sampled = SearchOptions(method="sampled")
-    search = estimate_search(described, n_features, CHOSEN, TEXTS, TOKENS, sampled, "bfloat16")
-    found = {}
-    for tokens in (4_000, 10_000):
-        for recompute in (False, True):
-            training = TrainingConfig(
-                stages=("end_to_end",), n_features=n_features, tokens_per_batch=tokens, recompute=recompute
-            )
-            size = estimate_size(RunConfig(dtype="bfloat16", training=training), described, tokens, cuda)
-            blocks = "blocks computed again" if recompute else "blocks kept"
-            found[f"a step of the objective, {tokens:,} tokens, {blocks}"] = size.memory / GB
-    local = LocalConfig(streaming=True, max_tokens=16_384, tokens_per_step=2_048)
-    training = TrainingConfig(stages=("local",), n_features=n_features, local=local)
-    size = estimate_size(RunConfig(dtype="bfloat16", training=training), described, 2_048, cuda)
-    found["the streaming local stage, 16,384 tokens kept"] = size.memory / GB
-    for tokens in (2_000, 6_000):
-        active = round(L0 * pair.n_layers * tokens)
-        beside = estimated_memory(pair, tokens, active, default_batch_size(pair, tokens))
-        found[f"an attribution graph of {tokens:,} tokens"] = (search.models + beside) / GB
-    found[f"a circuit of {CHOSEN:,} features, {TEXTS} texts of {TOKENS:,} tokens"] = search.memory / GB
-    return found
+SHAPE, FEATURES, GB = "7b", 8192, 1e9
 
 
 def on_meta(shape: str, n_features: int) -> None:
