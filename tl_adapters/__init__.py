@@ -88,6 +88,7 @@ EXPORTS = {
     "stream_agreement": "features.stream_agreement",
     "StudyOptions": "circuits.study",
     "Subject": "circuits.subject",
+    "summed_influence": "attribution.summed_influence",
     "to_authors": "interop.authors_checkpoint",
     "to_saelens": "interop.saelens",
     "Trace": "data.traces",
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     from tl_adapters.attribution.attribute import attribute as attribute
     from tl_adapters.attribution.graph import AttributionGraph as AttributionGraph
     from tl_adapters.attribution.pruning import prune as prune
+    from tl_adapters.attribution.summed_influence import summed_influence as summed_influence
     from tl_adapters.attribution.targets import DifferenceTarget as DifferenceTarget
     from tl_adapters.attribution.targets import FeatureTarget as FeatureTarget
     from tl_adapters.attribution.targets import LogitTarget as LogitTarget
