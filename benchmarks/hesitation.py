@@ -3,13 +3,15 @@
 Pairs: ``sums`` (the built-in one), ``differences`` (another seed and kind of problem, by the recipe) and ``null`` (a
 target that thinks and never hesitates, by the recipe). By default three seeds of each of the first two, one of the
 null pair. What is in OUT already is not made again: pairs (forty minutes each on one core), adapters, studies. So any
-run of one of these pairs is studied that is in OUT under such a name, and ``--set`` changes the training of new ones.
-``--record`` writes what docs/circuits.md shows to results.json beside this file, and its figure beside the page.
+run of one of these pairs is studied that is in OUT under such a name; ``--config`` and ``--set`` say how new ones are
+trained. ``--record`` writes what docs/circuits.md shows to results.json beside this file, and its figures beside the
+page.
 """
 
 import argparse
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +65,14 @@ def training_pairs(name: str, seed: int) -> list[tuple[str, str]]:
     return [(p.question, document.completion.removesuffix(traces.END)) for p, document in calm]
 
 
-def study(out: Path, job: str, options: dict[str, Any]) -> dict:
+def study(out: Path, job: str, config: RunConfig, options: dict[str, Any]) -> dict:
     name, _, seed = job.partition("-")
     folder = out / job
     if "hesitation" not in read_results(folder):
         pair = open_pair(out, name)
         if not (folder / "adapters").is_dir():
             encoded = encode_traces(training_pairs(name, int(seed)), pair.model.tokenizer)
-            config = RunConfig() if name == "sums" else RunConfig(base=pair.base_id, target=pair.target_id)
+            config = config if name == "sums" else replace(config, base=pair.base_id, target=pair.target_id)
             config = with_options(config, {**options, "training.seed": int(seed)})
             train_stage(Trainer(pair, encoded, config.training, folder, origin=config, progress=False), folder)
         pair.load_adapters(AdapterSet.from_pretrained(folder / "adapters"))
@@ -216,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("jobs", nargs="*", default=DEFAULT)
+    parser.add_argument("--config", default="builtin", help="configuration of the training, by file or name")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the training")
     parser.add_argument(
@@ -226,7 +229,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     found = {}
     for job in options.jobs:
-        found[job] = study(options.out, job, parse_options(options.set))
+        found[job] = study(options.out, job, RunConfig.load(options.config), parse_options(options.set))
     print(table(found))
     if options.record:
         record("hesitation", block(found))

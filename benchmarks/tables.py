@@ -113,9 +113,10 @@ def by_seed(block: dict[str, Any]) -> str:
             row += [
                 f"{with_range(agree[n])}; {agree[f'{n}_chance']:.0%}" for n in ("features_in_span", "energy_in_span")
             ]
-            rows.append(row)
+            rows.append([*row, with_range(s["train_processor_seconds"], "{:.0f}")])
     head = ["recipe", "width", "KL of the hybrid's", "L0", "alive", "seeds agree; by chance"]
-    return markdown([*head, "features in the span; by chance", "energy in the span; by chance"], rows)
+    head += ["features in the span; by chance", "energy in the span; by chance", "processor seconds"]
+    return markdown(head, rows)
 
 
 def by_trainer(block: dict[str, Any]) -> str:
