@@ -193,7 +193,8 @@ def search_circuit(
             order += best
             objectives.append(before)
             bar.update(len(best))
-        objectives.append(_score(pair, [r for part in parts for r in part], _chosen(alive, order), options)[1])
+        everything = [reference for part in parts for reference in part]
+        objectives.append(_score(pair, everything, _chosen(alive, order), options, gradient=False)[1])
     n = alive.shape[1]
     features = [FeatureId(i // n, i % n) for i in order]
     return Search(tuple(features[:size]), tuple(features[size:]), tuple(objectives))
@@ -243,9 +244,9 @@ def _size(alive: Tensor, share: float) -> int:
 
 
 def _score(
-    pair: PairedModel, references: Sequence[_Reference], chosen: Tensor, options: SearchOptions
+    pair: PairedModel, references: Sequence[_Reference], chosen: Tensor, options: SearchOptions, gradient: bool = True
 ) -> tuple[Float[Tensor, "n_layers n_features"], SearchObjective]:
-    """By how much each feature would lower the loss, and the values of the objectives."""
+    """By how much each feature would lower the loss (zeros without ``gradient``), and the values of the objectives."""
     counts = [
         max(1, sum(int(positions.sum()) for positions in kind))
         for kind in zip(*((r.batch.onset, r.positions, r.batch.continuation) for r in references), strict=True)
@@ -253,15 +254,15 @@ def _score(
     weights = (options.necessity, options.sufficiency, options.continuation)
     score, values = torch.zeros(chosen.shape), [0.0, 0.0, 0.0]
     for reference in references:
-        joined = chosen.float().to(reference.probability.device).requires_grad_()
+        joined = chosen.float().to(reference.probability.device).requires_grad_(gradient)
         scales = [weight / n for weight, n in zip(weights, counts, strict=True)]
-        gradient, sums = _gradient_and_sums(pair, reference, joined, options.strength, scales)
-        score -= gradient.cpu()
+        with torch.set_grad_enabled(gradient):
+            slopes, sums = _gradient_and_sums(pair, reference, joined, options.strength, scales)
+        score -= slopes.cpu()
         values = [so_far + float(s.detach()) / n for so_far, n, s in zip(values, counts, sums, strict=True)]
     return score, SearchObjective(int(chosen.sum()), *values)
 
 
-@torch.enable_grad()
 def _gradient_and_sums(
     pair: PairedModel,
     reference: _Reference,
@@ -278,14 +279,19 @@ def _gradient_and_sums(
     with gated(pair, dict(enumerate(1 - joined))):
         odds = log_odds(pair, final_residual(pair, batch.tokens), batch, batch.onset)
         necessity = F.softplus(odds + 2).sum()
-        gradient = torch.autograd.grad(necessary * necessity, joined)[0]
+        gradient = _gradient(necessary * necessity, joined)
     with gated(pair, dict(enumerate(joined * strength)), decoder_bias=False):
         residual = final_residual(pair, batch.tokens)
         odds = log_odds(pair, residual, batch, reference.positions)
         sufficiency = (F.softplus(odds) - reference.probability * odds).sum()
         continuation = _summed_kl(pair, reference.continuation, residual[batch.continuation])
-        gradient = gradient + torch.autograd.grad(sufficient * sufficiency + continued * continuation, joined)[0]
+        gradient = gradient + _gradient(sufficient * sufficiency + continued * continuation, joined)
     return gradient, (necessity, sufficiency, continuation)
+
+
+def _gradient(loss: Tensor, joined: Tensor) -> Tensor:
+    """The gradient of the loss with respect to the gates; zeros where it is not wanted."""
+    return torch.autograd.grad(loss, joined)[0] if joined.requires_grad else torch.zeros_like(joined)
 
 
 def _summed_kl(pair: PairedModel, target: Float[Tensor, "n d_model"], residual: Float[Tensor, "n d_model"]) -> Tensor:

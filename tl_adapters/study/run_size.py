@@ -194,14 +194,14 @@ def estimate_search(
     parts = min(options.parts, texts) if options.method == "sampled" else 1
     rounds = len(round_sizes(chosen, round(options.further * chosen), options))
     read = texts * tokens
-    # Two passes of a round, and those of the roles, each forwards, again, and backwards; the target's own; the end.
-    passes = 3 * (2 * (rounds / parts + 1) + ROLE_PASSES) + 1
+    # Two passes of a round, and those of the roles, each forwards, again, and backwards; the end; the target's own.
+    passes = 3 * (2 * rounds / parts + ROLE_PASSES) + 2 + 1
     products = shapes.mlp + shapes.attention
     return SearchSize(
         models=shapes.models + 4 * shapes.n_layers * shapes.adapter(n_features),
         activations=kept + recorded + shapes.logits(batch),
         rounds=rounds,
-        tokens=round(read * (rounds / parts + 1 + ROLE_PASSES)),
+        tokens=round(read * (rounds / parts + ROLE_PASSES)),
         model_operations=2.0 * passes * read * shapes.n_layers * (products + tokens * shapes.attended),
         adapter_operations=2.0 * passes * read * shapes.n_layers * 2 * shapes.d_model * n_features,
     )
