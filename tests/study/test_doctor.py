@@ -31,7 +31,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import BASE, TARGET
 from tl_adapters.study import run_size
 from tl_adapters.study.doctor import diagnose
-from tl_adapters.study.run_size import LOGIT_COPIES, ROLE_PASSES, estimate_search, estimate_size
+from tl_adapters.study.run_size import LOGIT_COPIES, ROLE_PASSES, TOKENS_PER_LOGITS, estimate_search, estimate_size
 from tl_adapters.training.adapter_adam import AdapterAdam, PlacedAdapter
 from tl_adapters.training.objective import shared_prefix_step
 
@@ -256,7 +256,10 @@ def test_the_estimate_of_a_search_is_what_its_rounds_read_and_keep(
     gates, batch = torch.ones(pair.n_layers, 96, requires_grad=True), 3 * tokens
     with kept_in(pair) as kept, gated(pair, dict(enumerate(gates))):
         residual(pair, ids[:3])
-    recorded, logits = 4 * batch * pair.n_layers * 96, 4 * LOGIT_COPIES * batch * target.config.vocab_size
+    recorded, logits = (
+        4 * batch * pair.n_layers * 96,
+        4 * LOGIT_COPIES * (batch // TOKENS_PER_LOGITS) * target.config.vocab_size,
+    )
     assert 0.7 < (size.activations - recorded - logits) / sum(kept.values()) < 1.3
     monkeypatch.setattr(run_size, "MOST_KEPT_BYTES", 0)
     assert estimate_search(target.config, 96, 12, texts, tokens, options).activations < size.activations

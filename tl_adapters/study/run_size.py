@@ -26,6 +26,8 @@ from tl_adapters.utils.precision import adapter_dtype
 BYTES_OF_DTYPE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LOGIT_COPIES = 4
 """Tensors of the size of the logits that are computed at a time: logits, log-probabilities, and a gradient of each."""
+TOKENS_PER_LOGITS = 8
+"""In a search logits are computed at onsets, control positions and continuations: about one of so many tokens."""
 ROLE_PASSES = 4
 """Passes over all texts, with a gradient, by which features get their roles."""
 
@@ -199,7 +201,7 @@ def estimate_search(
     products = shapes.mlp + shapes.attention
     return SearchSize(
         models=shapes.models + 4 * shapes.n_layers * shapes.adapter(n_features),
-        activations=kept + recorded + shapes.logits(batch),
+        activations=kept + recorded + shapes.logits(batch // TOKENS_PER_LOGITS),
         rounds=rounds,
         tokens=round(read * (rounds / parts + ROLE_PASSES)),
         model_operations=2.0 * passes * read * shapes.n_layers * (products + tokens * shapes.attended),
