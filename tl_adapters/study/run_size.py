@@ -2,8 +2,8 @@
 
 Bytes of adapters in float32: 4 for a weight, 4 for its gradient, 8 for Adam's two moments. The local stage trains them
 in coordinates of their own, which are d_model^2 numbers a layer, and keeps the tokens that it trains on; the end-to-end
-stage after it keeps the adapters in both coordinates. Operations are those of matrix products with weights; attention
-between positions is left out.
+stage after it keeps the adapters in both coordinates. Operations are those of matrix products, with attention between
+all positions of the longest document.
 """
 
 from __future__ import annotations
@@ -198,13 +198,13 @@ def estimate_search(
     read = texts * tokens
     # Two passes of a round, and those of the roles, each forwards, again, and backwards; the end; the target's own.
     passes = 3 * (2 * rounds / parts + ROLE_PASSES) + 2 + 1
-    products = shapes.mlp + shapes.attention
+    products = shapes.mlp + shapes.attention + shapes.attended
     return SearchSize(
         models=shapes.models + 4 * shapes.n_layers * shapes.adapter(n_features),
         activations=kept + recorded + shapes.logits(batch // TOKENS_PER_LOGITS),
         rounds=rounds,
         tokens=round(read * (rounds / parts + ROLE_PASSES)),
-        model_operations=2.0 * passes * read * shapes.n_layers * (products + tokens * shapes.attended),
+        model_operations=2.0 * passes * read * shapes.n_layers * products,
         adapter_operations=2.0 * passes * read * shapes.n_layers * 2 * shapes.d_model * n_features,
     )
 
@@ -221,7 +221,7 @@ class _Shapes:
     mlp: int
     attention: int
     attended: int
-    """Multiplications of a token with one other in scores and values, half of them behind the mask."""
+    """Multiplications of a token with those before it, in scores and values, in the longest document."""
     embeddings: int
     """Of the embedding and the unembedding, which may be one matrix."""
     unembedding: int
@@ -248,7 +248,7 @@ class _Shapes:
             per_token=(6 if post_norms else 4) * d + d_head * (heads + 2 * kv) + 3 * d_mlp + patterns,
             mlp=3 * d * d_mlp,
             attention=d * d_head * (2 * heads + 2 * kv),
-            attended=heads * d_head,
+            attended=heads * d_head * longest,  # two products, half of each behind the mask
             embeddings=unembedding * (1 if described.tie_word_embeddings else 2),
             unembedding=unembedding,
             width=width,
@@ -274,7 +274,7 @@ def _end_to_end_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) ->
     adapters, coordinates = n_layers * shapes.adapter(n), 0
     if "local" in training.stages:  # weights and gradients in the local stage's coordinates, too
         coordinates = 8 * adapters + 4 * n_layers * shapes.d_model**2
-    products = shapes.mlp + shapes.attention
+    products = shapes.mlp + shapes.attention + shapes.attended
     # Three forward passes (target, replacement, and two halves of bridges), two backward passes to the inputs, and of
     # adapters one and a half of each, with the gradient of their weights; logits of four streams, and three gradients.
     forward_and_backward = n_layers * (5 * products + 1.5 * 3 * 2 * shapes.d_model * n) + 9 * shapes.unembedding
