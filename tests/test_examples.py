@@ -1,4 +1,4 @@
-"""The example of the paper's own model, on a tiny pair with adapters in the authors' layout."""
+"""The example of the paper's own model, on the built-in pair with random adapters in the authors' layout."""
 
 import importlib.util
 import json

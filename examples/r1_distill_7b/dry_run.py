@@ -1,10 +1,11 @@
 """A dry run at the full shape of DeepSeek-R1-Distill-Qwen-7B with 8,192 features a layer, without its weights.
 
     python examples/r1_distill_7b/dry_run.py --meta      on any machine: every tensor has a shape and no value
-    python examples/r1_distill_7b/dry_run.py --random    on a card of 80 GB: random weights, every stage on a few texts
+    python examples/r1_distill_7b/dry_run.py --random    on a card of 80 GB: random weights, a few random texts
 
 ``--meta`` builds the pair with its adapters, runs every route and one step of the objective, and prints what the
-planner predicts for training and for the stages of study.py. ``--random`` runs those stages on random tokens.
+planner predicts for training and for the stages of study.py. ``--random`` measures faithfulness, makes a graph and
+searches a circuit on random tokens.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def on_meta(shape: str, n_features: int) -> None:
 
 
 def on_device(shape: str, n_features: int, device: torch.device, length: int) -> None:
-    """Random weights: the stages of study.py on a few random texts."""
+    """Random weights: faithfulness, a graph and the search of a circuit on a few random texts."""
     pair: PairedModel = random_pair(shape, device, LONGEST)
     print(f"pair: {_gigabytes(device)}; {install_adapters(pair, n_features, L0):.2f} features a token and layer")
     documents = random_documents(pair, 4, length)

@@ -7,6 +7,7 @@ import torch
 from helpers.pairs import TOKENS, make, state
 from helpers.random_models import ARCHITECTURES, random_model, randomise
 
+from tl_adapters.adapters.feature_id import ForeignFeaturesError, OwnedFeatureId
 from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.interventions.feature_edits import InterventionError, ablated, added, patched
 from tl_adapters.interventions.frozen import FrozenChange, frozen, frozen_by_block
@@ -257,6 +258,17 @@ def test_block_by_block_an_ablation_is_the_same(architecture: str, kind) -> None
             assert (found[name] - expected).abs().max() < 10 * kind[1]
             assert ((found[name] - plain[rows, positions]).abs().max() > 1e-4) == (name != "nothing")
     assert (found["held"] - found["early"]).abs().max() > 1e-4 and state(pair) == before
+
+
+def test_features_that_are_not_there_or_not_the_pairs_own_are_refused_block_by_block() -> None:
+    pair = make("Qwen2ForCausalLM", "hooked")
+    with pair.routed("replacement"):
+        for change in (FrozenChange([(9, 1)]), FrozenChange([], held=[(0, 99)])):
+            with pytest.raises(InterventionError, match=r"no features (9\.1|0\.99)"):
+                frozen_by_block(pair, TOKENS, {"change": change})
+        foreign = FrozenChange([OwnedFeatureId(1, 2, "of another set")])
+        with pytest.raises(ForeignFeaturesError):
+            frozen_by_block(pair, TOKENS, {"change": foreign})
 
 
 def test_patterns_of_one_block_at_a_time_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

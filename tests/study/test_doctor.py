@@ -18,7 +18,7 @@ import tl_adapters.checkpoints.model_files as checkpoints
 import tl_adapters.utils.devices as devices
 from tl_adapters.checkpoints.compatibility import Finding
 from tl_adapters.circuits import search
-from tl_adapters.circuits.onsets import Onsets
+from tl_adapters.circuits.onsets import Onsets, kept_bytes
 from tl_adapters.circuits.search import SearchOptions
 from tl_adapters.cli.main import main
 from tl_adapters.config import DataConfig, LocalConfig, LossWeights, RunConfig, TrainingConfig
@@ -224,6 +224,18 @@ def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
     assert stage.adapters == 16 * sum(p.numel() for p in adapters.parameters())
     mlps = sum(p.numel() for name, p in base.named_parameters() if ".mlp." in name)
     assert 0.98 < size.models / (4 * (n_params + mlps)) < 1.02
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Gemma2ForCausalLM"])
+def test_the_models_bytes_and_its_descriptions_are_the_same(architecture: str, backend: str) -> None:
+    """A search decides by the model whether blocks are computed again, and the planner by its description."""
+    base, target = (random_model(seed, torch.float32, architecture) for seed in (1, 2))
+    pair = randomise(PairedModel.from_pretrained(base, target, backend=backend), n_features=24)
+    options, kept = SearchOptions(tokens_per_batch=40), kept_bytes(pair, 40)
+    size = estimate_search(target.config, 24, 4, 3, 40, options)
+    recorded, logits = 4 * 40 * pair.n_layers * 24, 4 * LOGIT_COPIES * 5 * target.config.vocab_size
+    assert size.activations - recorded - logits == 40 * pair.n_layers * kept
 
 
 @pytest.mark.parametrize("method", ["greedy", "sampled"])

@@ -36,6 +36,7 @@ from tl_adapters.evaluation.behaviors import Behavior as Behavior
 from tl_adapters.evaluation.behaviors import BehaviorError as BehaviorError
 from tl_adapters.evaluation.behaviors import Words, first_tokens
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.models.routed_model import kept_per_token
 from tl_adapters.utils.precision import at_least_float32
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 
@@ -211,15 +212,19 @@ def final_residual(pair: PairedModel, tokens: Int[Tensor, "batch pos"]) -> Float
     Where a gradient would keep more than `MOST_KEPT_BYTES`, the backward pass computes every block again, so it has to
     run on the same routes and under the same interventions.
     """
-    large = torch.is_grad_enabled() and tokens.numel() * pair.n_layers * kept_bytes(pair) > MOST_KEPT_BYTES
+    large = (
+        torch.is_grad_enabled() and tokens.numel() * pair.n_layers * kept_bytes(pair, tokens.shape[1]) > MOST_KEPT_BYTES
+    )
     return pair.run_blocks(pair.embed(tokens), 0, pair.n_layers, recompute=large)
 
 
-def kept_bytes(pair: PairedModel) -> int:
-    """Return the bytes that a block keeps of one token for a gradient to its adapter's gates and to its input."""
+def kept_bytes(pair: PairedModel, n_tokens: int) -> int:
+    """Return the bytes that a block keeps of one token, in texts of n_tokens, for a gradient to its adapter's gates."""
     cfg, n_features = pair.model.cfg, 0 if pair.adapters is None else pair.adapters.n_features
-    heads = cfg.d_head * (cfg.n_heads + 2 * (cfg.n_key_value_heads or cfg.n_heads))
-    of_model = 4 * cfg.d_model + heads + 3 * cfg.d_mlp  # norms and residual stream; q, k and v; the MLP's factors
+    d_attention = cfg.d_head * (cfg.n_heads + 2 * (cfg.n_key_value_heads or cfg.n_heads))
+    patterns = cfg.n_heads * n_tokens if (cfg.attn_scores_soft_cap or 0) > 0 else 0
+    post_norms = any(hasattr(block, "ln2_post") for block in pair.model.blocks)
+    of_model = kept_per_token(cfg.d_model, cfg.d_mlp, d_attention, patterns, post_norms)
     return int(cfg.dtype.itemsize * of_model + 4 * n_features)  # adapters compute in float32
 
 

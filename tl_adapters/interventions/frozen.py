@@ -40,7 +40,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.interventions.feature_edits import Features, InterventionError, ablated, patched
+from tl_adapters.interventions.feature_edits import Features, InterventionError, ablated, indices_by_layer, patched
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 
 NEURONS_HOOK = "mlp.hook_post"
@@ -197,8 +197,10 @@ def frozen_by_block(
         tokens: padding on the right only.
         changes: by name.
 
-    Raises InterventionError for features that do not exist.
+    Raises InterventionError for features that do not exist, and ForeignFeaturesError for those of other adapters.
     """
+    for features in (features for change in changes.values() for features in change):
+        indices_by_layer(pair, features)  # all of them here, since a block sees those of its layer only
     reference_stream = pair.embed(tokens.to(pair.device))
     streams = dict.fromkeys(changes, reference_stream)
     for layer in range(pair.n_layers):
@@ -212,7 +214,7 @@ def frozen_by_block(
             before, reference_stream = reference_stream, pair.run_blocks(reference_stream, layer, layer + 1)
         source = {layer: reference[f"{block}{ACTS_HOOK}"]} if f"{block}{ACTS_HOOK}" in reference else {}
         for name, change in changes.items():
-            of_layer = [[FeatureId(*f) for f in features if f[0] == layer] for features in change]
+            of_layer = [[f for f in features if f[0] == layer] for features in change]
             if streams[name] is before and not of_layer[0]:
                 streams[name] = reference_stream  # nothing is changed so far
                 continue

@@ -36,6 +36,19 @@ def run_again_in_backward(function: Callable[..., Made], *args: Any) -> Made:
     return made
 
 
+def kept_per_token(d_model: int, d_mlp: int, d_attention: int, n_patterns: int, post_norms: bool) -> int:
+    """Numbers that a block of frozen weights keeps of a token for a gradient to its input, without its adapter.
+
+    Args:
+        d_model: width of the residual stream, which norms keep.
+        d_mlp: neurons of the gated MLP, of which three factors are kept.
+        d_attention: width of queries, keys and values together.
+        n_patterns: heads times tokens of the text, where scores are soft-capped and so in no fused kernel; else 0.
+        post_norms: whether attention and MLP have a norm after them, too.
+    """
+    return (6 if post_norms else 4) * d_model + d_attention + 3 * d_mlp + 4 * n_patterns
+
+
 class RoutedModel:
     """A TransformerLens model in which every MLP can be replaced by the base's and can have an adapter added.
 

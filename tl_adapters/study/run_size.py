@@ -18,7 +18,7 @@ from tl_adapters.circuits.search import SearchOptions, round_sizes
 from tl_adapters.circuits.study import StudyOptions
 from tl_adapters.config import LocalConfig, RunConfig, StageName, TrainingConfig
 from tl_adapters.local_stage.layer_run import REVISION_TOKENS
-from tl_adapters.models.routed_model import LOGITS_AT_ONCE
+from tl_adapters.models.routed_model import LOGITS_AT_ONCE, kept_per_token
 from tl_adapters.study.hesitation import ORGANISM_PROBLEM_COUNTS
 from tl_adapters.study.open_run import ORGANISM_TRACES
 from tl_adapters.utils.precision import adapter_dtype
@@ -82,7 +82,7 @@ class SearchSize:
     """Estimated size of the search of a circuit, with the roles of its features."""
 
     models: int
-    """Bytes of the models and of the adapters, in float32."""
+    """Bytes of the models, and of the adapters in float32."""
     activations: int
     """Bytes kept for a gradient, of one batch of texts."""
     rounds: int
@@ -238,14 +238,13 @@ class _Shapes:
         d_head = getattr(described, "head_dim", None) or d // heads
         unembedding = described.vocab_size * d
         soft_capped = bool(getattr(described, "attn_logit_softcapping", None))
-        patterns = 4 * heads * longest if soft_capped else 0  # scores that no fused kernel computes
+        patterns = heads * longest if soft_capped else 0
         post_norms = described.model_type.startswith("gemma")
         return cls(
             n_layers=described.num_hidden_layers,
             d_model=d,
             d_mlp=d_mlp,
-            # norms and residual streams; q, k and v; the MLP's factors
-            per_token=(6 if post_norms else 4) * d + d_head * (heads + 2 * kv) + 3 * d_mlp + patterns,
+            per_token=kept_per_token(d, d_mlp, d_head * (heads + 2 * kv), patterns, post_norms),
             mlp=3 * d * d_mlp,
             attention=d * d_head * (2 * heads + 2 * kv),
             attended=heads * d_head * longest,  # two products, half of each behind the mask
