@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class Bench:
 
     def precision(self) -> Iterator[tuple[str, Measured]]:
         """Loss curves, KL and L0 on the built-in pair by the precision of its adapters, the model in bfloat16."""
-        steps = 10 if self.small else 200
+        steps, recipe = 10 if self.small else 200, RunConfig.load("builtin_end_to_end").training
         pair = load_organism_pair(str(self.device), torch.bfloat16)
         limit = pair.model.cfg.n_ctx
         traces, held_out = (
@@ -121,7 +122,7 @@ class Bench:
         found: Measured = {}
         for precision in ("float32", "tf32", "bfloat16"):
             losses: list[float] = []
-            options = TrainingConfig(steps=steps, adapter_precision=precision)  # type: ignore[arg-type]
+            options = replace(recipe, steps=steps, adapter_precision=precision)
             trainer = Trainer(pair, traces, options, progress=False)
             started = time.perf_counter()
             trainer.run(lambda step, terms, losses=losses: losses.append(float(terms.total)))
@@ -152,8 +153,8 @@ class Bench:
         """A step of the paper's objective, Adam included, by the length of its one document."""
         for length, precision, recompute in self._training_options():
             training = TrainingConfig(
-                n_features=self.args.features, tokens_per_batch=length, steps=1000, recompute=recompute,
-                adapter_precision=precision,
+                stages=("end_to_end",), n_features=self.args.features, tokens_per_batch=length, steps=1000,
+                recompute=recompute, adapter_precision=precision,
             )  # fmt: skip
             self.fresh()
             self.adapters()

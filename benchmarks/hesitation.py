@@ -4,8 +4,8 @@ Pairs: ``sums`` (the built-in one), ``differences`` (another seed and kind of pr
 target that thinks and never hesitates, by the recipe). By default three seeds of each of the first two, one of the
 null pair. What is in OUT already is not made again: pairs (forty minutes each on one core), adapters, studies. So any
 run of one of these pairs is studied that is in OUT under such a name; ``--config`` and ``--set`` say how new ones are
-trained. ``--record`` writes what docs/circuits.md shows to results.json beside this file, and its figures beside the
-page.
+trained. ``--record`` writes what docs/circuits.md shows of these pairs to results.json beside this file, and the
+figures of ``sums`` beside the page.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recorded import FOLDER, record, value_and_range
+from recorded import FOLDER, commit, record, recorded, value_and_range
 
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
@@ -165,9 +165,9 @@ def table(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def block(found: dict[str, dict]) -> dict[str, Any]:
-    """Per pair, over its seeds: every intervention at full strength, and the template features."""
-    pairs: dict[str, dict[str, Any]] = {}
+def block(found: dict[str, dict], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Per pair, over its seeds: every intervention at full strength, and the template features. Other pairs stay."""
+    pairs: dict[str, dict[str, Any]] = dict(earlier.get("pairs", {}))
     for pair in dict.fromkeys(job.partition("-")[0] for job in found):
         blocks = [b for job, b in found.items() if job.partition("-")[0] == pair and "criteria" in b]
         if blocks:
@@ -232,10 +232,11 @@ def main() -> None:
         found[job] = study(options.out, job, RunConfig.load(options.config), parse_options(options.set))
     print(table(found))
     if options.record:
-        record("hesitation", block(found))
-        shown = next(b for job, b in found.items() if job.startswith("sums") and "criteria" in b)
-        for name, drawn in zip(FIGURES, dose_curve_plots(shown), strict=True):
-            write_text(FOLDER.parent / "docs" / name, drawn.svg + "\n")
+        earlier = recorded("hesitation") or {}
+        record("hesitation", block(found, earlier), [commit(), *earlier.get("commits", [])])
+        for shown in [b for job, b in found.items() if job.startswith("sums") and "criteria" in b][:1]:
+            for name, drawn in zip(FIGURES, dose_curve_plots(shown), strict=True):
+                write_text(FOLDER.parent / "docs" / name, drawn.svg + "\n")
 
 
 if __name__ == "__main__":

@@ -45,16 +45,6 @@ RECIPES: dict[str, Recipe] = {
     "end_to_end": partial(end_to_end, l1_weight=FIRST_RELEASE.l1_weight),
 }
 """The recipes, the one whose figures stand for the rest first."""
-LOCAL = LocalConfig(
-    steps=1500,
-    tokens_per_step=512,
-    max_tokens=200_000,
-    penalty="l1",
-    shrinkage=1e-2,
-    revisions=(0.2, 0.35, 0.5, 0.7),
-)
-"""Options of the local stage for a difference that is dense. With a third of the steps two seeds agree on a third fewer
-features."""
 
 
 def arguments() -> argparse.Namespace:
@@ -103,7 +93,9 @@ class Bench:
             return AdapterSet.from_pretrained(folder), cell
         traces = text(self.pair, "train", self.args.documents, seed)
         with timed() as seconds:
-            options = Options(width, seed, local_options(LOCAL, self.args.local, self.args.steps), self.args.steps)
+            options = Options(
+                width, seed, local_options(LocalConfig(), self.args.local, self.args.steps), self.args.steps
+            )
             adapters = RECIPES[recipe](self.pair, traces, options)
         sums = measure_faithfulness(self.pair, self.answers)
         cell = {

@@ -2,7 +2,7 @@
 
 Features are planted in the built-in base, in several families (`plants.families`), and every recipe
 (`plants.recipes`) trains adapters on the pair. A run is a file in OUT, and runs that exist are not made again. The
-table of all runs in OUT is printed, and ``--record`` writes it to results.json.
+table of all runs in OUT is printed, and ``--record`` writes its rows to results.json; other rows there stay.
 
 By default all recipes are compared on the family "discriminants", and the recipe of ``--best`` is run on every other
 family. Options of recipes were chosen on plants 0 and 1, so what is reported comes from plants 2 and above.
@@ -11,7 +11,7 @@ family. Options of recipes were chosen on plants 0 and 1, so what is reported co
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +19,11 @@ import torch
 from plants.families import FAMILIES
 from plants.measurement import firings, measure, representable
 from plants.plant import Ground, Plant
-from plants.recipes import EARLIER, FIRST_RELEASE, RECIPES, SEEDLESS, Options, local_options, timed
-from recorded import commit, machine, read_cell, record, value_and_range
+from plants.recipes import EARLIER, FIRST_RELEASE, RECIPES, SEEDLESS, SPARSE, Options, local_options, timed
+from recorded import commit, machine, read_cell, record, recorded, value_and_range
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tl_adapters import organism
-from tl_adapters.config import LocalConfig
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.traces import Trace
 from tl_adapters.study.open_run import load_organism_pair
@@ -33,8 +32,6 @@ from tl_adapters.utils.files import write_text
 
 MAIN_FAMILY = "discriminants"
 DECADES = ("1e-1", "1e-2", "1e-3", "1e-4")
-MAX_TOKENS = 800_000
-"""Tokens that recipes without a backward pass hold in memory: all of the training text."""
 REFERENCE = "first-release.json"
 """The time of the first release's default training on the built-in pair, in which times are given."""
 
@@ -127,7 +124,7 @@ class Bench:
     def run(self, run: Run) -> dict[str, Any]:
         """Train and measure."""
         plant, shared = self.plant(run.family, run.plant)
-        local = local_options(LocalConfig(max_tokens=MAX_TOKENS), self.args.local, self.args.steps)
+        local = local_options(SPARSE, self.args.local, self.args.steps)
         options = Options(self.args.features, run.seed, local, self.args.steps)
         with timed() as seconds:
             adapters = {**RECIPES, **EARLIER}[run.recipe](plant.pair, self.traces, options)
@@ -243,19 +240,32 @@ def rows(found: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
         yield "| " + " | ".join(row) + " |"
 
 
-def block(out: Path, best: str) -> dict[str, Any]:
-    """The block "planted" of results.json."""
-    found = summaries(out)
-    main = found[MAIN_FAMILY, best]
+def block(out: Path, best: str, earlier: dict[str, Any]) -> dict[str, Any]:
+    """The block "planted" of results.json: rows of the folder's runs, and ``earlier`` rows of which it holds none."""
+    found, some = summaries(out), next(iter(cells(out).values()))[0]
+    if earlier and (earlier["settings"], earlier["recipe"]) != (some["settings"], best):
+        raise SystemExit(
+            f"results.json was measured with {earlier['recipe']} and {earlier['settings']}; remove it first."
+        )
+    families = {family: s for (family, recipe), s in found.items() if recipe == best}
+    recipes = {recipe: s for (family, recipe), s in found.items() if family == MAIN_FAMILY}
+    rows = {
+        "families": _in_order({**earlier.get("families", {}), **families}, FAMILIES),
+        "recipes": _in_order({**earlier.get("recipes", {}), **recipes}, {**RECIPES, **EARLIER}),
+    }
+    main = rows["recipes"][best]
     return {
         "recipe": best,
         **{name: main[name] for name in ("recall", "precision", "kl_left", "l0", "true_l0", "plants", "seeds")},
         **{name: main[name] for name in ("seconds", "processor_seconds") if name in main},
-        "families": {family: s for (family, recipe), s in found.items() if recipe == best},
-        "recipes": {recipe: s for (family, recipe), s in found.items() if family == MAIN_FAMILY},
-        "settings": next(iter(cells(out).values()))[0]["settings"],
-        "tokens": {name: next(iter(cells(out).values()))[0][f"{name}_tokens"] for name in ("training", "held_out")},
+        **rows,
+        "settings": some["settings"],
+        "tokens": {name: some[f"{name}_tokens"] for name in ("training", "held_out")},
     }
+
+
+def _in_order(found: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: found[name] for name in names if name in found}
 
 
 def main() -> None:
@@ -264,8 +274,9 @@ def main() -> None:
     make_runs(args)
     print("\n".join(rows(summaries(args.out))))
     if args.record:
+        earlier = recorded("planted") or {}
         commits = [cell["commit"] for group in cells(args.out).values() for cell in group]
-        record("planted", block(args.out, args.best), commits)
+        record("planted", block(args.out, args.best, earlier), [*commits, *earlier.get("commits", [])])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """The table of the demo over several seeds, mean and worst: ``python benchmarks/seeds.py runs/seeds 0 1 2``.
 
-A seed whose folder exists is not run again.
+``--config`` says how adapters are trained. A seed whose folder exists is not run again.
 """
 
+import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+from tl_adapters.config import RunConfig
+from tl_adapters.study.demo import demo
+from tl_adapters.study.run_size import StudyScale
 
 
 def mean(values: list[float]) -> float:
@@ -49,13 +53,16 @@ ROWS: list[tuple[str, str, Callable[[dict], float], Callable[[list[float]], floa
 
 
 def main() -> None:
-    folder, seeds = Path(sys.argv[1]), sys.argv[2:]
-    runs = []
-    for seed in seeds:
-        out = folder / f"seed-{seed}"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder of all runs")
+    parser.add_argument("seeds", type=int, nargs="+")
+    parser.add_argument("--config", default="builtin", help="configuration of the training, by file or name")
+    options = parser.parse_args()
+    training, runs = RunConfig.load(options.config).training, []
+    for seed in options.seeds:
+        out = options.out / f"seed-{seed}"
         if not (out / "report.html").is_file():
-            command = [sys.executable, "-m", "tl_adapters.cli", "demo", "--seed", seed, "--out", str(out)]
-            subprocess.run(command, check=True)
+            demo(out, StudyScale(training=replace(training, seed=seed)))
         runs.append(json.loads((out / "results.json").read_text()))
     print(f"| figure | mean of {len(runs)} seeds | worst |\n|---|---|---|")
     for name, form, read, worst in ROWS:

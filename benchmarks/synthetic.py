@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from plants.recipes import SPARSE
 from recorded import record
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.synthetic import (
@@ -32,7 +33,7 @@ from sae_lens.synthetic import (
 from torch import Tensor
 
 from tl_adapters.adapters.transcoder import TranscoderAdapter, row_norms
-from tl_adapters.config import LocalConfig, TrainingConfig
+from tl_adapters.config import TrainingConfig
 from tl_adapters.data.batching import TracesInMemory
 from tl_adapters.data.traces import Batch, Trace
 from tl_adapters.local_stage.train_local import train_layers
@@ -56,7 +57,7 @@ DATA = SyntheticModelConfig(
     mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0),
     std_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
 )
-LOCAL = LocalConfig(steps=400, tokens_per_step=1024, max_tokens=100_000, workers=1)
+LOCAL = replace(SPARSE, steps=400, tokens_per_step=1024, max_tokens=100_000, workers=1)
 SAELENS_LR, L1 = 3e-3, 2.0
 """Learning rate of SAELens's trainers, ten times the default since the run is short (at three times it 44 of 128
 latents of BatchTopK are dead), and the weight of L1 at which the standard SAE has about the true L0."""

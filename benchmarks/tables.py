@@ -1,4 +1,4 @@
-"""Write the tables of docs/ that hold measurements from results.json: ``python benchmarks/tables.py``.
+"""Write the tables of README and docs/ that hold measurements from results.json: ``python benchmarks/tables.py``.
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; the text around it is written by hand. The test
 tests/benchmarks/test_recorded.py holds that pages and results agree.
@@ -16,7 +16,8 @@ from recorded import FOLDER, recorded
 from tl_adapters.pages.dose_curve_plots import CURVE_NAMES
 from tl_adapters.utils.files import write_text
 
-PAGES = tuple(FOLDER.parent / "docs" / name for name in ("believing_features.md", "circuits.md", "large_models.md"))
+DOCS = ("believing_features", "circuits", "large_models")
+PAGES = tuple(FOLDER.parent / name for name in ("README.md", *(f"docs/{p}.md" for p in DOCS)))
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 DECADES = ("1e-1", "1e-2", "1e-3", "1e-4")
 NOT_MEASURED = "Not measured yet.\n"
@@ -174,6 +175,29 @@ def by_linearization(block: dict[str, Any]) -> str:
     )
 
 
+def headline(organism: dict[str, Any], planted: dict[str, Any], hesitation: dict[str, Any]) -> str:
+    """What the README says: figures of the built-in pair, and the paper's beside them."""
+    sums = hesitation["pairs"]["sums"]
+    without, templates = sums["full_strength"], sums["templates"]
+    frequent = [planted["recall"][decade] for decade in ("1e-1", "1e-2")]
+    k, n = (sum(figure[key] for figure in frequent) for key in ("k", "n"))
+    word = "behavior left without the circuit"
+    rows = [
+        ["KL of the replacement, share of the hybrid's", with_range(organism["kl_share"], "{:.2%}"), "-"],
+        ["active features per token and layer (L0)", with_range(organism["l0"], "{:.2f}"), "1.4"],
+        ["alive features that a second seed finds too", with_range(organism["seed_agreement"]), "-"],
+        ["planted features of rates 1e-1 and 1e-2 that are found", f"{k} of {n}", "-"],
+        ["alive features that are planted ones", with_range(planted["precision"]), "-"],
+        ["features in the circuit of \"Wait\", of the alive", f"{templates['circuit']['value']:.0f} of "
+         f"{templates['alive']['value']:,.0f}", "5,623 of 229,376"],
+        [word, with_range(without["circuit"]["behavior_left"]), "0.5 of 5.5 per 1,000 tokens"],
+        ["the same without matched random features", with_range(without["random"]["behavior_left"]),
+         "50,000 change less"],
+        ["training", f"{with_range(organism['train_seconds'], '{:.0f}')} s on two CPU cores", "50,000 documents"],
+    ]  # fmt: skip
+    return markdown(["", "built-in pair, measured here", "7B pair, the paper's"], rows)
+
+
 def _gigabytes(step: dict[str, Any]) -> list[str]:
     predicted, measured = (step.get(name) for name in ("predicted_gb", "gb"))
     return ["-" if value is None else f"{value:.1f}" for value in (predicted, measured)]
@@ -257,7 +281,8 @@ def by_search(block: dict[str, Any]) -> str:
     return markdown(["", *methods], rows)
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+TABLES: dict[str, tuple[str, Callable[..., str]]] = {
+    "headline": ("organism planted hesitation", headline),
     "rates": ("planted", by_rate),
     "recipes": ("planted", by_recipe),
     "families": ("planted", by_family),
@@ -273,16 +298,16 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gpu_rates": ("gpu", rates_on_gpu),
     "gpu_precision": ("gpu", precision_on_gpu),
 }
-"""Table -> the block of results.json that it shows, and how."""
+"""Table -> the blocks of results.json that it shows, and how."""
 
 
 def filled(text: str, folder: Path = FOLDER) -> str:
     """The text of a page with every table as results.json has it."""
 
     def table(found: re.Match[str]) -> str:
-        name, make = TABLES[found[2]]
-        block = recorded(name, folder)
-        return found[1] + (NOT_MEASURED if block is None else make(block)) + found[3]
+        names, make = TABLES[found[2]]
+        blocks = [recorded(name, folder) for name in names.split()]
+        return found[1] + (NOT_MEASURED if None in blocks else make(*blocks)) + found[3]
 
     return TABLE.sub(table, text)
 

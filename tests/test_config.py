@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import tl_adapters
 from tl_adapters.cli.main import main
 from tl_adapters.config import (
     LOSS_WEIGHTS,
+    STAGE_ORDERS,
     ConfigError,
     DataConfig,
     LocalConfig,
@@ -31,9 +33,12 @@ from tl_adapters.config import (
     with_options,
 )
 
+BOTH = ("local", "end_to_end")
+
 
 def test_a_configuration_survives_json_and_yaml(tmp_path: Path) -> None:
-    training = TrainingConfig(steps=7, lr=1e-5, loss_weights=LOSS_WEIGHTS["public_code"], count=("answer",))
+    options = {"loss_weights": LOSS_WEIGHTS["public_code"], "count": ("answer",)}
+    training = TrainingConfig(stages=("end_to_end",), steps=7, lr=1e-5, **options)  # type: ignore[arg-type]
     config = RunConfig(base="b", target="t", data=DataConfig(source="x.jsonl", max_tokens=9), training=training)
     (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))
     (tmp_path / "c.yaml").write_text(commented_yaml(config))
@@ -43,7 +48,7 @@ def test_a_configuration_survives_json_and_yaml(tmp_path: Path) -> None:
 def test_options_that_an_activation_does_not_read_are_not_recorded() -> None:
     """Otherwise a run's own file would be refused once a default has changed."""
     recorded = {
-        name: set(RunConfig(training=TrainingConfig(activation=name)).to_dict()["training"])
+        name: set(RunConfig(training=TrainingConfig(activation=name, stages=BOTH)).to_dict()["training"])
         for name in ("relu", "jumprelu", "topk", "batchtopk")
     }
     everything = {field.name for field in dataclasses.fields(TrainingConfig)}
@@ -51,9 +56,46 @@ def test_options_that_an_activation_does_not_read_are_not_recorded() -> None:
     assert everything - recorded["jumprelu"] == {"l1_weight", "k"}
     assert recorded["topk"] == recorded["batchtopk"]
     assert everything - recorded["topk"] == {"l1_weight", "l0_weight", "l1_warmup_fraction", "bandwidth"}
-    for name in recorded:
-        config = RunConfig(training=TrainingConfig(activation=name))
+    for name, stages in product(recorded, STAGE_ORDERS):
+        config = RunConfig(training=TrainingConfig(activation=name, stages=stages))
         assert RunConfig.from_dict(config.to_dict()) == config
+
+
+def test_options_that_no_stage_reads_are_not_recorded() -> None:
+    everything = set(RunConfig(training=TrainingConfig(stages=BOTH)).to_dict()["training"])
+    local, end_to_end = (
+        everything - set(RunConfig(training=TrainingConfig(stages=stages)).to_dict()["training"])
+        for stages in (("local",), ("end_to_end",))
+    )
+    assert end_to_end == {"local"}
+    assert {"steps", "lr", "l1_weight", "loss_weights", "recompute"} < local
+
+
+def test_a_record_of_an_earlier_version_is_read() -> None:
+    """Before there were stages, runs were end to end; later ones recorded options that no stage reads."""
+    assert RunConfig.from_record({"training": {"steps": 7}}).training == TrainingConfig(stages=("end_to_end",), steps=7)
+    both = {"local": {"steps": 600, "penalty": "tanh"}, "steps": 7, "lr": 0.1}
+    assert RunConfig.from_record({"training": {"stages": ["end_to_end"], **both}}).training == TrainingConfig(
+        stages=("end_to_end",), steps=7, lr=0.1
+    )
+    assert RunConfig.from_record({"training": {"stages": ["local"], **both}}).training == TrainingConfig(
+        local=LocalConfig(steps=600, penalty="tanh")
+    )
+    for damaged in (3, {"training": 3}, {"training": {"stages": 3}}, {"training": {"stages": [[]]}}):
+        with pytest.raises(ConfigError):
+            RunConfig.from_record(damaged)
+
+
+def test_a_stage_is_left_out_with_its_options() -> None:
+    """So `--config paper --set stages=[local]` is enough."""
+    paper = RunConfig.load("paper")
+    local = with_options(paper, {"stages": ["local"], "local.streaming": True}).training
+    assert local == TrainingConfig(
+        n_features=8192, tokens_per_batch=1, checkpoint_every=1000, validate_every=1000,
+        local=LocalConfig(streaming=True),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"lr is 0.1, and stages \[local\] do not read it.* or give local.lr"):
+        with_options(paper, {"stages": ["local"], "lr": 0.1})
 
 
 def test_a_short_name_is_the_shortest_path_that_ends_with_it() -> None:
@@ -70,14 +112,15 @@ def test_recipes_by_name_are_what_the_names_promise() -> None:
         training = RunConfig.load(name).training
         assert training.stages == ("end_to_end",) and training.loss_weights == LOSS_WEIGHTS[name]
         assert training.loss_weights.local == 0
-    assert RunConfig.load("builtin_local").training.stages == ("local",)
+    assert RunConfig.load("builtin_end_to_end").training.loss_weights == LossWeights()
+    assert RunConfig().training.stages == ("local",)
 
 
 def test_published_weights() -> None:
     assert TrainingConfig().loss_weights == LossWeights(1, 1, 1, 1, lowest_cut=1)
-    assert RunConfig.from_dict({"training": {"loss_weights": "public_code"}}).training.loss_weights == LossWeights(
-        1, 2, 2, 1, 0
-    )
+    assert RunConfig.from_dict(
+        {"training": {"stages": BOTH, "loss_weights": "public_code"}}
+    ).training.loss_weights == LossWeights(1, 2, 2, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +157,16 @@ def test_published_weights() -> None:
         ({"stages": []}, r"stages is \[\]: give \[local\], \[end_to_end\] or \[local, end_to_end\]"),
         ({"stages": ["end_to_end", "local"]}, r"give \[local\], \[end_to_end\] or \[local, end_to_end\]"),
         ({"stages": ["lokal"]}, r"stages\[0\] is 'lokal'; allowed is \"local\" or \"end_to_end\""),
+        ({"stages": ["local"], "steps": 3}, r"steps is 3, and stages \[local\] do not read it; only end_to_end does"),
+        ({"stages": ["local"], "l1_weight": 1}, "l1_weight is 1.0, .* Leave it out, or add the stage"),
+        ({"stages": ["end_to_end"], "local": {"steps": 3}}, r"local is .*steps=3.* \[end_to_end\] do not read it"),
         ({"local": {"stps": 3}}, "Unknown option training.local.stps. Did you mean training.local.steps"),
         ({"local": {"workers": 0}}, "training.local.workers is 0; allowed is a whole number >= 1 or null"),
     ],
 )
 def test_an_impossible_training_option_is_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        RunConfig.from_dict({"training": values})
+        RunConfig.from_dict({"training": {"stages": list(BOTH), **values}})
 
 
 @pytest.mark.parametrize(
@@ -161,7 +207,7 @@ def test_a_file_without_a_configuration_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batchtopk"])
 def test_every_shipped_configuration_takes_every_activation(activation: str) -> None:
     for name in shipped_configs():
-        training = dataclasses.replace(RunConfig.load(name).training, activation=activation)
+        training = with_options(RunConfig.load(name), {"activation": activation}).training
         assert RunConfig.from_dict(yaml.safe_load(commented_yaml(RunConfig(training=training)))).training == training
     assert TrainingConfig(n_features=2).k == 6  # relu does not read it
 
@@ -230,7 +276,7 @@ def test_options_are_checked_in_python_as_in_files(make: Callable[[], object], m
 
 
 def test_python_values_keep_their_types() -> None:
-    config = TrainingConfig(lr=1, count=["answer"])  # type: ignore[arg-type]
+    config = TrainingConfig(stages=BOTH, lr=1, count=["answer"])  # type: ignore[arg-type]
     assert (config.lr, config.count, type(config.lr)) == (1.0, ("answer",), float)
     assert type(DataConfig(validation_fraction=0).validation_fraction) is int  # the fingerprint of data hashes its text
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -243,7 +289,7 @@ def test_python_values_keep_their_types() -> None:
 def test_numbers_in_yaml_are_numbers(tmp_path: Path) -> None:
     """PyYAML reads 1e-3 as text, and a date as a date."""
     path = tmp_path / "c.yaml"
-    path.write_text("data: {template_date: 2026-02-28}\ntraining: {lr: 1e-3, l1_weight: 1}")
+    path.write_text("data: {template_date: 2026-02-28}\ntraining: {stages: [end_to_end], lr: 1e-3, l1_weight: 1}")
     assert RunConfig.load(path).training.lr == 0.001
     assert RunConfig.load(path).data.template_date == "2026-02-28"
     for text, message in (
@@ -269,8 +315,9 @@ def test_a_message_is_short_whatever_was_given(tmp_path: Path) -> None:
 
 
 def test_options_are_changed_by_name() -> None:
-    config = with_options(RunConfig(), {"training.lr": 1e-3, "source": "x.jsonl", "nmse": 3, "count": ["answer"]})
-    training = TrainingConfig(lr=1e-3, loss_weights=LossWeights(nmse=3), count=("answer",))
+    default = RunConfig(training=TrainingConfig(stages=BOTH))
+    config = with_options(default, {"training.lr": 1e-3, "source": "x.jsonl", "nmse": 3, "count": ["answer"]})
+    training = TrainingConfig(stages=BOTH, lr=1e-3, loss_weights=LossWeights(nmse=3), count=("answer",))
     assert config == RunConfig(data=DataConfig(source="x.jsonl"), training=training)
     assert with_options(config, {"loss_weights": "public_code"}).training.loss_weights == LOSS_WEIGHTS["public_code"]
     assert with_options(config, {}) == config
@@ -283,7 +330,7 @@ def test_options_are_changed_by_name() -> None:
         ({"k": 9}, "k is 9, and activation 'relu' does not read it"),
     ):
         with pytest.raises(ConfigError, match=message):
-            with_options(RunConfig(), changes)
+            with_options(default, changes)
 
 
 def test_options_are_read_from_text() -> None:

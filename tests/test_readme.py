@@ -1,4 +1,4 @@
-"""The README is run: its Python in order, its commands against Makefile and parser."""
+"""README and guides are run: their Python in order, their commands against Makefile and parser."""
 
 import re
 import shlex
@@ -21,6 +21,7 @@ def test_the_python_runs(
     export(run, "authors", tmp_path / "theirs")
     local = {"nathu0/transcoder-adapters-R1-Distill-Qwen-7B-l1w0.001-l0-1.4": tmp_path / "theirs"}
     local["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"] = organism.TARGET
+    local['"math500", pair, n=100'] = '"builtin", pair, n=40'
     namespace: dict[str, object] = {}
     for block in blocks("python"):
         for name, folder in local.items():
@@ -43,5 +44,7 @@ def test_the_commands_exist() -> None:
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
         elif words[0].endswith("tl-adapters"):
             parse(words[1:])
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), command
         else:
             assert words[0] in ("pip", "git", "cd", ".venv/bin/python", "for"), command

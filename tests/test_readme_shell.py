@@ -1,4 +1,4 @@
-"""Every tl-adapters line of the README is run on the small demo, with options that bound its size where it has them."""
+"""Every tl-adapters line of README and guides is run on the small demo, its size bounded where an option does so."""
 
 import json
 import shlex
@@ -21,7 +21,7 @@ BOUNDS = {
     "serve": ("--port", "0"),
 }
 """By subcommand, what the test adds to a line as it is printed."""
-ON_THE_HUB = ("push", "pull", "gsm8k", "--config paper")
+ON_THE_HUB = ("push", "pull", "gsm8k", "--config paper", "nathu0/")
 """What only the hub can answer: offline, one error that says so."""
 
 
@@ -41,7 +41,7 @@ def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("traces", "held_out"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "prompt.txt").write_text("<|bos|><|user|>47+85+19=?<|assistant|><think>47+85=122.\n")
-    (tmp_path / "small.yaml").write_text("training:\n  steps: 2\n  n_features: 16\n")
+    (tmp_path / "small.yaml").write_text("training:\n  n_features: 16\n  local: {steps: 2, max_tokens: 2000}\n")
     monkeypatch.chdir(tmp_path)
     # The demo itself is run once for all tests; here its command is.
     copied = lambda folder, *args, **options: shutil.copytree(run, folder) / "report.html"  # noqa: E731

@@ -11,7 +11,7 @@ import datetime
 import functools
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
@@ -210,11 +210,11 @@ class DataConfig:
 class LocalConfig:
     """Options of the local stage, which regresses every layer's adapter on the difference of the two MLPs."""
 
-    steps: Count = 600
+    steps: Count = 1500
     """Number of optimizer steps of every layer."""
-    tokens_per_step: Count = 2048
+    tokens_per_step: Count = 512
     """Number of tokens of a step, drawn at random from those in memory."""
-    max_tokens: Count = 400_000
+    max_tokens: Count = 200_000
     """Maximal number of tokens in memory. Of every token and layer, the MLP's input and the difference are kept:
     8 * d_model bytes in float32, 4 * d_model in bfloat16."""
     streaming: bool = False
@@ -232,13 +232,13 @@ class LocalConfig:
     """Weight of the sparsity penalty."""
     sparsity_warmup_fraction: Share = 0.25
     """Share of the steps over which sparsity_weight rises linearly from 0."""
-    penalty: Penalty = "tanh"
+    penalty: Penalty = "l1"
     """Sparsity penalty of an activation s in decoder-norm units and units of the difference's root mean square: "l1"
     (s), "tanh" (tanh(3 s) / 3) or "log" (log(1 + 10 s) / 10). Only relu reads it; jumprelu is made sparse by its number
     of active features, and topk and batchtopk by k."""
-    shrinkage: Positive = 0.001
+    shrinkage: Positive = 0.01
     """Share of the largest eigenvalue of the inputs' covariance that is added to all of them before whitening."""
-    revisions: Annotated[tuple[ShareBelowOne, ...], Field(strict=False)] = (0.3, 0.5, 0.6, 0.8)
+    revisions: Annotated[tuple[ShareBelowOne, ...], Field(strict=False)] = (0.2, 0.35, 0.5, 0.7)
     """Shares of the steps after which features are revised: features that split one direction are merged, and except
     at the last revision, unused features are given directions that no feature writes yet."""
     polish: bool = True
@@ -253,10 +253,10 @@ class LocalConfig:
 class TrainingConfig:
     """Options of one training run. The defaults are tuned on the model organism (its tune split)."""
 
-    n_features: Count = 512
+    n_features: Count = 128
     """Features per layer (8,192 in the paper, at d_model 3,584)."""
     steps: Count = 700
-    """Number of optimizer steps of the end-to-end stage."""
+    """Number of optimizer steps of the end-to-end stage; those of the local stage are local.steps."""
     tokens_per_batch: Count = 1024
     """Maximal number of tokens per step, padding included; documents of similar length are batched together."""
     batches_per_step: Count = 1
@@ -318,23 +318,21 @@ class TrainingConfig:
     """Tracker that draws the curves besides metrics.jsonl; each but "none" needs the extra of its name."""
     tracker_project: str = "tl-adapters"
     """Project of the tracker in which the run appears."""
-    stages: Annotated[tuple[StageName, ...], Field(strict=False), AfterValidator(_require_stages)] = ("end_to_end",)
+    stages: Annotated[tuple[StageName, ...], Field(strict=False), AfterValidator(_require_stages)] = ("local",)
     """Stages of training, in this order: "local" (every layer's adapter is regressed on the difference of its two MLPs;
-    section local) and "end_to_end" (the paper's objective, with the options of this section, from where the local stage
-    ended if there was one). Each can be left out."""
+    section local) and "end_to_end" (the paper's objective, from where the local stage ended if there was one). Each can
+    be left out. Only end_to_end reads steps, batches_per_step, lr, warmup_fraction, grad_clip, l1_weight, l0_weight,
+    l1_warmup_fraction, recompute and loss_weights; all other options of this section are read by both."""
     local: LocalConfig = field(default_factory=LocalConfig)
-    """The local stage. It also reads n_features, beta1, beta2, activation, k, bandwidth, count, seed and
-    tokens_per_batch of this section."""
+    """Options of the local stage, which only that stage reads."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for an option that was set although the activation function does not read it."""
-        for option, readers in _READ_BY.items():
-            given, default = getattr(self, option), getattr(type(self), option)
-            if self.activation not in readers and given not in (default, 0):  # a weight of 0 asks for nothing
-                raise ConfigError(
-                    f"{option} is {given!r}, and activation {self.activation!r} does not read it; only "
-                    f"{' and '.join(readers)} {'do' if len(readers) > 1 else 'does'}. Leave it out."
-                )
+        """Raises ConfigError for an option that was set although the activation function or no stage reads it."""
+        for option, unread in unread_options(self.activation, self.stages).items():
+            given = getattr(self, option)
+            default = type(self).__pydantic_fields__[option].get_default(call_default_factory=True)  # type: ignore[attr-defined]
+            if given not in (default, 0):  # a weight of 0 asks for nothing
+                raise ConfigError(f"{option} is {given!r}, and {unread}")
         if self.activation in _READ_BY["k"] and self.k > self.n_features:
             raise ConfigError(f"k is {self.k}; allowed is a whole number from 1 to n_features ({self.n_features}).")
 
@@ -353,6 +351,30 @@ _READ_BY: dict[str, tuple[ActivationName, ...]] = {
     "bandwidth": ("jumprelu",),
 }
 """Options that only some activation functions read, and those functions."""
+_READ_BY_STAGE: dict[str, StageName] = {
+    "local": "local",
+    **dict.fromkeys(("steps", "batches_per_step", "lr", "warmup_fraction", "grad_clip", "recompute"), "end_to_end"),
+    **dict.fromkeys(("l1_weight", "l0_weight", "l1_warmup_fraction", "loss_weights"), "end_to_end"),
+}
+"""Options that only one stage reads, and that stage."""
+
+
+def unread_options(activation: ActivationName, stages: Sequence[StageName]) -> dict[str, str]:
+    """The options of training that nothing reads, each with the end of a sentence that says why."""
+    unread: dict[str, str] = {}
+    for option, stage in _READ_BY_STAGE.items():
+        if stage not in stages:
+            own = f", or give local.{option}" if option in LocalConfig.__pydantic_fields__ else ""  # type: ignore[attr-defined]
+            unread[option] = (
+                f"stages [{', '.join(stages)}] do not read it; only {stage} does. Leave it out{own}, or add "
+            )
+            unread[option] += "the stage."
+    for option, readers in _READ_BY.items():
+        if activation not in readers:
+            verb = "do" if len(readers) > 1 else "does"
+            unread[option] = f"activation {activation!r} does not read it; only {' and '.join(readers)} {verb}. "
+            unread[option] += "Leave it out."
+    return unread
 
 
 @_checked
@@ -380,13 +402,12 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to JSON or YAML.
 
-        Options that the activation function does not read are left out. Otherwise a recorded configuration would be
-        refused after their defaults have changed.
+        Options that nothing reads are left out. Otherwise a recorded configuration would be refused after their
+        defaults have changed.
         """
         plain = _plain(self)
-        for option, readers in _READ_BY.items():
-            if self.training.activation not in readers:
-                del plain["training"][option]
+        for option in unread_options(self.training.activation, self.training.stages):
+            del plain["training"][option]
         return plain
 
     @classmethod
@@ -406,7 +427,28 @@ class RunConfig:
         """Read the configuration that a run folder records. Raises ConfigError."""
         path = Path(folder) / "config.json"
         advice = "Give a folder that train, demo or sweep made, and restore a damaged file from a copy."
-        return _from_mapping(cls, _read(path, advice), f"{path}: ")
+        return cls.from_record(_read(path, advice), f"{path}: ")
+
+    @classmethod
+    def from_record(cls, values: Any, source: str = "") -> RunConfig:
+        """A configuration that an earlier version may have recorded. Raises ConfigError.
+
+        Runs from before there were stages are end to end, and were recorded with options that nothing reads.
+        """
+        training = values.get("training") if isinstance(values, Mapping) else None
+        if isinstance(training, Mapping):
+            values = {**values, "training": _without_unread({"stages": ["end_to_end"], **training})}
+        return _from_mapping(cls, values, source)
+
+
+def _without_unread(training: Mapping[str, Any], given: Container[str] = ()) -> dict[str, Any]:
+    """Options of training as a file has them, without those that nothing reads, except for those in ``given``."""
+    stages, activation = (training.get(name, getattr(TrainingConfig, name)) for name in ("stages", "activation"))
+    try:
+        unread = unread_options(activation, stages)
+    except TypeError:  # stages of a wrong type, for which a later check has the error
+        unread = {}
+    return {option: value for option, value in training.items() if option in given or option not in unread}
 
 
 def _read(path: Path, advice: str) -> Any:
@@ -450,19 +492,23 @@ def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
 
     Args:
         config: the configuration.
-        options: option -> value, as a file has them. An option is named as `option_path` reads it.
+        options: option -> value, as a file has them. An option is named as `option_path` reads it. Options of
+            ``config`` that nothing reads after the change, such as those of a stage that is left out, are dropped.
 
     Raises ConfigError for an unknown option, with the nearest known one, and for a value that is not allowed.
     """
-    values = config.to_dict()
+    values, given = config.to_dict(), set()
     for name, value in options.items():
-        *parents, last = option_path(name).split(".")
+        *parents, last = path = option_path(name).split(".")
+        given.update(path[1:2])
         place = values
         for parent in parents:
-            if not isinstance(place[parent], dict):
+            if not isinstance(place.setdefault(parent, {}), dict):
                 raise ConfigError(f"{name} is given beside {parent} {place[parent]!r}; give one of them.")
             place = place[parent]
         place[last] = value
+    if isinstance(values["training"], dict):
+        values["training"] = _without_unread(values["training"], given)
     return RunConfig.from_dict(values)
 
 
@@ -486,7 +532,7 @@ def option_path(name: str) -> str:
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
-    """The options that texts such as "training.lr=1e-3" set, as `with_options` takes them.
+    """The options that texts such as "n_features=256" set, as `with_options` takes them.
 
     A value is read as YAML, or literally for an option that is text. Raises ConfigError for an unknown option, one that
     is given twice, and text without "=".
@@ -495,7 +541,7 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
-            raise ConfigError(f"{assignment!r} sets no option; write OPTION=VALUE, such as training.lr=1e-3.")
+            raise ConfigError(f"{assignment!r} sets no option; write OPTION=VALUE, such as n_features=256.")
         path = option_path(name.strip())
         if path in options:
             raise ConfigError(f"Option {path} is given twice; give it once.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,9 +35,19 @@ FIRST_RELEASE = TrainingConfig(
     stages=("end_to_end",), n_features=512, steps=700, lr=0.012, l1_weight=0.001, tokens_per_batch=1024
 )
 """The default training of the first release, in whose time others are given."""
+SPARSE = LocalConfig(
+    steps=600,
+    tokens_per_step=2048,
+    max_tokens=800_000,
+    penalty="tanh",
+    shrinkage=1e-3,
+    revisions=(0.3, 0.5, 0.6, 0.8),
+)
+"""Options of the local stage for planted features, which are rare; chosen on plants 0 and 1. All of the text is in
+memory."""
 SAME_L0 = 0.02
 """l1_weight at which training end to end on a plant has the L0 of the local stage, chosen on plants 0 and 1."""
-FINISH_STEPS, FINISH_LR, FINISH_LOCAL = 80, 3e-3, 0.1
+FINISH_STEPS, FINISH_LR, FINISH_LOCAL = 80, 3e-4, 0.1
 """Steps and learning rate of the objective after the local stage, and the weight of the local term in it."""
 RIDGE = 1e-4
 """Ridge of the low-rank regression, in units of the inputs' mean variance."""
@@ -49,7 +59,7 @@ class Options:
 
     n_features: int = 64
     seed: int = 0
-    local: LocalConfig = field(default_factory=LocalConfig)
+    local: LocalConfig = SPARSE
     """Options of the local stage; its number of tokens is also that of the baselines."""
     steps: int | None = None
     """Steps of training end to end; None is each recipe's own number."""
@@ -117,9 +127,7 @@ def local_then_end_to_end(pair: PairedModel, traces: Sequence[Trace], options: O
 
 def end_to_end_whitened(pair: PairedModel, traces: Sequence[Trace], options: Options) -> AdapterSet:
     """Training end to end in the coordinates and from the start of the local stage, which itself takes no step."""
-    none = LocalConfig(
-        steps=1, lr=1e-12, revisions=(), polish=False, smallest_gain=0.0, max_tokens=options.local.max_tokens
-    )
+    none = replace(options.local, steps=1, lr=1e-12, revisions=(), polish=False, smallest_gain=0.0)
     config = options.end_to_end(l1_weight=SAME_L0, stages=("local", "end_to_end"), local=none)
     return train(pair, traces, config, progress=False)
 

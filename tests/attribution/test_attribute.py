@@ -15,6 +15,7 @@ from tl_adapters.attribution.relp import LinearizedModel
 from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.data.tokens import VocabularyError
+from tl_adapters.data.traces import Trace
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.arguments import ArgumentError
 
@@ -155,6 +156,21 @@ def test_prompts_and_targets_given_as_text(builtin: PairedModel) -> None:
     assert graph.targets[0].label == "Wait" and graph.residual < 1e-3
     difference = attribute(builtin, text, [DifferenceTarget("Wait", "1")], max_feature_nodes=50, **QUIET)
     assert difference.targets[0].label == "'Wait' - '1'"
+
+
+def test_a_prompt_ends_before_a_word(builtin: PairedModel) -> None:
+    text = "<|bos|><|user|>wait 47+85+19=?<|assistant|><think>47+85=122.\nWait, 47+85=132."
+    tokens = builtin.model.to_tokens(text, prepend_bos=False)[0].tolist()
+    response = tokens.index(builtin.model.to_single_token("<|assistant|>")) + 1
+    word = builtin.model.to_single_token("Wait")
+    graph = attribute(builtin, Trace(tuple(tokens), response), at="wait", max_feature_nodes=20, **QUIET)
+    assert list(graph.tokens) == tokens[: tokens.index(word)] and graph.targets[0].label == "Wait"
+    likely = attribute(builtin, tokens[response:], ["Hmm"], at="Wait", max_feature_nodes=20, **QUIET)
+    assert list(likely.tokens) == list(graph.tokens)[response:] and likely.targets[0].label == "Hmm"
+    with pytest.raises(GraphError, match="The text does not say 'Hmm'; give one that does"):
+        attribute(builtin, Trace(tuple(tokens), response), at="Hmm", **QUIET)
+    with pytest.raises(VocabularyError, match="is .* tokens of this model"):
+        attribute(builtin, text, at="Wait, no", **QUIET)
 
 
 def test_errors_name_what_was_given(builtin: PairedModel, pair: PairedModel, tmp_path: Path) -> None:

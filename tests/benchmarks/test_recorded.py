@@ -56,7 +56,7 @@ def test_a_benchmark_replaces_its_own_block_only(tmp_path: Path) -> None:
 
 
 def test_runs_are_pooled_and_the_range_is_over_runs(runs: Path) -> None:
-    block = planted.block(runs, "local")
+    block = planted.block(runs, "local", {})
     assert block["recall"]["1e-3"] == {
         **value_and_range(0.5, [0.25, 0.75]), "k": 4, "n": 8, "firings_training": [700, 900],
         "firings_held_out": [100, 120],
@@ -67,6 +67,20 @@ def test_runs_are_pooled_and_the_range_is_over_runs(runs: Path) -> None:
     assert block["recipes"]["bias"]["precision"] is None
     lines = list(planted.rows(planted.summaries(runs)))
     assert len(lines) == 2 + 3 and "50% (25% to 75%)" in lines[2] and {line.count("|") for line in lines} == {16}
+
+
+def test_rows_that_are_not_measured_again_stay(runs: Path) -> None:
+    settings = {"settings": {"features": 64}, "recipe": "local"}
+    rows = {"recipes": {"low_rank": {"l0": 1}, "local": {"l0": 2}}, "families": {"noise": {"l0": 3}}}
+    block = planted.block(runs, "local", {**settings, **rows})
+    assert list(block["recipes"]) == ["local", "bias", "low_rank"] and block["recipes"]["low_rank"] == {"l0": 1}
+    assert list(block["families"]) == ["discriminants", "noise", "neurons"] and block["recipes"]["local"]["l0"] != 2
+    (runs / "discriminants-plant2-local-seed0.json").unlink()
+    (runs / "discriminants-plant2-local-seed1.json").unlink()
+    local = planted.block(runs, "local", {**settings, "recipes": {"local": block["recipes"]["local"]}})
+    assert local["recall"] == block["recall"]
+    with pytest.raises(SystemExit, match="remove it first"):
+        planted.block(runs, "local", {**settings, "settings": {"features": 9}})
 
 
 def test_runs_are_grouped_by_plant_and_all_recipes_run_on_the_first_family(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +104,7 @@ def agreement() -> dict[str, Any]:
 def test_every_table_of_the_page_is_made_of_the_blocks(runs: Path, tmp_path: Path) -> None:
     text = "".join(f"before\n<!-- table {name} -->\nold\n<!-- end -->\n" for name in tables.TABLES)
     assert tables.filled(text, tmp_path).count(tables.NOT_MEASURED) == len(tables.TABLES)
-    record("planted", planted.block(runs, "local"), folder=tmp_path)
+    record("planted", planted.block(runs, "local", {}), folder=tmp_path)
     ran = {"kl_share": 0.004, "l0": 4.0, "seconds": {"wall": 60.0, "cpu": 50.0}, "commit": "abc"}
     figures = organism.summary([ran, {**ran, "kl_share": 0.006}], agreement())
     record("organism", {"recipes": {"local": {"128": figures}}}, folder=tmp_path)
@@ -116,7 +130,8 @@ def studied(template: int, left: float) -> dict[str, Any]:
 
 def test_studies_of_one_pair_are_means_over_its_seeds(tmp_path: Path) -> None:
     found = {"sums-0": studied(0, 0.1), "sums-1": studied(3, 0.3), "null-0": {"moments": {}}}
-    block = hesitation.block(found)
+    block = hesitation.block(found, {"pairs": {"sums": {"seeds": 9}, "differences": {"seeds": 3}}})
+    assert block["pairs"].pop("differences") == {"seeds": 3}  # was measured before and is not now
     assert set(block["pairs"]) == {"sums"} and block["pairs"]["sums"]["seeds"] == 2
     assert block["pairs"]["sums"]["full_strength"]["circuit"]["behavior_left"] == value_and_range(0.2, [0.1, 0.3])
     assert block["pairs"]["sums"]["full_strength"]["neurons"] == {}

@@ -135,7 +135,7 @@ def test_a_tokenizer_without_a_pad_token_works_and_is_not_changed(name: str, bac
     tokens = torch.arange(20, 32)[None]
     assert pair.model.run_with_cache(tokens)[0].shape == pair.model(tokens).shape
     traces = encode_traces([("1+1=?", "<think>1+1=2.</think>2")] * 2, own)
-    train(pair, traces, steps=1, n_features=4, progress=False)
+    train(pair, traces, stages=("end_to_end",), steps=1, n_features=4, progress=False)
     attribute(pair, traces[0].tokens, progress=False)
 
 
@@ -183,11 +183,19 @@ def test_traces_of_another_tokenizer_are_refused_when_training_begins_and_later(
     models = [random_model(seed, torch.float32, num_hidden_layers=2) for seed in (1, 2)]
     pair = PairedModel.from_pretrained(*models)
     with pytest.raises(DataError, match=r"token id 61.* 0 to 60\."):
-        train(pair, [Trace((5, 6, 61), 1)], steps=1, n_features=4, folder=tmp_path / "run", progress=False)
+        train(
+            pair,
+            [Trace((5, 6, 61), 1)],
+            stages=("end_to_end",),
+            steps=1,
+            n_features=4,
+            folder=tmp_path / "run",
+            progress=False,
+        )
     assert not (tmp_path / "run").exists()
     later = [Trace((5, 6, 7), 1)] * 3 + [Trace((5, 6, 99), 1)]
     with pytest.raises(DataError, match="Document 3 holds the token id 99"):
-        train(pair, later, steps=8, n_features=4, tokens_per_batch=3, progress=False)
+        train(pair, later, stages=("end_to_end",), steps=8, n_features=4, tokens_per_batch=3, progress=False)
 
 
 def test_a_tokenizer_that_was_changed_in_memory_is_refused(tmp_path: Path) -> None:

@@ -70,7 +70,12 @@ SETS, FORMS = ("random", "others"), ("", "_scaled", "_equal_harm")
 def pair() -> PairedModel:
     pair = load_organism_pair()
     traces = encode_traces(organism.reasoning_pairs("train", 100), pair.model.tokenizer)
-    train(pair, traces, TrainingConfig(n_features=32, steps=16, tokens_per_batch=512), progress=False)
+    train(
+        pair,
+        traces,
+        TrainingConfig(stages=("end_to_end",), n_features=32, steps=16, tokens_per_batch=512),
+        progress=False,
+    )
     return pair
 
 
@@ -390,7 +395,7 @@ def test_a_function_finds_what_the_word_finds(pair: PairedModel, traces: list[Tr
     behavior = Behavior("doubt", find=lambda trace: [i for i, t in enumerate(trace.tokens) if t == wait])
     options = replace(SEARCH, share=0.03)
     found = find_circuit(pair, traces, behavior, split="tune", options=options, progress=False)
-    plainly = find_circuit(pair, traces, options=options, progress=False)
+    plainly = find_circuit(pair, traces, "Wait", options=options, progress=False)
     assert torch.equal(found.onsets.onset, plainly.onsets.onset)
     assert len(found.circuit.ids()) == len(plainly.circuit.ids()) > 2
     assert len({*found.circuit.ids()} & {*plainly.circuit.ids()}) > 0.5 * len(plainly.circuit.ids())

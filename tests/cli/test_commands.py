@@ -129,13 +129,13 @@ def test_the_next_command_and_the_object_follow_a_run(
     assert all(finding["level"] != "error" for finding in found["results"]["findings"])
     words = shlex.split(found["next"])[1:]
     assert words[:2] == ["train", "--base"] and "traces.jsonl" in words
-    sets = ["training.steps=1", "n_features=4", "lr=1e-3", "data.validation_fraction=0.25"]
+    sets = ["local.steps=1", "n_features=4", "beta1=0.5", "data.validation_fraction=0.25"]
     small = [word for option in sets for word in ("--set", option)]
     words[words.index("--out") + 1] = "runs/a new one"
     assert main([*words, *small, "--quiet", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     options = json.loads(Path("runs/a new one/config.json").read_text())
-    assert (options["training"]["lr"], options["data"]["validation_fraction"]) == (0.001, 0.25)
+    assert (options["training"]["beta1"], options["data"]["validation_fraction"]) == (0.5, 0.25)
     assert found["paths"] == {"adapters": "runs/a new one/adapters"} and found["results"]["train"]["steps"] == 1
     assert found["next"] == "tl-adapters evaluate 'runs/a new one' --data HELD_OUT.jsonl"
     parse(shlex.split(found["next"])[1:])

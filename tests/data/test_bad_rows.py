@@ -27,7 +27,9 @@ BAD: dict[str, Any] = {
     "turns that the template refuses": {"messages": [{"role": r, "content": r} for r in ("user", "user", "assistant")]},
     "no assistant": {"messages": [{"role": "user", "content": "q"}]},
 }
-OPTIONS = TrainingConfig(n_features=4, steps=14, tokens_per_batch=512, checkpoint_every=3, lr=1e-3)
+OPTIONS = TrainingConfig(
+    stages=("end_to_end",), n_features=4, steps=14, tokens_per_batch=512, checkpoint_every=3, lr=1e-3
+)
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +138,7 @@ def test_the_command_line_drops_from_now_on(folder: Path, capsys: pytest.Capture
     config = {
         "base": str(folder / "base"), "target": str(folder / "target"),
         "data": {"source": str(folder / "data"), "streaming": True},
-        "training": {"n_features": 4, "steps": 2, "tokens_per_batch": 128},
+        "training": {"n_features": 4, "local": {"steps": 2}, "tokens_per_batch": 128},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     train = ["train", "--config", str(folder / "config.json"), "--out", str(folder / "run"), "--quiet"]

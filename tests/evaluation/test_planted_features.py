@@ -458,7 +458,9 @@ def test_sets_of_other_shapes_are_refused(base: PreTrainedModel, plant: PlantedS
 def test_training_recovers_planted_features() -> None:
     base = random_model(1, torch.float32, num_hidden_layers=1)
     traces, held_out = skewed_traces(1500, seed=1), skewed_traces(200, seed=2)
-    config = TrainingConfig(n_features=12, steps=150, tokens_per_batch=256, lr=0.06, l1_weight=3e-3)
+    config = TrainingConfig(
+        stages=("end_to_end",), n_features=12, steps=150, tokens_per_batch=256, lr=0.06, l1_weight=3e-3
+    )
     plant = plant_features(base, traces[:300], per_layer=2, rates=(0.1,), strength=2.0)
     options = dict(plant=plant, kl_documents=20, progress=False)
     report = planted_test(base, traces, held_out, config, **options)

@@ -31,7 +31,9 @@ from tl_adapters.utils.results import read_results, write_results
 
 CONFIG = RunConfig(
     base="b", target="t", data=DataConfig(source="x.jsonl", max_tokens=9, template_date="2026-02-28"),
-    training=TrainingConfig(activation="topk", lr=1e-5, steps=4, n_features=8, count=("answer",)),
+    training=TrainingConfig(
+        stages=("end_to_end",), activation="topk", lr=1e-5, steps=4, n_features=8, count=("answer",)
+    ),
 )  # fmt: skip
 
 

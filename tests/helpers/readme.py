@@ -1,4 +1,4 @@
-"""The README's fenced blocks."""
+"""The fenced blocks of the README and of the pages that continue it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    """All blocks of a language, in the order in which they are read: later ones use the names of earlier ones."""
+    return [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md"]
+PAGES += [ROOT / "docs" / f"{name}.md" for name in ("pairs", "features", "attribution", "circuits", "sharing")]

@@ -25,7 +25,7 @@ from tl_adapters import organism
 from tl_adapters.circuits.search import SearchOptions
 from tl_adapters.circuits.study import StudyOptions
 from tl_adapters.cli.main import main
-from tl_adapters.config import TrainingConfig
+from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
 from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.interop.circuit_tracer import listed_graphs
@@ -34,7 +34,14 @@ from tl_adapters.study.features import features_run
 from tl_adapters.study.run_size import StudyScale
 from tl_adapters.utils.files import locked, working_folder
 
-TRAINING = {"steps": 12, "n_features": 48, "tokens_per_batch": 512, "log_every": 1, "checkpoint_every": 2}
+TRAINING = {
+    "stages": ["end_to_end"],
+    "steps": 12,
+    "n_features": 48,
+    "tokens_per_batch": 512,
+    "log_every": 1,
+    "checkpoint_every": 2,
+}
 SCALE = StudyScale(
     training_traces=60,
     problems=6,
@@ -43,7 +50,7 @@ SCALE = StudyScale(
     max_new_tokens=48,
     hesitation=(12, 6),
     circuit=StudyOptions(SearchOptions(per_round=8, documents=6), draws=1, probability_draws=1, curve_factors=(1.0,)),
-    training=replace(TrainingConfig(**TRAINING), steps=6),
+    training=replace(RunConfig.from_dict({"training": TRAINING}).training, steps=6),
 )
 
 

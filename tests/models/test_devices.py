@@ -191,7 +191,14 @@ def test_a_pair_and_its_adapters_are_built_on_the_device(device: Device, archite
 def test_training_runs(device: Device, activation: str) -> None:
     k = {"k": 5} if "topk" in activation else {}
     config = TrainingConfig(
-        n_features=16, steps=3, tokens_per_batch=24, activation=activation, log_every=1, validate_every=2, **k
+        stages=("end_to_end",),
+        n_features=16,
+        steps=3,
+        tokens_per_batch=24,
+        activation=activation,
+        log_every=1,
+        validate_every=2,
+        **k,
     )  # type: ignore[arg-type]
     trainer = Trainer(tiny(device), documents(), config, validation=documents(2, 1), progress=False)
     adapters = trainer.run()
@@ -307,7 +314,7 @@ def test_the_stages_run_on_a_bridge(device: Device, architecture: str) -> None:
         attribute(pair, prompt, linearisation=linearisation, progress=False)
     with inserted(pair, features) as model:
         model(torch.tensor([prompt], device=device.name))
-    Trainer(pair, documents(), TrainingConfig(n_features=16, steps=2), progress=False).run()
+    Trainer(pair, documents(), TrainingConfig(stages=("end_to_end",), n_features=16, steps=2), progress=False).run()
 
 
 @pytest.fixture
@@ -467,7 +474,7 @@ def test_the_waits_of_a_training_step_do_not_grow_with_layers(pretended: Pretend
     counts = []
     for layers in (2, 4):
         k = {"k": 5} if activation == "batchtopk" else {}
-        config = TrainingConfig(n_features=16, steps=1, activation=activation, **k)  # type: ignore[arg-type]
+        config = TrainingConfig(stages=("end_to_end",), n_features=16, steps=1, activation=activation, **k)  # type: ignore[arg-type]
         trainer = Trainer(tiny(pretended, layers), documents(), config, validation=documents(2, 1), progress=False)
         counts.append(waits(pretended, trainer.run))
     ours = lambda key: key[2] == "clip"  # noqa: E731 (torch's gradient clipping asks a device for its devices)

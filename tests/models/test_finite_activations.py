@@ -189,7 +189,7 @@ def test_an_infinite_activation_is_detected_where_adapters_only_read(builtin: Pa
 
 
 def test_training_names_step_route_layer_and_document(pair: PairedModel) -> None:
-    config = TrainingConfig(n_features=8, steps=2)
+    config = TrainingConfig(stages=("end_to_end",), n_features=8, steps=2)
     trainer = Trainer(pair, [Trace((1, 2, 3, 4, 5), 1)], config, progress=False)
     poison_layer(pair, 2, math.nan)
     with pytest.raises(TrainingError, match=r"Step 1: output_kl.*In this batch, the target: layer 2, document 0"):
@@ -203,7 +203,7 @@ def test_target_weights_that_are_not_finite_are_not_mistaken_for_another_model(p
 
 
 def test_training_names_a_gradient_that_is_not_finite(pair: PairedModel) -> None:
-    config = TrainingConfig(n_features=8, steps=2)
+    config = TrainingConfig(stages=("end_to_end",), n_features=8, steps=2)
     trainer = Trainer(pair, [Trace((1, 2, 3, 4, 5), 1)], config, progress=False)
     trainer.adapters[1].b_dec.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(TrainingError, match=r"Step 1: the gradient's norm.*layer 1, b_dec"):

@@ -260,7 +260,7 @@ def test_other_models_and_unknown_backends_are_refused() -> None:
 def test_adapters_trained_on_a_bridge_round_trip_through_saelens_folders(tmp_path: Path) -> None:
     pair = PairedModel.from_pretrained(organism.BASE, organism.TARGET, backend="bridge")
     traces = encode_traces(organism.reasoning_pairs("train", 40), pair.model.tokenizer)
-    adapters = train(pair, traces[:30], steps=8, n_features=32, progress=False)
+    adapters = train(pair, traces[:30], stages=("end_to_end",), steps=8, n_features=32, progress=False)
     with torch.no_grad():
         sums = measure_faithfulness(pair, traces[30:])
     assert 0 < float(sums.kl["replacement"].sum()) < float(sums.kl["hybrid"].sum())

@@ -146,7 +146,7 @@ def test_evaluate_measures_the_same_again(run: Path, results: dict[str, Any], tm
 def test_train_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, config, out = tmp_path / "t.jsonl", tmp_path / "c.yaml", tmp_path / "run"
     data.write_text(json.dumps({"prompt": "47+85=?", "response": "<think>47+85=132.\n</think>132"}))
-    config.write_text("training:\n  steps: 3\n  n_features: 8\n  loss_weights: public_code\n")
+    config.write_text("training:\n  stages: [end_to_end]\n  steps: 3\n  n_features: 8\n  loss_weights: public_code\n")
     pair = ["--base", str(organism.BASE), "--target", str(organism.TARGET)]
     command = ["train", *pair, "--data", str(data), "--config", str(config), "--out", str(out), "--quiet"]
     assert main([*command, "--seed", "7"]) == 0
@@ -173,7 +173,9 @@ def test_every_architecture_trains_and_is_evaluated_from_folders(
     lines = [json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": r}]})
              for q, r in pairs]  # fmt: skip
     (tmp_path / "traces.jsonl").write_text("\n".join(lines))
-    (tmp_path / "c.yaml").write_text("dtype: bfloat16\ntraining: {steps: 6, n_features: 32, lr: 0.003}\n")
+    (tmp_path / "c.yaml").write_text(
+        "dtype: bfloat16\ntraining: {stages: [end_to_end], steps: 6, n_features: 32, lr: 0.003}\n"
+    )
     sides = [str(tmp_path / "base"), str(tmp_path / "target")]
     data, run = str(tmp_path / "traces.jsonl"), str(tmp_path / "run")
     assert main(["doctor", *sides, "--data", data]) == 0

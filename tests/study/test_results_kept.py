@@ -101,7 +101,7 @@ def test_resuming_a_finished_run_changes_no_figure(tmp_path: Path) -> None:
     batch = random_batch(3)
     traces = [Trace(tuple(row[real].tolist()), 3) for row, real in zip(batch.tokens, batch.real, strict=True)]
     models = [random_model(seed, torch.float32, num_hidden_layers=2) for seed in (1, 2)]
-    config = TrainingConfig(n_features=8, steps=4, log_every=2)
+    config = TrainingConfig(stages=("end_to_end",), n_features=8, steps=4, log_every=2)
     folder = tmp_path / "run"
     train_stage(Trainer(PairedModel.from_pretrained(*models), traces, config, folder, progress=False), folder)
     before = (folder / "results.json").read_bytes()

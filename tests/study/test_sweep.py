@@ -34,7 +34,9 @@ from tl_adapters.utils.measurement import Measurement
 
 STEPS, DOCUMENTS = 4, 12
 CONFIG = RunConfig(
-    training=TrainingConfig(steps=STEPS, n_features=48, tokens_per_batch=512, log_every=1, checkpoint_every=2),
+    training=TrainingConfig(
+        stages=("end_to_end",), steps=STEPS, n_features=48, tokens_per_batch=512, log_every=1, checkpoint_every=2
+    ),
 )
 GRID: dict[str, list[Any]] = {"l1_weight": [0.001], "seed": [0, 3]}
 NAMES = ["l1_weight-0.001_seed-0", "l1_weight-0.001_seed-3"]
@@ -214,7 +216,10 @@ def test_one_that_is_done_takes_more_values(whole: Path, tmp_path: Path, counted
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(config=RunConfig(training=TrainingConfig(steps=5))), "training.steps was 4, now 5"),
+        (
+            dict(config=RunConfig(training=TrainingConfig(stages=("end_to_end",), steps=5))),
+            "training.steps was 4, now 5",
+        ),
         (dict(config=RunConfig(dtype="bfloat16")), "dtype was None, now 'bfloat16'"),
         (dict(documents=13), "documents was 12, now 13"),
         (dict(held_out="x.jsonl"), "held_out was None, now 'x.jsonl'"),

@@ -21,7 +21,9 @@ from tl_adapters.training.trainer import Trainer
 from tl_adapters.training.training_state import TrainingState
 from tl_adapters.utils.reading import UnreadableFileError
 
-CONFIG = TrainingConfig(n_features=8, steps=9, tokens_per_batch=60, checkpoint_every=2, log_every=1, lr=1e-3)
+CONFIG = TrainingConfig(
+    stages=("end_to_end",), n_features=8, steps=9, tokens_per_batch=60, checkpoint_every=2, log_every=1, lr=1e-3
+)
 
 
 class Stop(Exception):
@@ -212,7 +214,7 @@ def test_runs_of_the_first_release_are_read(run: tuple[RunFolder, AdapterSet]) -
         edit(lambda record: (record.pop("schema_version"), record.pop("optimizer_sha256")))(state)
     folder.release()
     again = RunFolder.open(folder.path)
-    assert again.config.training == TrainingConfig(n_features=8, steps=9, tokens_per_batch=60, lr=1.0, **{
+    assert again.config.training == TrainingConfig(stages=("end_to_end",), n_features=8, steps=9, tokens_per_batch=60, lr=1.0, **{
         "checkpoint_every": 2, "log_every": 1,
     })  # fmt: skip
     assert (again.id, again.fingerprints) == ("0a1b2c3d4e5f", {"data": "1"})

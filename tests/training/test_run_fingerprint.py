@@ -21,7 +21,9 @@ from tl_adapters.study.open_run import open_data, open_run
 from tl_adapters.training.run_folder import RunFolderError
 from tl_adapters.training.trainer import Trainer
 
-OPTIONS = TrainingConfig(n_features=4, steps=6, tokens_per_batch=512, checkpoint_every=2, lr=1e-3)
+OPTIONS = TrainingConfig(
+    stages=("end_to_end",), n_features=4, steps=6, tokens_per_batch=512, checkpoint_every=2, lr=1e-3
+)
 DAY, NEXT = datetime.date(2026, 11, 26), datetime.date(2026, 11, 27)
 
 

@@ -35,6 +35,7 @@ from tl_adapters.training.trainer import Trainer, TrainingError, TrainingInterru
 from tl_adapters.utils.files import DiskFullError, FolderExistsError, new_folder, write_text
 
 CONFIG = TrainingConfig(
+    stages=("end_to_end",),
     n_features=16, steps=130, tokens_per_batch=200, checkpoint_every=3, keep_checkpoints=3, log_every=1,
     validate_every=7, lr=1e-3,
 )  # fmt: skip
@@ -230,7 +231,9 @@ def test_the_command_line_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, step = tmp_path / "c.yaml", EndToEndStage.advance
-    config.write_text("training: {steps: 4, n_features: 8, tokens_per_batch: 200, log_every: 1}\n")
+    config.write_text(
+        "training: {stages: [end_to_end], steps: 4, n_features: 8, tokens_per_batch: 200, log_every: 1}\n"
+    )
 
     def interrupted(self: EndToEndStage, want_l0: bool) -> StepTerms:
         if self.step == 1:

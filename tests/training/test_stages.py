@@ -36,6 +36,15 @@ CONFIG = TrainingConfig(
     n_features=12, steps=5, tokens_per_batch=60, checkpoint_every=4, keep_checkpoints=3, log_every=3, validate_every=5,
     lr=1e-3, stages=("local", "end_to_end"), local=LOCAL, loss_weights=LossWeights(local=0.1),
 )  # fmt: skip
+LOCAL_ONLY = TrainingConfig(
+    n_features=12,
+    tokens_per_batch=60,
+    checkpoint_every=4,
+    keep_checkpoints=3,
+    log_every=3,
+    validate_every=5,
+    local=LOCAL,
+)
 STEPS = LOCAL.steps + CONFIG.steps
 
 
@@ -238,7 +247,7 @@ def test_a_run_whose_every_state_is_damaged_says_so(tmp_path: Path) -> None:
 
 def test_the_local_stage_alone(tmp_path: Path) -> None:
     """Its adapters are those of `train_local`, and a finished run is not trained again."""
-    config = replace(CONFIG, stages=("local",))
+    config = LOCAL_ONLY
     trainer = start_or_resume(tmp_path / "run", config)
     adapters = {name: value.clone() for name, value in trainer.run().state_dict().items()}
     assert trainer.finished and trainer.step == LOCAL.steps
@@ -337,7 +346,7 @@ def test_gradients_and_weights_are_converted_by_the_chain_rule() -> None:
 
 
 def test_the_end_to_end_stage_starts_where_the_local_stage_ended(tmp_path: Path) -> None:
-    local_only = train(pair(), traces(), replace(CONFIG, stages=("local",)), progress=False)
+    local_only = train(pair(), traces(), LOCAL_ONLY, progress=False)
     held = {name: value.clone() for name, value in local_only.state_dict().items()}
     still = train(pair(), traces(), replace(CONFIG, lr=1e-30), progress=False).state_dict()
     for name, value in held.items():

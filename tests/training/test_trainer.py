@@ -22,7 +22,14 @@ from tl_adapters.training.run_folder import RunFolderError
 from tl_adapters.training.trainer import Trainer, TrainingError, train
 
 CONFIG = TrainingConfig(
-    n_features=16, steps=12, tokens_per_batch=60, checkpoint_every=5, log_every=2, validate_every=4, lr=1e-3
+    stages=("end_to_end",),
+    n_features=16,
+    steps=12,
+    tokens_per_batch=60,
+    checkpoint_every=5,
+    log_every=2,
+    validate_every=4,
+    lr=1e-3,
 )
 
 
@@ -49,7 +56,9 @@ def test_schedules_rise_and_fall() -> None:
 
 def test_training_lowers_the_loss() -> None:
     pair, seen = fresh_pair(), []
-    options = TrainingConfig(n_features=64, steps=80, tokens_per_batch=400, lr=5e-3, l1_weight=0.0)
+    options = TrainingConfig(
+        stages=("end_to_end",), n_features=64, steps=80, tokens_per_batch=400, lr=5e-3, l1_weight=0.0
+    )
     Trainer(pair, traces(), options, progress=False).run(on_step=lambda step, terms: seen.append(terms))
     for term in ("output_kl", "nmse", "total"):
         assert getattr(seen[-1], term) < 0.7 * getattr(seen[0], term), term
@@ -59,7 +68,14 @@ def trained(activation: str, **options: object) -> tuple[PairedModel, list[StepT
     """A pair of float32 models after 60 steps with this activation, and the terms of every step."""
     pair, seen = fresh_pair(), []
     config = TrainingConfig(
-        n_features=64, steps=60, tokens_per_batch=200, lr=1e-2, log_every=1, activation=activation, **options
+        stages=("end_to_end",),
+        n_features=64,
+        steps=60,
+        tokens_per_batch=200,
+        lr=1e-2,
+        log_every=1,
+        activation=activation,
+        **options,
     )
     Trainer(pair, traces(), config, progress=False).run(on_step=lambda step, terms: seen.append(terms))
     return pair, seen
@@ -99,10 +115,12 @@ def test_the_weight_of_the_sparsity_term() -> None:
     weights = [
         sparsity_weight(config, 1)
         for config in (
-            TrainingConfig(steps=8, l1_warmup_fraction=0.5, l1_weight=0.2),
-            TrainingConfig(steps=8, l1_warmup_fraction=0.5, activation="jumprelu", l0_weight=0.6),
-            TrainingConfig(steps=8, activation="topk"),
-            TrainingConfig(steps=8, activation="batchtopk"),
+            TrainingConfig(stages=("end_to_end",), steps=8, l1_warmup_fraction=0.5, l1_weight=0.2),
+            TrainingConfig(
+                stages=("end_to_end",), steps=8, l1_warmup_fraction=0.5, activation="jumprelu", l0_weight=0.6
+            ),
+            TrainingConfig(stages=("end_to_end",), steps=8, activation="topk"),
+            TrainingConfig(stages=("end_to_end",), steps=8, activation="batchtopk"),
         )
     ]
     assert weights == pytest.approx([0.1, 0.3, 0, 0])
@@ -112,7 +130,9 @@ def test_the_weight_of_the_sparsity_term() -> None:
 def test_float32_adapters_learn_on_a_bfloat16_model(architecture: str) -> None:
     base, target = (random_model(s, torch.float32, architecture) for s in (1, 2))
     pair, seen = PairedModel.from_pretrained(base, target, dtype=torch.bfloat16), []
-    options = TrainingConfig(n_features=64, steps=60, tokens_per_batch=400, lr=5e-3, l1_weight=1e-4)
+    options = TrainingConfig(
+        stages=("end_to_end",), n_features=64, steps=60, tokens_per_batch=400, lr=5e-3, l1_weight=1e-4
+    )
     adapters = Trainer(pair, traces(), options, progress=False).run(on_step=lambda step, terms: seen.append(terms))
     assert {p.dtype for p in adapters.parameters()} == {torch.float32} and pair.model.W_E.dtype == torch.bfloat16
     assert seen[-1].output_kl.dtype == torch.float32
@@ -245,7 +265,9 @@ def test_a_planted_adapter_is_matched() -> None:
             ours.mlp.down_proj.weight[:, 0] += torch.randn(32, generator=generator)
     pair = PairedModel.from_pretrained(base, target)
     seen: list[StepTerms] = []
-    options = TrainingConfig(n_features=32, steps=150, tokens_per_batch=400, lr=1e-2, l1_weight=0.0)
+    options = TrainingConfig(
+        stages=("end_to_end",), n_features=32, steps=150, tokens_per_batch=400, lr=1e-2, l1_weight=0.0
+    )
     Trainer(pair, traces(), options, progress=False).run(on_step=lambda step, terms: seen.append(terms))
     assert seen[-1].output_kl < 0.15 * seen[0].output_kl
     assert seen[-1].nmse < 0.4 * seen[0].nmse

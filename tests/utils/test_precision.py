@@ -117,7 +117,7 @@ def half(layers: int = 2) -> PairedModel:
 
 
 def test_float16_is_refused_for_training_and_says_what_to_take(tmp_path: Path) -> None:
-    pair, config = half(), TrainingConfig(n_features=8, steps=2)
+    pair, config = half(), TrainingConfig(stages=("end_to_end",), n_features=8, steps=2)
     with pytest.raises(PrecisionError, match="bfloat16.*float32"):
         Trainer(pair, [Trace((1, 2, 3, 4), 1)], config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists() and pair.adapters is None
@@ -141,7 +141,7 @@ def test_trained_adapters_are_measured_in_float16() -> None:
 
 def test_bfloat16_trains(tmp_path: Path) -> None:
     pair = PairedModel.from_pretrained(*(random_model(s, torch.bfloat16, num_hidden_layers=2) for s in (1, 2)))
-    config = TrainingConfig(n_features=8, steps=2, log_every=1)
+    config = TrainingConfig(stages=("end_to_end",), n_features=8, steps=2, log_every=1)
     losses: list[float] = []
     traces = [Trace((1, 2, 3, 4, 5, 6), 1)]
     Trainer(pair, traces, config, progress=False).run(lambda step, terms: losses.append(float(terms.total)))

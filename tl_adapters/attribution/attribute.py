@@ -36,11 +36,13 @@ from tl_adapters.attribution.targets import (
     ResolvedTarget,
     Target,
     absolute_position,
+    cut_before,
     likeliest_next_tokens,
     prompt_token_ids,
     resolve_target,
     token_label,
 )
+from tl_adapters.data.traces import Trace
 from tl_adapters.models.finite_activations import finite_blocks
 from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
 from tl_adapters.utils.arguments import choice, items
@@ -56,9 +58,10 @@ log = logging.getLogger(__name__)
 @adapters_in_float32
 def attribute(
     pair: PairedModel,
-    prompt: str | Sequence[int] | Tensor,
+    prompt: str | Sequence[int] | Tensor | Trace,
     targets: Sequence[Target | str | int] | None = None,
     *,
+    at: str | None = None,
     linearisation: str = "relp",
     position: int = -1,
     mass: float = 0.95,
@@ -73,9 +76,11 @@ def attribute(
 
     Args:
         pair: a pair with adapters on every layer.
-        prompt: the text as the model reads it (with chat tokens; nothing is added), or token ids.
+        prompt: the text as the model reads it (with chat tokens; nothing is added), token ids, or a document.
         targets: tokens (text or ids), or `LogitTarget`, `DifferenceTarget`, `FeatureTarget`. None selects the likeliest
             next tokens at ``position``, until their probabilities reach ``mass``, at most ``max_logits``.
+        at: a word in any spelling that is one token. The prompt ends before the first place that says it (in the
+            response, of a document), and that token is the target unless ``targets`` are given.
         linearisation: "relp"; "frozen_mlp" (base MLPs are constants and error nodes, circuit-tracer's scheme); or
             "gradient" (gradient times activation, for comparison: its rows do not add up to the target's value).
         position: the position of targets that do not have their own; a negative one counts from the end.
@@ -92,12 +97,16 @@ def attribute(
 
     Raises:
         GraphError: a target is not a single token, the prompt is longer than the context, a position is outside the
-            prompt, or no feature is active on the prompt.
+            prompt, no feature is active on the prompt, or the prompt does not say ``at``.
         ArgumentError: several prompts, token ids outside the vocabulary, or a plain text as ``targets``.
         PairMismatchError: some layers have no adapter.
         NotFiniteError: activations are NaN or infinite.
     """
+    start, prompt = (prompt.prompt_length, prompt.tokens) if isinstance(prompt, Trace) else (0, prompt)
     tokens = prompt_token_ids(pair, prompt)
+    if at is not None:
+        tokens, said = cut_before(pair, tokens, at, start)
+        targets = [said] if targets is None else targets
     batch_size = default_batch_size(pair, len(tokens)) if batch_size is None else batch_size
     options = _Options(linearisation, position, mass, max_logits, max_feature_nodes, exclude_bos, window, batch_size)
     options.check()

@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_adapters.attribution.gradient import PromptModel
 from tl_adapters.attribution.graph import GraphError, GraphTarget
 from tl_adapters.data.tokens import single_token, token_text
+from tl_adapters.data.words import hesitation_tokens
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.arguments import token_ids
 
@@ -88,6 +89,28 @@ def prompt_token_ids(pair: PairedModel, prompt: str | Sequence[int] | Tensor) ->
     if not 0 < len(tokens) <= n_ctx:
         raise GraphError(f"The prompt has {len(tokens)} tokens; the model's context is 1 to {n_ctx:,}.")
     return tokens
+
+
+def cut_before(
+    pair: PairedModel, tokens: Int[Tensor, "pos"], word: str, start: int = 0
+) -> tuple[Int[Tensor, "before"], int]:
+    """The tokens before the first place where a text says a word, and the token that says it.
+
+    Args:
+        word: in any spelling that is one token ("Wait", "wait", " Wait", ...), or the text of one token.
+        start: the first position where the word is looked for; before the word there is at least one token.
+
+    Raises:
+        GraphError: the text does not say the word.
+        VocabularyError: no spelling of the word is a single token.
+    """
+    is_word = len(word.split()) == 1 and word == word.strip()
+    spelled = set(hesitation_tokens(pair.model.tokenizer, [word]).values()) if is_word else set()
+    spelled = spelled or {single_token(pair.model.tokenizer, word)}
+    said = [place for place in range(max(start, 1), len(tokens)) if int(tokens[place]) in spelled]
+    if not said:
+        raise GraphError(f"The text does not say {word!r}; give one that does, or name the token in targets.")
+    return tokens[: said[0]], int(tokens[said[0]])
 
 
 def token_id(pair: PairedModel, token: int | str) -> int:

@@ -349,7 +349,7 @@ class FoundCircuit:
 def find_circuit(
     pair: PairedModel,
     traces: Sequence[Trace],
-    behavior: Behavior | None = None,
+    behavior: Behavior | str | None = None,
     *,
     split: str = "select",
     options: SearchOptions | None = None,
@@ -360,7 +360,7 @@ def find_circuit(
     Args:
         pair: with adapters on every layer.
         traces: the target's own responses (`generation.responses.traces_of`), to problems that are not reported on.
-        behavior: hesitation by default.
+        behavior: a behavior, or a word that the target says; None is hesitation.
         split: of the problems, recorded in the circuit.
         options: of the search.
         progress: show a bar.
@@ -371,6 +371,8 @@ def find_circuit(
     Raises BehaviorError where there are no answers, for words that the tokenizer cannot write, and for adapters of
     which no feature fires although the behavior occurs.
     """
+    if isinstance(behavior, str):
+        behavior = Behavior(name=behavior, words=(behavior,))
     behavior, options = behavior or Behavior(), options or SearchOptions()
     adapters = pair.installed_adapters()
     words = behavior.tokens(pair, traces)

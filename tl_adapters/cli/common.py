@@ -51,7 +51,7 @@ ConfigFile = Annotated[
 ]
 SetOptions = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="OPTION=VALUE", help="an option of the configuration, such as training.lr=1e-3"),
+    typer.Option("--set", metavar="OPTION=VALUE", help="an option of the configuration, such as n_features=256"),
 ]
 PromptFile = Annotated[
     Path | None, typer.Option("--prompt-file", metavar="FILE", help="a text file with the prompt, in UTF-8")

@@ -159,7 +159,7 @@ def _require_data(options: Any, what: str) -> None:
 
 _Over = Annotated[
     list[Words] | None,
-    words("--over", "such as l1_weight=3e-4,1e-3 n_features=128,512", "OPTION=V,V"),
+    words("--over", "such as sparsity_weight=0.1,0.4 n_features=64,128", "OPTION=V,V"),
 ]
 _SweepData = Annotated[
     str | None,
@@ -196,8 +196,8 @@ def sweep(
     """Train over training options: sparsity against faithfulness.
 
     Examples:
-        tl-adapters sweep --over l1_weight=3e-4,1e-3,3e-3 n_features=128,512 --out runs/sweep
-        tl-adapters sweep --over l1_weight=1e-3,3e-3 --set training.steps=300 --out runs/short
+        tl-adapters sweep --over sparsity_weight=0.1,0.2,0.4 n_features=64,128 --out runs/sweep
+        tl-adapters sweep --over sparsity_weight=0.1,0.4 --set local.steps=300 --out runs/short
         tl-adapters sweep --resume runs/sweep
     """
     from tl_adapters.pages.sweep_page import SWEEP_PAGE_FILE, points_on_front, sweep_markdown
@@ -216,7 +216,7 @@ def sweep(
         points = resume_sweep(resume, device_of(device), progress=not quiet)
     else:
         if not over:
-            raise UserError("--over is missing; give options with their values, such as l1_weight=3e-4,1e-3,3e-3.")
+            raise UserError("--over is missing; give options with their values, such as sparsity_weight=0.1,0.2,0.4.")
         assert out is not None
         grid = read_grid(joined(over))
         options = run_config(config, set_options, base=base, target=target, data=data, dtype=dtype, seed=seed)

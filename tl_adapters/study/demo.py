@@ -10,7 +10,7 @@ import torch
 from tl_adapters import organism
 from tl_adapters.circuits.search import SearchOptions
 from tl_adapters.circuits.study import StudyOptions
-from tl_adapters.config import RunConfig, TrainingConfig
+from tl_adapters.config import LocalConfig, RunConfig, TrainingConfig
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.pages.report import write_report
 from tl_adapters.study.evaluate import evaluate_organism
@@ -30,7 +30,7 @@ QUICK_SCALE = StudyScale(
     circuit=StudyOptions(
         SearchOptions(per_round=8, documents=40), draws=1, probability_draws=3, curve_factors=(0.5, 1.0, 2.0)
     ),
-    training=TrainingConfig(steps=150),
+    training=TrainingConfig(local=LocalConfig(steps=300, max_tokens=100_000)),
 )
 """Every stage in a few minutes; the adapters are not yet sparse."""
 

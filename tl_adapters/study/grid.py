@@ -23,14 +23,14 @@ def swept_option(name: str) -> str:
     """
     path = option_path(name)
     if not path.startswith(_SWEPT):
-        raise GridError(f"{path} cannot be swept; options of training can, such as l1_weight.")
+        raise GridError(f"{path} cannot be swept; options of training can, such as sparsity_weight.")
     return path.removeprefix(_SWEPT)
 
 
 def grid_configurations(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> dict[str, RunConfig]:
     """The configuration of every point of a grid, by the name of its folder. Raises ConfigError and GridError."""
     if not grid:
-        raise GridError("A sweep needs options and their values, such as l1_weight=0.001,0.01; the grid is empty.")
+        raise GridError("A sweep needs options and their values, such as sparsity_weight=0.1,0.4; the grid is empty.")
     for option, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise GridError(f"The values of {option} are {values!r}; give a list of one or more.")
@@ -53,7 +53,7 @@ def _in_a_name(value: Any) -> str:
 
 
 def read_grid(options: Sequence[str]) -> dict[str, list[Any]]:
-    """The grid of options such as "l1_weight=1e-3,1e-2", whose values are read as `config.parse_option` reads them.
+    """The grid of options such as "sparsity_weight=0.1,0.4", whose values are read as `config.parse_option` reads them.
 
     Raises GridError and ConfigError.
     """

@@ -10,7 +10,7 @@
 
     sweep.json    the configuration, the grid, the held-out text, the points that are done; no times
     sweep.html    the points as plots and a table
-    l1_weight-0.001_n_features-512/ ...    the run folders
+    local.sparsity_weight-0.1_n_features-128/ ...    the run folders
 
 A point is done when sweep.json lists it. A sweep that was stopped or killed resumes from the last saved training state
 and produces the same file; a finished sweep can be extended by more values. Another configuration is refused.
@@ -79,7 +79,7 @@ def sweep(
     Args:
         config: the pair, the data, and every option outside the grid.
         folder: folder of the sweep, with one run folder per point.
-        grid: option of `TrainingConfig` -> its values, such as {"l1_weight": [1e-3, 1e-2], "n_features": [512]}.
+        grid: option of `TrainingConfig` -> its values, such as {"local.sparsity_weight": [0.1, 0.4], "n_features": [128]}.
         held_out: a .jsonl file or a dataset's name to measure on; None for problems of the model organism, or for what
             the configuration holds out (``data.validation_fraction`` or ``data.validation_split``).
         documents: the largest number of held-out problems or documents.
@@ -126,7 +126,7 @@ def sweep(
 def resume_sweep(folder: str | Path, device: str = "auto", progress: bool = True) -> list[SweepPoint]:
     """Continues a sweep that was stopped, with its own options. Raises what `sweep` raises."""
     record = _read(Path(folder))
-    config = RunConfig.from_dict(record["config"])
+    config = RunConfig.from_record(record["config"])
     options = dict(held_out=record["held_out"], documents=record["documents"])
     return sweep(config, folder, record["grid"], **options, device=device, progress=progress)
 
@@ -315,7 +315,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except UnreadableFileError as error:
         raise SweepError(str(error)) from error
     try:
-        grid_configurations(RunConfig.from_dict(record["config"]), record["grid"])
+        grid_configurations(RunConfig.from_record(record["config"]), record["grid"])
     except UserError as error:
         raise SweepError(f"{path}: {error}") from error
     return record
@@ -323,7 +323,9 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _settings(request: dict[str, Any]) -> dict[str, Any]:
     """Settings that two sweeps in one folder must share, by dotted option; the swept options are left out."""
-    config = _flat(RunConfig.from_dict(request["config"]).to_dict(), "")  # newer options than the record's get defaults
+    config = _flat(
+        RunConfig.from_record(request["config"]).to_dict(), ""
+    )  # newer options than the record's get defaults
     swept = tuple(f"training.{option}" for option in request["grid"])
     return {
         **{key: value for key, value in config.items() if key not in swept and not key.startswith(_below(swept))},
