@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test versions bridge dashboards harness slow fuzz kill lint commands planted organism wheels gpu tables pair install clean
+.PHONY: demo study test versions bridge dashboards harness slow fuzz kill lint commands planted organism wheels gpu tables pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +15,9 @@ install: $(VENV)/installed
 
 demo: install  ## the main job on the built-in pair; prints where report.html is
 	$(BIN)/tl-adapters demo
+
+study: install  ## the whole study of the built-in pair, three seeds: what published figures come from
+	$(BIN)/python benchmarks/seeds.py runs/study 0 1 2
 
 test: install lint  ## everything CI runs
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadgroup --no-loadscope-reorder

@@ -69,7 +69,7 @@ class Subcommand:
 def shrink() -> None:
     """Make the sizes that the command line cannot set small, in this process and those that it forks; start a judge."""
     study_open_run.ORGANISM_TRACES = 60
-    study_demo.QUICK_SCALE = SCALE
+    study_demo.DEMO_SCALE = SCALE
     study_evaluate.StudyScale = lambda: SCALE  # type: ignore[assignment, misc]
     judge_address()
 
@@ -143,7 +143,7 @@ def demo(folder: Path) -> int:
     """A second demo takes the next free name, so what a killed one left is put out of the way, as a user would."""
     if (folder / "again").exists() and (folder / "demo").exists():
         shutil.rmtree(folder / "demo")
-    return main(["demo", "--quick", "--out", "demo", "--quiet"])
+    return main(["demo", "--out", "demo", "--quiet"])
 
 
 SUBCOMMANDS = {
@@ -166,6 +166,6 @@ SUBCOMMANDS = {
     "export --to saelens": Subcommand(export("saelens")),
     "export --to neuronpedia": Subcommand(export("neuronpedia")),
     "export --to hybrid": Subcommand(export("hybrid")),
-    "demo --quick": Subcommand(demo, without="run"),
+    "demo": Subcommand(demo, without="run"),
 }
 assert conftest.small_scale  # the tests' settings: no network, types checked

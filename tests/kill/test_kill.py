@@ -19,7 +19,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("kill") / "prepared"
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in (("open_run", "ORGANISM_TRACES"), ("demo", "QUICK_SCALE"), ("evaluate", "StudyScale")):
+        for module, name in (("open_run", "ORGANISM_TRACES"), ("demo", "DEMO_SCALE"), ("evaluate", "StudyScale")):
             patch.setattr(f"tl_adapters.study.{module}.{name}", None)  # undone at the end
         shrink()
         assert _wait(_start(Subcommand(prepare), folder)) == 0, (folder.parent / "stderr").read_text()

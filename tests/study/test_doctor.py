@@ -28,7 +28,7 @@ from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.local_stage.regression_data import MLPDifferences
 from tl_adapters.local_stage.stage import LocalStage
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.organism import BASE, TARGET
+from tl_adapters.organism import BASE, BUILTIN_BASE, BUILTIN_TARGET, TARGET
 from tl_adapters.study import run_size
 from tl_adapters.study.doctor import diagnose
 from tl_adapters.study.run_size import LOGIT_COPIES, ROLE_PASSES, TOKENS_PER_LOGITS, estimate_search, estimate_size
@@ -371,6 +371,16 @@ def test_adapters_of_hub_models_are_compared_by_name(
     assert findings["adapters' base"].level == "ok" and "by name" in findings["adapters' base"].message
     assert findings["adapters' target"].level == "warning"
     assert "the adapters record org/other, and mirror/target was given" in findings["adapters' target"].message
+
+
+def test_the_search_of_a_circuit_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = TrainingConfig(n_features=100)
+    config = RunConfig(base=BUILTIN_BASE, target=BUILTIN_TARGET, data=DataConfig(max_tokens=200), training=training)
+    (finding,) = (f for f in diagnose(config) if f.subject == "circuit")
+    assert finding.level == "ok" and finding.message.startswith("hesitation searches 15 features in 120 texts of 200 ")
+    monkeypatch.setattr("tl_adapters.study.doctor.free_memory", lambda device: 1)
+    (finding,) = (f for f in diagnose(config) if f.subject == "circuit")
+    assert finding.level == "warning" and "fewer training.n_features" in str(finding)
 
 
 def test_the_plan_of_a_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

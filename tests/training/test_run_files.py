@@ -214,9 +214,9 @@ def test_runs_of_the_first_release_are_read(run: tuple[RunFolder, AdapterSet]) -
         edit(lambda record: (record.pop("schema_version"), record.pop("optimizer_sha256")))(state)
     folder.release()
     again = RunFolder.open(folder.path)
-    assert again.config.training == TrainingConfig(stages=("end_to_end",), n_features=8, steps=9, tokens_per_batch=60, lr=1.0, **{
-        "checkpoint_every": 2, "log_every": 1,
-    })  # fmt: skip
+    assert again.config.training == TrainingConfig(
+        stages=("end_to_end",), n_features=8, steps=9, tokens_per_batch=60, lr=1.0, checkpoint_every=2, log_every=1
+    )  # fmt: skip
     assert (again.id, again.fingerprints) == ("0a1b2c3d4e5f", {"data": "1"})
     state = again.load_training_state(like)
     assert state is not None and state.counters.step == 4 and state.counters.order.epoch >= 0

@@ -25,34 +25,36 @@ _Out = Annotated[
         help="run folder; if it exists, the next free name is taken: runs/demo-2, ...",
     ),
 ]
-_Quick = Annotated[bool, typer.Option("--quick", help="a smaller study that takes a few minutes")]
+_Full = Annotated[
+    bool, typer.Option("--full", help="the whole study: more problems, narrower intervals, every control; half an hour")
+]
 
 
 def demo(
     out: _Out = Path("runs/demo"),
-    quick: _Quick = False,
+    full: _Full = False,
     quiet: Quiet = False,
     json: AsJson = False,
     seed: Seed = None,
     device: Device = "auto",
     dtype: Dtype = None,
 ) -> Result:
-    """Run the whole study on the model organism, offline, on a CPU.
+    """Run every stage of a study on the model organism, offline, on a CPU.
 
     Examples:
         tl-adapters demo
-        tl-adapters demo --quick --out runs/quick
+        tl-adapters demo --full --out runs/study
     """
     import time
     from dataclasses import replace
 
-    from tl_adapters.study.demo import QUICK_SCALE
+    from tl_adapters.study.demo import DEMO_SCALE
     from tl_adapters.study.demo import demo as run_demo
     from tl_adapters.study.run_size import StudyScale
     from tl_adapters.utils.files import next_free_name, require_writable
 
     began = time.perf_counter()
-    scale = QUICK_SCALE if quick else StudyScale()
+    scale = StudyScale() if full else DEMO_SCALE
     if seed is not None:
         scale = replace(scale, training=replace(scale.training, seed=seed))
     chosen, torch_dtype = device_of(device), dtype_of(dtype)

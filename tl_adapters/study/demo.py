@@ -21,24 +21,24 @@ from tl_adapters.training.run_folder import require_new
 from tl_adapters.training.trainer import Trainer
 from tl_adapters.utils.results import changed_results
 
-QUICK_SCALE = StudyScale(
-    training_traces=4_000,
-    problems=200,
+DEMO_SCALE = StudyScale(
+    training_traces=8_000,
+    problems=300,
     documents=300,
     baseline_documents=60,
     hesitation=(120, 100),
     circuit=StudyOptions(
         SearchOptions(per_round=8, documents=40), draws=1, probability_draws=3, curve_factors=(0.5, 1.0, 2.0)
     ),
-    training=TrainingConfig(local=LocalConfig(steps=300, max_tokens=100_000)),
+    training=TrainingConfig(local=LocalConfig(steps=1000, max_tokens=100_000)),
 )
-"""Every stage in a few minutes; the adapters are not yet sparse."""
+"""Every stage, on fewer documents and problems than a study has, so that intervals are wider."""
 
 
 def demo(
     folder: Path, scale: StudyScale, device: str = "auto", dtype: torch.dtype | None = None, progress: bool = True
 ) -> Path:
-    """Runs the whole study on the model organism in a new ``folder`` and returns the path of report.html.
+    """Runs every stage of a study on the model organism in a new ``folder`` and returns the path of report.html.
 
     Raises FolderExistsError where ``folder`` exists.
     """

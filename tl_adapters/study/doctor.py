@@ -28,6 +28,7 @@ from tl_adapters.checkpoints.model_files import (
     remote_or_local_names,
 )
 from tl_adapters.checkpoints.tokenizers import load_tokenizer, without_embedding
+from tl_adapters.circuits.search import SearchOptions
 from tl_adapters.config import RunConfig
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.documents import DataStatistics, open_documents
@@ -37,7 +38,7 @@ from tl_adapters.local_stage.signal_to_noise import SMALLEST_RATIO, stored_signa
 from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.weight_identity import recorded_samples, trained_on
 from tl_adapters.organism import BUILTIN, BUILTIN_BASE, BUILTIN_TARGET
-from tl_adapters.study.run_size import RunSize, estimate_size, stored_dtype
+from tl_adapters.study.run_size import RunSize, estimate_search, estimate_size, stored_dtype
 from tl_adapters.utils.devices import free_memory, resolve_device, seconds_of
 
 _GB = 1e9
@@ -103,7 +104,8 @@ def diagnose(
     findings += _dtype(config, described)
     chosen = resolve_device(device)
     size = estimate_size(config, described, longest, chosen)
-    return [*findings, *_memory(size, chosen), _time(size, chosen), *_disk(size, config, out)]
+    findings += [*_memory(size, chosen), _time(size, chosen), *_disk(size, config, out)]
+    return [*findings, *_search(described, config, longest or size.tokens, chosen)]
 
 
 def plan_run(config: RunConfig, out: Path = Path(), device: str = "auto") -> list[Finding]:
@@ -302,6 +304,32 @@ def _time(size: RunSize, device: torch.device) -> Finding:
     dtype = getattr(torch, size.dtype)
     each = (f"{stage.stage} {_duration(seconds_of(stage.operations, device, dtype))}" for stage in size.stages)
     return Finding("ok", "time", f"{', '.join(each)} on {device}, estimated from a matrix product in {size.dtype}.")
+
+
+def _search(described: PretrainedConfig, config: RunConfig, tokens: int, device: torch.device) -> Iterator[Finding]:
+    """The search of a circuit: its memory, and its time by the methods greedy and sampled."""
+    sizes, methods = {}, ("greedy", "sampled")
+    for method in methods:
+        options = SearchOptions(method=method)
+        n_features = config.training.n_features
+        chosen = max(1, round(options.share * n_features * described.num_hidden_layers))
+        sizes[method] = estimate_search(described, n_features, chosen, options.documents, tokens, options, config.dtype)
+    dtype = getattr(torch, config.dtype or stored_dtype(described))
+    seconds = {
+        method: seconds_of(size.model_operations, device, dtype)
+        + seconds_of(size.adapter_operations, device, torch.float32)
+        for method, size in sizes.items()
+    }
+    memory, free = sizes["sampled"].memory, free_memory(device)
+    says = (
+        f"hesitation searches {chosen:,} features in {options.documents} texts of {tokens:,} tokens: about "
+        f"{memory / _GB:.2g} GB, {_duration(seconds['greedy'])}; with --search sampled {_duration(seconds['sampled'])}."
+    )
+    if memory > free:
+        do = "Take shorter texts (data.max_tokens), fewer training.n_features, or a machine with more memory."
+        yield Finding("warning", "circuit", says, do)
+    else:
+        yield Finding("ok", "circuit", says)
 
 
 def _duration(seconds: float) -> str:

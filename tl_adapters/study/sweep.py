@@ -79,7 +79,7 @@ def sweep(
     Args:
         config: the pair, the data, and every option outside the grid.
         folder: folder of the sweep, with one run folder per point.
-        grid: option of `TrainingConfig` -> its values, such as {"local.sparsity_weight": [0.1, 0.4], "n_features": [128]}.
+        grid: option of `TrainingConfig` -> its values, such as {"local.sparsity_weight": [0.1, 0.4]}.
         held_out: a .jsonl file or a dataset's name to measure on; None for problems of the model organism, or for what
             the configuration holds out (``data.validation_fraction`` or ``data.validation_split``).
         documents: the largest number of held-out problems or documents.
