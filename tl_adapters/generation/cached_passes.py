@@ -30,7 +30,12 @@ def cached_passes(model: Any, n_rows: int) -> CachedPasses:
     """The passes of a HookedTransformer or TransformerBridge, for a batch of ``n_rows``."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    return (_BridgePasses if isinstance(model, TransformerBridge) else _HookedPasses)(model, n_rows)
+    if isinstance(model, TransformerBridge):
+        return _BridgePasses(model, n_rows)
+    from tl_adapters.generation.direct_layers import is_direct  # TransformerLens 4 has no HookedTransformer
+
+    direct = all(map(is_direct, model.blocks)) and not model.cfg.use_hook_tokens
+    return (_DirectPasses if direct else _HookedPasses)(model, n_rows)
 
 
 class _HookedPasses(CachedPasses):
@@ -52,6 +57,33 @@ class _HookedPasses(CachedPasses):
             indices = rows.to(entry.past_keys.device)
             entry.past_keys, entry.past_values = entry.past_keys[indices], entry.past_values[indices]
         self.cache.previous_attention_mask = self.cache.previous_attention_mask[rows]
+
+
+class _DirectPasses(_HookedPasses):
+    """Passes of a HookedTransformer whose decoding steps are computed by `DirectLayer`s."""
+
+    def __init__(self, model: Any, n_rows: int) -> None:
+        from tl_adapters.generation.direct_layers import DirectLayer
+
+        super().__init__(model, n_rows)
+        self.layers = [DirectLayer(block, entry) for block, entry in zip(model.blocks, self.cache.entries, strict=True)]
+        self.prompts_read = self.padded = False
+
+    def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        from tl_adapters.generation.direct_layers import Step
+
+        if not self.prompts_read:
+            self.prompts_read, self.padded = True, bool((mask == 0).any())
+            return super().__call__(tokens, mask)
+        residual = self.model.hook_embed(self.model.embed(tokens))
+        step = Step.after(mask, residual.dtype, self.padded)
+        for layer in self.layers:
+            residual = layer(residual, step)
+        return self.model(residual, start_at_layer=self.model.cfg.n_layers)[:, 0]
+
+    def select(self, rows: Tensor) -> None:
+        for layer in self.layers:
+            layer.select(rows)
 
 
 class _BridgePasses(CachedPasses):
