@@ -232,7 +232,12 @@ def is_direct(block: nn.Module) -> bool:
     if any(getattr(block.cfg, option) for option in OPTIONS) or block.cfg.n_devices != 1:
         return False
     modules = [*block.modules()]
-    views = (attn.W_Q.permute(0, 2, 1), attn._W_K.permute(0, 2, 1), attn._W_V.permute(0, 2, 1), attn.W_O.permute(2, 0, 1))
+    views = (
+        attn.W_Q.permute(0, 2, 1),
+        attn._W_K.permute(0, 2, 1),
+        attn._W_V.permute(0, 2, 1),
+        attn.W_O.permute(2, 0, 1),
+    )
     return (
         all(type(module) in KNOWN_MODULES and "forward" not in module.__dict__ for module in modules)
         and all(view.is_contiguous() for view in views)  # else every step would copy the weights
