@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_adapters.generation.direct_attention import Step
+
 
 class CachedPasses:
     """A model with the keys and values of the tokens that it has read so far."""
@@ -70,8 +72,6 @@ class _DirectPasses(_HookedPasses):
         self.prompts_read = self.padded = False
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        from tl_adapters.generation.direct_layers import Step
-
         if not self.prompts_read:
             self.prompts_read, self.padded = True, bool((mask == 0).any())
             return super().__call__(tokens, mask)
@@ -96,11 +96,19 @@ class _BridgePasses(CachedPasses):
     def __init__(self, model: Any, n_rows: int) -> None:
         from transformers import DynamicCache
 
+        from tl_adapters.generation.direct_bridge import BridgeSteps, has_direct_steps
+
         self.model, self.cache = model, DynamicCache(config=model.original_model.config)
+        self.steps = BridgeSteps(model, self.cache) if has_direct_steps(model) else None
+        self.prompts_read = self.padded = False
         names = [f"blocks.{layer}.attn.hook_attn_scores" for layer in range(model.cfg.n_layers)]
         self.hooks = [(name, _clamp_to_float32) for name in names] if model.W_E.dtype == torch.float64 else []
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        if self.prompts_read and self.steps is not None and not self.steps.hooked:
+            logits = self.steps(tokens, mask, self.padded)
+            return logits.float() if self.hooks else logits
+        self.prompts_read, self.padded = True, bool((mask == 0).any())
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         options = dict(past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         with self.model.hooks(fwd_hooks=self.hooks):

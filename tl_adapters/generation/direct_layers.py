@@ -11,10 +11,8 @@ hook_attn_out, hook_mlp_out) cost only their own calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.transcoder import TranscoderAdapter
+from tl_adapters.generation.direct_attention import DirectAttention, Step, rotate, signed
 from tl_adapters.models.attention import FusedAttention
 from tl_adapters.models.hooked_transformer import OffsetRMSNorm, RoutedGatedMLP
 from tl_adapters.models.routed_mlp import MLPWeights
@@ -56,24 +55,6 @@ KNOWN_MODULES = {
 }
 LEAST_ROOM, SHARE_OF_ROOM = 32, 8
 """Where a cache is full it is copied into one with room for so many more tokens, or an eighth of those it holds."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What all layers share in one decoding step."""
-
-    mask: Int[Tensor, "batch pos"]
-    """1 at real tokens and 0 at padding, for all tokens so far and the new one."""
-    added_mask: Float[Tensor, "batch 1 1 pos"] | None
-    """0 at real tokens and -inf at padding, which is added to scores; None where there is no padding."""
-    positions: Int[Tensor, "batch"]
-    """Position of the new token in its row, padding not counted."""
-
-    @classmethod
-    def after(cls, mask: Int[Tensor, "batch pos"], dtype: torch.dtype, padded: bool) -> Step:
-        """The step whose new token is the mask's last; ``padded`` says whether the mask has a 0."""
-        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask == 0, -torch.inf)
-        return cls(mask, added[:, None, None] if padded else None, mask.sum(-1) - 1)
 
 
 class RotatedKeys:
@@ -124,12 +105,7 @@ class DirectLayer:
         self.neurons = {module: _neurons(module) for module in (block.mlp, getattr(block.mlp, "base", None)) if module}
         names = ("ln1", "ln2", "ln1_post", "ln2_post")
         self.norms = {name: _norm(getattr(block, name)) for name in names if hasattr(block, name)}
-        self.head_norms = [_norm(norm) for norm in (attn.q_norm, attn.k_norm) if norm is not None]
-        self.projections = [
-            (weight.permute(0, 2, 1).flatten(0, 1), bias.flatten())
-            for weight, bias in ((attn.W_Q, attn.b_Q), (attn._W_K, attn._b_K), (attn._W_V, attn._b_V))
-        ]
-        self.output = attn.W_O.permute(2, 0, 1).flatten(1), attn.b_O
+        self.attention = _attention_of(attn)
         self.window = attn.cfg.window_size if attn.attn_type == "local" else None
 
     def __call__(self, resid: Float[Tensor, "batch 1 d_model"], step: Step) -> Float[Tensor, "batch 1 d_model"]:
@@ -162,7 +138,7 @@ class DirectLayer:
         if self.rotated is None:
             cos, sin = self._rotations(self._positions(step))
             keys, values = (t.transpose(1, 2) for t in (self.entry.past_keys, self.entry.past_values))
-            self.rotated = RotatedKeys(_rotate(keys, cos[:, None], sin[:, None]), values.contiguous())
+            self.rotated = RotatedKeys(rotate(keys, cos[:, None], sin[:, None]), values.contiguous())
             self.entry.past_keys, self.entry.past_values = keys.new_empty(0), values.new_empty(0)
         return self.rotated
 
@@ -171,7 +147,7 @@ class DirectLayer:
         if self.rotated is not None:
             cos, sin = self._rotations(self._positions(step))
             keys, values = self.rotated.read(None)
-            self.entry.past_keys = _rotate(keys, cos[:, None], -sin[:, None]).transpose(1, 2)
+            self.entry.past_keys = rotate(keys, cos[:, None], -sin[:, None]).transpose(1, 2)
             self.entry.past_values, self.rotated = values.transpose(1, 2), None
         return self.entry
 
@@ -180,35 +156,16 @@ class DirectLayer:
         return (step.mask[:, :-1].cumsum(-1) - 1).clamp(min=0)
 
     def _rotations(self, positions: Int[Tensor, "*batch"]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, [*batch, d_head]; the sines of the first half are negated, see `_rotate`."""
-        cos, sin = self.block.attn.rotary_cos[positions], self.block.attn.rotary_sin[positions].clone()
-        sin[..., : sin.shape[-1] // 2].neg_()
-        return cos, sin
+        """Cosines and sines, [*batch, d_head], as `rotate` takes them."""
+        return self.block.attn.rotary_cos[positions], signed(self.block.attn.rotary_sin[positions])
 
     # -- attention and MLP ----------------------------------------------------------------------------------------
 
     def _attention(self, normed: Float[Tensor, "batch 1 d_model"], step: Step) -> Float[Tensor, "batch 1 d_model"]:
-        attn, x = self.block.attn, normed[:, 0]
-        n_rows, n_heads, n_kv = len(x), attn.cfg.n_heads, attn.cfg.n_key_value_heads
-        q, k, v = (F.linear(x, weight, bias).view(n_rows, -1, attn.cfg.d_head) for weight, bias in self.projections)
-        if self.head_norms:
-            q, k = (norm(heads) for norm, heads in zip(self.head_norms, (q, k), strict=True))
-        cos, sin = self._rotations(step.positions)
-        q, k = _rotate(torch.cat([q, k], 1), cos[:, None], sin[:, None]).split([n_heads, n_kv], 1)
+        q, k, v = self.attention.project(normed[:, 0], *self._rotations(step.positions))
         cache = self._rotated(step)
         cache.append(k, v)
-        keys, values = cache.read(self.window)
-        added = None if step.added_mask is None else step.added_mask[..., -keys.shape[2] :]
-        # Heads that share keys are rows of one product, so the keys need not be repeated.
-        grouped = q.view(n_rows, n_kv, n_heads // n_kv, -1)
-        if attn.cfg.attn_scores_soft_cap > 0:
-            cap = attn.cfg.attn_scores_soft_cap
-            scores = cap * torch.tanh(grouped @ keys.mT / attn.attn_scale / cap)
-            z = (scores if added is None else scores + added).softmax(-1) @ values
-        else:
-            scale = 1.0 / attn.attn_scale
-            z = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=added, scale=scale)
-        return F.linear(z.reshape(n_rows, -1), *self.output)[:, None]
+        return self.attention.attend(q, *cache.read(self.window), step)
 
     def _mlp(self, x: Float[Tensor, "batch 1 d_model"]) -> Float[Tensor, "batch 1 d_model"]:
         mlp = self.block.mlp
@@ -245,6 +202,22 @@ def is_direct(block: nn.Module) -> bool:
     )
 
 
+def _attention_of(attn: FusedAttention) -> DirectAttention:
+    """The weights of an attention, as views in the layout of Hugging Face."""
+    projections = [
+        (weight.permute(0, 2, 1).flatten(0, 1), bias.flatten())
+        for weight, bias in ((attn.W_Q, attn.b_Q), (attn._W_K, attn._b_K), (attn._W_V, attn._b_V))
+    ]
+    return DirectAttention(
+        projections,
+        output=(attn.W_O.permute(2, 0, 1).flatten(1), attn.b_O),
+        head_norms=[_norm(norm) for norm in (attn.q_norm, attn.k_norm) if norm is not None],
+        d_head=attn.cfg.d_head,
+        scale=1.0 / attn.attn_scale,
+        soft_cap=max(0.0, attn.cfg.attn_scores_soft_cap),
+    )
+
+
 def _neurons(mlp: Any) -> MLPWeights | None:
     """The weights of a gated MLP; None where it has biases, which no supported model has."""
     if bool(mlp.b_in.any()) or bool(mlp.b_out.any()):
@@ -274,8 +247,3 @@ def _hooks_of(modules: list[nn.Module]) -> list[Any]:
 def _through(point: HookPoint, value: Tensor) -> Tensor:
     """The value after a hook point's hooks, if it has any."""
     return point(value) if point._forward_hooks or point._forward_pre_hooks else value
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [..., d_head]: x cos + (-second half, first half) sin, with that sign in ``sin`` already."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
