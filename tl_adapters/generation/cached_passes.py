@@ -68,7 +68,8 @@ class _DirectPasses(_HookedPasses):
         from tl_adapters.generation.direct_layers import DirectLayer
 
         super().__init__(model, n_rows)
-        self.layers = [DirectLayer(block, entry) for block, entry in zip(model.blocks, self.cache.entries, strict=True)]
+        rotary = model.blocks[0].attn
+        self.layers = [DirectLayer(*layer, rotary) for layer in zip(model.blocks, self.cache.entries, strict=True)]
         self.prompts_read = self.padded = False
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ HookedTransformer and by `direct_bridge` for a TransformerBridge.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ class Step:
     """0 at real tokens and -inf at padding, which is added to scores; None where there is no padding."""
     positions: Int[Tensor, "batch"]
     """Position of the new token in its row, padding not counted."""
+    rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """What layers read of the rotary tables at these positions, by the id of the attention that holds the tables."""
 
     @classmethod
     def after(cls, mask: Int[Tensor, "batch pos"], dtype: torch.dtype, padded: bool) -> Step:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -93,12 +94,18 @@ class DirectLayer:
     Args:
         block: the layer's block, for which `is_direct` holds.
         entry: its entry of the model's cache, which the pass over the prompts has filled.
+        rotary: the attention of the first layer, whose rotary tables are read once in a step for all layers that have
+            equal ones.
     """
 
-    def __init__(self, block: TransformerBlock, entry: TransformerLensKeyValueCacheEntry) -> None:
+    def __init__(
+        self, block: TransformerBlock, entry: TransformerLensKeyValueCacheEntry, rotary: FusedAttention
+    ) -> None:
         self.block, self.entry = block, entry
         self.rotated: RotatedKeys | None = None
         attn = block.attn
+        tables = ((attn.rotary_cos, rotary.rotary_cos), (attn.rotary_sin, rotary.rotary_sin))
+        self.rotary = rotary if all(torch.equal(*pair) for pair in tables) else attn
         inside = [module for name, module in block.named_children() if name not in (*FREE_POINTS, "mlp")]
         self.hooks = _hooks_of([block, *(m for child in inside for m in child.modules())])
         self.mlp_hooks = _hooks_of([*block.mlp.modules()])
@@ -111,7 +118,7 @@ class DirectLayer:
     def __call__(self, resid: Float[Tensor, "batch 1 d_model"], step: Step) -> Float[Tensor, "batch 1 d_model"]:
         """The residual stream after this layer, whose keys and values of the new token are cached."""
         block, norms = self.block, self.norms
-        if any(self.hooks) or step.mask.shape[1] > len(block.attn.rotary_cos):  # the block extends the rotary tables
+        if any(self.hooks) or step.mask.shape[1] > len(self.rotary.rotary_cos):  # the block extends the rotary tables
             entry = self._unrotated(step)
             return block(resid, past_kv_cache_entry=entry, attention_mask=step.mask)
         resid = _through(block.hook_resid_pre, resid)
@@ -157,12 +164,14 @@ class DirectLayer:
 
     def _rotations(self, positions: Int[Tensor, "*batch"]) -> tuple[Tensor, Tensor]:
         """Cosines and sines, [*batch, d_head], as `rotate` takes them."""
-        return self.block.attn.rotary_cos[positions], signed(self.block.attn.rotary_sin[positions])
+        return self.rotary.rotary_cos[positions], signed(self.rotary.rotary_sin[positions])
 
     # -- attention and MLP ----------------------------------------------------------------------------------------
 
     def _attention(self, normed: Float[Tensor, "batch 1 d_model"], step: Step) -> Float[Tensor, "batch 1 d_model"]:
-        q, k, v = self.attention.project(normed[:, 0], *self._rotations(step.positions))
+        if id(self.rotary) not in step.rotations:
+            step.rotations[id(self.rotary)] = self._rotations(step.positions)
+        q, k, v = self.attention.project(normed[:, 0], *step.rotations[id(self.rotary)])
         cache = self._rotated(step)
         cache.append(k, v)
         return self.attention.attend(q, *cache.read(self.window), step)
