@@ -23,6 +23,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def load(name: str) -> PreTrainedModel | None:
         return None
     model = AutoModelForCausalLM.from_pretrained(Path(found.origin).parent, gguf_file=SMOLLM2, dtype=torch.float32)
     model.config.architectures = [type(model).__name__]  # a GGUF file does not name it
+    model.hf_quantizer = None
+    del model.config.quantization_config  # the weights were read into float32
     return model.eval()
 
 
@@ -106,7 +109,8 @@ def runs_of(name: str) -> tuple[dict[str, Run], int] | None:
     hf_model = load(name)
     if hf_model is None:
         return None
-    hooked, bridge = build_model(hf_model, backend="hooked"), build_model(load(name), backend="bridge")  # type: ignore[arg-type]
+    # A bridge changes the model that it wraps, so it gets a copy.
+    bridge, hooked = build_model(deepcopy(hf_model), backend="bridge"), build_model(hf_model, backend="hooked")
     direct = by_us(hooked)
     runs = {"hf": by_hugging_face(hf_model), "direct": direct, "hooked": with_hooks(hooked, direct)}
     return {**runs, "bridge": by_us(bridge)}, hf_model.config.vocab_size

@@ -1,6 +1,7 @@
 """Forward passes over new tokens only, with the key-value cache of a HookedTransformer or a TransformerBridge.
 
-Hooks fire in these passes as in the model's own ``generate``.
+Hooks fire in these passes as in the model's own ``generate``. The pass over the prompts is the model's own; decoding
+steps are computed directly from the weights where no hook needs the model's modules (`direct_layers`, `direct_bridge`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from tl_adapters.checkpoints.architectures import ARCHITECTURES
@@ -85,7 +85,7 @@ def _attention_of(attn: Any, cfg: Any) -> DirectAttention:
     )
 
 
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+def _normed(norm: Any, x: Tensor) -> Tensor:
     """What the wrapped norm computes, without the hooks around it."""
     return norm.original_component(x)
 

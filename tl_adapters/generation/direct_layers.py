@@ -190,7 +190,7 @@ class DirectLayer:
         return out
 
 
-def is_direct(block: nn.Module) -> bool:
+def is_direct(block: Any) -> bool:
     """Whether a `DirectLayer` computes what this block does: one that `build_hooked_transformer` made, unchanged."""
     attn = getattr(block, "attn", None)
     if type(block) is not TransformerBlock or type(attn) is not FusedAttention:
@@ -234,7 +234,7 @@ def _neurons(mlp: Any) -> MLPWeights | None:
     return MLPWeights(mlp.W_gate, mlp.W_in, mlp.W_out, mlp.act_fn)
 
 
-def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
     """What a norm computes, without its hooks; multiplied by its weight before or after the cast, as in the module."""
     dtype, eps = norm.cfg.dtype, norm.eps
     weight = getattr(norm, "w", None)
