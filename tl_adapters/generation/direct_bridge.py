@@ -20,7 +20,7 @@ from tl_adapters.generation.direct_attention import DirectAttention, Step, signe
 
 OWN_HOOKS = "transformer_lens.model_bridge."
 """The module of hooks that a bridge registers on its own components; they read what only certain options use."""
-OPTIONS = ("use_attn_in", "use_split_qkv_input", "use_hook_mlp_in", "use_attn_result")
+BRIDGE_OPTIONS = ("use_attn_in", "use_split_qkv_input", "use_hook_mlp_in", "use_attn_result")
 """Options of a bridge's configuration with which a block calls hook points of its own."""
 
 
@@ -66,7 +66,9 @@ class BridgeSteps:
 
 def has_direct_steps(model: Any) -> bool:
     """Whether `BridgeSteps` computes what a bridge does: one of the known architectures, unprocessed and unchanged."""
-    if type(model.original_model).__name__ not in ARCHITECTURES or any(getattr(model.cfg, o, False) for o in OPTIONS):
+    if type(model.original_model).__name__ not in ARCHITECTURES or any(
+        getattr(model.cfg, o, False) for o in BRIDGE_OPTIONS
+    ):
         return False
     return not any("forward" in m.__dict__ or getattr(m, "_use_processed_weights", False) for m in model.modules())
 

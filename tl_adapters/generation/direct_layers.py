@@ -31,9 +31,7 @@ from tl_adapters.utils.precision import at_least_float32
 
 FREE_POINTS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 """Hook points of a block whose hooks a direct layer calls."""
-UNUSED_POINTS = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")
-"""Hook points of a block that no forward pass calls, unless an option of the model's configuration asks for them."""
-OPTIONS = (
+BLOCK_OPTIONS = (
     "use_attn_in",
     "use_split_qkv_input",
     "use_hook_mlp_in",
@@ -195,7 +193,7 @@ def is_direct(block: Any) -> bool:
     attn = getattr(block, "attn", None)
     if type(block) is not TransformerBlock or type(attn) is not FusedAttention:
         return False
-    if any(getattr(block.cfg, option) for option in OPTIONS) or block.cfg.n_devices != 1:
+    if any(getattr(block.cfg, option) for option in BLOCK_OPTIONS) or block.cfg.n_devices != 1:
         return False
     modules = [*block.modules()]
     views = (
