@@ -78,6 +78,7 @@ EXPORTS = {
     "push_to_hub": "interop.hub",
     "respond": "generation.responses",
     "RunConfig": "config",
+    "sampled_kl": "evaluation.sampled_kl",
     "scaled": "interventions.feature_edits",
     "search_circuit": "circuits.search",
     "SearchOptions": "circuits.search",
@@ -163,6 +164,7 @@ if TYPE_CHECKING:
     from tl_adapters.evaluation.lm_eval_harness import HarnessModel as HarnessModel
     from tl_adapters.evaluation.planted_features import plant_features as plant_features
     from tl_adapters.evaluation.planted_recovery import planted_test as planted_test
+    from tl_adapters.evaluation.sampled_kl import sampled_kl as sampled_kl
     from tl_adapters.evaluation.tasks import load_problems as load_problems
     from tl_adapters.features.collect import collect_features as collect_features
     from tl_adapters.features.notebook_view import show_features as show_features

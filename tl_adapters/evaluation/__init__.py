@@ -11,6 +11,7 @@
 * `planted_features`: planted features: made for a base model with a known meaning, active at chosen rates
 * `planted_recovery`: a test of adapters with a known answer: how many planted features training recovers
 * `response_metrics`: Accuracy, length and hesitation rate of responses, with intervals over problems
+* `sampled_kl`: KL of a replacement over long texts, from the probabilities of sampled tokens alone
 * `sampled_responses`: Responses sampled several times per problem, written batch by batch, and the score of a task
 * `tasks`: Problems with known answers from the hub, and how their answers are checked
 """

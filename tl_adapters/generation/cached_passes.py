@@ -1,6 +1,7 @@
 """Forward passes over new tokens only, with the key-value cache of a HookedTransformer or a TransformerBridge.
 
-Hooks fire in these passes as in the model's own ``generate``.
+Hooks fire in these passes as in the model's own ``generate``. The pass over the prompts is the model's own; decoding
+steps are computed directly from the weights where no hook needs the model's modules (`direct_layers`, `direct_bridge`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tl_adapters.generation.direct_attention import Step
 
 
 class CachedPasses:
@@ -30,7 +33,12 @@ def cached_passes(model: Any, n_rows: int) -> CachedPasses:
     """The passes of a HookedTransformer or TransformerBridge, for a batch of ``n_rows``."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    return (_BridgePasses if isinstance(model, TransformerBridge) else _HookedPasses)(model, n_rows)
+    if isinstance(model, TransformerBridge):
+        return _BridgePasses(model, n_rows)
+    from tl_adapters.generation.direct_layers import is_direct  # TransformerLens 4 has no HookedTransformer
+
+    direct = all(map(is_direct, model.blocks)) and not model.cfg.use_hook_tokens
+    return (_DirectPasses if direct else _HookedPasses)(model, n_rows)
 
 
 class _HookedPasses(CachedPasses):
@@ -54,6 +62,32 @@ class _HookedPasses(CachedPasses):
         self.cache.previous_attention_mask = self.cache.previous_attention_mask[rows]
 
 
+class _DirectPasses(_HookedPasses):
+    """Passes of a HookedTransformer whose decoding steps are computed by `DirectLayer`s."""
+
+    def __init__(self, model: Any, n_rows: int) -> None:
+        from tl_adapters.generation.direct_layers import DirectLayer
+
+        super().__init__(model, n_rows)
+        rotary = model.blocks[0].attn
+        self.layers = [DirectLayer(*layer, rotary) for layer in zip(model.blocks, self.cache.entries, strict=True)]
+        self.prompts_read = self.padded = False
+
+    def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        if not self.prompts_read:
+            self.prompts_read, self.padded = True, bool((mask == 0).any())
+            return super().__call__(tokens, mask)
+        residual = self.model.hook_embed(self.model.embed(tokens))
+        step = Step.after(mask, residual.dtype, self.padded)
+        for layer in self.layers:
+            residual = layer(residual, step)
+        return self.model(residual, start_at_layer=self.model.cfg.n_layers)[:, 0]
+
+    def select(self, rows: Tensor) -> None:
+        for layer in self.layers:
+            layer.select(rows)
+
+
 class _BridgePasses(CachedPasses):
     """Passes of a TransformerBridge, whose cache is that of Hugging Face.
 
@@ -64,11 +98,19 @@ class _BridgePasses(CachedPasses):
     def __init__(self, model: Any, n_rows: int) -> None:
         from transformers import DynamicCache
 
+        from tl_adapters.generation.direct_bridge import BridgeSteps, has_direct_steps
+
         self.model, self.cache = model, DynamicCache(config=model.original_model.config)
+        self.steps = BridgeSteps(model, self.cache) if has_direct_steps(model) else None
+        self.prompts_read = self.padded = False
         names = [f"blocks.{layer}.attn.hook_attn_scores" for layer in range(model.cfg.n_layers)]
         self.hooks = [(name, _clamp_to_float32) for name in names] if model.W_E.dtype == torch.float64 else []
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        if self.prompts_read and self.steps is not None and not self.steps.hooked:
+            logits = self.steps(tokens, mask, self.padded)
+            return logits.float() if self.hooks else logits
+        self.prompts_read, self.padded = True, bool((mask == 0).any())
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         options = dict(past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         with self.model.hooks(fwd_hooks=self.hooks):

@@ -5,8 +5,9 @@ prompt, with the check of its answer. The model generates with its current route
 on the other prompts of its batch: neither its limit nor its random numbers do, and its tokens do only where a choice is
 a near tie (`sampling`), which `Completion.near_ties` counts.
 
-The modules of this package build on each other in this order: `sampling`, `cached_passes`, `decoding` (the loop),
-`generation_config`, `completions`, `responses` and `compare_variants`.
+The modules of this package build on each other in this order: `sampling`, `direct_attention`, `direct_layers` and
+`direct_bridge` (decoding steps), `cached_passes`, `decoding` (the loop), `generation_config`, `completions`,
+`responses` and `compare_variants`.
 """
 
 from __future__ import annotations
