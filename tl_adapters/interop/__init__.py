@@ -11,4 +11,5 @@
 * `neuronpedia`: A feature store as the files of a Neuronpedia upload
 * `sae_dashboard`: Feature pages made by the sae-dashboard package
 * `saelens`: Conversion of adapter sets to and from SAELens transcoders
+* `vllm_checkpoint`: The folder that vLLM serves a run from, with every route and feature set
 """

@@ -6,9 +6,7 @@ task and variant have a folder of their own (`sampled_responses`), so successive
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from tl_adapters.evaluation.behaviors import Behavior
 from tl_adapters.evaluation.sampled_responses import ResponseOptions, TaskScore, sample_responses, score_responses
 from tl_adapters.evaluation.tasks import ORGANISM_TASK, TASKS, load_problems, require_task
 from tl_adapters.generation.generation_config import DEFAULT_MAX_NEW_TOKENS, end_tokens
-from tl_adapters.interventions.variants import MAX_LISTED_FEATURES, Variant, on_route, with_only, without
+from tl_adapters.interventions.variants import Variant, on_route, with_only, without
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_mlp import ROUTES
 from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters
@@ -85,9 +83,7 @@ class BenchmarkVariant:
         features = sorted({*self.ablate, *self.insert})
         if not features:
             return on_route(self.route)
-        variant = without(features) if self.ablate else with_only(features, self.strength)
-        digest = hashlib.sha256(repr([tuple(feature) for feature in features]).encode()).hexdigest()[:8]
-        return variant if len(features) <= MAX_LISTED_FEATURES else replace(variant, name=f"{variant.name} ({digest})")
+        return (without(features) if self.ablate else with_only(features, self.strength)).named_by(features)
 
     def as_record(self) -> dict[str, Any]:
         """The record that the settings of the answers hold."""
@@ -148,7 +144,7 @@ def benchmark_run(
     prefill = _opening(run, pair) if open_thinking else ""
     results = []
     for task in loaded:
-        folder = (out or run / BENCHMARKS_FOLDER) / task.task / _slug(entered.name)
+        folder = (out or run / BENCHMARKS_FOLDER) / task.task / entered.slug
         sampling = replace(samplings[task.task], prefill=prefill).resolved(pair.model, task.problems)
         facts = {"task": task.task, "source": task.source, "split": task.split, **model_facts}
         log.info("%s: %s, %s", task.task, entered.name, sampling.parameters)
@@ -175,10 +171,6 @@ def _opening(run: Path, pair: PairedModel) -> str:
     data = RunConfig.of_run(run).data
     chat = ChatFormat.of(pair.model.tokenizer, data.think_start, data.think_end)
     return "" if chat.opens_thinking else chat.think_start
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.+]+", "-", name).strip("-")
 
 
 def _add(run: Path, task: str, variant: str, block: Mapping[str, Any]) -> None:
