@@ -1,9 +1,9 @@
 """The folder that vLLM serves a run from: target, base MLPs, adapters and feature sets, each once, and the conditions.
 
-    config.json                   the target's, with our architecture and the conditions by index ("tl_adapters")
-    model*.safetensors            the target's shards; within each MLP "base", the base's, and "adapter"
-    conditions/NAME/              by which vLLM finds a condition in a request (`vllm_plugin.served_conditions`)
-    tokenizer.json, ...           the target's, with the class that gives the ids of tokenizer.json
+config.json                   the target's, with our architecture and the conditions by index ("tl_adapters")
+model*.safetensors            the target's shards; within each MLP "base", the base's, and "adapter"
+conditions/NAME/              by which vLLM finds a condition in a request (`vllm_plugin.served_conditions`)
+tokenizer.json, ...           the target's, with the class that gives the ids of tokenizer.json
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from tl_adapters.vllm_plugin.served_conditions import (
     ServedAdapters,
     ServedModelError,
     condition_lora,
-    lora_options,
     read_served,
 )
 
@@ -166,13 +165,19 @@ def read_served_folder(folder: Path) -> ServedAdapters:
 def serve_command(folder: Path) -> str:
     """The command that serves an exported folder on this machine's own address."""
     served = read_served_folder(folder)
-    options = lora_options(len(served.conditions))
+    options = {
+        "host": "127.0.0.1",
+        "served-model-name": served.fingerprint,
+        "load-format": "safetensors",
+        "generation-config": "vllm",
+        "max-loras": str(len(served.conditions)),
+        "max-lora-rank": "1",
+        "lora-target-modules": CONDITION_MODULE,
+    }
+    given = [word for name, value in options.items() for word in (f"--{name}", value)]
     names = [f"{c.name}={folder / CONDITIONS_FOLDER / c.name}" for c in served.conditions]
-    return shlex.join(
-        ["vllm", "serve", str(folder), "--host", "127.0.0.1", "--served-model-name", served.fingerprint]
-        + ["--enforce-eager", "--generation-config", "vllm", "--enable-lora", "--max-loras", str(options["max_loras"])]
-        + ["--max-lora-rank", "1", "--lora-target-modules", CONDITION_MODULE, "--lora-modules", *names]
-    )
+    words = ["vllm", "serve", str(folder), "--enforce-eager", "--enable-lora", *given, "--lora-modules", *names]
+    return shlex.join(words)
 
 
 def _require_servable(adapters: AdapterSet, config: dict[str, Any], target: str) -> None:

@@ -265,9 +265,7 @@ def indices_by_layer(pair: PairedModel, features: Features, device: torch.device
     return feature_indices(pair.installed_adapters(), features, device)
 
 
-def feature_indices(
-    adapters: AdapterSet, features: Features, device: torch.device | None = None
-) -> dict[int, Tensor]:
+def feature_indices(adapters: AdapterSet, features: Features, device: torch.device | None = None) -> dict[int, Tensor]:
     """The indices of the given features by layer, sorted and without duplicates.
 
     Args:

@@ -7,11 +7,14 @@ task and variant have a folder of their own (`sampled_responses`), so successive
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tl_adapters import organism
+from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.config import Dtype, RunConfig
 from tl_adapters.data.chat_format import ChatFormat
@@ -21,15 +24,19 @@ from tl_adapters.evaluation.behaviors import Behavior
 from tl_adapters.evaluation.sampled_responses import ResponseOptions, TaskScore, sample_responses, score_responses
 from tl_adapters.evaluation.tasks import ORGANISM_TASK, TASKS, load_problems, require_task
 from tl_adapters.generation.generation_config import DEFAULT_MAX_NEW_TOKENS, end_tokens
-from tl_adapters.interventions.variants import Variant, on_route, with_only, without
-from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.interop.export import export
+from tl_adapters.interop.vllm_checkpoint import ServedVariant
+from tl_adapters.interop.vllm_engine import LocalVllm, VllmEngine, VllmModel, server_of
+from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.routed_mlp import ROUTES
-from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters
-from tl_adapters.utils.files import require_writable
+from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters, set_run_date
+from tl_adapters.utils.files import require_writable, working_folder
 from tl_adapters.utils.results import changed_results, plain
 
 log = logging.getLogger(__name__)
 
+VLLM_HERE = "vllm"
+"""The engine that is vLLM in this process; any other name of one is an address."""
 BENCHMARKS_FOLDER = "benchmarks"
 """Name of the folder of answers in a run, and of the block in its results.json."""
 
@@ -80,10 +87,16 @@ class BenchmarkVariant:
     @property
     def variant(self) -> Variant:
         """The variant to enter; its name is unique to its set of features."""
-        features = sorted({*self.ablate, *self.insert})
-        if not features:
-            return on_route(self.route)
-        return (without(features) if self.ablate else with_only(features, self.strength)).named_by(features)
+        return self.served.variant
+
+    @property
+    def served(self) -> ServedVariant:
+        """The variant as vLLM serves it."""
+        if self.ablate:
+            return ServedVariant.without(sorted({*self.ablate}))
+        if self.insert:
+            return ServedVariant.with_only(sorted({*self.insert}), self.strength)
+        return ServedVariant.on_route(self.route)
 
     def as_record(self) -> dict[str, Any]:
         """The record that the settings of the answers hold."""
@@ -105,6 +118,7 @@ def benchmark_run(
     limit: int | None = None,
     words: Sequence[str] | Behavior = HESITATION_RATE_WORDS,
     out: Path | None = None,
+    engine: str | None = None,
     device: str = "auto",
     dtype: Dtype | None = None,
     progress: bool = True,
@@ -122,11 +136,13 @@ def benchmark_run(
         limit: use only the first ``limit`` problems of each task.
         words: what counts as a hesitation: words and phrases, or a `Behavior`.
         out: folder of the answers, by default ``benchmarks`` in the run. Answers that are there already are kept.
+        engine: "vllm" answers with vLLM in this process, and the address of a `vllm serve` with that server; None
+            with our own engine.
         device: device of the models; "auto" is the first available of cuda, mps and cpu.
         dtype: dtype of the models; by default the run's.
         progress: show progress bars.
 
-    Raises BenchmarkError, TaskError, SamplingError, and what opening a run raises.
+    Raises BenchmarkError, TaskError, SamplingError, VllmError, and what opening a run raises.
     """
     require_adapters(run)
     if tasks is None:
@@ -139,22 +155,55 @@ def benchmark_run(
         require_task(name)
     entered = (spec := variant or BenchmarkVariant()).variant
     loaded = [load_problems(name, source, limit=limit, seed=samplings[name].seed) for name, source in tasks.items()]
-    pair = open_run(run, device, dtype)
-    model_facts = {"variant": entered.name, **spec.as_record(), **_model(pair)}
-    prefill = _opening(run, pair) if open_thinking else ""
     results = []
-    for task in loaded:
-        folder = (out or run / BENCHMARKS_FOLDER) / task.task / entered.slug
-        sampling = replace(samplings[task.task], prefill=prefill).resolved(pair.model, task.problems)
-        facts = {"task": task.task, "source": task.source, "split": task.split, **model_facts}
-        log.info("%s: %s, %s", task.task, entered.name, sampling.parameters)
-        with entered.entered(pair) as model:
+    opened = _own_model(run, spec, device, dtype) if engine is None else _vllm_model(run, spec, engine, dtype)
+    with opened as (model, model_facts):
+        name = entered.name if engine is None else f"{entered.name} (vLLM)"
+        prefill = _opening(run, model) if open_thinking else ""
+        for task in loaded:
+            folder = (out or run / BENCHMARKS_FOLDER) / task.task / (entered.slug + ("" if engine is None else "-vllm"))
+            sampling = replace(samplings[task.task], prefill=prefill).resolved(model, task.problems)
+            about = {"variant": entered.name, **spec.as_record(), **model_facts}
+            facts = {"task": task.task, "source": task.source, "split": task.split, **about}
+            log.info("%s: %s, %s", task.task, name, sampling.parameters)
             answers = sample_responses(model, task.problems, sampling, folder, facts, progress)
-        task_score = score_responses(answers, task.split, words)
-        settings = {**facts, **asdict(sampling), "ends": end_tokens(pair.model)}
-        _add(run, task.task, entered.name, {**plain(task_score), "settings": settings})
-        results.append(BenchmarkResult(task.task, entered.name, task_score, folder, sampling))
+            task_score = score_responses(answers, task.split, words)
+            settings = {**facts, **asdict(sampling), "ends": end_tokens(model)}
+            _add(run, task.task, name, {**plain(task_score), "settings": settings})
+            results.append(BenchmarkResult(task.task, name, task_score, folder, sampling))
     return results
+
+
+@contextmanager
+def _own_model(
+    run: Path, spec: BenchmarkVariant, device: str, dtype: Dtype | None
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The variant in our own engine, and what identifies its weights."""
+    pair = open_run(run, device, dtype)
+    with spec.variant.entered(pair) as model:
+        yield model, _weights(str(pair.model.cfg.dtype), pair.fingerprints, pair.installed_adapters())
+
+
+@contextmanager
+def _vllm_model(
+    run: Path, spec: BenchmarkVariant, engine: str, dtype: Dtype | None
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The variant in vLLM, and what identifies its weights; an export for vLLM in this process is removed again."""
+    adapters, config = AdapterSet.from_pretrained(run / "adapters"), RunConfig.of_run(run)
+    base, target = (config.base, config.target) if config.target else (organism.BUILTIN_BASE, organism.BUILTIN_TARGET)
+    with ExitStack() as closing:
+        served: VllmEngine
+        if engine == VLLM_HERE:
+            folder = closing.enter_context(working_folder(run / VLLM_HERE)) / "export"
+            export(run, "vllm", folder, base=base, target=target, variants=[spec.served])
+            served = LocalVllm(folder, dtype or config.dtype or "auto")
+        elif dtype is None:
+            served = closing.enter_context(server_of(engine, adapters))
+        else:
+            raise BenchmarkError(f"The server at {engine} has a dtype already, and --dtype is {dtype}; leave it out.")
+        model = VllmModel.of(served, spec.variant.slug, target)
+        set_run_date(run, model.tokenizer)
+        yield model, {**_weights(served.dtype, adapters.metadata.fingerprints, adapters), "engine": "vllm"}
 
 
 def _sampling(task: str, options: Mapping[str, Any]) -> ResponseOptions:
@@ -162,14 +211,14 @@ def _sampling(task: str, options: Mapping[str, Any]) -> ResponseOptions:
     return ResponseOptions(**{**own, **options})
 
 
-def _model(pair: PairedModel) -> dict[str, Any]:
-    fingerprints = {**pair.fingerprints, "adapters": pair.installed_adapters().fingerprint}
-    return {"dtype": str(pair.model.cfg.dtype).removeprefix("torch."), "fingerprints": fingerprints}
+def _weights(dtype: str, fingerprints: Mapping[str, str], adapters: AdapterSet) -> dict[str, Any]:
+    of_all = {**fingerprints, "adapters": adapters.fingerprint}
+    return {"dtype": dtype.removeprefix("torch."), "fingerprints": of_all}
 
 
-def _opening(run: Path, pair: PairedModel) -> str:
+def _opening(run: Path, model: Any) -> str:
     data = RunConfig.of_run(run).data
-    chat = ChatFormat.of(pair.model.tokenizer, data.think_start, data.think_end)
+    chat = ChatFormat.of(model.tokenizer, data.think_start, data.think_end)
     return "" if chat.opens_thinking else chat.think_start
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_adapters.vllm_plugin.served_mlp import Routing, ServedAdapter, install
 from tl_adapters.vllm_plugin.served_conditions import CONDITION_MODULE, ServedModelError, read_served
+from tl_adapters.vllm_plugin.served_mlp import Routing, ServedAdapter, install
 
 try:
     from vllm.config import VllmConfig
@@ -41,7 +41,8 @@ class ServedModel(nn.Module):
         config = vllm_config.model_config.hf_config
         served = read_served(getattr(config, "tl_adapters", None))
         self.routing = Routing(served)
-        for number, layer in enumerate(self.model.layers):
+        layers: Any = self.model.layers  # type: ignore[union-attr]  # vLLM's class has made them
+        for number, layer in enumerate(layers):
             mlp = layer.mlp
             base = _another(mlp, config, f"{prefix}model.layers.{number}.mlp.base")
             install(mlp, base, ServedAdapter(config.hidden_size, served), self.routing)
@@ -62,7 +63,8 @@ class ServedModel(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the weights of a folder; returns the names of those that were loaded."""
         zero = (f"{CONDITION_MODULE}.weight", torch.zeros(1, 1))
-        return super().load_weights(chain(weights, [zero]))
+        loaded: set[str] = super().load_weights(chain(weights, [zero]))  # type: ignore[misc]  # of vLLM's class
+        return loaded
 
 
 def _another(mlp: nn.Module, config: Any, prefix: str) -> nn.Module:

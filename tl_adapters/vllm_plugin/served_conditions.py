@@ -27,7 +27,7 @@ MOST_CONDITIONS = 256
 """Indices up to this number are exact in bfloat16."""
 SERVED_PREFIX = "TLAdapters"
 """What stands before the architecture's name in config.json."""
-SERVING_VERSION = 1
+SERVING_VERSION: Literal[1] = 1
 _EXPORT_AGAIN = "Export the adapters again with this version of tl_adapters."
 
 
