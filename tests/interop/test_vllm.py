@@ -114,6 +114,7 @@ def test_every_condition_answers_as_our_own_engine(tmp_path: Path, architecture:
         use_tqdm=False,
     )
     assert [list(o.outputs[0].token_ids) for o in outputs] == [found[name][row] for name, row in rows]
+    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +305,8 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
     foreign = [owned((0, 1), {"adapters.0": "0123456789abcdef"})]
     with pytest.raises(ForeignFeaturesError):
         to_vllm(adapters, out, base=base, target=target, variants=[ServedVariant.without(foreign)])
+    many = [ServedVariant.rescaled(EARLY, 1 + k / 8) for k in range(253)]
     with pytest.raises(ServedModelError, match="at most 252"):
-        many = [ServedVariant.rescaled(EARLY, 1 + k / 8) for k in range(253)]
         to_vllm(adapters, out, base=base, target=target, variants=many)
     assert not out.exists()
     described = json.loads(json.dumps(_described(adapters, base, target, tmp_path)))
@@ -381,7 +382,7 @@ def test_a_server_is_asked_by_token_ids_and_must_have_the_same_adapters() -> Non
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_without_vllm_it_says_what_to_install(opened: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["benchmark", str(opened), "--limit", "2", "--engine", "vllm"]) == 1
+    assert main(["benchmark", str(opened), "--limit", "2", "--engine", "vllm"]) == 2
     assert "vLLM cannot be loaded" in capsys.readouterr().err
     assert not (opened / "benchmarks").exists()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from tl_adapters.vllm_plugin.served_conditions import (
     read_served,
 )
 
+_DTYPES = ("float32", "bfloat16", "float16")
 SERVED_MODEL = "tl-adapters-{}"
 """Name of the served model, which ends in the fingerprint of adapters, target and base."""
 
@@ -135,6 +136,7 @@ def to_vllm(
         k=adapters.metadata.k,
         n_features=adapters.n_features,
         dtype=str(adapters[0].W_enc.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # checked by the record
+        model_dtype=_model_dtype(config, str(target)),  # type: ignore[arg-type]  # checked by the record
         factor_rows=len(with_sets),
         fingerprint=served_model_name(adapters),
         conditions=tuple(_condition(one, with_sets) for one in served),
@@ -168,6 +170,7 @@ def serve_command(folder: Path) -> str:
     options = {
         "host": "127.0.0.1",
         "served-model-name": served.fingerprint,
+        "dtype": served.model_dtype,
         "load-format": "safetensors",
         "generation-config": "vllm",
         "max-loras": str(len(served.conditions)),
@@ -195,11 +198,21 @@ def _require_servable(adapters: AdapterSet, config: dict[str, Any], target: str)
             f"write {about.writes} and are of {len(layers)} of {adapters.n_layers} layers. Give the set as it was "
             "trained."
         )
-    if (dtype := adapters[0].W_enc.dtype) not in (torch.float32, torch.bfloat16, torch.float16):
+    if (dtype := str(adapters[0].W_enc.dtype).removeprefix("torch.")) not in _DTYPES:
         raise AdapterFormatError(
-            f"These adapters are stored in {str(dtype).removeprefix('torch.')}, and vLLM computes in float32, bfloat16 "
-            "or float16; cast the set and save it with save_pretrained."
+            f"These adapters are stored in {dtype}, and vLLM computes in {', '.join(_DTYPES)}; cast the set and save "
+            "it with save_pretrained."
         )
+
+
+def _model_dtype(config: Mapping[str, Any], target: str) -> str:
+    """The dtype in which the target is stored. Raises ServedModelError for one that vLLM does not compute in."""
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")  # transformers' own default
+    if dtype not in _DTYPES:
+        raise ServedModelError(
+            f"{target} is stored in {dtype}, and vLLM computes in {', '.join(_DTYPES)}; save the model in one of them."
+        )
+    return dtype
 
 
 def _with_routes(variants: Sequence[ServedVariant]) -> list[ServedVariant]:

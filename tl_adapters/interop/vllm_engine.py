@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.model_files import locate, read_config
 from tl_adapters.checkpoints.tokenizers import load_tokenizer
 from tl_adapters.data.chat_format import ChatFormat
@@ -28,7 +26,7 @@ from tl_adapters.errors import UserError, first_line
 from tl_adapters.generation.completions import Completion
 from tl_adapters.generation.generation_config import end_tokens
 from tl_adapters.generation.responses import Checkable, Response
-from tl_adapters.interop.vllm_checkpoint import read_served_folder, served_model_name
+from tl_adapters.interop.vllm_checkpoint import read_served_folder
 from tl_adapters.utils.arguments import token_ids
 from tl_adapters.utils.reading import UnreadableFileError, as_record, parse_json
 from tl_adapters.vllm_plugin.served_conditions import CONDITIONS_FOLDER, lora_options
@@ -77,6 +75,7 @@ class CompletionRequest(NamedTuple):
         }
 
 
+@runtime_checkable
 class VllmEngine(Protocol):
     """One engine with several conditions."""
 
@@ -89,31 +88,48 @@ class VllmEngine(Protocol):
         """Token ids of every completion, with the token that ended it."""
         ...
 
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+def require_vllm() -> None:
+    """Raises VllmError where vLLM cannot be loaded into this process."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise VllmError(
+            f"vLLM cannot be loaded ({first_line(error)}). Install it beside tl_adapters (docs/vllm.md), or give the "
+            "address of a server with --engine http://127.0.0.1:8000."
+        ) from error
+
 
 class LocalVllm:
     """vLLM in this process, with an exported folder.
 
     Args:
         folder: what `vllm_checkpoint.to_vllm` wrote.
-        dtype: of the models; "auto" is the target's own.
+        dtype: of the models; None is the target's own.
         options: further options of `vllm.LLM`.
 
     Raises:
         VllmError: vLLM is not installed or does not start.
     """
 
-    def __init__(self, folder: str | Path, dtype: str = "auto", **options: Any) -> None:
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise VllmError(
-                f"vLLM cannot be loaded ({first_line(error)}). Install it beside tl_adapters (docs/vllm.md), or give "
-                "the address of a server with --engine http://127.0.0.1:8000."
-            ) from error
+    def __init__(self, folder: str | Path, dtype: str | None = None, **options: Any) -> None:
+        require_vllm()
+        from vllm import LLM
+
         self.folder = Path(folder)
-        names = [condition.name for condition in read_served_folder(self.folder).conditions]
+        served = read_served_folder(self.folder)
+        names = [condition.name for condition in served.conditions]
         self._numbers = {name: number for number, name in enumerate(names, start=1)}
-        chosen: dict[str, Any] = {"dtype": dtype, "max_model_len": -1, **lora_options(len(names)), **options}
+        chosen: dict[str, Any] = {
+            "dtype": dtype or served.model_dtype,
+            "max_model_len": -1,
+            **lora_options(len(names)),
+            **options,
+        }
         try:
             # The files are safetensors, and nothing else is read; captured passes would keep one condition.
             self._llm = LLM(
@@ -144,6 +160,10 @@ class LocalVllm:
             use_tqdm=False,
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def close(self) -> None:
+        """Free the engine's memory; one process has one engine at a time."""
+        self._llm.llm_engine.engine_core.shutdown()
 
     def _lora(self, condition: str) -> Any:
         from vllm.lora.request import LoRARequest
@@ -343,13 +363,3 @@ class VllmModel:
             Response(**vars(one), correct=not one.truncated and problem.solved_by(one.text))
             for one, problem in zip(completions, problems, strict=True)
         ]
-
-
-@contextmanager
-def server_of(url: str, adapters: AdapterSet) -> Iterator[VllmServer]:
-    """The server at an address, which has to serve these adapters; closed at the end of the block."""
-    server = VllmServer(url, served_model_name(adapters))
-    try:
-        yield server
-    finally:
-        server.close()

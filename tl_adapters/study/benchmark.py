@@ -25,8 +25,8 @@ from tl_adapters.evaluation.sampled_responses import ResponseOptions, TaskScore,
 from tl_adapters.evaluation.tasks import ORGANISM_TASK, TASKS, load_problems, require_task
 from tl_adapters.generation.generation_config import DEFAULT_MAX_NEW_TOKENS, end_tokens
 from tl_adapters.interop.export import export
-from tl_adapters.interop.vllm_checkpoint import ServedVariant
-from tl_adapters.interop.vllm_engine import LocalVllm, VllmEngine, VllmModel, server_of
+from tl_adapters.interop.vllm_checkpoint import ServedVariant, served_model_name
+from tl_adapters.interop.vllm_engine import LocalVllm, VllmEngine, VllmModel, VllmServer, require_vllm
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.routed_mlp import ROUTES
 from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters, set_run_date
@@ -194,13 +194,15 @@ def _vllm_model(
     with ExitStack() as closing:
         served: VllmEngine
         if engine == VLLM_HERE:
+            require_vllm()  # before the export, which copies both models
             folder = closing.enter_context(working_folder(run / VLLM_HERE)) / "export"
             export(run, "vllm", folder, base=base, target=target, variants=[spec.served])
-            served = LocalVllm(folder, dtype or config.dtype or "auto")
+            served = LocalVllm(folder, dtype or config.dtype)
         elif dtype is None:
-            served = closing.enter_context(server_of(engine, adapters))
+            served = VllmServer(engine, served_model_name(adapters))
         else:
             raise BenchmarkError(f"The server at {engine} has a dtype already, and --dtype is {dtype}; leave it out.")
+        closing.callback(served.close)
         model = VllmModel.of(served, spec.variant.slug, target)
         set_run_date(run, model.tokenizer)
         yield model, {**_weights(served.dtype, adapters.metadata.fingerprints, adapters), "engine": "vllm"}

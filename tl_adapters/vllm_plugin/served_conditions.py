@@ -69,6 +69,8 @@ class ServedAdapters(Record):
     """Features per layer."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Dtype in which the adapters are stored and compute."""
+    model_dtype: Literal["float32", "bfloat16", "float16"]
+    """Dtype of the target's weights. vLLM, left to itself, computes models in float32 in bfloat16."""
     factor_rows: int = Field(ge=0)
     """Number of rows of feature factors."""
     fingerprint: str

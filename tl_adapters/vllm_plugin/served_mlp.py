@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tl_adapters.adapters.activation_functions import jumprelu, topk
 from tl_adapters.vllm_plugin.served_conditions import ServedAdapters, require_indices
 
-Tokens: TypeAlias = "slice | Tensor | None"
+Tokens: TypeAlias = slice | Tensor | None
 """Some tokens of a pass: all of them (a slice), those at these indices, or None for none."""
 EVERY = slice(None)
 
@@ -81,7 +81,7 @@ class Routing:
             base=where(lambda c: c.base_mlp),
             adapter=adapter,
             factors=rows.to(device) if bool(rows.any()) else None,
-            decoder_bias=True if bool(bias.all()) else bias[:, None].to(device),
+            decoder_bias=True if bool(bias.all()) else bias[:, None].float().to(device),
         )
 
 
