@@ -109,7 +109,7 @@ def test_every_condition_answers_as_our_own_engine(tmp_path: Path, architecture:
     assert all(isinstance(lora, LoRARequest) for lora in loras.values())
     outputs = engine._llm.generate(
         [TokensPrompt(prompt_token_ids=prompts[row]) for _, row in rows],
-        SamplingParams(temperature=0, max_tokens=16, detokenize=False),
+        SamplingParams(temperature=0, max_tokens=16, detokenize=False, ignore_eos=True),
         lora_request=[loras[name] for name, _ in rows],
         use_tqdm=False,
     )

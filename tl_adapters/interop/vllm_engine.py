@@ -72,6 +72,7 @@ class CompletionRequest(NamedTuple):
             "repetition_penalty": 1.0,
             "seed": self.seed,
             "stop_token_ids": self.stop_at,
+            "ignore_eos": True,  # the end tokens are among those to stop at, and only these end a completion
         }
 
 
