@@ -9,6 +9,7 @@ Run it in the environment of `make vllm`; ``--record`` writes the block "vllm" o
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -26,6 +27,7 @@ from helpers.random_models import random_model, randomise
 from recorded import record
 
 from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.checkpoints.model_files import tensor_shapes
 from tl_adapters.interop.vllm_checkpoint import SERVED_ROUTES, ServedVariant, to_vllm
 from tl_adapters.interop.vllm_engine import CompletionRequest, LocalVllm
 from tl_adapters.models.paired_model import PairedModel
@@ -39,13 +41,12 @@ SEQUENCES, PROMPT, NEW_TOKENS = 8, 16, 64
 WANTED = 0.9
 
 
-def weights_read(pair: PairedModel) -> tuple[int, int]:
+def weights_read(exported: Path) -> tuple[int, int]:
     """Weights that a decoded token reads in the target (without the embedding's rows), and in the adapters."""
-    size = SIZE["hidden_size"]
-    layers = sum(p.numel() for block in pair.model.blocks for n, p in block.named_parameters() if "adapter" not in n)
-    of_base = sum(p.numel() for n, p in pair.model.named_parameters() if ".mlp.base." in n)
-    adapters = sum(p.numel() for adapter in pair.installed_adapters() for p in adapter.parameters())
-    return layers - of_base + size * SIZE["vocab_size"], adapters
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(exported).items()}
+    adapters = {name for name in sizes if ".adapter." in name and not name.endswith("factors")}
+    own = {name for name in sizes if ".adapter." not in name and ".base." not in name and "embed_tokens" not in name}
+    return sum(sizes[name] for name in own), sum(sizes[name] for name in adapters)
 
 
 def rate(generate: Any) -> float:
@@ -65,7 +66,7 @@ def measure(repeats: int) -> dict[str, Any]:
         features = [FeatureId(layer, index) for layer in range(6) for index in range(0, N_FEATURES, 16)]
         variants = [*SERVED_ROUTES, ServedVariant.without(features)]
         to_vllm(adapters, folder / "out", base=folder / "base", target=folder / "target", variants=variants)
-        own, theirs = weights_read(pair)
+        own, theirs = weights_read(folder / "out")
         del pair
         ours = LocalVllm(folder / "out")
         from vllm import LLM, SamplingParams
