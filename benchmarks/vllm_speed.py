@@ -1,4 +1,4 @@
-"""Tokens per second of vLLM with adapters, as a share of plain vLLM on the same model: ``python benchmarks/vllm_speed.py``.
+"""Tokens per second of vLLM with adapters, as a share of plain vLLM: ``python benchmarks/vllm_speed.py``.
 
 A random Qwen2 model is served twice: its target by vLLM's own class, and every condition by ours. The two are measured
 in turns, each in an engine of its own that stays loaded, and the median of the pairwise ratios is given with their

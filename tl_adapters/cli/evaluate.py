@@ -133,27 +133,23 @@ def benchmark(
         tl-adapters benchmark runs/demo
         tl-adapters benchmark runs/mine --tasks gsm8k,math500 --samples 4 --temperature 0.6
         tl-adapters benchmark runs/demo --ablate runs/demo/circuit.json
-        tl-adapters benchmark runs/demo --engine vllm
     """
     from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
     from tl_adapters.study.benchmark import BENCHMARKS_FOLDER, benchmark_run
     from tl_adapters.utils.results import plain
 
-    if engine is not None:
-        refuse("vLLM chooses its device itself", device=given_device(device))
     variant = _variant(route, joined(ablate), joined(insert), strength)
     named, counted = joined(tasks), joined(hesitation_words)
-    given: dict[str, Any] = dict(
+    given = _given(
         samples=samples, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens,
         batch_size=batch_size, seed=seed,
     )  # fmt: skip
-    given = {name: value for name, value in given.items() if value is not None}
     folder = out or run_folder / BENCHMARKS_FOLDER
     try:
         results = benchmark_run(
             run_folder, tasks_of(named) or None, variant, options=given, open_thinking=open_thinking, limit=limit,
-            words=counted or HESITATION_RATE_WORDS, out=folder, engine=engine, device=device_of(device), dtype=dtype,
-            progress=not quiet,
+            words=counted or HESITATION_RATE_WORDS, out=folder, engine=engine, device=_device(engine, device),
+            dtype=dtype, progress=not quiet,
         )  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; answers so far are in {folder}; the same command continues.") from None
@@ -167,6 +163,17 @@ def benchmark(
         text="\n".join(map(_benchmark_lines, results)),
         next=command("benchmark", run_folder, **other, **given, open_thinking=open_thinking),
     )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _device(engine: str | None, device: str) -> str:
+    """The device of --device. Raises UserError where another engine chooses its own."""
+    if engine is not None:
+        refuse("vLLM chooses its device itself", device=given_device(device))
+    return device_of(device)
 
 
 def _variant(route: str | None, ablate: list[str], insert: list[str], strength: float | None) -> BenchmarkVariant:

@@ -88,14 +88,15 @@ def write_hybrid(
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             write_text(out / SHARD_INDEX_FILE, dumps(index, indent=1) + "\n")
         _copy_description(target_folder, out)
-        stream = "target" if base is None else "replacement" if beside_mlps else "hybrid"
-        about = {
-            "stream": stream,
-            "target": published_name(str(target)),
-            "mlps_of": published_name(str(base or target)),
-        }
+        about = _about(target, base, bool(beside_mlps))
         written_config = {**_without_paths(target_config), "tl_adapters": about, **(config or {})}
         write_text(out / "config.json", dumps(written_config, indent=1) + "\n")
+
+
+def _about(target: str | Path, base: str | Path | None, with_adapters: bool) -> dict[str, str]:
+    """The entry "tl_adapters" of config.json: which model this is, and of which models it was made."""
+    stream = "target" if base is None else "replacement" if with_adapters else "hybrid"
+    return {"stream": stream, "target": published_name(str(target)), "mlps_of": published_name(str(base or target))}
 
 
 def _base_mlps(

@@ -136,8 +136,7 @@ def benchmark_run(
         limit: use only the first ``limit`` problems of each task.
         words: what counts as a hesitation: words and phrases, or a `Behavior`.
         out: folder of the answers, by default ``benchmarks`` in the run. Answers that are there already are kept.
-        engine: "vllm" answers with vLLM in this process, and the address of a `vllm serve` with that server; None
-            with our own engine.
+        engine: None is our own, "vllm" vLLM in this process, and an address a `vllm serve`.
         device: device of the models; "auto" is the first available of cuda, mps and cpu.
         dtype: dtype of the models; by default the run's.
         progress: show progress bars.
@@ -145,33 +144,36 @@ def benchmark_run(
     Raises BenchmarkError, TaskError, SamplingError, VllmError, and what opening a run raises.
     """
     require_adapters(run)
-    if tasks is None:
-        if not is_organism_run(run):
-            raise BenchmarkError(f"--tasks is missing; the tasks are {', '.join((ORGANISM_TASK, *TASKS))}.")
-        tasks = {ORGANISM_TASK: None}
+    tasks = _organism_task(run) if tasks is None else tasks
     require_writable(run if out is None else out)
     samplings = {name: _sampling(name, options or {}) for name in tasks}
     for name in tasks:
         require_task(name)
     entered = (spec := variant or BenchmarkVariant()).variant
     loaded = [load_problems(name, source, limit=limit, seed=samplings[name].seed) for name, source in tasks.items()]
-    results = []
     opened = _own_model(run, spec, device, dtype) if engine is None else _vllm_model(run, spec, engine, dtype)
+    name, slug = (entered.name, entered.slug) if engine is None else (f"{entered.name} (vLLM)", f"{entered.slug}-vllm")
     with opened as (model, model_facts):
-        name = entered.name if engine is None else f"{entered.name} (vLLM)"
         prefill = _opening(run, model) if open_thinking else ""
+        results = []
         for task in loaded:
-            folder = (out or run / BENCHMARKS_FOLDER) / task.task / (entered.slug + ("" if engine is None else "-vllm"))
+            facts = {"task": task.task, "source": task.source, "split": task.split, "variant": entered.name}
+            facts |= {**spec.as_record(), **model_facts}
+            folder = (out or run / BENCHMARKS_FOLDER) / task.task / slug
             sampling = replace(samplings[task.task], prefill=prefill).resolved(model, task.problems)
-            about = {"variant": entered.name, **spec.as_record(), **model_facts}
-            facts = {"task": task.task, "source": task.source, "split": task.split, **about}
             log.info("%s: %s, %s", task.task, name, sampling.parameters)
             answers = sample_responses(model, task.problems, sampling, folder, facts, progress)
-            task_score = score_responses(answers, task.split, words)
-            settings = {**facts, **asdict(sampling), "ends": end_tokens(model)}
-            _add(run, task.task, name, {**plain(task_score), "settings": settings})
-            results.append(BenchmarkResult(task.task, name, task_score, folder, sampling))
+            results.append(
+                BenchmarkResult(task.task, name, score_responses(answers, task.split, words), folder, sampling)
+            )
+            _add(run, results[-1], {**facts, **asdict(sampling), "ends": end_tokens(model)})
     return results
+
+
+def _organism_task(run: Path) -> dict[str, str | None]:
+    if not is_organism_run(run):
+        raise BenchmarkError(f"--tasks is missing; the tasks are {', '.join((ORGANISM_TASK, *TASKS))}.")
+    return {ORGANISM_TASK: None}
 
 
 @contextmanager
@@ -224,6 +226,7 @@ def _opening(run: Path, model: Any) -> str:
     return "" if chat.opens_thinking else chat.think_start
 
 
-def _add(run: Path, task: str, variant: str, block: Mapping[str, Any]) -> None:
+def _add(run: Path, result: BenchmarkResult, settings: Mapping[str, Any]) -> None:
     with changed_results(run) as results:
-        results.setdefault(BENCHMARKS_FOLDER, {}).setdefault(task, {})[variant] = block
+        of_task = results.setdefault(BENCHMARKS_FOLDER, {}).setdefault(result.task, {})
+        of_task[result.variant] = {**plain(result.score), "settings": settings}
