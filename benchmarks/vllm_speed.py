@@ -97,7 +97,9 @@ def measure(repeats: int) -> dict[str, Any]:
                 ours.generate(name, requests[:1])
                 plain_rate = rate(of_plain)
                 rates.append(plain_rate)
-                shares.setdefault(name, []).append(rate(lambda name=name: ours.generate(name, requests)) / plain_rate)
+                share = rate(lambda name=name: ours.generate(name, requests)) / plain_rate
+                shares.setdefault(name, []).append(share)
+                print(f"{name}: {share:.2f} of {plain_rate:.0f} tokens/s", flush=True)
         ours.close()
         wanted = WANTED / (1 + theirs / own)
         return {
