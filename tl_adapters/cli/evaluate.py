@@ -27,7 +27,7 @@ from tl_adapters.cli.common import (
     strength_of,
     tasks_of,
 )
-from tl_adapters.cli.parsing import Words, whole, words
+from tl_adapters.cli.parsing import Words, refuse, whole, words
 from tl_adapters.cli.result import Result
 from tl_adapters.errors import UserError
 from tl_adapters.utils.printing import command
@@ -92,6 +92,14 @@ _Limit = Annotated[int | None, whole("--limit", "the first N problems of each ta
 _OpenThinking = Annotated[
     bool, typer.Option("--open-thinking", help="end the prompts with the tag that opens the thinking")
 ]
+_Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="vllm|URL",
+        help="answer with vLLM: in this process, or at the address of a vllm serve (default: our own engine)",
+    ),
+]
 _Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="folder of answers (default: RUN/benchmarks)")]
 
 
@@ -112,6 +120,7 @@ def benchmark(
     open_thinking: _OpenThinking = False,
     hesitation_words: HesitationWords = None,
     out: _Out = None,
+    engine: _Engine = None,
     quiet: Quiet = False,
     json: AsJson = False,
     seed: Seed = None,
@@ -131,28 +140,40 @@ def benchmark(
 
     variant = _variant(route, joined(ablate), joined(insert), strength)
     named, counted = joined(tasks), joined(hesitation_words)
-    given: dict[str, Any] = dict(
+    given = _given(
         samples=samples, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens,
         batch_size=batch_size, seed=seed,
     )  # fmt: skip
-    given = {name: value for name, value in given.items() if value is not None}
     folder = out or run_folder / BENCHMARKS_FOLDER
     try:
         results = benchmark_run(
             run_folder, tasks_of(named) or None, variant, options=given, open_thinking=open_thinking, limit=limit,
-            words=counted or HESITATION_RATE_WORDS, out=folder, device=device_of(device), dtype=dtype,
-            progress=not quiet,
+            words=counted or HESITATION_RATE_WORDS, out=folder, engine=engine, device=_device(engine, device),
+            dtype=dtype, progress=not quiet,
         )  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; answers so far are in {folder}; the same command continues.") from None
     other: dict[str, Any] = dict(route="replacement" if variant.route == "target" else "target", limit=limit)
-    other |= dict(tasks=named or None, words=counted or None, out=out, dtype=dtype, device=given_device(device))
+    other |= dict(
+        tasks=named or None, words=counted or None, out=out, dtype=dtype, device=given_device(device), engine=engine
+    )
     return Result(
         paths={"answers": [result.folder for result in results]},
         values={"tasks": [{"task": r.task, "variant": r.variant, **plain(r.score)} for r in results]},
         text="\n".join(map(_benchmark_lines, results)),
         next=command("benchmark", run_folder, **other, **given, open_thinking=open_thinking),
     )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _device(engine: str | None, device: str) -> str:
+    """The device of --device. Raises UserError where another engine chooses its own."""
+    if engine is not None:
+        refuse("vLLM chooses its device itself", device=given_device(device))
+    return device_of(device)
 
 
 def _variant(route: str | None, ablate: list[str], insert: list[str], strength: float | None) -> BenchmarkVariant:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -28,11 +27,11 @@ from tl_adapters.cli.common import (
     given_device,
     joined,
     read_prompt,
+    scale_factor,
     strength_of,
 )
 from tl_adapters.cli.parsing import Words, choices, whole, words
 from tl_adapters.cli.result import Result
-from tl_adapters.errors import UserError
 from tl_adapters.utils.printing import command
 
 if TYPE_CHECKING:
@@ -146,19 +145,8 @@ def variants(
         *(without(feature_ids(names)) for names in ablate or ()),
         *(with_only(feature_ids(names), strength_of(strength, names)) for names in insert or ()),
         *(with_negated(feature_ids(names)) for names in negate or ()),
-        *(rescaled(feature_ids(names), _factor(factor, names)) for factor, *names in scale or ()),
+        *(rescaled(feature_ids(names), scale_factor(factor, names)) for factor, *names in scale or ()),
     ]
-
-
-def _factor(text: str, names: Sequence[str]) -> float:
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = math.nan
-    if not math.isfinite(factor) or not names:
-        given = " ".join([text, *names])
-        raise UserError(f"--scale is {given}; give a factor and features, such as --scale 2 2.17 4.3.")
-    return factor
 
 
 def _plain(completion: VariantCompletion) -> dict[str, Any]:

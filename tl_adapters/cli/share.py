@@ -15,10 +15,13 @@ from tl_adapters.cli.common import (
     Device,
     Dtype,
     Quiet,
+    Strength,
     device_of,
     feature_ids,
     given_device,
     joined,
+    scale_factor,
+    strength_of,
 )
 from tl_adapters.cli.parsing import Words, refuse, words
 from tl_adapters.cli.result import Result
@@ -27,8 +30,9 @@ from tl_adapters.utils.printing import command
 
 if TYPE_CHECKING:
     from tl_adapters.adapters.adapter_set import AdapterSet
+    from tl_adapters.interop.vllm_checkpoint import ServedVariant
 
-ExportName = Literal["saelens", "authors", "hybrid", "target", "neuronpedia", "sae-dashboard"]
+ExportName = Literal["saelens", "authors", "hybrid", "target", "vllm", "neuronpedia", "sae-dashboard"]
 Reads = Annotated[
     Literal["normalized", "mlp_input"] | None,
     typer.Option(
@@ -45,6 +49,7 @@ _READ_BY: dict[str, set[str]] = {
     "authors": {"base", "target"},
     "hybrid": {"base", "target"},
     "target": {"base", "target"},
+    "vllm": {"base", "target", "ablate", "insert", "strength", "scale"},
     "neuronpedia": {"model_id", "set"},
     "sae-dashboard": {"features", "data"},
 }
@@ -77,6 +82,14 @@ _Data = Annotated[
     str | None,
     typer.Option("--data", metavar="DATA", help="sae-dashboard: documents (not needed for the model organism)"),
 ]
+_Ablate = Annotated[
+    list[Words] | None, words("--ablate", "vllm: serve also the replacement without these features", "L.I")
+]
+_Insert = Annotated[list[Words] | None, words("--insert", "vllm: serve also the hybrid with only these", "L.I")]
+_Scale = Annotated[
+    list[Words] | None,
+    words("--scale", "vllm: serve also the replacement with these features times FACTOR", "FACTOR L.I"),
+]
 
 
 def export(
@@ -90,6 +103,10 @@ def export(
     set_name: _SetName = None,
     features: _Features = None,
     data: _Data = None,
+    ablate: _Ablate = None,
+    insert: _Insert = None,
+    strength: Strength = None,
+    scale: _Scale = None,
     quiet: Quiet = False,
     json: AsJson = False,
 ) -> Result:
@@ -99,10 +116,12 @@ def export(
         tl-adapters export runs/mine --to saelens --out saelens
         tl-adapters export runs/demo --to neuronpedia --model-id NAME --out batches
         tl-adapters export runs/demo --to sae-dashboard --features 2.17 4.3 --out dashboards
+        tl-adapters export runs/demo --to vllm --ablate runs/demo/circuit.json --scale 2 4.12 --out served
     """
     given: dict[str, object] = dict(
-        reads=reads, base=base, target=target, model_id=model_id, set=set_name, features=features, data=data
-    )
+        reads=reads, base=base, target=target, model_id=model_id, set=set_name, features=features, data=data,
+        ablate=ablate, insert=insert, strength=strength, scale=scale,
+    )  # fmt: skip
     refuse(f"--to {to} does not read this", **{name: v for name, v in given.items() if name not in _READ_BY[to]})
     if to == "neuronpedia":
         return _export_neuronpedia(Path(adapters), out, model_id, set_name or NEW_SET_NAME)
@@ -110,12 +129,32 @@ def export(
         return _export_dashboard(Path(adapters), out, joined(features), data)
     from tl_adapters.interop.export import export as export_adapters
 
-    export_adapters(adapters, to, out, reads=reads or "normalized", base=base, target=target)
+    variants = _served(ablate, insert, strength, scale)
+    export_adapters(adapters, to, out, reads=reads or "normalized", base=base, target=target, variants=variants)
     return Result(paths={to: out}, text=_loading(to, out))
 
 
+def _served(
+    ablate: list[Words] | None, insert: list[Words] | None, strength: float | None, scale: list[Words] | None
+) -> list[ServedVariant]:
+    """The feature sets of the options, in the order of their help. Raises UserError."""
+    from tl_adapters.interop.vllm_checkpoint import ServedVariant
+
+    if strength is not None:
+        strength_of(strength, joined(insert))
+    return [
+        *(ServedVariant.without(feature_ids(names)) for names in ablate or ()),
+        *(ServedVariant.with_only(feature_ids(names), strength_of(strength, names)) for names in insert or ()),
+        *(ServedVariant.rescaled(feature_ids(names), scale_factor(factor, names)) for factor, *names in scale or ()),
+    ]
+
+
 def _loading(to: str, out: Path) -> str:
-    """The lines of Python that load what was exported."""
+    """The command or the line of Python that loads what was exported."""
+    if to == "vllm":
+        from tl_adapters.interop.vllm_checkpoint import serve_command
+
+        return f"in an environment with vLLM (docs/vllm.md): {serve_command(out)}"
     if to == "saelens":
         missing = "\nSAELens is not installed here. It needs TransformerLens 3: pip install 'tl-adapters[saelens]'"
         found = importlib.util.find_spec("sae_lens") is not None

@@ -11,4 +11,6 @@
 * `neuronpedia`: A feature store as the files of a Neuronpedia upload
 * `sae_dashboard`: Feature pages made by the sae-dashboard package
 * `saelens`: Conversion of adapter sets to and from SAELens transcoders
+* `vllm_checkpoint`: The folder that vLLM serves a run from, with every route and feature set
+* `vllm_engine`: Completions by vLLM, in this process or at the address of a server
 """

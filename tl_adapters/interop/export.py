@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,12 +16,13 @@ from tl_adapters.interop.any_set import read_adapters
 from tl_adapters.interop.authors_checkpoint import to_authors
 from tl_adapters.interop.hybrid_checkpoint import write_hybrid
 from tl_adapters.interop.saelens import to_saelens
+from tl_adapters.interop.vllm_checkpoint import ServedVariant, to_vllm
 from tl_adapters.models.weight_identity import trained_on
 from tl_adapters.utils.files import require_absent, require_writable
 from tl_adapters.utils.printing import command
 from tl_adapters.utils.results import RESULTS_FILE, read_results
 
-ExportFormat = Literal["saelens", "authors", "hybrid", "target"]
+ExportFormat = Literal["saelens", "authors", "hybrid", "target", "vllm"]
 
 
 def load_adapters_with_measurements(name: str | Path, **options: Any) -> AdapterSet:
@@ -73,17 +74,20 @@ def export(
     reads: Literal["normalized", "mlp_input"] = "normalized",
     base: str | None = None,
     target: str | None = None,
+    variants: Sequence[ServedVariant] = (),
 ) -> None:
     """Write a run's adapters, or the models that they belong to, for other tools.
 
     Args:
         name: a run folder, a folder of adapters, or a repository on the hub.
         to: "saelens" (a SAELens folder per layer), "authors" (the replacement model in the format of the paper's
-            authors), "hybrid" (the model to which additive transcoders are added, as a Hugging Face folder) or "target"
-            (the target as a Hugging Face folder, for adapters that read its stream).
+            authors), "hybrid" (the model to which additive transcoders are added, as a Hugging Face folder), "target"
+            (the target as a Hugging Face folder, for adapters that read its stream) or "vllm" (what vLLM serves all
+            routes and feature sets from, with our plugin).
         folder: must not exist.
         reads: for "saelens", as in `to_saelens`.
         base, target: names or folders of the models, if they are not where the adapters' metadata says.
+        variants: for "vllm", feature sets that are served beside the routes.
 
     Raises:
         PairMismatchError: models with other weights than those that the adapters were trained on.
@@ -101,7 +105,7 @@ def export(
         return
     about = adapters.metadata
     if "planted" in about.fingerprints:
-        if to == "target":
+        if to in ("target", "vllm"):
             raise UserError(
                 "The target of these adapters is its base with planted features, which a gated MLP cannot hold: there "
                 "is no Hugging Face folder of it. PairedModel.plant(base, planted) makes it, from the planted "
@@ -114,6 +118,8 @@ def export(
     _require_recorded_weights(adapters, models)
     if to == "authors":
         to_authors(adapters, folder, base=models["base"], target=models["target"])
+    elif to == "vllm":
+        to_vllm(adapters, folder, base=models["base"], target=models["target"], variants=variants)
     else:
         write_hybrid(folder, models["target"], models["base"] if to == "hybrid" else None)
 

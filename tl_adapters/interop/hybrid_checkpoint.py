@@ -40,6 +40,7 @@ def write_hybrid(
     *,
     config: Mapping[str, Any] | None = None,
     beside_mlps: Mapping[str, torch.Tensor] | None = None,
+    base_as: str | None = None,
 ) -> None:
     """Write ``target`` with the MLPs of ``base`` and the target's tokenizer, in shards as the target has them.
 
@@ -49,6 +50,8 @@ def write_hybrid(
         base: folder or hub name; None writes the target itself, for adapters that read the target's own stream.
         config: entries of config.json to add or change.
         beside_mlps: further tensors by name; each is written to the shard that holds its layer's MLP.
+        base_as: the module within each of the target's MLPs as which the base's MLP is written beside it, such as
+            "base"; None writes it in the target's place.
 
     Raises:
         CheckpointError: missing or damaged files.
@@ -74,7 +77,7 @@ def write_hybrid(
         for shard in shard_files(target_folder):
             tensors = dict(shard_tensors(target_folder, shard))
             if base_folder is not None:
-                _exchange_mlps(tensors, base_folder, set(mlp_names))
+                tensors |= _base_mlps(tensors, base_folder, set(mlp_names), base_as)
             layer_mlps = {name.rpartition(".gate_proj")[0] for name in tensors if ".mlp.gate_proj." in name}
             for name in [name for name in remaining if name.partition(".mlp.")[0] + ".mlp" in layer_mlps]:
                 tensors[name] = remaining.pop(name).contiguous()
@@ -85,25 +88,31 @@ def write_hybrid(
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             write_text(out / SHARD_INDEX_FILE, dumps(index, indent=1) + "\n")
         _copy_description(target_folder, out)
-        stream = "target" if base is None else "replacement" if beside_mlps else "hybrid"
-        about = {
-            "stream": stream,
-            "target": published_name(str(target)),
-            "mlps_of": published_name(str(base or target)),
-        }
+        about = _about(target, base, bool(beside_mlps))
         written_config = {**_without_paths(target_config), "tl_adapters": about, **(config or {})}
         write_text(out / "config.json", dumps(written_config, indent=1) + "\n")
 
 
-def _exchange_mlps(tensors: dict[str, torch.Tensor], base_folder: Path, mlp_names: set[str]) -> None:
-    """Replace the MLP tensors of one shard by those of the base, in the dtype of the target."""
+def _about(target: str | Path, base: str | Path | None, with_adapters: bool) -> dict[str, str]:
+    """The entry "tl_adapters" of config.json: which model this is, and of which models it was made."""
+    stream = "target" if base is None else "replacement" if with_adapters else "hybrid"
+    return {"stream": stream, "target": published_name(str(target)), "mlps_of": published_name(str(base or target))}
+
+
+def _base_mlps(
+    tensors: Mapping[str, torch.Tensor], base_folder: Path, mlp_names: set[str], base_as: str | None
+) -> dict[str, torch.Tensor]:
+    """The base's tensors of the MLPs in one shard, in the dtype of the target, under the names that are written."""
+    found = {}
     for name, base_tensor in read_tensors(base_folder, sorted(mlp_names & set(tensors))).items():
         if base_tensor.shape != tensors[name].shape:
             raise PairMismatchError(
                 f"{name} has shape {tuple(base_tensor.shape)} in the base and {tuple(tensors[name].shape)} in the "
                 "target."
             )
-        tensors[name] = base_tensor.to(tensors[name].dtype)
+        written = name if base_as is None else name.replace(".mlp.", f".mlp.{base_as}.")
+        found[written] = base_tensor.to(tensors[name].dtype)
+    return found
 
 
 def _copy_description(target_folder: Path, out: Path) -> None:

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
@@ -260,12 +261,15 @@ def negated(pair: PairedModel, features: Features, scale: float = -0.5) -> Any:
 
 
 def indices_by_layer(pair: PairedModel, features: Features, device: torch.device | None = None) -> dict[int, Tensor]:
+    """`feature_indices` of a pair's adapters. Every intervention checks its features here."""
+    return feature_indices(pair.installed_adapters(), features, device)
+
+
+def feature_indices(adapters: AdapterSet, features: Features, device: torch.device | None = None) -> dict[int, Tensor]:
     """The indices of the given features by layer, sorted and without duplicates.
 
-    Every intervention checks its features here.
-
     Args:
-        pair: a pair with adapters.
+        adapters: the adapters that the features belong to.
         features: layer and index of each feature.
         device: the device to which the indices are moved, all at once.
 
@@ -274,7 +278,7 @@ def indices_by_layer(pair: PairedModel, features: Features, device: torch.device
         InterventionError: the adapters do not have a feature.
         ForeignFeaturesError: a feature belongs to other adapters.
     """
-    adapters, features = pair.installed_adapters(), feature_pairs(features)
+    features = feature_pairs(features)
     adapters.require_own(features)
     unique = sorted({FeatureId(*feature) for feature in features})
     unknown = [f for f in unique if f.layer not in adapters.layer_indices or not 0 <= f.index < adapters.n_features]

@@ -6,9 +6,11 @@ several variants of the same model. Any context manager of a pair can be a varia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tl_adapters.adapters.feature_id import FeatureId
@@ -27,6 +29,19 @@ class Variant:
     """The name under which results are shown."""
     entered: Callable[[PairedModel], AbstractContextManager[Any]]
     """A function of a pair that returns the context manager within which the pair's model is this variant."""
+
+    @property
+    def slug(self) -> str:
+        """The name without characters that the name of a folder or of a served model cannot hold."""
+        return re.sub(r"[^\w.+]+", "-", self.name).strip("-")
+
+    def named_by(self, features: Iterable[FeatureId]) -> Variant:
+        """The same variant with a name that is unique to ``features``, also where it does not list all of them."""
+        unique = sorted({FeatureId(*feature) for feature in features})
+        if len(unique) <= MAX_LISTED_FEATURES:
+            return self
+        digest = hashlib.sha256(repr([tuple(feature) for feature in unique]).encode()).hexdigest()[:8]
+        return replace(self, name=f"{self.name} ({digest})")
 
 
 def on_route(route: str) -> Variant:

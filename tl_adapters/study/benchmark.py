@@ -6,14 +6,15 @@ task and variant have a folder of their own (`sampled_responses`), so successive
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tl_adapters import organism
+from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.config import Dtype, RunConfig
 from tl_adapters.data.chat_format import ChatFormat
@@ -23,15 +24,19 @@ from tl_adapters.evaluation.behaviors import Behavior
 from tl_adapters.evaluation.sampled_responses import ResponseOptions, TaskScore, sample_responses, score_responses
 from tl_adapters.evaluation.tasks import ORGANISM_TASK, TASKS, load_problems, require_task
 from tl_adapters.generation.generation_config import DEFAULT_MAX_NEW_TOKENS, end_tokens
-from tl_adapters.interventions.variants import MAX_LISTED_FEATURES, Variant, on_route, with_only, without
-from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.interop.export import export
+from tl_adapters.interop.vllm_checkpoint import ServedVariant, served_model_name
+from tl_adapters.interop.vllm_engine import LocalVllm, VllmEngine, VllmModel, VllmServer, require_vllm
+from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.routed_mlp import ROUTES
-from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters
-from tl_adapters.utils.files import require_writable
+from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters, set_run_date
+from tl_adapters.utils.files import require_writable, working_folder
 from tl_adapters.utils.results import changed_results, plain
 
 log = logging.getLogger(__name__)
 
+VLLM_HERE = "vllm"
+"""The engine that is vLLM in this process; any other name of one is an address."""
 BENCHMARKS_FOLDER = "benchmarks"
 """Name of the folder of answers in a run, and of the block in its results.json."""
 
@@ -82,12 +87,16 @@ class BenchmarkVariant:
     @property
     def variant(self) -> Variant:
         """The variant to enter; its name is unique to its set of features."""
-        features = sorted({*self.ablate, *self.insert})
-        if not features:
-            return on_route(self.route)
-        variant = without(features) if self.ablate else with_only(features, self.strength)
-        digest = hashlib.sha256(repr([tuple(feature) for feature in features]).encode()).hexdigest()[:8]
-        return variant if len(features) <= MAX_LISTED_FEATURES else replace(variant, name=f"{variant.name} ({digest})")
+        return self.served.variant
+
+    @property
+    def served(self) -> ServedVariant:
+        """The variant as vLLM serves it."""
+        if self.ablate:
+            return ServedVariant.without(sorted({*self.ablate}))
+        if self.insert:
+            return ServedVariant.with_only(sorted({*self.insert}), self.strength)
+        return ServedVariant.on_route(self.route)
 
     def as_record(self) -> dict[str, Any]:
         """The record that the settings of the answers hold."""
@@ -109,6 +118,7 @@ def benchmark_run(
     limit: int | None = None,
     words: Sequence[str] | Behavior = HESITATION_RATE_WORDS,
     out: Path | None = None,
+    engine: str | None = None,
     device: str = "auto",
     dtype: Dtype | None = None,
     progress: bool = True,
@@ -126,39 +136,78 @@ def benchmark_run(
         limit: use only the first ``limit`` problems of each task.
         words: what counts as a hesitation: words and phrases, or a `Behavior`.
         out: folder of the answers, by default ``benchmarks`` in the run. Answers that are there already are kept.
+        engine: None is our own, "vllm" vLLM in this process, and an address a `vllm serve`.
         device: device of the models; "auto" is the first available of cuda, mps and cpu.
         dtype: dtype of the models; by default the run's.
         progress: show progress bars.
 
-    Raises BenchmarkError, TaskError, SamplingError, and what opening a run raises.
+    Raises BenchmarkError, TaskError, SamplingError, VllmError, and what opening a run raises.
     """
     require_adapters(run)
-    if tasks is None:
-        if not is_organism_run(run):
-            raise BenchmarkError(f"--tasks is missing; the tasks are {', '.join((ORGANISM_TASK, *TASKS))}.")
-        tasks = {ORGANISM_TASK: None}
+    tasks = _organism_task(run) if tasks is None else tasks
     require_writable(run if out is None else out)
     samplings = {name: _sampling(name, options or {}) for name in tasks}
     for name in tasks:
         require_task(name)
     entered = (spec := variant or BenchmarkVariant()).variant
     loaded = [load_problems(name, source, limit=limit, seed=samplings[name].seed) for name, source in tasks.items()]
-    pair = open_run(run, device, dtype)
-    model_facts = {"variant": entered.name, **spec.as_record(), **_model(pair)}
-    prefill = _opening(run, pair) if open_thinking else ""
-    results = []
-    for task in loaded:
-        folder = (out or run / BENCHMARKS_FOLDER) / task.task / _slug(entered.name)
-        sampling = replace(samplings[task.task], prefill=prefill).resolved(pair.model, task.problems)
-        facts = {"task": task.task, "source": task.source, "split": task.split, **model_facts}
-        log.info("%s: %s, %s", task.task, entered.name, sampling.parameters)
-        with entered.entered(pair) as model:
+    opened = _own_model(run, spec, device, dtype) if engine is None else _vllm_model(run, spec, engine, dtype)
+    name, slug = (entered.name, entered.slug) if engine is None else (f"{entered.name} (vLLM)", f"{entered.slug}-vllm")
+    with opened as (model, model_facts):
+        prefill = _opening(run, model) if open_thinking else ""
+        results = []
+        for task in loaded:
+            facts = {"task": task.task, "source": task.source, "split": task.split, "variant": entered.name}
+            facts |= {**spec.as_record(), **model_facts}
+            folder = (out or run / BENCHMARKS_FOLDER) / task.task / slug
+            sampling = replace(samplings[task.task], prefill=prefill).resolved(model, task.problems)
+            log.info("%s: %s, %s", task.task, name, sampling.parameters)
             answers = sample_responses(model, task.problems, sampling, folder, facts, progress)
-        task_score = score_responses(answers, task.split, words)
-        settings = {**facts, **asdict(sampling), "ends": end_tokens(pair.model)}
-        _add(run, task.task, entered.name, {**plain(task_score), "settings": settings})
-        results.append(BenchmarkResult(task.task, entered.name, task_score, folder, sampling))
+            results.append(
+                BenchmarkResult(task.task, name, score_responses(answers, task.split, words), folder, sampling)
+            )
+            _add(run, results[-1], {**facts, **asdict(sampling), "ends": end_tokens(model)})
     return results
+
+
+def _organism_task(run: Path) -> dict[str, str | None]:
+    if not is_organism_run(run):
+        raise BenchmarkError(f"--tasks is missing; the tasks are {', '.join((ORGANISM_TASK, *TASKS))}.")
+    return {ORGANISM_TASK: None}
+
+
+@contextmanager
+def _own_model(
+    run: Path, spec: BenchmarkVariant, device: str, dtype: Dtype | None
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The variant in our own engine, and what identifies its weights."""
+    pair = open_run(run, device, dtype)
+    with spec.variant.entered(pair) as model:
+        yield model, _weights(str(pair.model.cfg.dtype), pair.fingerprints, pair.installed_adapters())
+
+
+@contextmanager
+def _vllm_model(
+    run: Path, spec: BenchmarkVariant, engine: str, dtype: Dtype | None
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The variant in vLLM, and what identifies its weights; an export for vLLM in this process is removed again."""
+    adapters, config = AdapterSet.from_pretrained(run / "adapters"), RunConfig.of_run(run)
+    base, target = (config.base, config.target) if config.target else (organism.BUILTIN_BASE, organism.BUILTIN_TARGET)
+    with ExitStack() as closing:
+        served: VllmEngine
+        if engine == VLLM_HERE:
+            require_vllm()  # before the export, which copies both models
+            folder = closing.enter_context(working_folder(run / VLLM_HERE)) / "export"
+            export(run, "vllm", folder, base=base, target=target, variants=[spec.served])
+            served = LocalVllm(folder, dtype or config.dtype)
+        elif dtype is None:
+            served = VllmServer(engine, served_model_name(adapters))
+        else:
+            raise BenchmarkError(f"The server at {engine} has a dtype already, and --dtype is {dtype}; leave it out.")
+        closing.callback(served.close)
+        model = VllmModel.of(served, spec.variant.slug, target)
+        set_run_date(run, model.tokenizer)
+        yield model, {**_weights(served.dtype, adapters.metadata.fingerprints, adapters), "engine": "vllm"}
 
 
 def _sampling(task: str, options: Mapping[str, Any]) -> ResponseOptions:
@@ -166,21 +215,18 @@ def _sampling(task: str, options: Mapping[str, Any]) -> ResponseOptions:
     return ResponseOptions(**{**own, **options})
 
 
-def _model(pair: PairedModel) -> dict[str, Any]:
-    fingerprints = {**pair.fingerprints, "adapters": pair.installed_adapters().fingerprint}
-    return {"dtype": str(pair.model.cfg.dtype).removeprefix("torch."), "fingerprints": fingerprints}
+def _weights(dtype: str, fingerprints: Mapping[str, str], adapters: AdapterSet) -> dict[str, Any]:
+    of_all = {**fingerprints, "adapters": adapters.fingerprint}
+    return {"dtype": dtype.removeprefix("torch."), "fingerprints": of_all}
 
 
-def _opening(run: Path, pair: PairedModel) -> str:
+def _opening(run: Path, model: Any) -> str:
     data = RunConfig.of_run(run).data
-    chat = ChatFormat.of(pair.model.tokenizer, data.think_start, data.think_end)
+    chat = ChatFormat.of(model.tokenizer, data.think_start, data.think_end)
     return "" if chat.opens_thinking else chat.think_start
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.+]+", "-", name).strip("-")
-
-
-def _add(run: Path, task: str, variant: str, block: Mapping[str, Any]) -> None:
+def _add(run: Path, result: BenchmarkResult, settings: Mapping[str, Any]) -> None:
     with changed_results(run) as results:
-        results.setdefault(BENCHMARKS_FOLDER, {}).setdefault(task, {})[variant] = block
+        of_task = results.setdefault(BENCHMARKS_FOLDER, {}).setdefault(result.task, {})
+        of_task[result.variant] = {**plain(result.score), "settings": settings}

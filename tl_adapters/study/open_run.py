@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
@@ -63,9 +64,14 @@ def open_run(folder: Path, device: str = "auto", dtype: Dtype | None = None) -> 
     adapters = AdapterSet.from_pretrained(folder / "adapters")
     config = RunConfig.of_run(folder)
     pair = open_pair(replace(config, dtype=dtype or config.dtype), device)
-    set_template_date(pair.model.tokenizer, _date(config.data))
+    set_run_date(folder, pair.model.tokenizer)
     pair.load_adapters(adapters)
     return pair
+
+
+def set_run_date(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Fix the date that the template of a run's tokenizer writes, where it writes one, to the run's own."""
+    set_template_date(tokenizer, _date(RunConfig.of_run(folder).data))
 
 
 def alone_in_run(work: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:

@@ -1,0 +1,366 @@
+"""Completions by vLLM in place of our own engine: in this process, or at the address of a `vllm serve`.
+
+Prompts go in as token ids and completions come out as token ids, so both engines read and write the same tokens. Greedy
+completions are the same, except where two tokens are as likely as rounding allows, which vLLM does not report
+(`Completion.near_ties` is 0). Sampled ones are drawn from vLLM's own random numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from tl_adapters.checkpoints.model_files import locate, read_config
+from tl_adapters.checkpoints.tokenizers import load_tokenizer
+from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.errors import UserError, first_line
+from tl_adapters.generation.completions import Completion
+from tl_adapters.generation.generation_config import end_tokens
+from tl_adapters.generation.responses import Checkable, Response
+from tl_adapters.interop.vllm_checkpoint import read_served_folder
+from tl_adapters.utils.arguments import token_ids
+from tl_adapters.utils.reading import UnreadableFileError, as_record, parse_json
+from tl_adapters.vllm_plugin.served_conditions import CONDITIONS_FOLDER, lora_options
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_SECONDS = 30.0
+"""Seconds in which a connection must stand; a completion may take any time."""
+_LARGEST_SEED = 2**31 - 1
+
+
+class VllmError(UserError, RuntimeError):
+    """vLLM is not installed, does not start, does not answer, or serves other adapters or conditions."""
+
+
+class CompletionRequest(NamedTuple):
+    """One prompt and how it is completed."""
+
+    prompt: list[int]
+    """Token ids."""
+    max_new_tokens: int
+    """Limit of the completion."""
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    """Nucleus; 1 is all tokens."""
+    top_k: int
+    """Number of likeliest tokens; 0 is all tokens."""
+    seed: int
+    """Seed of the draws."""
+    stop_at: list[int]
+    """Ids of the tokens that end the completion."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """vLLM's own parameters; those that a generation_config.json may set are set to have no effect."""
+        return {
+            "max_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "seed": self.seed,
+            "stop_token_ids": self.stop_at,
+            "ignore_eos": True,  # the end tokens are among those to stop at, and only these end a completion
+        }
+
+
+@runtime_checkable
+class VllmEngine(Protocol):
+    """One engine with several conditions."""
+
+    dtype: str
+    """Dtype of the models; "unknown" where the engine does not tell."""
+    max_model_len: int
+    """Longest prompt and completion together, in tokens."""
+
+    def generate(self, condition: str, requests: Sequence[CompletionRequest]) -> list[list[int]]:
+        """Token ids of every completion, with the token that ended it."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+def require_vllm() -> None:
+    """Raises VllmError where vLLM cannot be loaded into this process."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise VllmError(
+            f"vLLM cannot be loaded ({first_line(error)}). Install it beside tl_adapters (docs/vllm.md), or give the "
+            "address of a server with --engine http://127.0.0.1:8000."
+        ) from error
+
+
+class LocalVllm:
+    """vLLM in this process, with an exported folder.
+
+    Args:
+        folder: what `vllm_checkpoint.to_vllm` wrote.
+        dtype: of the models; None is the target's own.
+        options: further options of `vllm.LLM`.
+
+    Raises:
+        VllmError: vLLM is not installed or does not start.
+    """
+
+    def __init__(self, folder: str | Path, dtype: str | None = None, **options: Any) -> None:
+        require_vllm()
+        from vllm import LLM
+
+        self.folder = Path(folder)
+        served = read_served_folder(self.folder)
+        names = [condition.name for condition in served.conditions]
+        self._numbers = {name: number for number, name in enumerate(names, start=1)}
+        chosen: dict[str, Any] = {
+            "dtype": dtype or served.model_dtype,
+            "max_model_len": -1,
+            **lora_options(len(names)),
+            **options,
+        }
+        try:
+            # The files are safetensors, and nothing else is read; captured passes would keep one condition.
+            self._llm = LLM(
+                model=str(folder),
+                enforce_eager=True,
+                load_format="safetensors",
+                skip_tokenizer_init=True,
+                trust_remote_code=False,
+                **chosen,
+            )
+        except Exception as error:  # vLLM raises whatever its parts raise
+            raise VllmError(
+                f"vLLM does not start ({type(error).__name__}: {first_line(error)}). Its own messages are above; what "
+                "was tried is in docs/vllm.md."
+            ) from error
+        config = self._llm.llm_engine.model_config
+        self.dtype, self.max_model_len = str(config.dtype).removeprefix("torch."), config.max_model_len
+
+    def generate(self, condition: str, requests: Sequence[CompletionRequest]) -> list[list[int]]:
+        """Token ids of every completion, with the token that ended it. Raises VllmError for an unknown condition."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=request.prompt) for request in requests],
+            [SamplingParams(detokenize=False, **request.parameters) for request in requests],
+            lora_request=self._lora(condition),
+            use_tqdm=False,
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def close(self) -> None:
+        """Free the engine's memory; one process has one engine at a time."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _lora(self, condition: str) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        _require_condition(condition, self._numbers, str(self.folder))
+        return LoRARequest(condition, self._numbers[condition], str(self.folder / CONDITIONS_FOLDER / condition))
+
+
+class _FromServer(BaseModel):
+    """Base of the parts of a server's answers that are read; others are left out."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class _ServedName(_FromServer):
+    id: str
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class _ServedNames(_FromServer):
+    data: tuple[_ServedName, ...]
+
+
+class _Choice(_FromServer):
+    token_ids: tuple[Annotated[int, Field(ge=0)], ...]
+    finish_reason: Literal["stop", "length"]
+
+
+class _Choices(_FromServer):
+    choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
+
+
+class VllmServer:
+    """A `vllm serve` of an exported folder, by its address.
+
+    Args:
+        url: such as http://127.0.0.1:8000.
+        served_name: `vllm_checkpoint.served_model_name` of the adapters that it has to serve.
+        parallel: requests that are sent at a time.
+
+    Raises:
+        VllmError: an address that cannot be used, no answer, or other adapters.
+    """
+
+    dtype = "unknown"
+
+    def __init__(self, url: str, served_name: str, parallel: int = 64) -> None:
+        import httpx  # not at the top: its import draws from the user's random numbers
+
+        try:
+            host = httpx.URL(url).host
+        except httpx.InvalidURL:
+            host = ""
+        if not url.startswith(("http://", "https://")) or not host:
+            raise VllmError(f"The engine is {url!r}; give vllm, or the address of a server: http://127.0.0.1:8000.")
+        self.url, self.parallel = url.rstrip("/").removesuffix("/v1"), parallel
+        self._client = httpx.Client(
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_SECONDS),
+            trust_env=host not in ("127.0.0.1", "localhost", "::1"),  # a proxy cannot reach this machine's servers
+            limits=httpx.Limits(max_connections=parallel),
+        )
+        names = self._exchange("GET", "/v1/models", None, _ServedNames).data
+        own = next((name for name in names if name.id == served_name and name.parent is None), None)
+        if own is None or own.max_model_len is None:
+            raise VllmError(
+                f"{self.url} serves {', '.join(name.id for name in names[:5])}, and these adapters are {served_name}: "
+                "they or their models are others. Export this run (tl-adapters export --to vllm) and serve it with "
+                "the command that the export prints."
+            )
+        self.max_model_len = own.max_model_len
+        self.conditions = [name.id for name in names if name.parent == served_name]
+
+    def generate(self, condition: str, requests: Sequence[CompletionRequest]) -> list[list[int]]:
+        """Token ids of every completion, with the token that ended it. Raises VllmError."""
+        _require_condition(condition, self.conditions, self.url)
+
+        def completed(request: CompletionRequest) -> list[int]:
+            body = {"model": condition, "prompt": request.prompt, "return_token_ids": True, **request.parameters}
+            return list(self._exchange("POST", "/v1/completions", body, _Choices).choices[0].token_ids)
+
+        with ThreadPoolExecutor(self.parallel) as threads:
+            return list(threads.map(completed, requests))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _exchange(self, method: str, path: str, body: Any, record: Any) -> Any:
+        """The answer to one request, as a record. Raises VllmError."""
+        import httpx
+
+        try:
+            answer = self._client.request(method, self.url + path, json=body)
+        except (httpx.HTTPError, OSError) as error:
+            raise VllmError(
+                f"{self.url} does not answer ({type(error).__name__}: {first_line(error)}). Start the server with the "
+                "command that tl-adapters export --to vllm prints, or correct --engine."
+            ) from error
+        if answer.status_code != 200:
+            raise VllmError(
+                f"{self.url}{path} answered with status {answer.status_code}: {answer.text[:300]}. Serve the folder "
+                "with the command that its export prints."
+            )
+        try:
+            return as_record(record, parse_json(answer.text, self.url + path), self.url + path)
+        except UnreadableFileError as error:
+            raise VllmError(f"{error} A vllm serve of version 0.32 answers with token ids; use that one.") from error
+
+
+def _require_condition(condition: str, served: Any, where: str) -> None:
+    if condition not in served:
+        raise VllmError(
+            f"{where} does not serve {condition}; it serves {', '.join(served)}. Export the run with these features "
+            "(--ablate, --insert or --scale) and serve that folder."
+        )
+
+
+@dataclass(frozen=True)
+class VllmModel:
+    """One condition of an engine, where `sample_responses` and `end_tokens` take a model of ours."""
+
+    engine: VllmEngine
+    """The engine, which several models share."""
+    condition: str
+    """Name of the condition."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """The target's tokenizer."""
+    generation_config: GenerationConfig | None
+    """The target's generation_config.json."""
+    cfg: SimpleNamespace
+    """``n_ctx`` and ``d_vocab``, as a model of TransformerLens has them."""
+
+    @classmethod
+    def of(cls, engine: VllmEngine, condition: str, target: str | Path) -> VllmModel:
+        """A condition with tokenizer and configuration of the target, a folder or hub name."""
+        folder = locate(target, weights=False)
+        config = read_config(folder)
+        has_generation = (folder / "generation_config.json").is_file()
+        return cls(
+            engine,
+            condition,
+            load_tokenizer(folder),
+            GenerationConfig.from_pretrained(folder) if has_generation else None,
+            SimpleNamespace(n_ctx=engine.max_model_len, d_vocab=config["vocab_size"]),
+        )
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        keys: Sequence[object] | None = None,
+    ) -> list[Completion]:
+        """Completions of all prompts, in their order; arguments as in `generation.completions.complete`.
+
+        Raises VllmError for a prompt that fills the context, and where the engine does not answer.
+        """
+        stop_at = end_tokens(self)
+        requests = []
+        for prompt, key in zip(prompts, range(len(prompts)) if keys is None else keys, strict=True):
+            ids = token_ids(prompt, self.cfg.d_vocab, "a prompt")
+            if not 0 < len(ids) < self.cfg.n_ctx:
+                raise VllmError(
+                    f"A prompt has {len(ids)} tokens; allowed are 1 to {self.cfg.n_ctx - 1}, so that a token fits into "
+                    f"the context of {self.cfg.n_ctx} tokens behind it."
+                )
+            limit = min(max_new_tokens, self.cfg.n_ctx - len(ids))
+            digest = hashlib.sha256(repr(key).encode()).digest()
+            seed = int.from_bytes(digest[:4], "big") & _LARGEST_SEED
+            requests.append(CompletionRequest(ids, limit, temperature, top_p, top_k, seed, stop_at))
+        completed = self.engine.generate(self.condition, requests)
+        return [self._completion(r, tokens) for r, tokens in zip(requests, completed, strict=True)]
+
+    def _completion(self, request: CompletionRequest, tokens: Sequence[int]) -> Completion:
+        end = tokens[-1] if tokens and tokens[-1] in request.stop_at else None
+        kept = tuple(tokens if end is None else tokens[:-1])
+        text = "" if self.tokenizer is None else self.tokenizer.decode(kept)
+        return Completion(tuple(request.prompt), kept, text, end is None, end=end)
+
+    def respond(
+        self, problems: Sequence[Checkable], *, prefill: str = "", seed: int = 0, keys: Sequence[object], **options: Any
+    ) -> list[Response]:
+        """Responses to all problems; arguments as in `generation.responses.respond`.
+
+        Raises DataError for a tokenizer without a chat template, and what `complete` raises.
+        """
+        chat = ChatFormat.of(self.tokenizer)
+        texts = [chat.prompt([{"role": "user", "content": problem.question}], prefill) for problem in problems]
+        prompts = chat.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        options.pop("batch_size", None)  # the engine makes its own batches
+        completions = self.complete(prompts, keys=[(seed, key) for key in keys], **options)
+        return [
+            Response(**vars(one), correct=not one.truncated and problem.solved_by(one.text))
+            for one, problem in zip(completions, problems, strict=True)
+        ]
