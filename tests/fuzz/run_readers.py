@@ -116,12 +116,20 @@ def _sweep(folder: Path) -> None:
     value = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 40, "unit": "nats", "split": "tune", "seeds": [0]}
     point = dict.fromkeys(("l0", "kl", "kl_hybrid", "kl_of_hybrid", "nmse"), value)
     points = [
-        {"name": f"lr-{lr}", "options": {"lr": lr}, **point, "recovered": None, "features": 8, "alive": 7, "tokens": 9}
+        {
+            "name": f"local.lr-{lr}",
+            "options": {"local.lr": lr},
+            **point,
+            "recovered": None,
+            "features": 8,
+            "alive": 7,
+            "tokens": 9,
+        }
         for lr in (0.1, 0.2)
     ]
     record = {
-        "schema_version": SWEEP_SCHEMA_VERSION, "config": RunConfig().to_dict(), "grid": {"lr": [0.1, 0.2]},
-        "held_out": None, "documents": 3, "versions": {"torch": "2.6"}, "points": points, "front": ["lr-0.1"],
+        "schema_version": SWEEP_SCHEMA_VERSION, "config": RunConfig().to_dict(), "grid": {"local.lr": [0.1, 0.2]},
+        "held_out": None, "documents": 3, "versions": {"torch": "2.6"}, "points": points, "front": ["local.lr-0.1"],
         "fingerprints": {"fingerprint of target": "1f"},
     }  # fmt: skip
     (folder / SWEEP_FILE).write_text(json.dumps(record, indent=1))

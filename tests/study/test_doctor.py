@@ -208,7 +208,7 @@ def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
     n_params = sum(p.numel() for p in target.parameters())
     pair = PairedModel.from_pretrained(base, target)
     adapters = pair.new_adapters(96)
-    config = RunConfig(training=TrainingConfig(n_features=96, tokens_per_batch=4 * 60))
+    config = RunConfig(training=TrainingConfig(stages=("end_to_end",), n_features=96, tokens_per_batch=4 * 60))
     size = estimate_size(config, target.config, longest=60)
     (stage,) = size.stages
     batch = random_batch(0, (60,) * 4)

@@ -38,7 +38,7 @@ from tl_adapters.local_stage.signal_to_noise import SMALLEST_RATIO, stored_signa
 from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.weight_identity import recorded_samples, trained_on
 from tl_adapters.organism import BUILTIN, BUILTIN_BASE, BUILTIN_TARGET
-from tl_adapters.study.run_size import RunSize, estimate_search, estimate_size, stored_dtype
+from tl_adapters.study.run_size import RunSize, SearchSize, estimate_search, estimate_size, stored_dtype
 from tl_adapters.utils.devices import free_memory, resolve_device, seconds_of
 
 _GB = 1e9
@@ -308,12 +308,13 @@ def _time(size: RunSize, device: torch.device) -> Finding:
 
 def _search(described: PretrainedConfig, config: RunConfig, tokens: int, device: torch.device) -> Iterator[Finding]:
     """The search of a circuit: its memory, and its time by the methods greedy and sampled."""
-    sizes, methods = {}, ("greedy", "sampled")
-    for method in methods:
-        options = SearchOptions(method=method)
+    sizes: dict[str, SearchSize] = {}
+    for options in (SearchOptions(), SearchOptions(method="sampled")):
         n_features = config.training.n_features
         chosen = max(1, round(options.share * n_features * described.num_hidden_layers))
-        sizes[method] = estimate_search(described, n_features, chosen, options.documents, tokens, options, config.dtype)
+        sizes[options.method] = estimate_search(
+            described, n_features, chosen, options.documents, tokens, options, config.dtype
+        )
     dtype = getattr(torch, config.dtype or stored_dtype(described))
     seconds = {
         method: seconds_of(size.model_operations, device, dtype)
