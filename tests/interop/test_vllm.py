@@ -19,6 +19,7 @@ from helpers.random_models import random_model, randomise
 from safetensors.torch import load_file
 from torch import nn
 
+import tl_adapters
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId, ForeignFeaturesError, owned
@@ -38,7 +39,8 @@ from tl_adapters.interop.vllm_checkpoint import (
 from tl_adapters.interop.vllm_engine import CompletionRequest, LocalVllm, VllmError, VllmServer
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.by_name import open_set
-from tl_adapters.vllm_plugin.served_conditions import ServedModelError, condition_lora, read_served
+from tl_adapters.vllm_plugin.registration import SERVED_ARCHITECTURES
+from tl_adapters.vllm_plugin.served_conditions import SERVED_PREFIX, ServedModelError, condition_lora, read_served
 from tl_adapters.vllm_plugin.served_mlp import Routing, ServedAdapter, install
 
 installed = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here")
@@ -406,3 +408,9 @@ def test_the_plugin_imports_neither_transformer_lens_nor_sae_lens() -> None:
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert found.stdout.strip() == "[]"
+
+
+def test_every_architecture_has_a_class() -> None:
+    """Read as text, since only vLLM's own environment can import the classes."""
+    source = (Path(tl_adapters.__file__).parent / "vllm_plugin" / "models.py").read_text()
+    assert all(f"class {SERVED_PREFIX}{name}(ServedModel" in source for name in SERVED_ARCHITECTURES)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from tl_adapters.checkpoints.architectures import ARCHITECTURES
 from tl_adapters.vllm_plugin.served_conditions import SERVED_PREFIX
 
-SERVED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "Gemma2ForCausalLM")
-"""The architectures that were tried; the export refuses others."""
+SERVED_ARCHITECTURES = tuple(ARCHITECTURES)
+"""The architectures of which `models` has a class; the export refuses others."""
 
 
 def register() -> None:
