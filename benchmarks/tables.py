@@ -188,8 +188,8 @@ def headline(organism: dict[str, Any], planted: dict[str, Any], hesitation: dict
         ["alive features that a second seed finds too", with_range(organism["seed_agreement"]), "-"],
         ["planted features of rates 1e-1 and 1e-2 that are found", f"{k} of {n}", "-"],
         ["alive features that are planted ones", with_range(planted["precision"]), "-"],
-        ["features in the circuit of \"Wait\", of the alive", f"{templates['circuit']['value']:.0f} of "
-         f"{templates['alive']['value']:,.0f}", "5,623 of 229,376"],
+        ["features in the circuit of \"Wait\"", f"{templates['circuit']['value']:.0f} of "
+         f"{templates['alive']['value']:,.0f} that are alive", "5,623 of 229,376"],
         [word, with_range(without["circuit"]["behavior_left"]), "0.5 of 5.5 per 1,000 tokens"],
         ["the same without matched random features", with_range(without["random"]["behavior_left"]),
          "50,000 change less"],

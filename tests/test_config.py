@@ -94,7 +94,9 @@ def test_a_stage_is_left_out_with_its_options() -> None:
         n_features=8192, tokens_per_batch=1, checkpoint_every=1000, validate_every=1000,
         local=LocalConfig(streaming=True),
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"lr is 0.1, and stages \[local\] do not read it.* or give local.lr"):
+    with pytest.raises(
+        ConfigError, match=r"lr is 0.1, and stages \[local\] do not read it.* give local.lr, or add the stage"
+    ):
         with_options(paper, {"stages": ["local"], "lr": 0.1})
 
 
@@ -158,7 +160,7 @@ def test_published_weights() -> None:
         ({"stages": ["end_to_end", "local"]}, r"give \[local\], \[end_to_end\] or \[local, end_to_end\]"),
         ({"stages": ["lokal"]}, r"stages\[0\] is 'lokal'; allowed is \"local\" or \"end_to_end\""),
         ({"stages": ["local"], "steps": 3}, r"steps is 3, and stages \[local\] do not read it; only end_to_end does"),
-        ({"stages": ["local"], "l1_weight": 1}, "l1_weight is 1.0, .* Leave it out, or add the stage"),
+        ({"stages": ["local"], "l1_weight": 1}, "l1_weight is 1.0, .* Leave it out or add the stage"),
         ({"stages": ["end_to_end"], "local": {"steps": 3}}, r"local is .*steps=3.* \[end_to_end\] do not read it"),
         ({"local": {"stps": 3}}, "Unknown option training.local.stps. Did you mean training.local.steps"),
         ({"local": {"workers": 0}}, "training.local.workers is 0; allowed is a whole number >= 1 or null"),

@@ -357,6 +357,7 @@ _READ_BY_STAGE: dict[str, StageName] = {
     **dict.fromkeys(("l1_weight", "l0_weight", "l1_warmup_fraction", "loss_weights"), "end_to_end"),
 }
 """Options that only one stage reads, and that stage."""
+_LOCAL_OPTIONS = frozenset(LocalConfig.__pydantic_fields__)  # type: ignore[attr-defined]
 
 
 def unread_options(activation: ActivationName, stages: Sequence[StageName]) -> dict[str, str]:
@@ -364,16 +365,14 @@ def unread_options(activation: ActivationName, stages: Sequence[StageName]) -> d
     unread: dict[str, str] = {}
     for option, stage in _READ_BY_STAGE.items():
         if stage not in stages:
-            own = f", or give local.{option}" if option in LocalConfig.__pydantic_fields__ else ""  # type: ignore[attr-defined]
-            unread[option] = (
-                f"stages [{', '.join(stages)}] do not read it; only {stage} does. Leave it out{own}, or add "
-            )
-            unread[option] += "the stage."
+            advice = f"Leave it out, give local.{option}," if option in _LOCAL_OPTIONS else "Leave it out"
+            who = f"stages [{', '.join(stages)}] do not read it; only {stage} does"
+            unread[option] = f"{who}. {advice} or add the stage."
     for option, readers in _READ_BY.items():
         if activation not in readers:
             verb = "do" if len(readers) > 1 else "does"
-            unread[option] = f"activation {activation!r} does not read it; only {' and '.join(readers)} {verb}. "
-            unread[option] += "Leave it out."
+            who = f"activation {activation!r} does not read it; only {' and '.join(readers)} {verb}"
+            unread[option] = f"{who}. Leave it out."
     return unread
 
 
@@ -500,7 +499,7 @@ def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     values, given = config.to_dict(), set()
     for name, value in options.items():
         *parents, last = path = option_path(name).split(".")
-        given.update(path[1:2])
+        given.update(path[1:2] if path[0] == "training" else ())
         place = values
         for parent in parents:
             if not isinstance(place.setdefault(parent, {}), dict):

@@ -28,6 +28,8 @@ from tl_adapters.checkpoints.tokenizers import load_tokenizer
 from tl_adapters.cli.main import main
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.generation.completions import complete
+from tl_adapters.generation.responses import respond
+from tl_adapters.generation.sampling import GenerationError
 from tl_adapters.interop.vllm_checkpoint import (
     SERVED_ROUTES,
     ServedVariant,
@@ -36,7 +38,7 @@ from tl_adapters.interop.vllm_checkpoint import (
     served_model_name,
     to_vllm,
 )
-from tl_adapters.interop.vllm_engine import CompletionRequest, LocalVllm, VllmError, VllmServer
+from tl_adapters.interop.vllm_engine import CompletionRequest, LocalVllm, VllmError, VllmModel, VllmServer
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.by_name import open_set
 from tl_adapters.vllm_plugin.registration import SERVED_ARCHITECTURES
@@ -378,6 +380,13 @@ def test_a_server_is_asked_by_token_ids_and_must_have_the_same_adapters() -> Non
         with pytest.raises(VllmError, match="serves tl-adapters-1, target, and these adapters are tl-adapters-2"):
             VllmServer(server.url, "tl-adapters-2")
         engine.close()
+        with LoopbackServer(
+            lambda request: Response('{"choices": [{"token_ids": [], "finish_reason": "stop"}]}')
+        ) as empty:
+            engine.url, engine._client = empty.url, httpx.Client()
+            with pytest.raises(VllmError, match="token_ids"):
+                engine.generate("target", asked)
+            engine.close()
     with pytest.raises(VllmError, match="does not answer"):
         VllmServer(server.url, "tl-adapters-1")
     with pytest.raises(VllmError, match="give vllm, or the address"):
@@ -385,6 +394,44 @@ def test_a_server_is_asked_by_token_ids_and_must_have_the_same_adapters() -> Non
     for body in ("{", '{"data": 3}', "[]"):
         with LoopbackServer(lambda request, body=body: Response(body)) as server, pytest.raises(VllmError):
             VllmServer(server.url, "tl-adapters-1")
+
+
+def test_completions_go_through_the_shared_checks_limits_and_seeds() -> None:
+    seen: list[dict[str, object]] = []
+
+    def recording(request: Request) -> Response:
+        if request.path != "/v1/models":
+            seen.append(request.json())
+        return a_server(request, "tl-adapters-1")
+
+    with LoopbackServer(recording) as server:
+        engine = VllmServer(server.url, "tl-adapters-1")
+        model = VllmModel.of(engine, "target", organism.TARGET)
+        prompts = [[9] * 62, [5], [7, 8]]
+        found = complete(model, prompts, max_new_tokens=6, keys=["a", "b", "a"], stop_at=[3], temperature=1.0)
+        assert [c.prompt for c in found] == [tuple(p) for p in prompts]
+        assert [(c.tokens, c.end, c.truncated) for c in found] == [((p[-1],) * 2, 3, False) for p in prompts]
+        asked = {len(body["prompt"]): body for body in seen}  # type: ignore[arg-type]
+        assert [asked[n]["max_tokens"] for n in (62, 1, 2)] == [2, 6, 6]  # what the context leaves
+        assert asked[62]["seed"] == asked[2]["seed"] != asked[1]["seed"]
+        with pytest.raises(GenerationError, match="A prompt has 64 tokens"):
+            complete(model, [[9] * 64], max_new_tokens=6)
+        (answer,) = respond(model, organism.problems("tune", 1), max_new_tokens=4)
+        assert answer.end in seen[-1]["stop_token_ids"] and not answer.correct  # type: ignore[operator]
+        engine.close()
+
+
+@pytest.mark.parametrize(("first", "second"), [(1.0, -1.0), (0.5, -0.5)])
+def test_sets_with_factors_of_either_sign_have_names_of_their_own(tmp_path: Path, first: float, second: float) -> None:
+    pair, base, target = random_pair(tmp_path, "Qwen2ForCausalLM", "relu")
+    variants = [ServedVariant.rescaled(EARLY, factor) for factor in (first, second)]
+    to_vllm(pair.installed_adapters(), tmp_path / "out", base=base, target=target, variants=[*variants, variants[0]])
+    names = [c.name for c in read_served_folder(tmp_path / "out").conditions]
+    assert names[-2:] == [one.variant.slug for one in variants] and len({*names}) == 6
+    nearly = [ServedVariant.rescaled(EARLY, factor) for factor in (2.0, 2.0000001)]  # of one name
+    with pytest.raises(ServedModelError, match="Two feature sets have the name .*2.0000001"):
+        to_vllm(pair.installed_adapters(), tmp_path / "more", base=base, target=target, variants=nearly)
+    assert not (tmp_path / "more").exists()
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")

@@ -32,10 +32,6 @@ from tl_adapters.training.trainer import Trainer, TrainingError, TrainingInterru
 
 LOCAL = LocalConfig(steps=12, tokens_per_step=48, max_tokens=2000, revisions=(0.4, 0.7))
 STREAMING = replace(LOCAL, streaming=True, max_tokens=90)
-CONFIG = TrainingConfig(
-    n_features=12, steps=5, tokens_per_batch=60, checkpoint_every=4, keep_checkpoints=3, log_every=3, validate_every=5,
-    lr=1e-3, stages=("local", "end_to_end"), local=LOCAL, loss_weights=LossWeights(local=0.1),
-)  # fmt: skip
 LOCAL_ONLY = TrainingConfig(
     n_features=12,
     tokens_per_batch=60,
@@ -45,6 +41,7 @@ LOCAL_ONLY = TrainingConfig(
     validate_every=5,
     local=LOCAL,
 )
+CONFIG = replace(LOCAL_ONLY, stages=("local", "end_to_end"), steps=5, lr=1e-3, loss_weights=LossWeights(local=0.1))
 STEPS = LOCAL.steps + CONFIG.steps
 
 

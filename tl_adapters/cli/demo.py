@@ -26,7 +26,7 @@ _Out = Annotated[
     ),
 ]
 _Full = Annotated[
-    bool, typer.Option("--full", help="the whole study: more problems, narrower intervals, every control; half an hour")
+    bool, typer.Option("--full", help="the whole study: more problems, narrower intervals, every control")
 ]
 
 

@@ -13,10 +13,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from pydantic import Field
 from tqdm import tqdm
@@ -96,15 +95,6 @@ class ResponseOptions:
         )
 
 
-@runtime_checkable
-class Responder(Protocol):
-    """A model that another engine runs, which answers problems itself; the rest it has as a model of ours."""
-
-    def respond(self, problems: Sequence[Checkable], **options: Any) -> list[Response]:
-        """Responses to all problems; options as in `generation.responses.respond`."""
-        ...
-
-
 @dataclass(frozen=True)
 class SampledResponse:
     """One of the responses to one problem."""
@@ -179,7 +169,7 @@ def sample_responses(
     """Responses to all problems with the model's current route and hooks, ordered by sample.
 
     Args:
-        model: a HookedTransformer or TransformerBridge with its tokenizer, or a `Responder`.
+        model: a HookedTransformer or TransformerBridge with its tokenizer.
         problems: at least one.
         options: how responses are sampled.
         folder: holds settings.json and answers.jsonl; responses that an earlier run has written are read from there.
@@ -210,8 +200,8 @@ def sample_responses(
 def _sample_batch(
     model: Any, problems: Sequence[Checkable], numbers: Sequence[int], sample: int, options: ResponseOptions
 ) -> list[SampledResponse]:
-    answer = model.respond if isinstance(model, Responder) else partial(respond, model)
-    responses = answer(
+    responses = respond(
+        model,
         [problems[i] for i in numbers],
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,

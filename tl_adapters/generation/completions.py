@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 from tl_adapters.data.traces import Trace
 from tl_adapters.data.words import word_pattern
 from tl_adapters.generation.decoding import DecodedRow, decode_batch
 from tl_adapters.generation.generation_config import default_max_new_tokens, end_tokens, sampling_parameters
-from tl_adapters.generation.sampling import GenerationError
+from tl_adapters.generation.sampling import GenerationError, SamplingParameters
 from tl_adapters.utils.arguments import token_ids
 
 LOOP_REPEATS, LOOP_TOKENS = 4, 32
@@ -28,7 +29,7 @@ LOOP_REPEATS, LOOP_TOKENS = 4, 32
 so many tokens long in total."""
 TOKENS_PER_BATCH = 2**19
 """Largest number of tokens generated in a batch whose size is not given: 16 responses of 32,768 tokens, whose keys and
-values take 30 GB with R1-Distill-Qwen-7B in bfloat16."""
+values take 30 GB with R1-Distill-Qwen-7B in bfloat16, and up to an eighth more where tensors have grown."""
 MOST_ROWS_PER_BATCH = 250
 
 
@@ -65,6 +66,22 @@ class Completion:
         return len(word_pattern(words).findall(self.text))
 
 
+@runtime_checkable
+class DecodingEngine(Protocol):
+    """A model that another engine runs; it has ``cfg``, ``tokenizer`` and ``generation_config`` as a model of ours."""
+
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        stop_at: Sequence[int],
+        sampling: SamplingParameters,
+        keys: Sequence[object],
+    ) -> list[DecodedRow]:
+        """What is generated after all prompts, in batches of the engine's own; arguments as in `decode_batch`."""
+        ...
+
+
 def complete(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -80,12 +97,12 @@ def complete(
     """Completions of all prompts, in their order.
 
     Args:
-        model: a HookedTransformer or TransformerBridge.
+        model: a HookedTransformer or TransformerBridge, or a `DecodingEngine`.
         prompts: token ids.
         max_new_tokens: the limit; by default the model's (`default_max_new_tokens`). Where the model's context is full
             before, that is the prompt's limit.
         batch_size: prompts per batch, which are sorted by length so that little is padding; by default as many as
-            `default_batch_size` allows for the limit.
+            `default_batch_size` allows for the limit. A `DecodingEngine` makes its own batches.
         temperature, top_p, top_k: as in `SamplingParameters`; None is the value of the model's generation_config.json,
             which is greedy where it does not sample.
         keys: for each prompt, what its random numbers follow from, such as (seed, problem, sample): any object whose
@@ -99,6 +116,9 @@ def complete(
     limits = [min(limit, model.cfg.n_ctx - len(prompt)) for prompt in prompts]
     _require_usable(prompts, model.cfg.n_ctx, limit, batch_size)
     batch_size = default_batch_size(limit) if batch_size is None else batch_size
+    decode = partial(decode_batch, model)
+    if isinstance(model, DecodingEngine):
+        decode, batch_size = model.decode, max(1, len(prompts))
     sampling = sampling_parameters(model, temperature, top_p, top_k)
     keys = range(len(prompts)) if keys is None else keys
     stop_at = end_tokens(model) if stop_at is None else stop_at
@@ -106,8 +126,7 @@ def complete(
     decoded: dict[int, DecodedRow] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = decode_batch(
-            model,
+        batch = decode(
             [prompts[i] for i in rows],
             [limits[i] for i in rows],
             stop_at,

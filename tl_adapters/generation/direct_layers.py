@@ -52,12 +52,12 @@ KNOWN_MODULES = {
     TransformerBlock,
     TranscoderAdapter,
 }
-LEAST_ROOM, SHARE_OF_ROOM = 32, 8
-"""Where a cache is full it is copied into one with room for so many more tokens, or an eighth of those it holds."""
+LEAST_GROWTH, GROWTH_SHARE = 32, 8
+"""A full cache is copied into one for 32 more tokens, or for an eighth more than it holds, whichever is larger."""
 
 
 class RotatedKeys:
-    """Rotated keys, and values, of the tokens that one layer has read, with room for more."""
+    """Rotated keys, and values, of the tokens that one layer has read, in tensors that may be longer."""
 
     def __init__(self, keys: Float[Tensor, "batch heads pos d_head"], values: Float[Tensor, "batch heads pos d_head"]):
         self.keys, self.values, self.length = keys, values, keys.shape[2]
@@ -71,8 +71,8 @@ class RotatedKeys:
         self.length += 1
 
     def _enlarged(self, old: Tensor) -> Tensor:
-        room = max(LEAST_ROOM, self.length // SHARE_OF_ROOM)
-        new = old.new_empty(*old.shape[:2], self.length + room, old.shape[3])
+        longer = self.length + max(LEAST_GROWTH, self.length // GROWTH_SHARE)
+        new = old.new_empty(*old.shape[:2], longer, old.shape[3])
         new[:, :, : self.length] = old[:, :, : self.length]
         return new
 

@@ -61,7 +61,7 @@ class PromptDraws:
 
     def __init__(self, keys: Sequence[object], dtype: torch.dtype, device: torch.device) -> None:
         """Args: keys determine the generators' seeds (by their repr); dtype and device are those of the logits."""
-        self.generators = [torch.Generator().manual_seed(_seed(key)) for key in keys]
+        self.generators = [torch.Generator().manual_seed(seed_of(key)) for key in keys]
         self.dtype = torch.promote_types(dtype, torch.float32)
         self.device, self.block = device, -1
         self.numbers = torch.empty(0)
@@ -76,7 +76,8 @@ class PromptDraws:
         return self.numbers[rows, step % self.STEPS_PER_BLOCK]
 
 
-def _seed(key: object) -> int:
+def seed_of(key: object) -> int:
+    """The seed, of 63 bits, that the random numbers of a prompt with this key follow from."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 

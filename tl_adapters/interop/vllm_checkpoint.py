@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +218,16 @@ def _model_dtype(config: Mapping[str, Any], target: str) -> str:
 
 
 def _with_routes(variants: Sequence[ServedVariant]) -> list[ServedVariant]:
-    """The routes and the given variants, each once. Raises ServedModelError for too many."""
-    served = list({one.variant.slug: one for one in (*SERVED_ROUTES, *variants)}.values())
+    """The routes and the given variants, each once. Raises ServedModelError for too many, and for two of one name."""
+    by_name: dict[str, ServedVariant] = {}
+    for one in (*SERVED_ROUTES, *variants):
+        other = by_name.setdefault(one.variant.slug, one)
+        if replace(other, variant=one.variant) != one:
+            raise ServedModelError(
+                f"Two feature sets have the name {one.variant.slug}, with the factors {other.factor} and {one.factor}; "
+                "export one of them to a second folder."
+            )
+    served = list(by_name.values())
     if len(served) > MOST_CONDITIONS:
         raise ServedModelError(
             f"There are {len(variants)} feature sets; at most {MOST_CONDITIONS - len(SERVED_ROUTES)} are served from "

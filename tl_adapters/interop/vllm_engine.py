@@ -7,8 +7,6 @@ completions are the same, except where two tokens are as likely as rounding allo
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,17 +19,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tl_adapters.checkpoints.model_files import locate, read_config
 from tl_adapters.checkpoints.tokenizers import load_tokenizer
-from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.errors import UserError, first_line
-from tl_adapters.generation.completions import Completion
-from tl_adapters.generation.generation_config import end_tokens
-from tl_adapters.generation.responses import Checkable, Response
+from tl_adapters.generation.decoding import DecodedRow
+from tl_adapters.generation.sampling import SamplingParameters, seed_of
 from tl_adapters.interop.vllm_checkpoint import read_served_folder
-from tl_adapters.utils.arguments import token_ids
 from tl_adapters.utils.reading import UnreadableFileError, as_record, parse_json
 from tl_adapters.vllm_plugin.served_conditions import CONDITIONS_FOLDER, lora_options
-
-log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_SECONDS = 30.0
 """Seconds in which a connection must stand; a completion may take any time."""
@@ -190,7 +183,7 @@ class _ServedNames(_FromServer):
 
 
 class _Choice(_FromServer):
-    token_ids: tuple[Annotated[int, Field(ge=0)], ...]
+    token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     finish_reason: Literal["stop", "length"]
 
 
@@ -285,7 +278,7 @@ def _require_condition(condition: str, served: Any, where: str) -> None:
 
 @dataclass(frozen=True)
 class VllmModel:
-    """One condition of an engine, where `sample_responses` and `end_tokens` take a model of ours."""
+    """One condition of an engine, where `complete`, `respond` and `sample_responses` take a model of ours."""
 
     engine: VllmEngine
     """The engine, which several models share."""
@@ -312,55 +305,21 @@ class VllmModel:
             SimpleNamespace(n_ctx=engine.max_model_len, d_vocab=config["vocab_size"]),
         )
 
-    def complete(
+    def decode(
         self,
         prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        keys: Sequence[object] | None = None,
-    ) -> list[Completion]:
-        """Completions of all prompts, in their order; arguments as in `generation.completions.complete`.
+        limits: Sequence[int],
+        stop_at: Sequence[int],
+        sampling: SamplingParameters,
+        keys: Sequence[object],
+    ) -> list[DecodedRow]:
+        """What the condition generates after all prompts; arguments as in `generation.decoding.decode_batch`.
 
-        Raises VllmError for a prompt that fills the context, and where the engine does not answer.
+        Raises VllmError where the engine does not answer.
         """
-        stop_at = end_tokens(self)
-        requests = []
-        for prompt, key in zip(prompts, range(len(prompts)) if keys is None else keys, strict=True):
-            ids = token_ids(prompt, self.cfg.d_vocab, "a prompt")
-            if not 0 < len(ids) < self.cfg.n_ctx:
-                raise VllmError(
-                    f"A prompt has {len(ids)} tokens; allowed are 1 to {self.cfg.n_ctx - 1}, so that a token fits into "
-                    f"the context of {self.cfg.n_ctx} tokens behind it."
-                )
-            limit = min(max_new_tokens, self.cfg.n_ctx - len(ids))
-            digest = hashlib.sha256(repr(key).encode()).digest()
-            seed = int.from_bytes(digest[:4], "big") & _LARGEST_SEED
-            requests.append(CompletionRequest(ids, limit, temperature, top_p, top_k, seed, stop_at))
-        completed = self.engine.generate(self.condition, requests)
-        return [self._completion(r, tokens) for r, tokens in zip(requests, completed, strict=True)]
-
-    def _completion(self, request: CompletionRequest, tokens: Sequence[int]) -> Completion:
-        end = tokens[-1] if tokens and tokens[-1] in request.stop_at else None
-        kept = tuple(tokens if end is None else tokens[:-1])
-        text = "" if self.tokenizer is None else self.tokenizer.decode(kept)
-        return Completion(tuple(request.prompt), kept, text, end is None, end=end)
-
-    def respond(
-        self, problems: Sequence[Checkable], *, prefill: str = "", seed: int = 0, keys: Sequence[object], **options: Any
-    ) -> list[Response]:
-        """Responses to all problems; arguments as in `generation.responses.respond`.
-
-        Raises DataError for a tokenizer without a chat template, and what `complete` raises.
-        """
-        chat = ChatFormat.of(self.tokenizer)
-        texts = [chat.prompt([{"role": "user", "content": problem.question}], prefill) for problem in problems]
-        prompts = chat.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        options.pop("batch_size", None)  # the engine makes its own batches
-        completions = self.complete(prompts, keys=[(seed, key) for key in keys], **options)
-        return [
-            Response(**vars(one), correct=not one.truncated and problem.solved_by(one.text))
-            for one, problem in zip(completions, problems, strict=True)
+        chosen = (sampling.temperature, sampling.top_p, sampling.top_k)
+        requests = [
+            CompletionRequest(list(prompt), limit, *chosen, seed_of(key) & _LARGEST_SEED, list(stop_at))
+            for prompt, limit, key in zip(prompts, limits, keys, strict=True)
         ]
+        return [DecodedRow(tokens, near_ties=0) for tokens in self.engine.generate(self.condition, requests)]

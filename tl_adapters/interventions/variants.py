@@ -33,7 +33,7 @@ class Variant:
     @property
     def slug(self) -> str:
         """The name without characters that the name of a folder or of a served model cannot hold."""
-        return re.sub(r"[^\w.+]+", "-", self.name).strip("-")
+        return re.sub(r"[^\w.+-]+", "-", self.name).strip("-")
 
     def named_by(self, features: Iterable[FeatureId]) -> Variant:
         """The same variant with a name that is unique to ``features``, also where it does not list all of them."""

@@ -308,23 +308,22 @@ def _time(size: RunSize, device: torch.device) -> Finding:
 
 def _search(described: PretrainedConfig, config: RunConfig, tokens: int, device: torch.device) -> Iterator[Finding]:
     """The search of a circuit: its memory, and its time by the methods greedy and sampled."""
-    sizes: dict[str, SearchSize] = {}
-    for options in (SearchOptions(), SearchOptions(method="sampled")):
-        n_features = config.training.n_features
-        chosen = max(1, round(options.share * n_features * described.num_hidden_layers))
-        sizes[options.method] = estimate_search(
-            described, n_features, chosen, options.documents, tokens, options, config.dtype
-        )
+    options, n_features = SearchOptions(), config.training.n_features
+    chosen = max(1, round(options.share * n_features * described.num_hidden_layers))
+    shape = (described, n_features, chosen, options.documents, tokens)
+    greedy, sampled = (
+        estimate_search(*shape, given, config.dtype) for given in (options, replace(options, method="sampled"))
+    )
     dtype = getattr(torch, config.dtype or stored_dtype(described))
-    seconds = {
-        method: seconds_of(size.model_operations, device, dtype)
-        + seconds_of(size.adapter_operations, device, torch.float32)
-        for method, size in sizes.items()
-    }
-    memory, free = sizes["sampled"].memory, free_memory(device)
+
+    def duration(size: SearchSize) -> str:
+        of_adapters = seconds_of(size.adapter_operations, device, torch.float32)
+        return _duration(seconds_of(size.model_operations, device, dtype) + of_adapters)
+
+    memory, free = greedy.memory, free_memory(device)
     says = (
         f"hesitation searches {chosen:,} features in {options.documents} texts of {tokens:,} tokens: about "
-        f"{memory / _GB:.2g} GB, {_duration(seconds['greedy'])}; with --search sampled {_duration(seconds['sampled'])}."
+        f"{memory / _GB:.2g} GB, {duration(greedy)}; with --search sampled {duration(sampled)}."
     )
     if memory > free:
         do = "Take shorter texts (data.max_tokens), fewer training.n_features, or a machine with more memory."
