@@ -496,7 +496,8 @@ def with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
 
     Raises ConfigError for an unknown option, with the nearest known one, and for a value that is not allowed.
     """
-    values, given = config.to_dict(), set()
+    values = config.to_dict()
+    given: set[str] = set()
     for name, value in options.items():
         *parents, last = path = option_path(name).split(".")
         given.update(path[1:2] if path[0] == "training" else ())

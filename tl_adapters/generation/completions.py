@@ -12,7 +12,7 @@ The modules of this package build on each other in this order: `sampling`, `dire
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -116,7 +116,7 @@ def complete(
     limits = [min(limit, model.cfg.n_ctx - len(prompt)) for prompt in prompts]
     _require_usable(prompts, model.cfg.n_ctx, limit, batch_size)
     batch_size = default_batch_size(limit) if batch_size is None else batch_size
-    decode = partial(decode_batch, model)
+    decode: Callable[..., list[DecodedRow]] = partial(decode_batch, model)
     if isinstance(model, DecodingEngine):
         decode, batch_size = model.decode, max(1, len(prompts))
     sampling = sampling_parameters(model, temperature, top_p, top_k)
