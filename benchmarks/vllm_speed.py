@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
 from helpers.random_models import random_model, randomise
-from recorded import record
+from recorded import record, value_and_range
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.checkpoints.model_files import tensor_shapes
@@ -109,10 +109,7 @@ def measure(repeats: int) -> dict[str, Any]:
             "wanted_with_adapters": wanted,
             "repeats": repeats,
             "sequences": SEQUENCES,
-            "share_of_plain": {
-                name: {"value": statistics.median(values), "range": [min(values), max(values)]}
-                for name, values in shares.items()
-            },
+            "share_of_plain": {n: value_and_range(statistics.median(values), values) for n, values in shares.items()},
         }
 
 
