@@ -54,7 +54,7 @@ def test_logits_are_those_of_the_modules(
     architecture: str, padding: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a hook inside the attention comes and goes, and where the rotary tables end and are extended."""
-    monkeypatch.setattr(direct_layers, "LEAST_ROOM", 3)
+    monkeypatch.setattr(direct_layers, "LEAST_GROWTH", 3)
     pair = made(architecture)
     model = pair.model
     for block in model.blocks:
