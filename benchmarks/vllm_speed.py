@@ -28,8 +28,9 @@ from recorded import record, value_and_range
 
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.checkpoints.model_files import tensor_shapes
-from tl_adapters.interop.vllm_checkpoint import SERVED_ROUTES, ServedVariant, to_vllm
+from tl_adapters.interop.vllm_checkpoint import SERVED_ROUTES, to_vllm
 from tl_adapters.interop.vllm_engine import CompletionRequest, LocalVllm
+from tl_adapters.interventions.variants import without
 from tl_adapters.models.paired_model import PairedModel
 
 SIZE = dict(
@@ -64,7 +65,7 @@ def measure(repeats: int) -> dict[str, Any]:
         pair = randomise(PairedModel.from_pretrained(folder / "base", folder / "target"), n_features=N_FEATURES)
         adapters = pair.installed_adapters()
         features = [FeatureId(layer, index) for layer in range(6) for index in range(0, N_FEATURES, 16)]
-        variants = [*SERVED_ROUTES, ServedVariant.without(features)]
+        variants = [*SERVED_ROUTES, without(features)]
         to_vllm(adapters, folder / "out", base=folder / "base", target=folder / "target", variants=variants)
         own, theirs = weights_read(folder / "out")
         del pair
@@ -91,7 +92,7 @@ def measure(repeats: int) -> dict[str, Any]:
         of_plain()
         shares: dict[str, list[float]] = {}
         rates: list[float] = []
-        names = [one.variant.slug for one in variants]
+        names = [one.slug for one in variants]
         for _ in range(repeats):
             for name in names:
                 ours.generate(name, requests[:1])

@@ -273,18 +273,6 @@ MARKED_AS_HTML |= {"interop/model_card.py"}
 script, of matplotlib, of another package's page; and sentences of ours in the model card."""
 
 
-def test_every_file_of_the_package_is_in_the_wheel() -> None:
-    """hatchling takes the package whole, less what .gitignore names (so a pattern there may leave a template out)."""
-    build = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
-    assert build == {"targets": {"wheel": {"packages": ["tl_adapters"]}}}
-    call = ["git", "-C", str(PACKAGE), "ls-files", "--ignored", "--exclude-standard"]
-    listed = [subprocess.run([*call, which], capture_output=True, text=True) for which in ("--cached", "--others")]
-    if any(git.returncode for git in listed):
-        pytest.skip("this copy of the project is not a git repository")
-    ignored = [path for git in listed for path in git.stdout.splitlines()]
-    assert not [path for path in ignored if not path.endswith(".pyc")]
-
-
 def test_a_command_in_a_message_is_written_by_the_function_that_quotes() -> None:
     """A folder's name may hold what a shell acts on, so no command is put together from text and values."""
     subcommand = "|".join(function.__name__ for function in SUBCOMMANDS)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -23,7 +24,7 @@ from tl_adapters.circuits.measurements import ReplacementResiduals, answers, pro
 from tl_adapters.circuits.onsets import Behavior, BehaviorError, find_onsets
 from tl_adapters.circuits.search import FEWEST_ONSETS, SearchOptions, find_circuit
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior, analyze_hesitation
-from tl_adapters.circuits.subject import Injection, Subject, builtin_subject
+from tl_adapters.circuits.subject import Injection, OwnEngine, Subject, builtin_subject
 from tl_adapters.config import TrainingConfig
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.traces import Trace
@@ -98,16 +99,47 @@ def subject(pair: PairedModel) -> Subject:
     return replace(made, select=select, report=report, injections=injections, max_new_tokens=LIMIT)
 
 
+class RecordingEngine(OwnEngine):
+    """Our own engine, which keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        self.variants: list[Variant] = []
+
+    def entered(self, pair: PairedModel, variant: Variant) -> AbstractContextManager[Any]:
+        self.variants.append(variant)
+        return super().entered(pair, variant)
+
+    def facts(self) -> dict[str, Any]:
+        return {"name": "recording"}
+
+
+ENGINE = RecordingEngine()
+OTHER_KINDS = ("words banned", "words' logits", "steered", "without", "adapters without")
+"""How the names of conditions begin that are no factors of features; the last two leave out neurons and directions."""
+
+
 @pytest.fixture(scope="module")
 def study(pair: PairedModel, subject: Subject) -> BehaviorStudy:
     before, doses = state(pair), comparisons.DOSES
     comparisons.DOSES = (4, 1000)
     try:
-        found = analyze_hesitation(pair, subject, OPTIONS, progress=False)
+        found = analyze_hesitation(pair, replace(subject, engine=ENGINE), OPTIONS, progress=False)
     finally:
         comparisons.DOSES = doses
     assert state(pair) == before, "weights, hooks and routes are given back"
     return found
+
+
+def test_every_answer_is_asked_of_the_engine(study: BehaviorStudy) -> None:
+    """And most conditions say the factors of their features, so that another engine can compute them."""
+    assert study.block["engine"] == {"name": "recording"}
+    names = [variant.name for variant in ENGINE.variants]
+    assert names[0] == "target" and {"replacement", "hybrid", "decoder biases only", "words banned"} <= {*names}
+    answered = len(study.block["necessity"]) + len(study.block["sufficiency"]) + len(study.block["injected"])
+    assert len(names) >= answered
+    others = {variant.name for variant in ENGINE.variants if variant.factors is None}
+    kinds = {next((kind for kind in OTHER_KINDS if name.startswith(kind)), name) for name in others}
+    assert kinds == {*OTHER_KINDS}
 
 
 def figures(block: Any) -> list[Measurement]:

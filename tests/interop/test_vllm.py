@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,30 +27,45 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId, ForeignFeaturesError, owned
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
 from tl_adapters.checkpoints.tokenizers import load_tokenizer
+from tl_adapters.circuits.comparisons import BIAS_ONLY
+from tl_adapters.circuits.controls import inserted_in_part, removed_in_part
+from tl_adapters.circuits.steering import banned
+from tl_adapters.circuits.subject import OwnEngine, Subject
 from tl_adapters.cli.main import main
 from tl_adapters.data.chat_format import ChatFormat
+from tl_adapters.data.traces import DataError
 from tl_adapters.generation.completions import complete
+from tl_adapters.generation.likelihoods import log_likelihoods
 from tl_adapters.generation.responses import respond
 from tl_adapters.generation.sampling import GenerationError
 from tl_adapters.interop.vllm_checkpoint import (
     SERVED_ROUTES,
-    ServedVariant,
+    condition_of,
     read_served_folder,
     serve_command,
     served_model_name,
     to_vllm,
 )
-from tl_adapters.interop.vllm_engine import CompletionRequest, LocalVllm, VllmError, VllmModel, VllmServer
+from tl_adapters.interop.vllm_engine import CompletionRequest, LocalVllm, ScoredToken, VllmError, VllmModel, VllmServer
+from tl_adapters.interop.vllm_run import ServedRun
+from tl_adapters.interventions.variants import Variant, on_route, rescaled, with_negated, with_only, without
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.study import hesitation
 from tl_adapters.study.by_name import open_set
 from tl_adapters.vllm_plugin.registration import SERVED_ARCHITECTURES
-from tl_adapters.vllm_plugin.served_conditions import SERVED_PREFIX, ServedModelError, condition_lora, read_served
+from tl_adapters.vllm_plugin.served_conditions import (
+    SERVED_PREFIX,
+    Condition,
+    ServedModelError,
+    condition_lora,
+    read_served,
+)
 from tl_adapters.vllm_plugin.served_mlp import Routing, ServedAdapter, install
 
 installed = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here")
 EARLY = [FeatureId(0, 1), FeatureId(2, 3)]
 MANY = [FeatureId(layer, index) for layer in range(4) for index in range(6)]
-VARIANTS = [ServedVariant.without(EARLY), ServedVariant.rescaled(MANY, 3.0), ServedVariant.with_only(MANY, 2.0)]
+VARIANTS = [v.named_apart() for v in (without(EARLY), rescaled(MANY, 3.0), with_only(MANY, 2.0))]
 SIZE = dict(hidden_size=128, head_dim=32, vocab_size=64, max_position_embeddings=64)
 """vLLM on a CPU computes heads of 32 and more only."""
 
@@ -100,10 +117,10 @@ def test_every_condition_answers_as_our_own_engine(tmp_path: Path, architecture:
     prompts = [torch.randint(1, 60, (n,), generator=generator).tolist() for n in (3, 11, 7, 5)]
     found = {}
     for one in (*SERVED_ROUTES, *VARIANTS):
-        with one.variant.entered(pair) as model:
+        with one.entered(pair) as model:
             ours = [list(c.tokens) for c in complete(model, prompts, max_new_tokens=16, temperature=0, stop_at=[-1])]
-        found[one.variant.slug] = ours
-        assert engine.generate(one.variant.slug, requests_of(prompts, 16)) == ours, one.variant.slug
+        found[one.slug] = ours
+        assert engine.generate(one.slug, requests_of(prompts, 16)) == ours, one.slug
     assert len({str(tokens) for tokens in found.values()}) >= 6, "conditions that do not differ test nothing"
     with pytest.raises(VllmError, match="does not serve nothing; it serves replacement, target"):
         engine.generate("nothing", requests_of(prompts, 1))
@@ -122,6 +139,51 @@ def test_every_condition_answers_as_our_own_engine(tmp_path: Path, architecture:
         use_tqdm=False,
     )
     assert [list(o.outputs[0].token_ids) for o in outputs] == [found[name][row] for name, row in rows]
+    engine.close()
+
+
+def everything_else() -> list[Variant]:
+    """Variants that no export holds: each multiplies features by factors of its own."""
+    shares = dict(zip(MANY, (0.25 * n for n in range(len(MANY))), strict=True))
+    return [
+        with_negated(MANY), inserted_in_part(shares, 1.5), removed_in_part(shares), BIAS_ONLY, rescaled(EARLY, -2.0),
+        without(MANY), on_route("hybrid"),
+    ]  # fmt: skip
+
+
+@installed
+def test_conditions_are_defined_while_the_engine_runs(tmp_path: Path) -> None:
+    """With two spare conditions for six variants, so that each name is defined anew."""
+    pair, base, target = random_pair(tmp_path, "Qwen2ForCausalLM", "relu")
+    to_vllm(pair.installed_adapters(), tmp_path / "out", base=base, target=target, spare=2)
+    engine = LocalVllm(tmp_path / "out", max_model_len=64)
+    exported = {one.factors.digest: one.slug for one in SERVED_ROUTES if one.factors}
+    served = ServedRun(engine, pair.installed_adapters(), str(target), exported)
+    prompts = [[5, 9, 40, 2, 17, 33, 8, 21], [3, 7]]
+    options = {"max_new_tokens": 12, "temperature": 0, "stop_at": [-1]}
+    seen = set()
+    for variant in 2 * everything_else():
+        with variant.entered(pair) as model:
+            ours = [c.tokens for c in complete(model, prompts, **options)]
+        with served.entered(pair, variant) as model:
+            assert isinstance(model, VllmModel)
+            assert [c.tokens for c in complete(model, prompts, **options)] == ours, variant.name
+        seen.add(str(ours))
+    assert len(seen) >= 5 and not served.own
+    with served.entered(pair, banned((5,))) as model:
+        assert model is pair.model
+    assert served.facts() == {"name": "vLLM", "dtype": "float32", "by_our_own": ["words banned"]}
+
+    texts = [([5, 9, 40], [2, 17, 33]), ([1], [60]), ([7] * 30, [8] * 33)]
+    for variant in (on_route("target"), without(MANY)):
+        with variant.entered(pair) as model:
+            expected = dict(log_likelihoods(model, texts))
+        with served.entered(pair, variant) as model:
+            for row, found in log_likelihoods(model, texts):
+                assert found.log_probability == pytest.approx(expected[row].log_probability, abs=1e-3)
+                assert found.greedy == expected[row].greedy
+            with pytest.raises(DataError, match="together at most 63"):
+                list(log_likelihoods(model, [([7] * 31, [8] * 33)]))
     engine.close()
 
 
@@ -257,9 +319,9 @@ def test_tokens_of_all_conditions_in_one_pass(tmp_path: Path, activation: str) -
         "target": x,
         "hybrid": -2 * x,
         "target+adapter": x + decoded(torch.ones(24)),
-        VARIANTS[0].variant.slug: -2 * x + decoded(of_set),
-        VARIANTS[1].variant.slug: -2 * x + decoded(thrice),
-        VARIANTS[2].variant.slug: -2 * x + decoded(twice) - adapters[0].b_dec,
+        VARIANTS[0].slug: -2 * x + decoded(of_set),
+        VARIANTS[1].slug: -2 * x + decoded(thrice),
+        VARIANTS[2].slug: -2 * x + decoded(twice) - adapters[0].b_dec,
     }
     assert [condition.name for condition in served.conditions] == list(expected)
     mixed = torch.arange(len(x)) % len(expected)
@@ -270,9 +332,125 @@ def test_tokens_of_all_conditions_in_one_pass(tmp_path: Path, activation: str) -
         assert torch.allclose(mlp(x)[mixed == index], out[mixed == index], atol=1e-5), name
     some = torch.tensor([1, 4])[torch.arange(len(x)) % 2]  # no token of the first condition
     routing.route(some)
-    assert torch.allclose(mlp(x)[1::2], expected[VARIANTS[0].variant.slug][1::2], atol=1e-5)
+    assert torch.allclose(mlp(x)[1::2], expected[VARIANTS[0].slug][1::2], atol=1e-5)
     with pytest.raises(ServedModelError, match="condition 7; this model has 7"):
         routing.route(torch.full((3,), 7))
+    with pytest.raises(ServedModelError, match="Condition target was exported"):
+        routing.define(1, served.conditions[0])
+
+
+@pytest.mark.parametrize("variant", everything_else(), ids=lambda variant: variant.name)
+@torch.no_grad()
+def test_a_spare_condition_computes_what_it_is_defined_as(tmp_path: Path, variant: Variant) -> None:
+    pair, base, target = random_pair(tmp_path, "Qwen2ForCausalLM", "relu")
+    adapters = pair.installed_adapters()
+    to_vllm(adapters, tmp_path / "out", base=base, target=target, variants=VARIANTS[:1], spare=2)
+    served = read_served_folder(tmp_path / "out")
+    assert [c.name for c in served.conditions[-3:]] == [VARIANTS[0].slug, "spare-0", "spare-1"]
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    index, condition = len(served.conditions) - 1, served.conditions[-1]
+    x = torch.randn(1, 5, adapters.d_model, generator=torch.Generator().manual_seed(0))
+    for layer, rows in variant.factors.by_layer(adapters).items():
+        mlp = pair.model.blocks[layer].mlp
+        with pair.routed("target"):
+            of_target = mlp(x)
+        with pair.routed("hybrid"):
+            of_base = mlp(x)
+        routing, adapter = Routing(served), ServedAdapter(adapters.d_model, served)
+        prefix = f"model.layers.{layer}.mlp.adapter."
+        adapter.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+        stands_for_target, stands_for_base = FakeMLP(0.0), FakeMLP(0.0)
+        install(stands_for_target, stands_for_base, adapter, routing)
+        adapter.set_factors(condition.factors, rows.tolist())
+        routing.define(index, condition_of(condition.name, variant.factors, condition.factors))
+        routing.route(torch.full((5,), index))
+        added = stands_for_target(x[0])  # the adapter's part alone, since both MLPs give zeros
+        of_mlp = of_target if routing.groups.base is None else of_base
+        with variant.entered(pair):
+            expected = mlp(x)
+        assert torch.allclose(of_mlp[0] + added, expected[0], atol=1e-5)
+
+
+class RecordingEngine:
+    """Stands for vLLM in this process: it keeps what its conditions are defined as."""
+
+    dtype, max_model_len = "float32", 64
+
+    def __init__(self, n_spare: int) -> None:
+        self.spare = [f"spare-{n}" for n in range(n_spare)]
+        self.defined: list[tuple[str, float]] = []
+
+    def serves(self, condition: str) -> bool:
+        return condition in [*self.spare, "replacement-without-0.1-2.3"]
+
+    def define(self, condition: Condition, factors: list[torch.Tensor]) -> None:
+        self.defined.append((condition.name, float(factors[0][1])))
+
+    def generate(self, condition: str, requests: list[CompletionRequest]) -> list[list[int]]:
+        raise AssertionError("nothing is generated here")
+
+    def score(self, condition: str, texts: list[list[int]]) -> list[list[ScoredToken]]:
+        raise AssertionError("nothing is scored here")
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def test_the_oldest_spare_condition_that_is_not_in_use_is_defined_anew(opened: Path) -> None:
+    pair = PairedModel.from_pretrained(organism.BUILTIN_BASE, organism.BUILTIN_TARGET)
+    pair.load_adapters(adapters := AdapterSet.from_pretrained(opened / "adapters"))
+    engine = RecordingEngine(2)
+    exported = {on_route("target").factors.digest: "target"}
+    served = ServedRun(engine, adapters, organism.BUILTIN_TARGET, exported)
+    factors = [rescaled(EARLY, factor) for factor in (2.0, 3.0, 4.0, 5.0)]
+
+    def condition(variant: Variant) -> str:
+        with served.entered(pair, variant) as model:
+            return model.condition
+
+    assert [condition(factors[n]) for n in (0, 1, 0, 2, 0)] == ["spare-0", "spare-1", "spare-0", "spare-0", "spare-1"]
+    assert engine.defined == [("spare-0", 2.0), ("spare-1", 3.0), ("spare-0", 4.0), ("spare-1", 2.0)]
+    assert condition(on_route("target")) == "target" and len(engine.defined) == 4
+    with (
+        served.entered(pair, factors[2]) as first,
+        served.entered(pair, factors[3]) as second,
+        served.entered(pair, factors[1]) as third,
+    ):
+        assert {first.condition, second.condition} == {"spare-0", "spare-1"}
+        assert third is pair.model  # no name is free, so our own engine computes it
+    assert served.own == [factors[1].name]
+    engine.spare = []  # as a server, which serves what it was given by name
+    served = ServedRun(engine, adapters, organism.BUILTIN_TARGET)
+    assert condition(without(EARLY)) == "replacement-without-0.1-2.3"
+    with served.entered(pair, without(MANY)) as model:
+        assert model is pair.model
+
+
+@pytest.mark.parametrize(("engine", "of_engine"), [("vllm", "bfloat16"), ("http://127.0.0.1:1", None)])
+def test_a_study_of_a_run_answers_with_the_engine(
+    opened: Path, monkeypatch: pytest.MonkeyPatch, engine: str, of_engine: str | None
+) -> None:
+    seen: list[object] = []
+
+    own = OwnEngine()
+
+    @contextmanager
+    def recorded(*arguments: object, spare: int) -> Iterator[OwnEngine]:
+        seen.append(arguments)
+        try:
+            yield own
+        finally:
+            seen.append("closed")
+
+    def stage(pair: PairedModel, subject: Subject, *arguments: object, **options: object) -> None:
+        seen.append(subject.engine)
+        raise InterruptedError("the study itself is tested elsewhere")
+
+    monkeypatch.setattr(hesitation, "opened_engine", recorded)
+    monkeypatch.setattr(hesitation, "hesitation_stage", stage)
+    with pytest.raises(InterruptedError):
+        hesitation.hesitation_of_run(opened, limit=4, engine=engine, dtype="bfloat16")
+    assert seen == [(opened, engine, of_engine), own, "closed"]  # a server has a dtype of its own
 
 
 def test_the_folder_holds_every_weight_once(tmp_path: Path) -> None:
@@ -313,8 +491,8 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
         to_vllm(adapters.normalized(), out, base=base, target=target)
     foreign = [owned((0, 1), {"adapters.0": "0123456789abcdef"})]
     with pytest.raises(ForeignFeaturesError):
-        to_vllm(adapters, out, base=base, target=target, variants=[ServedVariant.without(foreign)])
-    many = [ServedVariant.rescaled(EARLY, 1 + k / 8) for k in range(253)]
+        to_vllm(adapters, out, base=base, target=target, variants=[without(foreign)])
+    many = [rescaled(EARLY, 1 + k / 8) for k in range(253)]
     with pytest.raises(ServedModelError, match="at most 252"):
         to_vllm(adapters, out, base=base, target=target, variants=many)
     assert not out.exists()
@@ -424,11 +602,11 @@ def test_completions_go_through_the_shared_checks_limits_and_seeds() -> None:
 @pytest.mark.parametrize(("first", "second"), [(1.0, -1.0), (0.5, -0.5)])
 def test_sets_with_factors_of_either_sign_have_names_of_their_own(tmp_path: Path, first: float, second: float) -> None:
     pair, base, target = random_pair(tmp_path, "Qwen2ForCausalLM", "relu")
-    variants = [ServedVariant.rescaled(EARLY, factor) for factor in (first, second)]
+    variants = [rescaled(EARLY, factor) for factor in (first, second)]
     to_vllm(pair.installed_adapters(), tmp_path / "out", base=base, target=target, variants=[*variants, variants[0]])
     names = [c.name for c in read_served_folder(tmp_path / "out").conditions]
-    assert names[-2:] == [one.variant.slug for one in variants] and len({*names}) == 6
-    nearly = [ServedVariant.rescaled(EARLY, factor) for factor in (2.0, 2.0000001)]  # of one name
+    assert names[-2:] == [one.slug for one in variants] and len({*names}) == 6
+    nearly = [rescaled(EARLY, factor) for factor in (2.0, 2.0000001)]  # of one name
     with pytest.raises(ServedModelError, match="Two feature sets have the name .*2.0000001"):
         to_vllm(pair.installed_adapters(), tmp_path / "more", base=base, target=target, variants=nearly)
     assert not (tmp_path / "more").exists()

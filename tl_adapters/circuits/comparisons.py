@@ -29,8 +29,15 @@ from tl_adapters.data.words import word_tokens
 from tl_adapters.evaluation.behaviors import Behavior, Words
 from tl_adapters.evaluation.response_metrics import measure_responses
 from tl_adapters.generation.responses import Response, traces_of
-from tl_adapters.interventions.feature_edits import only
-from tl_adapters.interventions.variants import Variant, on_route, with_negated, with_only, without
+from tl_adapters.interventions.variants import (
+    FeatureFactors,
+    Variant,
+    multiplied,
+    on_route,
+    with_negated,
+    with_only,
+    without,
+)
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.measurement import Estimate, Measurement, OutcomesMeasurement
 
@@ -44,7 +51,7 @@ DOSES = (4, 8, 16, 24, 32, 48, 72, 80, 96, 128)
 """Numbers of features that are removed and inserted, beside the size of the circuit."""
 EXAMPLE_PROBLEMS = 4
 """Problems whose answers are shown side by side."""
-BIAS_ONLY = Variant("decoder biases only", lambda pair: only(pair, [], "replacement", decoder_bias=True))
+BIAS_ONLY = multiplied("decoder biases only", FeatureFactors("replacement", others=0.0))
 """The hybrid with the decoder biases of the adapters and none of their features."""
 
 

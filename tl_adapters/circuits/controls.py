@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,8 +29,7 @@ from transformer_lens.hook_points import HookPoint
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds
 from tl_adapters.evaluation.behaviors import first_tokens
-from tl_adapters.interventions.feature_edits import gated
-from tl_adapters.interventions.variants import Variant
+from tl_adapters.interventions.variants import FeatureFactors, Variant, multiplied
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.precision import host_float64, wide
 
@@ -155,32 +153,15 @@ def size_for_norm(order: Sequence[FeatureId], norms: Float[Tensor, "n_layers n_f
 
 def removed_in_part(shares: Shares) -> Variant:
     """The replacement with a share of each feature's activation removed."""
-
-    def entered(pair: PairedModel) -> Any:
-        return gated(pair, _gates(pair, 1.0, {f: 1 - share for f, share in shares.items()}), "replacement")
-
-    return Variant(f"replacement without {len(shares)} features, in part", entered)
+    left = FeatureFactors("replacement", tuple((f, 1 - share) for f, share in shares.items()))
+    return multiplied(f"replacement without {len(shares)} features, in part", left)
 
 
 def inserted_in_part(shares: Shares, strength: float = 1.0) -> Variant:
     """The hybrid with a share of each feature's activation added, ``strength`` times."""
-
-    def entered(pair: PairedModel) -> Any:
-        gates = _gates(pair, 0.0, {f: strength * share for f, share in shares.items()})
-        return gated(pair, gates, "replacement", decoder_bias=False)
-
-    return Variant(f"hybrid + {len(shares)} features, in part", entered)
-
-
-def _gates(pair: PairedModel, others: float, chosen: Shares) -> dict[int, Tensor]:
-    """Gates of every layer on the model's device: ``others`` for all features but the chosen ones."""
-    adapters = pair.installed_adapters()
-    like = pair.model.W_E
-    gates = torch.full((pair.n_layers, adapters.n_features), others)
-    for f, value in chosen.items():
-        gates[f] = value
-    gates = gates.to(like.device, adapters[adapters.layer_indices[0]].acts_dtype)
-    return {layer: gates[layer] for layer in adapters.layer_indices}
+    factors = tuple((f, strength * share) for f, share in shares.items())
+    added = FeatureFactors("replacement", factors, others=0.0, decoder_bias=False)
+    return multiplied(f"hybrid + {len(shares)} features, in part", added)
 
 
 # -- neurons ------------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def answers(
         temperature: None is the subject's.
         seed: of a draw; every condition draws the same numbers for the same problem.
     """
-    with variant.entered(pair) as model:
+    with subject.engine.entered(pair, variant) as model:
         return respond(
             model,
             subject.report,
@@ -323,7 +323,7 @@ def corrected(
     pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject, split: str
 ) -> OutcomesMeasurement:
     """Share of the wrong steps written into the model's answer that it corrects at once, under a condition."""
-    with variant.entered(pair) as model:
+    with subject.engine.entered(pair, variant) as model:
         responses = respond(
             model,
             [i.problem for i in injections],

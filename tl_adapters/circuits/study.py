@@ -61,6 +61,7 @@ from tl_adapters.circuits.subject import Subject
 from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, Find
 from tl_adapters.generation.responses import respond, traces_of
+from tl_adapters.interventions.variants import on_route
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.html import render
 from tl_adapters.utils.measurement import Measurement
@@ -158,9 +159,9 @@ def analyze_behavior(
     """
     options = options or StudyOptions()
     behavior = replace(Behavior.of(words), name=name, find=find)
-    with pair.routed("target"):
+    with subject.engine.entered(pair, on_route("target")) as model:
         select_answers, report_answers = (
-            respond(pair.model, problems, max_new_tokens=subject.max_new_tokens, temperature=subject.temperature)
+            respond(model, problems, max_new_tokens=subject.max_new_tokens, temperature=subject.temperature)
             for problems in (subject.select, subject.report)
         )
     traces = traces_of(select_answers, pair.model.tokenizer)
@@ -177,6 +178,8 @@ def analyze_behavior(
         ]
     else:
         log.info("%s: there is nothing to measure; onsets are %s", name, block["moments"])
+    if facts := subject.engine.facts():
+        block["engine"] = facts
     return BehaviorStudy(found, _with_seeds(block, seeds), examples)
 
 

@@ -10,12 +10,15 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.generation.responses import Checkable, Response
+from tl_adapters.interventions.variants import Variant
+from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.census import corrects, with_injected_slip, written_steps
 
@@ -30,6 +33,31 @@ class Injection:
     """The beginning of the answer; its last step is wrong."""
     corrected: Callable[[str], bool]
     """From the text that follows to whether it begins by correcting the step."""
+
+
+@runtime_checkable
+class AnsweringEngine(Protocol):
+    """What computes the answers of a study."""
+
+    def entered(self, pair: PairedModel, variant: Variant) -> AbstractContextManager[Any]:
+        """The model of a variant, as `generation.responses.respond` takes it, within a block."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What computed the answers, for results.json; empty for our own engine."""
+        ...
+
+
+class OwnEngine:
+    """Answers by the pair itself."""
+
+    def entered(self, pair: PairedModel, variant: Variant) -> AbstractContextManager[Any]:
+        """The pair's model within the variant."""
+        return variant.entered(pair)
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -54,6 +82,8 @@ class Subject:
     """Longest answer; None takes the limit of the problems or else of the model (`responses.response_limit`)."""
     temperature: float | None = None
     """Temperature of answers; 0 takes the likeliest tokens, None takes the temperature of generation_config.json."""
+    engine: AnsweringEngine = field(default_factory=OwnEngine)
+    """What computes the answers."""
 
 
 def builtin_subject(

@@ -45,6 +45,14 @@ Base = Annotated[
     str | None,
     typer.Option("--base", metavar="BASE", help="folder or hub name of the base (default: the model organism)"),
 ]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="vllm|URL",
+        help="answer with vLLM: in this process, or at the address of a vllm serve (default: our own engine)",
+    ),
+]
 Target = Annotated[str | None, typer.Option("--target", metavar="TARGET", help="folder or hub name of the target")]
 ConfigFile = Annotated[
     str | None,

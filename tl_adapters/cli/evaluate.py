@@ -11,6 +11,7 @@ from tl_adapters.cli.common import (
     AsJson,
     Device,
     Dtype,
+    Engine,
     HesitationWords,
     Quiet,
     RouteName,
@@ -92,14 +93,6 @@ _Limit = Annotated[int | None, whole("--limit", "the first N problems of each ta
 _OpenThinking = Annotated[
     bool, typer.Option("--open-thinking", help="end the prompts with the tag that opens the thinking")
 ]
-_Engine = Annotated[
-    str | None,
-    typer.Option(
-        "--engine",
-        metavar="vllm|URL",
-        help="answer with vLLM: in this process, or at the address of a vllm serve (default: our own engine)",
-    ),
-]
 _Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="folder of answers (default: RUN/benchmarks)")]
 
 
@@ -120,7 +113,7 @@ def benchmark(
     open_thinking: _OpenThinking = False,
     hesitation_words: HesitationWords = None,
     out: _Out = None,
-    engine: _Engine = None,
+    engine: Engine = None,
     quiet: Quiet = False,
     json: AsJson = False,
     seed: Seed = None,

@@ -10,6 +10,7 @@ from tl_adapters.cli.common import (
     AsJson,
     Device,
     Dtype,
+    Engine,
     Quiet,
     RunFolder,
     Seed,
@@ -67,6 +68,7 @@ def hesitation(
     quiet: Quiet = False,
     json: AsJson = False,
     seed: Seed = None,
+    engine: Engine = None,
     device: Device = "auto",
     dtype: Dtype = None,
 ) -> Result:
@@ -97,6 +99,7 @@ def hesitation(
         limit=limit,
         max_new_tokens=max_new_tokens,
         seed=seed or 0,
+        engine=engine,
         device=device_of(device),
         dtype=dtype,
         progress=not quiet,

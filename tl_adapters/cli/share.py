@@ -30,7 +30,7 @@ from tl_adapters.utils.printing import command
 
 if TYPE_CHECKING:
     from tl_adapters.adapters.adapter_set import AdapterSet
-    from tl_adapters.interop.vllm_checkpoint import ServedVariant
+    from tl_adapters.interventions.variants import Variant
 
 ExportName = Literal["saelens", "authors", "hybrid", "target", "vllm", "neuronpedia", "sae-dashboard"]
 Reads = Annotated[
@@ -136,17 +136,18 @@ def export(
 
 def _served(
     ablate: list[Words] | None, insert: list[Words] | None, strength: float | None, scale: list[Words] | None
-) -> list[ServedVariant]:
+) -> list[Variant]:
     """The feature sets of the options, in the order of their help. Raises UserError."""
-    from tl_adapters.interop.vllm_checkpoint import ServedVariant
+    from tl_adapters.interventions.variants import rescaled, with_only, without
 
     if strength is not None:
         strength_of(strength, joined(insert))
-    return [
-        *(ServedVariant.without(feature_ids(names)) for names in ablate or ()),
-        *(ServedVariant.with_only(feature_ids(names), strength_of(strength, names)) for names in insert or ()),
-        *(ServedVariant.rescaled(feature_ids(names), scale_factor(factor, names)) for factor, *names in scale or ()),
+    variants = [
+        *(without(feature_ids(names)) for names in ablate or ()),
+        *(with_only(feature_ids(names), strength_of(strength, names)) for names in insert or ()),
+        *(rescaled(feature_ids(names), scale_factor(factor, names)) for factor, *names in scale or ()),
     ]
+    return [variant.named_apart() for variant in variants]
 
 
 def _loading(to: str, out: Path) -> str:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.errors import UserError
 from tl_adapters.generation.completions import Completion, complete
-from tl_adapters.generation.likelihoods import log_likelihoods
+from tl_adapters.generation.likelihoods import log_likelihoods, longest_text
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class HarnessError(UserError, ValueError):
 
 
 class HarnessModel(TemplateLM):
-    """A HookedTransformer or TransformerBridge behind the model interface of the harness."""
+    """A HookedTransformer, TransformerBridge or `vllm_engine.VllmModel` behind the model interface of the harness."""
 
     def __init__(
         self,
@@ -66,7 +66,8 @@ class HarnessModel(TemplateLM):
         """Wrap a model, without changing it.
 
         Args:
-            model: a HookedTransformer or TransformerBridge with its tokenizer; a pair's ``model`` on any route.
+            model: a HookedTransformer or TransformerBridge with its tokenizer; a pair's ``model`` on any route; or a
+                condition of vLLM (`vllm_run.ServedRun.model_of`).
             tokens_per_batch: tokens scored in a forward pass, padding included.
             batch_size: completions generated at a time.
             seed: of the random numbers, where a task samples.
@@ -94,8 +95,8 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Length of the model's context in tokens."""
-        return self.model.cfg.n_ctx
+        """Tokens that the model reads at most."""
+        return longest_text(self.model) - 1
 
     @property
     def max_gen_toks(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,25 +28,45 @@ class Likelihood:
     """Whether every token of the continuation is the likeliest at its position."""
 
 
+@runtime_checkable
+class ScoringEngine(Protocol):
+    """A model that another engine runs, and that scores texts."""
+
+    longest_text: int
+    """Tokens of context and continuation together, at most."""
+
+    def score(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """The likelihood of every (context, continuation), in batches of the engine's own."""
+        ...
+
+
+def longest_text(model: Any) -> int:
+    """Tokens of context and continuation together that a model can score; it does not read the last one."""
+    return model.longest_text if isinstance(model, ScoringEngine) else model.cfg.n_ctx + 1
+
+
 def log_likelihoods(
     model: Any, texts: Sequence[tuple[Sequence[int], Sequence[int]]], tokens_per_batch: int = 2048
 ) -> Iterator[tuple[int, Likelihood]]:
     """Index and likelihood of every (context, continuation), short ones first.
 
     Args:
-        model: a HookedTransformer or TransformerBridge.
-        texts: token ids; no context is empty, and each pair fits into the model's context.
-        tokens_per_batch: of a forward pass, padding included.
+        model: a HookedTransformer or TransformerBridge, or a `ScoringEngine`.
+        texts: token ids; no context is empty, and each pair has at most `longest_text` tokens.
+        tokens_per_batch: of a forward pass, padding included; an engine has batches of its own.
 
     Raises DataError for a context that is empty, or a pair that does not fit.
     """
-    n_ctx = model.cfg.n_ctx
+    longest = longest_text(model)
     for context, continuation in texts:
-        if not context or len(context) + len(continuation) > n_ctx + 1:
+        if not context or len(context) + len(continuation) > longest:
             raise DataError(
                 f"A context has {len(context)} tokens and its continuation {len(continuation)}; a context must have 1 "
-                f"or more, and both together at most {n_ctx + 1}."
+                f"or more, and both together at most {longest}."
             )
+    if isinstance(model, ScoringEngine):
+        yield from enumerate(model.score(texts))
+        return
     # The last token is only predicted, so the model does not read it.
     traces = [Trace((*context, *continuation)[:-1], 0) for context, continuation in texts]
     for rows in rows_by_length(traces, tokens_per_batch):

@@ -13,4 +13,5 @@
 * `saelens`: Conversion of adapter sets to and from SAELens transcoders
 * `vllm_checkpoint`: The folder that vLLM serves a run from, with every route and feature set
 * `vllm_engine`: Completions by vLLM, in this process or at the address of a server
+* `vllm_run`: vLLM for the adapters of a run, with a model for every variant
 """

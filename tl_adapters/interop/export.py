@@ -16,7 +16,8 @@ from tl_adapters.interop.any_set import read_adapters
 from tl_adapters.interop.authors_checkpoint import to_authors
 from tl_adapters.interop.hybrid_checkpoint import write_hybrid
 from tl_adapters.interop.saelens import to_saelens
-from tl_adapters.interop.vllm_checkpoint import ServedVariant, to_vllm
+from tl_adapters.interop.vllm_checkpoint import to_vllm
+from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.weight_identity import trained_on
 from tl_adapters.utils.files import require_absent, require_writable
 from tl_adapters.utils.printing import command
@@ -74,7 +75,8 @@ def export(
     reads: Literal["normalized", "mlp_input"] = "normalized",
     base: str | None = None,
     target: str | None = None,
-    variants: Sequence[ServedVariant] = (),
+    variants: Sequence[Variant] = (),
+    spare: int = 0,
 ) -> None:
     """Write a run's adapters, or the models that they belong to, for other tools.
 
@@ -87,7 +89,7 @@ def export(
         folder: must not exist.
         reads: for "saelens", as in `to_saelens`.
         base, target: names or folders of the models, if they are not where the adapters' metadata says.
-        variants: for "vllm", feature sets that are served beside the routes.
+        variants, spare: for "vllm", feature sets that are served beside the routes, as in `to_vllm`.
 
     Raises:
         PairMismatchError: models with other weights than those that the adapters were trained on.
@@ -119,7 +121,7 @@ def export(
     if to == "authors":
         to_authors(adapters, folder, base=models["base"], target=models["target"])
     elif to == "vllm":
-        to_vllm(adapters, folder, base=models["base"], target=models["target"], variants=variants)
+        to_vllm(adapters, folder, base=models["base"], target=models["target"], variants=variants, spare=spare)
     else:
         write_hybrid(folder, models["target"], models["base"] if to == "hybrid" else None)
 

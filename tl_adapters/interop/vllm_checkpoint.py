@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,13 @@ import torch
 from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet
-from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
 from tl_adapters.checkpoints.architectures import architecture_name, require_supported
 from tl_adapters.checkpoints.model_files import locate, read_config
 from tl_adapters.checkpoints.model_reference import published_name
 from tl_adapters.checkpoints.tokenizers import load_tokenizer
 from tl_adapters.interop.hybrid_checkpoint import write_hybrid
-from tl_adapters.interventions.feature_edits import feature_indices
-from tl_adapters.interventions.variants import Variant, on_route, rescaled, with_only, without
+from tl_adapters.interventions.variants import FeatureFactors, Variant, on_route
 from tl_adapters.models.routed_mlp import ROUTES
 from tl_adapters.utils.files import make_folder, name_new, require_absent, working_folder, write_tensors, write_text
 from tl_adapters.utils.reading import read_json_object
@@ -44,6 +41,7 @@ from tl_adapters.vllm_plugin.served_conditions import (
     ServedModelError,
     condition_lora,
     read_served,
+    spare_condition,
 )
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -51,46 +49,7 @@ SERVED_MODEL = "tl-adapters-{}"
 """Name of the served model, which ends in the fingerprint of adapters, target and base."""
 
 
-@dataclass(frozen=True)
-class ServedVariant:
-    """A variant of a pair that vLLM serves: a route, with the same factor on the features of a set."""
-
-    variant: Variant
-    """The variant in our own engine; its slug is the name in requests."""
-    route: str
-    """Its route (`models.routed_mlp.ROUTES`)."""
-    features: tuple[FeatureId, ...] = ()
-    """The features of the set; without any, all features stay as they are."""
-    factor: float = 1.0
-    """Factor on the activations of these features."""
-    others: float = 1.0
-    """Factor on the activations of all other features."""
-    decoder_bias: bool = True
-    """Whether the adapters add their decoder bias."""
-
-    @classmethod
-    def on_route(cls, route: str) -> ServedVariant:
-        """A route without changes."""
-        return cls(on_route(route), route)
-
-    @classmethod
-    def without(cls, features: Sequence[FeatureId]) -> ServedVariant:
-        """The replacement without ``features``."""
-        return cls(without(features).named_by(features), "replacement", tuple(features), factor=0.0)
-
-    @classmethod
-    def rescaled(cls, features: Sequence[FeatureId], factor: float) -> ServedVariant:
-        """The replacement with ``features`` multiplied by ``factor``."""
-        return cls(rescaled(features, factor).named_by(features), "replacement", tuple(features), factor)
-
-    @classmethod
-    def with_only(cls, features: Sequence[FeatureId], strength: float = 1.0) -> ServedVariant:
-        """The hybrid with ``strength`` times ``features`` added, and nothing else of the adapters."""
-        variant = with_only(features, strength).named_by(features)
-        return cls(variant, "replacement", tuple(features), strength, others=0.0, decoder_bias=False)
-
-
-SERVED_ROUTES = tuple(ServedVariant.on_route(route) for route in ("replacement", "target", "hybrid", "target+adapter"))
+SERVED_ROUTES = tuple(map(on_route, ("replacement", "target", "hybrid", "target+adapter")))
 """The routes, which every export serves; the first answers where a request names the model itself."""
 
 
@@ -106,7 +65,8 @@ def to_vllm(
     *,
     base: str | Path,
     target: str | Path,
-    variants: Sequence[ServedVariant] = (),
+    variants: Sequence[Variant] = (),
+    spare: int = 0,
 ) -> None:
     """Write the folder that vLLM serves target, hybrid, replacement and changed feature sets from.
 
@@ -114,19 +74,20 @@ def to_vllm(
         adapters: adapters of all layers that read the MLP's input, with any activation.
         folder: must not exist.
         base, target: folders or hub names; their shards are copied one at a time.
-        variants: what is served beside the routes.
+        variants: what is served beside the routes; each multiplies features by factors. Its slug is its name.
+        spare: number of further conditions that are defined while the engine runs (`vllm_engine.LocalVllm.model_of`).
 
     Raises:
         AdapterFormatError: adapters of some layers only, or in the other form.
-        ServedModelError: an architecture that was not tried, or too many variants.
+        ServedModelError: an architecture that was not tried, a variant of another kind, or too many of them.
         InterventionError, ForeignFeaturesError: features that the adapters do not have.
         CheckpointError, PairMismatchError, FolderExistsError, DiskFullError.
     """
     require_absent(folder)
     config = read_config(locate(target, weights=False))
     _require_servable(adapters, config, str(target))
-    served = _with_routes(variants)
-    with_sets = [one for one in served if one.features]
+    served = _with_routes(variants, spare)
+    rows = [factors for factors in served.values() if not factors.unchanged]
     described = ServedAdapters(
         stream="vllm",
         version=SERVING_VERSION,
@@ -137,9 +98,16 @@ def to_vllm(
         n_features=adapters.n_features,
         dtype=str(adapters[0].W_enc.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # checked by the record
         model_dtype=_model_dtype(config, str(target)),  # type: ignore[arg-type]  # checked by the record
-        factor_rows=len(with_sets),
+        factor_rows=len(rows) + spare,
+        spare=spare,
         fingerprint=served_model_name(adapters),
-        conditions=tuple(_condition(one, with_sets) for one in served),
+        conditions=(
+            *(
+                condition_of(name, factors, None if factors.unchanged else rows.index(factors))
+                for name, factors in served.items()
+            ),
+            *(spare_condition(number, len(rows)) for number in range(spare)),
+        ),
     )
     entries = {
         "architectures": [f"{SERVED_PREFIX}{architecture_name(config)}"],
@@ -147,7 +115,7 @@ def to_vllm(
     }
     with working_folder(folder) as work:
         out = work / "model"
-        tensors = _adapter_tensors(adapters, with_sets)
+        tensors = _adapter_tensors(adapters, rows, spare)
         write_hybrid(out, target, base, config=entries, beside_mlps=tensors, base_as="base")
         _name_tokenizer_class(out)
         for index, condition in enumerate(described.conditions):
@@ -217,51 +185,62 @@ def _model_dtype(config: Mapping[str, Any], target: str) -> str:
     return dtype
 
 
-def _with_routes(variants: Sequence[ServedVariant]) -> list[ServedVariant]:
-    """The routes and the given variants, each once. Raises ServedModelError for too many, and for two of one name."""
-    by_name: dict[str, ServedVariant] = {}
+def _with_routes(variants: Sequence[Variant], spare: int) -> dict[str, FeatureFactors]:
+    """The routes and the given variants by name. Raises ServedModelError for what cannot be served under its name."""
+    by_name: dict[str, FeatureFactors] = {}
     for one in (*SERVED_ROUTES, *variants):
-        other = by_name.setdefault(one.variant.slug, one)
-        if replace(other, variant=one.variant) != one:
+        if one.factors is None:
             raise ServedModelError(
-                f"Two feature sets have the name {one.variant.slug}, with the factors {other.factor} and {one.factor}; "
-                "export one of them to a second folder."
+                f"vLLM cannot compute {one.name!r}: it serves routes on which features are multiplied by factors. "
+                "Compute this variant with our own engine."
             )
-    served = list(by_name.values())
-    if len(served) > MOST_CONDITIONS:
+        other = by_name.setdefault(one.slug, one.factors)
+        if other.digest != one.factors.digest:
+            raise ServedModelError(
+                f"Two feature sets have the name {one.slug}, with the factors {_named(other)} and "
+                f"{_named(one.factors)}; export one of them to a second folder."
+            )
+    if (n := len(by_name) + spare) > MOST_CONDITIONS:
         raise ServedModelError(
-            f"There are {len(variants)} feature sets; at most {MOST_CONDITIONS - len(SERVED_ROUTES)} are served from "
-            "one folder. Export the others to a second folder."
+            f"There are {n - len(SERVED_ROUTES)} feature sets; at most {MOST_CONDITIONS - len(SERVED_ROUTES)} are "
+            "served from one folder. Export the others to a second folder."
         )
-    return served
+    return by_name
 
 
-def _condition(one: ServedVariant, with_sets: Sequence[ServedVariant]) -> Condition:
-    route = ROUTES[one.route]
-    row = with_sets.index(one) if one.features else None
+def condition_of(name: str, factors: FeatureFactors, row: int | None = None) -> Condition:
+    """The condition that computes a route with factors.
+
+    Args:
+        name: in requests.
+        factors: route and factors.
+        row: where the factors stand in every adapter; None leaves all features as they are.
+    """
+    route = ROUTES[factors.route]
     return Condition(
-        name=one.variant.slug,
+        name=name,
         base_mlp=route.base_mlp,
         adapter=route.adapter,
-        decoder_bias=one.decoder_bias,
+        decoder_bias=factors.decoder_bias,
         factors=row,
     )
 
 
-def _adapter_tensors(adapters: AdapterSet, with_sets: Sequence[ServedVariant]) -> dict[str, Tensor]:
-    """The tensors of the adapters and the factors of every set of features, by their names in the checkpoint."""
-    chosen = [feature_indices(adapters, one.features) for one in with_sets]
+def _named(factors: FeatureFactors) -> str:
+    """The different factors of a set."""
+    return ", ".join(f"{value!r}" for value in sorted({factor for _, factor in factors.factors})) or "none"
+
+
+def _adapter_tensors(adapters: AdapterSet, rows: Sequence[FeatureFactors], spare: int) -> dict[str, Tensor]:
+    """The tensors of the adapters and the rows of feature factors, by their names in the checkpoint."""
+    of_rows = [factors.by_layer(adapters) for factors in rows]
+    unchanged = torch.ones(spare, adapters.n_features)
     tensors: dict[str, Tensor] = {}
     for layer in adapters.layer_indices:
         prefix = f"model.layers.{layer}.mlp.adapter"
         tensors |= {f"{prefix}.{name}": tensor.detach() for name, tensor in adapters[layer].state_dict().items()}
-        factors = torch.ones(len(with_sets), adapters.n_features)
-        for row, (one, indices) in enumerate(zip(with_sets, chosen, strict=True)):
-            factors[row] = one.others
-            if layer in indices:
-                factors[row, indices[layer]] = one.factor
-        if with_sets:
-            tensors[f"{prefix}.factors"] = factors
+        if rows or spare:
+            tensors[f"{prefix}.factors"] = torch.cat([*(by_layer[layer][None] for by_layer in of_rows), unchanged])
     return tensors
 
 

@@ -14,18 +14,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tl_adapters.checkpoints.model_files import locate, read_config
 from tl_adapters.checkpoints.tokenizers import load_tokenizer
 from tl_adapters.errors import UserError, first_line
 from tl_adapters.generation.decoding import DecodedRow
+from tl_adapters.generation.likelihoods import Likelihood
 from tl_adapters.generation.sampling import SamplingParameters, seed_of
 from tl_adapters.interop.vllm_checkpoint import read_served_folder
 from tl_adapters.utils.reading import UnreadableFileError, as_record, parse_json
-from tl_adapters.vllm_plugin.served_conditions import CONDITIONS_FOLDER, lora_options
+from tl_adapters.vllm_plugin.served_conditions import CONDITIONS_FOLDER, WORKER_EXTENSION, Condition, lora_options
 
+_SCORING = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+"""Parameters with which vLLM tells the log-probability and rank of every token of a prompt."""
 CONNECT_TIMEOUT_SECONDS = 30.0
 """Seconds in which a connection must stand; a completion may take any time."""
 _LARGEST_SEED = 2**31 - 1
@@ -69,6 +74,15 @@ class CompletionRequest(NamedTuple):
         }
 
 
+class ScoredToken(NamedTuple):
+    """How likely a token of a text is."""
+
+    log_probability: float
+    """In nats."""
+    likeliest: bool
+    """Whether no other token is as likely."""
+
+
 @runtime_checkable
 class VllmEngine(Protocol):
     """One engine with several conditions."""
@@ -77,9 +91,23 @@ class VllmEngine(Protocol):
     """Dtype of the models; "unknown" where the engine does not tell."""
     max_model_len: int
     """Longest prompt and completion together, in tokens."""
+    spare: Sequence[str]
+    """Names of the conditions that `define` defines; a server has none."""
+
+    def serves(self, condition: str) -> bool:
+        """Whether the engine serves a condition of this name."""
+        ...
+
+    def define(self, condition: Condition, factors: Sequence[Float[Tensor, "n_features"]]) -> None:
+        """Define a spare condition by what it computes and the factors of all features, by layer."""
+        ...
 
     def generate(self, condition: str, requests: Sequence[CompletionRequest]) -> list[list[int]]:
         """Token ids of every completion, with the token that ended it."""
+        ...
+
+    def score(self, condition: str, texts: Sequence[list[int]]) -> list[list[ScoredToken]]:
+        """How likely every token of a text is after those before it; the first token is left out."""
         ...
 
     def close(self) -> None:
@@ -116,7 +144,10 @@ class LocalVllm:
 
         self.folder = Path(folder)
         served = read_served_folder(self.folder)
-        names = [condition.name for condition in served.conditions]
+        self._conditions = {condition.name: condition for condition in served.conditions}
+        names = list(self._conditions)
+        self.spare: Sequence[str] = names[len(names) - served.spare :]
+        """Names of the conditions that `define` defines."""
         self._numbers = {name: number for number, name in enumerate(names, start=1)}
         chosen: dict[str, Any] = {
             "dtype": dtype or served.model_dtype,
@@ -132,6 +163,7 @@ class LocalVllm:
                 load_format="safetensors",
                 skip_tokenizer_init=True,
                 trust_remote_code=False,
+                worker_extension_cls=WORKER_EXTENSION,
                 **chosen,
             )
         except Exception as error:  # vLLM raises whatever its parts raise
@@ -154,6 +186,40 @@ class LocalVllm:
             use_tqdm=False,
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def score(self, condition: str, texts: Sequence[list[int]]) -> list[list[ScoredToken]]:
+        """How likely every token of a text is after those before it. Raises VllmError for an unknown condition."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=text) for text in texts],
+            SamplingParams(detokenize=False, **_SCORING),
+            lora_request=self._lora(condition),
+            use_tqdm=False,
+        )
+        return [
+            [ScoredToken(at[token].logprob, at[token].rank == 1) for token, at in zip(text, found, strict=True) if at]
+            for text, found in zip(texts, (output.prompt_logprobs for output in outputs), strict=True)
+        ]
+
+    def serves(self, condition: str) -> bool:
+        """Whether the engine serves a condition of this name."""
+        return condition in self._numbers
+
+    def define(self, condition: Condition, factors: Sequence[Float[Tensor, "n_features"]]) -> None:
+        """Define a spare condition, or define it anew.
+
+        Args:
+            condition: what it computes; its name is one of `spare`, and the row of its factors is the name's own.
+            factors: of all features, by layer.
+        """
+        _require_condition(condition.name, self.spare, f"As a condition to be defined, {self.folder}")
+        own = condition.model_copy(update={"factors": self._conditions[condition.name].factors})
+        number = self._numbers[condition.name] - 1
+        rows = [row.tolist() for row in factors]
+        self._llm.collective_rpc("define_condition", args=(number, own.model_dump(), rows))
+        self._llm.reset_prefix_cache()  # it holds what this name computed before
 
     def close(self) -> None:
         """Free the engine's memory; one process has one engine at a time."""
@@ -191,6 +257,19 @@ class _Choices(_FromServer):
     choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
 
 
+class _ServedLogprob(_FromServer):
+    logprob: float
+    rank: int = Field(ge=1)
+
+
+class _ScoredChoice(_FromServer):
+    prompt_logprobs: tuple[dict[str, _ServedLogprob] | None, ...]
+
+
+class _ScoredChoices(_FromServer):
+    choices: tuple[_ScoredChoice, ...] = Field(min_length=1, max_length=1)
+
+
 class VllmServer:
     """A `vllm serve` of an exported folder, by its address.
 
@@ -204,6 +283,7 @@ class VllmServer:
     """
 
     dtype = "unknown"
+    spare: Sequence[str] = ()
 
     def __init__(self, url: str, served_name: str, parallel: int = 64) -> None:
         import httpx  # not at the top: its import draws from the user's random numbers
@@ -241,6 +321,29 @@ class VllmServer:
 
         with ThreadPoolExecutor(self.parallel) as threads:
             return list(threads.map(completed, requests))
+
+    def score(self, condition: str, texts: Sequence[list[int]]) -> list[list[ScoredToken]]:
+        """How likely every token of a text is after those before it. Raises VllmError."""
+        _require_condition(condition, self.conditions, self.url)
+
+        def scored(text: list[int]) -> list[ScoredToken]:
+            body = {"model": condition, "prompt": text, **_SCORING}
+            found = self._exchange("POST", "/v1/completions", body, _ScoredChoices).choices[0].prompt_logprobs
+            at_tokens = [at.get(str(token)) for token, at in zip(text, found, strict=False) if at]
+            if len(at_tokens) != len(text) - 1 or None in at_tokens:
+                raise VllmError(f"{self.url} does not say how likely every token of a text is; use vllm 0.32.")
+            return [ScoredToken(at.logprob, at.rank == 1) for at in at_tokens if at]
+
+        with ThreadPoolExecutor(self.parallel) as threads:
+            return list(threads.map(scored, texts))
+
+    def serves(self, condition: str) -> bool:
+        """Whether the server serves a condition of this name."""
+        return condition in self.conditions
+
+    def define(self, condition: Condition, factors: Sequence[Float[Tensor, "n_features"]]) -> None:
+        """Raises VllmError: a server's conditions are those of its export."""
+        raise VllmError(f"The conditions of {self.url} were exported; export and serve {condition.name}.")
 
     def close(self) -> None:
         """Close the connections."""
@@ -323,3 +426,20 @@ class VllmModel:
             for prompt, limit, key in zip(prompts, limits, keys, strict=True)
         ]
         return [DecodedRow(tokens, near_ties=0) for tokens in self.engine.generate(self.condition, requests)]
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of a text that can be scored: vLLM generates one token behind it."""
+        return self.engine.max_model_len - 1
+
+    def score(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """The likelihood of every (context, continuation), as in `generation.likelihoods.log_likelihoods`.
+
+        Raises VllmError where the engine does not answer.
+        """
+        scored = self.engine.score(self.condition, [[*context, *continuation] for context, continuation in texts])
+        found = []
+        for (_, continuation), tokens in zip(texts, scored, strict=True):
+            own = tokens[len(tokens) - len(continuation) :]
+            found.append(Likelihood(sum(one.log_probability for one in own), all(one.likeliest for one in own)))
+        return found

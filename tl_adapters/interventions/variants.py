@@ -8,17 +8,58 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.interventions.feature_edits import ablated, inserted, negated, scaled
+from tl_adapters.interventions.feature_edits import ablated, feature_indices, gated, inserted, negated, scaled
 from tl_adapters.models.paired_model import PairedModel
 
 MAX_LISTED_FEATURES = 3
 """The number of features that the name of a variant lists; further ones are counted."""
+
+
+@dataclass(frozen=True)
+class FeatureFactors:
+    """A route on which the activation of every feature is multiplied by a factor."""
+
+    route: str
+    """A route of `models.routed_mlp.ROUTES`."""
+    factors: tuple[tuple[FeatureId, float], ...] = ()
+    """Features, each with its factor."""
+    others: float = 1.0
+    """The factor of all other features."""
+    decoder_bias: bool = True
+    """Whether the adapters add their decoder bias."""
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether all features stay as they are."""
+        return not self.factors and self.others == 1
+
+    def by_layer(self, adapters: AdapterSet) -> dict[int, Float[Tensor, "n_features"]]:
+        """The factors of all features, of every layer with adapters.
+
+        Raises ArgumentError, InterventionError and ForeignFeaturesError as `feature_edits.feature_indices` does.
+        """
+        feature_indices(adapters, [feature for feature, _ in self.factors])
+        rows = {layer: torch.full((adapters.n_features,), self.others) for layer in adapters.layer_indices}
+        for feature, factor in self.factors:
+            rows[feature[0]][feature[1]] = factor
+        return rows
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that another route, or other factors, do not have."""
+        factors = sorted({(tuple(feature), factor) for feature, factor in self.factors})
+        return _digest([self.route, factors, self.others, self.decoder_bias])
 
 
 @dataclass(frozen=True)
@@ -29,46 +70,78 @@ class Variant:
     """The name under which results are shown."""
     entered: Callable[[PairedModel], AbstractContextManager[Any]]
     """A function of a pair that returns the context manager within which the pair's model is this variant."""
+    factors: FeatureFactors | None = None
+    """The same as factors of features, by which another engine can compute it; None where it is not of this kind."""
 
     @property
     def slug(self) -> str:
         """The name without characters that the name of a folder or of a served model cannot hold."""
         return re.sub(r"[^\w.+-]+", "-", self.name).strip("-")
 
-    def named_by(self, features: Iterable[FeatureId]) -> Variant:
-        """The same variant with a name that is unique to ``features``, also where it does not list all of them."""
-        unique = sorted({FeatureId(*feature) for feature in features})
-        if len(unique) <= MAX_LISTED_FEATURES:
+    def named_apart(self) -> Variant:
+        """The same variant with a name that is unique to its features, also where it does not list all of them."""
+        features = sorted({tuple(feature) for feature, _ in self.factors.factors}) if self.factors else []
+        if len(features) <= MAX_LISTED_FEATURES:
             return self
-        digest = hashlib.sha256(repr([tuple(feature) for feature in unique]).encode()).hexdigest()[:8]
-        return replace(self, name=f"{self.name} ({digest})")
+        return replace(self, name=f"{self.name} ({_digest(features)})")
 
 
 def on_route(route: str) -> Variant:
     """A route (`models.routed_mlp.ROUTES`) without changes."""
-    return Variant(route, lambda pair: pair.routed(route))
+    return Variant(route, lambda pair: pair.routed(route), FeatureFactors(route))
 
 
 def without(features: Sequence[FeatureId]) -> Variant:
     """The replacement with ``features`` ablated."""
-    return Variant(f"replacement without {_listed(features)}", _replacement(lambda pair: ablated(pair, features)))
+    return Variant(
+        f"replacement without {_listed(features)}",
+        _replacement(lambda pair: ablated(pair, features)),
+        FeatureFactors("replacement", _each(features, 0.0)),
+    )
 
 
 def rescaled(features: Sequence[FeatureId], factor: float) -> Variant:
     """The replacement with ``features`` multiplied by ``factor``."""
-    name = f"replacement with {factor:g} x {_listed(features)}"
-    return Variant(name, _replacement(lambda pair: scaled(pair, features, factor)))
+    return Variant(
+        f"replacement with {factor:g} x {_listed(features)}",
+        _replacement(lambda pair: scaled(pair, features, factor)),
+        FeatureFactors("replacement", _each(features, factor)),
+    )
 
 
 def with_only(features: Sequence[FeatureId], strength: float = 1.0) -> Variant:
     """The hybrid with ``strength`` times ``features`` added, and nothing else of the adapters."""
-    name = f"hybrid with only {'' if strength == 1 else f'{strength:g} x '}{_listed(features)}"
-    return Variant(name, lambda pair: inserted(pair, features, strength))
+    return Variant(
+        f"hybrid with only {'' if strength == 1 else f'{strength:g} x '}{_listed(features)}",
+        lambda pair: inserted(pair, features, strength),
+        FeatureFactors("replacement", _each(features, strength), others=0.0, decoder_bias=False),
+    )
 
 
 def with_negated(features: Sequence[FeatureId]) -> Variant:
     """The target with half of the contribution of ``features`` subtracted from its MLPs (`feature_edits.negated`)."""
-    return Variant(f"target less {_listed(features)}", lambda pair: negated(pair, features))
+    return Variant(
+        f"target less {_listed(features)}",
+        lambda pair: negated(pair, features),
+        FeatureFactors("target+adapter", _each(features, -0.5), others=0.0, decoder_bias=False),
+    )
+
+
+def multiplied(name: str, factors: FeatureFactors) -> Variant:
+    """A variant of any factors."""
+    return Variant(
+        name,
+        lambda pair: gated(pair, factors.by_layer(pair.installed_adapters()), factors.route, factors.decoder_bias),
+        factors,
+    )
+
+
+def _each(features: Sequence[FeatureId], factor: float) -> tuple[tuple[FeatureId, float], ...]:
+    return tuple((feature, factor) for feature in features)
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
 
 
 def _listed(features: Sequence[FeatureId]) -> str:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.config import Dtype, RunConfig
@@ -24,19 +23,15 @@ from tl_adapters.evaluation.behaviors import Behavior
 from tl_adapters.evaluation.sampled_responses import ResponseOptions, TaskScore, sample_responses, score_responses
 from tl_adapters.evaluation.tasks import ORGANISM_TASK, TASKS, load_problems, require_task
 from tl_adapters.generation.generation_config import DEFAULT_MAX_NEW_TOKENS, end_tokens
-from tl_adapters.interop.export import export
-from tl_adapters.interop.vllm_checkpoint import ServedVariant, served_model_name
-from tl_adapters.interop.vllm_engine import LocalVllm, VllmEngine, VllmModel, VllmServer, require_vllm
-from tl_adapters.interventions.variants import Variant
+from tl_adapters.interop.vllm_run import opened_engine
+from tl_adapters.interventions.variants import Variant, on_route, with_only, without
 from tl_adapters.models.routed_mlp import ROUTES
 from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters, set_run_date
-from tl_adapters.utils.files import require_writable, working_folder
+from tl_adapters.utils.files import require_writable
 from tl_adapters.utils.results import changed_results, plain
 
 log = logging.getLogger(__name__)
 
-VLLM_HERE = "vllm"
-"""The engine that is vLLM in this process; any other name of one is an address."""
 BENCHMARKS_FOLDER = "benchmarks"
 """Name of the folder of answers in a run, and of the block in its results.json."""
 
@@ -87,16 +82,11 @@ class BenchmarkVariant:
     @property
     def variant(self) -> Variant:
         """The variant to enter; its name is unique to its set of features."""
-        return self.served.variant
-
-    @property
-    def served(self) -> ServedVariant:
-        """The variant as vLLM serves it."""
         if self.ablate:
-            return ServedVariant.without(sorted({*self.ablate}))
+            return without(sorted({*self.ablate})).named_apart()
         if self.insert:
-            return ServedVariant.with_only(sorted({*self.insert}), self.strength)
-        return ServedVariant.on_route(self.route)
+            return with_only(sorted({*self.insert}), self.strength).named_apart()
+        return on_route(self.route)
 
     def as_record(self) -> dict[str, Any]:
         """The record that the settings of the answers hold."""
@@ -190,24 +180,12 @@ def _own_model(
 def _vllm_model(
     run: Path, spec: BenchmarkVariant, engine: str, dtype: Dtype | None
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The variant in vLLM, and what identifies its weights; an export for vLLM in this process is removed again."""
-    adapters, config = AdapterSet.from_pretrained(run / "adapters"), RunConfig.of_run(run)
-    base, target = (config.base, config.target) if config.target else (organism.BUILTIN_BASE, organism.BUILTIN_TARGET)
-    with ExitStack() as closing:
-        served: VllmEngine
-        if engine == VLLM_HERE:
-            require_vllm()  # before the export, which copies both models
-            folder = closing.enter_context(working_folder(run / VLLM_HERE)) / "export"
-            export(run, "vllm", folder, base=base, target=target, variants=[spec.served])
-            served = LocalVllm(folder, dtype or config.dtype)
-        elif dtype is None:
-            served = VllmServer(engine, served_model_name(adapters))
-        else:
-            raise BenchmarkError(f"The server at {engine} has a dtype already, and --dtype is {dtype}; leave it out.")
-        closing.callback(served.close)
-        model = VllmModel.of(served, spec.variant.slug, target)
+    """The variant in vLLM, and what identifies its weights."""
+    with opened_engine(run, engine, dtype, [spec.variant]) as served:
+        model = served.model_of(spec.variant)
         set_run_date(run, model.tokenizer)
-        yield model, {**_weights(served.dtype, adapters.metadata.fingerprints, adapters), "engine": "vllm"}
+        weights = _weights(served.engine.dtype, served.adapters.metadata.fingerprints, served.adapters)
+        yield model, {**weights, "engine": "vllm"}
 
 
 def _sampling(task: str, options: Mapping[str, Any]) -> ResponseOptions:

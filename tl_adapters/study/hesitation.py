@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.evaluation.behaviors import Find
 from tl_adapters.evaluation.tasks import load_problems
 from tl_adapters.features.store import FeatureStore
+from tl_adapters.interop.vllm_run import SPARE_CONDITIONS, VLLM_HERE, opened_engine
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.circuit_page import write_circuit_page
 from tl_adapters.study.features import FEATURES_FOLDER as FEATURES
@@ -74,6 +76,7 @@ def hesitation_of_run(
     limit: int | None = None,
     max_new_tokens: int | None = None,
     seed: int = 0,
+    engine: str | None = None,
     device: str = "auto",
     dtype: Dtype | None = None,
     progress: bool = True,
@@ -91,10 +94,14 @@ def hesitation_of_run(
         limit: number of problems, select and report problems together; None takes all.
         max_new_tokens: longest answer; None takes the limit of the task or the model (`responses.response_limit`).
         seed: of every draw.
+        engine: what answers the problems: None is our own, "vllm" vLLM in this process, and an address a `vllm serve`.
+            Conditions that are no factors of features (steering, a banned word), and those that a server does not
+            serve, are answered by our own in any case.
         device, dtype: as in `open_run.open_run`.
         progress: show bars.
 
-    Raises UserError where a pair that is not the model organism is given no task, and what opening a run raises.
+    Raises UserError where a pair that is not the model organism is given no task, VllmError, and what opening a run
+    raises.
     """
     require_adapters(folder)
     if task is None:
@@ -108,4 +115,10 @@ def hesitation_of_run(
     search: dict[str, Any] = {"share": share, "rounds": rounds, "method": method}
     given = {name: value for name, value in search.items() if value is not None}
     options = replace(defaults, search=replace(defaults.search, **given), seed=seed)
-    return hesitation_stage(open_run(folder, device, dtype), subject, folder, options, words, progress=progress)
+    with ExitStack() as closing:
+        if engine is not None:
+            of_engine = dtype if engine == VLLM_HERE else None
+            opened = opened_engine(folder, engine, of_engine, spare=SPARE_CONDITIONS)
+            subject = replace(subject, engine=closing.enter_context(opened))
+        pair = open_run(folder, device, dtype)
+        return hesitation_stage(pair, subject, folder, options, words, progress=progress)

@@ -6,14 +6,14 @@ adapter beside it, and in front of every pass the condition of each token is com
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tl_adapters.vllm_plugin.served_conditions import CONDITION_MODULE, ServedModelError, read_served
+from tl_adapters.vllm_plugin.served_conditions import CONDITION_MODULE, Condition, ServedModelError, read_served
 from tl_adapters.vllm_plugin.served_mlp import Routing, ServedAdapter, install
 
 try:
@@ -59,6 +59,13 @@ class ServedModel(nn.Module):
         one = torch.ones(len(positions), 1, dtype=self.condition.weight.dtype, device=positions.device)
         self.routing.route(self.condition(one)[:, 0].round().long())
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def define_condition(self, index: int, condition: Condition, factors: Sequence[Sequence[float]]) -> None:
+        """Define a spare condition; arguments as in `worker.ConditionWorker.define_condition`."""
+        layers: Any = self.model.layers  # type: ignore[union-attr]  # of vLLM's class
+        for layer, row in zip(layers, factors, strict=True):
+            layer.mlp.adapter.set_factors(condition.factors, row)
+        self.routing.define(index, condition)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the weights of a folder; returns the names of those that were loaded."""

@@ -28,6 +28,8 @@ MOST_CONDITIONS = 256
 SERVED_PREFIX = "TLAdapters"
 """What stands before the architecture's name in config.json."""
 SERVING_VERSION: Literal[1] = 1
+WORKER_EXTENSION = "tl_adapters.vllm_plugin.worker.ConditionWorker"
+"""What vLLM adds to its workers, so that conditions can be defined while the engine runs."""
 _EXPORT_AGAIN = "Export the adapters again with this version of tl_adapters."
 
 
@@ -73,6 +75,8 @@ class ServedAdapters(Record):
     """Dtype of the target's weights. vLLM, left to itself, computes models in float32 in bfloat16."""
     factor_rows: int = Field(ge=0)
     """Number of rows of feature factors."""
+    spare: int = Field(default=0, ge=0)
+    """Number of conditions, the last ones, that are defined while the engine runs."""
     fingerprint: str
     """Content hash of adapters, target and base, which the served model's name ends with."""
     conditions: tuple[Condition, ...] = Field(min_length=1, max_length=MOST_CONDITIONS)
@@ -87,12 +91,25 @@ def read_served(entry: Any) -> ServedAdapters:
         raise ServedModelError(str(error)) from error
     names = [condition.name for condition in served.conditions]
     rows = [condition.factors for condition in served.conditions if condition.factors is not None]
-    if len(set(names)) < len(names) or any(row >= served.factor_rows for row in rows):
+    spare = served.conditions[len(served.conditions) - served.spare :] if served.spare else ()
+    named_twice, no_row = len(set(names)) < len(names), any(row >= served.factor_rows for row in rows)
+    if named_twice or no_row or served.spare > len(names) or any(condition.factors is None for condition in spare):
         raise ServedModelError(
             f"The conditions of config.json have the names {names} and the rows {rows} of {served.factor_rows} rows "
-            f"of factors; names are given once, and rows exist. {_EXPORT_AGAIN}"
+            f"of factors, and {served.spare} are spare; names are given once, rows exist, and spare conditions have "
+            f"one. {_EXPORT_AGAIN}"
         )
     return served
+
+
+def spare_condition(number: int, first_row: int) -> Condition:
+    """A condition that is defined while the engine runs; until then it is the replacement.
+
+    Args:
+        number: of the condition among the spare ones.
+        first_row: the first row of factors that belongs to them.
+    """
+    return Condition(name=f"spare-{number}", base_mlp=True, adapter=True, factors=first_row + number)
 
 
 def condition_lora(index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -7,7 +7,7 @@ pass of one condition reads no weights of a part that it does not use.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_adapters.adapters.activation_functions import jumprelu, topk
-from tl_adapters.vllm_plugin.served_conditions import ServedAdapters, require_indices
+from tl_adapters.vllm_plugin.served_conditions import Condition, ServedAdapters, ServedModelError, require_indices
 
 Tokens: TypeAlias = slice | Tensor | None
 """Some tokens of a pass: all of them (a slice), those at these indices, or None for none."""
@@ -45,8 +45,16 @@ class Routing:
 
     def __init__(self, served: ServedAdapters) -> None:
         self.served = served
-        self._of_one = [self._groups_of_one(index) for index in range(len(served.conditions))]
+        self.conditions = list(served.conditions)
+        self._of_one = [_groups_of_one(condition) for condition in self.conditions]
         self.groups = self._of_one[0]
+
+    def define(self, index: int, condition: Condition) -> None:
+        """Define a spare condition. Raises ServedModelError for an index that belongs to none."""
+        require_indices([index], self.served)
+        if index < len(self.conditions) - self.served.spare:
+            raise ServedModelError(f"Condition {self.conditions[index].name} was exported and stays as it is.")
+        self.conditions[index], self._of_one[index] = condition, _groups_of_one(condition)
 
     def route(self, conditions: Int[Tensor, "n_tokens"]) -> None:
         """Set the groups of a pass from every token's condition. Raises ServedModelError for an unknown index."""
@@ -55,18 +63,8 @@ class Routing:
         require_indices(present, self.served)
         self.groups = self._of_one[present[0]] if len(present) == 1 else self._mixed(on_host, conditions.device)
 
-    def _groups_of_one(self, index: int) -> TokenGroups:
-        condition = self.served.conditions[index]
-        return TokenGroups(
-            target=None if condition.base_mlp else EVERY,
-            base=EVERY if condition.base_mlp else None,
-            adapter=EVERY if condition.adapter else None,
-            factors=condition.factors,
-            decoder_bias=condition.decoder_bias,
-        )
-
     def _mixed(self, on_host: Tensor, device: torch.device) -> TokenGroups:
-        conditions = self.served.conditions
+        conditions = self.conditions
 
         def where(value: Callable[[Any], bool]) -> Tokens:
             chosen = torch.tensor([value(condition) for condition in conditions])[on_host]
@@ -83,6 +81,16 @@ class Routing:
             factors=rows.to(device) if bool(rows.any()) else None,
             decoder_bias=True if bool(bias.all()) else bias[:, None].float().to(device),
         )
+
+
+def _groups_of_one(condition: Condition) -> TokenGroups:
+    return TokenGroups(
+        target=None if condition.base_mlp else EVERY,
+        base=EVERY if condition.base_mlp else None,
+        adapter=EVERY if condition.adapter else None,
+        factors=condition.factors,
+        decoder_bias=condition.decoder_bias,
+    )
 
 
 class ServedAdapter(nn.Module):
@@ -125,6 +133,10 @@ class ServedAdapter(nn.Module):
         else:
             out = acts @ self.W_dec + self.b_dec * groups.decoder_bias.to(acts.dtype)
         return out.to(x.dtype)
+
+    def set_factors(self, row: int, factors: Sequence[float]) -> None:
+        """Set the factors of all features in a row."""
+        self.factors[row] = torch.tensor(factors, dtype=self.factors.dtype, device=self.factors.device)
 
     def _activate(self, pre: Tensor) -> Tensor:
         if self.activation == "relu":
