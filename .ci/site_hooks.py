@@ -26,6 +26,9 @@ MOVED = {
 COPIED = "repository"
 """Folder of the site for files that pages link to."""
 LINK = re.compile(r"(?<=\]\()([^\s):#]+)(#[^\s)]*)?(?=\))")
+BAR = re.compile("<mo>(&#x02016;|&#x0007C;)</mo>")
+"""The bars of a norm or an absolute value, which would grow to the height of a sum beside them."""
+NAME_IN_TABLE = re.compile(r"(<td><code>)([\w.]+)(?=</code>)")
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -55,13 +58,15 @@ def on_page_markdown(text: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Equations become MathML, which browsers draw without a script."""
-    return EQUATION.sub(mathml, content)
+    """Equations become MathML, which browsers draw without a script; long names in tables may break at their parts."""
+    content = EQUATION.sub(mathml, content)
+    return NAME_IN_TABLE.sub(lambda found: found[1] + re.sub(r"(?<=[._])(?=\w)", "<wbr>", found[2]), content)
 
 
 def mathml(found: re.Match[str]) -> str:
     """The MathML of one equation."""
-    return convert(html.unescape(found[3]), display="block" if found[2] == "[" else "inline")
+    drawn = convert(html.unescape(found[3]), display="block" if found[2] == "[" else "inline")
+    return BAR.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', drawn)
 
 
 def linked_files(source: str, text: str) -> list[str]:
