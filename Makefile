@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study test versions bridge dashboards harness vllm slow fuzz kill lint commands planted organism wheels gpu tables pair install clean
+.PHONY: demo study test versions bridge dashboards harness vllm slow fuzz kill lint commands docs planted organism wheels gpu tables pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[saelens,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[saelens,dev,docs]"
 	touch $@
 
 install: $(VENV)/installed
@@ -105,6 +105,9 @@ lint: install
 commands: install  ## docs/commands.md and the table of wrong calls, written anew from the command line
 	$(BIN)/python .ci/commands.py
 
+docs: install  ## the documentation site, into .site; a broken link or an equation that cannot be drawn is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
+
 planted: install  ## what adapters find of known differences, into benchmarks/results.json; hours
 	$(BIN)/python benchmarks/planted.py runs/planted --record
 	$(BIN)/python benchmarks/tables.py
@@ -123,11 +126,12 @@ gpu:  ## what a pair of 7B's shape takes on this machine's GPU, with its own tor
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --target .wheels/site .wheels/*.whl
 	PYTHONPATH=.wheels/site:. HF_HUB_OFFLINE=1 $(PYTHON) benchmarks/gpu.py runs/gpu
 
-tables: install  ## the tables of docs/believing_features.md, circuits.md and large_models.md, from benchmarks/results.json
+tables: install  ## the tables and plots of the documentation, from benchmarks/results.json
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/plots.py
 
 pair: install  ## train the built-in pair anew, into runs/pair
 	$(BIN)/python -m tl_adapters.organism.recipe runs/pair
 
 clean:
-	rm -rf $(VENV) $(VENV)4 $(VENV)D $(VENV)H $(VENV)V $(VENV)-lowest $(VENV)-newest runs
+	rm -rf $(VENV) $(VENV)4 $(VENV)D $(VENV)H $(VENV)V $(VENV)-lowest $(VENV)-newest runs .site

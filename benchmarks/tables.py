@@ -16,7 +16,7 @@ from recorded import FOLDER, recorded
 from tl_adapters.pages.dose_curve_plots import CURVE_NAMES
 from tl_adapters.utils.files import write_text
 
-DOCS = ("believing_features", "circuits", "large_models")
+DOCS = ("believing_features", "benchmarks", "circuits", "large_models")
 PAGES = tuple(FOLDER.parent / name for name in ("README.md", *(f"docs/{p}.md" for p in DOCS)))
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 DECADES = ("1e-1", "1e-2", "1e-3", "1e-4")
@@ -281,6 +281,22 @@ def by_search(block: dict[str, Any]) -> str:
     return markdown(["", *methods], rows)
 
 
+RECORDED = ("planted", "organism", "synthetic", "hesitation", "linearizations", "searches", "sizes", "gpu")
+"""The blocks of results.json, in the order in which docs/benchmarks.md names them."""
+
+
+def provenance(*blocks: dict[str, Any]) -> str:
+    """With what each block was recorded: the last command, the machine, and the commits of all its runs."""
+    rows = []
+    for name, block in zip(RECORDED, blocks, strict=True):
+        machine, versions = block["machine"], block["versions"]
+        on = f"{machine['cores']} cores, {machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}"
+        commits = {commit[:7] + "+" * commit.endswith("+") for commit in block["commits"]}
+        with_versions = ", ".join(f"{package} {versions[package]}" for package in ("torch", "transformers"))
+        rows.append([name, f"`{block['command']}`", on, with_versions, ", ".join(sorted(commits))])
+    return markdown(["block", "last command that recorded it", "machine", "versions", "commits of its runs"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "headline": ("organism planted hesitation", headline),
     "rates": ("planted", by_rate),
@@ -297,6 +313,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "gpu_attribution": ("gpu", attribution_on_gpu),
     "gpu_rates": ("gpu", rates_on_gpu),
     "gpu_precision": ("gpu", precision_on_gpu),
+    "provenance": (" ".join(RECORDED), provenance),
 }
 """Table -> the blocks of results.json that it shows, and how."""
 

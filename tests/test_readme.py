@@ -21,6 +21,7 @@ def test_the_python_runs(
     export(run, "authors", tmp_path / "theirs")
     local = {"nathu0/transcoder-adapters-R1-Distill-Qwen-7B-l1w0.001-l0-1.4": tmp_path / "theirs"}
     local["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"] = organism.TARGET
+    local["runs/demo"] = run
     local['"math500", pair, n=100'] = '"builtin", pair, n=24'
     namespace: dict[str, object] = {}
     for block in blocks("python"):

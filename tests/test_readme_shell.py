@@ -11,7 +11,8 @@ from helpers.readme import blocks
 from tl_adapters import organism
 from tl_adapters.cli.main import main, parse
 
-LINES = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("tl-adapters")]
+PRINTED = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("tl-adapters")]
+LINES = list({line.split("  #")[0].strip(): line for line in PRINTED}.values())  # a guide may repeat another's command
 SMALL = ("--config", "small.yaml")
 BOUNDS = {
     "hesitation": ("--limit", "32"),

@@ -8,6 +8,7 @@ import hesitation
 import linearizations
 import organism
 import planted
+import plots
 import pytest
 import tables
 from helpers.page_values import dose_curves
@@ -169,3 +170,11 @@ def test_the_pages_show_what_is_recorded() -> None:
     assert sorted(tables.TABLES) == sorted(name for text in texts for _, name, _ in tables.TABLE.findall(text))
     for text in texts:
         assert tables.filled(text, FOLDER) == text, "run `make tables`"
+
+
+@pytest.mark.parametrize("name", plots.PLOTS)
+def test_the_plots_show_what_is_recorded(name: str) -> None:
+    """Byte for byte, with the matplotlib that constraints.txt pins."""
+    svg = (plots.PLOTS_FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    assert svg == plots.drawn(name), "run `make tables`"
+    assert f"({name}.svg)" in (plots.PLOTS_FOLDER / "benchmarks.md").read_text(encoding="utf-8")

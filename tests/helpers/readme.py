@@ -12,5 +12,6 @@ def blocks(language: str) -> list[str]:
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md"]
-PAGES += [ROOT / "docs" / f"{name}.md" for name in ("pairs", "features", "attribution", "circuits", "sharing")]
+GUIDES = ("quickstart", "your_own_pair", "pairs", "routes", "features", "attribution", "circuits", "authors_adapters")
+GUIDES += ("sharing", "lora")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]

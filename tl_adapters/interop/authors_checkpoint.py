@@ -197,7 +197,8 @@ def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, ta
 
     Raises:
         AdapterFormatError: adapters of some layers only, in the other form, or with another activation.
-        CheckpointError, PairMismatchError, FolderExistsError, DiskFullError.
+        CheckpointError, PairMismatchError: files of base or target that are damaged or do not fit.
+        FolderExistsError, DiskFullError: the folder cannot be made.
     """
     if adapters.metadata.activation != "relu":
         raise AdapterFormatError(
@@ -252,7 +253,8 @@ def authors_pair(
         dtype, device, tokenizer, backend: as in `PairedModel.from_pretrained`.
 
     Raises:
-        AdapterFormatError, CheckpointError, PairMismatchError, UnsupportedModelError.
+        AdapterFormatError, CheckpointError: files that are missing or damaged, or that hold no adapters.
+        PairMismatchError, UnsupportedModelError: models that do not fit together, or that are not supported.
     """
     adapters = from_authors(name)
     require_fit(compare_configs(read_config(locate(name, weights=False)), read_config(locate(target, weights=False))))

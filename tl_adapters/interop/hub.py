@@ -92,7 +92,8 @@ def pull(
         layers, revision, token: as in `AdapterSet.from_pretrained`.
 
     Raises:
-        AdapterFormatError, CheckpointError, FolderExistsError, DiskFullError.
+        AdapterFormatError, CheckpointError: the hub gives no such set, or its files are damaged.
+        FolderExistsError, DiskFullError: the folder cannot be made.
     """
     require_absent(folder)
     require_writable(folder)

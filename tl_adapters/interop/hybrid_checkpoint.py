@@ -57,7 +57,7 @@ def write_hybrid(
         CheckpointError: missing or damaged files.
         PairMismatchError: a base of other shapes.
         UnsupportedModelError: a target with code of its own, or of an architecture that is not supported.
-        FolderExistsError, DiskFullError.
+        FolderExistsError, DiskFullError: the folder cannot be made.
     """
     target_folder = locate(target)
     target_config = read_config(target_folder)

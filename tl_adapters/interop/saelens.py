@@ -65,7 +65,7 @@ def to_saelens(
     Raises:
         AdapterFormatError: "mlp_input" for a set that reads "normalized", a set whose norms are not known, or topk,
             for which SAELens has no transcoder.
-        FolderExistsError, DiskFullError.
+        FolderExistsError, DiskFullError: the folder cannot be made.
     """
     require_saelens_class(adapters)
     if reads == "normalized":

@@ -174,7 +174,7 @@ class PairedModel(RoutedModel):
 
         Raises:
             PairMismatchError: adapters of another depth or width, or transcoders that replace an MLP's output.
-            And what `from_pretrained` raises.
+            UserError: whatever `from_pretrained` raises.
         """
         target = base if target is None else target
         pair = cls.from_pretrained(base, target, dtype=dtype, device=device, tokenizer=tokenizer, backend=backend)

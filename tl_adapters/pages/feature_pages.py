@@ -72,7 +72,7 @@ def write_feature_pages(
 
     Raises:
         FeatureStoreError: words or features that the store does not have, or a store without alive features.
-        FolderExistsError, DiskFullError.
+        FolderExistsError, DiskFullError: the folder cannot be made.
     """
     folder = Path(folder)
     if not replace:
