@@ -37,11 +37,16 @@ def source(path: Path) -> str:
     return "\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4))[1:])
 
 
+def outputs(cell: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """What a cell shows, without progress bars and warnings, which are not committed."""
+    return [out for out in cell.outputs if out.get("name") != "stderr"]
+
+
 def require_runs(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Execute a notebook and compare which of its cells show something with those of the committed one."""
-    shown = [bool(cell.outputs) for cell in code_cells(notebook)]
+    shown = [bool(outputs(cell)) for cell in code_cells(notebook)]
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
-    assert [bool(cell.outputs) for cell in code_cells(notebook)] == shown
+    assert [bool(outputs(cell)) for cell in code_cells(notebook)] == shown
 
 
 def test_they_are_numbered_without_gaps_and_the_readme_links_each() -> None:

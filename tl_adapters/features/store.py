@@ -74,13 +74,7 @@ class FeatureStore:
         if folder is not None and (folder / AGREEMENT_FILE).is_file():
             self.agreement = read_agreement(folder / AGREEMENT_FILE)
         if folder is not None and (folder / LABELS_FILE).is_file():
-            self.labels = read_labels(folder / LABELS_FILE)
-            for id in self.labels:
-                if id.layer not in about.layers or id.index >= about.n_features:
-                    raise FeatureStoreError(
-                        f"{folder / LABELS_FILE} labels the feature {id.layer}.{id.index}, and the store has layers "
-                        f"{about.layers} of {about.n_features} features. Remove the file and label the features again."
-                    )
+            self.labels = _labels_of(about, folder / LABELS_FILE)
 
     @classmethod
     def load(cls, folder: str | Path) -> FeatureStore:
@@ -274,7 +268,7 @@ class FeatureStore:
         path = Path(path) if path is not None else self.folder / FEATURE_TABLE_FILE  # type: ignore[operator]
         with locked(path):
             if self.folder is not None and (self.folder / LABELS_FILE).is_file():  # others may have labeled since
-                self.labels = read_labels(self.folder / LABELS_FILE)
+                self.labels = _labels_of(self.about, self.folder / LABELS_FILE)
             layers = (self._records(layer).table(0) for layer in self.about.layers)
             write_table(path, TABLE_COLUMNS, layers, {"words": dumps(self.about.words)})
         return path
@@ -298,3 +292,15 @@ class FeatureStore:
             remove_feature_table(self.folder)
             write_text(path, dumps(record, indent=0) + "\n")
         self.write_parquet()
+
+
+def _labels_of(about: StoreDescription, path: Path) -> dict[FeatureId, Label]:
+    """The labels in a store's file. Raises FeatureStoreError for one of a feature that the store does not have."""
+    labels = read_labels(path)
+    for id in labels:
+        if id.layer not in about.layers or id.index >= about.n_features:
+            raise FeatureStoreError(
+                f"{path} labels the feature {id.layer}.{id.index}, and the store has layers {about.layers} of "
+                f"{about.n_features} features. Remove the file and label the features again."
+            )
+    return labels
