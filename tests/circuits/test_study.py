@@ -164,7 +164,8 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviorStudy) -> None
     assert len(study.examples) == 4
     assert all(set(e) >= {"question", "replacement", "with the circuit"} for e in study.examples)
     assert all(c["name"] in study._repr_html_() for c in block["criteria"] if not set("<>&'") & set(c["name"]))
-    assert study.to_pandas()["measured"].tolist() == pytest.approx([c["value"] for c in block["criteria"]], nan_ok=True)
+    values = [float("nan") if c["value"] is None else c["value"] for c in block["criteria"]]
+    assert study.to_pandas()["measured"].tolist() == pytest.approx(values, nan_ok=True)
     assert study.to_dict() == plain(block) and repr(study.circuit) in repr(study)
     assert study.found.to_pandas().equals(study.circuit.to_pandas()) and repr(study.circuit) in repr(study.found)
     assert study.found.to_dict()["objectives"][0]["n"] == 0
