@@ -19,9 +19,13 @@ ORDER = ["errors", "utils", "config", "organism", "checkpoints", "adapters", "da
 ORDER += ["training", "features", "interventions", "attribution", "generation", "evaluation", "autointerp"]
 ORDER += ["vllm_plugin", "interop", "circuits", "pages", "study", "cli"]
 """From the bottom up: a package imports those before it and itself."""
-SHORTHANDS = "models.paired_model", {"interventions.feature_edits", "evaluation.pair_check"}
-"""The one module that reaches up the order: PairedModel has `ablated`, its like, and `check` as methods, which import
-what they call when they are called."""
+SHORTHANDS = {
+    "models.paired_model": {"interventions.feature_edits", "evaluation.pair_check"},
+    "attribution.graph": {"pages.graph_diagram"},
+    "circuits.circuit": {"pages.circuit_diagram"},
+}
+"""The modules that reach up the order, by imports within methods: PairedModel has `ablated`, its like, and `check` as
+methods, and a graph and a circuit draw themselves in a notebook."""
 
 
 def imports() -> dict[str, set[str]]:
@@ -39,7 +43,8 @@ def imports() -> dict[str, set[str]]:
             elif isinstance(node, ast.Import):
                 names |= {a.name.removeprefix("tl_adapters.") for a in node.names if a.name.startswith("tl_adapters.")}
         found[module] = {f"{n}.__init__" if f"{n}.__init__" in modules else n for n in names if n}
-    found[SHORTHANDS[0]] -= SHORTHANDS[1]
+    for module, higher in SHORTHANDS.items():
+        found[module] -= higher
     return found
 
 
@@ -72,9 +77,10 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 def test_shorthands_import_only_when_they_are_called() -> None:
-    tree = ast.parse((PACKAGE / Path(*SHORTHANDS[0].split("."))).with_suffix(".py").read_text())
-    at_top = {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert not {f"tl_adapters.{name}" for name in SHORTHANDS[1]} & at_top
+    for module, higher in SHORTHANDS.items():
+        tree = ast.parse((PACKAGE / Path(*module.split("."))).with_suffix(".py").read_text())
+        at_top = {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
+        assert not {f"tl_adapters.{name}" for name in higher} & at_top
 
 
 PACKAGES = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))

@@ -37,6 +37,7 @@ EXPORTS = {
     "detach": "models.attach",
     "DifferenceTarget": "attribution.targets",
     "draw_circuit": "pages.circuit_diagram",
+    "draw_graph": "pages.graph_diagram",
     "encode_traces": "data.chat_format",
     "Endpoint": "autointerp.endpoint",
     "explain_difference": "attribution.validation",
@@ -84,6 +85,7 @@ EXPORTS = {
     "SearchOptions": "circuits.search",
     "seed_agreement": "evaluation.feature_matching",
     "shifted_logits": "circuits.steering",
+    "show_attention": "features.notebook_view",
     "show_features": "features.notebook_view",
     "StoreOptions": "features.store_description",
     "stream_agreement": "features.stream_agreement",
@@ -92,6 +94,7 @@ EXPORTS = {
     "summed_influence": "attribution.summed_influence",
     "to_authors": "interop.authors_checkpoint",
     "to_saelens": "interop.saelens",
+    "total_effects": "attribution.validation",
     "Trace": "data.traces",
     "traces_of": "generation.responses",
     "train": "training.trainer",
@@ -128,6 +131,7 @@ if TYPE_CHECKING:
     from tl_adapters.attribution.targets import LogitTarget as LogitTarget
     from tl_adapters.attribution.validation import ablation_effects as ablation_effects
     from tl_adapters.attribution.validation import explain_difference as explain_difference
+    from tl_adapters.attribution.validation import total_effects as total_effects
     from tl_adapters.autointerp.category_shares import label_shares as label_shares
     from tl_adapters.autointerp.detection import auto_interpret as auto_interpret
     from tl_adapters.autointerp.endpoint import Endpoint as Endpoint
@@ -167,6 +171,7 @@ if TYPE_CHECKING:
     from tl_adapters.evaluation.sampled_kl import sampled_kl as sampled_kl
     from tl_adapters.evaluation.tasks import load_problems as load_problems
     from tl_adapters.features.collect import collect_features as collect_features
+    from tl_adapters.features.notebook_view import show_attention as show_attention
     from tl_adapters.features.notebook_view import show_features as show_features
     from tl_adapters.features.store import FeatureStore as FeatureStore
     from tl_adapters.features.store_description import StoreOptions as StoreOptions
@@ -202,6 +207,7 @@ if TYPE_CHECKING:
     from tl_adapters.models.paired_model import PairedModel as PairedModel
     from tl_adapters.pages.circuit_diagram import draw_circuit as draw_circuit
     from tl_adapters.pages.feature_pages import write_feature_pages as write_feature_pages
+    from tl_adapters.pages.graph_diagram import draw_graph as draw_graph
     from tl_adapters.pages.graph_page import write_graph as write_graph
     from tl_adapters.study.benchmark import benchmark_run as benchmark_run
     from tl_adapters.study.by_name import load as load

@@ -1,5 +1,8 @@
 """Influence, pruning and scores: the sparse computation compared with dense matrices and circuit-tracer's rules."""
 
+import html
+import json
+import re
 import time
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_adapters.attribution.graph import AttributionGraph, GraphError, GraphTarget
 from tl_adapters.attribution.pruning import feature_share, graph_scores, influence, prune
+from tl_adapters.pages.graph_diagram import MAX_SHOWN_CONNECTIONS, draw_graph
 
 
 def dense(graph: AttributionGraph) -> tuple[Tensor, Tensor]:
@@ -252,15 +256,41 @@ def test_twenty_thousand_features_take_seconds_and_no_matrix() -> None:
 def test_a_notebook_shows_a_graphs_targets_with_their_strongest_edges() -> None:
     graph = random_graph(3, with_errors=True)
     graph.strings[0] = "<script>\u202e"
-    html = graph._repr_html_()
-    assert "<script>" not in html and "&lt;script&gt;" in html and "\u202e" not in html
+    view = graph._repr_html_()
+    assert "<script>" not in view and "&lt;script&gt;" in view and "\u202e" not in view
     for i, target in enumerate(graph.targets[:3]):
         into = graph.edges[0] == graph.first_target + i
         strongest = int(graph.weights.abs().masked_fill(~into, -1).argmax())
-        assert f"strongest edges into {target.label}" in html and f"{graph.weights[strongest]:+.3g}" in html
-    assert f"<td>{graph.node_name(int(graph.edges[1, strongest]))}</td>".replace("'", "&#39;") in html
+        assert f"strongest edges into {target.label}" in view and f"{graph.weights[strongest]:+.3g}" in view
+    assert f"<td>{graph.node_name(int(graph.edges[1, strongest]))}</td>".replace("'", "&#39;") in view
     kinds = (0, len(graph.features), graph.first_token + 1, graph.first_target)
     names = [graph.node_name(node) for node in kinds]
     layer, position, index = graph.features[0].tolist()
     assert names[0].startswith(f"{layer}.{index} at {position} ") and names[1].startswith("error of layer 0 at 0 ")
     assert names[2:] == ["token 1 ' t1'", "out0"]
+
+
+def test_the_drawing_shows_the_most_influential_nodes_and_edges_among_them() -> None:
+    graph = random_graph(3, with_errors=True)
+    graph.strings[0] = "<script>\u202e"
+    features, scores = 3, influence(graph)[: graph.first_token]
+    svg = draw_graph(graph, n_features=features)
+    assert "<script>" not in svg and "\u202e" not in svg and "nan" not in svg
+    titles = {html.unescape(title) for title in re.findall(r"<title>([^\n]*?); \d+% of the largest influence", svg)}
+    shown = {graph.node_name(int(node)) for node in scores.topk(features).indices}
+    assert {title for title in titles if not title.startswith("token")} == shown
+    assert svg.count("<rect") == len(graph.targets)
+    assert 0 < svg.count("<path") <= MAX_SHOWN_CONNECTIONS
+
+
+def test_a_graph_is_a_table_of_its_edges() -> None:
+    graph = random_graph(3, with_errors=True)
+    frame = graph.to_pandas()
+    assert len(frame) == len(graph.weights) and frame["weight"].abs().is_monotonic_decreasing
+    first = int(graph.weights.abs().argmax())
+    assert frame["weight"][0] == float(graph.weights[first])
+    assert frame["source"][0] == graph.node_name(int(graph.edges[1, first]))
+    assert frame["target_node"][0] == int(graph.edges[0, first])
+    record = json.loads(json.dumps(graph.to_dict(), allow_nan=False))
+    assert record["text"] == graph.text and len(record["targets"]) == len(graph.targets)
+    assert f"{len(graph.features):,} features" in repr(graph) and len(repr(graph)) < 200

@@ -153,6 +153,9 @@ def test_the_difference_between_replacement_and_hybrid(pair: PairedModel) -> Non
     row = explained.graph.edges[0] == explained.graph.first_target
     nodes = explained.graph.edges[1] < len(explained.graph.features)
     assert float(explained.graph.weights[row & nodes].sum()) == pytest.approx(explained.features, abs=1e-8)
+    assert sum(list(explained.to_dict().values())[:-1]) == pytest.approx(explained.replacement, abs=1e-8)
+    assert f"replacement {explained.replacement:.3g}" in repr(explained)
+    assert f"{explained.features:+.3g}<" in explained._repr_html_()
     few = explain_difference(pair, TOKENS, LogitTarget(7), max_feature_nodes=40, progress=False)
     assert few.features == pytest.approx(explained.features, abs=1e-8)  # contributions from outside the graph count too
     with pytest.raises(GraphError, match="takes no window="):

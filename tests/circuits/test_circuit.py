@@ -127,7 +127,19 @@ def test_compare() -> None:
 def test_it_draws_itself_in_a_notebook() -> None:
     html = made(n=30, words=(HOSTILE,))._repr_html_()
     assert "<script" not in html and "<img" not in html and "and 10 more" in html
-    assert "no features" in replace(made(), features=())._repr_html_()
+    assert html.count("<circle") == 30
+    empty = replace(made(), features=())
+    assert "no features" in empty._repr_html_() and "<svg" not in empty._repr_html_()
+
+
+def test_it_is_a_table_of_its_features() -> None:
+    circuit = made(n=12)
+    frame = circuit.to_pandas()
+    assert list(zip(frame["layer"], frame["index"], strict=True)) == [tuple(f.id) for f in circuit.features]
+    assert frame["total"].tolist() == pytest.approx([f.total for f in circuit.features], nan_ok=True)
+    assert list(replace(circuit, features=()).to_pandas()) == list(frame)
+    assert json.loads(json.dumps(circuit.to_dict(), allow_nan=False)) == json.loads(circuit.json_text())
+    assert "'hesitation'" in repr(circuit) and len(repr(circuit)) < 200
 
 
 # -- the hub -------------------------------------------------------------------------------------------------------
@@ -175,7 +187,7 @@ def test_the_drawing() -> None:
     assert (
         draw_circuit(made(n=300), None, lambda id: None).count("<circle") == 60 * 4
     )  # of five roles' worth, two are output
-    assert draw_circuit(replace(circuit, features=(), edges=()), None, lambda id: None).startswith("<svg")
+    assert draw_circuit(replace(circuit, features=(), edges=())).startswith("<svg")
 
 
 def test_the_page_of_a_whole_block(tmp_path: Path) -> None:

@@ -196,6 +196,11 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviorStudy) -> None
     assert len(study.examples) == 4
     assert all(set(e) >= {"question", "replacement", "with the circuit"} for e in study.examples)
     assert all(c["name"] in study._repr_html_() for c in block["criteria"] if not set("<>&'") & set(c["name"]))
+    values = [float("nan") if c["value"] is None else c["value"] for c in block["criteria"]]
+    assert study.to_pandas()["measured"].tolist() == pytest.approx(values, nan_ok=True)
+    assert study.to_dict() == plain(block) and repr(study.circuit) in repr(study)
+    assert study.found.to_pandas().equals(study.circuit.to_pandas()) and repr(study.circuit) in repr(study.found)
+    assert study.found.to_dict()["objectives"][0]["n"] == 0
 
 
 def test_every_figure_is_of_the_report_problems(study: BehaviorStudy) -> None:
@@ -478,7 +483,7 @@ def test_a_target_that_never_says_the_word_has_no_circuit_and_no_conditions() ->
     assert (study.circuit.features, study.examples) == ((), [])
     assert study.found.search is None
     json.dumps(plain(study.block), allow_nan=False)
-    assert "no features" in study._repr_html_()
+    assert "no features" in study._repr_html_() and "nothing measured" in repr(study) and not len(study.to_pandas())
     assert state(null) == before
 
 

@@ -62,6 +62,12 @@ def test_equal_sets_agree_fully_and_by_chance_hardly(pair: PairedModel, features
     record = found.to_dict()
     assert record["observed"]["features"]["all"] == {"k": LAYERS * WIDTH, "n": LAYERS * WIDTH}
     assert record["chance"]["features_in_span"]["k"] == 0
+    frame = found.to_pandas().set_index("measure")
+    single, energy = frame.loc["single features, all alive"], frame.loc["energy in the span"]
+    assert (single["agree"], single["observed"], single["by_chance"]) == (LAYERS * WIDTH, 1, 0)
+    assert energy["observed"] == found.in_span.of_energy and energy["by_chance"] == found.in_span_by_chance.of_energy
+    assert "100% of 12 alive features" in repr(found) and "(by chance 0%)" in repr(found)
+    assert "12 of 12<" in found._repr_html_() and "by chance" in found._repr_html_()
 
 
 def test_rotated_features_agree_as_subspaces_only(pair: PairedModel, features: AdapterSet) -> None:

@@ -54,6 +54,13 @@ def test_every_kl_agrees_with_its_formula(pair: PairedModel, traces: list[Trace]
 @torch.no_grad()
 def test_nmse_l0_and_firings_agree_with_their_formulas(pair: PairedModel, traces: list[Trace]) -> None:
     sums = measure_faithfulness(pair, traces)
+    frame = sums.to_pandas()
+    assert frame["kl_last"][0] == pytest.approx(float(sums.kl["replacement"].sum() / sums.positions.sum()))
+    assert frame["l0"].tolist() == sums.l0.tolist() and len(frame) == 4
+    block = sums.to_dict("report")
+    assert block["nmse"][2]["value"] == pytest.approx(frame["nmse"][1]), "the embedding has none of the four rows"
+    assert f"{block['kl']['replacement']['value']:.4g}" in repr(sums)
+    assert f"{block['kl']['hybrid']['value']:.3g}<" in sums._repr_html_()
     firings = torch.zeros(4, 24)
     for row, trace in enumerate(traces):
         tokens = torch.tensor([trace.tokens])

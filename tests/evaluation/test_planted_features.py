@@ -374,6 +374,12 @@ def test_the_same_features_in_another_order_are_matched(base: PreTrainedModel, p
     assert swapped.shares("a") == matching.shares("b") and swapped.shares("b") == matching.shares("a")
     html = matching._repr_html_()
     assert "of 32<" in html and "of 24<" in html and "decoder_cosine" in html
+    frame = matching.to_pandas()
+    assert frame["same"].sum() == 20 and frame["decoder_cosine"].tolist() == [
+        m.decoder_cosine for m in matching.matches
+    ]
+    assert matching.to_dict()["shares"]["a"]["all"] == {"k": 20, "n": 32}
+    assert "32 and 24 alive features" in repr(matching) and "20 are the same" in repr(matching)
 
 
 @pytest.mark.parametrize("tokens_per_batch", [64, 4096])

@@ -13,7 +13,7 @@ from helpers.stores import HOSTILE, documents, random_pair, store
 from tl_adapters.errors import UserError
 from tl_adapters.features.feature import Label, feature_view
 from tl_adapters.features.firing_reader import features_read_on
-from tl_adapters.features.notebook_view import show_features
+from tl_adapters.features.notebook_view import show_attention, show_features
 from tl_adapters.models.paired_model import ACTS_HOOK
 from tl_adapters.utils.notebook import NotebookView, circuitsvis_view
 
@@ -92,6 +92,25 @@ def test_text_and_its_ids_are_the_same() -> None:
 def test_wrong_arguments_are_refused(text: str | list[int], ids: list[tuple[int, int]], message: str) -> None:
     with pytest.raises(UserError, match=message):
         show_features(random_pair(), text, ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("route", ["target", "replacement"])
+def test_attention_is_that_of_the_route(route: str) -> None:
+    pair, tokens = random_pair(), documents()[0].tokens
+    ((component, given),) = calls(show_attention(pair, tokens, 3, [2, 0], route=route))
+    assert component == "AttentionHeads" and given["attentionHeadNames"] == ["3.2", "3.0"]
+    with pair.routed(route):
+        _, cache = pair.model.run_with_cache(torch.tensor([tokens]))
+    assert torch.allclose(torch.tensor(given["attention"]), cache["blocks.3.attn.hook_pattern"][0, [2, 0]], atol=1e-5)
+    assert len(given["tokens"]) == len(tokens)  # type: ignore[arg-type]
+    assert {r.adapter for r in pair.routes} == {False}, "the model is as it was"
+
+
+@pytest.mark.parametrize(("layer", "heads"), [(5, None), (-1, None), (0, []), (0, [99])])
+def test_heads_and_layers_that_do_not_exist_are_refused(layer: int, heads: list[int] | None) -> None:
+    with pytest.raises(UserError, match="5 layers of 4 heads"):
+        show_attention(random_pair(), "1+1", layer, heads)
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:

@@ -133,6 +133,9 @@ def test_the_check_measures_what_it_says(trained: PairedModel) -> None:
     check = trained.check()
     assert check.logits_off is not None and check.logits_off < 1e-5
     assert check.claimed_l0 is None and 0 < check.mean_l0 < trained.installed_adapters().n_features
+    assert json.loads(json.dumps(check.to_dict()))["mean_l0"] == check.mean_l0
+    html = check._repr_html_()
+    assert html.count("<tr>") == 1 + len(str(check).splitlines()) and f"<td>{check.kl_replacement:.4g} nats" in html
     assert check.kl_replacement > 0 and check.kl_hybrid > 0 and check.memory_left > 1e8
     with torch.no_grad():
         trained.model.blocks[0].mlp.W_out.mul_(1.1)

@@ -31,6 +31,7 @@ from tl_adapters.utils.files import (
     require_absent,
     require_writable,
     write_bytes,
+    write_table,
     write_tensors,
     write_text,
 )
@@ -187,6 +188,7 @@ WRITES: dict[str, Callable[[Path], None]] = {
     "text": lambda path: write_text(path, "x" * 5000),
     "pieces of bytes": lambda path: write_bytes(path, (b"x" * 1000 for _ in range(5))),
     "tensors": lambda path: write_tensors(path, {"t": torch.zeros(1000)}),
+    "table": lambda path: write_table(path, {"n": int}, ({"n": range(i, i + 100)} for i in range(3)), {}),
     "append": lambda path: append_text(path, "x" * 5000),
     "copy": lambda path: copy_file(__file__, path),
     "folder": lambda path: fill(path),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,7 @@ from tl_adapters.checkpoints.tensor_fields import floats, require_tensors, whole
 from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
 from tl_adapters.utils.files import new_folder, write_tensors, write_text
-from tl_adapters.utils.html import render
+from tl_adapters.utils.notebook import data_frame, drawing_view, tables_view
 from tl_adapters.utils.reading import (
     Record,
     UnreadableFileError,
@@ -34,6 +34,9 @@ from tl_adapters.utils.reading import (
 )
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.strict_json import dumps
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _MAX_TARGETS, _MAX_SOURCES = 3, 8
 """Number of targets, and of edges into each, that a notebook shows."""
@@ -149,7 +152,38 @@ class AttributionGraph:
         layer, position = self.errors[node - len(self.features)].tolist()
         return f"error of layer {layer} at {position} {self.strings[position]!r}"
 
+    def __repr__(self) -> str:
+        targets = ", ".join(target.label for target in self.targets)
+        return (
+            f"AttributionGraph of {targets} over {len(self.tokens)} tokens: {len(self.features):,} features, "
+            f"{len(self.weights):,} edges"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The prompt, the targets, the conservation residual, and the columns of `to_pandas`, as JSON values."""
+        by_weight = self.weights.abs().argsort(descending=True, stable=True)
+        names = [self.node_name(node) for node in range(self.n_nodes)]
+        targets, sources = self.edges[:, by_weight].tolist()
+        return {
+            "text": self.text,
+            "targets": [asdict(target) for target in self.targets],
+            "residual": self.residual if self.adds_up else None,
+            "edges": {
+                "source": [names[node] for node in sources],
+                "target": [names[node] for node in targets],
+                "weight": self.weights[by_weight].tolist(),
+                "source_node": sources,
+                "target_node": targets,
+            },
+        }
+
+    def to_pandas(self) -> DataFrame:
+        """The edges as a DataFrame, those with the largest weights first: names and numbers of both nodes, weight."""
+        return data_frame(self.to_dict()["edges"])
+
     def _repr_html_(self) -> str:
+        from tl_adapters.pages.graph_diagram import GRAPH_CAPTION, draw_graph
+
         counts = [("tokens", self.tokens), ("features", self.features), ("edges", self.weights)]
         tables = [(["in this graph", "number"], [[name, f"{len(part):,}"] for name, part in counts])]
         for i, target in enumerate(self.targets[:_MAX_TARGETS]):
@@ -158,7 +192,7 @@ class AttributionGraph:
             probability = "" if target.probability is None else f", probability {target.probability:.3g}"
             rows = [[self.node_name(int(self.edges[1, edge])), f"{self.weights[edge]:+.3g}"] for edge in largest]
             tables.append(([f"strongest edges into {target.label}{probability}", "weight"], rows))
-        return render("notebook/tables.html.j2", tables=tables)
+        return drawing_view(draw_graph(self), GRAPH_CAPTION) + tables_view(*tables)
 
     def save(self, folder: str | Path) -> None:
         """Write graph.json and graph.safetensors into a new folder. Raises FolderExistsError or DiskFullError."""

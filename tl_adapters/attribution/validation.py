@@ -25,6 +25,7 @@ from tl_adapters.attribution.targets import DifferenceTarget, LogitTarget, unemb
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.bootstrap import bootstrap_ratio
 from tl_adapters.utils.measurement import Estimate
+from tl_adapters.utils.notebook import tables_view
 from tl_adapters.utils.precision import host_float64
 
 CURVE_SIZES = (5, 10, 20, 50, 100)
@@ -275,6 +276,19 @@ class DifferenceExplanation:
     """The rest: changes of patterns, norms and activation slopes, which the linearized model holds constant."""
     graph: AttributionGraph
     """The graph on the replacement route; its feature edges are the explained part."""
+
+    def to_dict(self) -> dict[str, float]:
+        """The parts, in the order in which they add up from the hybrid to the replacement."""
+        names = ("hybrid", "features", "decoder_biases", "unexplained", "replacement")
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in self.to_dict().items())
+        return f"DifferenceExplanation of {self.graph.targets[0].label}: {parts}"
+
+    def _repr_html_(self) -> str:
+        rows = [[name.replace("_", " "), f"{value:+.3g}"] for name, value in self.to_dict().items()]
+        return tables_view(([f"value of {self.graph.targets[0].label}", ""], rows))
 
 
 @torch.no_grad()

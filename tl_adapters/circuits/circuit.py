@@ -6,13 +6,14 @@ adapters. It is kept in a run (circuit.json), and on the hub in the repository o
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import torch
 from huggingface_hub import HfApi
@@ -29,10 +30,14 @@ from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.files import plain_file, write_text
 from tl_adapters.utils.html import render
+from tl_adapters.utils.notebook import drawing_view, rows_frame
 from tl_adapters.utils.reading import Record, read_record, unreadable_as
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.results import plain
 from tl_adapters.utils.strict_json import dumps
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CIRCUIT_SCHEMA_VERSION = 2
 """Version that is written; 1 is read, too. Files of version 1 have neither the tokens of the words nor the name of the
@@ -319,16 +324,35 @@ class Circuit:
                 "one."
             )
 
-    def _repr_html_(self) -> str:
+    @property
+    def _counts(self) -> str:
+        """The number of features by role, in words."""
         counts = Counter(f.role for f in self.features)
-        roles = ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role]) or "no features"
+        return ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role]) or "no features"
+
+    def __repr__(self) -> str:
+        return f"Circuit of {self.behavior!r} ({', '.join(map(repr, self.words)) or self.function}): {self._counts}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The circuit as circuit.json holds it; numbers that are not defined are None."""
+        return json.loads(self.json_text())
+
+    def to_pandas(self) -> DataFrame:
+        """The features as a DataFrame: layer, index and the other fields of `CircuitFeature`, in nats."""
+        rows = [{**plain(f), "layer": f.id.layer, "index": f.id.index} for f in self.features]
+        return rows_frame(rows, ["layer", "index", *(field.name for field in fields(CircuitFeature)[1:])])
+
+    def _repr_html_(self) -> str:
+        from tl_adapters.pages.circuit_diagram import CIRCUIT_CAPTION, draw_circuit
+
+        drawing = drawing_view(draw_circuit(self), CIRCUIT_CAPTION) if self.features else ""
         strongest = sorted(self.features, key=lambda f: -_size(f.total))[:_MAX_ROWS]
-        return render(
+        return drawing + render(
             "notebook/circuit.html.j2",
             behavior=self.behavior,
             words=[repr(word) for word in self.words[:_MAX_ROWS]],
             function=self.function,
-            roles=roles,
+            roles=self._counts,
             header=["feature", "role", *EFFECT_NAMES, "activation"],
             rows=[
                 [f"{f.id.layer}.{f.id.index}", f.role, *(f"{x:+.3g}" for x in f.effects), f"{f.activation:.3g}"]

@@ -39,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,10 @@ from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_
 from tl_adapters.training.kl_divergence import kl_from_residual
 from tl_adapters.utils.arguments import choice
 from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.results import plain
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SearchMethod = Literal["greedy", "sampled", "graphs"]
 """How the features of a circuit are chosen."""
@@ -343,6 +347,25 @@ class FoundCircuit:
     def promoting(self) -> list[FeatureId]:
         """Features of the circuit but the suppressors, in the order in which the search took them."""
         return [f.id for f in self.circuit.features if f.role != "suppress"]
+
+    def __repr__(self) -> str:
+        alive, counts = int(self.alive.sum()), self.onsets.counts
+        return (
+            f"FoundCircuit: {self.circuit!r}; {len(self.promoting)} promoting features of {alive:,} alive, from "
+            f"{counts['moments']} onsets and {counts['boundaries']} matched controls in {counts['documents']} documents"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The circuit (`Circuit.to_dict`), and the objectives of the search by the number of features."""
+        objectives = () if self.search is None else self.search.objectives
+        return {"circuit": self.circuit.to_dict(), "objectives": plain(objectives), "l0": self.l0}
+
+    def to_pandas(self) -> DataFrame:
+        """The circuit's features as a DataFrame (`Circuit.to_pandas`)."""
+        return self.circuit.to_pandas()
+
+    def _repr_html_(self) -> str:
+        return self.circuit._repr_html_()
 
 
 @adapters_in_float32

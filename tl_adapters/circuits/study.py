@@ -27,9 +27,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -63,8 +64,12 @@ from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, Find
 from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.interventions.variants import on_route
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.html import render
 from tl_adapters.utils.measurement import Measurement
+from tl_adapters.utils.notebook import rows_frame, tables_view
+from tl_adapters.utils.results import plain
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 log = logging.getLogger(__name__)
 
@@ -111,13 +116,33 @@ class BehaviorStudy:
         """The features, with their roles."""
         return self.found.circuit
 
-    def _repr_html_(self) -> str:
-        rows = [
-            [c["name"], f"{c['value']:.3g}" if c["value"] is not None else "", c["bar"], OUTCOME_NAMES[c["reached"]]]
+    def _criteria(self) -> list[dict[str, Any]]:
+        """The criteria, with what came of each in words."""
+        names = {"criterion": "name", "measured": "value", "threshold": "bar"}
+        return [
+            {**{name: c[key] for name, key in names.items()}, "outcome": OUTCOME_NAMES[c["reached"]]}
             for c in self.block.get("criteria", [])
         ]
-        criteria = render("notebook/tables.html.j2", tables=[(["criterion", "measured", "threshold", ""], rows)])
-        return criteria + self.circuit._repr_html_()
+
+    def __repr__(self) -> str:
+        outcomes = Counter(criterion["outcome"] for criterion in self._criteria())
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) or "nothing measured"
+        return f"BehaviorStudy: {self.circuit!r}; criteria: {counts}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block "hesitation" of results.json, as JSON values."""
+        return plain(self.block)
+
+    def to_pandas(self) -> DataFrame:
+        """The criteria as a DataFrame: what was measured, the threshold, and what came of it."""
+        return rows_frame(self._criteria(), ["criterion", "measured", "threshold", "outcome"])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [c["criterion"], f"{c['measured']:.3g}" if c["measured"] is not None else "", c["threshold"], c["outcome"]]
+            for c in self._criteria()
+        ]
+        return tables_view((["criterion", "measured", "threshold", ""], rows)) + self.circuit._repr_html_()
 
 
 def analyze_hesitation(

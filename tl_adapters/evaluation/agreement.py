@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -33,7 +33,11 @@ from tl_adapters.evaluation.feature_matching import (
     target_inputs,
 )
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.notebook import rows_frame, tables_view
 from tl_adapters.utils.precision import host_float64, wide
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SPAN_RIDGE = 1e-4
 """Ridge of the projections on unit rows, so that two decoders of nearly one direction span one direction."""
@@ -80,6 +84,41 @@ class Agreement:
             }
             for name, (matching, in_span) in sides.items()
         }
+
+    def to_pandas(self) -> DataFrame:
+        """The shares as a DataFrame: a row for each measure of agreement, observed and by chance."""
+        return rows_frame(self._rows(), ["measure", "agree", "of", "observed", "by_chance"])
+
+    def _rows(self) -> list[dict[str, Any]]:
+        by_chance = self.matching_by_chance.shares("a")
+        pairs = {
+            f"single features, {f'firing rate {rate}' if rate != 'all' else 'all alive'}": (share, by_chance[rate])
+            for rate, share in self.matching.shares("a").items()
+        }
+        pairs["features in the span"] = self.in_span.agreeing, self.in_span_by_chance.agreeing
+        rows = [
+            {"measure": name, "agree": share.k, "of": share.n, "observed": share.value, "by_chance": chance.value}
+            for name, (share, chance) in pairs.items()
+        ]
+        energy = {"observed": self.in_span.of_energy, "by_chance": self.in_span_by_chance.of_energy}
+        return [*rows, {"measure": "energy in the span", "agree": None, "of": None, **energy}]
+
+    def __repr__(self) -> str:
+        first, energy = self._rows()[0], self._rows()[-1]
+        observed, chance = ("-" if first[key] is None else f"{first[key]:.0%}" for key in ("observed", "by_chance"))
+        return (
+            f"Agreement: {observed} of {first['of']:,} alive features are found by the other set too (by chance "
+            f"{chance}); {energy['observed']:.0%} of the energy is in its span (by chance {energy['by_chance']:.0%})"
+        )
+
+    def _repr_html_(self) -> str:
+        percent = lambda value: "-" if value is None else f"{value:.0%}"  # noqa: E731
+        rows = [
+            [row["measure"], "" if row["of"] is None else f"{row['agree']} of {row['of']}"]
+            + [percent(row[key]) for key in ("observed", "by_chance")]
+            for row in self._rows()
+        ]
+        return tables_view((["agreement", "", "observed", "by chance"], rows))
 
 
 @torch.no_grad()

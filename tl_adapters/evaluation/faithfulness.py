@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -28,8 +28,14 @@ from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.training.kl_divergence import token_kl_from_residual
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.utils.clustered_intervals import clustered_share, event_rate
+from tl_adapters.utils.html import measurement_cell, percent, three_digits
 from tl_adapters.utils.measurement import Measurement
+from tl_adapters.utils.notebook import data_frame, tables_view
 from tl_adapters.utils.precision import host_float64, wide
+from tl_adapters.utils.results import plain
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,48 @@ class DocumentSums:
     def l0(self) -> Float[Tensor, "n_layers"]:
         """L0 of each layer over the response tokens of all documents."""
         return self.active.sum(0) / self.tokens.sum()
+
+    def __repr__(self) -> str:
+        hybrid, replacement = (float(self.kl[name].sum() / self.positions.sum()) for name in ("hybrid", "replacement"))
+        return (
+            f"DocumentSums of {len(self.tokens):,} documents, {int(self.tokens.sum()):,} response tokens: KL of the "
+            f"replacement {replacement:.4g}, of the hybrid {hybrid:.4g} nats per token, mean L0 {self.l0.mean():.3g}"
+        )
+
+    def to_dict(self, split: str = "") -> dict[str, Any]:
+        """The reported figures with their intervals (`faithfulness_block`), as JSON values."""
+        return plain(faithfulness_block(self, split))
+
+    def to_pandas(self) -> DataFrame:
+        """A DataFrame with a row per layer: KL with adapters up to, from and on that layer alone, NMSE, L0, alive."""
+        return data_frame(self._by_layer())
+
+    def _by_layer(self) -> dict[str, list[Any]]:
+        layers, positions = range(self.active.shape[1]), float(self.positions.sum())
+        nmse = self.error.sum(0) / self.energy.sum(0)  # of the embedding too, which comes first
+        return {
+            "layer": list(layers),
+            **{
+                f"kl_{kind}": [float(self.kl[f"{kind}[{i}]"].sum()) / positions for i in layers]
+                for kind in ("first", "last", "only")
+            },
+            "nmse": nmse[1:].tolist(),
+            "l0": self.l0.tolist(),
+            "alive": (self.firings >= ALIVE_FIRINGS).sum(1).tolist(),
+        }
+
+    def _repr_html_(self) -> str:
+        block = faithfulness_block(self, "")
+        shown = {
+            "KL(target || hybrid)": (block["kl"]["hybrid"], three_digits),
+            "KL(target || replacement)": (block["kl"]["replacement"], three_digits),
+            "the same of the hybrid's": (block["kl_of_hybrid"], percent),
+            "same likeliest token": (block["top1_agreement"], percent),
+        }
+        head = [[name, measurement_cell(vars(figure), fmt), figure.unit] for name, (figure, fmt) in shown.items()]
+        columns = self._by_layer()
+        rows = [[f"{value:.3g}" for value in row] for row in zip(*columns.values(), strict=True)]
+        return tables_view((["faithfulness", "95 % interval below", "unit"], head), (list(columns), rows))
 
 
 def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048) -> DocumentSums:
@@ -174,7 +222,7 @@ def _top1(pair: PairedModel, resid: Tensor) -> Tensor:
     return torch.cat([pair.unembed(part).argmax(-1) for part in resid.split(pair.rows_at_once)])
 
 
-def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = (0,)) -> dict[str, object]:
+def faithfulness_block(sums: DocumentSums, split: str, seeds: tuple[int, ...] = (0,)) -> dict[str, Any]:
     """The block "faithfulness" of results.json, with an interval on every figure."""
     n, n_layers = len(sums.tokens), sums.active.shape[1]
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -32,9 +32,13 @@ from tl_adapters.errors import UserError
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.adapter_checks import adapter_scale
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.html import Cell, render
+from tl_adapters.utils.html import Cell
+from tl_adapters.utils.notebook import rows_frame, tables_view
 from tl_adapters.utils.precision import host_float64, wide
 from tl_adapters.utils.share_intervals import share_interval
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SAME_FEATURE_THRESHOLD = 0.9
 """Two features are the same if both their decoder cosine and their activation correlation are above this."""
@@ -122,11 +126,25 @@ class Matching:
         values = {name: torch.tensor([getattr(m, name) for m in self.matches]).double() for name in MATCH_STATISTICS}
         return {name: value.quantile(levels).tolist() for name, value in values.items()}
 
+    def __repr__(self) -> str:
+        (a, b), same = (len(self.a), len(self.b)), sum(match.same for match in self.matches)
+        return f"Matching of {a:,} and {b:,} alive features over {self.tokens:,} tokens: {same:,} are the same"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The shares of both sets that are the same, by firing rate, and quantiles of the match statistics."""
+        shares = {side: {rate: s._asdict() for rate, s in self.shares(side).items()} for side in ("a", "b")}
+        return {"shares": shares, "quantiles": self.quantiles(), "tokens": self.tokens}
+
+    def to_pandas(self) -> DataFrame:
+        """The matches as a DataFrame: the fields of `Match`, and whether the two are the same feature."""
+        names = [field.name for field in fields(Match)]
+        return rows_frame([{**asdict(match), "same": match.same} for match in self.matches], [*names, "same"])
+
     def _repr_html_(self) -> str:
         rows = [[name, *(f"{v:.2f}" for v in values)] for name, values in self.quantiles().items()]
         shares = shares_table({"of the first": self.shares("a"), "of the second": self.shares("b")})
         header = ["over the matches", "10 %", "25 %", "median", "75 %", "90 %"]
-        return render("notebook/tables.html.j2", tables=[shares, (header, rows)])
+        return tables_view(shares, (header, rows))
 
 
 def rate_decade(rate: float) -> str:

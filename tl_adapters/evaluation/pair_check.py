@@ -15,6 +15,8 @@ from tl_adapters.evaluation.faithfulness import measure_faithfulness
 from tl_adapters.models.output_comparison import position_norms
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.devices import free_memory
+from tl_adapters.utils.notebook import tables_view
+from tl_adapters.utils.results import plain
 
 _GB = 1e9
 N_DOCUMENTS = 8
@@ -46,6 +48,13 @@ class PairCheck:
         """Active features per response token and layer."""
         return sum(self.l0) / len(self.l0)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and the mean L0, as JSON values."""
+        return {**plain(self), "mean_l0": self.mean_l0}
+
+    def _repr_html_(self) -> str:
+        return tables_view((["check", ""], [line.partition(": ")[::2] for line in str(self).splitlines()]))
+
     def __str__(self) -> str:
         off = "not known" if self.logits_off is None else f"{self.logits_off:.1e} of their norm"
         claimed = "" if self.claimed_l0 is None else f"; the set says {self.claimed_l0:.3g}"
@@ -56,7 +65,7 @@ class PairCheck:
                 f"KL(target || replacement): {self.kl_replacement:.4g} nats per response token{left}",
                 f"KL(target || hybrid): {self.kl_hybrid:.4g} nats per response token",
                 f"L0: {self.mean_l0:.3g} per layer ({min(self.l0):.3g} to {max(self.l0):.3g}){claimed}",
-                f"measured on {self.tokens:,} response tokens; {self.memory_left / _GB:.3g} GB of memory left",
+                f"measured on: {self.tokens:,} response tokens; {self.memory_left / _GB:.3g} GB of memory left",
             ]
         )
 

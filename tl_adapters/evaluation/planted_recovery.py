@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
@@ -25,8 +25,12 @@ from tl_adapters.evaluation.feature_matching import Matching, Share, match_featu
 from tl_adapters.evaluation.planted_features import PlantedSet, plant_features
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.training.trainer import train
-from tl_adapters.utils.html import measurement_cell, render
+from tl_adapters.utils.html import measurement_cell
+from tl_adapters.utils.notebook import tables_view
 from tl_adapters.utils.results import plain
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,22 @@ class PlantedReport:
             **{name: plain(self.faithfulness[name]) for name in figures},
         }
 
+    def __repr__(self) -> str:
+        found, precision = self.recall["all"], self.precision
+        return (
+            f"PlantedReport: {found.k} of {found.n} alive planted features were found, and {precision.k} of "
+            f"{precision.n} alive trained features are planted ones"
+        )
+
+    def to_pandas(self) -> DataFrame:
+        """The matches of trained (a) and planted (b) features as a DataFrame (`Matching.to_pandas`)."""
+        return self.matching.to_pandas()
+
     def _repr_html_(self) -> str:
         kl = self.faithfulness["kl_of_hybrid"]
         of_hybrid = measurement_cell(vars(kl), "{:.1%}".format)
         shares = shares_table({"precision": {"all": self.precision}, "recall": {**self.recall, **self.recall_by_kind}})
-        return render("notebook/tables.html.j2", tables=[shares, (["KL(replacement) / KL(hybrid)"], [[of_hybrid]])])
+        return tables_view(shares, (["KL(replacement) / KL(hybrid)"], [[of_hybrid]]))
 
 
 def planted_test(

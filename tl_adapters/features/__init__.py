@@ -9,7 +9,7 @@
 * `layer_records`: feature records and table columns, read from the statistics of one layer
 * `layer_statistics`: the statistics of one layer's features, as tensors
 * `logit_effects`: direct effects of features on the logits
-* `notebook_view`: a text colored by feature activations, in a notebook
+* `notebook_view`: views of a text in a notebook: colored by feature activations, and its attention by heads
 * `store`: the feature store, from which records, tables and labels are read
 * `store_description`: the options of a feature store, and the models and documents that it was collected on
 * `store_files`: the files of a feature store's folder

@@ -27,7 +27,13 @@ from tl_adapters.features.firing_counts import FiringCounts
 from tl_adapters.features.firing_reader import FiringReader
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.features.store_description import StoreDescription, StoreOptions
-from tl_adapters.features.store_files import effects_by_layer, prepare_folder, vocabulary_texts
+from tl_adapters.features.store_files import (
+    FEATURE_TABLE_FILE,
+    effects_by_layer,
+    prepare_folder,
+    remove_feature_table,
+    vocabulary_texts,
+)
 from tl_adapters.features.store_parts import (
     Documents,
     DocumentTotals,
@@ -173,6 +179,7 @@ def _collected_parts(
                 part = _collect_part(reader, trace_regions, description, new, bar)
                 if folder is not None:
                     (name,) = part.totals.document_sets
+                    remove_feature_table(Path(folder))
                     part = write_part(Path(folder) / f"part-{name}", part, description.layers)
                 yield part
     if not n_documents:
@@ -226,4 +233,7 @@ def _merged_store(
     # Parts are removed only now: a process that is killed before leaves both, and the merged part is the one read.
     for superseded in superseded_parts(folder):
         remove_own(superseded)
-    return FeatureStore.load(folder)
+    store = FeatureStore.load(folder)
+    if not (folder / FEATURE_TABLE_FILE).is_file():  # whoever adds to a store removes its table first
+        store.write_parquet()
+    return store

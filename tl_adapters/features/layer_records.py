@@ -19,11 +19,14 @@ from tl_adapters.features.store_parts import StorePart
 
 MAX_COACTIVATING = 8
 """Co-activating features that the record of a feature gives."""
-TABLE_COLUMNS = (
-    "layer", "index", "firings", "density", "mean", "max", "decoder_norm", "region", "region_share", "top_logits",
-    "bottom_logits", "fires_on", "effects", "label", "category",
-)  # fmt: skip
-"""Columns of `FeatureStore.table`."""
+TABLE_COLUMNS: Mapping[str, Any] = {
+    **dict.fromkeys(("layer", "index", "firings"), int),
+    **dict.fromkeys(("density", "mean", "max", "decoder_norm"), float),
+    **{"region": str, "region_share": float},
+    **dict.fromkeys(("top_logits", "bottom_logits", "fires_on"), list[str]),
+    **{"effects": list[float], "label": str, "category": str},
+}
+"""Columns of `FeatureStore.table`, with the type of their values."""
 _TABLE_TOKENS = 3
 """Tokens that each of the table's columns top_logits, bottom_logits and fires_on gives."""
 

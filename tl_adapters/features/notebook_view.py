@@ -1,4 +1,7 @@
-"""A text colored by feature activations, in a notebook. (A `Feature` displays itself.)"""
+"""Views of a text in a notebook: colored by feature activations, and its attention by heads.
+
+A `Feature` displays itself.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.adapters.transcoder import row_norms
 from tl_adapters.data.tokens import CONTINUATION, span_texts, token_text
 from tl_adapters.errors import UserError
-from tl_adapters.features.feature import ResidualStream
+from tl_adapters.features.feature import VISIBLE_WHITESPACE, ResidualStream
 from tl_adapters.features.firing_reader import features_read_on
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.utils.arguments import choice, feature_pairs, token_ids
@@ -46,16 +49,7 @@ def show_features(
             f"Got the features {unknown or 'none'}; the adapters have {adapters.n_features}, from 0, in each of the "
             f"layers {adapters.layer_indices}."
         )
-    tokenizer = pair.model.tokenizer
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise UserError("There is no tokenizer to read the text with; give token ids.")
-        tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    else:
-        tokens = token_ids(text, pair.model.cfg.d_vocab, "text")
-    if not tokens:
-        raise UserError("The text is empty; give at least one token.")
-    strings = span_texts([token_text(tokenizer, token) for token in tokens], CONTINUATION)
+    tokens, strings = _read_text(pair, text)
     with torch.no_grad(), features_read_on(pair, stream), pair.recorded(ACTS_HOOK) as recorded:
         pair.run_blocks(pair.embed(torch.tensor([tokens], device=pair.device)), 0, pair.n_layers)
     columns = [
@@ -68,3 +62,57 @@ def show_features(
         "labels": [f"{f.layer}.{f.index}" for f in features],
     }
     return circuitsvis_view([("ColoredTokensMulti", properties)])
+
+
+@torch.no_grad()
+def show_attention(
+    pair: PairedModel,
+    text: str | Sequence[int],
+    layer: int,
+    heads: Sequence[int] | None = None,
+    *,
+    route: str = "target",
+) -> NotebookView:
+    """The attention patterns of one layer, a heatmap per head; choose a head to see it large.
+
+    Adapters change attention only through what they write below it, so patterns of two routes may differ.
+
+    Args:
+        pair: the pair; routes with adapters need some.
+        text: a text, tokenized as it stands (special tokens may be written out), or token ids.
+        layer: the layer.
+        heads: the heads, in the order in which they are shown; None is all.
+        route: the route whose patterns they are: "target", "hybrid" or "replacement".
+
+    Raises:
+        UserError: the text is empty, or there is no tokenizer for it; the model has no such layer or head.
+    """
+    n_heads = pair.model.cfg.n_heads
+    chosen = list(range(n_heads)) if heads is None else [int(head) for head in heads]
+    if not 0 <= layer < pair.n_layers or not chosen or not all(0 <= head < n_heads for head in chosen):
+        raise UserError(
+            f"Got layer {layer} and heads {chosen}; the model has {pair.n_layers} layers of {n_heads} heads, from 0."
+        )
+    tokens, strings = _read_text(pair, text)
+    with pair.routed(route), pair.recorded("attn.hook_pattern") as recorded:
+        pair.run_blocks(pair.embed(torch.tensor([tokens], device=pair.device)), 0, layer + 1)
+    properties: dict[str, object] = {
+        "attention": recorded[layer][0, chosen].float().tolist(),
+        "attentionHeadNames": [f"{layer}.{head}" for head in chosen],
+        "tokens": [string.translate(VISIBLE_WHITESPACE) for string in strings],  # drawn as text, so not escaped
+    }
+    return circuitsvis_view([("AttentionHeads", properties)])
+
+
+def _read_text(pair: PairedModel, text: str | Sequence[int]) -> tuple[list[int], list[str]]:
+    """Token ids of a text, and the text of each token for views that draw a box per token. Raises UserError."""
+    tokenizer = pair.model.tokenizer
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise UserError("There is no tokenizer to read the text with; give token ids.")
+        tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        tokens = token_ids(text, pair.model.cfg.d_vocab, "text")
+    if not tokens:
+        raise UserError("The text is empty; give at least one token.")
+    return tokens, span_texts([token_text(tokenizer, token) for token in tokens], CONTINUATION)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,19 +24,25 @@ from tl_adapters.features.logit_effects import LayerEffects
 from tl_adapters.features.store_description import COLLECT_AGAIN, StoreDescription
 from tl_adapters.features.store_files import (
     AGREEMENT_FILE,
+    FEATURE_TABLE_FILE,
     LABELS_FILE,
     read_agreement,
     read_description,
     read_effects,
     read_labels,
     read_vocabulary,
+    remove_feature_table,
 )
 from tl_adapters.features.store_parts import StorePart, current_parts
 from tl_adapters.features.stream_agreement import LayerAgreement
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.files import locked, write_text
+from tl_adapters.utils.files import locked, write_table, write_text
+from tl_adapters.utils.notebook import data_frame, tables_view
 from tl_adapters.utils.results import plain
 from tl_adapters.utils.strict_json import dumps
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class FeatureStore:
@@ -68,13 +74,7 @@ class FeatureStore:
         if folder is not None and (folder / AGREEMENT_FILE).is_file():
             self.agreement = read_agreement(folder / AGREEMENT_FILE)
         if folder is not None and (folder / LABELS_FILE).is_file():
-            self.labels = read_labels(folder / LABELS_FILE)
-            for id in self.labels:
-                if id.layer not in about.layers or id.index >= about.n_features:
-                    raise FeatureStoreError(
-                        f"{folder / LABELS_FILE} labels the feature {id.layer}.{id.index}, and the store has layers "
-                        f"{about.layers} of {about.n_features} features. Remove the file and label the features again."
-                    )
+            self.labels = _labels_of(about, folder / LABELS_FILE)
 
     @classmethod
     def load(cls, folder: str | Path) -> FeatureStore:
@@ -95,6 +95,21 @@ class FeatureStore:
                 f"{COLLECT_AGAIN}"
             )
         return cls(about, parts[0], {}, vocabulary, folder)
+
+    def __repr__(self) -> str:
+        return (
+            f"FeatureStore of {self.about.total_features:,} {self.about.kind}s in {len(self.about.layers)} layers: "
+            f"{len(self.ids()):,} alive over {self.documents:,} documents, {self.tokens:,} tokens"
+        )
+
+    def _repr_html_(self) -> str:
+        alive, layers = (self.firings >= ALIVE_FIRINGS).sum(1).tolist(), self.about.layers
+        l0 = (self.firings.sum(1) / max(1, self.tokens)).tolist()
+        rows = [[str(layer), f"{n:,}", f"{active:.3g}"] for layer, n, active in zip(layers, alive, l0, strict=True)]
+        regions = [[name, f"{n:,}"] for name, n in self.region_tokens.items()]
+        return tables_view(
+            ([repr(self)], []), (["layer", "alive", "active per token (L0)"], rows), (["region", "tokens"], regions)
+        )
 
     # -- totals ---------------------------------------------------------------------------------------------------
 
@@ -235,6 +250,29 @@ class FeatureStore:
                 columns[name] += values
         return columns
 
+    def to_pandas(self, min_firings: int = ALIVE_FIRINGS) -> DataFrame:
+        """The `table` as a DataFrame, with a row per feature."""
+        return data_frame(self.table(min_firings))
+
+    def write_parquet(self, path: str | Path | None = None) -> Path:
+        """Write the `table` of all features, also of those that never fired, as a Parquet file; return its path.
+
+        pandas, polars and DuckDB read it. A store in a folder keeps features.parquet there up to date by itself. The
+        metadata of its schema has "words", the JSON list of tokens that the column effects refers to.
+
+        Raises:
+            FeatureStoreError: the store is in memory, and no path is given.
+        """
+        if path is None and self.folder is None:
+            raise FeatureStoreError("This store is in memory; give the path of the file to write.")
+        path = Path(path) if path is not None else self.folder / FEATURE_TABLE_FILE  # type: ignore[operator]
+        with locked(path):
+            if self.folder is not None and (self.folder / LABELS_FILE).is_file():  # others may have labeled since
+                self.labels = _labels_of(self.about, self.folder / LABELS_FILE)
+            layers = (self._records(layer).table(0) for layer in self.about.layers)
+            write_table(path, TABLE_COLUMNS, layers, {"words": dumps(self.about.words)})
+        return path
+
     def set_agreement(self, agreement: Sequence[LayerAgreement]) -> None:
         """Set ``agreement`` to the records of `stream_agreement`, and write them to the store's folder, if any."""
         self.agreement = plain(agreement)
@@ -251,4 +289,18 @@ class FeatureStore:
             earlier = read_labels(path) if path.is_file() else {}
             self.labels = dict(sorted({**self.labels, **earlier, **labels}.items()))
             record = {f"{id.layer}.{id.index}": asdict(label) for id, label in self.labels.items()}
+            remove_feature_table(self.folder)
             write_text(path, dumps(record, indent=0) + "\n")
+        self.write_parquet()
+
+
+def _labels_of(about: StoreDescription, path: Path) -> dict[FeatureId, Label]:
+    """The labels in a store's file. Raises FeatureStoreError for one of a feature that the store does not have."""
+    labels = read_labels(path)
+    for id in labels:
+        if id.layer not in about.layers or id.index >= about.n_features:
+            raise FeatureStoreError(
+                f"{path} labels the feature {id.layer}.{id.index}, and the store has layers {about.layers} of "
+                f"{about.n_features} features. Remove the file and label the features again."
+            )
+    return labels

@@ -6,6 +6,7 @@ effects/layer_N          direct effects of each feature on the logits (`LayerEff
 part-HASH/               documents and statistics; several until they are merged (`store_parts`)
 agreement.json           agreement of the target's and the replacement's streams, once measured (`stream_agreement`)
 labels.json              labels of the features, once they have any
+features.parquet         a row per feature, for other programs (`FeatureStore.write_parquet`); no reader here needs it
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tl_adapters.features.store_description import COLLECT_AGAIN, StoreDescripti
 from tl_adapters.features.store_parts import StorePart, current_parts, layer_file
 from tl_adapters.features.stream_agreement import LayerAgreement
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.files import locked, new_folder, write_tensors, write_text
+from tl_adapters.utils.files import locked, new_folder, remove_own, write_tensors, write_text
 from tl_adapters.utils.reading import (
     Record,
     UnreadableFileError,
@@ -43,7 +44,10 @@ from tl_adapters.utils.strict_json import dumps
 STORE_SCHEMA_VERSION = 1
 STORE_FILE, VOCABULARY_FILE, EFFECTS_FOLDER = "store.json", "vocabulary.json", "effects"
 AGREEMENT_FILE, LABELS_FILE = "agreement.json", "labels.json"
-STORE_NAMES = (STORE_FILE, VOCABULARY_FILE, EFFECTS_FOLDER, "part-*", AGREEMENT_FILE, LABELS_FILE)
+FEATURE_TABLE_FILE = "features.parquet"
+STORE_NAMES = (
+    *(STORE_FILE, VOCABULARY_FILE, EFFECTS_FOLDER, "part-*", AGREEMENT_FILE, LABELS_FILE, FEATURE_TABLE_FILE),
+)
 """Patterns of everything that a store's folder holds."""
 
 
@@ -104,6 +108,11 @@ def read_description(folder: Path) -> StoreDescription:
                 "store with the version of tl_adapters that wrote it, or collect into a new folder."
             )
         return StoreDescription.from_json(record, path)
+
+
+def remove_feature_table(folder: Path) -> None:
+    """Remove the table of a store that is about to change, so that a kill leaves none that is out of date."""
+    remove_own(folder / FEATURE_TABLE_FILE)
 
 
 def vocabulary_texts(pair: PairedModel) -> list[str]:

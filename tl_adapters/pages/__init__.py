@@ -5,6 +5,7 @@
 * `circuit_sections`: The measurements of a circuit as sections of its page, with their cells and bars
 * `dose_curve_plots`: The dose curves of a circuit as two plots: behavior left, and errors corrected, against harm
 * `feature_pages`: HTML pages of a feature store that open offline: an index, and pages that show each feature
+* `graph_diagram`: The most influential part of an attribution graph as an SVG diagram, for notebooks
 * `graph_page`: Writes an attribution graph to a folder: the saved graph, its HTML page, and circuit-tracer's files
 * `graph_viewer`: The interactive HTML page of an attribution graph
 * `plots`: Line and point plots as inline SVG, drawn without pyplot

@@ -19,6 +19,11 @@ MAX_SHOWN_EDGES, MAX_SHOWN_PER_ROLE = 80, 60
 """Edges in the diagram, and features of each role."""
 Link = Callable[[FeatureId], str | None]
 """A function from a feature to the address of its page, or None."""
+CIRCUIT_CAPTION = (
+    "A column for each role, layers from the bottom up. The area of a dot is its total effect, a hollow dot lowers the "
+    "word; dashed edges are negative. Hover to read a feature. The strongest features and edges are shown."
+)
+"""What a notebook says below the diagram."""
 WIDTH, TOP, LEFT, RIGHT, DOT_DISTANCE = 1040.0, 34.0, 60.0, 130.0, 22.0
 """Width of the diagram, its margins, and the distance of two dots, in SVG units."""
 _COLUMN_WIDTHS: dict[Role, float] = {"template": 1.2, "output": 1.2, "continuation": 1.0, "other": 0.6, "suppress": 0.8}
@@ -31,7 +36,11 @@ _COLORS = {
 }
 
 
-def draw_circuit(circuit: Circuit, store: FeatureStore | None, link: Link) -> Markup:
+def no_pages(_: FeatureId) -> None:
+    """The `Link` of a drawing without pages: every address is None."""
+
+
+def draw_circuit(circuit: Circuit, store: FeatureStore | None = None, link: Link = no_pages) -> Markup:
     """The circuit as SVG: a column for each role, layers from the bottom up, the word at the right.
 
     The area of a dot is the size of the feature's total effect, and the width of an edge that of its weight; negative
@@ -39,8 +48,8 @@ def draw_circuit(circuit: Circuit, store: FeatureStore | None, link: Link) -> Ma
 
     Args:
         circuit: the circuit to show.
-        store: feature store of its adapters, for labels and top logits.
-        link: a function from a feature to the address of its page, or None.
+        store: feature store of its adapters, for labels and top logits; None shows neither.
+        link: a function from a feature to the address of its page, or None; by default there are no pages.
     """
     edges = sorted(circuit.edges, key=lambda e: -size(e.weight))[:MAX_SHOWN_EDGES]
     features = _shown_features(circuit, {end for e in edges for end in (e.source, e.target) if end is not None})

@@ -7,7 +7,7 @@
 * `files`: The one place where files are written, renamed and removed: whole or not at all, and under locks
 * `html`: HTML building blocks: escaping, tables, cells with confidence intervals, templates and a page frame
 * `measurement`: Types of measured values with their confidence intervals
-* `notebook`: HTML views for notebooks: circuitsvis components that work offline, and tokens colored by value
+* `notebook`: HTML views for notebooks: circuitsvis components that work offline, colored tokens, drawings, data frames
 * `precision`: Sums and logits in float32 or wider, whatever the dtype and the device of the model
 * `printing`: Text for a terminal, in which control characters and invisible characters are visible
 * `reading`: Readers of text, JSON, YAML and safetensors files with one kind of error, and the base of checked records

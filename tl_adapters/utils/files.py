@@ -22,11 +22,12 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatch
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -142,6 +143,38 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with _replacing(Path(path)) as partial:
         save_file(contiguous, partial, None if metadata is None else dict(metadata))
+
+
+def write_table(
+    path: str | Path,
+    columns: Mapping[str, Any],
+    batches: Iterable[Mapping[str, Sequence[Any]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a Parquet file as `write_text` writes text, with a row group for each batch of columns.
+
+    Args:
+        path: the file.
+        columns: name of each column -> the type of its values: int, float, str, list[float] or list[str].
+        batches: the values of all columns, some rows at a time; only one batch is held in memory.
+        metadata: texts that the file's schema holds.
+    """
+    import pyarrow as pa  # takes most of a second
+    from pyarrow.parquet import ParquetWriter
+
+    types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    types |= {list[float]: pa.list_(pa.float64()), list[str]: pa.list_(pa.string())}
+    schema = pa.schema([(name, types[kind]) for name, kind in columns.items()], dict(metadata))
+    with _replacing(Path(path)) as partial, ParquetWriter(partial, schema) as writer:
+        for batch in batches:
+            writer.write_table(pa.table({name: _as_unicode(batch[name]) for name in columns}, schema))
+
+
+def _as_unicode(value: Any) -> Any:
+    """A value in which halves of characters, which UTF-8 lacks, are "?"."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return [_as_unicode(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def append_text(path: str | Path, text: str) -> None:

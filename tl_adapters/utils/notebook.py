@@ -1,4 +1,4 @@
-"""HTML views for notebooks: circuitsvis components that work offline, and tokens colored by value."""
+"""HTML views for notebooks: circuitsvis components that work offline, colored tokens, drawings and data frames."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from tl_adapters.utils.html import render
+from tl_adapters.utils.html import Cell, render
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Table = tuple[Sequence[str], Sequence[Sequence[str | Cell]]]
+"""A header, and rows with as many cells."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,28 @@ class NotebookView:
 
     def _repr_html_(self) -> str:
         return self.html
+
+
+def tables_view(*tables: Table) -> Markup:
+    """Return tables, one below the other, as the HTML of a notebook."""
+    return render("notebook/tables.html.j2", tables=tables)
+
+
+def drawing_view(drawing: Markup, caption: str) -> Markup:
+    """Return a drawing that scrolls within itself, with a caption, as the HTML of a notebook."""
+    return render("notebook/drawing.html.j2", drawing=drawing, caption=caption)
+
+
+def data_frame(columns: Mapping[str, Sequence[Any]]) -> DataFrame:
+    """Return columns as a pandas DataFrame; pandas is imported here, because that takes most of a second."""
+    import pandas as pd
+
+    return pd.DataFrame(dict(columns))
+
+
+def rows_frame(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> DataFrame:
+    """Return rows as a pandas DataFrame with these columns, which it has without rows too."""
+    return data_frame({name: [row[name] for row in rows] for name in names})
 
 
 def circuitsvis_view(parts: Sequence[Markup | tuple[str, Mapping[str, object]]]) -> NotebookView:
