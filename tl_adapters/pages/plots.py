@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import math
@@ -176,12 +177,24 @@ def _for_pages(svg: str, name: str) -> Markup:
                     element.setAttribute("font-family", family)
                 else:
                     element.setAttribute(key, "currentColor" if value == "#000000" else value)
+    _rename_ids(root, hashlib.sha256(svg.encode()).hexdigest()[:8])
     root.setAttribute("role", "img")
     root.setAttribute("aria-label", name)
     root.setAttribute("fill", "currentColor")  # of texts, which have no color
     root.setAttribute("stroke-linejoin", "round")  # what the style element said of everything
     root.setAttribute("stroke-linecap", "butt")
     return Markup(root.toxml())  # matplotlib escapes what it writes
+
+
+def _rename_ids(root: minidom.Element, ending: str) -> None:
+    """Give the ids that a drawing refers to an ending, so that no two plots of a page share one; remove the others."""
+    for element in root.getElementsByTagName("*"):
+        if element.tagName == "g" and element.hasAttribute("id"):
+            element.removeAttribute("id")
+        for name, start, stop in (("id", "", ""), ("xlink:href", "#", ""), ("clip-path", "url(#", ")")):
+            if element.hasAttribute(name):
+                id = element.getAttribute(name).removeprefix(start).removesuffix(stop)
+                element.setAttribute(name, f"{start}{id}_{ending}{stop}")
 
 
 def _with_numbers(line: Line) -> Line:
