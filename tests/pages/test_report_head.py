@@ -39,7 +39,7 @@ def test_what_was_not_measured_is_not_said(missing: str) -> None:
     lost = {
         "faithfulness": {"Difference explained", "Active features (L0)"},
         "features": {"Features alive"},
-        "hesitation": {"Behavior left without it"},
+        "hesitation": {"Behavior without its circuit"},
         "behaviour": {"Accuracy recovered"},
     }
     everything = set().union(*lost.values())
@@ -105,12 +105,12 @@ def test_the_warning_of_the_circuit_follows_the_figures() -> None:
     curves = circuit["dose_curves"]["curves"]
     point, random = (next(p for p in curves[name] if p["factor"] == 1) for name in ("circuit", "random"))
     point["behavior_left"], random["behavior_left"] = figure(0.1), figure(0.105)
-    assert "not told apart" in headline("Behavior left without it", results, circuit).warning
+    assert "not told apart" in headline("Behavior without its circuit", results, circuit).warning
     random["behavior_left"] = figure(0.8)
     point["corrected"], circuit["dose_curves"]["unchanged"]["corrected"] = figure(0.7), figure(0.8)
-    assert "correction stays: 70.0 %" in headline("Behavior left without it", results, circuit).warning
+    assert "correction stays: 70.0 %" in headline("Behavior without its circuit", results, circuit).warning
     point["corrected"] = figure(0.1)
-    assert headline("Behavior left without it", results, circuit).warning == ""
+    assert headline("Behavior without its circuit", results, circuit).warning == ""
 
 
 def test_warnings_of_features_and_of_partial_replacement() -> None:

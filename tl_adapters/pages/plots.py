@@ -31,7 +31,7 @@ _STYLES: tuple[tuple[str, str, str | tuple[int, tuple[int, ...]]], ...] = (
 """Color, marker and dashes of lines that are told apart without color; the colors are those of Okabe and Ito, which
 remain distinct with every kind of color blindness."""
 
-_FONT_SIZE = 10.0
+_FONT_SIZE = 10.75
 """Size of every text, in points of a plot some 340 wide: 11 pixels or more on a screen of 400."""
 _LEGEND_CHARACTERS = 44
 """Characters of the two longest names for which a legend of two columns is no wider than a plot."""
@@ -255,6 +255,6 @@ def _draw_points(axes: Axes, line: Line, labels: Sequence[str]) -> None:
     axes.errorbar(line.x, line.y, yerr=error_bars, fmt="o", markersize=4, elinewidth=1, label=visible(line.label))
     for x, y, label in zip(line.x, line.y, labels, strict=True):
         axes.annotate(
-            visible(label), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=_FONT_SIZE - 1,
+            visible(label), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=_FONT_SIZE,
             parse_math=False,  # "$" is not math
         )  # fmt: skip

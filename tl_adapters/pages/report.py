@@ -240,7 +240,7 @@ def _attribution(block: Block) -> dict[str, Any]:
         plot(
             [Line(name, lines["n"], lines[kind]) for name, lines in curves.items()],
             xlabel="first n features of the ranking",
-            ylabel="share of the features' effect on the logit",
+            ylabel="share of the effect on the logit",
             caption=f"{kind.capitalize()} the first n features by each ranking, in the real model; first graph.",
         )
         for kind in ("keeping", "removing")

@@ -263,7 +263,7 @@ def _behavior_left(circuit: Block) -> Headline | None:
     if random.get("value") is not None:
         beside = f" Random features that harm as much leave {_with_interval(random, percent)}."
     return Headline(
-        "Behavior left without it",
+        "Behavior without its circuit",
         percent(left["value"]),
         interval_text(left, percent),
         f"Of the probability of {behavior_words(circuit)} where the target says it, without the circuit.{beside}",
