@@ -108,7 +108,7 @@ def test_the_warning_of_the_circuit_follows_the_figures() -> None:
     assert "not told apart" in headline("Behavior without its circuit", results, circuit).warning
     random["behavior_left"] = figure(0.8)
     point["corrected"], circuit["dose_curves"]["unchanged"]["corrected"] = figure(0.7), figure(0.8)
-    assert "correction stays: 70.0 %" in headline("Behavior without its circuit", results, circuit).warning
+    assert "than the correction does: 70.0 %" in headline("Behavior without its circuit", results, circuit).warning
     point["corrected"] = figure(0.1)
     assert headline("Behavior without its circuit", results, circuit).warning == ""
 

@@ -279,8 +279,8 @@ def _left_warning(circuit: Block, point: Block, left: Block, random: Block) -> s
     goes = left["value"] < 0.5 and bool(unchanged.get("value"))
     if goes and corrected.get("value") is not None and 2 * corrected["value"] >= unchanged["value"]:
         return (
-            f"The word goes, and correction stays: {percent(corrected['value'])} of injected errors are still "
-            f"corrected ({percent(unchanged['value'])} with the circuit)."
+            f"The word goes more than the correction does: {percent(corrected['value'])} of injected errors are still "
+            f"corrected, of {percent(unchanged['value'])} with the circuit."
         )
     return ""
 
