@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study test versions bridge dashboards harness vllm slow fuzz kill lint commands docs planted organism wheels gpu tables pair install clean
+.PHONY: demo study test versions bridge dashboards harness vllm slow fuzz kill lint commands docs planted organism wheels gpu tables picture pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -129,6 +129,12 @@ gpu:  ## what a pair of 7B's shape takes on this machine's GPU, with its own tor
 tables: install  ## the tables and plots of the documentation, from benchmarks/results.json
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/plots.py
+
+RUN ?= runs/demo
+picture:  ## docs/report.png, the first screen of the report of RUN (runs/demo unless given), by a headless Chromium
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1400,900 \
+		--screenshot=$(CURDIR)/docs/report.png file://$(abspath $(RUN))/report.html
+	$(BIN)/python -c "from PIL import Image; p = 'docs/report.png'; Image.open(p).quantize(96).save(p, optimize=True)"
 
 pair: install  ## train the built-in pair anew, into runs/pair
 	$(BIN)/python -m tl_adapters.organism.recipe runs/pair

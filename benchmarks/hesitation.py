@@ -236,7 +236,9 @@ def main() -> None:
         record("hesitation", block(found, earlier), [commit(), *earlier.get("commits", [])])
         for shown in [b for job, b in found.items() if job.startswith("sums") and "criteria" in b][:1]:
             for name, drawn in zip(FIGURES, dose_curve_plots(shown), strict=True):
-                write_text(FOLDER.parent / "docs" / name, drawn.svg + "\n")
+                # A plot has the background and the text color of its page; a file by itself has no page.
+                alone = drawn.svg.replace("<svg ", '<svg style="color: #000; background: #fff" ', 1)
+                write_text(FOLDER.parent / "docs" / name, alone + "\n")
 
 
 if __name__ == "__main__":

@@ -71,11 +71,12 @@ def attribute(
     from tl_adapters.features.store import FeatureStore
     from tl_adapters.interop.circuit_tracer import require_drawable
     from tl_adapters.pages.graph_page import require_new_graph, write_graph
+    from tl_adapters.pages.navigation import GRAPHS_FOLDER, refresh_navigation
     from tl_adapters.study.features import FEATURES_FOLDER, STORE_FOLDER
     from tl_adapters.study.open_run import open_run
 
     text = read_prompt(prompt, prompt_file)
-    out = out or run_folder / "graphs"
+    out = out or run_folder / GRAPHS_FOLDER
     require_new_graph(out, name)
     pair = open_run(run_folder, device_of(device), dtype)
     require_drawable(prompt_token_ids(pair, text))
@@ -93,6 +94,7 @@ def attribute(
         edge_threshold=edge_threshold,
         store=FeatureStore.load(store) if store.is_dir() else None,
     )
+    refresh_navigation(run_folder)
     saved = page.with_suffix("")
     return Result(
         paths={"page": page, "graph": saved, "circuit-tracer": out / "circuit-tracer", "in circuit-tracer": url},

@@ -200,7 +200,8 @@ def sweep(
         tl-adapters sweep --over sparsity_weight=0.1,0.4 --set local.steps=300 --out runs/short
         tl-adapters sweep --resume runs/sweep
     """
-    from tl_adapters.pages.sweep_page import SWEEP_PAGE_FILE, points_on_front, sweep_markdown
+    from tl_adapters.pages.navigation import SWEEP_PAGE_FILE
+    from tl_adapters.pages.sweep_page import points_on_front, sweep_markdown
     from tl_adapters.study.grid import read_grid
     from tl_adapters.study.sweep import resume_sweep
     from tl_adapters.study.sweep import sweep as run_sweep

@@ -56,10 +56,10 @@ def draw_circuit(circuit: Circuit, store: FeatureStore | None = None, link: Link
     known = known_features(store, [f.id for f in features])
     layout = _layout(features)
     word = (WIDTH - 104.0, max(60.0, (TOP + layout.bottom) / 2))
-    colors = {f.id: _COLORS[f.role] for f in features}
+    roles = {f.id: f.role for f in features}
     heaviest = max((size(e.weight) for e in edges), default=0.0) or 1.0
     curves = [
-        _curve(edge, layout.centers[edge.source], layout.centers.get(edge.target, word), colors[edge.source], heaviest)
+        _curve(edge, layout.centers[edge.source], layout.centers.get(edge.target, word), roles[edge.source], heaviest)
         for edge in edges
         if edge.source in layout.centers and (edge.target is None or edge.target in layout.centers)
     ]
@@ -122,14 +122,15 @@ def _layout(features: Sequence[CircuitFeature]) -> _Layout:
 
 
 def _curve(
-    edge: CircuitEdge, start: tuple[float, float], stop: tuple[float, float], color: str, heaviest: float
+    edge: CircuitEdge, start: tuple[float, float], stop: tuple[float, float], role: Role, heaviest: float
 ) -> dict[str, Any]:
     (x1, y1), (x2, y2) = start, stop
     bend, share = max(30.0, abs(x2 - x1) / 2), size(edge.weight) / heaviest
     end = "the word" if edge.target is None else _name(edge.target)
     return {
         "path": f"M{x1:.1f},{y1:.1f} C{x1 + bend:.1f},{y1:.1f} {x2 - bend:.1f},{y2:.1f} {x2:.1f},{y2:.1f}",
-        "color": color,
+        "color": _COLORS[role],
+        "of": f"of-{role}",
         "width": f"{0.5 + 3.5 * share:.2f}",
         "opacity": f"{0.2 + 0.4 * share:.2f}",
         "dashed": edge.weight < 0,
@@ -161,6 +162,7 @@ def _dot(
         "y": f"{center[1]:.1f}",
         "radius": f"{3 + 7 * math.sqrt(size(f.total) / largest):.1f}",
         "color": _COLORS[f.role],
+        "of": f"of-{f.role}",
         "hollow": f.sign < 0,
         "title": "\n".join(lines),
         "address": address,

@@ -48,12 +48,10 @@ from tl_adapters.pages.circuit_sections import (
 )
 from tl_adapters.pages.dose_curve_plots import dose_curves_section
 from tl_adapters.pages.feature_pages import feature_address
+from tl_adapters.pages.navigation import FEATURE_PAGES_FOLDER, HESITATION_PAGE_FILE, page_links
 from tl_adapters.utils.html import Cell, highlight_spans, render, shown_from
-from tl_adapters.utils.results import RESULTS_FILE, Block, plain, write_output
+from tl_adapters.utils.results import RESULTS_FILE, Block, output_file, plain, write_output
 
-HESITATION_PAGE_FILE = "hesitation.html"
-FEATURE_PAGES_FOLDER = "features/pages"
-"""Folder of the feature pages within a run."""
 MAX_TABLE_FEATURES, MAX_SHOWN_WORDS = 60, 12
 """Features in the table of the circuit, and words in the heading."""
 
@@ -106,9 +104,10 @@ def write_circuit_page(
         words = [word.strip() for word in block.get("words") or circuit.words if word.strip()]
         text = render(
             "circuit/circuit.html.j2",
+            run_pages=page_links(output_file(folder, HESITATION_PAGE_FILE)),
             behavior=visible_text(circuit.behavior),
             split=visible_text(circuit.split),
-            head=_head(block, circuit, words),
+            about=_about(block, circuit, words),
             criteria=_criteria_rows(block),
             diagram=_diagram(circuit, store, link, (block.get("moments") or {}).get(circuit.split) or {}),
             sections=[section for section in _sections(block) if section is not None],
@@ -160,7 +159,7 @@ def page_link(folder: Path, store: FeatureStore | None = None) -> Link:
 # -- parts of the page ---------------------------------------------------------------------------------------------
 
 
-def _head(block: Block, circuit: Circuit, words: Sequence[str]) -> dict[str, Any]:
+def _about(block: Block, circuit: Circuit, words: Sequence[str]) -> dict[str, Any]:
     sizes = block.get("circuit") or {}
     n_of_role = {role: sizes.get(role, sum(f.role == role for f in circuit.features)) for role in ROLES}
     rows: list[list[str | Cell]] = [
@@ -263,5 +262,5 @@ def _generation(example: Block, words: Sequence[str]) -> dict[str, Any]:
         name: [match.span() for match in word_pattern(words).finditer(text)] if words else []
         for name, text in answers.items()
     }
-    boxes = [(condition_name(name), highlight_spans(text, spans.get(name) or [])) for name, text in answers.items()]
+    boxes = [(condition_name(name), "", highlight_spans(text, spans.get(name) or [])) for name, text in answers.items()]
     return {"question": str(example.get("question", "")), "boxes": boxes}

@@ -55,8 +55,6 @@ class SectionTable:
     """A heading above it; none where empty."""
     text: str = ""
     """A paragraph above it; none where empty."""
-    wide: bool = False
-    """Whether it may be wider than the page, and is then scrolled."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def bar_chart(chart: Sequence[Bar], caption: str, as_share: bool) -> Plot:
             record["width"] = f"{max(0.5, b.value * scale):.1f}"
             record |= {"text_x": f"{130 + end * scale:.1f}", "value": percent(b.value) if as_share else short(b.value)}
         bars.append(record)
-    return Plot(render("circuit/bars.svg.j2", bars=bars, height=26 * len(chart) + 8), caption)
+    return Plot(render("circuit/bars.svg.j2", bars=bars, height=26 * len(chart) + 8, caption=caption), caption)
 
 
 def cell(record: Block, key: str, as_share: bool | None) -> str | Cell:
@@ -266,7 +264,7 @@ def _records(conditions: Mapping[str, Block], block: Block, title: str = "") -> 
         [condition_name(condition, block), *(cell(record, key, as_share) for key, _, as_share in columns)]
         for condition, record in conditions.items()
     ]
-    return SectionTable(["", *(name for _, name, _ in columns)], rows, title, wide=True)
+    return SectionTable(["", *(name for _, name, _ in columns)], rows, title)
 
 
 def sampled_section(block: Block) -> Section | None:
@@ -319,7 +317,7 @@ def controls_section(block: Block) -> Section | None:
         "decoder row), or as many as do its harm elsewhere. Where the goal cannot be reached the nearest is taken."
     )
     header = ["", "chosen", "size", "write norm, of the circuit's", "P(word) at onsets", "KL elsewhere", ""]
-    return Section("Controls", text, tables=[SectionTable(header, rows, wide=True)])
+    return Section("Controls", text, tables=[SectionTable(header, rows)])
 
 
 def probabilities_section(block: Block) -> Section | None:

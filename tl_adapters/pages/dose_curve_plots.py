@@ -21,7 +21,7 @@ CURVE_NAMES = {
     **{name: CONDITION_NAMES[name] for name in ("neurons", "steering", "low_rank")},
 }
 """Curve -> its name."""
-_HARM = "KL from the replacement away from onsets, nats per token"
+_HARM = "KL from the replacement elsewhere, nats per token"
 
 
 def dose_curve_plots(block: Block) -> list[Plot]:
@@ -73,9 +73,10 @@ def dose_curves_section(block: Block) -> Section | None:
                 rows.append([visible(CURVE_NAMES.get(name, name)), size, *cells, corrected])
     header = ["removed", "full strength", "behavior left", "harm elsewhere", "injected errors corrected"]
     text = (
-        "Every intervention at several strengths. Large points are at full strength: the whole circuit, and every "
-        "other intervention at the size that was set on the select split to the circuit's effect (for other features, "
-        "to its harm). All curves begin at 100 % of the behavior without harm, which the logarithmic axis cannot show. "
+        "Every intervention at several strengths; elsewhere is away from onsets. Large points are at full strength: "
+        "the whole circuit, and every other intervention at the size that was set on the select split to the circuit's "
+        "effect (for other features, to its harm). All curves begin at 100 % of the behavior without harm, which the "
+        "logarithmic axis cannot show. "
         "Bars are 95 % intervals over documents and problems. Unchanged, P(word) at the onsets is "
         f"{_value(unchanged.get('p_onset'))}."
     )

@@ -24,13 +24,13 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.adapters.set_folder import LAYER_FOLDER
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature, FeatureStoreError
 from tl_adapters.features.store import FeatureStore
+from tl_adapters.pages.navigation import FEATURE_INDEX_PAGE, page_links
 from tl_adapters.utils.files import new_folder, replaced_folder, require_absent, write_text
 from tl_adapters.utils.html import render
 from tl_adapters.utils.strict_json import NotFiniteJsonError
 
 INDICES_PER_PAGE = 32
 """Consecutive feature indices of a layer that share a page."""
-FEATURE_INDEX_PAGE = "index.html"
 _OWN_NAMES = (FEATURE_INDEX_PAGE, LAYER_FOLDER.format("*"))
 _TOKENS_PER_CELL = 3
 """Tokens listed in a cell of the index."""
@@ -86,18 +86,20 @@ def write_feature_pages(
     if unknown := sorted(with_page - set(alive)):
         raise FeatureStoreError(f"{unknown[0].layer}.{unknown[0].index} is not alive in this store; see its ids().")
     title = _title(store)
+    pages = page_links(folder / FEATURE_INDEX_PAGE)
     common = {"kind": store.about.kind, "per_page": INDICES_PER_PAGE, "store": title, "words": shown_words}
     with replaced_folder(folder, _OWN_NAMES) if replace else new_folder(folder) as partial:
         index = _index_json(store, table, [id in with_page for id in alive], shown_words)
-        page = _page("index", {"title": title, "kind": store.about.kind}, {**common, **index})
+        page = _page("index", {"title": title, "kind": store.about.kind, "run_pages": pages}, {**common, **index})
         write_text(partial / FEATURE_INDEX_PAGE, page)
+        nested = page_links(folder / feature_address(FeatureId(0, 0)).partition("#")[0])
         columns = (table[name] for name in ("label", "top_logits", "fires_on"))
         summaries = {id: _Summary(*row) for id, *row in zip(alive, *columns, strict=True)}
         with tqdm(total=len(with_page), disable=not progress, unit="feature", mininterval=1.0) as bar:
             for first, data in _pages_json(store, sorted(with_page), summaries, shown_words):
                 path = partial / feature_address(first, store.about.kind).partition("#")[0]
                 texts = {"title": f"Layer {first.layer} · {title}", "kind": store.about.kind, "store": title}
-                write_text(path, _page("feature", texts, {**common, **data}))
+                write_text(path, _page("feature", {**texts, "run_pages": nested}, {**common, **data}))
                 bar.update(len(data["features"]))
     return folder / FEATURE_INDEX_PAGE
 
@@ -326,7 +328,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _page(name: str, texts: Mapping[str, str], data: Mapping[str, Any]) -> str:
+def _page(name: str, texts: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """Return a whole page with its data."""
     try:
         return render(f"feature_pages/{name}.html.j2", **texts, data=data)

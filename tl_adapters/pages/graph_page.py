@@ -33,6 +33,7 @@ from tl_adapters.interop.circuit_tracer import (
 from tl_adapters.interop.circuit_tracer_features import FeatureRecord
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_viewer import ViewerData, ViewerNode, write_viewer
+from tl_adapters.pages.navigation import page_links
 from tl_adapters.utils.files import (
     FolderExistsError,
     locked,
@@ -108,7 +109,7 @@ def write_graph(
         name = name or free_graph_name(folder, "graph")
         require_new_graph(folder, name)
         graph.save(work / "graph")
-        write_viewer(work / "page", viewer)
+        write_viewer(work / "page", viewer, page_links(folder / f"{name}.html"))
         # This can still be refused: a folder with graphs of other adapters.
         tracer = write_circuit_tracer_data(
             graph,

@@ -6,12 +6,13 @@ The page opens offline; style, script and d3 are inlined. Text that comes from a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tl_adapters.errors import UserError
+from tl_adapters.pages.navigation import PageLink
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import render
 from tl_adapters.utils.strict_json import NotFiniteJsonError
@@ -73,8 +74,13 @@ class ViewerData:
     """Facts shown in a panel: how the graph was made, and its conservation residual."""
 
 
-def write_viewer(path: str | Path, data: ViewerData) -> None:
+def write_viewer(path: str | Path, data: ViewerData, pages: Sequence[PageLink] = ()) -> None:
     """Write the page of a graph as one file that loads nothing.
+
+    Args:
+        path: the page.
+        data: what it shows.
+        pages: navigation to other pages.
 
     Raises:
         ViewerDataError: repeated node ids, positions or links outside the graph, or a number that is not finite.
@@ -83,7 +89,7 @@ def write_viewer(path: str | Path, data: ViewerData) -> None:
     _require_displayable(data)
     record = {**vars(data), "nodes": [vars(node) for node in data.nodes], "about": dict(data.about)}
     try:
-        text = render("graph_viewer/graph.html.j2", data=record)
+        text = render("graph_viewer/graph.html.j2", data=record, run_pages=pages)
     except NotFiniteJsonError as error:
         raise ViewerDataError(
             f"The graph holds a number that is not finite ({error}), which a page cannot show."

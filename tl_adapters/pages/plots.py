@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import math
@@ -29,6 +30,11 @@ _STYLES: tuple[tuple[str, str, str | tuple[int, tuple[int, ...]]], ...] = (
 )
 """Color, marker and dashes of lines that are told apart without color; the colors are those of Okabe and Ito, which
 remain distinct with every kind of color blindness."""
+
+_FONT_SIZE = 10.75
+"""Size of every text, in points of a plot some 340 wide: 11 pixels or more on a screen of 400."""
+_LEGEND_CHARACTERS = 44
+"""Characters of the two longest names for which a legend of two columns is no wider than a plot."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,11 @@ def plot(
         without_color: whether lines differ in their dashes and markers too, not in color alone; their intervals are
             error bars, and the plot is larger.
     """
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tl_adapters", "font.size": 9}):
-        size = (4.9, 4.4) if without_color else (4.6, 3.4)
-        figure = Figure(figsize=size, layout="constrained")  # not pyplot, whose backend is the user's
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tl_adapters", "font.size": _FONT_SIZE}):
+        size = (4.7, 5.2) if without_color else (4.6, 3.4)
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")  # not pyplot, whose backend is the user's
         axes = figure.subplots()
+        axes.set_facecolor("none")
         for line, style in zip(map(_with_numbers, lines), itertools.cycle(_STYLES)):
             if without_color:
                 _draw_curve(axes, line, *style)
@@ -136,37 +143,58 @@ def plot(
         if whole:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
-        legend = figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        longest = sorted((len(visible(line.label)) for line in lines), reverse=True)
+        ncols = 2 if sum(longest[:2]) <= _LEGEND_CHARACTERS else 1
+        legend = figure.legend(loc="outside lower center", ncols=ncols, frameon=False, fontsize=_FONT_SIZE)
         for text in legend.get_texts():
             text.set_parse_math(False)  # "$" is not math here
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
-    return Plot(_without_styles(out.getvalue()), caption)
+    names = ", ".join(visible(line.label) for line in lines)
+    return Plot(_for_pages(out.getvalue(), f"Plot of {visible(ylabel)} against {visible(xlabel)}: {names}"), caption)
 
 
-def _without_styles(svg: str) -> Markup:
-    """Return matplotlib's SVG with its styles as attributes, since the policy of a page allows only its own style."""
+def _for_pages(svg: str, name: str) -> Markup:
+    """Return matplotlib's SVG with a name for screen readers, and with the color of the text around it for black.
+
+    Its styles become attributes, since the policy of a page allows only its own style.
+    """
     document = minidom.parseString(svg)
     root = document.documentElement
     assert root is not None
-    for name in ("metadata", "style"):
-        for element in root.getElementsByTagName(name):
+    for tag in ("metadata", "style"):
+        for element in root.getElementsByTagName(tag):
             assert element.parentNode is not None
             element.parentNode.removeChild(element)
     for element in root.getElementsByTagName("*"):
         declarations = [declaration.split(":", 1) for declaration in element.getAttribute("style").split(";")]
         if element.hasAttribute("style"):
             element.removeAttribute("style")
-            for name, value in (map(str.strip, parts) for parts in declarations if len(parts) == 2):
-                if name == "font":  # "9px 'DejaVu Sans', sans-serif", for which there is no attribute
+            for key, value in (map(str.strip, parts) for parts in declarations if len(parts) == 2):
+                if key == "font":  # "9px 'DejaVu Sans', sans-serif", for which there is no attribute
                     size, _, family = value.partition(" ")
                     element.setAttribute("font-size", size)
                     element.setAttribute("font-family", family)
                 else:
-                    element.setAttribute(name, value)
+                    element.setAttribute(key, "currentColor" if value == "#000000" else value)
+    _rename_ids(root, hashlib.sha256(svg.encode()).hexdigest()[:8])
+    root.setAttribute("role", "img")
+    root.setAttribute("aria-label", name)
+    root.setAttribute("fill", "currentColor")  # of texts, which have no color
     root.setAttribute("stroke-linejoin", "round")  # what the style element said of everything
     root.setAttribute("stroke-linecap", "butt")
     return Markup(root.toxml())  # matplotlib escapes what it writes
+
+
+def _rename_ids(root: minidom.Element, ending: str) -> None:
+    """Give the ids that a drawing refers to an ending, so that no two plots of a page share one; remove the others."""
+    for element in root.getElementsByTagName("*"):
+        if element.tagName == "g" and element.hasAttribute("id"):
+            element.removeAttribute("id")
+        for name, start, stop in (("id", "", ""), ("xlink:href", "#", ""), ("clip-path", "url(#", ")")):
+            if element.hasAttribute(name):
+                id = element.getAttribute(name).removeprefix(start).removesuffix(stop)
+                element.setAttribute(name, f"{start}{id}_{ending}{stop}")
 
 
 def _with_numbers(line: Line) -> Line:
@@ -183,7 +211,11 @@ class _DecimalLogFormatter(LogFormatter):
     """Ticks as 0.01 where matplotlib writes a power of ten: easier to read, and much faster to draw."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:g}" if super().__call__(x, pos) else ""
+        assert self.axis is not None
+        low, high = self.axis.get_view_interval()
+        # 1, 2 and 5 of each decade, of which there is room for all labels; within one decade all of matplotlib's.
+        left_out = high > 10 * low and round(x / 10 ** math.floor(math.log10(x))) not in (1, 2, 5)
+        return f"{x:g}" if not left_out and super().__call__(x, pos) else ""
 
 
 def _draw_line(axes: Axes, line: Line, markers: bool) -> None:
@@ -223,6 +255,6 @@ def _draw_points(axes: Axes, line: Line, labels: Sequence[str]) -> None:
     axes.errorbar(line.x, line.y, yerr=error_bars, fmt="o", markersize=4, elinewidth=1, label=visible(line.label))
     for x, y, label in zip(line.x, line.y, labels, strict=True):
         axes.annotate(
-            visible(label), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7,
+            visible(label), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=_FONT_SIZE,
             parse_math=False,  # "$" is not math
         )  # fmt: skip

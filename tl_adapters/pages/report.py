@@ -1,4 +1,4 @@
-"""The page report.html of a run: its measurements as tables and plots, with example answers.
+"""The page report.html of a run: the answer to its question, then measurements as tables and plots, example answers.
 
 The page is self-contained and made only from results.json and the .jsonl files of the run folder, so it can be written
 again at any time.
@@ -13,19 +13,19 @@ from typing import Any
 
 from tl_adapters import organism
 from tl_adapters.circuits.results_block import upgraded_block
-from tl_adapters.data.hesitation_words import HIGHLIGHTED_WORDS
-from tl_adapters.pages.circuit_page import HESITATION_PAGE_FILE
 from tl_adapters.pages.dose_curve_plots import dose_curve_plots
+from tl_adapters.pages.navigation import HESITATION_PAGE_FILE, REPORT_PAGE_FILE, page_links, refresh_navigation
 from tl_adapters.pages.plots import Line, Plot, measured_line, plot
-from tl_adapters.utils.html import Cell, highlight_words, measurement_cell, percent, render, shown_from, three_digits
+from tl_adapters.pages.report_head import answer_sentences, headlines, side_by_side, size_warning, worst_partial
+from tl_adapters.utils.html import Cell, measurement_cell, percent, render, shown_from, three_digits
 from tl_adapters.utils.reading import Record, read_json_lines, read_record_lines
 from tl_adapters.utils.results import RESULTS_FILE, Block, output_file, read_results, write_output
-
-REPORT_PAGE_FILE = "report.html"
 
 
 def write_report(folder: str | Path) -> Path:
     """Write report.html into a run folder and return its path; stages that have not run are left out.
+
+    The navigation of the run's other pages is brought up to date.
 
     Raises:
         UnreadableFileError: results.json or a .jsonl file does not hold what the page shows.
@@ -35,7 +35,9 @@ def write_report(folder: str | Path) -> Path:
     results = read_results(folder)
     with shown_from(folder / RESULTS_FILE):
         text = render("report/report.html.j2", results=results, **_values(results, folder))
-    return write_output(folder, REPORT_PAGE_FILE, text)
+    page = write_output(folder, REPORT_PAGE_FILE, text)
+    refresh_navigation(folder)
+    return page
 
 
 def _values(results: Block, folder: Path) -> dict[str, Any]:
@@ -48,7 +50,13 @@ def _values(results: Block, folder: Path) -> dict[str, Any]:
     behavior, labels = results.get("behaviour"), results.get("labels") or {}
     attribution = results.get("attribution") or {}
     features = features if "labels" in features else None
+    circuit = upgraded_block(results["hesitation"]) if results.get("hesitation") else {}
+    generations = [side_by_side(a.question, dict(a)) for a in _read_answers(output_file(folder, "answers.jsonl"))]
     return {
+        "run_pages": page_links(output_file(folder, REPORT_PAGE_FILE)),
+        "sentences": answer_sentences(results, circuit),
+        "headlines": headlines(results, circuit),
+        "size_warning": size_warning(results),
         "summary": _summary_rows(results),
         "training": _training(metrics, local_metrics, validation, results) if metrics or local_metrics else None,
         "faithfulness": faithfulness,
@@ -68,8 +76,8 @@ def _values(results: Block, folder: Path) -> dict[str, Any]:
         "judge_rows": _judge_rows(labels.get("judge")),
         "detection_rows": _detection_rows(labels.get("detection")),
         "attribution": _attribution(attribution) if attribution.get("graphs") else None,
-        "circuit": _circuit(upgraded_block(results["hesitation"])) if results.get("hesitation") else None,
-        "generations": [_generation(answer) for answer in _read_answers(output_file(folder, "answers.jsonl"))],
+        "circuit": _circuit(circuit) if circuit else None,
+        "generations": generations,
         "versions": ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items() if version),
         "seconds": ", ".join(f"{stage} {value:.0f} s" for stage, value in results.get("seconds", {}).items()),
     }
@@ -83,14 +91,7 @@ def _summary_rows(results: Block) -> list[list[str | Cell]]:
     rows: list[list[str | Cell]] = []
     if "faithfulness" in results:
         faithfulness = results["faithfulness"]
-        partial = [
-            *faithfulness["partial_of_full"]["first"][:-1],
-            *faithfulness["partial_of_full"]["last"][1:],
-            *faithfulness["partial_of_full"]["only"],
-        ]
-        worst = max(
-            partial, key=lambda measurement: -math.inf if measurement["value"] is None else measurement["value"]
-        )
+        worst = worst_partial(faithfulness)
         l0 = [measurement["value"] for measurement in faithfulness["l0"]]
         rows += [
             ["KL(target || replacement)", measurement_cell(faithfulness["kl"]["replacement"], three_digits)],
@@ -239,7 +240,7 @@ def _attribution(block: Block) -> dict[str, Any]:
         plot(
             [Line(name, lines["n"], lines[kind]) for name, lines in curves.items()],
             xlabel="first n features of the ranking",
-            ylabel="share of the features' effect on the logit",
+            ylabel="share of the effect on the logit",
             caption=f"{kind.capitalize()} the first n features by each ranking, in the real model; first graph.",
         )
         for kind in ("keeping", "removing")
@@ -302,21 +303,14 @@ def _rate_cells(rate: Block, columns: Sequence[str]) -> list[Cell]:
 
 
 class _Answers(Record, extra="ignore"):
-    """A line of answers.jsonl: a question and the answers of three models; runs may hold those of others."""
+    """A line of answers.jsonl: a question and the answers of the models; runs may hold those of others."""
 
     question: str
     target: str
     hybrid: str
     replacement: str
+    base: str | None = None
 
 
 def _read_answers(path: Path) -> list[_Answers]:
     return read_record_lines(_Answers, path) if path.is_file() else []
-
-
-def _generation(answers: _Answers) -> dict[str, Any]:
-    boxes = [(name, text) for name, text in answers if name != "question"]
-    return {
-        "question": answers.question,
-        "boxes": [(name, highlight_words(text, HIGHLIGHTED_WORDS)) for name, text in boxes],
-    }

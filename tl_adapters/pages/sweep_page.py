@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.features.feature import ALIVE_FIRINGS
+from tl_adapters.pages.navigation import REPORT_PAGE_FILE, SWEEP_PAGE_FILE, PageLink
 from tl_adapters.pages.plots import Line, Plot, nan_for_none, plot
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import Cell, interval_text, percent, render, shown_from, three_digits
 from tl_adapters.utils.measurement import Measurement
 
-SWEEP_PAGE_FILE = "sweep.html"
 _MEASURED_FIELDS = ("l0", "kl", "kl_hybrid", "kl_of_hybrid", "nmse", "recovered")
 
 
@@ -134,6 +134,7 @@ def write_sweep_page(folder: Path, record: Mapping[str, Any], points: Sequence[S
         header, rows = _table_texts(points)
         text = render(
             "sweep/sweep.html.j2",
+            run_pages=[PageLink("Sweep", SWEEP_PAGE_FILE, current=True), *_reports(folder, points)],
             introduction=_introduction(record, points),
             plots=_plots(points),
             header=header,
@@ -141,6 +142,12 @@ def write_sweep_page(folder: Path, record: Mapping[str, Any], points: Sequence[S
         )
     write_text(folder / SWEEP_PAGE_FILE, text)
     return folder / SWEEP_PAGE_FILE
+
+
+def _reports(folder: Path, points: Sequence[SweepPoint]) -> list[PageLink]:
+    """Return links to the reports of the points that were evaluated as runs of their own."""
+    addresses = {p.name: f"{p.name}/{REPORT_PAGE_FILE}" for p in points}
+    return [PageLink(name, address) for name, address in addresses.items() if (folder / address).is_file()]
 
 
 def _plots(points: Sequence[SweepPoint]) -> list[Plot | str]:

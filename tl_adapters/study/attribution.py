@@ -26,7 +26,8 @@ from tl_adapters.features.store import FeatureStore
 from tl_adapters.generation.responses import Response, respond
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.graph_page import free_graph_name, remove_graph, require_new_graph, write_graph
-from tl_adapters.pages.report import REPORT_PAGE_FILE, write_report
+from tl_adapters.pages.navigation import GRAPHS_FOLDER, REPORT_PAGE_FILE
+from tl_adapters.pages.report import write_report
 from tl_adapters.study.open_run import alone_in_run, is_organism_run, open_run, require_adapters
 from tl_adapters.study.run_size import StudyScale
 from tl_adapters.utils.results import changed_results, output_file, read_results, stage, write_results
@@ -41,7 +42,7 @@ def attribution_stage(
     pair: PairedModel, responses: Sequence[Response], folder: Path, split: str, store: FeatureStore | None = None
 ) -> None:
     """Adds the block attribution: validated graphs of the first hesitation in three of the target's answers."""
-    word, graphs = token_id(pair, HESITATION_ONSET), folder / "graphs"
+    word, graphs = token_id(pair, HESITATION_ONSET), folder / GRAPHS_FOLDER
     with stage(folder, "attribution"):
         _remove_earlier_graphs(folder, graphs)
         onsets = [

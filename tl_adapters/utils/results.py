@@ -215,6 +215,12 @@ def output_file(folder: str | Path, name: str) -> Path:
     return Path(folder) / read_results(folder).get(OUTPUT_FILES, {}).get(name, {}).get("file", name)
 
 
+def is_own_output(folder: str | Path, name: str) -> bool:
+    """Whether a file is as `write_output` has written it, and not changed or replaced since."""
+    path, known = output_file(folder, name), read_results(folder).get(OUTPUT_FILES, {}).get(name, {})
+    return path.is_file() and _sha256(path.read_bytes()) in known.get("sha256", [])
+
+
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 

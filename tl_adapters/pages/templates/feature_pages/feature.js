@@ -12,11 +12,11 @@ const section = (title, ...parts) => el("section", {}, el("h2", {}, title), part
 const soft = (...parts) => el("p", { class: "soft" }, parts);
 
 /** A table whose last column is a bar; the longest is the largest number there is. */
-function bars(head, rows, { signs = false } = {}) {
+function bars(called, head, rows, { signs = false } = {}) {
   const most = Math.max(...rows.map((row) => Math.abs(row.value)), 0) || 1;
-  return el("table", { class: "bars" },
+  return el("table", { class: "bars", "aria-label": called },
     el("thead", {}, el("tr", {}, head.map((title, i) => el("th", { scope: "col", class: i ? "number" : null }, title)),
-      el("th", { class: "track", "aria-hidden": "true" }))),
+      el("td", { class: "track", "aria-hidden": "true" }))),
     el("tbody", {}, rows.map((row) => {
       const bar = row.value === 0 ? null : el("span", {
         class: `bar ${signs ? (row.value < 0 ? "down" : "up") : ""}`,
@@ -116,13 +116,13 @@ function firesOn(f) {
 
 function promotes(f) {
   const list = (title, pairs) => el("div", {}, el("h3", {}, title), pairs.length
-    ? bars([], pairs.map(([id, v]) => ({ what: token(text(id)), figures: [signed(v)], value: v })), { signs: true })
+    ? bars(title, [], pairs.map(([id, v]) => ({ what: token(text(id)), figures: [signed(v)], value: v })), { signs: true })
     : soft("None."));
   const words = data.words.map((word, i) => [word, f.effects[i]])
     .map(([word, value]) => ({ what: token(word), figures: [signed(value)], value }));
   return section("Direct effect on the logits", soft("Change of a logit per unit of activation, directly."),
     el("div", { class: "beside" }, list("Raises", f.promotes), list("Lowers", f.suppresses)),
-    words.length ? [el("h3", {}, "Chosen tokens"), bars([], words, { signs: true })] : null,
+    words.length ? [el("h3", {}, "Chosen tokens"), bars("Chosen tokens", [], words, { signs: true })] : null,
     el("h3", {}, "Over the vocabulary"),
     histogram(f.effect_histogram, { told: (n) => `${whole(n)} tokens`, what: "Tokens by effect", logHeight: true }));
 }
@@ -145,9 +145,9 @@ function where(f) {
   }) : null;
   const domains = f.domains.map(([domain, rate]) => ({ what: domain, figures: [percent(rate)], value: rate }));
   return section("Where in the trace",
-    regions.length ? bars(["region", "of its tokens", "of the firings"], regions) : soft("It never fired."),
+    regions.length ? bars("Where in the trace", ["region", "of its tokens", "of the firings"], regions) : soft("It never fired."),
     thinking ? [el("h3", {}, "Within the thinking"), thinking] : null,
-    domains.length ? [el("h3", {}, "By domain"), bars(["domain", "of its tokens"], domains)] : null);
+    domains.length ? [el("h3", {}, "By domain"), bars("By domain", ["domain", "of its tokens"], domains)] : null);
 }
 
 function neighbours(f) {
@@ -159,8 +159,8 @@ function neighbours(f) {
       el("td", {}, n.label ? n.label : n.promotes.map((id) => [token(text(id)), " "])),
       el("td", { class: "number" }, percent(n.share)), el("td", { class: "number" }, percent(n.density)));
   });
-  return section("Co-activating features", el("table", { class: "bars" },
-    el("thead", {}, el("tr", {}, ["", "label, or top logits", "of its firings", "of all tokens"].map((title, i) =>
+  return section("Co-activating features", el("table", { class: "bars", "aria-label": "Co-activating features" },
+    el("thead", {}, el("tr", {}, ["feature", "label, or top logits", "of its firings", "of all tokens"].map((title, i) =>
       el("th", { scope: "col", class: i > 1 ? "number" : null }, title)))), el("tbody", {}, rows)));
 }
 

@@ -10,6 +10,8 @@
   };
   const LISTED = 10; // entries of a list before "show all"
   const element = (id) => document.getElementById(id);
+  /** A color of the style sheet in the theme of now. */
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   // ---------------------------------------------------------------- text
 
@@ -256,9 +258,9 @@
     const strongest = d3.max([...near.into.values(), ...near.out.values()], Math.abs) || 1;
     const shade = (n) => {
       const weight = (near.into.get(n) ?? 0) + (near.out.get(n) ?? 0);
-      const hue = weight < 0 ? ["#f3d9cc", "#c2410c"] : ["#d3e3f2", "#1f6fb5"];
-      return d3.interpolateRgb(...hue)(0.15 + 0.85 * Math.sqrt(Math.min(1, Math.abs(weight) / strongest)));
+      return d3.interpolateRgb(...(weight < 0 ? hues.minus : hues.plus))(0.15 + 0.85 * Math.sqrt(Math.min(1, Math.abs(weight) / strongest)));
     };
+    const hues = { plus: [color("--plus-faint"), color("--plus")], minus: [color("--minus-faint"), color("--minus")] };
     const ring = new Map(state.groups.flatMap((group) => group.members.map((n) => [n, group.colour])));
     const current = single();
     const stop = current ?? nodes.find((n) => n.kind === "logit") ?? nodes.find(shown);
@@ -591,7 +593,7 @@
     return make("div", "examples", "", make("h3", "", "Where it is strong"), ...n.examples.map((window) =>
       make("p", "example", "", ...window.map(([text, value]) => {
         const span = make("span", "", text.replace(/\n/g, "↵\n"));
-        if (value > 0) span.style.backgroundColor = `rgba(255, 168, 38, ${0.08 + 0.82 * (value / strongest)})`;
+        if (value > 0) span.style.backgroundColor = `rgb(var(--heat) / ${0.08 + 0.82 * (value / strongest)})`;
         span.title = number(value);
         return span;
       }))));
@@ -871,6 +873,7 @@
   element("export-png").addEventListener("click", () => {
     savePng().catch(() => say("The picture could not be made; save the SVG."));
   });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", update);
   addEventListener("hashchange", () => {
     readAddress();
     update();
