@@ -44,6 +44,7 @@ EXPORTS = {
     "FeatureId": "adapters.feature_id",
     "FeatureStore": "features.store",
     "FeatureTarget": "attribution.targets",
+    "FeatureFactors": "interventions.variants",
     "find_circuit": "circuits.search",
     "find_onsets": "circuits.onsets",
     "from_authors": "interop.authors_checkpoint",
@@ -70,6 +71,7 @@ EXPORTS = {
     "most_active_others": "circuits.controls",
     "negated": "interventions.feature_edits",
     "only": "interventions.feature_edits",
+    "opened_engine": "interop.vllm_run",
     "PairedModel": "models.paired_model",
     "patched": "interventions.feature_edits",
     "plant_features": "evaluation.planted_features",
@@ -187,6 +189,7 @@ if TYPE_CHECKING:
     from tl_adapters.interop.hybrid_checkpoint import write_hybrid as write_hybrid
     from tl_adapters.interop.saelens import from_saelens as from_saelens
     from tl_adapters.interop.saelens import to_saelens as to_saelens
+    from tl_adapters.interop.vllm_run import opened_engine as opened_engine
     from tl_adapters.interventions.feature_edits import ablated as ablated
     from tl_adapters.interventions.feature_edits import added as added
     from tl_adapters.interventions.feature_edits import clamped as clamped
@@ -196,6 +199,7 @@ if TYPE_CHECKING:
     from tl_adapters.interventions.feature_edits import patched as patched
     from tl_adapters.interventions.feature_edits import scaled as scaled
     from tl_adapters.interventions.frozen import frozen as frozen
+    from tl_adapters.interventions.variants import FeatureFactors as FeatureFactors
     from tl_adapters.interventions.variants import Variant as Variant
     from tl_adapters.local_stage.train_local import train_local as train_local
     from tl_adapters.local_stage.transcoders import measure_transcoders as measure_transcoders

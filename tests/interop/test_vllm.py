@@ -383,6 +383,9 @@ class RecordingEngine:
     def serves(self, condition: str) -> bool:
         return condition in [*self.spare, "replacement-without-0.1-2.3"]
 
+    def require(self, condition: str) -> None:
+        assert self.serves(condition)
+
     def define(self, condition: Condition, factors: list[torch.Tensor]) -> None:
         self.defined.append((condition.name, float(factors[0][1])))
 
@@ -424,6 +427,7 @@ def test_the_oldest_spare_condition_that_is_not_in_use_is_defined_anew(opened: P
     assert condition(without(EARLY)) == "replacement-without-0.1-2.3"
     with served.entered(pair, without(MANY)) as model:
         assert model is pair.model
+    assert served.model_of("replacement-without-0.1-2.3").condition == condition(without(EARLY))
 
 
 @pytest.mark.parametrize(("engine", "of_engine"), [("vllm", "bfloat16"), ("http://127.0.0.1:1", None)])

@@ -88,6 +88,11 @@ def to_vllm(
     _require_servable(adapters, config, str(target))
     served = _with_routes(variants, spare)
     rows = [factors for factors in served.values() if not factors.unchanged]
+    conditions = [
+        condition_of(name, factors, None if factors.unchanged else rows.index(factors))
+        for name, factors in served.items()
+    ]
+    conditions += [spare_condition(number, len(rows)) for number in range(spare)]
     described = ServedAdapters(
         stream="vllm",
         version=SERVING_VERSION,
@@ -101,13 +106,7 @@ def to_vllm(
         factor_rows=len(rows) + spare,
         spare=spare,
         fingerprint=served_model_name(adapters),
-        conditions=(
-            *(
-                condition_of(name, factors, None if factors.unchanged else rows.index(factors))
-                for name, factors in served.items()
-            ),
-            *(spare_condition(number, len(rows)) for number in range(spare)),
-        ),
+        conditions=tuple(conditions),
     )
     entries = {
         "architectures": [f"{SERVED_PREFIX}{architecture_name(config)}"],
@@ -118,13 +117,17 @@ def to_vllm(
         tensors = _adapter_tensors(adapters, rows, spare)
         write_hybrid(out, target, base, config=entries, beside_mlps=tensors, base_as="base")
         _name_tokenizer_class(out)
-        for index, condition in enumerate(described.conditions):
-            lora, numbers = condition_lora(index)
-            place = out / CONDITIONS_FOLDER / condition.name
-            make_folder(place)
-            write_text(place / "adapter_config.json", dumps(lora, indent=1) + "\n")
-            write_tensors(place / "adapter_model.safetensors", numbers)
+        for index, condition in enumerate(conditions):
+            _write_condition(out / CONDITIONS_FOLDER / condition.name, index)
         name_new(out, folder)
+
+
+def _write_condition(place: Path, index: int) -> None:
+    """The LoRA by which requests name the condition of an index."""
+    lora, numbers = condition_lora(index)
+    make_folder(place)
+    write_text(place / "adapter_config.json", dumps(lora, indent=1) + "\n")
+    write_tensors(place / "adapter_model.safetensors", numbers)
 
 
 def read_served_folder(folder: Path) -> ServedAdapters:

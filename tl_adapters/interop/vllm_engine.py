@@ -98,6 +98,10 @@ class VllmEngine(Protocol):
         """Whether the engine serves a condition of this name."""
         ...
 
+    def require(self, condition: str) -> None:
+        """Raises VllmError where the engine does not serve a condition of this name."""
+        ...
+
     def define(self, condition: Condition, factors: Sequence[Float[Tensor, "n_features"]]) -> None:
         """Define a spare condition by what it computes and the factors of all features, by layer."""
         ...
@@ -207,6 +211,10 @@ class LocalVllm:
         """Whether the engine serves a condition of this name."""
         return condition in self._numbers
 
+    def require(self, condition: str) -> None:
+        """Raises VllmError where the engine does not serve a condition of this name."""
+        _require_condition(condition, self._numbers, str(self.folder))
+
     def define(self, condition: Condition, factors: Sequence[Float[Tensor, "n_features"]]) -> None:
         """Define a spare condition, or define it anew.
 
@@ -228,7 +236,7 @@ class LocalVllm:
     def _lora(self, condition: str) -> Any:
         from vllm.lora.request import LoRARequest
 
-        _require_condition(condition, self._numbers, str(self.folder))
+        self.require(condition)
         return LoRARequest(condition, self._numbers[condition], str(self.folder / CONDITIONS_FOLDER / condition))
 
 
@@ -313,7 +321,7 @@ class VllmServer:
 
     def generate(self, condition: str, requests: Sequence[CompletionRequest]) -> list[list[int]]:
         """Token ids of every completion, with the token that ended it. Raises VllmError."""
-        _require_condition(condition, self.conditions, self.url)
+        self.require(condition)
 
         def completed(request: CompletionRequest) -> list[int]:
             body = {"model": condition, "prompt": request.prompt, "return_token_ids": True, **request.parameters}
@@ -324,7 +332,7 @@ class VllmServer:
 
     def score(self, condition: str, texts: Sequence[list[int]]) -> list[list[ScoredToken]]:
         """How likely every token of a text is after those before it. Raises VllmError."""
-        _require_condition(condition, self.conditions, self.url)
+        self.require(condition)
 
         def scored(text: list[int]) -> list[ScoredToken]:
             body = {"model": condition, "prompt": text, **_SCORING}
@@ -340,6 +348,10 @@ class VllmServer:
     def serves(self, condition: str) -> bool:
         """Whether the server serves a condition of this name."""
         return condition in self.conditions
+
+    def require(self, condition: str) -> None:
+        """Raises VllmError where the server does not serve a condition of this name."""
+        _require_condition(condition, self.conditions, self.url)
 
     def define(self, condition: Condition, factors: Sequence[Float[Tensor, "n_features"]]) -> None:
         """Raises VllmError: a server's conditions are those of its export."""

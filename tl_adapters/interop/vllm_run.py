@@ -52,9 +52,14 @@ class ServedRun:
     def _target(self) -> VllmModel:
         return VllmModel.of(self.engine, SERVED_ROUTES[1].slug, self.target)
 
-    def model_of(self, variant: Variant) -> VllmModel:
-        """The model of a variant that was exported, or that a server serves; `generate` refuses other ones."""
-        return replace(self._target, condition=variant.slug)
+    def model_of(self, variant: Variant | str) -> VllmModel:
+        """The model of a variant that was exported, or that a server serves, by its name too.
+
+        Raises VllmError where it is not served.
+        """
+        name = variant if isinstance(variant, str) else variant.slug
+        self.engine.require(name)
+        return replace(self._target, condition=name)
 
     @contextmanager
     def entered(self, pair: PairedModel, variant: Variant) -> Iterator[Any]:
