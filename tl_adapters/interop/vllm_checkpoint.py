@@ -88,11 +88,7 @@ def to_vllm(
     _require_servable(adapters, config, str(target))
     served = _with_routes(variants, spare)
     rows = [factors for factors in served.values() if not factors.unchanged]
-    conditions = [
-        condition_of(name, factors, None if factors.unchanged else rows.index(factors))
-        for name, factors in served.items()
-    ]
-    conditions += [spare_condition(number, len(rows)) for number in range(spare)]
+    conditions = _conditions(served, rows, spare)
     described = ServedAdapters(
         stream="vllm",
         version=SERVING_VERSION,
@@ -106,7 +102,7 @@ def to_vllm(
         factor_rows=len(rows) + spare,
         spare=spare,
         fingerprint=served_model_name(adapters),
-        conditions=tuple(conditions),
+        conditions=conditions,
     )
     entries = {
         "architectures": [f"{SERVED_PREFIX}{architecture_name(config)}"],
@@ -209,6 +205,17 @@ def _with_routes(variants: Sequence[Variant], spare: int) -> dict[str, FeatureFa
             "served from one folder. Export the others to a second folder."
         )
     return by_name
+
+
+def _conditions(
+    served: Mapping[str, FeatureFactors], rows: Sequence[FeatureFactors], spare: int
+) -> tuple[Condition, ...]:
+    """The conditions of a folder, by index: those that are known, and the spare ones."""
+    known = (
+        condition_of(name, factors, None if factors.unchanged else rows.index(factors))
+        for name, factors in served.items()
+    )
+    return *known, *(spare_condition(number, len(rows)) for number in range(spare))
 
 
 def condition_of(name: str, factors: FeatureFactors, row: int | None = None) -> Condition:
