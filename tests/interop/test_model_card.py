@@ -4,14 +4,18 @@ import ast
 import copy
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from helpers.users_models import reference
+from huggingface_hub import RepoCard
 
+from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.interop.licenses import licenses_of
 from tl_adapters.interop.model_card import card
 
 HOSTILE = 'x")\nimport os; os.system("id")  # | `a` <img src=x onerror=alert(1)> [l](javascript:alert(1))\n---\n'
@@ -24,7 +28,7 @@ def test_hostile_names_are_text_in_the_card() -> None:
         stream=HOSTILE, fingerprints={"base_mlps": HOSTILE, "target": HOSTILE},
         figures={HOSTILE: {"value": None, **dict.fromkeys(("reason", "unit", "split", "n"), HOSTILE)}, "a": HOSTILE},
     )  # fmt: skip
-    text = card(adapters, HOSTILE)
+    text = card(adapters, HOSTILE, {HOSTILE: HOSTILE})
     head, _, body = text.removeprefix("---\n").partition("\n---\n")
     assert set(yaml.safe_load(head)) == {"library_name", "tags"}
     blocks = re.findall(r"^```python\n(.*?)^```$", body, re.DOTALL | re.MULTILINE)
@@ -43,7 +47,7 @@ def test_hostile_names_are_text_in_the_card() -> None:
         line for line in rest.splitlines() if line.startswith(("# Transcoder adapters: ", "## "))
     ]
     rows = [line for line in rest.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5, 6}
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3, 5, 6}
 
 
 @pytest.mark.parametrize(
@@ -63,3 +67,41 @@ def replaced(**fields: Any) -> AdapterSet:
     changed = copy.copy(adapters)
     object.__setattr__(changed, "metadata", dataclasses.replace(adapters.metadata, **fields))
     return changed
+
+
+def test_figures_come_with_their_meaning_and_licenses_are_said_openly() -> None:
+    adapters = replaced(figures={"KL(target || hybrid)": 0.5, "L0, layer 0": 3.0, "L0, layer 1": 4.0})
+    text = card(adapters, "user/repo", {"base": "apache-2.0", "data: x": "unknown"})
+    assert text.count("active features per token") == 1 and text.count("the difference to be explained") == 1
+    assert "accuracy recovered" not in text.lower()
+    assert "| base | apache-2.0 |" in text and "| data\\: x | unknown |" in text and "ask its authors" in text
+    assert "were not looked up" in card(adapters, "user/repo")
+    RepoCard(text, ignore_metadata_errors=False)  # the hub's own reader
+
+
+def test_licenses_are_read_from_cards(tmp_path: Path) -> None:
+    for name, card_text in {
+        "plain": "---\nlicense: mit\n---\n",
+        "named": "---\nlicense: other\nlicense_name: qwen\n---\n",
+        "several": "---\nlicense: [mit, apache-2.0]\n---\n",
+        "bare": "# A model\n",
+        "odd": "---\n- a list\n---\n",
+        "broken": "---\na: [\n---\n",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(card_text)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "traces.jsonl").write_text("{}\n")
+    about = replaced().metadata
+
+    def found(base: str, *data: str) -> list[str]:
+        changed = dataclasses.replace(about, base=base, target=organism.BUILTIN_TARGET, datasets=list(data))
+        return list(licenses_of(changed).values())
+
+    expected = {"plain": "mit", "named": "qwen", "several": "mit, apache-2.0"}
+    for name in ("plain", "named", "several", "bare", "odd", "broken", "empty", "nowhere"):
+        assert found(str(tmp_path / name)) == [expected.get(name, "unknown"), "apache-2.0"], name
+    assert found("", str(tmp_path / "plain"), str(tmp_path / "traces.jsonl"), "org/data") == [
+        "unknown", "apache-2.0", "mit", "unknown", "unknown",
+    ]  # fmt: skip
+    assert "secret" not in str(licenses_of(dataclasses.replace(about, datasets=["/home/me/secret/data"])))

@@ -203,6 +203,8 @@ def analyze_behavior(
         ]
     else:
         log.info("%s: there is nothing to measure; onsets are %s", name, block["moments"])
+    if not subject.republish:
+        block["texts_withheld"], examples = True, []
     if facts := subject.engine.facts():
         block["engine"] = facts
     return BehaviorStudy(found, _with_seeds(block, seeds), examples)

@@ -84,6 +84,8 @@ class Subject:
     """Temperature of answers; 0 takes the likeliest tokens, None takes the temperature of generation_config.json."""
     engine: AnsweringEngine = field(default_factory=OwnEngine)
     """What computes the answers."""
+    republish: bool = True
+    """Whether pages and files of the study may show the problems' texts and the answers to them."""
 
 
 def builtin_subject(
@@ -110,7 +112,10 @@ def builtin_subject(
 
 
 def halves(
-    all_problems: Sequence[Checkable], max_new_tokens: int | None = None, prefill: str = ChatFormat.think_start
+    all_problems: Sequence[Checkable],
+    max_new_tokens: int | None = None,
+    prefill: str = ChatFormat.think_start,
+    republish: bool = True,
 ) -> Subject:
     """Divide any problems into select and report problems by a hash of the question, whatever their order."""
     bits = [hashlib.sha256(p.question.encode()).digest()[0] % 2 for p in all_problems]
@@ -119,6 +124,7 @@ def halves(
         [p for p, bit in zip(all_problems, bits, strict=True) if bit == 1],
         prefill,
         max_new_tokens=max_new_tokens,
+        republish=republish,
     )
 
 

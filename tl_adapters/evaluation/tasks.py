@@ -118,6 +118,8 @@ class Task:
     """From a row and a seed to the problem."""
     checked_by: str | None = "math_verify"
     """Package that the check needs, from an extra; None where it needs none."""
+    republish: bool = True
+    """Whether its texts may be shown in public; the authors of GPQA ask not to, so that models do not learn them."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ class Problems:
     """Split of the dataset."""
     problems: Sequence[Checkable]
     """The problems in the order of the dataset."""
+
+    @property
+    def republish(self) -> bool:
+        """Whether their texts may be shown in public."""
+        return self.task not in TASKS or TASKS[self.task].republish
 
 
 def _math(question: str) -> Callable[[Mapping[str, str], int], Checkable]:
@@ -162,7 +169,13 @@ TASKS = {
     "aime24": Task("HuggingFaceH4/aime_2024", None, "train", ("problem", "answer"), _math("problem")),
     "aime25": Task("math-ai/aime25", None, "test", ("problem", "answer"), _math("problem")),
     "gpqa_diamond": Task(
-        "Idavidrein/gpqa", "gpqa_diamond", "train", ("Question", *_GPQA_CHOICE_COLUMNS), _gpqa, checked_by=None
+        "Idavidrein/gpqa",
+        "gpqa_diamond",
+        "train",
+        ("Question", *_GPQA_CHOICE_COLUMNS),
+        _gpqa,
+        checked_by=None,
+        republish=False,
     ),
 }
 

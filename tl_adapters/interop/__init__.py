@@ -7,6 +7,7 @@
 * `export`: Exports the adapters of a run, with their measurements, to the formats of other tools
 * `hub`: Upload and download of adapter sets on the Hugging Face hub, with a model card
 * `hybrid_checkpoint`: The hybrid model as a Hugging Face checkpoint: the target with the base's MLPs
+* `licenses`: The licenses of base, target and data, as their own cards state them
 * `model_card`: The model card of an adapter set, as the Hugging Face hub displays it
 * `neuronpedia`: A feature store as the files of a Neuronpedia upload
 * `sae_dashboard`: Feature pages made by the sae-dashboard package

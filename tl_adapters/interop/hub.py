@@ -17,6 +17,7 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.set_folder import set_files
 from tl_adapters.checkpoints.hub_client import hub_errors, require_repository_name
 from tl_adapters.checkpoints.model_files import fetch
+from tl_adapters.interop.licenses import licenses_of
 from tl_adapters.interop.model_card import CARD_FILE, card
 from tl_adapters.interop.saelens import published, to_saelens
 from tl_adapters.utils.files import (
@@ -65,7 +66,7 @@ def push_to_hub(
             reads = "normalized"
         to_saelens(adapters, folder, reads=reads)
         pushed = published(adapters.normalized() if reads == "normalized" else adapters)
-        write_text(folder / CARD_FILE, card(pushed, repo_id))
+        write_text(folder / CARD_FILE, card(pushed, repo_id, licenses_of(adapters.metadata, token)))
         with hub_errors(f"The hub did not accept {repo_id}", repo_id, upload=True):
             client.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:

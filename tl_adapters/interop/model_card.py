@@ -22,12 +22,13 @@ CARD_FILE = "README.md"
 _PAPER = "https://arxiv.org/abs/2602.20904"
 
 
-def card(adapters: AdapterSet, repo_id: str) -> str:
+def card(adapters: AdapterSet, repo_id: str, licenses: Mapping[str, str] | None = None) -> str:
     """Return the model card: what the adapters are, how to load them, what was measured, and which weights they fit.
 
     Args:
         adapters: the set as it is pushed.
         repo_id: "user/name", which the examples of code load.
+        licenses: of base, target and data (`licenses.licenses_of`); None says that they were not looked up.
 
     Raises:
         AdapterFormatError: adapters that `push_to_hub` refuses.
@@ -54,6 +55,8 @@ def card(adapters: AdapterSet, repo_id: str) -> str:
             writes=Markup(OUTPUT_HOOKS[about.writes].format(layer)),
             valid_for=Markup(_VALID_FOR[about.reads]),
             rows=_measurement_rows(about.figures),
+            meanings=[Markup(meaning) for names, meaning in _MEANINGS.items() if _any_begins(about.figures, names)],
+            licenses=licenses or {},
             datasets=", ".join(about.datasets),
         )
     )
@@ -70,6 +73,24 @@ _VALID_FOR = {
     "mlp_input": "That is right only on models without folded norms (`from_pretrained_no_processing`).",
 }
 """By what the adapters read: the models on which their input hook holds the right tensor."""
+
+
+_MEANINGS = {
+    "KL(target || hybrid)": "**KL(target || hybrid)**: the difference to be explained. The hybrid is the target with "
+    "the base's MLPs; 0 would mean that training changed nothing in the MLPs.",
+    "KL(target || replacement)": "**KL(target || replacement)**: what of it is left with the adapters beside "
+    "the base's MLPs; 0 would be the target itself.",
+    "same likeliest token": "**Same likeliest token**: the share of tokens after which target and replacement find the "
+    "same token likeliest.",
+    "L0": "**L0**: active features per token. Fewer are easier to read, and explain less.",
+    "accuracy recovered": "**Accuracy recovered**: (replacement - baseline) / (target - baseline). Where the hybrid "
+    "only fails to open its thinking, this says little about the features.",
+}
+"""Beginning of a measurement's name -> what it means."""
+
+
+def _any_begins(measurements: Mapping[str, Any], beginning: str) -> bool:
+    return any(name.startswith(beginning) for name in measurements)
 
 
 def _front_matter(about: AdapterMetadata) -> str:

@@ -113,6 +113,7 @@ def write_circuit_page(
             sections=[section for section in _sections(block) if section is not None],
             features=_features(circuit, store, link),
             generations=[_generation(example, words) for example in examples],
+            texts_withheld=bool(block.get("texts_withheld")),
         )
     return write_output(folder, HESITATION_PAGE_FILE, text)
 

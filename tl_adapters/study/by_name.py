@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,8 @@ from tl_adapters.study.train import pair_block
 from tl_adapters.utils.files import new_folder, require_absent, require_writable, write_text
 from tl_adapters.utils.results import versions, write_results
 from tl_adapters.utils.strict_json import dumps
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -123,7 +126,10 @@ def load_traces(
     if n < 1:
         raise DataError(f"n is {n}; allowed is a whole number >= 1.")
     if str(source) in (*TASKS, ORGANISM_TASK):
-        problems = load_problems(str(source), limit=n).problems
+        loaded = load_problems(str(source), limit=n)
+        problems = loaded.problems
+        if not loaded.republish:
+            log.warning("The texts of %s are not to be republished: keep graphs and features of them private.", source)
         with pair.routed("target"):
             return traces_of(respond(pair.model, problems, max_new_tokens=max_new_tokens), pair.model.tokenizer)
     given = data or DataConfig()

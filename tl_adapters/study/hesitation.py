@@ -110,7 +110,8 @@ def hesitation_of_run(
         select, report = ORGANISM_PROBLEM_COUNTS if limit is None else (limit // 2, limit - limit // 2)
         subject = builtin_subject(select, report, seed=seed)
     else:
-        subject = halves(load_problems(*task, limit=limit, seed=seed).problems, max_new_tokens)
+        loaded = load_problems(*task, limit=limit, seed=seed)
+        subject = halves(loaded.problems, max_new_tokens, republish=loaded.republish)
     defaults = StudyOptions()
     search: dict[str, Any] = {"share": share, "rounds": rounds, "method": method}
     given = {name: value for name, value in search.items() if value is not None}
