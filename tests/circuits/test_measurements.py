@@ -421,6 +421,7 @@ def test_halves_are_all_of_it_once_whatever_the_order() -> None:
     assert set(again.report) <= set(subject.report)
     assert [p for p in shuffled if p in set(again.report)] == list(again.report)
     assert (subject.max_new_tokens, subject.injections, subject.slipped) == (50, (), None)
+    assert subject.republish and not halves(asked, republish=False).republish
 
 
 @pytest.mark.parametrize("kind", ["sums", "differences"])

@@ -518,7 +518,7 @@ def studied(
 def studies(pair: PairedModel, subject: Subject) -> dict[str, BehaviorStudy]:
     """Of a phrase of two tokens whose first one, the end of a line, mostly goes on otherwise."""
     return {
-        "words": studied(pair, subject, (".\nWait",)),
+        "words": studied(pair, replace(subject, republish=False), (".\nWait",)),
         "find": studied(pair, subject, ("unused",), after_a_line, "Doubt & <co>"),
     }
 
@@ -582,6 +582,14 @@ def test_the_target_says_the_phrase_at_its_onsets_and_less_often_where_the_line_
 def probability_at(pair: PairedModel, onsets: Onsets, at: torch.Tensor) -> torch.Tensor:
     with pair.routed("target"):
         return log_odds_at(pair, onsets, at).sigmoid()
+
+
+def test_texts_that_are_not_to_be_republished_are_left_out(studies: dict[str, BehaviorStudy], tmp_path: Path) -> None:
+    shown, withheld = studies["find"], studies["words"]
+    assert shown.examples and "texts_withheld" not in shown.block
+    assert withheld.examples == [] and withheld.block["texts_withheld"]
+    page = write_circuit_page(tmp_path, withheld.block, withheld.circuit, None, withheld.examples).read_text()
+    assert "so no answers are shown" in page and shown.examples[0]["question"] not in page
 
 
 def test_pages_and_files_say_what_a_function_found(studies: dict[str, BehaviorStudy], tmp_path: Path) -> None:

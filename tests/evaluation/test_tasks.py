@@ -80,7 +80,9 @@ def test_files_of_every_kind_and_a_copied_dataset_hold_the_same_problems(tmp_pat
 def test_choices_are_shuffled_by_the_seed_and_the_question_alone(tmp_path: Path) -> None:
     rows = [{**ROWS["gpqa_diamond"], "Question": f"Question {n}?"} for n in range(60)]
     forwards, backwards = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *reversed(rows))
-    found = load_problems("gpqa_diamond", forwards).problems
+    loaded = load_problems("gpqa_diamond", forwards)
+    assert not loaded.republish and load_problems(ORGANISM_TASK, limit=1).republish
+    found = loaded.problems
     assert found == load_problems("gpqa_diamond", backwards).problems[::-1]
     assert found != load_problems("gpqa_diamond", forwards, seed=1).problems
     assert {p.letter for p in found if isinstance(p, ChoiceProblem)} == set(CHOICE_LETTERS)
