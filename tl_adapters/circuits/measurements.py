@@ -323,12 +323,14 @@ def corrected(
     pair: PairedModel, injections: Sequence[Injection], variant: Variant, subject: Subject, split: str
 ) -> OutcomesMeasurement:
     """Share of the wrong steps written into the model's answer that it corrects at once, under a condition."""
+    limits = [i.n_tokens for i in injections]
+    longest = None if None in limits else max(filter(None, limits), default=None)
     with subject.engine.entered(pair, variant) as model:
         responses = respond(
             model,
             [i.problem for i in injections],
             prefill=[i.prefill for i in injections],
-            max_new_tokens=subject.max_new_tokens,
+            max_new_tokens=_smaller(subject.max_new_tokens, longest),
             temperature=subject.temperature,
         )
     is_corrected = [bool(i.corrected(r.text)) for i, r in zip(injections, responses, strict=True)]
@@ -344,6 +346,11 @@ def corrected(
         reason=estimate.reason,
         outcomes=outcomes,
     )
+
+
+def _smaller(limit: int | None, other: int | None) -> int | None:
+    """The smaller of two limits, where None is none."""
+    return min((n for n in (limit, other) if n is not None), default=None)
 
 
 def mean_corrected(

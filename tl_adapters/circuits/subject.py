@@ -22,6 +22,9 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.census import corrects, with_injected_slip, written_steps
 
+LONGEST_CHECK = 24
+"""Tokens within which a check of the model organism ends: a word and a line of one-digit tokens take 13."""
+
 
 @dataclass(frozen=True)
 class Injection:
@@ -33,6 +36,8 @@ class Injection:
     """The beginning of the answer; its last step is wrong."""
     corrected: Callable[[str], bool]
     """From the text that follows to whether it begins by correcting the step."""
+    n_tokens: int | None = None
+    """Number of tokens that decide it; None generates the whole answer."""
 
 
 @runtime_checkable
@@ -98,7 +103,7 @@ def builtin_subject(
     for problem in report:
         text, step = with_injected_slip(problem, rng)
         prefill = text.removeprefix(traces.prompt(problem))
-        injections.append(Injection(problem, prefill, partial(corrects, step=step)))
+        injections.append(Injection(problem, prefill, partial(corrects, step=step), LONGEST_CHECK))
     return Subject(
         problems("select", n_select, kind=kind),
         report,

@@ -26,7 +26,7 @@ DEMO_SCALE = StudyScale(
     problems=300,
     documents=300,
     baseline_documents=60,
-    hesitation=(120, 100),
+    hesitation=(80, 60),
     circuit=StudyOptions(
         SearchOptions(per_round=8, documents=40), draws=1, probability_draws=3, curve_factors=(0.5, 1.0, 2.0)
     ),
