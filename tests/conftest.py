@@ -97,7 +97,7 @@ def small_scale():  # type: ignore[no-untyped-def]
         circuit=StudyOptions(
             SearchOptions(per_round=8, documents=12), draws=1, probability_draws=1, curve_factors=(1.0,)
         ),
-        training=TrainingConfig(stages=("end_to_end",), n_features=64, steps=30, log_every=5),
+        training=TrainingConfig(stages=("end_to_end",), n_features=32, steps=30, log_every=5),
     )
 
 

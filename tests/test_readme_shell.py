@@ -17,6 +17,7 @@ SMALL = ("--config", "small.yaml")
 BOUNDS = {
     "hesitation": ("--limit", "32"),
     "benchmark": ("--limit", "8"),
+    "features": ("--data", "held_out.jsonl"),
     "train": SMALL,
     "sweep": (*SMALL, "--documents", "8"),
     "serve": ("--port", "0"),
@@ -42,7 +43,9 @@ def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("traces", "held_out"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "prompt.txt").write_text("<|bos|><|user|>47+85+19=?<|assistant|><think>47+85=122.\n")
-    (tmp_path / "small.yaml").write_text("training:\n  n_features: 16\n  local: {steps: 2, max_tokens: 2000}\n")
+    (tmp_path / "small.yaml").write_text(
+        "training:\n  n_features: 16\n  local: {steps: 2, max_tokens: 2000, polish: false, revisions: []}\n"
+    )
     monkeypatch.chdir(tmp_path)
     # The demo itself is run once for all tests; here its command is.
     copied = lambda folder, *args, **options: shutil.copytree(run, folder) / "report.html"  # noqa: E731
@@ -61,7 +64,7 @@ def test_a_line_runs_as_printed(line: str, place: Path, capsys: pytest.CaptureFi
     out = Path(words[words.index("--out") + 1]) if "--out" in words else None
     if out is not None and out.exists():
         shutil.rmtree(out)
-    bounded = "--config" in words or "--resume" in words
+    bounded = any(option in words for option in ("--config", "--resume", "--data" if words[0] == "features" else ""))
     quiet = () if words[0] == "config" else ("--quiet",)  # it has nothing to be quiet about
     status = main([*words, *(() if bounded else BOUNDS.get(words[0], ())), *quiet])
     printed = capsys.readouterr()

@@ -61,7 +61,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     rows = [{"prompt": q, "response": r} for q, r in organism.reasoning_pairs("train", 12)]
     for name in ("TRACES.jsonl", "HELD_OUT.jsonl", "held out.jsonl"):
         (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (place / "small options.yaml").write_text("training:\n  local: {steps: 1, max_tokens: 2000}\n  n_features: 4\n")
+    (place / "small options.yaml").write_text(
+        "training:\n  local: {steps: 1, max_tokens: 2000, polish: false, revisions: []}\n  n_features: 4\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr("tl_adapters.study.evaluate.StudyScale", lambda: SCALE)

@@ -44,16 +44,23 @@ class FeatureFactors:
         """Whether all features stay as they are."""
         return not self.factors and self.others == 1
 
-    def by_layer(self, adapters: AdapterSet) -> dict[int, Float[Tensor, "n_features"]]:
+    def by_layer(
+        self, adapters: AdapterSet, device: torch.device | None = None
+    ) -> dict[int, Float[Tensor, "n_features"]]:
         """The factors of all features, of every layer with adapters.
+
+        Args:
+            adapters: the adapters that the features belong to.
+            device: where the factors are moved, all at once.
 
         Raises ArgumentError, InterventionError and ForeignFeaturesError as `feature_edits.feature_indices` does.
         """
         feature_indices(adapters, [feature for feature, _ in self.factors])
-        rows = {layer: torch.full((adapters.n_features,), self.others) for layer in adapters.layer_indices}
+        layers = adapters.layer_indices
+        rows = torch.full((len(layers), adapters.n_features), self.others)
         for feature, factor in self.factors:
-            rows[feature[0]][feature[1]] = factor
-        return rows
+            rows[layers.index(feature[0]), feature[1]] = factor
+        return dict(zip(layers, rows.to(device), strict=True))
 
     @property
     def digest(self) -> str:
@@ -129,11 +136,12 @@ def with_negated(features: Sequence[FeatureId]) -> Variant:
 
 def multiplied(name: str, factors: FeatureFactors) -> Variant:
     """A variant of any factors."""
-    return Variant(
-        name,
-        lambda pair: gated(pair, factors.by_layer(pair.installed_adapters()), factors.route, factors.decoder_bias),
-        factors,
-    )
+
+    def entered(pair: PairedModel) -> Any:
+        gates = factors.by_layer(pair.installed_adapters(), pair.device)
+        return gated(pair, gates, factors.route, factors.decoder_bias)
+
+    return Variant(name, entered, factors)
 
 
 def _each(features: Sequence[FeatureId], factor: float) -> tuple[tuple[FeatureId, float], ...]:
