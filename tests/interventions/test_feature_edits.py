@@ -5,6 +5,8 @@ import torch
 from helpers.pairs import TOKENS, make, state
 from helpers.random_models import ARCHITECTURES
 
+from tl_adapters.adapters.feature_id import FeatureId
+from tl_adapters.circuits.circuit import Circuit, CircuitFeature
 from tl_adapters.interventions.feature_edits import (
     InterventionError,
     ablated,
@@ -175,6 +177,30 @@ def test_on_every_architecture_without_any_feature_nothing_changes(architecture:
             assert torch.equal(plain, model(TOKENS))
         with ablated(pair, FEATURES) as model:
             assert not torch.equal(plain, model(TOKENS))
+
+
+@torch.no_grad()
+def test_a_circuit_stands_for_its_promoting_features(pair: PairedModel) -> None:
+    numbers = dict.fromkeys(("direct", "through", "total", "continuation", "contrast", "activation"), 1.0)
+    roles = {FEATURES[0]: "output", FEATURES[2]: "template", FEATURES[3]: "suppress"}
+    circuit = Circuit(
+        behavior="a",
+        words=(),
+        features=tuple(CircuitFeature(FeatureId(*id), role, **numbers) for id, role in roles.items()),  # type: ignore[arg-type]
+        strength=1.0,
+        split="select",
+        fingerprints=pair.installed_adapters().fingerprints,
+        n_features=24,
+        n_layers=4,
+        threshold=0.0,
+    )
+    with pair.routed("replacement"):
+        unchanged = pair.model(TOKENS)
+        with pair.ablated([FEATURES[0], FEATURES[2]]) as model:
+            expected = model(TOKENS)
+        with pair.ablated(circuit) as model:
+            assert torch.equal(model(TOKENS), expected)
+    assert not torch.equal(unchanged, expected)
 
 
 def test_features_that_do_not_exist_are_refused(pair: PairedModel) -> None:

@@ -27,7 +27,7 @@ from tl_adapters.circuits.subject import Injection, Subject
 from tl_adapters.evaluation.behaviors import Behavior, counts
 from tl_adapters.evaluation.response_metrics import correctness, measure_responses
 from tl_adapters.generation.responses import Response, respond
-from tl_adapters.interventions.feature_edits import Features, ablated
+from tl_adapters.interventions.feature_edits import FeaturePairs, ablated
 from tl_adapters.interventions.frozen import FrozenChange, frozen_by_block
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
@@ -376,7 +376,7 @@ def corrected_more(more: OutcomesMeasurement, less: OutcomesMeasurement) -> Meas
 
 @torch.no_grad()
 def mediation(
-    pair: PairedModel, onsets: Onsets, template: Features, output: Features, split: str
+    pair: PairedModel, onsets: Onsets, template: FeaturePairs, output: FeaturePairs, split: str
 ) -> dict[str, Measurement]:
     """How much of the effect of template features passes through output features, by intervention.
 

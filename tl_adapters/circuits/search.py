@@ -348,6 +348,10 @@ class FoundCircuit:
         """Features of the circuit but the suppressors, in the order in which the search took them."""
         return [f.id for f in self.circuit.features if f.role != "suppress"]
 
+    def ids(self) -> list[FeatureId]:
+        """The promoting features, sorted: `pair.ablated(found)` is the replacement without them."""
+        return self.circuit.ids()
+
     def __repr__(self) -> str:
         alive, counts = int(self.alive.sum()), self.onsets.counts
         return (

@@ -30,11 +30,14 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.models.routed_mlp import ROUTES, Route
-from tl_adapters.utils.arguments import feature_pairs
+from tl_adapters.utils.arguments import HasFeatures, feature_pairs
 
 RECONSTRUCTION_HOOK = "mlp.adapter.hook_sae_recons"
 """The hook point of an adapter's output, within a block."""
-Features = Iterable[FeatureId | tuple[int, int]]
+FeaturePairs = Iterable[FeatureId | tuple[int, int]]
+"""Layer and index of each feature."""
+Features = FeaturePairs | HasFeatures
+"""Layer and index of each feature; or a circuit, for its promoting features."""
 Positions = Sequence[int] | None
 """Positions in each sequence, from 0 at its first token after padding on the left. In a generation with a cache these
 are positions of the prompt, and generated tokens are not changed. None means all positions, generated ones too."""

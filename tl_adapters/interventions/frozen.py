@@ -40,8 +40,16 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.interventions.feature_edits import Features, InterventionError, ablated, indices_by_layer, patched
+from tl_adapters.interventions.feature_edits import (
+    FeaturePairs,
+    Features,
+    InterventionError,
+    ablated,
+    indices_by_layer,
+    patched,
+)
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
+from tl_adapters.utils.arguments import feature_pairs
 
 NEURONS_HOOK = "mlp.hook_post"
 """The hook point of the neurons of the MLP that computes, within a block."""
@@ -87,7 +95,8 @@ def frozen(
         InterventionError: features or layers do not exist; within the block, a pass has another shape (text cannot be
             generated), or its route has adapters that were off in the reference.
     """
-    chosen = [f if isinstance(f, FeatureId) else FeatureId(*f) for f in features]  # a FeatureId keeps its set
+    # A FeatureId keeps its set.
+    chosen = [f if isinstance(f, FeatureId) else FeatureId(*f) for f in feature_pairs(features)]
     free_layers = range(pair.n_layers) if layers is None else layers
     if unknown := sorted(set(free_layers) - set(range(pair.n_layers))):
         raise InterventionError(f"There are no layers {unknown}; the model has 0 to {pair.n_layers - 1}.")
@@ -157,9 +166,9 @@ def _recording(pair: PairedModel, names: Iterable[str], values: dict[str, Tensor
 class FrozenChange(NamedTuple):
     """An ablation in a pass in which attention and norms are held at their values without it."""
 
-    ablated: Features
+    ablated: FeaturePairs
     """Features whose activations are 0."""
-    held: Features = ()
+    held: FeaturePairs = ()
     """Features whose activations are held too."""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from operator import index
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tl_adapters.errors import UserError
 
@@ -74,8 +74,22 @@ def whole_numbers(given: Any, below: int, what: str) -> list[int]:
     return [one for one in numbers if one is not None]
 
 
-def feature_pairs(given: Iterable[T], what: str = "features") -> list[T]:
-    """Features as given, each a pair of whole numbers (layer, index). Raises ArgumentError for anything else."""
+@runtime_checkable
+class HasFeatures(Protocol):
+    """A collection of features that names them, such as a circuit."""
+
+    def ids(self) -> list[Any]:
+        """Its features, as pairs (layer, index)."""
+        ...
+
+
+def feature_pairs(given: Iterable[T] | HasFeatures, what: str = "features") -> list[T]:
+    """Features as given, each a pair of whole numbers (layer, index), or those of a circuit.
+
+    Raises ArgumentError for anything else.
+    """
+    if isinstance(given, HasFeatures):
+        given = given.ids()
     advice = "give pairs (layer, index), such as [(2, 17)]"
     features = _items(given, what, advice)
     for one in features:
