@@ -255,3 +255,15 @@ def test_the_schema_of_configurations_is_printed(capfd: pytest.CaptureFixture[st
     assert main(["config", "--schema"]) == 0
     assert json.loads(capfd.readouterr().out) == json_schema()
     assert main(["config", "--schema", "--list"]) == main(["config", "--schema", "paper"]) == 2
+
+
+def test_the_command_lets_waiting_threads_sleep_and_a_call_from_python_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert main(["--version"]) == 0 and "OMP_WAIT_POLICY" not in os.environ
+    monkeypatch.setattr("sys.argv", ["tl-adapters", "--version"])
+    assert main() == 0 and os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert main() == 0 and os.environ["OMP_WAIT_POLICY"] == "active"

@@ -68,6 +68,16 @@ def test_a_good_pair_has_no_errors(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"ok      {subject}: " in out, subject
 
 
+@pytest.mark.parametrize(("load", "threads", "said"), [(3.9, 2, True), (0.2, 2, False), (3.9, 1, False)])
+def test_on_a_busy_machine_it_says_how_threads_wait(
+    monkeypatch: pytest.MonkeyPatch, load: float, threads: int, said: bool
+) -> None:
+    monkeypatch.setattr("psutil.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    says = [f.message for f in found(RunConfig(base=str(BASE), target=str(TARGET)), "ok") if f.subject == "processors"]
+    assert ["OMP_WAIT_POLICY=passive" in one and "3.9 processors" in one for one in says] == [True] * said
+
+
 def test_a_bad_pair_ends_with_status_1(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     edit(folders[0] / "config.json", intermediate_size=64)
     assert main(["doctor", *map(str, folders)]) == 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With --json, the standard output holds one JSON object, also where it is {"error": message}.
     """
+    if argv is None:  # the command itself, whose process is ours
+        # Threads that wait for each other sleep: where other processes need the processors, they would take turns.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = sys.argv[1:] if argv is None else list(argv)
     as_json = "--json" in argv
     with _visible_messages():

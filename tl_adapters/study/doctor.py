@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import PretrainedConfig
 
@@ -44,6 +45,10 @@ from tl_adapters.utils.devices import free_memory, resolve_device, seconds_of
 _GB = 1e9
 _LARGE_MLP, _MEASURED_LAYERS = 10_000_000, 4
 """With matrices of more weights than this, signal to noise is measured in so many layers only."""
+
+
+BUSY_LOAD = 0.5
+"""Share of torch's threads from which the load of other processes is worth a word."""
 
 
 def diagnose(
@@ -104,7 +109,7 @@ def diagnose(
     findings += _dtype(config, described)
     chosen = resolve_device(device)
     size = estimate_size(config, described, longest, chosen)
-    findings += [*_memory(size, chosen), _time(size, chosen), *_disk(size, config, out)]
+    findings += [*_memory(size, chosen), _time(size, chosen), *_processors(chosen), *_disk(size, config, out)]
     return [*findings, *_search(described, config, longest or size.tokens, chosen)]
 
 
@@ -304,6 +309,18 @@ def _time(size: RunSize, device: torch.device) -> Finding:
     dtype = getattr(torch, size.dtype)
     each = (f"{stage.stage} {_duration(seconds_of(stage.operations, device, dtype))}" for stage in size.stages)
     return Finding("ok", "time", f"{', '.join(each)} on {device}, estimated from a matrix product in {size.dtype}.")
+
+
+def _processors(device: torch.device) -> Iterator[Finding]:
+    """What to do where other processes keep the processors busy."""
+    load, n = psutil.getloadavg()[0], torch.get_num_threads()
+    if device.type == "cpu" and n > 1 and load > BUSY_LOAD * n:
+        says = (
+            f"{n} threads of torch, and other processes use about {load:.1f} processors. Threads that wait for each "
+            "other then keep a processor busy: the command line lets them sleep (OMP_WAIT_POLICY=passive); in Python "
+            "set this variable before torch is imported, or set OMP_NUM_THREADS=1."
+        )
+        yield Finding("ok", "processors", says)
 
 
 def _search(described: PretrainedConfig, config: RunConfig, tokens: int, device: torch.device) -> Iterator[Finding]:
