@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recorded import FOLDER, commit, record, recorded, value_and_range
+from recorded import FOLDER, commit, record, recorded, standalone, value_and_range
 
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
@@ -236,8 +236,7 @@ def main() -> None:
         record("hesitation", block(found, earlier), [commit(), *earlier.get("commits", [])])
         for shown in [b for job, b in found.items() if job.startswith("sums") and "criteria" in b][:1]:
             for name, drawn in zip(FIGURES, dose_curve_plots(shown), strict=True):
-                # A plot has the background and the text color of its page; a file by itself has no page.
-                alone = drawn.svg.replace("<svg ", '<svg style="color: #000; background: #fff" ', 1)
+                alone = standalone(drawn.svg)
                 write_text(FOLDER.parent / "docs" / name, alone + "\n")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from recorded import FOLDER, recorded
+from recorded import FOLDER, recorded, standalone
 from tables import DECADES, FAMILY_NAMES, RECIPE_NAMES
 
 from tl_adapters.pages.plots import Line, Plot, plot
@@ -76,7 +76,7 @@ def drawn(name: str) -> str:
     block, draw = PLOTS[name]
     found = recorded(block)
     assert found is not None, f"results.json has no block {block}"
-    return draw(found).svg + "\n"
+    return standalone(draw(found).svg) + "\n"
 
 
 def main() -> None:

@@ -82,3 +82,8 @@ def here() -> dict[str, Any]:
 def read_cell(path: Path) -> dict[str, Any] | None:
     """One run of a benchmark, None where it was not made yet."""
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def standalone(svg: str) -> str:
+    """A plot as a file by itself: in a page it takes the page's background and text color, and a file has no page."""
+    return svg.replace("<svg ", '<svg style="color: #000; background: #fff" ', 1)

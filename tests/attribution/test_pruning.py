@@ -262,7 +262,7 @@ def test_a_notebook_shows_a_graphs_targets_with_their_strongest_edges() -> None:
         into = graph.edges[0] == graph.first_target + i
         strongest = int(graph.weights.abs().masked_fill(~into, -1).argmax())
         assert f"strongest edges into {target.label}" in view and f"{graph.weights[strongest]:+.3g}" in view
-    assert f"<td>{graph.node_name(int(graph.edges[1, strongest]))}</td>".replace("'", "&#39;") in view
+    assert f">{graph.node_name(int(graph.edges[1, strongest]))}</".replace("'", "&#39;") in view
     kinds = (0, len(graph.features), graph.first_token + 1, graph.first_target)
     names = [graph.node_name(node) for node in kinds]
     layer, position, index = graph.features[0].tolist()

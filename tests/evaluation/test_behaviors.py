@@ -600,7 +600,7 @@ def test_pages_and_files_say_what_a_function_found(studies: dict[str, BehaviorSt
     page = write_circuit_page(tmp_path, study.block, study.circuit, None, study.examples).read_text()
     assert "found by the function <code>after_a_line</code>" in page
     assert "Occurrences of Doubt &amp; &lt;co&gt; per 1,000 response tokens." in page
-    assert "<th>occurrences of Doubt &amp; &lt;co&gt; per 1,000</th>" in page
+    assert '<th scope="col">occurrences of Doubt &amp; &lt;co&gt; per 1,000</th>' in page
     assert "before something else that begins alike" in page
     assert "that of the whole phrase" in page
     shown = [(e[condition], places) for e in study.examples for condition, places in e["places"].items()]

@@ -90,7 +90,7 @@ def test_push_and_pull(
     assert re.search(r"\| KL\(target \\\|\\\| replacement\) \| [\d.e-]+ \| [\d.e-]+ to ", card)
     assert main(["pull", "user/repo", "--out", str(tmp_path / "pulled")]) == 0
     out = capsys.readouterr().out
-    assert f"{pair.n_layers} of {pair.n_layers} layers, 64 features each" in out
+    assert f"{pair.n_layers} of {pair.n_layers} layers, 32 features each" in out
     other = PairedModel.from_pretrained(organism.BUILTIN_BASE, organism.BUILTIN_TARGET)
     other.load_adapters(AdapterSet.from_pretrained(tmp_path / "pulled"))
     assert (logits(other, "replacement") - logits(pair, "replacement")).abs().max() < 1e-4

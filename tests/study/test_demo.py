@@ -60,7 +60,7 @@ def test_the_blocks_are_those_of_the_schema(results: dict[str, Any]) -> None:
         "n", "accuracy", "length", "hesitation_per_1k", "truncated", "think_opened", "ci", "split",
         "looping", "near_ties_per_1k",
     }  # fmt: skip
-    assert results["train"]["steps"] == 30 and results["features"]["total"] == 64 * N_LAYERS
+    assert results["train"]["steps"] == 30 and results["features"]["total"] == 32 * N_LAYERS
 
 
 def test_every_figure_names_its_split_and_has_its_interval(results: dict[str, Any]) -> None:
