@@ -156,8 +156,8 @@ def test_every_part_is_there_and_goes_into_results(study: BehaviorStudy) -> None
     block = json.loads(json.dumps(plain(study.block), allow_nan=False))
     assert set(block) == {
         "schema_version", "behaviour", "words", "engine", "moments", "circuit", "probabilities", "other_words",
-        "necessity", "sufficiency", "transfer", "injected", "mediation", "dose", "smallest", "kinds", "sampled", "suppressors",
-        "bystanders", "criteria", "controls", "injected_more", "dose_curves",
+        "necessity", "sufficiency", "transfer", "injected", "mediation", "dose", "smallest", "kinds", "sampled",
+        "suppressors", "bystanders", "criteria", "controls", "injected_more", "dose_curves",
     }  # fmt: skip
     assert (block["behaviour"], set(block["words"])) == ("hesitation", {"Wait", "wait", " Wait"})
     assert set(block["necessity"]) == {*REMOVALS, "other_tokens"}
