@@ -7,7 +7,7 @@ import pytest
 
 from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.checkpoints.model_reference import published_name
-from tl_adapters.organism import BUILTIN_BASE
+from tl_adapters.organism import BUILTIN_BASE, BUILTIN_TEXT
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from tl_adapters.organism import BUILTIN_BASE
         ("gpt2", "gpt2"),
         (BUILTIN_BASE, BUILTIN_BASE),
         ("", ""),
-        ("the built-in pair's text", "the built-in pair's text"),
+        (BUILTIN_TEXT, BUILTIN_TEXT),
         ("/home/ada/models/base", "./base"),
         ("/home/ada/models/base/", "./base"),
         ("~/models/base", "./base"),

@@ -257,6 +257,9 @@ def test_injected_errors_are_corrected_or_not(builtin: PairedModel) -> None:
     assert corrected(builtin, never, on_route("target"), subject, "report").value == 0
     banned = corrected(builtin, subject.injections, on_route("hybrid"), subject, "report")
     assert banned.value < found.value, "the base alone does not"
+    whole = [replace(i, n_tokens=None) for i in subject.injections]  # by answers up to their end
+    for variant, judged in ((on_route("target"), found), (on_route("hybrid"), banned)):
+        assert corrected(builtin, whole, variant, subject, "report").outcomes == judged.outcomes
 
 
 # -- matched random sets ------------------------------------------------------------------------------------------

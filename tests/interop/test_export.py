@@ -40,7 +40,7 @@ def test_a_runs_adapters_carry_its_figures(run: Path) -> None:
     assert about.figures["KL(target || replacement)"] == results["faithfulness"]["kl"]["replacement"]
     assert about.figures["L0, layer 2"] == results["faithfulness"]["l0"][2]
     assert about.figures["accuracy recovered against the hybrid"] == results["behaviour"]["recovered"]["hybrid"]
-    assert about.datasets == ["the built-in pair's text"]
+    assert about.datasets == [organism.BUILTIN_TEXT]
     assert about.fingerprints == results["pair"]["fingerprints"]
     assert [sorted(of_layer) for of_layer in results["pair"]["signal_to_noise"]] == 5 * [["energy", "noise"]]
 

@@ -101,7 +101,7 @@ def test_licenses_are_read_from_cards(tmp_path: Path) -> None:
     expected = {"plain": "mit", "named": "qwen", "several": "mit, apache-2.0"}
     for name in ("plain", "named", "several", "bare", "odd", "broken", "empty", "nowhere"):
         assert found(str(tmp_path / name)) == [expected.get(name, "unknown"), "apache-2.0"], name
-    assert found("", str(tmp_path / "plain"), str(tmp_path / "traces.jsonl"), "org/data") == [
-        "unknown", "apache-2.0", "mit", "unknown", "unknown",
+    assert found("", str(tmp_path / "plain"), str(tmp_path / "traces.jsonl"), "org/data", organism.BUILTIN_TEXT) == [
+        "unknown", "apache-2.0", "mit", "unknown", "unknown", "apache-2.0",
     ]  # fmt: skip
     assert "secret" not in str(licenses_of(dataclasses.replace(about, datasets=["/home/me/secret/data"])))

@@ -35,7 +35,7 @@ from tl_adapters.cli.main import main
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.traces import DataError
 from tl_adapters.generation.completions import complete
-from tl_adapters.generation.likelihoods import log_likelihoods
+from tl_adapters.generation.likelihoods import log_likelihoods, longest_text
 from tl_adapters.generation.responses import respond
 from tl_adapters.generation.sampling import GenerationError
 from tl_adapters.interop.vllm_checkpoint import (
@@ -59,6 +59,7 @@ from tl_adapters.vllm_plugin.served_conditions import (
     ServedModelError,
     condition_lora,
     read_served,
+    spare_condition,
 )
 from tl_adapters.vllm_plugin.served_mlp import Routing, ServedAdapter, install
 
@@ -576,6 +577,39 @@ def test_a_server_is_asked_by_token_ids_and_must_have_the_same_adapters() -> Non
     for body in ("{", '{"data": 3}', "[]"):
         with LoopbackServer(lambda request, body=body: Response(body)) as server, pytest.raises(VllmError):
             VllmServer(server.url, "tl-adapters-1")
+
+
+def test_a_server_scores_texts_by_the_tokens_of_their_prompts() -> None:
+    """The server finds token t of log-probability -t and likeliest where t is even, and knows nothing of token 13."""
+
+    def scoring(request: Request) -> Response:
+        if request.path == "/v1/models":
+            return a_server(request, "tl-adapters-1")
+        asked = request.json()
+        assert asked["prompt_logprobs"] == 0 and asked["max_tokens"] == 1
+        at = [
+            {"99": {"logprob": -0.1, "rank": 1}}
+            | ({str(token): {"logprob": -float(token), "rank": 1 + token % 2}} if token != 13 else {})
+            for token in asked["prompt"][1:]
+        ]
+        return Response(json.dumps({"choices": [{"prompt_logprobs": [None, *at]}]}))
+
+    with LoopbackServer(scoring) as server:
+        engine = VllmServer(server.url, "tl-adapters-1")
+        model = VllmModel.of(engine, "target", organism.TARGET)
+        texts = [([5, 7], [4, 6]), ([9], [2, 3, 4]), ([8, 8], [])]
+        found = [(one.log_probability, one.greedy) for _, one in log_likelihoods(model, texts)]
+        assert found == [(-10.0, True), (-9.0, False), (0, True)]
+        assert longest_text(model) == engine.max_model_len - 1
+        with pytest.raises(DataError, match="both together at most 63"):
+            list(log_likelihoods(model, [([1] * 60, [2] * 4)]))
+        with pytest.raises(VllmError, match="does not say how likely every token"):
+            list(log_likelihoods(model, [([1], [13])]))
+        with pytest.raises(VllmError, match="were exported; export and serve spare-0"):
+            engine.define(spare_condition(0, 0), [])
+        with pytest.raises(VllmError, match="does not serve hybrid"):
+            engine.score("hybrid", [[1, 2]])
+        engine.close()
 
 
 def test_completions_go_through_the_shared_checks_limits_and_seeds() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,12 @@ from tl_adapters.cli.main import main
 from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.pair_check import claimed_l0
+from tl_adapters.evaluation.tasks import Problems
 from tl_adapters.interop.authors_checkpoint import to_authors
 from tl_adapters.interop.hub import push_to_hub
 from tl_adapters.interop.saelens import to_saelens
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.study import by_name
 from tl_adapters.utils.results import read_results
 
 TOKENS = torch.tensor([[5, 9, 20, 31, 7]])
@@ -166,6 +169,17 @@ def test_traces_by_name(builtin: PairedModel, tmp_path: Path) -> None:
     assert len(answered) == 3 and re.search(r"=\?.*<think>.*</think>", text, re.DOTALL)
     with pytest.raises(DataError, match="n is 0"):
         load_traces(file, builtin, n=0)
+
+
+def test_texts_that_are_not_to_be_republished_come_with_a_warning(
+    builtin: PairedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    problems = Problems("gpqa_diamond", "a copy", "train", organism.problems("tune", 2))
+    for task in ("gpqa_diamond", "gsm8k"):
+        caplog.clear()
+        monkeypatch.setattr(by_name, "load_problems", lambda *_, task=task, **__: replace(problems, task=task))
+        assert load_traces(task, builtin, n=2, max_new_tokens=160)
+        assert ("texts of gpqa_diamond are not to be republished" in caplog.text) == (task == "gpqa_diamond")
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     With --json, the standard output holds one JSON object, also where it is {"error": message}.
     """
     if argv is None:  # the command itself, whose process is ours
-        # Threads that wait for each other sleep: where other processes need the processors, they would take turns.
+        # By default a thread that waits for another one keeps its processor busy, which other processes then lack.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = sys.argv[1:] if argv is None else list(argv)
     as_json = "--json" in argv

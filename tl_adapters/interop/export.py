@@ -19,6 +19,7 @@ from tl_adapters.interop.saelens import to_saelens
 from tl_adapters.interop.vllm_checkpoint import to_vllm
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.weight_identity import trained_on
+from tl_adapters.organism import BUILTIN_TEXT
 from tl_adapters.utils.files import require_absent, require_writable
 from tl_adapters.utils.printing import command
 from tl_adapters.utils.results import RESULTS_FILE, read_results
@@ -44,7 +45,7 @@ def load_adapters_with_measurements(name: str | Path, **options: Any) -> Adapter
         raise UserError(f"{folder} has no adapters yet; continue its training with: {command('train', resume=folder)}")
     adapters = AdapterSet.from_pretrained(folder / "adapters", **options)
     results, about = read_results(folder), adapters.metadata
-    own_data = [RunConfig.of_run(folder).data.source or "the built-in pair's text"]
+    own_data = [RunConfig.of_run(folder).data.source or BUILTIN_TEXT]
     adapters.metadata = replace(
         about,
         figures={**about.figures, **_card_measurements(results)},

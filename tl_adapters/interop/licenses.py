@@ -14,7 +14,7 @@ from tl_adapters.checkpoints.hub_client import RepositoryKind, given_token, hub_
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.checkpoints.model_reference import published_name
 from tl_adapters.errors import UserError
-from tl_adapters.organism import BUILTIN
+from tl_adapters.organism import BUILTIN, BUILTIN_TEXT
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ UNKNOWN = "unknown"
 """What is said where no license is stated, or cannot be read now."""
 _CARD = "README.md"
 _BUILTIN = "apache-2.0"
+"""License of this package, whose files the model organism is."""
 
 
 def licenses_of(about: AdapterMetadata, token: str | None = None) -> dict[str, str]:
@@ -40,7 +41,7 @@ def licenses_of(about: AdapterMetadata, token: str | None = None) -> dict[str, s
 
 def _license(name: str | None, revision: str | None, kind: RepositoryKind, token: str | None) -> str:
     """The license that the card of a repository or folder states, or "unknown"."""
-    if name in BUILTIN or (name or "").startswith(("the built-in pair's", "the model organism's")):
+    if name in (*BUILTIN, BUILTIN_TEXT):
         return _BUILTIN
     if not name:
         return UNKNOWN

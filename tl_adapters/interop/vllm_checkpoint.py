@@ -75,7 +75,7 @@ def to_vllm(
         folder: must not exist.
         base, target: folders or hub names; their shards are copied one at a time.
         variants: what is served beside the routes; each multiplies features by factors. Its slug is its name.
-        spare: number of further conditions that are defined while the engine runs (`vllm_engine.LocalVllm.model_of`).
+        spare: number of further conditions that are defined while the engine runs (`vllm_engine.LocalVllm.define`).
 
     Raises:
         AdapterFormatError: adapters of some layers only, or in the other form.

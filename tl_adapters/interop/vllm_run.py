@@ -47,6 +47,7 @@ class ServedRun:
     _spare: OrderedDict[str, str] = field(default_factory=OrderedDict)
     """Digest of the factors -> spare condition, the oldest first."""
     _in_use: set[str] = field(default_factory=set)
+    """Conditions within whose block the caller is; they are not defined anew."""
 
     @cached_property
     def _target(self) -> VllmModel:

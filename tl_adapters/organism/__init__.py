@@ -13,9 +13,11 @@ from tl_adapters.organism.traces import reasoning_pairs
 
 PAIR = Path(__file__).parent / "pair"
 BASE, TARGET = PAIR / "base", PAIR / "target"
+BUILTIN_TEXT = "the model organism's text"
+"""Name of the data that adapters of the built-in pair are trained on, where they name a data set."""
 BUILTIN_BASE, BUILTIN_TARGET = "tl_adapters built-in base", "tl_adapters built-in target"
 BUILTIN = {BUILTIN_BASE: BASE, BUILTIN_TARGET: TARGET}
 """Names of base and target that do not depend on where the package is installed -> folder; every loader takes them."""
 
-__all__ = ["BASE", "BUILTIN", "BUILTIN_BASE", "BUILTIN_TARGET", "KINDS", "PAIR", "SPLITS", "TARGET", "Kind", "Problem"]
-__all__ += ["Split", "problems", "reasoning_pairs"]
+__all__ = ["BASE", "BUILTIN", "BUILTIN_BASE", "BUILTIN_TARGET", "BUILTIN_TEXT", "KINDS", "PAIR", "SPLITS", "TARGET"]
+__all__ += ["Kind", "Problem", "Split", "problems", "reasoning_pairs"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,18 +145,22 @@ def _curve(graph: AttributionGraph, edge: int, layout: _Layout, largest: float) 
 
 def _dot(graph: AttributionGraph, node: int, center: tuple[float, float], share: float) -> dict[str, Any]:
     is_target = node >= graph.first_target
-    kinds = itertools.compress(
-        ("target", "token", "feature", "error"),
-        (is_target, node >= graph.first_token, node < len(graph.features), True),
-    )
     return {
-        "kind": next(kinds),
+        "kind": _kind(graph, node),
         "x": f"{center[0]:.1f}",
         "y": f"{center[1]:.1f}",
         "radius": f"{3 + 5 * math.sqrt(max(0.0, share)):.1f}",
         "name": _short(_title(graph, node)) if is_target else "",
         "title": _title(graph, node) if is_target else f"{_title(graph, node)}; {share:.0%} of the largest influence",
     }
+
+
+def _kind(graph: AttributionGraph, node: int) -> str:
+    if node >= graph.first_target:
+        return "target"
+    if node >= graph.first_token:
+        return "token"
+    return "feature" if node < len(graph.features) else "error"
 
 
 def _title(graph: AttributionGraph, node: int) -> str:

@@ -48,7 +48,7 @@ _LARGE_MLP, _MEASURED_LAYERS = 10_000_000, 4
 
 
 BUSY_LOAD = 0.5
-"""Share of torch's threads from which the load of other processes is worth a word."""
+"""Load of the machine, as a share of torch's threads, above which `diagnose` reports it."""
 
 
 def diagnose(

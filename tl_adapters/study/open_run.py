@@ -115,7 +115,7 @@ def open_data(config: RunConfig, pair: PairedModel) -> EncodedDocuments:
     if config.target:
         raise DataError("data.source is empty; give a .jsonl file or a dataset's name (--data on the command line).")
     pairs = organism.reasoning_pairs("train", ORGANISM_TRACES, training.seed)
-    reader = ShuffledReader(PairRecords(pairs, "the model organism's text"), ConversationColumns(data))
+    reader = ShuffledReader(PairRecords(pairs, organism.BUILTIN_TEXT), ConversationColumns(data))
     return EncodedDocuments(reader, chat, data, n_ctx, training.seed, training.count)
 
 

@@ -181,6 +181,6 @@ def _described(
         metadata,
         target=name,
         target_revision=model_commit(name),
-        datasets=[config.data.source or "the model organism's text"],
+        datasets=[config.data.source or organism.BUILTIN_TEXT],
         figures=figures,
     )

@@ -6,5 +6,5 @@ vLLM loads this package by its entry point; it imports neither transformer_lens 
 * `registration`: The entry point, which tells vLLM the names of the model classes
 * `served_conditions`: The conditions of an exported folder, as its config.json describes them
 * `served_mlp`: The MLP of a layer, which runs every token through the parts that its condition names
-* `worker`: What vLLM's workers learn from this package: to define a condition while the engine runs
+* `worker`: The method by which vLLM's workers define a condition while the engine runs
 """

@@ -1,4 +1,4 @@
-"""What vLLM's workers learn from this package: to define a condition while the engine runs.
+"""The method that vLLM's workers get from this package: it defines a condition while the engine runs.
 
 vLLM adds the methods of `ConditionWorker` to its own worker class (`worker_extension_cls`), and `collective_rpc` calls
 them on every rank.
