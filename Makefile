@@ -20,7 +20,7 @@ study: install  ## the whole study of the built-in pair, three seeds: what publi
 	$(BIN)/python benchmarks/seeds.py runs/study 0 1 2
 
 test: install lint  ## everything CI runs
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 $(VENV)4/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)4

@@ -32,12 +32,12 @@ from tl_adapters.models.paired_model import PairedModel  # noqa: E402
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A worker takes whole files, whose tests share fixtures; notebooks share nothing, are long, and so come first."""
-    notebooks = "test_tutorials.py"
-    for item in items:
-        alone = item.path.name == notebooks
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.name))
-    items.sort(key=lambda item: item.path.name != notebooks)
+    """The longest files come first: a worker runs the notebooks while another makes the demo that many files read.
+
+    Workers take whole files (`--dist loadfile`), whose tests share fixtures.
+    """
+    first = ("test_tutorials.py", "test_demo.py")
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
 @pytest.fixture(autouse=True)
