@@ -65,11 +65,17 @@ def pair_of_configuration(
     config: Qwen2Config, device: torch.device, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PairedModel:
     """`random_pair` of any shape and dtype."""
+    return PairedModel.from_pretrained(*random_models(config, device, dtype), tokenizer=tokenizer)
+
+
+def random_models(
+    config: Qwen2Config, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Base and target of `pair_of_configuration`, as Hugging Face models."""
     torch.manual_seed(0)  # transformers draws initial weights from torch's own generator
     with _in_dtype(dtype):
         target = _model(config, device)
-        base = _base_of(target)
-    return PairedModel.from_pretrained(base, target, tokenizer=tokenizer)
+        return _base_of(target), target
 
 
 class ShapesOnly(PairedModel):

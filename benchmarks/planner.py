@@ -13,14 +13,12 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from large_pair import install_adapters, pair_of_configuration, random_documents, random_tokens
 from recorded import record, recorded
+from resources import measured
 from transformers import Qwen2Config
 
 from tl_adapters.attribution.attribute import attribute, default_batch_size, estimated_memory, estimated_operations
@@ -69,20 +67,6 @@ def configuration(cell: Cell) -> Qwen2Config:
     )  # fmt: skip
 
 
-def memory(name: str) -> int:
-    """A line of this process's memory in bytes: VmRSS is what it has, VmHWM the most it had."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
-
-
-def measured(act: Callable[[], object]) -> Cell:
-    """Seconds of one call, and the most memory beside what was there before it."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
-    before, started = memory("VmRSS"), time.perf_counter()
-    act()
-    return {"seconds": time.perf_counter() - started, "bytes": memory("VmHWM") - before}
-
-
 def train(cell: Cell, pair: PairedModel) -> Cell:
     """Two steps of the objective, with Adam, whose moments are in memory from the first on; seconds of one."""
     tokens, training = cell["tokens"], TrainingConfig(
@@ -92,7 +76,7 @@ def train(cell: Cell, pair: PairedModel) -> Cell:
     (size,) = estimate_size(RunConfig(training=training), configuration(cell), tokens).stages
     order = BatchOrder(TracesInMemory(random_documents(pair, 2, tokens)), tokens, 0)
     stage = EndToEndStage(pair, order, training)
-    found = measured(lambda: [stage.advance(False) for _ in range(2)])
+    found = measured(lambda: [stage.advance(False) for _ in range(2)])._asdict()
     found["seconds"] /= 2
     weights = sum(parameter.nbytes for parameter in pair.installed_adapters().parameters())  # were there before
     return {**found, "predicted_bytes": size.memory - weights, "operations": size.operations / 2}
@@ -103,7 +87,9 @@ def graph(cell: Cell, pair: PairedModel) -> Cell:
     tokens = random_tokens(pair, 1, cell["tokens"])[0]
     graphs: list[Any] = []
     targets = list(range(TARGETS))
-    found = measured(lambda: graphs.append(attribute(pair, tokens, targets, max_feature_nodes=ROWS, progress=False)))
+    found = measured(
+        lambda: graphs.append(attribute(pair, tokens, targets, max_feature_nodes=ROWS, progress=False))
+    )._asdict()
     active = graphs[0].about["active_features"]
     beside = estimated_memory(pair, len(tokens), active, default_batch_size(pair, len(tokens)))
     operations = estimated_operations(pair, len(tokens), ROWS + TARGETS)
@@ -119,7 +105,7 @@ def search(cell: Cell, pair: PairedModel) -> Cell:
     onsets = Onsets(ids, torch.ones_like(onset), onset, control, after, (7,))
     alive = torch.ones(pair.n_layers, cell["features"], dtype=torch.bool)
     options = SearchOptions(share=8 / alive.numel(), further=1.0, per_round=4, tokens_per_batch=4096)
-    found = measured(lambda: search_circuit(pair, onsets, alive, options, progress=False))
+    found = measured(lambda: search_circuit(pair, onsets, alive, options, progress=False))._asdict()
     size = estimate_search(configuration(cell), cell["features"], 8, texts, tokens, options, "float32")
     kept_for_roles = 4 * pair.n_layers * max(tokens, 4096 // tokens * tokens) * cell["features"]  # for roles only
     rounds = size.rounds + 1

@@ -230,6 +230,13 @@ def test_the_page_says_how_controls_were_set_and_what_every_condition_harms(tmp_
     assert "the whole circuit, at strength 1.5" in sufficiency and "as many of the most active others" in injected
 
 
+def test_the_page_says_what_answered_the_problems(tmp_path: Path) -> None:
+    engine = {"name": "vLLM", "dtype": "bfloat16", "by_our_own": ["words banned", "<b>steered"]}
+    html = write_circuit_page(tmp_path, {**whole_block(), "engine": engine}, made(), None, EXAMPLES).read_text()
+    assert "vLLM in bfloat16; by our own engine: words banned, &lt;b&gt;steered" in html
+    assert "problems answered by" not in write_circuit_page(tmp_path, whole_block(), made(), None, EXAMPLES).read_text()
+
+
 def test_the_page_copes_with_anything_absent(tmp_path: Path) -> None:
     block = whole_block()
     for name in [None, *block]:

@@ -110,7 +110,7 @@ class RecordingEngine(OwnEngine):
         return super().entered(pair, variant)
 
     def facts(self) -> dict[str, Any]:
-        return {"name": "recording"}
+        return {"name": "recording", "dtype": "float32", "by_our_own": []}
 
 
 ENGINE = RecordingEngine()
@@ -132,7 +132,7 @@ def study(pair: PairedModel, subject: Subject) -> BehaviorStudy:
 
 def test_every_answer_is_asked_of_the_engine(study: BehaviorStudy) -> None:
     """And most conditions say the factors of their features, so that another engine can compute them."""
-    assert study.block["engine"] == {"name": "recording"}
+    assert study.block["engine"] == ENGINE.facts()
     names = [variant.name for variant in ENGINE.variants]
     assert names[0] == "target" and {"replacement", "hybrid", "decoder biases only", "words banned"} <= {*names}
     answered = len(study.block["necessity"]) + len(study.block["sufficiency"]) + len(study.block["injected"])

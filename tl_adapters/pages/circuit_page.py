@@ -179,6 +179,10 @@ def _about(block: Block, circuit: Circuit, words: Sequence[str]) -> dict[str, An
         if alike := (block.get("begins_alike") or {}).get(split):
             counts += f" ({count(alike)} of them before something else that begins alike)"
         rows.append([f"{visible_text(split)} split", f"{counts} in {count(m.get('documents'))} documents"])
+    if engine := block.get("engine"):
+        own = ", ".join(engine["by_our_own"])
+        by = f"{engine['name']} in {engine['dtype']}" + (f"; by our own engine: {own}" if own else "")
+        rows.append(["problems answered by", visible_text(by)])
     return {
         "words": [visible_text(word) for word in words[:MAX_SHOWN_WORDS]],
         "more_words": len(words) - MAX_SHOWN_WORDS,
