@@ -76,10 +76,10 @@ class HFObjective:
         return kls + torch.stack(nmse).mean() + l1_weight * l1
 
 
-def step(objective: HFObjective, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, int, float]) -> None:
-    """A whole step: gradients, clipping to norm 1, and the optimizer's step."""
-    objective.loss(*batch).backward()
+def take_step(loss: Tensor, optimizer: torch.optim.Optimizer, largest_norm: float) -> None:
+    """Gradients of a loss, clipping to a norm of all of them together, and the optimizer's step."""
+    loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    torch.nn.utils.clip_grad_norm_(parameters, largest_norm)
     optimizer.step()
     optimizer.zero_grad()

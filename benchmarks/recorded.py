@@ -53,9 +53,10 @@ def value_and_range(value: float, values: Sequence[float]) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command that runs, as it can be repeated."""
+    """The command that runs, as it can be repeated elsewhere: a folder of this machine is one of its name in runs/."""
     script = Path(sys.argv[0])
-    return shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    given = [f"runs/{Path(arg).name}" if Path(arg).is_absolute() else arg for arg in sys.argv[1:]]
+    return shlex.join(["python", f"{script.parent.name}/{script.name}", *given])
 
 
 def commit() -> str:

@@ -4,7 +4,8 @@ With the cut k of L layers: the target runs forward through L layers, the replac
 the L - k above the cut, since the rest of a bridge is a part of the other two. Backward, the replacement has L layers
 and each bridge L - k, with gradients of inputs only, as the model's weights are frozen. Of the adapters, the encoder's
 forward product is dense; every other product can be restricted to active features. The vocabulary costs one product for
-the target, and two for each KL. Elementwise work, softmax, norms and Adam are left out.
+the target, and two for each KL: three KLs, and one at the cut L, where the forward bridge is the replacement and the
+backward bridge the target. Elementwise work, softmax, norms and Adam are left out.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class StepProducts:
         for _ in range(n + above):  # the replacement, and the backward bridge
             self._adapter()
         self.x @ self.W_U
-        for _ in range(2 if cut == n else 3):
+        for _ in range(1 if cut == n else 3):
             self.x @ self.W_U
             self.logits @ self.W_U.T
 

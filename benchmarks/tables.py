@@ -281,7 +281,28 @@ def by_search(block: dict[str, Any]) -> str:
     return markdown(["", *methods], rows)
 
 
-RECORDED = ("planted", "organism", "synthetic", "hesitation", "linearizations", "searches", "sizes", "gpu")
+def by_generation(block: dict[str, Any]) -> str:
+    """Tokens per second over Hugging Face's, by model, batch and decoding, and the geometric means."""
+    rows = [
+        [case["model"], str(case["batch"]), "sampled" if case["sampled"] else "greedy"]
+        + [with_range(case[side], "{:.2f}") for side in block["means"]]
+        for case in block["cases"]
+    ]
+    means = [with_range(mean, "{:.2f}") for mean in block["means"].values()]
+    return markdown(["model", "batch", "decoding", *block["means"]], [*rows, ["geometric mean", "", "", *means]])
+
+
+RECORDED = (
+    "planted",
+    "organism",
+    "synthetic",
+    "hesitation",
+    "linearizations",
+    "searches",
+    "sizes",
+    "gpu",
+    "generation",
+)
 """The blocks of results.json, in the order in which docs/benchmarks.md names them."""
 
 
@@ -313,6 +334,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "gpu_attribution": ("gpu", attribution_on_gpu),
     "gpu_rates": ("gpu", rates_on_gpu),
     "gpu_precision": ("gpu", precision_on_gpu),
+    "generation": ("generation", by_generation),
     "provenance": (" ".join(RECORDED), provenance),
 }
 """Table -> the blocks of results.json that it shows, and how."""

@@ -20,8 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hf_objective import HFObjective
-from hf_objective import step as reference_step
+from hf_objective import HFObjective, take_step
 from large_pair import install_adapters, pair_of_configuration, random_documents, random_models
 from recorded import record, value_and_range
 from resources import measured
@@ -83,8 +82,7 @@ def their_step(case: str, pair: PairedModel, document: Trace) -> Step:
     parameters = [parameter for adapter in adapters for parameter in adapter.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=TRAINING.lr, betas=(TRAINING.beta1, TRAINING.beta2), fused=True)
     objective, tokens = HFObjective(*models, adapters), torch.tensor([document.tokens])
-    l1 = TRAINING.l1_weight
-    return lambda cut: reference_step(objective, optimizer, (tokens, cut, l1))
+    return lambda cut: take_step(objective.loss(tokens, cut, TRAINING.l1_weight), optimizer, TRAINING.grad_clip)
 
 
 def seconds(step: Step) -> float:

@@ -1,6 +1,7 @@
 """results.json of the benchmarks, and the pages whose tables are written from it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_a_benchmark_replaces_its_own_block_only(tmp_path: Path) -> None:
     assert other["b"] == 2 and other["commits"] == ["abc", "abd"]
     assert set(ours["machine"]) == {"cores", "threads", "torch"} and "torch" in ours["versions"]
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
+
+
+def test_a_recorded_command_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sys.argv", [str(tmp_path / "benchmarks" / "planted.py"), str(tmp_path / "out"), "--seeds", "0"]
+    )
+    record("planted", {}, folder=tmp_path)
+    block = recorded("planted", tmp_path)
+    assert block is not None and block["command"] == "python benchmarks/planted.py runs/out --seeds 0"
+    for name, block in json.loads((FOLDER / "results.json").read_text()).items():
+        if isinstance(block, dict) and "command" in block:
+            assert not re.search(r"[ =]/", block["command"]), name
 
 
 def test_runs_are_pooled_and_the_range_is_over_runs(runs: Path) -> None:

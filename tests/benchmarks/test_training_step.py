@@ -28,9 +28,8 @@ def test_the_formulas_on_hugging_face_modules_have_the_gradients_of_the_objectiv
     objective = HFObjective(base, target, list(pair.installed_adapters()))
     loss = objective.loss(torch.tensor([document.tokens]), cut, 0.01)
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(
-        float(expected.total), rel=1e-6
-    )  # Hugging Face's norms compute in float32
+    # Hugging Face's norms compute in float32.
+    assert float(loss.detach()) == pytest.approx(float(expected.total), rel=1e-6)
     for gradient, parameter in zip(gradients, pair.installed_adapters().parameters(), strict=True):
         assert parameter.grad is not None
         assert (parameter.grad - gradient).norm() < 1e-6 * gradient.norm()
