@@ -87,4 +87,5 @@ def read_cell(path: Path) -> dict[str, Any] | None:
 
 def standalone(svg: str) -> str:
     """A plot as a file by itself: in a page it takes the page's background and text color, and a file has no page."""
-    return svg.replace("<svg ", '<svg style="color: #000; background: #fff" ', 1)
+    plain = str(svg)  # `replace` of a drawing's own type would escape what it looks for
+    return plain.replace("<svg ", '<svg style="color: #000; background: #fff" ', 1)

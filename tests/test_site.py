@@ -199,6 +199,16 @@ def test_the_site_in_a_browser(site: Path, browser: Browser) -> None:  # noqa: F
 
 
 @pytest.mark.browser
+def test_every_picture_is_shown(site: Path, browser: Browser) -> None:  # noqa: F811
+    with_pictures = [name for name, text in pages(site).items() if "<img" in text]
+    assert {"index.html", "benchmarks.html", "circuits.html"} <= {*with_pictures}
+    for name in with_pictures:
+        opened(browser, site / name)
+        widths = browser.js("[...document.querySelectorAll('img')].map(e => [e.src.split('/').at(-1), e.naturalWidth])")
+        assert not [picture for picture, width in widths if width == 0], name
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize("page", ["index", "training", "figures", "errors", "api/circuits", "benchmarks"])
 def test_no_page_is_wider_than_a_phone(page: str, site: Path, browser: Browser) -> None:  # noqa: F811
     opened(browser, site / f"{page}.html", width=400)

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import hesitation
 import linearizations
@@ -13,7 +14,8 @@ import plots
 import pytest
 import tables
 from helpers.page_values import dose_curves
-from recorded import FOLDER, commit, machine, record, recorded, value_and_range
+from markupsafe import Markup
+from recorded import FOLDER, commit, machine, record, recorded, standalone, value_and_range
 
 from tl_adapters.utils.measurement import Interval
 
@@ -183,6 +185,15 @@ def test_the_pages_show_what_is_recorded() -> None:
     assert sorted(tables.TABLES) == sorted(name for text in texts for _, name, _ in tables.TABLE.findall(text))
     for text in texts:
         assert tables.filled(text, FOLDER) == text, "run `make tables`"
+
+
+def test_every_plot_of_the_docs_is_an_svg_that_a_browser_opens() -> None:
+    """A drawing is of a string type that escapes; `standalone` gives a file of it that is none."""
+    for path in plots.PLOTS_FOLDER.glob("*.svg"):
+        root = ElementTree.parse(path).getroot()
+        assert root.tag.rpartition("}")[2] == "svg" and len(root), path.name
+    alone = ElementTree.fromstring(standalone(Markup('<svg width="1"><g>&amp;</g></svg>')))
+    assert alone.get("style") == "color: #000; background: #fff" and alone.find("g").text == "&"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", plots.PLOTS)
