@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study test versions bridge dashboards harness vllm slow fuzz kill lint commands docs planted organism wheels gpu tables picture pair install clean
+.PHONY: demo study test versions bridge dashboards harness vllm slow fuzz kill lint commands docs planted organism bench wheels gpu tables picture pair install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -125,6 +125,14 @@ wheels:  ## what `make gpu` needs beside torch, as wheels for Python 3.12 on Lin
 gpu:  ## what a pair of 7B's shape takes on this machine's GPU, with its own torch and the wheels of `make wheels`
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --target .wheels/site .wheels/*.whl
 	PYTHONPATH=.wheels/site:. HF_HUB_OFFLINE=1 $(PYTHON) benchmarks/gpu.py runs/gpu
+
+bench: install  ## running times beside what they are measured against, into benchmarks/results.json; an hour, alone
+	$(BIN)/python benchmarks/training_step.py --record
+	$(BIN)/python benchmarks/active_features.py --record
+	$(BIN)/python benchmarks/attribution.py --record
+	$(BIN)/python benchmarks/features.py --record
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/generation.py --record
+	$(BIN)/python benchmarks/tables.py
 
 tables: install  ## the tables and plots of the documentation, from benchmarks/results.json
 	$(BIN)/python benchmarks/tables.py

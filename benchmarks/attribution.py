@@ -2,16 +2,20 @@
 
 The model has 6 layers, d_model 256, 2,048 features, 48 tokens and about 1,200 active features, and both are
 timed in turn in one run. Then the time of a graph of a 2,000-token prompt at the model organism's size is measured
-(max_feature_nodes 1,000).
+(max_feature_nodes 1,000). ``--record`` writes the block "attribution" of results.json.
 """
 
+import argparse
+import json
 import logging
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from recorded import record, value_and_range
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -44,15 +48,16 @@ def sparse_pair(size: dict[str, int], n_features: int, tokens: torch.Tensor, act
     return pair
 
 
-def against_autograd() -> None:
+def against_autograd(repeats: int) -> dict[str, Any]:
+    """Speed of rows by hand over that of autograd, batched and per target."""
     tokens = random_batch(0, lengths=(48,), vocab=1024).tokens[0]
     pair = sparse_pair(SIZE, 2048, tokens, 1200)
     model, autograd = LinearizedModel(pair, tokens), GradientModel(pair, tokens, relp_hooks(pair.model))
-    ratios: dict[str, list[float]] = {"per target": [], "batched": []}
+    ratios: dict[str, list[float]] = {"speed_per_target": [], "speed": []}
     for layer in (2, 4, 5):
         active = model.active[model.active[:, 0] == layer][:64]
         vectors = model.encoders[layer][:, active[:, 2]].T
-        for _ in range(3):
+        for _ in range(repeats):
             began = time.perf_counter()
             ours = model.rows(layer, active[:, 1], vectors)
             middle = time.perf_counter()
@@ -60,30 +65,38 @@ def against_autograd() -> None:
                 theirs = autograd.rows(layer, active[i : i + 1, 1], vectors[i : i + 1])
             last = time.perf_counter()
             autograd.rows(layer, active[:, 1], vectors)
-            ratios["per target"].append((last - middle) / (middle - began))
-            ratios["batched"].append((time.perf_counter() - last) / (middle - began))
+            ratios["speed_per_target"].append((last - middle) / (middle - began))
+            ratios["speed"].append((time.perf_counter() - last) / (middle - began))
         assert torch.allclose(ours.tokens[-1:], theirs.tokens, atol=1e-3)  # rounding may switch a feature on or off
-    for name, values in ratios.items():
-        print(
-            f"{len(model.active)} active features; autograd {name} / by hand = {statistics.median(values):.1f} "
-            f"({min(values):.1f} to {max(values):.1f})"
-        )
+    found = {name: value_and_range(statistics.median(values), values) for name, values in ratios.items()}
+    return {"active_features": len(model.active), **found}
 
 
-def long_prompt() -> None:
+def long_prompt() -> dict[str, Any]:
+    """Seconds and size of a graph of 2,000 tokens."""
     tokens = random_batch(0, lengths=(2000,), vocab=280).tokens[0]
     pair = sparse_pair(DEMO, 512, tokens, 40_000)
     began = time.perf_counter()
     graph = attribute(pair, tokens, max_feature_nodes=1000, progress=False)
     seconds = time.perf_counter() - began
-    print(
-        f"2,000 tokens, {graph.about['active_features']:,} active features, 1,000 feature nodes: {seconds:.0f} s, "
-        f"{len(graph.weights):,} edges, residual {graph.residual:.1e}"
-    )
+    about = {"active_features": graph.about["active_features"], "edges": len(graph.weights)}
+    return {"seconds": seconds, "residual": graph.residual, **about}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each that count")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--record", action="store_true", help="write the block attribution of results.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("tl_adapters").setLevel(logging.INFO)
+    found = {**against_autograd(options.repeats), "tokens_2000": long_prompt()}
+    print(json.dumps(found))
+    if options.record:
+        record("attribution", {"repeats": options.repeats, "threads": options.threads, **found})
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("tl_adapters").setLevel(logging.INFO)
-    against_autograd()
-    long_prompt()
+    main()

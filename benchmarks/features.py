@@ -1,31 +1,33 @@
-"""The cost of collecting features, relative to a forward pass alone: python benchmarks/features.py [n_features ...]
+"""The cost of collecting features beside a forward pass alone: ``python benchmarks/features.py``.
 
 A random model of the model organism's size with adapters of which some six features fire on a token and layer, as in
-its own. Both sides run the same batches on the same route; the ratio is the median over batches. The first batches,
-in which every firing may still be among the strongest, are reported apart: in a run of millions of tokens they do not
-matter.
+its own. A collection is whole: every batch, all counts and examples, and the files of the store. Beside it the same
+batches run forward on the same route. Both take turns; given is the median over runs of their ratio. ``--record``
+writes the block "collection" of results.json.
 """
 
+import argparse
+import json
+import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import torch
+from recorded import record, value_and_range
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.random_models import random_model
 
-from tl_adapters.data.trace_regions import TRACE_REGIONS
 from tl_adapters.data.traces import Trace
-from tl_adapters.features.document_batches import token_batch
-from tl_adapters.features.firing_counts import FiringCounts
-from tl_adapters.features.firing_reader import FiringReader
-from tl_adapters.features.store_description import StoreDescription, StoreOptions
+from tl_adapters.features.collect import collect_features
+from tl_adapters.features.store_description import StoreOptions
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import TARGET
 
-D_MODEL, LAYERS, TOKENS, ROWS, BATCHES, L0 = 128, 5, 128, 16, 24, 6
+D_MODEL, LAYERS, TOKENS, ROWS, BATCHES, L0 = 128, 5, 128, 16, 48, 6
 
 
 def make_pair(n_features: int) -> PairedModel:
@@ -51,37 +53,52 @@ def make_pair(n_features: int) -> PairedModel:
     return pair
 
 
-def main(widths: list[int]) -> None:
-    for n_features in widths:
-        pair = make_pair(n_features)
-        options = StoreOptions(tokens_per_batch=ROWS * TOKENS)
-        description = StoreDescription.of(pair, "feature", "replacement", "bench", options, ())
-        reader = FiringReader(pair, description)
-        generator = torch.Generator().manual_seed(5)
-        draw = lambda: tuple(torch.randint(1, 279, (TOKENS,), generator=generator).tolist())  # noqa: E731
-        traces = [Trace(draw(), 8) for _ in range(ROWS * BATCHES)]
-        codes = [[TRACE_REGIONS.index("question")] * 8 + [TRACE_REGIONS.index("thinking")] * (TOKENS - 8)] * len(traces)
-        counts = FiringCounts(description, 1)
-        alone, collecting = [], []
-        for number in range(BATCHES):
-            batch = token_batch(traces, codes, range(ROWS * number, ROWS * (number + 1)), [""])
-            for side in (alone, collecting):
-                began = time.perf_counter()
-                with torch.no_grad():
-                    if side is alone:
-                        with pair.routed("replacement"):
-                            pair.run_blocks(pair.embed(batch.tokens), 0, LAYERS)
-                    else:
-                        counts.add(batch, reader.read(batch))
-                side.append(time.perf_counter() - began)
-        ratio = median(c / a for c, a in zip(collecting[8:], alone[8:], strict=True))
-        firings = int(counts.firings.sum()) / (BATCHES * ROWS * TOKENS * LAYERS)
-        first = sum(collecting[:8]) / sum(alone[:8])
-        print(
-            f"{n_features:6,} features: {ratio:.2f} times a forward pass alone ({first:.2f} in the first eight); "
-            f"L0 {firings:.1f}, {ROWS * TOKENS / median(collecting):,.0f} tokens per second"
+def forward_seconds(pair: PairedModel, traces: list[Trace]) -> float:
+    """Seconds of the forward passes of all batches."""
+    began = time.perf_counter()
+    with torch.no_grad(), pair.routed("replacement"):
+        for start in range(0, len(traces), ROWS):
+            tokens = torch.tensor([trace.tokens for trace in traces[start : start + ROWS]])
+            pair.run_blocks(pair.embed(tokens), 0, LAYERS)
+    return time.perf_counter() - began
+
+
+def collection_seconds(pair: PairedModel, traces: list[Trace]) -> float:
+    """Seconds of a collection into a new folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        collect_features(
+            pair, traces, Path(folder) / "store", options=StoreOptions(tokens_per_batch=ROWS * TOKENS), progress=False
         )
+        return time.perf_counter() - began
+
+
+def costs(n_features: int, repeats: int) -> list[float]:
+    """The ratio of each run, after one that is not counted."""
+    pair, generator = make_pair(n_features), torch.Generator().manual_seed(5)
+    draw = lambda: tuple(torch.randint(1, 279, (TOKENS,), generator=generator).tolist())  # noqa: E731
+    traces = [Trace(draw(), 8) for _ in range(ROWS * BATCHES)]
+    runs = [(collection_seconds(pair, traces), forward_seconds(pair, traces)) for _ in range(repeats + 1)]
+    return [collecting / alone for collecting, alone in runs[1:]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", nargs="+", type=int, default=[512, 8192], help="features per layer")
+    parser.add_argument("--repeats", type=int, default=5, help="runs that count")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--record", action="store_true", help="write the block collection of results.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found: dict[str, Any] = {}
+    for n_features in options.features:
+        runs = costs(n_features, options.repeats)
+        found[str(n_features)] = value_and_range(statistics.median(runs), runs)
+        print(f"{n_features:6,} features:", json.dumps(found[str(n_features)]), flush=True)
+    if options.record:
+        tokens = BATCHES * ROWS * TOKENS
+        record("collection", {"repeats": options.repeats, "threads": options.threads, "tokens": tokens, "cost": found})
 
 
 if __name__ == "__main__":
-    main([int(n) for n in sys.argv[1:]] or [512, 8192])
+    main()

@@ -41,6 +41,11 @@ FAMILY_NAMES = {
 CARDS, CARD_SHARE = (24, 80), 0.95
 """Sizes of cards in GB, and the share of one that a run can have."""
 PAIR_NAMES = {"sums": "built-in (sums)", "differences": "second pair (differences)"}
+CASE_NAMES = {
+    "features_1024": "1,024 features, vocabulary 4,096",
+    "features_8192": "8,192 features, vocabulary 4,096",
+    "vocab_32768": "1,024 features, vocabulary 32,768",
+}
 LINEARIZATION_NAMES = {"relp": "RelP", "frozen_mlp": "frozen MLPs", "gradient": "gradient"}
 
 
@@ -302,8 +307,63 @@ RECORDED = (
     "sizes",
     "gpu",
     "generation",
+    "training",
+    "growth",
+    "active_features",
+    "attribution",
+    "collection",
 )
 """The blocks of results.json, in the order in which docs/benchmarks.md names them."""
+
+
+def by_case(training: dict[str, Any], growth: dict[str, Any]) -> str:
+    """A training step beside the formulas and beside its products."""
+    rows = [
+        [
+            name,
+            with_range(case["speed"], "{:.2f}"),
+            with_range(case["over_products"], "{:.2f}"),
+            with_range(case["reference"]["over_products"], "{:.2f}"),
+            f"{case['mb']:,.0f}",
+            f"{case['reference']['mb']:,.0f}",
+        ]
+        for key, name in CASE_NAMES.items()
+        for case in [training[key]]
+    ]
+    head = [
+        "case",
+        "speed over the formulas",
+        "time over the products",
+        "the formulas' over them",
+        "MB",
+        "formulas' MB",
+    ]
+    times = with_range(growth["features_x16"], "{:.2f}")
+    return markdown(head, rows) + f"\nA step with 8,192 features takes {times} times as long as one with 512.\n"
+
+
+def by_density(block: dict[str, Any]) -> str:
+    """The pass over active features beside whole products."""
+    widths = list(block["ratio"])
+    rows = [
+        [f"{float(density):.1%}", *(with_range(block["ratio"][width][density], "{:.2f}") for width in widths)]
+        for density in block["ratio"][widths[0]]
+    ]
+    return markdown(["active features", *(f"{int(width):,} features" for width in widths)], rows)
+
+
+def by_analysis(attribution: dict[str, Any], collection: dict[str, Any]) -> str:
+    """Rows of a graph beside autograd, and a collection beside forward passes."""
+    active = f"{attribution['active_features']:,} active features"
+    long = attribution["tokens_2000"]
+    rows = [
+        [f"speed of a graph's rows over batched autograd, {active}", with_range(attribution["speed"], "{:.1f}")],
+        ["the same over autograd per target", with_range(attribution["speed_per_target"], "{:.1f}")],
+        [f"seconds of a graph of 2,000 tokens, {long['active_features']:,} active features", f"{long['seconds']:.0f}"],
+    ]
+    for width, cost in collection["cost"].items():
+        rows.append([f"time of a collection over forward passes, {int(width):,} features", with_range(cost, "{:.2f}")])
+    return markdown(["figure", "value"], rows)
 
 
 def provenance(*blocks: dict[str, Any]) -> str:
@@ -335,6 +395,9 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "gpu_rates": ("gpu", rates_on_gpu),
     "gpu_precision": ("gpu", precision_on_gpu),
     "generation": ("generation", by_generation),
+    "training": ("training growth", by_case),
+    "active_features": ("active_features", by_density),
+    "analysis": ("attribution collection", by_analysis),
     "provenance": (" ".join(RECORDED), provenance),
 }
 """Table -> the blocks of results.json that it shows, and how."""

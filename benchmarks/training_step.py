@@ -5,7 +5,8 @@ A step is the gradient of the objective for one document of 512 tokens, clipping
 of 6 layers, d_model 256, d_mlp 1,024 and 8 / 2 heads, of which 1 % of the features are active. Three things are run in
 turns, each over all cuts from 1 to 6: our step, that of `hf_objective`, and `step_products`. Given are medians over the
 runs of the ratios within a run, with their ranges. Memory is that of a process of its own, the most during two steps
-beside what was there before the first. ``--record`` writes the block "training" of results.json.
+beside what was there before the first. Then our steps of 512 and of 8,192 features take turns, and the ratio of their
+times is given. ``--record`` writes the blocks "training" and "growth" of results.json.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ from tl_adapters.training.adapter_adam import AdapterAdam
 from tl_adapters.training.objective import shared_prefix_step
 
 CASES = {
+    "features_512": dict(vocab=4096, features=512),
     "features_1024": dict(vocab=4096, features=1024),
     "features_8192": dict(vocab=4096, features=8192),
     "vocab_32768": dict(vocab=32768, features=1024),
 }
 """The cases by name."""
+BESIDE_REFERENCE = ("features_1024", "features_8192", "vocab_32768")
+"""Those that are run beside `hf_objective` and `step_products`."""
 LAYERS, TOKENS, DENSITY = 6, 512, 0.01
 CPU = torch.device("cpu")
 TRAINING = TrainingConfig(stages=("end_to_end",), lr=1e-6)
@@ -111,6 +115,14 @@ def times(case: str, repeats: int) -> dict[str, list[float]]:
     return found
 
 
+def growth(repeats: int) -> dict[str, Any]:
+    """The time of our step with 8,192 features over that with 512."""
+    narrow, wide = (our_step(*made(case)) for case in ("features_512", "features_8192"))
+    runs = [(seconds(wide), seconds(narrow)) for _ in range(repeats + 1)][1:]
+    ratios = [above / below for above, below in runs]
+    return value_and_range(statistics.median(ratios), ratios)
+
+
 def memory(case: str, side: str) -> float:
     """Megabytes of two steps beside the weights, in this process."""
     pair, document = made(case)
@@ -146,10 +158,10 @@ def block(case: str, repeats: int, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=BESIDE_REFERENCE, default=list(BESIDE_REFERENCE))
     parser.add_argument("--repeats", type=int, default=5, help="runs of each that count")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--record", action="store_true", help="write the block training of results.json")
+    parser.add_argument("--record", action="store_true", help="write the blocks training and growth")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -160,8 +172,12 @@ def main() -> None:
     for case in options.cases:
         found[case] = block(case, options.repeats, options.threads)
         print(case, json.dumps(found[case]), flush=True)
+    growing = growth(options.repeats)
+    print("8,192 over 512 features", json.dumps(growing))
     if options.record:
-        record("training", {"repeats": options.repeats, "threads": options.threads, **found})
+        conditions = {"repeats": options.repeats, "threads": options.threads}
+        record("training", {**conditions, **found})
+        record("growth", {**conditions, "features_x16": growing})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The fast objective equals the reference objective, and its terms sum to the loss that is optimized."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from helpers.random_models import ACTIVATION_OPTIONS, random_batch, random_model, randomise
 
+from tl_adapters.adapters import active_features, transcoder
+from tl_adapters.adapters.active_features import run_over_active
 from tl_adapters.adapters.transcoder import row_norms
 from tl_adapters.config import LossWeights
 from tl_adapters.data.traces import Batch
@@ -44,6 +47,27 @@ def test_shared_prefixes_change_neither_value_nor_gradient(pair: PairedModel, ba
 @pytest.mark.parametrize("activation", OTHERS)
 def test_shared_prefixes_change_nothing_with_any_other_activation(activation: str, batch: Batch, cut: int) -> None:
     both_steps_agree(make(activation), batch, cut)
+
+
+@pytest.mark.parametrize("cut", range(5))
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk"])
+def test_a_pass_over_active_features_changes_nothing(
+    activation: str, batch: Batch, cut: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(active_features, "LARGEST_DENSITY", 1.0)
+    passes: list[torch.Size] = []
+
+    def counted(x: torch.Tensor, *args: Any) -> Any:
+        passes.append(x.shape)
+        return run_over_active(x, *args)
+
+    monkeypatch.setattr(transcoder, "run_over_active", counted)
+    pair = make(activation)
+    for adapter in pair.installed_adapters():
+        adapter.lay_out_by_feature()
+    both_steps_agree(pair, batch, cut)
+    routed = 4 + (4 - cut if 0 < cut < 4 else 0)  # the replacement and the backward bridge
+    assert len(passes) == 3 * routed + 2 * 4  # recomputed passes run twice; the local term of a layer once a step
 
 
 def both_steps_agree(pair: PairedModel, batch: Batch, cut: int) -> None:

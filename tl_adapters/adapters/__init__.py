@@ -1,6 +1,7 @@
 """What is an adapter, and how is it kept?
 
 * `activation_functions`: four activation functions of features, and how gradients pass them
+* `active_features`: the pass of an adapter over its active features alone, for training on a CPU
 * `adapter_set`: the adapters of a model's layers as one set
 * `feature_id`: the name of a feature: layer, index and, where known, the set of adapters it belongs to
 * `file_hashes`: SHA-256 of files; those of large files are remembered between runs

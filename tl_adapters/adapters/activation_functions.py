@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_adapters.adapters.active_features import ActiveFeatures
+
 
 def jumprelu(
     pre: Float[Tensor, "*batch n_features"], threshold: Float[Tensor, "n_features"], bandwidth: float
@@ -64,8 +66,12 @@ def batch_topk(
     return torch.where((positive >= smallest) & real[..., None], positive, torch.zeros_like(positive))
 
 
-def smallest_active(acts: Float[Tensor, "*batch n_features"], real: Bool[Tensor, "*batch"]) -> Float[Tensor, ""]:
+def smallest_active(
+    acts: Float[Tensor, "*batch n_features"] | ActiveFeatures, real: Bool[Tensor, "*batch"]
+) -> Float[Tensor, ""]:
     """The smallest positive activation of the real tokens; 0 if there is none."""
+    if isinstance(acts, ActiveFeatures):
+        return acts.smallest(real)
     smallest = torch.where((acts > 0) & real[..., None], acts.detach(), torch.inf).amin()
     return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
 

@@ -200,20 +200,24 @@ class AdapterSet(nn.Module):
     # -- training --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def training_on(self, real: Bool[Tensor, "batch pos"]) -> Iterator[None]:
+    def training_on(self, real: Bool[Tensor, "batch pos"], over_active: bool = False) -> Iterator[None]:
         """Within this context the adapters train on a batch; everywhere else they evaluate.
 
-        This changes batchtopk only: it then selects the largest among all features of all ``real`` tokens (those that
-        are not padding), where it otherwise applies its threshold.
+        This changes the values of batchtopk only: it then selects the largest among all features of all ``real`` tokens
+        (those that are not padding), where it otherwise applies its threshold.
+
+        Args:
+            real: the tokens that are not padding.
+            over_active: whether products may be restricted to active features (`TranscoderAdapter.run`).
         """
         n_real = int(real.sum()) if self.metadata.activation == "batchtopk" else None  # once, not in every layer
         for adapter in self:
-            adapter.training_tokens, adapter.n_training_tokens = real, n_real
+            adapter.training_tokens, adapter.n_training_tokens, adapter.over_active = real, n_real, over_active
         try:
             yield
         finally:
             for adapter in self:
-                adapter.training_tokens = adapter.n_training_tokens = None
+                adapter.training_tokens, adapter.n_training_tokens, adapter.over_active = None, None, False
 
     def compute_in(self, dtype: torch.dtype | None) -> None:
         """Compute activations and outputs in a dtype, whatever that of the weights is; None is the weights' own."""

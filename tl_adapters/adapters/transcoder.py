@@ -11,7 +11,7 @@ evaluates. nn.Module's train() and eval() change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import get_args
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.activation_functions import batch_topk, jumprelu, topk
+from tl_adapters.adapters.active_features import ACTS_AT_ONCE, ActiveFeatures, run_over_active
 from tl_adapters.config import ActivationName, ConfigError, TrainingConfig
 from tl_adapters.utils.precision import at_least_float32
 
@@ -48,6 +49,10 @@ class TranscoderAdapter(nn.Module):
 
     n_training_tokens: int | None
     """Their number, which batchtopk reads."""
+    over_active: bool
+    """Whether products may be restricted to active features, where few are; only training does so."""
+    on_acts: Callable[[Tensor | ActiveFeatures], None] | None
+    """Called in every pass with the activations and their graph; None where nobody asks."""
     compute_dtype: torch.dtype | None
     """The dtype of products and activations, to which the weights are cast in every pass; None is the weights' own."""
 
@@ -66,7 +71,8 @@ class TranscoderAdapter(nn.Module):
         super().__init__()
         require_activation(activation, k, n_features)
         self.activation, self.k, self.bandwidth = activation, k, bandwidth
-        self.training_tokens = self.n_training_tokens = self.compute_dtype = None
+        self.training_tokens = self.n_training_tokens = self.compute_dtype = self.on_acts = None
+        self.over_active = False
         self.W_enc = nn.Parameter(torch.zeros(d_model, n_features, dtype=dtype, device=device))
         self.b_enc = nn.Parameter(torch.zeros(n_features, dtype=dtype, device=device))
         self.W_dec = nn.Parameter(torch.zeros(n_features, d_model, dtype=dtype, device=device))
@@ -109,11 +115,24 @@ class TranscoderAdapter(nn.Module):
         """`row_norms` of the decoder, with gradients: an activation times its norm is what the feature writes."""
         return row_norms(self.W_dec)
 
+    def lay_out_by_feature(self) -> None:
+        """Keep W_enc feature by feature in memory, as W_dec is, so that its gradients over active features are, too."""
+        self.W_enc.data = self.W_enc.data.T.contiguous().T
+
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
         """Feature activations of what the MLP reads: the pre-activation where a feature is active, 0 where not."""
-        x = self.hook_sae_input(x.to(self.acts_dtype))
-        pre = self._product(x, self.W_enc, self.b_enc)
-        return self.hook_sae_acts_post(self._activate(self.hook_sae_acts_pre(pre)))
+        return self._hooked_acts(self._pre_acts(self._input(x)))
+
+    def _input(self, x: Tensor) -> Tensor:
+        read: Tensor = self.hook_sae_input(x.to(self.acts_dtype))
+        return read
+
+    def _pre_acts(self, x: Tensor) -> Tensor:
+        return self._product(x, self.W_enc, self.b_enc)
+
+    def _hooked_acts(self, pre: Tensor) -> Tensor:
+        acts: Tensor = self.hook_sae_acts_post(self._activate(self.hook_sae_acts_pre(pre)))
+        return acts
 
     def _activate(self, pre: Tensor) -> Tensor:
         if self.activation == "relu":
@@ -137,7 +156,39 @@ class TranscoderAdapter(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """T(x), in the dtype of x."""
-        return self.decode(self.encode(x)).to(x.dtype)
+        acts, output = self.run(x)
+        if self.on_acts is not None:
+            self.on_acts(acts)
+        return output.to(x.dtype)
+
+    def run(
+        self, x: Float[Tensor, "*batch d_model"]
+    ) -> tuple[Float[Tensor, "*batch n_features"] | ActiveFeatures, Float[Tensor, "*batch d_model"]]:
+        """`encode` and `decode` of what the MLP reads.
+
+        Where ``over_active`` is set, few features are active and no hook reads activations, products run over active
+        features alone, and the activations are given as a list of these.
+        """
+        x = self._input(x)
+        if self._may_run_over_active(x) and (found := self._run_over_active(x)) is not None:
+            return found[0], self.hook_sae_recons(found[1])
+        acts = self._hooked_acts(self._pre_acts(x))
+        return acts, self.decode(acts)
+
+    def _run_over_active(self, x: Tensor) -> tuple[ActiveFeatures, Tensor] | None:
+        weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        if self.activation == "batchtopk":  # which features are active depends on all tokens together
+            of_batch = lambda pre: self._activate(pre.unflatten(0, x.shape[:-1])).flatten(0, -2)  # noqa: E731
+            return run_over_active(x, weights, of_batch, max(1, x.shape[:-1].numel()))
+        return run_over_active(x, weights, self._activate, max(1, ACTS_AT_ONCE // self.n_features))
+
+    def _may_run_over_active(self, x: Tensor) -> bool:
+        """Whether gradients of activations are those of pre-activations, weights and x are alike, and no hook reads."""
+        if not (self.over_active and torch.is_grad_enabled()) or self.activation == "jumprelu":
+            return False
+        kernels = x.device.type == "cpu" and x.dtype == self.W_enc.dtype and x.dtype in (torch.float32, torch.float64)
+        points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
+        return kernels and not any(p._forward_hooks or p._backward_hooks or p._backward_pre_hooks for p in points)
 
     @torch.no_grad()
     def settle_threshold(self, smallest: Float[Tensor, ""] | None, rate: float) -> None:

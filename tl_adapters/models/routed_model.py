@@ -24,7 +24,9 @@ from tl_adapters.models.routed_mlp import ROUTES, Route, RoutedMLP
 from tl_adapters.utils.arguments import whole_numbers
 
 LOGITS_AT_ONCE = 2**24
-"""Logits that are formed at a time: 64 MB of them in float32."""
+"""Logits that are formed at a time on an accelerator: 64 MB of them in float32."""
+LOGITS_AT_ONCE_CPU = 2**22
+"""The same on a CPU, where new memory costs as much as computing what is written to it, but 128 rows at least."""
 
 Made = TypeVar("Made")
 
@@ -248,4 +250,5 @@ class RoutedModel:
     @property
     def rows_at_once(self) -> int:
         """The number of rows of logits to form at a time (`LOGITS_AT_ONCE`)."""
-        return max(1, LOGITS_AT_ONCE // self.model.cfg.d_vocab)
+        n = max(1, LOGITS_AT_ONCE // self.model.cfg.d_vocab)
+        return max(LOGITS_AT_ONCE_CPU // self.model.cfg.d_vocab, min(n, 128)) if self.device.type == "cpu" else n

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.transcoder import TranscoderAdapter
@@ -57,11 +57,15 @@ class AdapterAdam:
     """
 
     def __init__(self, adapters: AdapterSet, config: TrainingConfig, placed: Sequence[PlacedAdapter] = ()) -> None:
+        if all(adapter.W_enc.device.type == "cpu" for adapter in adapters):
+            for adapter in adapters:
+                adapter.lay_out_by_feature()
         self._pairs = list(zip(placed, adapters, strict=True)) if placed else []
         self.trained = [each.adapter for each in placed] or list(adapters)
         """The adapters whose parameters Adam moves."""
         self.parameters = [parameter for adapter in self.trained for parameter in adapter.parameters()]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        self._moved = [_contiguous(parameter) for parameter in self.parameters]
+        self.optimizer = torch.optim.Adam(self._moved, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
         self._write()
 
     def clip(self, largest: float) -> Tensor:
@@ -83,9 +87,12 @@ class AdapterAdam:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        for moved, parameter in zip(self._moved, self.parameters, strict=True):
+            if moved is not parameter and parameter.grad is not None:
+                moved.grad = parameter.grad.T.contiguous()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for _, adapter in self._pairs:
+        for adapter in (*self.trained, *(adapter for _, adapter in self._pairs)):
             adapter.zero_grad()
         for index, adapter in enumerate(self.trained):
             adapter.settle_threshold(None if smallest_active is None else smallest_active[index], threshold_rate)
@@ -100,7 +107,7 @@ class AdapterAdam:
     def tensors(self) -> dict[str, Tensor]:
         """Moments and step counts, named "parameter index.key", and placed adapters, "layer.L.name"."""
         moments = {
-            f"{index}.{key}": value
+            f"{index}.{key}": self._turned(index, value)
             for index, entries in self.optimizer.state_dict()["state"].items()
             for key, value in entries.items()
         }
@@ -117,8 +124,20 @@ class AdapterAdam:
         for name, value in tensors.items():
             if not name.startswith("layer."):
                 index, key = name.split(".", 1)
-                moments.setdefault(int(index), {})[key] = value
+                moments.setdefault(int(index), {})[key] = self._turned(int(index), value).contiguous()
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _turned(self, index: int, value: Tensor) -> Tensor:
+        """A moment of a parameter, in its shape or in that which Adam moves."""
+        return value if self._moved[index] is self.parameters[index] or value.dim() != 2 else value.T
+
+
+def _contiguous(parameter: nn.Parameter) -> nn.Parameter:
+    """What Adam is given in a parameter's place, on the same memory: the parameter or its transpose, as is contiguous.
+
+    torch's fused Adam changes other parameters wrongly, and says nothing.
+    """
+    return parameter if parameter.is_contiguous() else nn.Parameter(parameter.data.T)
 
 
 def placed_adapters(tensors: Mapping[str, Tensor], like: AdapterSet) -> list[PlacedAdapter]:

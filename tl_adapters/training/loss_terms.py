@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_adapters.adapters.active_features import ActiveFeatures
 from tl_adapters.utils.precision import at_least_float32
 
 
@@ -46,7 +47,7 @@ def nmse_term(
 
 
 def l1_term(
-    acts: Float[Tensor, "batch pos n_features"],
+    acts: Float[Tensor, "batch pos n_features"] | ActiveFeatures,
     decoder_norms: Float[Tensor, "n_features"],
     mask: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, ""]:

@@ -24,12 +24,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tl_adapters.adapters.activation_functions import smallest_active, step
+from tl_adapters.adapters.active_features import ActiveFeatures
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.l0 import active_counts, l0
 from tl_adapters.adapters.transcoder import TranscoderAdapter
@@ -39,11 +41,12 @@ from tl_adapters.errors import UserError
 from tl_adapters.models.finite_activations import by_layer_name, require_finite_activations
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel
 from tl_adapters.models.routed_model import run_again_in_backward
-from tl_adapters.training.kl_divergence import kl_from_residual, masked_kl, token_kl_from_residual
+from tl_adapters.training.kl_divergence import TargetDistributions, masked_kl, token_kl_from_residual
 from tl_adapters.training.loss_terms import l0_term, l1_term, local_term, nmse_term
 from tl_adapters.utils.precision import host_float64, wide
 
 Made = TypeVar("Made")
+Activations = Tensor | ActiveFeatures
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def shared_prefix_step(
         PrecisionError: the models are in float16.
     """
     require_trainable(pair)
-    with pair.installed_adapters().training_on(batch.real):
+    with pair.installed_adapters().training_on(batch.real, over_active=True):
         return _SharedPrefixes(pair, batch, cut, weights, sparsity_weight, want_l0, recompute).terms()
 
 
@@ -196,6 +199,7 @@ class _SharedPrefixes:
         self.run = run_again_in_backward if recompute else _run
         self.l0, self.smallest = dict[int, Tensor](), dict[int, Tensor]()
         self.target, inputs = _target_streams(pair, batch, with_inputs=weights.local > 0)
+        self.distributions = TargetDistributions(self.target[-1], batch.predicting, pair.unembed, pair.rows_at_once)
         self.local = _local_step(pair, inputs, batch, weights) if weights.local else None
 
     def terms(self) -> StepTerms:
@@ -207,7 +211,7 @@ class _SharedPrefixes:
             at_cut, nmse_below, sparsity_below = self._replacement(self.target[0], range(cut), features)
             resume = at_cut.detach().requires_grad_()
             final, nmse_above, sparsity_above = self._replacement(resume, range(cut, self.n), features)
-            output_kl = self._kl(final)
+            output_kl = self.distributions.kl(final)
             # At cut 0 and cut n, one bridge is the replacement itself and the other the target, without gradients.
             forward_bridge = output_kl if cut == self.n else zero
             backward_bridge = output_kl if cut == 0 else zero
@@ -233,12 +237,8 @@ class _SharedPrefixes:
         kls = (output_kl, forward_bridge, backward_bridge)
         return StepTerms(*kls, nmse, sparsity, self.local, total, by_layer, smallest)
 
-    def _kl(self, resid: Tensor) -> Tensor:
-        pair, predicting = self.pair, self.batch.predicting
-        return kl_from_residual(self.target[-1], resid, predicting, pair.unembed, pair.rows_at_once)
-
     def _replacement(
-        self, resid: Tensor, layers: range, features: tuple[dict[int, Tensor], dict[int, Tensor]]
+        self, resid: Tensor, layers: range, features: tuple[dict[int, Tensor], dict[int, Activations]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The replacement's residual stream after ``layers``, and the share of these layers in NMSE and sparsity.
 
@@ -253,7 +253,7 @@ class _SharedPrefixes:
             resid = self.pair.run_blocks(resid, layer, layer + 1)
             nmse = nmse_term(self.target[layer + 1], resid, self.batch.counted) / (self.n + 1)
             active = acts.pop(layer)  # so that only the graph keeps them, if it does
-            self._count(layer, active.detach())
+            self._count(layer, active)
             return resid, nmse, _sparsity(self.adapters[layer], pre.pop(layer, None), active, self.batch.counted)
 
         nmse = sparsity = resid.new_zeros(())
@@ -262,7 +262,8 @@ class _SharedPrefixes:
             nmse, sparsity = nmse + nmse_here, sparsity + sparsity_here
         return resid, nmse, sparsity
 
-    def _count(self, layer: int, acts: Tensor) -> None:
+    @torch.no_grad()
+    def _count(self, layer: int, acts: Activations) -> None:
         if self.want_l0:
             self.l0[layer] = l0(acts, self.batch.counted)
         if self.adapters.metadata.activation == "batchtopk":
@@ -272,7 +273,7 @@ class _SharedPrefixes:
         """The KL divergence of the blocks above the cut on a route; adds its gradients."""
         with self.pair.routed(route):
             resid = self.pair.run_blocks(resid, self.cut, self.n, recompute=self.recompute)
-            bridge = self._kl(resid)
+            bridge = self.distributions.kl(resid)
             (weight * bridge).backward()
         return bridge
 
@@ -306,35 +307,36 @@ def _local_term(pair: PairedModel, layer: int, x: Tensor, batch: Batch, weights:
     with torch.no_grad():
         difference = mlp.difference(x)
     with _recorded_features(pair) as (pre, _):
-        acts = adapter.encode(mlp.adapter_input(x))
+        acts, output = adapter.run(mlp.adapter_input(x))
         sparsity = _sparsity(adapter, pre.get(layer), acts, batch.counted)
-        output = adapter.decode(acts)
     in_units = adapter.activation == "relu"
     return local_term(output, difference, sparsity, batch.counted, weights.local_l1, in_units)
 
 
 @contextmanager
-def _recorded_features(pair: PairedModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+def _recorded_features(pair: PairedModel) -> Iterator[tuple[dict[int, Tensor], dict[int, Activations]]]:
     """Layer -> pre-activations (jumprelu only, whose sparsity term reads them), and layer -> activations."""
-    with pair.recorded(ACTS_HOOK) as acts:
-        if pair.installed_adapters().metadata.activation == "jumprelu":
-            with pair.recorded(PRE_ACTS_HOOK) as pre:
-                yield pre, acts
-        else:
-            yield {}, acts
+    adapters, acts = pair.installed_adapters(), dict[int, Activations]()
+    with ExitStack() as recording:
+        for layer in adapters.layer_indices:
+            recording.callback(setattr, adapters[layer], "on_acts", None)
+            adapters[layer].on_acts = partial(acts.__setitem__, layer)
+        jumprelu = adapters.metadata.activation == "jumprelu"
+        yield recording.enter_context(pair.recorded(PRE_ACTS_HOOK)) if jumprelu else {}, acts
 
 
-def _sparsity(adapter: TranscoderAdapter, pre: Tensor | None, acts: Tensor, counted: Tensor) -> Tensor:
+def _sparsity(adapter: TranscoderAdapter, pre: Tensor | None, acts: Activations, counted: Tensor) -> Tensor:
     """Term 5 of one layer, according to the adapter's activation function."""
     if adapter.activation == "relu":
-        return l1_term(acts, adapter.decoder_norms(), counted)
+        norms = acts.decoder_norms if isinstance(acts, ActiveFeatures) else adapter.decoder_norms()
+        return l1_term(acts, norms, counted)
     if adapter.activation == "jumprelu":
         assert pre is not None
         return l0_term(step(pre, adapter.threshold, adapter.bandwidth), counted)
-    return acts.new_zeros(())
+    return adapter.W_dec.new_zeros(())
 
 
-def _smallest_active(adapters: AdapterSet, acts: dict[int, Tensor], batch: Batch) -> list[Tensor] | None:
+def _smallest_active(adapters: AdapterSet, acts: dict[int, Activations], batch: Batch) -> list[Tensor] | None:
     """Smallest positive activation of each layer, for batchtopk; None for other activation functions."""
     if adapters.metadata.activation != "batchtopk":
         return None

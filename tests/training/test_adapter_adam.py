@@ -1,0 +1,68 @@
+"""Adam on adapters moves every weight as torch's plain Adam does, in whatever layout, and goes on from its moments."""
+
+import pytest
+import torch
+from helpers.random_models import random_model, randomise
+
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.config import TrainingConfig
+from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.training.adapter_adam import AdapterAdam
+
+CONFIG = TrainingConfig(stages=("end_to_end",), lr=0.05)
+
+
+def make() -> AdapterSet:
+    return randomise(PairedModel.from_pretrained(random_model(1), random_model(2))).installed_adapters()
+
+
+def give_gradients(adapters: AdapterSet, step: int, accumulated: bool) -> None:
+    """Random gradients, as autograd gives them: in the layout of each weight."""
+    generator = torch.Generator().manual_seed(step)
+    for weight in adapters.parameters():
+        gradient = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+        (weight * gradient).sum().backward()
+        if accumulated:
+            (weight * gradient).sum().backward()
+
+
+def weights(adapters: AdapterSet) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in adapters.state_dict().items()}
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_weights_move_as_by_plain_adam(accumulated: bool) -> None:
+    ours, theirs = make(), make()
+    adam = AdapterAdam(ours, CONFIG)
+    plain = torch.optim.Adam(theirs.parameters(), lr=0.05, betas=(CONFIG.beta1, CONFIG.beta2), foreach=False)
+    for step in range(4):
+        give_gradients(ours, step, accumulated)
+        give_gradients(theirs, step, accumulated)
+        norm = adam.clip(1.0)
+        assert abs(norm - torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)) < 1e-10 * norm
+        adam.step(0.05, None, 0.0)
+        plain.step()
+        plain.zero_grad()
+        assert all(weight.grad is None for weight in ours.parameters())
+    for name, expected in weights(theirs).items():
+        torch.testing.assert_close(weights(ours)[name], expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_moments_have_the_shape_of_their_weights_and_are_gone_on_with() -> None:
+    adapters = make()
+    adam = AdapterAdam(adapters, CONFIG)
+    for step in range(2):
+        give_gradients(adapters, step, False)
+        adam.step(0.05, None, 0.0)
+    moments = {name: tensor.clone().contiguous() for name, tensor in adam.tensors().items()}
+    for index, weight in enumerate(adapters.parameters()):
+        assert moments[f"{index}.exp_avg"].shape == weight.shape
+    other = make()
+    other.load_state_dict(weights(adapters))
+    resumed = AdapterAdam(other, CONFIG)
+    resumed.restore(moments)
+    for each, optimizer in ((adapters, adam), (other, resumed)):
+        give_gradients(each, 2, False)
+        optimizer.step(0.05, None, 0.0)
+    for name, expected in weights(adapters).items():
+        assert torch.equal(weights(other)[name], expected), name
