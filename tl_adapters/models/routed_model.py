@@ -238,7 +238,8 @@ class RoutedModel:
         rounding is larger than many of the divergences measured in this package.
         """
         flat = resid.flatten(0, -2)[None]
-        return self.backend.unembed(flat)[0].unflatten(0, resid.shape[:-1])
+        # squeeze, not [0]: the gradient of an index is a new tensor of zeros with the gradient in it
+        return self.backend.unembed(flat).squeeze(0).unflatten(0, resid.shape[:-1])
 
     def read_by_unembedding(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The input of the unembedding: the final norm's output, in float32 at least."""

@@ -104,7 +104,8 @@ class _KLFromResidual(torch.autograd.Function):
             with torch.set_grad_enabled(with_gradient):
                 row = rows[chunk].requires_grad_(with_gradient)
                 logits = target.unembed(row)
-            logprobs = F.log_softmax(at_least_float32(logits.detach()), -1)
+            logprobs = at_least_float32(logits.detach())  # in place, as nothing but their gradient is read again
+            logprobs -= logprobs.logsumexp(-1, keepdim=True)
             target_logprobs = target.logprobs(chunk)
             probs = target_logprobs.exp()
             sums.append((target_logprobs - logprobs).mul_(probs).sum())
