@@ -85,7 +85,9 @@ def costs(n_features: int, repeats: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", nargs="+", type=int, default=[512, 8192], help="features per layer")
+    parser.add_argument(
+        "--features", nargs="+", type=int, default=[512], help="features per layer; 8192 take minutes a run"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="runs that count")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--record", action="store_true", help="write the block collection of results.json")
