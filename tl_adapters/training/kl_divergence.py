@@ -77,21 +77,44 @@ class TargetDistributions:
     ) -> None:
         self.rows, self.mask, self.unembed = resid[mask], mask, unembed
         self.chunks = _chunks(len(self.rows), rows_at_once)
-        self._kept: dict[int, Tensor] = {}
+        self._kept: Tensor | None = None
+        self._n_kept = 0
 
     def kl(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, ""]:
         """`kl_from_residual` of a model's final residual stream."""
         value: Tensor = _KLFromResidual.apply(self, resid)
         return value
 
+    def kl_and_gradient(
+        self, chunk: slice, rows: Float[Tensor, "n d_model"], with_gradient: bool
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "n d_model"] | None]:
+        """The sum of the KL divergences of a chunk's tokens, and its gradient at a model's ``rows`` if it is wanted.
+
+        What is of the size of the chunk's logits is let go on return, before the next chunk's are made.
+        """
+        target_logprobs = self._logprobs(chunk)
+        with torch.set_grad_enabled(with_gradient):
+            rows = rows.requires_grad_(with_gradient)
+            logits = self.unembed(rows)
+        logprobs = F.log_softmax(at_least_float32(logits.detach()), -1)
+        probs = target_logprobs.exp()
+        kl = (target_logprobs - logprobs).mul_(probs).sum()
+        if not with_gradient:
+            return kl, None
+        to_logits = logprobs.exp_().sub_(probs).to(logits.dtype)  # d KL(p || softmax(z)) / dz = softmax(z) - p
+        return kl, torch.autograd.grad(logits, rows, to_logits)[0]
+
     @torch.no_grad()
-    def logprobs(self, chunk: slice) -> Float[Tensor, "n d_vocab"]:
+    def _logprobs(self, chunk: slice) -> Tensor:
         """The target's log-probabilities at the tokens of a chunk; not to be changed in place."""
-        if chunk.start in self._kept:
-            return self._kept[chunk.start]
+        if self._kept is not None and chunk.start < self._n_kept:
+            return self._kept[chunk]
         logprobs = F.log_softmax(at_least_float32(self.unembed(self.rows[chunk])), -1)
         if len(self.rows) * logprobs.shape[1] <= LOGPROBS_KEPT:
-            self._kept[chunk.start] = logprobs
+            if self._kept is None:  # one piece of memory, as pieces kept between others leave gaps
+                self._kept = logprobs.new_empty(len(self.rows), logprobs.shape[1])
+            self._kept[chunk], self._n_kept = logprobs, chunk.start + len(logprobs)
+            return self._kept[chunk]
         return logprobs
 
 
@@ -101,17 +124,10 @@ class _KLFromResidual(torch.autograd.Function):
         rows, with_gradient = resid.detach()[target.mask], ctx.needs_input_grad[1]
         grads, sums = torch.zeros_like(rows), [at_least_float32(rows.new_zeros(()))]
         for chunk in target.chunks:
-            with torch.set_grad_enabled(with_gradient):
-                row = rows[chunk].requires_grad_(with_gradient)
-                logits = target.unembed(row)
-            logprobs = at_least_float32(logits.detach())  # in place, as nothing but their gradient is read again
-            logprobs -= logprobs.logsumexp(-1, keepdim=True)
-            target_logprobs = target.logprobs(chunk)
-            probs = target_logprobs.exp()
-            sums.append((target_logprobs - logprobs).mul_(probs).sum())
-            if with_gradient:  # d KL(p || softmax(z)) / dz = softmax(z) - p
-                to_logits = logprobs.exp_().sub_(probs).to(logits.dtype)
-                grads[chunk] = torch.autograd.grad(logits, row, to_logits)[0]
+            kl, grad = target.kl_and_gradient(chunk, rows[chunk], with_gradient)
+            sums.append(kl)
+            if grad is not None:
+                grads[chunk] = grad
         ctx.save_for_backward(grads / len(rows), target.mask)
         return (wide(torch.stack(sums)).sum() / len(rows)).to(sums[0].dtype)
 
