@@ -204,11 +204,8 @@ class AdapterSet(nn.Module):
         """Within this context the adapters train on a batch; everywhere else they evaluate.
 
         This changes the values of batchtopk only: it then selects the largest among all features of all ``real`` tokens
-        (those that are not padding), where it otherwise applies its threshold.
-
-        Args:
-            real: the tokens that are not padding.
-            over_active: whether products may be restricted to active features (`TranscoderAdapter.run`).
+        (those that are not padding), where it otherwise applies its threshold. With ``over_active`` products may be
+        restricted to active features (`TranscoderAdapter.run`).
         """
         n_real = int(real.sum()) if self.metadata.activation == "batchtopk" else None  # once, not in every layer
         for adapter in self:
