@@ -169,6 +169,9 @@ class TranscoderAdapter(nn.Module):
         Where ``over_active`` is set, few features are active and no hook reads activations, products run over active
         features alone, and the activations are given as a list of these.
         """
+        if type(self).encode is not TranscoderAdapter.encode:  # a subclass that reads something else
+            acts = self.encode(x)
+            return acts, self.decode(acts)
         x = self._input(x)
         if self._may_run_over_active(x) and (found := self._run_over_active(x)) is not None:
             return found[0], self.hook_sae_recons(found[1])
