@@ -46,8 +46,7 @@ def run(
     adapter.over_active = over_active
     acts, output = adapter.run(x)
     assert isinstance(acts, ActiveFeatures) is over_active
-    norms = acts.decoder_norms if isinstance(acts, ActiveFeatures) else adapter.decoder_norms()
-    loss = of_acts * l1_term(acts, norms, COUNTED) + of_output * output.sin().sum()
+    loss = of_acts * l1_term(acts, adapter.decoder_norms(acts), COUNTED) + of_output * output.sin().sum()
     wanted = {"x": x, **dict(adapter.named_parameters())} if x.requires_grad else dict(adapter.named_parameters())
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     return acts, {"loss": loss.detach(), **dict(zip(wanted, gradients, strict=True))}
@@ -127,15 +126,46 @@ def test_whole_products_run_where_many_features_are_active(monkeypatch: pytest.M
         assert isinstance(adapter.run(x)[0], ActiveFeatures) is active
 
 
-@pytest.mark.parametrize("point", ["hook_sae_acts_pre", "hook_sae_acts_post"])
+@pytest.mark.parametrize(("point", "width"), [("input", 8), ("acts_pre", 24), ("acts_post", 24)])
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
-def test_a_hook_on_activations_sees_all_of_them(point: str, direction: str) -> None:
+def test_a_hook_sees_a_whole_pass_once(point: str, width: int, direction: str) -> None:
     adapter, seen = make(), list[torch.Size]()
     adapter.over_active = True
-    getattr(adapter, point).add_hook(lambda value, hook: seen.append(value.shape), dir=direction)
-    acts, output = adapter.run(inputs())
+    getattr(adapter, f"hook_sae_{point}").add_hook(lambda value, hook: seen.append(value.shape), dir=direction)
+    acts, output = adapter.run(inputs().requires_grad_())
     output.sum().backward()
-    assert isinstance(acts, Tensor) and seen == [torch.Size([2, 5, 24])]
+    assert isinstance(acts, Tensor) and seen == [torch.Size([2, 5, width])]
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_a_hook_on_the_output_leaves_the_pass_over_active_features(active: bool) -> None:
+    adapter = make()
+    adapter.over_active = active
+    adapter.hook_sae_recons.add_hook(lambda value, hook: 2 * value)
+    acts, output = adapter.run(inputs())
+    assert isinstance(acts, ActiveFeatures) is active
+    torch.testing.assert_close(output, 2 * make().decode(make().encode(inputs())), rtol=1e-12, atol=1e-12)
+
+
+class ReadsTwice(TranscoderAdapter):
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(2 * x)
+
+
+class WritesTwice(TranscoderAdapter):
+    def decode(self, acts: Tensor) -> Tensor:
+        return 2 * super().decode(acts)
+
+
+@pytest.mark.parametrize("kind", [ReadsTwice, WritesTwice])
+def test_what_a_subclass_defines_is_what_runs(kind: type[TranscoderAdapter]) -> None:
+    adapter = kind(8, 24, dtype=torch.float64)
+    adapter.load_state_dict(make().state_dict())
+    adapter.over_active = True
+    expected = adapter.decode(adapter.encode(inputs()))
+    assert isinstance(adapter.run(inputs())[0], Tensor)
+    assert torch.equal(adapter(inputs()), expected)
+    assert not torch.allclose(expected, make()(inputs()))
 
 
 def test_it_runs_only_where_gradients_are_wanted_and_equal() -> None:

@@ -48,6 +48,16 @@ def test_weights_move_as_by_plain_adam(accumulated: bool) -> None:
         torch.testing.assert_close(weights(ours)[name], expected, rtol=1e-10, atol=1e-12, msg=name)
 
 
+def test_weights_that_were_moved_elsewhere_are_not_left_behind_in_silence() -> None:
+    adapters = make()
+    adam = AdapterAdam(adapters, CONFIG)
+    for adapter in adapters:
+        adapter.W_enc.data = adapter.W_enc.data.clone()
+    give_gradients(adapters, 0, False)
+    with pytest.raises(AssertionError, match="moved"):
+        adam.step(0.05, None, 0.0)
+
+
 def test_moments_have_the_shape_of_their_weights_and_are_gone_on_with() -> None:
     adapters = make()
     adam = AdapterAdam(adapters, CONFIG)

@@ -13,7 +13,8 @@ from tl_adapters.adapters.transcoder import row_norms
 from tl_adapters.config import LossWeights
 from tl_adapters.data.traces import Batch
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.training.kl_divergence import kl_from_residual, masked_kl
+from tl_adapters.training import kl_divergence
+from tl_adapters.training.kl_divergence import TargetDistributions, kl_from_residual, masked_kl
 from tl_adapters.training.loss_terms import l0_term, l1_term, nmse_term
 from tl_adapters.training.objective import StepTerms, held_out_terms, reference_step, shared_prefix_step
 
@@ -226,6 +227,32 @@ def test_the_terms_equal_plain_python() -> None:
     active = (acts > 0).double()
     l0 = sum(float(acts[i][f] > 0) for i in counted for f in range(4)) / 3
     assert abs(l0_term(active, mask) - l0) < 1e-12
+
+
+@pytest.mark.parametrize(("kept", "several", "n"), [(1000, True, 1), (10, True, 3), (1000, False, 3)])
+def test_a_targets_distributions_are_computed_once_where_they_may_be_kept(
+    kept: int, several: bool, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kl_divergence, "LOGPROBS_KEPT", kept)
+    generator = torch.Generator().manual_seed(0)
+    target, *streams = (torch.randn(2, 6, 8, generator=generator, dtype=torch.float64) for _ in range(4))
+    W_U = torch.randn(8, 13, generator=generator, dtype=torch.float64)
+    mask = torch.rand(2, 6, generator=generator) > 0.3
+    of_target: list[int] = []
+
+    def unembed(rows: torch.Tensor) -> torch.Tensor:
+        if not rows.requires_grad:
+            of_target.append(len(rows))
+        return rows @ W_U
+
+    distributions = TargetDistributions(target, mask, unembed, 4, several)
+    for stream in streams:
+        stream.requires_grad_()
+        found, whole = distributions.kl(stream), masked_kl(target @ W_U, stream @ W_U, mask)
+        assert abs(found - whole) < 1e-12
+        gradients = (torch.autograd.grad(value, stream)[0] for value in (found, whole))
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    assert sum(of_target) == n * int(mask.sum())
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 4, 100])

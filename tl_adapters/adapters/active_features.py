@@ -59,6 +59,10 @@ class ActiveFeatures:
         return self.values.dtype
 
 
+Activations = Tensor | ActiveFeatures
+"""The activations of a layer, [*batch, n_features] or as a list."""
+
+
 def run_over_active(
     x: Float[Tensor, "*batch d_model"],
     weights: tuple[Tensor, Tensor, Tensor, Tensor],

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.activation_functions import batch_topk, jumprelu, topk
-from tl_adapters.adapters.active_features import ACTS_AT_ONCE, ActiveFeatures, run_over_active
+from tl_adapters.adapters.active_features import ACTS_AT_ONCE, Activations, ActiveFeatures, run_over_active
 from tl_adapters.config import ActivationName, ConfigError, TrainingConfig
 from tl_adapters.utils.precision import at_least_float32
 
@@ -51,7 +51,7 @@ class TranscoderAdapter(nn.Module):
     """Their number, which batchtopk reads."""
     over_active: bool
     """Whether products may be restricted to active features, where few are; only training does so."""
-    on_acts: Callable[[Tensor | ActiveFeatures], None] | None
+    on_acts: Callable[[Activations], None] | None
     """Called in every pass with the activations and their graph; None where nobody asks."""
     compute_dtype: torch.dtype | None
     """The dtype of products and activations, to which the weights are cast in every pass; None is the weights' own."""
@@ -111,9 +111,13 @@ class TranscoderAdapter(nn.Module):
         finally:
             self.compute_dtype = before
 
-    def decoder_norms(self) -> Float[Tensor, "n_features"]:
-        """`row_norms` of the decoder, with gradients: an activation times its norm is what the feature writes."""
-        return row_norms(self.W_dec)
+    def decoder_norms(self, of_pass: Activations | None = None) -> Float[Tensor, "n_features"]:
+        """`row_norms` of the decoder, with gradients: an activation times its norm is what the feature writes.
+
+        Args:
+            of_pass: activations of a pass; those of `run` over active features have the norms already.
+        """
+        return of_pass.decoder_norms if isinstance(of_pass, ActiveFeatures) else row_norms(self.W_dec)
 
     def lay_out_by_feature(self) -> None:
         """Keep W_enc feature by feature in memory, as W_dec is, so that its gradients over active features are, too."""
@@ -121,18 +125,9 @@ class TranscoderAdapter(nn.Module):
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
         """Feature activations of what the MLP reads: the pre-activation where a feature is active, 0 where not."""
-        return self._hooked_acts(self._pre_acts(self._input(x)))
-
-    def _input(self, x: Tensor) -> Tensor:
-        read: Tensor = self.hook_sae_input(x.to(self.acts_dtype))
-        return read
-
-    def _pre_acts(self, x: Tensor) -> Tensor:
-        return self._product(x, self.W_enc, self.b_enc)
-
-    def _hooked_acts(self, pre: Tensor) -> Tensor:
-        acts: Tensor = self.hook_sae_acts_post(self._activate(self.hook_sae_acts_pre(pre)))
-        return acts
+        x = self.hook_sae_input(x.to(self.acts_dtype))
+        pre = self._product(x, self.W_enc, self.b_enc)
+        return self.hook_sae_acts_post(self._activate(self.hook_sae_acts_pre(pre)))
 
     def _activate(self, pre: Tensor) -> Tensor:
         if self.activation == "relu":
@@ -161,37 +156,34 @@ class TranscoderAdapter(nn.Module):
             self.on_acts(acts)
         return output.to(x.dtype)
 
-    def run(
-        self, x: Float[Tensor, "*batch d_model"]
-    ) -> tuple[Float[Tensor, "*batch n_features"] | ActiveFeatures, Float[Tensor, "*batch d_model"]]:
+    def run(self, x: Float[Tensor, "*batch d_model"]) -> tuple[Activations, Float[Tensor, "*batch d_model"]]:
         """`encode` and `decode` of what the MLP reads.
 
-        Where ``over_active`` is set, few features are active and no hook reads activations, products run over active
-        features alone, and the activations are given as a list of these.
+        Where ``over_active`` is set, few features are active and no hook reads inputs or activations, products run over
+        active features alone, and the activations are given as a list of these.
         """
-        if type(self).encode is not TranscoderAdapter.encode:  # a subclass that reads something else
-            acts = self.encode(x)
-            return acts, self.decode(acts)
-        x = self._input(x)
         if self._may_run_over_active(x) and (found := self._run_over_active(x)) is not None:
             return found[0], self.hook_sae_recons(found[1])
-        acts = self._hooked_acts(self._pre_acts(x))
+        acts = self.encode(x)
         return acts, self.decode(acts)
 
     def _run_over_active(self, x: Tensor) -> tuple[ActiveFeatures, Tensor] | None:
-        weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        x, weights = x.to(self.acts_dtype), (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
         if self.activation == "batchtopk":  # which features are active depends on all tokens together
             of_batch = lambda pre: self._activate(pre.unflatten(0, x.shape[:-1])).flatten(0, -2)  # noqa: E731
             return run_over_active(x, weights, of_batch, max(1, x.shape[:-1].numel()))
         return run_over_active(x, weights, self._activate, max(1, ACTS_AT_ONCE // self.n_features))
 
     def _may_run_over_active(self, x: Tensor) -> bool:
-        """Whether gradients of activations are those of pre-activations, weights and x are alike, and no hook reads."""
+        """Whether a pass with gradients is asked for that `run_over_active` computes as `encode` and `decode` do."""
         if not (self.over_active and torch.is_grad_enabled()) or self.activation == "jumprelu":
-            return False
-        kernels = x.device.type == "cpu" and x.dtype == self.W_enc.dtype and x.dtype in (torch.float32, torch.float64)
-        points = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
-        return kernels and not any(p._forward_hooks or p._backward_hooks or p._backward_pre_hooks for p in points)
+            return False  # jumprelu's thresholds learn from features that are not active
+        own = type(self).encode is TranscoderAdapter.encode and type(self).decode is TranscoderAdapter.decode
+        dtype = self.W_enc.dtype
+        kernels = x.device.type == "cpu" and self.acts_dtype == dtype and dtype in (torch.float32, torch.float64)
+        points = (self.hook_sae_input, self.hook_sae_acts_pre, self.hook_sae_acts_post)
+        hooked = any(p._forward_hooks or p._backward_hooks or p._backward_pre_hooks for p in points)
+        return own and kernels and not hooked
 
     @torch.no_grad()
     def settle_threshold(self, smallest: Float[Tensor, ""] | None, rate: float) -> None:

@@ -88,6 +88,9 @@ class AdapterAdam:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for moved, parameter in zip(self._moved, self.parameters, strict=True):
+            assert moved.data_ptr() == parameter.data_ptr(), (
+                "the weights were moved, and Adam would change the old ones"
+            )
             if moved is not parameter and parameter.grad is not None:
                 moved.grad = parameter.grad.T.contiguous()
         self.optimizer.step()
@@ -137,7 +140,10 @@ def _contiguous(parameter: nn.Parameter) -> nn.Parameter:
 
     torch's fused Adam changes other parameters wrongly, and says nothing.
     """
-    return parameter if parameter.is_contiguous() else nn.Parameter(parameter.data.T)
+    if parameter.is_contiguous():
+        return parameter
+    assert parameter.data.T.is_contiguous()
+    return nn.Parameter(parameter.data.T)
 
 
 def placed_adapters(tensors: Mapping[str, Tensor], like: AdapterSet) -> list[PlacedAdapter]:

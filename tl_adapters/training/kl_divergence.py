@@ -53,19 +53,20 @@ def kl_from_residual(
     gradient is stored for the backward pass: for 7.5k tokens and a vocabulary of 152k, the logits alone would take
     4.6 GB per model.
     """
-    return TargetDistributions(target_resid, mask, unembed, rows_at_once).kl(resid)
+    return TargetDistributions(target_resid, mask, unembed, rows_at_once, several=False).kl(resid)
 
 
 class TargetDistributions:
-    """The target's next-token distributions at the tokens of a mask, for several KL divergences from them.
+    """The target's next-token distributions at the tokens of a mask, for KL divergences from them.
 
-    Where all their logarithms are at most `LOGPROBS_KEPT` numbers they are computed once, else for every divergence.
+    For several divergences their logarithms are computed once where all of them are at most `LOGPROBS_KEPT` numbers.
 
     Args:
         resid: the target's final residual stream.
         mask: the tokens.
         unembed: final norm and unembedding.
         rows_at_once: number of tokens whose logits are formed at a time.
+        several: whether more than one divergence is asked for.
     """
 
     def __init__(
@@ -74,8 +75,9 @@ class TargetDistributions:
         mask: Bool[Tensor, "batch pos"],
         unembed: Unembed,
         rows_at_once: int,
+        several: bool,
     ) -> None:
-        self.rows, self.mask, self.unembed = resid[mask], mask, unembed
+        self.rows, self.mask, self.unembed, self.several = resid[mask], mask, unembed, several
         self.chunks = _chunks(len(self.rows), rows_at_once)
         self._kept: Tensor | None = None
         self._n_kept = 0
@@ -110,7 +112,7 @@ class TargetDistributions:
         if self._kept is not None and chunk.start < self._n_kept:
             return self._kept[chunk]
         logprobs = F.log_softmax(at_least_float32(self.unembed(self.rows[chunk])), -1)
-        if len(self.rows) * logprobs.shape[1] <= LOGPROBS_KEPT:
+        if self.several and len(self.rows) * logprobs.shape[1] <= LOGPROBS_KEPT:
             if self._kept is None:  # one piece of memory, as pieces kept between others leave gaps
                 self._kept = logprobs.new_empty(len(self.rows), logprobs.shape[1])
             self._kept[chunk], self._n_kept = logprobs, chunk.start + len(logprobs)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from tl_adapters.adapters.activation_functions import smallest_active, step
-from tl_adapters.adapters.active_features import ActiveFeatures
+from tl_adapters.adapters.active_features import Activations
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.l0 import active_counts, l0
 from tl_adapters.adapters.transcoder import TranscoderAdapter
@@ -46,7 +46,6 @@ from tl_adapters.training.loss_terms import l0_term, l1_term, local_term, nmse_t
 from tl_adapters.utils.precision import host_float64, wide
 
 Made = TypeVar("Made")
-Activations = Tensor | ActiveFeatures
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,9 @@ class _SharedPrefixes:
         self.run = run_again_in_backward if recompute else _run
         self.l0, self.smallest = dict[int, Tensor](), dict[int, Tensor]()
         self.target, inputs = _target_streams(pair, batch, with_inputs=weights.local > 0)
-        self.distributions = TargetDistributions(self.target[-1], batch.predicting, pair.unembed, pair.rows_at_once)
+        self.distributions = TargetDistributions(
+            self.target[-1], batch.predicting, pair.unembed, pair.rows_at_once, several=0 < cut < self.n
+        )
         self.local = _local_step(pair, inputs, batch, weights) if weights.local else None
 
     def terms(self) -> StepTerms:
@@ -328,8 +329,7 @@ def _recorded_features(pair: PairedModel) -> Iterator[tuple[dict[int, Tensor], d
 def _sparsity(adapter: TranscoderAdapter, pre: Tensor | None, acts: Activations, counted: Tensor) -> Tensor:
     """Term 5 of one layer, according to the adapter's activation function."""
     if adapter.activation == "relu":
-        norms = acts.decoder_norms if isinstance(acts, ActiveFeatures) else adapter.decoder_norms()
-        return l1_term(acts, norms, counted)
+        return l1_term(acts, adapter.decoder_norms(acts), counted)
     if adapter.activation == "jumprelu":
         assert pre is not None
         return l0_term(step(pre, adapter.threshold, adapter.bandwidth), counted)
