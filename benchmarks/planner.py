@@ -51,7 +51,7 @@ GRID: dict[str, Cell] = {
 }
 """What is measured: the shape of the pair, and of the text."""
 L0 = 3.0
-"""Active features per token and layer of the random adapters."""
+"""Active features per token and layer; where adapters train half of all are active, as when training begins."""
 ROWS, TARGETS = 256, 64
 """Feature nodes of an attribution graph, and targets at its last position, which are one whole batch of rows."""
 VOCABULARY = 4096
@@ -119,7 +119,7 @@ def run_cell(cell: Cell) -> Cell:
     """Make the pair of a cell, and measure it."""
     torch.set_num_threads(1)
     pair = pair_of_configuration(configuration(cell), torch.device("cpu"), torch.float32)
-    install_adapters(pair, cell["features"], L0)
+    install_adapters(pair, cell["features"], cell["features"] / 2 if cell["do"] == "train" else L0)
     found = {"train": train, "attribute": graph, "search": search}[cell["do"]](cell, pair)
     predicted = seconds_of(found["operations"], pair.device)
     return {

@@ -29,7 +29,7 @@ def predictions(shape: str, n_features: int) -> dict[str, float]:
     described, pair = configuration(shape, LONGEST), ShapesOnly(shape, LONGEST, n_features)
     cuda = torch.device("cuda")
     sampled = SearchOptions(method="sampled")
-    search = estimate_search(described, n_features, CHOSEN, TEXTS, TOKENS, sampled, "bfloat16")
+    search = estimate_search(described, n_features, CHOSEN, TEXTS, TOKENS, sampled, "bfloat16", cuda)
     found = {}
     for tokens in (4_000, 10_000):
         for recompute in (False, True):

@@ -24,9 +24,11 @@ from tl_adapters.models.routed_mlp import ROUTES, Route, RoutedMLP
 from tl_adapters.utils.arguments import whole_numbers
 
 LOGITS_AT_ONCE = 2**24
-"""Logits that are formed at a time on an accelerator: 64 MB of them in float32."""
+"""Most logits that are formed at a time: 64 MB of them in float32."""
 LOGITS_AT_ONCE_CPU = 2**22
-"""The same on a CPU, where new memory costs as much as computing what is written to it, but 128 rows at least."""
+"""The same on a CPU, whose products lose little by it, unless these are fewer than `ROWS_AT_ONCE_CPU` rows."""
+ROWS_AT_ONCE_CPU = 128
+"""Rows below which a product with the unembedding on a CPU mostly waits for that matrix to be read."""
 
 Made = TypeVar("Made")
 
@@ -49,6 +51,14 @@ def kept_per_token(d_model: int, d_mlp: int, d_attention: int, n_patterns: int, 
         post_norms: whether attention and MLP have a norm after them, too.
     """
     return (6 if post_norms else 4) * d_model + d_attention + 3 * d_mlp + 4 * n_patterns
+
+
+def rows_at_once(d_vocab: int, device: torch.device) -> int:
+    """The number of rows of logits to form at a time on a device."""
+    most = max(1, LOGITS_AT_ONCE // d_vocab)
+    if device.type != "cpu":
+        return most
+    return max(LOGITS_AT_ONCE_CPU // d_vocab, min(ROWS_AT_ONCE_CPU, most))
 
 
 class RoutedModel:
@@ -250,6 +260,5 @@ class RoutedModel:
 
     @property
     def rows_at_once(self) -> int:
-        """The number of rows of logits to form at a time (`LOGITS_AT_ONCE`)."""
-        n = max(1, LOGITS_AT_ONCE // self.model.cfg.d_vocab)
-        return max(LOGITS_AT_ONCE_CPU // self.model.cfg.d_vocab, min(n, 128)) if self.device.type == "cpu" else n
+        """The number of rows of logits to form at a time."""
+        return rows_at_once(self.model.cfg.d_vocab, self.device)

@@ -329,7 +329,7 @@ def _search(described: PretrainedConfig, config: RunConfig, tokens: int, device:
     chosen = max(1, round(options.share * n_features * described.num_hidden_layers))
     shape = (described, n_features, chosen, options.documents, tokens)
     greedy, sampled = (
-        estimate_search(*shape, given, config.dtype) for given in (options, replace(options, method="sampled"))
+        estimate_search(*shape, given, config.dtype, device) for given in (options, replace(options, method="sampled"))
     )
     dtype = getattr(torch, config.dtype or stored_dtype(described))
 

@@ -18,14 +18,15 @@ from tl_adapters.circuits.search import SearchOptions, round_sizes
 from tl_adapters.circuits.study import StudyOptions
 from tl_adapters.config import LocalConfig, RunConfig, StageName, TrainingConfig
 from tl_adapters.local_stage.layer_run import REVISION_TOKENS
-from tl_adapters.models.routed_model import LOGITS_AT_ONCE, kept_per_token
+from tl_adapters.models.routed_model import kept_per_token, rows_at_once
 from tl_adapters.study.hesitation import ORGANISM_PROBLEM_COUNTS
 from tl_adapters.study.open_run import ORGANISM_TRACES
+from tl_adapters.training.kl_divergence import LOGPROBS_KEPT
 from tl_adapters.utils.precision import adapter_dtype
 
 BYTES_OF_DTYPE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LOGIT_COPIES = 4
-"""Tensors of the size of the logits that are computed at a time: logits, log-probabilities, and a gradient of each."""
+"""Tensors of the size of the logits that are computed at a time: logits, log-probabilities, probabilities, and KLs."""
 TOKENS_PER_LOGITS = 8
 """In a search logits are computed at onsets, control positions and continuations: about one of so many tokens."""
 ROLE_PASSES = 4
@@ -146,14 +147,15 @@ def estimate_size(
         config: stages, width of the adapters, dtype, tokens per batch.
         described: the target's configuration.
         longest: tokens of the longest document, which is a batch of its own where it exceeds ``tokens_per_batch``.
-        device: where the run computes, which decides the adapters' precision; None is the CPU.
+        device: where the run computes, which decides the adapters' precision and the logits at a time; None is the CPU.
     """
+    device = device or torch.device("cpu")
     dtype = config.dtype or stored_dtype(described)
     precision = config.training.adapter_precision
-    rounded = adapter_dtype(getattr(torch, dtype), device or torch.device("cpu"), precision) is not None
+    rounded = adapter_dtype(getattr(torch, dtype), device, precision) is not None
     training = config.training
     tokens = max(training.tokens_per_batch, min(longest, described.max_position_embeddings))
-    shapes = _Shapes.of(described, BYTES_OF_DTYPE[dtype], 2 if rounded else 4, min(longest or tokens, tokens))
+    shapes = _Shapes.of(described, BYTES_OF_DTYPE[dtype], 2 if rounded else 4, min(longest or tokens, tokens), device)
     n_layers = shapes.n_layers
     estimates = {"local": _local_stage, "end_to_end": _end_to_end_stage}
     return RunSize(
@@ -173,6 +175,7 @@ def estimate_search(
     tokens: int,
     options: SearchOptions | None = None,
     dtype: str | None = None,
+    device: torch.device | None = None,
 ) -> SearchSize:
     """The size of a search by rounds (a test compares it with what autograd keeps and the rounds read).
 
@@ -184,9 +187,10 @@ def estimate_search(
         tokens: of a text.
         options: of the search; its share and documents are not read.
         dtype: of the models; None is the target's own.
+        device: where the search computes; None is the CPU.
     """
-    options = options or SearchOptions()
-    shapes = _Shapes.of(described, BYTES_OF_DTYPE[dtype or stored_dtype(described)], 4, tokens)
+    options, device = options or SearchOptions(), device or torch.device("cpu")
+    shapes = _Shapes.of(described, BYTES_OF_DTYPE[dtype or stored_dtype(described)], 4, tokens, device)
     batch = max(tokens, options.tokens_per_batch // tokens * tokens)
     block = batch * (shapes.width * shapes.per_token + 4 * n_features)
     kept = shapes.n_layers * block
@@ -229,9 +233,13 @@ class _Shapes:
     """Bytes of a weight."""
     acts_width: int
     """Bytes of an adapter's activation."""
+    logits_at_once: int
+    """Most logits that are formed at a time."""
 
     @classmethod
-    def of(cls, described: PretrainedConfig, width: int, acts_width: int, longest: int) -> _Shapes:
+    def of(
+        cls, described: PretrainedConfig, width: int, acts_width: int, longest: int, device: torch.device
+    ) -> _Shapes:
         """The shapes that a target's configuration describes, for documents of at most so many tokens."""
         d, d_mlp = described.hidden_size, described.intermediate_size
         heads, kv = described.num_attention_heads, described.num_key_value_heads
@@ -252,11 +260,20 @@ class _Shapes:
             unembedding=unembedding,
             width=width,
             acts_width=acts_width,
+            logits_at_once=rows_at_once(described.vocab_size, device) * described.vocab_size,
         )
 
     def logits(self, tokens: int) -> int:
         """Bytes of the logits that are computed at a time, and of what is made of them."""
-        return LOGIT_COPIES * 4 * min(LOGITS_AT_ONCE, tokens * self.unembedding // self.d_model)
+        return LOGIT_COPIES * 4 * min(self.logits_at_once, self._all_logits(tokens))
+
+    def kept_logprobs(self, tokens: int) -> int:
+        """Bytes of the target's log-probabilities that a training step keeps."""
+        n = self._all_logits(tokens)
+        return 4 * n if n <= LOGPROBS_KEPT else 0
+
+    def _all_logits(self, tokens: int) -> int:
+        return tokens * self.unembedding // self.d_model
 
     @property
     def models(self) -> int:
@@ -284,7 +301,7 @@ def _end_to_end_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) ->
     return StageSize(
         stage="end_to_end",
         adapters=16 * adapters + coordinates,
-        activations=_kept_for_backward(shapes, training, tokens) + shapes.logits(tokens),
+        activations=_kept_for_backward(shapes, training, tokens) + shapes.logits(tokens) + shapes.kept_logprobs(tokens),
         tokens=0,
         checkpoint=12 * adapters + coordinates - (4 * adapters if coordinates else 0),
         operations=2.0 * forward_and_backward * per_batch * training.steps * training.batches_per_step,
@@ -294,7 +311,8 @@ def _end_to_end_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) ->
 def _kept_for_backward(shapes: _Shapes, training: TrainingConfig, tokens: int) -> int:
     """Bytes that a pass of the replacement keeps for its backward pass, beside the target's residual stream."""
     n, d, n_layers = training.n_features, shapes.d_model, shapes.n_layers
-    # of a block: the model's own, which the adapter reads too; the adapter's activations; the error of the NMSE
+    # of a block: the model's own, which the adapter reads too; the adapter's activations; the error of the NMSE.
+    # On a CPU sparse adapters keep less, but half of the features are active when training begins.
     block = tokens * (shapes.width * shapes.per_token + shapes.acts_width * n + 4 * d)
     if shapes.acts_width < 4:  # what was cast: the input, pre-activations, and weights
         block += shapes.acts_width * (tokens * (d + n) + shapes.adapter(n))
