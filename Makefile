@@ -126,7 +126,7 @@ gpu:  ## what a pair of 7B's shape takes on this machine's GPU, with its own tor
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --target .wheels/site .wheels/*.whl
 	PYTHONPATH=.wheels/site:. HF_HUB_OFFLINE=1 $(PYTHON) benchmarks/gpu.py runs/gpu
 
-bench: install  ## running times beside what they are measured against, into benchmarks/results.json; an hour, alone
+bench: install  ## running times beside what they are measured against, into benchmarks/results.json; be alone on the machine
 	$(BIN)/python benchmarks/training_step.py --record
 	$(BIN)/python benchmarks/active_features.py --record
 	$(BIN)/python benchmarks/attribution.py --record

@@ -9,14 +9,13 @@ features over that of whole products; `active_features.LARGEST_DENSITY` is chose
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from typing import Any
 
 import torch
-from recorded import record, value_and_range
+from recorded import record, timing_options, value_and_range
 from torch import Tensor
 
 from tl_adapters.adapters import active_features
@@ -44,8 +43,7 @@ def seconds(adapter: TranscoderAdapter, x: Tensor, counted: Tensor, over_active:
     adapter.over_active = over_active
     started = time.perf_counter()
     acts, output = adapter.run(x)
-    norms = acts.decoder_norms if isinstance(acts, active_features.ActiveFeatures) else adapter.decoder_norms()
-    (output.square().mean() + l1_term(acts, norms, counted)).backward()
+    (output.square().mean() + l1_term(acts, adapter.decoder_norms(acts), counted)).backward()
     return time.perf_counter() - started
 
 
@@ -59,10 +57,7 @@ def ratios(n_features: int, density: float, repeats: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="runs that count")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--record", action="store_true", help="write the block active_features of results.json")
+    parser = timing_options(__doc__, "the block active_features", repeats=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     active_features.LARGEST_DENSITY = 1.0

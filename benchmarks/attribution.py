@@ -5,7 +5,6 @@ timed in turn in one run. Then the time of a graph of a 2,000-token prompt at th
 (max_feature_nodes 1,000). ``--record`` writes the block "attribution" of results.json.
 """
 
-import argparse
 import json
 import logging
 import statistics
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recorded import record, value_and_range
+from recorded import record, timing_options, value_and_range
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -84,10 +83,7 @@ def long_prompt() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each that count")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--record", action="store_true", help="write the block attribution of results.json")
+    parser = timing_options(__doc__, "the block attribution")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

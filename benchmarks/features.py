@@ -6,7 +6,6 @@ batches run forward on the same route. Both take turns; given is the median over
 writes the block "collection" of results.json.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recorded import record, value_and_range
+from recorded import record, timing_options, value_and_range
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.random_models import random_model
@@ -84,13 +83,10 @@ def costs(n_features: int, repeats: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing_options(__doc__, "the block collection")
     parser.add_argument(
         "--features", nargs="+", type=int, default=[512], help="features per layer; 8192 take minutes a run"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="runs that count")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--record", action="store_true", help="write the block collection of results.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found: dict[str, Any] = {}

@@ -6,6 +6,7 @@ several times is ``{"value", "range"}``: over all runs, and its lowest and highe
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -47,6 +48,15 @@ def recorded(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
     return read_results(folder).get(name)
 
 
+def timing_options(about: str, blocks: str, repeats: int = 5) -> argparse.ArgumentParser:
+    """The options of a benchmark of running times: how often, on how many threads, and whether it is recorded."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats, help="runs that count")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--record", action="store_true", help=f"write {blocks} of results.json")
+    return parser
+
+
 def value_and_range(value: float, values: Sequence[float]) -> dict[str, Any]:
     """A value over all runs, with its lowest and highest value in one of them."""
     return {"value": value, "range": [min(values), max(values)]}
@@ -60,11 +70,16 @@ def command() -> str:
 
 
 def commit() -> str:
-    """The commit of this repository, with "+" where files are changed that it tracks; "unknown" outside of one."""
+    """The commit of this repository, with "+" where files are changed that it tracks; "unknown" outside of one.
+
+    That another benchmark has just recorded its block changes nothing that is measured.
+    """
     git = ["git", "-C", str(FOLDER)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".."], check=False).returncode
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", "..", ":(exclude)results.json"], check=False
+        ).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if changed else "")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from hf_objective import HFObjective, take_step
 from large_pair import install_adapters, pair_of_configuration, random_documents, random_models
-from recorded import record, value_and_range
+from recorded import record, timing_options, value_and_range
 from resources import measured
 from step_products import StepProducts
 from transformers import Qwen2Config
@@ -157,11 +157,8 @@ def block(case: str, repeats: int, threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing_options(__doc__, "the blocks training and growth")
     parser.add_argument("--cases", nargs="+", choices=BESIDE_REFERENCE, default=list(BESIDE_REFERENCE))
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each that count")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--record", action="store_true", help="write the blocks training and growth")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
