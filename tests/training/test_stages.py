@@ -4,7 +4,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -167,9 +167,11 @@ def test_ctrl_c_stops_while_tokens_are_collected(whole: Path, tmp_path: Path, mo
 def test_ctrl_c_stops_while_features_are_finished(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finish = LayerRun.finish
 
-    def interrupted(self: LayerRun, between: Callable[[], object]) -> None:
+    def interrupted(self: LayerRun) -> Iterator[None]:
+        parts = finish(self)
+        next(parts)
         signal.raise_signal(signal.SIGINT)
-        finish(self, between)
+        yield
         pytest.fail("the polish did not stop")
 
     with monkeypatch.context() as patch:
@@ -270,6 +272,22 @@ def test_the_number_of_workers_changes_no_bit(local: LocalConfig) -> None:
         for workers in (1, 3)
     )
     assert all(torch.equal(value, three[name]) for name, value in one.items())
+
+
+def test_a_layer_that_fails_stops_the_others() -> None:
+    """Their work can take minutes."""
+    stage = LocalStage(MLPDifferences(pair()), order(), CONFIG, replace(LOCAL, workers=2))
+    while not stage.finished:
+        stage.advance()
+    asked: list[int] = []
+
+    def fails() -> None:
+        asked.append(len(asked))
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        stage.finish(pair().new_adapters(CONFIG.n_features), on_layer=lambda: pytest.fail("finished"), between=fails)
+    assert len(asked) <= 2, "one for each worker"
 
 
 def test_layers_go_round_robin_over_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -85,8 +85,11 @@ class LayerRun:
         """Number of features that were active on some token of the last `ALIVE_STEPS` steps."""
         return 0 if self.layer.size == 0 else int((self.inactive_steps < ALIVE_STEPS).sum())
 
-    def advance(self, steps: range) -> None:
-        """Train for some steps, given by their numbers from 0. A layer with nothing to explain stays silent."""
+    def advance(self, steps: range) -> Iterator[None]:
+        """Train for some steps, given by their numbers from 0. A layer with nothing to explain stays silent.
+
+        Returns: an iterator that takes the steps, one whenever it is advanced.
+        """
         if self.layer.size == 0:
             return
         revisions = [round(share * self.local.steps) for share in self.local.revisions]
@@ -97,6 +100,7 @@ class LayerRun:
             if index + 1 in revisions:
                 with self.layer.adapter.computing_in(None):
                     self.revise(index + 1, births=index + 1 < max(revisions))
+            yield
 
     def revise(self, step: int, births: bool) -> None:
         """Merge split features, then give birth to missing ones."""
@@ -107,27 +111,26 @@ class LayerRun:
         born = give_birth(tokens, generator) if births else 0
         log.debug("layer %d, step %d: %d features merged, %d born", self.index, step, merged, born)
 
-    def finish(self, between: Callable[[], object]) -> None:
+    def finish(self) -> Iterator[None]:
         """After the last step: polish the features, give birth once more, and remove useless features.
 
-        Args:
-            between: called between these parts, each of which can take a minute; it may raise an exception to stop.
+        Returns: an iterator that does one of these parts, each of which can take a minute, whenever it is advanced.
         """
         if self.layer.size:
             with self.layer.adapter.computing_in(None):
-                self._finish(between)
+                yield from self._finish()
 
-    def _finish(self, between: Callable[[], object]) -> None:
+    def _finish(self) -> Iterator[None]:
         tokens, least = self._tokens(len(self.buffer), "end"), self.local.smallest_gain
         if self.local.polish and self.layer.adapter.activation == "relu":
             generator = self._generator("fits", "end")
             remove_useless_features(tokens, UNPOLISHED_SHARE * least)
-            between()
+            yield
             polish_features(tokens, generator)
             remove_useless_features(tokens, least)
-            between()
+            yield
             if give_birth(tokens, generator):
-                between()
+                yield
                 polish_features(tokens, generator)
         removed = remove_useless_features(tokens, least)
         log.debug("layer %d: %d features removed", self.index, removed)

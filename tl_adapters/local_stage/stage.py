@@ -2,7 +2,8 @@
 
 A layer reads the shared tokens and changes nothing outside itself, and each of its operations runs on one thread of its
 worker. Results therefore do not depend on the number of workers, bit for bit. Threads do as well as processes here:
-nearly all of the time is spent in operations that release Python's lock.
+nearly all of the time is spent in operations that release Python's lock. A worker takes one step of a layer, then one
+of the layer that has waited longest, so that none is idle where the layers cannot be divided evenly among them.
 
 With `LocalConfig.streaming`, one forward pass of the target and of the base's MLPs per batch feeds all layers, and the
 oldest tokens leave the buffer. Otherwise the tokens that are collected first are the data, as in a data set.
@@ -10,11 +11,11 @@ oldest tokens leave the buffer. Otherwise the tokens that are collected first ar
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -111,7 +112,7 @@ class LocalStage:
             if self._streams:
                 self._stream.read_until(self.local.max_tokens + steps.stop * self.local.tokens_per_step)
             with tf32_products(self._tf32):
-                self._side_by_side(partial(LayerRun.advance, steps=steps), self.layers)
+                self._in_turns(run.advance(steps) for run in self.layers)
         self.step = until
         for run in self.layers:
             if run.terms is not None and not bool(run.terms.error.isfinite()):
@@ -129,15 +130,17 @@ class LocalStage:
         Args:
             adapters: adapters that read and write the residual stream as it is.
             on_layer: called when a layer is done, by its worker.
-            between: as `LayerRun.finish`.
+            between: called before each part of the work on a layer; it may raise an exception to stop.
         """
 
-        def finish(run: LayerRun) -> None:
+        def finish(run: LayerRun) -> Iterator[None]:
             between()
-            run.finish(between)
+            for _ in run.finish():
+                yield
+                between()
             on_layer()
 
-        self._side_by_side(finish, self.layers)
+        self._in_turns(finish(run) for run in self.layers)
         self.write_to(adapters)
 
     def write_to(self, adapters: Iterable[TranscoderAdapter]) -> None:
@@ -185,6 +188,26 @@ class LocalStage:
                 return [function(value) for value in values]
             with ThreadPoolExecutor(self._workers) as pool:
                 return list(pool.map(function, values))
+
+    def _in_turns(self, layers: Iterable[Iterator[None]]) -> None:
+        """Let the workers exhaust the iterators of all layers, each in the order in which it waits for its turn."""
+        waiting = deque(layers)
+
+        def work(worker: int) -> None:
+            while waiting:
+                try:
+                    layer = waiting.popleft()
+                except IndexError:  # other workers have the layers that are left
+                    return
+                try:
+                    for _ in layer:
+                        waiting.append(layer)
+                        break
+                except BaseException:
+                    waiting.clear()  # the other workers need not go on
+                    raise
+
+        self._side_by_side(work, range(self._workers))
 
 
 def _of_layer(state: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
