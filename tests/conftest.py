@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from helpers.type_checks import check_types
+from helpers.type_checks import begin_test, check_types
 
 torch.backends.mps.is_available = functools.cache(lambda: False)  # likewise; cached, as torch 2.14 looks into it
 
@@ -38,6 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     first = ("test_tutorials.py", "test_demo.py")
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+
+
+def pytest_runtest_setup() -> None:
+    begin_test()
 
 
 @pytest.fixture(autouse=True)

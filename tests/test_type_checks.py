@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers.type_checks import check_types
+from helpers.type_checks import CHECKED_CALLS, begin_test, check_types
 from jaxtyping import TypeCheckError
 
 SOURCE = """
@@ -130,6 +130,24 @@ def test_a_right_call_does_what_it_says(checked: ModuleType) -> None:
     assert checked.keywords(0)(1, "a", b=3) == [1, ("a",), 2, {"b": 3}, 0] and checked.alone()(5) == 5
     assert checked.shaped_closure(ROW)(SQUARE[:, :2]).shape == (2,)
     assert one.__name__ == "inner" and inspect.signature(one).parameters["more"].default == "a"
+
+
+@pytest.mark.parametrize("call", ["an argument", "a dtype", "a method", "a keyword of one", "what another one returns"])
+def test_a_function_is_checked_in_its_first_calls_of_every_test(call: str, checked: ModuleType) -> None:
+    def raises() -> bool:
+        try:
+            WRONG[call](checked)
+        except TypeCheckError:
+            return True
+        except Exception:  # unchecked, what the function itself does with it
+            pass
+        return False
+
+    raised = [raises() for _ in range(CHECKED_CALLS + 1)]
+    assert raised[0] and not raised[-1]
+    assert raised == sorted(raised, reverse=True)
+    begin_test()
+    assert raises()
 
 
 def test_what_a_function_closes_over_is_not_kept(checked: ModuleType) -> None:

@@ -1,9 +1,11 @@
-"""Every call in the package is checked against its annotations, at a cost that a whole suite can bear.
+"""Calls in the package are checked against their annotations, at a cost that a whole suite can bear.
 
 jaxtyping checks shapes: it binds the names of axes anew in each call, which takes about 25 microseconds, and compiles
 two functions for every definition, which takes a millisecond. Most functions have no shapes, and beartype alone checks
 the same annotations of theirs in one microsecond. A function within a function is defined again in every call of the
-outer one, so that its checks are compiled once for all.
+outer one, so that its checks are compiled once for all. Of every function the first calls of each test are checked,
+those of its fixtures included: loops call some functions a million times, and all of these checks would take a third of
+the suite's time.
 """
 
 from __future__ import annotations
@@ -24,12 +26,30 @@ from jaxtyping import AbstractArray, TypeCheckError, install_import_hook
 
 check = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeCheckError))  # an int is a float
 _check_shapes = jaxtyping.jaxtyped
+CHECKED_CALLS = 100
+"""Number of calls of a function that are checked in a test."""
+_calls: dict[object, int] = {}
+"""Number of checked calls of each function in this test; a key stands for a definition."""
 
 
 def check_types(package: str) -> None:
     """Check the calls of every module of ``package`` that is imported from now on."""
     jaxtyping.jaxtyped = lambda *, typechecker: _checked  # the decorator that the hook writes above each definition
     install_import_hook(package, f"{__name__}.check")
+
+
+def begin_test() -> None:
+    """Check the next calls of every function again."""
+    _calls.clear()
+
+
+def _is_checked(definition: object) -> bool:
+    """Whether this call of a function is checked; counts it if so. jaxtyping's own switch counts, too."""
+    n = _calls.get(definition, 0)
+    if n >= CHECKED_CALLS or jaxtyping.config.jaxtyping_disable:
+        return False
+    _calls[definition] = n + 1
+    return True
 
 
 def _checked(defined: Any) -> Any:
@@ -46,7 +66,7 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
         return _checked_closure(function)
     signature = _resolved(function)
     if _has_shapes(signature):
-        return _check_shapes(function, typechecker=check)
+        return _at_first(function, _check_shapes(function, typechecker=check), object())
     written = function.__annotations__
     function.__annotations__ = _annotations(signature)
     wrapper = check(function)
@@ -54,15 +74,15 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
     if wrapper is function:
         return function
     wrapper.__annotations__ = written
-    return _switched(function, wrapper)
+    return _at_first(function, wrapper, object())
 
 
-def _switched(function: FunctionType, wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper, which is passed by while jaxtyping's own checks are switched off."""
+def _at_first(function: FunctionType, wrapper: Callable[..., Any], definition: object) -> Callable[..., Any]:
+    """The function with the checks of its wrapper in the first calls of a test."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (function if jaxtyping.config.jaxtyping_disable else wrapper)(*args, **kwargs)
+        return (wrapper if _is_checked(definition) else function)(*args, **kwargs)
 
     return call
 
@@ -91,11 +111,12 @@ def _around_plain(function: FunctionType, signature: Signature) -> _Around:
     if wrapper is empty:  # it has no annotations
         return lambda function: function
     assert [*wrapper.__kwdefaults__.values()].count(empty) == 1
+    definition = object()
 
     def around(function: FunctionType) -> Callable[..., Any]:
         copy = FunctionType(wrapper.__code__, wrapper.__globals__, function.__name__, wrapper.__defaults__)
         copy.__kwdefaults__ = {k: function if v is empty else v for k, v in wrapper.__kwdefaults__.items()}
-        return _switched(function, functools.wraps(function)(copy))
+        return _at_first(function, functools.wraps(function)(copy), definition)
 
     return around
 
@@ -113,10 +134,13 @@ def _around_shaped(function: FunctionType, signature: Signature) -> _Around:
     call.__signature__ = signature.replace(parameters=defaults)  # type: ignore[attr-defined]
     call.__name__, call.__qualname__, call.__module__ = function.__name__, function.__qualname__, function.__module__
     compiled = _check_shapes(call, typechecker=check)
+    definition = object()
 
     def around(function: FunctionType) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if not _is_checked(definition):
+                return function(*args, **kwargs)
             functions = _called.__dict__.setdefault("functions", [])
             functions.append(function)
             try:

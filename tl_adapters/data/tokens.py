@@ -62,6 +62,8 @@ def span_texts(tokens: Sequence[str], continuation: str = "") -> list[str]:
         continuation: the text of a token that only continues a character which an earlier token begins; that token
             gets the character. With the default, the texts join to the text of the whole span.
     """
+    if "<0x" not in "".join(tokens):  # most spans hold no part of a character
+        return list(tokens)
     result, pending = [""] * len(tokens), list[tuple[int, int]]()
 
     def flush() -> None:
