@@ -1,7 +1,9 @@
 """Several processes of one launch: a command or this file's training run under `accelerate launch`, on the CPU.
 
 python launched.py FOLDER OPTIONS trains a random pair and adapters in float64 into a new folder, or resumes that run.
-With the option stop_at, the last of the processes gets a signal after that step.
+With the option stop_at, the last of the processes gets a signal after that step, with kill_at it is killed, and with
+refuse_at the first one finds the disk full. python launched.py COMMANDS runs
+commands of the command line one after another, and prints their exit codes.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 LAUNCH = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 """On a machine without a GPU, accelerate's --multi_gpu starts processes on the CPU; its --cpu starts a single one."""
+CODES = "exit-codes-of-process"
+"""What begins the line of exit codes."""
 
 
 def started(n: int, words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
@@ -30,7 +34,7 @@ def started(n: int, words: Sequence[str], **environment: str) -> subprocess.Pope
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
         [*head, *words], env={**os.environ, "PYTHONPATH": paths, **own}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
 
@@ -39,7 +43,7 @@ def ended(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, st
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # with those that it has started
         out, err = process.communicate()
         raise AssertionError(f"it did not end in {seconds} s:\n{err[-3000:]}") from None
     return process.returncode, out, err
@@ -51,6 +55,21 @@ def trained(n: int, folder: Path, **options: Any) -> None:
     assert code == 0, err[-3000:]
 
 
+def exit_codes(n: int, *commands: Sequence[str]) -> tuple[list[list[int]], str, str]:
+    """Exit codes of commands by process, which run one after another, and what all processes printed."""
+    code, out, err = ended(started(n, [__file__, json.dumps(commands)]))
+    assert code == 0, err[-3000:]
+    found = {line.split()[1]: json.loads(line.split(maxsplit=2)[2]) for line in out.splitlines() if CODES in line}
+    return [found[rank] for rank in sorted(found)], "\n".join(x for x in out.splitlines() if CODES not in x), err
+
+
+def run_commands(commands: Sequence[Sequence[str]]) -> None:
+    from tl_adapters.cli.main import main
+
+    codes = [main(words) for words in commands]
+    print(f"{CODES} {os.environ.get('RANK', '0')} {codes}\n", end="", flush=True)  # one write, as others print too
+
+
 def main(folder: Path, options: dict[str, Any]) -> None:
     import torch
     from helpers.random_models import random_model
@@ -58,11 +77,13 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     from tl_adapters.config import LocalConfig, TrainingConfig
     from tl_adapters.data.traces import Trace
     from tl_adapters.models.paired_model import PairedModel
+    from tl_adapters.training import run_folder
     from tl_adapters.training.trainer import Trainer, TrainingInterrupted
+    from tl_adapters.utils.files import DiskFullError
 
     generator = torch.Generator().manual_seed(0)
     traces = [Trace(tuple(torch.randint(1, 61, (6 + i % 9,), generator=generator).tolist()), 2) for i in range(60)]
-    stop_at = options.pop("stop_at", None)
+    faults = {name: options.pop(name, None) for name in ("stop_at", "kill_at", "refuse_at")}
     pair = PairedModel.from_pretrained(random_model(1), random_model(2))
     if folder.exists():
         trainer = Trainer.resume(pair, traces[10:], folder, validation=traces[:10], progress=False)
@@ -75,14 +96,24 @@ def main(folder: Path, options: dict[str, Any]) -> None:
 
     def on_step(step: int, terms: Any) -> None:
         last = int(os.environ.get("WORLD_SIZE", "1")) - 1
-        if step == stop_at and os.environ.get("RANK", "0") == str(last):
-            os.kill(os.getpid(), signal.SIGTERM)
+        if step == faults.get("refuse_at"):
+            run_folder.append_text = refuse
+        if os.environ.get("RANK", "0") == str(last):
+            for name, number in (("stop_at", signal.SIGTERM), ("kill_at", signal.SIGKILL)):
+                if step == faults.get(name):
+                    os.kill(os.getpid(), number)
+
+    def refuse(*_: object) -> None:
+        raise DiskFullError("the disk is full")
 
     try:
         trainer.run(on_step=on_step, on_local_step=on_step)
-    except TrainingInterrupted:
-        assert stop_at is not None
+    except TrainingInterrupted as stopped:
+        print(stopped)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    if len(sys.argv) == 2:
+        run_commands(json.loads(sys.argv[1]))
+    else:
+        main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,6 +1,10 @@
 """Several processes of one launch train as one does, one of them writes, and runs move between numbers of processes."""
 
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +83,38 @@ def test_a_run_moves_between_numbers_of_processes(
     for file in (METRICS_FILE, VALIDATION_FILE):
         assert largest_difference(lines(unbroken, file), lines(folder, file)) < 1e-4, file  # adapters are in float32
     assert weights_differ_by(unbroken, folder) < 1e-4
+
+
+LONG = {**OPTIONS, "stages": ["end_to_end"], "steps": 3000, "checkpoint_every": 1000}
+
+
+def started(folder: Path, **options: Any) -> subprocess.Popen[str]:
+    return launched.started(2, [launched.__file__, str(folder), json.dumps({**LONG, **options})])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "words"), [("refuse_at", "Stopped at step 5: the disk is full Resume with"), ("kill_at", "Signal 9")]
+)
+def test_no_process_waits_for_one_that_has_failed(tmp_path: Path, fault: str, words: str) -> None:
+    """The launcher ends the others, or they end by themselves; where the main one says why, so do the others."""
+    code, out, err = launched.ended(started(tmp_path / "run", **{fault: 5}))
+    assert code != 0 and words in err.replace(".", ""), err
+    if fault == "refuse_at":
+        assert "ProcessesError: Process 0: the disk is full" in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_the_launcher_stops_after_one_step_and_saves(tmp_path: Path) -> None:
+    """A terminal sends the signal to all processes, and the launcher passes it on to those that it has started."""
+    process = started(tmp_path / "run")
+    metrics = tmp_path / "run" / METRICS_FILE
+    until = time.monotonic() + 150
+    while time.monotonic() < until and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, out, err = launched.ended(process)
+    (state,) = (tmp_path / "run" / "checkpoints").iterdir()
+    steps = lines(tmp_path / "run", METRICS_FILE)
+    assert state.name == f"step-{len(steps):08d}" and 3 < len(steps) < 3000
+    assert out.count(f"Stopped at step {len(steps)} of 3000") == 2, err

@@ -158,7 +158,7 @@ class RunFolder:
         self.id, self.fingerprints = record.id, record.fingerprints
         self._lock = ExitStack()
         try:
-            self._lock.enter_context(processes().held_by_main(alone_in(path)))
+            processes().on_main(lambda: self._lock.enter_context(alone_in(path)))  # `release` waits for nobody
         except FolderBusyError:
             raise everywhere(
                 RunFolderError(
