@@ -15,9 +15,9 @@ from tl_adapters.cli.main import SUBCOMMANDS
 
 PACKAGE = Path(__file__).parents[1] / "tl_adapters"
 
-ORDER = ["errors", "utils", "config", "organism", "checkpoints", "adapters", "data", "models", "local_stage"]
-ORDER += ["training", "features", "interventions", "attribution", "generation", "evaluation", "autointerp"]
-ORDER += ["vllm_plugin", "interop", "circuits", "pages", "study", "cli"]
+ORDER = ["errors", "processes", "utils", "config", "organism", "checkpoints", "adapters", "data", "models"]
+ORDER += ["local_stage", "training", "features", "interventions", "attribution", "generation", "evaluation"]
+ORDER += ["autointerp", "vllm_plugin", "interop", "circuits", "pages", "study", "cli", "__main__"]
 """From the bottom up: a package imports those before it and itself."""
 SHORTHANDS = {
     "models.paired_model": {"interventions.feature_edits", "evaluation.pair_check"},

@@ -190,8 +190,8 @@ class ReadsDifference(TranscoderAdapter):
 class Differences(MLPDifferences):
     """The difference as the input as well as the output."""
 
-    def read(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((d, d) for _, d in super().read(batch))
+    def read(self, batch: Batch, layers: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((d, d) for _, d in super().read(batch, layers))
 
 
 def sae_on_difference(pair: PairedModel, traces: Sequence[Trace], options: Options) -> AdapterSet:

@@ -62,14 +62,16 @@ def evaluate(
         tl-adapters evaluate runs/mine --data held_out.jsonl
     """
     from tl_adapters.pages.report import write_report
+    from tl_adapters.processes import processes
     from tl_adapters.study.evaluate import evaluate_run
     from tl_adapters.study.features import has_features
     from tl_adapters.utils.results import read_results
 
-    evaluate_run(run_folder, data, device_of(device), dtype)
+    evaluate_run(run_folder, data, processes().together(lambda: device_of(device)), dtype)
+    report = processes().together(lambda: write_report(run_folder) if processes().is_main else run_folder)
     features = command("features", run_folder, data=data, device=given_device(device), dtype=dtype)
     return Result(
-        paths={"report": write_report(run_folder), "figures": run_folder / "results.json"},
+        paths={"report": report, "figures": run_folder / "results.json"},
         values={"faithfulness": read_results(run_folder).get("faithfulness")},
         next=command("label", run_folder) if has_features(run_folder) else features,
     )

@@ -61,6 +61,7 @@ def features(
     """
     from tl_adapters.features.store_description import StoreOptions
     from tl_adapters.pages.report import write_report
+    from tl_adapters.processes import processes
     from tl_adapters.study.features import FEATURES_FOLDER, STORE_FOLDER, features_run
 
     kept: dict[str, Any] = dict(examples=examples, sample=sample, tokens_per_batch=tokens_per_batch, seed=seed)
@@ -70,7 +71,7 @@ def features(
         stream=stream,
         options=StoreOptions(**{name: value for name, value in kept.items() if value is not None}),
         share=None if share is None else _share(share),
-        device=device_of(device),
+        device=processes().together(lambda: device_of(device)),
         dtype=dtype,
         progress=not quiet,
     )
@@ -82,9 +83,8 @@ def features(
             text="Run the next command when every process is done.",
             next=command("features", run_folder, data=data, dtype=dtype, **other, **kept),
         )
-    return Result(
-        paths={"pages": page, "store": store, "report": write_report(run_folder)}, next=command("label", run_folder)
-    )
+    report = write_report(run_folder)
+    return Result(paths={"pages": page, "store": store, "report": report}, next=command("label", run_folder))
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -39,6 +39,8 @@ SUBCOMMANDS: tuple[Callable[..., Result], ...] = (
     hesitation, serve, export, push, pull,
 )  # fmt: skip
 """Every subcommand, in the order of the help."""
+TOGETHER = ("train", "evaluate", "features")
+"""Subcommands on which several processes of one launch work together; the others run in one."""
 EXIT_CODES = """Exit codes: 0 done; 1 an error of this program, which shows a traceback, or a pair in which doctor found
 errors; 2 a command, a file or a machine that does not fit, in one line that says what to do; 130 stopped, by Ctrl-C or
 because nobody reads the output any more."""
@@ -58,19 +60,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in argv
     with _visible_messages():
         try:
-            call = parse(argv)
+            call = _parsed(argv)
             if isinstance(call, int):
                 return call
-            logging.getLogger("tl_adapters").setLevel(logging.WARNING if call.keywords.get("quiet") else logging.INFO)
+            is_main = _is_main_process(call)
+            quiet = call.keywords.get("quiet") or not is_main
+            logging.getLogger("tl_adapters").setLevel(logging.WARNING if quiet else logging.INFO)
             _silence_loading_bars()
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
                 result: Result = call()
-            result.show(as_json)
+            if is_main:
+                result.show(as_json)
             if result.then is not None:
                 result.then()
             return result.status
         except UserError as error:
-            return _failed(str(error), as_json, 2)
+            return _failed(error, str(error), as_json, 2)
         except BrokenPipeError:  # such as the command "head", which has read enough
             with suppress(BrokenPipeError):
                 sys.stdout.close()  # or its buffer would be written once more when the process ends
@@ -79,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.errno not in _PLACES:
                 raise
             where = f"{error.filename}: {error.strerror}. Choose another place, or change that one."
-            return _failed(where, as_json, 2)
+            return _failed(error, where, as_json, 2)
         except KeyboardInterrupt as interrupt:
-            return _failed(str(interrupt) or "stopped.", as_json, 130)
+            return _failed(interrupt, str(interrupt) or "stopped.", as_json, 130)
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -96,6 +101,16 @@ def parse(argv: Sequence[str]) -> Any:
         help = " ".join(filter(None, ["tl-adapters", name, "--help"]))
         message = " ".join(error.format_message().replace("Value error, ", "").split())
         raise UserError(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {help}.") from error
+
+
+def _parsed(argv: Sequence[str]) -> Any:
+    """As `parse`, in every process of a launch, all of which are given the same words."""
+    try:
+        return parse(argv)
+    except UserError as error:
+        from tl_adapters.processes import everywhere
+
+        raise everywhere(error)  # noqa: B904  # it is the same error
 
 
 @cache
@@ -132,12 +147,38 @@ def _options_of_all(
     """Options that are given before the subcommand."""
 
 
-def _failed(message: str, as_json: bool, status: int) -> int:
-    if as_json:
+def _failed(error: BaseException, message: str, as_json: bool, status: int) -> int:
+    """Print why a subcommand ends, and return its exit code. What all processes of a launch raise, the main one prints.
+
+    Of several processes only the main one writes to the standard output, which holds one object with --json.
+    """
+    from tl_adapters.processes import is_everywhere, processes
+
+    if not processes().is_main and is_everywhere(error):
+        processes().wait()
+        return status
+    if not processes().is_main:
+        show_error(f"process {processes().index}: {printable_line(message)}")
+    elif as_json:
         show(to_json({"error": message}))
     else:
         show_error(f"{'error: ' if status == 2 else ''}{printable_line(message)}")
+    if is_everywhere(error):
+        processes().wait()  # the launcher ends all processes as soon as one has failed
     return status
+
+
+def _is_main_process(call: Any) -> bool:
+    """Whether this process prints and writes: one alone, or the first of those that work on a subcommand together.
+
+    Raises ProcessesError for a subcommand that runs in one process.
+    """
+    from tl_adapters.processes import processes
+
+    name = call.func.__name__
+    if name not in TOGETHER or call.keywords.get("plan") or call.keywords.get("share"):
+        processes().require_one(f"tl-adapters {name}")
+    return processes().is_main
 
 
 @contextmanager

@@ -108,28 +108,34 @@ def train(
         tl-adapters train --config paper --set training.lr=4e-4 --set n_features=4096 --out runs/paper
         tl-adapters train --resume runs/mine
     """
+    from tl_adapters.processes import processes
     from tl_adapters.study.open_run import is_organism_run
     from tl_adapters.study.train import resume_run, train_run
     from tl_adapters.utils.results import read_results
 
-    exactly_one(out=out, resume=resume)
-    if resume is not None:
-        refuse(
-            "--resume takes the run's own options",
-            base=base, target=target, data=data, config=config, set=set_options, plan=plan, seed=seed, dtype=dtype,
-        )  # fmt: skip
-        resume_run(resume, device_of(device), progress=not quiet, bad_rows=bad_rows)
-    else:
-        assert out is not None
+    def options_and_device() -> tuple[Any, str]:
+        exactly_one(out=out, resume=resume)
+        if resume is not None:
+            refuse(
+                "--resume takes the run's own options",
+                base=base, target=target, data=data, config=config, set=set_options, plan=plan, seed=seed, dtype=dtype,
+            )  # fmt: skip
+            return None, device_of(device)
         options = run_config(
             config, set_options, base=base, target=target, data=data, bad_rows=bad_rows, dtype=dtype, seed=seed
         )
         _require_data(options, "a .jsonl file of prompts and responses, or a dataset's name on the hub")
-        if plan:
-            return _planned(options, out, device_of(device))
-        train_run(options, out, device_of(device), progress=not quiet)
+        return options, device_of(device)
+
+    options, where = processes().together(options_and_device)
     folder = out or resume
     assert folder is not None
+    if options is None:
+        resume_run(folder, where, progress=not quiet, bad_rows=bad_rows)
+    elif plan:
+        return _planned(options, folder, where)
+    else:
+        train_run(options, folder, where, progress=not quiet)
     held_out = None if is_organism_run(folder) else HELD_OUT
     return Result(
         paths={"adapters": folder / "adapters"},

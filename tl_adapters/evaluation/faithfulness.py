@@ -13,7 +13,7 @@ the target's or the replacement's own residual streams.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from tl_adapters.data.traces import Batch, Trace, batches_by_length, readable_tr
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.finite_activations import by_layer_name, require_finite_activations
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
+from tl_adapters.processes import processes
 from tl_adapters.training.kl_divergence import token_kl_from_residual
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.utils.clustered_intervals import clustered_share, event_rate
@@ -122,6 +123,8 @@ class DocumentSums:
 def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048) -> DocumentSums:
     """The faithfulness sums of the pair's adapters on ``traces``.
 
+    Of several processes of one launch, each measures its share of the documents, and all return the sums of all.
+
     Args:
         pair: a pair with adapters on every layer.
         traces: evaluation text; for published figures the target's own greedy text on held-out problems.
@@ -131,12 +134,30 @@ def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_
         NotFiniteError: activations are NaN or infinite.
     """
     traces = readable_traces(traces, pair.model.cfg)
-    parts, order = [], []
-    for rows, batch in batches_by_length(traces, tokens_per_batch):
-        order += rows
-        parts.append(_measure_batch(pair, batch.to(pair.device), rows))
-    back = torch.tensor(order).argsort()
-    cat = lambda tensors: torch.cat([host_float64(t) for t in tensors])[back]  # noqa: E731
+    batches = batches_by_length(traces, tokens_per_batch)
+    own = processes().together(lambda: _measured(pair, processes().mine(list(batches))))
+    shares = [share for share in processes().gathered(own) if share is not None]
+    back = torch.tensor([row for rows, _ in shares for row in rows]).argsort()
+    sums = _joined([part for _, part in shares])
+    by_document = {name: value for name, value in vars(sums).items() if name != "firings"}
+    return replace(sums, **{name: _rows(value, back) for name, value in by_document.items()})
+
+
+def _measured(
+    pair: PairedModel, batches: Sequence[tuple[Sequence[int], Batch]]
+) -> tuple[list[int], DocumentSums] | None:
+    """The sums of some batches, and which documents they hold in which order; None where there is no batch."""
+    parts = [_measure_batch(pair, batch.to(pair.device), rows) for rows, batch in batches]
+    return ([row for rows, _ in batches for row in rows], _joined(parts)) if parts else None
+
+
+def _rows(value: Any, rows: Tensor) -> Any:
+    return {key: each[rows] for key, each in value.items()} if isinstance(value, dict) else value[rows]
+
+
+def _joined(parts: Sequence[DocumentSums]) -> DocumentSums:
+    """The sums of the documents of all parts, in float64 on the CPU."""
+    cat = lambda tensors: torch.cat([host_float64(t) for t in tensors])  # noqa: E731
     joined: dict[str, Any] = {}
     for name in DocumentSums.__dataclass_fields__:
         values = [getattr(part, name) for part in parts]

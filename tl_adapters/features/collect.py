@@ -44,6 +44,7 @@ from tl_adapters.features.store_parts import (
 )
 from tl_adapters.local_stage.regression_data import pair_signal_to_noise
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.processes import processes
 from tl_adapters.utils.arguments import choice, texts
 from tl_adapters.utils.files import alone_in, make_folder, remove_own
 
@@ -61,6 +62,9 @@ def collect_features(
     progress: bool = True,
 ) -> FeatureStore:
     """Collect statistics and examples of every adapter feature, or of the target's MLP neurons, over documents.
+
+    Of several processes of one launch, each collects its share into the folder (`collect_share`), and the main one
+    merges them.
 
     Args:
         pair: the pair, with adapters, and with the tokenizer whose chat template gives the regions of a trace.
@@ -82,10 +86,21 @@ def collect_features(
         DataError: there are no documents, or no chat template.
         UserError: a word is not a single token.
     """
-    description = _description(pair, traces, kind, stream, split, options, words)
-    with nullcontext() if folder is None else _collecting(Path(folder), (0, 1)):
-        parts = list(_collected_parts(pair, traces, folder, description, (0, 1), progress))
-        return _merged_store(pair, description, parts, folder)
+    progress = progress and processes().is_main
+    arguments: dict[str, Any] = dict(kind=kind, stream=stream, split=split, options=options, words=words)
+
+    def collected() -> FeatureStore:
+        description = _description(pair, traces, **arguments)
+        with nullcontext() if folder is None else _collecting(Path(folder), (0, 1)):
+            parts = list(_collected_parts(pair, traces, folder, description, (0, 1), progress))
+            return _merged_store(pair, description, parts, folder)
+
+    if folder is None or (several := processes()).count == 1:
+        return collected()
+    share = (several.index, several.count)
+    several.together(lambda: collect_share(pair, traces, folder, share, progress=progress, **arguments))
+    several.on_main(collected)
+    return several.together(lambda: FeatureStore.load(folder))
 
 
 def collect_share(

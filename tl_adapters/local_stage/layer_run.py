@@ -44,6 +44,7 @@ class LayerRun:
         config: options of training.
         local: options of the local stage.
         state: an earlier `state`, from which the run goes on; None starts a new one.
+        coordinates: of a new run; None measures them by the tokens of the buffer.
     """
 
     def __init__(
@@ -53,10 +54,12 @@ class LayerRun:
         config: TrainingConfig,
         local: LocalConfig,
         state: Mapping[str, Tensor] | None = None,
+        coordinates: LayerCoordinates | None = None,
     ) -> None:
         self.index, self.buffer, self.local, self._seed = index, buffer, local, config.seed
-        device = buffer.x[index].device
-        coordinates = self._measured() if state is None else LayerCoordinates.of_tensors(state, device)
+        device = buffer.devices[index]
+        if coordinates is None:
+            coordinates = self._measured() if state is None else LayerCoordinates.of_tensors(state, device)
         self.layer = LocalLayer(
             coordinates.whitening, coordinates.size, config, local, self._generator("weights"), device
         )
@@ -138,6 +141,10 @@ class LayerRun:
     def state(self) -> dict[str, Tensor]:
         """What a run goes on from, by name."""
         return {**self.layer.state(), **self.layer.coordinates.tensors(), "inactive_steps": self.inactive_steps}
+
+    def trained(self) -> list[Tensor]:
+        """The tensors of `state` that training changes, not copied; all layers have the same ones in the same order."""
+        return [*self.layer.state().values(), self.inactive_steps]
 
     def _tokens(self, n: int, purpose: object) -> LayerTokens:
         """At most n tokens by which features are revised."""

@@ -49,8 +49,10 @@ class RegressionData(Protocol):
     device: torch.device
     """Device of the model."""
 
-    def read(self, batch: Batch) -> Iterator[tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]]:
-        """Inputs and wanted outputs of one layer after another, at the counted tokens of a batch."""
+    def read(
+        self, batch: Batch, layers: Sequence[int] | None = None
+    ) -> Iterator[tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]]:
+        """Inputs and wanted outputs of one layer after another, or of some, at the counted tokens of a batch."""
         ...
 
     def signal_to_noise(
@@ -69,13 +71,15 @@ class MLPDifferences:
         self.d_model, self.d_vocab, self.dtype = cfg.d_model, cfg.d_vocab, cfg.dtype
 
     @torch.no_grad()
-    def read(self, batch: Batch) -> Iterator[tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]]:
+    def read(
+        self, batch: Batch, layers: Sequence[int] | None = None
+    ) -> Iterator[tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]]:
         """Like `RegressionData.read`."""
         pair, batch = self.pair, batch.to(self.device)
         with pair.routed("target"), pair.recorded("mlp.hook_in") as inputs, self._outputs() as outputs:
             pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
-        for layer, mlp in enumerate(pair.mlps):
-            x = inputs[layer][batch.counted]
+        for layer in range(pair.n_layers) if layers is None else layers:
+            x, mlp = inputs[layer][batch.counted], pair.mlps[layer]
             yield mlp.adapter_input(x), mlp.difference(x, outputs[layer][batch.counted])
 
     @contextmanager
@@ -139,7 +143,9 @@ class MLPOutputs:
                 )
 
     @torch.no_grad()
-    def read(self, batch: Batch) -> Iterator[tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]]:
+    def read(
+        self, batch: Batch, layers: Sequence[int] | None = None
+    ) -> Iterator[tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]]:
         """Like `RegressionData.read`."""
         batch, recorded = batch.to(self.device), dict[str, Tensor]()
         counted = batch.counted.clone()
@@ -148,9 +154,8 @@ class MLPOutputs:
         def keep(value: Tensor, hook: Any, name: str) -> None:
             recorded[name] = value[counted]
 
-        names = [
-            (INPUT_HOOKS[READS].format(layer), OUTPUT_HOOKS[WRITES].format(layer)) for layer in range(self.n_layers)
-        ]
+        layers = range(self.n_layers) if layers is None else layers
+        names = [(INPUT_HOOKS[READS].format(layer), OUTPUT_HOOKS[WRITES].format(layer)) for layer in layers]
         with self.model.hooks(fwd_hooks=[(name, partial(keep, name=name)) for both in names for name in both]):
             self.model(batch.tokens, attention_mask=batch.real.long(), stop_at_layer=self.n_layers)
         for x, output in names:

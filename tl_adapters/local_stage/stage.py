@@ -5,6 +5,9 @@ worker. Results therefore do not depend on the number of workers, bit for bit. T
 nearly all of the time is spent in operations that release Python's lock. A worker takes one step of a layer, then one
 of the layer that has waited longest, so that none is idle where the layers cannot be divided evenly among them.
 
+Of several processes of one launch, each trains its share of the layers and keeps the tokens of these alone, and all of
+them read every batch. They are given each other's layers where a state or the whole model needs them.
+
 With `LocalConfig.streaming`, one forward pass of the target and of the base's MLPs per batch feeds all layers, and the
 oldest tokens leave the buffer. Otherwise the tokens that are collected first are the data, as in a data set.
 """
@@ -30,6 +33,8 @@ from tl_adapters.local_stage.local_layer import LocalLayer
 from tl_adapters.local_stage.regression_data import RegressionData
 from tl_adapters.local_stage.schedules import warmup_cosine
 from tl_adapters.local_stage.token_buffer import StreamPosition, TokenStream
+from tl_adapters.local_stage.whitening import LayerCoordinates
+from tl_adapters.processes import processes
 from tl_adapters.utils.precision import tf32_products
 
 STEPS_AT_ONCE = 10
@@ -84,18 +89,31 @@ class LocalStage:
         on_batch: Callable[[int, int], object] = lambda tokens, capacity: None,
     ) -> None:
         self.local, self.step, self._tf32 = local, step, config.adapter_precision == "tf32"
-        devices, self._workers = workers_and_devices(data.device, local.workers, data.n_layers)
-        if position is None:
-            self._stream = TokenStream.fill(data, order, local.max_tokens, devices, on_batch)
-        else:
-            self._stream = TokenStream.resume(data, order, position, devices, on_batch)
+        own = processes().mine(range(data.n_layers))
+        devices, self._workers = workers_and_devices(data.device, local.workers, max(1, len(own)))
+        read = own or [0]  # a process without a layer reads one, by which it knows how many tokens there are
+
+        def stream() -> TokenStream:
+            if position is None:
+                return TokenStream.fill(data, order, local.max_tokens, devices, on_batch, read)
+            return TokenStream.resume(data, order, position, devices, on_batch, read)
+
+        self._stream = processes().together(stream)
         buffer = self._stream.buffer
         # Where an epoch fits into the buffer, new batches would bring no new tokens.
         self._streams = local.streaming and buffer.capacity == local.max_tokens
         states = [_of_layer(state, layer) if state else None for layer in range(data.n_layers)]
-        self.layers: list[LayerRun] = self._side_by_side(
-            lambda layer: LayerRun(layer, buffer, config, local, states[layer]), range(data.n_layers)
-        )
+
+        def run(layer: int, coordinates: LayerCoordinates | None = None) -> LayerRun:
+            return LayerRun(layer, buffer, config, local, states[layer], coordinates)
+
+        self._own: list[LayerRun] = processes().together(lambda: self._side_by_side(run, own))
+        self._whole = processes().count == 1
+        self.layers: list[LayerRun] = self._own if self._whole else []
+        for layer in () if self._whole else range(data.n_layers):
+            mine = next((each for each in self._own if each.index == layer), None)
+            coordinates = None if state else _shared_coordinates(mine, layer, data.d_model, data.device)
+            self.layers.append(mine or run(layer, coordinates))
 
     @property
     def finished(self) -> bool:
@@ -104,6 +122,9 @@ class LocalStage:
 
     def advance(self, most: int = STEPS_AT_ONCE) -> int:
         """Take at most so many steps and return their number, which is at least 1. Raises NotFiniteError."""
+        return processes().together(lambda: self._advance(most))
+
+    def _advance(self, most: int) -> int:
         until = min(self.step + most, self.step + STEPS_AT_ONCE, self.local.steps)
         first, spans = self.step, [range(self.step, until)]
         if self._streams:
@@ -112,9 +133,9 @@ class LocalStage:
             if self._streams:
                 self._stream.read_until(self.local.max_tokens + steps.stop * self.local.tokens_per_step)
             with tf32_products(self._tf32):
-                self._in_turns(run.advance(steps) for run in self.layers)
-        self.step = until
-        for run in self.layers:
+                self._in_turns(run.advance(steps) for run in self._own)
+        self.step, self._whole = until, processes().count == 1
+        for run in self._own:
             if run.terms is not None and not bool(run.terms.error.isfinite()):
                 raise NotFiniteError(f"The error of layer {run.index} is not finite. Lower training.local.lr.")
         return until - first
@@ -140,13 +161,23 @@ class LocalStage:
                 between()
             on_layer()
 
-        self._in_turns(finish(run) for run in self.layers)
+        processes().together(lambda: self._in_turns(finish(run) for run in self._own))
+        self._whole = processes().count == 1
         self.write_to(adapters)
 
     def write_to(self, adapters: Iterable[TranscoderAdapter]) -> None:
         """Write the weights as they are now to adapters that read and write the residual stream as it is."""
+        self._exchange()
         for run, adapter in zip(self.layers, adapters, strict=True):
             run.layer.write_to(adapter)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Give every process the layers of the others as they are now."""
+        if not self._whole:
+            for run in self.layers:
+                processes().receive(run.trained(), owner=run.index % processes().count)
+            self._whole = True
 
     @property
     def trained(self) -> list[LocalLayer]:
@@ -160,18 +191,20 @@ class LocalStage:
 
     def progress(self) -> LocalProgress:
         """What the last step has shown; zeros for a layer whose two MLPs do not differ."""
-        local, terms = self.local, [run.terms for run in self.layers]
-        error, sparsity, l0 = (
-            [0.0 if term is None else float(getattr(term, name)) for term in terms]
-            for name in ("error", "sparsity", "l0")
-        )
+        local, shown = self.local, torch.zeros(4, len(self.layers), dtype=torch.float64)
+        for run in self._own:
+            last = [] if run.terms is None else [run.terms.error, run.terms.sparsity, run.terms.l0]
+            shown[: len(last), run.index] = torch.tensor([float(term) for term in last], dtype=torch.float64)
+            shown[3, run.index] = run.alive
+        error, sparsity, l0, alive = processes().total(shown).tolist()
         lr = local.lr * warmup_cosine(self.step - 1, local.steps, local.warmup_fraction)
-        return LocalProgress(lr, self.tokens, error, sparsity, l0, [run.alive for run in self.layers])
+        return LocalProgress(lr, self.tokens, error, sparsity, l0, [int(n) for n in alive])
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         """The tensors from which the stage goes on, each named "layer.name"."""
+        self._exchange()
         return {f"{run.index}.{name}": value for run in self.layers for name, value in run.state().items()}
 
     @property
@@ -210,6 +243,17 @@ class LocalStage:
         self._side_by_side(work, range(self._workers))
 
 
+def _shared_coordinates(own: LayerRun | None, layer: int, d_model: int, device: torch.device) -> LayerCoordinates:
+    """The coordinates of a layer, which the process that trains it has measured."""
+    if own is not None:
+        tensors = own.layer.coordinates.tensors()
+    else:
+        size = torch.zeros((), dtype=torch.float64)
+        tensors = {"mean": torch.zeros(d_model), "matrix": torch.zeros(d_model, d_model), "size": size}
+    processes().receive(tensors.values(), owner=layer % processes().count)
+    return LayerCoordinates.of_tensors(tensors, device)
+
+
 def _of_layer(state: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
     prefix = f"{layer}."
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -225,7 +269,7 @@ def workers_and_devices(device: torch.device, workers: int | None, n_layers: int
     """
     if device.type == "cpu":
         return [device], min(workers or torch.get_num_threads(), n_layers)
-    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    there = torch.cuda.device_count() if device.type == "cuda" and processes().count == 1 else 1
     first, n = device.index or 0, min(workers or 1, there, n_layers)
     if there == 1 or n == 1:
         return [device], n

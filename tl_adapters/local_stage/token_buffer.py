@@ -29,14 +29,22 @@ class TokenBuffer:
         data: inputs and wanted outputs of a batch.
         capacity: number of tokens that are kept.
         devices: where the tokens of the layers are kept: layer i on the i-th device, beginning again after the last.
+        layers: the layers, at least one; None is all of them.
     """
 
-    def __init__(self, data: RegressionData, capacity: int, devices: Sequence[torch.device]) -> None:
+    def __init__(
+        self,
+        data: RegressionData,
+        capacity: int,
+        devices: Sequence[torch.device],
+        layers: Sequence[int] | None = None,
+    ) -> None:
         self.data, self.capacity, self.seen = data, capacity, 0
+        self.layers = range(data.n_layers) if layers is None else layers
         self.devices = [devices[layer % len(devices)] for layer in range(data.n_layers)]
         shape = (capacity, data.d_model)
-        self.x = [torch.empty(shape, dtype=data.dtype, device=device) for device in self.devices]
-        self.d = [torch.empty(shape, dtype=data.dtype, device=device) for device in self.devices]
+        self.x = {i: torch.empty(shape, dtype=data.dtype, device=self.devices[i]) for i in self.layers}
+        self.d = {i: torch.empty(shape, dtype=data.dtype, device=self.devices[i]) for i in self.layers}
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
@@ -44,11 +52,11 @@ class TokenBuffer:
     def add(self, batch: Batch) -> None:
         """Run the model on a batch and keep its counted tokens, in the place of the oldest ones."""
         n, dtype = 0, self.data.dtype
-        for (x, d), device, kept_x, kept_d in zip(self.data.read(batch), self.devices, self.x, self.d, strict=True):
-            n = min(len(x), self.capacity)
+        for layer, (x, d) in zip(self.layers, self.data.read(batch, self.layers), strict=True):
+            device, n = self.devices[layer], min(len(x), self.capacity)
             first = self.seen % self.capacity
             before_end = min(n, self.capacity - first)
-            for kept, new in ((kept_x, x[:n].to(device, dtype)), (kept_d, d[:n].to(device, dtype))):
+            for kept, new in ((self.x[layer], x[:n].to(device, dtype)), (self.d[layer], d[:n].to(device, dtype))):
                 kept[first : first + before_end] = new[:before_end]
                 kept[: n - before_end] = new[before_end:]
         self.seen += n
@@ -95,12 +103,19 @@ class TokenStream:
         data: inputs and wanted outputs of a batch.
         order: the batches.
         capacity: tokens that the buffer can hold.
-        devices: as `TokenBuffer`.
+        devices, layers: as `TokenBuffer`.
     """
 
-    def __init__(self, data: RegressionData, order: BatchOrder, capacity: int, devices: Sequence[torch.device]) -> None:
+    def __init__(
+        self,
+        data: RegressionData,
+        order: BatchOrder,
+        capacity: int,
+        devices: Sequence[torch.device],
+        layers: Sequence[int] | None = None,
+    ) -> None:
         self._data, self._order = data, order
-        self.buffer = TokenBuffer(data, capacity, devices)
+        self.buffer = TokenBuffer(data, capacity, devices, layers)
         self._next_batch = 0
         self._in_buffer: deque[BatchPlace] = deque()
 
@@ -112,6 +127,7 @@ class TokenStream:
         max_tokens: int,
         devices: Sequence[torch.device],
         on_batch: Callable[[int, int], object],
+        layers: Sequence[int] | None = None,
     ) -> TokenStream:
         """A stream whose buffer holds the tokens of one epoch, or the first ``max_tokens`` of them.
 
@@ -125,7 +141,7 @@ class TokenStream:
                 break
             batches.append((batch, OrderPosition(**order.position)))
             n += int(batch.counted.sum())
-        stream = cls(data, order, min(n, max_tokens), devices)
+        stream = cls(data, order, min(n, max_tokens), devices, layers)
         for batch, position in batches:
             stream._add(batch, position)
             on_batch(stream.buffer.seen, stream.buffer.capacity)
@@ -139,9 +155,10 @@ class TokenStream:
         position: StreamPosition,
         devices: Sequence[torch.device],
         on_batch: Callable[[int, int], object],
+        layers: Sequence[int] | None = None,
     ) -> TokenStream:
         """A stream that goes on from an earlier position, with the same tokens in its buffer. Args: as `fill`."""
-        stream = cls(data, order, position.capacity, devices)
+        stream = cls(data, order, position.capacity, devices, layers)
         order.restore(position.first.order.model_dump())
         stream._next_batch, stream.buffer.seen = position.first.batch, position.first.seen
         while stream._next_batch < position.next_batch:

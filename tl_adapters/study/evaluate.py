@@ -17,6 +17,7 @@ from tl_adapters.data.traces import Trace
 from tl_adapters.errors import UserError
 from tl_adapters.generation.responses import traces_of
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.processes import processes
 from tl_adapters.study.attribution import attribution_stage
 from tl_adapters.study.evaluation_stages import baselines_stage, behavior_stage, faithfulness_stage
 from tl_adapters.study.features import features_stage
@@ -35,24 +36,36 @@ from tl_adapters.study.run_size import StudyScale
 def evaluate_run(folder: Path, data: str | None, device: str = "auto", dtype: Dtype | None = None) -> None:
     """Measures a run's adapters on held-out traces, or, for the model organism, on its report split.
 
+    Several processes of one launch share the held-out traces among them.
+
     Args:
         folder: a run that train or demo made.
         data: a .jsonl file or a dataset's name; None for the model organism's own problems.
         device: where to run; "auto" is the first available of cuda, mps and cpu.
         dtype: dtype of the models, instead of the run's own.
     """
-    require_adapters(folder)
-    if data is None and not is_organism_run(folder):
-        raise UserError("--data is missing; give a .jsonl file of held-out prompts and responses, or a dataset's name.")
-    config = RunConfig.of_run(folder)
-    pair = open_run(folder, device, dtype)
     if data is not None:
-        documents = open_held_out(config, data, pair)
-        documents.log_survey()
-        faithfulness_stage(pair, documents.traces(), folder, split=Path(data).name)
+        pair, traces = processes().together(lambda: _opened(folder, data, device, dtype))
+        faithfulness_stage(pair, traces, folder, split=Path(data).name)
     else:
+        processes().require_one("evaluate without --data, which runs every stage of the model organism's evaluation,")
+        require_adapters(folder)
+        if not is_organism_run(folder):
+            raise UserError(
+                "--data is missing; give a .jsonl file of held-out prompts and responses, or a dataset's name."
+            )
+        pair = open_run(folder, device, dtype)
         fit = encode_traces(organism.reasoning_pairs("train", StudyScale().documents), pair.model.tokenizer)
         evaluate_organism(pair, folder, StudyScale(), fit)
+
+
+def _opened(folder: Path, data: str, device: str, dtype: Dtype | None) -> tuple[PairedModel, list[Trace]]:
+    """The pair of a run with its adapters, and held-out documents."""
+    require_adapters(folder)
+    config, pair = RunConfig.of_run(folder), open_run(folder, device, dtype)
+    documents = open_held_out(config, data, pair)
+    documents.log_survey()
+    return pair, documents.traces()
 
 
 def evaluate_organism(pair: PairedModel, folder: Path, scale: StudyScale, fit: Sequence[Trace]) -> None:

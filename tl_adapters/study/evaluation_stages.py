@@ -20,6 +20,7 @@ from tl_adapters.evaluation.response_metrics import correctness, measure_respons
 from tl_adapters.generation.responses import Response, respond
 from tl_adapters.models.build import build_model
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.processes import processes
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_recovered
 from tl_adapters.utils.clustered_intervals import paired_difference
 from tl_adapters.utils.results import changed_results, read_results, stage, write_output, write_results
@@ -34,12 +35,16 @@ N_SHOWN_ANSWERS = 4
 def faithfulness_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, split: str) -> DocumentSums:
     """Adds the block faithfulness, and the block features where no features were collected, measured on ``traces``."""
     seeds = tuple(read_results(folder).get("seeds", [0]))
-    with stage(folder, "faithfulness"):
-        sums = measure_faithfulness(pair, traces)
+
+    def record() -> None:
         with changed_results(folder) as results:
             results["faithfulness"] = faithfulness_block(sums, split, seeds)
             if "documents" not in results.get("features", {}):  # otherwise it holds more than this stage knows
                 results["features"] = features_block(sums)
+
+    with processes().held_by_main(stage(folder, "faithfulness")):
+        sums = measure_faithfulness(pair, traces)
+        processes().on_main(record)
     return sums
 
 

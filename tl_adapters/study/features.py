@@ -34,6 +34,7 @@ from tl_adapters.interop.sae_dashboard import require_dashboard, write_sae_dashb
 from tl_adapters.models.adapter_checks import short_model_name
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.feature_pages import write_feature_pages
+from tl_adapters.processes import processes
 from tl_adapters.study.open_run import is_organism_run, open_held_out, open_run, require_adapters
 from tl_adapters.utils.files import alone_in, replace_folder, require_writable, working_folder
 from tl_adapters.utils.results import changed_results, plain, stage
@@ -133,6 +134,8 @@ def features_run(
 ) -> Path | None:
     """Collects and draws a run's features on any documents; returns the index page, or None for one of several shares.
 
+    Of several processes of one launch, each collects a share, and the main one merges and draws.
+
     Args:
         folder: a run that train or demo made.
         data: a .jsonl file or a dataset's name; None for the target's answers to problems of the model organism.
@@ -142,17 +145,16 @@ def features_run(
         device, dtype: as in `open_run`.
         progress: show progress bars.
     """
-    require_adapters(folder)
-    if data is None and not is_organism_run(folder):
-        raise UserError(
-            "--data is missing; give a .jsonl file of prompts and responses, or a dataset's name on the hub."
-        )
-    require_writable(folder)
+    options, features_folder = options or StoreOptions(), folder / FEATURES_FOLDER
+
+    def opened() -> tuple[PairedModel, Sequence[Trace], str]:
+        pair = open_run(folder, device, dtype)
+        return pair, *_documents(pair, folder, data)
+
+    processes().together(lambda: _require_usable(folder, data))
     # Processes that share a collection work at the same time; the stores' own locks keep them apart.
-    with nullcontext() if share is not None else alone_in(folder):
-        pair, options = open_run(folder, device, dtype), options or StoreOptions()
-        features_folder = folder / FEATURES_FOLDER
-        traces, split = _documents(pair, folder, data)
+    with processes().held_by_main(nullcontext() if share is not None else alone_in(folder)):
+        pair, traces, split = processes().together(opened)
         if share is not None:
             words = list(hesitation_tokens(pair.model.tokenizer))
             collect_share(
@@ -163,11 +165,24 @@ def features_run(
         store, neurons = collect_features_and_neurons(
             pair, traces, features_folder, split, options, stream=stream, progress=progress
         )
-        if not store.agreement:
-            store.set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
-        label_and_record(folder, store, neurons)
-        draw_pages(neurons, features_folder / NEURON_PAGES_FOLDER, progress=progress)
-        return draw_pages(store, features_folder / PAGES_FOLDER, progress=progress)
+
+        def finished() -> Path:
+            if not store.agreement:
+                store.set_agreement(stream_agreement(pair, traces[:AGREEMENT_DOCUMENTS], split))
+            label_and_record(folder, store, neurons)
+            draw_pages(neurons, features_folder / NEURON_PAGES_FOLDER, progress=progress)
+            return draw_pages(store, features_folder / PAGES_FOLDER, progress=progress)
+
+        return processes().together(lambda: finished() if processes().is_main else None)
+
+
+def _require_usable(folder: Path, data: str | None) -> None:
+    require_adapters(folder)
+    if data is None and not is_organism_run(folder):
+        raise UserError(
+            "--data is missing; give a .jsonl file of prompts and responses, or a dataset's name on the hub."
+        )
+    require_writable(folder)
 
 
 def _documents(pair: PairedModel, folder: Path, data: str | None) -> tuple[Sequence[Trace], str]:

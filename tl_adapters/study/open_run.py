@@ -23,6 +23,7 @@ from tl_adapters.data.sources import PairRecords, ShuffledReader
 from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.processes import processes
 from tl_adapters.utils.files import alone_in, require_writable
 from tl_adapters.utils.printing import command
 from tl_adapters.utils.results import read_results
@@ -84,8 +85,8 @@ def alone_in_run(work: Callable[Concatenate[Path, P], T]) -> Callable[Concatenat
     def alone(folder: Path, /, *args: P.args, **options: P.kwargs) -> T:
         if not folder.is_dir():  # the stage says what is missing
             return work(folder, *args, **options)
-        require_writable(folder)
-        with alone_in(folder):
+        processes().together(lambda: require_writable(folder))
+        with processes().held_by_main(alone_in(folder)):
             return work(folder, *args, **options)
 
     return alone

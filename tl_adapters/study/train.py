@@ -15,10 +15,12 @@ from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.checkpoints.hf_model import load_hf_model
 from tl_adapters.checkpoints.model_reference import model_commit
 from tl_adapters.config import BadRows, RunConfig
-from tl_adapters.data.traces import DataError
+from tl_adapters.data.documents import DataStatistics, EncodedDocuments
+from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.local_stage.transcoders import TranscoderFit, measure_transcoders, train_transcoders
 from tl_adapters.models.build import build_model
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.processes import processes
 from tl_adapters.study.open_run import open_data, open_held_out, open_pair
 from tl_adapters.training.run_folder import RunFolder, require_new
 from tl_adapters.training.trainer import Trainer
@@ -38,15 +40,18 @@ def train_run(config: RunConfig, folder: Path, device: str = "auto", progress: b
 
     Raises FolderExistsError before anything is loaded.
     """
-    require_new(folder)
-    require_writable(folder)
-    pair = open_pair(config, device)
-    data = open_data(config, pair)
-    statistics = data.log_survey()
-    trainer = Trainer(
-        pair, data, config.training, folder, validation=data.validation(), origin=config, progress=progress
-    )
-    write_text(folder / "data.json", dumps({"schema_version": 1, **asdict(statistics)}, indent=1) + "\n")
+
+    def opened() -> tuple[PairedModel, EncodedDocuments, DataStatistics, list[Trace]]:
+        require_new(folder)
+        require_writable(folder)
+        pair = open_pair(config, device)
+        data = open_data(config, pair)
+        return pair, data, data.log_survey(), data.validation()
+
+    pair, data, statistics, validation = processes().together(opened)
+    trainer = Trainer(pair, data, config.training, folder, validation=validation, origin=config, progress=progress)
+    text = dumps({"schema_version": 1, **asdict(statistics)}, indent=1) + "\n"
+    processes().on_main(lambda: write_text(folder / "data.json", text))
     train_stage(trainer, folder)
 
 
@@ -59,11 +64,16 @@ def resume_run(folder: Path, device: str = "auto", progress: bool = True, bad_ro
     RunFolder.open(folder).release()
     if bad_rows is not None:
         config = replace(config, data=replace(config.data, bad_rows=bad_rows))
-    pair = open_pair(config, device)
-    data = open_data(config, pair)
-    trainer = Trainer.resume(pair, data, folder, validation=data.validation(), progress=progress)
+
+    def opened() -> tuple[PairedModel, EncodedDocuments, list[Trace]]:
+        pair = open_pair(config, device)
+        data = open_data(config, pair)
+        return pair, data, data.validation()
+
+    pair, data, validation = processes().together(opened)
+    trainer = Trainer.resume(pair, data, folder, validation=validation, progress=progress)
     if bad_rows is not None:
-        write_text(folder / "config.json", dumps(config.to_dict(), indent=1) + "\n")
+        processes().on_main(lambda: write_text(folder / "config.json", dumps(config.to_dict(), indent=1) + "\n"))
     log.info("resuming at step %d of %d", trainer.step, trainer.steps)
     train_stage(trainer, folder)
 
@@ -76,8 +86,13 @@ def train_stage(trainer: Trainer, folder: Path) -> None:
     if trainer.finished and "train" in read_results(folder):
         trainer.run()  # the run may have been stopped while it removed temporary files
         return
-    with stage(folder, "train"):
+    with processes().held_by_main(stage(folder, "train")):
         trainer.run()
+    processes().on_main(lambda: _record(trainer, folder))
+
+
+def _record(trainer: Trainer, folder: Path) -> None:
+    """Adds what training has cost, and on which models, to results.json."""
     config, noise = trainer.config, trainer.signal_to_noise()
     write_results(
         folder,

@@ -17,6 +17,7 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.config import TrainingConfig
 from tl_adapters.local_stage.whitening import LayerCoordinates
+from tl_adapters.processes import processes
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class AdapterAdam:
         if all(adapter.W_enc.device.type == "cpu" for adapter in adapters):
             for adapter in adapters:
                 adapter.lay_out_by_feature()
+        self._adapters = list(adapters)
         self._pairs = list(zip(placed, adapters, strict=True)) if placed else []
         self.trained = [each.adapter for each in placed] or list(adapters)
         """The adapters whose parameters Adam moves."""
@@ -67,6 +69,14 @@ class AdapterAdam:
         self._moved = [_contiguous(parameter) for parameter in self.parameters]
         self.optimizer = torch.optim.Adam(self._moved, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
         self._write()
+
+    def add_up(self) -> None:
+        """Give every process the sum of the gradients that the objective has left in each of them."""
+        if processes().count > 1:
+            for parameter in (parameter for adapter in self._adapters for parameter in adapter.parameters()):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                processes().add_up([parameter.grad])
 
     def clip(self, largest: float) -> Tensor:
         """Scale the gradient of all trained parameters together to a norm of at most ``largest``.

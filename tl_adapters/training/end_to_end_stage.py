@@ -6,7 +6,8 @@
         loss and gradient of the objective (objective.py)
         clip the gradient, take a step, update the thresholds
 
-Schedules, batches and cuts are pure functions of the seed and the step.
+Schedules, batches and cuts are pure functions of the seed and the step. Of several processes, each takes its share of a
+step's batches; gradients and terms are added up, so that every process takes the same step.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tl_adapters.data.batching import BatchOrder
 from tl_adapters.data.traces import Batch, require_embedded
 from tl_adapters.local_stage.schedules import linear_warmup, warmup_cosine
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.processes import processes
 from tl_adapters.training.adapter_adam import AdapterAdam, PlacedAdapter, placed_adapters
 from tl_adapters.training.not_finite import describe_not_finite
 from tl_adapters.training.objective import TERM_NAMES, StepTerms, shared_prefix_step
@@ -83,10 +85,13 @@ class EndToEndStage:
         for batch in batches:  # still on the CPU, where this check costs nothing
             require_embedded(batch.tokens, self.pair.model.cfg.d_vocab, f"The batch of step {step + 1}")
         counted = [int(batch.counted.sum()) for batch in batches]
+        shares = [n / sum(counted) for n in counted]
         parts = []
-        for batch, n in zip(batches, counted, strict=True):
-            parts.append(self._add_gradients(batch.to(self.pair.device), n / sum(counted), want_l0))
-        terms = mean_terms(parts, [n / sum(counted) for n in counted])
+        for batch, share in processes().mine(list(zip(batches, shares, strict=True))):
+            parts.append(self._add_gradients(batch.to(self.pair.device), share, want_l0))
+        parts = all_parts(parts, len(batches))
+        terms = mean_terms(parts, shares)
+        self.adam.add_up()
         norm = self.adam.clip(config.grad_clip)
         if not bool(torch.isfinite(terms.total) & torch.isfinite(norm)):
             raise NotFiniteError(self._not_finite_message(parts, float(norm), batches))
@@ -112,6 +117,14 @@ class EndToEndStage:
                 return f"{', '.join(names)} is not finite. {describe_not_finite(self.pair, batch.to(self.pair.device))}"
         where = describe_not_finite(self.pair, batches[0].to(self.pair.device))
         return f"the gradient's norm ({norm}) is not finite. {where}"
+
+
+def all_parts(own: Sequence[StepTerms], n: int) -> list[StepTerms]:
+    """The terms of all n batches of a step, in their order, of which this process has computed its share."""
+    if processes().count == 1:
+        return list(own)
+    parts: list[list[StepTerms]] = processes().gathered([part.to("cpu") for part in own])
+    return [parts[i % len(parts)][i // len(parts)].to(own[0].total.device) for i in range(n)]
 
 
 def mean_terms(parts: Sequence[StepTerms], shares: Sequence[float]) -> StepTerms:

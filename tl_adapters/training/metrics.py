@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from tl_adapters.config import TrainingConfig
 from tl_adapters.local_stage.stage import LocalProgress
+from tl_adapters.processes import processes
 from tl_adapters.training.objective import StepTerms
 from tl_adapters.training.run_folder import LOCAL_METRICS_FILE, METRICS_FILE, VALIDATION_FILE, RunFolder
 from tl_adapters.training.trackers import Tracker, open_tracker
@@ -86,7 +87,7 @@ def _mean(values: Sequence[float]) -> float:
 def open_metrics(
     folder: RunFolder | None, config: TrainingConfig, first_step: int, progress: bool
 ) -> Iterator[MetricsWriter]:
-    """Opens the tracker of a run, and closes it with the progress bar.
+    """Opens the tracker of a run, in the main process alone, and closes it with the progress bar.
 
     Args:
         folder: the run folder; None for a run in memory.
@@ -97,13 +98,15 @@ def open_metrics(
     Raises:
         TrackerError: the tracker does not start.
     """
-    tracker = open_tracker(
-        config.tracker,
-        folder.path if folder else Path(),
-        folder.id if folder else "",
-        folder.config.to_dict() if folder else {},
-        first_step=first_step,
-        project=config.tracker_project,
+    tracker = processes().together(
+        lambda: open_tracker(
+            config.tracker if processes().is_main else "none",
+            folder.path if folder else Path(),
+            folder.id if folder else "",
+            folder.config.to_dict() if folder else {},
+            first_step=first_step,
+            project=config.tracker_project,
+        )
     )
     metrics = MetricsWriter(folder, tracker, progress)
     try:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.models.finite_activations import by_layer_name, require_finite_activations
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel
 from tl_adapters.models.routed_model import run_again_in_backward
+from tl_adapters.processes import processes
 from tl_adapters.training.kl_divergence import TargetDistributions, masked_kl, token_kl_from_residual
 from tl_adapters.training.loss_terms import l0_term, l1_term, local_term, nmse_term
 from tl_adapters.utils.precision import host_float64, wide
@@ -75,6 +76,12 @@ class StepTerms:
         """The terms that were computed."""
         terms = {name: getattr(self, name) for name in TERM_NAMES}
         return {name: term for name, term in terms.items() if term is not None}
+
+    def to(self, device: torch.device | str) -> StepTerms:
+        """The same terms on a device."""
+        smallest = None if self.smallest_active is None else [value.to(device) for value in self.smallest_active]
+        moved: dict[str, Any] = {name: term.to(device) for name, term in self.by_name().items()}
+        return replace(self, **moved, total=self.total.to(device), smallest_active=smallest)
 
 
 TERM_NAMES = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "sparsity", "local")
@@ -343,12 +350,11 @@ def _smallest_active(adapters: AdapterSet, acts: dict[int, Activations], batch: 
     return [smallest_active(acts[layer], batch.real) for layer in adapters.layer_indices]
 
 
-@torch.no_grad()
 def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any]:
     """Output KL, NMSE and L0 of the replacement on held-out documents, as means over all tokens that count.
 
     Bridges and weights are left out, so that runs with different weights can be compared. NMSE is a ratio of sums over
-    all batches.
+    all batches. Of several processes each takes its share of the batches, and all return the same.
 
     Returns:
         "output_kl" (nats per token), "nmse", "l0" (a list, one value per layer), and "tokens", the number that count.
@@ -356,6 +362,21 @@ def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any
     Raises:
         NotFiniteError: an activation is NaN or infinite.
     """
+    n = pair.n_layers
+    own = processes().together(lambda: _held_out_sums(pair, processes().mine(batches)))
+    sums, squared_errors, squared_norms, active = processes().total(own).split([3, n + 1, n + 1, n])
+    kl, positions, tokens = sums.tolist()
+    return {
+        "output_kl": kl / positions,
+        "nmse": float((squared_errors / squared_norms).mean()),
+        "l0": (active / tokens).tolist(),
+        "tokens": int(tokens),
+    }
+
+
+@torch.no_grad()
+def _held_out_sums(pair: PairedModel, batches: Sequence[Batch]) -> Tensor:
+    """KL, positions and tokens, then by stream squared errors and norms, then by layer active features; one tensor."""
     n = pair.n_layers
     kl, positions, tokens = 0.0, 0, 0
     squared_errors, squared_norms = torch.zeros(2, n + 1, dtype=torch.float64)
@@ -379,12 +400,8 @@ def held_out_terms(pair: PairedModel, batches: Sequence[Batch]) -> dict[str, Any
         squared_errors += host_float64(torch.stack([_sum_of_squares(error, counted) for error in errors]))
         squared_norms += host_float64(torch.stack([_sum_of_squares(wide(resid), counted) for resid in target]))
         active += host_float64(torch.stack([active_counts(acts[i], counted).sum() for i in range(n)]))
-    return {
-        "output_kl": kl / positions,
-        "nmse": float((squared_errors / squared_norms).mean()),
-        "l0": (active / tokens).tolist(),
-        "tokens": tokens,
-    }
+    sums = torch.tensor([kl, positions, tokens], dtype=torch.float64)
+    return torch.cat([sums, squared_errors, squared_norms, active])
 
 
 def _sum_of_squares(x: Tensor, counted: Tensor) -> Tensor:

@@ -10,6 +10,8 @@
 
 Except for the .jsonl files, everything is written completely before it gets its name. The .jsonl files are cut
 back to the latest training state when a run is resumed. A run folder is locked by the process that works in it.
+
+Of several processes of one launch, which all see the folder, the main one holds the lock and writes.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
+from tl_adapters.processes import everywhere, processes
 from tl_adapters.training.training_state import TrainingState, local_steps, state_folder
 from tl_adapters.utils.files import (
     FolderBusyError,
@@ -138,7 +141,10 @@ def require_new(path: Path) -> None:
 
 
 class RunFolder:
-    """The folder of one run, locked by this process until `release`. Made by `create` or `open`."""
+    """The folder of one run, locked by this process until `release`. Made by `create` or `open`.
+
+    All processes of one launch call the methods that write, `create` and `open`, and wait for the main one.
+    """
 
     is_new: bool = False
     """Whether this process has made the folder, and saved no training state in it yet."""
@@ -146,17 +152,18 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.config = RunConfig.of_run(path)
-            record = self._record()
+            self.config, record = processes().together(lambda: (RunConfig.of_run(path), self._record()))
         except UserError as error:
             raise RunFolderError(f"{path} is not the folder of a training run, or it is damaged: {error}") from error
         self.id, self.fingerprints = record.id, record.fingerprints
         self._lock = ExitStack()
         try:
-            self._lock.enter_context(alone_in(path))
+            processes().on_main(lambda: self._lock.enter_context(alone_in(path)))  # `release` waits for nobody
         except FolderBusyError:
-            raise RunFolderError(
-                f"Another process is training in {path}. Wait for it or stop it; two runs need two folders."
+            raise everywhere(
+                RunFolderError(
+                    f"Another process is training in {path}. Wait for it or stop it; two runs need two folders."
+                )
             ) from None
 
     def _record(self) -> RunRecord:
@@ -166,12 +173,16 @@ class RunFolder:
     def create(cls, path: str | Path, config: RunConfig, fingerprints: Mapping[str, str]) -> RunFolder:
         """Makes the folder of a new run. Raises FolderExistsError if ``path`` exists."""
         path = Path(path)
-        require_new(path)
         record = RunRecord(id=uuid.uuid4().hex[:12], versions=versions(), fingerprints=dict(fingerprints))
-        with new_folder(path) as out:
-            write_text(out / "config.json", dumps(config.to_dict(), indent=1) + "\n")
-            write_text(out / "run.json", record.json_text())
-            write_text(out / METRICS_FILE, "")
+
+        def make() -> None:
+            require_new(path)
+            with new_folder(path) as out:
+                write_text(out / "config.json", dumps(config.to_dict(), indent=1) + "\n")
+                write_text(out / "run.json", record.json_text())
+                write_text(out / METRICS_FILE, "")
+
+        processes().on_main(make)
         run = cls(path)
         run.is_new = True
         return run
@@ -180,14 +191,17 @@ class RunFolder:
     def open(cls, path: str | Path) -> RunFolder:
         """Opens the folder of an earlier run. Raises RunFolderError if it is none, or another process works in it."""
         if not Path(path).is_dir():
-            raise RunFolderError(
-                f"There is no folder {path}, so there is no run to resume; a new run takes --out in place of --resume."
+            raise everywhere(
+                RunFolderError(
+                    f"There is no folder {path}, so there is no run to resume; a new run takes --out in place of "
+                    "--resume."
+                )
             )
         return cls(Path(path))
 
     def discard_new(self) -> None:
         """Remove a folder that this process has made and in which nothing can be resumed; others stay."""
-        if self.is_new:
+        if self.is_new and processes().is_main:
             remove_own(self.path)
 
     def release(self) -> None:
@@ -218,7 +232,7 @@ class RunFolder:
 
     def append(self, file: str, line: Mapping[str, Any]) -> None:
         """Append a line to one of the .jsonl files. Raises WriteError."""
-        append_text(self.path / file, dumps(dict(line)) + "\n")
+        processes().on_main(lambda: append_text(self.path / file, dumps(dict(line)) + "\n"))
 
     def _cut_lines(self, file: str, step: int) -> None:
         """Delete the lines of a .jsonl file that were written after ``step``. Raises UnreadableFileError."""
@@ -237,11 +251,15 @@ class RunFolder:
         Raises WriteError where the disk is full, or refuses; earlier states are kept.
         """
         folder = self.path / "checkpoints" / state_folder(state.counters.step)
-        if not folder.exists():
-            with new_folder(folder) as out:
-                state.save(out)
-        for old in self.training_states[: -self.config.training.keep_checkpoints]:
-            remove_own(old)
+
+        def save() -> None:
+            if not folder.exists():
+                with new_folder(folder) as out:
+                    state.save(out)
+            for old in self.training_states[: -self.config.training.keep_checkpoints]:
+                remove_own(old)
+
+        processes().on_main(save)
 
     @property
     def training_states(self) -> list[Path]:
@@ -261,6 +279,11 @@ class RunFolder:
             RunFolderError: all states are damaged.
             UnreadableFileError: a line of a .jsonl file is damaged.
         """
+        state = processes().together(lambda: self._mended(like) if processes().is_main else None)
+        return processes().together(lambda: state if processes().is_main else self._newest_readable_state(like))
+
+    def _mended(self, like: AdapterSet) -> TrainingState | None:
+        """The newest readable training state; damaged ones, and lines that were written after it, are removed."""
         state, config = self._newest_readable_state(like), self.config.training
         step = state.counters.step if state else 0
         for file in _LINES:
@@ -307,8 +330,12 @@ class RunFolder:
 
     def finish(self, adapters: AdapterSet, tokens: int, seconds: float) -> None:
         """Save the trained adapters, tokens and seconds, and delete the training states. Raises WriteError."""
-        if not (self.path / "adapters").is_dir():
-            record = self._record().model_copy(update={"spent": TrainingCost(tokens=tokens, seconds=seconds)})
-            write_text(self.path / "run.json", record.json_text())
-            adapters.save_pretrained(self.path / "adapters")
-        remove_own(self.path / "checkpoints")
+
+        def finish() -> None:
+            if not (self.path / "adapters").is_dir():
+                record = self._record().model_copy(update={"spent": TrainingCost(tokens=tokens, seconds=seconds)})
+                write_text(self.path / "run.json", record.json_text())
+                adapters.save_pretrained(self.path / "adapters")
+            remove_own(self.path / "checkpoints")
+
+        processes().on_main(finish)

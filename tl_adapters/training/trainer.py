@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from tl_adapters.adapters.adapter_set import AdapterSet
@@ -35,6 +36,7 @@ from tl_adapters.local_stage.stage import LocalProgress, LocalStage
 from tl_adapters.local_stage.token_buffer import StreamPosition
 from tl_adapters.local_stage.train_local import new_adapters
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.processes import ProcessesError, everywhere, processes
 from tl_adapters.training.adapter_adam import PlacedAdapter
 from tl_adapters.training.end_to_end_stage import EndToEndStage
 from tl_adapters.training.metrics import MetricsWriter, open_metrics
@@ -92,11 +94,10 @@ class Trainer:
         origin: RunConfig | None = None,
         progress: bool = True,
     ) -> None:
-        self._set_up(pair, traces, config, validation, progress)
+        processes().together(lambda: self._set_up(pair, traces, config, validation, progress))
+        processes().require_same((config, self._fingerprints), "options, models or documents")
         if folder is not None:
-            run_config = replace(origin or _origin_of(pair), training=config)
-            if (date := self._template_date) is not None:
-                run_config = replace(run_config, data=replace(run_config.data, template_date=date.isoformat()))
+            run_config = _recorded(origin or _origin_of(pair), config, self._template_date)
             self.folder = RunFolder.create(folder, run_config, self._fingerprints)
 
     @classmethod
@@ -122,8 +123,8 @@ class Trainer:
         try:
             if isinstance(traces, EncodedDocuments) and run.config.data.template_date is not None:
                 traces = traces.with_date(datetime.date.fromisoformat(run.config.data.template_date))
-            trainer._set_up(pair, traces, run.config.training, validation, progress)
-            run.require_same(trainer._fingerprints)
+            processes().together(lambda: trainer._set_up(pair, traces, run.config.training, validation, progress))
+            processes().together(lambda: run.require_same(trainer._fingerprints))
             trainer._restore(run)
         except BaseException:
             run.release()
@@ -141,7 +142,8 @@ class Trainer:
         """The state before the first step. Everything that can be refused is, so that no run folder is left behind."""
         require_trainable(pair)
         require_tracker(config.tracker)
-        self.pair, self.config, self.progress = pair, config, progress
+        require_processes(config, pair.device)
+        self.pair, self.config, self.progress = pair, config, progress and processes().is_main
         self.steps = local_steps(config) + (config.steps if "end_to_end" in config.stages else 0)
         self.folder = self._resumed = None
         self._has_result = False
@@ -292,7 +294,7 @@ class Trainer:
     def _restore(self, run: RunFolder) -> None:
         """Continue from the latest training state of a run folder, or from its result if the run has finished."""
         self.folder = run
-        result = run.result()
+        result = processes().together(run.result)
         if result is not None:  # the run has finished, and may have been killed while it deleted its training states
             self.adapters.load_state_dict(result.state_dict())
             self._has_result = True
@@ -328,12 +330,12 @@ class _Process:
 
     @contextmanager
     def finite_steps(self) -> Iterator[None]:
-        """Raises TrainingError where a step within raises NotFiniteError."""
+        """Raises TrainingError where a step within raises NotFiniteError, in this process or in another one."""
         try:
             yield
-        except NotFiniteError as error:
+        except (NotFiniteError, ProcessesError) as error:
             folder, step = self.trainer.folder, self.trainer.step
-            raise TrainingError(f"Step {step + 1}: {error}{what_is_saved(folder, step)}") from error
+            raise everywhere(TrainingError(f"Step {step + 1}: {error}{what_is_saved(folder, step)}")) from error
 
     def count(self, steps: int, tokens: int) -> None:
         """Count steps that were taken, with the number of tokens of the run so far."""
@@ -362,17 +364,40 @@ class _Process:
         """
         trainer = self.trainer
         due = due or (trainer.step % trainer.config.checkpoint_every == 0 and not trainer.finished)
-        if trainer.folder is not None and (due or self.stop.is_set()):
+        stopping = processes().any(self.stop.is_set())  # a signal from here on is for the next step
+        if trainer.folder is not None and (due or stopping):
             trainer.folder.save_training_state(state())
-        self.stop_if_requested()
+        if stopping:
+            self._stop()
 
     def stop_if_requested(self) -> None:
-        """Raises TrainingInterrupted if the run is to stop."""
+        """Raises TrainingInterrupted if this process is to stop, which `Processes.together` tells the others."""
         if self.stop.is_set():
-            trainer = self.trainer
-            raise TrainingInterrupted(
-                f"Stopped at step {trainer.step} of {trainer.steps}.{how_to_resume(trainer.folder)}"
-            )
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        trainer = self.trainer
+        text = f"Stopped at step {trainer.step} of {trainer.steps}.{how_to_resume(trainer.folder)}"
+        raise everywhere(TrainingInterrupted(text))
+
+
+def require_processes(config: TrainingConfig, device: torch.device) -> None:
+    """Raises ProcessesError where the processes of this launch cannot share the steps of a run, or not on a device."""
+    count = processes().count
+    if count == 1:
+        return
+    if "end_to_end" in config.stages and config.batches_per_step < count:
+        raise ProcessesError(
+            f"batches_per_step is {config.batches_per_step} with {count} processes, which divide the batches of a step "
+            f"among them; allowed is a whole number >= {count}. A multiple of {count} gives all of them as much to do: "
+            f"--set training.batches_per_step={count}."
+        )
+    if device.type != processes().device.type:
+        raise ProcessesError(
+            f"The models are on {device}, and the {count} processes of this launch exchange tensors on "
+            f"{processes().device}. Leave the device out, so that each process takes its own, or set "
+            "ACCELERATE_USE_CPU=true for processes on the CPU."
+        )
 
 
 def how_to_resume(folder: RunFolder | None) -> str:
@@ -395,6 +420,12 @@ def _origin_of(pair: PairedModel) -> RunConfig:
     """A configuration that names the models of a pair, if both have a name."""
     named = bool(pair.base_id and pair.target_id)
     return RunConfig(base=pair.base_id, target=pair.target_id) if named else RunConfig()
+
+
+def _recorded(origin: RunConfig, training: TrainingConfig, date: datetime.date | None) -> RunConfig:
+    """The configuration of a run as its folder keeps it, with the date that its chat template writes."""
+    data = origin.data if date is None else replace(origin.data, template_date=date.isoformat())
+    return replace(origin, training=training, data=data)
 
 
 def train(

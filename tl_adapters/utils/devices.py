@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from tl_adapters.errors import UserError
+from tl_adapters.processes import processes
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,12 @@ def available_devices() -> list[str]:
 def resolve_device(device: str | torch.device | None = AUTO) -> torch.device:
     """The device with a name; "auto" and None are the first available one of cuda, mps and cpu, which is logged.
 
+    Of several processes of one launch, each has its own device, which "auto" and "cuda" then are.
+
     Raises DeviceError for a device that this machine does not have, with the names of those that it has.
     """
+    if processes().count > 1 and device in (None, AUTO, processes().device.type):
+        return processes().device
     if device is None or device == AUTO:
         chosen = available_devices()[0]
         log.info("device: %s (auto; this machine has %s)", chosen, ", ".join(available_devices()))
