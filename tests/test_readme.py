@@ -6,17 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.loopback_hub import LoopbackHub, hub  # noqa: F401  # a fixture
 from helpers.readme import ROOT, blocks
 
 from tl_adapters import organism
+from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.circuits.circuit import Circuit
 from tl_adapters.cli.main import parse
 from tl_adapters.interop.export import export
 
 
 def test_the_python_runs(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    hub: LoopbackHub,  # noqa: F811
 ) -> None:
-    """The hub's names stand for the built-in pair: its target, and its replacement as the paper's authors write one."""
+    """The hub's names stand for the built-in pair: its target, and its replacement as the paper's authors write one.
+
+    What is pushed goes to a hub of this process.
+    """
     monkeypatch.chdir(tmp_path)
     export(run, "authors", tmp_path / "theirs")
     local = {"nathu0/transcoder-adapters-R1-Distill-Qwen-7B-l1w0.001-l0-1.4": tmp_path / "theirs"}
@@ -33,6 +43,10 @@ def test_the_python_runs(
     shown = [line for block in blocks("text") for line in block.splitlines() if line.startswith("torch.Size")]
     assert shapes == shown and shown
     assert any(isinstance(value, torch.Tensor) for value in namespace.values())
+    pushed = Circuit.from_hub("user/adapters")
+    assert (
+        pushed.features and pushed.fingerprints["adapters"] == AdapterSet.from_pretrained("user/adapters").fingerprint
+    )
 
 
 def test_the_commands_exist() -> None:

@@ -57,6 +57,16 @@ def test_total_effects_are_the_solution_of_the_linear_system(graph: AttributionG
     assert (expected - matrix[graph.first_target + target, :n]).abs().max() > 1e-3  # indirect paths contribute
 
 
+@pytest.mark.parametrize("target", [-1, 99])
+def test_a_target_that_the_graph_does_not_have(pair: PairedModel, graph: AttributionGraph, target: int) -> None:
+    for effects in (
+        lambda: total_effects(graph, target),
+        lambda: ablation_effects(pair, graph, torch.tensor([0]), target),
+    ):
+        with pytest.raises(GraphError, match=f"target is {target}; this graph has the targets 0 to"):
+            effects()
+
+
 def test_ablation_effects_agree_with_hooks(pair: PairedModel, graph: AttributionGraph) -> None:
     chosen = torch.arange(0, len(graph.features), 60)
     effects = ablation_effects(pair, graph, chosen)

@@ -148,21 +148,21 @@ def test_it_is_a_table_of_its_features() -> None:
 def test_up_and_down(hub: LoopbackHub) -> None:  # noqa: F811
     circuit = replace(made(), features=made().features[1:])
     with pytest.raises(HubError, match=r"did not take circuits/hesitation.json into user/repo, .*its adapters.*404"):
-        circuit.push("user/repo")
+        circuit.push_to_hub("user/repo")
     with pytest.raises(HubError, match="give user/name"):
-        circuit.push("not a name")
+        circuit.push_to_hub("not a name")
     hub.files["user/repo"] = {}
-    assert circuit.push("user/repo") == f"{hub.server.url}/user/repo/commit/{COMMIT}"
+    assert circuit.push_to_hub("user/repo") == f"{hub.server.url}/user/repo/commit/{COMMIT}"
     assert Circuit.from_hub("user/repo") == circuit
     with pytest.raises(CircuitError, match="holds no circuit 'doubt'"):
         Circuit.from_hub("user/repo", "doubt")
     with pytest.raises(CheckpointError, match="404"):
         Circuit.from_hub("user/none")
     with pytest.raises(CircuitError, match="is not a valid name of a circuit"):
-        circuit.push("user/repo", "../secret")
+        circuit.push_to_hub("user/repo", "../secret")
     hub.fault = lambda request: Response(reset=True)
     with pytest.raises(HubError, match="Check the network"):
-        circuit.push("user/repo")
+        circuit.push_to_hub("user/repo")
 
 
 # -- the drawing and the page --------------------------------------------------------------------------------------

@@ -172,6 +172,12 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         opened(tmp_path / "nowhere.jsonl")
 
 
+def test_a_file_has_no_revision(tmp_path: Path) -> None:
+    for source in (write(tmp_path / "traces.jsonl", PAIR), tmp_path):
+        with pytest.raises(DataError, match="on this machine and has no revisions, and data.revision is v1: leave"):
+            open_reader(DataConfig(str(source), revision="v1"))
+
+
 def test_a_file_needs_no_suffix(tmp_path: Path) -> None:
     assert conversations(opened(write(tmp_path / "traces.txt", PAIR))) == [TURNS]
 

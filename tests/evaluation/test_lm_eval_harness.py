@@ -16,6 +16,7 @@ import torch
 from helpers.random_models import random_model, randomise
 
 from tl_adapters.data.traces import DataError
+from tl_adapters.generation import likelihoods
 from tl_adapters.generation.likelihoods import Likelihood, log_likelihoods
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer
@@ -28,10 +29,14 @@ TEXTS = ["47+85=132.", "Wait, 1+1=3?\n", "9", "312-47-85=180</think>180"]
 @pytest.fixture(scope="module")
 def pair() -> PairedModel:
     """A float64 pair with a short context."""
-    tokenizer = build_tokenizer()
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": N_CTX}
+    return randomise(PairedModel.from_pretrained(*models(), tokenizer=build_tokenizer()))
+
+
+def models() -> tuple[Any, Any]:
+    """The base and the target of the pair."""
+    sizes = {"vocab_size": len(build_tokenizer()), "max_position_embeddings": N_CTX}
     base, target = (random_model(s, **sizes) for s in (1, 2))
-    return randomise(PairedModel.from_pretrained(base, target, tokenizer=tokenizer))
+    return base, target
 
 
 @pytest.fixture(params=["target", "hybrid", "replacement"])
@@ -74,6 +79,37 @@ def test_a_likelihood_is_the_plain_sum_in_any_batch(model: Any, side: str, token
         assert found[number].greedy is greedy
     assert found[len(texts) - 1].greedy
     assert dict(log_likelihoods(model, [([1], [])])) == {0: Likelihood(0.0, True)}
+
+
+def test_logits_are_formed_where_they_are_needed_and_in_pieces(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a whole text they would take gigabytes. A hook that reads them at their positions gets all of them at once."""
+    texts = [([5] * 20, [7, 9, 4, 11]), ([6] * 18, [3]), ([9] * 22, [8])]
+    expected = dict(log_likelihoods(model, texts))
+    monkeypatch.setattr(likelihoods, "rows_at_once", lambda d_vocab, device: 7)
+    shapes: list[tuple[int, ...]] = []
+    keep = lambda logits, hook: shapes.append(tuple(logits.shape[:2]))  # noqa: E731
+    with model.hooks(fwd_hooks=[("unembed.hook_out", keep)]):
+        found = dict(log_likelihoods(model, texts))
+    assert shapes == [(3, 2), (3, 2), (3, 2)], "positions 17 to 22 of three texts, at most seven rows at once"
+    for number, (context, continuation) in enumerate(texts):
+        assert found[number].log_probability == pytest.approx(plainly(model, context, continuation)[0], rel=1e-9)
+        assert found[number].greedy is expected[number].greedy
+    handle = model.unembed.register_forward_hook(lambda module, inputs, logits: shapes.append(tuple(logits.shape[:2])))
+    shapes.clear()
+    assert dict(log_likelihoods(model, texts)).keys() == found.keys()
+    handle.remove()
+    assert shapes == [(3, 6)]
+
+
+def test_a_bridge_scores_as_the_other_model_does(pair: PairedModel) -> None:
+    bridged = PairedModel.from_pretrained(*models(), tokenizer=pair.model.tokenizer, backend="bridge")
+    texts = [([5] * 20, [7, 9, 4, 11]), ([6] * 18, [3]), ([9] * 22, [8]), ([1, 2], [])]
+    for tokens_per_batch in (1, 1000):
+        with bridged.routed("hybrid") as theirs, pair.routed("hybrid") as ours:
+            found, expected = (dict(log_likelihoods(model, texts, tokens_per_batch)) for model in (theirs, ours))
+        assert [found[i].greedy for i in range(4)] == [expected[i].greedy for i in range(4)]
+        for i in range(4):
+            assert found[i].log_probability == pytest.approx(expected[i].log_probability, rel=1e-4)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """features.parquet: a row for every feature, equal to the store's own table, and never out of date."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -76,3 +77,4 @@ def test_the_data_frame_has_the_alive_features() -> None:
     assert list(zip(frame["layer"], frame["index"], strict=True)) == store().ids()
     assert (frame["firings"] >= ALIVE_FIRINGS).all() and frame["firings"].tolist() == store().table()["firings"]
     assert f"{len(store().ids()):,} alive" in repr(store()) and repr(store()) in store()._repr_html_()
+    assert json.loads(json.dumps(store().to_dict()))["alive"] == len(store().ids())

@@ -85,7 +85,7 @@ def test_what_the_hub_answers_becomes_one_error(
         with pytest.raises(CheckpointError, match=down) as caught:
             download()
         assert is_one_clear_line(caught.value)
-    for upload in (lambda: push_to_hub(adapters, "user/repo"), lambda: made().push("user/repo")):
+    for upload in (lambda: push_to_hub(adapters, "user/repo"), lambda: made().push_to_hub("user/repo")):
         with pytest.raises(HubError, match=up) as refused:
             upload()
         assert is_one_clear_line(refused.value)
@@ -100,7 +100,7 @@ def test_nobody_listens(adapters: AdapterSet, tmp_path: Path, monkeypatch: pytes
         with pytest.raises(HubError, match=NETWORK):
             push_to_hub(adapters, "user/repo")
         with pytest.raises(HubError, match=NETWORK):
-            made().push("user/repo")
+            made().push_to_hub("user/repo")
 
 
 def test_a_revision_that_is_not_there(hub: LoopbackHub, adapters: AdapterSet) -> None:  # noqa: F811
@@ -142,7 +142,7 @@ def test_a_file_cut_in_half_is_not_taken_for_whole_and_the_next_call_goes_on(
 def test_a_circuit_cut_in_half_is_not_taken_for_whole_and_the_next_call_goes_on(hub: LoopbackHub) -> None:  # noqa: F811
     circuit = replace(made(), features=made().features[1:])
     hub.files["user/repo"] = {}
-    circuit.push("user/repo")
+    circuit.push_to_hub("user/repo")
     cut_in_half(hub, "circuits/hesitation.json")
     with pytest.raises(CheckpointError, match=NETWORK) as caught:
         Circuit.from_hub("user/repo")

@@ -94,8 +94,9 @@ def test_licenses_are_read_from_cards(tmp_path: Path) -> None:
     (tmp_path / "traces.jsonl").write_text("{}\n")
     about = replaced().metadata
 
-    def found(base: str, *data: str) -> list[str]:
-        changed = dataclasses.replace(about, base=base, target=organism.BUILTIN_TARGET, datasets=list(data))
+    def found(base: str, *data: str, commit: str | None = None) -> list[str]:
+        changed = dataclasses.replace(about, base=base, base_revision=commit, target=organism.BUILTIN_TARGET)
+        changed = dataclasses.replace(changed, datasets=list(data))
         return list(licenses_of(changed).values())
 
     expected = {"plain": "mit", "named": "qwen", "several": "mit, apache-2.0"}
@@ -104,4 +105,5 @@ def test_licenses_are_read_from_cards(tmp_path: Path) -> None:
     assert found("", str(tmp_path / "plain"), str(tmp_path / "traces.jsonl"), "org/data", organism.BUILTIN_TEXT) == [
         "unknown", "apache-2.0", "mit", "unknown", "unknown", "apache-2.0",
     ]  # fmt: skip
+    assert found(str(tmp_path / "plain"), commit="a" * 40)[0] == "mit", "a folder of the hub's cache has a commit"
     assert "secret" not in str(licenses_of(dataclasses.replace(about, datasets=["/home/me/secret/data"])))

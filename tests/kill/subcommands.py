@@ -139,6 +139,10 @@ def transcoders(folder: Path) -> int:
     return 0 if (folder / "own").exists() else main(["transcoders", *options, "--out", "own", "--quiet"])
 
 
+def open_set(folder: Path) -> int:
+    return 0 if (folder / "opened").exists() else main(["open", "run/adapters", "--out", "opened", "--quiet"])
+
+
 def demo(folder: Path) -> int:
     """A second demo takes the next free name, so what a killed one left is put out of the way, as a user would."""
     if (folder / "again").exists() and (folder / "demo").exists():
@@ -161,6 +165,7 @@ SUBCOMMANDS = {
         without="run",
     ),
     "transcoders": Subcommand(transcoders, without="run"),
+    "open": Subcommand(open_set),
     "label": Subcommand(label),
     "attribute": Subcommand(attribute),
     "export --to saelens": Subcommand(export("saelens")),

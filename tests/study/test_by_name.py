@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +17,20 @@ from helpers.random_models import randomise
 from tl_adapters import load, load_traces, organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.set_folder import SET_METADATA_FILE, SET_SAMPLES_FILE
+from tl_adapters.checkpoints.model_files import CheckpointError, fetch
 from tl_adapters.checkpoints.model_reference import published_name
+from tl_adapters.circuits.circuit import Circuit
 from tl_adapters.cli.main import main
+from tl_adapters.config import DataConfig, RunConfig
 from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.pair_check import claimed_l0
 from tl_adapters.evaluation.tasks import Problems
-from tl_adapters.interop.authors_checkpoint import to_authors
-from tl_adapters.interop.hub import push_to_hub
-from tl_adapters.interop.saelens import to_saelens
+from tl_adapters.interop.authors_checkpoint import from_authors, to_authors
+from tl_adapters.interop.hub import pull, push_to_hub
+from tl_adapters.interop.saelens import from_saelens, to_saelens
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study import by_name
+from tl_adapters.study import by_name, open_run
 from tl_adapters.utils.results import read_results
 
 TOKENS = torch.tensor([[5, 9, 20, 31, 7]])
@@ -130,6 +134,48 @@ def test_what_is_missing_is_said(trained: PairedModel, tmp_path: Path, capsys: p
     assert main(["open", str(theirs), "--out", str(out), "--target", trained.target_id]) == 0
     with pytest.raises(UserError, match="is a run, which is opened as it was made; leave out backend"):
         load(out, backend="hooked")
+
+
+def test_a_folder_has_no_revision(trained: PairedModel, tmp_path: Path) -> None:
+    """Whoever made it, and in every function that takes a revision: it would say that a commit was read."""
+    saelens, authors = (as_folder(trained, form, tmp_path / form) for form in ("saelens", "authors"))
+    models, run = dict(base=trained.base_id, target=trained.target_id), tmp_path / "run"
+    named = ["--base", trained.base_id, "--target", trained.target_id]
+    assert main(["open", str(saelens), *named, "--out", str(run)]) == 0
+    calls: list[Callable[[], object]] = [
+        lambda: load(run, revision="v1", **models),
+        lambda: load(saelens, revision="v1", **models),
+        lambda: load(authors, revision="v1", **models),
+        lambda: AdapterSet.from_pretrained(run / "adapters", revision="v1"),
+        lambda: from_saelens(saelens, revision="v1"),
+        lambda: from_authors(authors, revision="v1"),
+        lambda: pull(str(run / "adapters"), tmp_path / "pulled", revision="v1"),
+        lambda: Circuit.from_hub(str(run), revision="v1"),
+        lambda: fetch(organism.BUILTIN_TARGET, ["*"], revision="v1"),
+    ]
+    for call in calls:
+        with pytest.raises(CheckpointError, match="on this machine and has no revisions, and revision is v1: leave"):
+            call()
+    with pytest.raises(UserError, match="is a run, which is opened as it was made; leave out revision"):
+        load(run, revision="v1")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_a_revision_is_of_one_dataset(monkeypatch: pytest.MonkeyPatch, trained: PairedModel) -> None:
+    """Held-out text of the training data's repository is read at its revision, that of another at its latest."""
+    asked: list[tuple[str, str | None]] = []
+
+    def refusing(config: DataConfig, *_: object) -> None:
+        asked.append((config.source, config.revision))
+        raise DataError("not asked here")
+
+    monkeypatch.setattr(open_run, "open_documents", refusing)
+    trained.model.tokenizer = organism.tokenizer()
+    config = RunConfig("base", "target", data=DataConfig("org/data", revision="v1"))
+    for source in ("org/data", "org/other"):
+        with pytest.raises(DataError, match="not asked here"):
+            open_run.open_held_out(config, source, trained)
+    assert asked == [("org/data", "v1"), ("org/other", None)]
 
 
 def test_the_check_measures_what_it_says(trained: PairedModel) -> None:

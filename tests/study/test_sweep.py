@@ -22,7 +22,14 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.config import ConfigError, DataConfig, RunConfig, TrainingConfig
 from tl_adapters.generation.responses import respond
 from tl_adapters.organism.recipe import build_tokenizer
-from tl_adapters.pages.sweep_page import SweepPoint, pareto_front, read_sweep_point, sweep_markdown, write_sweep_page
+from tl_adapters.pages.sweep_page import (
+    Sweep,
+    SweepPoint,
+    pareto_front,
+    read_sweep_point,
+    sweep_markdown,
+    write_sweep_page,
+)
 from tl_adapters.study.grid import GridError, grid_configurations, read_grid
 from tl_adapters.study.open_run import open_run
 from tl_adapters.study.sweep import SweepError, resume_sweep, sweep
@@ -362,6 +369,22 @@ def test_the_page_is_self_contained_escaped_and_says_what_it_leaves_out(whole: P
         assert "@import" not in text and "<script" not in text and "<b>" not in text and "<i>" not in text
     assert "&lt;img src=x&gt;" in page and "&lt;b&gt;$x_1$&lt;/b&gt;" in page
     assert "Without 1 of 3 points" in page  # the L0 of 0 has no place on a logarithmic axis
+
+
+def test_a_notebook_shows_plots_and_table(whole: Path) -> None:
+    found = resume_sweep(whole, progress=False)
+    html = found._repr_html_()
+    assert html.count("<svg") == 2 and html.count("<tr>") == 1 + len(found) and "<script" not in html
+    frame = found.to_pandas()
+    assert frame["name"].tolist() == NAMES and frame["kl"].tolist() == [point.kl.value for point in found]
+    assert json.loads(json.dumps(found.to_dict()))["records"] == record(whole)["points"]
+    assert f"{found[0].name!r}" in repr(found)
+
+
+def test_hostile_names_and_points_without_a_place_on_the_axes() -> None:
+    html = Sweep(points((0.0, 0.5), option="<img src=x>"))._repr_html_()
+    assert "<img" not in html and "None of the 1 points has a place" in html
+    assert Sweep()._repr_html_().count("<svg") == 0
 
 
 def test_the_table_marks_the_front(tmp_path: Path) -> None:

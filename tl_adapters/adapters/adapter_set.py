@@ -261,14 +261,14 @@ class AdapterSet(nn.Module):
         Args:
             name: a folder, or a repository of the hub, which is downloaded into its cache.
             layers: only these layers are read, and downloaded; None reads all.
-            revision: branch, tag or commit of the hub.
+            revision: branch, tag or commit of the hub; a folder has none.
             token: for a private repository; None takes HF_TOKEN or the stored login.
             device: where the weights go.
 
         Raises:
             AdapterFormatError: not a set of adapters, or a damaged one.
             NotFiniteError: weights that are NaN or infinite.
-            CheckpointError: neither a folder nor a repository that the hub gives.
+            CheckpointError: neither a folder nor a repository that the hub gives, or a revision of a folder.
         """
         description = read_description(name, revision=revision, token=token)
         chosen = description.layers if layers is None else list(layers)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
+from tl_adapters.utils.notebook import ResultRecord
 
 NODE_THRESHOLD, EDGE_THRESHOLD = 0.8, 0.98
 """Shares of influence that the nodes and edges of a pruned graph hold (circuit-tracer's defaults)."""
@@ -24,7 +26,7 @@ _SMALLEST_SUM = 1e-10
 
 
 @dataclass(frozen=True)
-class PrunedGraph:
+class PrunedGraph(ResultRecord):
     """Masks over the nodes and edges of a graph, and the influence by which they were chosen."""
 
     node_mask: Bool[Tensor, "n_nodes"]
@@ -35,6 +37,20 @@ class PrunedGraph:
     """Influence in the whole graph, before pruning; 0 for targets, which have no outgoing edges."""
     cumulative: Float[Tensor, "n_nodes"]
     """Share of all influence held by a node and the nodes with more influence: small values are the most important."""
+
+    def __repr__(self) -> str:
+        n = self.row()
+        return f"PrunedGraph: {n['nodes']:,} of {n['of nodes']:,} nodes and {n['edges']:,} of {n['of edges']:,} edges"
+
+    def row(self) -> dict[str, Any]:
+        """The numbers of nodes and edges that are kept, and of all."""
+        masks = {"nodes": self.node_mask, "edges": self.edge_mask}
+        kept = {name: int(mask.sum()) for name, mask in masks.items()}
+        return {**kept, **{f"of {name}": len(mask) for name, mask in masks.items()}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """`row` as JSON values, without the tensors."""
+        return self.row()
 
 
 def influence(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,8 +25,11 @@ from tl_adapters.attribution.targets import DifferenceTarget, LogitTarget, unemb
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.bootstrap import bootstrap_ratio
 from tl_adapters.utils.measurement import Estimate
-from tl_adapters.utils.notebook import tables_view
+from tl_adapters.utils.notebook import ResultRecord, data_frame, tables_view
 from tl_adapters.utils.precision import host_float64
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CURVE_SIZES = (5, 10, 20, 50, 100)
 """Numbers of features that `compare_linearizations` keeps and removes."""
@@ -109,7 +112,10 @@ def total_effects(graph: AttributionGraph, target: int = 0) -> Float[Tensor, "n_
 
     Returns:
         The signed effects, in float64.
+
+    Raises GraphError where the graph has no such target.
     """
+    _require_target(graph, target)
     n = len(graph.features)
     activations = graph.activations.double()
     effect = torch.zeros(graph.n_nodes, dtype=torch.float64)
@@ -218,7 +224,7 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FaithfulnessCurve:
+class FaithfulnessCurve(ResultRecord):
     """A target's value with the first features of a ranking kept or removed, from 0 (no features) to 1 (all)."""
 
     n: list[int]
@@ -227,6 +233,10 @@ class FaithfulnessCurve:
     """The value for each n when only those features are kept."""
     removing: list[float]
     """The value for each n when those features are removed."""
+
+    def to_pandas(self) -> DataFrame:
+        """The curve as a DataFrame, with a row for each n."""
+        return data_frame(self.row())
 
 
 def faithfulness_curve(
@@ -328,8 +338,14 @@ def explain_difference(
 def logit_direction(pair: PairedModel, graph: AttributionGraph, target: int) -> tuple[int, Float[Tensor, "d_model"]]:
     """The position and direction of a logit target. Raises GraphError for a feature, or a graph of another pair."""
     require_same_pair(pair, graph)
+    _require_target(graph, target)
     about = graph.targets[target]
     if about.token is None:
         raise GraphError(f"Target {target} is {about.label}, not a logit; give the index of a logit or a difference.")
     dtype = torch.promote_types(pair.model.W_E.dtype, torch.float32)
     return about.position, unembedding_column(pair, about.token, about.against, dtype)
+
+
+def _require_target(graph: AttributionGraph, target: int) -> None:
+    if not 0 <= target < len(graph.targets):
+        raise GraphError(f"target is {target}; this graph has the targets 0 to {len(graph.targets) - 1}.")

@@ -13,11 +13,12 @@ from tl_adapters.autointerp.rule_labels import RULE_CATEGORIES
 from tl_adapters.features.feature import Label
 from tl_adapters.utils.bootstrap import bootstrap_strata
 from tl_adapters.utils.measurement import Estimate, Measurement
+from tl_adapters.utils.notebook import ResultRecord
 from tl_adapters.utils.share_intervals import share, share_interval
 
 
 @dataclass(frozen=True)
-class CategoryShare:
+class CategoryShare(ResultRecord):
     """Number and share of the features of one category."""
 
     count: int

@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,10 +44,14 @@ from tl_adapters.features.feature import Label
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.clustered_intervals import clustered_share, difference_of_means
 from tl_adapters.utils.measurement import Measurement
+from tl_adapters.utils.notebook import ResultRecord, records_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
-class DetectionScore:
+class DetectionScore(ResultRecord):
     """How well one explanation predicts where its feature fires."""
 
     name: str
@@ -87,7 +91,7 @@ class DetectionScores:
 
 
 @dataclass(frozen=True)
-class InterpretationReport:
+class InterpretationReport(ResultRecord):
     """Detection scores of features and of neurons, and their difference."""
 
     model: str
@@ -102,6 +106,18 @@ class InterpretationReport:
     """Requests and tokens that were used."""
     seed: int
     """Seed of the random draws."""
+
+    def row(self) -> dict[str, Any]:
+        """The mean scores, and how many features and neurons have one."""
+        units = {"features": self.features, **({"neurons": self.neurons} if self.neurons else {})}
+        scores = {f"score of {name}": of.score for name, of in units.items()}
+        counts = {f"{name} with a score": len(of.units) for name, of in units.items()}
+        return {"model": self.model, **scores, "difference": self.difference, **counts}
+
+    def to_pandas(self) -> DataFrame:
+        """A DataFrame with a row for each feature and neuron: its explanation and score."""
+        kinds = {"feature": self.features, **({"neuron": self.neurons} if self.neurons else {})}
+        return records_frame([{"kind": kind, **unit.row()} for kind, of in kinds.items() for unit in of.units])
 
 
 def auto_interpret(

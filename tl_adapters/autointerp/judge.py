@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,7 +31,11 @@ from tl_adapters.features.feature import Feature, Label
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.utils.bootstrap import bootstrap_kappa
 from tl_adapters.utils.measurement import Measurement
+from tl_adapters.utils.notebook import ResultRecord, records_frame, rows_view
 from tl_adapters.utils.share_intervals import share
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 JUDGE_EXAMPLES = 8
 """Top activating examples that the judge is shown, and as many random ones, which show what the strongest hide."""
@@ -56,7 +60,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class JudgeReport:
+class JudgeReport(ResultRecord):
     """Shares of the categories among the judged features, and the judge's agreement with itself."""
 
     model: str
@@ -81,6 +85,24 @@ class JudgeReport:
     """Requests and tokens that were used."""
     seed: int
     """Seed of the random draws."""
+
+    def row(self) -> dict[str, Any]:
+        """What was judged, and the judge's agreement with itself."""
+        counts = {"model": self.model, "alive": self.alive, "judged": self.judged, "failed": len(self.failed)}
+        return {**counts, "agreement": self.agreement, "group_agreement": self.group_agreement, "kappa": self.kappa}
+
+    def to_pandas(self) -> DataFrame:
+        """A DataFrame with a row for each category: number of features, and shares with their intervals."""
+        return records_frame(self._categories())
+
+    def _categories(self) -> list[dict[str, Any]]:
+        return [
+            {"category": name, "features": of.count, "share": of.share, "share_of_alive": of.weighted}
+            for name, of in self.shares.items()
+        ]
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + rows_view(self._categories())
 
 
 def judge(

@@ -65,15 +65,18 @@ def fetch(name: str | Path, patterns: Sequence[str], *, revision: str | None = N
     Args:
         name: a folder, or a repository on the hub as USER/NAME or USER/NAME@REVISION.
         patterns: names of files, with * for any characters.
-        revision: branch, tag or commit, if the name has none.
-        token: None is that of `hub_token`, HF_TOKEN or the stored login.
+        revision: branch, tag or commit, if the name has none; a folder has none.
+        token: None is that of `hub_token`, HF_TOKEN or the stored login; a folder needs none.
 
     Raises CheckpointError.
     """
-    if name in BUILTIN:
-        return BUILTIN[str(name)]
-    if os.path.isdir(name):
-        return Path(name)
+    if (local := name in BUILTIN) or os.path.isdir(name):
+        if revision is not None:
+            raise CheckpointError(
+                f"{name} is on this machine and has no revisions, and revision is {revision}: leave revision out, or "
+                "give the name of a repository on the hub."
+            )
+        return BUILTIN[str(name)] if local else Path(name)
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; give the folder that contains it.")
     if str(name).startswith(("./", "../", "/", "~")):

@@ -30,7 +30,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.files import plain_file, write_text
 from tl_adapters.utils.html import render
-from tl_adapters.utils.notebook import drawing_view, rows_frame
+from tl_adapters.utils.notebook import ResultRecord, drawing_view, rows_frame
 from tl_adapters.utils.reading import Record, read_record, unreadable_as
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.results import plain
@@ -117,7 +117,7 @@ class CircuitEdge:
 
 
 @dataclass(frozen=True)
-class CircuitComparison:
+class CircuitComparison(ResultRecord):
     """Two circuits of one set of adapters, compared by their features."""
 
     shared: tuple[FeatureId, ...]
@@ -132,7 +132,7 @@ class CircuitComparison:
     """Share of the shared features that have the same role in both; NaN where none is shared."""
 
 
-@renamed_attributes(behaviour="behavior")
+@renamed_attributes(behaviour="behavior", push="push_to_hub")
 @dataclass(frozen=True)
 class Circuit:
     """The features that do a behavior, with the fingerprints of the adapters and models that they belong to."""
@@ -224,10 +224,10 @@ class Circuit:
         file = _hub_file(name)
         path = plain_file(fetch(repo, [file], revision=revision, token=token), *file.split("/"))
         if not path.is_file():
-            raise CircuitError(f"{repo} holds no circuit {name!r} ({file}). Push one with Circuit.push.")
+            raise CircuitError(f"{repo} holds no circuit {name!r} ({file}). Push one with Circuit.push_to_hub.")
         return cls.load(path)
 
-    def push(
+    def push_to_hub(
         self, repo: str, name: str = "hesitation", *, revision: str | None = None, token: str | None = None
     ) -> str:
         """Upload the circuit into the repository of its adapters, which must exist; return the commit's address.

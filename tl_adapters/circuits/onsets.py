@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,6 +38,7 @@ from tl_adapters.evaluation.behaviors import BehaviorError as BehaviorError
 from tl_adapters.evaluation.behaviors import Words, first_tokens
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_model import kept_per_token
+from tl_adapters.utils.notebook import ResultRecord
 from tl_adapters.utils.precision import at_least_float32
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 
@@ -55,7 +57,7 @@ MOST_KEPT_BYTES = 2 * 10**9
     with_places="with_onsets_and_controls",
 )
 @dataclass(frozen=True)
-class Onsets:
+class Onsets(ResultRecord):
     """Texts with the positions of a behavior in them. Rows are documents, padded on the right."""
 
     tokens: Int[Tensor, "batch pos"]
@@ -73,6 +75,19 @@ class Onsets:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __repr__(self) -> str:
+        n = self.row()
+        return f"Onsets: {n['onsets']:,} onsets and {n['controls']:,} matched controls in {n['documents']:,} documents"
+
+    def row(self) -> dict[str, Any]:
+        """The numbers of documents, onsets, control positions and continuation tokens."""
+        masks = {"onsets": self.onset, "controls": self.control, "continuation tokens": self.continuation}
+        return {"documents": len(self), **{name: int(mask.sum()) for name, mask in masks.items()}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """`row` as JSON values, without the texts."""
+        return self.row()
 
     @property
     def elsewhere(self) -> Bool[Tensor, "batch pos"]:

@@ -60,6 +60,7 @@ from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.training.kl_divergence import kl_from_residual
 from tl_adapters.utils.arguments import choice
+from tl_adapters.utils.notebook import RecordTable, ResultRecord
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 from tl_adapters.utils.results import plain
 
@@ -113,7 +114,7 @@ class SearchOptions:
 
 
 @dataclass(frozen=True)
-class SearchObjective:
+class SearchObjective(ResultRecord):
     """Values of the three objectives, with some features in the circuit."""
 
     n: int
@@ -128,7 +129,7 @@ class SearchObjective:
 
 @renamed_attributes(aims="objectives")
 @dataclass(frozen=True)
-class Search:
+class Search(ResultRecord):
     """The result of a search."""
 
     order: tuple[FeatureId, ...]
@@ -137,6 +138,13 @@ class Search:
     """Features that joined after the circuit had its size."""
     objectives: tuple[SearchObjective, ...]
     """The objectives before every round, on the texts that it reads, and at the end on all texts."""
+
+    def to_pandas(self) -> DataFrame:
+        """The objectives as a DataFrame, with a row for each round."""
+        return RecordTable(self.objectives).to_pandas()
+
+    def _repr_html_(self) -> str:
+        return RecordTable(self.objectives)._repr_html_()
 
 
 class _Reference:

@@ -100,7 +100,7 @@ class StudyOptions:
             raise BehaviorError(f"Got curve_factors={self.curve_factors}; every strength is a number above 0.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class BehaviorStudy:
     """What a study found and measured; in a notebook it shows the criteria and the circuit."""
 
@@ -148,7 +148,7 @@ class BehaviorStudy:
 def analyze_hesitation(
     pair: PairedModel, subject: Subject, options: StudyOptions | None = None, *, progress: bool = True
 ) -> BehaviorStudy:
-    """`analyze_behavior` of the word "Wait"."""
+    """`analyze_behavior` of the word "Wait"; raises what that raises."""
     return analyze_behavior(pair, subject, options=options, progress=progress)
 
 

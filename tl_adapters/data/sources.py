@@ -58,9 +58,14 @@ def open_reader(config: DataConfig, split: str | None = None) -> DocumentReader:
         split: the split of a hub dataset; None is the configuration's.
 
     Raises:
-        DataError: there is no such file or dataset, or it holds no usable rows.
+        DataError: there is no such file or dataset, it holds no usable rows, or a revision is given for a file.
     """
     columns = ConversationColumns(config)
+    if config.revision is not None and os.path.exists(config.source):
+        raise DataError(
+            f"{config.source} is on this machine and has no revisions, and data.revision is {config.revision}: leave "
+            "revision out, or give the name of a dataset on the hub."
+        )
     if Path(config.source).suffix == ".jsonl" or os.path.isfile(config.source):
         return ShuffledReader(JsonlRecords(config.source), columns)
     dataset, files = _load_dataset(config, split or config.split)

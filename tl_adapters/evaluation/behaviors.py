@@ -25,7 +25,9 @@ from tl_adapters.data.traces import Trace
 from tl_adapters.data.words import without_extensions, word_pattern, word_tokens
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.notebook import ResultRecord
 from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.results import plain
 
 Words = tuple[int | tuple[int, ...], ...]
 """Tokens each of which is the behavior, and phrases (tuples of tokens)."""
@@ -58,8 +60,11 @@ class ResponseLike(Protocol):
 
 @renamed_attributes(places="text_spans")
 @dataclass(frozen=True)
-class Behavior:
-    """A behavior: words or phrases, or whatever a function finds in a trace."""
+class Behavior(ResultRecord):
+    """A behavior: words or phrases, or whatever a function finds in a trace.
+
+    Raises BehaviorError for a text instead of a list of words, for no words, and for an empty word.
+    """
 
     name: str = "hesitation"
     """Its name in results."""
@@ -98,6 +103,15 @@ class Behavior:
             return None
         inner = self.find.func if isinstance(self.find, partial) else self.find
         return str(getattr(inner, "__qualname__", type(inner).__name__))
+
+    def row(self) -> dict[str, Any]:
+        """The name, and what defines the behavior: words, or a function by its name."""
+        defined = {"words": self.words} if self.find is None else {"function": self.function}
+        return {"name": self.name, **defined}
+
+    def to_dict(self) -> dict[str, Any]:
+        """`row` as JSON values; a function itself cannot be written."""
+        return plain(self.row())
 
     # -- in tokens ------------------------------------------------------------------------------------------------
 

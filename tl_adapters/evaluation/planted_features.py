@@ -7,9 +7,10 @@ them training recovers is measured by `planted_recovery.planted_test`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +26,11 @@ from tl_adapters.errors import UserError
 from tl_adapters.evaluation.baselines import corrected
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.notebook import RecordTable, ResultRecord
 from tl_adapters.utils.precision import host_float64, wide
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FIRING_RATES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 """The default shares of tokens on which planted features are active."""
@@ -46,7 +51,7 @@ class PlantingError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
-class PlantedFeature:
+class PlantedFeature(ResultRecord):
     """One planted feature, with its meaning and firing rate."""
 
     feature: FeatureId
@@ -64,13 +69,28 @@ class PlantedFeature:
 
 
 @dataclass(frozen=True)
-class PlantedSet:
+class PlantedSet(ResultRecord):
     """Planted features, as adapters and as records."""
 
     adapters: AdapterSet
     """The features as an adapter set, for `PairedModel.plant`."""
     features: tuple[PlantedFeature, ...]
     """One record per feature, by layer and index."""
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in Counter(one.kind for one in self.features).items())
+        return f"PlantedSet of {len(self.features):,} features: {kinds}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The records of the features as JSON values, without the adapters."""
+        return {"features": [one.to_dict() for one in self.features]}
+
+    def to_pandas(self) -> DataFrame:
+        """A DataFrame with a row for each feature."""
+        return RecordTable(self.features).to_pandas()
+
+    def _repr_html_(self) -> str:
+        return RecordTable(self.features)._repr_html_()
 
 
 class _Inputs:

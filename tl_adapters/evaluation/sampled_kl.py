@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,11 +23,12 @@ from tl_adapters.data.traces import Batch, batches_by_length
 from tl_adapters.generation.completions import complete
 from tl_adapters.generation.sampling import GenerationError
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.notebook import ResultRecord
 from tl_adapters.utils.precision import host_float64, wide
 
 
 @dataclass(frozen=True)
-class SampledKL:
+class SampledKL(ResultRecord):
     """An estimate of KL(target || model) from texts sampled from the target."""
 
     value: float
@@ -37,6 +39,11 @@ class SampledKL:
     """Number of texts."""
     n_tokens: int
     """Number of generated tokens."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; the standard error of a single text is None."""
+        known = math.isfinite(self.standard_error)
+        return {**super().to_dict(), "standard_error": self.standard_error if known else None}
 
 
 def sampled_kl(

@@ -29,7 +29,8 @@ from tl_adapters.generation.generation_config import end_tokens, sampling_parame
 from tl_adapters.generation.responses import Checkable, Response, respond, response_limit
 from tl_adapters.generation.sampling import GenerationError, SamplingParameters
 from tl_adapters.utils.files import alone_in, append_text, make_folder, write_text
-from tl_adapters.utils.measurement import Interval
+from tl_adapters.utils.measurement import Interval, Measurement
+from tl_adapters.utils.notebook import ResultRecord
 from tl_adapters.utils.reading import Record, read_json_object, read_record_lines, read_text, shown, unreadable_as
 from tl_adapters.utils.strict_json import dumps
 
@@ -108,7 +109,7 @@ class SampledResponse:
 
 
 @dataclass(frozen=True)
-class TaskScore:
+class TaskScore(ResultRecord):
     """The score of one model on one task."""
 
     n: int
@@ -135,6 +136,14 @@ class TaskScore:
     """Share of responses that were cut at the limit and end in one block of tokens again and again."""
     near_ties_per_1k: float = 0.0
     """Tokens per 1,000 response tokens whose choice was closer than rounding."""
+
+    def row(self) -> dict[str, Any]:
+        """The numbers of problems and samples, and the metrics with their intervals."""
+        metrics = {
+            name: Measurement(getattr(self, name), of.low, of.high, self.n, "", self.split, reason=of.reason)
+            for name, of in self.ci.items()
+        }
+        return {"n": self.n, "samples": self.samples, **metrics, "looping": self.looping}
 
 
 def score_responses(

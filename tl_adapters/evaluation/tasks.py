@@ -33,6 +33,7 @@ from tl_adapters.checkpoints.hub_client import dataset_builder, hub_errors, load
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.math_equality import equal
 from tl_adapters.generation.responses import Checkable
+from tl_adapters.utils.notebook import ResultRecord
 from tl_adapters.utils.reading import UnreadableFileError, read_json, read_json_lines, read_text, shown
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -123,7 +124,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Problems:
+class Problems(ResultRecord):
     """The loaded problems of a task."""
 
     task: str
@@ -134,6 +135,17 @@ class Problems:
     """Split of the dataset."""
     problems: Sequence[Checkable]
     """The problems in the order of the dataset."""
+
+    def __repr__(self) -> str:
+        return f"Problems: {len(self.problems):,} of {self.task}, split {self.split} of {self.source}"
+
+    def row(self) -> dict[str, Any]:
+        """The names, and the number of problems."""
+        return {"task": self.task, "source": self.source, "split": self.split, "problems": len(self.problems)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """`row` as JSON values, without the texts of the problems."""
+        return self.row()
 
     @property
     def republish(self) -> bool:

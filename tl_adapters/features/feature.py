@@ -21,7 +21,7 @@ from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
 from tl_adapters.utils.html import render
-from tl_adapters.utils.notebook import NotebookView, circuitsvis_tokens, circuitsvis_view
+from tl_adapters.utils.notebook import NotebookView, ResultRecord, circuitsvis_tokens, circuitsvis_view
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 ALIVE_FIRINGS = 10
@@ -109,7 +109,7 @@ class Label:
     thinking="thinking_deciles",
 )
 @dataclass(frozen=True)
-class Feature:
+class Feature(ResultRecord):
     """Everything that a store holds on one feature or one MLP neuron. Activations are in decoder-norm units."""
 
     id: FeatureId

@@ -102,14 +102,16 @@ class FeatureStore:
             f"{len(self.ids()):,} alive over {self.documents:,} documents, {self.tokens:,} tokens"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """What it was collected on, and its totals, as JSON values; the features are in `to_pandas`."""
+        return plain(self.about) | {"documents": self.documents, "tokens": self.tokens, "alive": len(self.ids())}
+
     def _repr_html_(self) -> str:
         alive, layers = (self.firings >= ALIVE_FIRINGS).sum(1).tolist(), self.about.layers
         l0 = (self.firings.sum(1) / max(1, self.tokens)).tolist()
         rows = [[str(layer), f"{n:,}", f"{active:.3g}"] for layer, n, active in zip(layers, alive, l0, strict=True)]
-        regions = [[name, f"{n:,}"] for name, n in self.region_tokens.items()]
-        return tables_view(
-            ([repr(self)], []), (["layer", "alive", "active per token (L0)"], rows), (["region", "tokens"], regions)
-        )
+        regions = ["region", "tokens"], [[name, f"{n:,}"] for name, n in self.region_tokens.items()]
+        return tables_view(([repr(self)], []), (["layer", "alive", "active per token (L0)"], rows), regions)
 
     # -- totals ---------------------------------------------------------------------------------------------------
 

@@ -20,11 +20,12 @@ from tl_adapters.features.firing_reader import features_read_on
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.utils.clustered_intervals import clustered_share
 from tl_adapters.utils.measurement import Measurement
+from tl_adapters.utils.notebook import RecordTable, ResultRecord
 from tl_adapters.utils.precision import host_float64, wide
 
 
 @dataclass(frozen=True)
-class LayerAgreement:
+class LayerAgreement(ResultRecord):
     """Agreement of the firings of one layer's features on the target's and on the replacement's residual stream."""
 
     layer: int
@@ -41,7 +42,7 @@ class LayerAgreement:
 @torch.no_grad()
 def stream_agreement(
     pair: PairedModel, traces: Sequence[Trace], split: str = "", tokens_per_batch: int = 2048
-) -> list[LayerAgreement]:
+) -> RecordTable[LayerAgreement]:
     """Compare the features' firings on the two streams, token by token, with intervals over documents.
 
     Args:
@@ -49,6 +50,13 @@ def stream_agreement(
         traces: documents to read.
         split: name of the documents in the measurements.
         tokens_per_batch: tokens in a forward pass.
+
+    Returns:
+        The agreement of each layer, from the first; a list that a notebook shows as a table.
+
+    Raises:
+        DataError: a document that the model cannot read.
+        PairMismatchError: the pair has no adapters.
     """
     traces = readable_traces(traces, pair.model.cfg)
     adapters = pair.installed_adapters()
@@ -76,7 +84,7 @@ def stream_agreement(
     def share(firings: Tensor, of: Tensor, unit: str) -> Measurement:
         return clustered_share(firings, of).measurement(len(traces), unit, split)
 
-    return [
+    return RecordTable(
         LayerAgreement(
             layer,
             share(shared, union, "firings on both streams, of those on either"),
@@ -86,7 +94,7 @@ def stream_agreement(
         for layer, shared, union, of_replacement, layer_sums in zip(
             layers, both, either, replacement, sums, strict=True
         )
-    ]
+    )
 
 
 def _correlation(n: float, x: float, y: float, xx: float, yy: float, xy: float) -> float | None:

@@ -20,6 +20,8 @@ from tl_adapters.generation.completions import Completion, complete
 from tl_adapters.generation.sampling import GenerationError
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.html import highlight_spans, render
+from tl_adapters.utils.notebook import RecordTable
 from tl_adapters.utils.renamed_attributes import renamed_attributes
 
 DEFAULT_ROUTES = ("target", "hybrid", "replacement")
@@ -37,6 +39,14 @@ class VariantCompletion(Completion):
     """Character at which the text first differs from the first variant's, at the start of a token; None where it does
     not differ."""
 
+    def row(self) -> dict[str, Any]:
+        """What `Completion.row` gives, with the variant, where it differs, and the number of hesitation words."""
+        hesitations = len(self.hesitation_spans)
+        return {"variant": self.variant, "differs_at": self.differs_at, "hesitations": hesitations, **super().row()}
+
+    def _repr_html_(self) -> str:
+        return VariantCompletions([self])._repr_html_()
+
     @property
     def hesitation_spans(self) -> list[tuple[int, int]]:
         """(start, stop) of each hesitation word (`HESITATION_WORDS`) in the text, in any case."""
@@ -48,6 +58,14 @@ class VariantCompletion(Completion):
         words = [self.text[start:stop].casefold() for start, stop in self.hesitation_spans]
         ending = "cut at the limit" if self.truncated else "stopped"
         return f"{len(self.tokens)} tokens; hesitation words: {len(words)}, wait: {words.count('wait')}; {ending}"
+
+
+class VariantCompletions(RecordTable[VariantCompletion]):
+    """The completions of one prompt; a notebook shows them side by side, with their hesitation words marked."""
+
+    def _repr_html_(self) -> str:
+        boxes = [(c.variant, c.summary, highlight_spans(c.text, c.hesitation_spans)) for c in self]
+        return render("notebook/answers.html.j2", boxes=boxes)
 
 
 def tokenize_question(
@@ -98,7 +116,7 @@ def generate_variants(
     top_k: int | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> list[VariantCompletion]:
+) -> VariantCompletions:
     """Complete ``prompt`` with every variant, in their order.
 
     Args:
@@ -116,7 +134,7 @@ def generate_variants(
     for variant in variants:  # one that cannot be entered ends the call before anything is generated
         with variant.entered(pair):
             pass
-    completions: list[VariantCompletion] = []
+    completions = VariantCompletions()
     for variant in tqdm(variants, disable=not progress, unit="variant"):
         with variant.entered(pair):
             (completion,) = complete(

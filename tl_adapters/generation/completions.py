@@ -23,6 +23,7 @@ from tl_adapters.generation.decoding import DecodedRow, decode_batch
 from tl_adapters.generation.generation_config import default_max_new_tokens, end_tokens, sampling_parameters
 from tl_adapters.generation.sampling import GenerationError, SamplingParameters
 from tl_adapters.utils.arguments import token_ids
+from tl_adapters.utils.notebook import ResultRecord
 
 LOOP_REPEATS, LOOP_TOKENS = 4, 32
 """A truncated completion is looping where it ends in one block of tokens, repeated at least so many times and at least
@@ -34,7 +35,7 @@ MOST_ROWS_PER_BATCH = 250
 
 
 @dataclass(frozen=True)
-class Completion:
+class Completion(ResultRecord):
     """The tokens that a model generated after one prompt."""
 
     prompt: tuple[int, ...]
@@ -55,6 +56,11 @@ class Completion:
         """Prompt, generated tokens and end token as a document."""
         ending = () if self.end is None else (self.end,)
         return Trace((*self.prompt, *self.tokens, *ending), len(self.prompt))
+
+    def row(self) -> dict[str, Any]:
+        """The text and how it ended, with the numbers of tokens in place of their ids."""
+        ending = {"truncated": self.truncated, "looping": self.looping, "near_ties": self.near_ties}
+        return {"prompt_tokens": len(self.prompt), "new_tokens": len(self.tokens), **ending, "text": self.text}
 
     @property
     def looping(self) -> bool:

@@ -2,7 +2,8 @@
 
 A *continuation* is a text that is scored, whereas a completion (`completions`) is one that the model generates. The
 model runs with its current route and hooks. Rows are padded on the right, where causal attention never reads, so no
-value depends on the other rows of its batch.
+value depends on the other rows of its batch. Logits are formed only from the first position on that predicts a
+continuation of the batch, and a part of them at a time, because those of a whole text take gigabytes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_adapters.data.traces import DataError, Trace, collate, rows_by_length
+from tl_adapters.data.traces import Batch, DataError, Trace, collate, rows_by_length
+from tl_adapters.models.routed_model import rows_at_once
+from tl_adapters.utils.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -70,22 +73,51 @@ def log_likelihoods(
     # The last token is only predicted, so the model does not read it.
     traces = [Trace((*context, *continuation)[:-1], 0) for context, continuation in texts]
     for rows in rows_by_length(traces, tokens_per_batch):
-        logits = _logits(model, [traces[row] for row in rows])
-        for i, row in enumerate(rows):
-            context, continuation = texts[row]
-            start = len(context) - 1
-            yield row, _likelihood(logits[i, start : start + len(continuation)], continuation)
+        found = _likelihoods(model, [texts[row] for row in rows], [traces[row] for row in rows])
+        yield from zip(rows, found, strict=True)
 
 
 @torch.no_grad()
-def _logits(model: Any, traces: Sequence[Trace]) -> Float[Tensor, "batch pos d_vocab"]:
+def _likelihoods(
+    model: Any, texts: Sequence[tuple[Sequence[int], Sequence[int]]], traces: Sequence[Trace]
+) -> list[Likelihood]:
+    """The likelihoods of a batch of texts, of which the traces are what the model reads."""
     batch = collate(traces).to(model.W_E.device)
+    first = min(len(context) for context, _ in texts) - 1  # no position before it predicts a continuation
+    n = batch.tokens.shape[1] - first
+    if n < 1:
+        return [Likelihood(0.0, True)] * len(texts)
+    starts = [len(context) - 1 - first for context, _ in texts]
+    wanted = torch.zeros_like(batch.tokens[:, first:])
+    for row, start, (_, continuation) in zip(wanted, starts, texts, strict=True):
+        row[start : start + len(continuation)] = torch.tensor(list(continuation), device=wanted.device)
+    pieces, done = list[tuple[Tensor, Tensor]](), 0
+    for logits in _last_logits(model, batch, n):
+        of_piece = wanted[:, done : done + logits.shape[1], None]
+        log_probabilities = at_least_float32(logits).log_softmax(-1).gather(-1, of_piece)
+        pieces.append((log_probabilities, logits.argmax(-1, keepdim=True) == of_piece))
+        done += logits.shape[1]
+    chosen, greedy = (torch.cat(parts, 1)[..., 0] for parts in zip(*pieces, strict=True))
+    spans = [slice(start, start + len(continuation)) for start, (_, continuation) in zip(starts, texts, strict=True)]
+    rows = zip(chosen, greedy, spans, strict=True)
+    return [Likelihood(float(values[span].sum()), bool(likeliest[span].all())) for values, likeliest, span in rows]
+
+
+def _last_logits(model: Any, batch: Batch, n: int) -> Iterator[Float[Tensor, "batch piece d_vocab"]]:
+    """Logits at the last ``n`` positions, in pieces from left to right that are at most `rows_at_once` rows each.
+
+    They are one piece for a TransformerBridge, whose own pass forms them, and where a module's hook reads the logits:
+    that of `steering.banned` takes them for those at the last positions of the tokens.
+    """
     # The mask is explicit, because TransformerLens infers one from token ids where the tokenizer pads on the left.
-    return model(batch.tokens, attention_mask=batch.real.long())
+    options: dict[str, Any] = dict(attention_mask=batch.real.long())
+    from transformer_lens.model_bridge import TransformerBridge
 
-
-def _likelihood(logits: Float[Tensor, "pos d_vocab"], continuation: Sequence[int]) -> Likelihood:
-    tokens = torch.tensor(list(continuation), dtype=torch.long, device=logits.device)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    log_probabilities = wide.log_softmax(-1).gather(-1, tokens[:, None])
-    return Likelihood(float(log_probabilities.sum()), bool((wide.argmax(-1) == tokens).all()))
+    if isinstance(model, TransformerBridge):
+        yield model(batch.tokens, logits_to_keep=n, **options)
+        return
+    n_layers = model.cfg.n_layers
+    residual = model(batch.tokens, stop_at_layer=n_layers, **options)[:, -n:]
+    at_once = n if model.unembed._forward_hooks else rows_at_once(model.cfg.d_vocab, residual.device) // len(residual)
+    for piece in residual.split(max(1, at_once), 1):
+        yield model(piece, start_at_layer=n_layers)

@@ -19,6 +19,7 @@ from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
 from tl_adapters.data.traces import Trace
 from tl_adapters.generation.completions import Completion, complete
 from tl_adapters.generation.generation_config import default_max_new_tokens
+from tl_adapters.utils.notebook import RecordTable
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ class Response(Completion):
     correct: bool
     """Whether the answer is right; False for a truncated response."""
 
+    def row(self) -> dict[str, Any]:
+        """What `Completion.row` gives, after whether the answer is right and how often the response hesitates."""
+        return {"correct": self.correct, "hesitations": self.hesitations, **super().row()}
+
     @property
     def hesitations(self) -> int:
         """How often the response contains "wait", in any case."""
@@ -66,7 +71,7 @@ def respond(
     seed: int = 0,
     keys: Sequence[object] | None = None,
     prefill: str | Sequence[str] = "",
-) -> list[Response]:
+) -> RecordTable[Response]:
     """Responses to all problems, with the model's current route and hooks, in the order of the problems.
 
     A response depends neither on the other problems nor on the batch size (see `completions`).
@@ -86,7 +91,7 @@ def respond(
     Raises DataError for a tokenizer without a chat template; GenerationError for a question that fills the context.
     """
     if not problems:
-        return []
+        return RecordTable()
     chat = ChatFormat.of(model.tokenizer)
     prefills = [prefill] * len(problems) if isinstance(prefill, str) else prefill
     texts = [
@@ -103,7 +108,7 @@ def respond(
         top_k=top_k,
         keys=[(seed, key) for key in ([problem.question for problem in problems] if keys is None else keys)],
     )
-    return [_checked(completion, problem) for completion, problem in zip(completions, problems, strict=True)]
+    return RecordTable(_checked(*answered) for answered in zip(completions, problems, strict=True))
 
 
 def response_limit(model: Any, problems: Sequence[Checkable]) -> int:

@@ -38,7 +38,7 @@ def read_adapters(
     """
     inside = Path(name) / "adapters"
     if inside.is_dir():
-        return AdapterSet.from_pretrained(inside, layers=layers)
+        return AdapterSet.from_pretrained(inside, layers=layers, revision=revision)
     folder = fetch(name, _DESCRIPTIONS, revision=revision, token=token)
     return _reader(name, folder)(name, layers, revision, token)
 

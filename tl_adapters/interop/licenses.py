@@ -56,8 +56,9 @@ def _license(name: str | None, revision: str | None, kind: RepositoryKind, token
 
 def _card_of(name: str, revision: str | None, kind: RepositoryKind, token: str | None) -> Path:
     if kind == "model" or Path(name).exists():
-        folder = fetch(name, [_CARD], revision=revision, token=token) if kind == "model" else Path(name)
-        return folder / _CARD
+        if Path(name).exists():  # of a folder of the hub's cache the commit is recorded too
+            return Path(name) / _CARD
+        return fetch(name, [_CARD], revision=revision, token=token) / _CARD
     with hub_errors(f"The hub did not give the card of {name}", name):
         return Path(hf_hub_download(name, _CARD, repo_type=kind, token=token or given_token()))
 

@@ -31,6 +31,7 @@ from tl_adapters.checkpoints.layer_samples import stored_second_norm, unit_in_la
 from tl_adapters.checkpoints.model_checks import mlp_activation
 from tl_adapters.checkpoints.model_files import MLP_KEY, PROJECTIONS, read_tensors
 from tl_adapters.models.routed_mlp import MLPWeights
+from tl_adapters.utils.notebook import ResultRecord
 from tl_adapters.utils.precision import CAST_ELEMENTS, at_least_float32
 
 STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,7 +49,7 @@ SMALLEST_BINADE = 7
 
 
 @dataclass(frozen=True)
-class SignalToNoise:
+class SignalToNoise(ResultRecord):
     """The difference of one layer's MLPs beside the difference that the rounding of their weights makes."""
 
     energy: float

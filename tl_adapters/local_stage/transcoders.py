@@ -25,6 +25,7 @@ from tl_adapters.data.batching import TracesInMemory, TraceSource
 from tl_adapters.data.traces import DataError, Trace, batches_by_length, readable_traces
 from tl_adapters.local_stage.regression_data import READS, WRITES, MLPOutputs
 from tl_adapters.local_stage.train_local import train_layers
+from tl_adapters.utils.notebook import RecordTable, ResultRecord
 from tl_adapters.utils.precision import host_float64, wide
 
 
@@ -74,7 +75,7 @@ def train_transcoders(
 
 
 @dataclass(frozen=True)
-class TranscoderFit:
+class TranscoderFit(ResultRecord):
     """How well a transcoder explains the MLP of one layer."""
 
     layer: int
@@ -97,7 +98,7 @@ def measure_transcoders(
     *,
     count: Sequence[Region] = REGIONS,
     tokens_per_batch: int = 1024,
-) -> list[TranscoderFit]:
+) -> RecordTable[TranscoderFit]:
     """How well transcoders explain the MLPs of ``model``, layer by layer.
 
     Args:
@@ -125,7 +126,7 @@ def measure_transcoders(
             of_layer.add(*read[layer])
     if not sums[0].tokens:
         raise DataError("There is no token to measure; the first token of a document is left out.")
-    return [of_layer.fit(layer) for layer, of_layer in zip(transcoders.layer_indices, sums, strict=True)]
+    return RecordTable(of_layer.fit(layer) for layer, of_layer in zip(transcoders.layer_indices, sums, strict=True))
 
 
 class _Sums:

@@ -131,7 +131,7 @@ def attached(
     base: GivenModel | None = None,
     on: Literal["own_mlp"] | None = None,
 ) -> Iterator[PairedModel]:
-    """`attach` for the length of a block."""
+    """`attach` for the length of a block; raises what `attach` raises."""
     pair = attach(model, adapters, base=base, on=on)
     try:
         yield pair

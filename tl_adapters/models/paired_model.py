@@ -269,7 +269,7 @@ class PairedModel(RoutedModel):
         self.backend.name_hooks()
 
     def check(self, traces: Sequence[Trace] | None = None) -> PairCheck:
-        """A first look (`pair_check.check_pair`), on the model organism's sums if no documents are given."""
+        """A first look, on the model organism's sums if no documents are given; raises what `check_pair` raises."""
         from tl_adapters.evaluation import pair_check
 
         return pair_check.check_pair(self, pair_check.sums_to_read(self) if traces is None else traces)

@@ -15,12 +15,13 @@ from tl_adapters.pages.plots import Line, Plot, nan_for_none, plot
 from tl_adapters.utils.files import write_text
 from tl_adapters.utils.html import Cell, interval_text, percent, render, shown_from, three_digits
 from tl_adapters.utils.measurement import Measurement
+from tl_adapters.utils.notebook import RecordTable, ResultRecord, tables_view
 
 _MEASURED_FIELDS = ("l0", "kl", "kl_hybrid", "kl_of_hybrid", "nmse", "recovered")
 
 
 @dataclass(frozen=True)
-class SweepPoint:
+class SweepPoint(ResultRecord):
     """One combination of the swept options, with the measurements of its adapters on held-out text."""
 
     name: str
@@ -46,6 +47,11 @@ class SweepPoint:
     """Number of features that are alive on ``tokens`` tokens (at least `ALIVE_FIRINGS` firings)."""
     tokens: int
     """Tokens of the held-out text, prompts included."""
+
+    def row(self) -> dict[str, Any]:
+        """The fields, with each swept option under its own name."""
+        fields = super().row()
+        return {"name": fields.pop("name"), **fields.pop("options"), **fields}
 
 
 def read_sweep_point(record: Mapping[str, Any]) -> SweepPoint:
@@ -113,6 +119,15 @@ def _value_and_interval(measurement: Measurement | None, fmt: Callable[[float], 
 
 def _option_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+class Sweep(RecordTable[SweepPoint]):
+    """The points of a sweep; a notebook shows them as sweep.html does, as plots and a table."""
+
+    def _repr_html_(self) -> str:
+        header, rows = _table_texts(self)
+        table = tables_view((header, [[Cell(value, interval) for value, interval in row] for row in rows]))
+        return render("notebook/plots.html.j2", plots=_plots(self)) + table
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from tl_adapters.interventions.variants import Variant, on_route, with_only, wit
 from tl_adapters.models.routed_mlp import ROUTES
 from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters, set_run_date
 from tl_adapters.utils.files import require_writable
+from tl_adapters.utils.notebook import RecordTable, ResultRecord
 from tl_adapters.utils.results import changed_results, plain
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class BenchmarkError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
-class BenchmarkResult:
+class BenchmarkResult(ResultRecord):
     """The score of one variant on one task."""
 
     task: str
@@ -53,7 +54,15 @@ class BenchmarkResult:
     folder: Path
     """Folder of the answers."""
     sampling: ResponseOptions
-    """ResponseOptions options, all of them resolved."""
+    """Options of the answers, all of them resolved."""
+
+    def row(self) -> dict[str, Any]:
+        """The names, and the figures of the score."""
+        return {"task": self.task, "variant": self.variant, **self.score.row()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**super().to_dict(), "folder": str(self.folder)}
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ def benchmark_run(
     device: str = "auto",
     dtype: Dtype | None = None,
     progress: bool = True,
-) -> list[BenchmarkResult]:
+) -> RecordTable[BenchmarkResult]:
     """Measures a run's pair on tasks and adds the scores to the block benchmarks of its results.json.
 
     Args:
@@ -145,7 +154,7 @@ def benchmark_run(
     name, slug = (entered.name, entered.slug) if engine is None else (f"{entered.name} (vLLM)", f"{entered.slug}-vllm")
     with opened as (model, model_facts):
         prefill = _opening(run, model) if open_thinking else ""
-        results = []
+        results = RecordTable[BenchmarkResult]()
         for task in loaded:
             facts = {"task": task.task, "source": task.source, "split": task.split, "variant": entered.name}
             facts |= {**spec.as_record(), **model_facts}

@@ -46,7 +46,7 @@ def load(
         name: a run folder, a folder or a repository on the hub of adapters (`interop.any_set.read_adapters`).
         base: folder or hub name (also USER/NAME@REVISION) of the base; None is the one that the adapters record.
         target: likewise of the target.
-        revision: branch, tag or commit of the adapters' repository.
+        revision: branch, tag or commit of the adapters' repository; a folder has none.
         token: for private or gated repositories; None takes HF_TOKEN or the stored login.
         device: where the weights go; "auto" is the first available of cuda, mps and cpu.
         dtype: of the models' weights; None is the run's own, or the target's.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -122,7 +122,9 @@ def open_data(config: RunConfig, pair: PairedModel) -> EncodedDocuments:
 
 def open_held_out(config: RunConfig, data: str, pair: PairedModel) -> EncodedDocuments:
     """The held-out documents of ``data``, in the chat format of the run. Raises DataError."""
-    held_out = replace(config.data, source=data, streaming=False, validation_fraction=0.0, validation_split=None)
+    revision = config.data.revision if data == config.data.source else None  # a commit is of one repository
+    options: dict[str, Any] = dict(streaming=False, validation_fraction=0.0, validation_split=None)
+    held_out = replace(config.data, source=data, revision=revision, **options)
     # Only the response is measured, so only documents that have one count.
     training = replace(config.training, count=("thinking", "answer"))
     return open_data(replace(config, data=held_out, training=training), pair)

@@ -39,7 +39,7 @@ from tl_adapters.evaluation.faithfulness import DocumentSums, features_block
 from tl_adapters.evaluation.response_metrics import correctness, measure_responses
 from tl_adapters.generation.responses import Response, respond, traces_of
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.pages.sweep_page import SweepPoint, points_on_front, read_sweep_point, write_sweep_page
+from tl_adapters.pages.sweep_page import Sweep, SweepPoint, points_on_front, read_sweep_point, write_sweep_page
 from tl_adapters.study.evaluation_stages import faithfulness_stage
 from tl_adapters.study.grid import grid_configurations, swept_option
 from tl_adapters.study.open_run import open_data, open_held_out, open_pair
@@ -73,7 +73,7 @@ def sweep(
     documents: int = 300,
     device: str = "auto",
     progress: bool = True,
-) -> list[SweepPoint]:
+) -> Sweep:
     """Trains and measures adapters for every combination of ``grid``, in a new folder or one to be continued.
 
     Args:
@@ -87,7 +87,7 @@ def sweep(
         progress: show progress bars.
 
     Returns:
-        Every finished point in ``folder``, earlier ones first.
+        Every finished point in ``folder``, earlier ones first; a list that a notebook shows as plots and a table.
 
     Raises:
         ConfigError: an unknown option or an impossible value; raised before anything is loaded.
@@ -120,10 +120,10 @@ def sweep(
         }  # which may hold more values now
         runs = grid_configurations(config, record["grid"])
         _train_and_measure(_SharedInputs(config, held_out, documents, device, progress), folder, record, runs)
-        return [read_sweep_point(point) for point in record["points"]]
+        return Sweep(read_sweep_point(point) for point in record["points"])
 
 
-def resume_sweep(folder: str | Path, device: str = "auto", progress: bool = True) -> list[SweepPoint]:
+def resume_sweep(folder: str | Path, device: str = "auto", progress: bool = True) -> Sweep:
     """Continues a sweep that was stopped, with its own options. Raises what `sweep` raises."""
     record = _read(Path(folder))
     config = RunConfig.from_record(record["config"])
