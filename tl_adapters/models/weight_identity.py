@@ -302,7 +302,7 @@ def _embedding_and_norms(backend: Backend) -> Iterator[tuple[str, Tensor]]:
     if not backend.architecture.scales_embedding:  # else tied, and scaled in one of the two libraries
         yield "embedding", backend.embedding()
     biases = [list(backend.projection_biases(layer)) for layer in range(backend.model.cfg.n_layers)]
-    nonzero_flags = [bias.any() for of_layer in biases for _, bias in of_layer]
+    nonzero_flags = [bias.any().to(backend.device) for of_layer in biases for _, bias in of_layer]
     # One copy from the device for all biases.
     nonzero = iter(torch.stack(nonzero_flags).tolist() if nonzero_flags else ())
     for layer, of_layer in enumerate(biases):
