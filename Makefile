@@ -31,7 +31,7 @@ $(VENV)4/installed: pyproject.toml constraints.txt
 	touch $@
 
 bridge: $(VENV)4/installed  ## the same pair on TransformerLens 4, where SAELens cannot be installed
-	$(VENV)4/bin/python -m pytest tests/models/test_transformer_bridge.py
+	$(VENV)4/bin/python -m pytest tests/models/test_transformer_bridge.py tests/models/test_device_map.py
 
 $(VENV)D/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)D

@@ -89,6 +89,7 @@ STAGE_ORDERS = (("local",), ("end_to_end",), ("local", "end_to_end"))
 
 # The values that options take; pydantic checks the bounds, errors and the JSON schema name them.
 Count = Annotated[int, Field(ge=1)]
+Card = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -145,6 +146,7 @@ Region = Literal["prompt", "thinking", "answer"]
 REGIONS: tuple[Region, ...] = get_args(Region)
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 BackendName = Literal["hooked", "bridge"]
+DevicePlan = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 ActivationName = Literal["relu", "jumprelu", "topk", "batchtopk"]
 Penalty = Literal["l1", "tanh", "log"]
@@ -376,6 +378,18 @@ def unread_options(activation: ActivationName, stages: Sequence[StageName]) -> d
     return unread
 
 
+def _require_device_map(value: Any) -> Any:
+    """The value, if it may be a device map: pydantic's own message would be about one of the two forms."""
+    devices = value.values() if isinstance(value, Mapping) else ()
+    plan = value is None or (isinstance(value, str) and value in get_args(DevicePlan))
+    if not plan and not (devices and all(isinstance(d, str) or (type(d) is int and d >= 0) for d in devices)):
+        raise ValueError(
+            f"give one of {', '.join(get_args(DevicePlan))}, or the device of each part of the model: the number of a "
+            'card, "cpu" or "disk"'
+        )
+    return value
+
+
 @_checked
 class RunConfig:
     """The options of a whole run: models, data and training. `tl-adapters train --config` reads them from a file."""
@@ -389,6 +403,12 @@ class RunConfig:
     backend: BackendName | None = None
     """Class that runs the models: "hooked" (HookedTransformer) or "bridge" (TransformerBridge); null is the first of
     them that the installed TransformerLens has."""
+    device_map: Annotated[DevicePlan | dict[str, Card | str] | None, BeforeValidator(_require_device_map)] = None
+    """For a pair that does not fit one device: "auto", or the device of each part of the target: the number of a card,
+    "cpu", or "disk" (weights stay in the model's files). --device replaces it; null is one device for all."""
+    max_memory: dict[str, int | str] | None = None
+    """Most bytes that device_map "auto" uses of each device, such as {"0": 60GiB, cpu: 100GiB}; null is what is free.
+    Adapters, Adam and activations come on top."""
     data: DataConfig = field(default_factory=DataConfig)
     """The training documents."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -397,6 +417,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if bool(self.base) != bool(self.target):
             raise ConfigError(f"base is {self.base!r} and target is {self.target!r}; give both, or neither.")
+        if self.max_memory is not None and not isinstance(self.device_map, str):
+            raise ConfigError(f"max_memory limits a plan ({', '.join(get_args(DevicePlan))}); set device_map to one.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to JSON or YAML.

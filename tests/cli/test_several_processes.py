@@ -11,8 +11,10 @@ from helpers import launched
 
 from tl_adapters import organism
 from tl_adapters.cli.main import main
+from tl_adapters.config import RunConfig
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.processes import Processes, ProcessesError
+from tl_adapters.study.open_run import open_pair
 from tl_adapters.utils.results import read_results
 
 MODELS = ["--base", str(organism.BASE), "--target", str(organism.TARGET)]
@@ -79,3 +81,9 @@ def test_what_runs_in_one_process_says_so() -> None:
     Processes(1, 0).require_one("tl-adapters demo")
     with pytest.raises(ProcessesError, match=r"tl-adapters demo runs in one process, and 3 were started"):
         Processes(3, 1).require_one("tl-adapters demo")
+
+
+def test_a_device_map_names_the_devices_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tl_adapters.study.open_run.processes", lambda: Processes(2, 0))
+    with pytest.raises(ProcessesError, match="A pair with a device map runs in one process, and 2 were started"):
+        open_pair(RunConfig(device_map="auto"))

@@ -22,10 +22,14 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def fingerprints(groups: Mapping[K, Iterable[tuple[str, Tensor]]]) -> dict[K, str]:
     """`fingerprint` of several groups of named tensors, with one copy from each device for all of them."""
-    named = [(key, name, tensor) for key, tensors in groups.items() for name, tensor in tensors]
+    named, samples = [], []
+    for key, tensors in groups.items():
+        for name, tensor in tensors:  # of which only these values stay, as an offloaded one is read for them alone
+            named.append((key, f"{name}{tuple(tensor.shape)}"))
+            samples.append(_sampled(tensor))
     digests = {key: hashlib.sha256() for key in groups}
-    for (key, name, tensor), values in zip(named, _to_host([_sampled(t) for _, _, t in named]), strict=True):
-        digests[key].update(f"{name}{tuple(tensor.shape)}".encode())
+    for (key, title), values in zip(named, _to_host(samples), strict=True):
+        digests[key].update(title.encode())
         digests[key].update(values.numpy().tobytes())
     return {key: digest.hexdigest()[:16] for key, digest in digests.items()}
 

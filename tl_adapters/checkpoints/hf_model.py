@@ -16,6 +16,7 @@ from tl_adapters.checkpoints.architectures import (
     architecture_name,
     require_supported,
 )
+from tl_adapters.checkpoints.device_map import MappedDevices, resolve_device_map
 from tl_adapters.checkpoints.model_checks import require_representable, require_stock_code, require_stock_files
 from tl_adapters.checkpoints.model_files import CheckpointError, locate, read_config
 from tl_adapters.checkpoints.tokenizers import load_tokenizer, warn_of_other_ids
@@ -64,7 +65,7 @@ def _loading(folder: Path, what: str) -> Iterator[None]:
 def load_hf_model(
     name: str | Path,
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | MappedDevices | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     without_adapters: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -73,16 +74,18 @@ def load_hf_model(
     Args:
         name: folder or hub name.
         dtype: of the weights; None keeps the stored dtype.
-        device: where the weights go; None is the CPU.
+        device: where the weights go, `MappedDevices` if to several devices; None is the CPU.
         tokenizer: used instead of the folder's own.
         without_adapters: read a checkpoint of the paper's authors without its adapters, as the hybrid.
 
-    Raises UnsupportedModelError, CheckpointError.
+    Raises UnsupportedModelError, CheckpointError, DeviceMapError.
     """
     folder = locate(name)
     config = load_config(folder, without_adapters)
     architecture = require_representable(config)
     require_stock_files(folder, config)
+    mapped = device if isinstance(device, MappedDevices) else None
+    parts = None if mapped is None else resolve_device_map(config, mapped.device_map, dtype, mapped.max_memory)
     with _loading(folder, "the weights"):
         hf_model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -91,6 +94,7 @@ def load_hf_model(
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,
+            device_map=parts,
             attn_implementation="eager" if architecture.eager_attention else None,
         )
     if missing := sorted(info["missing_keys"]):
@@ -104,7 +108,7 @@ def load_hf_model(
         tokenizer = load_tokenizer(folder)
     else:
         warn_of_other_ids(tokenizer, folder)
-    return hf_model.to(device or "cpu"), tokenizer
+    return hf_model if isinstance(device, MappedDevices) else hf_model.to(device or "cpu"), tokenizer
 
 
 @torch.no_grad()

@@ -135,7 +135,8 @@ class MLPOutputs:
 
     def __init__(self, model: Any) -> None:
         self.model, self.n_layers, self.d_model = model, model.cfg.n_layers, model.cfg.d_model
-        self.d_vocab, self.dtype, self.device = model.cfg.d_vocab, model.cfg.dtype, next(model.parameters()).device
+        self.d_vocab, self.dtype, device = model.cfg.d_vocab, model.cfg.dtype, next(model.parameters()).device
+        self.device = torch.device(model.cfg.device) if device.type == "meta" else device  # meta: it is offloaded
         for hook in (INPUT_HOOKS[READS].format(0), OUTPUT_HOOKS[WRITES].format(0)):
             if hook not in model.hook_dict:
                 raise HookMissingError(

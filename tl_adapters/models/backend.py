@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tl_adapters.checkpoints.architectures import Architecture
@@ -75,6 +76,15 @@ class Backend(ABC):
     @abstractmethod
     def unembedding(self) -> Tensor:
         """The unembedding matrix, [d_vocab, d_model]."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model takes its tokens."""
+        return self.model.W_E.device
+
+    def layer_device(self, layer: int) -> torch.device:
+        """The device on which the MLP of ``layer`` computes."""
+        return self.device
 
     @abstractmethod
     def install(self, layer: int, base: dict[str, Tensor] | None, base_scale: Tensor | None) -> None:

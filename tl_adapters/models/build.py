@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from importlib.metadata import version
 from typing import Any, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
+from tl_adapters.checkpoints.device_map import DeviceMapError
 from tl_adapters.config import BackendName
 from tl_adapters.models.backend import Backend
 from tl_adapters.models.hf_outputs import HFOutputs, record_hf_outputs
@@ -24,6 +26,22 @@ from tl_adapters.models.output_agreement import require_agreement
 def default_backend() -> BackendName:
     """ "hooked" where TransformerLens still has HookedTransformer, else "bridge"."""
     return "hooked" if _has_hooked_transformer() else "bridge"
+
+
+def require_mapping_backend(backend: str | None) -> None:
+    """Raises DeviceMapError for a backend that cannot have a model's weights on several devices, or offloaded."""
+    installed = f"TransformerLens {version('transformer-lens')} is installed"
+    if (backend or default_backend()) == "hooked":
+        raise DeviceMapError(
+            "device_map= needs backend='bridge': the weights of a HookedTransformer are on one device. It needs "
+            f"TransformerLens 4 as well; {installed}."
+        )
+    component = importlib.import_module("transformer_lens.model_bridge.generalized_components.base")
+    if not hasattr(component, "align_module_device"):  # a release whose bridge computes with the empty placeholders
+        raise DeviceMapError(
+            f"device_map= needs TransformerLens 4, whose bridge reads offloaded weights; {installed}. Install "
+            "'transformer-lens>=4' (without SAELens, which pins it below), or give device= and a dtype that fits."
+        )
 
 
 def build_model(

@@ -29,6 +29,7 @@ from tl_adapters.checkpoints.base_mlps import MLPTensors
 from tl_adapters.checkpoints.layer_samples import dtype_name
 from tl_adapters.checkpoints.model_checks import stock_model
 from tl_adapters.checkpoints.model_files import PROJECTIONS
+from tl_adapters.checkpoints.offloaded_weights import execution_device, is_dispatched
 from tl_adapters.models.output_comparison import DisagreementError, compare, is_low_precision, position_norms
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,9 @@ def record_hf_outputs(
 ) -> HFOutputs | None:
     """The outputs of a target, and of its base's MLPs, on `N_PROBE_TOKENS` tokens.
 
-    Call this before TransformerLens changes the model.
+    Call this before TransformerLens changes the model. A model that Accelerate has distributed over devices is not
+    compared with the stock model of its class, which would have to hold all its weights: transformers has just made it
+    from its files.
 
     Args:
         hf_model: the target, with its hooks and all other modifications.
@@ -106,19 +109,18 @@ def record_hf_outputs(
     Raises:
         DisagreementError: a model whose outputs differ from those of its class with its weights, or are not finite.
     """
-    if next(hf_model.parameters()).is_meta:
+    dispatched = is_dispatched(hf_model)
+    if next(hf_model.parameters()).is_meta and not dispatched:
         log.info("The target has no values (meta device), so its outputs were not compared.")
         return None
     stock = stock_model(hf_model.config).eval()
-    state = _state_of(hf_model, stock)
-    tokens = _tokens_for(hf_model.config, tokenizer).to(hf_model.device)
+    tokens = _tokens_for(hf_model.config, tokenizer).to(execution_device(hf_model.get_input_embeddings()))
     layers = list(hf_model.model.layers)
     with _evaluating(hf_model):
         target = _run(layers, lambda: hf_model(input_ids=tokens, use_cache=False))
         _require_finite(target)
-        options = {"input_ids": tokens, "use_cache": False}
-        expected = _run(list(stock.model.layers), lambda: functional_call(stock, state, (), options))
-        _require_stock_pass(target, expected, list_modifications(hf_model, stock), type(stock).__name__)
+        if not dispatched:
+            _require_stock(hf_model, stock, tokens, target)
         rounding = (
             _attention_rounding(hf_model, tokens, target.blocks) if is_low_precision(target.logits.dtype) else None
         )
@@ -126,9 +128,18 @@ def record_hf_outputs(
         if base is not None:
             base_outputs = mlp_outputs_in_memory(base, [mlp.input for mlp in target.mlps])
         elif base_mlps is not None:
-            per_layer = zip(layers, base_mlps, target.mlps, strict=True)
+            # Accelerate gives the modules of a model that it has distributed their own weights at every call.
+            modules = stock.model.layers if dispatched else layers
+            per_layer = zip(modules, base_mlps, target.mlps, strict=True)
             base_outputs = [_with_weights(layer.mlp, weights, call.input) for layer, weights, call in per_layer]
     return HFOutputs(tokens, target, base_outputs, rounding)
+
+
+def _require_stock(hf_model: PreTrainedModel, stock: PreTrainedModel, tokens: Tensor, target: ForwardPass) -> None:
+    """Raises DisagreementError where the model's pass differs from that of its class with its weights."""
+    state, options = _state_of(hf_model, stock), {"input_ids": tokens, "use_cache": False}
+    expected = _run(list(stock.model.layers), lambda: functional_call(stock, state, (), options))
+    _require_stock_pass(target, expected, list_modifications(hf_model, stock), type(stock).__name__)
 
 
 def _run(layers: Sequence[nn.Module], forward: Callable[[], Any]) -> ForwardPass:

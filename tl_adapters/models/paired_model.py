@@ -39,12 +39,20 @@ from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.checkpoints.base_mlps import MLPTensors, read_base_mlps
 from tl_adapters.checkpoints.compatibility import require_pair
+from tl_adapters.checkpoints.device_map import DeviceMap, DeviceMapError, MappedDevices, MaxMemory
 from tl_adapters.checkpoints.hf_model import load_hf_model, move_model
 from tl_adapters.checkpoints.layer_samples import LayerSamples
-from tl_adapters.checkpoints.model_reference import GivenModel, model_commit, model_config, model_name, resolve_model
+from tl_adapters.checkpoints.model_reference import (
+    GivenModel,
+    ModelReference,
+    model_commit,
+    model_config,
+    model_name,
+    resolve_model,
+)
 from tl_adapters.config import ActivationName, TrainingConfig
 from tl_adapters.models.adapter_checks import adapter_scale, require_belonging, require_planted
-from tl_adapters.models.build import build_model
+from tl_adapters.models.build import build_model, require_mapping_backend
 from tl_adapters.models.hf_outputs import record_hf_outputs
 from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.routed_model import RoutedModel
@@ -104,6 +112,8 @@ class PairedModel(RoutedModel):
         device: torch.device | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         backend: str | None = None,
+        device_map: DeviceMap | None = None,
+        max_memory: MaxMemory | None = None,
     ) -> PairedModel:
         """A pair from folders, hub names or models in memory.
 
@@ -111,30 +121,33 @@ class PairedModel(RoutedModel):
         outputs of the pair are compared, layer by layer, with those of the Hugging Face models (`output_agreement`).
 
         Args:
-            base, target: a folder, a hub name, or a Hugging Face model already loaded (compiled or in DataParallel,
-                too), with LoRA merged.
+            base, target: a folder, a hub name, or a Hugging Face model in memory (compiled, too), with LoRA merged.
             dtype: of the model's weights; None keeps the target's own.
             device: where the weights go. For a folder or a hub name None is "auto", the first available of cuda, mps
                 and cpu. A model in memory stays where it is if None, and is otherwise moved and cast in place, as its
                 own ``.to`` does.
             tokenizer: the target's; None reads it from the target's folder, where there is one.
-            backend: "hooked" (HookedTransformer) or "bridge" (TransformerBridge); None takes the first that the
-                installed TransformerLens has.
+            backend: "hooked" or "bridge" (`build`); None takes the first that the installed TransformerLens has.
+            device_map, max_memory: in place of ``device``, for a pair that does not fit one (`resolve_device_map`). The
+                base's MLP and the adapter of a layer are on its device.
 
         Raises:
             UnsupportedModelError: an architecture or option that would not be exact.
             DisagreementError: a model whose outputs differ from what its configuration and weights say.
             PairMismatchError: MLPs of different shapes or activations.
             CheckpointError: missing or damaged files.
-            DeviceError: a device that this machine does not have.
+            DeviceError, DeviceMapError: a device that this machine lacks, a map that does not fit the model.
         """
         base, target = resolve_model(base, "base"), resolve_model(target, "target")
         require_pair(base, target)
         base_mlps = read_base_mlps(base, model_config(target)["num_hidden_layers"])
+        if device_map is not None or max_memory is not None:
+            _require_mappable(target, device, backend, device_map)
         if isinstance(target, PreTrainedModel):
             hf_target = move_model(target, None if device is None else resolve_device(device), dtype)
         else:
-            hf_target, tokenizer = load_hf_model(target, dtype, resolve_device(device), tokenizer)
+            where = resolve_device(device) if device_map is None else MappedDevices(device_map, max_memory)
+            hf_target, tokenizer = load_hf_model(target, dtype, where, tokenizer)
         base_in_memory = base if isinstance(base, PreTrainedModel) else None
         hf_outputs = record_hf_outputs(hf_target, tokenizer, base_in_memory, base_mlps)
         pair = cls(
@@ -178,10 +191,11 @@ class PairedModel(RoutedModel):
         """
         target = base if target is None else target
         pair = cls.from_pretrained(base, target, dtype=dtype, device=device, tokenizer=tokenizer, backend=backend)
-        planted = copy.deepcopy(adapters).to(pair.device).requires_grad_(False)
+        planted = copy.deepcopy(adapters).requires_grad_(False)
         planted.layer_samples = planted.samples = None
         require_belonging(planted, pair.backend, "", None, "")
         for layer in planted.layer_indices:
+            planted[layer].to(pair.backend.layer_device(layer))
             scale = adapter_scale(planted, pair.backend, layer)
             if scale is not None:  # into the encoder: the frozen copy then reads what the MLP reads
                 planted[layer].W_enc.mul_(scale.to(planted[layer].W_enc)[:, None])
@@ -259,14 +273,8 @@ class PairedModel(RoutedModel):
         base_samples = None if base is None else base.samples
         require_belonging(adapters, self.backend, self.target_id, base_samples, self.base_id, fingerprints)
         scales = {layer: adapter_scale(adapters, self.backend, layer) for layer in adapters.layer_indices}
-        self.adapters = adapters.to(self.device)
         adapters.compute_in(adapter_dtype(self.model.cfg.dtype, self.device))
-        for layer, mlp in enumerate(self.mlps):
-            mlp.adapter = adapters[layer] if layer in scales else None
-            scale = scales.get(layer)
-            dtype = torch.promote_types(adapters[layer].W_enc.dtype, torch.float32) if layer in scales else None
-            mlp.adapter_scale = None if scale is None else scale.to(self.device, dtype)
-        self.backend.name_hooks()
+        self.place_adapters(adapters, scales)
 
     def check(self, traces: Sequence[Trace] | None = None) -> PairCheck:
         """A first look, on the model organism's sums if no documents are given; raises what `check_pair` raises."""
@@ -317,6 +325,22 @@ class PairedModel(RoutedModel):
         from tl_adapters.interventions import feature_edits
 
         return feature_edits.negated(self, features, scale)
+
+
+def _require_mappable(
+    target: ModelReference, device: torch.device | str | None, backend: str | None, device_map: DeviceMap | None
+) -> None:
+    """Raises DeviceMapError for what cannot be given together with a device map."""
+    if device_map is None:
+        raise DeviceMapError('max_memory= limits a plan of devices; give device_map="auto" with it.')
+    if device is not None:
+        raise DeviceMapError(f"device={str(device)!r} and device_map= were given; give one of them.")
+    if isinstance(target, PreTrainedModel):
+        raise DeviceMapError(
+            "device_map= was given with a target in memory. Give its folder or hub name: the map says where each part "
+            "of it is loaded."
+        )
+    require_mapping_backend(backend)
 
 
 def adapters_in_float32(function: F) -> F:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -94,8 +94,8 @@ class RoutedModel:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's weights."""
-        return self.model.W_E.device
+        """The device on which the model takes its tokens; the only one of its weights unless it has a device map."""
+        return self.backend.device
 
     @property
     def n_layers(self) -> int:
@@ -106,6 +106,24 @@ class RoutedModel:
     def mlps(self) -> list[RoutedMLP]:
         """The routed MLP of every layer."""
         return self.backend.mlps
+
+    def place_adapters(self, adapters: AdapterSet, scales: Mapping[int, Tensor | None]) -> None:
+        """Put adapters on the device of their layers and into their MLPs.
+
+        Args:
+            adapters: the set, which has been checked.
+            scales: by layer that has an adapter, the factor from the MLP's input to the adapter's, [d_model]; None
+                where they are the same.
+        """
+        self.adapters = adapters
+        for layer, mlp in enumerate(self.mlps):
+            mlp.adapter = mlp.adapter_scale = None
+            if layer in scales:
+                device, scale = self.backend.layer_device(layer), scales[layer]
+                mlp.adapter = adapters[layer].to(device)
+                dtype = torch.promote_types(adapters[layer].W_enc.dtype, torch.float32)
+                mlp.adapter_scale = None if scale is None else scale.to(device, dtype)
+        self.backend.name_hooks()
 
     # -- routes ---------------------------------------------------------------------------------------------------
 
@@ -256,7 +274,7 @@ class RoutedModel:
         weight, eps = self.backend.norm("ln_final"), self.model.cfg.eps
         resid = resid.to(torch.promote_types(resid.dtype, torch.float32))
         normalized = resid / (resid.square().mean(-1, keepdim=True) + eps).sqrt()
-        return normalized if weight is None else normalized * weight.to(resid.dtype)
+        return normalized if weight is None else normalized * weight.to(resid)
 
     @property
     def rows_at_once(self) -> int:

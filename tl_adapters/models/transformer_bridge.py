@@ -22,9 +22,19 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_adapters.checkpoints.architectures import require_supported
+from tl_adapters.checkpoints.device_map import DeviceMapError
 from tl_adapters.checkpoints.layer_samples import norm_weights
 from tl_adapters.checkpoints.model_checks import mlp_activation, require_representable
 from tl_adapters.checkpoints.model_files import PROJECTIONS
+from tl_adapters.checkpoints.offloaded_weights import (
+    execution_device,
+    give_hook,
+    is_dispatched,
+    is_offloaded,
+    offload,
+    stored,
+    take_hook,
+)
 from tl_adapters.checkpoints.tokenizers import give_tokenizer
 from tl_adapters.models.backend import Backend
 from tl_adapters.models.hf_outputs import hidden_states
@@ -50,6 +60,9 @@ def build_bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     if tokenizer is not None:
         give_tokenizer(bridge, tokenizer)
     bridge.cfg.default_prepend_bos = False
+    if is_dispatched(hf_model):
+        bridge.cfg.device = str(execution_device(bridge.embed.original_component))
+        bridge.cfg.n_devices = len(set(hf_model.hf_device_map.values()))  # so that nothing moves the whole model
     bridge.requires_grad_(False)
     bridge.__class__ = IndexedBridge
     bridge.__dict__["_found_hooks"] = None
@@ -74,6 +87,11 @@ class IndexedBridge(TransformerBridge):
             self.__dict__["_found_hooks"] = found
         return dict(found[1])
 
+    @property
+    def W_E(self) -> Tensor:
+        """The embedding matrix, [d_vocab, d_model], also where it is offloaded."""
+        return stored(self.embed)
+
 
 class BridgedMLP(RoutedMLP):
     """A Hugging Face MLP inside a bridge, with routes; `BridgedBackend.install` changes an existing MLP into one."""
@@ -90,13 +108,13 @@ class BridgedMLP(RoutedMLP):
     def weights(self) -> tuple[MLPWeights, MLPWeights]:
         """The target's and the base's weights."""
         assert isinstance(self.base, _BaseMLP)
-        of_target = {attribute: getattr(self, name).weight.T for name, attribute in PROJECTIONS.items()}
-        of_base = {attribute: getattr(self.base, name).T for name, attribute in PROJECTIONS.items()}
+        of_target = {attribute: stored(getattr(self, name)).T for name, attribute in PROJECTIONS.items()}
+        of_base = {attribute: stored(self.base, name).T for name, attribute in PROJECTIONS.items()}
         return MLPWeights(**of_target, act_fn=self.act_fn), MLPWeights(**of_base, act_fn=self.act_fn)
 
 
 class _BaseMLP(nn.Module):
-    """The base's MLP, which fires the hook points of the target's projections."""
+    """The base's MLP, which fires the hook points of the target's projections and is kept where the target's is."""
 
     def __init__(self, target: nn.Module, weights: dict[str, Tensor]) -> None:
         super().__init__()
@@ -107,6 +125,9 @@ class _BaseMLP(nn.Module):
             self.register_parameter(name, nn.Parameter(weights[name].to(like.device, like.dtype), requires_grad=False))
             self.add_module(f"{name}_in", projection.hook_in)
             self.add_module(f"{name}_out", projection.hook_out)
+        first: Any = target.get_submodule("gate_proj").original_component
+        if is_offloaded(first):
+            offload(self, weights, execution_device(first))
 
     def _project(self, name: str, x: Tensor) -> Tensor:
         x = getattr(self, f"{name}_in")(x)
@@ -155,6 +176,11 @@ class BridgedBackend(Backend):
                     "enable_compatibility_mode (or with no_processing=True)."
                 )
             require_unrouted(block.mlp.original_component)
+        if is_offloaded(model.embed.original_component) and not isinstance(model, IndexedBridge):
+            raise DeviceMapError(
+                "This TransformerBridge's embedding is offloaded, and its W_E is empty. Boot it with a device_map that "
+                "has the embedding on a device, or open the pair with PairedModel.from_pretrained(device_map=)."
+            )
 
     @property
     def hf_config(self) -> dict[str, Any]:
@@ -173,22 +199,22 @@ class BridgedBackend(Backend):
 
     def norm(self, name: str) -> Tensor | None:
         """Weights of the norm of that name as TransformerLens has them (Gemma 1 + w)."""
-        return norm_weights(self.model.get_submodule(name).weight, self.architecture)
+        return norm_weights(stored(self.model.get_submodule(name)), self.architecture)
 
     def attention_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """b_V [n_kv_heads, d_head] and b_O [d_model], where the layer has them."""
         attn, cfg = self.model.blocks[layer].attn, self.model.cfg
         if attn.v.bias is not None:
-            yield "b_V", attn.v.bias.unflatten(0, (-1, cfg.d_head))
+            yield "b_V", stored(attn.v, "bias").unflatten(0, (-1, cfg.d_head))
         if attn.o.bias is not None:
-            yield "b_O", attn.o.bias
+            yield "b_O", stored(attn.o, "bias")
 
     def projection_biases(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """Biases of q, k, v and o in Hugging Face's names and layout, where the layer has them."""
         for name in "qkvo":
-            bias = getattr(self.model.blocks[layer].attn, name).bias
-            if bias is not None:
-                yield f"self_attn.{name}_proj.bias", bias
+            projection = getattr(self.model.blocks[layer].attn, name)
+            if projection.bias is not None:
+                yield f"self_attn.{name}_proj.bias", stored(projection, "bias")
 
     @property
     def embedding_scale(self) -> float:
@@ -199,13 +225,27 @@ class BridgedBackend(Backend):
         """The weights of a layer's attention and MLP in Hugging Face's names and layout."""
         block = self.model.blocks[layer]
         for name in ("q", "k", "v", "o"):
-            yield f"self_attn.{name}_proj", getattr(block.attn, name).weight
+            yield f"self_attn.{name}_proj", stored(getattr(block.attn, name))
         for name, attribute in _BRIDGE_PROJECTIONS.items():
-            yield f"mlp.{name}", getattr(block.mlp, attribute).weight
+            yield f"mlp.{name}", stored(getattr(block.mlp, attribute))
+
+    def embedding(self) -> Tensor:
+        """The embedding matrix, [d_vocab, d_model]."""
+        return stored(self.model.embed)
 
     def unembedding(self) -> Tensor:
         """The unembedding matrix, [d_vocab, d_model]."""
-        return self.model.unembed.weight
+        return stored(self.model.unembed)
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model takes its tokens."""
+        return execution_device(self.model.embed.original_component)
+
+    def layer_device(self, layer: int) -> torch.device:
+        """The device on which the MLP of ``layer`` computes."""
+        gate: Any = self.mlps[layer].get_submodule("gate_proj")
+        return execution_device(gate.original_component)
 
     def install(self, layer: int, base: dict[str, Tensor] | None, base_scale: Tensor | None) -> None:
         """Turn the wrapped MLP of ``layer`` into a `BridgedMLP` in place, with the base's weights beside it."""
@@ -213,8 +253,10 @@ class BridgedBackend(Backend):
         mlp = bridge_mlp.original_component
         self._replaced[layer] = (type(mlp), bridge_mlp.register_forward_pre_hook(_refuse_processed))
         module = None if base is None else _BaseMLP(mlp, base)
+        hook = take_hook(mlp)
         mlp.__class__ = _routed_class(type(mlp))
         mlp.install(module, base_scale)
+        give_hook(mlp, hook)
         bridge_mlp.hook_adapter_out = HookPoint()
         mlp.__dict__["_bridge_mlp"] = (bridge_mlp,)
 
@@ -225,7 +267,10 @@ class BridgedBackend(Backend):
         bridge_mlp = self.model.blocks[layer].mlp
         del bridge_mlp.hook_adapter_out, bridge_mlp.original_component.__dict__["_bridge_mlp"]
         bridge_mlp._hook_registry.pop("hook_adapter_out")
-        bridge_mlp.original_component.uninstall(cls)
+        mlp = bridge_mlp.original_component
+        hook = take_hook(mlp)
+        mlp.uninstall(cls)
+        give_hook(mlp, hook)
 
     def name_hooks(self) -> None:
         """Register new hook points with the bridge under their names, and remove those that are gone."""
@@ -287,7 +332,7 @@ class BridgedBackend(Backend):
     def unembed(self, resid: Tensor) -> Tensor:
         """Final norm and unembedding, with the soft cap where the model has one; logits are in float32 at least."""
         linear = self.model.unembed.original_component
-        precise = partial(linear_in_float32, weight=linear.weight, bias=linear.bias)
+        precise = partial(linear_in_float32, weight=stored(linear), bias=linear.bias)
         with float32_logits(linear, linear.weight, precise):
             logits = self.model.unembed(self.model.ln_final(resid))
         cap = getattr(self.model.original_model.config, "final_logit_softcapping", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,23 +72,20 @@ class ModelSamples:
     def of(cls, backend: Backend) -> ModelSamples:
         """The samples of a model in memory."""
         values: dict[str, Tensor] = {}
-        matrices: dict[str, Tensor] = {}
+        columns: dict[str, Tensor] = {}
         norms: dict[str, Tensor | None] = {}
         for layer in range(backend.model.cfg.n_layers):
-            matrices |= {f"{layer}.{name}": weight for name, weight in backend.named_weights(layer)}
             norms |= {f"{layer}.{name}": weight for name, weight in backend.norms(layer)}
             biases = [(name, bias) for name, bias in backend.projection_biases(layer) if bool(bias.any())]
             values |= {f"{layer}.{name}": _whole(bias) for name, bias in biases}
         norms["ln_final"] = backend.norm("ln_final")
-        scaled = backend.embedding_scale != 1
-        matrices["embedding_scaled" if scaled else "embedding"] = backend.embedding()
-        matrices["unembedding"] = backend.unembedding()
-        values |= {name: sample(weight) for name, weight in matrices.items()}
+        for name, weight in _matrices(backend):  # one at a time, as offloaded ones are in memory only until the next
+            values[name], columns[name] = sample(weight), sample_positions(weight.numel()) % weight.shape[-1]
         values |= {name: _whole(weight) for name, weight in norms.items() if weight is not None}
-        values["unembedding_mean"] = matrices["unembedding"].detach().mean(0, dtype=torch.float32).cpu()
+        values["unembedding_mean"] = backend.unembedding().detach().mean(0, dtype=torch.float32).cpu()
         return cls(
             values,
-            {name: sample_positions(w.numel()) % w.shape[-1] for name, w in matrices.items()},
+            columns,
             frozenset(name for name, weight in norms.items() if weight is None),
             backend.architecture,
             backend.model.cfg.d_model,
@@ -174,6 +172,14 @@ class ModelSamples:
         scale = self.architecture.embedding_scale(self.d_model)
         scale = scale if other == "embedding_scaled" else 1 / scale
         return agrees(values, self.values[other], torch.tensor(scale, dtype=torch.float64), processed=processed)
+
+
+def _matrices(backend: Backend) -> Iterator[tuple[str, Tensor]]:
+    """The matrices of a model by their names in `ModelSamples`, one at a time."""
+    for layer in range(backend.model.cfg.n_layers):
+        yield from ((f"{layer}.{name}", weight) for name, weight in backend.named_weights(layer))
+    yield "embedding_scaled" if backend.embedding_scale != 1 else "embedding", backend.embedding()
+    yield "unembedding", backend.unembedding()
 
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -279,13 +285,13 @@ def target_fingerprints(backend: Backend, planted: AdapterSet | None) -> dict[st
     target's weights, and have a hash of their own, "planted".
     """
     layers = range(backend.model.cfg.n_layers)
-    weights = [(f"{layer}.{name}", weight) for layer in layers for name, weight in backend.named_weights(layer)]
+    weights = (item for item in _matrices(backend) if not item[0].startswith("embedding"))
     of_planted = [] if planted is None else [(f"planted.{name}", p) for name, p in planted.state_dict().items()]
     unprocessed = all(backend.second_norm(layer) is not None for layer in layers)
     name = "target" if unprocessed else "target_processed"
     groups = {
-        name: [*weights, ("unembedding", backend.unembedding()), *of_planted],
-        f"{name}_embedding_and_norms": list(_embedding_and_norms(backend)),
+        name: chain(weights, of_planted),
+        f"{name}_embedding_and_norms": _embedding_and_norms(backend),
         **({"planted": of_planted} if of_planted else {}),
     }
     return {**fingerprints(groups), "dtype": dtype_name(backend.model.cfg.dtype)}
@@ -296,7 +302,7 @@ def _embedding_and_norms(backend: Backend) -> Iterator[tuple[str, Tensor]]:
     if not backend.architecture.scales_embedding:  # else tied, and scaled in one of the two libraries
         yield "embedding", backend.embedding()
     biases = [list(backend.projection_biases(layer)) for layer in range(backend.model.cfg.n_layers)]
-    nonzero_flags = [bias.any() for of_layer in biases for _, bias in of_layer]
+    nonzero_flags = [bias.any().to(backend.device) for of_layer in biases for _, bias in of_layer]
     # One copy from the device for all biases.
     nonzero = iter(torch.stack(nonzero_flags).tolist() if nonzero_flags else ())
     for layer, of_layer in enumerate(biases):

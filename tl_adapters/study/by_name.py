@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
+from tl_adapters.checkpoints.device_map import DeviceMap, MaxMemory
 from tl_adapters.checkpoints.hub_client import hub_token
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.config import BackendName, DataConfig, Dtype, RunConfig, TrainingConfig
@@ -20,7 +21,7 @@ from tl_adapters.evaluation.tasks import ORGANISM_TASK, TASKS, load_problems
 from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.interop.any_set import is_authors_checkpoint, read_adapters
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.open_run import open_pair, open_run
+from tl_adapters.study.open_run import open_pair, open_run, with_device_map
 from tl_adapters.study.train import pair_block
 from tl_adapters.utils.files import new_folder, require_absent, require_writable, write_text
 from tl_adapters.utils.results import versions, write_results
@@ -39,6 +40,8 @@ def load(
     device: str = "auto",
     dtype: Dtype | None = None,
     backend: BackendName | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
 ) -> PairedModel:
     """A pair with its adapters, by one name: a run, or adapters of any form that this package reads.
 
@@ -48,9 +51,9 @@ def load(
         target: likewise of the target.
         revision: branch, tag or commit of the adapters' repository; a folder has none.
         token: for private or gated repositories; None takes HF_TOKEN or the stored login.
-        device: where the weights go; "auto" is the first available of cuda, mps and cpu.
+        device: where the weights go; "auto" is a run's own device map, or the first available of cuda, mps and cpu.
         dtype: of the models' weights; None is the run's own, or the target's.
-        backend: as in `PairedModel.from_pretrained`.
+        backend, device_map, max_memory: as in `PairedModel.from_pretrained`.
 
     Raises UserError where adapters or models are missing, unknown, or do not belong together.
     """
@@ -58,9 +61,10 @@ def load(
         if (Path(name) / "config.json").is_file() and (Path(name) / "adapters").is_dir() and base is target is None:
             if given := [word for word, value in (("revision", revision), ("backend", backend)) if value is not None]:
                 raise UserError(f"{name} is a run, which is opened as it was made; leave out {' and '.join(given)}.")
-            return open_run(Path(name), device, dtype)
+            return open_run(Path(name), device, dtype, device_map, max_memory)
         adapters = read_adapters(name, revision=revision, token=token)
-        return _pair(_config(name, adapters, base, target, dtype, backend, revision), adapters, device)
+        config = _config(name, adapters, base, target, dtype, backend, revision)
+        return _pair(with_device_map(config, device, device_map, max_memory), adapters, device)
 
 
 def open_set(

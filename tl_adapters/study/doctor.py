@@ -109,7 +109,7 @@ def diagnose(
     findings += _dtype(config, described)
     chosen = resolve_device(device)
     size = estimate_size(config, described, longest, chosen)
-    findings += [*_memory(size, chosen), _time(size, chosen), *_processors(chosen), *_disk(size, config, out)]
+    findings += [*_memory(size, chosen, config), _time(size, chosen), *_processors(chosen), *_disk(size, config, out)]
     return [*findings, *_search(described, config, longest or size.tokens, chosen)]
 
 
@@ -283,7 +283,7 @@ def _dtype(config: RunConfig, described: PretrainedConfig) -> Iterator[Finding]:
         yield Finding("ok", "dtype", f"{used}; adapters are float32.")
 
 
-def _memory(size: RunSize, device: torch.device) -> Iterator[Finding]:
+def _memory(size: RunSize, device: torch.device, config: RunConfig) -> Iterator[Finding]:
     free, where = free_memory(device), str(device) if device.type == "cuda" else "this machine"
     largest = size.largest
     tokens = f", tokens {largest.tokens / _GB:.2g}" if largest.tokens else ""
@@ -293,7 +293,9 @@ def _memory(size: RunSize, device: torch.device) -> Iterator[Finding]:
         f"{largest.adapters / _GB:.2g}, activations of {size.tokens:,} tokens {largest.activations / _GB:.2g}"
         f"{tokens}); {where} has {free / _GB:.2g} GB free."
     )
-    if size.memory > free:
+    if config.device_map is not None:
+        yield Finding("ok", "memory", f"{says} The device map's other devices are not counted.")
+    elif size.memory > free:
         do = (
             "Use dtype bfloat16, fewer training.n_features, or a shorter data.max_tokens and training.tokens_per_batch."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
-from tl_adapters.config import DataConfig, Dtype, RunConfig
+from tl_adapters.checkpoints.device_map import DeviceMap, DeviceMapError, MaxMemory
+from tl_adapters.config import BackendName, DataConfig, Dtype, RunConfig
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.chat_template import set_template_date
 from tl_adapters.data.columns import ConversationColumns
@@ -24,6 +25,7 @@ from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.processes import processes
+from tl_adapters.utils.devices import AUTO
 from tl_adapters.utils.files import alone_in, require_writable
 from tl_adapters.utils.printing import command
 from tl_adapters.utils.results import read_results
@@ -37,37 +39,72 @@ T = TypeVar("T")
 
 
 def load_organism_pair(
-    device: str = "auto", dtype: torch.dtype | None = None, backend: str | None = None
+    device: str = "auto", dtype: torch.dtype | None = None, backend: BackendName | None = None
 ) -> PairedModel:
     """The model organism as a pair. ``device`` "auto" is the first available of cuda, mps and cpu."""
-    return PairedModel.from_pretrained(
-        organism.BUILTIN_BASE, organism.BUILTIN_TARGET, device=device, dtype=dtype, backend=backend
-    )
+    return open_pair(RunConfig(backend=backend), device, dtype)
 
 
-def open_pair(config: RunConfig, device: str = "auto") -> PairedModel:
-    """The pair that a configuration names, on ``device`` ("auto": the first available of cuda, mps and cpu).
+def open_pair(config: RunConfig, device: str = "auto", dtype: torch.dtype | None = None) -> PairedModel:
+    """The pair that a configuration names, on ``device``.
+
+    Args:
+        device: "auto" is the configuration's device map, or else the first available of cuda, mps and cpu.
+        dtype: of the models' weights; None is the configuration's.
 
     Raises what `PairedModel.from_pretrained` raises.
     """
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    if not config.target:
-        return load_organism_pair(device, dtype, config.backend)
-    return PairedModel.from_pretrained(config.base, config.target, device=device, dtype=dtype, backend=config.backend)
+    if dtype is None and config.dtype is not None:
+        dtype = getattr(torch, config.dtype)
+    models = (config.base, config.target) if config.target else (organism.BUILTIN_BASE, organism.BUILTIN_TARGET)
+    where: dict[str, Any] = {"device": device}
+    if device == AUTO and config.device_map is not None:
+        processes().require_one("A pair with a device map")  # the map names the devices of all of them
+        where = {"device_map": config.device_map, "max_memory": config.max_memory}
+    return PairedModel.from_pretrained(*models, dtype=dtype, backend=config.backend, **where)
 
 
-def open_run(folder: Path, device: str = "auto", dtype: Dtype | None = None) -> PairedModel:
-    """The pair of a run with its adapters loaded, on ``device`` ("auto": the first available of cuda, mps and cpu).
+def open_run(
+    folder: Path,
+    device: str = "auto",
+    dtype: Dtype | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+) -> PairedModel:
+    """The pair of a run with its adapters loaded, on ``device``.
+
+    Args:
+        folder: the run.
+        device: "auto" is the run's device map, or else the first available of cuda, mps and cpu.
+        dtype: of the models' weights; None is the run's.
+        device_map, max_memory: in place of the run's own, as `PairedModel.from_pretrained` takes them.
 
     Raises UserError where the run has no adapters yet, and DeviceError.
     """
     require_adapters(folder)
     adapters = AdapterSet.from_pretrained(folder / "adapters")
-    config = RunConfig.of_run(folder)
+    config = with_device_map(RunConfig.of_run(folder), device, device_map, max_memory)
     pair = open_pair(replace(config, dtype=dtype or config.dtype), device)
     set_run_date(folder, pair.model.tokenizer)
     pair.load_adapters(adapters)
     return pair
+
+
+def with_device_map(
+    config: RunConfig, device: str, device_map: DeviceMap | None, max_memory: MaxMemory | None
+) -> RunConfig:
+    """The configuration with another device map, where one is given. Raises DeviceMapError beside a ``device``."""
+    if device_map is None and max_memory is None:
+        return config
+    if device != AUTO:
+        raise DeviceMapError(f"device={device!r} and device_map= were given; give one of them.")
+    given: Any = _named(device_map) if isinstance(device_map, Mapping) else device_map
+    return replace(config, device_map=given, max_memory=None if max_memory is None else _named(max_memory))
+
+
+def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """A mapping as a configuration has it: keys are text, and devices are numbers or text."""
+    return {str(key): value if isinstance(value, int) else str(value) for key, value in values.items()}
 
 
 def set_run_date(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:

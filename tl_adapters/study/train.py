@@ -14,7 +14,7 @@ from tl_adapters import organism
 from tl_adapters.adapters.metadata import AdapterMetadata
 from tl_adapters.checkpoints.hf_model import load_hf_model
 from tl_adapters.checkpoints.model_reference import model_commit
-from tl_adapters.config import BadRows, RunConfig
+from tl_adapters.config import BadRows, ConfigError, RunConfig
 from tl_adapters.data.documents import DataStatistics, EncodedDocuments
 from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.local_stage.transcoders import TranscoderFit, measure_transcoders, train_transcoders
@@ -178,6 +178,8 @@ def _open_model(config: RunConfig, device: str) -> PairedModel:
     """The model as a pair without a base."""
     name = config.target or organism.BUILTIN_BASE
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    if config.device_map is not None:
+        raise ConfigError("device_map is for pairs; a model alone is on one device: leave it out, with max_memory.")
     hf_model, tokenizer = load_hf_model(name, dtype, resolve_device(device))
     return PairedModel(build_model(hf_model, tokenizer, config.backend), None, target=name)
 

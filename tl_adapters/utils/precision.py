@@ -149,8 +149,11 @@ def float32_logits(module: nn.Module, weight: Tensor, forward: Callable[[Tensor]
     if weight.dtype not in (torch.bfloat16, torch.float16):
         yield
         return
+    before = module.__dict__.get("forward")  # of a model that Accelerate has distributed
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
         del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
