@@ -88,7 +88,7 @@ def small_scale():  # type: ignore[no-untyped-def]
     """A demo of seconds."""
     from tl_adapters.circuits.search import SearchOptions
     from tl_adapters.circuits.study import StudyOptions
-    from tl_adapters.config import TrainingConfig
+    from tl_adapters.config import LocalConfig, TrainingConfig
     from tl_adapters.study.run_size import StudyScale
 
     return StudyScale(
@@ -101,7 +101,9 @@ def small_scale():  # type: ignore[no-untyped-def]
         circuit=StudyOptions(
             SearchOptions(per_round=8, documents=12), draws=1, probability_draws=1, curve_factors=(1.0,)
         ),
-        training=TrainingConfig(stages=("end_to_end",), n_features=32, steps=30, log_every=5),
+        training=TrainingConfig(
+            stages=("local",), n_features=32, log_every=5, local=LocalConfig(steps=30, max_tokens=6_000, polish=False)
+        ),
     )
 
 

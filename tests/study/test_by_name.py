@@ -30,6 +30,7 @@ from tl_adapters.interop.authors_checkpoint import from_authors, to_authors
 from tl_adapters.interop.hub import pull, push_to_hub
 from tl_adapters.interop.saelens import from_saelens, to_saelens
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.organism.recipe import build_tokenizer
 from tl_adapters.study import by_name, open_run
 from tl_adapters.utils.results import read_results
 
@@ -170,7 +171,7 @@ def test_a_revision_is_of_one_dataset(monkeypatch: pytest.MonkeyPatch, trained: 
         raise DataError("not asked here")
 
     monkeypatch.setattr(open_run, "open_documents", refusing)
-    trained.model.tokenizer = organism.tokenizer()
+    trained.model.tokenizer = build_tokenizer()
     config = RunConfig("base", "target", data=DataConfig("org/data", revision="v1"))
     for source in ("org/data", "org/other"):
         with pytest.raises(DataError, match="not asked here"):
