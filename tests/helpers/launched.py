@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,8 +29,10 @@ def started(n: int, words: Sequence[str], **environment: str) -> subprocess.Pope
     """A Python command in n processes of one launch, which find each other at a free port; n = 1 is no launch."""
     head = [sys.executable]
     if n > 1:
-        ports = ["--num_processes", str(n), "--main_process_port", "0"]
-        head += ["-m", "accelerate.commands.launch", *LAUNCH, *ports]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        head += ["-m", "accelerate.commands.launch", *LAUNCH, "--num_processes", str(n), "--main_process_port", port]
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -102,6 +103,13 @@ def test_no_process_waits_for_one_that_has_failed(tmp_path: Path, fault: str, wo
     assert code != 0 and words in err.replace(".", ""), err
     if fault == "refuse_at":
         assert "ProcessesError: Process 0: the disk is full" in err
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_stops_all_processes_with_one_error(tmp_path: Path) -> None:
+    code, _, err = launched.ended(started(tmp_path / "run", lr=1e200))
+    found = re.findall(r"TrainingError: (Step \d+: .* is not finite)", err)
+    assert code != 0 and len(found) == 2 and found[0] == found[1], err
 
 
 @pytest.mark.slow

@@ -91,7 +91,8 @@ class LocalStage:
         self.local, self.step, self._tf32 = local, step, config.adapter_precision == "tf32"
         own = processes().mine(range(data.n_layers))
         devices, self._workers = workers_and_devices(data.device, local.workers, max(1, len(own)))
-        read = own or [0]  # a process without a layer reads one, by which it knows how many tokens there are
+        # A process without a layer reads one, by which it knows how many tokens there are.
+        read = None if processes().count == 1 else own or [0]
 
         def stream() -> TokenStream:
             if position is None:

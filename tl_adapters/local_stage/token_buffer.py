@@ -40,11 +40,12 @@ class TokenBuffer:
         layers: Sequence[int] | None = None,
     ) -> None:
         self.data, self.capacity, self.seen = data, capacity, 0
-        self.layers = range(data.n_layers) if layers is None else layers
+        self._layers = layers
         self.devices = [devices[layer % len(devices)] for layer in range(data.n_layers)]
-        shape = (capacity, data.d_model)
-        self.x = {i: torch.empty(shape, dtype=data.dtype, device=self.devices[i]) for i in self.layers}
-        self.d = {i: torch.empty(shape, dtype=data.dtype, device=self.devices[i]) for i in self.layers}
+        rows = [capacity if layers is None or layer in layers else 0 for layer in range(data.n_layers)]
+        made = list(zip(rows, self.devices, strict=True))
+        self.x = [torch.empty((n, data.d_model), dtype=data.dtype, device=device) for n, device in made]
+        self.d = [torch.empty((n, data.d_model), dtype=data.dtype, device=device) for n, device in made]
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
@@ -52,7 +53,9 @@ class TokenBuffer:
     def add(self, batch: Batch) -> None:
         """Run the model on a batch and keep its counted tokens, in the place of the oldest ones."""
         n, dtype = 0, self.data.dtype
-        for layer, (x, d) in zip(self.layers, self.data.read(batch, self.layers), strict=True):
+        layers = range(self.data.n_layers) if self._layers is None else self._layers
+        read = self.data.read(batch) if self._layers is None else self.data.read(batch, self._layers)
+        for layer, (x, d) in zip(layers, read, strict=True):
             device, n = self.devices[layer], min(len(x), self.capacity)
             first = self.seen % self.capacity
             before_end = min(n, self.capacity - first)

@@ -25,6 +25,7 @@ from tl_adapters.data.traces import Trace, readable_traces
 from tl_adapters.local_stage.regression_data import MLPDifferences, RegressionData
 from tl_adapters.local_stage.stage import LocalStage
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.processes import processes
 from tl_adapters.utils.precision import adapter_dtype
 
 
@@ -71,7 +72,7 @@ def train_layers(
     local = local or config.local
     order = BatchOrder(source, config.tokens_per_batch, config.seed, config.count)
     stage = LocalStage(data, order, config, local)
-    with tqdm(total=local.steps, desc="local stage", disable=not progress) as bar:
+    with tqdm(total=local.steps, desc="local stage", disable=not (progress and processes().is_main)) as bar:
         while not stage.finished:
             bar.update(stage.advance())
     stage.finish(adapters)

@@ -389,8 +389,9 @@ def require_processes(config: TrainingConfig, device: torch.device) -> None:
     if "end_to_end" in config.stages and config.batches_per_step < count:
         raise ProcessesError(
             f"batches_per_step is {config.batches_per_step} with {count} processes, which divide the batches of a step "
-            f"among them; allowed is a whole number >= {count}. A multiple of {count} gives all of them as much to do: "
-            f"--set training.batches_per_step={count}."
+            f"among them; allowed is a whole number >= {count}, and a multiple of {count} gives all of them as much to "
+            f"do. Start a new run with --set training.batches_per_step={count}, or at most {config.batches_per_step} "
+            f"process{'es' if config.batches_per_step > 1 else ''}."
         )
     if device.type != processes().device.type:
         raise ProcessesError(
