@@ -20,7 +20,7 @@ from tl_adapters.checkpoints import device_map as device_map_module
 from tl_adapters.checkpoints.device_map import DeviceMapError, MappedDevices, resolve_device_map
 from tl_adapters.checkpoints.hf_model import load_hf_model
 from tl_adapters.checkpoints.offloaded_weights import is_offloaded, stored
-from tl_adapters.config import ConfigError, LossWeights, RunConfig
+from tl_adapters.config import ConfigError, LocalConfig, LossWeights, RunConfig, parse_option
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.errors import UserError
 from tl_adapters.generation.responses import respond
@@ -223,8 +223,8 @@ def test_training_checking_and_generating_give_the_same() -> None:
     for device_map in (None, ORGANISM_MAP):
         pair = organism_pair(device_map)
         traces = encode_traces(organism.reasoning_pairs("train", 24), pair.model.tokenizer)
-        options = dict(n_features=16, progress=False)
-        adapters = train(pair, traces, stages=("end_to_end",), steps=3, recompute=device_map is not None, **options)
+        stages = dict(stages=("local", "end_to_end"), steps=2, local=LocalConfig(steps=2))
+        adapters = train(pair, traces, **stages, n_features=16, recompute=device_map is not None, progress=False)
         check = pair.check(traces[:2])
         with pair.routed("replacement"):
             answers = respond(pair.model, organism.problems("report", 2), max_new_tokens=12)
@@ -260,6 +260,8 @@ def test_a_run_is_opened_by_its_own_map_and_on_another_machine_by_device(tmp_pat
 
 
 def test_configurations_name_what_is_wrong() -> None:
+    assert parse_option("device_map", "auto") == "auto"
+    assert parse_option("device_map", '{"": 0, model.layers: disk}') == {"": 0, "model.layers": "disk"}
     with pytest.raises(ConfigError, match="max_memory limits a plan"):
         RunConfig(max_memory={"cpu": "1GB"})
     with pytest.raises(ConfigError, match="device_map"):
