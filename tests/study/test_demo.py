@@ -39,7 +39,7 @@ def figures(value: Any) -> list[dict[str, Any]]:
 def test_the_folder(run: Path) -> None:
     assert {p.name for p in run.iterdir()} == {
         "adapters", "answers.jsonl", "circuit.json", "config.json", "features", "graphs", "hesitation.html",
-        "hesitation.jsonl", "metrics.jsonl", "report.html", "results.json", "run.json",
+        "hesitation.jsonl", "local_metrics.jsonl", "metrics.jsonl", "report.html", "results.json", "run.json",
     }  # fmt: skip
     assert len(AdapterSet.from_pretrained(run / "adapters")) == N_LAYERS
 
