@@ -26,11 +26,11 @@ DEMO_SCALE = StudyScale(
     problems=300,
     documents=300,
     baseline_documents=60,
-    hesitation=(60, 40),
+    hesitation=(48, 32),
     circuit=StudyOptions(
         SearchOptions(per_round=8, documents=40), draws=1, probability_draws=3, curve_factors=(0.5, 1.0)
     ),
-    training=TrainingConfig(local=LocalConfig(steps=700, max_tokens=60_000)),
+    training=TrainingConfig(local=LocalConfig(steps=600, max_tokens=50_000)),
 )
 """Every stage, on fewer documents and problems than a study has, so that intervals are wider."""
 
