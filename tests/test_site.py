@@ -14,6 +14,7 @@ import pytest
 from fontTools.ttLib import TTFont
 from helpers.browser import Browser, browser  # noqa: F401  # a fixture
 from helpers.readme import ROOT
+from helpers.renamed import renamed_arguments_by_function
 
 import tl_adapters
 from tl_adapters.adapters.set_folder import SET_READABLE_VERSIONS, SET_SCHEMA_VERSION
@@ -89,6 +90,11 @@ def test_every_old_name_is_in_the_glossary() -> None:
                 owner = name.rpartition(".")[2]
                 pairs = {str(k.arg): ast.literal_eval(k.value) for k in decorator.keywords}
                 renamed |= {f"{owner}.{old}": f"{owner}.{new}" for old, new in pairs.items()}
+    renamed |= {
+        f"{owner}.{old}": f"{owner}.{new}"
+        for owner, pairs in renamed_arguments_by_function().items()
+        for old, new in pairs.items()
+    }
     rows = re.findall(r"^\| `([\w.]+)` \| `([\w.]+)` \|$", (DOCS / "glossary.md").read_text(), re.M)
     assert len(renamed) > 20 and dict(rows) == renamed
 

@@ -40,7 +40,7 @@ def dense(graph: AttributionGraph) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"linearisation": "frozen_mlp"}, {"window": 5}, {"exclude_bos": True}], ids=str
+    "options", [{}, {"linearization": "frozen_mlp"}, {"window": 5}, {"exclude_bos": True}], ids=str
 )
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_row_adds_up(architecture: str, options: dict[str, object]) -> None:
@@ -59,7 +59,7 @@ def test_every_row_adds_up(architecture: str, options: dict[str, object]) -> Non
         first = 6 if "window" in options else 1 if "exclude_bos" in options else 0
         assert int(graph.features[:, 1].min()) >= first
         assert int(graph.features[:, 1].min()) == first or most == 60
-        assert len(graph.errors) == (44 if options.get("linearisation") == "frozen_mlp" else 0)
+        assert len(graph.errors) == (44 if options.get("linearization") == "frozen_mlp" else 0)
 
 
 def test_nodes_and_edges_are_those_of_the_linearized_model(pair: PairedModel) -> None:
@@ -122,7 +122,7 @@ def test_the_features_with_the_most_influence_are_kept(pair: PairedModel) -> Non
 
 
 def test_gradient_graphs_do_not_add_up(pair: PairedModel) -> None:
-    graph, relp = attribute(pair, TOKENS, [7], linearisation="gradient", **QUIET), attribute(pair, TOKENS, [7], **QUIET)
+    graph, relp = attribute(pair, TOKENS, [7], linearization="gradient", **QUIET), attribute(pair, TOKENS, [7], **QUIET)
     assert graph.about["linearisation"] == "gradient"
     assert (graph.balance[-1, 3] - relp.balance[-1, 3]).abs() > 1e-2
     assert torch.equal(graph.features, relp.features)
@@ -191,8 +191,8 @@ def test_errors_name_what_was_given(builtin: PairedModel, pair: PairedModel, tmp
         attribute(pair, TOKENS, [], **QUIET)
     with pytest.raises(GraphError, match="before the window of the last 3"):
         attribute(pair, TOKENS, [LogitTarget(3, 4)], window=3, **QUIET)
-    with pytest.raises(ArgumentError, match="linearisation is 'lrp'; allowed: 'relp', 'frozen_mlp', 'gradient'"):
-        attribute(pair, TOKENS, linearisation="lrp", **QUIET)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="linearization is 'lrp'; allowed: 'relp', 'frozen_mlp', 'gradient'"):
+        attribute(pair, TOKENS, linearization="lrp", **QUIET)  # type: ignore[arg-type]
     for wrong in ({"max_feature_nodes": 0}, {"window": -3}, {"batch_size": 0}):
         with pytest.raises(GraphError, match=f"Got {{'{next(iter(wrong))}': .*at least 1"):
             attribute(pair, TOKENS, **wrong, **QUIET)

@@ -122,9 +122,9 @@ def test_a_feature_that_rounding_leaves_out_of_one_graph_has_no_effect_there(
     full = attribute(pair, prompt, [target], progress=False)
     least = int(total_effects(full).abs().argmin())
 
-    def without_one(*args: object, linearisation: str, **options: object) -> AttributionGraph:
-        graph = attribute(*args, linearisation=linearisation, **options)  # type: ignore[arg-type]
-        if linearisation != "gradient":
+    def without_one(*args: object, linearization: str, **options: object) -> AttributionGraph:
+        graph = attribute(*args, linearization=linearization, **options)  # type: ignore[arg-type]
+        if linearization != "gradient":
             return graph
         keep = torch.arange(graph.n_nodes) != least
         number = keep.cumsum(0) - 1

@@ -248,13 +248,13 @@ def test_matching_and_planting_run(device: Device) -> None:
     assert all(device.holds(weight) for weight in plant.adapters.parameters())
 
 
-@pytest.mark.parametrize("linearisation", ["relp", "frozen_mlp", "gradient"])
+@pytest.mark.parametrize("linearization", ["relp", "frozen_mlp", "gradient"])
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM"])
-def test_attribution_runs(device: Device, linearisation: str, architecture: str) -> None:
-    pair, quiet = tiny(device, architecture=architecture), {"linearisation": linearisation, "progress": False}
+def test_attribution_runs(device: Device, linearization: str, architecture: str) -> None:
+    pair, quiet = tiny(device, architecture=architecture), {"linearization": linearization, "progress": False}
     prompt = list(documents(1)[0].tokens)
     attribute(pair, prompt, **quiet)  # type: ignore[arg-type]
-    few = {"max_feature_nodes": 6, "batch_size": 4, "window": None if linearisation == "gradient" else 4}
+    few = {"max_feature_nodes": 6, "batch_size": 4, "window": None if linearization == "gradient" else 4}
     attribute(pair, prompt, [3, LogitTarget(4), FeatureTarget(1, 2, -1)], **few, **quiet)  # type: ignore[arg-type]
 
 
@@ -310,8 +310,8 @@ def test_the_stages_run_on_a_bridge(device: Device, architecture: str) -> None:
     prompt = list(documents(1)[0].tokens)
     measure_faithfulness(pair, documents())
     effects_at(pair, some_onsets())
-    for linearisation in ("relp", "gradient"):
-        attribute(pair, prompt, linearisation=linearisation, progress=False)
+    for linearization in ("relp", "gradient"):
+        attribute(pair, prompt, linearization=linearization, progress=False)
     with inserted(pair, features) as model:
         model(torch.tensor([prompt], device=device.name))
     Trainer(pair, documents(), TrainingConfig(stages=("end_to_end",), n_features=16, steps=2), progress=False).run()

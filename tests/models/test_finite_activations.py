@@ -119,11 +119,11 @@ def test_validation_names_the_layer(pair: PairedModel) -> None:
         held_out_terms(pair, [random_batch(3, vocab=31)])
 
 
-@pytest.mark.parametrize("linearisation", ["relp", "frozen_mlp", "gradient"])
-def test_attribution_names_the_layer_and_not_the_chat_format(pair: PairedModel, linearisation: str) -> None:
+@pytest.mark.parametrize("linearization", ["relp", "frozen_mlp", "gradient"])
+def test_attribution_names_the_layer_and_not_the_chat_format(pair: PairedModel, linearization: str) -> None:
     poison_layer(pair, 1, math.nan)
     with pytest.raises(NotFiniteError, match="on this prompt: layer 1, document 0"):
-        attribute(pair, [1, 2, 3, 4], [3], linearisation=linearisation, progress=False)
+        attribute(pair, [1, 2, 3, 4], [3], linearization=linearization, progress=False)
 
 
 def test_padding_is_not_checked() -> None:

@@ -49,7 +49,7 @@ def test_logit_effects_are_what_a_feature_adds_to_the_logits(architecture: str) 
 
 def test_the_page_holds_the_pruned_graph(tmp_path: Path) -> None:
     pair = make("Qwen2ForCausalLM", "hooked")
-    graph = attribute(pair, TOKENS, linearisation="frozen_mlp", progress=False)
+    graph = attribute(pair, TOKENS, linearization="frozen_mlp", progress=False)
     pruned = prune(graph)
     page, url = write_graph(pair, graph, tmp_path / "graphs", "one")
     assert "slug=one" in url and "pinnedIds=" in url
@@ -91,7 +91,7 @@ def test_on_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert err.startswith("error: ") and len(err.splitlines()) == 1
         return err
 
-    gradient = ["--linearisation", "gradient", "--prompt", PROMPT, "--target", "Wait", "--out", str(tmp_path / "h")]
+    gradient = ["--linearization", "gradient", "--prompt", PROMPT, "--target", "Wait", "--out", str(tmp_path / "h")]
     assert main([*common, *gradient]) == 0
     assert "this linearization does not conserve" in capsys.readouterr().out
     assert json.loads((tmp_path / "h" / "graph-1" / "graph.json").read_text())["residual"] is None

@@ -32,7 +32,7 @@ from tl_adapters.adapters.transcoder import TranscoderAdapter, adapter_of
 from tl_adapters.checkpoints.fingerprints import fingerprint, fingerprints
 from tl_adapters.checkpoints.layer_samples import LayerSamples
 from tl_adapters.checkpoints.model_files import fetch
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_attributes
 
 log = logging.getLogger(__name__)
 

@@ -47,6 +47,7 @@ from tl_adapters.models.finite_activations import finite_blocks
 from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
 from tl_adapters.utils.arguments import choice, items
 from tl_adapters.utils.devices import seconds_of
+from tl_adapters.utils.renamed import renamed_arguments
 
 MOST_ROWS = 64
 """Most rows of a graph that are computed together, unless another number is given."""
@@ -55,6 +56,7 @@ GRADIENT_NUMBERS = 2**29
 log = logging.getLogger(__name__)
 
 
+@renamed_arguments(linearisation="linearization", mass="desired_logit_prob")
 @adapters_in_float32
 def attribute(
     pair: PairedModel,
@@ -62,9 +64,9 @@ def attribute(
     targets: Sequence[Target | str | int] | None = None,
     *,
     at: str | None = None,
-    linearisation: str = "relp",
+    linearization: str = "relp",
     position: int = -1,
-    mass: float = 0.95,
+    desired_logit_prob: float = 0.95,
     max_logits: int = 10,
     max_feature_nodes: int = 5_000,
     exclude_bos: bool = False,
@@ -78,13 +80,13 @@ def attribute(
         pair: a pair with adapters on every layer.
         prompt: the text as the model reads it (with chat tokens; nothing is added), token ids, or a document.
         targets: tokens (text or ids), or `LogitTarget`, `DifferenceTarget`, `FeatureTarget`. None selects the likeliest
-            next tokens at ``position``, until their probabilities reach ``mass``, at most ``max_logits``.
+            next tokens at ``position``, at most ``max_logits``, until they have ``desired_logit_prob`` together.
         at: a word in any spelling that is one token. The prompt ends before the first place that says it (in the
             response, of a document), and that token is the target unless ``targets`` are given.
-        linearisation: "relp"; "frozen_mlp" (base MLPs are constants and error nodes, circuit-tracer's scheme); or
+        linearization: "relp"; "frozen_mlp" (base MLPs are constants and error nodes, circuit-tracer's scheme); or
             "gradient" (gradient times activation, for comparison: its rows do not add up to the target's value).
         position: the position of targets that do not have their own; a negative one counts from the end.
-        mass, max_logits: see ``targets``.
+        desired_logit_prob, max_logits: see ``targets``.
         max_feature_nodes: the largest number of feature nodes; those with the most influence on the targets are kept.
         exclude_bos: leave features at the first position out of the graph, before anything is ranked.
         window: only the last ``window`` positions have nodes. Contributions from before them are summed in each row.
@@ -108,7 +110,9 @@ def attribute(
         tokens, said = cut_before(pair, tokens, at, start)
         targets = [said] if targets is None else targets
     batch_size = default_batch_size(pair, len(tokens)) if batch_size is None else batch_size
-    options = _Options(linearisation, position, mass, max_logits, max_feature_nodes, exclude_bos, window, batch_size)
+    options = _Options(
+        linearization, position, desired_logit_prob, max_logits, max_feature_nodes, exclude_bos, window, batch_size
+    )
     options.check()
     if targets is not None:
         advice = "give tokens (texts or ids), LogitTarget, DifferenceTarget or FeatureTarget"
@@ -122,7 +126,7 @@ class _Options:
 
     linearization: str
     position: int
-    mass: float
+    desired_logit_prob: float
     max_logits: int
     max_feature_nodes: int
     exclude_bos: bool
@@ -131,7 +135,7 @@ class _Options:
 
     def check(self) -> None:
         """Raises ArgumentError or GraphError for values out of range."""
-        choice(self.linearization, LINEARIZATIONS, "linearisation")
+        choice(self.linearization, LINEARIZATIONS, "linearization")
         counts = {
             "max_feature_nodes": self.max_feature_nodes,
             "batch_size": self.batch_size,
@@ -146,7 +150,7 @@ class _Options:
             "linearisation": self.linearization,
             "max_feature_nodes": self.max_feature_nodes,
             "max_n_logits": self.max_logits,
-            "desired_logit_prob": self.mass,
+            "desired_logit_prob": self.desired_logit_prob,
             "batch_size": self.batch_size,
             "exclude_bos": self.exclude_bos,
             "window": self.window,
@@ -166,7 +170,7 @@ def _attribute(
     eligible = _eligible_features(model, start, options.exclude_bos)
     if targets is None:
         position = absolute_position(options.position, len(tokens))
-        targets = likeliest_next_tokens(pair, model, position, options.mass, options.max_logits)
+        targets = likeliest_next_tokens(pair, model, position, options.desired_logit_prob, options.max_logits)
     resolved = [resolve_target(pair, model, target, options.position) for target in targets]
     _check_targets(resolved, start, options.window)
     n_rows = min(options.max_feature_nodes, int(eligible.sum()))
@@ -183,7 +187,7 @@ def _attribute(
 def _prompt_model(pair: PairedModel, tokens: Int[Tensor, "pos"], linearization: str, start: int) -> PromptModel:
     """The model that computes the rows, from one forward pass. Raises GraphError and NotFiniteError."""
     if linearization == "gradient" and start:
-        raise GraphError("window= needs linearisation 'relp' or 'frozen_mlp'; gradients have no window.")
+        raise GraphError("window= needs linearization 'relp' or 'frozen_mlp'; gradients have no window.")
     all_positions = torch.ones(1, len(tokens), dtype=torch.bool, device=pair.device)
     with finite_blocks(pair.model, pair.n_layers, all_positions, [0], "The replacement on this prompt"):
         if linearization == "gradient":

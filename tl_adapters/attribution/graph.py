@@ -32,7 +32,7 @@ from tl_adapters.utils.reading import (
     shown,
     unreadable_as,
 )
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_attributes
 from tl_adapters.utils.strict_json import dumps
 
 if TYPE_CHECKING:

@@ -87,7 +87,7 @@ def _effects(
     active in one graph and not in another, where its effect is 0.
     """
     graphs = {
-        name: attribute(pair, prompt, [target], linearisation=name, max_feature_nodes=10**9, progress=False)
+        name: attribute(pair, prompt, [target], linearization=name, max_feature_nodes=10**9, progress=False)
         for name in LINEARIZATIONS
     }
     relp = graphs["relp"]

@@ -36,7 +36,7 @@ from tl_adapters.autointerp.http_client import (
 )
 from tl_adapters.autointerp.reply_cache import LENGTH_LIMITS, ReplyCache, read_json
 from tl_adapters.utils.printing import printable_line
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_attributes
 from tl_adapters.utils.strict_json import dumps
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from tl_adapters.utils.files import plain_file, write_text
 from tl_adapters.utils.html import render
 from tl_adapters.utils.notebook import ResultRecord, drawing_view, rows_frame
 from tl_adapters.utils.reading import Record, read_record, unreadable_as
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_arguments, renamed_attributes
 from tl_adapters.utils.results import plain
 from tl_adapters.utils.strict_json import dumps
 
@@ -227,13 +227,14 @@ class Circuit:
             raise CircuitError(f"{repo} holds no circuit {name!r} ({file}). Push one with Circuit.push_to_hub.")
         return cls.load(path)
 
+    @renamed_arguments(repo="repo_id")
     def push_to_hub(
-        self, repo: str, name: str = "hesitation", *, revision: str | None = None, token: str | None = None
+        self, repo_id: str, name: str = "hesitation", *, revision: str | None = None, token: str | None = None
     ) -> str:
         """Upload the circuit into the repository of its adapters, which must exist; return the commit's address.
 
         Args:
-            repo: "user/name".
+            repo_id: "user/name".
             name: of the circuit: the file is circuits/NAME.json.
             revision: branch to commit to; None is the main one.
             token: None takes HF_TOKEN or the stored login.
@@ -241,12 +242,12 @@ class Circuit:
         Raises HubError: no permission, no such repository, no network.
         """
         file = _hub_file(name)
-        require_repository_name(repo)
-        with hub_errors(f"The hub did not take {file} into {repo}, which holds its adapters", repo, upload=True):
+        require_repository_name(repo_id)
+        with hub_errors(f"The hub did not take {file} into {repo_id}, which holds its adapters", repo_id, upload=True):
             commit = HfApi(token=token).upload_file(
                 path_or_fileobj=self.json_text().encode(),
                 path_in_repo=file,
-                repo_id=repo,
+                repo_id=repo_id,
                 revision=revision,
                 commit_message=f"The {self.behavior} circuit",
             )

@@ -40,7 +40,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_model import kept_per_token
 from tl_adapters.utils.notebook import ResultRecord
 from tl_adapters.utils.precision import at_least_float32
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_attributes
 
 MAX_CONTINUATION_TOKENS = 24
 """Largest number of tokens of a continuation."""

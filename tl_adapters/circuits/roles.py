@@ -42,7 +42,7 @@ from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds
 from tl_adapters.interventions.feature_edits import gated, indices_by_layer
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.precision import at_least_float32
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_attributes
 
 MIN_EFFECT_SHARE = 0.001
 """Share of the summed positive effects of all features from which one effect counts."""

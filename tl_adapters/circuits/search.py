@@ -61,7 +61,7 @@ from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_
 from tl_adapters.training.kl_divergence import kl_from_residual
 from tl_adapters.utils.arguments import choice
 from tl_adapters.utils.notebook import RecordTable, ResultRecord
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_attributes
 from tl_adapters.utils.results import plain
 
 if TYPE_CHECKING:

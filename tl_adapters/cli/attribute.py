@@ -23,9 +23,9 @@ _Target = Annotated[
     list[str] | None,
     typer.Option("--target", metavar="TOKEN", help="a token to attribute (default: the most probable next tokens)"),
 ]
-_Linearisation = Annotated[
+_Linearization = Annotated[
     Literal["relp", "frozen_mlp", "gradient"],
-    typer.Option("--linearisation", help="rule by which the model is made linear"),
+    typer.Option("--linearization", "--linearisation", help="rule by which the model is made linear"),
 ]
 _MaxFeatureNodes = Annotated[int, whole("--max-feature-nodes", "keep the N most influential")]
 _Window = Annotated[int | None, whole("--window", "feature nodes of the last N positions only")]
@@ -47,7 +47,7 @@ def attribute(
     prompt: _Prompt = None,
     prompt_file: PromptFile = None,
     target: _Target = None,
-    linearisation: _Linearisation = "relp",
+    linearization: _Linearization = "relp",
     max_feature_nodes: _MaxFeatureNodes = 5000,
     window: _Window = None,
     exclude_bos: _ExcludeBos = False,
@@ -81,7 +81,7 @@ def attribute(
     pair = open_run(run_folder, device_of(device), dtype)
     require_drawable(prompt_token_ids(pair, text))
     graph = attribute_tokens(
-        pair, text, target, linearisation=linearisation, max_feature_nodes=max_feature_nodes, window=window,
+        pair, text, target, linearization=linearization, max_feature_nodes=max_feature_nodes, window=window,
         exclude_bos=exclude_bos, progress=not quiet,
     )  # fmt: skip
     store = run_folder / FEATURES_FOLDER / STORE_FOLDER

@@ -18,7 +18,7 @@ from torch import Tensor
 from tl_adapters.config import REGIONS, Region
 from tl_adapters.errors import UserError
 from tl_adapters.utils.arguments import items
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_attributes
 
 
 class DataError(UserError, ValueError):

@@ -26,7 +26,7 @@ from tl_adapters.data.words import without_extensions, word_pattern, word_tokens
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.notebook import ResultRecord
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_attributes
 from tl_adapters.utils.results import plain
 
 Words = tuple[int | tuple[int, ...], ...]

@@ -22,7 +22,7 @@ from tl_adapters.data.tokens import CONTINUATION, span_texts
 from tl_adapters.errors import UserError
 from tl_adapters.utils.html import render
 from tl_adapters.utils.notebook import NotebookView, ResultRecord, circuitsvis_tokens, circuitsvis_view
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_attributes
 
 ALIVE_FIRINGS = 10
 """A feature counts as alive if it fired at least this often."""

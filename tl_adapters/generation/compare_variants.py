@@ -22,7 +22,7 @@ from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.html import highlight_spans, render
 from tl_adapters.utils.notebook import RecordTable
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_attributes
 
 DEFAULT_ROUTES = ("target", "hybrid", "replacement")
 """Routes that are compared by default."""

@@ -59,7 +59,7 @@ from tl_adapters.models.routed_model import RoutedModel
 from tl_adapters.models.weight_identity import BaseIdentity, ModelSamples, layer_samples, target_fingerprints
 from tl_adapters.utils.devices import resolve_device
 from tl_adapters.utils.precision import adapter_dtype
-from tl_adapters.utils.renamed_attributes import renamed_attributes
+from tl_adapters.utils.renamed import renamed_attributes
 
 if TYPE_CHECKING:
     from tl_adapters.data.traces import Trace

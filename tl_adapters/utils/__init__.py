@@ -11,7 +11,7 @@
 * `precision`: Sums and logits in float32 or wider, whatever the dtype and the device of the model
 * `printing`: Text for a terminal, in which control characters and invisible characters are visible
 * `reading`: Readers of text, JSON, YAML and safetensors files with one kind of error, and the base of checked records
-* `renamed_attributes`: Old names of attributes of public classes, which still work and warn
+* `renamed`: Old names of attributes of public classes and of arguments, which still work and warn
 * `results`: results.json: one block per stage of a run, with versions and seconds
 * `share_intervals`: Closed-form intervals of shares and counts of independent items
 * `strict_json`: JSON without NaN and infinities; the error names the key of the first one

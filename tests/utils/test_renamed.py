@@ -1,16 +1,14 @@
-"""Old names of attributes give what the new ones give, and warn; no class keeps an old name whose new one is gone."""
+"""Old names of attributes and arguments give what new ones give, and warn; none is kept whose new one is gone."""
 
 import ast
 import importlib
 from pathlib import Path
 
 import pytest
+from helpers.renamed import PACKAGE, renamed_arguments_by_function
 
-import tl_adapters
 from tl_adapters.data.traces import Trace
-from tl_adapters.utils.renamed_attributes import renamed_attributes
-
-PACKAGE = Path(tl_adapters.__file__).parent
+from tl_adapters.utils.renamed import renamed_arguments, renamed_attributes
 
 
 @renamed_attributes(old="new", say="greet")
@@ -59,3 +57,20 @@ def test_the_new_name_exists(module: str, owner: str, old: str, new: str) -> Non
     assigned = {n.attr for n in ast.walk(ast.parse(source))
                 if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}  # fmt: skip
     assert hasattr(cls, new) or new in fields | assigned
+
+
+@renamed_arguments(old="new")
+def doubled(value: int, *, new: int = 0) -> int:
+    return 2 * value + new
+
+
+def test_an_old_argument_is_the_new_one_and_warns() -> None:
+    with pytest.warns(FutureWarning, match=r"doubled\(old=\) is now doubled\(new=\)"):
+        assert doubled(2, old=1) == 5  # type: ignore[call-arg]
+    assert doubled(2, new=1) == 5 and doubled(2) == 4
+    with pytest.raises(TypeError, match="got old= and new=, which are one argument"):
+        doubled(2, old=1, new=1)  # type: ignore[call-arg]
+
+
+def test_the_new_arguments_exist() -> None:
+    assert set(renamed_arguments_by_function()) >= {"attribute", "Circuit.push_to_hub"}
