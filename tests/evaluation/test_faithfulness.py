@@ -60,7 +60,7 @@ def test_nmse_l0_and_firings_agree_with_their_formulas(pair: PairedModel, traces
     block = sums.to_dict("report")
     assert block["nmse"][2]["value"] == pytest.approx(frame["nmse"][1]), "the embedding has none of the four rows"
     assert f"{block['kl']['replacement']['value']:.4g}" in repr(sums)
-    assert f"{block['kl']['hybrid']['value']:.3g}<" in sums._repr_html_()
+    assert f"{block['kl']['hybrid']['value']:.3g} <" in sums._repr_html_()
     firings = torch.zeros(4, 24)
     for row, trace in enumerate(traces):
         tokens = torch.tensor([trace.tokens])
