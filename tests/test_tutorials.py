@@ -12,13 +12,13 @@ import tl_adapters
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 SMALLER = {
-    r"\bsteps=\d+": "steps=60",
+    r"\bsteps=\d+": "steps=40",
     r"\bn_features=\d+": "n_features=32",
-    r"\b(train)', \d+": r"\1', 200",
-    r"\b(report|tune)', \d{3,}": r"\1', 60",
+    r"\b(train)', \d+": r"\1', 100",
+    r"\b(report|tune)', \d{3,}": r"\1', 40",
     r"\bkl_documents=\d+": "kl_documents=8",
-    r"\bper_layer=\d+": "per_layer=3",
-    r"\bbuiltin_subject\(\d+, \d+": "builtin_subject(60, 12",
+    r"\bper_layer=\d+": "per_layer=2",
+    r"\bbuiltin_subject\(\d+, \d+": "builtin_subject(48, 8",
     r"\bdocuments=\d+": "documents=20",
 }
 """The sizes that a notebook sets, and those at which the same code runs in seconds."""
