@@ -169,7 +169,7 @@ class Processes:
 @cache
 def processes() -> Processes:
     """The processes of this launch; a launcher says in the environment that there are several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "") in ("", "1") or "LOCAL_RANK" not in os.environ:
         return Processes(1, 0)
     state = _state()
     return Processes(state.num_processes, state.process_index)

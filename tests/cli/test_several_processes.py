@@ -1,7 +1,6 @@
 """Subcommands in two processes of one launch: the results of one process, one writer, one message, equal exit codes."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tl_adapters import organism
 from tl_adapters.cli.main import main
 from tl_adapters.config import RunConfig
 from tl_adapters.features.store import FeatureStore
-from tl_adapters.processes import Processes, ProcessesError
+from tl_adapters.processes import Processes, ProcessesError, processes
 from tl_adapters.study.open_run import open_pair
 from tl_adapters.utils.results import read_results
 
@@ -74,7 +73,6 @@ def test_two_processes_train_evaluate_and_collect_as_one_does(
         pd.testing.assert_frame_equal(*tables)
         stores = [FeatureStore.load(folder / "features" / name) for folder in (run, one)]
         assert stores[0].tokens == stores[1].tokens > 0
-    shutil.rmtree(run)
 
 
 def test_what_runs_in_one_process_says_so() -> None:
@@ -87,3 +85,17 @@ def test_a_device_map_names_the_devices_of_one_process(monkeypatch: pytest.Monke
     monkeypatch.setattr("tl_adapters.study.open_run.processes", lambda: Processes(2, 0))
     with pytest.raises(ProcessesError, match="A pair with a device map runs in one process, and 2 were started"):
         open_pair(RunConfig(device_map="auto"))
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, {"WORLD_SIZE": "4"}]
+)
+def test_a_process_that_no_launcher_has_started_is_alone(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a cluster's environment holds: WORLD_SIZE alone is of a job, and not of its processes."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes.__wrapped__() == Processes(1, 0)

@@ -2,8 +2,8 @@
 
 python launched.py FOLDER OPTIONS trains a random pair and adapters in float64 into a new folder, or resumes that run.
 With the option stop_at, the last of the processes gets a signal after that step, with kill_at it is killed, and with
-refuse_at the first one finds the disk full. python launched.py COMMANDS runs
-commands of the command line one after another, and prints their exit codes.
+refuse_at the first one finds the disk full. python launched.py COMMANDS runs commands of the command line one after
+another, and prints their exit codes.
 """
 
 from __future__ import annotations

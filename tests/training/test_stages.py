@@ -267,11 +267,14 @@ def test_the_local_stage_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("local", [LOCAL, STREAMING], ids=["collected", "streaming"])
 def test_the_number_of_workers_changes_no_bit(local: LocalConfig) -> None:
-    one, three = (
-        train_local(pair(), traces(), CONFIG, replace(local, workers=workers), progress=False).state_dict()
-        for workers in (1, 3)
+    """Of three layers, which two workers cannot divide evenly, so that a layer goes from one worker to the other."""
+    three_layers = PairedModel.from_pretrained(*(random_model(s, torch.float32, num_hidden_layers=3) for s in (1, 2)))
+    one, *others = (
+        train_local(three_layers, traces(), CONFIG, replace(local, workers=workers), progress=False).state_dict()
+        for workers in (1, 2, 3)
     )
-    assert all(torch.equal(value, three[name]) for name, value in one.items())
+    assert len(three_layers.mlps) == 3
+    assert all(torch.equal(value, other[name]) for other in others for name, value in one.items())
 
 
 def test_a_layer_that_fails_stops_the_others() -> None:
