@@ -1,6 +1,7 @@
 """A completion does not depend on the other prompts of its batch: neither its limit, nor its draws, nor its tokens."""
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from helpers.random_models import ARCHITECTURES, random_model, randomise
 
 from tl_adapters import organism
 from tl_adapters.evaluation.sampled_responses import ResponseOptions, sample_responses
+from tl_adapters.generation import cached_passes
 from tl_adapters.generation.completions import complete
 from tl_adapters.generation.responses import respond
 from tl_adapters.generation.sampling import GenerationError, SamplingParameters, choose_tokens
@@ -66,6 +68,46 @@ def test_greedy_completions_are_the_likeliest_tokens_on_every_route_and_with_hoo
             assert not any(one.near_ties for one in found)
             said.append([one.tokens for one in found])
     assert len({str(one) for one in said}) == 5, "without adapters no feature is changed; all else is another model"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("inside", [False, True], ids=["direct", "modules"])
+def test_prompts_are_read_in_parts_of_similar_length(
+    architecture: str, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that little padding is read; with a hook inside the attention, decoding steps call the modules, too."""
+    model, read = made(architecture).model, []
+    point = "attn.hook_q" if inside else "hook_resid_pre"
+    with model.hooks(fwd_hooks=[(f"blocks.0.{point}", lambda value, hook: read.append(tuple(value.shape[:2])))]):
+        alone = [complete(model, [prompt], stop_at=[], max_new_tokens=8, batch_size=1)[0] for prompt in prompts()]
+        for cost, passes in ((1_000, [(6, 50)]), (64, [(4, 20), (2, 50)]), (12, [(2, 7), (2, 20), (1, 31), (1, 50)])):
+            monkeypatch.setattr(cached_passes, "TOKENS_PER_PASS", cost)
+            read.clear()
+            assert complete(model, prompts(), stop_at=[], max_new_tokens=8, batch_size=6) == alone
+            assert read[: len(passes) + 1] == [*passes, (6, 1)]
+
+
+@pytest.mark.parametrize("cost", [0, 5, 64])
+def test_groups_of_lengths_read_the_fewest_tokens(cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all ways in which the rows, sorted by length, can be divided."""
+    monkeypatch.setattr(cached_passes, "TOKENS_PER_PASS", cost)
+
+    def tokens(groups: list[list[int]]) -> int:
+        return sum(cost + len(rows) * max(lengths[row] for row in rows) for rows in groups)
+
+    generator = torch.Generator().manual_seed(0)
+    for most in (1, 4, 40):
+        lengths = torch.randint(1, most + 1, (8,), generator=generator).tolist()
+        found = cached_passes.groups_of_lengths(lengths)
+        order = sorted(range(8), key=lambda row: lengths[row])
+        assert [row for rows in found for row in rows] == order
+        divided = (
+            [order[start:end] for start, end in zip((0, *ends), (*ends, 8), strict=True)]
+            for n in range(8)
+            for ends in combinations(range(1, 8), n)
+        )
+        assert tokens(found) == min(map(tokens, divided))
+        assert len(found) <= len(set(lengths))
 
 
 def test_every_prompt_has_its_own_limit(backend: str) -> None:

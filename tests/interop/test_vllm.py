@@ -38,6 +38,7 @@ from tl_adapters.generation.completions import complete
 from tl_adapters.generation.likelihoods import log_likelihoods, longest_text
 from tl_adapters.generation.responses import respond
 from tl_adapters.generation.sampling import GenerationError
+from tl_adapters.interop import vllm_engine
 from tl_adapters.interop.vllm_checkpoint import (
     SERVED_ROUTES,
     condition_of,
@@ -207,7 +208,10 @@ def answers(run: Path, folder: str) -> list[tuple[list[int], list[int], int | No
 
 
 @installed
-def test_a_benchmark_in_this_process_and_at_an_address(opened: Path, tmp_path: Path) -> None:
+def test_a_benchmark_in_this_process_and_at_an_address(
+    opened: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")  # as a user calls it; the engine takes a share of what is free
     call = ["benchmark", str(opened), "--limit", "8", "--max-new-tokens", "60"]
     sets = {"replacement": [], "hybrid-with-only-0.1": ["--insert", "0.1"], "target": ["--route", "target"]}
     for name, options in sets.items():
@@ -651,6 +655,19 @@ def test_sets_with_factors_of_either_sign_have_names_of_their_own(tmp_path: Path
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+@pytest.mark.parametrize("free", [4 * 2**30, 30 * 2**30])
+def test_an_engine_leaves_memory_to_the_pair_that_lies_on_the_same_device(
+    free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own default, nine tenths of all memory, does not start where a pair holds a part of it."""
+    monkeypatch.setattr(vllm_engine, "free_memory", lambda device: free)
+    monkeypatch.setattr(vllm_engine, "total_memory", lambda device: 32 * 2**30)
+    for device_type in ("cpu", "cuda"):
+        asked = vllm_engine.memory_options(device_type)["gpu_memory_utilization"] * 32 * 2**30
+        assert free / 4 < asked < 0.9 * free
+    assert vllm_engine.memory_options("tpu") == {}
+
+
 def test_without_vllm_it_says_what_to_install(opened: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", str(opened), "--limit", "2", "--engine", "vllm"]) == 2
     assert "vLLM cannot be loaded" in capsys.readouterr().err

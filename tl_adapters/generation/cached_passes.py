@@ -6,6 +6,7 @@ steps are computed directly from the weights where no hook needs the model's mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_adapters.generation.direct_attention import Step
+
+TOKENS_PER_PASS = 64
+"""Tokens of padding that a further pass over a part of the prompts must save; the pass itself takes about as long."""
 
 
 class CachedPasses:
@@ -45,15 +49,40 @@ class _HookedPasses(CachedPasses):
     """Passes of a HookedTransformer."""
 
     def __init__(self, model: Any, n_rows: int) -> None:
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
         self.model = model
-        self.cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.W_E.device, n_rows)
+        self.cache = self._empty_cache(n_rows)
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        if self.cache.previous_attention_mask.shape[1] == 0:
+            return self._read_prompts(tokens, mask)
+        return self._read(self.cache, tokens, mask)
+
+    def _read(self, cache: Any, tokens: Tensor, mask: Tensor) -> Tensor:
         n_layers, new_mask = self.model.cfg.n_layers, mask[:, -tokens.shape[1] :]
-        residual = self.model(tokens, stop_at_layer=n_layers, past_kv_cache=self.cache, attention_mask=new_mask)
+        residual = self.model(tokens, stop_at_layer=n_layers, past_kv_cache=cache, attention_mask=new_mask)
         return self.model(residual[:, -1:], start_at_layer=n_layers)[:, 0]  # logits of the last position only
+
+    def _read_prompts(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The first pass, in parts of about equally long prompts, whose caches are put together."""
+        groups = groups_of_lengths(mask.sum(1).tolist())
+        if len(groups) == 1:
+            return self._read(self.cache, tokens, mask)
+        logits = torch.empty(0)
+        for rows in groups:
+            part, width = self._empty_cache(len(rows)), int(mask[rows].sum(1).max())
+            found = self._read(part, tokens[rows, -width:], mask[rows, -width:])
+            logits = logits if len(logits) else found.new_empty(len(tokens), *found.shape[1:])
+            logits[rows] = found
+            for whole, read in zip(self.cache.entries, part.entries, strict=True):
+                whole.past_keys = _with_rows(whole.past_keys, read.past_keys, rows, mask.shape)
+                whole.past_values = _with_rows(whole.past_values, read.past_values, rows, mask.shape)
+        self.cache.previous_attention_mask = mask
+        return logits
+
+    def _empty_cache(self, n_rows: int) -> Any:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        return TransformerLensKeyValueCache.init_cache(self.model.cfg, self.model.W_E.device, n_rows)
 
     def select(self, rows: Tensor) -> None:
         for entry in self.cache.entries:
@@ -119,6 +148,34 @@ class _BridgePasses(CachedPasses):
 
     def select(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)
+
+
+def groups_of_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of a batch in groups of similar length, so that padding and passes together cost least.
+
+    A pass over a group reads rows x longest tokens, and counts as `TOKENS_PER_PASS` more.
+
+    Args:
+        lengths: tokens of each row's prompt.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    ends = [i for i, row in enumerate(order, 1) if i == len(order) or lengths[order[i]] != lengths[row]]
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}  # by the number of rows in groups: cost, and the groups' ends
+    for end in ends:
+        longest = lengths[order[end - 1]]
+        best[end] = min(
+            (cost + (end - start) * longest + TOKENS_PER_PASS, [*found, end]) for start, (cost, found) in best.items()
+        )
+    found = best[len(order)][1]
+    return [order[start:end] for start, end in zip([0, *found], found, strict=False)]
+
+
+def _with_rows(whole: Tensor, part: Tensor, rows: list[int], shape: torch.Size) -> Tensor:
+    """Keys or values [batch, pos, heads, d_head] of a batch with those of some rows, which end at the same position."""
+    if whole.shape[:2] != shape:
+        whole = part.new_zeros(*shape, *part.shape[2:])  # padding is masked, and must be finite
+    whole[rows, -part.shape[1] :] = part
+    return whole
 
 
 def _clamp_to_float32(scores: Tensor, hook: Any) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -26,6 +27,7 @@ from tl_adapters.generation.decoding import DecodedRow
 from tl_adapters.generation.likelihoods import Likelihood
 from tl_adapters.generation.sampling import SamplingParameters, seed_of
 from tl_adapters.interop.vllm_checkpoint import read_served_folder
+from tl_adapters.utils.devices import free_memory, total_memory
 from tl_adapters.utils.reading import UnreadableFileError, as_record, parse_json
 from tl_adapters.vllm_plugin.served_conditions import CONDITIONS_FOLDER, WORKER_EXTENSION, Condition, lora_options
 
@@ -34,6 +36,8 @@ _SCORING = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
 CONNECT_TIMEOUT_SECONDS = 30.0
 """Seconds in which a connection must stand; a completion may take any time."""
 _LARGEST_SEED = 2**31 - 1
+_SHARE_OF_FREE_MEMORY = {"cuda": 0.8, "cpu": 0.5}
+"""What an engine in this process takes of the memory that is free when it starts; the rest is for the pair."""
 
 
 class VllmError(UserError, RuntimeError):
@@ -130,8 +134,27 @@ def require_vllm() -> None:
         ) from error
 
 
+def memory_options(device_type: str) -> dict[str, float]:
+    """The options of `vllm.LLM` for an engine beside a pair that is in memory already.
+
+    vLLM asks for nine tenths of all memory, on the CPU as well, and does not start where less than that is free.
+
+    Args:
+        device_type: of the device that vLLM takes; for one that tl_adapters does not run on, vLLM decides.
+    """
+    if device_type not in _SHARE_OF_FREE_MEMORY:
+        return {}
+    device = torch.device(device_type)
+    return {
+        "gpu_memory_utilization": _SHARE_OF_FREE_MEMORY[device_type] * free_memory(device) / total_memory(device),
+    }
+
+
 class LocalVllm:
     """vLLM in this process, with an exported folder.
+
+    It takes half of the memory that is free on the CPU, or eight tenths of a GPU's; ``gpu_memory_utilization`` in the
+    options, or vLLM's own variable ``VLLM_CPU_KVCACHE_SPACE`` (in GiB), decides otherwise.
 
     Args:
         folder: what `vllm_checkpoint.to_vllm` wrote.
@@ -145,6 +168,7 @@ class LocalVllm:
     def __init__(self, folder: str | Path, dtype: str | None = None, **options: Any) -> None:
         require_vllm()
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         self.folder = Path(folder)
         served = read_served_folder(self.folder)
@@ -156,6 +180,7 @@ class LocalVllm:
         chosen: dict[str, Any] = {
             "dtype": dtype or served.model_dtype,
             "max_model_len": -1,
+            **memory_options(current_platform.device_type),
             **lora_options(len(names)),
             **options,
         }

@@ -67,6 +67,13 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of a device, free or not; on the CPU and on Apple's GPU, which share them, those of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total)
+
+
 def seconds_of(operations: float, device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     """The time of so many floating-point operations on a device, estimated from matrix products in a dtype.
 
