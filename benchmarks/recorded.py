@@ -30,22 +30,28 @@ def record(
     folder: Path = FOLDER,
     measured_on: Mapping[str, Any] | None = None,
 ) -> None:
-    """Replace one block; those of other benchmarks stay as they are.
+    """Replace one block; those of other benchmarks stay as they are, also those that are parts of this one.
 
     Args:
-        name: the benchmark.
+        name: the benchmark; "generation.vllm" is the part "vllm" of the block "generation".
         block: what it measured.
         commits: commits at which its runs were made; none is the present one.
         folder: where results.json is.
         measured_on: "machine" and "versions" of the runs (`here`); None is this machine.
     """
     made = {"command": command(), "commits": sorted(set(commits)) or [commit()], **(measured_on or here())}
-    write_results(folder, **{name: {**block, **made}})
+    whole, _, part = name.partition(".")
+    before = recorded(whole, folder) or {}
+    of_others = {key: value for key, value in before.items() if isinstance(value, dict) and "command" in value}
+    found = {**before, part: {**block, **made}} if part else {**of_others, **block, **made}
+    write_results(folder, **{whole: found})
 
 
 def recorded(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
-    """One block; None where the benchmark has recorded nothing yet."""
-    return read_results(folder).get(name)
+    """One block, or a part of one as `record` names it; None where the benchmark has recorded nothing yet."""
+    whole, _, part = name.partition(".")
+    found = read_results(folder).get(whole)
+    return found.get(part) if part and found else found
 
 
 def timing_options(about: str, blocks: str, repeats: int = 5) -> argparse.ArgumentParser:

@@ -297,6 +297,17 @@ def by_generation(block: dict[str, Any]) -> str:
     return markdown(["model", "batch", "decoding", *block["means"]], [*rows, ["geometric mean", "", "", *means]])
 
 
+def by_served_condition(block: dict[str, Any]) -> str:
+    """Tokens per second over plain vLLM's, by condition, with what is asked where adapters are read."""
+    rows = [[name, with_range(share, "{:.2f}")] for name, share in block["share_of_plain"].items()]
+    return markdown(["condition", "share of plain vLLM's tokens per second"], rows) + (
+        f"\nThe model: {block['model']}, with {block['adapter_weights'] / 1e6:.1f} million adapter weights beside the "
+        f"{block['weights_per_token'] / 1e6:.1f} million that a token reads; {block['sequences']} sequences at a time. "
+        f"Plain vLLM generates {block['plain_tokens_per_second']:,.0f} tokens a second. With adapters "
+        f"{block['wanted_with_adapters']:.2f} is the aim.\n"
+    )
+
+
 RECORDED = (
     "planted",
     "organism",
@@ -307,6 +318,7 @@ RECORDED = (
     "sizes",
     "gpu",
     "generation",
+    "generation.vllm",
     "training",
     "growth",
     "active_features",
@@ -395,6 +407,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "gpu_rates": ("gpu", rates_on_gpu),
     "gpu_precision": ("gpu", precision_on_gpu),
     "generation": ("generation", by_generation),
+    "served": ("generation.vllm", by_served_condition),
     "training": ("training growth", by_case),
     "active_features": ("active_features", by_density),
     "analysis": ("attribution collection", by_analysis),

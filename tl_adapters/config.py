@@ -140,6 +140,12 @@ def _named_weights(value: Any) -> Any:
     return LOSS_WEIGHTS.get(value, value) if isinstance(value, str) else value
 
 
+def _dtype_name(value: Any) -> Any:
+    return (
+        str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
+    )  # of torch, not imported here
+
+
 TooLong = Literal["truncate", "drop", "refuse"]
 BadRows = Literal["refuse", "drop"]
 Region = Literal["prompt", "thinking", "answer"]
@@ -398,7 +404,7 @@ class RunConfig:
     """Folder or hub name of the base; "" with an empty target is the model organism."""
     target: str = ""
     """Folder or hub name of the target."""
-    dtype: Dtype | None = None
+    dtype: Annotated[Dtype | None, BeforeValidator(_dtype_name, json_schema_input_type=Dtype | None)] = None
     """Dtype of the models' weights; null is the target's own. Adapters are always float32."""
     backend: BackendName | None = None
     """Class that runs the models: "hooked" (HookedTransformer) or "bridge" (TransformerBridge); null is the first of

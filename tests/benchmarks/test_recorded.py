@@ -59,6 +59,18 @@ def test_a_benchmark_replaces_its_own_block_only(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
 
 
+def test_a_part_of_a_block_is_recorded_by_a_benchmark_of_its_own(tmp_path: Path) -> None:
+    assert recorded("generation.vllm", tmp_path) is None
+    for part, block in (("generation.vllm", {"value": 0.7}), ("generation", {"hf": 1.1, "means": {"direct": 1}})):
+        record(part, block, folder=tmp_path)
+        assert (found := recorded(part, tmp_path)) and found.items() >= block.items()
+    record("generation", {"hf": 1.2}, folder=tmp_path)
+    record("generation.vllm", {"value": 0.8}, ["abc"], folder=tmp_path)
+    whole, part = recorded("generation", tmp_path), recorded("generation.vllm", tmp_path)
+    assert whole and part and whole["hf"] == 1.2 and whole["vllm"] == part and "means" not in whole
+    assert part["value"] == 0.8 and part["commits"] == ["abc"] and whole["commits"] == [commit()]
+
+
 def test_a_recorded_command_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "sys.argv", [str(tmp_path / "benchmarks" / "planted.py"), str(tmp_path / "out"), "--seeds", "0"]

@@ -65,5 +65,7 @@ def test_a_share_is_of_the_plain_models_rate(monkeypatch: pytest.MonkeyPatch) ->
         name for _ in range(2) for name in names for _ in range(2)
     ] + ["closed"]
     assert {share["value"] for share in found["share_of_plain"].values()} == {2 / vllm_speed.SEQUENCES}
+    with_adapters = [found["share_of_plain"][name] for name in names if name not in vllm_speed.WITHOUT_ADAPTERS]
+    assert len(with_adapters) == len(names) - 2 and {key: found[key] for key in ("value", "range")} in with_adapters
     assert found["plain_tokens_per_second"] == vllm_speed.SEQUENCES * vllm_speed.NEW_TOKENS
     assert 0 < found["wanted_with_adapters"] < vllm_speed.WANTED

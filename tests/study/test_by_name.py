@@ -63,6 +63,23 @@ def as_folder(trained: PairedModel, form: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_dtype_is_one_of_torch_or_its_name(trained: PairedModel, dtype: torch.dtype | str, tmp_path: Path) -> None:
+    adapters = as_folder(trained, "ours", tmp_path / "theirs")
+    for pair in (
+        load(adapters, dtype=dtype),
+        PairedModel.from_pretrained(trained.base_id, trained.target_id, dtype=dtype),
+        PairedModel.plant(trained.base_id, trained.installed_adapters(), dtype=dtype),
+    ):
+        assert pair.model.cfg.dtype == pair.model.W_E.dtype == torch.bfloat16
+    for wrong in (torch.int8, "half"):
+        name = str(wrong).removeprefix("torch.")
+        with pytest.raises(UserError, match=f"dtype .*{name}.* allowed are float32, bfloat16"):
+            PairedModel.from_pretrained(trained.base_id, trained.target_id, dtype=wrong)
+        with pytest.raises(UserError, match=f"dtype is .*{name}.* allowed is .*bfloat16"):
+            load(adapters, dtype=wrong)
+
+
 @pytest.mark.parametrize("form", ["ours", "saelens", "authors"])
 def test_any_form_is_loaded_by_its_name(trained: PairedModel, form: str, tmp_path: Path) -> None:
     name = as_folder(trained, form, tmp_path / "theirs")

@@ -21,6 +21,7 @@ from tl_adapters.checkpoints.model_checks import require_representable, require_
 from tl_adapters.checkpoints.model_files import CheckpointError, locate, read_config
 from tl_adapters.checkpoints.tokenizers import load_tokenizer, warn_of_other_ids
 from tl_adapters.errors import UserError, first_line
+from tl_adapters.utils.devices import GivenDtype, resolve_dtype
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def _loading(folder: Path, what: str) -> Iterator[None]:
 
 def load_hf_model(
     name: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: GivenDtype | None = None,
     device: torch.device | str | MappedDevices | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     without_adapters: bool = False,
@@ -73,14 +74,14 @@ def load_hf_model(
 
     Args:
         name: folder or hub name.
-        dtype: of the weights; None keeps the stored dtype.
+        dtype: of the weights, torch.bfloat16 or "bfloat16"; None keeps the stored dtype.
         device: where the weights go, `MappedDevices` if to several devices; None is the CPU.
         tokenizer: used instead of the folder's own.
         without_adapters: read a checkpoint of the paper's authors without its adapters, as the hybrid.
 
-    Raises UnsupportedModelError, CheckpointError, DeviceMapError.
+    Raises UnsupportedModelError, CheckpointError, DeviceError, DeviceMapError.
     """
-    folder = locate(name)
+    folder, dtype = locate(name), resolve_dtype(dtype)
     config = load_config(folder, without_adapters)
     architecture = require_representable(config)
     require_stock_files(folder, config)

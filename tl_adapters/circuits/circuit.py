@@ -207,13 +207,14 @@ class Circuit:
             return _circuit_of(read_record(_CircuitRecord, path, _ADVICE), path)
 
     @classmethod
+    @renamed_arguments(repo="repo_id")
     def from_hub(
-        cls, repo: str, name: str = "hesitation", *, revision: str | None = None, token: str | None = None
+        cls, repo_id: str, name: str = "hesitation", *, revision: str | None = None, token: str | None = None
     ) -> Circuit:
         """Download a circuit from the repository of its adapters.
 
         Args:
-            repo: repository of the hub, or a folder laid out as one.
+            repo_id: "user/name", or a folder laid out as a repository.
             name: of the circuit: the file is circuits/NAME.json.
             revision, token: as `AdapterSet.from_pretrained`.
 
@@ -222,9 +223,9 @@ class Circuit:
             CheckpointError: no such repository, no network.
         """
         file = _hub_file(name)
-        path = plain_file(fetch(repo, [file], revision=revision, token=token), *file.split("/"))
+        path = plain_file(fetch(repo_id, [file], revision=revision, token=token), *file.split("/"))
         if not path.is_file():
-            raise CircuitError(f"{repo} holds no circuit {name!r} ({file}). Push one with Circuit.push_to_hub.")
+            raise CircuitError(f"{repo_id} holds no circuit {name!r} ({file}). Push one with Circuit.push_to_hub.")
         return cls.load(path)
 
     @renamed_arguments(repo="repo_id")

@@ -50,7 +50,7 @@ from tl_adapters.models.build import build_model
 from tl_adapters.models.hf_outputs import record_hf_outputs
 from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.devices import resolve_device
+from tl_adapters.utils.devices import GivenDtype, resolve_device
 from tl_adapters.utils.reading import Record, as_record, unreadable_as
 
 _ENCODER, _DECODER = "model.layers.{}.mlp.transcoder_enc.{}", "model.layers.{}.mlp.transcoder_dec.{}"
@@ -238,7 +238,7 @@ def authors_pair(
     name: str | Path,
     target: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: GivenDtype | None = None,
     device: torch.device | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     backend: str | None = None,

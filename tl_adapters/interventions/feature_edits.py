@@ -31,6 +31,7 @@ from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
 from tl_adapters.models.routed_mlp import ROUTES, Route
 from tl_adapters.utils.arguments import HasFeatures, feature_pairs
+from tl_adapters.utils.renamed import renamed_arguments
 
 RECONSTRUCTION_HOOK = "mlp.adapter.hook_sae_recons"
 """The hook point of an adapter's output, within a block."""
@@ -258,9 +259,10 @@ def inserted(pair: PairedModel, features: Features, factor: float = 1.0) -> Any:
     return only(pair, features, "replacement", factor)
 
 
-def negated(pair: PairedModel, features: Features, scale: float = -0.5) -> Any:
-    """The target with ``scale`` times the given features added to its MLPs. Raises InterventionError."""
-    return only(pair, features, "target+adapter", scale)
+@renamed_arguments(scale="factor")
+def negated(pair: PairedModel, features: Features, factor: float = -0.5) -> Any:
+    """The target with ``factor`` times the given features added to its MLPs. Raises InterventionError."""
+    return only(pair, features, "target+adapter", factor)
 
 
 def indices_by_layer(pair: PairedModel, features: Features, device: torch.device | None = None) -> dict[int, Tensor]:

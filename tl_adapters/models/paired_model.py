@@ -57,9 +57,9 @@ from tl_adapters.models.hf_outputs import record_hf_outputs
 from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.routed_model import RoutedModel
 from tl_adapters.models.weight_identity import BaseIdentity, ModelSamples, layer_samples, target_fingerprints
-from tl_adapters.utils.devices import resolve_device
+from tl_adapters.utils.devices import GivenDtype, resolve_device, resolve_dtype
 from tl_adapters.utils.precision import adapter_dtype
-from tl_adapters.utils.renamed import renamed_attributes
+from tl_adapters.utils.renamed import renamed_arguments, renamed_attributes
 
 if TYPE_CHECKING:
     from tl_adapters.data.traces import Trace
@@ -108,7 +108,7 @@ class PairedModel(RoutedModel):
         base: GivenModel,
         target: GivenModel,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: GivenDtype | None = None,
         device: torch.device | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         backend: str | None = None,
@@ -122,7 +122,7 @@ class PairedModel(RoutedModel):
 
         Args:
             base, target: a folder, a hub name, or a Hugging Face model in memory (compiled, too), with LoRA merged.
-            dtype: of the model's weights; None keeps the target's own.
+            dtype: of the model's weights, torch.bfloat16 or "bfloat16"; None keeps the target's own.
             device: where the weights go. For a folder or a hub name None is "auto", the first available of cuda, mps
                 and cpu. A model in memory stays where it is if None, and is otherwise moved and cast in place, as its
                 own ``.to`` does.
@@ -136,9 +136,9 @@ class PairedModel(RoutedModel):
             DisagreementError: a model whose outputs differ from what its configuration and weights say.
             PairMismatchError: MLPs of different shapes or activations.
             CheckpointError: missing or damaged files.
-            DeviceError, DeviceMapError: a device that this machine lacks, a map that does not fit the model.
+            DeviceError, DeviceMapError: a device that this machine lacks or a wrong dtype, a map that does not fit.
         """
-        base, target = resolve_model(base, "base"), resolve_model(target, "target")
+        base, target, dtype = resolve_model(base, "base"), resolve_model(target, "target"), resolve_dtype(dtype)
         require_pair(base, target)
         base_mlps = read_base_mlps(base, model_config(target)["num_hidden_layers"])
         if device_map is not None or max_memory is not None:
@@ -168,7 +168,7 @@ class PairedModel(RoutedModel):
         adapters: AdapterSet,
         *,
         target: GivenModel | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: GivenDtype | None = None,
         device: torch.device | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         backend: str | None = None,
@@ -267,11 +267,10 @@ class PairedModel(RoutedModel):
 
         Raises PairMismatchError where depth, width or content show that they belong elsewhere, and NotFiniteError.
         """
-        fingerprints, base = self.fingerprints, self._base_identity
+        fingerprints, samples = self.fingerprints, getattr(self._base_identity, "samples", None)
         require_planted(adapters, fingerprints.get("planted"), self.target_id)
         adapters.require_finite("These adapters")
-        base_samples = None if base is None else base.samples
-        require_belonging(adapters, self.backend, self.target_id, base_samples, self.base_id, fingerprints)
+        require_belonging(adapters, self.backend, self.target_id, samples, self.base_id, fingerprints)
         scales = {layer: adapter_scale(adapters, self.backend, layer) for layer in adapters.layer_indices}
         adapters.compute_in(adapter_dtype(self.model.cfg.dtype, self.device))
         self.place_adapters(adapters, scales)
@@ -320,11 +319,12 @@ class PairedModel(RoutedModel):
 
         return feature_edits.inserted(self, features, factor)
 
-    def negated(self, features: Features, scale: float = -0.5) -> Any:
-        """The target with chosen features added ``scale`` times to its MLPs. Raises InterventionError."""
+    @renamed_arguments(scale="factor")
+    def negated(self, features: Features, factor: float = -0.5) -> Any:
+        """The target with chosen features added ``factor`` times to its MLPs. Raises InterventionError."""
         from tl_adapters.interventions import feature_edits
 
-        return feature_edits.negated(self, features, scale)
+        return feature_edits.negated(self, features, factor)
 
 
 def _require_mappable(

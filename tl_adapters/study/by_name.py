@@ -6,13 +6,14 @@ import logging
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.device_map import DeviceMap, MaxMemory
 from tl_adapters.checkpoints.hub_client import hub_token
 from tl_adapters.checkpoints.model_files import fetch
-from tl_adapters.config import BackendName, DataConfig, Dtype, RunConfig, TrainingConfig
+from tl_adapters.config import BackendName, DataConfig, RunConfig, TrainingConfig
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.documents import open_documents
 from tl_adapters.data.traces import DataError, Trace
@@ -23,6 +24,7 @@ from tl_adapters.interop.any_set import is_authors_checkpoint, read_adapters
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import open_pair, open_run, with_device_map
 from tl_adapters.study.train import pair_block
+from tl_adapters.utils.devices import GivenDtype
 from tl_adapters.utils.files import new_folder, require_absent, require_writable, write_text
 from tl_adapters.utils.results import versions, write_results
 from tl_adapters.utils.strict_json import dumps
@@ -38,7 +40,7 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     device: str = "auto",
-    dtype: Dtype | None = None,
+    dtype: GivenDtype | None = None,
     backend: BackendName | None = None,
     device_map: DeviceMap | None = None,
     max_memory: MaxMemory | None = None,
@@ -52,7 +54,7 @@ def load(
         revision: branch, tag or commit of the adapters' repository; a folder has none.
         token: for private or gated repositories; None takes HF_TOKEN or the stored login.
         device: where the weights go; "auto" is a run's own device map, or the first available of cuda, mps and cpu.
-        dtype: of the models' weights; None is the run's own, or the target's.
+        dtype: of the models' weights, "bfloat16" or torch.bfloat16; None is the run's own, or the target's.
         backend, device_map, max_memory: as in `PairedModel.from_pretrained`.
 
     Raises UserError where adapters or models are missing, unknown, or do not belong together.
@@ -75,7 +77,7 @@ def open_set(
     target: str | None = None,
     revision: str | None = None,
     device: str = "auto",
-    dtype: Dtype | None = None,
+    dtype: GivenDtype | None = None,
 ) -> AdapterSet:
     """Write a run folder with somebody's adapters, after they were loaded into their pair and fitted it.
 
@@ -154,7 +156,7 @@ def _config(
     adapters: AdapterSet,
     base: str | None,
     target: str | None,
-    dtype: Dtype | None,
+    dtype: GivenDtype | None,
     backend: BackendName | None,
     revision: str | None,
 ) -> RunConfig:
@@ -173,4 +175,5 @@ def _config(
     training = TrainingConfig(n_features=adapters.n_features, activation=about.activation)
     if about.k is not None:
         training = replace(training, k=about.k)
-    return RunConfig(models["base"], models["target"], dtype=dtype, backend=backend, training=training)
+    own: Any = dtype  # a configuration takes its name
+    return RunConfig(models["base"], models["target"], dtype=own, backend=backend, training=training)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.device_map import DeviceMap, DeviceMapError, MaxMemory
-from tl_adapters.config import BackendName, DataConfig, Dtype, RunConfig
+from tl_adapters.config import BackendName, DataConfig, RunConfig
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.chat_template import set_template_date
 from tl_adapters.data.columns import ConversationColumns
@@ -25,7 +25,7 @@ from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.processes import processes
-from tl_adapters.utils.devices import AUTO
+from tl_adapters.utils.devices import AUTO, GivenDtype
 from tl_adapters.utils.files import alone_in, require_writable
 from tl_adapters.utils.printing import command
 from tl_adapters.utils.results import read_results
@@ -67,7 +67,7 @@ def open_pair(config: RunConfig, device: str = "auto", dtype: torch.dtype | None
 def open_run(
     folder: Path,
     device: str = "auto",
-    dtype: Dtype | None = None,
+    dtype: GivenDtype | None = None,
     device_map: DeviceMap | None = None,
     max_memory: MaxMemory | None = None,
 ) -> PairedModel:
@@ -84,7 +84,8 @@ def open_run(
     require_adapters(folder)
     adapters = AdapterSet.from_pretrained(folder / "adapters")
     config = with_device_map(RunConfig.of_run(folder), device, device_map, max_memory)
-    pair = open_pair(replace(config, dtype=dtype or config.dtype), device)
+    own: Any = dtype or config.dtype
+    pair = open_pair(replace(config, dtype=own), device)
     set_run_date(folder, pair.model.tokenizer)
     pair.load_adapters(adapters)
     return pair

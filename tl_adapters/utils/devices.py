@@ -1,4 +1,4 @@
-"""The device that models run on, one by name or the best that this machine has, and how fast it is."""
+"""The device that models run on, one by name or the best that this machine has, and how fast it is; dtypes by name."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ AUTO = "auto"
 """Name that stands for the first available one of cuda, mps and cpu."""
 
 
+GivenDtype = torch.dtype | str
+"""A dtype of weights, or its name."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+"""Dtypes that models' weights can have."""
+
+
 class DeviceError(UserError, ValueError):
-    """A device that this machine does not have."""
+    """A device that this machine does not have, or a dtype that weights cannot have."""
 
 
 def available_devices() -> list[str]:
@@ -58,6 +64,14 @@ def resolve_device(device: str | torch.device | None = AUTO) -> torch.device:
     if requested not in devices and not (requested.index == 0 and torch.device(requested.type) in devices):
         raise DeviceError(f"device {device}: this machine does not have it, or torch was built without it. {available}")
     return requested
+
+
+def resolve_dtype(dtype: GivenDtype | None) -> torch.dtype | None:
+    """The dtype with a name, "bfloat16" or "torch.bfloat16"; None stays None. Raises DeviceError for another dtype."""
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in DTYPES:
+        raise DeviceError(f"dtype {str(dtype)!r} is not one of weights; allowed are {', '.join(DTYPES)}, or None.")
+    return None if name is None else DTYPES[name]
 
 
 def free_memory(device: torch.device) -> int:
