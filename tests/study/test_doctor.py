@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ import torch
 from helpers.random_models import ARCHITECTURES, random_batch, random_model, randomise
 from huggingface_hub.errors import NotASafetensorsRepoError
 from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2Config
 
 import tl_adapters.checkpoints.model_files as checkpoints
 import tl_adapters.utils.devices as devices
@@ -27,12 +30,15 @@ from tl_adapters.data.traces import Batch, Trace
 from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.local_stage.regression_data import MLPDifferences
 from tl_adapters.local_stage.stage import LocalStage
+from tl_adapters.models import routed_model
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import BASE, BUILTIN_BASE, BUILTIN_TARGET, TARGET
 from tl_adapters.study import run_size
 from tl_adapters.study.doctor import diagnose
 from tl_adapters.study.run_size import LOGIT_COPIES, ROLE_PASSES, TOKENS_PER_LOGITS, estimate_search, estimate_size
+from tl_adapters.training import kl_divergence
 from tl_adapters.training.adapter_adam import AdapterAdam, PlacedAdapter
+from tl_adapters.training.kl_divergence import TargetDistributions
 from tl_adapters.training.objective import shared_prefix_step
 
 
@@ -234,6 +240,30 @@ def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
     assert stage.adapters == 16 * sum(p.numel() for p in adapters.parameters())
     mlps = sum(p.numel() for name, p in base.named_parameters() if ".mlp." in name)
     assert 0.98 < size.models / (4 * (n_params + mlps)) < 1.02
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_the_estimate_of_logits_is_the_memory_of_a_divergence(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, vocab, d_model = 400, 5_000, 8
+    monkeypatch.setattr(kl_divergence, "LOGPROBS_KEPT", tokens * vocab * several)
+    monkeypatch.setattr(run_size, "LOGPROBS_KEPT", tokens * vocab * several)
+    monkeypatch.setattr(routed_model, "LOGITS_AT_ONCE_CPU", 100 * vocab)
+    monkeypatch.setattr(routed_model, "ROWS_AT_ONCE_CPU", 1)
+    monkeypatch.setattr(kl_divergence, "LOGPROBS_AT_ONCE_CPU", 10 * vocab)
+    target, stream = torch.randn(2, 1, tokens, d_model)
+    W_U, mask, rows = torch.randn(d_model, vocab), torch.ones(1, tokens, dtype=torch.bool), 100
+    assert routed_model.rows_at_once(vocab, W_U.device) == rows
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        TargetDistributions(target, mask, lambda x: x @ W_U, rows, several).kl(stream.requires_grad_())
+    changes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    most = max(accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
+
+    def activations(vocab: int) -> int:
+        described = Qwen2Config(vocab_size=vocab, hidden_size=d_model, num_attention_heads=1)
+        training = TrainingConfig(stages=("end_to_end",), n_features=1, tokens_per_batch=tokens)
+        return estimate_size(RunConfig(training=training), described).stages[0].activations
+
+    assert 0.8 < (activations(vocab) - activations(1)) / most < 1.2
 
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])

@@ -255,8 +255,9 @@ def test_a_targets_distributions_are_computed_once_where_they_may_be_kept(
     assert sum(of_target) == n * int(mask.sum())
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 4, 100])
-def test_kl_in_chunks_equals_the_kl(rows_at_once: int) -> None:
+@pytest.mark.parametrize(("rows_at_once", "logprobs_at_once"), [(1, 100), (4, 30), (100, 40), (100, 1), (100, 1000)])
+def test_kl_in_chunks_equals_the_kl(rows_at_once: int, logprobs_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kl_divergence, "LOGPROBS_AT_ONCE_CPU", logprobs_at_once)
     generator = torch.Generator().manual_seed(0)
     target, resid = (torch.randn(2, 6, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     W_U = torch.randn(8, 13, generator=generator, dtype=torch.float64)

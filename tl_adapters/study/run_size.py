@@ -21,12 +21,12 @@ from tl_adapters.local_stage.layer_run import REVISION_TOKENS
 from tl_adapters.models.routed_model import kept_per_token, rows_at_once
 from tl_adapters.study.hesitation import ORGANISM_PROBLEM_COUNTS
 from tl_adapters.study.open_run import ORGANISM_TRACES
-from tl_adapters.training.kl_divergence import LOGPROBS_KEPT
+from tl_adapters.training.kl_divergence import LOGPROBS_KEPT, logprob_rows_at_once
 from tl_adapters.utils.precision import adapter_dtype
 
 BYTES_OF_DTYPE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LOGIT_COPIES = 4
-"""Tensors of the size of the logits that are computed at a time: logits, log-probabilities, probabilities, and KLs."""
+"""Tensors of the size of the logits that a search computes at a time: logits, log-probabilities, probabilities, KLs."""
 TOKENS_PER_LOGITS = 8
 """In a search logits are computed at onsets, control positions and continuations: about one of so many tokens."""
 ROLE_PASSES = 4
@@ -235,6 +235,8 @@ class _Shapes:
     """Bytes of an adapter's activation."""
     logits_at_once: int
     """Most logits that are formed at a time."""
+    logprobs_at_once: int
+    """Most log-probabilities that a training step computes from them at a time."""
 
     @classmethod
     def of(
@@ -244,10 +246,12 @@ class _Shapes:
         d, d_mlp = described.hidden_size, described.intermediate_size
         heads, kv = described.num_attention_heads, described.num_key_value_heads
         d_head = getattr(described, "head_dim", None) or d // heads
-        unembedding = described.vocab_size * d
+        vocab = described.vocab_size
+        unembedding = vocab * d
         soft_capped = bool(getattr(described, "attn_logit_softcapping", None))
         patterns = heads * longest if soft_capped else 0
         post_norms = described.model_type.startswith("gemma")
+        rows = rows_at_once(vocab, device)
         return cls(
             n_layers=described.num_hidden_layers,
             d_model=d,
@@ -260,17 +264,23 @@ class _Shapes:
             unembedding=unembedding,
             width=width,
             acts_width=acts_width,
-            logits_at_once=rows_at_once(described.vocab_size, device) * described.vocab_size,
+            logits_at_once=rows * vocab,
+            logprobs_at_once=logprob_rows_at_once(rows, vocab, device) * vocab,
         )
 
     def logits(self, tokens: int) -> int:
-        """Bytes of the logits that are computed at a time, and of what is made of them."""
+        """Bytes of the logits that a search computes at a time, and of what is made of them."""
         return LOGIT_COPIES * 4 * min(self.logits_at_once, self._all_logits(tokens))
 
-    def kept_logprobs(self, tokens: int) -> int:
-        """Bytes of the target's log-probabilities that a training step keeps."""
-        n = self._all_logits(tokens)
-        return 4 * n if n <= LOGPROBS_KEPT else 0
+    def logits_of_step(self, tokens: int) -> int:
+        """Bytes of logits and of what is made of them in a training step.
+
+        They are the target's log-probabilities, of all tokens where they are kept; logits and their gradient; and at
+        fewer tokens log-probabilities and probabilities.
+        """
+        every = self._all_logits(tokens)
+        chunk, piece = min(self.logits_at_once, every), min(self.logprobs_at_once, every)
+        return 4 * ((every if every <= LOGPROBS_KEPT else chunk) + 2 * chunk + 2 * piece)
 
     def _all_logits(self, tokens: int) -> int:
         return tokens * self.unembedding // self.d_model
@@ -301,7 +311,7 @@ def _end_to_end_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) ->
     return StageSize(
         stage="end_to_end",
         adapters=16 * adapters + coordinates,
-        activations=_kept_for_backward(shapes, training, tokens) + shapes.logits(tokens) + shapes.kept_logprobs(tokens),
+        activations=_kept_for_backward(shapes, training, tokens) + shapes.logits_of_step(tokens),
         tokens=0,
         checkpoint=12 * adapters + coordinates - (4 * adapters if coordinates else 0),
         operations=2.0 * forward_and_backward * per_batch * training.steps * training.batches_per_step,

@@ -17,6 +17,13 @@ Unembed = Callable[[Tensor], Tensor]
 
 LOGPROBS_KEPT = 2**24
 """Log-probabilities of a target that are kept between divergences: 64 MB of them in float32."""
+LOGPROBS_AT_ONCE_CPU = 2**18
+"""Log-probabilities that are computed at a time on a CPU, so that they stay in its cache: 1 MB of them in float32."""
+
+
+def logprob_rows_at_once(n: int, d_vocab: int, device: torch.device) -> int:
+    """The number of rows, of ``n`` rows of logits, of which log-probabilities are computed at a time on a device."""
+    return n if device.type != "cpu" else min(n, max(1, LOGPROBS_AT_ONCE_CPU // d_vocab))
 
 
 def kl_per_token(
@@ -60,6 +67,8 @@ class TargetDistributions:
     """The target's next-token distributions at the tokens of a mask, for KL divergences from them.
 
     For several divergences their logarithms are computed once where all of them are at most `LOGPROBS_KEPT` numbers.
+    Of the size of a chunk's logits there are then two more tensors, logits and their gradient. On a CPU what else is
+    computed from logits is made of a few rows at a time.
 
     Args:
         resid: the target's final residual stream.
@@ -78,9 +87,9 @@ class TargetDistributions:
         several: bool,
     ) -> None:
         self.rows, self.mask, self.unembed, self.several = resid[mask], mask, unembed, several
-        self.chunks = _chunks(len(self.rows), rows_at_once)
-        self._kept: Tensor | None = None
-        self._n_kept = 0
+        self.chunks, self.at_once = _chunks(len(self.rows), rows_at_once), min(rows_at_once, len(self.rows))
+        self._keeps, self._n_kept = False, 0
+        self._room: tuple[Tensor, Tensor] | None = None
 
     def kl(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, ""]:
         """`kl_from_residual` of a model's final residual stream."""
@@ -92,32 +101,49 @@ class TargetDistributions:
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "n d_model"] | None]:
         """The sum of the KL divergences of a chunk's tokens, and its gradient at a model's ``rows`` if it is wanted.
 
-        What is of the size of the chunk's logits is let go on return, before the next chunk's are made.
+        The chunk's logits are let go on return, before the next chunk's are made.
         """
-        target_logprobs = self._logprobs(chunk)
+        target_logprobs, to_logits = self._logprobs(chunk)
         with torch.set_grad_enabled(with_gradient):
             rows = rows.requires_grad_(with_gradient)
             logits = self.unembed(rows)
-        logprobs = F.log_softmax(at_least_float32(logits.detach()), -1)
-        probs = target_logprobs.exp()
-        kl = (target_logprobs - logprobs).mul_(probs).sum()
-        if not with_gradient:
-            return kl, None
-        to_logits = logprobs.exp_().sub_(probs).to(logits.dtype)  # d KL(p || softmax(z)) / dz = softmax(z) - p
-        return kl, torch.autograd.grad(logits, rows, to_logits)[0]
+        sums = []
+        for piece in _pieces(logits):
+            logprobs = F.log_softmax(at_least_float32(logits.detach()[piece]), -1)
+            probs, room = target_logprobs[piece].exp(), to_logits[piece]
+            sums.append(torch.sub(target_logprobs[piece], logprobs, out=room).mul_(probs).sum())
+            if with_gradient:  # d KL(p || softmax(z)) / dz = softmax(z) - p
+                torch.sub(logprobs.exp_(), probs, out=room)
+        kl = torch.stack(sums).sum()
+        return kl, torch.autograd.grad(logits, rows, to_logits.to(logits.dtype))[0] if with_gradient else None
 
     @torch.no_grad()
-    def _logprobs(self, chunk: slice) -> Tensor:
-        """The target's log-probabilities at the tokens of a chunk; not to be changed in place."""
-        if self._kept is not None and chunk.start < self._n_kept:
-            return self._kept[chunk]
-        logprobs = F.log_softmax(at_least_float32(self.unembed(self.rows[chunk])), -1)
-        if self.several and len(self.rows) * logprobs.shape[1] <= LOGPROBS_KEPT:
-            if self._kept is None:  # one piece of memory, as pieces kept between others leave gaps
-                self._kept = logprobs.new_empty(len(self.rows), logprobs.shape[1])
-            self._kept[chunk], self._n_kept = logprobs, chunk.start + len(logprobs)
-            return self._kept[chunk]
-        return logprobs
+    def _logprobs(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """The target's log-probabilities at the tokens of a chunk, not to be changed, and room for as many numbers."""
+        if self._room is not None and chunk.start < self._n_kept:
+            return self._room[0][chunk], self._room[1][: len(self.rows[chunk])]
+        logits = self.unembed(self.rows[chunk])
+        n = len(logits)
+        if self._room is None:
+            self._room = self._new_room(logits)
+        ours, other = self._room
+        logprobs = ours[chunk] if self._keeps else ours[:n]
+        for piece in _pieces(logits):
+            torch.log_softmax(logits[piece], -1, logprobs.dtype, out=logprobs[piece])
+        self._n_kept = chunk.start + n if self._keeps else 0
+        return logprobs, other[:n]
+
+    def _new_room(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for log-probabilities of the target and for a chunk's gradient, of which one piece of memory is made.
+
+        It stays while the object does: large tensors that come and go between smaller ones leave gaps in the memory of
+        a CPU, which the process does not give back.
+        """
+        n, dtype = len(self.rows), torch.promote_types(logits.dtype, torch.float32)
+        self._keeps = self.several and n * logits.shape[1] <= LOGPROBS_KEPT
+        n = n if self._keeps else self.at_once
+        room = logits.new_empty(n + self.at_once, logits.shape[1], dtype=dtype)
+        return room[:n], room[n:]
 
 
 class _KLFromResidual(torch.autograd.Function):
@@ -153,3 +179,8 @@ def token_kl_from_residual(
 
 def _chunks(n: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n, size)]
+
+
+def _pieces(logits: Float[Tensor, "n d_vocab"]) -> list[slice]:
+    """The rows of logits of which log-probabilities are computed at a time."""
+    return _chunks(len(logits), logprob_rows_at_once(len(logits), logits.shape[1], logits.device))
