@@ -128,11 +128,16 @@ gpu:  ## what a pair of 7B's shape takes on this machine's GPU, with its own tor
 
 bench: install  ## running times beside what they are measured against, into benchmarks/results.json; be alone on the machine
 	$(BIN)/python benchmarks/training_step.py --record
+	$(BIN)/python benchmarks/growth.py --record
+	$(BIN)/python benchmarks/local_stage.py --record
 	$(BIN)/python benchmarks/active_features.py --record
 	$(BIN)/python benchmarks/attribution.py --record
 	$(BIN)/python benchmarks/features.py --record
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/opening.py --record
+	$(BIN)/python benchmarks/imports.py --record
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/generation.py --record
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/plots.py
 
 tables: install  ## the tables and plots of the documentation, from benchmarks/results.json
 	$(BIN)/python benchmarks/tables.py

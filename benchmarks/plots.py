@@ -7,10 +7,12 @@ tests/benchmarks/test_recorded.py holds that plots and results agree.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from recorded import FOLDER, recorded, standalone
-from tables import DECADES, FAMILY_NAMES, RECIPE_NAMES
+from tables import DECADES, FAMILY_NAMES, QUANTITY_NAMES, RECIPE_NAMES, growth_plot
 
 from tl_adapters.pages.plots import Line, Plot, plot
 from tl_adapters.utils.files import write_text
@@ -63,26 +65,44 @@ def memory_of_a_step(block: dict[str, Any]) -> Plot:
     )  # fmt: skip
 
 
-PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Plot]]] = {
+def growth_of_a_step(block: dict[str, Any], quantity: str) -> Plot | None:
+    """Time of a step over that at the standard case, by one quantity; None where it is not recorded."""
+    if "series" not in block:  # recorded before there were any
+        return None
+    series, lines = block["series"][quantity], []
+    for side, label in (("ours", "our step"), ("reference", "the formulas")):
+        figures = [sides[side] for sides in series.values()]
+        lows, highs = zip(*(figure["range"] for figure in figures), strict=True)
+        values = [figure["value"] for figure in figures]
+        lines.append(Line(label, [int(x) for x in series], values, (lows, highs), dashed=side == "reference"))
+    name = QUANTITY_NAMES[quantity]
+    return plot(
+        lines, xlabel=name, ylabel="time, standard case = 1", caption=f"Time of a step by {name}.", log=True, log_x=True
+    )  # fmt: skip
+
+
+PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Plot | None]]] = {
     "recall_by_rate": ("planted", recall_by_rate),
     "agreement_of_seeds": ("organism", agreement_of_seeds),
     "memory_of_a_step": ("gpu", memory_of_a_step),
+    **{growth_plot(name): ("growth", partial(growth_of_a_step, quantity=name)) for name in QUANTITY_NAMES},
 }
 """File in docs/, without its ending -> the block of results.json that it shows, and how."""
 
 
-def drawn(name: str) -> str:
-    """The text of one plot's file."""
+def drawn(name: str, folder: Path = FOLDER) -> str | None:
+    """The text of one plot's file; None where what it shows is not recorded yet."""
     block, draw = PLOTS[name]
-    found = recorded(block)
-    assert found is not None, f"results.json has no block {block}"
-    return standalone(draw(found).svg) + "\n"
+    found = recorded(block, folder)
+    made = None if found is None else draw(found)
+    return None if made is None else standalone(made.svg) + "\n"
 
 
 def main() -> None:
     for name in PLOTS:
-        write_text(PLOTS_FOLDER / f"{name}.svg", drawn(name))
-        print(PLOTS_FOLDER / f"{name}.svg")
+        if (text := drawn(name)) is not None:
+            write_text(PLOTS_FOLDER / f"{name}.svg", text)
+            print(PLOTS_FOLDER / f"{name}.svg")
 
 
 if __name__ == "__main__":

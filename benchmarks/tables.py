@@ -46,6 +46,8 @@ CASE_NAMES = {
     "features_8192": "8,192 features, vocabulary 4,096",
     "vocab_32768": "1,024 features, vocabulary 32,768",
 }
+QUANTITY_NAMES = {"features": "features", "tokens": "tokens", "layers": "layers", "vocab": "vocabulary"}
+SIZED_PAIR_NAMES = {"organism": "built-in, 128 features", "random": "random, d_model 256, vocabulary 32,768"}
 LINEARIZATION_NAMES = {"relp": "RelP", "frozen_mlp": "frozen MLPs", "gradient": "gradient"}
 
 
@@ -321,14 +323,17 @@ RECORDED = (
     "generation.vllm",
     "training",
     "growth",
+    "local_stage",
     "active_features",
     "attribution",
     "collection",
+    "opening",
+    "imports",
 )
 """The blocks of results.json, in the order in which docs/benchmarks.md names them."""
 
 
-def by_case(training: dict[str, Any], growth: dict[str, Any]) -> str:
+def by_case(training: dict[str, Any]) -> str:
     """A training step beside the formulas and beside its products."""
     rows = [
         [
@@ -350,8 +355,65 @@ def by_case(training: dict[str, Any], growth: dict[str, Any]) -> str:
         "MB",
         "formulas' MB",
     ]
+    return markdown(head, rows)
+
+
+def growth_plot(quantity: str) -> str:
+    """The name of the file in docs/ that shows a series of benchmarks/growth.py, without its ending."""
+    return f"growth_with_{QUANTITY_NAMES[quantity]}"
+
+
+def by_growth(growth: dict[str, Any]) -> str:
+    """The time of a step over that at the standard case, as plots and as a table."""
+    if "series" not in growth:  # recorded before there were any
+        return NOT_MEASURED
+    series = growth["series"]
+    plots = [f"![Time of a step by {QUANTITY_NAMES[name]}]({growth_plot(name)}.svg)\n" for name in series]
+    rows = [
+        [
+            QUANTITY_NAMES[name],
+            f"{int(value):,}",
+            *(with_range(sides[side], "{:.2f}") for side in ("ours", "reference")),
+        ]
+        for name, of in series.items()
+        for value, sides in of.items()
+    ]
     times = with_range(growth["features_x16"], "{:.2f}")
-    return markdown(head, rows) + f"\nA step with 8,192 features takes {times} times as long as one with 512.\n"
+    table = markdown(["what grows", "value", "time of a step", "of the formulas"], rows)
+    return "\n".join([*plots, table, f"A step with 8,192 features takes {times} times as long as one with 512.\n"])
+
+
+def by_stage(block: dict[str, Any]) -> str:
+    """A token of the streaming local stage beside one of the end-to-end stage."""
+    rows = [
+        [
+            CASE_NAMES[name],
+            with_range(case["over_end_to_end"], "{:.2f}"),
+            with_range(case["reading"]),
+            f"{case['mb']:,.0f}",
+            f"{case['end_to_end_mb']:,.0f}",
+        ]
+        for name, case in block["cases"].items()
+    ]
+    return markdown(["case", "time over end to end", "of which the forward pass", "MB", "end to end, MB"], rows)
+
+
+def by_opened_pair(block: dict[str, Any]) -> str:
+    """The time in which a pair opens beside that of transformers."""
+    rows = [
+        [SIZED_PAIR_NAMES[name], with_range(pair["over_transformers"], "{:.1f}"), f"{pair['seconds']:.2f}"]
+        for name, pair in block["pairs"].items()
+    ]
+    return markdown(["pair", "time over from_pretrained", "seconds"], rows)
+
+
+def by_statement(block: dict[str, Any]) -> str:
+    """The time of imports beside TransformerLens's."""
+    rows = [
+        [f"`{each['statement']}`", with_range(each["over_transformer_lens"], "{:.3f}"), f"{each['seconds']:.2f}"]
+        for each in block["statements"].values()
+    ]
+    return markdown(["statement", "time over `import transformer_lens`", "seconds"], rows)
 
 
 def by_density(block: dict[str, Any]) -> str:
@@ -378,15 +440,19 @@ def by_analysis(attribution: dict[str, Any], collection: dict[str, Any]) -> str:
     return markdown(["figure", "value"], rows)
 
 
-def provenance(*blocks: dict[str, Any]) -> str:
-    """With what each block was recorded: the last command, the machine, and the commits of all its runs."""
+def provenance(*blocks: dict[str, Any] | None) -> str:
+    """With what each block was recorded, if it was: the last command, the machine, and the commits of all its runs."""
     rows = []
     for name, block in zip(RECORDED, blocks, strict=True):
+        if block is None:
+            continue
         machine, versions = block["machine"], block["versions"]
         on = f"{machine['cores']} cores, {machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}"
         commits = {commit[:7] + "+" * commit.endswith("+") for commit in block["commits"]}
         with_versions = ", ".join(f"{package} {versions[package]}" for package in ("torch", "transformers"))
         rows.append([name, f"`{block['command']}`", on, with_versions, ", ".join(sorted(commits))])
+    if not rows:
+        return NOT_MEASURED
     return markdown(["block", "last command that recorded it", "machine", "versions", "commits of its runs"], rows)
 
 
@@ -408,9 +474,13 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "gpu_precision": ("gpu", precision_on_gpu),
     "generation": ("generation", by_generation),
     "served": ("generation.vllm", by_served_condition),
-    "training": ("training growth", by_case),
+    "training": ("training", by_case),
+    "growth": ("growth", by_growth),
+    "local_stage": ("local_stage", by_stage),
     "active_features": ("active_features", by_density),
     "analysis": ("attribution collection", by_analysis),
+    "opening": ("opening", by_opened_pair),
+    "imports": ("imports", by_statement),
     "provenance": (" ".join(RECORDED), provenance),
 }
 """Table -> the blocks of results.json that it shows, and how."""
@@ -422,7 +492,8 @@ def filled(text: str, folder: Path = FOLDER) -> str:
     def table(found: re.Match[str]) -> str:
         names, make = TABLES[found[2]]
         blocks = [recorded(name, folder) for name in names.split()]
-        return found[1] + (NOT_MEASURED if None in blocks else make(*blocks)) + found[3]
+        measured = make is provenance or None not in blocks
+        return found[1] + (make(*blocks) if measured else NOT_MEASURED) + found[3]
 
     return TABLE.sub(table, text)
 
