@@ -85,7 +85,9 @@ def batch() -> Batch:
 
 
 def small_scale():  # type: ignore[no-untyped-def]
-    """A demo of seconds."""
+    """A demo of few documents, features and steps. Most of its training would be births, so that it revises once, which
+    is without them; and a graph takes the longer the more features are active, so that they are sparser than usual.
+    """
     from tl_adapters.circuits.search import SearchOptions
     from tl_adapters.circuits.study import StudyOptions
     from tl_adapters.config import LocalConfig, TrainingConfig
@@ -99,10 +101,13 @@ def small_scale():  # type: ignore[no-untyped-def]
         max_new_tokens=72,
         hesitation=(32, 16),
         circuit=StudyOptions(
-            SearchOptions(per_round=8, documents=12), draws=1, probability_draws=1, curve_factors=(1.0,)
+            SearchOptions(per_round=8, documents=8), draws=1, probability_draws=1, curve_factors=(1.0,)
         ),
         training=TrainingConfig(
-            stages=("local",), n_features=32, log_every=5, local=LocalConfig(steps=30, max_tokens=6_000, polish=False)
+            stages=("local",),
+            n_features=32,
+            log_every=5,
+            local=LocalConfig(steps=30, max_tokens=6_000, sparsity_weight=0.8, revisions=(0.5,), polish=False),
         ),
     )
 

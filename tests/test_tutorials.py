@@ -14,12 +14,13 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 SMALLER = {
     r"\bsteps=\d+": "steps=40",
     r"\bn_features=\d+": "n_features=32",
+    r"\bpolish=False": "polish=False, revisions=(0.5,)",  # one, which is without births
     r"\b(train)', \d+": r"\1', 100",
     r"\b(report|tune)', \d{3,}": r"\1', 40",
     r"\bkl_documents=\d+": "kl_documents=8",
     r"\bper_layer=\d+": "per_layer=2",
     r"\bbuiltin_subject\(\d+, \d+": "builtin_subject(48, 8",
-    r"\bdocuments=\d+": "documents=20",
+    r"\bdocuments=\d+": "documents=8",
 }
 """The sizes that a notebook sets, and those at which the same code runs in seconds."""
 MAX_BYTES = 2_000_000

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from tl_adapters.utils.files import DiskFullError, FolderExistsError, new_folder
 
 CONFIG = TrainingConfig(
     stages=("end_to_end",),
-    n_features=16, steps=130, tokens_per_batch=200, checkpoint_every=3, keep_checkpoints=3, log_every=1,
+    n_features=16, steps=90, tokens_per_batch=200, checkpoint_every=3, keep_checkpoints=3, log_every=1,
     validate_every=7, lr=1e-3,
 )  # fmt: skip
 
@@ -152,7 +153,7 @@ def test_a_run_killed_twenty_times_is_the_run_never_killed(
     for _ in range(20):
         with process(context, folder) as (child, steps):
             resumed_at.append(step := steps.recv())
-            last = step + rng.randint(1, 9)
+            last = step + rng.randint(1, 7)
             while step < last:
                 steps.send("go on")
                 step = steps.recv()
@@ -209,7 +210,7 @@ def test_ctrl_c_stops_between_two_steps_and_says_how_to_resume(whole: Path, tmp_
     torch.set_num_threads(1)
     before = signal.getsignal(signal.SIGINT)
     trainer = start_or_resume(tmp_path / "run")
-    with pytest.raises(TrainingInterrupted, match=f"step 7 of 130. Resume with: tl-adapters train --resume {tmp_path}"):
+    with pytest.raises(TrainingInterrupted, match=f"step 7 of 90. Resume with: tl-adapters train --resume {tmp_path}"):
         trainer.run(on_step=interrupt)
     resumed = start_or_resume(tmp_path / "run")
     assert resumed.step == 7 and signal.getsignal(signal.SIGINT) is before
@@ -234,6 +235,7 @@ def test_the_command_line_resumes(
     config.write_text(
         "training: {stages: [end_to_end], steps: 4, n_features: 8, tokens_per_batch: 200, log_every: 1}\n"
     )
+    monkeypatch.setattr("tl_adapters.study.open_run.ORGANISM_TRACES", 200)  # of which four steps read a few
 
     def interrupted(self: EndToEndStage, want_l0: bool) -> StepTerms:
         if self.step == 1:
@@ -328,10 +330,10 @@ def damage(path: Path, what: str) -> None:
         (path / "state.json").write_text(what)
 
 
-@pytest.mark.parametrize("what", ["missing", "cut", "one bit", "adapters", "{", "[]", '{"step": 3}', "[" * 100_000])
-def test_a_damaged_newest_state_is_passed_over_for_the_one_before_it(
-    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped at its tenth step; no test changes it."""
+
     class Stop(Exception):
         pass
 
@@ -339,10 +341,18 @@ def test_a_damaged_newest_state_is_passed_over_for_the_one_before_it(
         if step == 10:
             raise Stop
 
-    trainer = start_or_resume(tmp_path / "run")
+    folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.raises(Stop):
-        trainer.run(on_step=stop)
-    states = trainer.folder.training_states
+        start_or_resume(folder).run(on_step=stop)
+    return folder
+
+
+@pytest.mark.parametrize("what", ["missing", "cut", "one bit", "adapters", "{", "[]", '{"step": 3}', "[" * 100_000])
+def test_a_damaged_newest_state_is_passed_over_for_the_one_before_it(
+    stopped: Path, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
+    states = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert [path.name for path in states] == ["step-00000003", "step-00000006", "step-00000009"]
     damage(states[-1], what)
     resumed = start_or_resume(tmp_path / "run")
@@ -353,7 +363,7 @@ def test_a_damaged_newest_state_is_passed_over_for_the_one_before_it(
         damage(state, what)
     with pytest.raises(RunFolderError, match="Every training state .* is damaged; .*starts again from its first step"):
         start_or_resume(tmp_path / "run")
-    assert [path.name for path in trainer.folder.training_states] == ["step-00000003", "step-00000006"]
+    assert [path.name for path in resumed.folder.training_states] == ["step-00000003", "step-00000006"]
 
 
 def test_the_command_that_resumes_quotes_a_folder(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def residual_directions(
         for _ in range(2):
             direction = unit_rows(units[members].mean(0))
             members = (units @ direction > SAME_DIRECTION) & left
-        gone = left & ((units @ direction > SAME_DIRECTION) | near[center])
+        gone = members | (left & near[center])
         left &= ~gone
         sizes -= near[gone].sum(0)
         directions.append(direction)
