@@ -47,6 +47,7 @@ def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "training:\n  n_features: 16\n  local: {steps: 2, max_tokens: 2000, polish: false, revisions: []}\n"
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tl_adapters.study.open_run.ORGANISM_TRACES", 400)  # of which two steps read 2,000 tokens
     # The demo itself is run once for all tests; here its command is.
     copied = lambda folder, *args, **options: shutil.copytree(run, folder) / "report.html"  # noqa: E731
     monkeypatch.setattr("tl_adapters.study.demo.demo", copied)

@@ -1,5 +1,6 @@
 """A completion does not depend on the other prompts of its batch: neither its limit, nor its draws, nor its tokens."""
 
+import functools
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -30,6 +31,10 @@ def made(
     return randomise(PairedModel.from_pretrained(*models, backend=backend))
 
 
+shared = functools.cache(made)
+"""The same pair for every test that changes none of its weights and leaves its routes as they were."""
+
+
 def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     generator = torch.Generator().manual_seed(7)
     return [torch.randint(1, 61, (n,), generator=generator).tolist() for n in lengths]
@@ -53,7 +58,7 @@ def by_whole_passes(model: Any, prompt: list[int], ends: list[int], limit: int) 
 def test_greedy_completions_are_the_likeliest_tokens_on_every_route_and_with_hooks(
     architecture: str, backend: str
 ) -> None:
-    pair = made(architecture, backend)
+    pair = shared(architecture, backend)
     with pair.routed("target") as model:
         free = [by_whole_passes(model, prompt, [], 6) for prompt in prompts()[::3]]
     ends = [free[0][5], free[1][2]]  # some rows leave the batch early
@@ -112,7 +117,7 @@ def test_groups_of_lengths_read_the_fewest_tokens(cost: int, monkeypatch: pytest
 
 def test_every_prompt_has_its_own_limit(backend: str) -> None:
     """Also a limit that fills the rest of the context, of which the longest prompt of the batch leaves much less."""
-    model = made("Qwen2ForCausalLM", backend).model
+    model = shared("Qwen2ForCausalLM", backend).model
     for limit in (40, None):
         alone = [complete(model, [prompt], stop_at=[], max_new_tokens=limit, batch_size=1)[0] for prompt in prompts()]
         room = [min(limit or N_CTX, N_CTX - n) for n in LENGTHS]
@@ -125,7 +130,7 @@ def test_every_prompt_has_its_own_limit(backend: str) -> None:
     "sampling", [DRAWN, SamplingParameters(2.0), SamplingParameters(1.0, 0.5), SamplingParameters(1.0, 1.0, 3)], ids=str
 )
 def test_draws_depend_on_the_prompts_key_alone(architecture: str, backend: str, sampling: SamplingParameters) -> None:
-    model = made(architecture, backend).model
+    model = shared(architecture, backend).model
     keys = [f"problem {i}" for i in range(len(LENGTHS))]
     options: dict[str, Any] = dict(max_new_tokens=12, **vars(sampling))
     torch.manual_seed(0)
@@ -150,7 +155,7 @@ def test_in_low_precision_completions_are_equal_up_to_a_near_tie(
     dtype: torch.dtype, sampling: SamplingParameters, backend: str
 ) -> None:
     for architecture in ("Qwen3ForCausalLM", "Gemma2ForCausalLM"):
-        model = made(architecture, backend, dtype).model
+        model = shared(architecture, backend, dtype).model
         options: dict[str, Any] = dict(max_new_tokens=30, **vars(sampling))
         keys = list(range(len(LENGTHS)))
         together = complete(model, prompts(), stop_at=[], batch_size=6, keys=keys, **options)
