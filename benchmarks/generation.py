@@ -12,7 +12,8 @@ text, so that all generate the same number of tokens. Every case measures
 in alternating runs with Hugging Face's, in one process and thread. A ratio is Hugging Face's processor time of a run
 over ours, above 1 where ours is faster; printed are the median and the range over the runs. ``--record`` writes the
 ratios to results.json: "hf" is the geometric mean over the cases of "hooked", "means" those of every side, with their
-ranges over the runs.
+ranges over the runs. All cases take an hour; ``--models`` and ``--batches`` choose some, beside which the others stay
+as they were recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recorded import record, value_and_range
+from recorded import commit, record, recorded, value_and_range
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from tl_adapters import organism
@@ -142,10 +143,26 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
+def with_earlier(cases: list[dict[str, Any]], block: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases, and those of a recorded block that were not measured again, in the order of `NEW_TOKENS` and batches.
+
+    Raises SystemExit where the recorded ones have another number of runs.
+    """
+
+    def identity(case: dict[str, Any]) -> tuple[int, int, bool]:
+        return list(NEW_TOKENS).index(case["model"]), case["batch"], case["sampled"]
+
+    earlier = [{**case, **{side: case[side].get("runs", ()) for side in SIDES}} for case in block.get("cases", ())]
+    found = {identity(case): case for case in (*earlier, *cases)}
+    if len({len(case[side]) for case in found.values() for side in SIDES}) > 1:
+        raise SystemExit("The recorded cases have another number of runs: give their --repeats, or measure all cases.")
+    return [found[key] for key in sorted(found)]
+
+
 def block(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """The block of results.json: each case's medians and ranges, and geometric means over the cases."""
+    """The block of results.json: each case's runs and their medians and ranges, and geometric means over the cases."""
     summed = [
-        {key: value_and_range(statistics.median(x), x) if key in SIDES else x for key, x in case.items()}
+        {k: {**value_and_range(statistics.median(x), x), "runs": x} if k in SIDES else x for k, x in case.items()}
         for case in cases
     ]
     means = {}
@@ -169,10 +186,12 @@ def main() -> None:
         ratios = [f"{s} {statistics.median(case[s]):.2f} ({min(case[s]):.2f} to {max(case[s]):.2f})" for s in SIDES]
         kind = "sampled" if case["sampled"] else "greedy"
         print(case["model"], "batch", case["batch"], f"{kind}:", ", ".join(ratios), flush=True)
-    found = block(cases)
+    earlier = recorded("generation") or {} if args.record else {}
+    found = block(with_earlier(cases, earlier))
     print("geometric means:", {side: round(mean["value"], 3) for side, mean in found["means"].items()})
     if args.record:
-        record("generation", {"repeats": args.repeats, **found})
+        commits = [commit(), *(earlier.get("commits", []) if len(found["cases"]) > len(cases) else [])]
+        record("generation", {"repeats": args.repeats, **found}, commits)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ FAMILY_NAMES = {
     "learned": "features learned by gradient",
     "neurons": "edited gated neurons",
 }
-CARDS, CARD_SHARE = (24, 80), 0.95
-"""Sizes of cards in GB, and the share of one that a run can have."""
+GPUS, GPU_SHARE = (24, 80), 0.95
+"""Sizes of GPUs in GB, and the share of one that a run can have."""
 PAIR_NAMES = {"sums": "built-in (sums)", "differences": "second pair (differences)"}
 CASE_NAMES = {
     "features_1024": "1,024 features, vocabulary 4,096",
@@ -265,13 +265,13 @@ def precision_on_gpu(block: dict[str, Any]) -> str:
 
 
 def by_shape(block: dict[str, Any]) -> str:
-    """GB that every stage takes at the shapes of published models, and the smallest card that has them."""
+    """GB that every stage takes at the shapes of published models, and the smallest GPU that has them."""
     shapes = block["predicted_gb"]
     head = ["", *(f"{shape.upper()}, {block['features'][shape]:,} features" for shape in shapes)]
 
     def cell(gigabytes: float) -> str:
-        card = next((f"{size} GB" for size in CARDS if gigabytes < CARD_SHARE * size), "larger")
-        return f"{gigabytes:.0f} ({card})"
+        gpu = next((f"{size} GB" for size in GPUS if gigabytes < GPU_SHARE * size), "larger")
+        return f"{gigabytes:.0f} ({gpu})"
 
     stages = next(iter(shapes.values()))
     return markdown(head, [[name, *(cell(of_shape[name]) for of_shape in shapes.values())] for name in stages])

@@ -25,8 +25,8 @@ SMALLER = {
 """The sizes that a notebook sets, and those at which the same code runs in seconds."""
 MAX_BYTES = 2_000_000
 """Size of a committed notebook; circuitsvis's script, which a notebook may hold once, is 1.3 MB of it."""
-NEEDS_MORE = "# needs a network and a card"
-"""First line of a cell that is skipped where there is no card."""
+NEEDS_MORE = "# needs a network and a GPU"
+"""First line of a cell that is skipped where there is no GPU."""
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -101,7 +101,7 @@ def test_a_cell_that_needs_more_than_this_machine_is_marked_and_guarded() -> Non
                 marked += 1
                 guarded = ast.parse(cell.source).body[-1]
                 assert isinstance(guarded, ast.If) and ast.unparse(guarded.test) == "RUN"
-                assert not cell.outputs, "a figure of a machine with a card, in a notebook that says it was not run"
+                assert not cell.outputs, "a figure of a machine with a GPU, in a notebook that says it was not run"
             else:
                 assert "device='cuda'" not in cell.source
     assert marked == 3

@@ -89,7 +89,7 @@ STAGE_ORDERS = (("local",), ("end_to_end",), ("local", "end_to_end"))
 
 # The values that options take; pydantic checks the bounds, errors and the JSON schema name them.
 Count = Annotated[int, Field(ge=1)]
-Card = Annotated[int, Field(ge=0)]
+GPUNumber = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -391,7 +391,7 @@ def _require_device_map(value: Any) -> Any:
     if not plan and not (devices and all(isinstance(d, str) or (type(d) is int and d >= 0) for d in devices)):
         raise ValueError(
             f"give one of {', '.join(get_args(DevicePlan))}, or the device of each part of the model: the number of a "
-            'card, "cpu" or "disk"'
+            'GPU, "cpu" or "disk"'
         )
     return value
 
@@ -409,8 +409,8 @@ class RunConfig:
     backend: BackendName | None = None
     """Class that runs the models: "hooked" (HookedTransformer) or "bridge" (TransformerBridge); null is the first of
     them that the installed TransformerLens has."""
-    device_map: Annotated[DevicePlan | dict[str, Card | str] | None, BeforeValidator(_require_device_map)] = None
-    """For a pair that does not fit one device: "auto", or the device of each part of the target: the number of a card,
+    device_map: Annotated[DevicePlan | dict[str, GPUNumber | str] | None, BeforeValidator(_require_device_map)] = None
+    """For a pair that does not fit one device: "auto", or the device of each part of the target: the number of a GPU,
     "cpu", or "disk" (weights stay in the model's files). --device replaces it; null is one device for all."""
     max_memory: dict[str, int | str] | None = None
     """Most bytes that device_map "auto" uses of each device, such as {"0": 60GiB, cpu: 100GiB}; null is what is free.

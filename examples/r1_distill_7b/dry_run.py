@@ -1,7 +1,7 @@
 """A dry run at the full shape of DeepSeek-R1-Distill-Qwen-7B with 8,192 features a layer, without its weights.
 
     python examples/r1_distill_7b/dry_run.py --meta      on any machine: every tensor has a shape and no value
-    python examples/r1_distill_7b/dry_run.py --random    on a card of 80 GB: random weights, a few random texts
+    python examples/r1_distill_7b/dry_run.py --random    on a GPU of 80 GB: random weights, a few random texts
 
 ``--meta`` builds the pair with its adapters, runs every route and one step of the objective, and prints what the
 planner predicts for training and for the stages of study.py. ``--random`` measures faithfulness, makes a graph and
@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--meta", action="store_true", help="shapes alone, on any machine")
-    how.add_argument("--random", action="store_true", help="random weights, on a card")
+    how.add_argument("--random", action="store_true", help="random weights, on a GPU")
     parser.add_argument("--shape", default=SHAPE, help="7b, 14b, 1.5b, or tiny to try the script itself")
     parser.add_argument("--features", type=int, default=FEATURES)
     parser.add_argument("--device", default="cuda")

@@ -1,6 +1,6 @@
 """The paper's own model: the five published adapter sets of DeepSeek-R1-Distill-Qwen-7B (arXiv 2602.20904).
 
-    python examples/r1_distill_7b/study.py runs/r1        everything, on one card of 80 GB
+    python examples/r1_distill_7b/study.py runs/r1        everything, on one GPU of 80 GB
     python examples/r1_distill_7b/study.py runs/r1 --stages open faithfulness   L0 against the number in each name
     python examples/r1_distill_7b/study.py runs/r1 --table                      the table of what was measured so far
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tl_adapters.adapters import active_features
+from tl_adapters.adapters.active_features import ActiveFeatures
 from tl_adapters.adapters.transcoder import TranscoderAdapter, unit_rows
 from tl_adapters.config import LocalConfig, TrainingConfig
 from tl_adapters.local_stage.encoder_fit import Encoder, fit_encoder
@@ -200,6 +202,29 @@ def test_penalties_have_slope_1_at_0_and_never_exceed_l1(kind: str) -> None:
     assert float(slope[0]) == pytest.approx(1)
     assert bool((slope >= 0).all())
     assert bool((values <= size + 1e-12).all())
+
+
+@pytest.mark.parametrize("kind", ["l1", "tanh", "log"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk"])
+def test_a_step_over_active_features_is_the_step_of_whole_products(
+    planted: Planted, activation: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"activation": activation, **({"k": 1} if "topk" in activation else {})}
+    layers = [layer_of(planted, 32, training=training, penalty=kind) for _ in range(2)]
+    for layer in layers:
+        layer.adapter.double()
+    x, d = (values[:512].double() for values in layers[0].coordinates(planted.x, planted.d))
+    passes = []
+    for layer, density in zip(layers, (0.5, 0.0), strict=True):
+        monkeypatch.setattr(active_features, "LARGEST_DENSITY", density)
+        with torch.no_grad():
+            layer.adapter.b_enc -= 1.0
+            layer.adapter.W_dec.copy_(unit_rows(layer.adapter.W_enc.T) * torch.linspace(0.1, 1, 32)[:, None])
+        terms, loss, acts = layer._loss(x, d, 0.3)
+        loss.backward()
+        passes.append((terms, [p.grad for p in layer.adapter.parameters()]))
+        assert isinstance(acts, ActiveFeatures) == (density > 0) and 0 < float(terms.l0) < 16
+    torch.testing.assert_close(*passes, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batchtopk"])

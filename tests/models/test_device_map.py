@@ -1,6 +1,6 @@
 """A pair over several devices (device_map=): all as in the same pair on one, and one error for what cannot be.
 
-The CPU and the model's files are the only devices here: several cards, and a card beside them, are untried.
+The CPU and the model's files are the only devices here: several GPUs, and a GPU beside them, are untried.
 """
 
 import hashlib

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_adapters.adapters.active_features import ActiveFeatures
@@ -74,6 +74,15 @@ def smallest_active(
         return acts.smallest(real)
     smallest = torch.where((acts > 0) & real[..., None], acts.detach(), torch.inf).amin()
     return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
+
+
+def times_active(
+    acts: Float[Tensor, "n_tokens n_features"] | ActiveFeatures,
+) -> Int[Tensor, "n_features"]:
+    """On how many tokens each feature is active."""
+    if isinstance(acts, ActiveFeatures):
+        return torch.bincount(acts.features[acts.values.detach() > 0], minlength=len(acts.decoder_norms))
+    return (acts.detach() > 0).sum(0)
 
 
 class _JumpReLU(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """The parts of a model over several devices: a device map checked, or made from the memory of this machine.
 
-A device map names a device for each part of a model that does not fit one: a card, the CPU, or "disk", where weights
+A device map names a device for each part of a model that does not fit one: a GPU, the CPU, or "disk", where weights
 stay in the model's files and are read at each use. Accelerate puts the parts there.
 """
 
@@ -132,12 +132,12 @@ def _listed(names: list[str]) -> str:
 
 
 def _device(name: str, device: str | int | torch.device) -> str | int:
-    """A device as Accelerate takes it: "disk", "cpu", the number of a card. Raises DeviceMapError, DeviceError."""
+    """A device as Accelerate takes it: "disk", "cpu", the number of a GPU. Raises DeviceMapError, DeviceError."""
     if device == DISK:
         return DISK
     if isinstance(device, bool) or not isinstance(device, str | int | torch.device) or device in (AUTO, ""):
         raise DeviceMapError(
-            f"The device map has {device!r} for {name!r}; allowed are the number of a card, the name of a device "
+            f"The device map has {device!r} for {name!r}; allowed are the number of a GPU, the name of a device "
             f'("cuda:0", "cpu") and "{DISK}".'
         )
     resolved = resolve_device(f"cuda:{device}" if isinstance(device, int) else device)
@@ -164,7 +164,7 @@ def _planned(
     options = {"no_split_module_classes": sorted(model._no_split_modules or ())}
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     limits = None
-    if max_memory is not None:  # a configuration's file has the numbers of cards as text
+    if max_memory is not None:  # a configuration's file has the numbers of GPUs as text
         limits = {int(name) if str(name).isdecimal() else name: most for name, most in max_memory.items()}
     try:
         if plan == "sequential":
@@ -176,5 +176,5 @@ def _planned(
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DeviceMapError(
             f"Accelerate makes no device map from max_memory {dict(max_memory or {})} ({error}). Its keys are numbers "
-            'of cards and "cpu", its values bytes or sizes such as "20GiB".'
+            'of GPUs and "cpu", its values bytes or sizes such as "20GiB".'
         ) from error

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_adapters.adapters.activation_functions import smallest_active, step
+from tl_adapters.adapters.activation_functions import smallest_active, step, times_active
+from tl_adapters.adapters.active_features import Activations, ActiveFeatures
 from tl_adapters.adapters.transcoder import TranscoderAdapter, unit_rows
 from tl_adapters.config import LocalConfig, Penalty, TrainingConfig
 from tl_adapters.local_stage.encoder_fit import Encoder
@@ -43,7 +44,7 @@ class LocalTerms(NamedTuple):
     """Which features are active on some token of the step, [n_features]."""
 
 
-def penalty(size: Float[Tensor, "n n_features"], kind: Penalty) -> Float[Tensor, "n n_features"]:
+def penalty(size: Float[Tensor, "*n"], kind: Penalty) -> Float[Tensor, "*n"]:
     """The penalty of activations in decoder-norm units: the activations (L1), or a function that grows more slowly.
 
     tanh and log have slope 1 at 0, as L1 has, and hardly shrink large activations.
@@ -117,21 +118,23 @@ class LocalLayer:
         self.adapter.settle_threshold(smallest_active(acts, real), THRESHOLD_RATE)
         return terms
 
-    def _loss(self, x: Tensor, d: Tensor, weight: float) -> tuple[LocalTerms, Tensor, Tensor]:
+    def _loss(self, x: Tensor, d: Tensor, weight: float) -> tuple[LocalTerms, Tensor, Activations]:
         adapter, energy = self.adapter, d.square().sum(1).mean()
         with _training(adapter, len(x)):
-            acts = adapter.encode(x)
-        error = (adapter.decode(acts) - d).square().sum(1).mean() / energy
+            acts, output = adapter.run(x)
+        error = (output - d).square().sum(1).mean() / energy
         if adapter.activation == "relu":
-            sparsity = penalty(acts * adapter.decoder_norms(), self.local.penalty).sum(1).mean() / energy
+            norms = adapter.decoder_norms(acts)
+            written = acts.values * norms[acts.features] if isinstance(acts, ActiveFeatures) else acts * norms
+            sparsity = penalty(written, self.local.penalty).sum() / (len(x) * energy)
         elif adapter.activation == "jumprelu":
             pre = torch.addmm(adapter.b_enc, x, adapter.W_enc)
             sparsity = step(pre, adapter.threshold, adapter.bandwidth).sum(1).mean()
         else:
             sparsity = torch.zeros_like(error)
-        active = acts.detach() > 0
-        terms = LocalTerms(error.detach(), sparsity.detach(), active.sum(1).float().mean(), active.any(0))
-        return terms, error + weight * sparsity, acts.detach()
+        firings = times_active(acts)
+        terms = LocalTerms(error.detach(), sparsity.detach(), firings.sum() / len(x), firings > 0)
+        return terms, error + weight * sparsity, acts
 
     # -- single features ----------------------------------------------------------------------------------------------
 
@@ -182,10 +185,10 @@ class LocalLayer:
 
 @contextmanager
 def _training(adapter: TranscoderAdapter, n: int) -> Iterator[None]:
-    """The adapter trains on n tokens, which batchtopk chooses among."""
+    """The adapter trains on n tokens, which batchtopk chooses among; products may run over active features alone."""
     adapter.training_tokens = torch.ones(n, dtype=torch.bool, device=adapter.W_enc.device)
-    adapter.n_training_tokens = n
+    adapter.n_training_tokens, adapter.over_active = n, True
     try:
         yield
     finally:
-        adapter.training_tokens = adapter.n_training_tokens = None
+        adapter.training_tokens, adapter.n_training_tokens, adapter.over_active = None, None, False
