@@ -367,7 +367,7 @@ EDITS = {
     "added": {"value": 0.5},
     "patched": {"source": {1: torch.full((1, 11, 16), 0.25, dtype=torch.float64)}},
     "inserted": {"factor": 2.0},
-    "negated": {"scale": -1.0},
+    "negated": {"factor": -1.0},
 }
 
 
