@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from recorded import record, timing_options, value_and_range
+from recorded import ratio_in_turns, record, timing_options, value_and_range
 from training_step import Size, Step, made, our_step, seconds, their_step
 
 SERIES: dict[str, tuple[int, ...]] = {
@@ -53,16 +53,10 @@ def timed(quantity: str, values: Sequence[int], repeats: int) -> Runs:
     return found
 
 
-def over(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
-    """The ratio of two sides that took turns."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    return value_and_range(statistics.median(ratios), ratios)
-
-
 def relative(runs: Runs, standard: int) -> dict[str, dict[str, Any]]:
     """Value and side -> the time over that of our step at the standard value."""
     return {
-        str(value): {side: over(taken, runs[standard]["ours"]) for side, taken in sides.items()}
+        str(value): {side: ratio_in_turns(taken, runs[standard]["ours"]) for side, taken in sides.items()}
         for value, sides in runs.items()
     }
 
@@ -72,7 +66,7 @@ def block(runs: dict[str, Runs]) -> dict[str, Any]:
     features = runs["features"]
     standard = [taken for name, of in runs.items() for taken in of[getattr(STANDARD, name)]["ours"]]
     return {
-        "features_x16": over(features[8192]["ours"], features[512]["ours"]),
+        "features_x16": ratio_in_turns(features[8192]["ours"], features[512]["ours"]),
         "series": {name: relative(of, getattr(STANDARD, name)) for name, of in runs.items()},
         "seconds": value_and_range(statistics.median(standard), standard),
     }

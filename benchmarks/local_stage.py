@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from large_pair import random_documents
-from recorded import record, timing_options, value_and_range
+from recorded import ratio_in_turns, record, timing_options
 from resources import measured
 from training_step import DENSITY, Size, all_cuts, made, our_step, seconds
 from training_step import memory as memory_end_to_end
@@ -98,8 +98,7 @@ def block(case: str, repeats: int, threads: int) -> dict[str, Any]:
     found = times(CASES[case], repeats)
 
     def ratio(above: str, below: str) -> dict[str, Any]:
-        ratios = [a / b for a, b in zip(found[above], found[below], strict=True)]
-        return value_and_range(statistics.median(ratios), ratios)
+        return ratio_in_turns(found[above], found[below])
 
     return {
         "over_end_to_end": ratio("local", "end_to_end"),

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,12 @@ def timing_options(about: str, blocks: str, repeats: int = 5) -> argparse.Argume
 def value_and_range(value: float, values: Sequence[float]) -> dict[str, Any]:
     """A value over all runs, with its lowest and highest value in one of them."""
     return {"value": value, "range": [min(values), max(values)]}
+
+
+def ratio_in_turns(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
+    """The median ratio, with its range, of two sides that took turns."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    return value_and_range(statistics.median(ratios), ratios)
 
 
 def command() -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from hf_objective import HFObjective, take_step
 from large_pair import install_adapters, pair_of_configuration, random_documents, random_models
-from recorded import record, timing_options, value_and_range
+from recorded import ratio_in_turns, record, timing_options
 from resources import measured
 from step_products import StepProducts
 from transformers import Qwen2Config
@@ -150,8 +150,7 @@ def block(case: str, repeats: int, threads: int) -> dict[str, Any]:
     found = times(CASES[case], repeats)
 
     def ratio(above: str, below: str) -> dict[str, Any]:
-        ratios = [a / b for a, b in zip(found[above], found[below], strict=True)]
-        return value_and_range(statistics.median(ratios), ratios)
+        return ratio_in_turns(found[above], found[below])
 
     return {
         "speed": ratio("reference", "ours"),

@@ -141,9 +141,8 @@ def _named_weights(value: Any) -> Any:
 
 
 def _dtype_name(value: Any) -> Any:
-    return (
-        str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
-    )  # of torch, not imported here
+    """A dtype of torch by its name, whose class is known by its own, since torch is not imported here."""
+    return str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
 
 
 TooLong = Literal["truncate", "drop", "refuse"]

@@ -67,17 +67,15 @@ class _HookedPasses(CachedPasses):
         groups = groups_of_lengths(mask.sum(1).tolist())
         if len(groups) == 1:
             return self._read(self.cache, tokens, mask)
-        logits = torch.empty(0)
+        logits = []
         for rows in groups:
             part, width = self._empty_cache(len(rows)), int(mask[rows].sum(1).max())
-            found = self._read(part, tokens[rows, -width:], mask[rows, -width:])
-            logits = logits if len(logits) else found.new_empty(len(tokens), *found.shape[1:])
-            logits[rows] = found
+            logits.append(self._read(part, tokens[rows, -width:], mask[rows, -width:]))
             for whole, read in zip(self.cache.entries, part.entries, strict=True):
                 whole.past_keys = _with_rows(whole.past_keys, read.past_keys, rows, mask.shape)
                 whole.past_values = _with_rows(whole.past_values, read.past_values, rows, mask.shape)
         self.cache.previous_attention_mask = mask
-        return logits
+        return torch.cat(logits)[torch.tensor([row for rows in groups for row in rows]).argsort()]
 
     def _empty_cache(self, n_rows: int) -> Any:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
