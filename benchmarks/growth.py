@@ -1,4 +1,4 @@
-"""How the time of a training step grows: ``python benchmarks/growth.py``, some fifteen minutes.
+"""How the time of a training step grows: ``python benchmarks/growth.py``, two to fifteen minutes, by the machine.
 
 A step is that of `training_step`, at the middle cut. Features, tokens of the document, layers and vocabulary grow in
 turn, while all else stays at the standard case: 1,024 features, 512 tokens, 6 layers and a vocabulary of 4,096. Beside

@@ -65,10 +65,8 @@ def memory_of_a_step(block: dict[str, Any]) -> Plot:
     )  # fmt: skip
 
 
-def growth_of_a_step(block: dict[str, Any], quantity: str) -> Plot | None:
-    """Time of a step over that at the standard case, by one quantity; None where it is not recorded."""
-    if "series" not in block:  # recorded before there were any
-        return None
+def growth_of_a_step(block: dict[str, Any], quantity: str) -> Plot:
+    """Time of a step over that at the standard case, by one quantity."""
     series, lines = block["series"][quantity], []
     for side, label in (("ours", "our step"), ("reference", "the formulas")):
         figures = [sides[side] for sides in series.values()]

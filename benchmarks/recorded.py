@@ -13,6 +13,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import torch
 from tl_adapters.utils.results import read_results, versions, write_results
 
 FOLDER = Path(__file__).resolve().parent
+PRODUCT_SIZE = 512
+"""Rows and columns of the matrices by which `product_speed` is measured."""
 
 
 def record(
@@ -100,7 +103,25 @@ def commit() -> str:
 
 def machine() -> dict[str, Any]:
     """What running times depend on; nothing that identifies the machine."""
-    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "gflops": product_speed(),
+    }
+
+
+def product_speed() -> float:
+    """Billions of operations per second of float32 products on the CPU, with the threads of this process.
+
+    Ratios of times depend on it: the faster the products are, the more everything beside them counts.
+    """
+    factor, seconds = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE), list[float]()
+    for _ in range(10):
+        started = time.perf_counter()
+        torch.mm(factor, factor)
+        seconds.append(time.perf_counter() - started)
+    return 2 * PRODUCT_SIZE**3 / min(seconds) / 1e9
 
 
 def here() -> dict[str, Any]:

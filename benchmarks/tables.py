@@ -365,8 +365,6 @@ def growth_plot(quantity: str) -> str:
 
 def by_growth(growth: dict[str, Any]) -> str:
     """The time of a step over that at the standard case, as plots and as a table."""
-    if "series" not in growth:  # recorded before there were any
-        return NOT_MEASURED
     series = growth["series"]
     plots = [f"![Time of a step by {QUANTITY_NAMES[name]}]({growth_plot(name)}.svg)\n" for name in series]
     rows = [
@@ -448,6 +446,8 @@ def provenance(*blocks: dict[str, Any] | None) -> str:
             continue
         machine, versions = block["machine"], block["versions"]
         on = f"{machine['cores']} cores, {machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}"
+        if "gflops" in machine:
+            on += f", {machine['gflops']:.0f} GFLOP/s"
         commits = {commit[:7] + "+" * commit.endswith("+") for commit in block["commits"]}
         with_versions = ", ".join(f"{package} {versions[package]}" for package in ("torch", "transformers"))
         rows.append([name, f"`{block['command']}`", on, with_versions, ", ".join(sorted(commits))])

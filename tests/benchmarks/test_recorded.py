@@ -55,7 +55,8 @@ def test_a_benchmark_replaces_its_own_block_only(tmp_path: Path) -> None:
     assert ours is not None and other is not None
     assert ours["c"] == 3 and "a" not in ours and ours["commits"] == [commit()]
     assert other["b"] == 2 and other["commits"] == ["abc", "abd"]
-    assert set(ours["machine"]) == {"cores", "threads", "torch"} and "torch" in ours["versions"]
+    assert set(ours["machine"]) == {"cores", "threads", "torch", "gflops"} and "torch" in ours["versions"]
+    assert ours["machine"]["gflops"] > 0
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
 
 

@@ -80,12 +80,6 @@ def test_growth_is_relative_to_our_step_at_the_standard_case(tmp_path: Path) -> 
         assert "our step" in drawn and "the formulas" in drawn
 
 
-def test_growth_without_series_has_neither_table_nor_plots(tmp_path: Path) -> None:
-    record("growth", {"features_x16": {"value": 1.0, "range": [1.0, 1.0]}}, folder=tmp_path)
-    assert tables.NOT_MEASURED in page("growth", tmp_path)
-    assert plots.drawn(tables.growth_plot("layers"), tmp_path) is None
-
-
 def test_the_local_stage_reads_as_many_new_tokens_as_a_step_draws() -> None:
     pair, _ = local_stage.made(SMALL)
     stage = local_stage.stage_of(pair, SMALL)
