@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.random_models import random_batch, random_model, randomise
 
 from tl_adapters.config import LossWeights
-from tl_adapters.models.attention import FusedAttention
+from tl_adapters.models.components import FusedAttention
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.training.objective import reference_step, shared_prefix_step
 

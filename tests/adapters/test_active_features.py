@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tl_adapters.adapters import active_features
 from tl_adapters.adapters.activation_functions import smallest_active
-from tl_adapters.adapters.active_features import ActiveFeatures, active_pairs
+from tl_adapters.adapters.active_features import ActiveFeatures, flat_indices
 from tl_adapters.adapters.l0 import active_counts
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.config import ActivationName
@@ -88,13 +88,36 @@ def test_activations_as_a_list_are_the_activations(activation: ActivationName, n
         torch.testing.assert_close(smallest_active(active, real), smallest_active(whole, real))
 
 
-def test_pairs_are_those_of_nonzero() -> None:
+def test_indices_are_those_of_nonzero() -> None:
     generator = torch.Generator().manual_seed(0)
     for width, density in ((8, 0.5), (24, 0.02), (23, 0.3), (16, 0.0), (16, 1.0)):
         active = torch.rand(7, width, generator=generator) < density
-        for made in (active, active.T.contiguous().T):
-            found, expected = active_pairs(made), active.nonzero(as_tuple=True)
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        found = flat_indices(active)
+        assert found is not None and torch.equal(found, active.flatten().nonzero()[:, 0])
+
+
+def test_indices_are_not_listed_where_most_are_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(active_features, "LARGEST_DENSITY", 0.1)
+    active = torch.zeros(4, 80, dtype=torch.bool)
+    active[:, :64:8] = True  # a tenth, each in a run of its own
+    assert flat_indices(active) is not None
+    active[0, 72] = True
+    assert flat_indices(active) is None
+
+
+def test_a_feature_is_active_above_zero_and_where_it_is_nan() -> None:
+    adapter, x = make(), torch.zeros(1, 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        adapter.b_enc.fill_(-1.0)
+        adapter.W_enc.zero_()[0, :3] = torch.tensor([1.0, 1.0 + 1e-15, 1.0 - 1e-15], dtype=x.dtype)
+        x[0, 2, 0], x[0, 4, 0] = 1.0, torch.nan
+    adapter.over_active = True
+    acts, _ = adapter.run(x)
+    assert isinstance(acts, ActiveFeatures)
+    at_two = acts.tokens == 2
+    assert acts.features[at_two].tolist() == [1] and 0 < float(acts.values[at_two].detach()) < 2e-15
+    assert (acts.tokens[~at_two] == 4).all() and acts.values[~at_two].isnan().all()
+    assert len(acts.values) == 1 + adapter.n_features
 
 
 def test_an_adapter_without_active_features_writes_its_bias_and_learns_it_alone() -> None:

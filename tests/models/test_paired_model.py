@@ -13,8 +13,7 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.architectures import UnsupportedModelError
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.interventions import feature_edits
-from tl_adapters.models.attention import FusedAttention
-from tl_adapters.models.hooked_transformer import build_hooked_transformer, tl_config
+from tl_adapters.models.hooked_transformer import OURS, build_hooked_transformer, tl_config
 from tl_adapters.models.paired_model import PairedModel
 
 Models = tuple[PreTrainedModel, PreTrainedModel]
@@ -23,10 +22,11 @@ LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]])
 
 
 def stock(hf: PreTrainedModel) -> HookedTransformer:
-    """A HookedTransformer with its own weights and stock attention."""
+    """A HookedTransformer with its own weights and stock components."""
     model = build_hooked_transformer(copy.deepcopy(hf))
-    for block in model.blocks:
-        block.attn.__class__ = FusedAttention.__mro__[1]
+    for module in model.modules():
+        if type(module) in OURS.values():
+            module.__class__ = type(module).__mro__[1]
     return model
 
 

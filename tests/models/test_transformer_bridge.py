@@ -312,7 +312,7 @@ def test_every_module_imports_but_those_of_the_hooked_transformer() -> None:
     if default_backend() == "hooked":
         assert not failed
         return
-    hooked = {"generation.direct_layers", "models.attention", "models.hooked_transformer"}
+    hooked = {"generation.direct_layers", "models.components", "models.hooked_transformer"}
     assert failed == {f"tl_adapters.{name}" for name in hooked}
     with pytest.raises(UnsupportedModelError, match="backend='bridge', or install 'transformer-lens<4'"):
         build_model(random_model(1), backend="hooked")

@@ -66,7 +66,7 @@ Activations = Tensor | ActiveFeatures
 def run_over_active(
     x: Float[Tensor, "*batch d_model"],
     weights: tuple[Tensor, Tensor, Tensor, Tensor],
-    activate: Callable[[Float[Tensor, "n n_features"]], Float[Tensor, "n n_features"]],
+    activate: Callable[[Float[Tensor, "n n_features"]], Float[Tensor, "n n_features"]] | None,
     tokens_at_once: int,
 ) -> tuple[ActiveFeatures, Float[Tensor, "*batch d_model"]] | None:
     """Activations and output of an adapter; None where more than `LARGEST_DENSITY` of its features are active.
@@ -74,39 +74,59 @@ def run_over_active(
     Args:
         x: what the adapter reads.
         weights: W_enc [d_model, n_features], b_enc [n_features], W_dec [n_features, d_model] and b_dec [d_model].
-        activate: the activation function, which leaves a pre-activation as it is or makes it 0.
+        activate: the activation function, which leaves a pre-activation as it is or makes it 0; None is relu.
         tokens_at_once: the number of tokens for which all features are computed at a time.
     """
     flat, (W_enc, b_enc, _, _) = x.flatten(0, -2), weights
     tokens, features, values = [], [], []
     n_active = n_computed = 0
     for start in range(0, len(flat), tokens_at_once):
-        with torch.no_grad():
-            acts = activate(torch.addmm(b_enc, flat[start : start + tokens_at_once], W_enc))
-        active = acts != 0  # NaN is among them, so that it is not lost
-        n_active, n_computed = n_active + int(active.count_nonzero()), n_computed + acts.numel()
-        if n_active > LARGEST_DENSITY * n_computed:
+        rows = flat[start : start + tokens_at_once]
+        found = _active_entries(rows, W_enc, b_enc, activate)
+        n_active, n_computed = n_active + (0 if found is None else len(found[0])), n_computed + len(rows) * len(b_enc)
+        if found is None or n_active > LARGEST_DENSITY * n_computed:
             return None
-        token, feature = active_pairs(active)
-        values.append(acts[token, feature])
-        tokens.append(token + start)
-        features.append(feature)
+        tokens.append(found[0] + start)
+        features.append(found[1])
+        values.append(found[2])
     pairs = (torch.cat(tokens), torch.cat(features))
     entries, norms, output = _OverActive.apply(flat, *weights, torch.cat(values), *pairs)
     return ActiveFeatures(entries, *pairs, norms, x.shape[:-1]), output.view(x.shape)
 
 
-def active_pairs(active: Bool[Tensor, "n_tokens n_features"]) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
-    """Token and feature of every True, ordered by token, then feature."""
-    if active.shape[1] % 8 or not active.is_contiguous():
-        tokens, features = active.nonzero(as_tuple=True)
-        return tokens, features
+@torch.no_grad()
+def _active_entries(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, activate: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Token, feature and activation of every active pair, as `run_over_active` takes them; None where most are active.
+
+    NaN is active, so that it is not lost.
+    """
+    if activate is None:
+        # That pre + b > 0 is seen from pre alone. Sums and zeros for all features would take longer than the product.
+        table = x @ W_enc
+        active = torch.le(table, -b_enc).logical_not_()
+    else:
+        table = activate(torch.addmm(b_enc, x, W_enc))
+        active = table != 0
+    if (flat := flat_indices(active)) is None:
+        return None
+    tokens = flat // active.shape[1]
+    features = flat - tokens * active.shape[1]
+    values = table.view(-1)[flat]
+    return tokens, features, values if activate is not None else values + b_enc[features]
+
+
+def flat_indices(active: Bool[Tensor, "n_tokens n_features"]) -> Int[Tensor, "n"] | None:
+    """The indices of all True in the flattened tensor, ascending; None where far more than `LARGEST_DENSITY` are."""
+    if active.shape[1] % 8:
+        return active.flatten().nonzero()[:, 0]
     # Most runs of eight bytes are zero, and eight bytes are compared with zero at once.
     words = active.view(torch.int64).flatten().nonzero()[:, 0]
+    if len(words) > LARGEST_DENSITY * active.numel():
+        return None
     rows, columns = active.view(-1, 8)[words].nonzero(as_tuple=True)
-    flat = words[rows] * 8 + columns
-    tokens = flat // active.shape[1]
-    return tokens, flat - tokens * active.shape[1]
+    return words[rows] * 8 + columns
 
 
 class _OverActive(torch.autograd.Function):

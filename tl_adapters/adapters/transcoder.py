@@ -172,7 +172,8 @@ class TranscoderAdapter(nn.Module):
         if self.activation == "batchtopk":  # which features are active depends on all tokens together
             of_batch = lambda pre: self._activate(pre.unflatten(0, x.shape[:-1])).flatten(0, -2)  # noqa: E731
             return run_over_active(x, weights, of_batch, max(1, x.shape[:-1].numel()))
-        return run_over_active(x, weights, self._activate, max(1, ACTS_AT_ONCE // self.n_features))
+        activate = None if self.activation == "relu" else self._activate
+        return run_over_active(x, weights, activate, max(1, ACTS_AT_ONCE // self.n_features))
 
     def _may_run_over_active(self, x: Tensor) -> bool:
         """Whether a pass with gradients is asked for that `run_over_active` computes as `encode` and `decode` do."""

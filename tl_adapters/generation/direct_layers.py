@@ -24,8 +24,8 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.generation.direct_attention import DirectAttention, Step, rotate, signed
-from tl_adapters.models.attention import FusedAttention
-from tl_adapters.models.hooked_transformer import OffsetRMSNorm, RoutedGatedMLP
+from tl_adapters.models.components import FusedAttention, FusedRMSNorm, OffsetRMSNorm
+from tl_adapters.models.hooked_transformer import RoutedGatedMLP
 from tl_adapters.models.routed_mlp import MLPWeights
 from tl_adapters.utils.precision import at_least_float32
 
@@ -43,6 +43,7 @@ BLOCK_OPTIONS = (
 """Options of a model's configuration with which a block computes something else than a direct layer."""
 KNOWN_MODULES = {
     FusedAttention,
+    FusedRMSNorm,
     GatedMLP,
     HookPoint,
     OffsetRMSNorm,

@@ -2,9 +2,9 @@
 
 * `adapter_checks`: whether adapters were trained with this target and base, and the scale of their input
 * `attach`: adapters put into a TransformerLens model that the user already has, and taken out again
-* `attention`: attention of a HookedTransformer: the fused kernel, and masks that only the caller sets
 * `backend`: the interface that a TransformerLens model must offer to carry a pair
 * `build`: a TransformerLens model made of a Hugging Face model, and the backend of an existing one
+* `components`: attention, norms and unembedding of a HookedTransformer in fewer passes, where no hook looks inside
 * `finite_activations`: checks that activations hold neither NaN nor infinity
 * `hf_outputs`: what the Hugging Face models compute on a few tokens, recorded before TransformerLens changes them
 * `hooked_transformer`: HookedTransformer as a backend, made of a Hugging Face model's own weights

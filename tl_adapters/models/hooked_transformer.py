@@ -4,22 +4,24 @@
    names, and reasoning models are rarely on it.
 2. Parameters are views of the model's weights, in nn.Linear's layout. No weight is held twice, and the copies that
    stock components make of transposed weights at every call cost nothing.
-3. Attention runs in a fused kernel unless a hook reads scores or patterns; then the stock code runs
-   (`attention`).
+3. Components compute in fewer passes where no hook looks inside (`components`): attention runs in a fused kernel
+   unless a hook reads scores or patterns; then the stock code runs.
 
 TransformerLens 4 has no HookedTransformer; there `transformer_bridge` is used.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.components import RMSNorm
+from transformer_lens.components import GroupedQueryAttention, RMSNorm, Unembed
 from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.hook_points import HookPoint
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,10 +30,21 @@ from tl_adapters.checkpoints.architectures import UnsupportedModelError, find_ar
 from tl_adapters.checkpoints.model_checks import mlp_activation, require_representable, rope_parameters
 from tl_adapters.checkpoints.model_files import PROJECTIONS
 from tl_adapters.checkpoints.tokenizers import give_tokenizer
-from tl_adapters.models.attention import FusedAttention, without_padding_inference
 from tl_adapters.models.backend import Backend
+from tl_adapters.models.components import (
+    FusedAttention,
+    FusedRMSNorm,
+    LeanUnembed,
+    OffsetRMSNorm,
+    dtype_of_norms,
+)
 from tl_adapters.models.routed_mlp import MLPWeights, RoutedMLP, WeightsProcessedError, require_unrouted
 from tl_adapters.utils.precision import float32_logits, linear_in_float32
+
+log = logging.getLogger(__name__)
+
+OURS: dict[type, type] = {GroupedQueryAttention: FusedAttention, RMSNorm: FusedRMSNorm, Unembed: LeanUnembed}
+"""Components of TransformerLens, and what takes their place."""
 
 
 def tl_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> HookedTransformerConfig:
@@ -96,9 +109,7 @@ def build_hooked_transformer(
         model = HookedTransformer(cfg, None, move_to_device=False)
     offset = bool(architecture.norm_offset)
     state = {
-        name: tensor.detach().to(
-            cfg.device, _dtype_of_norms(cfg.dtype) if offset and name.endswith(".w") else cfg.dtype
-        )
+        name: tensor.detach().to(cfg.device, dtype_of_norms(cfg.dtype) if offset and name.endswith(".w") else cfg.dtype)
         for name, tensor in convert(hf_model, cfg).items()
     }
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
@@ -109,35 +120,16 @@ def build_hooked_transformer(
         )
     if tokenizer is not None:
         give_tokenizer(model, tokenizer)
-    for block in model.blocks:
-        block.attn.__class__ = FusedAttention
     model.generation_config = hf_model.generation_config  # end tokens and sampling options, which `generation` reads
     for module in model.modules():
-        if offset and type(module) is RMSNorm:
-            module.__class__ = OffsetRMSNorm
+        if type(module) in OURS:
+            module.__class__ = OffsetRMSNorm if offset and type(module) is RMSNorm else OURS[type(module)]
         # Parameters have the device of the weights; buffers (rotary tables) were made on the CPU by the constructor.
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(cfg.device))
     if weight.device.type != "meta":
         _require_rotary(model, hf_model)
     return model.requires_grad_(False).eval()
-
-
-class OffsetRMSNorm(RMSNorm):
-    """Gemma's norm, which multiplies by 1 + w in float32 before it casts; `w` is that factor, in float32 at least.
-
-    Stock RMSNorm multiplies after the cast, in the model's dtype: in bfloat16 that rounds 1 + w and the product.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As RMSNorm.forward."""
-        x = x.to(_dtype_of_norms(x.dtype))
-        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
-        return (self.hook_normalized(x / scale) * self.w).to(self.cfg.dtype)
-
-
-def _dtype_of_norms(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _require_rotary(model: HookedTransformer, hf_model: PreTrainedModel) -> None:
@@ -158,6 +150,85 @@ def _require_rotary(model: HookedTransformer, hf_model: PreTrainedModel) -> None
                 f"difference {float((ours[position].float() - theirs[position].float()).abs().max()):.2g}): its "
                 "frequencies were changed or rounded. Load it anew, with dtype= in from_pretrained in place of a cast."
             )
+
+
+class NoPaddingInference:
+    """A mixin before a HookedTransformer's class: token ids without an attention mask are all real.
+
+    Stock TransformerLens infers padding then: its forward pass (and run_with_cache) treats pad tokens at the beginning
+    as padding where the tokenizer pads on the left, and ``generate`` those at the beginning or the end, whichever side
+    the tokenizer pads. So a prompt that begins with the pad token (which may be the BOS token) loses it. While adapters
+    are attached, all token ids given are real. Texts are padded and masked as in stock TransformerLens, since their
+    padding is known.
+    """
+
+    tokenizer: Any
+
+    def input_to_embed(self, input: Any, *args: Any, attention_mask: Any = None, **options: Any) -> Any:
+        """As HookedTransformer.input_to_embed, with all token ids real where no mask is given."""
+        if isinstance(input, Tensor) and attention_mask is None and self.tokenizer is not None:
+            tokens = input if input.ndim > 1 else input[None]
+            if self.tokenizer.padding_side == "left":
+                _warn_of_padding(tokens, self.tokenizer.pad_token_id)
+            attention_mask = torch.ones_like(tokens)
+            if self.tokenizer.padding_side != "left" and options.get("past_kv_cache") is None:
+                attention_mask = None  # the same result, in the faster attention
+        return super().input_to_embed(input, *args, attention_mask=attention_mask, **options)  # type: ignore[misc]
+
+    def generate(self, input: Any = "", *args: Any, **options: Any) -> Any:
+        """As HookedTransformer.generate, with all token ids real."""
+        if not isinstance(input, Tensor) or input.is_floating_point() or self.tokenizer is None:
+            return super().generate(input, *args, **options)  # type: ignore[misc]
+        _warn_of_padding(input if input.ndim > 1 else input[None], self.tokenizer.pad_token_id)
+        with self._without_pad_token():
+            return super().generate(input, *args, **options)  # type: ignore[misc]
+
+    @contextmanager
+    def _without_pad_token(self) -> Iterator[None]:
+        tokenizer, self.tokenizer = self.tokenizer, _NoPadToken(self.tokenizer)
+        try:
+            yield
+        finally:
+            self.tokenizer = tokenizer
+
+
+class _NoPadToken:
+    """A tokenizer whose pad token is an id that no text has; everything else is the wrapped tokenizer's."""
+
+    pad_token_id = -1
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.__dict__["tokenizer"] = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["tokenizer"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["tokenizer"], name, value)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.__dict__["tokenizer"](*args, **options)
+
+
+def _warn_of_padding(tokens: Tensor, pad: int | None) -> None:
+    """Warn where some rows begin with the pad token and others do not, which looks like padding."""
+    if pad is not None and len(tokens) > 1 and 0 < int((tokens[:, 0] == pad).sum()) < len(tokens):
+        log.warning(
+            "Some rows of the token ids begin with the pad token, and no attention_mask was given, so they are read as "
+            "tokens. If they are padding, give attention_mask= or texts (to generate: completions.complete)."
+        )
+
+
+def without_padding_inference(cls: type) -> type:
+    """The subclass of a HookedTransformer class that infers no padding, the same for every model and every copy."""
+    if issubclass(cls, NoPaddingInference):
+        return cls
+    if cls not in _SUBCLASSES:
+        _SUBCLASSES[cls] = type(cls.__name__, (NoPaddingInference, cls), {"__module__": cls.__module__})
+    return _SUBCLASSES[cls]
+
+
+_SUBCLASSES: dict[type, type] = {}
 
 
 class RoutedGatedMLP(RoutedMLP, GatedMLP):
