@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.models.components import FusedAttention, FusedRMSNorm, LeanUnembed
+from tl_adapters.models.components import FusedAttention, FusedBlock, FusedRMSNorm, LeanUnembed
 from tl_adapters.models.hooked_transformer import OURS, build_hooked_transformer
 
 
@@ -102,6 +102,35 @@ def test_rotations_beyond_the_table_and_under_a_mask_are_the_stock_ones(model: H
     whole = attn.apply_rotary(x, 0)
     attn.rotary_cos, attn.rotary_sin = attn.rotary_cos[:2], attn.rotary_sin[:2]
     torch.testing.assert_close(attn.apply_rotary(x, 0), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_a_block_normalizes_its_input_once_and_is_the_stock_block(model: HookedTransformer) -> None:
+    block, x = model.blocks[0], inputs(2, 5, model.cfg.d_model)
+    assert type(block) is FusedBlock
+    calls = list[int]()
+    block.ln1.register_forward_hook(lambda *args: calls.append(1))
+    same_value_and_gradient(block, x, block)
+    assert len(calls) == 1 + 3  # ours, then the stock block's
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    same_value_and_gradient(block, x, lambda x: block(x, attention_mask=mask))
+
+
+def test_a_hook_in_a_blocks_first_norm_is_called_as_in_the_stock_block(model: HookedTransformer) -> None:
+    calls = list[int]()
+    model.blocks[0].ln1.hook_scale.add_hook(lambda value, hook: calls.append(1))
+    model(torch.tensor([[1, 2, 3]]))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "point", ["hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "ln2.hook_scale"]
+)
+def test_hooks_of_a_block_change_it_as_they_change_the_stock_block(model: HookedTransformer, point: str) -> None:
+    block, x = model.blocks[0], inputs(2, 5, model.cfg.d_model)
+    before = block(x)
+    block.get_submodule(point).add_hook(lambda value, hook: value * 1.5)
+    same_value_and_gradient(block, x, block)
+    assert (block(x) - before).abs().max() > 1e-2
 
 
 def test_logits_without_a_bias_and_with_one_are_the_stock_ones(model: HookedTransformer) -> None:

@@ -24,25 +24,16 @@ from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.generation.direct_attention import DirectAttention, Step, rotate, signed
-from tl_adapters.models.components import FusedAttention, FusedRMSNorm, OffsetRMSNorm
+from tl_adapters.models.components import FusedAttention, FusedBlock, FusedRMSNorm, OffsetRMSNorm, is_plain
 from tl_adapters.models.hooked_transformer import RoutedGatedMLP
 from tl_adapters.models.routed_mlp import MLPWeights
 from tl_adapters.utils.precision import at_least_float32
 
 FREE_POINTS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 """Hook points of a block whose hooks a direct layer calls."""
-BLOCK_OPTIONS = (
-    "use_attn_in",
-    "use_split_qkv_input",
-    "use_hook_mlp_in",
-    "use_attn_result",
-    "ungroup_grouped_query_attention",
-    "parallel_attn_mlp",
-    "attn_only",
-)
-"""Options of a model's configuration with which a block computes something else than a direct layer."""
 KNOWN_MODULES = {
     FusedAttention,
+    FusedBlock,
     FusedRMSNorm,
     GatedMLP,
     HookPoint,
@@ -50,7 +41,6 @@ KNOWN_MODULES = {
     RMSNorm,
     RMSNormPre,
     RoutedGatedMLP,
-    TransformerBlock,
     TranscoderAdapter,
 }
 LEAST_GROWTH, GROWTH_SHARE = 32, 8
@@ -192,9 +182,7 @@ class DirectLayer:
 def is_direct(block: Any) -> bool:
     """Whether a `DirectLayer` computes what this block does: one that `build_hooked_transformer` made, unchanged."""
     attn = getattr(block, "attn", None)
-    if type(block) is not TransformerBlock or type(attn) is not FusedAttention:
-        return False
-    if any(getattr(block.cfg, option) for option in BLOCK_OPTIONS) or block.cfg.n_devices != 1:
+    if type(block) is not FusedBlock or type(attn) is not FusedAttention or not is_plain(block.cfg):
         return False
     modules = [*block.modules()]
     views = (

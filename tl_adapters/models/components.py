@@ -1,8 +1,9 @@
 """Components of a HookedTransformer that compute in fewer passes over memory where no hook looks inside.
 
 `FusedAttention` computes attention through torch's fused kernel, unless a hook reads scores or patterns, and rotates
-queries and keys in place. `FusedRMSNorm` runs backward in a third of the operations. `LeanUnembed` adds no bias of
-zeros. They are classes and not patched methods, so that deepcopy and .to() keep working.
+queries and keys in place. `FusedBlock` normalizes its input once, `FusedRMSNorm` runs backward in a third of the
+operations, and `LeanUnembed` adds no bias of zeros. They are classes and not patched methods, so that deepcopy and
+.to() keep working.
 """
 
 from __future__ import annotations
@@ -12,8 +13,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformer_lens.components import GroupedQueryAttention, RMSNorm, Unembed
+from transformer_lens.components import GroupedQueryAttention, RMSNorm, TransformerBlock, Unembed
 from transformer_lens.hook_points import HookPoint
+
+BLOCK_OPTIONS = (
+    "use_attn_in",
+    "use_split_qkv_input",
+    "use_hook_mlp_in",
+    "use_attn_result",
+    "ungroup_grouped_query_attention",
+    "parallel_attn_mlp",
+    "attn_only",
+)
+"""Options of a model's configuration with which a block computes more, or something else (`is_plain`)."""
 
 
 def _hooked(*points: HookPoint) -> bool:
@@ -21,6 +33,43 @@ def _hooked(*points: HookPoint) -> bool:
     return any(
         type(p) is not HookPoint or p._forward_hooks or p._backward_hooks or p._backward_pre_hooks for p in points
     )
+
+
+class FusedBlock(TransformerBlock):
+    """TransformerBlock that normalizes its input once, and not for queries, keys and values each.
+
+    With a hook inside that norm, which the stock block calls three times, the stock block runs.
+    """
+
+    def forward(
+        self,
+        resid_pre: Tensor,
+        shortformer_pos_embed: Tensor | None = None,
+        past_kv_cache_entry: Any = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """As TransformerBlock.forward."""
+        points = (module for module in self.ln1.modules() if module is not self.ln1)
+        if shortformer_pos_embed is not None or not is_plain(self.cfg) or _hooked(*points):
+            return super().forward(resid_pre, shortformer_pos_embed, past_kv_cache_entry, attention_mask)
+        resid_pre = self.hook_resid_pre(resid_pre)
+        normalized = self.ln1(resid_pre)
+        attn_out = self.attn(
+            normalized,
+            normalized,
+            normalized,
+            past_kv_cache_entry=past_kv_cache_entry,
+            attention_mask=attention_mask,
+        )
+        if self.cfg.use_normalization_before_and_after:
+            attn_out = self.ln1_post(attn_out)
+        resid_mid = self.hook_resid_mid(resid_pre + self.hook_attn_out(attn_out))
+        return self.hook_resid_post(resid_mid + self.apply_mlp(self.ln2(resid_mid)))
+
+
+def is_plain(cfg: Any) -> bool:
+    """Whether a model's blocks compute attention, then the MLP, on one residual stream, on one device."""
+    return cfg.n_devices == 1 and not any(getattr(cfg, option) for option in BLOCK_OPTIONS)
 
 
 class FusedAttention(GroupedQueryAttention):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.components import GroupedQueryAttention, RMSNorm, Unembed
+from transformer_lens.components import GroupedQueryAttention, RMSNorm, TransformerBlock, Unembed
 from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.hook_points import HookPoint
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +33,7 @@ from tl_adapters.checkpoints.tokenizers import give_tokenizer
 from tl_adapters.models.backend import Backend
 from tl_adapters.models.components import (
     FusedAttention,
+    FusedBlock,
     FusedRMSNorm,
     LeanUnembed,
     OffsetRMSNorm,
@@ -43,7 +44,12 @@ from tl_adapters.utils.precision import float32_logits, linear_in_float32
 
 log = logging.getLogger(__name__)
 
-OURS: dict[type, type] = {GroupedQueryAttention: FusedAttention, RMSNorm: FusedRMSNorm, Unembed: LeanUnembed}
+OURS: dict[type, type] = {
+    GroupedQueryAttention: FusedAttention,
+    RMSNorm: FusedRMSNorm,
+    TransformerBlock: FusedBlock,
+    Unembed: LeanUnembed,
+}
 """Components of TransformerLens, and what takes their place."""
 
 
