@@ -1,6 +1,7 @@
 """Tiny random pairs for every test, a closed network, and jaxtyping annotations that are checked."""
 
 import functools
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -28,6 +29,11 @@ from transformers import (  # noqa: E402
 
 from tl_adapters.data.traces import Batch  # noqa: E402
 from tl_adapters.models.paired_model import PairedModel  # noqa: E402
+
+
+def pytest_configure() -> None:
+    """Collect garbage less often: a full collection reads the million objects that imports leave."""
+    gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -33,6 +33,7 @@ def test_the_python_runs(
     local["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"] = organism.TARGET
     local["runs/demo"] = run
     local['"math500", pair, n=100'] = '"builtin", pair, n=24'
+    local["steps=60, polish"] = "steps=20, revisions=(0.5,), polish"
     namespace: dict[str, object] = {}
     for block in blocks("python"):
         for name, folder in local.items():
