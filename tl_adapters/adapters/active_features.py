@@ -83,8 +83,10 @@ def run_over_active(
     for start in range(0, len(flat), tokens_at_once):
         rows = flat[start : start + tokens_at_once]
         found = _active_entries(rows, W_enc, b_enc, activate)
-        n_active, n_computed = n_active + (0 if found is None else len(found[0])), n_computed + len(rows) * len(b_enc)
-        if found is None or n_active > LARGEST_DENSITY * n_computed:
+        if found is None:
+            return None
+        n_active, n_computed = n_active + len(found[0]), n_computed + len(rows) * len(b_enc)
+        if n_active > LARGEST_DENSITY * n_computed:
             return None
         tokens.append(found[0] + start)
         features.append(found[1])

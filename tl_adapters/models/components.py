@@ -1,7 +1,7 @@
 """Components of a HookedTransformer that compute in fewer passes over memory where no hook looks inside.
 
 `FusedAttention` computes attention through torch's fused kernel, unless a hook reads scores or patterns, and rotates
-queries and keys in place. `FusedBlock` normalizes its input once, `FusedRMSNorm` runs backward in a third of the
+queries and keys in fewer operations. `FusedBlock` normalizes its input once, `FusedRMSNorm` runs backward in fewer
 operations, and `LeanUnembed` adds no bias of zeros. They are classes and not patched methods, so that deepcopy and
 .to() keep working.
 """
@@ -143,7 +143,7 @@ class FusedAttention(GroupedQueryAttention):
         return z.transpose(1, 2)
 
     def apply_rotary(self, x: Tensor, past_kv_pos_offset: int = 0, attention_mask: Tensor | None = None) -> Tensor:
-        """As GroupedQueryAttention.apply_rotary; the halves of a head are rotated in place."""
+        """As GroupedQueryAttention.apply_rotary; without copies of the halves of a head."""
         stop = past_kv_pos_offset + x.shape[1]
         whole = self.cfg.rotary_dim == x.shape[-1] and not self.cfg.rotary_adjacent_pairs
         known = stop <= len(self.rotary_cos) and x.device == self.rotary_cos.device
@@ -190,7 +190,7 @@ class FusedRMSNorm(RMSNorm):
         if (
             not (torch.is_grad_enabled() and x.requires_grad)
             or weight.requires_grad
-            or x.dtype != weight.dtype
+            or (x.dtype, x.device) != (weight.dtype, weight.device)
             or x.dtype not in (torch.float32, torch.float64)
             or _hooked(self.hook_scale, self.hook_normalized)
         ):
@@ -200,19 +200,27 @@ class FusedRMSNorm(RMSNorm):
 
 
 class _RMSNorm(torch.autograd.Function):
+    """x / scale * w, where the scale is the root mean square of x, with the gradient for x alone."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-        normalized = x / scale
-        ctx.save_for_backward(normalized, weight, scale)
-        return normalized * weight
+        scale = _scale(x, eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
+        return x / scale * weight
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        normalized, weight, scale = ctx.saved_tensors
-        grad = grad_outputs[0] * weight
-        along = torch.linalg.vecdot(grad, normalized)[..., None] / grad.shape[-1]
+        x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is asked for, to which the scale belongs
+            scale = _scale(x, ctx.eps)
+        grad, normalized = grad_outputs[0] * weight, x / scale
+        along = (grad * normalized).mean(-1, keepdim=True)
         return torch.addcmul(grad, normalized, along, value=-1) / scale, None, None
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
 class OffsetRMSNorm(RMSNorm):
