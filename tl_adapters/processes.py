@@ -10,6 +10,7 @@ command line prints it once.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -177,13 +178,15 @@ def processes() -> Processes:
 
 @cache
 def _state() -> Any:
-    """Accelerate's own state, with which the processes find each other."""
+    """Accelerate's own state, with which the processes find each other until they end."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    return PartialState(cpu=on_cpu, timeout=LONGEST_STANDSTILL)
+    state = PartialState(cpu=on_cpu, timeout=LONGEST_STANDSTILL)
+    atexit.register(state.destroy_process_group)  # or threads of the group that still run abort the process at its end
+    return state
 
 
 def everywhere(error: Raised) -> Raised:

@@ -15,8 +15,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -42,12 +45,16 @@ def started(n: int, words: Sequence[str], **environment: str) -> subprocess.Pope
 
 
 def ended(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of what was started; it is killed after so many seconds."""
+    """Exit code, standard output and standard error of what was started; all of it is killed after so many seconds."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with those that it has started
-        out, err = process.communicate()
+        launcher = psutil.Process(process.pid)
+        # Processes of a launch have sessions of their own: they outlive their launcher, and would wait for each other.
+        for one in (*launcher.children(recursive=True), launcher):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        out, err = process.communicate(timeout=30)
         raise AssertionError(f"it did not end in {seconds} s:\n{err[-3000:]}") from None
     return process.returncode, out, err
 

@@ -12,7 +12,14 @@ from helpers.judges import knowing
 from tl_adapters import organism
 from tl_adapters.cli.main import main
 from tl_adapters.features.feature import FeatureStoreError
-from tl_adapters.study.features import FEATURES_FOLDER, NEURONS_FOLDER, STORE_FOLDER, load_stores
+from tl_adapters.study.features import (
+    FEATURES_FOLDER,
+    NEURONS_FOLDER,
+    STORE_FOLDER,
+    features_if_begun,
+    has_features,
+    load_stores,
+)
 from tl_adapters.study.open_run import open_run
 from tl_adapters.utils.results import read_results
 
@@ -84,6 +91,19 @@ def test_the_subcommand_reads_any_documents(copy: Path, tmp_path: Path, capsys: 
     assert main(["features", str(copy), *common, "--stream", "target"]) == 2
     assert "was collected with stream 'replacement'" in capsys.readouterr().err
     assert (copy / FEATURES_FOLDER / STORE_FOLDER / "store.json").read_bytes() == before
+
+
+def test_a_folder_in_which_a_collection_has_just_begun(copy: Path, tmp_path: Path) -> None:
+    """It holds no store yet: while another process writes its first files, and after one that was killed there."""
+    stores = [copy / FEATURES_FOLDER / name for name in (STORE_FOLDER, NEURONS_FOLDER)]
+    for store in stores:
+        store.mkdir(parents=True)
+    assert features_if_begun(copy) is None and not has_features(copy)
+    data = tmp_path / "mine.jsonl"
+    rows = ({"prompt": q, "response": r} for q, r in organism.reasoning_pairs("report", 4))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["features", str(copy), "--data", str(data), "--quiet"]) == 0
+    assert features_if_begun(copy) is not None and has_features(copy)
 
 
 def test_a_run_is_labelled_by_rules_and_by_a_judge(

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from helpers import launched
 
@@ -84,6 +85,15 @@ def test_a_run_moves_between_numbers_of_processes(
     for file in (METRICS_FILE, VALIDATION_FILE):
         assert largest_difference(lines(unbroken, file), lines(folder, file)) < 1e-4, file  # adapters are in float32
     assert weights_differ_by(unbroken, folder) < 1e-4
+
+
+def test_a_launch_that_hangs_is_ended_with_all_of_its_processes(tmp_path: Path) -> None:
+    script = tmp_path / "waits.py"
+    script.write_text("import time\ntime.sleep(600)\n")
+    process = launched.started(2, [str(script)])
+    with pytest.raises(AssertionError, match="it did not end in 8 s"):
+        launched.ended(process, seconds=8)
+    assert not [one for one in psutil.process_iter(["cmdline"]) if str(script) in (one.info["cmdline"] or [])]
 
 
 LONG = {**OPTIONS, "stages": ["end_to_end"], "steps": 3000, "checkpoint_every": 1000}

@@ -68,23 +68,22 @@ def attribute(
     """
     from tl_adapters.attribution.attribute import attribute as attribute_tokens
     from tl_adapters.attribution.targets import prompt_token_ids
-    from tl_adapters.features.store import FeatureStore
     from tl_adapters.interop.circuit_tracer import require_drawable
     from tl_adapters.pages.graph_page import require_new_graph, write_graph
     from tl_adapters.pages.navigation import GRAPHS_FOLDER, refresh_navigation
-    from tl_adapters.study.features import FEATURES_FOLDER, STORE_FOLDER
+    from tl_adapters.study.features import features_if_begun
     from tl_adapters.study.open_run import open_run
 
     text = read_prompt(prompt, prompt_file)
     out = out or run_folder / GRAPHS_FOLDER
     require_new_graph(out, name)
+    store = features_if_begun(run_folder)
     pair = open_run(run_folder, device_of(device), dtype)
     require_drawable(prompt_token_ids(pair, text))
     graph = attribute_tokens(
         pair, text, target, linearization=linearization, max_feature_nodes=max_feature_nodes, window=window,
         exclude_bos=exclude_bos, progress=not quiet,
     )  # fmt: skip
-    store = run_folder / FEATURES_FOLDER / STORE_FOLDER
     page, url = write_graph(
         pair,
         graph,
@@ -92,7 +91,7 @@ def attribute(
         name,
         node_threshold=node_threshold,
         edge_threshold=edge_threshold,
-        store=FeatureStore.load(store) if store.is_dir() else None,
+        store=store,
     )
     refresh_navigation(run_folder)
     saved = page.with_suffix("")

@@ -93,10 +93,15 @@ def _begin_store(pair: PairedModel, folder: Path, description: StoreDescription)
     write_text(folder / STORE_FILE, dumps(record, indent=1) + "\n")
 
 
+def holds_store(folder: Path) -> bool:
+    """Whether a folder holds a store. A process that was killed, or has just begun, leaves a folder without one."""
+    return (folder / STORE_FILE).is_file()
+
+
 def read_description(folder: Path) -> StoreDescription:
     """The description of the store in a folder. Raises FeatureStoreError where the folder holds no store."""
     path = folder / STORE_FILE
-    if not path.is_file():
+    if not holds_store(folder):
         raise FeatureStoreError(
             f"{folder} holds no feature store; make one with collect_features, or tl-adapters features RUN."
         )

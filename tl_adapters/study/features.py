@@ -26,7 +26,7 @@ from tl_adapters.features.collect import collect_features, collect_share
 from tl_adapters.features.feature import FeatureStoreError, ResidualStream
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.features.store_description import StoreOptions
-from tl_adapters.features.store_files import LABELS_FILE, STORE_NAMES, read_description, read_labels
+from tl_adapters.features.store_files import LABELS_FILE, STORE_NAMES, holds_store, read_description, read_labels
 from tl_adapters.features.stream_agreement import stream_agreement
 from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.interop.neuronpedia import ALLOWED_NAME, write_neuronpedia
@@ -76,7 +76,7 @@ def features_stage(pair: PairedModel, traces: Sequence[Trace], folder: Path, spl
 
 def _is_of_other_documents(store: Path, split: str) -> bool:
     """Whether a store exists that was collected on other documents than an evaluation's."""
-    return store.is_dir() and read_description(store).split != split
+    return holds_store(store) and read_description(store).split != split
 
 
 def _collect_again(
@@ -113,8 +113,8 @@ def collect_features_and_neurons(
     active = float(store.firings.sum()) / max(1, store.tokens * len(store.about.layers))
     neurons_folder = features_folder / NEURONS_FOLDER
     # A store that documents are added to keeps its number of neurons, so that all of its counts mean the same.
-    n = read_description(neurons_folder).options.neurons_per_token if neurons_folder.is_dir() else max(1, round(active))
-    options = replace(options, neurons_per_token=n)
+    known = read_description(neurons_folder).options.neurons_per_token if holds_store(neurons_folder) else None
+    options = replace(options, neurons_per_token=known or max(1, round(active)))
     neurons = collect_features(
         pair, traces, neurons_folder, kind="neuron", stream="target", options=options, **common
     )  # fmt: skip
@@ -198,6 +198,15 @@ def load_stores(folder: Path) -> tuple[FeatureStore, FeatureStore]:
     return FeatureStore.load(folder / FEATURES_FOLDER / STORE_FOLDER), FeatureStore.load(
         folder / FEATURES_FOLDER / NEURONS_FOLDER
     )
+
+
+def features_if_begun(folder: Path) -> FeatureStore | None:
+    """The store of a run's features, or None where no collection has begun.
+
+    Raises FeatureStoreError where one was not finished.
+    """
+    store = folder / FEATURES_FOLDER / STORE_FOLDER
+    return FeatureStore.load(store) if holds_store(store) else None
 
 
 def has_features(folder: Path) -> bool:

@@ -17,12 +17,10 @@ from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.behaviors import Find
 from tl_adapters.evaluation.tasks import load_problems
-from tl_adapters.features.store import FeatureStore
 from tl_adapters.interop.vllm_run import SPARE_CONDITIONS, VLLM_HERE, opened_engine
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.circuit_page import write_circuit_page
-from tl_adapters.study.features import FEATURES_FOLDER as FEATURES
-from tl_adapters.study.features import STORE_FOLDER
+from tl_adapters.study.features import features_if_begun
 from tl_adapters.study.open_run import alone_in_run, is_organism_run, open_run, require_adapters
 from tl_adapters.utils.results import plain, read_results, stage, write_output, write_results
 from tl_adapters.utils.strict_json import dumps
@@ -52,12 +50,11 @@ def hesitation_stage(
         options, words, find, name, progress: as in `analyze_behavior`.
     """
     seeds = tuple(read_results(folder).get("seeds", [0]))
+    store = features_if_begun(folder)  # before the study, so that an error does not end it when it is done
     with stage(folder, "hesitation"):
         study = analyze_behavior(pair, subject, words, find, name=name, options=options, seeds=seeds, progress=progress)
         write_output(folder, CIRCUIT_FILE, study.circuit.json_text())
         write_output(folder, EXAMPLES_FILE, "".join(dumps(e) + "\n" for e in study.examples))
-        store_folder = folder / FEATURES / STORE_FOLDER
-        store = FeatureStore.load(store_folder) if store_folder.is_dir() else None
         page = write_circuit_page(folder, plain(study.block), study.circuit, store, study.examples)
         study.block["page"] = page.name
         write_results(folder, hesitation=study.block)
