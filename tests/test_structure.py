@@ -138,6 +138,22 @@ def defined(tree: ast.Module) -> set[str]:
     return names | {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
 
 
+def test_common_options_of_the_public_interface_are_given_by_name() -> None:
+    """What many functions take is nowhere known by its place, which differs from one function to the next."""
+    common = {"tokens_per_batch", "batch_size", "seed", "progress", "dtype", "device", "n", "limit"}
+    by_place = []
+    for name, module in tl_adapters.EXPORTS.items():
+        tree = ast.parse((PACKAGE / Path(*module.split("."))).with_suffix(".py").read_text())
+        public = [node for node in tree.body if getattr(node, "name", None) == name]
+        methods = [node for one in public if isinstance(one, ast.ClassDef) for node in one.body]
+        for node in (*public, *methods):
+            if isinstance(node, ast.FunctionDef) and (node.name == "__init__" or not node.name.startswith("_")):
+                given = [argument.arg for argument in node.args.args]
+                optional = given[len(given) - len(node.args.defaults) :]
+                by_place += [f"{name}: {node.name}({argument}=)" for argument in optional if argument in common]
+    assert not by_place
+
+
 def test_a_renamed_name_still_works_and_warns() -> None:
     for old, new in tl_adapters.RENAMED.items():
         with pytest.warns(FutureWarning, match=f"{old} is now tl_adapters.{new}"):

@@ -162,7 +162,7 @@ class Study:
         if self._documents is None:
             data = RunConfig.load("openthoughts3").data if self.args.traces is None else None
             source = self.args.traces or "open-thoughts/OpenThoughts3-1.2M"
-            self._documents = load_traces(source, pair, self.args.documents, data=data, seed=1)
+            self._documents = load_traces(source, pair, n=self.args.documents, data=data, seed=1)
         return self._documents
 
     def faithfulness(self, pair: PairedModel, folder: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_stopped_run_asks_no_question_twice(token_store: MadeStore, neuron_sto
         for budget in (3, 8, 6):  # each run is stopped, in both halves of the work
             with pytest.raises(BudgetError, match=re.escape(str(tmp_path))):
                 auto_interpret(
-                    token_store, neuron_store, client(fake, cache=tmp_path, request_budget=budget), 5, progress=False
+                    token_store, neuron_store, client(fake, cache=tmp_path, request_budget=budget), n=5, progress=False
                 )
         report = auto_interpret(token_store, neuron_store, client(fake, cache=tmp_path), n=5, progress=False)
         assert len(fake.asked) == len({json.dumps(asked) for asked in fake.asked}) == 20

@@ -444,7 +444,7 @@ def test_the_builtin_subject_is_of_two_splits_and_knows_slips(kind) -> None:  # 
         assert injection.corrected(f"1+2=3:{right}.\n</think>"), "without a word too"
         assert not injection.corrected(f"Wait,1+2=3:{wrong}.\n")
         assert not injection.corrected(f"{right}+11=22.\nWait,1+2=3:{right}.\n"), "at once"
-    one, two = (builtin_subject(1, 30, kind, seed) for seed in (0, 1))
+    one, two = (builtin_subject(1, 30, kind, seed=seed) for seed in (0, 1))
     assert [i.prefill for i in one.injections] == [i.prefill for i in builtin_subject(1, 30, kind).injections]
     assert [i.prefill for i in one.injections] != [i.prefill for i in two.injections]
 

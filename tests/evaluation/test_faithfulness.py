@@ -34,7 +34,7 @@ def alone(pair: PairedModel, trace: Trace, route: str, **layers: object) -> torc
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 24, 1000])
 def test_every_kl_agrees_with_its_formula(pair: PairedModel, traces: list[Trace], tokens_per_batch: int) -> None:
-    sums = measure_faithfulness(pair, traces, tokens_per_batch)
+    sums = measure_faithfulness(pair, traces, tokens_per_batch=tokens_per_batch)
     models = {"hybrid": ("hybrid", {}), "replacement": ("replacement", {})}
     for i in range(4):
         models[f"first[{i}]"] = ("replacement", {"first": i + 1})

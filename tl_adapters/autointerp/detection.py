@@ -124,8 +124,8 @@ def auto_interpret(
     store: FeatureStore,
     neuron_store: FeatureStore | None,
     endpoint: Endpoint,
-    n: int = 100,
     *,
+    n: int = 100,
     seed: int = 0,
     progress: bool = True,
 ) -> InterpretationReport:

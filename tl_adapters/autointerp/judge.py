@@ -108,8 +108,8 @@ class JudgeReport(ResultRecord):
 def judge(
     store: FeatureStore,
     endpoint: Endpoint,
-    n: int | None = None,
     *,
+    n: int | None = None,
     retest: int = 50,
     seed: int = 0,
     progress: bool = True,

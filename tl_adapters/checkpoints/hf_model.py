@@ -65,6 +65,7 @@ def _loading(folder: Path, what: str) -> Iterator[None]:
 
 def load_hf_model(
     name: str | Path,
+    *,
     dtype: GivenDtype | None = None,
     device: torch.device | str | MappedDevices | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,

@@ -188,4 +188,4 @@ def _circuit_of_other_token(
     begins = onsets.control & (following == token)
     swapped = replace(onsets, onset=begins, control=(onsets.control & ~begins) | onsets.onset, words=(token,))
     coarser = replace(options, documents=max(1, options.documents // 2), per_round=2 * options.per_round)
-    return search_circuit(pair, swapped, found.alive, coarser, progress).order
+    return search_circuit(pair, swapped, found.alive, coarser, progress=progress).order

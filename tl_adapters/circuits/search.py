@@ -169,6 +169,7 @@ def search_circuit(
     onsets: Onsets,
     alive: Bool[Tensor, "n_layers n_features"],
     options: SearchOptions | None = None,
+    *,
     progress: bool = True,
 ) -> Search:
     """Search the features that make the target say the words (see the module's text).
@@ -419,7 +420,7 @@ def find_circuit(
     if int(onsets.onset.sum()) >= FEWEST_ONSETS:
         if not bool(alive.any()):
             raise BehaviorError("No feature of these adapters fires on the target's text; train them first.")
-        search = search_circuit(pair, onsets, alive, options, progress)
+        search = search_circuit(pair, onsets, alive, options, progress=progress)
         roles = assign_roles(pair, onsets, search.order, alive)
     circuit = Circuit(
         behavior=behavior.name,

@@ -94,7 +94,7 @@ class Subject:
 
 
 def builtin_subject(
-    n_select: int, n_report: int, kind: Kind = "sums", seed: int = 0, max_new_tokens: int | None = None
+    n_select: int, n_report: int, kind: Kind = "sums", *, seed: int = 0, max_new_tokens: int | None = None
 ) -> Subject:
     """Return the problems of the model organism, or of one that the recipe made with another kind of problem."""
     report = problems("report", n_report, kind=kind)

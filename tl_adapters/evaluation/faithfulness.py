@@ -120,7 +120,7 @@ class DocumentSums:
         return tables_view((["faithfulness", "95 % interval below", "unit"], head), (list(columns), rows))
 
 
-def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], tokens_per_batch: int = 2048) -> DocumentSums:
+def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], *, tokens_per_batch: int = 2048) -> DocumentSums:
     """The faithfulness sums of the pair's adapters on ``traces``.
 
     Of several processes of one launch, each measures its share of the documents, and all return the sums of all.

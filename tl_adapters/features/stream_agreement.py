@@ -41,7 +41,7 @@ class LayerAgreement(ResultRecord):
 
 @torch.no_grad()
 def stream_agreement(
-    pair: PairedModel, traces: Sequence[Trace], split: str = "", tokens_per_batch: int = 2048
+    pair: PairedModel, traces: Sequence[Trace], split: str = "", *, tokens_per_batch: int = 2048
 ) -> RecordTable[LayerAgreement]:
     """Compare the features' firings on the two streams, token by token, with intervals over documents.
 

@@ -258,7 +258,9 @@ def authors_pair(
     """
     adapters = from_authors(name)
     require_fit(compare_configs(read_config(locate(name, weights=False)), read_config(locate(target, weights=False))))
-    hf_model, tokenizer = load_hf_model(name, dtype, resolve_device(device), tokenizer, without_adapters=True)
+    hf_model, tokenizer = load_hf_model(
+        name, dtype=dtype, device=resolve_device(device), tokenizer=tokenizer, without_adapters=True
+    )
     base_mlps = []
     # The checkpoint's MLPs are the base's; read_base_mlps reads the MLPs of any folder, here those of the target.
     for layer, target_mlp in zip(hf_model.model.layers, read_base_mlps(target, adapters.n_layers), strict=True):

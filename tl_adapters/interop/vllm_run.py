@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_adapters.adapters.adapter_set import AdapterSet
-from tl_adapters.config import Dtype, RunConfig
+from tl_adapters.config import RunConfig
 from tl_adapters.errors import UserError
 from tl_adapters.interop.export import export
 from tl_adapters.interop.vllm_checkpoint import SERVED_ROUTES, condition_of, served_model_name
@@ -20,6 +20,7 @@ from tl_adapters.interop.vllm_engine import LocalVllm, VllmEngine, VllmModel, Vl
 from tl_adapters.interventions.variants import FeatureFactors, Variant
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import BUILTIN_BASE, BUILTIN_TARGET
+from tl_adapters.utils.devices import GivenDtype, resolve_dtype
 from tl_adapters.utils.files import working_folder
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class ServedRun:
 
 @contextmanager
 def opened_engine(
-    run: Path, engine: str, dtype: Dtype | None = None, variants: Sequence[Variant] = (), spare: int = 0
+    run: Path, engine: str, *, dtype: GivenDtype | None = None, variants: Sequence[Variant] = (), spare: int = 0
 ) -> Iterator[ServedRun]:
     """An engine for the adapters of a run; an export for vLLM in this process is removed again.
 
@@ -134,7 +135,8 @@ def opened_engine(
             require_vllm()  # before the export, which copies both models
             folder = closing.enter_context(working_folder(run / VLLM_HERE)) / "export"
             export(run, "vllm", folder, base=base, target=target, variants=variants, spare=spare)
-            served = LocalVllm(folder, dtype or config.dtype)
+            own = config.dtype if dtype is None else str(resolve_dtype(dtype)).removeprefix("torch.")
+            served = LocalVllm(folder, own)
             exported = {one.factors.digest: one.slug for one in (*SERVED_ROUTES, *variants) if one.factors}
         elif dtype is None:
             served = VllmServer(engine, served_model_name(adapters))

@@ -45,7 +45,7 @@ class FeatureFactors:
         return not self.factors and self.others == 1
 
     def by_layer(
-        self, adapters: AdapterSet, device: torch.device | None = None
+        self, adapters: AdapterSet, *, device: torch.device | None = None
     ) -> dict[int, Float[Tensor, "n_features"]]:
         """The factors of all features, of every layer with adapters.
 
@@ -138,7 +138,7 @@ def multiplied(name: str, factors: FeatureFactors) -> Variant:
     """A variant of any factors."""
 
     def entered(pair: PairedModel) -> Any:
-        gates = factors.by_layer(pair.installed_adapters(), pair.device)
+        gates = factors.by_layer(pair.installed_adapters(), device=pair.device)
         return gated(pair, gates, factors.route, factors.decoder_bias)
 
     return Variant(name, entered, factors)

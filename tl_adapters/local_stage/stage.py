@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event
 from typing import TypeVar
 
 import torch
@@ -225,10 +226,10 @@ class LocalStage:
 
     def _in_turns(self, layers: Iterable[Iterator[None]]) -> None:
         """Let the workers exhaust the iterators of all layers, each in the order in which it waits for its turn."""
-        waiting = deque(layers)
+        waiting, failed = deque(layers), Event()
 
         def work(worker: int) -> None:
-            while waiting:
+            while waiting and not failed.is_set():
                 try:
                     layer = waiting.popleft()
                 except IndexError:  # other workers have the layers that are left
@@ -238,7 +239,7 @@ class LocalStage:
                         waiting.append(layer)
                         break
                 except BaseException:
-                    waiting.clear()  # the other workers need not go on
+                    failed.set()  # the other workers need not go on
                     raise
 
         self._side_by_side(work, range(self._workers))

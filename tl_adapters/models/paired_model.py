@@ -147,7 +147,7 @@ class PairedModel(RoutedModel):
             hf_target = move_model(target, None if device is None else resolve_device(device), dtype)
         else:
             where = resolve_device(device) if device_map is None else MappedDevices(device_map, max_memory)
-            hf_target, tokenizer = load_hf_model(target, dtype, where, tokenizer)
+            hf_target, tokenizer = load_hf_model(target, dtype=dtype, device=where, tokenizer=tokenizer)
         base_in_memory = base if isinstance(base, PreTrainedModel) else None
         hf_outputs = record_hf_outputs(hf_target, tokenizer, base_in_memory, base_mlps)
         pair = cls(
@@ -232,9 +232,9 @@ class PairedModel(RoutedModel):
     def new_adapters(
         self,
         n_features: int,
+        *,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
-        *,
         activation: ActivationName = "relu",
         k: int | None = None,
         bandwidth: float = TrainingConfig.bandwidth,

@@ -15,7 +15,7 @@ from typing import Any
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
-from tl_adapters.config import Dtype, RunConfig
+from tl_adapters.config import RunConfig
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
 from tl_adapters.errors import UserError
@@ -27,6 +27,7 @@ from tl_adapters.interop.vllm_run import opened_engine
 from tl_adapters.interventions.variants import Variant, on_route, with_only, without
 from tl_adapters.models.routed_mlp import ROUTES
 from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters, set_run_date
+from tl_adapters.utils.devices import GivenDtype
 from tl_adapters.utils.files import require_writable
 from tl_adapters.utils.notebook import RecordTable, ResultRecord
 from tl_adapters.utils.results import changed_results, plain
@@ -119,7 +120,7 @@ def benchmark_run(
     out: Path | None = None,
     engine: str | None = None,
     device: str = "auto",
-    dtype: Dtype | None = None,
+    dtype: GivenDtype | None = None,
     progress: bool = True,
 ) -> RecordTable[BenchmarkResult]:
     """Measures a run's pair on tasks and adds the scores to the block benchmarks of its results.json.
@@ -177,7 +178,7 @@ def _organism_task(run: Path) -> dict[str, str | None]:
 
 @contextmanager
 def _own_model(
-    run: Path, spec: BenchmarkVariant, device: str, dtype: Dtype | None
+    run: Path, spec: BenchmarkVariant, device: str, dtype: GivenDtype | None
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The variant in our own engine, and what identifies its weights."""
     pair = open_run(run, device, dtype)
@@ -187,10 +188,10 @@ def _own_model(
 
 @contextmanager
 def _vllm_model(
-    run: Path, spec: BenchmarkVariant, engine: str, dtype: Dtype | None
+    run: Path, spec: BenchmarkVariant, engine: str, dtype: GivenDtype | None
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The variant in vLLM, and what identifies its weights."""
-    with opened_engine(run, engine, dtype, [spec.variant]) as served:
+    with opened_engine(run, engine, dtype=dtype, variants=[spec.variant]) as served:
         model = served.model_of(spec.variant)
         set_run_date(run, model.tokenizer)
         weights = _weights(served.engine.dtype, served.adapters.metadata.fingerprints, served.adapters)

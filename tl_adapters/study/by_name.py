@@ -110,8 +110,8 @@ def open_set(
 def load_traces(
     source: str | Path,
     pair: PairedModel,
-    n: int = 64,
     *,
+    n: int = 64,
     data: DataConfig | None = None,
     max_new_tokens: int | None = None,
     seed: int = 0,

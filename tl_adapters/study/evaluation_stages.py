@@ -68,7 +68,9 @@ def behavior_stage(
         # The real base reads the target's token ids, so both vocabularies must agree on them.
         require_same_ids(read_vocabulary(organism.BASE), pair.model.tokenizer.get_vocab())
         base = build_model(
-            *load_hf_model(organism.BASE, pair.model.cfg.dtype, pair.device, pair.model.tokenizer),
+            *load_hf_model(
+                organism.BASE, dtype=pair.model.cfg.dtype, device=pair.device, tokenizer=pair.model.tokenizer
+            ),
             pair.backend.name,
         )
         responses["base"] = answer(base, compared)

@@ -116,7 +116,7 @@ def hesitation_of_run(
     with ExitStack() as closing:
         if engine is not None:
             of_engine = dtype if engine == VLLM_HERE else None
-            opened = opened_engine(folder, engine, of_engine, spare=SPARE_CONDITIONS)
+            opened = opened_engine(folder, engine, dtype=of_engine, spare=SPARE_CONDITIONS)
             subject = replace(subject, engine=closing.enter_context(opened))
         pair = open_run(folder, device, dtype)
         return hesitation_stage(pair, subject, folder, options, words, progress=progress)

@@ -62,10 +62,10 @@ def label_run(
         rules = label_and_record(folder, store, neurons)["labels"]
         block: dict[str, Any] = {}
         if model is not None and judge_n is not None:
-            report = judge(store, model, judge_n or None, retest=retest, seed=seed, progress=progress)
+            report = judge(store, model, n=judge_n or None, retest=retest, seed=seed, progress=progress)
             block["judge"] = _recorded(folder, "judge", report)
         if model is not None and interpret_n is not None:
-            tested = auto_interpret(store, neurons, model, interpret_n, seed=seed, progress=progress)
+            tested = auto_interpret(store, neurons, model, n=interpret_n, seed=seed, progress=progress)
             block["detection"] = _recorded(folder, "detection", tested)
     draw_pages(store, folder / FEATURES_FOLDER / PAGES_FOLDER, progress=progress)
     draw_pages(neurons, folder / FEATURES_FOLDER / NEURON_PAGES_FOLDER, progress=progress)

@@ -180,7 +180,7 @@ def _open_model(config: RunConfig, device: str) -> PairedModel:
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     if config.device_map is not None:
         raise ConfigError("device_map is for pairs; a model alone is on one device: leave it out, with max_memory.")
-    hf_model, tokenizer = load_hf_model(name, dtype, resolve_device(device))
+    hf_model, tokenizer = load_hf_model(name, dtype=dtype, device=resolve_device(device))
     return PairedModel(build_model(hf_model, tokenizer, config.backend), None, target=name)
 
 
