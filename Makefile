@@ -68,7 +68,7 @@ vllm: $(VENV)V/installed  ## the same answers by vLLM on the CPU; its wheels of 
 CORE := tests/models/test_paired_model.py tests/models/test_transformer_bridge.py tests/models/test_attach.py tests/training/test_objective.py tests/data/test_chat_format.py \
 	tests/data/test_sources.py tests/attribution/test_relp.py tests/adapters/test_adapter_set.py tests/interop/test_saelens.py tests/interop/test_authors_checkpoint.py \
 	tests/interop/test_hub.py tests/models/test_output_agreement.py tests/checkpoints/test_tokenizers.py \
-	tests/models/test_attention.py
+	tests/models/test_components.py
 
 $(VENV)-lowest/installed: pyproject.toml .ci/bounds.py
 	$(PYTHON) -m venv $(VENV)-lowest

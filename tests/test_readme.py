@@ -16,6 +16,11 @@ from tl_adapters.cli.main import parse
 from tl_adapters.interop.export import export
 
 
+def label_of(line: str) -> str:
+    """What stands before the figures of a line."""
+    return re.sub(r"\d+", "N", line.partition(": ")[0])
+
+
 def test_the_python_runs(
     run: Path,
     tmp_path: Path,
@@ -43,6 +48,8 @@ def test_the_python_runs(
     shapes = [line for line in printed if line.startswith("torch.Size")]
     shown = [line for block in blocks("text") for line in block.splitlines() if line.startswith("torch.Size")]
     assert shapes == shown and shown
+    labels = [label_of(line) for line in blocks("text")[0].splitlines()]
+    assert len(labels) > 8 and {*labels[:7]} <= {label_of(line) for line in printed}, "what README shows, it prints"
     assert any(isinstance(value, torch.Tensor) for value in namespace.values())
     pushed = Circuit.from_hub("user/adapters")
     assert (

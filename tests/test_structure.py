@@ -378,6 +378,14 @@ def test_contributing_names_what_is_there() -> None:
         assert function in text and function in defined(ast.parse((PACKAGE / file).read_text()))
 
 
+def test_the_makefile_and_the_workflow_name_files_that_are_there() -> None:
+    root = PACKAGE.parent
+    files = [root / "Makefile", *(root / ".github").rglob("*.yml"), *(root / ".ci").iterdir()]
+    named = {path for file in files for path in re.findall(r"(?:tests|benchmarks)/[\w/]+\.py", file.read_text())}
+    assert len(named) > 15
+    assert not [path for path in named if not (root / path).is_file()]
+
+
 def test_a_constant_means_one_thing() -> None:
     """No two modules have a public constant of one name: FILE, SHARE or KINDS would mean something else in each."""
     homes: dict[str, list[str]] = {}

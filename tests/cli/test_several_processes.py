@@ -21,8 +21,8 @@ OPTIONS = {"local.steps": 12, "local.tokens_per_step": 64, "local.max_tokens": 2
 
 
 def write_documents(folder: Path) -> None:
-    for name, split in (("train", "train"), ("held_out", "report")):
-        rows = [{"prompt": q, "response": r} for q, r in organism.reasoning_pairs(split, 30)]  # type: ignore[arg-type]
+    for name, split, n in (("train", "train", 30), ("held_out", "report", 8)):
+        rows = [{"prompt": q, "response": r} for q, r in organism.reasoning_pairs(split, n)]  # type: ignore[arg-type]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

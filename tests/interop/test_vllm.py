@@ -229,10 +229,13 @@ def test_a_benchmark_in_this_process_and_at_an_address(
         port = str(free.getsockname()[1])
     command = shlex.split(serve_command(tmp_path / "served"))
     command[0] = sys.executable
+    memory = ["--gpu-memory-utilization", "0.3"]  # of the machine's, which by itself vLLM wants nearly all of
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with (
         open(tmp_path / "log", "w") as written,
-        subprocess.Popen([*command, "--port", port], stdout=written, stderr=written, env=environment) as server,
+        subprocess.Popen(
+            [*command, *memory, "--port", port], stdout=written, stderr=written, env=environment
+        ) as server,
     ):
         try:
             url = f"http://127.0.0.1:{port}"
@@ -264,16 +267,20 @@ def wait_for(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
 
 @installed
 def test_options_that_would_be_wrong_are_refused() -> None:
+    from vllm.config import VllmConfig
+
     from tl_adapters.vllm_plugin.models import require_servable
 
-    def config(eager: bool = True, quantized: object = None, ranks: int = 1, lora: object = None) -> SimpleNamespace:
-        return SimpleNamespace(
+    def config(eager: bool = True, quantized: object = None, ranks: int = 1, lora: object = None) -> VllmConfig:
+        made = object.__new__(VllmConfig)  # without its checks, which want a whole model
+        made.__dict__.update(
             model_config=SimpleNamespace(enforce_eager=eager),
             quant_config=quantized,
             parallel_config=SimpleNamespace(pipeline_parallel_size=ranks),
             speculative_config=None,
             lora_config=lora,
         )
+        return made
 
     require_servable(config(lora=SimpleNamespace(target_modules=["condition"])))
     for wrong, message in (
@@ -444,8 +451,8 @@ def test_a_study_of_a_run_answers_with_the_engine(
     own = OwnEngine()
 
     @contextmanager
-    def recorded(*arguments: object, spare: int) -> Iterator[OwnEngine]:
-        seen.append(arguments)
+    def recorded(*arguments: object, dtype: str | None, spare: int) -> Iterator[OwnEngine]:
+        seen.append((*arguments, dtype))
         try:
             yield own
         finally:
@@ -668,6 +675,7 @@ def test_an_engine_leaves_memory_to_the_pair_that_lies_on_the_same_device(
     assert vllm_engine.memory_options("tpu") == {}
 
 
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_without_vllm_it_says_what_to_install(opened: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", str(opened), "--limit", "2", "--engine", "vllm"]) == 2
     assert "vLLM cannot be loaded" in capsys.readouterr().err

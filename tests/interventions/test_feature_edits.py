@@ -80,6 +80,31 @@ def test_an_edit_changes_the_activations_as_it_says(pair: PairedModel, manager, 
     assert state(pair) == before
 
 
+@torch.no_grad()
+def test_features_are_changed_on_a_route_without_adapters_too(pair: PairedModel) -> None:
+    """A pair that was just opened is on the target, where nothing fires: the model within the block has adapters."""
+    with pair.routed("replacement"):
+        source = {layer: torch.ones(*TOKENS.shape, 24, dtype=torch.float64) for layer in range(pair.n_layers)}
+    edits = [
+        lambda: pair.ablated(FEATURES), lambda: pair.scaled(FEATURES, 2.0), lambda: pair.clamped(FEATURES, 1.0),
+        lambda: pair.added(FEATURES, 1.0), lambda: pair.patched(FEATURES, source), lambda: pair.ablated([]),
+    ]  # fmt: skip
+    before = pair.routes
+    for edit in edits:
+        with pair.routed("replacement"), edit() as model:
+            expected = model(TOKENS)
+        for route in ("target", "hybrid"):
+            with pair.routed(route), edit() as model:
+                assert torch.equal(model(TOKENS), expected)
+        with edit() as model:
+            assert torch.equal(model(TOKENS), expected)
+        assert pair.routes == before
+    with pair.routed(first=2), edits[0]() as model:
+        first = model(TOKENS)
+        assert [route.adapter for route in pair.routes] == [True, True, False, False], "a partial route stays"
+    assert not torch.equal(first, expected)
+
+
 def test_inserted_and_negated_features_come_without_the_bias(pair: PairedModel) -> None:
     def keep(factor: float):  # type: ignore[no-untyped-def]
         def change(acts: torch.Tensor, layer: int) -> torch.Tensor:

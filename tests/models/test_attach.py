@@ -114,6 +114,8 @@ def test_adding_to_the_models_own_mlps_must_be_requested() -> None:
     expected = reference()
     with expected.routed("target+adapter"):
         assert (log_probabilities(model) - log_probabilities(expected.model)).abs().max() < 1e-10
+        with pair.routed("target"), pair.ablated([]):  # on a route without adapters it takes the one that adds them
+            assert (log_probabilities(model) - log_probabilities(expected.model)).abs().max() < 1e-10
     with pytest.raises(PairMismatchError, match="given no base"), pair.routed("hybrid"):
         pass
 
@@ -128,6 +130,8 @@ def test_adapters_of_some_layers_are_attached(tmp_path: Any) -> None:
     pair, expected = attach(model, some, base=random_model(1)), reference()
     with expected.routed(only=[1, 3]):
         assert (log_probabilities(model) - log_probabilities(expected.model)).abs().max() < 1e-5
+        with pair.routed("target"), pair.ablated([]):
+            assert (log_probabilities(model) - log_probabilities(expected.model)).abs().max() < 1e-5
     with pytest.raises(PairMismatchError, match=r"no adapters of layers \[0, 2\]"), pair.routed("replacement"):
         pass
 

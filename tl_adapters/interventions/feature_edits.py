@@ -3,10 +3,14 @@
 Every function is a context manager over hooks. Within it `run_with_cache`, `generate` and all other passes compute with
 the changed activations, and afterwards the model is as before. They compose by nesting; the outer one is applied first.
 
-    ablated, scaled, clamped, added, patched    change the given features where adapters are on, and no others
+    ablated, scaled, clamped, added, patched    change the given features, and no others
     inserted                                    the hybrid with the given features only, without the decoder bias
     negated                                     the target with the given features subtracted from its MLPs (section 5
                                                 of arXiv 2602.20904: scale -0.5; -1 gave incoherent text there)
+
+The first five work on the route of the pair where it has adapters on, in all layers or some. On a route without
+adapters, such as the target that a pair is on when it is opened, no feature is there to be changed: within the block
+the model is then the replacement (`on_adapters`).
 
 Ablations keep the decoder bias; insertions and negations leave it out, since it does not belong to any feature.
 Activations are the raw ones of the hook point; those of a feature store are these times ``decoder_norm``.
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -51,22 +55,22 @@ class InterventionError(UserError, ValueError):
 
 
 def ablated(pair: PairedModel, features: Features, positions: Positions = None) -> Any:
-    """The model with the given features set to zero. Raises InterventionError."""
+    """The replacement with the given features set to zero. Raises InterventionError."""
     return edited(pair, features, lambda acts, layer: torch.zeros_like(acts), positions)
 
 
 def scaled(pair: PairedModel, features: Features, factor: float, positions: Positions = None) -> Any:
-    """The model with the given features multiplied by ``factor``. Raises InterventionError."""
+    """The replacement with the given features multiplied by ``factor``. Raises InterventionError."""
     return edited(pair, features, lambda acts, layer: acts * factor, positions)
 
 
 def clamped(pair: PairedModel, features: Features, value: float, positions: Positions = None) -> Any:
-    """The model with the given features set to ``value``, whether they are active or not. Raises InterventionError."""
+    """The replacement with the given features set to ``value``, active or not. Raises InterventionError."""
     return edited(pair, features, lambda acts, layer: torch.full_like(acts, value), positions)
 
 
 def added(pair: PairedModel, features: Features, value: float, positions: Positions = None) -> Any:
-    """The model with ``value`` added to the given features: steering along their decoders. Raises InterventionError."""
+    """The replacement with ``value`` added to the given features, along their decoders. Raises InterventionError."""
     return edited(pair, features, lambda acts, layer: acts + value, positions)
 
 
@@ -89,6 +93,13 @@ def patched(
         InterventionError: features do not exist or the source lacks their layers; within the block, a pass has another
             shape than the source.
     """
+    return edited(pair, features, patch_edit(pair, features, source), positions)
+
+
+def patch_edit(
+    pair: PairedModel, features: Features, source: Mapping[int, Float[Tensor, "batch pos n_features"]]
+) -> Edit:
+    """The change of `patched`. Raises InterventionError where the source lacks layers."""
     chosen, device = indices_by_layer(pair, features), pair.device
     if missing := sorted(set(chosen) - set(source)):
         raise InterventionError(f"The source has no activations of layers {missing}; record them in the other run.")
@@ -105,12 +116,33 @@ def patched(
             )
         return patch.to(acts)
 
-    return edited(pair, features, change, positions)
+    return change
 
 
 @contextmanager
 def edited(pair: PairedModel, features: Features, edit: Edit, positions: Positions = None) -> Iterator[Any]:
-    """The model with the activations of the given features changed by ``edit``, where adapters are on.
+    """The replacement with the activations of the given features changed by ``edit``.
+
+    Args and Raises: as `edited_on_route`. On a route with adapters the route stays as it is.
+    """
+    with on_adapters(pair), edited_on_route(pair, features, edit, positions) as model:
+        yield model
+
+
+def on_adapters(pair: PairedModel) -> AbstractContextManager[Any]:
+    """The pair's route where it has adapters on, in all layers or some; otherwise the one that adds all adapters.
+
+    That is the replacement in the layers that have adapters, and "target+adapter" for a pair without a base.
+    """
+    if any(route.adapter for route in pair.routes):
+        return nullcontext()
+    layers = pair.installed_adapters().layer_indices
+    return pair.routed("replacement" if pair.has_base else "target+adapter", only=layers)
+
+
+@contextmanager
+def edited_on_route(pair: PairedModel, features: Features, edit: Edit, positions: Positions = None) -> Iterator[Any]:
+    """The model on its route, with the activations of the given features changed by ``edit`` where adapters are on.
 
     Args:
         pair: a pair with adapters; the route may change within the block.

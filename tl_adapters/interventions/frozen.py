@@ -45,7 +45,10 @@ from tl_adapters.interventions.feature_edits import (
     Features,
     InterventionError,
     ablated,
+    edited_on_route,
     indices_by_layer,
+    on_adapters,
+    patch_edit,
     patched,
 )
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel
@@ -104,7 +107,8 @@ def frozen(
     activations = {feature.layer: f"blocks.{feature.layer}.{ACTS_HOOK}" for feature in chosen}
     reference = _recorded(pair, tokens, attention_mask, {*held, *activations.values()})
     source = {layer: reference[name] for layer, name in activations.items() if name in reference}
-    with pair.model.hooks(fwd_hooks=_holding(held, reference, tokens.shape)), patched(pair, chosen, source) as model:
+    holding = pair.model.hooks(fwd_hooks=_holding(held, reference, tokens.shape))
+    with holding, edited_on_route(pair, chosen, patch_edit(pair, chosen, source)) as model:
         yield model
 
 
@@ -202,7 +206,7 @@ def frozen_by_block(
     Every block runs on the stream without a change and then on each changed one, which takes its patterns and scales.
 
     Args:
-        pair: a pair with adapters, on the route that is meant.
+        pair: a pair with adapters, on the route that is meant; the replacement, where that has no adapters on.
         tokens: padding on the right only.
         changes: by name.
 
@@ -212,24 +216,25 @@ def frozen_by_block(
         indices_by_layer(pair, features)  # all of them here, since a block sees those of its layer only
     reference_stream = pair.embed(tokens.to(pair.device))
     streams = dict.fromkeys(changes, reference_stream)
-    for layer in range(pair.n_layers):
-        block = f"blocks.{layer}."
-        names = [
-            f"{block}attn.hook_pattern",
-            *(n for n in pair.model.hook_dict if _is_scale(n) and n.startswith(block)),
-        ]
-        reference: dict[str, Tensor] = {}
-        with _recording(pair, [*names, f"{block}{ACTS_HOOK}"], reference):
-            before, reference_stream = reference_stream, pair.run_blocks(reference_stream, layer, layer + 1)
-        source = {layer: reference[f"{block}{ACTS_HOOK}"]} if f"{block}{ACTS_HOOK}" in reference else {}
-        for name, change in changes.items():
-            of_layer = [[f for f in features if f[0] == layer] for features in change]
-            if streams[name] is before and not of_layer[0]:
-                streams[name] = reference_stream  # nothing is changed so far
-                continue
-            hooks = _holding(names, reference, tokens.shape)
-            with pair.model.hooks(fwd_hooks=hooks), patched(pair, of_layer[1], source), ablated(pair, of_layer[0]):
-                streams[name] = pair.run_blocks(streams[name], layer, layer + 1)
+    with on_adapters(pair):
+        for layer in range(pair.n_layers):
+            block = f"blocks.{layer}."
+            names = [
+                f"{block}attn.hook_pattern",
+                *(n for n in pair.model.hook_dict if _is_scale(n) and n.startswith(block)),
+            ]
+            reference: dict[str, Tensor] = {}
+            with _recording(pair, [*names, f"{block}{ACTS_HOOK}"], reference):
+                before, reference_stream = reference_stream, pair.run_blocks(reference_stream, layer, layer + 1)
+            source = {layer: reference[f"{block}{ACTS_HOOK}"]} if f"{block}{ACTS_HOOK}" in reference else {}
+            for name, change in changes.items():
+                of_layer = [[f for f in features if f[0] == layer] for features in change]
+                if streams[name] is before and not of_layer[0]:
+                    streams[name] = reference_stream  # nothing is changed so far
+                    continue
+                hooks = _holding(names, reference, tokens.shape)
+                with pair.model.hooks(fwd_hooks=hooks), patched(pair, of_layer[1], source), ablated(pair, of_layer[0]):
+                    streams[name] = pair.run_blocks(streams[name], layer, layer + 1)
     return FrozenPasses(reference_stream, streams, pair)
 
 
