@@ -22,7 +22,7 @@ from tl_adapters.adapters import active_features
 from tl_adapters.adapters.transcoder import TranscoderAdapter
 from tl_adapters.training.loss_terms import l1_term
 
-WIDTHS, DENSITIES = (1024, 8192), (0.002, 0.01, 0.03, 0.1, 0.2)
+WIDTHS, DENSITIES = (1024, 8192), (0.002, 0.01, 0.03, 0.05, 0.1, 0.2)
 D_MODEL, TOKENS = 256, 512
 
 

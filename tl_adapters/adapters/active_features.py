@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-LARGEST_DENSITY = 0.1
+LARGEST_DENSITY = 0.05
 """The share of active features up to which this pass is faster than whole products (benchmarks/active_features.py)."""
 
 ACTS_AT_ONCE = 2**22
