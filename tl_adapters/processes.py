@@ -185,7 +185,8 @@ def _state() -> Any:
 
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu, timeout=LONGEST_STANDSTILL)
-    atexit.register(state.destroy_process_group)  # or threads of the group that still run abort the process at its end
+    if on_cpu:  # Gloo's threads, where they still run, abort the process at its end; NCCL's end would wait for others
+        atexit.register(state.destroy_process_group)
     return state
 
 
