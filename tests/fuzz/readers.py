@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import shutil
@@ -59,6 +60,7 @@ def _copied(make: Callable[[Path], object]) -> Callable[[Path], None]:
     @cache
     def made() -> Path:
         folder = Path(tempfile.mkdtemp(prefix="fuzz-")) / "files"
+        atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
         make(folder)
         return folder
 
