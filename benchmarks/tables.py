@@ -318,6 +318,7 @@ RECORDED = (
     "linearizations",
     "searches",
     "sizes",
+    "planner",
     "gpu",
     "generation",
     "generation.vllm",
@@ -394,6 +395,22 @@ def by_stage(block: dict[str, Any]) -> str:
         for name, case in block["cases"].items()
     ]
     return markdown(["case", "time over end to end", "of which the forward pass", "MB", "end to end, MB"], rows)
+
+
+def by_planned_run(block: dict[str, Any]) -> str:
+    """What the planner predicts, over what runs took."""
+    rows = [
+        [
+            name,
+            f"{cell['layers']} x {cell['d_model']}, {cell['features']:,} features, {cell['tokens']:,} tokens",
+            f"{cell['bytes'] / 1e9:.2f}",
+            f"{cell['memory_ratio']:.2f}",
+            f"{cell['seconds']:.0f}",
+            f"{cell['time_ratio']:.2f}",
+        ]
+        for name, cell in block["cells"].items()
+    ]
+    return markdown(["run", "layers x d_model", "GB", "predicted over it", "seconds", "predicted over them"], rows)
 
 
 def by_opened_pair(block: dict[str, Any]) -> str:
@@ -481,6 +498,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "analysis": ("attribution collection", by_analysis),
     "opening": ("opening", by_opened_pair),
     "imports": ("imports", by_statement),
+    "planner": ("planner", by_planned_run),
     "provenance": (" ".join(RECORDED), provenance),
 }
 """Table -> the blocks of results.json that it shows, and how."""
