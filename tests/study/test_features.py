@@ -93,7 +93,9 @@ def test_the_subcommand_reads_any_documents(copy: Path, tmp_path: Path, capsys: 
     assert (copy / FEATURES_FOLDER / STORE_FOLDER / "store.json").read_bytes() == before
 
 
-def test_a_folder_in_which_a_collection_has_just_begun(copy: Path, tmp_path: Path) -> None:
+def test_a_folder_in_which_a_collection_has_just_begun(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It holds no store yet: while another process writes its first files, and after one that was killed there."""
     stores = [copy / FEATURES_FOLDER / name for name in (STORE_FOLDER, NEURONS_FOLDER)]
     for store in stores:
@@ -104,6 +106,10 @@ def test_a_folder_in_which_a_collection_has_just_begun(copy: Path, tmp_path: Pat
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["features", str(copy), "--data", str(data), "--quiet"]) == 0
     assert features_if_begun(copy) is not None and has_features(copy)
+    shutil.rmtree(*stores[0].glob("part-*"))  # as where it was killed later, with its description written
+    for words in (["hesitation", str(copy)], ["attribute", str(copy), "--prompt", "1+2=?", "--name", "mine"]):
+        assert main([*words, "--quiet"]) == 2, "before what would take minutes"
+        assert f"error: {stores[0]} " in capsys.readouterr().err
 
 
 def test_a_run_is_labelled_by_rules_and_by_a_judge(
