@@ -58,12 +58,12 @@ def against_autograd(repeats: int) -> dict[str, Any]:
         vectors = model.encoders[layer][:, active[:, 2]].T
         for _ in range(repeats):
             began = time.perf_counter()
-            ours = model.rows(layer, active[:, 1], vectors)
+            ours = model.rows([layer] * len(active), active[:, 1], vectors)
             middle = time.perf_counter()
             for i in range(len(active)):
-                theirs = autograd.rows(layer, active[i : i + 1, 1], vectors[i : i + 1])
+                theirs = autograd.rows([layer], active[i : i + 1, 1], vectors[i : i + 1])
             last = time.perf_counter()
-            autograd.rows(layer, active[:, 1], vectors)
+            autograd.rows([layer] * len(active), active[:, 1], vectors)
             ratios["speed_per_target"].append((last - middle) / (middle - began))
             ratios["speed"].append((time.perf_counter() - last) / (middle - began))
         assert torch.allclose(ours.tokens[-1:], theirs.tokens, atol=1e-3)  # rounding may switch a feature on or off

@@ -21,7 +21,7 @@ from recorded import record, recorded
 from resources import measured
 from transformers import Qwen2Config
 
-from tl_adapters.attribution.attribute import attribute, default_batch_size, estimated_memory, estimated_operations
+from tl_adapters.attribution.attribute import attribute, default_batch_size, estimated_memory, estimated_seconds
 from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.config import RunConfig, TrainingConfig
@@ -83,7 +83,7 @@ def train(cell: Cell, pair: PairedModel) -> Cell:
 
 
 def graph(cell: Cell, pair: PairedModel) -> Cell:
-    """An attribution graph."""
+    """An attribution graph; its time is predicted for the layers of the features that it found."""
     tokens = random_tokens(pair, 1, cell["tokens"])[0]
     graphs: list[Any] = []
     targets = list(range(TARGETS))
@@ -91,9 +91,14 @@ def graph(cell: Cell, pair: PairedModel) -> Cell:
         lambda: graphs.append(attribute(pair, tokens, targets, max_feature_nodes=ROWS, progress=False))
     )._asdict()
     active = graphs[0].about["active_features"]
-    beside = estimated_memory(pair, len(tokens), active, default_batch_size(pair, len(tokens)))
-    operations = estimated_operations(pair, len(tokens), ROWS + TARGETS)
-    return {**found, "predicted_bytes": beside, "operations": operations, "active_features": active}
+    at_once, layers = default_batch_size(pair, len(tokens)), [pair.n_layers] * TARGETS
+    layers += graphs[0].features[:, 0].tolist()  # in a random model nearly all are of the first layer
+    return {
+        **found,
+        "predicted_bytes": estimated_memory(pair, len(tokens), active, at_once),
+        "predicted_seconds": estimated_seconds(pair, len(tokens), len(tokens), layers, at_once),
+        "active_features": active,
+    }
 
 
 def search(cell: Cell, pair: PairedModel) -> Cell:
@@ -121,11 +126,10 @@ def run_cell(cell: Cell) -> Cell:
     pair = pair_of_configuration(configuration(cell), torch.device("cpu"), torch.float32)
     install_adapters(pair, cell["features"], cell["features"] / 2 if cell["do"] == "train" else L0)
     found = {"train": train, "attribute": graph, "search": search}[cell["do"]](cell, pair)
-    predicted = seconds_of(found["operations"], pair.device)
+    predicted = found.setdefault("predicted_seconds", seconds_of(found.pop("operations", 0.0), pair.device))
     return {
         **cell,
         **found,
-        "predicted_seconds": predicted,
         "memory_ratio": found["predicted_bytes"] / found["bytes"],
         "time_ratio": predicted / found["seconds"],
     }

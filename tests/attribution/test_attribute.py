@@ -6,9 +6,12 @@ import pytest
 import torch
 from helpers.pairs import make
 from helpers.random_models import ARCHITECTURES, random_batch, random_model, randomise
+from torch.utils.flop_counter import FlopCounterMode
 
 from tl_adapters import organism
-from tl_adapters.attribution.attribute import attribute
+from tl_adapters.attribution import attribute as attribute_module
+from tl_adapters.attribution import relp
+from tl_adapters.attribution.attribute import attribute, estimated_seconds
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.pruning import influence
 from tl_adapters.attribution.relp import LinearizedModel
@@ -31,6 +34,41 @@ def pair() -> PairedModel:
 @pytest.fixture(scope="module")
 def builtin() -> PairedModel:
     return randomise(PairedModel.from_pretrained(organism.BASE, organism.TARGET), n_features=16)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_estimated_time_counts_the_products_of_the_rows(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, n = make(architecture, "hooked"), 48
+    monkeypatch.setattr(attribute_module, "seconds_of", lambda operations, device: operations)
+    monkeypatch.setattr(attribute_module, "seconds_to_write", lambda n_bytes, device: 0.0)
+    model = LinearizedModel(pair, random_batch(0, lengths=(n,)).tokens[0])
+    layers = [4, 4, 3, 1, 1, 0]
+    positions = torch.full((len(layers),), n - 1)
+    vectors = torch.randn(len(layers), pair.model.cfg.d_model, dtype=model.dtype)
+    with FlopCounterMode(display=False) as counted:
+        model.rows(layers, positions, vectors)
+    estimated = estimated_seconds(pair, n, n, layers, 64)
+    assert 0.9 < estimated / counted.get_total_flops() < 1.1
+
+
+def test_the_estimated_time_counts_patterns_that_are_formed_again(
+    pair: PairedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attribute_module, "seconds_of", lambda operations, device: 0.0)
+    monkeypatch.setattr(attribute_module, "seconds_to_write", lambda n_bytes, device: n_bytes)
+    layers = [4, 3, 3, 2, 1, 0, 0]  # in batches of two they pass 4, 4, 2 and 1 layers of 4
+    kept = estimated_seconds(pair, 11, 11, layers, 2)
+    monkeypatch.setattr(attribute_module, "KEPT_BYTES", 0)
+    monkeypatch.setattr(relp, "KEPT_BYTES", 0)
+    formed: list[int] = []
+    coefficients = LinearizedModel._large
+    monkeypatch.setattr(LinearizedModel, "_large", lambda model, k: formed.append(k) or coefficients(model, k))
+    model = LinearizedModel(pair, TOKENS)
+    vectors = torch.randn(len(layers), pair.model.cfg.d_model, dtype=model.dtype)
+    for start in range(0, len(layers), 2):
+        some = layers[start : start + 2]
+        model.rows(some, torch.zeros(len(some), dtype=torch.long), vectors[start : start + 2])
+    assert estimated_seconds(pair, 11, 11, layers, 2) / kept == len(formed) / 4 == (4 + 4 + 2 + 1) / 4
 
 
 def dense(graph: AttributionGraph) -> torch.Tensor:
@@ -69,7 +107,7 @@ def test_nodes_and_edges_are_those_of_the_linearized_model(pair: PairedModel) ->
     matrix = dense(graph)
     for node in range(0, len(graph.features), 41):
         layer, position, index = graph.features[node].tolist()
-        row = model.rows(layer, torch.tensor([position]), model.encoders[layer][:, index][None])
+        row = model.rows([layer], torch.tensor([position]), model.encoders[layer][:, index][None])
         assert (matrix[node, : len(graph.features)] - row.features[0]).abs().max() < 1e-12
         assert (matrix[node, graph.first_token : graph.first_target] - row.tokens[0]).abs().max() < 1e-12
     assert not matrix[graph.first_token : graph.first_target].any()

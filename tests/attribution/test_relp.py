@@ -53,7 +53,7 @@ def test_every_target_is_the_sum_of_its_contributions_and_constants(
     assert len(model.active) > 300
     for layer in range(5):
         positions, vectors, values, own = targets(pair, model, layer, start)
-        rows = model.rows(layer, positions, vectors)
+        rows = model.rows([layer] * len(positions), positions, vectors)
         assert (total(rows) + own - values).abs().max() < 1e-10
         assert rows.biases.abs().max() > 1e-3 or architecture != "Qwen2ForCausalLM" or layer == start == 4
         assert bool(rows.errors.any()) is (linearization == "frozen_mlp" and layer > 0)
@@ -74,9 +74,29 @@ def test_coefficients_that_are_computed_again_change_no_row(
     for layer in range(5):
         positions, vectors, _, _ = targets(pair, kept, layer, 2)
         for ours, theirs in zip(
-            kept.rows(layer, positions, vectors), again.rows(layer, positions, vectors), strict=True
+            kept.rows([layer] * len(positions), positions, vectors),
+            again.rows([layer] * len(positions), positions, vectors),
+            strict=True,
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("linearization", ["relp", "frozen_mlp", "gradient"])
+def test_targets_of_several_layers_share_a_pass_and_have_the_rows_of_their_own(
+    architecture: str, linearization: str
+) -> None:
+    pair = make(architecture, "hooked")
+    model = GradientModel(pair, TOKENS) if linearization == "gradient" else LinearizedModel(pair, TOKENS, linearization)
+    layers = [4, 4, 3, 1, 1, 0]  # 4 is the unembedding, and none is of layer 2
+    of_layers = {layer: targets(pair, model, layer)[:2] for layer in set(layers)}
+    at = [(layer, layers[:i].count(layer)) for i, layer in enumerate(layers)]
+    positions = torch.stack([of_layers[layer][0][i] for layer, i in at])
+    vectors = torch.stack([of_layers[layer][1][i] for layer, i in at])
+    together = model.rows(layers, positions, vectors)
+    for i, layer in enumerate(layers):
+        alone = model.rows([layer], positions[i : i + 1], vectors[i : i + 1])
+        for ours, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours[i : i + 1], theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_OPTIONS)
@@ -90,10 +110,10 @@ def test_every_activation_conserves(activation: str, start: int) -> None:
     assert torch.equal(model.activations, torch.cat([p[tuple(a.T)] for p, a in by_layer(model)]))
     for layer in range(5):
         positions, vectors, values, own = targets(pair, model, layer, start)
-        rows = model.rows(layer, positions, vectors)
+        rows = model.rows([layer] * len(positions), positions, vectors)
         assert (total(rows) + own - values).abs().max() < 1e-10
         if start == 0:
-            theirs = by_hooks.rows(layer, positions, vectors)
+            theirs = by_hooks.rows([layer] * len(positions), positions, vectors)
             assert (rows.features - theirs.features).abs().max() < 1e-10
 
 
@@ -108,9 +128,9 @@ def test_a_bridge_agrees_to_the_precision_of_hugging_faces_norms(architecture: s
     model, expected = LinearizedModel(pair, TOKENS), LinearizedModel(reference, TOKENS)
     for layer in (2, 4):
         positions, vectors, values, own = targets(pair, model, layer)
-        rows = model.rows(layer, positions, vectors)
+        rows = model.rows([layer] * len(positions), positions, vectors)
         assert (total(rows) + own - values).abs().max() < 1e-5
-        ours = expected.rows(layer, positions, vectors)
+        ours = expected.rows([layer] * len(positions), positions, vectors)
         assert torch.equal(model.active, expected.active)
         assert (rows.features - ours.features).abs().max() < 1e-5
 
@@ -123,7 +143,10 @@ def test_rows_agree_with_autograd_under_relp_hooks(architecture: str, freeze_mlp
     assert torch.equal(model.active, by_hooks.active)
     for layer in range(5):
         positions, vectors, _, _ = targets(pair, model, layer)
-        ours, theirs = model.rows(layer, positions, vectors), by_hooks.rows(layer, positions, vectors)
+        ours, theirs = (
+            model.rows([layer] * len(positions), positions, vectors),
+            by_hooks.rows([layer] * len(positions), positions, vectors),
+        )
         assert (ours.features - theirs.features).abs().max() < 1e-10
         assert (ours.tokens - theirs.tokens).abs().max() < 1e-10
 
@@ -136,7 +159,7 @@ def test_a_bfloat16_models_weights_are_not_copied() -> None:
     assert pointer(model.layers[1].w_down) == pointer(pair.mlps[1].base.W_out)
     assert pointer(model.layers[1].w_v) == pointer(pair.model.blocks[1].attn._W_V)
     positions, vectors, values, own = targets(pair, model, 4)
-    rows = model.rows(4, positions, vectors)
+    rows = model.rows([4] * len(positions), positions, vectors)
     assert rows.features.dtype == torch.float32
     assert (total(rows) + own - values).abs().max() < 0.3  # the residual stream itself is rounded to bfloat16
 
@@ -145,8 +168,8 @@ def test_plain_gradients_differ_and_do_not_add_up(architecture: str) -> None:
     pair = make(architecture, "hooked")
     model, plain_gradient = LinearizedModel(pair, TOKENS), GradientModel(pair, TOKENS)
     positions, vectors, values, own = targets(pair, model, 4)
-    rows = plain_gradient.rows(4, positions, vectors)
-    assert (rows.features - model.rows(4, positions, vectors).features).abs().max() > 1e-2
+    rows = plain_gradient.rows([4] * len(positions), positions, vectors)
+    assert (rows.features - model.rows([4] * len(positions), positions, vectors).features).abs().max() > 1e-2
     assert (total(rows) + own - values).abs().max() > 1e-2  # they do not add up
     # the definition: the change of the value with one activation
     feature = model.active[model.active[:, 0] == 1][5]
@@ -199,7 +222,7 @@ def test_interventions_in_the_linear_model_give_the_edges(architecture: str, lin
     hooks += [(name, linear_mlp) for name in cache if name.endswith("mlp.hook_post")]
     held_mlps = linearization == "frozen_mlp"
     positions, vectors, values, _ = targets(pair, model, 4)
-    edges = model.rows(4, positions, vectors).features
+    edges = model.rows([4] * len(positions), positions, vectors).features
     for column in range(0, len(model.active), 97):
         layer, position, index = model.active[column].tolist()
         with (
@@ -224,7 +247,7 @@ def test_in_a_model_with_folded_norms(reads: str) -> None:
     folded = LinearizedModel(theirs, TOKENS)
     assert torch.equal(folded.active, expected.active)
     positions, vectors, values, own = targets(theirs, folded, 3)
-    rows = folded.rows(3, positions, vectors)
+    rows = folded.rows([3] * len(positions), positions, vectors)
     assert (total(rows) + own - values).abs().max() < 1e-6
-    ours = expected.rows(3, *targets(make("Qwen2ForCausalLM", "hooked"), expected, 3)[:2])
+    ours = expected.rows([3] * len(positions), *targets(make("Qwen2ForCausalLM", "hooked"), expected, 3)[:2])
     assert (rows.features - ours.features).abs().max() < 1e-4

@@ -243,7 +243,7 @@ def test_objective_and_graphs_include_planted_features(base: PreTrainedModel) ->
     plain.load_adapters(adapters)
     graphs = [LinearizedModel(p, TOKENS[0]) for p in (pair, plain)]
     spots, vectors = torch.tensor([10]), torch.randn(1, 32, dtype=torch.float64)
-    close(*(g.rows(4, spots, vectors).features for g in graphs), 1e-12)
+    close(*(g.rows([4] * len(spots), spots, vectors).features for g in graphs), 1e-12)
 
 
 def test_exports_of_a_planted_pair(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_with_everything_held_logits_are_linear_in_a_feature_and_the_slope_is_it
     model = LinearizedModel(pair, tokens[0], "frozen_mlp")
     layer, position, index = next(place.tolist() for place in model.active if place[0] == 1 and place[1] == 4)
     columns = pair.backend.unembedding()[[3, 9, 12]]
-    rows = model.rows(4, torch.tensor([8, 8, 8]), columns)
+    rows = model.rows([4] * 3, torch.tensor([8, 8, 8]), columns)
     column = int((model.active == torch.tensor([layer, position, index])).all(1).nonzero())
     slope = rows.features[:, column] / model.activations[column]
     assert slope.abs().max() > 1e-3

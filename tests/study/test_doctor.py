@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
@@ -230,13 +230,14 @@ def test_the_estimate_is_near_what_is_really_kept(architecture: str) -> None:
     batch = random_batch(0, (60,) * 4)
     logits = 4 * LOGIT_COPIES * batch.tokens.numel() * target.config.vocab_size
     streams = (pair.n_layers + 1) * batch.tokens.numel() * 64 * 4  # of the target, which are kept beside
+    gradients = 2 * batch.tokens.numel() * 96 * 4  # of one layer's activations and pre-activations
     kept = kept_by_a_step(pair, batch, recompute=False)
-    assert 0.8 < (stage.activations - logits) / (kept + streams) < 1.2
+    assert 0.8 < (stage.activations - logits - gradients) / (kept + streams) < 1.2
     # Computed again, a block keeps its input, and one block at a time all of its own.
     kept = kept_by_a_step(pair, batch, recompute=True) + kept // pair.n_layers
     again = replace(config, training=replace(config.training, recompute=True))
     (stage,) = estimate_size(again, target.config, longest=60).stages
-    assert 0.8 < (stage.activations - logits) / (kept + streams) < 1.2
+    assert 0.8 < (stage.activations - logits - gradients) / (kept + streams) < 1.2
     assert stage.adapters == 16 * sum(p.numel() for p in adapters.parameters())
     mlps = sum(p.numel() for name, p in base.named_parameters() if ".mlp." in name)
     assert 0.98 < size.models / (4 * (n_params + mlps)) < 1.02
@@ -253,10 +254,8 @@ def test_the_estimate_of_logits_is_the_memory_of_a_divergence(several: bool, mon
     target, stream = torch.randn(2, 1, tokens, d_model)
     W_U, mask, rows = torch.randn(d_model, vocab), torch.ones(1, tokens, dtype=torch.bool), 100
     assert routed_model.rows_at_once(vocab, W_U.device) == rows
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        TargetDistributions(target, mask, lambda x: x @ W_U, rows, several).kl(stream.requires_grad_())
-    changes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    most = max(accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
+    target_distributions = TargetDistributions(target, mask, lambda x: x @ W_U, rows, several)
+    most = peak_of(lambda: target_distributions.kl(stream.requires_grad_()))
 
     def activations(vocab: int) -> int:
         described = Qwen2Config(vocab_size=vocab, hidden_size=d_model, num_attention_heads=1)
@@ -315,6 +314,30 @@ def test_the_estimate_of_a_search_is_what_its_rounds_read_and_keep(
     assert 0.7 < (size.activations - recorded - logits) / sum(kept.values()) < 1.3
     monkeypatch.setattr(run_size, "MOST_KEPT_BYTES", 0)
     assert estimate_search(target.config, 96, 12, texts, tokens, options).activations < size.activations
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_estimate_is_near_the_peak_of_a_step(recompute: bool) -> None:
+    shape = dict(hidden_size=64, intermediate_size=192, num_attention_heads=4, head_dim=16)
+    base, target = (random_model(seed, torch.float32, "Qwen2ForCausalLM", **shape) for seed in (1, 2))
+    pair, n_features = PairedModel.from_pretrained(base, target), 512
+    pair.new_adapters(n_features)
+    batch = random_batch(0, (60,) * 20)
+    training = TrainingConfig(
+        stages=("end_to_end",), n_features=n_features, tokens_per_batch=20 * 60, recompute=recompute
+    )
+    (stage,) = estimate_size(RunConfig(training=training), target.config, longest=60).stages
+    most = peak_of(lambda: shared_prefix_step(pair, batch, 0, LossWeights(), 0.01, recompute=recompute))
+    gradients = sum(parameter.nbytes for parameter in pair.installed_adapters().parameters())
+    assert 0.8 < (stage.activations + gradients) / most < 1.2
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """The most bytes that are in memory while something runs, beside those before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    changes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    return max(accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
 
 
 def kept_by_a_step(pair: PairedModel, batch: Batch, recompute: bool) -> int:

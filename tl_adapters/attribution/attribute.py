@@ -2,7 +2,7 @@
 
 1. One forward pass on the replacement route gives the coefficients of the linearized replacement model (`relp`).
 2. The targets are resolved: the likeliest next tokens, or the tokens, differences of tokens or features that are given.
-3. The rows of the targets are computed, then those of active features, in batches of one layer. If there are more
+3. The rows of the targets are computed, then those of active features, in batches. If there are more
    active features than ``max_feature_nodes``, the features with the largest influence on the targets come first, and
    influence is computed again after every batch (`rows`).
 4. The nodes are the tokens and the features that have rows. Contributions from outside the graph (from other features,
@@ -46,13 +46,15 @@ from tl_adapters.data.traces import Trace
 from tl_adapters.models.finite_activations import finite_blocks
 from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
 from tl_adapters.utils.arguments import choice, items
-from tl_adapters.utils.devices import seconds_of
+from tl_adapters.utils.devices import seconds_of, seconds_to_write
 from tl_adapters.utils.renamed import renamed_arguments
 
 MOST_ROWS = 64
 """Most rows of a graph that are computed together, unless another number is given."""
 GRADIENT_NUMBERS = 2**29
 """Most numbers of one gradient of all rows that are computed together (2 GB in float32)."""
+PATTERN_PASSES = 15
+"""What forming an attention pattern costs, in passes that write as many bytes (benchmarks/planner.py)."""
 log = logging.getLogger(__name__)
 
 
@@ -175,8 +177,13 @@ def _attribute(
     _check_targets(resolved, start, options.window)
     n_rows = min(options.max_feature_nodes, int(eligible.sum()))
     if progress:
-        n_positions, n_targets = len(tokens) - start, n_rows + len(resolved)
-        log.info("%s", estimated_cost(pair, n_positions, len(model.active), n_targets, options.batch_size))
+        layers = [*(target.layer for target in resolved), *[mean_layer(model.active[eligible])] * n_rows]
+        seconds = estimated_seconds(pair, len(tokens), len(tokens) - start, layers, options.batch_size)
+        memory = estimated_memory(pair, len(tokens), len(model.active), options.batch_size)
+        log.info(
+            "%s targets, %s active features, %s tokens: about %.0f s and %.2g GB beside the model.",
+            *(f"{n:,}" for n in (len(layers), len(model.active), len(tokens))), seconds, memory / 1e9,
+        )  # fmt: skip
     strings = [token_label(pair, token) for token in model.tokens.tolist()]
     with tqdm(total=n_rows + len(resolved), disable=not progress, unit="target", mininterval=1.0) as bar:
         rows = GraphRows(model, resolved, strings, options.batch_size, bar)
@@ -244,26 +251,34 @@ def estimated_memory(pair: PairedModel, n_tokens: int, n_active: int, batch_size
     return int(large + width * (by_token + by_feature + hidden + gradients))
 
 
-def estimated_operations(pair: PairedModel, n_positions: int, n_targets: int) -> float:
-    """Floating-point operations of the rows of a graph.
+def estimated_seconds(
+    pair: PairedModel, n_tokens: int, n_positions: int, layers: Sequence[float], batch_size: int
+) -> float:
+    """The time that a graph takes: products by the speed of a measured one, attention patterns by that of memory.
 
     Args:
         pair: the pair.
+        n_tokens: tokens of the prompt.
         n_positions: positions of the prompt that have nodes.
-        n_targets: rows, those of features and of the graph's targets.
+        layers: the layer of each target of a row, of features and of the graph's own targets (n_layers for logits).
+        batch_size: rows computed together.
     """
     cfg = pair.model.cfg
-    per_position = 6 * cfg.d_model * cfg.d_mlp + 4 * cfg.d_model * cfg.n_heads * cfg.d_head
-    attention = 2 * n_positions * cfg.n_heads * cfg.d_head
-    # On average a target is half way up the layers and half way along the positions.
-    return n_targets * cfg.n_layers / 2 * n_positions / 2 * (2 * per_position + attention)
+    mlp = 6 * cfg.d_model * cfg.d_mlp
+    heads = cfg.n_heads + (cfg.n_key_value_heads or cfg.n_heads)
+    attention = 2 * cfg.d_head * (cfg.d_model * heads + cfg.n_heads * n_tokens)
+    above = sum(min(layer + 1, cfg.n_layers) for layer in layers)  # a feature is read after its layer's attention
+    operations = n_positions * (sum(layers) * mlp + above * attention)
+    n_patterns = cfg.n_layers
+    if (
+        large_coefficient_bytes(pair, n_tokens) > KEPT_BYTES
+    ):  # then every batch forms those of all layers that it passes
+        n_patterns = sum(min(layer + 1, cfg.n_layers) for layer in sorted(layers, reverse=True)[::batch_size])
+    width = torch.promote_types(cfg.dtype, torch.float32).itemsize
+    patterns = width * n_patterns * cfg.n_heads * n_tokens**2
+    return seconds_of(operations, pair.device) + seconds_to_write(PATTERN_PASSES * patterns, pair.device)
 
 
-def estimated_cost(pair: PairedModel, n_positions: int, n_active: int, n_targets: int, batch_size: int) -> str:
-    """One line on the time and memory that the rows will take: operations from the shapes, seconds by a measurement."""
-    memory = estimated_memory(pair, n_positions, n_active, batch_size)
-    seconds = seconds_of(estimated_operations(pair, n_positions, n_targets), pair.device)
-    return (
-        f"{n_targets:,} targets, {n_active:,} active features, {n_positions:,} positions: about "
-        f"{seconds:.0f} s and {memory / 1e9:.2g} GB beside the model."
-    )
+def mean_layer(eligible: Int[Tensor, "n 3"]) -> float:
+    """The mean layer of features, given as rows (layer, position, index): which of them get rows is found last."""
+    return float(eligible[:, 0].double().mean())

@@ -81,10 +81,13 @@ class GradientModel:
         self.encoders = [adapter.W_enc.detach().to(self.dtype) for adapter in pair.installed_adapters()]
         self.b_enc = [adapter.b_enc.detach().to(self.dtype) for adapter in pair.installed_adapters()]
 
-    def rows(self, layer: int, positions: Int[Tensor, "batch"], vectors: Float[Tensor, "batch d_model"]) -> Rows:
+    def rows(
+        self, layers: Sequence[int], positions: Int[Tensor, "batch"], vectors: Float[Tensor, "batch d_model"]
+    ) -> Rows:
         """As `LinearizedModel.rows`, by one batched backward pass; errors and constants are zero."""
-        inputs, leaves, batch = self._inputs[layer], [*self._acts[:layer], self._embedding], len(positions)
-        values = (inputs[positions] * vectors.to(inputs.dtype)).sum(-1)
+        leaves, batch = [*self._acts[: max(layers)], self._embedding], len(positions)
+        read = [self._inputs[layer][position] for layer, position in zip(layers, positions, strict=True)]
+        values = (torch.stack(read) * vectors.to(read[0].dtype)).sum(-1)
         gradients = torch.autograd.grad(
             values,
             leaves,

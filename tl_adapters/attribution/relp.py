@@ -57,6 +57,10 @@ class Rows(NamedTuple):
     outside: Float[Tensor, "batch"]
     """Contribution of everything at positions before the window."""
 
+    def first(self, n: int) -> Rows:
+        """Views of the rows of the first ``n`` targets."""
+        return Rows(*(values[:n] for values in self))
+
 
 class _Coefficients(NamedTuple):
     """The large coefficients of one layer."""
@@ -224,14 +228,17 @@ class LinearizedModel:
     # -- the backward pass ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def rows(self, layer: int, positions: Int[Tensor, "batch"], vectors: Float[Tensor, "batch d_model"]) -> Rows:
-        """The contributions of every source to targets at one layer.
+    def rows(
+        self, layers: Sequence[int], positions: Int[Tensor, "batch"], vectors: Float[Tensor, "batch d_model"]
+    ) -> Rows:
+        """The contributions of every source to targets, in one backward pass, which each target joins at its layer.
 
         Args:
-            layer: the layer whose adapter has the targets as features; n_layers for logits.
+            layers: the layer whose adapter has each target as a feature, descending; n_layers for logits.
             positions: the position of each target.
             vectors: the encoder column or unembedding column of each target.
         """
+        assert list(layers) == sorted(layers, reverse=True), "targets are given from the last layer to the first"
         batch, first, stop = len(positions), self.start, int(positions.max()) + 1
         at = (torch.arange(batch, device=vectors.device), positions - first)
         grad = vectors.new_zeros(batch, stop - first, vectors.shape[1])
@@ -241,15 +248,17 @@ class LinearizedModel:
             vectors.new_zeros(batch, self.n_tokens),
             *vectors.new_zeros(3, batch),
         )
-        if layer == self.n_layers:
-            grad[at] = vectors * self.out_of_model[positions]
-        for k in range(min(layer, self.n_layers - 1), -1, -1):
-            large = self._large(k)
-            if k == layer:
-                grad[at] += vectors * self.layers[k].into_adapter[positions]
-            else:
-                grad = self._through_mlp(k, large, grad, stop, out)
-            grad = self._through_attention(self.layers[k], large.pattern, grad, stop, out)
+        done = sum(layer == self.n_layers for layer in layers)
+        grad[tuple(index[:done] for index in at)] = vectors[:done] * self.out_of_model[positions[:done]]
+        for k in range(min(layers[0], self.n_layers - 1), -1, -1):
+            large, earlier = self._large(k), done
+            if earlier:
+                grad[:earlier] = self._through_mlp(k, large, grad[:earlier], stop, out.first(earlier))
+            done += sum(layer == k for layer in layers)
+            joining = slice(earlier, done)
+            read = self.layers[k].into_adapter[positions[joining]]
+            grad[tuple(index[joining] for index in at)] = vectors[joining] * read
+            grad[:done] = self._through_attention(self.layers[k], large.pattern, grad[:done], stop, out.first(done))
         out.tokens[:, first:stop] = torch.einsum("btd,td->bt", grad, self.embedding[first:stop])
         return out
 

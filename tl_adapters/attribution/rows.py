@@ -7,7 +7,7 @@ position and index), then the errors of frozen base MLPs, then the tokens. Targe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,11 +67,12 @@ class GraphRows:
 
     def _add(self, targets: Sequence[ResolvedTarget], numbers: Sequence[int]) -> None:
         """Compute rows, sorted by layer and position, so that a batch shares one backward pass and its length."""
-        order = sorted(range(len(targets)), key=lambda i: (targets[i].layer, targets[i].position))
-        for indices in _batches(order, targets, self.batch_size):
+        order = sorted(range(len(targets)), key=lambda i: (-targets[i].layer, targets[i].position))
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
             batch, batch_numbers = [targets[i] for i in indices], [numbers[i] for i in indices]
             positions = torch.tensor([t.position for t in batch], device=self.model.activations.device)
-            rows = self.model.rows(batch[0].layer, positions, torch.stack([t.vector for t in batch]))
+            rows = self.model.rows([t.layer for t in batch], positions, torch.stack([t.vector for t in batch]))
             outside, biases, decoder_biases = torch.stack([rows.outside, rows.biases, rows.decoder_biases]).tolist()
             dense = torch.cat([rows.features, *([rows.errors.flatten(1)] if self.n_errors else []), rows.tokens], 1)
             nonzero = dense.nonzero()
@@ -127,17 +128,6 @@ class GraphRows:
         if not self.n_errors:
             return torch.zeros(0, 2, dtype=torch.long)
         return torch.cartesian_prod(torch.arange(self.model.n_layers), torch.arange(self.model.n_tokens))
-
-
-def _batches(order: Sequence[int], targets: Sequence[ResolvedTarget], size: int) -> Iterator[list[int]]:
-    """Batches of indices in ``order``, each of at most ``size`` targets of one layer."""
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) == size or targets[i].layer != targets[batch[0]].layer):
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
 
 
 class _ActiveFeatures:

@@ -311,15 +311,15 @@ def _end_to_end_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) ->
     return StageSize(
         stage="end_to_end",
         adapters=16 * adapters + coordinates,
-        activations=_kept_for_backward(shapes, training, tokens) + shapes.logits_of_step(tokens),
+        activations=_held_in_backward(shapes, training, tokens) + shapes.logits_of_step(tokens),
         tokens=0,
         checkpoint=12 * adapters + coordinates - (4 * adapters if coordinates else 0),
         operations=2.0 * forward_and_backward * per_batch * training.steps * training.batches_per_step,
     )
 
 
-def _kept_for_backward(shapes: _Shapes, training: TrainingConfig, tokens: int) -> int:
-    """Bytes that a pass of the replacement keeps for its backward pass, beside the target's residual stream."""
+def _held_in_backward(shapes: _Shapes, training: TrainingConfig, tokens: int) -> int:
+    """Bytes that a backward pass of the replacement holds when it begins, with the target's residual stream."""
     n, d, n_layers = training.n_features, shapes.d_model, shapes.n_layers
     # of a block: the model's own, which the adapter reads too; the adapter's activations; the error of the NMSE.
     # On a CPU sparse adapters keep less, but half of the features are active when training begins.
@@ -327,7 +327,8 @@ def _kept_for_backward(shapes: _Shapes, training: TrainingConfig, tokens: int) -
     if shapes.acts_width < 4:  # what was cast: the input, pre-activations, and weights
         block += shapes.acts_width * (tokens * (d + n) + shapes.adapter(n))
     streams = 2 * tokens * n_layers * shapes.width * d
-    return streams + block * (1 if training.recompute else n_layers)
+    gradients = 2 * tokens * shapes.acts_width * n  # of one layer's activations and pre-activations
+    return streams + gradients + block * (1 if training.recompute else n_layers)
 
 
 def _local_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) -> StageSize:

@@ -102,3 +102,15 @@ def seconds_of(operations: float, device: torch.device, dtype: torch.dtype = tor
         (a @ a @ a @ a).sum().item()
         fastest = min(fastest, time.perf_counter() - began)
     return operations * fastest / (3 * 2 * side**3) * 1.5
+
+
+def seconds_to_write(n_bytes: float, device: torch.device) -> float:
+    """The time of elementwise operations on a device that write so many bytes, each to new memory, in all."""
+    written = 2**26
+    x = torch.ones(written // 4, device=device)
+    fastest = math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        (x + 1)[-1].item()
+        fastest = min(fastest, time.perf_counter() - began)
+    return n_bytes * fastest / written
