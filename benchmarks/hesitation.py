@@ -197,7 +197,9 @@ def _values(point: dict) -> dict[str, float]:
 def _templates(block: dict) -> dict[str, float]:
     """How many template features there are, and what they are worth."""
     mediation, size = block["mediation"], block["circuit"]
-    effect = {key: mediation[key]["value"] for key in ("total", "share") if key in mediation}
+    effect = {"total": mediation["total"]["value"]} if "total" in mediation else {}
+    if "share" in mediation and (mediation["total"]["low"] or 0.0) > 0:  # there is no share of no loss
+        effect["share"] = mediation["share"]["value"]
     return {
         "in_circuit": size["template"],
         "circuit": size["n"],

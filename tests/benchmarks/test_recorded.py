@@ -154,7 +154,8 @@ def studied(template: int, left: float) -> dict[str, Any]:
     curves = dose_curves()
     curves["curves"]["circuit"][1]["behavior_left"] = {"value": left}
     del curves["curves"]["neurons"]
-    mediation = {"n": 2 * template} | ({"total": {"value": 0.1}, "share": {"value": 0.5}} if template else {})
+    total = {"total": {"value": 0.1, "low": 0.1 if template < 4 else -0.1}, "share": {"value": 0.5}}
+    mediation = {"n": 2 * template} | (total if template else {})
     size = {"template": template, "n": 60, "alive": 2000}
     return {"criteria": [], "circuit": size, "mediation": mediation, "dose_curves": curves}
 
@@ -167,6 +168,8 @@ def test_studies_of_one_pair_are_means_over_its_seeds(tmp_path: Path) -> None:
     assert block["pairs"]["sums"]["full_strength"]["circuit"]["behavior_left"] == value_and_range(0.2, [0.1, 0.3])
     assert block["pairs"]["sums"]["full_strength"]["neurons"] == {}
     assert block["pairs"]["sums"]["templates"]["total"] == value_and_range(0.1, [0.1])
+    assert "share" in block["pairs"]["sums"]["templates"]
+    assert "share" not in hesitation.block({"sums-0": studied(4, 0.1)}, {})["pairs"]["sums"]["templates"]
     record("hesitation", block, folder=tmp_path)
     page = tables.filled("<!-- table interventions -->\n<!-- end --><!-- table templates -->\n<!-- end -->", tmp_path)
     assert "| built-in (sums) | the circuit | 20% (10% to 30%) | 0.002 | 65% |" in page

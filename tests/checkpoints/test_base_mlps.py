@@ -57,7 +57,7 @@ def test_a_single_file_takes_precedence_over_an_index(folders: tuple[Path, Path]
     pair = PairedModel.from_pretrained(base, target)
     with pair.routed("hybrid"):
         torch.testing.assert_close(pair.model(TOKENS), wanted, rtol=1e-4, atol=1e-4)
-    write_hybrid(tmp_path / "hybrid", target, base)
+    write_hybrid(tmp_path / "hybrid", base=base, target=target)
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")(TOKENS).logits, wanted)
     name = f"{MLP}.weight"
     assert torch.equal(read_tensors(base, [name])[name], random_model(1, torch.float32).get_parameter(name))
@@ -117,7 +117,7 @@ def test_weights_that_would_be_read_wrongly_are_refused_in_both_roles(
     assert len(errors) == 1 and ("weights" in errors[0] or "architecture" in errors[0])
     if role == "base":
         with pytest.raises(UserError, match=message):
-            write_hybrid(tmp_path / "hybrid", folders[1], folders[0])
+            write_hybrid(tmp_path / "hybrid", base=folders[0], target=folders[1])
         assert not (tmp_path / "hybrid").exists()
 
 

@@ -137,7 +137,7 @@ def test_a_model_with_code_of_its_own_is_refused(case: str, canary: Path, adapte
         "authors_pair": lambda: authors_pair(evil, TARGET),
         "authors_pair's target": lambda: authors_pair(TARGET, evil),
         "to_authors": lambda: to_authors(adapters, tmp_path / "authors", base=BASE, target=evil),
-        "hybrid": lambda: write_hybrid(tmp_path / "hybrid", evil, evil),
+        "hybrid": lambda: write_hybrid(tmp_path / "hybrid", base=evil, target=evil),
         "run": lambda: open_pair(RunConfig(base=str(BASE), target=str(evil)), "cpu"),
     }
     for name, attempt in attempts.items():
@@ -159,7 +159,7 @@ def test_a_stock_model_is_read_without_the_code_beside_it(case: str, canary: Pat
     pair = PairedModel.from_pretrained(evil, evil)
     assert pair.model.tokenizer("Wait, 1+1=2.")["input_ids"]
     assert main(["doctor", str(evil), str(evil)]) == 0
-    write_hybrid(tmp_path / "hybrid", evil, evil)
+    write_hybrid(tmp_path / "hybrid", base=evil, target=evil)
     assert "auto_map" not in (tmp_path / "hybrid" / "config.json").read_text()
     assert not canary.exists() and not list((tmp_path / "hybrid").rglob("*.py"))
 

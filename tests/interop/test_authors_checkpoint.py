@@ -203,8 +203,8 @@ def test_the_hybrid_as_a_plain_folder(shard_size: str, tmp_path: Path) -> None:
     base, target = random_model(1, torch.float32), random_model(2, torch.float32)
     base.save_pretrained(tmp_path / "base")
     target.save_pretrained(tmp_path / "target", max_shard_size=shard_size)
-    write_hybrid(tmp_path / "hybrid", tmp_path / "target", tmp_path / "base")
-    write_hybrid(tmp_path / "copy", tmp_path / "target", None)
+    write_hybrid(tmp_path / "hybrid", base=tmp_path / "base", target=tmp_path / "target")
+    write_hybrid(tmp_path / "copy", base=None, target=tmp_path / "target")
     pair = PairedModel.from_pretrained(base, target)
     for name, route in (("hybrid", "hybrid"), ("copy", "target")):
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / name)
@@ -212,7 +212,7 @@ def test_the_hybrid_as_a_plain_folder(shard_size: str, tmp_path: Path) -> None:
             assert (stock(TOKENS).logits - pair.model(TOKENS)).abs().max() < 1e-5
     random_model(3, torch.float32, intermediate_size=40).save_pretrained(tmp_path / "narrow")
     with pytest.raises(PairMismatchError, match="intermediate_size"):
-        write_hybrid(tmp_path / "b", tmp_path / "target", tmp_path / "narrow")
+        write_hybrid(tmp_path / "b", base=tmp_path / "narrow", target=tmp_path / "target")
     assert not (tmp_path / "b").exists()
 
 

@@ -54,7 +54,7 @@ def test_shards_are_files_of_the_folder(name: str, model: Path, tmp_path: Path) 
     attempts: dict[str, Callable[[], object]] = {
         "as target": lambda: load_hf_model(model),
         "as base": lambda: read_base_mlps(model, 2),
-        "as hybrid": lambda: write_hybrid(tmp_path / "hybrid", model, model),
+        "as hybrid": lambda: write_hybrid(tmp_path / "hybrid", base=model, target=model),
     }
     for what, attempt in attempts.items():
         with pytest.raises(UserError, match=r"named without|link to|only files \*.safetensors"):
@@ -67,7 +67,7 @@ def test_no_description_that_is_a_link_is_copied(model: Path, tmp_path: Path) ->
     (tmp_path / "secret").write_text('{"key": "secret"}')
     (model / "tokenizer_config.json").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match="tokenizer_config.json is a link to"):
-        write_hybrid(tmp_path / "hybrid", model, model)
+        write_hybrid(tmp_path / "hybrid", base=model, target=model)
     assert not (tmp_path / "hybrid").exists()
 
 

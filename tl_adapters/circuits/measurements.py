@@ -386,7 +386,7 @@ def mediation(
     * through_output: total less direct, where direct is the same loss with the output features' activations held too;
     * interaction: the loss without both sets less the losses without each, with nothing held (2 x 2). It is negative
       where one set works through the other: removed together they lose less than the sum;
-    * share: through_output over total, where total is not zero.
+    * share: through_output over total, where the interval of total is above zero: there is no share of no loss.
     """
     names = ("clean", "total", "direct", "free", "template", "output", "both")
     sums = {name: torch.zeros(len(onsets), dtype=torch.float64) for name in names}
@@ -424,6 +424,6 @@ def mediation(
         "through_output": per_onset(through),
         "interaction": per_onset(sums["template"] + sums["output"] - sums["free"] - sums["both"]),
     }
-    if abs(float(total.sum())) > 1e-9:
+    if (figures["total"].low or 0.0) > 1e-9:
         figures["share"] = bootstrap_ratio(through, total).measurement(len(onsets), "share of the total", split)
     return figures

@@ -87,7 +87,7 @@ class SearchOptions:
     """Most rounds until the circuit has its size."""
     method: SearchMethod = "greedy"
     """How features are chosen: "greedy", "sampled" or "graphs" (see the module's text)."""
-    parts: int = 8
+    parts: int = 16
     """Parts of the texts, of which a round of the method "sampled" reads one."""
     strength: float = 1.75
     """Factor of the circuit's activations where it is added to the hybrid. It is above 1 because a small part of the

@@ -223,8 +223,8 @@ def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, ta
             tensors[_DECODER.format(layer, "bias")] = adapter.b_dec.detach()
     write_hybrid(
         folder,
-        target,
-        base,
+        base=base,
+        target=target,
         beside_mlps=tensors,
         config={
             "architectures": [f"{architecture_name(config)}{AUTHORS_CHECKPOINT_SUFFIX}"],

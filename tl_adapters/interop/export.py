@@ -124,7 +124,7 @@ def export(
     elif to == "vllm":
         to_vllm(adapters, folder, base=models["base"], target=models["target"], variants=variants, spare=spare)
     else:
-        write_hybrid(folder, models["target"], models["base"] if to == "hybrid" else None)
+        write_hybrid(folder, base=models["base"] if to == "hybrid" else None, target=models["target"])
 
 
 def _require_recorded_weights(adapters: AdapterSet, models: Mapping[str, str]) -> None:

@@ -35,9 +35,9 @@ from tl_adapters.utils.strict_json import dumps
 
 def write_hybrid(
     folder: str | Path,
-    target: str | Path,
-    base: str | Path | None,
     *,
+    base: str | Path | None,
+    target: str | Path,
     config: Mapping[str, Any] | None = None,
     beside_mlps: Mapping[str, torch.Tensor] | None = None,
     base_as: str | None = None,
@@ -46,8 +46,8 @@ def write_hybrid(
 
     Args:
         folder: must not exist.
-        target: folder or hub name.
         base: folder or hub name; None writes the target itself, for adapters that read the target's own stream.
+        target: folder or hub name.
         config: entries of config.json to add or change.
         beside_mlps: further tensors by name; each is written to the shard that holds its layer's MLP.
         base_as: the module within each of the target's MLPs as which the base's MLP is written beside it, such as

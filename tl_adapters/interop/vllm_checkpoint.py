@@ -111,7 +111,7 @@ def to_vllm(
     with working_folder(folder) as work:
         out = work / "model"
         tensors = _adapter_tensors(adapters, rows, spare)
-        write_hybrid(out, target, base, config=entries, beside_mlps=tensors, base_as="base")
+        write_hybrid(out, base=base, target=target, config=entries, beside_mlps=tensors, base_as="base")
         _name_tokenizer_class(out)
         for index, condition in enumerate(conditions):
             _write_condition(out / CONDITIONS_FOLDER / condition.name, index)

@@ -12,7 +12,6 @@ from tl_adapters.circuits.circuit import CIRCUIT_FILE
 from tl_adapters.circuits.search import SearchMethod
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
 from tl_adapters.circuits.subject import Subject, builtin_subject, halves
-from tl_adapters.config import Dtype
 from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.errors import UserError
 from tl_adapters.evaluation.behaviors import Find
@@ -22,6 +21,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.circuit_page import write_circuit_page
 from tl_adapters.study.features import features_if_begun
 from tl_adapters.study.open_run import alone_in_run, is_organism_run, open_run, require_adapters
+from tl_adapters.utils.devices import GivenDtype
 from tl_adapters.utils.results import plain, read_results, stage, write_output, write_results
 from tl_adapters.utils.strict_json import dumps
 
@@ -75,7 +75,7 @@ def hesitation_of_run(
     seed: int = 0,
     engine: str | None = None,
     device: str = "auto",
-    dtype: Dtype | None = None,
+    dtype: GivenDtype | None = None,
     progress: bool = True,
 ) -> BehaviorStudy:
     """Find and test the hesitation circuit of a run.
