@@ -127,7 +127,7 @@ def flat_indices(active: Bool[Tensor, "n_tokens n_features"]) -> Int[Tensor, "n"
     words = active.view(torch.int64).flatten().nonzero()[:, 0]
     if len(words) > LARGEST_DENSITY * active.numel():
         return None
-    rows, columns = active.view(-1, 8)[words].nonzero(as_tuple=True)
+    rows, columns = active.view(-1, 8).index_select(0, words).nonzero(as_tuple=True)
     return words[rows] * 8 + columns
 
 
@@ -157,13 +157,13 @@ class _OverActive(torch.autograd.Function):
             to_output = torch.zeros_like(x)
         by_token = _offsets(tokens, len(x))
         order = features.argsort(stable=True)
-        by_feature = _offsets(features[order], len(W_dec))
+        by_feature, ordered = _offsets(features.index_select(0, order), len(W_dec)), tokens.index_select(0, order)
         of_output = _pair_products(to_output, W_dec, features, by_token)
         to_values = of_output if to_values is None else to_values + of_output
-        to_W_dec = _weighted_sums(to_output, tokens[order], by_feature, values[order])
+        to_W_dec = _weighted_sums(to_output, ordered, by_feature, values.index_select(0, order))
         if to_norms is not None:  # a row of zeros has no direction, and gets the gradient 0 as from torch's norm
             to_W_dec.addcmul_(W_dec, torch.where(norms > 0, to_norms / norms, 0.0)[:, None])
-        to_W_enc = _weighted_sums(x, tokens[order], by_feature, to_values[order]).T
+        to_W_enc = _weighted_sums(x, ordered, by_feature, to_values.index_select(0, order)).T
         to_b_enc = to_values.new_zeros(len(W_dec)).index_add_(0, features, to_values)
         to_x = None
         if ctx.needs_input_grad[0]:

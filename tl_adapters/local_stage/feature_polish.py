@@ -90,7 +90,7 @@ class _Block:
             old = Encoder(adapter.W_enc[:, feature], adapter.b_enc[feature])
             part = Encoder(old.w.lerp(encoder.w, share), old.b.lerp(encoder.b, share))
             rows = tokens.set_encoder(feature, part, stepped)
-            self.along[:, rows] = self.directions @ tokens.residual[rows].T
+            self.along[:, rows] = self.directions @ tokens.residual.index_select(0, rows).T
             return True
         return False
 
@@ -109,7 +109,7 @@ class _Block:
         weights = torch.cat([torch.full((len(rows),), weight, device=rows.device) for rows, weight in groups])
         start = Encoder(adapter.W_enc[:, feature] * norm, adapter.b_enc[feature] * norm)
         targets = torch.where(own[rows], wanted[rows], 0.0)
-        fit = fit_encoder(tokens.x[rows], targets, weights=weights, start=start, steps=12)
+        fit = fit_encoder(tokens.x.index_select(0, rows), targets, weights=weights, start=start, steps=12)
         return None if fit is None else Encoder(fit.w / norm, fit.b / norm)
 
 

@@ -117,7 +117,7 @@ def residual_directions(
     if len(rows) < SMALLEST_CLUSTER:
         return []
     rows = rows[_draw(energy[rows].sqrt().cpu(), CLUSTERED_RESIDUALS, generator).to(rows.device)]
-    units = unit_rows(residual[rows].unique(dim=0))  # equal tokens make no cluster
+    units = unit_rows(residual.index_select(0, rows).unique(dim=0))  # equal tokens make no cluster
     near = units @ units.T > SAME_DIRECTION
     left = torch.ones(len(units), dtype=torch.bool, device=units.device)
     sizes, directions = near.sum(1), list[Tensor]()
@@ -157,7 +157,7 @@ def _fit(x: Tensor, wanted: Tensor, generator: torch.Generator) -> Encoder | Non
     """The encoder for wanted activations, fitted to a draw of the active and of the inactive tokens."""
     active, inactive = _sample(wanted > 0, ACTIVE_TOKENS, generator), _sample(wanted <= 0, INACTIVE_TOKENS, generator)
     rows = torch.cat([active, inactive])
-    return fit_encoder(x[rows], wanted[rows])
+    return fit_encoder(x.index_select(0, rows), wanted[rows])
 
 
 def _sample(chosen: Bool[Tensor, "n"], most: int, generator: torch.Generator) -> Tensor:

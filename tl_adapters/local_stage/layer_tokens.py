@@ -90,13 +90,13 @@ class LayerTokens:
     def gain(self, feature: int) -> float:
         """By how much the squared error would rise without a feature."""
         values, direction = self.values[feature], self.layer.adapter.W_dec[feature]
-        left = self.residual[self.tokens[feature]] @ direction
+        left = self.residual.index_select(0, self.tokens[feature]) @ direction
         return float(values @ (2 * left + values * direction.square().sum()))
 
     @torch.no_grad()
     def silence(self, feature: int) -> None:
         """Make a feature inactive on every token."""
-        self.residual[self.tokens[feature]] += self._written(feature)
+        self._leave(feature, 1)
         self.tokens[feature], self.values[feature] = self.tokens[feature][:0], self.values[feature][:0]
         self.layer.silence(torch.tensor([feature]))
 
@@ -105,31 +105,34 @@ class LayerTokens:
         self, feature: int, encoder: Encoder, direction: Float[Tensor, "d_model"], acts: Float[Tensor, "n"]
     ) -> None:
         """Give a feature another encoder, with these activations, and another decoder."""
-        self.residual[self.tokens[feature]] += self._written(feature)
+        self._leave(feature, 1)
         self.layer.replace(feature, encoder, direction)
         self._activate(feature, acts)
-        self.residual[self.tokens[feature]] -= self._written(feature)
+        self._leave(feature, -1)
 
     @torch.no_grad()
     def set_encoder(self, feature: int, encoder: Encoder, acts: Float[Tensor, "n"]) -> Int[Tensor, "k"]:
         """Change a feature's encoder to one with these activations; returns the tokens whose residual changed."""
         adapter, before = self.layer.adapter, self.tokens[feature]
-        self.residual[before] += self._written(feature)
+        self._leave(feature, 1)
         adapter.W_enc[:, feature], adapter.b_enc[feature] = encoder.w, encoder.b
         self._activate(feature, acts)
-        self.residual[self.tokens[feature]] -= self._written(feature)
+        self._leave(feature, -1)
         return torch.cat([before, self.tokens[feature]]).unique()
 
     @torch.no_grad()
     def set_decoder(self, feature: int, direction: Float[Tensor, "d_model"]) -> None:
         """Change what a feature writes; its encoder stays."""
-        self.residual[self.tokens[feature]] += self._written(feature)
+        self._leave(feature, 1)
         self.layer.adapter.W_dec[feature] = direction
-        self.residual[self.tokens[feature]] -= self._written(feature)
+        self._leave(feature, -1)
 
     def _activate(self, feature: int, acts: Tensor) -> None:
         self.tokens[feature] = acts.nonzero()[:, 0]
         self.values[feature] = acts[self.tokens[feature]]
 
-    def _written(self, feature: int) -> Tensor:
-        return self.values[feature][:, None] * self.layer.adapter.W_dec[feature]
+    def _leave(self, feature: int, sign: int) -> None:
+        """Add what a feature writes to the residual, or subtract it."""
+        # On a CPU index_add_ and index_select take a fraction of the time of indexing with a tensor.
+        written = self.values[feature][:, None] * self.layer.adapter.W_dec[feature]
+        self.residual.index_add_(0, self.tokens[feature], written, alpha=sign)

@@ -78,9 +78,11 @@ class MLPDifferences:
         pair, batch = self.pair, batch.to(self.device)
         with pair.routed("target"), pair.recorded("mlp.hook_in") as inputs, self._outputs() as outputs:
             pair.run_blocks(pair.embed(batch.tokens), 0, pair.n_layers)
+        counted = batch.counted.flatten().nonzero()[:, 0]
         for layer in range(pair.n_layers) if layers is None else layers:
-            x, mlp = inputs[layer][batch.counted], pair.mlps[layer]
-            yield mlp.adapter_input(x), mlp.difference(x, outputs[layer][batch.counted])
+            mlp, both = pair.mlps[layer], (inputs[layer], outputs[layer])
+            x, output = (values.flatten(0, 1).index_select(0, counted) for values in both)
+            yield mlp.adapter_input(x), mlp.difference(x, output)
 
     @contextmanager
     def _outputs(self) -> Iterator[dict[int, Tensor]]:

@@ -67,14 +67,18 @@ class TokenBuffer:
     def draw(self, layer: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and wanted outputs of n tokens of a layer, drawn at random with replacement."""
         rows = torch.randint(len(self), (n,), generator=generator).to(self.devices[layer])
-        return self.x[layer][rows], self.d[layer][rows]
+        return self._rows(layer, rows)
 
     def sample(self, layer: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and wanted outputs of n different tokens of a layer, drawn at random; of all if there are fewer."""
         if n >= len(self):
             return self.x[layer][: len(self)], self.d[layer][: len(self)]
         rows = torch.randperm(len(self), generator=generator)[:n].to(self.devices[layer])
-        return self.x[layer][rows], self.d[layer][rows]
+        return self._rows(layer, rows)
+
+    def _rows(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        # On a CPU index_select copies rows several times as fast as indexing with a tensor does.
+        return self.x[layer].index_select(0, rows), self.d[layer].index_select(0, rows)
 
 
 class BatchPlace(Record):
