@@ -199,7 +199,7 @@ def headline(organism: dict[str, Any], planted: dict[str, Any], hesitation: dict
          f"{templates['alive']['value']:,.0f} that are alive", "5,623 of 229,376"],
         [word, with_range(without["circuit"]["behavior_left"]), "0.5 of 5.5 per 1,000 tokens"],
         ["the same without matched random features", with_range(without["random"]["behavior_left"]),
-         "50,000 change less"],
+         "50,000 random features reduce it less"],
         ["training", f"{with_range(organism['train_seconds'], '{:.0f}')} s on two CPU cores", "50,000 documents"],
     ]  # fmt: skip
     return markdown(["", "built-in pair, measured here", "7B pair, the paper's"], rows)

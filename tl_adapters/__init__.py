@@ -1,7 +1,8 @@
 """tl_adapters: what did reasoning training change inside this model? Transcoder adapters for TransformerLens.
 
-Three names are enough to begin: `PairedModel` opens a base and its reasoning-tuned target as one TransformerLens model,
-`train` learns its adapters, and `AdapterSet` keeps and loads them. `EXPORTS` lists every public name with its module.
+`load` opens a base and its reasoning-tuned target with their adapters as one TransformerLens model, whatever the source
+(the authors' checkpoint, a set on the hub, a run), and `train` learns adapters of a `PairedModel`. `EXPORTS` lists all
+public names with their modules.
 """
 
 from __future__ import annotations

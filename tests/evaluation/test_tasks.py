@@ -1,6 +1,7 @@
 """Tasks: the problem made from a row of each dataset, which answers are right, and errors of loading."""
 
 import json
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -297,3 +298,14 @@ def test_a_missing_extra_is_reported_before_anything_is_loaded(monkeypatch: pyte
     with pytest.raises(TaskError, match=r'checked by math-verify.*pip install "tl-adapters\[benchmarks\]"'):
         require_task("gsm8k")
     require_task(ORGANISM_TASK), require_task("gpqa_diamond")
+
+
+def test_problems_that_are_not_checked_need_no_checker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first lines of the README load traces of math500, after an installation without math-verify."""
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    file = write(tmp_path / "rows.jsonl", ROWS["math500"])
+    with pytest.raises(TaskError, match="math-verify"):
+        load_problems("math500", file)
+    (problem,) = load_problems("math500", file, checked=False).problems
+    assert problem.question.startswith(ROWS["math500"]["problem"])

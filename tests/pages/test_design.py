@@ -105,6 +105,13 @@ def test_texts_and_shapes_stand_out_from_what_they_are_on(theme: str) -> None:
     assert not weak
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_lines_of_plots_stand_out_from_the_page(theme: str) -> None:
+    paper = rgb(themes()[theme]["paper"])
+    ratios = {color: contrast(rgb(color), paper) for color, *_ in plots._STYLES if color != "#000000"}
+    assert len(ratios) == 6 and min(ratios.values()) >= 3, ratios
+
+
 def own_files(*suffixes: str) -> Iterator[Path]:
     """Styles and scripts of our pages; a notebook has the style of its own page, and d3 is another's."""
     for path in sorted(TEMPLATES.rglob("*")):

@@ -192,21 +192,28 @@ TASKS = {
 }
 
 
-def require_task(name: str) -> None:
-    """Raise TaskError where the task is unknown or the package of its check is not installed; nothing is loaded."""
+def require_task(name: str, checked: bool = True) -> None:
+    """Raise TaskError where the task is unknown or the package of its check is not installed; nothing is loaded.
+
+    Args:
+        name: of the task.
+        checked: whether answers are going to be checked.
+    """
     if name != ORGANISM_TASK and name not in TASKS:
         similar = difflib.get_close_matches(name, TASKS, n=1)
         hint = f" Did you mean {similar[0]!r}?" if similar else ""
         raise TaskError(f"There is no task {name!r}.{hint} The tasks are {', '.join((ORGANISM_TASK, *TASKS))}.")
     package = None if name == ORGANISM_TASK else TASKS[name].checked_by
-    if package and importlib.util.find_spec(package) is None:
+    if checked and package and importlib.util.find_spec(package) is None:
         raise TaskError(
             f"The answers of {name} are checked by {package.replace('_', '-')}, which is not installed. Run: "
             'pip install "tl-adapters[benchmarks]"'
         )
 
 
-def load_problems(name: str, source: str | None = None, *, limit: int | None = None, seed: int = 0) -> Problems:
+def load_problems(
+    name: str, source: str | None = None, *, limit: int | None = None, seed: int = 0, checked: bool = True
+) -> Problems:
     """Load the problems of a task.
 
     Args:
@@ -214,10 +221,11 @@ def load_problems(name: str, source: str | None = None, *, limit: int | None = N
         source: a local .jsonl, .json, .csv or .parquet file, or a folder with a copy of the dataset; None is the hub.
         limit: load only so many problems, the first ones.
         seed: of the order of choices.
+        checked: whether answers are going to be checked, for which some tasks need a package of their own.
 
     Raises TaskError where the dataset, its columns or an answer is missing, with what was found instead.
     """
-    require_task(name)
+    require_task(name, checked)
     if limit is not None and limit < 1:
         raise TaskError(f"The limit is {limit}; it must be a whole number >= 1.")
     if name == ORGANISM_TASK:

@@ -25,11 +25,12 @@ _STYLES: tuple[tuple[str, str, str | tuple[int, tuple[int, ...]]], ...] = (
     ("#d55e00", "^", (0, (3, 1, 1, 1))),
     ("#009e73", "D", (0, (1, 1))),
     ("#cc79a7", "v", (0, (6, 2, 1, 2))),
-    ("#e69f00", "P", (0, (2, 2))),
-    ("#56b4e9", "X", (0, (8, 2, 1, 2, 1, 2))),
+    ("#b87a00", "P", (0, (2, 2))),
+    ("#3a8fc8", "X", (0, (8, 2, 1, 2, 1, 2))),
 )
 """Color, marker and dashes of lines that are told apart without color; the colors are those of Okabe and Ito, which
-remain distinct with every kind of color blindness."""
+remain distinct with every kind of color blindness, the last two darker, so that they stand out from white. Black is the
+color of the page's text."""
 
 _FONT_SIZE = 10.75
 """Size of every text, in points of a plot some 340 wide: 11 pixels or more on a screen of 400."""
@@ -128,7 +129,7 @@ def plot(
             if without_color:
                 _draw_curve(axes, line, *style)
             elif line.labels is None:
-                _draw_line(axes, line, markers=whole)
+                _draw_line(axes, line, style[0], markers=whole)
             else:
                 _draw_points(axes, line, line.labels)
         axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
@@ -218,13 +219,13 @@ class _DecimalLogFormatter(LogFormatter):
         return f"{x:g}" if not left_out and super().__call__(x, pos) else ""
 
 
-def _draw_line(axes: Axes, line: Line, markers: bool) -> None:
-    (artist,) = axes.plot(
+def _draw_line(axes: Axes, line: Line, color: str, markers: bool) -> None:
+    axes.plot(
         line.x, line.y, "--" if line.dashed else "-", marker="." if markers and not line.dashed else "",
-        linewidth=1.4, label=visible(line.label),
+        color=color, linewidth=1.4, label=visible(line.label),
     )  # fmt: skip
     if line.band is not None:
-        axes.fill_between(line.x, *line.band, alpha=0.2, color=artist.get_color(), linewidth=0)
+        axes.fill_between(line.x, *line.band, alpha=0.2, color=color, linewidth=0)
 
 
 def _draw_curve(axes: Axes, line: Line, color: str, marker: str, dashes: str | tuple[int, tuple[int, ...]]) -> None:
