@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import tl_adapters
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,19 +36,20 @@ def test_it_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> Non
 
 
 def test_it_runs_from_a_folder_of_its_own(wheel: Path, tmp_path: Path) -> None:
-    """The built-in pair, whose files are the wheel's own, is opened by its command and answers."""
-    with zipfile.ZipFile(wheel) as files:
-        files.extractall(tmp_path / "installed")
+    """pip installs it, its command starts, and the built-in pair, whose files are the wheel's own, answers."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*install, "--target", str(tmp_path / "installed"), str(wheel)], check=True, timeout=120)
     code = (
         "import tl_adapters\n"
-        "from tl_adapters.cli.main import main\n"
         "from tl_adapters.study.open_run import load_organism_pair\n"
-        "assert main(['--version']) == 0\n"
         "with load_organism_pair().routed('target') as model:\n"
         "    print(tl_adapters.respond(model, tl_adapters.organism.problems('tune', 1))[0].text)\n"
         "print(tl_adapters.__file__)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1"}
+    command = [str(tmp_path / "installed" / "bin" / "tl-adapters"), "--version"]
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (said.returncode, said.stdout.split()[-1]) == (0, tl_adapters.__version__), said.stderr
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
