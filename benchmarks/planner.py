@@ -126,12 +126,13 @@ def run_cell(cell: Cell) -> Cell:
     pair = pair_of_configuration(configuration(cell), torch.device("cpu"), torch.float32)
     install_adapters(pair, cell["features"], cell["features"] / 2 if cell["do"] == "train" else L0)
     found = {"train": train, "attribute": graph, "search": search}[cell["do"]](cell, pair)
-    predicted = found.setdefault("predicted_seconds", seconds_of(found.pop("operations", 0.0), pair.device))
+    if "operations" in found:
+        found["predicted_seconds"] = seconds_of(found.pop("operations"), pair.device)
     return {
         **cell,
         **found,
         "memory_ratio": found["predicted_bytes"] / found["bytes"],
-        "time_ratio": predicted / found["seconds"],
+        "time_ratio": found["predicted_seconds"] / found["seconds"],
     }
 
 

@@ -177,7 +177,9 @@ def _attribute(
     _check_targets(resolved, start, options.window)
     n_rows = min(options.max_feature_nodes, int(eligible.sum()))
     if progress:
-        layers = [*(target.layer for target in resolved), *[mean_layer(model.active[eligible])] * n_rows]
+        # Which features get rows is found last, so each counts as one of the mean layer.
+        mean_layer = float(model.active[eligible, 0].double().mean())
+        layers = [*(target.layer for target in resolved), *[mean_layer] * n_rows]
         seconds = estimated_seconds(pair, len(tokens), len(tokens) - start, layers, options.batch_size)
         memory = estimated_memory(pair, len(tokens), len(model.active), options.batch_size)
         log.info(
@@ -254,7 +256,7 @@ def estimated_memory(pair: PairedModel, n_tokens: int, n_active: int, batch_size
 def estimated_seconds(
     pair: PairedModel, n_tokens: int, n_positions: int, layers: Sequence[float], batch_size: int
 ) -> float:
-    """The time that a graph takes: products by the speed of a measured one, attention patterns by that of memory.
+    """The seconds that a graph takes: products by the speed of a measured one, attention patterns by that of memory.
 
     Args:
         pair: the pair.
@@ -269,16 +271,10 @@ def estimated_seconds(
     attention = 2 * cfg.d_head * (cfg.d_model * heads + cfg.n_heads * n_tokens)
     above = sum(min(layer + 1, cfg.n_layers) for layer in layers)  # a feature is read after its layer's attention
     operations = n_positions * (sum(layers) * mlp + above * attention)
-    n_patterns = cfg.n_layers
-    if (
-        large_coefficient_bytes(pair, n_tokens) > KEPT_BYTES
-    ):  # then every batch forms those of all layers that it passes
+    n_patterns: float = cfg.n_layers
+    if large_coefficient_bytes(pair, n_tokens) > KEPT_BYTES:
+        # Every batch then forms the patterns of all layers that it passes.
         n_patterns = sum(min(layer + 1, cfg.n_layers) for layer in sorted(layers, reverse=True)[::batch_size])
     width = torch.promote_types(cfg.dtype, torch.float32).itemsize
     patterns = width * n_patterns * cfg.n_heads * n_tokens**2
     return seconds_of(operations, pair.device) + seconds_to_write(PATTERN_PASSES * patterns, pair.device)
-
-
-def mean_layer(eligible: Int[Tensor, "n 3"]) -> float:
-    """The mean layer of features, given as rows (layer, position, index): which of them get rows is found last."""
-    return float(eligible[:, 0].double().mean())
