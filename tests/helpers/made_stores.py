@@ -68,7 +68,7 @@ def made_store(fires: Fires, kind: UnitKind = "feature", seed: int = 0) -> MadeS
     codes = torch.tensor([TRACE_REGIONS.index(name) for name, size in LAYOUT.items() for _ in range(size)])
     documents = Documents(
         tokens.flatten().int(), codes.repeat(DOCUMENTS).to(torch.int8), torch.arange(DOCUMENTS + 1) * LENGTH,
-        identity=torch.arange(DOCUMENTS),
+        identity=torch.arange(DOCUMENTS), withheld=torch.zeros(DOCUMENTS, dtype=torch.int8),
     )  # fmt: skip
     region_tokens = torch.bincount(codes, minlength=len(TRACE_REGIONS)) * DOCUMENTS
     totals = DocumentTotals([], DOCUMENTS, region_tokens.tolist(), [1] * N_DECILES, [""], [tokens.numel()])

@@ -80,7 +80,8 @@ def attribute(
 
     Args:
         pair: a pair with adapters on every layer.
-        prompt: the text as the model reads it (with chat tokens; nothing is added), token ids, or a document.
+        prompt: the text as the model reads it (with chat tokens; nothing is added), token ids, or a document. The graph
+            of a document that is not to be republished has no text of its tokens.
         targets: tokens (text or ids), or `LogitTarget`, `DifferenceTarget`, `FeatureTarget`. None selects the likeliest
             next tokens at ``position``, at most ``max_logits``, until they have ``desired_logit_prob`` together.
         at: a word in any spelling that is one token. The prompt ends before the first place that says it (in the
@@ -106,6 +107,7 @@ def attribute(
         PairMismatchError: some layers have no adapter.
         NotFiniteError: activations are NaN or infinite.
     """
+    republish = not isinstance(prompt, Trace) or prompt.republish
     start, prompt = (prompt.prompt_length, prompt.tokens) if isinstance(prompt, Trace) else (0, prompt)
     tokens = prompt_token_ids(pair, prompt)
     if at is not None:
@@ -119,7 +121,8 @@ def attribute(
     if targets is not None:
         advice = "give tokens (texts or ids), LogitTarget, DifferenceTarget or FeatureTarget"
         targets = items(targets, (str, int, LogitTarget, DifferenceTarget, FeatureTarget), "targets", advice)
-    return _attribute(pair, tokens, targets, options, progress)
+    graph = _attribute(pair, tokens, targets, options, progress)
+    return graph if republish else graph.without_text()
 
 
 @dataclass(frozen=True)

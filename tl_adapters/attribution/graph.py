@@ -8,7 +8,7 @@ sources.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tl_adapters.adapters.file_hashes import file_hash
 from tl_adapters.checkpoints.tensor_fields import floats, require_tensors, whole_numbers
-from tl_adapters.data.tokens import CONTINUATION, span_texts
+from tl_adapters.data.tokens import CONTINUATION, WITHHELD, span_texts
 from tl_adapters.errors import UserError
 from tl_adapters.utils.files import new_folder, write_tensors, write_text
 from tl_adapters.utils.notebook import data_frame, drawing_view, tables_view
@@ -106,6 +106,10 @@ class AttributionGraph:
     def text(self) -> str:
         """The text of the prompt."""
         return "".join(span_texts(self.strings))
+
+    def without_text(self) -> AttributionGraph:
+        """The same graph with a mark in place of every token's text, for prompts that are not to be republished."""
+        return replace(self, strings=[WITHHELD] * len(self.strings), about={**self.about, "texts_withheld": True})
 
     @property
     def display_strings(self) -> list[str]:

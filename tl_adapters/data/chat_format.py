@@ -160,7 +160,7 @@ class ChatFormat:
             thinking = len(head) + len(tag)
         else:  # thinking that is never closed reaches to the last token; without an opening tag the text is an answer
             thinking = len(whole) if given.lstrip().startswith(start) else 0
-        return Document(prompt, whole, thinking, last.get("domain", ""))
+        return Document(prompt, whole, thinking, last.get("domain", ""), last.get("republish", True))
 
     def join(self, prompt: str, response: str) -> tuple[str, str]:
         """A rendered prompt and (the beginning of) a response, changed so that the opening think tag appears once."""
@@ -241,7 +241,7 @@ class ChatFormat:
         else:
             head = self.tokenizer(document.response[: document.thinking], add_special_tokens=False)["input_ids"]
             thinking = min(len(whole) - n, len(head))
-        return Trace(tuple(whole), n, thinking, document.domain)
+        return Trace(tuple(whole), n, thinking, document.domain, document.republish)
 
 
 def _before_response(prompt: str, base: str, plain: str, thinking: str, tags: tuple[str, str]) -> tuple[str, str]:

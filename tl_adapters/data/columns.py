@@ -21,6 +21,7 @@ RESPONSE_COLUMNS = ("response", "completion", "generation")
 THINKING_COLUMNS = THINKING_FIELDS
 SYSTEM_COLUMNS = ("system",)
 DOMAIN_COLUMNS = ("domain",)
+REPUBLISH_COLUMN = "republish"
 """Names of columns that are read where the configuration names none; the first one that a row has is taken."""
 _ROLES = {"human": "user", "gpt": "assistant"}
 """Names of roles in ShareGPT's format, and what they are called here."""
@@ -105,6 +106,11 @@ class ConversationColumns:
         if domain is not None:
             _require_unicode(str(domain), location)
             messages = [*messages[:-1], {**messages[-1], "domain": str(domain)}]
+        republish = record.get(REPUBLISH_COLUMN)
+        if republish not in (None, True, False):
+            raise DataError(f"{location}: {REPUBLISH_COLUMN} is {shown(republish)}; allowed are true and false.")
+        if republish is False:
+            messages = [*messages[:-1], {**messages[-1], "republish": False}]
         return RowConversation(messages, location)
 
     def _with_columns(self, turns: Any, record: Mapping[str, Any]) -> Any:

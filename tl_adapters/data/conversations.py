@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 """One turn: {"role": "user" or "assistant" or "system", "content": text}. An assistant's turn may hold its thinking in
-a separate field (`THINKING_FIELDS`), and a response may name its "domain"."""
+a separate field (`THINKING_FIELDS`), and a response may name its "domain" and say that its text is not to be shown in
+public ("republish": False)."""
 Conversation = Sequence[Message]
 """Turns, the last of which is the assistant's response, thinking included."""
 
@@ -28,6 +29,8 @@ class Document:
     """Number of characters of the response that are thinking, tags included."""
     domain: str = ""
     """The subject of the document (math, code, ...), where the data names one."""
+    republish: bool = True
+    """Whether its text may be shown in public."""
 
 
 def thinking_of(message: Mapping[str, Any]) -> Any:

@@ -13,6 +13,8 @@ UNDECODED = "\N{REPLACEMENT CHARACTER}"
 """The character that decoding writes for bytes that do not form a whole character."""
 CONTINUATION = "‥"
 """Shown, where every token has a box of its own, for a token that only continues the character before it."""
+WITHHELD = "…"
+"""Shown in place of a token whose text is not to be republished."""
 _METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """The character with which SentencePiece writes a space."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")

@@ -8,7 +8,7 @@ its own row, so that no position attends to another document.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ class Trace:
     """Number of tokens of the response that are thinking, tags included; the rest is the answer."""
     domain: str = ""
     """Subject of the document (math, code, ...), where the data names one."""
+    republish: bool = True
+    """Whether its text may be shown in public. Graphs, pages and exports leave it out otherwise."""
 
     def cut(self, max_tokens: int | None) -> Trace:
         """The trace, or its first ``max_tokens`` tokens if it is longer; None cuts nothing."""
@@ -45,7 +47,7 @@ class Trace:
             return self
         prompt = min(self.prompt_length, max_tokens)
         thinking = min(self.thinking_length, max_tokens - prompt)
-        return Trace(self.tokens[:max_tokens], prompt, thinking, self.domain)
+        return replace(self, tokens=self.tokens[:max_tokens], prompt_length=prompt, thinking_length=thinking)
 
     def has_counted_tokens(self, count: Sequence[Region] = REGIONS) -> bool:
         """True if another token predicts one of the regions in ``count``."""

@@ -226,6 +226,7 @@ def _collect_part(
         region=torch.tensor([code for codes in regions for code in codes], dtype=torch.int8),
         start=torch.tensor([0, *(len(trace.tokens) for trace in traces)]).cumsum(0),
         identity=torch.tensor([document_hash(trace) for trace in traces]),
+        withheld=torch.tensor([not trace.republish for trace in traces], dtype=torch.int8),
     )
     return StorePart(totals, documents, counts.layers(), None)
 

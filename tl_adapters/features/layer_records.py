@@ -109,7 +109,7 @@ class LayerRecords:
             token_index = position - first
             values = window[options.before - token_index :][: len(ids)]
             values[token_index] = value  # exact, where the window has half precision
-            tokens = tuple(self.vocabulary[t] for t in ids)
+            tokens = documents.texts(document, ids, token_index, self.vocabulary)
             examples.append(Example(tokens, ids, tuple(values), token_index, document, position))
         return tuple(examples)
 

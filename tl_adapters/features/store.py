@@ -236,7 +236,7 @@ class FeatureStore:
         """The window of a document around a position, as wide as the examples; its activations are given as 0."""
         options = self.about.options
         first, ids = self.part.documents.window(document, position, options.before, options.after)
-        tokens = tuple(self.vocabulary[token] for token in ids)
+        tokens = self.part.documents.texts(document, ids, position - first, self.vocabulary)
         return Example(tokens, ids, (0.0,) * len(ids), position - first, document, position)
 
     def table(self, min_firings: int = ALIVE_FIRINGS) -> dict[str, list[Any]]:

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tl_adapters.checkpoints.tensor_fields import require_tensors, whole_numbers
+from tl_adapters.data.tokens import WITHHELD
 from tl_adapters.features.feature import FeatureStoreError
 from tl_adapters.features.layer_statistics import (
     N_DECILES,
@@ -47,6 +48,8 @@ class Documents:
     """Index at which each document starts, and at which the last one ends."""
     identity: Int[Tensor, "documents"]
     """Hash of each document, so that a document is recognized and never counted twice."""
+    withheld: Int[Tensor, "documents"]
+    """1 for a document whose text is not to be republished, else 0."""
 
     def __len__(self) -> int:
         return len(self.start) - 1
@@ -64,6 +67,12 @@ class Documents:
         span = self.span(document)
         first, stop = max(0, position - before), min(span.stop - span.start, position + after + 1)
         return first, tuple(self.tokens[span.start + first : span.start + stop].tolist())
+
+    def texts(self, document: int, ids: Sequence[int], token_index: int, vocabulary: Sequence[str]) -> tuple[str, ...]:
+        """The texts of a window's tokens; of a document that is withheld, only that of the token it was chosen for."""
+        if not self.withheld[document]:
+            return tuple(vocabulary[token] for token in ids)
+        return tuple(vocabulary[token] if i == token_index else WITHHELD for i, token in enumerate(ids))
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,7 @@ class StorePart:
             with unreadable_as(FeatureStoreError):
                 tensors = read_tensors(path, advice=COLLECT_AGAIN)
                 regions, ends = len(self.totals.region_tokens), self.totals.documents + 1
+                tensors.setdefault("withheld", torch.zeros(self.totals.documents, dtype=torch.int8))
                 sizes = {"documents": self.totals.documents, "ends": ends, "regions": regions}
                 require_tensors(tensors, _DOCUMENT_FIELDS, path, sizes, COLLECT_AGAIN)
                 start, counts = tensors["start"], tensors["region"].long().bincount(minlength=regions)
@@ -174,6 +184,7 @@ _DOCUMENT_FIELDS = {
     "region": whole_numbers("total", below="regions"),
     "start": whole_numbers("ends"),
     "identity": whole_numbers("documents", lowest=None),
+    "withheld": whole_numbers("documents"),  # none in stores of earlier versions
 }
 
 
@@ -255,6 +266,7 @@ def _concatenated_documents(parts: Sequence[Documents]) -> Documents:
         torch.cat([documents.region for documents in parts]),
         torch.cat([torch.zeros(1, dtype=starts.dtype), starts]),
         torch.cat([documents.identity for documents in parts]),
+        torch.cat([documents.withheld for documents in parts]),
     )
 
 

@@ -163,7 +163,7 @@ def node_ids(graph: AttributionGraph) -> list[str]:
 
     Raises GraphError if two targets are the same.
     """
-    tokens = graph.tokens.tolist()
+    tokens = _prompt_tokens(graph)
     ids = [f"{layer}_{index}_{position}" for layer, position, index in graph.features.tolist()]
     # circuit-tracer once wrote 0_layer_position for error nodes, which is also the id of a feature of layer 0.
     ids += [f"{layer}_-1_{position}" for layer, position in graph.errors.tolist()]
@@ -190,6 +190,11 @@ def require_slug(slug: str) -> None:
         raise GraphError(f"The slug {slug[:40]}... has {len(slug)} characters; allowed are {_LONGEST_SLUG}.")
     if f"{slug}.json".lower() == GRAPH_LIST_FILE:  # some file systems ignore case
         raise GraphError(f"The slug {slug!r} would overwrite {GRAPH_LIST_FILE}; choose another.")
+
+
+def _prompt_tokens(graph: AttributionGraph) -> list[int]:
+    """Return the ids of the prompt's tokens, from which its text could be read; 0 where that is withheld."""
+    return [0] * len(graph.tokens) if graph.about.get("texts_withheld") else graph.tokens.tolist()
 
 
 def _target_tokens(graph: AttributionGraph) -> list[int]:
@@ -317,7 +322,7 @@ def _token_nodes(graph: AttributionGraph) -> list[dict[str, Any]]:
             "feature_type": "embedding",
             "jsNodeId": f"E_{token}-{position}",
         }
-        for position, token in enumerate(graph.tokens.tolist())
+        for position, token in enumerate(_prompt_tokens(graph))
     ]
 
 

@@ -99,6 +99,11 @@ def write_sae_dashboard(
     require_dashboard()
     require_absent(folder)
     traces = readable_traces(traces, pair.model.cfg)
+    if withheld := sum(not trace.republish for trace in traces):
+        raise DashboardError(
+            f"{withheld} of {len(traces)} documents are not to be republished, and sae-dashboard shows all texts. "
+            "Leave them out, or use write_feature_pages, which leaves out their text."
+        )
     adapters = pair.installed_adapters()
     if pair.backend.name != "hooked":
         raise DashboardError(

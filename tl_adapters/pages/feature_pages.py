@@ -188,11 +188,17 @@ def _facts(store: FeatureStore, alive: int) -> list[tuple[str, str]]:
         ("base", about.base or "in memory"),
         ("target", about.target or "in memory"),
         ("read on", f"{about.split}: {store.documents:,} documents, {store.tokens:,} tokens"),
+        *([("not republished", f"the text of {n:,} documents is left out")] if (n := _withheld(store)) else []),
         ("stream", _STREAM_DESCRIPTIONS[about.kind, about.stream]),
         (f"alive {about.kind}s", f"{alive:,} of {total:,}: those that fired at least {ALIVE_FIRINGS} times"),
         *([("streams agree on", _agreement(store))] if store.agreement else []),
         ("activations", "in decoder-norm units: times the norm of what is written, so that layers compare"),
     ]
+
+
+def _withheld(store: FeatureStore) -> int:
+    """Return the number of documents of which examples show only the token that they were chosen for."""
+    return int(store.part.documents.withheld.sum())
 
 
 def _agreement(store: FeatureStore) -> str:

@@ -135,9 +135,10 @@ def load_traces(
         loaded = load_problems(str(source), limit=n, checked=False)
         problems = loaded.problems
         if not loaded.republish:
-            log.warning("The texts of %s are not to be republished: keep graphs and features of them private.", source)
+            log.warning("The texts of %s are not to be republished: graphs, pages and exports leave them out.", source)
         with pair.routed("target"):
-            return traces_of(respond(pair.model, problems, max_new_tokens=max_new_tokens), pair.model.tokenizer)
+            traces = traces_of(respond(pair.model, problems, max_new_tokens=max_new_tokens), pair.model.tokenizer)
+        return [replace(trace, republish=loaded.republish) for trace in traces]
     given = data or DataConfig()
     config = replace(given, source=str(source), shuffle_window=min(given.shuffle_window, n))  # no more are encoded
     chat = ChatFormat.of(pair.model.tokenizer, config.think_start, config.think_end)
