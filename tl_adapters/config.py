@@ -124,7 +124,10 @@ class LossWeights:
     for jumprelu)."""
 
     def times(self, factor: float) -> LossWeights:
-        """Every term's weight times a factor; ``local_l1`` is within a term and stays."""
+        """Every term's weight times a factor; ``local_l1`` is within a term and stays.
+
+        Raises ConfigError for a negative factor.
+        """
         names = ("output_kl", "forward_bridge", "backward_bridge", "nmse", "local")
         return replace(self, **{name: factor * getattr(self, name) for name in names})
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers.random_models import random_model, randomise
 from helpers.users_models import plain, reference
 from sae_lens import SAE
 
+from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.saelens_folder import AdapterFormatError
 from tl_adapters.adapters.set_folder import read_description
@@ -110,7 +112,7 @@ def test_names_that_nobody_has(adapters: AdapterSet, tmp_path: Path) -> None:
         pull("user/repo", tmp_path)
 
 
-def test_the_card_says_what_they_are_and_its_code_runs(
+def test_the_card_says_what_they_are(
     hub: LoopbackHub,  # noqa: F811
     adapters: AdapterSet,
     tmp_path: Path,
@@ -126,11 +128,26 @@ def test_the_card_says_what_they_are_and_its_code_runs(
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for block in blocks:
         compile(block, "card", "exec")
-    assert len([line for line in blocks[0].splitlines() if line and "import" not in line]) == 4
     assert "Nothing yet" in card(reference().installed_adapters(), "user/repo")
     local = reference().installed_adapters()
     object.__setattr__(local.metadata, "base", str(tmp_path))
     assert "base_model" not in yaml.safe_load(card(local, "user/repo").split("---")[1])  # a folder is no hub name
+
+
+def test_the_code_of_the_card_runs(hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    for folder in (organism.BASE, organism.TARGET):
+        hub.files[f"org/{folder.name}"] = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    pair = PairedModel.from_pretrained(*(f"org/{folder.name}" for folder in (organism.BASE, organism.TARGET)))
+    push_to_hub(randomise(pair, n_features=4).installed_adapters(), "user/repo")
+    text = hub.files["user/repo"]["README.md"].decode()
+    block, with_saelens = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    hook = re.findall(r"cache\[[\"'](.*?)[\"']\]", block)[0]
+    assert names["cache"][hook].shape[-1] == 4 and torch.isfinite(names["logits"]).all()
+    assert "KL(target || replacement)" in capsys.readouterr().out
+    exec(with_saelens, names)
+    assert names["transcoder"].cfg.d_sae == 4
 
 
 @pytest.mark.parametrize(

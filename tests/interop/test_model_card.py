@@ -36,8 +36,7 @@ def test_hostile_names_are_text_in_the_card() -> None:
     for block in blocks:
         called = {ast.unparse(node.func) for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)}
         assert not called - {
-            "PairedModel.from_pretrained", "pair.load_adapters", "AdapterSet.from_pretrained", "pair.routed",
-            "model.run_with_cache", "SAE.from_pretrained",
+            "tla.load", "print", "pair.check", "pair.routed", "model.run_with_cache", "SAE.from_pretrained",
         }  # fmt: skip
     assert HOSTILE in [node.value for node in ast.walk(ast.parse(blocks[1])) if isinstance(node, ast.Constant)]
     rest = re.sub(r"^```python\n.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)

@@ -1,5 +1,6 @@
 """The one design of all pages: contrast in both themes, names for screen readers, no network, no scrolling sideways."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -210,18 +211,19 @@ class Elements(HTMLParser):
         super().__init__()
         self.found: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[list[str]] = []
+        self.around: list[list[int]] = []
         self.open: list[int] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        self.texts.append([])
+        self.handle_startendtag(tag, attrs)
         if tag not in ("meta", "link", "input", "br"):
             self.open.append(len(self.found) - 1)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
         self.texts.append([])
+        self.around.append(list(self.open))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.found[self.open.pop()][0] == tag
@@ -266,6 +268,52 @@ def test_pages_name_what_they_hold(folder: Path, kind: str) -> None:
             if "hybrid" in table.lower():
                 assert "The hybrid is the target with the base's MLPs" in caption[0][1]
         assert any("hybrid" in table.lower() for table in tables) and "<caption></caption>" not in page
+
+
+CONTROLS = ("input", "select", "textarea", "button")
+
+
+def nameless(page: str) -> list[str | None]:
+    """The ids of the controls that a screen reader has no name for; what a list offers is no name."""
+    elements = Elements(page)
+    texts = ["".join(parts) for parts in elements.texts]
+    by_id = {given["id"]: text for (_, given), text in zip(elements.found, texts, strict=True) if "id" in given}
+    missing = []
+    for number, (tag, given) in enumerate(elements.found):
+        if tag not in CONTROLS or given.get("type") == "hidden":
+            continue
+        own = texts[number] if tag == "button" else ""
+        labels = [
+            text.replace(texts[number], "")
+            for i, ((other, label), text) in enumerate(zip(elements.found, texts, strict=True))
+            if other == "label" and (i in elements.around[number] or label.get("for") == given.get("id", ""))
+        ]
+        others = [by_id.get(id, "") for id in (given.get("aria-labelledby") or "").split()]
+        names = [own, given.get("aria-label"), given.get("title"), *labels, *others]
+        if not any(name and name.strip() for name in names):
+            missing.append(given.get("id"))
+    return missing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_control_has_a_name(folder: Path, kind: str) -> None:
+    page = page_of(folder, kind).read_text()
+    assert nameless(page) == []
+    count = sum(tag in CONTROLS for tag, _ in Elements(page).found)
+    assert (count > 5) == (kind in ("features", "graph")), "the other pages only show"
+
+
+def test_a_control_without_a_name_is_found() -> None:
+    named = (
+        "<p id=there>A</p><button>A</button><input title=A><textarea aria-label=A></textarea><label>A<select>"
+        "<option>B</option></select></label><label for=far>A</label><input id=far><input aria-labelledby='no there'>"
+    )
+    assert nameless(named) == []
+    without = (
+        "<button id=a> </button><input id=b title=''><textarea id=c>A</textarea><label><select id=d><option>B</option>"
+        "</select></label><label for=gone>A</label><input id=e aria-labelledby=no placeholder=A><label>A</label>"
+    )
+    assert nameless(without) == ["a", "b", "c", "d", "e"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -357,9 +405,9 @@ def look(browser: Browser, page: Path, width: int, theme: str) -> None:  # noqa:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("kind", KINDS)
-def test_pages_are_readable_at_every_width(browser: Browser, folder: Path, kind: str) -> None:  # noqa: F811
+def test_pages_are_readable_at_every_width_in_both_themes(browser: Browser, folder: Path, kind: str) -> None:  # noqa: F811
     page = page_of(folder, kind)
-    for width, theme in ((400, "light"), (900, "dark"), (1400, "light")):
+    for width, theme in itertools.product((400, 900, 1400), ("light", "dark")):
         look(browser, page, width, theme)
         assert browser.js("document.documentElement.scrollWidth") <= width
         assert browser.js(SIDEWAYS) == []
@@ -382,6 +430,25 @@ def test_the_keyboard_shows_where_it_is(browser: Browser, folder: Path, kind: st
         style = browser.js(f"getComputedStyle({focused}).outlineStyle + getComputedStyle({focused}).outlineWidth")
         assert style == "solid2px"
     assert places == sorted(set(places)), "on through the page"
+
+
+ROLES = ("button", "textbox", "searchbox", "combobox", "slider", "spinbutton", "checkbox", "radio", "listbox")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("kind", ["features", "graph"])
+def test_controls_that_a_script_made_have_names(browser: Browser, folder: Path, kind: str) -> None:  # noqa: F811
+    """Names as Chromium computes them, after a feature of the graph was selected, pinned and grouped."""
+    look(browser, page_of(folder, kind), 1400, "light")
+    if kind == "graph":
+        browser.click('[data-id="f"]')
+        for key in "pg":
+            browser.key(key)
+    made = browser.js("document.querySelectorAll('th button, #panel button, #panel input').length")
+    nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+    controls = [node for node in nodes if not node["ignored"] and node["role"]["value"] in ROLES]
+    assert 4 < made < len(controls)
+    assert not [node for node in controls if not node["name"]["value"].strip()]
 
 
 @pytest.mark.browser

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from helpers.page_values import EXAMPLES, dose_curves, made, whole_block
 from tl_adapters.circuits.dose_curves import INTERVENTIONS
 from tl_adapters.pages.circuit_page import write_circuit_page
 from tl_adapters.pages.dose_curve_plots import dose_curve_plots, dose_curves_section
-from tl_adapters.pages.plots import Line, plot
+from tl_adapters.pages.plots import Line, _style, plot
 
 
 def block(**changes: Any) -> dict[str, Any]:
@@ -35,6 +36,27 @@ def test_curves_differ_in_color_marker_and_dashes() -> None:
         assert len(colors) == len(dashes) == len(INTERVENTIONS), "one each, in the plot and in its legend"
         markers = set(re.findall(r'xlink:href="#(m\w+)"', str(each.svg)))
         assert len(markers) >= 2 * len(INTERVENTIONS), "a small and a large one each"
+
+
+def test_lines_of_every_plot_differ_in_grey() -> None:
+    for without_color in (False, True):
+        lines = {_style(number, False, without_color)[1:] for number in range(49)}
+        assert len(lines) == 49, "markers and dashes"
+    references = {_style(number, True, False)[1:] for number in range(6)}
+    assert len(references) == 6 and not references & {_style(number, False, False)[1:] for number in range(49)}
+
+
+def test_markers_and_dashes_are_in_the_legend_too() -> None:
+    lines = [Line(name, [0, 1], [0.5, 0.7], dashed=name == "c") for name in "abc"]
+    svg = str(plot(lines, xlabel="x", ylabel="y", caption="", whole=True).svg)
+    markers = dict(re.findall(r'<path id="(m\w+)" d="([^"]* z )"', svg))  # ticks are no closed paths
+    uses = Counter(re.findall(r'<use [^>]*xlink:href="#(m\w+)"', svg))
+    assert len(set(markers.values())) == 2 and all(uses[id] == 3 for id in markers), "two points and the legend"
+    assert len(set(re.findall(r'stroke-dasharray="([^"]*)"', svg))) == 1 and svg.count("stroke-dasharray") == 2
+    many = str(plot([Line("a", range(400), range(400))], xlabel="x", ylabel="y", caption="").svg)
+    assert 8 <= many.count("<use") < 40, "some of the points"
+    points = [Line(name, [1, 2], [3, 4], labels="xy") for name in "ab"]
+    assert "#1f77b4" not in str(plot(points, xlabel="x", ylabel="y", caption="").svg), "the colors of lines"
 
 
 def test_a_curve_is_where_it_was_measured() -> None:

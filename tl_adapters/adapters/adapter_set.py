@@ -266,7 +266,7 @@ class AdapterSet(nn.Module):
             device: where the weights go.
 
         Raises:
-            AdapterFormatError: not a set of adapters, or a damaged one.
+            AdapterFormatError: not a set of adapters, a damaged one, or one without one of ``layers``.
             NotFiniteError: weights that are NaN or infinite.
             CheckpointError: neither a folder nor a repository that the hub gives, or a revision of a folder.
         """

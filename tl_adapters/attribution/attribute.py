@@ -104,30 +104,27 @@ def attribute(
         GraphError: a target is not a single token, the prompt is longer than the context, a position is outside the
             prompt, no feature is active on the prompt, or the prompt does not say ``at``.
         ArgumentError: several prompts, token ids outside the vocabulary, or a plain text as ``targets``.
-        PairMismatchError: some layers have no adapter.
+        PairMismatchError, VocabularyError: a layer has no adapter; ``at`` or a target is not a single token.
         NotFiniteError: activations are NaN or infinite.
     """
-    republish = not isinstance(prompt, Trace) or prompt.republish
-    start, prompt = (prompt.prompt_length, prompt.tokens) if isinstance(prompt, Trace) else (0, prompt)
-    tokens = prompt_token_ids(pair, prompt)
+    trace = prompt if isinstance(prompt, Trace) else None
+    tokens = prompt_token_ids(pair, prompt.tokens if isinstance(prompt, Trace) else prompt)
     if at is not None:
-        tokens, said = cut_before(pair, tokens, at, start)
+        tokens, said = cut_before(pair, tokens, at, 0 if trace is None else trace.prompt_length)
         targets = [said] if targets is None else targets
     batch_size = default_batch_size(pair, len(tokens)) if batch_size is None else batch_size
-    options = _Options(
-        linearization, position, desired_logit_prob, max_logits, max_feature_nodes, exclude_bos, window, batch_size
-    )
-    options.check()
+    about = (linearization, position, desired_logit_prob, max_logits, max_feature_nodes, exclude_bos, window)
+    options = _Options(*about, batch_size)
     if targets is not None:
         advice = "give tokens (texts or ids), LogitTarget, DifferenceTarget or FeatureTarget"
         targets = items(targets, (str, int, LogitTarget, DifferenceTarget, FeatureTarget), "targets", advice)
     graph = _attribute(pair, tokens, targets, options, progress)
-    return graph if republish else graph.without_text()
+    return graph if trace is None or trace.republish else graph.without_text()
 
 
 @dataclass(frozen=True)
 class _Options:
-    """The keyword arguments of `attribute`."""
+    """The keyword arguments of `attribute`. Raises ArgumentError or GraphError for values out of range."""
 
     linearization: str
     position: int
@@ -138,8 +135,7 @@ class _Options:
     window: int | None
     batch_size: int
 
-    def check(self) -> None:
-        """Raises ArgumentError or GraphError for values out of range."""
+    def __post_init__(self) -> None:
         choice(self.linearization, LINEARIZATIONS, "linearization")
         counts = {
             "max_feature_nodes": self.max_feature_nodes,

@@ -34,7 +34,7 @@ def summed_influence(
         node_threshold: as in `prune`.
         options: of `attribute`.
 
-    Returns: zeros for a feature that no graph keeps. Raises what `attribute` raises.
+    Returns: zeros for a feature that no graph keeps. Raises what `attribute` and `prune` raise.
     """
     total = torch.zeros(pair.n_layers, pair.installed_adapters().n_features)
     for prompt, token in zip(prompts, tokens, strict=True):

@@ -202,7 +202,8 @@ def ablation_effects(
         target: index of the target in ``graph.targets``.
 
     Raises:
-        GraphError: the target is a feature, or the graph was made with another pair.
+        GraphError: there is no such target, it is a feature, or the graph was made with another pair.
+        PairMismatchError: the pair has no adapters.
     """
     kept = torch.ones(len(features) + 1, len(graph.features), dtype=torch.bool)
     kept[torch.arange(len(features)) + 1, features] = False
@@ -314,8 +315,9 @@ def explain_difference(
         options: keyword arguments of `attribute` except ``window``.
 
     Raises:
-        GraphError: a window is given, since contributions from before it are not those of features only; and as
-            `attribute` raises it.
+        GraphError: a window is given, since contributions from before it are not those of features only; or the target
+            is a feature.
+        UserError: whatever else `attribute` raises.
     """
     if options.get("window") is not None:
         raise GraphError(

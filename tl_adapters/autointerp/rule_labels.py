@@ -70,6 +70,8 @@ def label_by_rules(store: FeatureStore, words: Sequence[str] = HESITATION_WORDS)
 
     Returns:
         The rules' labels of all alive features, including those that keep another label.
+
+    Raises ArgumentError where ``words`` is not a sequence of texts, and FeatureStoreError for damaged files.
     """
     labels = rule_labels(store.features(store.ids()), store.region_tokens, words)
     labeled_otherwise = {id for id, label in store.labels.items() if label.source != RULES_SOURCE}

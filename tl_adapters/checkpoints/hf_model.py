@@ -80,7 +80,7 @@ def load_hf_model(
         tokenizer: used instead of the folder's own.
         without_adapters: read a checkpoint of the paper's authors without its adapters, as the hybrid.
 
-    Raises UnsupportedModelError, CheckpointError, DeviceError, DeviceMapError.
+    Raises UnsupportedModelError, CheckpointError, TokenizerError, DeviceError, DeviceMapError.
     """
     folder, dtype = locate(name), resolve_dtype(dtype)
     config = load_config(folder, without_adapters)

@@ -171,7 +171,10 @@ class Circuit:
         return len(self.features)
 
     def ids(self, *roles: Role) -> list[FeatureId]:
-        """Return the features of some roles, sorted; without roles, those of all promoting roles."""
+        """Return the features of some roles, sorted; without roles, those of all promoting roles.
+
+        Raises CircuitError for an unknown role.
+        """
         if unknown := set(roles) - set(ROLES):
             raise CircuitError(f"There is no role {sorted(unknown)[0]!r}; the roles are {', '.join(ROLES)}.")
         return sorted(f.id for f in self.features if f.role in (roles or PROMOTING_ROLES))
@@ -219,7 +222,7 @@ class Circuit:
             revision, token: as `AdapterSet.from_pretrained`.
 
         Raises:
-            CircuitError: the repository has no such circuit, or a damaged one.
+            CircuitError: the name is not allowed, or the repository has no such circuit, or a damaged one.
             CheckpointError: no such repository, no network.
         """
         file = _hub_file(name)
@@ -240,7 +243,9 @@ class Circuit:
             revision: branch to commit to; None is the main one.
             token: None takes HF_TOKEN or the stored login.
 
-        Raises HubError: no permission, no such repository, no network.
+        Raises:
+            CircuitError: the name is not allowed.
+            HubError: no permission, no such repository, no network.
         """
         file = _hub_file(name)
         require_repository_name(repo_id)
@@ -269,6 +274,8 @@ class Circuit:
         """Raise CircuitError where the circuit belongs to other adapters or models than the pair's.
 
         Interventions check only the adapters (`AdapterSet.require_own`), which belong to the pair they are loaded in.
+
+        Raises PairMismatchError where the pair has no adapters.
         """
         self._require_adapters(
             {**pair.fingerprints, **pair.installed_adapters().fingerprints}, "the pair's adapters are"

@@ -181,7 +181,11 @@ def find_onsets(
 
     A target that never shows the behavior has no onsets, whether words or a function define it.
 
-    Raises BehaviorError where there are no texts, or the tokenizer can write none of the words.
+    Raises:
+        BehaviorError: there are no texts, the tokenizer can write none of the words, or the function of the behavior
+            returns something that is not a position.
+        ArgumentError, DataError: ``traces`` holds something else than traces, or one that the model cannot read.
+        VocabularyError: words are to be looked up, and there is no tokenizer, or a word has spaces around it.
     """
     behavior = behavior or Behavior()
     if not traces:

@@ -75,7 +75,10 @@ KEPT_OF_EARLIER_ROUNDS = 0.6
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Size and weights of a search."""
+    """Size and weights of a search.
+
+    Raises ArgumentError for an unknown method, and BehaviorError for a number that is out of range.
+    """
 
     share: float = 0.03
     """Size of the circuit, as a share of the alive features."""
@@ -181,7 +184,8 @@ def search_circuit(
         options: size and weights.
         progress: show a bar.
 
-    Raises BehaviorError where there is no onset: a target that never shows the behavior has no circuit.
+    Raises BehaviorError where there is no onset: a target that never shows the behavior has no circuit; and
+    PairMismatchError where a layer has no adapter.
     """
     options = options or SearchOptions()
     if not bool(onsets.onset.any()):
@@ -405,7 +409,8 @@ def find_circuit(
     behavior.
 
     Raises BehaviorError where there are no answers, for words that the tokenizer cannot write, and for adapters of
-    which no feature fires although the behavior occurs.
+    which no feature fires although the behavior occurs; PairMismatchError where a layer has no adapter; and what
+    `find_onsets` raises.
     """
     if isinstance(behavior, str):
         behavior = Behavior(name=behavior, words=(behavior,))

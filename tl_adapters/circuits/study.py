@@ -78,7 +78,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """How much a study measures."""
+    """How much a study measures.
+
+    Raises BehaviorError for a number that is out of range.
+    """
 
     search: SearchOptions = field(default_factory=SearchOptions)
     """Size and weights of the search."""
@@ -180,7 +183,7 @@ def analyze_behavior(
 
     A target that never shows the behavior has an empty study: no onsets, no circuit, no conditions.
 
-    Raises BehaviorError, and what generating raises.
+    Raises BehaviorError for words that are none, and what `respond` and `find_circuit` raise.
     """
     options = options or StudyOptions()
     behavior = replace(Behavior.of(words), name=name, find=find)

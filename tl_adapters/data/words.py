@@ -39,6 +39,7 @@ def hesitation_tokens(
 
     Raises:
         VocabularyError: there is no tokenizer, or ``words`` is empty or holds something other than single words.
+        ArgumentError: ``words`` is not a sequence of texts.
     """
     tokenizer = _required(tokenizer)
     words = texts(words, "words")

@@ -142,6 +142,7 @@ def measure_agreement(
 
     Raises:
         MatchingError: the sets were trained on different pairs, or have other shapes than the pair.
+        UserError: whatever else `seed_agreement` raises.
     """
     matching = seed_agreement(pair, adapters_a, adapters_b, traces, tokens_per_batch=tokens_per_batch)
     exchanged = _with_exchanged_decoders(adapters_b, matching.b)

@@ -121,7 +121,7 @@ class Behavior(ResultRecord):
         It is empty where a function found nothing in the traces.
 
         Raises BehaviorError where the tokenizer can write none of the words, or the function returns something that is
-        not a position.
+        not a position, or too many phrases; and VocabularyError for no tokenizer, or a word with spaces around it.
         """
         tokenizer = pair.model.tokenizer
         if self.find is not None:
@@ -188,13 +188,19 @@ class Behavior(ResultRecord):
     # -- in answers -----------------------------------------------------------------------------------------------
 
     def count(self, response: ResponseLike) -> int:
-        """Return how often a response shows the behavior: words whole and in any case, or finds of the function."""
+        """Return how often a response shows the behavior: words whole and in any case, or finds of the function.
+
+        Raises BehaviorError where the function returns something that is not a position of the response's trace.
+        """
         if self.find is not None:
             return len(self._found_spans(response.trace))
         return sum(1 for _ in word_pattern(self.words).finditer(response.text))
 
     def text_spans(self, response: ResponseLike, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-        """Return where a response's text shows what `count` counts, as (start, stop) of characters."""
+        """Return where a response's text shows what `count` counts, as (start, stop) of characters.
+
+        Raises BehaviorError where `count` raises it.
+        """
         if self.find is None:
             return [match.span() for match in word_pattern(self.words).finditer(response.text)]
         trace, spans = response.trace, []

@@ -131,6 +131,8 @@ def measure_faithfulness(pair: PairedModel, traces: Sequence[Trace], *, tokens_p
         tokens_per_batch: tokens of a forward pass.
 
     Raises:
+        ArgumentError, DataError: ``traces`` holds something else than traces, or one that the model cannot read.
+        PairMismatchError: the pair has no base, or a layer without an adapter.
         NotFiniteError: activations are NaN or infinite.
     """
     traces = readable_traces(traces, pair.model.cfg)

@@ -218,7 +218,9 @@ def seed_agreement(
     The agreement is `Matching.shares` of either set; see `match_features` for the arguments.
 
     Raises:
-        MatchingError: the sets were trained on different pairs, by weight fingerprint.
+        MatchingError: the sets were trained on different pairs, by weight fingerprint, or have other shapes.
+        ArgumentError, DataError: ``traces`` holds something else than traces, or one that the model cannot read.
+        PairMismatchError: what a set reads cannot be computed in the pair's target.
     """
     if differs := differing(adapters_a.metadata.fingerprints, adapters_b.metadata.fingerprints):
         raise MatchingError(

@@ -84,12 +84,15 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The tokenizer's end token."""
+        """The tokenizer's end token. Raises HarnessError where the model has no tokenizer."""
         return self._tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The context of a text that has none: the tokenizer's first token, else its end token."""
+        """The context of a text that has none: the tokenizer's first token, else its end token.
+
+        Raises HarnessError where the model has no tokenizer.
+        """
         first = self._tokenizer.bos_token_id
         return self.eot_token_id if first is None else first
 
@@ -105,7 +108,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Name of the tokenizer, for the harness's cache of requests."""
+        """Name of the tokenizer, for the harness's cache of requests. Raises HarnessError where there is none."""
         return str(self._tokenizer.name_or_path).replace("/", "__")
 
     @property
@@ -115,14 +118,17 @@ class HarnessModel(TemplateLM):
         return self.tokenizer
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text. The first token is not added to a text that begins with it, as rendered chats do."""
+        """Token ids of a text. The first token is not added to a text that begins with it, as rendered chats do.
+
+        Raises HarnessError where the model has no tokenizer.
+        """
         if add_special_tokens is None:
             first = self._tokenizer.bos_token
             add_special_tokens = not (first and string.startswith(first))
         return self._tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The turns of a chat, rendered with the target's chat template."""
+        """The turns of a chat, rendered with the target's chat template. Raises HarnessError where there is none."""
         return self._tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -155,7 +161,10 @@ class HarnessModel(TemplateLM):
         return [likelihoods[number] for number in range(len(texts))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probabilities of whole texts; each token is predicted once, with as much context as fits."""
+        """Log-probabilities of whole texts; each token is predicted once, with as much context as fits.
+
+        Raises HarnessError where the model has no tokenizer.
+        """
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for number, (text,) in enumerate(request.args for request in requests):
@@ -174,7 +183,8 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Completions up to a stop string, an end token or a limit.
 
-        Raises HarnessError for generation options that are not supported.
+        Raises HarnessError for generation options that are not supported, completions that leave no room for a prompt,
+        and a model without a tokenizer; and GenerationError for options out of range.
         """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):

@@ -55,7 +55,7 @@ class PairCheck:
     def _repr_html_(self) -> str:
         return tables_view((["check", ""], [line.partition(": ")[::2] for line in str(self).splitlines()]))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         off = "not known" if self.logits_off is None else f"{self.logits_off:.1e} of their norm"
         claimed = "" if self.claimed_l0 is None else f"; the set says {self.claimed_l0:.3g}"
         left = f", {self.kl_replacement / self.kl_hybrid:.1%} of the hybrid's" if self.kl_hybrid else ""

@@ -164,6 +164,8 @@ def plant_features(
 
     Raises:
         PlantingError: features cannot be planted with these rates or this text.
+        ArgumentError, DataError: something else than traces, or a document that the model cannot read.
+        UserError: whatever `PairedModel.from_pretrained` raises.
     """
     _check_rates(per_layer, rates, sum(len(trace.tokens) for trace in traces))
     pair = base if isinstance(base, PairedModel) else PairedModel.from_pretrained(base, base)

@@ -124,6 +124,7 @@ def planted_test(
 
     Raises:
         PlantingError: features cannot be planted with these options; training raises its own errors.
+        UserError: whatever `PairedModel.plant` and `measure_faithfulness` raise.
     """
     if plant is None:
         plant = plant_features(base, traces, **options)

@@ -74,6 +74,7 @@ def sampled_kl(
 
     Raises:
         GenerationError: no prompts, ``samples`` below 1, or what `complete` refuses.
+        ArgumentError: a prompt is not a sequence of token ids of the model's vocabulary.
         NotFiniteError: a difference of log-probabilities is NaN or infinite.
         PairMismatchError: the route needs adapters or a base that the pair lacks.
     """

@@ -84,7 +84,7 @@ def collect_features(
         FeatureStoreError: the store in ``folder`` was collected on another pair, or with other options.
         FolderBusyError: another process is collecting into ``folder``.
         DataError: there are no documents, or no chat template.
-        UserError: a word is not a single token.
+        UserError: a word is not a single token; ``kind`` or ``stream`` is unknown; there are no adapters.
     """
     progress = progress and processes().is_main
     arguments: dict[str, Any] = dict(kind=kind, stream=stream, split=split, options=options, words=words)

@@ -56,6 +56,8 @@ class FeatureStore:
         effects: logit effects by layer; a layer that is missing is read from the folder.
         vocabulary: text of every token id.
         folder: where the store is kept; None for a store in memory.
+
+    Raises FeatureStoreError, as does all that reads the folder, for files that are damaged or of other features.
     """
 
     def __init__(
@@ -176,8 +178,7 @@ class FeatureStore:
         Fingerprints are compared and names are not: models may have been moved, and adapters of some layers of a set
         match a store of the whole set.
 
-        Raises:
-            FeatureStoreError: they are not.
+        Raises FeatureStoreError where they are not, and PairMismatchError where the pair has no adapters.
         """
         recorded, current = self.about.fingerprints, {**pair.fingerprints, **pair.installed_adapters().fingerprints}
         differs = differing(recorded, current)

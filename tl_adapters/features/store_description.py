@@ -24,7 +24,10 @@ _COACTIVATING_KEY = "neighbours"
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """How much a store keeps of each feature. Memory and disk grow with these options, not with the documents."""
+    """How much a store keeps of each feature. Memory and disk grow with these options, not with the documents.
+
+    Raises FeatureStoreError for a number that is out of range.
+    """
 
     examples: int = 20
     """Top activating examples kept of each feature."""

@@ -55,7 +55,7 @@ def stream_agreement(
         The agreement of each layer, from the first; a list that a notebook shows as a table.
 
     Raises:
-        DataError: a document that the model cannot read.
+        ArgumentError, DataError: something else than traces, or a document that the model cannot read.
         PairMismatchError: the pair has no adapters.
     """
     traces = readable_traces(traces, pair.model.cfg)

@@ -127,8 +127,8 @@ def generate_variants(
         seed: of the random numbers, the same for each variant; torch's global generator is not used.
         progress: show a progress bar.
 
-    Raises GenerationError for options out of range, no tokenizer or a prompt that fills the context; and the errors of
-    the variants.
+    Raises GenerationError for options out of range, no tokenizer or a prompt that fills the context; ArgumentError for
+    a prompt that is not token ids of the model's vocabulary; and the errors of the variants.
     """
     tokenizer = _required(pair.model.tokenizer)
     for variant in variants:  # one that cannot be entered ends the call before anything is generated

@@ -88,7 +88,8 @@ def respond(
         prefill: text with which the response is made to begin, for all problems or one for each. It is the end of the
             prompt: `Response.text` and all measurements start after it.
 
-    Raises DataError for a tokenizer without a chat template; GenerationError for a question that fills the context.
+    Raises DataError for a tokenizer without a chat template; GenerationError for a question that fills the context, and
+    for options out of range.
     """
     if not problems:
         return RecordTable()

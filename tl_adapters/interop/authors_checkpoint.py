@@ -80,6 +80,7 @@ def from_authors(
     Raises:
         AdapterFormatError: not a checkpoint of this kind, or layers that it does not have.
         CheckpointError: missing or damaged files, or a name that the hub does not know.
+        NotFiniteError: weights that are NaN or infinite.
     """
     folder = fetch(name, DESCRIPTION_FILES, revision=revision, token=token)
     config = read_config(folder)
@@ -198,6 +199,7 @@ def to_authors(adapters: AdapterSet, folder: str | Path, *, base: str | Path, ta
     Raises:
         AdapterFormatError: adapters of some layers only, in the other form, or with another activation.
         CheckpointError, PairMismatchError: files of base or target that are damaged or do not fit.
+        UnsupportedModelError: a target that `write_hybrid` does not support.
         FolderExistsError, DiskFullError: the folder cannot be made.
     """
     if adapters.metadata.activation != "relu":
@@ -255,6 +257,7 @@ def authors_pair(
     Raises:
         AdapterFormatError, CheckpointError: files that are missing or damaged, or that hold no adapters.
         PairMismatchError, UnsupportedModelError: models that do not fit together, or that are not supported.
+        UserError: whatever else `from_authors` and `PairedModel.from_pretrained` raise.
     """
     adapters = from_authors(name)
     require_fit(compare_configs(read_config(locate(name, weights=False)), read_config(locate(target, weights=False))))

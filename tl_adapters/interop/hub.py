@@ -56,7 +56,7 @@ def push_to_hub(
 
     Raises:
         HubError: no permission, no such user, or no network.
-        AdapterFormatError: adapters that `to_saelens` refuses, such as topk.
+        AdapterFormatError, NotFiniteError: adapters that `to_saelens` refuses, such as topk.
     """
     require_repository_name(repo_id)
     client = HfApi(token=token)
@@ -94,6 +94,7 @@ def pull(
 
     Raises:
         AdapterFormatError, CheckpointError: the hub gives no such set, or its files are damaged.
+        NotFiniteError: weights that are NaN or infinite.
         FolderExistsError, DiskFullError: the folder cannot be made.
     """
     require_absent(folder)

@@ -45,8 +45,7 @@ def card(adapters: AdapterSet, repo_id: str, licenses: Mapping[str, str] | None 
             repo_id=repo_id,
             base=about.base or "an unnamed base",
             target=about.target or "an unnamed target",
-            base_argument=about.base if _is_hub_name(about.base) else "BASE",
-            target_argument=about.target if _is_hub_name(about.target) else "TARGET",
+            models=Markup(_models_to_name(about)),
             activation=_ACTIVATIONS[about.activation].format(about.k),
             saelens_class=_SAELENS_CLASSES[about.activation],
             hook=f"blocks.{layer}.mlp.adapter.hook_sae_acts_post",
@@ -91,6 +90,12 @@ _MEANINGS = {
 
 def _any_begins(measurements: Mapping[str, Any], beginning: str) -> bool:
     return any(name.startswith(beginning) for name in measurements)
+
+
+def _models_to_name(about: AdapterMetadata) -> str:
+    """Return the arguments of `load` for the models that the set does not name so that the hub finds them."""
+    named = {"base": about.base, "target": about.target}
+    return "".join(f', {role}="{role.upper()}"' for role, name in named.items() if not _is_hub_name(name))
 
 
 def _front_matter(about: AdapterMetadata) -> str:

@@ -87,8 +87,7 @@ def write_sae_dashboard(
         length: tokens of each document; longer ones are cut, shorter ones left out. None takes the median.
         tokens_per_batch: tokens in one forward pass.
 
-    Returns:
-        The paths of the pages.
+    Returns the paths of the pages.
 
     Raises:
         DashboardError: sae-dashboard is not installed (the message holds the command that installs it), the model is a
@@ -99,11 +98,7 @@ def write_sae_dashboard(
     require_dashboard()
     require_absent(folder)
     traces = readable_traces(traces, pair.model.cfg)
-    if withheld := sum(not trace.republish for trace in traces):
-        raise DashboardError(
-            f"{withheld} of {len(traces)} documents are not to be republished, and sae-dashboard shows all texts. "
-            "Leave them out, or use write_feature_pages, which leaves out their text."
-        )
+    _require_public(traces)
     adapters = pair.installed_adapters()
     if pair.backend.name != "hooked":
         raise DashboardError(
@@ -131,6 +126,15 @@ def write_sae_dashboard(
             page = partial / f"{LAYER_FOLDER.format(layer)}.html"
             _write_layer_page(pair, layer, indices, transcoder, tokens, documents_per_batch, page)
     return [Path(folder) / f"{LAYER_FOLDER.format(layer)}.html" for layer in indices_by_layer]
+
+
+def _require_public(traces: Sequence[Trace]) -> None:
+    """Raise DashboardError for documents whose text is not to be republished."""
+    if withheld := sum(not trace.republish for trace in traces):
+        raise DashboardError(
+            f"{withheld} of {len(traces)} documents are not to be republished, and sae-dashboard shows all texts. "
+            "Leave them out, or use write_feature_pages, which leaves out their text."
+        )
 
 
 def _by_layer(ids: Iterable[FeatureId | tuple[int, int]]) -> dict[int, list[int]]:

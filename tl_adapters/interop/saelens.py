@@ -65,6 +65,7 @@ def to_saelens(
     Raises:
         AdapterFormatError: "mlp_input" for a set that reads "normalized", a set whose norms are not known, or topk,
             for which SAELens has no transcoder.
+        NotFiniteError: weights that are NaN or infinite.
         FolderExistsError, DiskFullError: the folder cannot be made.
     """
     require_saelens_class(adapters)
@@ -119,6 +120,8 @@ def from_saelens(
 
     Raises:
         AdapterFormatError: another architecture (such as one with a skip connection), normalized inputs or other hooks.
+        CheckpointError: neither a folder nor a repository that the hub gives.
+        NotFiniteError: weights that are NaN or infinite.
     """
     patterns = [
         SET_METADATA_FILE,

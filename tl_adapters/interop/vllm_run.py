@@ -65,7 +65,10 @@ class ServedRun:
 
     @contextmanager
     def entered(self, pair: PairedModel, variant: Variant) -> Iterator[Any]:
-        """The model of a variant: this engine's, or the pair's where the engine cannot compute it."""
+        """The model of a variant: this engine's, or the pair's where the engine cannot compute it.
+
+        Raises what `FeatureFactors.by_layer` and the variant itself raise.
+        """
         name = self._condition(variant)
         if name is None:
             if variant.name not in self.own:

@@ -55,22 +55,30 @@ class InterventionError(UserError, ValueError):
 
 
 def ablated(pair: PairedModel, features: Features, positions: Positions = None) -> Any:
-    """The replacement with the given features set to zero. Raises InterventionError."""
+    """The replacement with the given features set to zero.
+
+    Raises:
+        InterventionError: features do not exist or positions are negative; within the block, a pass from the first
+            token is shorter than the given positions.
+        ArgumentError: a value is not a feature.
+        ForeignFeaturesError: a feature belongs to other adapters.
+        PairMismatchError: the pair has no adapters.
+    """
     return edited(pair, features, lambda acts, layer: torch.zeros_like(acts), positions)
 
 
 def scaled(pair: PairedModel, features: Features, factor: float, positions: Positions = None) -> Any:
-    """The replacement with the given features multiplied by ``factor``. Raises InterventionError."""
+    """The replacement with the given features multiplied by ``factor``. Raises what `ablated` raises."""
     return edited(pair, features, lambda acts, layer: acts * factor, positions)
 
 
 def clamped(pair: PairedModel, features: Features, value: float, positions: Positions = None) -> Any:
-    """The replacement with the given features set to ``value``, active or not. Raises InterventionError."""
+    """The replacement with the given features set to ``value``, active or not. Raises what `ablated` raises."""
     return edited(pair, features, lambda acts, layer: torch.full_like(acts, value), positions)
 
 
 def added(pair: PairedModel, features: Features, value: float, positions: Positions = None) -> Any:
-    """The replacement with ``value`` added to the given features, along their decoders. Raises InterventionError."""
+    """The replacement with ``value`` added to the given features, along their decoders. Raises as `ablated`."""
     return edited(pair, features, lambda acts, layer: acts + value, positions)
 
 
@@ -92,6 +100,7 @@ def patched(
     Raises:
         InterventionError: features do not exist or the source lacks their layers; within the block, a pass has another
             shape than the source.
+        UserError: whatever `ablated` raises.
     """
     return edited(pair, features, patch_edit(pair, features, source), positions)
 
@@ -277,6 +286,9 @@ def only(
 
     Raises:
         InterventionError: features do not exist.
+        ArgumentError: a value is not a feature.
+        ForeignFeaturesError: a feature belongs to other adapters.
+        PairMismatchError: the pair has no adapters, or no base for this route.
     """
     chosen = indices_by_layer(pair, features)
     adapters = pair.installed_adapters()
@@ -287,13 +299,13 @@ def only(
 
 
 def inserted(pair: PairedModel, features: Features, factor: float = 1.0) -> Any:
-    """The hybrid with the given features added, and nothing else of the adapters. Raises InterventionError."""
+    """The hybrid with the given features added, and nothing else of the adapters. Raises what `only` raises."""
     return only(pair, features, "replacement", factor)
 
 
 @renamed_arguments(scale="factor")
 def negated(pair: PairedModel, features: Features, factor: float = -0.5) -> Any:
-    """The target with ``factor`` times the given features added to its MLPs. Raises InterventionError."""
+    """The target with ``factor`` times the given features added to its MLPs. Raises what `only` raises."""
     return only(pair, features, "target+adapter", factor)
 
 

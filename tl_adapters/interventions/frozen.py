@@ -97,6 +97,7 @@ def frozen(
     Raises:
         InterventionError: features or layers do not exist; within the block, a pass has another shape (text cannot be
             generated), or its route has adapters that were off in the reference.
+        ArgumentError, ForeignFeaturesError: a value is not a feature, or one of other adapters.
     """
     # A FeatureId keeps its set.
     chosen = [f if isinstance(f, FeatureId) else FeatureId(*f) for f in feature_pairs(features)]

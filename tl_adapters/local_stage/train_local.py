@@ -48,7 +48,8 @@ def train_local(
         local: options of the local stage; None is those of ``config``.
         progress: show a progress bar.
 
-    Raises DataError where there is no document to train on.
+    Raises DataError where there is no document to train on, or one that the model cannot read; and ArgumentError for
+    something else than traces.
     """
     config = config or TrainingConfig()
     source = TracesInMemory(readable_traces(traces, pair.model.cfg), config.count)

@@ -52,7 +52,7 @@ def train_transcoders(
         (``metadata.writes`` is "mlp_out"), in float32. They cannot be loaded into a pair, which adds adapters to MLPs.
 
     Raises:
-        DataError: there is no document to train on, or one that the model cannot read.
+        ArgumentError, DataError: something else than traces; no document to train on, or one that cannot be read.
         HookMissingError: the model has no norm before its MLPs.
     """
     config, data = config or TrainingConfig(), MLPOutputs(model)
@@ -110,7 +110,9 @@ def measure_transcoders(
 
     Raises:
         PairMismatchError: adapters, transcoders that read another hook point, or ones of another depth or width.
-        DataError: there is no token to measure, or a document that the model cannot read.
+        ArgumentError, DataError: something else than traces; no token to measure, or a document that the model cannot
+            read.
+        HookMissingError: the model has no norm before its MLPs.
     """
     data, about = MLPOutputs(model), transcoders.metadata
     shape = (transcoders.n_layers, transcoders.d_model, about.reads, about.writes)

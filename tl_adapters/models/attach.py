@@ -63,6 +63,7 @@ def attach(
         DisagreementError: logits that are not finite, a key-value cache that changes tokens, a base in memory that
             computes more than its MLPs' weights say.
         WeightsProcessedError: a TransformerBridge with processed weights.
+        CheckpointError, NotFiniteError: missing or damaged files of the base; adapters that are NaN or infinite.
     """
     _require_base_or_own_mlp(adapters, base, on)
     backend = backend_of(model)

@@ -135,7 +135,7 @@ class PairedModel(RoutedModel):
             UnsupportedModelError: an architecture or option that would not be exact.
             DisagreementError: a model whose outputs differ from what its configuration and weights say.
             PairMismatchError: MLPs of different shapes or activations.
-            CheckpointError: missing or damaged files.
+            CheckpointError, TokenizerError: missing or damaged files.
             DeviceError, DeviceMapError: a device that this machine lacks or a wrong dtype, a map that does not fit.
         """
         base, target, dtype = resolve_model(base, "base"), resolve_model(target, "target"), resolve_dtype(dtype)
@@ -284,44 +284,44 @@ class PairedModel(RoutedModel):
     # -- changes of features: shorthand for the functions of these names --------------------------------------------
 
     def ablated(self, features: Features, positions: Positions = None) -> Any:
-        """Chosen features are off (`feature_edits.ablated`). Raises InterventionError."""
+        """Chosen features are off (`feature_edits.ablated`). Raises what that raises."""
         from tl_adapters.interventions import feature_edits
 
         return feature_edits.ablated(self, features, positions)
 
     def scaled(self, features: Features, factor: float, positions: Positions = None) -> Any:
-        """Chosen features fire ``factor`` times as strongly (`feature_edits.scaled`). Raises InterventionError."""
+        """Chosen features fire ``factor`` times as strongly (`feature_edits.scaled`). Raises what that raises."""
         from tl_adapters.interventions import feature_edits
 
         return feature_edits.scaled(self, features, factor, positions)
 
     def clamped(self, features: Features, value: float, positions: Positions = None) -> Any:
-        """Chosen features have one activation (`feature_edits.clamped`). Raises InterventionError."""
+        """Chosen features have one activation (`feature_edits.clamped`). Raises what that raises."""
         from tl_adapters.interventions import feature_edits
 
         return feature_edits.clamped(self, features, value, positions)
 
     def added(self, features: Features, value: float, positions: Positions = None) -> Any:
-        """Chosen features have so much more activation (`feature_edits.added`). Raises InterventionError."""
+        """Chosen features have so much more activation (`feature_edits.added`). Raises what that raises."""
         from tl_adapters.interventions import feature_edits
 
         return feature_edits.added(self, features, value, positions)
 
     def patched(self, features: Features, source: Mapping[int, Tensor], positions: Positions = None) -> Any:
-        """Chosen features have the activations of another run (`feature_edits.patched`). Raises InterventionError."""
+        """Chosen features have the activations of another run (`feature_edits.patched`). Raises what that raises."""
         from tl_adapters.interventions import feature_edits
 
         return feature_edits.patched(self, features, source, positions)
 
     def inserted(self, features: Features, factor: float = 1.0) -> Any:
-        """The hybrid with chosen features added, and nothing else of the adapters. Raises InterventionError."""
+        """The hybrid with chosen features added, nothing else of the adapters. Raises as `feature_edits.inserted`."""
         from tl_adapters.interventions import feature_edits
 
         return feature_edits.inserted(self, features, factor)
 
     @renamed_arguments(scale="factor")
     def negated(self, features: Features, factor: float = -0.5) -> Any:
-        """The target with chosen features added ``factor`` times to its MLPs. Raises InterventionError."""
+        """The target with chosen features added ``factor`` times to its MLPs. Raises as `feature_edits.negated`."""
         from tl_adapters.interventions import feature_edits
 
         return feature_edits.negated(self, features, factor)

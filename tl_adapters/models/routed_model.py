@@ -143,7 +143,8 @@ class RoutedModel:
     def route_layers(self, route: str | Route, layers: Sequence[int] | range | None = None) -> None:
         """Set the route of ``layers`` (all, if None) permanently. `routed` sets it for a block and restores it.
 
-        Raises ValueError for an unknown route and PairMismatchError for an adapter route without adapters.
+        Raises ValueError for an unknown route, PairMismatchError for an adapter route without adapters or a base route
+        without a base, and ArgumentError for layers that the model does not have.
         """
         if isinstance(route, str):
             if route not in ROUTES:
@@ -182,6 +183,8 @@ class RoutedModel:
                 replacement).
             last: the same from the top.
             only: the layers that take the route; the others are the target's.
+
+        Raises what `route_layers` raises, and ValueError for several of ``first``, ``last`` and ``only``.
         """
         chosen = [c is not None for c in (first, last, only)]
         if sum(chosen) > 1 or (route is None and not any(chosen)):

@@ -50,6 +50,8 @@ def draw_circuit(circuit: Circuit, store: FeatureStore | None = None, link: Link
         circuit: the circuit to show.
         store: feature store of its adapters, for labels and top logits; None shows neither.
         link: a function from a feature to the address of its page, or None; by default there are no pages.
+
+    Raises FeatureStoreError for a feature that the store does not have in a layer that it has.
     """
     edges = sorted(circuit.edges, key=lambda e: -size(e.weight))[:MAX_SHOWN_EDGES]
     features = _shown_features(circuit, {end for e in edges for end in (e.source, e.target) if end is not None})

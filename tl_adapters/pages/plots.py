@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from tl_adapters.utils.html import render, visible
 
-_STYLES: tuple[tuple[str, str, str | tuple[int, tuple[int, ...]]], ...] = (
+_Dashes = str | tuple[int, tuple[int, ...]]
+_STYLES: tuple[tuple[str, str, _Dashes], ...] = (
     ("#000000", "o", "-"),
     ("#0072b2", "s", (0, (5, 2))),
     ("#d55e00", "^", (0, (3, 1, 1, 1))),
@@ -28,14 +28,16 @@ _STYLES: tuple[tuple[str, str, str | tuple[int, tuple[int, ...]]], ...] = (
     ("#b87a00", "P", (0, (2, 2))),
     ("#3a8fc8", "X", (0, (8, 2, 1, 2, 1, 2))),
 )
-"""Color, marker and dashes of lines that are told apart without color; the colors are those of Okabe and Ito, which
-remain distinct with every kind of color blindness, the last two darker, so that they stand out from white. Black is the
-color of the page's text."""
+"""Color, marker and dashes, of which _style takes those that tell lines apart in grey too. The colors are those of
+Okabe and Ito, which remain distinct with every kind of color blindness, the last two darker, so that they stand out
+from white. Black is the color of the page's text."""
 
 _FONT_SIZE = 10.75
 """Size of every text, in points of a plot some 340 wide: 11 pixels or more on a screen of 400."""
 _LEGEND_CHARACTERS = 44
 """Characters of the two longest names for which a legend of two columns is no wider than a plot."""
+_MARKERS = 8
+"""Least number of points that are marked on a line; all are where it has fewer."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,11 @@ class Line:
     band: tuple[Sequence[float], Sequence[float]] | None = None
     """Lower and upper ends of an interval around the values."""
     dashed: bool = False
-    """Whether the line is dashed, which marks a reference."""
+    """Whether the line is dashed and has no markers, which marks a reference."""
     x_band: tuple[Sequence[float], Sequence[float]] | None = None
-    """Lower and upper ends of an interval around the positions, where lines are told apart without color."""
+    """Lower and upper ends of an interval around the positions, in a plot that is drawn ``without_color``."""
     large: Sequence[bool] | None = None
-    """Which points are drawn larger, where lines are told apart without color."""
+    """Which points are drawn larger, in a plot that is drawn ``without_color``."""
     labels: Sequence[str] | None = None
     """Text beside each point, shown literally. The points are then not joined, and the band becomes error bars."""
 
@@ -107,7 +109,7 @@ def plot(
     from_zero: bool = False,
     without_color: bool = False,
 ) -> Plot:
-    """Return lines and points as an SVG with a caption.
+    """Return lines and points as an SVG with a caption; each has a color, and a marker or dashes, of its own.
 
     Args:
         lines: the lines and series of points.
@@ -117,21 +119,22 @@ def plot(
         whole: whether ticks of the x axis are whole numbers only.
         log_x: whether the x axis is logarithmic.
         from_zero: whether the y axis begins at zero.
-        without_color: whether lines differ in their dashes and markers too, not in color alone; their intervals are
-            error bars, and the plot is larger.
+        without_color: whether lines differ in both markers and dashes, for lines that cross often; their intervals
+            are error bars, and the plot is larger.
     """
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tl_adapters", "font.size": _FONT_SIZE}):
         size = (4.7, 5.2) if without_color else (4.6, 3.4)
         figure = Figure(figsize=size, layout="constrained", facecolor="none")  # not pyplot, whose backend is the user's
         axes = figure.subplots()
         axes.set_facecolor("none")
-        for line, style in zip(map(_with_numbers, lines), itertools.cycle(_STYLES)):
+        for number, line in enumerate(map(_with_numbers, lines)):
+            style = _style(number, line.dashed, without_color)
             if without_color:
                 _draw_curve(axes, line, *style)
             elif line.labels is None:
-                _draw_line(axes, line, style[0], markers=whole)
+                _draw_line(axes, line, *style, all_marked=whole)
             else:
-                _draw_points(axes, line, line.labels)
+                _draw_points(axes, line, line.labels, *style)
         axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
         if log_x:
             axes.set_xscale("log")
@@ -219,16 +222,30 @@ class _DecimalLogFormatter(LogFormatter):
         return f"{x:g}" if not left_out and super().__call__(x, pos) else ""
 
 
-def _draw_line(axes: Axes, line: Line, color: str, markers: bool) -> None:
+def _style(number: int, reference: bool, without_color: bool) -> tuple[str, str, _Dashes]:
+    """Return color, marker and dashes of a line by its place in the plot.
+
+    A reference has dashes and no marker. The others are solid with a marker each, and dashed once the markers are used
+    up; without color, they have dashes from the first. So 49 lines differ in grey, and 14 series of points.
+    """
+    count = len(_STYLES)
+    turn, place = divmod(number, count)
+    color, marker, _ = _STYLES[place]
+    if reference and not without_color:
+        return color, "", _STYLES[1 + number % (count - 1)][2]  # the first is solid
+    return color, marker, _STYLES[(turn + place * without_color) % count][2]
+
+
+def _draw_line(axes: Axes, line: Line, color: str, marker: str, dashes: _Dashes, all_marked: bool) -> None:
     axes.plot(
-        line.x, line.y, "--" if line.dashed else "-", marker="." if markers and not line.dashed else "",
-        color=color, linewidth=1.4, label=visible(line.label),
+        line.x, line.y, color=color, marker=marker, markersize=4, linestyle=dashes, linewidth=1.4,
+        markevery=1 if all_marked else max(1, len(line.x) // _MARKERS), label=visible(line.label),
     )  # fmt: skip
     if line.band is not None:
         axes.fill_between(line.x, *line.band, alpha=0.2, color=color, linewidth=0)
 
 
-def _draw_curve(axes: Axes, line: Line, color: str, marker: str, dashes: str | tuple[int, tuple[int, ...]]) -> None:
+def _draw_curve(axes: Axes, line: Line, color: str, marker: str, dashes: _Dashes) -> None:
     axes.errorbar(
         line.x, line.y, xerr=_error_bars(line.x, line.x_band), yerr=_error_bars(line.y, line.band), color=color,
         marker=marker, markersize=4, linestyle=dashes, linewidth=1.3, elinewidth=0.7, label=visible(line.label),
@@ -251,9 +268,12 @@ def _error_bars(
     return below, [max(0.0, high - value) for value, high in zip(values, highs, strict=True)]
 
 
-def _draw_points(axes: Axes, line: Line, labels: Sequence[str]) -> None:
-    error_bars = _error_bars(line.y, line.band)
-    axes.errorbar(line.x, line.y, yerr=error_bars, fmt="o", markersize=4, elinewidth=1, label=visible(line.label))
+def _draw_points(axes: Axes, line: Line, labels: Sequence[str], color: str, marker: str, dashes: _Dashes) -> None:
+    axes.errorbar(
+        line.x, line.y, yerr=_error_bars(line.y, line.band), color=color, marker=marker, markersize=4, elinewidth=1,
+        linestyle="", fillstyle="full" if dashes == "-" else "none",  # hollow where a line would be dashed
+        label=visible(line.label),
+    )  # fmt: skip
     for x, y, label in zip(line.x, line.y, labels, strict=True):
         axes.annotate(
             visible(label), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=_FONT_SIZE,

@@ -68,7 +68,10 @@ class BenchmarkResult(ResultRecord):
 
 @dataclass(frozen=True)
 class BenchmarkVariant:
-    """Which variant answers: a route, the replacement without some features, or the hybrid with only some features."""
+    """Which variant answers: a route, the replacement without some features, or the hybrid with only some features.
+
+    Raises BenchmarkError for an unknown route, and for features that need another one.
+    """
 
     route: str = "replacement"
     """A route of `models.routed_mlp.ROUTES`."""

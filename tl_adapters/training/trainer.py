@@ -71,8 +71,8 @@ class Trainer:
 
     Raises:
         FolderExistsError: ``folder`` exists; `Trainer.resume` resumes a run.
-        DataError: there is no document to train on.
-        PrecisionError: the models are in float16.
+        ArgumentError, DataError: something else than traces; no document to train on, or one that cannot be read.
+        PrecisionError, ProcessesError: models in float16; processes of a launch that cannot share the steps of a run.
         TrackerError: the configuration names a tracker that is not installed.
     """
 
@@ -450,7 +450,7 @@ def train(
         progress: show a progress bar.
         options: fields of `TrainingConfig`, which replace those of ``config``.
 
-    Raises: as `Trainer` and `Trainer.run`.
+    Raises: as `Trainer` and `Trainer.run`; ConfigError for an option whose value is not allowed.
     """
     config = replace(config or TrainingConfig(), **options)
     return Trainer(pair, traces, config, folder, validation=validation, progress=progress).run()
