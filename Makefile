@@ -16,7 +16,7 @@ install: $(VENV)/installed
 demo: install  ## the main job on the built-in pair; prints where report.html is
 	$(BIN)/tl-adapters demo
 
-study: install  ## the whole study of the built-in pair, three seeds: what published figures come from
+study: install  ## the whole study of the built-in pair, three seeds, with baselines and neurons; docs/benchmarks.md names the command of every figure
 	$(BIN)/python benchmarks/seeds.py runs/study 0 1 2
 
 test: install lint  ## everything CI runs
