@@ -135,6 +135,7 @@ bench: install  ## running times beside what they are measured against, into ben
 	$(BIN)/python benchmarks/features.py --record
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/opening.py --record
 	$(BIN)/python benchmarks/imports.py --record
+	$(BIN)/python benchmarks/first_minutes.py --record
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/generation.py --record
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/plots.py

@@ -330,6 +330,7 @@ RECORDED = (
     "collection",
     "opening",
     "imports",
+    "first_minutes",
 )
 """The blocks of results.json, in the order in which docs/benchmarks.md names them."""
 
@@ -431,6 +432,12 @@ def by_statement(block: dict[str, Any]) -> str:
     return markdown(["statement", "time over `import transformer_lens`", "seconds"], rows)
 
 
+def by_first_command(block: dict[str, Any]) -> str:
+    """The time of the demo and of every tutorial."""
+    rows = [[f"`{name}`", with_range(taken, "{:.0f}")] for name, taken in block["seconds"].items()]
+    return markdown(["what runs", "seconds"], rows)
+
+
 def by_density(block: dict[str, Any]) -> str:
     """The pass over active features beside whole products."""
     widths = list(block["ratio"])
@@ -498,6 +505,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "analysis": ("attribution collection", by_analysis),
     "opening": ("opening", by_opened_pair),
     "imports": ("imports", by_statement),
+    "first_minutes": ("first_minutes", by_first_command),
     "planner": ("planner", by_planned_run),
     "provenance": (" ".join(RECORDED), provenance),
 }
