@@ -45,7 +45,7 @@ def agreement_of_seeds(block: dict[str, Any]) -> Plot:
         labels = [f"{width} features" for width in by_width]
         lines.append(Line(RECIPE_NAMES.get(name, name), kl, values, band, labels=labels))
     return plot(
-        lines, xlabel="KL of the replacement, % of the hybrid's", ylabel="share that the other seed finds too",
+        lines, xlabel="KL of the replacement, % of the hybrid's", ylabel="share found by the other seed",
         caption="Agreement of two seeds over the KL that is left.", from_zero=True,
     )  # fmt: skip
 
