@@ -91,6 +91,7 @@ EXPORTS = {
     "negated": "interventions.feature_edits",
     "NotebookView": "utils.notebook",
     "only": "interventions.feature_edits",
+    "Onsets": "circuits.onsets",
     "opened_engine": "interop.vllm_run",
     "PairCheck": "evaluation.pair_check",
     "PairedModel": "models.paired_model",
@@ -183,6 +184,7 @@ if TYPE_CHECKING:
     from tl_adapters.circuits.circuit import CircuitFeature as CircuitFeature
     from tl_adapters.circuits.controls import matched_features as matched_features
     from tl_adapters.circuits.controls import most_active_others as most_active_others
+    from tl_adapters.circuits.onsets import Onsets as Onsets
     from tl_adapters.circuits.onsets import find_onsets as find_onsets
     from tl_adapters.circuits.search import FoundCircuit as FoundCircuit
     from tl_adapters.circuits.search import SearchOptions as SearchOptions

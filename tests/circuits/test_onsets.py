@@ -244,7 +244,7 @@ def test_documents_with_an_onset_come_in_their_order(pair: PairedModel, written:
     has = [i for i in range(len(written)) if onsets.onset[i].any()]
     assert 3 < len(has) < len(written)
     for n in (None, 3, 1000):
-        some = onsets.with_onsets(n)
+        some = onsets.with_onsets(n=n)
         assert len(some) == len(has[:n])
         for row, i in enumerate(has[:n]):
             assert places(some, "onset", row) == places(onsets, "onset", i)
@@ -256,7 +256,7 @@ def test_batches_have_every_document_once(pair: PairedModel, written: list[Trace
     onsets = find_onsets(pair, written)
     seen = []
     for limit in (200, 4096):
-        batches = list(onsets.batches(limit))
+        batches = list(onsets.batches(tokens_per_batch=limit))
         rows = [i for index, _ in batches for i in index]
         assert sorted(rows) == list(range(len(written)))
         seen.append(len(batches))
@@ -265,7 +265,7 @@ def test_batches_have_every_document_once(pair: PairedModel, written: list[Trace
             for row, i in enumerate(index):
                 assert all(places(batch, kind, row) == places(onsets, kind, i) for kind in KINDS)
     assert seen[0] > seen[1], "similar lengths go together"
-    assert list(onsets.with_onsets(0).batches()) == []
+    assert list(onsets.with_onsets(n=0).batches()) == []
 
 
 def test_to_is_the_same_elsewhere(pair: PairedModel, written: list[Trace]) -> None:

@@ -282,7 +282,7 @@ def test_adapters_are_given_back_as_they_were() -> None:
 def test_only_so_many_documents_are_read(circuit: tuple[PairedModel, Onsets]) -> None:
     pair, onsets = circuit
     two = search_circuit(pair, onsets, everything(pair), replace(SMALL, documents=2), progress=False)
-    first = search_circuit(pair, onsets.with_onsets(2), everything(pair), SMALL, progress=False)
+    first = search_circuit(pair, onsets.with_onsets(n=2), everything(pair), SMALL, progress=False)
     every = search_circuit(pair, onsets, everything(pair), SMALL, progress=False)
     assert two == first
     assert two.objectives[0] != every.objectives[0]
@@ -294,7 +294,7 @@ def test_a_round_of_the_sampled_method_reads_one_part_of_the_texts(circuit: tupl
     options = replace(SMALL, method="sampled", parts=3)
     one, two = (search_circuit(pair, onsets, everything(pair), options, progress=False) for _ in range(2))
     assert one == two and OUTPUT in one.order and [o.n for o in one.objectives] == [0, 2, 4, 6]
-    texts = onsets.with_onsets_and_controls(SMALL.documents)
+    texts = onsets.with_onsets_and_controls(n=SMALL.documents)
     first = search_circuit(pair, texts.rows(range(0, len(texts), 3)), everything(pair), SMALL, progress=False)
     assert one.objectives[0].necessity == pytest.approx(first.objectives[0].necessity, rel=1e-9)
     assert one.order[:2] == first.order[:2] and one.objectives[0] != whole.objectives[0]

@@ -387,11 +387,11 @@ def test_documents_without_an_onset_are_read_in_proportion() -> None:
     onsets = Onsets(tokens, torch.ones_like(onset), onset, control, none, (5,))
     assert len(onsets.with_onsets_and_controls()) == 20
     for documents, all_ in ((10, 20), (5, 10), (1, 2)):
-        some = onsets.with_onsets_and_controls(documents)
+        some = onsets.with_onsets_and_controls(n=documents)
         assert len(some) == all_
         assert int(some.onset.any(1).sum()) == documents
         assert some.tokens[:, 0].tolist() == sorted(some.tokens[:, 0].tolist()), "in their order"
-    half = onsets.with_onsets_and_controls(5).tokens[:, 0]
+    half = onsets.with_onsets_and_controls(n=5).tokens[:, 0]
     others = [int(x) for x in half if (int(x) - 1) // 4 % 3 == 1]
     assert max(others) - min(others) > 60, "of the whole list, not of its beginning"
     assert [len(onsets.having(kind)) for kind in ("onset", "control", "continuation")] == [10, 10, 0]

@@ -167,7 +167,7 @@ def mediation_of_templates(
     """How much of the effect of all template features, in the circuit or not, passes through its output features."""
     block: dict[str, Any] = {"n": len(templates)}
     if templates:
-        texts = report.onsets.with_onsets(MEDIATION_DOCUMENTS)
+        texts = report.onsets.with_onsets(n=MEDIATION_DOCUMENTS)
         block |= mediation(report.pair, texts, templates, outputs, "report")
     return block
 

@@ -112,7 +112,7 @@ class TuningTexts:
     def __init__(self, pair: PairedModel, onsets: Onsets, documents: int = TUNING_DOCUMENTS) -> None:
         if not bool(onsets.onset.any()):
             raise BehaviorError("There is no onset in these texts, so there is no effect that a baseline could have.")
-        self.pair, self.onsets = pair, onsets.with_onsets(documents)
+        self.pair, self.onsets = pair, onsets.with_onsets(n=documents)
         self.batches = [batch.to(pair.device) for _, batch in self.onsets.batches()]
         if not any(bool(batch.away_from_onsets.any()) for batch in self.batches):
             raise BehaviorError("Every position of these responses is an onset or follows one; give longer texts.")

@@ -190,7 +190,7 @@ def neuron_effects(pair: PairedModel, onsets: Onsets, documents: int | None = No
     shape = (n_layers, pair.model.cfg.d_mlp)
     times, plus, total, squares = (torch.zeros(shape, device=device) for _ in range(4))
     n_away = 0
-    for _, batch in onsets.with_onsets(documents).batches():
+    for _, batch in onsets.with_onsets(n=documents).batches():
         batch = batch.to(device)
         away = batch.away_from_onsets
         gates, shifts = (torch.full(shape, v, device=device, requires_grad=True) for v in (1.0, 0.0))

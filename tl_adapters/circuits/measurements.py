@@ -391,7 +391,7 @@ def mediation(
     names = ("clean", "total", "direct", "free", "template", "output", "both")
     sums = {name: torch.zeros(len(onsets), dtype=torch.float64) for name in names}
     n_onsets = onsets.onset.sum(1).double()
-    for rows, batch in onsets.batches(2048):
+    for rows, batch in onsets.batches(tokens_per_batch=2048):
         batch = batch.to(pair.device)
 
         def add(name: str, odds: Tensor, batch: Onsets = batch, rows: list[int] = rows) -> None:

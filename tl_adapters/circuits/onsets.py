@@ -125,14 +125,14 @@ class Onsets(ResultRecord):
         width = int(used.any(0).nonzero().max()) + 1 if bool(used.any()) else 1
         return self._of(lambda tensor: tensor[index, :width])
 
-    def with_onsets(self, n: int | None = None) -> Onsets:
+    def with_onsets(self, *, n: int | None = None) -> Onsets:
         """Return the first ``n`` documents that have an onset (all of them, if None), in their order.
 
         This is for measurements at onsets and continuations; `with_onsets_and_controls` keeps controls in proportion.
         """
         return self.rows(self.onset.any(1).nonzero()[:n, 0])
 
-    def with_onsets_and_controls(self, n: int | None = None) -> Onsets:
+    def with_onsets_and_controls(self, *, n: int | None = None) -> Onsets:
         """Return the first ``n`` documents that have an onset, and as large a part of those that have only controls.
 
         The latter are taken at even distances, and all documents keep their order. So onsets and control positions stay
@@ -148,7 +148,7 @@ class Onsets(ResultRecord):
         """Return the documents that have a position of a kind ("onset", "control", "continuation"), in their order."""
         return self.rows(getattr(self, kind).any(1).nonzero()[:, 0])
 
-    def batches(self, tokens_per_batch: int = 4096) -> Iterator[tuple[list[int], Onsets]]:
+    def batches(self, *, tokens_per_batch: int = 4096) -> Iterator[tuple[list[int], Onsets]]:
         """Yield every document once, documents of similar length together, with their row numbers."""
         lengths = ((self.tokens != 0) | self.predicting).long()
         ends = (lengths * torch.arange(1, lengths.shape[1] + 1)).amax(1).tolist()

@@ -190,7 +190,7 @@ def search_circuit(
     options = options or SearchOptions()
     if not bool(onsets.onset.any()):
         raise BehaviorError("There is no onset in these texts, so there is no circuit to find.")
-    texts = onsets.with_onsets_and_controls(options.documents)
+    texts = onsets.with_onsets_and_controls(n=options.documents)
     size, size_further = (_size(alive, options.share * times) for times in (1.0, options.further))
     parts = _in_parts(pair, texts, options.parts if options.method == "sampled" else 1, options.tokens_per_batch)
     graphs = options.method == "graphs"
@@ -221,7 +221,7 @@ def _in_parts(pair: PairedModel, texts: Onsets, n: int, tokens_per_batch: int) -
     """The texts in n parts, each of which has texts from everywhere; fewer parts where there are fewer texts."""
     n = min(n, len(texts))
     parts = [texts.rows(torch.arange(part, len(texts), n)) for part in range(n)]
-    return [[_Reference(pair, batch) for _, batch in part.batches(tokens_per_batch)] for part in parts]
+    return [[_Reference(pair, batch) for _, batch in part.batches(tokens_per_batch=tokens_per_batch)] for part in parts]
 
 
 def _chosen(alive: Tensor, order: Sequence[int]) -> Bool[Tensor, "n_layers n_features"]:
