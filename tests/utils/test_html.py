@@ -7,7 +7,9 @@ from tl_adapters.pages.plots import Line, plot
 from tl_adapters.utils.html import (
     highlight_spans,
     highlight_words,
+    interval_text,
     markdown_text,
+    percent,
     relative_address,
     render,
 )
@@ -75,3 +77,9 @@ def test_labelled_places_are_points_with_their_texts_as_they_are() -> None:
     svg = draw(log=True, log_x=True)
     assert "$1" in svg and "&lt;b&gt;$\\frac$" in svg and "<b>" not in svg
     assert svg != draw(log=True) and draw(log=True) != draw()
+
+
+def test_an_interval_without_width_is_told_as_none() -> None:
+    alike, spread = {"value": 1.0, "low": 1.0, "high": 1.0}, {"value": 1.0, "low": 0.9, "high": 1.0}
+    assert interval_text(alike, percent) == "no interval: all that was measured agrees"
+    assert interval_text(spread, percent) == "90.0 % to 100.0 %"

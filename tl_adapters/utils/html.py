@@ -229,6 +229,8 @@ def interval_text(measurement: Mapping[str, Any], fmt: Callable[[float], str]) -
     low, high = measurement.get("low"), measurement.get("high")
     if low is None or high is None:
         return f"no interval: {measurement['reason']}" if measurement.get("reason") else ""
+    if low == high == measurement.get("value"):  # as where all answers are right: more of them may not be
+        return "no interval: all that was measured agrees"
     undefined = measurement.get("undefined")
     return f"{fmt(low)} to {fmt(high)}" + (f"; {undefined:.1%} of the draws without a value" if undefined else "")
 
