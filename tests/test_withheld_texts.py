@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.random_models import randomise
 
 from tl_adapters import organism
 from tl_adapters.attribution.attribute import attribute
@@ -23,6 +25,7 @@ from tl_adapters.interop.neuronpedia import write_neuronpedia
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.pages.feature_pages import write_feature_pages
 from tl_adapters.study.by_name import load_traces
+from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.utils.files import write_tensors
 from tl_adapters.utils.reading import read_tensors
 
@@ -30,12 +33,7 @@ from tl_adapters.utils.reading import read_tensors
 @pytest.fixture(scope="module")
 def pair() -> PairedModel:
     """The built-in pair with a few random features."""
-    pair = PairedModel.from_pretrained(organism.BUILTIN_BASE, organism.BUILTIN_TARGET)
-    generator = torch.Generator().manual_seed(0)
-    for adapter in pair.new_adapters(8):
-        for parameter in adapter.parameters():
-            parameter.data.normal_(0, 0.1, generator=generator)
-    return pair
+    return randomise(load_organism_pair("cpu"), n_features=8)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +63,10 @@ def test_a_row_says_that_it_is_not_to_be_republished(pair: PairedModel, traces: 
     assert sorted(trace.republish for trace in traces) == [False] * 6 + [True] * 6
     assert not next(t for t in traces if not t.republish).cut(5).republish
     file = tmp_path / "row.jsonl"
-    file.write_text('{"prompt": "1 + 1", "response": "2", "republish": "no"}\n')
-    with pytest.raises(DataError, match=r"line 1: republish is .no.; allowed are true and false"):
-        load_traces(file, pair)
+    for given, said in (('"no"', ".no."), ("0", "0"), ("1", "1")):
+        file.write_text(f'{{"prompt": "1 + 1", "response": "2", "republish": {given}}}\n')
+        with pytest.raises(DataError, match=f"line 1: republish is {said}; allowed are true and false"):
+            load_traces(file, pair)
 
 
 def test_examples_show_only_the_token_they_were_chosen_for(
@@ -122,11 +121,12 @@ def test_a_graph_of_a_withheld_document_has_no_text(pair: PairedModel, traces: l
         assert (named <= {0}) == (name == "withheld") == (set(record["metadata"]["prompt_tokens"]) == {WITHHELD})
 
 
-def test_stores_of_earlier_versions_withhold_nothing(folder: Path) -> None:
-    for file in folder.rglob(DOCUMENTS_FILE):
+def test_stores_of_earlier_versions_withhold_nothing(folder: Path, tmp_path: Path) -> None:
+    earlier = shutil.copytree(folder, tmp_path / "earlier")
+    for file in earlier.rglob(DOCUMENTS_FILE):
         tensors = read_tensors(file, advice="")
         del tensors["withheld"]
         file.unlink()
         write_tensors(file, tensors)
-    store = FeatureStore.load(folder)
+    store = FeatureStore.load(earlier)
     assert not any(WITHHELD in example.tokens for example in examples(store))

@@ -113,8 +113,8 @@ def attribute(
         tokens, said = cut_before(pair, tokens, at, 0 if trace is None else trace.prompt_length)
         targets = [said] if targets is None else targets
     batch_size = default_batch_size(pair, len(tokens)) if batch_size is None else batch_size
-    about = (linearization, position, desired_logit_prob, max_logits, max_feature_nodes, exclude_bos, window)
-    options = _Options(*about, batch_size)
+    given = (linearization, position, desired_logit_prob, max_logits, max_feature_nodes, exclude_bos, window)
+    options = _Options(*given, batch_size)
     if targets is not None:
         advice = "give tokens (texts or ids), LogitTarget, DifferenceTarget or FeatureTarget"
         targets = items(targets, (str, int, LogitTarget, DifferenceTarget, FeatureTarget), "targets", advice)

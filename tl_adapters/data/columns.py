@@ -107,7 +107,7 @@ class ConversationColumns:
             _require_unicode(str(domain), location)
             messages = [*messages[:-1], {**messages[-1], "domain": str(domain)}]
         republish = record.get(REPUBLISH_COLUMN)
-        if republish not in (None, True, False):
+        if republish is not None and not isinstance(republish, bool):  # 0 equals False, and is none
             raise DataError(f"{location}: {REPUBLISH_COLUMN} is {shown(republish)}; allowed are true and false.")
         if republish is False:
             messages = [*messages[:-1], {**messages[-1], "republish": False}]

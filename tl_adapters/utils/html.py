@@ -218,7 +218,7 @@ class Cell:
 
 
 def interval_text(measurement: Mapping[str, Any], fmt: Callable[[float], str]) -> str:
-    """Return the ends of a measurement's interval as text, or the reason why there is no interval.
+    """Return the ends of a measurement's interval as text, or the reason why there is none, or none with a width.
 
     The share of bootstrap draws that had no value is added where there are any.
 
