@@ -12,6 +12,7 @@ from helpers.loopback_hub import COMMIT, LoopbackHub, hub  # noqa: F401  # a fix
 from helpers.loopback_server import Response
 from helpers.random_models import random_model, randomise
 from helpers.users_models import plain, reference
+from huggingface_hub import RepoCard
 from sae_lens import SAE
 
 from tl_adapters import organism
@@ -24,6 +25,7 @@ from tl_adapters.interop.hub import pull, push_to_hub
 from tl_adapters.interop.model_card import card
 from tl_adapters.models.attach import attach
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.arguments import ArgumentError
 
 
 @pytest.fixture
@@ -37,7 +39,8 @@ def adapters() -> AdapterSet:
             "n": 900,
             "unit": "nats",
             "split": "report",
-        }
+        },
+        **{f"L0, layer {layer}": {"value": 2.0 + layer, "low": 1.5, "high": 6.0} for layer in range(3)},
     }
     for name, value in (
         ("base", "org/base"),
@@ -79,6 +82,24 @@ def test_branches_and_single_layers(hub: LoopbackHub, adapters: AdapterSet, tmp_
     assert {file for file in hub.downloads() if "weights" in file} == {"layer_2/sae_weights.safetensors"}
     pull("user/repo", tmp_path / "some", layers=[0, 2], revision="seed-1")
     assert AdapterSet.from_pretrained(tmp_path / "some").layer_indices == [0, 2]
+
+
+def test_a_stated_license_and_the_picture_come_with_the_card(
+    hub: LoopbackHub,  # noqa: F811
+    adapters: AdapterSet,
+    tmp_path: Path,
+) -> None:
+    push_to_hub(adapters, "user/repo", license="cc-by-4.0")
+    files = hub.files["user/repo"]
+    text = files["README.md"].decode()
+    assert RepoCard(text).data.license == "cc-by-4.0" and "| these adapters | cc-by-4.0 |" in text
+    assert [name for name in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text) if name in files] == ["measured.png"]
+    pull("user/repo", tmp_path / "pulled")
+    assert (tmp_path / "pulled" / "measured.png").read_bytes() == files["measured.png"]
+    before = len(hub.server.requests)
+    with pytest.raises(ArgumentError, match="license is 'MIT, or so'; give an identifier"):
+        push_to_hub(adapters, "user/repo", license="MIT, or so")
+    assert len(hub.server.requests) == before
 
 
 def test_the_token_is_the_clients_business(

@@ -16,7 +16,7 @@ from huggingface_hub import RepoCard
 from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.interop.licenses import licenses_of
-from tl_adapters.interop.model_card import card
+from tl_adapters.interop.model_card import card, picture
 
 HOSTILE = 'x")\nimport os; os.system("id")  # | `a` <img src=x onerror=alert(1)> [l](javascript:alert(1))\n---\n'
 HOSTILE += "```\n# heading\u202e"
@@ -73,9 +73,26 @@ def test_figures_come_with_their_meaning_and_licenses_are_said_openly() -> None:
     text = card(adapters, "user/repo", {"base": "apache-2.0", "data: x": "unknown"})
     assert text.count("active features per token") == 1 and text.count("the difference to be explained") == 1
     assert "accuracy recovered" not in text.lower()
-    assert "| base | apache-2.0 |" in text and "| data\\: x | unknown |" in text and "ask its authors" in text
+    assert "| base | apache-2.0 |" in text and "| data\\: x | unknown |" in text and "ask the authors" in text
     assert "were not looked up" in card(adapters, "user/repo")
     RepoCard(text, ignore_metadata_errors=False)  # the hub's own reader
+
+
+def test_the_picture_shows_what_was_measured() -> None:
+    """Figures of one kind or both, of any form and any number of layers; without figures there is none."""
+    assert picture(replaced(figures={})) is None and "![" not in card(replaced(figures={}), "user/repo")
+    l0 = {f"L0, layer {layer}": {"value": 2.0, "low": 2.5, "high": None} for layer in range(28)}
+    kl = {f"KL(target || {route})": {"value": 0.5, "low": 0.4, "high": 0.6} for route in ("hybrid", "replacement")}
+    odd = {"L0, layer x": {"value": 1.0}, "KL(target || base)": {"value": 1.0}, "L0, layer 28": "many", "n": None}
+    widths = []
+    for figures in (l0, kl, {**l0, **kl}):
+        drawn = picture(replaced(figures={**odd, **figures}))
+        assert drawn is not None and drawn.startswith(b"\x89PNG")
+        assert drawn == picture(replaced(figures=figures)), "odd figures draw nothing"
+        widths.append(int.from_bytes(drawn[16:20]))
+        assert "](measured.png)" in card(replaced(figures=figures), "user/repo")
+    assert widths[0] == widths[1] == widths[2] / 2
+    assert picture(replaced(figures={**odd, "L0, layer 0": {"value": 1.0}})) is None, "one bar is no picture"
 
 
 def test_licenses_are_read_from_cards(tmp_path: Path) -> None:

@@ -183,6 +183,10 @@ _Private = Annotated[bool, typer.Option("--private", help="make a new repository
 _Revision = Annotated[
     str | None, typer.Option("--revision", metavar="BRANCH", help="branch, created if it does not exist")
 ]
+_License = Annotated[
+    str | None,
+    typer.Option("--license", metavar="ID", help="license of the adapters, such as apache-2.0 (default: none stated)"),
+]
 
 
 def push(
@@ -191,6 +195,7 @@ def push(
     private: _Private = False,
     revision: _Revision = None,
     reads: Reads = None,
+    license: _License = None,
     quiet: Quiet = False,
     json: AsJson = False,
 ) -> Result:
@@ -198,6 +203,7 @@ def push(
 
     Examples:
         tl-adapters push runs/mine user/repo
+        tl-adapters push runs/mine user/repo --license apache-2.0
         tl-adapters push runs/mine user/repo --private --revision trial
     """
     from tl_adapters.interop.export import load_adapters_with_measurements
@@ -205,7 +211,9 @@ def push(
     from tl_adapters.utils.files import next_free_name
 
     found = load_adapters_with_measurements(adapters)
-    address = push_to_hub(found, repo, private=private or None, revision=revision, reads=reads or "normalized")
+    address = push_to_hub(
+        found, repo, private=private or None, revision=revision, reads=reads or "normalized", license=license
+    )
     out = next_free_name("adapters")
     return Result(paths={"commit": address}, next=command("pull", repo, revision=revision, out=out))
 

@@ -7,6 +7,7 @@ processing the model's weights (`to_saelens`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,8 +19,9 @@ from tl_adapters.adapters.set_folder import set_files
 from tl_adapters.checkpoints.hub_client import hub_errors, require_repository_name
 from tl_adapters.checkpoints.model_files import fetch
 from tl_adapters.interop.licenses import licenses_of
-from tl_adapters.interop.model_card import CARD_FILE, card
+from tl_adapters.interop.model_card import CARD_FILE, PICTURE_FILE, card, picture
 from tl_adapters.interop.saelens import published, to_saelens
+from tl_adapters.utils.arguments import ArgumentError
 from tl_adapters.utils.files import (
     copy_file,
     new_folder,
@@ -27,8 +29,10 @@ from tl_adapters.utils.files import (
     require_absent,
     require_writable,
     temporary_folder,
+    write_bytes,
     write_text,
 )
+from tl_adapters.utils.reading import shown
 
 
 def push_to_hub(
@@ -39,6 +43,7 @@ def push_to_hub(
     revision: str | None = None,
     token: str | None = None,
     reads: Literal["normalized", "mlp_input"] = "normalized",
+    license: str | None = None,
     message: str = "Transcoder adapters",
 ) -> str:
     """Upload a set and its model card as one commit and return the address of the commit.
@@ -52,13 +57,20 @@ def push_to_hub(
         revision: branch to commit to, created if it does not exist; None takes the main branch.
         token: None takes HF_TOKEN or the stored login.
         reads: as in `to_saelens`.
+        license: under which you publish the adapters, by its identifier on the hub ("apache-2.0", "mit", "cc-by-4.0");
+            None states none.
         message: commit message.
 
     Raises:
         HubError: no permission, no such user, or no network.
         AdapterFormatError, NotFiniteError: adapters that `to_saelens` refuses, such as topk.
+        ArgumentError: what is given as license is no identifier.
     """
     require_repository_name(repo_id)
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ArgumentError(
+            f"license is {shown(license)}; give an identifier of the hub's list, such as apache-2.0, mit or cc-by-4.0."
+        )
     client = HfApi(token=token)
     with temporary_folder() as temporary:
         folder = temporary / "adapters"
@@ -66,7 +78,9 @@ def push_to_hub(
             reads = "normalized"
         to_saelens(adapters, folder, reads=reads)
         pushed = published(adapters.normalized() if reads == "normalized" else adapters)
-        write_text(folder / CARD_FILE, card(pushed, repo_id, licenses_of(adapters.metadata, token)))
+        write_text(folder / CARD_FILE, card(pushed, repo_id, licenses_of(adapters.metadata, token), license))
+        if drawn := picture(pushed):
+            write_bytes(folder / PICTURE_FILE, drawn)
         with hub_errors(f"The hub did not accept {repo_id}", repo_id, upload=True):
             client.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
@@ -103,7 +117,7 @@ def pull(
     if layers is not None:
         adapters.save_pretrained(folder)
         return adapters
-    files = [CARD_FILE, *set_files(adapters.layer_indices)]
+    files = [CARD_FILE, PICTURE_FILE, *set_files(adapters.layer_indices)]
     source = fetch(name, files, revision=revision, token=token)
     with new_folder(folder) as out:
         for file in files:

@@ -1,15 +1,19 @@
-"""The model card of an adapter set, as the Hugging Face hub displays it."""
+"""The model card of an adapter set, as the Hugging Face hub displays it, and its picture."""
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.metadata import AdapterMetadata
@@ -19,16 +23,21 @@ from tl_adapters.interop.saelens import require_saelens_class
 from tl_adapters.utils.html import interval_text, render
 
 CARD_FILE = "README.md"
+PICTURE_FILE = "measured.png"
+"""The card's picture, beside it."""
 _PAPER = "https://arxiv.org/abs/2602.20904"
 
 
-def card(adapters: AdapterSet, repo_id: str, licenses: Mapping[str, str] | None = None) -> str:
+def card(
+    adapters: AdapterSet, repo_id: str, licenses: Mapping[str, str] | None = None, license: str | None = None
+) -> str:
     """Return the model card: what the adapters are, how to load them, what was measured, and which weights they fit.
 
     Args:
-        adapters: the set as it is pushed.
+        adapters: the set as it is pushed. Its card shows `picture`, where there is one.
         repo_id: "user/name", which the examples of code load.
         licenses: of base, target and data (`licenses.licenses_of`); None says that they were not looked up.
+        license: of the adapters themselves, by its identifier on the hub; None says that none is stated.
 
     Raises:
         AdapterFormatError: adapters that `push_to_hub` refuses.
@@ -38,7 +47,7 @@ def card(adapters: AdapterSet, repo_id: str, licenses: Mapping[str, str] | None 
     return str(
         render(
             "model_card/card.md.j2",
-            front_matter=Markup(_front_matter(about)),
+            front_matter=Markup(_front_matter(about, license)),
             paper=Markup(_PAPER),
             adapters=adapters,
             about=about,
@@ -55,6 +64,8 @@ def card(adapters: AdapterSet, repo_id: str, licenses: Mapping[str, str] | None 
             valid_for=Markup(_VALID_FOR[about.reads]),
             rows=_measurement_rows(about.figures),
             meanings=[Markup(meaning) for names, meaning in _MEANINGS.items() if _any_begins(about.figures, names)],
+            picture=PICTURE_FILE if _panels(about.figures) else None,
+            license=license,
             licenses=licenses or {},
             datasets=", ".join(about.datasets),
         )
@@ -98,9 +109,10 @@ def _models_to_name(about: AdapterMetadata) -> str:
     return "".join(f', {role}="{role.upper()}"' for role, name in named.items() if not _is_hub_name(name))
 
 
-def _front_matter(about: AdapterMetadata) -> str:
+def _front_matter(about: AdapterMetadata, license: str | None) -> str:
     """Return the YAML by which the hub indexes the repository."""
     entries: dict[str, Any] = {
+        **({"license": license} if license else {}),
         "library_name": "tl_adapters",
         "tags": ["transformer-lens", "saelens", "transcoder", "interpretability", "model-diffing", "arxiv:2602.20904"],
     }
@@ -125,6 +137,57 @@ def _measurement_rows(measurements: Mapping[str, Any]) -> list[list[str]]:
         data = f"{measurement.get('split', '')}, n = {measurement.get('n', '')}"
         rows.append([name, value, interval, str(measurement.get("unit", "")), data])
     return rows
+
+
+def picture(adapters: AdapterSet) -> bytes | None:
+    """Return the card's picture as a PNG: KL without and with the adapters, and L0 by layer, with their intervals.
+
+    None where the set's metadata holds neither.
+    """
+    panels = _panels(adapters.metadata.figures)
+    if not panels:
+        return None
+    with matplotlib.rc_context({"font.size": 10}):
+        figure = Figure(figsize=(4.2 * len(panels), 2.8), dpi=150, layout="constrained", facecolor="white")
+        for axes, (label, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            values = [value for value, _, _ in bars.values()]
+            errors = [
+                [max(0, v - low) for v, low, _ in bars.values()],
+                [max(0, high - v) for v, _, high in bars.values()],
+            ]
+            drawn = axes.bar(range(len(bars)), values, color="#3a8fc8", yerr=errors, ecolor="#000000", capsize=3)
+            if len(bars) <= _LABELED_BARS:
+                axes.bar_label(drawn, fmt="{:.3g}", padding=2)
+                axes.margins(y=0.15)
+            shown = range(0, len(bars), math.ceil(len(bars) / _LABELED_BARS))
+            axes.set_xticks(list(shown), [list(bars)[i] for i in shown])
+            axes.set_ylabel(label)
+            if label == _L0_LABEL:
+                axes.set_xlabel("layer")
+            axes.spines[["top", "right"]].set_visible(False)
+        written = io.BytesIO()
+        figure.savefig(written, format="png", metadata={"Software": None})
+    return written.getvalue()
+
+
+_LABELED_BARS = 8
+"""Of more bars not all are labeled, so that labels stay apart."""
+_KL_LABEL, _L0_LABEL = "KL, nats per token", "active features per token"
+
+
+def _panels(figures: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Return the panels of the picture by their label: name of a bar -> value, and the ends of its interval."""
+    found: dict[str, dict[str, tuple[float, float, float]]] = {_KL_LABEL: {}, _L0_LABEL: {}}
+    for name, figure in figures.items():
+        kind, _, layer = name.partition("L0, layer ")
+        route = name.removeprefix("KL(target || ").removesuffix(")")
+        if isinstance(figure, Mapping) and isinstance(value := figure.get("value"), int | float):
+            low, high = (end if isinstance(end := figure.get(key), int | float) else value for key in ("low", "high"))
+            if not kind and layer.isdecimal():
+                found[_L0_LABEL][layer] = (value, low, high)
+            elif route in ("hybrid", "replacement"):
+                found[_KL_LABEL][route] = (value, low, high)
+    return {label: bars for label, bars in found.items() if len(bars) > 1}
 
 
 def _is_hub_name(name: str | None) -> bool:
