@@ -27,7 +27,7 @@ from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.config import RunConfig, TrainingConfig
 from tl_adapters.data.batching import BatchOrder, TracesInMemory
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.study.run_size import ROLE_PASSES, estimate_search, estimate_size
+from tl_adapters.study.run_size import estimate_search, estimate_size
 from tl_adapters.training.end_to_end_stage import EndToEndStage
 from tl_adapters.utils.devices import seconds_of
 
@@ -102,7 +102,7 @@ def graph(cell: Cell, pair: PairedModel) -> Cell:
 
 
 def search(cell: Cell, pair: PairedModel) -> Cell:
-    """Two rounds of a search; the planner's roles and end are left out of the time."""
+    """Two rounds of a search; the planner's roles and edges are left out of the time."""
     texts, tokens = cell["texts"], cell["tokens"]
     ids = random_tokens(pair, texts, tokens)
     onset, control, after = (torch.zeros(texts, tokens, dtype=torch.bool) for _ in range(3))
@@ -113,10 +113,7 @@ def search(cell: Cell, pair: PairedModel) -> Cell:
     found = measured(lambda: search_circuit(pair, onsets, alive, options, progress=False))._asdict()
     size = estimate_search(configuration(cell), cell["features"], 8, texts, tokens, options, "float32")
     kept_for_roles = 4 * pair.n_layers * max(tokens, 4096 // tokens * tokens) * cell["features"]  # for roles only
-    rounds = size.rounds + 1
-    operations = (
-        (size.model_operations + size.adapter_operations) * (6 * rounds + 1) / (6 * rounds + 3 * ROLE_PASSES + 1)
-    )
+    operations = (size.model_operations + size.adapter_operations) * size.search_passes / size.passes
     return {**found, "predicted_bytes": size.activations - kept_for_roles, "operations": operations}
 
 

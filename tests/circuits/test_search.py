@@ -29,6 +29,7 @@ from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.pruning import prune
 from tl_adapters.attribution.summed_influence import summed_influence
 from tl_adapters.circuits import onsets as onsets_module
+from tl_adapters.circuits.controls import neuron_effects
 from tl_adapters.circuits.onsets import BehaviorError, Onsets, final_residual
 from tl_adapters.circuits.roles import (
     MIN_EFFECT_SHARE,
@@ -347,6 +348,34 @@ def test_blocks_that_are_computed_again_give_the_same(backend: str, monkeypatch:
     assert search_circuit(pair, texts, everything(pair), SMALL, progress=False) == kept
     assert assign_roles(pair, texts, kept.order, everything(pair)) == roles
     assert set(again) == {True, False} and state(pair) == before, "again with a gradient only"
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_edges_and_neurons_are_the_same_where_blocks_are_computed_again(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, onsets = make("Qwen2ForCausalLM", backend), random_onsets()
+    chosen = [FeatureId(layer, i) for layer in range(4) for i in range(8)]
+    features = assign_roles(pair, onsets, chosen, torch.zeros(4, 24, dtype=torch.bool)).features
+    edges, neurons = circuit_edges(pair, onsets, features), neuron_effects(pair, onsets)
+    before = state(pair)
+    monkeypatch.setattr(onsets_module, "MOST_KEPT_BYTES", 0)
+    again = circuit_edges(pair, onsets, features)
+    assert again == edges and any(edge.target for edge in edges)
+    for name, found in vars(neuron_effects(pair, onsets)).items():
+        assert torch.equal(found, getattr(neurons, name)), name
+    assert state(pair) == before
+
+
+def test_a_gradient_outside_the_interventions_is_refused_where_blocks_are_computed_again() -> None:
+    pair = make("Qwen2ForCausalLM", "hooked")
+    gates = torch.ones(4, 24, requires_grad=True)
+    tokens = torch.tensor([[1, 2, 3]])
+    with gated(pair, dict(enumerate(gates))):
+        gated_stream = pair.run_blocks(pair.embed(tokens), 0, 4, recompute=True)
+        torch.autograd.grad(gated_stream.sum(), gates, retain_graph=True)
+    with pytest.raises(RuntimeError, match="Block 3 has other routes or hooks in the backward pass"):
+        torch.autograd.grad(gated_stream.sum(), gates)
 
 
 def test_nothing_to_search_is_said(circuit: tuple[PairedModel, Onsets]) -> None:

@@ -50,6 +50,12 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "base", tmp_path / "target"
 
 
+@pytest.fixture(autouse=True)
+def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as other processes leave on a quiet machine, so that no finding depends on them."""
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * 10**9))
+
+
 def found(config: RunConfig, level: str) -> list[Finding]:
     return [finding for finding in diagnose(config) if finding.level == level]
 

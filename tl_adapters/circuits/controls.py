@@ -192,7 +192,7 @@ def neuron_effects(pair: PairedModel, onsets: Onsets, documents: int | None = No
     n_away = 0
     for _, batch in onsets.with_onsets(n=documents).batches():
         batch = batch.to(device)
-        away = batch.away_from_onsets
+        written: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: a hook runs again where blocks are computed again
         gates, shifts = (torch.full(shape, v, device=device, requires_grad=True) for v in (1.0, 0.0))
 
         def multiply(
@@ -201,18 +201,21 @@ def neuron_effects(pair: PairedModel, onsets: Onsets, documents: int | None = No
             layer: int,
             gates: Tensor = gates,
             shifts: Tensor = shifts,
-            away: Tensor = away,
+            away: Tensor = batch.away_from_onsets,
+            written: dict[int, tuple[Tensor, Tensor]] = written,
         ) -> Tensor:
             away_acts = acts.detach()[away].float()
-            total[layer] += away_acts.sum(0)
-            squares[layer] += away_acts.square().sum(0)
+            written[layer] = away_acts.sum(0), away_acts.square().sum(0)
             return acts * gates[layer].to(acts) + shifts[layer].to(acts)
 
         hooks = [(f"blocks.{layer}.mlp.hook_post", partial(multiply, layer=layer)) for layer in range(n_layers)]
         with torch.enable_grad(), pair.routed("replacement"), pair.model.hooks(fwd_hooks=hooks):
             odds = log_odds(pair, final_residual(pair, batch.tokens), batch, batch.onset)
             by_gate, by_shift = torch.autograd.grad(odds.sum(), [gates, shifts])
-        times, plus, n_away = times + by_gate, plus + by_shift, n_away + int(away.sum())
+        times, plus, n_away = times + by_gate, plus + by_shift, n_away + int(batch.away_from_onsets.sum())
+        for layer, (total_of_batch, squares_of_batch) in written.items():
+            total[layer] += total_of_batch
+            squares[layer] += squares_of_batch
     mean, square = total / max(1, n_away), squares / max(1, n_away)
     rows = torch.stack([mlp.weights()[1].W_out.detach().float().square().sum(-1) for mlp in pair.mlps])
     variance = (square - mean.square()).clamp(min=0)

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -41,6 +41,7 @@ from tl_adapters.circuits.circuit import CircuitEdge, CircuitFeature, Role
 from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds
 from tl_adapters.interventions.feature_edits import gated, indices_by_layer
 from tl_adapters.models.paired_model import ACTS_HOOK, PRE_ACTS_HOOK, PairedModel, adapters_in_float32
+from tl_adapters.models.routed_model import run_again_in_backward
 from tl_adapters.utils.precision import at_least_float32
 from tl_adapters.utils.renamed import renamed_attributes
 
@@ -146,15 +147,25 @@ def effects_on_continuation(
     total, n = torch.zeros(shape), 0
     for _, batch in onsets.with_onsets().batches(tokens_per_batch=tokens_per_batch):
         batch = batch.to(device)
-        next_tokens = batch.tokens.roll(-1, dims=1)[batch.continuation][:, None]
+        next_tokens = batch.tokens.roll(-1, dims=1)[batch.continuation]
         gates = torch.ones(shape, device=device, requires_grad=True)
         with torch.enable_grad(), gated(pair, dict(enumerate(gates))):
-            logits = at_least_float32(pair.unembed(final_residual(pair, batch.tokens)[batch.continuation]))
-            others = logits.scatter(1, next_tokens, -torch.inf).logsumexp(1)
-            odds = logits.gather(1, next_tokens)[:, 0] - others
-            total += torch.autograd.grad(odds.sum(), gates)[0].cpu()
-        n += len(odds)
+            residual = final_residual(pair, batch.tokens)[batch.continuation]
+            # Logits of some tokens at a time are in memory, also in the backward pass.
+            parts = zip(*(part.split(pair.rows_at_once) for part in (residual, next_tokens)), strict=True)
+            odds = sum(run_again_in_backward(_summed_odds, pair, *part) for part in parts)
+            total += torch.autograd.grad(odds, gates)[0].cpu()
+        n += len(next_tokens)
     return total / max(1, n)
+
+
+def _summed_odds(
+    pair: PairedModel, residual: Float[Tensor, "n d_model"], tokens: Int[Tensor, "n"]
+) -> Float[Tensor, ""]:
+    """The log-odds of tokens against all others, summed."""
+    logits = at_least_float32(pair.unembed(residual))
+    others = logits.scatter(1, tokens[:, None], -torch.inf).logsumexp(1)
+    return (logits.gather(1, tokens[:, None])[:, 0] - others).sum()
 
 
 @contextmanager
@@ -277,21 +288,53 @@ def circuit_edges(pair: PairedModel, onsets: Onsets, features: Sequence[CircuitF
     edges = [CircuitEdge(f.id, None, f.direct) for f in features if f.role in ("output", "suppress")]
     sources = [f.id for f in features if f.role in ("template", "continuation")]
     texts = onsets.with_onsets(n=EDGE_DOCUMENTS)
-    if not sources or not len(texts):
+    targets = [f for f in outputs[:MAX_EDGE_TARGETS] if f.id.layer > 0]
+    if not sources or not targets or not len(texts):
         return tuple(edges)
-    device = pair.device
-    batch = texts.to(device)
-    gates = torch.ones(pair.n_layers, pair.installed_adapters().n_features, device=device, requires_grad=True)
-    with torch.enable_grad(), gated(pair, dict(enumerate(gates))), pair.recorded(PRE_ACTS_HOOK) as pre, \
-            pair.recorded(ACTS_HOOK) as acts:  # fmt: skip
-        final_residual(pair, batch.tokens)
-    for f in outputs[:MAX_EDGE_TARGETS]:
-        fires = (acts[f.id.layer][..., f.id.index] > 0) & batch.onset
-        mean = acts[f.id.layer].detach()[..., f.id.index][batch.onset].mean()
-        if f.id.layer == 0 or not bool(fires.any()):
-            continue
-        reads = pre[f.id.layer][..., f.id.index][fires].sum() / int(batch.onset.sum())
-        (gradient,) = torch.autograd.grad(reads, gates, retain_graph=True)
-        weights = (gradient * (f.direct / mean.clamp(min=1e-6))).cpu()
-        edges += [CircuitEdge(s, f.id, float(weights[s])) for s in sources if s.layer < f.id.layer]
+    effects, activations = _effects_on_pre_activations(pair, texts, [f.id for f in targets])
+    for f, effect, activation in zip(targets, effects, activations, strict=True):
+        if activation > 0:
+            per_unit = f.direct / max(activation, 1e-6)
+            edges += [CircuitEdge(s, f.id, float(effect[s]) * per_unit) for s in sources if s.layer < f.id.layer]
     return tuple(edges)
+
+
+def _effects_on_pre_activations(
+    pair: PairedModel, onsets: Onsets, targets: Sequence[FeatureId]
+) -> tuple[Float[Tensor, "n_targets n_layers n_features"], list[float]]:
+    """Effects of all features on the targets' pre-activations where these fire, and the targets' activations.
+
+    Both are means over the onsets. Of a batch the targets alone are kept, and gradients are taken under the gates,
+    since blocks may be computed again for them.
+    """
+    shape, n = (pair.n_layers, pair.installed_adapters().n_features), int(onsets.onset.sum())
+    effects, activations = torch.zeros(len(targets), *shape), torch.zeros(len(targets))
+    for _, batch in onsets.batches():
+        batch = batch.to(pair.device)
+        gates = torch.ones(shape, device=pair.device, requires_grad=True)
+        with torch.enable_grad(), gated(pair, dict(enumerate(gates))), \
+                _recorded_features(pair, PRE_ACTS_HOOK, targets) as pre, \
+                _recorded_features(pair, ACTS_HOOK, targets) as acts:  # fmt: skip
+            final_residual(pair, batch.tokens)
+            reads = [(pre[f] * ((acts[f] > 0) & batch.onset)).sum() for f in targets]
+            for i, (f, read) in enumerate(zip(targets, reads, strict=True)):
+                activations[i] += acts[f].detach()[batch.onset].sum().cpu()
+                effects[i] += torch.autograd.grad(read, gates, retain_graph=f != targets[-1])[0].cpu()
+    return effects / n, (activations / n).tolist()
+
+
+@contextmanager
+def _recorded_features(
+    pair: PairedModel, point: str, features: Sequence[FeatureId]
+) -> Iterator[dict[FeatureId, Float[Tensor, "batch pos"]]]:
+    """The values of chosen features at ``blocks.{layer}.{point}`` in the latest forward pass, with their graphs."""
+    latest: dict[FeatureId, Tensor] = {}
+
+    def keep(value: Tensor, hook: HookPoint, chosen: Sequence[FeatureId]) -> None:
+        latest.update({f: value[..., f.index] for f in chosen})
+
+    layers = {f.layer for f in features}
+    chosen = {layer: [f for f in features if f.layer == layer] for layer in layers}
+    hooks = [(f"blocks.{layer}.{point}", partial(keep, chosen=chosen[layer])) for layer in layers]
+    with pair.model.hooks(fwd_hooks=hooks):
+        yield latest

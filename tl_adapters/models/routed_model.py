@@ -235,13 +235,29 @@ class RoutedModel:
         """The residual stream after blocks start..stop-1 have run on ``resid``, on the present routes.
 
         With ``recompute`` only the residual stream between blocks is kept for the backward pass, which computes every
-        block again and so has to run on the same routes and under the same hooks.
+        block again and so has to run on the same routes and under the same hooks. It raises RuntimeError otherwise.
         """
         if not recompute:
             return self.backend.run_blocks(resid, start, stop, attention_mask)
         for layer in range(start, stop):
-            resid = run_again_in_backward(self.backend.run_blocks, resid, layer, layer + 1, attention_mask)
+            resid = run_again_in_backward(self._run_unchanged, resid, layer, attention_mask, self._changes_of(layer))
         return resid
+
+    def _changes_of(self, layer: int) -> tuple[Route, frozenset[int]]:
+        """The route of a block and the hooks on it, by their numbers."""
+        points = [module for module in self.model.blocks[layer].modules() if isinstance(module, HookPoint)]
+        return self.mlps[layer].route, frozenset(handle.hook.id for point in points for handle in point.fwd_hooks)
+
+    def _run_unchanged(
+        self, resid: Tensor, layer: int, attention_mask: Tensor | None, before: tuple[Route, frozenset[int]]
+    ) -> Tensor:
+        """The residual stream after a block, which has to have the route and hooks that it had before."""
+        if self._changes_of(layer) != before:
+            raise RuntimeError(
+                f"Block {layer} has other routes or hooks in the backward pass than it had in the forward pass, which "
+                "is computed again there. Take gradients inside the `with` blocks in which the model ran."
+            )
+        return self.backend.run_blocks(resid, layer, layer + 1, attention_mask)
 
     def residual_streams(self, tokens: Int[Tensor, "batch pos"]) -> list[Float[Tensor, "batch pos d_model"]]:
         """The residual stream at the embedding and after every layer, on the present routes. No left padding."""

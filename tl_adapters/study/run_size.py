@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from tl_adapters.circuits.onsets import MOST_KEPT_BYTES
+from tl_adapters.circuits.roles import EDGE_DOCUMENTS, MAX_EDGE_TARGETS
 from tl_adapters.circuits.search import SearchOptions, round_sizes
 from tl_adapters.circuits.study import StudyOptions
 from tl_adapters.config import LocalConfig, RunConfig, StageName, TrainingConfig
@@ -80,7 +81,7 @@ class StageSize:
 
 @dataclass(frozen=True)
 class SearchSize:
-    """Estimated size of the search of a circuit, with the roles of its features."""
+    """Estimated size of the search of a circuit, with the roles and edges of its features."""
 
     models: int
     """Bytes of the models, and of the adapters in float32."""
@@ -90,6 +91,10 @@ class SearchSize:
     """Rounds of the search."""
     tokens: int
     """Tokens that are read with a gradient: in all rounds of the search, and for the roles."""
+    search_passes: float
+    """Passes over all texts in the search itself, each forwards or backwards."""
+    passes: float
+    """Passes over all texts, those for roles and edges included."""
     model_operations: float
     """Operations of the models' products, in their own dtype."""
     adapter_operations: float
@@ -200,14 +205,19 @@ def estimate_search(
     parts = min(options.parts, texts) if options.method == "sampled" else 1
     rounds = len(round_sizes(chosen, round(options.further * chosen), options))
     read = texts * tokens
-    # Two passes of a round, and those of the roles, each forwards, again, and backwards; the end; the target's own.
-    passes = 3 * (2 * rounds / parts + ROLE_PASSES) + 2 + 1
+    # Two passes of a round, each forwards, again, and backwards; the end; the target's own.
+    search_passes = 3 * 2 * rounds / parts + 2 + 1
+    # Edges take one pass forwards and, for each output feature, one again and backwards.
+    edges = (1 + 2 * MAX_EDGE_TARGETS) * min(1, EDGE_DOCUMENTS / texts)
+    passes = search_passes + 3 * ROLE_PASSES + edges
     products = shapes.mlp + shapes.attention + shapes.attended
     return SearchSize(
         models=shapes.models + 4 * shapes.n_layers * shapes.adapter(n_features),
         activations=kept + recorded + shapes.logits(batch // TOKENS_PER_LOGITS),
         rounds=rounds,
         tokens=round(read * (rounds / parts + ROLE_PASSES)),
+        search_passes=search_passes,
+        passes=passes,
         model_operations=2.0 * passes * read * shapes.n_layers * products,
         adapter_operations=2.0 * passes * read * shapes.n_layers * 2 * shapes.d_model * n_features,
     )
