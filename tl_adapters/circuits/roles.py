@@ -153,7 +153,7 @@ def effects_on_continuation(
             residual = final_residual(pair, batch.tokens)[batch.continuation]
             # Logits of some tokens at a time are in memory, also in the backward pass.
             parts = zip(*(part.split(pair.rows_at_once) for part in (residual, next_tokens)), strict=True)
-            odds = sum(run_again_in_backward(_summed_odds, pair, *part) for part in parts)
+            odds = torch.stack([run_again_in_backward(_summed_odds, pair, *part) for part in parts]).sum()
             total += torch.autograd.grad(odds, gates)[0].cpu()
         n += len(next_tokens)
     return total / max(1, n)
