@@ -489,7 +489,12 @@ def test_a_target_that_never_says_the_word_has_no_circuit_and_no_conditions() ->
 
 def test_a_report_without_an_onset_has_a_circuit_and_no_conditions(pair: PairedModel, subject: Subject) -> None:
     study = analyze_behavior(
-        pair, replace(subject, report=subject.report[3:]), name="doubt", options=OPTIONS, seeds=(4,), progress=False
+        pair,
+        replace(subject, report=subject.report[3:]),
+        Behavior("doubt"),
+        options=OPTIONS,
+        seeds=(4,),
+        progress=False,
     )
     assert set(study.block) == {"schema_version", "behaviour", "words", "moments", "circuit"}
     assert study.block["circuit"]["n"] > 0

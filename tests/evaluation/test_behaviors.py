@@ -28,7 +28,7 @@ from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_beha
 from tl_adapters.circuits.subject import Subject, builtin_subject, kinds_at
 from tl_adapters.data.traces import Trace
 from tl_adapters.data.words import word_pattern, word_tokens
-from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, counts
+from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, GivenBehavior, counts
 from tl_adapters.evaluation.response_metrics import measure_responses
 from tl_adapters.evaluation.sampled_responses import ResponseOptions, SampledResponse, sample_responses, score_responses
 from tl_adapters.generation.responses import Response, respond, traces_of
@@ -125,7 +125,7 @@ def test_phrases_are_counted_whole_in_any_case_with_any_white_space(
     assert all(word_pattern(words).fullmatch(text[start:stop]) for start, stop in places)
 
 
-@pytest.mark.parametrize("words", ["Wait", [], [""], ["Wait", " "]])
+@pytest.mark.parametrize("words", ["", " ", [], [""], ["Wait", " "]])
 def test_words_that_are_no_list_of_words_are_refused_wherever_something_is_counted(
     pair: PairedModel, words: Any
 ) -> None:
@@ -504,12 +504,10 @@ def subject(pair: PairedModel) -> Subject:
     return replace(builtin_subject(1, 1), select=chosen[0], report=chosen[1], injections=(), max_new_tokens=LIMIT)
 
 
-def studied(
-    pair: PairedModel, subject: Subject, words: Sequence[str], find: Any = None, name: str = "hesitation"
-) -> BehaviorStudy:
+def studied(pair: PairedModel, subject: Subject, behavior: GivenBehavior) -> BehaviorStudy:
     doses, comparisons.DOSES = comparisons.DOSES, (4,)
     try:
-        return analyze_behavior(pair, subject, words, find, name=name, options=OPTIONS, progress=False)
+        return analyze_behavior(pair, subject, behavior, options=OPTIONS, progress=False)
     finally:
         comparisons.DOSES = doses
 
@@ -519,7 +517,7 @@ def studies(pair: PairedModel, subject: Subject) -> dict[str, BehaviorStudy]:
     """Of a phrase of two tokens whose first one, the end of a line, mostly goes on otherwise."""
     return {
         "words": studied(pair, replace(subject, republish=False), (".\nWait",)),
-        "find": studied(pair, subject, ("unused",), after_a_line, "Doubt & <co>"),
+        "find": studied(pair, subject, Behavior("Doubt & <co>", find=after_a_line)),
     }
 
 
@@ -622,6 +620,44 @@ def test_circuits_of_the_first_release_are_read_and_of_a_later_one_refused(
         Circuit.load(path)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (None, Behavior()),
+        ("Wait", Behavior("Wait", ("Wait",))),
+        ("Hold on", Behavior("Hold on", ("Hold on",))),
+        (["Wait"], Behavior("hesitation", ("Wait",))),
+        (("Hold on", "Hmm"), Behavior("Hold on, Hmm", ("Hold on", "Hmm"))),
+        (Behavior("doubt", find=after_a_line), Behavior("doubt", find=after_a_line)),
+    ],
+)
+def test_a_behavior_is_given_in_one_way_everywhere(given: GivenBehavior, meant: Behavior) -> None:
+    assert Behavior.of(given) == meant
+
+
+def test_what_is_studied_is_the_behavior_that_was_given(studies: dict[str, BehaviorStudy]) -> None:
+    """A function and a name were once replaced by hesitation, without a word."""
+    study = studies["find"]
+    assert (study.circuit.behavior, study.circuit.function) == ("Doubt & <co>", "after_a_line")
+    assert (study.block["behaviour"], study.block["function"]) == ("Doubt & <co>", "after_a_line")
+    assert (studies["words"].circuit.behavior, studies["words"].circuit.function) == (".\nWait", None)
+
+
+def test_onsets_of_a_word_are_those_of_its_behavior(pair: PairedModel, subject: Subject) -> None:
+    with pair.routed("target"):
+        traces = traces_of(respond(pair.model, subject.select, max_new_tokens=LIMIT), pair.model.tokenizer)
+    for word in ("Wait", ".\nWait"):
+        found, meant = (find_onsets(pair, traces, given) for given in (word, Behavior(words=(word,))))
+        assert torch.equal(found.onset, meant.onset) and bool(found.onset.any())
+        assert found.words == meant.words
+
+
+def test_the_old_name_of_a_behavior_still_works_and_warns(null: PairedModel) -> None:
+    with pytest.warns(FutureWarning, match=r"analyze_behavior\(words=\) is now analyze_behavior\(behavior=\)"):
+        study = analyze_behavior(null, builtin_subject(2, 2), words=("Hmm",), progress=False)  # type: ignore[call-arg]
+    assert study.circuit.behavior == "Hmm"
+
+
 def test_positions_alone_measure_the_token_that_begins_it(pair: PairedModel, subject: Subject) -> None:
     with pair.routed("target"):
         traces = traces_of(respond(pair.model, subject.select, max_new_tokens=LIMIT), pair.model.tokenizer)
@@ -639,7 +675,7 @@ def never(trace: Trace) -> list[int]:
     return []
 
 
-NEVER: dict[str, tuple[Any, ...]] = {"a word": (("Wait",),), "a phrase": (("Hold on",),), "a function": (("x",), never)}
+NEVER: dict[str, GivenBehavior] = {"a word": "Wait", "a phrase": ("Hold on",), "a function": Behavior(find=never)}
 
 
 @pytest.fixture(scope="module")
@@ -650,10 +686,10 @@ def null() -> PairedModel:
 
 @pytest.mark.parametrize("asked", NEVER.values(), ids=NEVER.keys())
 def test_a_null_pair_has_the_same_empty_study_whoever_asks(
-    null: PairedModel, asked: tuple[Any, ...], tmp_path: Path
+    null: PairedModel, asked: GivenBehavior, tmp_path: Path
 ) -> None:
     subject = builtin_subject(12, 5)
-    study = hesitation_stage(null, subject, tmp_path, OPTIONS, *asked)
+    study = hesitation_stage(null, subject, tmp_path, OPTIONS, asked)
     assert study.block["moments"]["select"] == {"documents": 12, "moments": 0, "boundaries": 0}
     assert {"behaviour", "words", "moments", "circuit", "page"} <= set(study.block)
     assert not {"necessity", "probabilities", "criteria"} & set(study.block)
@@ -666,13 +702,13 @@ def test_a_null_pair_has_the_same_empty_study_whoever_asks(
 
 
 @pytest.mark.parametrize("asked", NEVER.values(), ids=NEVER.keys())
-def test_dead_adapters_on_a_null_pair_are_no_error_and_no_nan(asked: tuple[Any, ...]) -> None:
+def test_dead_adapters_on_a_null_pair_are_no_error_and_no_nan(asked: GivenBehavior) -> None:
     dead = PairedModel.from_pretrained(organism.BASE, organism.BASE)
     dead.new_adapters(8)
     with torch.no_grad():
         for adapter in dead.installed_adapters():
             adapter.b_enc.fill_(-1e3)
-    study = analyze_behavior(dead, builtin_subject(4, 3), *asked, options=OPTIONS, progress=False)
+    study = analyze_behavior(dead, builtin_subject(4, 3), asked, options=OPTIONS, progress=False)
     assert study.block["circuit"]["share_of_activation"] == 0 == study.block["circuit"]["alive"]
     json.dumps(study.block["circuit"], allow_nan=False)
 

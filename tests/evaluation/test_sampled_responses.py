@@ -275,4 +275,4 @@ def test_another_pair_has_no_default_tasks(run: Path, tmp_path: Path) -> None:
     (tmp_path / "adapters").symlink_to(run / "adapters")
     write_results(tmp_path, pair={"base": "a", "target": "b"})
     with pytest.raises(BenchmarkError, match=r"--tasks is missing"):
-        benchmark_run(tmp_path)
+        benchmark_run(str(tmp_path))

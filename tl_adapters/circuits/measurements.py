@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds, log_odds_from_logits
 from tl_adapters.circuits.subject import Injection, Subject
-from tl_adapters.evaluation.behaviors import Behavior, counts
+from tl_adapters.evaluation.behaviors import GivenBehavior, counts
 from tl_adapters.evaluation.response_metrics import correctness, measure_responses
 from tl_adapters.generation.responses import Response, respond
 from tl_adapters.interventions.feature_edits import FeaturePairs, ablated
@@ -232,7 +232,7 @@ def answers(
 def record(
     responses: Sequence[Response],
     baseline: Sequence[Response],
-    words: Sequence[str] | Behavior,
+    behavior: GivenBehavior,
     split: str,
     slips: Sequence[bool] | None = None,
     signs: Mapping[str, int] | None = None,
@@ -243,7 +243,7 @@ def record(
     Args:
         responses: under the condition; where it answers several times, all answers of one time after the other.
         baseline: of the unchanged model, to the same problems, once. A problem is drawn with all answers to it.
-        words: the words and phrases that are counted, or a behavior that counts itself.
+        behavior: what is counted, as `Behavior.of` takes it.
         split: of the problems.
         slips: of every problem, whether the target's answer contained a wrong step.
         signs: how often regular expressions matched, by name; recorded per 1,000 tokens.
@@ -258,12 +258,12 @@ def record(
     def by_problem(values: Tensor) -> Tensor:
         return values.view(times, n) if n_sets > 1 else values.view(times, n).mean(0)
 
-    after = _Outcomes.of(responses, words)
+    after = _Outcomes.of(responses, behavior)
     after = _Outcomes(*(by_problem(values) for values in (after.counts, after.lengths, after.correct)))
-    before = _Outcomes.of(baseline, words)
+    before = _Outcomes.of(baseline, behavior)
     problems = list(range(n)) * times
     fields: dict[str, Any] = plain(
-        measure_responses(responses, split, words, problems, event_cluster_size(before.counts), n_sets)
+        measure_responses(responses, split, behavior, problems, event_cluster_size(before.counts), n_sets)
     )
     if float(before.counts.sum()):
         change = _no_change(itself) or change_of_ratio((after.counts, after.lengths), (before.counts, before.lengths))
@@ -290,8 +290,8 @@ class _Outcomes:
     correct: Tensor
 
     @classmethod
-    def of(cls, responses: Sequence[Response], words: Sequence[str] | Behavior) -> _Outcomes:
-        n_shown = torch.tensor(counts(responses, words), dtype=torch.float64)
+    def of(cls, responses: Sequence[Response], behavior: GivenBehavior) -> _Outcomes:
+        n_shown = torch.tensor(counts(responses, behavior), dtype=torch.float64)
         return cls(n_shown, _lengths(responses), correctness(responses))
 
 

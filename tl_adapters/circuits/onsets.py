@@ -35,7 +35,7 @@ from torch.nn.functional import logsigmoid
 from tl_adapters.data.traces import Trace, collate, readable_traces, rows_by_length
 from tl_adapters.evaluation.behaviors import Behavior as Behavior
 from tl_adapters.evaluation.behaviors import BehaviorError as BehaviorError
-from tl_adapters.evaluation.behaviors import Words, first_tokens
+from tl_adapters.evaluation.behaviors import GivenBehavior, Words, first_tokens
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_model import kept_per_token
 from tl_adapters.utils.notebook import ResultRecord
@@ -168,7 +168,7 @@ class Onsets(ResultRecord):
 def find_onsets(
     pair: PairedModel,
     traces: Sequence[Trace],
-    behavior: Behavior | None = None,
+    behavior: GivenBehavior = None,
     words: Words | None = None,
 ) -> Onsets:
     """Find onsets, matched control positions and continuations in texts that the target wrote.
@@ -176,7 +176,7 @@ def find_onsets(
     Args:
         pair: its tokenizer gives the tokens of the words.
         traces: the target's own responses (`generation.responses.traces_of`); the prompt is left out.
-        behavior: hesitation by default.
+        behavior: a behavior, a word or phrase that the target says, or several; None is hesitation (`Behavior.of`).
         words: tokens and phrases of the behavior, where other texts determined them; None determines them from these.
 
     A target that never shows the behavior has no onsets, whether words or a function define it.
@@ -187,7 +187,7 @@ def find_onsets(
         ArgumentError, DataError: ``traces`` holds something else than traces, or one that the model cannot read.
         VocabularyError: words are to be looked up, and there is no tokenizer, or a word has spaces around it.
     """
-    behavior = behavior or Behavior()
+    behavior = Behavior.of(behavior)
     if not traces:
         raise BehaviorError(
             f"There are no complete answers in which to look for {behavior.name}. Give more problems, or a higher "

@@ -54,7 +54,7 @@ from tl_adapters.circuits.circuit import Circuit
 from tl_adapters.circuits.onsets import Onsets, final_residual, find_onsets, log_odds
 from tl_adapters.circuits.roles import FeatureRoles, assign_roles, circuit_edges
 from tl_adapters.data.traces import Trace
-from tl_adapters.evaluation.behaviors import Behavior, BehaviorError
+from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, GivenBehavior
 from tl_adapters.features.feature import ALIVE_FIRINGS
 from tl_adapters.interventions.feature_edits import gated
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
@@ -389,7 +389,7 @@ class FoundCircuit:
 def find_circuit(
     pair: PairedModel,
     traces: Sequence[Trace],
-    behavior: Behavior | str | None = None,
+    behavior: GivenBehavior = None,
     *,
     split: str = "select",
     options: SearchOptions | None = None,
@@ -400,7 +400,7 @@ def find_circuit(
     Args:
         pair: with adapters on every layer.
         traces: the target's own responses (`generation.responses.traces_of`), to problems that are not reported on.
-        behavior: a behavior, or a word that the target says; None is hesitation.
+        behavior: a behavior, a word or phrase that the target says, or several; None is hesitation (`Behavior.of`).
         split: of the problems, recorded in the circuit.
         options: of the search.
         progress: show a bar.
@@ -412,9 +412,7 @@ def find_circuit(
     which no feature fires although the behavior occurs; PairMismatchError where a layer has no adapter; and what
     `find_onsets` raises.
     """
-    if isinstance(behavior, str):
-        behavior = Behavior(name=behavior, words=(behavior,))
-    behavior, options = behavior or Behavior(), options or SearchOptions()
+    behavior, options = Behavior.of(behavior), options or SearchOptions()
     adapters = pair.installed_adapters()
     words = behavior.tokens(pair, traces)
     onsets = find_onsets(pair, traces, behavior, tuple(words.values()))

@@ -28,7 +28,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,13 +59,13 @@ from tl_adapters.circuits.dose_curves import CURVE_FACTORS, dose_curves
 from tl_adapters.circuits.results_block import HESITATION_SCHEMA_VERSION
 from tl_adapters.circuits.search import FoundCircuit, SearchOptions, find_circuit
 from tl_adapters.circuits.subject import Subject
-from tl_adapters.data.hesitation_words import HESITATION_ONSET
-from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, Find
+from tl_adapters.evaluation.behaviors import Behavior, BehaviorError, GivenBehavior
 from tl_adapters.generation.responses import respond, traces_of
 from tl_adapters.interventions.variants import on_route
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.measurement import Measurement
 from tl_adapters.utils.notebook import rows_frame, tables_view
+from tl_adapters.utils.renamed import renamed_arguments
 from tl_adapters.utils.results import plain
 
 if TYPE_CHECKING:
@@ -155,13 +155,12 @@ def analyze_hesitation(
     return analyze_behavior(pair, subject, options=options, progress=progress)
 
 
+@renamed_arguments(words="behavior")
 def analyze_behavior(
     pair: PairedModel,
     subject: Subject,
-    words: Sequence[str] = (HESITATION_ONSET,),
-    find: Find | None = None,
+    behavior: GivenBehavior = None,
     *,
-    name: str = "hesitation",
     options: StudyOptions | None = None,
     seeds: tuple[int, ...] = (0,),
     progress: bool = True,
@@ -171,12 +170,10 @@ def analyze_behavior(
     Args:
         pair: with adapters on every layer.
         subject: problems to choose on and to report on, with what can be checked in an answer (`subject`).
-        words: words or phrases; their rate is how often answers contain them, whole and in any case.
-        find: instead of words, a function from a trace to the positions of tokens that begin the behavior, or to
-            (start, stop) of its tokens. The rate is how often the function finds something in an answer, also in one
-            that was cut at the limit. With positions alone probabilities are those of the tokens that begin the
-            behavior, with (start, stop) those of all its tokens.
-        name: of the behavior, in results.
+        behavior: a behavior, a word or phrase, or several; None is hesitation (`Behavior.of`). Of words the rate is how
+            often answers contain them, whole and in any case. Of a function (`Behavior.find`) it is how often the
+            function finds something in an answer, also in one that was cut at the limit; probabilities are then those
+            of the tokens that begin the behavior, and where the function gives (start, stop) those of all its tokens.
         options: how much is measured.
         seeds: of the adapters, recorded with every figure.
         progress: show bars.
@@ -186,7 +183,7 @@ def analyze_behavior(
     Raises BehaviorError for words that are none, and what `respond` and `find_circuit` raise.
     """
     options = options or StudyOptions()
-    behavior = replace(Behavior.of(words), name=name, find=find)
+    behavior = Behavior.of(behavior)
     with subject.engine.entered(pair, on_route("target")) as model:
         select_answers, report_answers = (
             respond(model, problems, max_new_tokens=subject.max_new_tokens, temperature=subject.temperature)
@@ -205,7 +202,7 @@ def analyze_behavior(
             *correction_beside_others(block.get("injected", {})),
         ]
     else:
-        log.info("%s: there is nothing to measure; onsets are %s", name, block["moments"])
+        log.info("%s: there is nothing to measure; onsets are %s", behavior.name, block["moments"])
     if not subject.republish:
         block["texts_withheld"], examples = True, []
     if facts := subject.engine.facts():

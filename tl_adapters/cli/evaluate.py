@@ -129,7 +129,6 @@ def benchmark(
         tl-adapters benchmark runs/mine --tasks gsm8k,math500 --samples 4 --temperature 0.6
         tl-adapters benchmark runs/demo --ablate runs/demo/circuit.json
     """
-    from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
     from tl_adapters.study.benchmark import BENCHMARKS_FOLDER, benchmark_run
     from tl_adapters.utils.results import plain
 
@@ -143,7 +142,7 @@ def benchmark(
     try:
         results = benchmark_run(
             run_folder, tasks_of(named) or None, variant, options=given, open_thinking=open_thinking, limit=limit,
-            words=counted or HESITATION_RATE_WORDS, out=folder, engine=engine, device=_device(engine, device),
+            behavior=counted or None, out=folder, engine=engine, device=_device(engine, device),
             dtype=dtype, progress=not quiet,
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -79,7 +79,6 @@ def hesitation(
         tl-adapters hesitation runs/mine --task gsm8k --words Wait "Hold on" --limit 1000
     """
     from tl_adapters.circuits.circuit import CIRCUIT_FILE
-    from tl_adapters.data.hesitation_words import HESITATION_ONSET
     from tl_adapters.pages.report import write_report
     from tl_adapters.study.hesitation import hesitation_of_run
     from tl_adapters.utils.results import output_file
@@ -92,7 +91,7 @@ def hesitation(
     study = hesitation_of_run(
         run_folder,
         next(iter(tasks.items()), None),
-        words=joined(behavior_words) or [HESITATION_ONSET],
+        behavior=joined(behavior_words) or None,
         share=share,
         rounds=rounds,
         method=search,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import index
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +37,8 @@ MAX_PHRASE_TOKENS = 2_000
 """Largest number of tokens in all phrases together that a function finds: every one of them is measured."""
 Find = Callable[[Trace], Sequence[int | Span]]
 """From a trace to the positions of tokens that begin the behavior, or to (start, stop) of all its tokens."""
+GivenBehavior: TypeAlias = "Behavior | str | Sequence[str] | None"
+"""How a behavior is given to a function: as such, a word or phrase, several of them, or None for hesitation."""
 
 
 class BehaviorError(UserError, ValueError):
@@ -79,15 +81,25 @@ class Behavior(ResultRecord):
         _require_words(self.words)
 
     @classmethod
-    def of(cls, words: Sequence[str] | Behavior) -> Behavior:
-        """Return the behavior of saying any of ``words``; a behavior is returned as it is.
+    def of(cls, behavior: GivenBehavior) -> Behavior:
+        """Return a behavior from whatever gives one.
 
-        Raises BehaviorError where there are no words.
+        Args:
+            behavior: is returned as it is. None is hesitation. A text is that one word or phrase, which names the
+                behavior. Of several words the name is the words with commas between them; the default words are
+                hesitation.
+
+        Raises BehaviorError where there are no words, and for an empty one.
         """
-        if isinstance(words, Behavior):
-            return words
-        _require_words(words)
-        return cls(words=tuple(words))
+        if isinstance(behavior, Behavior):
+            return behavior
+        if behavior is None:
+            return cls()
+        if isinstance(behavior, str):
+            return cls(name=behavior, words=(behavior,))
+        _require_words(behavior)
+        words = tuple(behavior)
+        return cls() if words == cls.words else cls(name=", ".join(words), words=words)
 
     @property
     def counted(self) -> tuple[str, ...]:
@@ -140,7 +152,7 @@ class Behavior(ResultRecord):
         if not (tokens := word_tokens(tokenizer, self.words)):
             raise BehaviorError(
                 f"No token begins the behavior {self.name!r}: this model's tokenizer can write none of "
-                f"{', '.join(self.words)}. Give other words= or a function (find=)."
+                f"{', '.join(self.words)}. Give a Behavior with other words= or with a function, find=."
             )
         return tokens
 
@@ -214,12 +226,13 @@ class Behavior(ResultRecord):
 
 def _require_words(words: Sequence[str]) -> None:
     """Raise BehaviorError for a text instead of a list of words, for no words, and for an empty word."""
-    if isinstance(words, str) or not words or any(not isinstance(w, str) or not w.strip() for w in words):
+    sequence = isinstance(words, Sequence) and not isinstance(words, str)
+    if not sequence or not words or any(not isinstance(w, str) or not w.strip() for w in words):
         raise BehaviorError(f"Got the words {words!r}; give a list of words or phrases, such as ['Wait', 'Hold on'].")
 
 
-def counts(responses: Iterable[ResponseLike], behavior: Sequence[str] | Behavior) -> list[int]:
-    """Return how often each response shows a behavior, or contains one of some words. Raises BehaviorError."""
+def counts(responses: Iterable[ResponseLike], behavior: GivenBehavior) -> list[int]:
+    """Return how often each response shows a behavior (`Behavior.of`). Raises BehaviorError."""
     behavior = Behavior.of(behavior)
     return [behavior.count(response) for response in responses]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
-from tl_adapters.evaluation.behaviors import Behavior, counts
+from tl_adapters.evaluation.behaviors import GivenBehavior, counts
 from tl_adapters.generation.responses import Response
 from tl_adapters.utils.bootstrap import bootstrap_ratio
 from tl_adapters.utils.clustered_intervals import clustered_share, event_rate
@@ -59,7 +59,7 @@ def correctness(responses: Sequence[Response]) -> Float[Tensor, "n"]:
 def measure_responses(
     responses: Sequence[Response],
     split: str,
-    words: Sequence[str] | Behavior = HESITATION_RATE_WORDS,
+    behavior: GivenBehavior = HESITATION_RATE_WORDS,
     problems: Sequence[int] | None = None,
     cluster_size: float = 1.0,
     sets: int = 1,
@@ -69,7 +69,7 @@ def measure_responses(
     Args:
         responses: of one model, at least one.
         split: of the problems.
-        words: what counts as a hesitation: words and phrases, or a behavior that counts its occurrences.
+        behavior: what counts as a hesitation, as `Behavior.of` takes it.
         problems: for each response, the number of its problem; None is one response to each problem. Where a problem
             has several responses they are resampled together, and ``accuracy`` is pass@1.
         cluster_size: number of hesitations of a problem that has any, as measured elsewhere. Where no response
@@ -78,7 +78,7 @@ def measure_responses(
             then cover the choice of sets too.
     """
     lengths = torch.tensor([len(r.tokens) for r in responses], dtype=torch.float64)
-    hesitations = torch.tensor(counts(responses, words), dtype=torch.float64)
+    hesitations = torch.tensor(counts(responses, behavior), dtype=torch.float64)
     opened = torch.tensor([float(ChatFormat.think_start in r.text) for r in responses], dtype=torch.float64)
     truncated = torch.tensor([float(r.truncated) for r in responses], dtype=torch.float64)
     indices = torch.arange(len(responses))

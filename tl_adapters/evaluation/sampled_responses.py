@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
 from tl_adapters.errors import UserError
-from tl_adapters.evaluation.behaviors import Behavior
+from tl_adapters.evaluation.behaviors import Behavior, GivenBehavior
 from tl_adapters.evaluation.response_metrics import measure_responses
 from tl_adapters.generation.completions import default_batch_size
 from tl_adapters.generation.generation_config import end_tokens, sampling_parameters
@@ -147,10 +147,11 @@ class TaskScore(ResultRecord):
 
 
 def score_responses(
-    sampled: Sequence[SampledResponse], split: str, words: Sequence[str] | Behavior = HESITATION_RATE_WORDS
+    sampled: Sequence[SampledResponse], split: str, behavior: GivenBehavior = HESITATION_RATE_WORDS
 ) -> TaskScore:
-    """The score from all samples of a task; hesitations are occurrences of ``words``, or what a behavior counts."""
-    metrics = measure_responses([s.response for s in sampled], split, words, [s.problem for s in sampled])
+    """The score from all samples of a task; hesitations are what a behavior counts (`Behavior.of`)."""
+    behavior = Behavior.of(behavior)
+    metrics = measure_responses([s.response for s in sampled], split, behavior, [s.problem for s in sampled])
     return TaskScore(
         n=metrics.n,
         samples=len(sampled) // metrics.n,
@@ -160,7 +161,7 @@ def score_responses(
         truncated=metrics.truncated,
         think_opened=metrics.think_opened,
         ci={"pass_at_1" if name == "accuracy" else name: interval for name, interval in metrics.ci.items()},
-        words=words.counted if isinstance(words, Behavior) else tuple(words),
+        words=behavior.counted,
         split=split,
         looping=metrics.looping,
         near_ties_per_1k=metrics.near_ties_per_1k,

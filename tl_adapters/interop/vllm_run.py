@@ -116,7 +116,7 @@ class ServedRun:
 
 @contextmanager
 def opened_engine(
-    run: Path, engine: str, *, dtype: GivenDtype | None = None, variants: Sequence[Variant] = (), spare: int = 0
+    run: str | Path, engine: str, *, dtype: GivenDtype | None = None, variants: Sequence[Variant] = (), spare: int = 0
 ) -> Iterator[ServedRun]:
     """An engine for the adapters of a run; an export for vLLM in this process is removed again.
 
@@ -129,6 +129,7 @@ def opened_engine(
 
     Raises VllmError, UserError for a dtype beside an address, and what an export raises.
     """
+    run = Path(run)
     adapters, config = AdapterSet.from_pretrained(run / "adapters"), RunConfig.of_run(run)
     base, target = (config.base, config.target) if config.target else (BUILTIN_BASE, BUILTIN_TARGET)
     with ExitStack() as closing:

@@ -7,7 +7,7 @@ task and variant have a folder of their own (`sampled_responses`), so successive
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,9 +17,8 @@ from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.feature_id import FeatureId
 from tl_adapters.config import RunConfig
 from tl_adapters.data.chat_format import ChatFormat
-from tl_adapters.data.hesitation_words import HESITATION_RATE_WORDS
 from tl_adapters.errors import UserError
-from tl_adapters.evaluation.behaviors import Behavior
+from tl_adapters.evaluation.behaviors import Behavior, GivenBehavior
 from tl_adapters.evaluation.sampled_responses import ResponseOptions, TaskScore, sample_responses, score_responses
 from tl_adapters.evaluation.tasks import ORGANISM_TASK, TASKS, load_problems, require_task
 from tl_adapters.generation.generation_config import DEFAULT_MAX_NEW_TOKENS, end_tokens
@@ -30,6 +29,7 @@ from tl_adapters.study.open_run import is_organism_run, open_run, require_adapte
 from tl_adapters.utils.devices import GivenDtype
 from tl_adapters.utils.files import require_writable
 from tl_adapters.utils.notebook import RecordTable, ResultRecord
+from tl_adapters.utils.renamed import renamed_arguments
 from tl_adapters.utils.results import changed_results, plain
 
 log = logging.getLogger(__name__)
@@ -111,16 +111,17 @@ class BenchmarkVariant:
         }
 
 
+@renamed_arguments(words="behavior")
 def benchmark_run(
-    run: Path,
+    run: str | Path,
     tasks: Mapping[str, str | None] | None = None,
     variant: BenchmarkVariant | None = None,
     *,
     options: Mapping[str, Any] | None = None,
     open_thinking: bool = False,
     limit: int | None = None,
-    words: Sequence[str] | Behavior = HESITATION_RATE_WORDS,
-    out: Path | None = None,
+    behavior: GivenBehavior = None,
+    out: str | Path | None = None,
     engine: str | None = None,
     device: str = "auto",
     dtype: GivenDtype | None = None,
@@ -137,7 +138,8 @@ def benchmark_run(
             tasks of the hub are answered as generation_config.json says, in up to `DEFAULT_MAX_NEW_TOKENS` tokens.
         open_thinking: end the prompt with the tag that opens the thinking, where the template does not.
         limit: use only the first ``limit`` problems of each task.
-        words: what counts as a hesitation: words and phrases, or a `Behavior`.
+        behavior: what counts as a hesitation: a behavior, a word or phrase, or several; None is hesitation
+            (`Behavior.of`).
         out: folder of the answers, by default ``benchmarks`` in the run. Answers that are there already are kept.
         engine: None is our own, "vllm" vLLM in this process, and an address a `vllm serve`.
         device: device of the models; "auto" is the first available of cuda, mps and cpu.
@@ -146,9 +148,10 @@ def benchmark_run(
 
     Raises BenchmarkError, TaskError, SamplingError, VllmError, and what opening a run raises.
     """
+    run, behavior = Path(run), Behavior.of(behavior)
     require_adapters(run)
     tasks = _organism_task(run) if tasks is None else tasks
-    require_writable(run if out is None else out)
+    require_writable(run if out is None else Path(out))
     samplings = {name: _sampling(name, options or {}) for name in tasks}
     for name in tasks:
         require_task(name)
@@ -162,12 +165,12 @@ def benchmark_run(
         for task in loaded:
             facts = {"task": task.task, "source": task.source, "split": task.split, "variant": entered.name}
             facts |= {**spec.as_record(), **model_facts}
-            folder = (out or run / BENCHMARKS_FOLDER) / task.task / slug
+            folder = Path(out or run / BENCHMARKS_FOLDER) / task.task / slug
             sampling = replace(samplings[task.task], prefill=prefill).resolved(model, task.problems)
             log.info("%s: %s, %s", task.task, name, sampling.parameters)
             answers = sample_responses(model, task.problems, sampling, folder, facts, progress)
             results.append(
-                BenchmarkResult(task.task, name, score_responses(answers, task.split, words), folder, sampling)
+                BenchmarkResult(task.task, name, score_responses(answers, task.split, behavior), folder, sampling)
             )
             _add(run, results[-1], {**facts, **asdict(sampling), "ends": end_tokens(model)})
     return results

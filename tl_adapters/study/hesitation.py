@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,8 @@ from tl_adapters.circuits.circuit import CIRCUIT_FILE
 from tl_adapters.circuits.search import SearchMethod
 from tl_adapters.circuits.study import BehaviorStudy, StudyOptions, analyze_behavior
 from tl_adapters.circuits.subject import Subject, builtin_subject, halves
-from tl_adapters.data.hesitation_words import HESITATION_ONSET
 from tl_adapters.errors import UserError
-from tl_adapters.evaluation.behaviors import Find
+from tl_adapters.evaluation.behaviors import GivenBehavior
 from tl_adapters.evaluation.tasks import load_problems
 from tl_adapters.interop.vllm_run import SPARE_CONDITIONS, VLLM_HERE, opened_engine
 from tl_adapters.models.paired_model import PairedModel
@@ -35,10 +33,8 @@ def hesitation_stage(
     subject: Subject,
     folder: Path,
     options: StudyOptions | None = None,
-    words: Sequence[str] = (HESITATION_ONSET,),
-    find: Find | None = None,
+    behavior: GivenBehavior = None,
     *,
-    name: str = "hesitation",
     progress: bool = False,
 ) -> BehaviorStudy:
     """Study a behavior and write circuit.json, hesitation.jsonl, hesitation.html and the block in results.json.
@@ -47,12 +43,12 @@ def hesitation_stage(
         pair: with adapters on every layer.
         subject: problems to choose on and to report on.
         folder: of the run.
-        options, words, find, name, progress: as in `analyze_behavior`.
+        options, behavior, progress: as in `analyze_behavior`.
     """
     seeds = tuple(read_results(folder).get("seeds", [0]))
     store = features_if_begun(folder)  # before the study, so that an error does not end it when it is done
     with stage(folder, "hesitation"):
-        study = analyze_behavior(pair, subject, words, find, name=name, options=options, seeds=seeds, progress=progress)
+        study = analyze_behavior(pair, subject, behavior, options=options, seeds=seeds, progress=progress)
         write_output(folder, CIRCUIT_FILE, study.circuit.json_text())
         write_output(folder, EXAMPLES_FILE, "".join(dumps(e) + "\n" for e in study.examples))
         page = write_circuit_page(folder, plain(study.block), study.circuit, store, study.examples)
@@ -66,7 +62,7 @@ def hesitation_of_run(
     folder: Path,
     task: tuple[str, str | None] | None = None,
     *,
-    words: Sequence[str] = (HESITATION_ONSET,),
+    behavior: GivenBehavior = None,
     share: float | None = None,
     rounds: int | None = None,
     method: SearchMethod | None = None,
@@ -84,7 +80,7 @@ def hesitation_of_run(
         folder: of a run, made by train or demo.
         task: name of a benchmark's problems, and a local copy of them or None for the hub's; None takes the problems of
             the model organism.
-        words: words or phrases of the behavior.
+        behavior: as in `analyze_behavior`.
         share: size of the circuit as a share of the alive features; None takes the default of the search.
         rounds: most rounds of the search until the circuit has its size; None takes the default of the search.
         method: how the search chooses features; None takes its default.
@@ -119,4 +115,4 @@ def hesitation_of_run(
             opened = opened_engine(folder, engine, dtype=of_engine, spare=SPARE_CONDITIONS)
             subject = replace(subject, engine=closing.enter_context(opened))
         pair = open_run(folder, device, dtype)
-        return hesitation_stage(pair, subject, folder, options, words, progress=progress)
+        return hesitation_stage(pair, subject, folder, options, behavior, progress=progress)
