@@ -131,10 +131,10 @@ def test_harm_is_the_kl_of_plain_passes_away_from_onsets(
 
 
 def test_what_changes_nothing_harms_nothing_and_a_ban_harms_without_limit(pair: PairedModel, onsets: Onsets) -> None:
-    for nothing in (on_route("replacement"), without([]), removed_in_part({}), shifted_logits(onsets.words, 0.0)):
+    for nothing in (on_route("replacement"), without([]), removed_in_part({}), shifted_logits(onsets.phrases, 0.0)):
         figure = kl_elsewhere(pair, onsets, nothing, "report")
         assert figure.value == 0, nothing.name
-    banned = kl_elsewhere(pair, onsets, shifted_logits(onsets.words, -torch.inf), "report")
+    banned = kl_elsewhere(pair, onsets, shifted_logits(onsets.phrases, -torch.inf), "report")
     assert (banned.value, banned.low, banned.high) == (None, None, None)
     assert "infinite" in banned.reason
 
@@ -196,7 +196,7 @@ def test_steering_is_the_least_harmful_of_all_that_have_the_effect(
     pair, batch = texts.pair, texts.onsets
     with torch.no_grad(), pair.routed("replacement"):
         streams = pair.residual_streams(batch.tokens)
-    marks = sorted(set(batch.tokens[batch.onset].tolist()) - set(batch.words))
+    marks = sorted(set(batch.tokens[batch.onset].tolist()) - set(batch.phrases))
     effect, harms = texts.unchanged.p_onset - goal.p_onset, []
     for layer in range(N_LAYERS):
         direction = streams[layer + 1][batch.onset].mean(0) - streams[layer + 1][batch.control].mean(0)
@@ -214,9 +214,9 @@ def test_a_tuned_bias_is_no_ban(
 ) -> None:
     bias = tuned_logit_bias(texts, texts.measure(without(circuit[:3])))
     assert 0 < bias.size < 20
-    said = logits_of(pair, bias.variant, onsets.tokens).softmax(-1)[..., list(onsets.words)]
-    banned = logits_of(pair, shifted_logits(onsets.words, -torch.inf), onsets.tokens).softmax(-1)
-    assert float(said.min()) > 0 == float(banned[..., list(onsets.words)].max())
+    said = logits_of(pair, bias.variant, onsets.tokens).softmax(-1)[..., list(onsets.phrases)]
+    banned = logits_of(pair, shifted_logits(onsets.phrases, -torch.inf), onsets.tokens).softmax(-1)
+    assert float(said.min()) > 0 == float(banned[..., list(onsets.phrases)].max())
 
 
 def test_baselines_of_a_circuit_without_effect_do_nothing(texts: TuningTexts) -> None:

@@ -71,7 +71,7 @@ def test_probabilities_are_those_of_a_plain_pass(pair: PairedModel, variant: Var
     onsets, before = random_onsets(), state(pair)
     found = probabilities(pair, onsets, variant, "report")
     assert state(pair) == before
-    p = logits_of(pair, variant, onsets.tokens).softmax(-1)[..., list(onsets.words)].sum(-1)
+    p = logits_of(pair, variant, onsets.tokens).softmax(-1)[..., list(onsets.phrases)].sum(-1)
     positions = {"moment": onsets.onset, "boundary": onsets.control, "elsewhere": onsets.elsewhere}
     assert list(found) == list(positions)
     for key, at in positions.items():
@@ -108,7 +108,7 @@ def test_mediation_is_defined_by_interventions(pair: PairedModel) -> None:
             else:
                 with frozen(pair, onsets.tokens, features=held), ablated(pair, features) as model:
                     logits = model(onsets.tokens)
-        return (word_log_odds(logits, onsets.words) * at).sum(1).double()
+        return (word_log_odds(logits, onsets.phrases) * at).sum(1).double()
 
     clean, both = total_log_odds(), total_log_odds(*template, *output)
     total = clean - total_log_odds(*template, held=())
@@ -386,7 +386,7 @@ def test_the_strongest_neurons_have_the_largest_slopes() -> None:
             return changed
 
         with pair.routed("replacement"), pair.model.hooks(fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", scale)]):
-            return float(word_log_odds(pair.model(texts.tokens), texts.words)[texts.onset].sum())
+            return float(word_log_odds(pair.model(texts.tokens), texts.phrases)[texts.onset].sum())
 
     slopes = [(total_log_odds(*n, 1 + 1e-5) - total_log_odds(*n, 1 - 1e-5)) / 2e-5 for n in every[::24]]
     assert slopes == sorted(slopes, reverse=True)

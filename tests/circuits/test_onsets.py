@@ -102,7 +102,7 @@ def test_every_place_of_a_text_made_by_hand(pair: PairedModel, wait: int) -> Non
     first = Trace((5, 8, wait, 7, 8, wait, 9, 10, 8, 11, 8, 3), 3)
     second = Trace((8, 6, 8, 8, wait, 9, 12, 3), 2)
     onsets = find_onsets(pair, [first, second])
-    assert {pair.model.tokenizer.decode([word]) for word in onsets.words} == {"Wait", "wait", " Wait"}
+    assert {pair.model.tokenizer.decode([word]) for word in onsets.phrases} == {"Wait", "wait", " Wait"}
     assert [places(onsets, kind) for kind in KINDS] == [list(range(2, 11)), [4], [8, 10], [5, 6, 7], [2, 3, 9]]
     # A mark before a mark is a boundary; so the prompt's last token may be one, and its other tokens may not.
     assert [places(onsets, kind, 1) for kind in KINDS] == [list(range(1, 7)), [3], [2], [4, 5, 6], [1]]
@@ -158,7 +158,7 @@ def test_a_function_may_say_where_the_behavior_begins(pair: PairedModel, wait: i
         return [i + 1 for i, token in enumerate(trace.tokens) if token == 7 and i + 1 < len(trace.tokens)]
 
     onsets = find_onsets(pair, [first, second], Behavior("after", find=after_seven))
-    assert onsets.words == (3, 4, 9)
+    assert onsets.phrases == (3, 4, 9)
     assert places(onsets, "onset") == [2, 7]
     assert places(onsets, "control") == []
     assert places(onsets, "onset", 1) == [1], "the next token is the first of the response"
@@ -167,7 +167,7 @@ def test_a_function_may_say_where_the_behavior_begins(pair: PairedModel, wait: i
         return [i for i, token in enumerate(trace.tokens) if token == 9]
 
     onsets = find_onsets(pair, [first, second], Behavior("nine", find=only_nine))
-    assert onsets.words == (9,)
+    assert onsets.phrases == (9,)
     assert (places(onsets, "onset"), places(onsets, "control")) == ([2], [7])
     assert (places(onsets, "onset", 1), places(onsets, "control", 1)) == ([], [1])
 
@@ -186,14 +186,14 @@ def test_a_function_may_say_where_the_behavior_begins(pair: PairedModel, wait: i
 def test_a_function_that_finds_the_words_finds_the_same(pair: PairedModel, wait: int, written: list[Trace]) -> None:
     found = find_onsets(pair, written, Behavior(find=lambda t: [i for i, x in enumerate(t.tokens) if x == wait]))
     plain = find_onsets(pair, written)
-    assert set(found.words) < set(plain.words), "the others are never said"
+    assert set(found.phrases) < set(plain.phrases), "the others are never said"
     assert all(torch.equal(getattr(found, kind), getattr(plain, kind)) for kind in KINDS)
 
 
 def test_words_may_be_those_that_other_texts_told(pair: PairedModel, wait: int, written: list[Trace]) -> None:
     never = Behavior("never", find=lambda trace: [])
-    found = find_onsets(pair, written, never, words=(wait, 9))
-    assert found.words == (wait, 9)
+    found = find_onsets(pair, written, never, phrases=(wait, 9))
+    assert found.phrases == (wait, 9)
     assert not found.onset.any()
 
 
@@ -201,7 +201,7 @@ def test_several_words_are_one_behavior(pair: PairedModel, written: list[Trace])
     both, one, other = (
         find_onsets(pair, written, Behavior(words=words)) for words in (("Wait", "Hmm"), ("Wait",), ("Hmm",))
     )
-    assert set(both.words) == {*one.words, *other.words}
+    assert set(both.phrases) == {*one.phrases, *other.phrases}
     assert other.onset.any()
     assert torch.equal(both.onset, one.onset | other.onset)
     assert (one.control & other.onset).any()
@@ -228,7 +228,7 @@ def test_rows_keep_their_places(pair: PairedModel, written: list[Trace]) -> None
     onsets = find_onsets(pair, written)
     index = [4, 0, 9]
     some = onsets.rows(index)
-    assert some.words == onsets.words
+    assert some.phrases == onsets.phrases
     assert some.tokens.shape[1] >= max(len(written[i].tokens) for i in index) - 1
     for row, i in enumerate(index):
         for kind in KINDS:
@@ -271,7 +271,7 @@ def test_batches_have_every_document_once(pair: PairedModel, written: list[Trace
 def test_to_is_the_same_elsewhere(pair: PairedModel, written: list[Trace]) -> None:
     onsets = find_onsets(pair, written[:3])
     there = onsets.to("meta")
-    assert there.words == onsets.words
+    assert there.phrases == onsets.phrases
     assert {getattr(there, kind).device.type for kind in ("tokens", *KINDS)} == {"meta"}
 
 

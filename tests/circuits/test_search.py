@@ -449,7 +449,7 @@ def test_a_direct_effect_is_what_the_feature_writes_there_read_by_the_unembeddin
 
         @torch.no_grad()
         def moved(by: float, written: torch.Tensor = written) -> float:
-            return float(word_log_odds(pair.unembed(residual + by * written), onsets.words).mean())
+            return float(word_log_odds(pair.unembed(residual + by * written), onsets.phrases).mean())
 
         assert abs(slope(moved) / float(effects.direct[feature]) - 1) < 1e-4
 

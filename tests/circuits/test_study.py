@@ -308,7 +308,7 @@ def test_words_that_nothing_was_chosen_on_are_read_at_the_same_places(
     held_out = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Hmm", " Hmm", "hmm", " hmm", "No")]
     assert all(len(ids) == 1 for ids in held_out)
     onsets = find_onsets(pair, traces_of(respond(pair.model, subject.report, max_new_tokens=LIMIT), tokenizer))
-    others = replace(onsets, words=tuple(ids[0] for ids in held_out))
+    others = replace(onsets, phrases=tuple(ids[0] for ids in held_out))
     expected = probabilities(pair, others, without(list(study.found.search.order)), "report")  # type: ignore[union-attr]
     assert plain(found["replacement - circuit"]) == plain(expected)
     conditions = {"target", "replacement", "replacement - circuit", "words banned", "hybrid", "hybrid + circuit"}

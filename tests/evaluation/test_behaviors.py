@@ -204,7 +204,7 @@ def test_what_else_begins_alike_is_a_control_position(pair: PairedModel) -> None
     trace = Trace((9, 8, wait, comma, three, 8, wait, comma, five, 8, wait, comma, three, 8), 1)
     for behavior in (Behavior(words=("Wait,3",)), Behavior(find=row(wait, comma, three))):
         onsets = find_onsets(pair, [trace], behavior)
-        assert (wait, comma, three) in onsets.words
+        assert (wait, comma, three) in onsets.phrases
         places = {kind: getattr(onsets, kind)[0].nonzero()[:, 0].tolist() for kind in ("onset", "control")}
         assert places == {"onset": [1, 9], "control": [5]}
         assert onsets.controls_beginning_alike == 1
@@ -308,7 +308,7 @@ def test_odds_of_phrases_take_gradients_through_all_their_tokens() -> None:
 
 def test_phrases_are_searched_sorted_and_measured() -> None:
     tiny, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets(vocab=10)
-    onsets = replace(onsets, words=PHRASES)
+    onsets = replace(onsets, phrases=PHRASES)
     search = search_circuit(tiny, onsets, everything(tiny), SearchOptions(share=0.1), progress=False)
     roles = assign_roles(tiny, onsets, search.order, everything(tiny))
     values = [v for f in roles.features for v in f.effects] + [roles.log_odds_gap]
@@ -334,7 +334,7 @@ def test_log_odds_of_bfloat16_logits_are_exact(words: Any) -> None:
     """Against float64 on the very same logits; in bfloat16 sums of exponentials are off by percents."""
     base, target = (random_model(seed, torch.bfloat16, vocab_size=4000) for seed in (1, 2))
     tiny = randomise(PairedModel.from_pretrained(base, target))
-    onsets = replace(phrase_onsets(), words=words)
+    onsets = replace(phrase_onsets(), phrases=words)
     with tiny.routed("target"):
         logits = tiny.unembed(final_residual(tiny, onsets.tokens)).bfloat16()
         assert log_odds_at(tiny, onsets, onsets.onset).dtype == torch.float32
@@ -454,8 +454,8 @@ def test_of_three_tokens_the_neighbors_are_banned_that_stand_least_elsewhere() -
     at, no = batch.predicting_response, torch.zeros_like(batch.predicting_response)
     onsets = Onsets(tokens, at, at, no, no, ((4, 5, 6), 3))
     assert banned_neighbors(onsets) == {(4, 5): 1}, "one (5, 6) begins in the prompt's reach, one (4, 5) goes on to 7"
-    assert banned_neighbors(replace(onsets, words=((1, 4, 5),))) == {(1, 4): 0}
-    assert banned_neighbors(replace(onsets, words=(3,))) == {}
+    assert banned_neighbors(replace(onsets, phrases=((1, 4, 5),))) == {(1, 4): 0}
+    assert banned_neighbors(replace(onsets, phrases=(3,))) == {}
 
 
 def test_a_banned_phrase_is_never_said_and_what_begins_alike_is(pair: PairedModel) -> None:
@@ -649,7 +649,7 @@ def test_onsets_of_a_word_are_those_of_its_behavior(pair: PairedModel, subject: 
     for word in ("Wait", ".\nWait"):
         found, meant = (find_onsets(pair, traces, given) for given in (word, Behavior(words=(word,))))
         assert torch.equal(found.onset, meant.onset) and bool(found.onset.any())
-        assert found.words == meant.words
+        assert found.phrases == meant.phrases
 
 
 def test_the_old_name_of_a_behavior_still_works_and_warns(null: PairedModel) -> None:
@@ -663,7 +663,7 @@ def test_positions_alone_measure_the_token_that_begins_it(pair: PairedModel, sub
         traces = traces_of(respond(pair.model, subject.select, max_new_tokens=LIMIT), pair.model.tokenizer)
     starts = Behavior("lines", find=lambda t: [start for start, _ in after_a_line(t)])
     onsets = find_onsets(pair, traces, starts)
-    assert onsets.words == LINE_WAIT[:1]
+    assert onsets.phrases == LINE_WAIT[:1]
     assert onsets.controls_beginning_alike > 20, "what else begins with that token stays a negative"
 
 

@@ -170,7 +170,7 @@ def test_a_direct_effect_is_the_slope_of_the_log_odds_with_every_scale_held(arch
         held = frozen(pair, batch.tokens, layers=range(0))
         with torch.no_grad(), pair.routed("replacement"), held, scaled(pair, features, factor, [place]):
             resid = final_residual(pair, batch.tokens)[0, place]
-        return word_log_odds(pair.unembed(resid[None]), onsets.words)[0]
+        return word_log_odds(pair.unembed(resid[None]), onsets.phrases)[0]
 
     step = 1e-4
     for feature in [(layer, index) for layer in range(pair.n_layers) for index in (0, 5, 11)]:

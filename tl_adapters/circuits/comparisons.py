@@ -26,7 +26,7 @@ from tl_adapters.circuits.measurements import (
 from tl_adapters.circuits.onsets import Onsets, find_onsets
 from tl_adapters.circuits.subject import Subject, kinds_at
 from tl_adapters.data.words import word_tokens
-from tl_adapters.evaluation.behaviors import Behavior, Words
+from tl_adapters.evaluation.behaviors import Behavior, Phrases
 from tl_adapters.evaluation.response_metrics import measure_responses
 from tl_adapters.generation.responses import Response, traces_of
 from tl_adapters.interventions.variants import (
@@ -74,16 +74,16 @@ class ReportSplit:
 
     @classmethod
     def of(
-        cls, pair: PairedModel, subject: Subject, behavior: Behavior, answers: list[Response], words: Words
+        cls, pair: PairedModel, subject: Subject, behavior: Behavior, answers: list[Response], phrases: Phrases
     ) -> ReportSplit:
-        """Find the onsets in the target's answers; ``words`` are the tokens that the select split gave."""
+        """Find the onsets in the target's answers; ``phrases`` are the tokens that the select split gave."""
         slipped = subject.slipped
         return cls(
             pair=pair,
             subject=subject,
             behavior=behavior,
             answers=answers,
-            onsets=find_onsets(pair, traces_of(answers, pair.model.tokenizer), behavior, words),
+            onsets=find_onsets(pair, traces_of(answers, pair.model.tokenizer), behavior, phrases),
             slips=None
             if slipped is None
             else [slipped(problem, answer) for problem, answer in zip(subject.report, answers, strict=True)],
@@ -145,7 +145,7 @@ def probabilities_of_other_words(
     if not report.subject.held_out:
         return {}
     tokens = word_tokens(report.pair.model.tokenizer, report.subject.held_out).values()
-    if not (words := tuple(word for word in tokens if word not in texts.words)):
+    if not (phrases := tuple(phrase for phrase in tokens if phrase not in texts.phrases)):
         return {}
     variants = {
         "target": on_route("target"),
@@ -155,9 +155,9 @@ def probabilities_of_other_words(
         "hybrid": on_route("hybrid"),
         **{f"hybrid + {name}": conditions.insertions[name] for name in conditions.circuit_insertions},
     }
-    if any(isinstance(word, tuple) for word in texts.words):
+    if any(isinstance(phrase, tuple) for phrase in texts.phrases):
         del variants["words banned"]  # a phrase is banned after its first token, so nothing changes at the onsets
-    other = replace(texts, words=words)
+    other = replace(texts, phrases=phrases)
     return {name: probabilities(report.pair, other, variant, "report") for name, variant in variants.items()}
 
 

@@ -159,7 +159,7 @@ def make_conditions(
             **({} if other_circuit is None else {"other_tokens": without(other_circuit)}),
         },
         baselines={
-            "ban": banned(found.onsets.words, neighbors),
+            "ban": banned(found.onsets.phrases, neighbors),
             **{name: tuned[name].variant for name in TUNED_BASELINES},
         },
         insertions={
@@ -186,6 +186,6 @@ def _circuit_of_other_token(
     following = torch.zeros_like(onsets.tokens)
     following[:, :-1] = onsets.tokens[:, 1:]
     begins = onsets.control & (following == token)
-    swapped = replace(onsets, onset=begins, control=(onsets.control & ~begins) | onsets.onset, words=(token,))
+    swapped = replace(onsets, onset=begins, control=(onsets.control & ~begins) | onsets.onset, phrases=(token,))
     coarser = replace(options, documents=max(1, options.documents // 2), per_round=2 * options.per_round)
     return search_circuit(pair, swapped, found.alive, coarser, progress=progress).order

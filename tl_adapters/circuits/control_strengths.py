@@ -277,7 +277,7 @@ def _steering_candidates(texts: TuningTexts) -> Iterator[_Candidate]:
     pair, batches = texts.pair, texts.batches
     has_controls = any(bool(batch.control.any()) for batch in batches)
     before_onsets = {int(token) for batch in batches for token in batch.tokens[batch.onset].tolist()}
-    last_tokens = {word[-1] if isinstance(word, tuple) else word for word in texts.onsets.words}
+    last_tokens = {phrase[-1] if isinstance(phrase, tuple) else phrase for phrase in texts.onsets.phrases}
     marks = sorted(before_onsets - last_tokens)
     before = texts.embedded
     for layer in range(pair.n_layers):
@@ -301,9 +301,9 @@ def _steering_candidates(texts: TuningTexts) -> Iterator[_Candidate]:
 
 def tuned_logit_bias(texts: TuningTexts, goal: ConditionEffect) -> TunedCondition:
     """Lower the logits of the words by so much that they are as unlikely as without the circuit."""
-    words = texts.onsets.words
+    phrases = texts.onsets.phrases
     bias = _Candidate(
-        lambda size: shifted_logits(words, -size), "everywhere", 1.0, MAX_NATS, texts.final, texts.pair.n_layers
+        lambda size: shifted_logits(phrases, -size), "everywhere", 1.0, MAX_NATS, texts.final, texts.pair.n_layers
     )
     return _least_harmful(texts, goal, [bias], "nats")
 

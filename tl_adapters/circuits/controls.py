@@ -301,6 +301,6 @@ def commonest_alternative(onsets: Onsets) -> int | None:
     Tokens with which a word or phrase begins are left out, because they come at onsets too.
     """
     following = onsets.next_tokens[onsets.control]
-    words = torch.tensor(first_tokens(onsets.words), dtype=torch.long, device=following.device)
-    following = following[~torch.isin(following, words)]
+    first = torch.tensor(first_tokens(onsets.phrases), dtype=torch.long, device=following.device)
+    following = following[~torch.isin(following, first)]
     return int(following.mode().values) if len(following) else None

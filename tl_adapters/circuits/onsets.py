@@ -35,12 +35,12 @@ from torch.nn.functional import logsigmoid
 from tl_adapters.data.traces import Trace, collate, readable_traces, rows_by_length
 from tl_adapters.evaluation.behaviors import Behavior as Behavior
 from tl_adapters.evaluation.behaviors import BehaviorError as BehaviorError
-from tl_adapters.evaluation.behaviors import GivenBehavior, Words, first_tokens
+from tl_adapters.evaluation.behaviors import GivenBehavior, Phrases, first_tokens
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_model import kept_per_token
 from tl_adapters.utils.notebook import ResultRecord
 from tl_adapters.utils.precision import at_least_float32
-from tl_adapters.utils.renamed import renamed_attributes
+from tl_adapters.utils.renamed import renamed_arguments, renamed_attributes
 
 MAX_CONTINUATION_TOKENS = 24
 """Largest number of tokens of a continuation."""
@@ -55,6 +55,7 @@ MOST_KEPT_BYTES = 2 * 10**9
     coming="next_tokens",
     with_moments="with_onsets",
     with_places="with_onsets_and_controls",
+    words="phrases",
 )
 @dataclass(frozen=True)
 class Onsets(ResultRecord):
@@ -70,7 +71,7 @@ class Onsets(ResultRecord):
     """Matched control positions: the behavior might begin next and does not."""
     continuation: Bool[Tensor, "batch pos"]
     """The next token continues what the behavior began."""
-    words: Words
+    phrases: Phrases
     """Tokens each of which is the behavior, and phrases (tuples of tokens)."""
 
     def __len__(self) -> int:
@@ -110,7 +111,7 @@ class Onsets(ResultRecord):
     @property
     def controls_beginning_alike(self) -> int:
         """Control positions at which something else comes that begins with a token of the behavior."""
-        first = torch.tensor(first_tokens(self.words), dtype=torch.long, device=self.tokens.device)
+        first = torch.tensor(first_tokens(self.phrases), dtype=torch.long, device=self.tokens.device)
         return int((self.control & torch.isin(self.next_tokens, first)).sum())
 
     @property
@@ -162,14 +163,15 @@ class Onsets(ResultRecord):
     def _of(self, change: Callable[[Tensor], Tensor]) -> Onsets:
         fields = (self.tokens, self.predicting, self.onset, self.control, self.continuation)
         tokens, predicting, onset, control, continuation = map(change, fields)
-        return Onsets(tokens, predicting, onset, control, continuation, self.words)
+        return Onsets(tokens, predicting, onset, control, continuation, self.phrases)
 
 
+@renamed_arguments(words="phrases")
 def find_onsets(
     pair: PairedModel,
     traces: Sequence[Trace],
     behavior: GivenBehavior = None,
-    words: Words | None = None,
+    phrases: Phrases | None = None,
 ) -> Onsets:
     """Find onsets, matched control positions and continuations in texts that the target wrote.
 
@@ -177,7 +179,8 @@ def find_onsets(
         pair: its tokenizer gives the tokens of the words.
         traces: the target's own responses (`generation.responses.traces_of`); the prompt is left out.
         behavior: a behavior, a word or phrase that the target says, or several; None is hesitation (`Behavior.of`).
-        words: tokens and phrases of the behavior, where other texts determined them; None determines them from these.
+        phrases: tokens of the behavior, and phrases of tokens, where other texts determined them; None determines them
+            from these.
 
     A target that never shows the behavior has no onsets, whether words or a function define it.
 
@@ -194,25 +197,25 @@ def find_onsets(
             "limit for an answer (max_new_tokens)."
         )
     traces = readable_traces(traces, pair.model.cfg)
-    words = tuple(behavior.tokens(pair, traces).values()) if words is None else tuple(words)
+    phrases = tuple(behavior.tokens(pair, traces).values()) if phrases is None else tuple(phrases)
     batch = collate(traces)
     predicting = batch.predicting_response
     onset, inside, covered = (torch.zeros_like(predicting) for _ in range(3))
     for row, trace in enumerate(traces):
-        for start, stop in behavior.spans(trace, words):
+        for start, stop in behavior.spans(trace, phrases):
             covered[row, start:stop] = True
             inside[row, start : stop - 1] = True  # the next token is a later token of the phrase
             if start:
                 onset[row, start - 1] = True
     onset &= predicting
     # A word right after a word ("Wait wait") is an onset. The word is not a mark, for continuations would end at once.
-    single = torch.tensor([word for word in words if isinstance(word, int)], dtype=torch.long)
+    single = torch.tensor([phrase for phrase in phrases if isinstance(phrase, int)], dtype=torch.long)
     marks = batch.tokens[onset & ~covered & ~torch.isin(batch.tokens, single)].unique()
     inside &= predicting & ~onset
     may_begin = ((predicting & torch.isin(batch.tokens, marks)) | onset) & ~inside
     control = may_begin & ~onset
     continuation = _continuations(onset, may_begin, predicting) | inside
-    return Onsets(batch.tokens, predicting, onset, control, continuation, words)
+    return Onsets(batch.tokens, predicting, onset, control, continuation, phrases)
 
 
 def _continuations(onset: Tensor, may_begin: Tensor, predicting: Tensor) -> Tensor:
@@ -280,7 +283,7 @@ def log_odds_from_logits(
     """
     rows, positions = at.nonzero(as_tuple=True)
     nodes, steps = torch.zeros_like(rows), list[_Step]()
-    edges = _edges(tuple(onsets.words)).to(onsets.tokens.device)
+    edges = _edges(tuple(onsets.phrases)).to(onsets.tokens.device)
     next_tokens = onsets.next_tokens
     while True:
         if not len(edges):  # every word is one token
@@ -298,7 +301,7 @@ def log_odds_from_logits(
     def continuing(d_vocab: int) -> Tensor:
         """The table of `_continuing_tokens` on the device: made once, when the width of the logits is known."""
         if d_vocab not in tables:
-            tables[d_vocab] = _continuing_tokens(tuple(onsets.words), d_vocab).to(onsets.tokens.device)
+            tables[d_vocab] = _continuing_tokens(tuple(onsets.phrases), d_vocab).to(onsets.tokens.device)
         return tables[d_vocab]
 
     odds = None
@@ -348,14 +351,14 @@ class _Step:
         return torch.cat(parts) if parts else logits_at(self.rows, self.positions)[:, 0]
 
 
-def _phrase_tree(words: Words) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
+def _phrase_tree(phrases: Phrases) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
     """All phrases as a tree of their tokens; node 0 is before the first token.
 
     Returns (node, token) of every token that continues a phrase from a node, and (node, token, next node) of those
     tokens that do not end a phrase. A phrase that extends another is left out.
     """
     continuing, edges, ends = list[tuple[int, int]](), dict[tuple[int, int], int](), set[tuple[int, int]]()
-    for phrase in sorted((word if isinstance(word, tuple) else (word,) for word in words), key=len):
+    for phrase in sorted((phrase if isinstance(phrase, tuple) else (phrase,) for phrase in phrases), key=len):
         node = 0
         for depth, token in enumerate(phrase):
             edge = (node, token)
@@ -372,9 +375,9 @@ def _phrase_tree(words: Words) -> tuple[list[tuple[int, int]], list[tuple[int, i
 
 
 @lru_cache(maxsize=4)
-def _continuing_tokens(words: Words, d_vocab: int) -> Bool[Tensor, "nodes d_vocab"]:
+def _continuing_tokens(phrases: Phrases, d_vocab: int) -> Bool[Tensor, "nodes d_vocab"]:
     """Of every node of the tree of phrases, the tokens that continue a phrase from there."""
-    continuing, edges = _phrase_tree(words)
+    continuing, edges = _phrase_tree(phrases)
     tokens = torch.zeros(len(edges) + 1, d_vocab, dtype=torch.bool)
     for node, token in continuing:
         tokens[node, token] = True
@@ -382,5 +385,5 @@ def _continuing_tokens(words: Words, d_vocab: int) -> Bool[Tensor, "nodes d_voca
 
 
 @lru_cache(maxsize=4)
-def _edges(words: Words) -> Int[Tensor, "edges 3"]:
-    return torch.tensor(_phrase_tree(words)[1], dtype=torch.long).reshape(-1, 3)
+def _edges(phrases: Phrases) -> Int[Tensor, "edges 3"]:
+    return torch.tensor(_phrase_tree(phrases)[1], dtype=torch.long).reshape(-1, 3)

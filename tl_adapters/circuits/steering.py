@@ -22,10 +22,11 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.circuits.onsets import Onsets
-from tl_adapters.evaluation.behaviors import Words, first_tokens
+from tl_adapters.evaluation.behaviors import Phrases, first_tokens
 from tl_adapters.interventions.feature_edits import InterventionError
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.renamed import renamed_arguments
 
 Neighbors = dict[tuple[int, int], int]
 """(token, next token) of a phrase -> how often the pair occurs in given texts outside of the phrase."""
@@ -34,8 +35,9 @@ Neighbors = dict[tuple[int, int], int]
 # -- logits -------------------------------------------------------------------------------------------------------
 
 
-def shifted_logits(words: Words | Sequence[int], by: float) -> Variant:
-    """The replacement with a constant added to the words' logits; minus infinity bans the words.
+@renamed_arguments(words="phrases")
+def shifted_logits(phrases: Phrases | Sequence[int], by: float) -> Variant:
+    """The replacement with a constant added to the logits of tokens; minus infinity bans them.
 
     For phrases it is added to the tokens that begin them, whatever follows (`banned` bans whole phrases). It is
     added before the soft cap of a model that has one, so banned words then have the lowest possible logit.
@@ -44,7 +46,7 @@ def shifted_logits(words: Words | Sequence[int], by: float) -> Variant:
     @contextmanager
     def entered(pair: PairedModel) -> Iterator[Any]:
         change = torch.zeros_like(pair.backend.unembedding()[:, 0])
-        change[list(first_tokens(words))] = by
+        change[list(first_tokens(phrases))] = by
 
         def shift(module: object, inputs: object, logits: Tensor) -> Tensor:
             return logits + change
@@ -63,7 +65,7 @@ def banned_neighbors(onsets: Onsets) -> Neighbors:
     """Return, for every phrase, the first of its neighboring tokens that occur least often outside of the phrase."""
     rarest: Neighbors = {}
     tokens, following = onsets.tokens, onsets.next_tokens
-    for phrase in (word for word in onsets.words if isinstance(word, tuple)):
+    for phrase in (phrase for phrase in onsets.phrases if isinstance(phrase, tuple)):
         within = _phrase_starts(onsets, phrase)
         elsewhere: Neighbors = {}
         for offset, pair in enumerate(pairwise(phrase)):
@@ -84,13 +86,13 @@ def _phrase_starts(onsets: Onsets, phrase: tuple[int, ...]) -> Tensor:
     return starts
 
 
-def banned(words: Words, neighbors: Neighbors) -> Variant:
+def banned(phrases: Phrases, neighbors: Neighbors) -> Variant:
     """The replacement with single tokens banned, and of neighbors (`banned_neighbors`) the second after the first.
 
     It works in generation and in whole passes. Where logits are formed at other positions than tokens were read,
     InterventionError is raised, because the token before them is not known.
     """
-    single = [word for word in words if isinstance(word, int)]
+    single = [phrase for phrase in phrases if isinstance(phrase, int)]
 
     @contextmanager
     def entered(pair: PairedModel) -> Iterator[Any]:

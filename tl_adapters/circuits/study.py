@@ -191,7 +191,7 @@ def analyze_behavior(
         )
     traces = traces_of(select_answers, pair.model.tokenizer)
     found = find_circuit(pair, traces, behavior, options=options.search, progress=progress)
-    report = ReportSplit.of(pair, subject, behavior, report_answers, found.onsets.words)
+    report = ReportSplit.of(pair, subject, behavior, report_answers, found.onsets.phrases)
     block, examples = _description(pair, found, report), list[dict[str, Any]]()
     if found.promoting and report.onsets.counts["moments"]:
         measured, examples = _measurements(pair, found, report, options, progress)
@@ -262,7 +262,7 @@ def _measurements(
 
 def _description(pair: PairedModel, found: FoundCircuit, report: ReportSplit) -> dict[str, Any]:
     """The block of a study before anything is measured: the behavior, its onsets, and the size of the circuit."""
-    behavior, words = report.behavior, found.onsets.words
+    behavior = report.behavior
     block: dict[str, Any] = {
         "schema_version": HESITATION_SCHEMA_VERSION,
         "behaviour": behavior.name,
@@ -270,7 +270,7 @@ def _description(pair: PairedModel, found: FoundCircuit, report: ReportSplit) ->
         "moments": {"select": found.onsets.counts, "report": report.onsets.counts},
         "circuit": _circuit_size(pair, found),
     }
-    phrases = any(isinstance(word, tuple) for word in words)
+    phrases = any(isinstance(phrase, tuple) for phrase in found.onsets.phrases)
     if behavior.find is not None:
         block["function"] = behavior.function
     if phrases or behavior.find is not None:

@@ -26,10 +26,10 @@ from tl_adapters.data.words import without_extensions, word_pattern, word_tokens
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.notebook import ResultRecord
-from tl_adapters.utils.renamed import renamed_attributes
+from tl_adapters.utils.renamed import renamed_arguments, renamed_attributes
 from tl_adapters.utils.results import plain
 
-Words = tuple[int | tuple[int, ...], ...]
+Phrases = tuple[int | tuple[int, ...], ...]
 """Tokens each of which is the behavior, and phrases (tuples of tokens)."""
 Span = tuple[int, int]
 """(start, stop) of a part of a sequence; stop is exclusive."""
@@ -156,20 +156,21 @@ class Behavior(ResultRecord):
             )
         return tokens
 
-    def spans(self, trace: Trace, words: Words = ()) -> list[Span]:
+    @renamed_arguments(words="phrases")
+    def spans(self, trace: Trace, phrases: Phrases = ()) -> list[Span]:
         """Return (start, stop) of the tokens of every occurrence in the response of a trace, from left to right.
 
         Args:
             trace: the document that is searched.
-            words: the tokens of the words (the values of `tokens`); not needed for a function. Phrases do not overlap:
-                the next one begins after the last token of the one before.
+            phrases: the tokens of the words (the values of `tokens`); not needed for a function. Phrases do not
+                overlap: the next one begins after the last token of the one before.
 
         Raises BehaviorError where a function returns something that is not a position of the trace.
         """
         if self.find is not None:
             return self._found_spans(trace)
         by_first: dict[int, list[tuple[int, ...]]] = {}
-        for phrase in (word if isinstance(word, tuple) else (word,) for word in words):
+        for phrase in (phrase if isinstance(phrase, tuple) else (phrase,) for phrase in phrases):
             by_first.setdefault(phrase[0], []).append(phrase)
         spans, start = list[Span](), trace.prompt_length
         while start < len(trace.tokens):
@@ -237,6 +238,6 @@ def counts(responses: Iterable[ResponseLike], behavior: GivenBehavior) -> list[i
     return [behavior.count(response) for response in responses]
 
 
-def first_tokens(words: Words | Sequence[Any]) -> tuple[int, ...]:
+def first_tokens(phrases: Phrases | Sequence[Any]) -> tuple[int, ...]:
     """Return the tokens with which words and phrases begin, each once, in their order."""
-    return tuple(dict.fromkeys(word[0] if isinstance(word, tuple) else word for word in words))
+    return tuple(dict.fromkeys(phrase[0] if isinstance(phrase, tuple) else phrase for phrase in phrases))
