@@ -92,7 +92,7 @@ def test_pages_and_exports_hold_no_text_that_is_withheld(
 ) -> None:
     store = collect_features(pair, [replace(t, republish=republish) for t in traces], progress=False)
     ids = store.ids(ALIVE_FIRINGS)[:4]
-    index = write_feature_pages(store, tmp_path / "pages", ids=ids, progress=False)
+    index = write_feature_pages(store, tmp_path / "pages", features=ids, progress=False)
     assert ("the text of 12 documents is left out" in index.read_text()) != republish
     for path in index.parent.rglob("features_*.html"):
         (held,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', path.read_text(), re.DOTALL)

@@ -23,6 +23,7 @@ from tl_adapters.attribution.validation import (
     total_effects,
     values_with_features,
 )
+from tl_adapters.data.traces import Trace
 from tl_adapters.models.paired_model import PairedModel
 
 TOKENS = random_batch(3).tokens[0, :11]
@@ -63,7 +64,7 @@ def test_a_target_that_the_graph_does_not_have(pair: PairedModel, graph: Attribu
         lambda: total_effects(graph, target),
         lambda: ablation_effects(pair, graph, torch.tensor([0]), target),
     ):
-        with pytest.raises(GraphError, match=f"target is {target}; this graph has the targets 0 to"):
+        with pytest.raises(GraphError, match=f"target_index is {target}; this graph has the targets 0 to"):
             effects()
 
 
@@ -81,7 +82,7 @@ def test_ablation_effects_agree_with_hooks(pair: PairedModel, graph: Attribution
         with pair.model.hooks(fwd_hooks=[(f"blocks.{layer}.mlp.adapter.hook_sae_acts_post", zero)]):
             without = logits(pair, "replacement")[-1, 7]
         assert effect == pytest.approx(float(logits(pair, "replacement")[-1, 7] - without), abs=1e-8)
-    other = ablation_effects(pair, graph, chosen, target=1)
+    other = ablation_effects(pair, graph, chosen, target_index=1)
     late = graph.features[chosen, 1] > 6
     assert (other[late].abs() < 1e-12).all() and other[~late].abs().max() > 1e-3
     assert not any(block.mlp.adapter.hook_sae_acts_post._forward_hooks for block in pair.model.blocks)
@@ -166,6 +167,8 @@ def test_the_difference_between_replacement_and_hybrid(pair: PairedModel) -> Non
     assert sum(list(explained.to_dict().values())[:-1]) == pytest.approx(explained.replacement, abs=1e-8)
     assert f"replacement {explained.replacement:.3g}" in repr(explained)
     assert f"{explained.features:+.3g}<" in explained._repr_html_()
+    for prompt in (TOKENS[None], TOKENS.tolist(), Trace(tuple(TOKENS.tolist()), 1)):
+        assert explain_difference(pair, prompt, 7, progress=False).to_dict() == explained.to_dict()
     few = explain_difference(pair, TOKENS, LogitTarget(7), max_feature_nodes=40, progress=False)
     assert few.features == pytest.approx(explained.features, abs=1e-8)  # contributions from outside the graph count too
     with pytest.raises(GraphError, match="takes no window="):

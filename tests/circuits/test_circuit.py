@@ -192,7 +192,7 @@ def test_the_drawing() -> None:
 
 def test_the_page_of_a_whole_block(tmp_path: Path) -> None:
     circuit, store = stored()
-    write_feature_pages(stores.new_store(), tmp_path / "features" / "pages", ids=circuit.ids(), progress=False)
+    write_feature_pages(stores.new_store(), tmp_path / "features" / "pages", features=circuit.ids(), progress=False)
     html = write_circuit_page(tmp_path, whole_block(), circuit, store, EXAMPLES).read_text()
     assert (
         "<script" not in html

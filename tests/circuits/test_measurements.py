@@ -285,6 +285,10 @@ def test_matched_features_are_as_many_as_active_and_others() -> None:
         total = sum(float(activation[f]) for f in found) / sum(float(activation[f]) for f in chosen)
         assert 0.8 < total < 1.25, "as active as what they stand for"
     assert matched_features(chosen, activation, alive, seeded(3)) == sets[3]
+    assert matched_features([tuple(f) for f in chosen], activation, alive, seeded(3)) == sets[3]
+    with pytest.warns(FutureWarning, match=r"matched_features\(chosen=\) is now matched_features\(features=\)"):
+        found = matched_features(chosen=chosen, activation=activation, alive=alive, generator=seeded(3))  # type: ignore[call-arg]
+    assert found == sets[3]
     assert len({tuple(found) for found in sets}) > 15, "drawn"
 
 

@@ -144,7 +144,7 @@ def same(a: FeatureStore, b: FeatureStore) -> None:
     assert (a.tokens, a.documents, a.region_tokens) == (b.tokens, b.documents, b.region_tokens)
     text = lambda example: (example.token_ids, example.position)  # noqa: E731
     values = lambda examples: sorted(e.values[e.token_index] for e in examples)  # noqa: E731
-    for x, y in zip(a.features(a.ids(0)), b.features(b.ids(0)), strict=True):
+    for x, y in zip(a.features(a.ids(0)), b.features(map(tuple, b.ids(0))), strict=True):
         assert (x.id, x.firings, x.histogram, x.regions, x.thinking_deciles, x.domains) == (
             y.id, y.firings, y.histogram, y.regions, y.thinking_deciles, y.domains,
         )  # fmt: skip

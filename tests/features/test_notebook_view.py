@@ -10,6 +10,8 @@ import torch
 from helpers.browser import Browser, browser  # noqa: F401  # a fixture
 from helpers.stores import HOSTILE, documents, random_pair, store
 
+from tl_adapters.data.tokens import WITHHELD
+from tl_adapters.data.traces import Trace
 from tl_adapters.errors import UserError
 from tl_adapters.features.feature import Label, feature_view
 from tl_adapters.features.firing_reader import features_read_on
@@ -75,14 +77,26 @@ def test_text_and_its_ids_are_the_same() -> None:
     pair, ids = random_pair(), [tuple(store().ids()[3])]
     tokens = documents()[1].tokens
     text = pair.model.tokenizer.decode(tokens)
-    assert calls(show_features(pair, text, ids)) == calls(show_features(pair, tokens, ids))
+    document = Trace(tokens, 2)
+    for same in (text, torch.tensor(tokens), torch.tensor([tokens]), document):
+        assert calls(show_features(pair, same, ids)) == calls(show_features(pair, tokens, ids))
+        assert calls(show_attention(pair, same, 1)) == calls(show_attention(pair, tokens, 1))
+    with pytest.warns(FutureWarning, match=r"show_features\(ids=\) is now show_features\(features=\)"):
+        assert calls(show_features(pair, tokens, ids=ids)) == calls(show_features(pair, tokens, ids))  # type: ignore[call-arg]
+
+
+def test_a_document_that_is_not_to_be_republished_has_no_text() -> None:
+    pair, document = random_pair(), replace(documents()[1], republish=False)
+    for view in (show_features(pair, document, [(0, 1)]), show_attention(pair, document, 1)):
+        ((_, given),) = calls(view)
+        assert set(given["tokens"]) == {WITHHELD} and len(given["tokens"]) == len(document.tokens)
 
 
 @pytest.mark.parametrize(
     ("text", "ids", "message"),
     [
-        ("", [(0, 1)], "empty"),
-        ([], [(0, 1)], "empty"),
+        ("", [(0, 1)], "The text has 0 tokens"),
+        ([], [(0, 1)], "The text has 0 tokens"),
         ("1+1", [], "none; the adapters have 40"),
         ("1+1", [(0, 40)], r"FeatureId\(layer=0, index=40\)"),
         ("1+1", [(9, 0)], r"layers \[0, 1, 2, 3, 4\]"),

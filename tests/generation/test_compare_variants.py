@@ -15,7 +15,7 @@ from tl_adapters.cli.common import feature_ids
 from tl_adapters.cli.main import main
 from tl_adapters.config import RunConfig
 from tl_adapters.data.chat_format import ChatFormat
-from tl_adapters.data.traces import DataError
+from tl_adapters.data.traces import DataError, Trace
 from tl_adapters.errors import UserError
 from tl_adapters.generation.compare_variants import generate_variants, tokenize_question
 from tl_adapters.generation.sampling import GenerationError
@@ -153,6 +153,15 @@ def test_pad_tokens_in_a_prompt_are_read(pair: PairedModel, prompt: list[int]) -
             assert list(said.tokens) == greedy(pair, odd, 6)
 
 
+def test_a_prompt_is_given_in_every_way(pair: PairedModel, prompt: list[int]) -> None:
+    variants = [on_route("target")]
+    expected = generate_variants(pair, prompt, variants, max_new_tokens=4, progress=False)
+    document = Trace((*prompt, *expected[0].tokens, 1), len(prompt))
+    text = pair.model.tokenizer.decode(prompt)
+    for same in (text, torch.tensor(prompt), torch.tensor([prompt]), document):
+        assert generate_variants(pair, same, variants, max_new_tokens=4, progress=False) == expected
+
+
 def test_unusable_options_and_prompts_are_refused(pair: PairedModel, prompt: list[int]) -> None:
     variants = [on_route("target")]
     for options in ({"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}):
@@ -160,8 +169,8 @@ def test_unusable_options_and_prompts_are_refused(pair: PairedModel, prompt: lis
             generate_variants(pair, prompt, variants, **options)  # type: ignore[arg-type]
     with pytest.raises(GenerationError, match="max_new_tokens 0; both must be 1 or more"):
         generate_variants(pair, prompt, variants, max_new_tokens=0)
-    for bad in ([], [1] * 256):
-        with pytest.raises(GenerationError, match="allowed are 1 to 255"):
+    for bad, says in (([], "prompt has 0 tokens"), ("", "prompt has 0 tokens"), ([1] * 256, "allowed are 1 to 255")):
+        with pytest.raises(GenerationError, match=says):
             generate_variants(pair, bad, variants)
     (said,) = generate_variants(pair, [*prompt * 30][:250], variants, progress=False)
     assert len(said.tokens) <= 6, "the context is full"

@@ -191,7 +191,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = {**SWEEP, "points": [{**point, "name": "run"} for point in SWEEP["points"][:1]]}
     (folder / "sweep" / "sweep.json").write_text("{}")
-    write_feature_pages(new_store(), run / "features" / "pages", ids=new_store().ids()[:3], progress=False)
+    write_feature_pages(new_store(), run / "features" / "pages", features=new_store().ids()[:3], progress=False)
     write_graph_page(run / "graphs" / "moment-1.html")
     write_circuit_page(run, results["hesitation"], made(), None, EXAMPLES)
     write_report(run)

@@ -139,7 +139,7 @@ def test_neurons_are_called_neurons(tmp_path: Path) -> None:
     found = collect_features(
         random_pair(), documents()[:8], kind="neuron", stream="target", split="report", options=OPTIONS, progress=False
     )
-    write_feature_pages(found, tmp_path / "pages", ids=found.ids()[:2], progress=False)
+    write_feature_pages(found, tmp_path / "pages", features=found.ids()[:2], progress=False)
     (layer,) = {name.layer for name in found.ids()[:2]}
     assert {path.name for path in (tmp_path / "pages" / f"layer_{layer}").iterdir()} == {
         Path(feature_address(name, "neuron")).name.partition("#")[0] for name in found.ids()[:2]
@@ -154,7 +154,7 @@ def test_neurons_are_called_neurons(tmp_path: Path) -> None:
 def test_the_agreement_of_the_streams_is_told(tmp_path: Path) -> None:
     found = new_store()
     found.set_agreement(stream_agreement(random_pair(), documents()[:8]))
-    write_feature_pages(found, tmp_path / "pages", ids=[], progress=False)
+    write_feature_pages(found, tmp_path / "pages", features=[], progress=False)
     data = held(tmp_path / "pages" / "index.html")
     overlaps = [layer["overlap"]["value"] for layer in found.agreement]
     assert f"{min(overlaps):.0%} to {max(overlaps):.0%}" in dict(data["facts"])["streams agree on"]
@@ -210,7 +210,7 @@ def test_pages_are_valid_self_contained_and_run_only_their_own_script(folder: Pa
 def test_what_cannot_be_shown_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     for wrong, message in (
         ({"words": ["Wait", "nothing"]}, "no effects on 'nothing'; it has 'Wait', 'Hmm', '='"),
-        ({"ids": [(0, 40)]}, r"0\.40 is not alive"),
+        ({"features": [(0, 40)]}, r"0\.40 is not alive"),
     ):
         with pytest.raises(FeatureStoreError, match=message):
             write_feature_pages(store(), tmp_path / "pages", progress=False, **wrong)
@@ -229,7 +229,7 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_left(tmp_path: Path) -> 
 def test_chosen_features_and_words(tmp_path: Path) -> None:
     """The index still lists all; only those with a page are linked, and walked through."""
     chosen = [store().ids()[3], store().ids()[120]]
-    write_feature_pages(store(), tmp_path / "pages", words=["=", "Wait"], ids=chosen, progress=False)
+    write_feature_pages(store(), tmp_path / "pages", words=["=", "Wait"], features=chosen, progress=False)
     index, found = held(tmp_path / "pages" / "index.html"), all_pages(tmp_path / "pages")
     assert len(index["columns"]["layer"]) == len(store().ids()) and sum(index["columns"]["page"]) == 2
     assert index["words"] == ["=", "Wait"]
@@ -444,5 +444,5 @@ def test_half_a_character_in_a_label_is_replaced(tmp_path: Path) -> None:
     id = found.ids()[0]
     found.set_labels({id: Label("a\ud83d", "b\ud83d", "c\ud83d")})
     assert found.labels[id] == Label("a?", "b?", "c?")
-    index = write_feature_pages(found, tmp_path / "pages", ids=[id], progress=False)
+    index = write_feature_pages(found, tmp_path / "pages", features=[id], progress=False)
     assert "a?" in index.read_text()

@@ -8,6 +8,6 @@
 * `relp`: the linearized replacement model of one prompt (RelP, arXiv 2508.21258)
 * `rows`: the rows of a graph, computed in batches, ranked by influence, and assembled into the graph
 * `summed_influence`: the influence of every feature on a token, summed over the graphs of many prompts
-* `targets`: the targets of a graph (a logit, a difference of two logits, or a feature) and the prompt's tokens
+* `targets`: the targets of a graph: a logit, a difference of two logits, or a feature
 * `validation`: graphs compared with interventions in the model, and the difference between replacement and hybrid
 """

@@ -38,11 +38,10 @@ from tl_adapters.attribution.targets import (
     absolute_position,
     cut_before,
     likeliest_next_tokens,
-    prompt_token_ids,
     resolve_target,
     token_label,
 )
-from tl_adapters.data.traces import Trace
+from tl_adapters.data.traces import GivenPrompt, Trace, prompt_token_ids
 from tl_adapters.models.finite_activations import finite_blocks
 from tl_adapters.models.paired_model import PairedModel, adapters_in_float32
 from tl_adapters.utils.arguments import choice, items
@@ -62,7 +61,7 @@ log = logging.getLogger(__name__)
 @adapters_in_float32
 def attribute(
     pair: PairedModel,
-    prompt: str | Sequence[int] | Tensor | Trace,
+    prompt: GivenPrompt,
     targets: Sequence[Target | str | int] | None = None,
     *,
     at: str | None = None,
@@ -108,7 +107,7 @@ def attribute(
         NotFiniteError: activations are NaN or infinite.
     """
     trace = prompt if isinstance(prompt, Trace) else None
-    tokens = prompt_token_ids(pair, prompt.tokens if isinstance(prompt, Trace) else prompt)
+    tokens = prompt_token_ids(pair.model, prompt, GraphError)
     if at is not None:
         tokens, said = cut_before(pair, tokens, at, 0 if trace is None else trace.prompt_length)
         targets = [said] if targets is None else targets

@@ -1,8 +1,7 @@
-"""The targets of an attribution graph (a logit, a difference of two logits, or a feature) and the prompt's tokens."""
+"""The targets of an attribution graph: a logit, a difference of two logits, or a feature."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +14,6 @@ from tl_adapters.attribution.graph import GraphError, GraphTarget
 from tl_adapters.data.tokens import single_token, token_text
 from tl_adapters.data.words import hesitation_tokens
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.arguments import token_ids
 
 
 @dataclass(frozen=True)
@@ -70,25 +68,6 @@ class ResolvedTarget(NamedTuple):
     """The part of the value that is the target's own bias."""
     about: GraphTarget
     """The target as the graph records it."""
-
-
-def prompt_token_ids(pair: PairedModel, prompt: str | Sequence[int] | Tensor) -> Int[Tensor, "pos"]:
-    """The token ids of a prompt, [pos]. Text is tokenized as it is, without special tokens being added.
-
-    Raises:
-        GraphError: the prompt is empty, longer than the context, or text for a model without a tokenizer.
-        ArgumentError: several prompts, or values that are not token ids.
-    """
-    if isinstance(prompt, str):
-        if pair.model.tokenizer is None:
-            raise GraphError("This model has no tokenizer; give the prompt as token ids.")
-        tokens = torch.tensor(pair.model.tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=torch.long)
-    else:
-        tokens = torch.tensor(token_ids(prompt, pair.model.cfg.d_vocab, "prompt"), dtype=torch.long)
-    n_ctx = pair.model.cfg.n_ctx
-    if not 0 < len(tokens) <= n_ctx:
-        raise GraphError(f"The prompt has {len(tokens)} tokens; the model's context is 1 to {n_ctx:,}.")
-    return tokens
 
 
 def cut_before(

@@ -22,11 +22,13 @@ from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.graph import LINEARIZATIONS, AttributionGraph, GraphError
 from tl_adapters.attribution.provenance import require_same_pair
 from tl_adapters.attribution.targets import DifferenceTarget, LogitTarget, unembedding_column
+from tl_adapters.data.traces import GivenPrompt
 from tl_adapters.models.paired_model import ACTS_HOOK, PairedModel, adapters_in_float32
 from tl_adapters.utils.bootstrap import bootstrap_ratio
 from tl_adapters.utils.measurement import Estimate
 from tl_adapters.utils.notebook import ResultRecord, data_frame, tables_view
 from tl_adapters.utils.precision import host_float64
+from tl_adapters.utils.renamed import renamed_arguments
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -100,7 +102,8 @@ def _effects_of(features: Int[Tensor, "n 3"], graph: AttributionGraph) -> Float[
     return torch.tensor([known.get(tuple(feature), 0.0) for feature in features.tolist()], dtype=torch.float64)
 
 
-def total_effects(graph: AttributionGraph, target: int = 0) -> Float[Tensor, "n_features"]:
+@renamed_arguments(target="target_index")
+def total_effects(graph: AttributionGraph, target_index: int = 0) -> Float[Tensor, "n_features"]:
     """The decrease of a target's value without each feature, in the linearized replacement model.
 
     The effect of a feature is its edge into the target plus the effects along all paths through other features. A path
@@ -108,19 +111,19 @@ def total_effects(graph: AttributionGraph, target: int = 0) -> Float[Tensor, "n_
 
     Args:
         graph: the graph.
-        target: index of the target in ``graph.targets``.
+        target_index: index of the target in ``graph.targets``.
 
     Returns:
         The signed effects, in float64.
 
     Raises GraphError where the graph has no such target.
     """
-    _require_target(graph, target)
+    _require_target(graph, target_index)
     n = len(graph.features)
     activations = graph.activations.double()
     effect = torch.zeros(graph.n_nodes, dtype=torch.float64)
     targets, sources, weights = graph.edges[0], graph.edges[1], graph.weights.double()
-    direct = targets == graph.first_target + target
+    direct = targets == graph.first_target + target_index
     effect.index_add_(0, sources[direct], weights[direct])
     layers = graph.features[:, 0]
     for layer in range(graph.n_layers - 1, -1, -1):  # features of one layer have no edges between them
@@ -165,7 +168,7 @@ def values_with_features(
     pair: PairedModel,
     graph: AttributionGraph,
     kept: Bool[Tensor, "runs n_features"],
-    target: int = 0,
+    target_index: int = 0,
     batch_size: int = 64,
 ) -> Float[Tensor, "runs"]:
     """The value of a logit target in the model, for each row of ``kept``, with the features not kept set to zero.
@@ -174,13 +177,13 @@ def values_with_features(
         pair: the pair that the graph was made with.
         graph: its feature nodes are the features.
         kept: which feature nodes each run keeps.
-        target: index of the target in ``graph.targets``.
+        target_index: index of the target in ``graph.targets``.
         batch_size: number of runs computed together.
 
     Raises:
         GraphError: the target is a feature, or the graph was made with another pair.
     """
-    position, vector = logit_direction(pair, graph, target)
+    position, vector = logit_direction(pair, graph, target_index)
     values = []
     for rows in kept.split(batch_size):
         tokens = graph.tokens.to(pair.device)[None, : position + 1].expand(len(rows), -1)
@@ -190,24 +193,25 @@ def values_with_features(
     return host_float64(torch.cat(values))
 
 
+@renamed_arguments(features="nodes", target="target_index")
 def ablation_effects(
-    pair: PairedModel, graph: AttributionGraph, features: Int[Tensor, "n"], target: int = 0
+    pair: PairedModel, graph: AttributionGraph, nodes: Int[Tensor, "n"], target_index: int = 0
 ) -> Float[Tensor, "n"]:
     """The decrease of a logit target's value when feature nodes are ablated in the model, one at a time.
 
     Args:
         pair: the pair that the graph was made with.
         graph: the graph.
-        features: node numbers of the features.
-        target: index of the target in ``graph.targets``.
+        nodes: node numbers of the features.
+        target_index: index of the target in ``graph.targets``.
 
     Raises:
         GraphError: there is no such target, it is a feature, or the graph was made with another pair.
         PairMismatchError: the pair has no adapters.
     """
-    kept = torch.ones(len(features) + 1, len(graph.features), dtype=torch.bool)
-    kept[torch.arange(len(features)) + 1, features] = False
-    values = values_with_features(pair, graph, kept, target)
+    kept = torch.ones(len(nodes) + 1, len(graph.features), dtype=torch.bool)
+    kept[torch.arange(len(nodes)) + 1, nodes] = False
+    values = values_with_features(pair, graph, kept, target_index)
     return values[0] - values[1:]
 
 
@@ -241,7 +245,11 @@ class FaithfulnessCurve(ResultRecord):
 
 
 def faithfulness_curve(
-    pair: PairedModel, graph: AttributionGraph, ranking: Float[Tensor, "n_features"], n: Sequence[int], target: int = 0
+    pair: PairedModel,
+    graph: AttributionGraph,
+    ranking: Float[Tensor, "n_features"],
+    n: Sequence[int],
+    target_index: int = 0,
 ) -> FaithfulnessCurve:
     """The target's value with the first n feature nodes kept, and with them removed, for every n.
 
@@ -252,7 +260,7 @@ def faithfulness_curve(
         graph: the graph.
         ranking: a score per feature node; the largest comes first.
         n: the numbers of features.
-        target: index of the target in ``graph.targets``.
+        target_index: index of the target in ``graph.targets``.
 
     Raises:
         GraphError: the features make no difference to the target, the target is a feature, or the graph was made with
@@ -263,7 +271,7 @@ def faithfulness_curve(
     rank[order] = torch.arange(len(order))
     first = torch.stack([rank < k for k in n])
     everything = torch.ones(1, len(order), dtype=torch.bool)
-    values = values_with_features(pair, graph, torch.cat([everything, ~everything, first, ~first]), target)
+    values = values_with_features(pair, graph, torch.cat([everything, ~everything, first, ~first]), target_index)
     full, none = values[:2]
     if abs(float(full - none)) < 1e-9:
         raise GraphError("The features of this graph make no difference to the target, so the curve is undefined.")
@@ -304,14 +312,14 @@ class DifferenceExplanation:
 
 @torch.no_grad()
 def explain_difference(
-    pair: PairedModel, prompt: str | Sequence[int] | Tensor, target: LogitTarget | DifferenceTarget, **options: object
+    pair: PairedModel, prompt: GivenPrompt, target: LogitTarget | DifferenceTarget | str | int, **options: object
 ) -> DifferenceExplanation:
     """Attribute value(replacement) - value(hybrid) of one target to the adapters' features.
 
     Args:
         pair: a pair with adapters on every layer.
         prompt: as in `attribute`.
-        target: a logit or a difference of two logits.
+        target: a token (text or id) or `LogitTarget`, which is a logit, or a difference of two logits.
         options: keyword arguments of `attribute` except ``window``.
 
     Raises:
@@ -337,17 +345,21 @@ def explain_difference(
     return DifferenceExplanation(value, hybrid, features, biases, value - hybrid - features - biases, graph)
 
 
-def logit_direction(pair: PairedModel, graph: AttributionGraph, target: int) -> tuple[int, Float[Tensor, "d_model"]]:
+def logit_direction(
+    pair: PairedModel, graph: AttributionGraph, target_index: int
+) -> tuple[int, Float[Tensor, "d_model"]]:
     """The position and direction of a logit target. Raises GraphError for a feature, or a graph of another pair."""
     require_same_pair(pair, graph)
-    _require_target(graph, target)
-    about = graph.targets[target]
+    _require_target(graph, target_index)
+    about = graph.targets[target_index]
     if about.token is None:
-        raise GraphError(f"Target {target} is {about.label}, not a logit; give the index of a logit or a difference.")
+        raise GraphError(
+            f"Target {target_index} is {about.label}, not a logit; give the index of a logit or a difference."
+        )
     dtype = torch.promote_types(pair.model.W_E.dtype, torch.float32)
     return about.position, unembedding_column(pair, about.token, about.against, dtype)
 
 
-def _require_target(graph: AttributionGraph, target: int) -> None:
-    if not 0 <= target < len(graph.targets):
-        raise GraphError(f"target is {target}; this graph has the targets 0 to {len(graph.targets) - 1}.")
+def _require_target(graph: AttributionGraph, target_index: int) -> None:
+    if not 0 <= target_index < len(graph.targets):
+        raise GraphError(f"target_index is {target_index}; this graph has the targets 0 to {len(graph.targets) - 1}.")

@@ -31,7 +31,9 @@ from tl_adapters.circuits.onsets import Onsets, final_residual, log_odds
 from tl_adapters.evaluation.behaviors import first_tokens
 from tl_adapters.interventions.variants import FeatureFactors, Variant, multiplied
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.arguments import HasFeatures, feature_pairs
 from tl_adapters.utils.precision import host_float64, wide
+from tl_adapters.utils.renamed import renamed_arguments
 
 NEAREST_CANDIDATES = 5
 """A matched feature is drawn among this many nearest candidates."""
@@ -39,8 +41,9 @@ RELATIVE_RIDGE = 1e-3
 """Added to a covariance that is inverted, as a share of its mean eigenvalue."""
 
 
+@renamed_arguments(chosen="features")
 def matched_features(
-    chosen: Sequence[FeatureId],
+    features: Sequence[FeatureId | tuple[int, int]] | HasFeatures,
     activation: Float[Tensor, "n_layers n_features"],
     alive: Bool[Tensor, "n_layers n_features"],
     generator: torch.Generator,
@@ -48,16 +51,17 @@ def matched_features(
     """Draw a random set of the same size, matched in layer and activation.
 
     Args:
-        chosen: the features to match; none of them is drawn.
+        features: pairs (layer, index) to match, or those of a circuit; none of them is drawn.
         activation: of every feature, by which candidates are compared (in log scale).
         alive: features that may be drawn.
         generator: of the draw.
 
     No feature is drawn twice. Where a layer has too few other alive features, the set is smaller.
+
+    Raises ArgumentError for something that is not a feature.
     """
-    free = alive.clone()
-    for f in chosen:
-        free[f] = False
+    chosen = feature_pairs(features)
+    free = _without(alive, chosen)
     drawn = []
     order = torch.randperm(len(chosen), generator=generator).tolist()
     for layer, index in (chosen[i] for i in order):
@@ -95,16 +99,34 @@ def matched_order(
     return order
 
 
+def _without(
+    alive: Bool[Tensor, "n_layers n_features"], features: Sequence[FeatureId | tuple[int, int]]
+) -> Bool[Tensor, "n_layers n_features"]:
+    """The alive features without some."""
+    free = alive.clone()
+    for layer, index in features:
+        free[layer, index] = False
+    return free
+
+
+@renamed_arguments(chosen="features")
 def most_active_others(
-    chosen: Sequence[FeatureId],
+    features: Sequence[FeatureId | tuple[int, int]] | HasFeatures,
     activation: Float[Tensor, "n_layers n_features"],
     alive: Bool[Tensor, "n_layers n_features"],
     n: int,
 ) -> list[FeatureId]:
-    """Return the ``n`` most active alive features outside a set (all of them, where there are fewer)."""
-    free = alive.clone()
-    for f in chosen:
-        free[f] = False
+    """Return the ``n`` most active alive features outside a set (all of them, where there are fewer).
+
+    Args:
+        features: the set: pairs (layer, index), or those of a circuit.
+        activation: of every feature.
+        alive: features that may be returned.
+        n: how many are returned.
+
+    Raises ArgumentError for something that is not a feature.
+    """
+    free = _without(alive, feature_pairs(features))
     best = activation.masked_fill(~free, -torch.inf).flatten().topk(min(n, int(free.sum()))).indices.tolist()
     return [FeatureId(i // activation.shape[1], i % activation.shape[1]) for i in best]
 

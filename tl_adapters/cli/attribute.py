@@ -67,7 +67,8 @@ def attribute(
         tl-adapters attribute runs/demo --prompt-file prompt.txt --target Wait --name wait
     """
     from tl_adapters.attribution.attribute import attribute as attribute_tokens
-    from tl_adapters.attribution.targets import prompt_token_ids
+    from tl_adapters.attribution.graph import GraphError
+    from tl_adapters.data.traces import prompt_token_ids
     from tl_adapters.interop.circuit_tracer import require_drawable
     from tl_adapters.pages.graph_page import require_new_graph, write_graph
     from tl_adapters.pages.navigation import GRAPHS_FOLDER, refresh_navigation
@@ -79,7 +80,7 @@ def attribute(
     require_new_graph(out, name)
     store = features_if_begun(run_folder)
     pair = open_run(run_folder, device_of(device), dtype)
-    require_drawable(prompt_token_ids(pair, text))
+    require_drawable(prompt_token_ids(pair.model, text, GraphError))
     graph = attribute_tokens(
         pair, text, target, linearization=linearization, max_feature_nodes=max_feature_nodes, window=window,
         exclude_bos=exclude_bos, progress=not quiet,

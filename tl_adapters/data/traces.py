@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tl_adapters.config import REGIONS, Region
 from tl_adapters.errors import UserError
-from tl_adapters.utils.arguments import items
+from tl_adapters.utils.arguments import items, token_ids
 from tl_adapters.utils.renamed import renamed_attributes
 
 
@@ -114,6 +114,35 @@ def _next(mask: Tensor) -> Tensor:
     shifted = torch.zeros_like(mask)
     shifted[:, :-1] = mask[:, 1:]
     return shifted
+
+
+GivenPrompt = str | Sequence[int] | Tensor | Trace
+"""How a prompt is given to a function: as a text, as token ids, or as a document."""
+
+
+def prompt_token_ids(
+    model: Any, prompt: GivenPrompt, error: type[UserError] = DataError, what: str = "prompt"
+) -> Int[Tensor, "pos"]:
+    """The token ids of a prompt, [pos]. Text is tokenized as it is, without special tokens being added.
+
+    Args:
+        model: a model with its configuration (``cfg``) and tokenizer.
+        prompt: a text, token ids (also with one row), or a document, of which all tokens are taken.
+        error: what is raised where the prompt is empty, longer than the context, or a text for a model without a
+            tokenizer.
+        what: name of the argument in errors.
+
+    Raises ArgumentError for several prompts and for values that are not token ids, and ``error``.
+    """
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise error(f"This model has no tokenizer; give the {what} as token ids.")
+        ids = list(model.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    else:
+        ids = token_ids(prompt.tokens if isinstance(prompt, Trace) else prompt, model.cfg.d_vocab, what)
+    if not 0 < len(ids) <= model.cfg.n_ctx:
+        raise error(f"The {what} has {len(ids)} tokens; the model's context is 1 to {model.cfg.n_ctx:,}.")
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def readable_traces(traces: Any, cfg: Any) -> list[Trace]:

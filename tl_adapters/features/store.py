@@ -202,14 +202,14 @@ class FeatureStore:
         layer_and_index = (self.firings >= min_firings).nonzero().tolist()
         return [self.about.owned_id(self.about.layers[number], index) for number, index in layer_and_index]
 
-    def features(self, ids: Iterable[FeatureId]) -> Iterator[Feature]:
+    def features(self, ids: Iterable[FeatureId | tuple[int, int]]) -> Iterator[Feature]:
         """The records of many features; fast where the ids are sorted by layer.
 
         Raises:
             FeatureStoreError: a feature does not exist.
         """
         densities = self.firings.double().flatten() / max(1, self.tokens)
-        for id in ids:
+        for id in (FeatureId(*pair) for pair in ids):
             records = self._records(id.layer)
             if not 0 <= id.index < self.about.n_features:
                 raise FeatureStoreError(
@@ -219,7 +219,7 @@ class FeatureStore:
 
     def feature(self, id: FeatureId | tuple[int, int]) -> Feature:
         """The record of one feature. Raises FeatureStoreError where it does not exist."""
-        return next(self.features([FeatureId(*id)]))
+        return next(self.features([id]))
 
     def region_of(self, example: Example) -> str:
         """Trace region of the token that an example was chosen for."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.hesitation_words import HESITATION_WORDS
+from tl_adapters.data.traces import GivenPrompt, Trace, prompt_token_ids
 from tl_adapters.data.words import word_pattern
 from tl_adapters.generation.completions import Completion, complete
 from tl_adapters.generation.sampling import GenerationError
@@ -107,7 +108,7 @@ def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerB
 
 def generate_variants(
     pair: PairedModel,
-    prompt: Sequence[int],
+    prompt: GivenPrompt,
     variants: Sequence[Variant],
     *,
     max_new_tokens: int | None = None,
@@ -121,16 +122,19 @@ def generate_variants(
 
     Args:
         pair: with a tokenizer, and with adapters where a variant needs them.
-        prompt: token ids (`tokenize_question`).
+        prompt: the text as the model reads it (with chat tokens; nothing is added), token ids, or a document, of which
+            the prompt is completed.
         variants: the first is the one with which the others are compared.
         max_new_tokens, temperature, top_p, top_k: as in `complete`.
         seed: of the random numbers, the same for each variant; torch's global generator is not used.
         progress: show a progress bar.
 
-    Raises GenerationError for options out of range, no tokenizer or a prompt that fills the context; ArgumentError for
-    a prompt that is not token ids of the model's vocabulary; and the errors of the variants.
+    Raises GenerationError for options out of range, no tokenizer, and a prompt that is empty or fills the context;
+    ArgumentError for token ids outside the model's vocabulary; and the errors of the variants.
     """
     tokenizer = _required(pair.model.tokenizer)
+    asked = prompt.tokens[: prompt.prompt_length] if isinstance(prompt, Trace) else prompt
+    tokens = prompt_token_ids(pair.model, asked, GenerationError).tolist()
     for variant in variants:  # one that cannot be entered ends the call before anything is generated
         with variant.entered(pair):
             pass
@@ -139,7 +143,7 @@ def generate_variants(
         with variant.entered(pair):
             (completion,) = complete(
                 pair.model,
-                [prompt],
+                [tokens],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,

@@ -25,8 +25,10 @@ from tl_adapters.adapters.set_folder import LAYER_FOLDER
 from tl_adapters.features.feature import ALIVE_FIRINGS, Example, Feature, FeatureStoreError
 from tl_adapters.features.store import FeatureStore
 from tl_adapters.pages.navigation import FEATURE_INDEX_PAGE, page_links
+from tl_adapters.utils.arguments import HasFeatures, feature_pairs
 from tl_adapters.utils.files import new_folder, replaced_folder, require_absent, write_text
 from tl_adapters.utils.html import render
+from tl_adapters.utils.renamed import renamed_arguments
 from tl_adapters.utils.strict_json import NotFiniteJsonError
 
 INDICES_PER_PAGE = 32
@@ -47,12 +49,13 @@ def feature_address(feature: FeatureId, kind: str = "feature") -> str:
     return f"{LAYER_FOLDER.format(feature.layer)}/{kind}s_{first}.html#{feature.index}"
 
 
+@renamed_arguments(ids="features")
 def write_feature_pages(
     store: FeatureStore,
     folder: str | Path,
     *,
     words: Sequence[str] | None = None,
-    ids: Iterable[FeatureId | tuple[int, int]] | None = None,
+    features: Iterable[FeatureId | tuple[int, int]] | HasFeatures | None = None,
     replace: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -62,8 +65,8 @@ def write_feature_pages(
         store: the feature store, whose labels are shown.
         folder: must not exist, unless ``replace`` is set.
         words: those of the store's words whose logit effects are shown, in this order; None shows all.
-        ids: the features that get a page; None takes every alive one, at 8 kB and some milliseconds each. The index
-            lists all alive features in either case.
+        features: pairs (layer, index), or a circuit with its features, that get a page; None takes every alive one, at
+            8 kB and some milliseconds each. The index lists all alive features in either case.
         replace: replace earlier pages once the new ones are complete; other files in the folder stay.
         progress: whether to show a progress bar.
 
@@ -72,6 +75,7 @@ def write_feature_pages(
 
     Raises:
         FeatureStoreError: words or features that the store does not have, or a store without alive features.
+        ArgumentError: ``features`` holds something that is not a feature.
         FolderExistsError, DiskFullError: the folder cannot be made.
     """
     folder = Path(folder)
@@ -82,7 +86,7 @@ def write_feature_pages(
     alive = [FeatureId(*id) for id in zip(table["layer"], table["index"], strict=True)]
     if not alive:
         raise FeatureStoreError(f"No {store.about.kind} of the store is alive; collect from more traces.")
-    with_page = set(alive) if ids is None else {FeatureId(*feature) for feature in ids}
+    with_page = set(alive) if features is None else {FeatureId(*feature) for feature in feature_pairs(features)}
     if unknown := sorted(with_page - set(alive)):
         raise FeatureStoreError(f"{unknown[0].layer}.{unknown[0].index} is not alive in this store; see its ids().")
     title = _title(store)

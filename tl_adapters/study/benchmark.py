@@ -138,12 +138,10 @@ def benchmark_run(
             tasks of the hub are answered as generation_config.json says, in up to `DEFAULT_MAX_NEW_TOKENS` tokens.
         open_thinking: end the prompt with the tag that opens the thinking, where the template does not.
         limit: use only the first ``limit`` problems of each task.
-        behavior: what counts as a hesitation: a behavior, a word or phrase, or several; None is hesitation
-            (`Behavior.of`).
+        behavior: what counts as a hesitation: a `Behavior`, a word or phrase, or several; None is hesitation.
         out: folder of the answers, by default ``benchmarks`` in the run. Answers that are there already are kept.
         engine: None is our own, "vllm" vLLM in this process, and an address a `vllm serve`.
-        device: device of the models; "auto" is the first available of cuda, mps and cpu.
-        dtype: dtype of the models; by default the run's.
+        device, dtype: of the models, as in `load`.
         progress: show progress bars.
 
     Raises BenchmarkError, TaskError, SamplingError, VllmError, and what opening a run raises.
