@@ -173,7 +173,7 @@ class Study:
 
     def circuit(self, pair: PairedModel, folder: Path) -> None:
         task, _, source = self.args.task.partition("=")
-        problems = load_problems(task, source or None, limit=self.args.problems).problems
+        problems = load_problems(task, source or None, n=self.args.problems).problems
         search = SearchOptions(share=self.args.share, method="sampled")
         subject = halves(problems, self.args.max_new_tokens)
         hesitation_stage(pair, subject, folder, StudyOptions(search=search), progress=True)

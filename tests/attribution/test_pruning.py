@@ -274,7 +274,7 @@ def test_the_drawing_shows_the_most_influential_nodes_and_edges_among_them() -> 
     graph = random_graph(3, with_errors=True)
     graph.strings[0] = "<script>\u202e"
     features, scores = 3, influence(graph)[: graph.first_token]
-    svg = draw_graph(graph, n_features=features)
+    svg = draw_graph(graph, max_features=features)
     assert "<script>" not in svg and "\u202e" not in svg and "nan" not in svg
     titles = {html.unescape(title) for title in re.findall(r"<title>([^\n]*?); \d+% of the largest influence", svg)}
     shown = {graph.node_name(int(node)) for node in scores.topk(features).indices}

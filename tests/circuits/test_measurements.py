@@ -34,6 +34,7 @@ from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import problems
 from tl_adapters.organism.census import written_steps
 from tl_adapters.study.open_run import load_organism_pair
+from tl_adapters.utils.arguments import ArgumentError
 from tl_adapters.utils.bootstrap import bootstrap_ratio, bootstrap_ratio_of_ratios
 from tl_adapters.utils.share_intervals import newcombe
 
@@ -326,6 +327,8 @@ def test_shifted_logits_are_shifted_and_given_back(pair: PairedModel) -> None:
     assert state(pair) == before
     assert not any(module._forward_hooks for module in [pair.model.unembed])
     assert shifted_logits((5,), -torch.inf).name == "words banned"
+    with pytest.raises(ArgumentError, match=r"phrases holds the token id 999"):
+        shifted_logits((5, (999, 3)), -1.0).entered(pair).__enter__()
 
 
 def test_banned_words_are_never_said(builtin: PairedModel) -> None:

@@ -232,7 +232,7 @@ def test_responses_are_those_of_the_variant(run: Path, tmp_path: Path) -> None:
     features = (FeatureId(1, 2), FeatureId(0, 3))
     options = {"max_new_tokens": 8}
     (measured,) = benchmark_run(
-        run, variant=BenchmarkVariant(ablate=features), options=options, limit=5, out=tmp_path, progress=False
+        run, variant=BenchmarkVariant(ablate=features), options=options, n=5, out=tmp_path, progress=False
     )
     pair = benchmarking.open_run(run)
     for feature in features:

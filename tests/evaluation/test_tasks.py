@@ -52,7 +52,7 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
 @pytest.mark.parametrize("name", TASKS)
 def test_a_row_becomes_a_problem_that_its_answer_solves(name: str, tmp_path: Path) -> None:
     extra = {"id": 7, "level": None}  # the datasets have other columns too
-    found = load_problems(name, write(tmp_path / "rows.jsonl", *[{**ROWS[name], **extra}] * 3), limit=2)
+    found = load_problems(name, write(tmp_path / "rows.jsonl", *[{**ROWS[name], **extra}] * 3), n=2)
     assert (found.task, len(found.problems), found.split) == (name, 2, TASKS[name].split)
     problem = found.problems[0]
     right = "1080"
@@ -82,7 +82,7 @@ def test_choices_are_shuffled_by_the_seed_and_the_question_alone(tmp_path: Path)
     rows = [{**ROWS["gpqa_diamond"], "Question": f"Question {n}?"} for n in range(60)]
     forwards, backwards = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *reversed(rows))
     loaded = load_problems("gpqa_diamond", forwards)
-    assert not loaded.republish and load_problems(ORGANISM_TASK, limit=1).republish
+    assert not loaded.republish and load_problems(ORGANISM_TASK, n=1).republish
     found = loaded.problems
     assert found == load_problems("gpqa_diamond", backwards).problems[::-1]
     assert found != load_problems("gpqa_diamond", forwards, seed=1).problems
@@ -199,7 +199,7 @@ def test_the_last_complete_box_counts() -> None:
 
 
 def test_the_built_in_problems_need_no_download() -> None:
-    found = load_problems(ORGANISM_TASK, limit=5)
+    found = load_problems(ORGANISM_TASK, n=5)
     assert found.split == "report" and len(found.problems) == 5
     with pytest.raises(TaskError, match="generated, not read"):
         load_problems(ORGANISM_TASK, "file.jsonl")
@@ -272,8 +272,8 @@ def test_errors_about_a_missing_dataset_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(TaskError) as caught:
             load_problems("math500", source)
         assert says in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(TaskError, match="limit is 0"):
-        load_problems("math500", limit=0)
+    with pytest.raises(TaskError, match="n is 0"):
+        load_problems("math500", n=0)
 
 
 def test_errors_of_the_hub_come_with_advice(hub: LoopbackHub) -> None:  # noqa: F811

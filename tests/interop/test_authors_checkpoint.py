@@ -158,6 +158,24 @@ def test_from_the_hub_by_name(
     assert adapters.metadata.target == "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
 
 
+def test_a_pair_of_a_revision_on_the_hub_is_read_from_it_alone(
+    theirs: tuple[Path, dict[str, torch.Tensor], torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = theirs
+
+    def fake(name: str, *, revision: str | None, allow_patterns: list[str], token: str | None) -> str:
+        assert (name, revision, token) == ("them/theirs", "trial", "secret")
+        return str(folder / "theirs")
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", fake)
+    pair = authors_pair("them/theirs", folder / "target", revision="trial", token="secret")
+    assert pair.fingerprints == authors_pair(folder / "theirs", folder / "target").fingerprints
+    named = authors_pair("them/theirs@trial", folder / "target", token="secret")
+    assert pair.base_id == named.base_id == "them/theirs@trial"
+    with pytest.raises(CheckpointError, match="has no revisions"):
+        authors_pair(folder / "theirs", folder / "target", revision="trial")
+
+
 def test_written_in_their_layout_and_read_back(theirs: tuple[Path, dict[str, torch.Tensor], torch.dtype]) -> None:
     folder, state, dtype = theirs
     adapters = from_authors(folder / "theirs")

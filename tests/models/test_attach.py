@@ -100,8 +100,11 @@ def test_detach_restores_the_model(kind: str, how: str) -> None:
     with pytest.raises(RuntimeError, match="inside"), attached(model, adapters, base=random_model(1)):
         raise RuntimeError("inside")
     assert state_of(model) == before
-    detach(attach(model, adapters, on="own_mlp"))
+    detach(pair := attach(model, adapters, on="own_mlp"))
     assert state_of(model) == before and fired
+    with pytest.raises(PairMismatchError, match="taken out of its model already"):
+        detach(pair)
+    assert state_of(model) == before
 
 
 def test_adding_to_the_models_own_mlps_must_be_requested() -> None:

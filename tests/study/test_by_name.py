@@ -32,6 +32,7 @@ from tl_adapters.interop.saelens import from_saelens, to_saelens
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer
 from tl_adapters.study import by_name, open_run
+from tl_adapters.utils.devices import resolve_device
 from tl_adapters.utils.results import read_results
 
 TOKENS = torch.tensor([[5, 9, 20, 31, 7]])
@@ -61,6 +62,17 @@ def as_folder(trained: PairedModel, form: str, folder: Path) -> Path:
     else:
         to_authors(adapters, folder, base=trained.base_id, target=trained.target_id)
     return folder
+
+
+@pytest.mark.parametrize("device", [None, "auto", "cpu", torch.device("cpu")])
+def test_a_device_is_one_of_torch_its_name_or_none(
+    trained: PairedModel, device: torch.device | str | None, tmp_path: Path
+) -> None:
+    adapters = as_folder(trained, "ours", tmp_path / "theirs")
+    expected = resolve_device(device)
+    assert load(adapters, device=device).device.type == expected.type
+    with pytest.raises(UserError, match="device.* is not known"):
+        load(adapters, device="abacus")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
@@ -112,7 +124,10 @@ def test_by_hub_name_and_revision(hub: LoopbackHub, trained: PairedModel, tmp_pa
         put_on(hub, name, folder)
         hub.files.setdefault(name.partition("@")[0], {})
     pair = load(f"{CLAIMED}@v1", target="org/target@v2", token="secret")
-    torch.testing.assert_close(logits(pair), logits(trained))
+    by_option = load(CLAIMED, target="org/target@v2", revision="v1", token="secret")
+    for one in (pair, by_option):
+        torch.testing.assert_close(logits(one), logits(trained))
+        assert one.base_id == f"{CLAIMED}@v1"
     asked = [request for request in hub.server.requests if "/resolve/" in request.path]
     assert asked and all(request.headers.get("authorization") == "Bearer secret" for request in asked)
     check = pair.check()

@@ -76,7 +76,7 @@ def test_every_stage_leaves_what_is_the_users(seeded: Path) -> None:
     pair = open_run(seeded)
     fit = encode_traces(organism.reasoning_pairs("train", 8), pair.model.tokenizer)
     evaluate_organism(pair, seeded, scale, fit)
-    benchmark_run(seeded, limit=4, options={"max_new_tokens": 4}, progress=False)
+    benchmark_run(seeded, n=4, options={"max_new_tokens": 4}, progress=False)
     label_and_record(seeded, *load_stores(seeded))
     report = write_report(seeded)
     assert write_report(seeded) == report

@@ -14,6 +14,7 @@ from tl_adapters.attribution.attribute import attribute
 from tl_adapters.attribution.targets import LogitTarget
 from tl_adapters.autointerp.rule_labels import rule_labels
 from tl_adapters.circuits.onsets import find_onsets
+from tl_adapters.circuits.subject import builtin_subject
 from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.data.traces import DataError, Trace, readable_traces
 from tl_adapters.data.words import hesitation_tokens
@@ -83,6 +84,11 @@ def test_a_batch_of_prompts_is_not_one_prompt(pair: PairedModel) -> None:
         attribute(pair, torch.tensor([IDS, IDS]), progress=False)
     with pytest.raises(ArgumentError, match="from 0 to 60"):
         show_features(pair, [3, 61], [(0, 0)])
+
+
+def test_a_kind_of_problem_is_one_of_the_recipe() -> None:
+    with pytest.raises(ArgumentError, match=r"kind is 'sum'; allowed: 'sums', 'differences'. Did you mean 'sums'"):
+        builtin_subject(1, 1, "sum")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("targets", ["Wait", b"Wait", {"Wait": 1}, LogitTarget(3), 3, [None], [3.0], [True]])

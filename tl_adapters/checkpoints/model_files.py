@@ -90,6 +90,11 @@ def fetch(name: str | Path, patterns: Sequence[str], *, revision: str | None = N
         return Path(snapshot_download(repo, **options))
 
 
+def at_revision(name: str | Path, revision: str | None) -> str | Path:
+    """The name of a repository with a revision, if one is given and the name has none."""
+    return name if revision is None or "@" in str(name) else f"{name}@{revision}"
+
+
 def _repository(name: str, revision: str | None = None) -> tuple[str, str | None]:
     """Repository and revision of a name on the hub, USER/NAME or USER/NAME@REVISION. Raises CheckpointError."""
     repo, _, of_name = name.partition("@")

@@ -26,6 +26,7 @@ from tl_adapters.evaluation.behaviors import Phrases, first_tokens
 from tl_adapters.interventions.feature_edits import InterventionError
 from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.utils.arguments import token_ids
 from tl_adapters.utils.renamed import renamed_arguments
 
 Neighbors = dict[tuple[int, int], int]
@@ -41,12 +42,19 @@ def shifted_logits(phrases: Phrases | Sequence[int], by: float) -> Variant:
 
     For phrases it is added to the tokens that begin them, whatever follows (`banned` bans whole phrases). It is
     added before the soft cap of a model that has one, so banned words then have the lowest possible logit.
+
+    Args:
+        phrases: ids of tokens, and phrases of tokens, such as `Onsets.phrases`.
+        by: the constant.
+
+    Where the variant is entered, it raises PairMismatchError if a layer has no adapter, and ArgumentError for token ids
+    outside the model's vocabulary.
     """
 
     @contextmanager
     def entered(pair: PairedModel) -> Iterator[Any]:
         change = torch.zeros_like(pair.backend.unembedding()[:, 0])
-        change[list(first_tokens(phrases))] = by
+        change[token_ids(first_tokens(phrases), len(change), "phrases")] = by
 
         def shift(module: object, inputs: object, logits: Tensor) -> Tensor:
             return logits + change

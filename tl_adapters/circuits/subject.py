@@ -21,6 +21,8 @@ from tl_adapters.interventions.variants import Variant
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism import Kind, problems, traces
 from tl_adapters.organism.census import corrects, with_injected_slip, written_steps
+from tl_adapters.organism.problem_set import KINDS
+from tl_adapters.utils.arguments import choice
 
 LONGEST_CHECK = 24
 """Tokens within which a check of the model organism ends: a word and a line of one-digit tokens take 13."""
@@ -96,7 +98,18 @@ class Subject:
 def builtin_subject(
     n_select: int, n_report: int, kind: Kind = "sums", *, seed: int = 0, max_new_tokens: int | None = None
 ) -> Subject:
-    """Return the problems of the model organism, or of one that the recipe made with another kind of problem."""
+    """Return the problems of the model organism, or of one that the recipe made with another kind of problem.
+
+    Args:
+        n_select: problems to choose on.
+        n_report: problems to report on.
+        kind: "sums" or "differences".
+        seed: of the wrong steps that are injected.
+        max_new_tokens: longest answer; None takes the problems' own limit.
+
+    Raises ArgumentError for an unknown kind.
+    """
+    choice(kind, KINDS, "kind")
     report = problems("report", n_report, kind=kind)
     rng = random.Random(f"injections-{seed}")
     injections = []

@@ -141,7 +141,7 @@ def benchmark(
     folder = out or run_folder / BENCHMARKS_FOLDER
     try:
         results = benchmark_run(
-            run_folder, tasks_of(named) or None, variant, options=given, open_thinking=open_thinking, limit=limit,
+            run_folder, tasks_of(named) or None, variant, options=given, open_thinking=open_thinking, n=limit,
             behavior=counted or None, out=folder, engine=engine, device=_device(engine, device),
             dtype=dtype, progress=not quiet,
         )  # fmt: skip

@@ -35,6 +35,7 @@ from tl_adapters.evaluation.math_equality import equal
 from tl_adapters.generation.responses import Checkable
 from tl_adapters.utils.notebook import ResultRecord
 from tl_adapters.utils.reading import UnreadableFileError, read_json, read_json_lines, read_text, shown
+from tl_adapters.utils.renamed import renamed_arguments
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 """Text that is appended to every question."""
@@ -211,27 +212,28 @@ def require_task(name: str, checked: bool = True) -> None:
         )
 
 
+@renamed_arguments(limit="n")
 def load_problems(
-    name: str, source: str | None = None, *, limit: int | None = None, seed: int = 0, checked: bool = True
+    name: str, source: str | None = None, *, n: int | None = None, seed: int = 0, checked: bool = True
 ) -> Problems:
     """Load the problems of a task.
 
     Args:
         name: of the task.
         source: a local .jsonl, .json, .csv or .parquet file, or a folder with a copy of the dataset; None is the hub.
-        limit: load only so many problems, the first ones.
+        n: load only so many problems, the first ones; None is all.
         seed: of the order of choices.
         checked: whether answers are going to be checked, for which some tasks need a package of their own.
 
     Raises TaskError where the dataset, its columns or an answer is missing, with what was found instead.
     """
     require_task(name, checked)
-    if limit is not None and limit < 1:
-        raise TaskError(f"The limit is {limit}; it must be a whole number >= 1.")
+    if n is not None and n < 1:
+        raise TaskError(f"n is {n}; it must be a whole number >= 1.")
     if name == ORGANISM_TASK:
         if source is not None:
             raise TaskError(f"The problems of {ORGANISM_TASK} are generated, not read from a file; leave out {source}.")
-        generated = organism.problems("report", limit or BUILTIN_PROBLEMS)
+        generated = organism.problems("report", n or BUILTIN_PROBLEMS)
         return Problems(name, "the built-in pair's problems", "report", generated)
     task = TASKS[name]
     table, origin = _table(name, task, source), source or task.source
@@ -240,10 +242,12 @@ def load_problems(
             f"{origin} has no column {', '.join(missing)}; {name} reads {', '.join(task.columns)}, and its columns are "
             f"{', '.join(table.column_names) or 'none'}."
         )
-    n = len(table) if limit is None else min(limit, len(table))
-    if n == 0:
+    if not len(table):
         raise TaskError(f"{origin} has no rows.")
-    problems = [_problem(task, table[i], f"{origin}, row {i}", seed) for i in range(n)]
+    problems = [
+        _problem(task, table[i], f"{origin}, row {i}", seed)
+        for i in range(len(table) if n is None else min(n, len(table)))
+    ]
     return Problems(name, origin, task.split, problems)
 
 

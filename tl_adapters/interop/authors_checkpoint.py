@@ -33,11 +33,13 @@ from tl_adapters.checkpoints.architectures import (
 from tl_adapters.checkpoints.base_mlps import read_base_mlps
 from tl_adapters.checkpoints.compatibility import compare_configs, require_fit
 from tl_adapters.checkpoints.hf_model import load_hf_model
+from tl_adapters.checkpoints.hub_client import hub_token
 from tl_adapters.checkpoints.layer_samples import attention_out_name, stored_samples
 from tl_adapters.checkpoints.model_files import (
     DESCRIPTION_FILES,
     PROJECTIONS,
     SHARD_INDEX_FILE,
+    at_revision,
     fetch,
     locate,
     read_config,
@@ -50,7 +52,7 @@ from tl_adapters.models.build import build_model
 from tl_adapters.models.hf_outputs import record_hf_outputs
 from tl_adapters.models.output_agreement import require_hybrid
 from tl_adapters.models.paired_model import PairedModel
-from tl_adapters.utils.devices import GivenDtype, resolve_device
+from tl_adapters.utils.devices import GivenDevice, GivenDtype, resolve_device
 from tl_adapters.utils.reading import Record, as_record, unreadable_as
 
 _ENCODER, _DECODER = "model.layers.{}.mlp.transcoder_enc.{}", "model.layers.{}.mlp.transcoder_dec.{}"
@@ -240,8 +242,10 @@ def authors_pair(
     name: str | Path,
     target: str | Path,
     *,
+    revision: str | None = None,
+    token: str | None = None,
     dtype: GivenDtype | None = None,
-    device: torch.device | str | None = None,
+    device: GivenDevice = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     backend: str | None = None,
 ) -> PairedModel:
@@ -252,6 +256,8 @@ def authors_pair(
     Args:
         name: folder or hub name of the checkpoint.
         target: folder or hub name of the target.
+        revision: branch, tag or commit of the checkpoint's repository; a folder has none.
+        token: for private or gated repositories; None takes HF_TOKEN or the stored login.
         dtype, device, tokenizer, backend: as in `PairedModel.from_pretrained`.
 
     Raises:
@@ -259,25 +265,28 @@ def authors_pair(
         PairMismatchError, UnsupportedModelError: models that do not fit together, or that are not supported.
         UserError: whatever else `from_authors` and `PairedModel.from_pretrained` raise.
     """
-    adapters = from_authors(name)
-    require_fit(compare_configs(read_config(locate(name, weights=False)), read_config(locate(target, weights=False))))
-    hf_model, tokenizer = load_hf_model(
-        name, dtype=dtype, device=resolve_device(device), tokenizer=tokenizer, without_adapters=True
-    )
+    adapters = from_authors(name, revision=revision, token=token)
+    source = at_revision(name, revision)
     base_mlps = []
-    # The checkpoint's MLPs are the base's; read_base_mlps reads the MLPs of any folder, here those of the target.
-    for layer, target_mlp in zip(hf_model.model.layers, read_base_mlps(target, adapters.n_layers), strict=True):
-        base_mlps.append({projection: getattr(layer.mlp, projection).weight.detach() for projection in PROJECTIONS})
-        for projection, weight in target_mlp.items():
-            linear = getattr(layer.mlp, projection)
-            linear.weight = torch.nn.Parameter(
-                weight.to(linear.weight.device, linear.weight.dtype), requires_grad=False
-            )
+    with hub_token(token):
+        configs = (read_config(locate(model, weights=False)) for model in (source, target))
+        require_fit(compare_configs(*configs))
+        hf_model, tokenizer = load_hf_model(
+            source, dtype=dtype, device=resolve_device(device), tokenizer=tokenizer, without_adapters=True
+        )
+        # The checkpoint's MLPs are the base's; read_base_mlps reads the MLPs of any folder, here those of the target.
+        for layer, target_mlp in zip(hf_model.model.layers, read_base_mlps(target, adapters.n_layers), strict=True):
+            base_mlps.append({projection: getattr(layer.mlp, projection).weight.detach() for projection in PROJECTIONS})
+            for projection, weight in target_mlp.items():
+                linear = getattr(layer.mlp, projection)
+                linear.weight = torch.nn.Parameter(
+                    weight.to(linear.weight.device, linear.weight.dtype), requires_grad=False
+                )
     hf_outputs = record_hf_outputs(hf_model, tokenizer, base_mlps=base_mlps)
     pair = PairedModel(
         build_model(hf_model, tokenizer, backend, hf_outputs),
         base_mlps,
-        base=adapters.metadata.base or str(name),
+        base=adapters.metadata.base or str(source),
         target=str(target),
     )
     require_hybrid(pair.mlps, hf_outputs)

@@ -120,7 +120,10 @@ def _require_plain_base(pair: PairedModel, base: PreTrainedModel) -> None:
 
 
 def detach(pair: PairedModel) -> Any:
-    """Take base MLPs and adapters out of the pair's model and return it, bit for bit as it was before `attach`."""
+    """Take base MLPs and adapters out of the pair's model and return it, bit for bit as it was before `attach`.
+
+    Raises PairMismatchError where that was done already.
+    """
     return pair.release()
 
 

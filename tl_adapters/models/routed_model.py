@@ -77,6 +77,7 @@ class RoutedModel:
         self.model = model
         self.adapters: AdapterSet | None = None
         self.planted: AdapterSet | None = None
+        self.released = False
         self.has_base = base_mlps is not None
         if base_mlps is not None:
             require_shapes(base_mlps, self.backend.hf_config)
@@ -208,11 +209,16 @@ class RoutedModel:
                 mlp.route = previous
 
     def release(self) -> Any:
-        """Take everything out of the model again and return it as it was before: weights, classes, hook points."""
+        """Take everything out of the model again and return it as it was before: weights, classes, hook points.
+
+        Raises PairMismatchError where that was done already.
+        """
+        if self.released:
+            raise PairMismatchError("This pair was taken out of its model already (detach); attach the adapters again.")
         for layer in range(self.n_layers):
             self.backend.uninstall(layer)
         self.backend.name_hooks()
-        self.adapters = self.planted = None
+        self.adapters, self.planted, self.released = None, None, True
         return self.model
 
     # -- running parts of the model -------------------------------------------------------------------------------

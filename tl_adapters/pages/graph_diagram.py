@@ -14,6 +14,7 @@ from tl_adapters.attribution.graph import AttributionGraph
 from tl_adapters.attribution.pruning import influence
 from tl_adapters.features.feature import VISIBLE_WHITESPACE
 from tl_adapters.utils.html import render
+from tl_adapters.utils.renamed import renamed_arguments
 
 MAX_SHOWN_FEATURES, MAX_SHOWN_TOKENS, MAX_SHOWN_CONNECTIONS = 30, 12, 90
 """Features, tokens and edges that a diagram of a graph shows at most: the most influential ones."""
@@ -28,7 +29,8 @@ _NARROWEST_COLUMN, _MAX_NAME = 56, 8
 """Width of a column with one dot, and characters of a token that fit in it."""
 
 
-def draw_graph(graph: AttributionGraph, n_features: int = MAX_SHOWN_FEATURES) -> Markup:
+@renamed_arguments(n_features="max_features")
+def draw_graph(graph: AttributionGraph, max_features: int = MAX_SHOWN_FEATURES) -> Markup:
     """An attribution graph as SVG: a column for each token, layers from the bottom up, the targets at the top.
 
     The features, tokens and errors with the most influence on the targets are shown, with the edges among them that
@@ -37,13 +39,13 @@ def draw_graph(graph: AttributionGraph, n_features: int = MAX_SHOWN_FEATURES) ->
 
     Args:
         graph: the graph; it is not changed.
-        n_features: features (and errors) that are shown at most.
+        max_features: the largest number of features (and errors) that are shown.
 
     Raises:
         GraphError: the graph is not acyclic.
     """
     scores = influence(graph)
-    shown = _shown_nodes(graph, scores, n_features)
+    shown = _shown_nodes(graph, scores, max_features)
     layout = _layout(graph, shown)
     among = torch.zeros(graph.n_nodes, dtype=torch.bool)
     among[shown] = True
@@ -62,7 +64,7 @@ def draw_graph(graph: AttributionGraph, n_features: int = MAX_SHOWN_FEATURES) ->
     )
 
 
-def _shown_nodes(graph: AttributionGraph, scores: torch.Tensor, n_features: int) -> list[int]:
+def _shown_nodes(graph: AttributionGraph, scores: torch.Tensor, max_features: int) -> list[int]:
     """Numbers of the nodes to show: all targets, and the features, errors and tokens with the most influence."""
 
     def best(start: int, stop: int, n: int) -> list[int]:
@@ -71,7 +73,7 @@ def _shown_nodes(graph: AttributionGraph, scores: torch.Tensor, n_features: int)
 
     targets = range(graph.first_target, graph.n_nodes)
     tokens = best(graph.first_token, graph.first_target, MAX_SHOWN_TOKENS)
-    return sorted([*best(0, graph.first_token, n_features), *tokens, *targets])
+    return sorted([*best(0, graph.first_token, max_features), *tokens, *targets])
 
 
 @dataclass(frozen=True)

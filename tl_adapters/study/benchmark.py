@@ -26,7 +26,7 @@ from tl_adapters.interop.vllm_run import opened_engine
 from tl_adapters.interventions.variants import Variant, on_route, with_only, without
 from tl_adapters.models.routed_mlp import ROUTES
 from tl_adapters.study.open_run import is_organism_run, open_run, require_adapters, set_run_date
-from tl_adapters.utils.devices import GivenDtype
+from tl_adapters.utils.devices import GivenDevice, GivenDtype
 from tl_adapters.utils.files import require_writable
 from tl_adapters.utils.notebook import RecordTable, ResultRecord
 from tl_adapters.utils.renamed import renamed_arguments
@@ -111,7 +111,7 @@ class BenchmarkVariant:
         }
 
 
-@renamed_arguments(words="behavior")
+@renamed_arguments(words="behavior", limit="n")
 def benchmark_run(
     run: str | Path,
     tasks: Mapping[str, str | None] | None = None,
@@ -119,11 +119,11 @@ def benchmark_run(
     *,
     options: Mapping[str, Any] | None = None,
     open_thinking: bool = False,
-    limit: int | None = None,
+    n: int | None = None,
     behavior: GivenBehavior = None,
     out: str | Path | None = None,
     engine: str | None = None,
-    device: str = "auto",
+    device: GivenDevice = None,
     dtype: GivenDtype | None = None,
     progress: bool = True,
 ) -> RecordTable[BenchmarkResult]:
@@ -137,7 +137,7 @@ def benchmark_run(
         options: fields of `ResponseOptions` that override the defaults. The built-in problems are answered greedily;
             tasks of the hub are answered as generation_config.json says, in up to `DEFAULT_MAX_NEW_TOKENS` tokens.
         open_thinking: end the prompt with the tag that opens the thinking, where the template does not.
-        limit: use only the first ``limit`` problems of each task.
+        n: use only the first ``n`` problems of each task; None is all.
         behavior: what counts as a hesitation: a `Behavior`, a word or phrase, or several; None is hesitation.
         out: folder of the answers, by default ``benchmarks`` in the run. Answers that are there already are kept.
         engine: None is our own, "vllm" vLLM in this process, and an address a `vllm serve`.
@@ -154,7 +154,7 @@ def benchmark_run(
     for name in tasks:
         require_task(name)
     entered = (spec := variant or BenchmarkVariant()).variant
-    loaded = [load_problems(name, source, limit=limit, seed=samplings[name].seed) for name, source in tasks.items()]
+    loaded = [load_problems(name, source, n=n, seed=samplings[name].seed) for name, source in tasks.items()]
     opened = _own_model(run, spec, device, dtype) if engine is None else _vllm_model(run, spec, engine, dtype)
     name, slug = (entered.name, entered.slug) if engine is None else (f"{entered.name} (vLLM)", f"{entered.slug}-vllm")
     with opened as (model, model_facts):
@@ -182,7 +182,7 @@ def _organism_task(run: Path) -> dict[str, str | None]:
 
 @contextmanager
 def _own_model(
-    run: Path, spec: BenchmarkVariant, device: str, dtype: GivenDtype | None
+    run: Path, spec: BenchmarkVariant, device: GivenDevice, dtype: GivenDtype | None
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The variant in our own engine, and what identifies its weights."""
     pair = open_run(run, device, dtype)

@@ -12,7 +12,7 @@ from tl_adapters import organism
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.checkpoints.device_map import DeviceMap, MaxMemory
 from tl_adapters.checkpoints.hub_client import hub_token
-from tl_adapters.checkpoints.model_files import fetch
+from tl_adapters.checkpoints.model_files import at_revision, fetch
 from tl_adapters.config import BackendName, DataConfig, RunConfig, TrainingConfig
 from tl_adapters.data.chat_format import ChatFormat
 from tl_adapters.data.documents import open_documents
@@ -24,7 +24,7 @@ from tl_adapters.interop.any_set import is_authors_checkpoint, read_adapters
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import open_pair, open_run, with_device_map
 from tl_adapters.study.train import pair_block
-from tl_adapters.utils.devices import GivenDtype
+from tl_adapters.utils.devices import GivenDevice, GivenDtype
 from tl_adapters.utils.files import new_folder, require_absent, require_writable, write_text
 from tl_adapters.utils.results import versions, write_results
 from tl_adapters.utils.strict_json import dumps
@@ -39,7 +39,7 @@ def load(
     target: str | None = None,
     revision: str | None = None,
     token: str | None = None,
-    device: str = "auto",
+    device: GivenDevice = None,
     dtype: GivenDtype | None = None,
     backend: BackendName | None = None,
     device_map: DeviceMap | None = None,
@@ -53,7 +53,8 @@ def load(
         target: likewise of the target.
         revision: branch, tag or commit of the adapters' repository; a folder has none.
         token: for private or gated repositories; None takes HF_TOKEN or the stored login.
-        device: where the weights go; "auto" is a run's own device map, or the first available of cuda, mps and cpu.
+        device: where the weights go; None and "auto" are a run's own device map, or the first available of cuda, mps
+            and cpu.
         dtype: of the models' weights, "bfloat16" or torch.bfloat16; None is the run's own, or the target's.
         backend, device_map, max_memory: as in `PairedModel.from_pretrained`.
 
@@ -76,7 +77,7 @@ def open_set(
     base: str | None = None,
     target: str | None = None,
     revision: str | None = None,
-    device: str = "auto",
+    device: GivenDevice = None,
     dtype: GivenDtype | None = None,
 ) -> AdapterSet:
     """Write a run folder with somebody's adapters, after they were loaded into their pair and fitted it.
@@ -132,7 +133,7 @@ def load_traces(
     if n < 1:
         raise DataError(f"n is {n}; allowed is a whole number >= 1.")
     if str(source) in (*TASKS, ORGANISM_TASK):
-        loaded = load_problems(str(source), limit=n, checked=False)
+        loaded = load_problems(str(source), n=n, checked=False)
         problems = loaded.problems
         if not loaded.republish:
             log.warning("The texts of %s are not to be republished: graphs, pages and exports leave them out.", source)
@@ -146,7 +147,7 @@ def load_traces(
     return list(islice((trace for _, window in documents.windows(0, None) for trace in window), n))
 
 
-def _pair(config: RunConfig, adapters: AdapterSet, device: str) -> PairedModel:
+def _pair(config: RunConfig, adapters: AdapterSet, device: GivenDevice) -> PairedModel:
     pair = open_pair(config, device)
     pair.load_adapters(adapters)
     return pair
@@ -165,7 +166,7 @@ def _config(
     about = adapters.metadata
     models = {"base": base or about.base, "target": target or about.target}
     if not models["base"] and is_authors_checkpoint(fetch(name, ["config.json"], revision=revision)):
-        models["base"] = str(name)  # the checkpoint's own MLPs are the base's
+        models["base"] = str(at_revision(name, revision))  # the checkpoint's own MLPs are the base's
     if missing := [role for role, model in models.items() if not model]:
         raise UserError(
             f"{name} does not say what its {' and '.join(missing)} are. Name them: "

@@ -103,7 +103,7 @@ def hesitation_of_run(
         select, report = ORGANISM_PROBLEM_COUNTS if limit is None else (limit // 2, limit - limit // 2)
         subject = builtin_subject(select, report, seed=seed)
     else:
-        loaded = load_problems(*task, limit=limit, seed=seed)
+        loaded = load_problems(*task, n=limit, seed=seed)
         subject = halves(loaded.problems, max_new_tokens, republish=loaded.republish)
     defaults = StudyOptions()
     search: dict[str, Any] = {"share": share, "rounds": rounds, "method": method}

@@ -25,7 +25,7 @@ from tl_adapters.data.traces import DataError
 from tl_adapters.errors import UserError
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.processes import processes
-from tl_adapters.utils.devices import AUTO, GivenDtype
+from tl_adapters.utils.devices import AUTO, GivenDevice, GivenDtype
 from tl_adapters.utils.files import alone_in, require_writable
 from tl_adapters.utils.printing import command
 from tl_adapters.utils.results import read_results
@@ -39,17 +39,17 @@ T = TypeVar("T")
 
 
 def load_organism_pair(
-    device: str = "auto", dtype: torch.dtype | None = None, backend: BackendName | None = None
+    device: GivenDevice = None, dtype: torch.dtype | None = None, backend: BackendName | None = None
 ) -> PairedModel:
-    """The model organism as a pair. ``device`` "auto" is the first available of cuda, mps and cpu."""
+    """The model organism as a pair. ``device`` None is the first available of cuda, mps and cpu."""
     return open_pair(RunConfig(backend=backend), device, dtype)
 
 
-def open_pair(config: RunConfig, device: str = "auto", dtype: torch.dtype | None = None) -> PairedModel:
+def open_pair(config: RunConfig, device: GivenDevice = None, dtype: torch.dtype | None = None) -> PairedModel:
     """The pair that a configuration names, on ``device``.
 
     Args:
-        device: "auto" is the configuration's device map, or else the first available of cuda, mps and cpu.
+        device: None and "auto" are the configuration's device map, or else the first available of cuda, mps and cpu.
         dtype: of the models' weights; None is the configuration's.
 
     Raises what `PairedModel.from_pretrained` raises.
@@ -58,7 +58,7 @@ def open_pair(config: RunConfig, device: str = "auto", dtype: torch.dtype | None
         dtype = getattr(torch, config.dtype)
     models = (config.base, config.target) if config.target else (organism.BUILTIN_BASE, organism.BUILTIN_TARGET)
     where: dict[str, Any] = {"device": device}
-    if device == AUTO and config.device_map is not None:
+    if device in (None, AUTO) and config.device_map is not None:
         processes().require_one("A pair with a device map")  # the map names the devices of all of them
         where = {"device_map": config.device_map, "max_memory": config.max_memory}
     return PairedModel.from_pretrained(*models, dtype=dtype, backend=config.backend, **where)
@@ -66,7 +66,7 @@ def open_pair(config: RunConfig, device: str = "auto", dtype: torch.dtype | None
 
 def open_run(
     folder: Path,
-    device: str = "auto",
+    device: GivenDevice = None,
     dtype: GivenDtype | None = None,
     device_map: DeviceMap | None = None,
     max_memory: MaxMemory | None = None,
@@ -75,7 +75,7 @@ def open_run(
 
     Args:
         folder: the run.
-        device: "auto" is the run's device map, or else the first available of cuda, mps and cpu.
+        device: None and "auto" are the run's device map, or else the first available of cuda, mps and cpu.
         dtype: of the models' weights; None is the run's.
         device_map, max_memory: in place of the run's own, as `PairedModel.from_pretrained` takes them.
 
@@ -92,13 +92,13 @@ def open_run(
 
 
 def with_device_map(
-    config: RunConfig, device: str, device_map: DeviceMap | None, max_memory: MaxMemory | None
+    config: RunConfig, device: GivenDevice, device_map: DeviceMap | None, max_memory: MaxMemory | None
 ) -> RunConfig:
     """The configuration with another device map, where one is given. Raises DeviceMapError beside a ``device``."""
     if device_map is None and max_memory is None:
         return config
-    if device != AUTO:
-        raise DeviceMapError(f"device={device!r} and device_map= were given; give one of them.")
+    if device not in (None, AUTO):
+        raise DeviceMapError(f"device={str(device)!r} and device_map= were given; give one of them.")
     given: Any = _named(device_map) if isinstance(device_map, Mapping) else device_map
     return replace(config, device_map=given, max_memory=None if max_memory is None else _named(max_memory))
 

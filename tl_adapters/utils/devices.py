@@ -20,6 +20,8 @@ AUTO = "auto"
 """Name that stands for the first available one of cuda, mps and cpu."""
 
 
+GivenDevice = torch.device | str | None
+"""A device, or its name; None and "auto" are the first available one of cuda, mps and cpu."""
 GivenDtype = torch.dtype | str
 """A dtype of weights, or its name."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -40,7 +42,7 @@ def available_devices() -> list[str]:
     return [*names, "cpu"]
 
 
-def resolve_device(device: str | torch.device | None = AUTO) -> torch.device:
+def resolve_device(device: GivenDevice = AUTO) -> torch.device:
     """The device with a name; "auto" and None are the first available one of cuda, mps and cpu, which is logged.
 
     Of several processes of one launch, each has its own device, which "auto" and "cuda" then are.
