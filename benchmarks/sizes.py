@@ -6,6 +6,7 @@ Nothing is run and no weights are read; `planner.py` and `gpu.py` compare the pl
 from __future__ import annotations
 
 import argparse
+
 import torch
 from large_pair import ShapesOnly, configuration
 from recorded import record, recorded
