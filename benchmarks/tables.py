@@ -292,8 +292,8 @@ def by_planned_search(block: dict[str, Any]) -> str:
     ]
     rates = next(iter(block["search"].values()))
     return markdown(head, rows) + (
-        f"\nHours are at {rates['model_rate']:.2g} operations a second of the models and {rates['adapter_rate']:.2g} of "
-        "the adapters, as forward passes on the GPU had them.\n"
+        f"\nHours are at {rates['model_rate']:.2g} operations a second of the models and {rates['adapter_rate']:.2g} "
+        "of the adapters, as forward passes on the GPU had them.\n"
     )
 
 
