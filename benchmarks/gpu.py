@@ -223,7 +223,7 @@ class Bench:
             for name, step in self._measure(f"attribute-{length}", measured, graph, 1):
                 if graphs:
                     step["active_features"] = active = graphs[0].about["active_features"]
-                    beside = estimated_memory(self.pair, length, active, default_batch_size(self.pair, length))
+                    beside = estimated_memory(self.pair, length, active, default_batch_size(self.pair, length), rows)
                     step["predicted_gb"] = (resident + beside) / 1e9
                 yield name, step
 

@@ -95,7 +95,7 @@ def graph(cell: Cell, pair: PairedModel) -> Cell:
     layers += graphs[0].features[:, 0].tolist()  # in a random model nearly all are of the first layer
     return {
         **found,
-        "predicted_bytes": estimated_memory(pair, len(tokens), active, at_once),
+        "predicted_bytes": estimated_memory(pair, len(tokens), active, at_once, ROWS + TARGETS),
         "predicted_seconds": estimated_seconds(pair, len(tokens), len(tokens), layers, at_once),
         "active_features": active,
     }

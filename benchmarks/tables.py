@@ -277,6 +277,26 @@ def by_shape(block: dict[str, Any]) -> str:
     return markdown(head, [[name, *(cell(of_shape[name]) for of_shape in shapes.values())] for name in stages])
 
 
+def by_planned_search(block: dict[str, Any]) -> str:
+    """Operations and hours of a search at 7B by its method, as the planner has them."""
+    head = ["search", "rounds", "operations of the models", "of the adapters, in float32", "hours"]
+    rows = [
+        [
+            method,
+            str(s["rounds"]),
+            f"{s['model_operations']:.1e}",
+            f"{s['adapter_operations']:.1e}",
+            f"{s['hours']:.1f}",
+        ]
+        for method, s in block["search"].items()
+    ]
+    rates = next(iter(block["search"].values()))
+    return markdown(head, rows) + (
+        f"\nHours are at {rates['model_rate']:.2g} operations a second of the models and {rates['adapter_rate']:.2g} "
+        "of the adapters, as forward passes on the GPU had them.\n"
+    )
+
+
 def by_search(block: dict[str, Any]) -> str:
     """Seconds of a search by its method, and what the circuit that it finds does."""
     methods = block["methods"]
@@ -491,6 +511,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "templates": ("hesitation", by_pair),
     "linearizations": ("linearizations", by_linearization),
     "sizes": ("sizes", by_shape),
+    "planned_search": ("sizes", by_planned_search),
     "searches": ("searches", by_search),
     "gpu_training": ("gpu", training_on_gpu),
     "gpu_attribution": ("gpu", attribution_on_gpu),

@@ -1,12 +1,14 @@
 """Attribution graphs: rows add up, targets of every kind, features ranked by influence, and errors."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.pairs import make
 from helpers.random_models import ARCHITECTURES, random_batch, random_model, randomise
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from tl_adapters import organism
 from tl_adapters.attribution import attribute as attribute_module
@@ -15,7 +17,8 @@ from tl_adapters.attribution.attribute import attribute, estimated_seconds
 from tl_adapters.attribution.graph import AttributionGraph, GraphError
 from tl_adapters.attribution.pruning import influence
 from tl_adapters.attribution.relp import LinearizedModel
-from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget
+from tl_adapters.attribution.rows import GraphRows
+from tl_adapters.attribution.targets import DifferenceTarget, FeatureTarget, LogitTarget, resolve_target
 from tl_adapters.checkpoints.compatibility import PairMismatchError
 from tl_adapters.data.tokens import VocabularyError
 from tl_adapters.data.traces import Trace
@@ -157,6 +160,22 @@ def test_the_features_with_the_most_influence_are_kept(pair: PairedModel) -> Non
     random = score[torch.randperm(len(score), generator=torch.Generator().manual_seed(0))[:80]].sum()
     numbers = {tuple(f.tolist()): i for i, f in enumerate(whole.features)}
     assert sum(float(score[numbers[f]]) for f in chosen) > 2 * float(random)
+
+
+@pytest.mark.parametrize("linearization", ["relp", "frozen_mlp"])
+def test_the_influence_of_rows_is_that_of_their_graph(pair: PairedModel, linearization: Any) -> None:
+    """By the rows so far, in batches that mix layers, and for a feature as a target of the graph."""
+    model = LinearizedModel(pair, TOKENS, linearization, 0)
+    layer, position, index = model.active[len(model.active) // 2].tolist()
+    targets = [LogitTarget(3), FeatureTarget(layer, index, position)]
+    resolved = [resolve_target(pair, model, target, -1) for target in targets]
+    rows = GraphRows(model, resolved, [""] * len(TOKENS), 3, tqdm(disable=True))
+    every = torch.ones(len(model.active), dtype=torch.bool)
+    for n in (0, 5, 4):
+        rows.add_features(every & ~torch.tensor([column in rows.numbers for column in range(len(every))]), n)
+        expected = influence(rows.graph(every))[: rows.n_columns]
+        assert float(expected.sum()) > 0
+        torch.testing.assert_close(rows.influence(), expected, rtol=1e-12, atol=0)
 
 
 def test_gradient_graphs_do_not_add_up(pair: PairedModel) -> None:

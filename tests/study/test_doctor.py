@@ -1,6 +1,7 @@
 """The doctor finds what would fail later, from descriptions alone, and says what to change."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from helpers.random_models import ARCHITECTURES, random_batch, random_model, ran
 from huggingface_hub.errors import NotASafetensorsRepoError
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2Config
+from transformers import AutoConfig, Qwen2Config
 
 import tl_adapters.checkpoints.model_files as checkpoints
 import tl_adapters.utils.devices as devices
@@ -194,6 +196,36 @@ def test_memory_and_disk(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyP
     memory, disk = found(pair_of(folders), "error")
     assert memory.subject == "memory" and "bfloat16" in memory.advice
     assert disk.subject == "disk" and "keep_checkpoints" in disk.advice
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_batch", "free", "advice"),
+    [
+        (256, 0.5, "Set training.recompute: true, which"),
+        (2560, 0.3, "Set training.tokens_per_batch: 256 and training.batches_per_step: 10, which"),
+        (2560, 0.02, "Set training.recompute: true, training.tokens_per_batch: 256 and training.batches_per_step: 10, "),
+        (256, 0.0, "Use dtype bfloat16"),
+    ],
+)
+def test_settings_that_take_less_memory_are_named(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int, free: float, advice: str
+) -> None:
+    """``free`` is a share of the way from the least that the settings can take to what is asked for."""
+    training = TrainingConfig(stages=("end_to_end",), n_features=8, tokens_per_batch=tokens_per_batch)
+    config = replace(pair_of(folders, max_tokens=256), training=training)
+    described = AutoConfig.from_pretrained(folders[1])
+
+    def memory(**changed: Any) -> int:
+        return estimate_size(replace(config, training=replace(training, **changed)), described, 256).memory
+
+    asked, least = memory(), memory(recompute=True, tokens_per_batch=256)
+    room = least + free * (asked - least) if free else least - 1
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=room))
+    (finding,) = (f for f in found(config, "error") if f.subject == "memory")
+    assert finding.advice.startswith(advice)
+    said = re.search(r"takes about ([\d.e+-]+) GB", finding.advice)
+    assert (said is None) == (free == 0.0)
+    assert said is None or float(said[1]) * 1e9 <= 1.05 * room
 
 
 def test_of_hub_models_no_weights_are_downloaded(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,7 @@ def _attribute(
         mean_layer = float(model.active[eligible, 0].double().mean())
         layers = [*(target.layer for target in resolved), *[mean_layer] * n_rows]
         seconds = estimated_seconds(pair, len(tokens), len(tokens) - start, layers, options.batch_size)
-        memory = estimated_memory(pair, len(tokens), len(model.active), options.batch_size)
+        memory = estimated_memory(pair, len(tokens), len(model.active), options.batch_size, len(layers))
         log.info(
             "%s targets, %s active features, %s tokens: about %.0f s and %.2g GB beside the model.",
             *(f"{n:,}" for n in (len(layers), len(model.active), len(tokens))), seconds, memory / 1e9,
@@ -230,25 +230,29 @@ def default_batch_size(pair: PairedModel, n_tokens: int) -> int:
     return max(1, min(MOST_ROWS, GRADIENT_NUMBERS // (n_tokens * pair.model.cfg.d_model)))
 
 
-def estimated_memory(pair: PairedModel, n_tokens: int, n_active: int, batch_size: int) -> int:
-    """Bytes that the rows of a graph take at most, beside the model and its adapters in float32.
+def estimated_memory(pair: PairedModel, n_tokens: int, n_active: int, batch_size: int, n_rows: int) -> int:
+    """Bytes that a graph takes at most on the pair's device, beside the model and its adapters in float32.
 
     Args:
         pair: the pair.
         n_tokens: tokens of the prompt.
         n_active: active features on it.
         batch_size: rows computed together.
+        n_rows: rows of the graph.
     """
     cfg, adapters = pair.model.cfg, pair.installed_adapters()
     width = torch.promote_types(cfg.dtype, torch.float32).itemsize
     large = large_coefficient_bytes(pair, n_tokens)
     # Beyond what is kept, one layer's at a time: recorded, cast, and its factors.
     large = large if large <= KEPT_BYTES else 2 * large // cfg.n_layers
-    by_token = n_tokens * (2 * adapters.n_features + 3 * cfg.d_model) * cfg.n_layers
+    by_token = n_tokens * (adapters.n_features + 3 * cfg.d_model) * cfg.n_layers
     by_feature = n_active * cfg.d_model
     hidden = 2 * min(HIDDEN_AT_ONCE, batch_size * n_tokens * cfg.d_mlp)
     gradients = batch_size * (4 * n_tokens * cfg.d_model + 2 * n_active)
-    return int(large + width * (by_token + by_feature + hidden + gradients))
+    # Edges, with a column of 4 bytes, are in the host's memory. A row has them from half of the layers, at half of the
+    # positions.
+    edges = (4 + width) * n_rows * n_active // 4 if pair.device.type == "cpu" else 0
+    return int(large + width * (by_token + by_feature + hidden + gradients) + edges)
 
 
 def estimated_seconds(

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from tl_adapters.attribution.relp import LinearizedModel, Rows, active_feature_indices
+from tl_adapters.attribution.relp import LinearizedModel, Rows, with_layers
 from tl_adapters.models.paired_model import PairedModel
 
 ForwardHook = tuple[str, Callable[..., Tensor | None]]
@@ -75,7 +75,8 @@ class GradientModel:
         self._embedding, self._acts = embedding[0], [acts[layer] for layer in range(self.n_layers)]
         self.pre_activations = [pre[layer][0].detach().to(self.dtype) for layer in range(self.n_layers)]
         detached = [a.detach()[0] for a in self._acts]
-        self.active, self._by_layer = active_feature_indices(detached)
+        self._by_layer = [(a > 0).nonzero() for a in detached]
+        self.active = with_layers(self._by_layer)
         self.activations = torch.cat([a[tuple(i.T)] for a, i in zip(detached, self._by_layer, strict=True)])
         self.offsets = [0, *torch.tensor([len(indices) for indices in self._by_layer]).cumsum(0).tolist()]
         self.encoders = [adapter.W_enc.detach().to(self.dtype) for adapter in pair.installed_adapters()]

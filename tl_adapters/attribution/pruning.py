@@ -21,7 +21,7 @@ from tl_adapters.utils.notebook import ResultRecord
 
 NODE_THRESHOLD, EDGE_THRESHOLD = 0.8, 0.98
 """Shares of influence that the nodes and edges of a pruned graph hold (circuit-tracer's defaults)."""
-_SMALLEST_SUM = 1e-10
+SMALLEST_SUM = 1e-10
 """circuit-tracer's lower bound of the sum by which edges are divided: smaller sums give shares below 1 in total."""
 
 
@@ -184,7 +184,7 @@ def _shares(
 ) -> Float[Tensor, "n_kept"]:
     """The absolute value of every edge as a share of the sum over the edges of the same target."""
     size = weights.abs().double()
-    sums = torch.bincount(edges[0], weights=size, minlength=graph.n_nodes).clamp(min=_SMALLEST_SUM)
+    sums = torch.bincount(edges[0], weights=size, minlength=graph.n_nodes).clamp(min=SMALLEST_SUM)
     return size / sums[edges[0]]
 
 

@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.utils.precision import product_in_float32
@@ -121,7 +122,15 @@ class LinearizedModel:
         keeps_all = large_coefficient_bytes(pair, self.n_tokens) <= KEPT_BYTES
         hooks = _CACHED_HOOKS + (_LARGE_HOOKS if keeps_all else ("hook_resid_pre",))
         last = f"blocks.{self.n_layers - 1}.hook_resid_post"
-        with pair.routed("replacement"):
+        by_layer, activations = list[Tensor](), list[Tensor]()
+
+        def keep_active(acts: Tensor, hook: HookPoint) -> None:
+            by_layer.append((acts[0] > 0).nonzero())
+            activations.append(acts[0][tuple(by_layer[-1].T)].to(self.dtype))
+
+        layers = range(self.n_layers)
+        recording = [(f"blocks.{layer}.mlp.adapter.hook_sae_acts_post", keep_active) for layer in layers]
+        with pair.routed("replacement"), pair.model.hooks(fwd_hooks=recording):
             _, cache = pair.model.run_with_cache(
                 tokens[None].to(pair.device),
                 names_filter=lambda name: name == last or _is_one_of(hooks, name),
@@ -131,19 +140,15 @@ class LinearizedModel:
         self.embedding = self._cached("hook_embed")
         final = pair.backend.norm("ln_final")
         self.out_of_model = self._factor("ln_final.hook_scale", final)
-        acts = [self._cached(f"blocks.{layer}.mlp.adapter.hook_sae_acts_post") for layer in range(self.n_layers)]
-        self.pre_activations = [
-            self._cached(f"blocks.{layer}.mlp.adapter.hook_sae_acts_pre") for layer in range(self.n_layers)
-        ]
-        self.active, by_layer = active_feature_indices(acts)
-        self.activations = torch.cat([a[tuple(i.T)] for a, i in zip(acts, by_layer, strict=True)])
+        self.pre_activations = [self._cached(f"blocks.{layer}.mlp.adapter.hook_sae_acts_pre") for layer in layers]
+        self.active, self.activations = with_layers(by_layer), torch.cat(activations)
         self.offsets = [0, *torch.tensor([len(indices) for indices in by_layer]).cumsum(0).tolist()]
         self._before_position = _counts_before_position(self.active, self.n_layers, self.n_tokens)
         self._recorded, self._kept = self._cache, list[_Coefficients]()
-        self._residuals = [] if keeps_all else [self._cache[f"blocks.{i}.hook_resid_pre"] for i in range(self.n_layers)]
-        self.layers = [self._layer(pair, layer, acts[layer], by_layer[layer]) for layer in range(self.n_layers)]
+        self._residuals = [] if keeps_all else [self._cache[f"blocks.{i}.hook_resid_pre"] for i in layers]
+        self.layers = [self._layer(pair, layer, activations[layer], by_layer[layer]) for layer in layers]
         if keeps_all:
-            self._kept = [self._large(layer) for layer in range(self.n_layers)]
+            self._kept = [self._large(layer) for layer in layers]
         self.encoders = [adapter.W_enc.detach().to(self.dtype) for adapter in pair.installed_adapters()]
         self.b_enc = [adapter.b_enc.detach().to(self.dtype) for adapter in pair.installed_adapters()]
         self.final_residual = self._cached(last)
@@ -191,7 +196,9 @@ class LinearizedModel:
         _, base = self._pair.mlps[layer].weights()
         return product_in_float32(base.act_fn(gate) * up, base.W_out.detach())
 
-    def _layer(self, pair: PairedModel, layer: int, acts: Tensor, active: Int[Tensor, "n 2"]) -> _Layer:
+    def _layer(
+        self, pair: PairedModel, layer: int, activations: Float[Tensor, "n"], active: Int[Tensor, "n 2"]
+    ) -> _Layer:
         name, mlp, backend = f"blocks.{layer}.", pair.mlps[layer], pair.backend
         weights = {key: w.detach() for key, w in backend.named_weights(layer)}
         biases = {key: b.detach().to(self.dtype) for key, b in backend.attention_biases(layer)}
@@ -221,7 +228,7 @@ class LinearizedModel:
             w_up=base.W_in.detach().T,
             w_down=base.W_out.detach().T,
             positions=positions,
-            decoders=adapter.W_dec.detach().to(self.dtype)[index] * acts[positions, index][:, None],
+            decoders=adapter.W_dec.detach().to(self.dtype)[index] * activations[:, None],
             b_dec=adapter.b_dec.detach().to(self.dtype),
         )
 
@@ -304,17 +311,11 @@ class LinearizedModel:
         return grad + product_in_float32(mixed.flatten(2), c.w_v) * c.into_attention[window]
 
 
-def active_feature_indices(acts: Sequence[Float[Tensor, "pos n_features"]]) -> tuple[Int[Tensor, "n 3"], list[Tensor]]:
-    """The active features as sorted rows (layer, position, index), and for each layer as rows (position, index).
-
-    The device is waited for once.
-
-    Args:
-        acts: the feature activations of every layer.
-    """
-    active = torch.stack([a > 0 for a in acts]).nonzero()
-    sizes = torch.bincount(active[:, 0].cpu(), minlength=len(acts)).tolist()
-    return active, list(active[:, 1:].split(sizes))
+def with_layers(by_layer: Sequence[Int[Tensor, "_ 2"]]) -> Int[Tensor, "n_active 3"]:
+    """The active features as rows (layer, position, index), from rows (position, index) of each layer."""
+    sizes = torch.tensor([len(indices) for indices in by_layer])
+    layer = torch.arange(len(by_layer)).repeat_interleave(sizes).to(by_layer[0].device)
+    return torch.cat([layer[:, None], torch.cat(list(by_layer))], 1)
 
 
 def _counts_before_position(active: Int[Tensor, "n 3"], n_layers: int, n_tokens: int) -> list[list[int]]:
@@ -330,7 +331,6 @@ _CACHED_HOOKS = (
     "hook_scale",
     "attn.hook_v",
     "adapter.hook_sae_acts_pre",
-    "adapter.hook_sae_acts_post",
 )
 _LARGE_HOOKS = ("attn.hook_pattern", "mlp.hook_pre", "mlp.hook_pre_linear")
 

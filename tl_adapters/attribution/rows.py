@@ -8,16 +8,53 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_adapters.attribution.gradient import PromptModel
 from tl_adapters.attribution.graph import AttributionGraph, GraphTarget
-from tl_adapters.attribution.pruning import influence
+from tl_adapters.attribution.pruning import SMALLEST_SUM
 from tl_adapters.attribution.targets import ResolvedTarget
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows that were computed together, with their edges one row after another."""
+
+    numbers: Int[Tensor, "n_rows"]
+    """The number of each row's target."""
+    layers: list[int]
+    """The layer of each row's target, or n_layers for the graph's own targets; they descend."""
+    ends: Int[Tensor, "n_rows_and_1"]
+    """Where the edges of each row begin, and the end of the last one's."""
+    columns: Int[Tensor, "n_edges"]
+    """The source of each edge, in 32 bits: a long prompt has hundreds of millions of edges."""
+    weights: Float[Tensor, "n_edges"]
+    """Its weight."""
+    sums: Float[Tensor, "n_rows"]
+    """Sum of the absolute weights of each row, in float64."""
+
+    @classmethod
+    def of(cls, dense: Float[Tensor, "n_rows n_columns"], numbers: Sequence[int], layers: Sequence[int]) -> _Batch:
+        """The edges of rows that are not 0."""
+        row, column = dense.nonzero(as_tuple=True)
+        weights, row, column = dense[row, column].cpu(), row.cpu(), column.to(torch.int32).cpu()
+        ends = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(row, minlength=len(dense)).cumsum(0)])
+        sums = torch.zeros(len(dense), dtype=torch.float64).index_add_(0, row, weights.abs().double())
+        return cls(torch.tensor(numbers), list(layers), ends, column, weights, sums)
+
+    def row_of_edges(self) -> Int[Tensor, "n_edges"]:
+        """The row of every edge, within the batch."""
+        return torch.arange(len(self.numbers)).repeat_interleave(self.ends.diff())
+
+    def of_layer(self, layer: int) -> slice:
+        """The rows of a layer."""
+        first = next((i for i, other in enumerate(self.layers) if other <= layer), len(self.layers))
+        return slice(first, first + self.layers.count(layer))
 
 
 class GraphRows:
@@ -42,8 +79,7 @@ class GraphRows:
         """The number of each row's target: a feature's column, or n_columns and up for the graph's own targets."""
         self.balance: list[tuple[float, float, float, float]] = []
         """Per row: value, contribution from before the window, constant part, and the decoder biases within it."""
-        self._edges: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Per batch: the row's target number, the column and the weight of every edge."""
+        self._batches: list[_Batch] = []
         self._add(targets, range(self.n_columns, self.n_columns + len(targets)))
 
     def add_features(self, eligible: Bool[Tensor, "n_active"], n_rows: int) -> Bool[Tensor, "n_active"]:
@@ -58,7 +94,7 @@ class GraphRows:
             if n_rows == int(eligible.sum()):
                 batch = (eligible & ~done).nonzero()[:, 0]  # all of them, so no ranking is needed
             else:
-                score = influence(self.graph(torch.ones(self.n_active, dtype=torch.bool)))[: self.n_active]
+                score = self.influence()[: self.n_active]
                 score[done | ~eligible] = -1.0
                 batch = score.topk(min(left, max(self.batch_size, n_rows // 16))).indices
             self._add([features.target(column) for column in batch.tolist()], batch.tolist())
@@ -75,15 +111,35 @@ class GraphRows:
             rows = self.model.rows([t.layer for t in batch], positions, torch.stack([t.vector for t in batch]))
             outside, biases, decoder_biases = torch.stack([rows.outside, rows.biases, rows.decoder_biases]).tolist()
             dense = torch.cat([rows.features, *([rows.errors.flatten(1)] if self.n_errors else []), rows.tokens], 1)
-            nonzero = dense.nonzero()
-            row_numbers = torch.tensor(batch_numbers)[nonzero[:, 0].cpu()]
-            self._edges.append((row_numbers, nonzero[:, 1].cpu(), dense[tuple(nonzero.T)].cpu()))
+            of_targets = (
+                batch_numbers[0] >= self.n_columns
+            )  # the graph's own are the end of all paths, wherever they are
+            layers = [self.model.n_layers if of_targets else t.layer for t in batch]
+            self._batches.append(_Batch.of(dense, batch_numbers, layers))
             self.numbers += batch_numbers
             self.balance += [
                 (t.value, before, bias + decoders + t.constant, decoders)
                 for t, before, bias, decoders in zip(batch, outside, biases, decoder_biases, strict=True)
             ]
             self.bar.update(len(batch))
+
+    def influence(self) -> Float[Tensor, "n_columns"]:
+        """The influence of every column on the targets by the rows so far (`pruning.influence` of their graph).
+
+        It is read off the batches as they are, for a graph of all active features has too many edges to be formed.
+        """
+        found = torch.zeros(self.n_columns + len(self.targets), dtype=torch.float64)
+        found[self.n_columns :] = torch.tensor([target.about.weight for target in self.targets], dtype=found.dtype)
+        for layer in range(self.model.n_layers, -1, -1):  # once later layers are done, a layer's influence is complete
+            for batch in self._batches:
+                rows = batch.of_layer(layer)
+                edges = slice(int(batch.ends[rows.start]), int(batch.ends[rows.stop]))
+                if edges.start == edges.stop:
+                    continue
+                per_weight = found[batch.numbers[rows]] / batch.sums[rows].clamp(min=SMALLEST_SUM)
+                per_edge = per_weight.repeat_interleave(batch.ends[rows.start : rows.stop + 1].diff())
+                found.index_add_(0, batch.columns[edges], batch.weights[edges].abs() * per_edge)
+        return found[: self.n_columns]
 
     def graph(self, feature_nodes: Bool[Tensor, "n_active"]) -> AttributionGraph:
         """The graph of the rows so far, with the chosen features as nodes; ``about`` is left empty.
@@ -94,20 +150,12 @@ class GraphRows:
         is_node = torch.ones(self.n_columns + len(self.targets), dtype=torch.bool)
         is_node[: self.n_active] = feature_nodes
         node_numbers = is_node.cumsum(0) - 1
-        rows, columns, weights = (torch.cat(parts) for parts in zip(*self._edges, strict=True))
         numbers = torch.tensor(self.numbers)
-        row_index = torch.zeros(len(is_node), dtype=torch.long)
-        row_index[numbers] = torch.arange(len(numbers))
-        from_node = is_node[columns]
-        to_nodes, to_others = (
-            torch.zeros(len(numbers), dtype=weights.dtype).index_add_(0, row_index[rows[part]], weights[part])
-            for part in (from_node, ~from_node)
-        )
+        edges, weights, to_nodes, to_others = self._between_nodes(is_node, node_numbers)
         values, before_window, constants, decoder_biases = torch.tensor(self.balance, dtype=weights.dtype).T
         if model.linearization == "gradient":  # gradients do not add up to the value: the rest counts as constant
             constants = values - to_nodes - to_others
-        by_row, row_order = torch.argsort(rows[from_node], stable=True), torch.argsort(numbers)
-        edges = torch.stack([node_numbers[rows[from_node]], node_numbers[columns[from_node]]])
+        by_row, row_order = torch.argsort(edges[0], stable=True), torch.argsort(numbers)
         return AttributionGraph(
             tokens=model.tokens,
             strings=self.strings,
@@ -117,11 +165,28 @@ class GraphRows:
             errors=self._error_nodes(),
             targets=[target.about for target in self.targets],
             edges=edges[:, by_row],
-            weights=weights[from_node][by_row],
+            weights=weights[by_row],
             rows=node_numbers[numbers][row_order],
             balance=torch.stack([values, to_nodes, to_others + before_window, constants], 1)[row_order],
             decoder_biases=decoder_biases[row_order],
         )
+
+    def _between_nodes(
+        self, is_node: Bool[Tensor, "n_columns_and_targets"], node_numbers: Int[Tensor, "n_columns_and_targets"]
+    ) -> tuple[Int[Tensor, "2 n_edges"], Float[Tensor, "n_edges"], Float[Tensor, "n_rows"], Float[Tensor, "n_rows"]]:
+        """The edges between nodes with their weights, and per row the sums of edges from nodes and from others."""
+        kept, sums = list[tuple[Tensor, Tensor, Tensor]](), list[Tensor]()
+        for batch in self._batches:
+            row, from_node = batch.row_of_edges(), is_node[batch.columns]
+            both = torch.zeros(2, len(batch.numbers), dtype=batch.weights.dtype)
+            for total, part in zip(both, (from_node, ~from_node), strict=True):
+                total.index_add_(0, row[part], batch.weights[part])
+            sums.append(both)
+            targets, sources = node_numbers[batch.numbers[row[from_node]]], node_numbers[batch.columns[from_node]]
+            kept.append((targets, sources, batch.weights[from_node]))
+        targets, sources, weights = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        to_nodes, to_others = torch.cat(sums, 1)
+        return torch.stack([targets, sources]), weights, to_nodes, to_others
 
     def _error_nodes(self) -> Int[Tensor, "n_errors 2"]:
         """Layer and position of every error node; none if base MLPs are not frozen."""

@@ -8,7 +8,7 @@ has to change.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,7 +109,9 @@ def diagnose(
     findings += _dtype(config, described)
     chosen = resolve_device(device)
     size = estimate_size(config, described, longest, chosen)
-    findings += [*_memory(size, chosen, config), _time(size, chosen), *_processors(chosen), *_disk(size, config, out)]
+    less = _less_memory(config, described, longest, chosen)
+    findings += [*_memory(size, chosen, config, less), _time(size, chosen)]
+    findings += [*_processors(chosen), *_disk(size, config, out)]
     return [*findings, *_search(described, config, longest or size.tokens, chosen)]
 
 
@@ -283,7 +285,32 @@ def _dtype(config: RunConfig, described: PretrainedConfig) -> Iterator[Finding]:
         yield Finding("ok", "dtype", f"{used}; adapters are float32.")
 
 
-def _memory(size: RunSize, device: torch.device, config: RunConfig) -> Iterator[Finding]:
+def _less_memory(
+    config: RunConfig, described: PretrainedConfig, longest: int, device: torch.device
+) -> Iterator[tuple[str, RunSize]]:
+    """Settings of the end-to-end stage that train the same with less memory, and the size with each of them."""
+    training = config.training
+    if "end_to_end" not in training.stages:
+        return
+    again = replace(training, recompute=True)
+    # The tokens of a step stay the same, in more and smaller batches, none of them smaller than a document.
+    parts = max(1, training.tokens_per_batch // max(1, longest))
+    tokens, batches = training.tokens_per_batch // parts, training.batches_per_step * parts
+    smaller = replace(training, tokens_per_batch=tokens, batches_per_step=batches)
+    both = replace(again, tokens_per_batch=tokens, batches_per_step=batches)
+    in_words = f"training.tokens_per_batch: {tokens} and training.batches_per_step: {batches}"
+    for says, changed, worth in (
+        ("training.recompute: true", again, not training.recompute),
+        (in_words, smaller, parts > 1),
+        (f"training.recompute: true, {in_words}", both, parts > 1 and not training.recompute),
+    ):
+        if worth:
+            yield says, estimate_size(replace(config, training=changed), described, longest, device)
+
+
+def _memory(
+    size: RunSize, device: torch.device, config: RunConfig, less: Iterable[tuple[str, RunSize]]
+) -> Iterator[Finding]:
     free, where = free_memory(device), str(device) if device.type == "cuda" else "this machine"
     largest = size.largest
     tokens = f", tokens {largest.tokens / _GB:.2g}" if largest.tokens else ""
@@ -299,6 +326,8 @@ def _memory(size: RunSize, device: torch.device, config: RunConfig) -> Iterator[
         do = (
             "Use dtype bfloat16, fewer training.n_features, or a shorter data.max_tokens and training.tokens_per_batch."
         )
+        if fits := next(((says, other) for says, other in less if other.memory <= free), None):
+            do = f"Set {fits[0]}, which takes about {fits[1].memory / _GB:.2g} GB. Or: {do[0].lower()}{do[1:]}"
         if largest.tokens:
             do = f"Lower training.local.max_tokens, with training.local.streaming to read as many in turn. {do}"
         yield Finding("error", "memory", says, do)
