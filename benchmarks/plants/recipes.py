@@ -45,8 +45,9 @@ SPARSE = LocalConfig(
 )
 """Options of the local stage for planted features, which are rare; chosen on plants 0 and 1. All of the text is in
 memory."""
-SAME_L0 = 0.02
-"""l1_weight at which training end to end on a plant has the L0 of the local stage, chosen on plants 0 and 1."""
+SAME_L0, SAME_L0_WHITENED = 0.02, 5e-4
+"""l1_weight at which training end to end on a plant, in plain and in whitened coordinates, has about the L0 of the local
+stage, chosen on plants 0 and 1."""
 FINISH_STEPS, FINISH_LR, FINISH_LOCAL = 80, 3e-4, 0.1
 """Steps and learning rate of the objective after the local stage, and the weight of the local term in it."""
 RIDGE = 1e-4
@@ -128,7 +129,7 @@ def local_then_end_to_end(pair: PairedModel, traces: Sequence[Trace], options: O
 def end_to_end_whitened(pair: PairedModel, traces: Sequence[Trace], options: Options) -> AdapterSet:
     """Training end to end in the coordinates and from the start of the local stage, which itself takes no step."""
     none = replace(options.local, steps=1, lr=1e-12, revisions=(), polish=False, smallest_gain=0.0)
-    config = options.end_to_end(l1_weight=SAME_L0, stages=("local", "end_to_end"), local=none)
+    config = options.end_to_end(l1_weight=SAME_L0_WHITENED, stages=("local", "end_to_end"), local=none)
     return train(pair, traces, config, progress=False)
 
 

@@ -268,6 +268,29 @@ def test_batches_have_every_document_once(pair: PairedModel, written: list[Trace
     assert list(onsets.with_onsets(n=0).batches()) == []
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", [("onset",), ("control",), ("onset", "control", "continuation")])
+def test_text_after_the_last_place_changes_nothing_there(kinds: tuple[str, ...]) -> None:
+    """Also where a phrase begins at the last place, whose later tokens its log-odds read."""
+    pair, tokens = make("Qwen2ForCausalLM", "hooked"), random_batch(3, (30, 12, 25)).tokens.clone()
+    tokens[:, 10:13] = torch.tensor([7, 9, 12])
+    no = torch.zeros_like(tokens, dtype=torch.bool)
+    onset, control, continuation = no.clone(), no.clone(), no.clone()
+    onset[:, 9], control[:2, [4, 9]], continuation[2, 14] = True, True, True
+    predicting = (tokens != 0) & (torch.arange(tokens.shape[1]) < torch.tensor([[29], [11], [24]]))
+    whole = Onsets(tokens, predicting, onset & predicting, control & predicting & ~onset, continuation, (5, (7, 9, 12)))
+    cut = whole.cut_after(*kinds)
+    n = max(int(getattr(whole, kind).nonzero()[:, 1].max()) for kind in kinds) + 1
+    assert len(cut) == len(whole) and cut.tokens.shape[1] == n + 3, "the places, and the tokens of a phrase"
+    for kind in kinds:
+        before, after = getattr(whole, kind), getattr(cut, kind)
+        assert torch.equal(before.nonzero(), after.nonzero())
+        assert torch.equal(whole.next_tokens[before], cut.next_tokens[after])
+        if kind != "continuation":
+            with pair.routed("replacement"):
+                torch.testing.assert_close(log_odds_at(pair, cut, after), log_odds_at(pair, whole, before))
+
+
 def test_to_is_the_same_elsewhere(pair: PairedModel, written: list[Trace]) -> None:
     onsets = find_onsets(pair, written[:3])
     there = onsets.to("meta")

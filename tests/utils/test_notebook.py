@@ -6,10 +6,11 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import pytest
+from helpers.pairs import make
 from helpers.stores import HOSTILE
 
 import tl_adapters
@@ -19,6 +20,7 @@ from tl_adapters.autointerp.category_shares import CategoryShare
 from tl_adapters.autointerp.detection import DetectionScore, DetectionScores, InterpretationReport
 from tl_adapters.autointerp.endpoint import EndpointUsage
 from tl_adapters.autointerp.judge import JudgeReport
+from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.behaviors import Behavior
 from tl_adapters.evaluation.sampled_kl import SampledKL
 from tl_adapters.generation.compare_variants import VariantCompletion, VariantCompletions
@@ -57,6 +59,20 @@ def test_a_record_shows_its_fields_and_is_json() -> None:
     assert ">3.7<" in html and "0.5 <small>0.4 to 0.6<" in html and "&lt;/script&gt;&lt;img" in html
     assert "<img" not in html and "<script" not in html
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["value"] is None
+    short = repr(replace(found, text="one\ntwo " * 99))
+    assert short.startswith("Found: feature 3.7, share 0.5") and "0.4 to 0.6" in short and "<" not in short
+    assert "\n" not in short and len(short) < 400
+
+
+def test_what_is_no_result_is_short_in_a_terminal() -> None:
+    trace = Trace(tuple(range(1000)), 40, 900, "math", republish=False)
+    words = "Trace of 1,000 tokens: prompt 40, response 960, of which thinking 900, domain math, not to be republished"
+    assert repr(trace) == words and repr(Trace((1, 2, 3), 2)) == "Trace of 3 tokens: prompt 2, response 1"
+    pair = make("Qwen2ForCausalLM", "hooked")
+    assert repr(pair) == (
+        f"PairedModel of {pair.target_id or 'an unnamed target'} and {pair.base_id or 'an unnamed base'}: 4 layers, "
+        f"d_model {pair.model.cfg.d_model}, adapters of 24 features a layer, on cpu"
+    )
 
 
 def test_a_table_has_a_row_for_each_record() -> None:

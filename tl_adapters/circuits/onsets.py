@@ -149,6 +149,24 @@ class Onsets(ResultRecord):
         """Return the documents that have a position of a kind ("onset", "control", "continuation"), in their order."""
         return self.rows(getattr(self, kind).any(1).nonzero()[:, 0])
 
+    def cut_after(self, *kinds: str) -> Onsets:
+        """Return the documents, each without the text after its last position of these kinds.
+
+        The tokens of a phrase that may begin there stay. A model reads forwards, so at these positions nothing changes.
+
+        Args:
+            kinds: "onset", "control", "continuation".
+        """
+        used = torch.stack([getattr(self, kind) for kind in kinds]).any(0)
+        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        longest = max((len(word) for word in self.words if isinstance(word, tuple)), default=1)
+        length = (used * (position + 1)).amax(1, keepdim=True) + longest
+        read, predicts = position < length, position < length - 1
+        onset, control, continuation = (mask & predicts for mask in (self.onset, self.control, self.continuation))
+        tokens, predicting = torch.where(read, self.tokens, 0), self.predicting & predicts
+        cut = Onsets(tokens, predicting, onset, control, continuation, self.words)
+        return cut.rows(torch.arange(len(self), device=self.tokens.device))
+
     def batches(self, *, tokens_per_batch: int = 4096) -> Iterator[tuple[list[int], Onsets]]:
         """Yield every document once, documents of similar length together, with their row numbers."""
         lengths = ((self.tokens != 0) | self.predicting).long()

@@ -94,7 +94,7 @@ def effects_at(
     norms = adapters.decoder_norms()
     direct, total, activation, rate = torch.zeros(4, *shape, device=device)
     odds, n = 0.0, 0
-    for _, batch in onsets.having(at).batches(tokens_per_batch=tokens_per_batch):
+    for _, batch in onsets.having(at).cut_after(at).batches(tokens_per_batch=tokens_per_batch):
         batch = batch.to(device)
         positions = getattr(batch, at)
         gates = torch.ones(shape, device=device, requires_grad=True)
@@ -145,7 +145,7 @@ def effects_on_continuation(
     """Return the mean total effect of every feature on the log-odds of the tokens of the continuation, in nats."""
     shape, device = (pair.n_layers, pair.installed_adapters().n_features), pair.device
     total, n = torch.zeros(shape), 0
-    for _, batch in onsets.with_onsets().batches(tokens_per_batch=tokens_per_batch):
+    for _, batch in onsets.with_onsets().cut_after("continuation").batches(tokens_per_batch=tokens_per_batch):
         batch = batch.to(device)
         next_tokens = batch.tokens.roll(-1, dims=1)[batch.continuation]
         gates = torch.ones(shape, device=device, requires_grad=True)
@@ -269,7 +269,7 @@ def _ids(indices: Tensor, order: Tensor) -> list[FeatureId]:
 @torch.no_grad()
 def _log_odds_in_hybrid(pair: PairedModel, onsets: Onsets) -> float:
     total = 0.0
-    for _, batch in onsets.with_onsets().batches():
+    for _, batch in onsets.with_onsets().cut_after("onset").batches():
         batch = batch.to(pair.device)
         with pair.routed("hybrid"):
             total += float(log_odds(pair, final_residual(pair, batch.tokens), batch, batch.onset).sum())
@@ -287,7 +287,7 @@ def circuit_edges(pair: PairedModel, onsets: Onsets, features: Sequence[CircuitF
     outputs = sorted((f for f in features if f.role == "output"), key=lambda f: -f.direct)
     edges = [CircuitEdge(f.id, None, f.direct) for f in features if f.role in ("output", "suppress")]
     sources = [f.id for f in features if f.role in ("template", "continuation")]
-    texts = onsets.with_onsets(n=EDGE_DOCUMENTS)
+    texts = onsets.with_onsets(n=EDGE_DOCUMENTS).cut_after("onset")
     targets = [f for f in outputs[:MAX_EDGE_TARGETS] if f.id.layer > 0]
     if not sources or not targets or not len(texts):
         return tuple(edges)

@@ -190,7 +190,7 @@ def search_circuit(
     options = options or SearchOptions()
     if not bool(onsets.onset.any()):
         raise BehaviorError("There is no onset in these texts, so there is no circuit to find.")
-    texts = onsets.with_onsets_and_controls(n=options.documents)
+    texts = onsets.with_onsets_and_controls(n=options.documents).cut_after("onset", "control", "continuation")
     size, size_further = (_size(alive, options.share * times) for times in (1.0, options.further))
     parts = _in_parts(pair, texts, options.parts if options.method == "sampled" else 1, options.tokens_per_batch)
     graphs = options.method == "graphs"

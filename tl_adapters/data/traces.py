@@ -41,6 +41,12 @@ class Trace:
     republish: bool = True
     """Whether its text may be shown in public. Graphs, pages and exports leave it out otherwise."""
 
+    def __repr__(self) -> str:
+        parts = [f"prompt {self.prompt_length:,}", f"response {len(self.tokens) - self.prompt_length:,}"]
+        parts += [f"of which thinking {self.thinking_length:,}"] * bool(self.thinking_length)
+        parts += [f"domain {self.domain}"] * bool(self.domain) + ["not to be republished"] * (not self.republish)
+        return f"Trace of {len(self.tokens):,} tokens: {', '.join(parts)}"
+
     def cut(self, max_tokens: int | None) -> Trace:
         """The trace, or its first ``max_tokens`` tokens if it is longer; None cuts nothing."""
         if max_tokens is None or len(self.tokens) <= max_tokens:

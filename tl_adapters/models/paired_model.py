@@ -102,6 +102,14 @@ class PairedModel(RoutedModel):
         self._base_identity = None if base_mlps is None else BaseIdentity.of(base_mlps)
         self.hf_probe: tuple[Tensor, Tensor] | None = None  # tokens, and the logits of the target's Hugging Face model
 
+    def __repr__(self) -> str:
+        cfg, n = self.model.cfg, 0 if self.adapters is None else self.adapters.n_features
+        adapters = f"adapters of {n:,} features a layer" if n else "no adapters"
+        return (
+            f"PairedModel of {self.target_id or 'an unnamed target'} and {self.base_id or 'an unnamed base'}: "
+            f"{self.n_layers} layers, d_model {cfg.d_model:,}, {adapters}, on {self.device}"
+        )
+
     @classmethod
     def from_pretrained(
         cls,

@@ -68,10 +68,20 @@ _MOST_ROWS = 100
 
 
 class ResultRecord:
-    """What a frozen dataclass with the values of one result gets by deriving from it: JSON values and a notebook view.
+    """What a frozen dataclass with the values of one result gets by deriving from it: JSON values and views.
 
-    A class overrides `row` where tables show something else than its fields.
+    A class overrides `row` where tables show something else than its fields. In a terminal a record is its name and its
+    row, cut as cells of a table are.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # dataclass() sets its own where a class has none
+
+    def __repr__(self) -> str:
+        cells = [(name.replace("_", " "), value_cell(value)) for name, value in self.row().items()]
+        parts = [f"{name} {cell.text}" + (f" ({cell.note})" if cell.note else "") for name, cell in cells]
+        return f"{type(self).__name__}: {' '.join(', '.join(parts).split())}"  # texts are shown on one line
 
     def row(self) -> dict[str, Any]:
         """What tables show of the record: name -> value."""
