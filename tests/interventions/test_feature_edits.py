@@ -209,7 +209,7 @@ def test_a_circuit_stands_for_its_promoting_features(pair: PairedModel) -> None:
     roles = {FEATURES[0]: "output", FEATURES[2]: "template", FEATURES[3]: "suppress"}
     circuit = Circuit(
         behavior="a",
-        phrases=(),
+        words=(),
         features=tuple(CircuitFeature(FeatureId(*id), role, **numbers) for id, role in roles.items()),  # type: ignore[arg-type]
         strength=1.0,
         split="select",

@@ -159,12 +159,12 @@ class Onsets(ResultRecord):
         """
         used = torch.stack([getattr(self, kind) for kind in kinds]).any(0)
         position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        longest = max((len(word) for word in self.words if isinstance(word, tuple)), default=1)
+        longest = max((len(phrase) for phrase in self.phrases if isinstance(phrase, tuple)), default=1)
         length = (used * (position + 1)).amax(1, keepdim=True) + longest
         read, predicts = position < length, position < length - 1
         onset, control, continuation = (mask & predicts for mask in (self.onset, self.control, self.continuation))
         tokens, predicting = torch.where(read, self.tokens, 0), self.predicting & predicts
-        cut = Onsets(tokens, predicting, onset, control, continuation, self.words)
+        cut = Onsets(tokens, predicting, onset, control, continuation, self.phrases)
         return cut.rows(torch.arange(len(self), device=self.tokens.device))
 
     def batches(self, *, tokens_per_batch: int = 4096) -> Iterator[tuple[list[int], Onsets]]:
