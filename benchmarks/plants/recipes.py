@@ -46,8 +46,8 @@ SPARSE = LocalConfig(
 """Options of the local stage for planted features, which are rare; chosen on plants 0 and 1. All of the text is in
 memory."""
 SAME_L0, SAME_L0_WHITENED = 0.02, 5e-4
-"""l1_weight at which training end to end on a plant, in plain and in whitened coordinates, has about the L0 of the local
-stage, chosen on plants 0 and 1."""
+"""l1_weight at which training end to end on a plant, in plain and in whitened coordinates, has about the L0 of the
+local stage, chosen on plants 0 and 1."""
 FINISH_STEPS, FINISH_LR, FINISH_LOCAL = 80, 3e-4, 0.1
 """Steps and learning rate of the objective after the local stage, and the weight of the local term in it."""
 RIDGE = 1e-4

@@ -325,7 +325,7 @@ def test_the_estimate_of_a_search_is_what_its_rounds_read_and_keep(
     texts, tokens = 12, 40
     ids = torch.randint(1, target.config.vocab_size, (texts, tokens))
     onset, control, after = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(3))
-    onset[:, 20], control[:, 10], after[:, 21:25] = True, True, True
+    onset[:, 20], control[:, 10], after[:, 21:25], after[:, -2] = True, True, True, True
     onsets = Onsets(ids, torch.ones_like(onset), onset, control, after, (7,))
     alive = torch.ones(pair.n_layers, 96, dtype=torch.bool)
     options = SearchOptions(share=12 / alive.numel(), rounds=4, method=method, parts=4, tokens_per_batch=tokens * 3)

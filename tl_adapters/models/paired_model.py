@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -103,12 +103,10 @@ class PairedModel(RoutedModel):
         self.hf_probe: tuple[Tensor, Tensor] | None = None  # tokens, and the logits of the target's Hugging Face model
 
     def __repr__(self) -> str:
-        cfg, n = self.model.cfg, 0 if self.adapters is None else self.adapters.n_features
+        n = 0 if self.adapters is None else self.adapters.n_features
         adapters = f"adapters of {n:,} features a layer" if n else "no adapters"
-        return (
-            f"PairedModel of {self.target_id or 'an unnamed target'} and {self.base_id or 'an unnamed base'}: "
-            f"{self.n_layers} layers, d_model {cfg.d_model:,}, {adapters}, on {self.device}"
-        )
+        names = f"{self.target_id or 'an unnamed target'} and {self.base_id or 'an unnamed base'}"
+        return f"PairedModel of {names}: {self.n_layers} layers, {adapters}, on {self.device}"
 
     @classmethod
     def from_pretrained(
@@ -252,20 +250,14 @@ class PairedModel(RoutedModel):
         Args: as `TranscoderAdapter`. Raises ConfigError for an unknown activation, or a k that it does not take.
         """
         generator = torch.Generator().manual_seed(seed)
-        options: dict[str, Any] = dict(activation=activation, k=k, bandwidth=bandwidth, dtype=dtype)
-        layers = [
-            TranscoderAdapter(self.model.cfg.d_model, n_features, generator=generator, device=self.device, **options)
-            for _ in range(self.n_layers)
-        ]
+        options: dict[str, Any] = dict(activation=activation, k=k, bandwidth=bandwidth, dtype=dtype, device=self.device)
+        new = partial(TranscoderAdapter, self.model.cfg.d_model, n_features, generator=generator, **options)
+        layers = [new() for _ in range(self.n_layers)]
+        base_revision, target_revision = self.revisions
         metadata = AdapterMetadata(
-            base=self.base_id,
-            target=self.target_id,
-            base_revision=self.revisions[0],
-            target_revision=self.revisions[1],
-            fingerprints=self.fingerprints,
-            activation=activation,
-            k=k,
-        )
+            base=self.base_id, target=self.target_id, base_revision=base_revision, target_revision=target_revision,
+            fingerprints=self.fingerprints, activation=activation, k=k,
+        )  # fmt: skip
         adapters = AdapterSet(layers, self.layer_samples, metadata, samples=self.samples)
         self.load_adapters(adapters)
         return adapters

@@ -87,6 +87,20 @@ def diagnose(
     base_vocabulary, vocabulary = read_vocabulary(base), read_vocabulary(target)
     if base_vocabulary and vocabulary:
         findings += compare_vocabularies(base_vocabulary, vocabulary)
+    of_documents, longest = _documents(config, target, described)
+    findings += of_documents
+    findings += _dtype(config, described)
+    chosen = resolve_device(device)
+    size = estimate_size(config, described, longest, chosen)
+    less = _less_memory(config, described, longest, chosen)
+    findings += [*_memory(size, chosen, config, less), _time(size, chosen)]
+    findings += [*_processors(chosen), *_disk(size, config, out)]
+    return [*findings, *_search(described, config, longest or size.tokens, chosen)]
+
+
+def _documents(config: RunConfig, target: Path, described: PretrainedConfig) -> tuple[list[Finding], int]:
+    """Findings on the chat template and the data, and the tokens of the longest document; 0 where it is not known."""
+    findings: list[Finding] = []
     longest = described.max_position_embeddings if config.data.max_tokens is None else config.data.max_tokens
     checked = "chat template"
     try:
@@ -106,13 +120,7 @@ def diagnose(
             longest = 0  # the documents are not known, so the tokens of a batch are what counts
     except UserError as error:
         findings.append(Finding("error", checked, str(error)))
-    findings += _dtype(config, described)
-    chosen = resolve_device(device)
-    size = estimate_size(config, described, longest, chosen)
-    less = _less_memory(config, described, longest, chosen)
-    findings += [*_memory(size, chosen, config, less), _time(size, chosen)]
-    findings += [*_processors(chosen), *_disk(size, config, out)]
-    return [*findings, *_search(described, config, longest or size.tokens, chosen)]
+    return findings, longest
 
 
 def plan_run(config: RunConfig, out: Path = Path(), device: str = "auto") -> list[Finding]:
