@@ -346,7 +346,7 @@ def _memory(
 def _time(size: RunSize, device: torch.device) -> Finding:
     """The time of each stage by the speed of a matrix product in the models' dtype."""
     dtype = getattr(torch, size.dtype)
-    each = (f"{stage.stage} {_duration(seconds_of(stage.operations, device, dtype))}" for stage in size.stages)
+    each = (f"{stage.stage} {_duration(stage.seconds(device, dtype))}" for stage in size.stages)
     return Finding("ok", "time", f"{', '.join(each)} on {device}, estimated from a matrix product in {size.dtype}.")
 
 

@@ -18,11 +18,13 @@ from tl_adapters.circuits.roles import EDGE_DOCUMENTS, MAX_EDGE_TARGETS
 from tl_adapters.circuits.search import SearchOptions, round_sizes
 from tl_adapters.circuits.study import StudyOptions
 from tl_adapters.config import LocalConfig, RunConfig, StageName, TrainingConfig
+from tl_adapters.local_stage.feature_polish import GROUP_TOKENS
 from tl_adapters.local_stage.layer_run import REVISION_TOKENS
 from tl_adapters.models.routed_model import kept_per_token, rows_at_once
 from tl_adapters.study.hesitation import ORGANISM_PROBLEM_COUNTS
 from tl_adapters.study.open_run import ORGANISM_TRACES
 from tl_adapters.training.kl_divergence import LOGPROBS_KEPT, logprob_rows_at_once
+from tl_adapters.utils.devices import seconds_of, seconds_to_write
 from tl_adapters.utils.precision import adapter_dtype
 
 BYTES_OF_DTYPE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -30,6 +32,10 @@ LOGIT_COPIES = 4
 """Tensors of the size of the logits that a search computes at a time: logits, log-probabilities, probabilities, KLs."""
 TOKENS_PER_LOGITS = 8
 """In a search logits are computed at onsets, control positions and continuations: about one of so many tokens."""
+POLISHED_TOKENS = 3 * GROUP_TOKENS
+"""Most tokens to which one encoder is fitted."""
+NEWTON_STEPS, NEWTON_TOKENS = 3, GROUP_TOKENS // 2
+"""Newton's steps of a fit, and the tokens of which each forms a matrix, about."""
 ROLE_PASSES = 4
 """Passes over all texts, with a gradient, by which features get their roles."""
 
@@ -72,6 +78,14 @@ class StageSize:
     """Bytes of one saved training state on disk."""
     operations: float
     """Floating-point operations of all its steps."""
+    written: float = 0.0
+    """Bytes that elementwise operations write, where these take a part of the time that products do not tell."""
+
+    def seconds(self, device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+        """The time that it takes on a device, by the speeds of a product and of an elementwise operation there."""
+        return seconds_of(self.operations, device, dtype) + (
+            seconds_to_write(self.written, device) if self.written else 0.0
+        )
 
     @property
     def memory(self) -> int:
@@ -247,6 +261,8 @@ class _Shapes:
     """Most logits that are formed at a time."""
     logprobs_at_once: int
     """Most log-probabilities that a training step computes from them at a time."""
+    workers: int
+    """Layers that the local stage trains side by side on one device, unless it is told."""
 
     @classmethod
     def of(
@@ -276,6 +292,7 @@ class _Shapes:
             acts_width=acts_width,
             logits_at_once=rows * vocab,
             logprobs_at_once=logprob_rows_at_once(rows, vocab, device) * vocab,
+            workers=torch.get_num_threads() if device.type == "cpu" else 1,
         )
 
     def logits(self, tokens: int) -> int:
@@ -346,21 +363,47 @@ def _local_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) -> Stag
     adapters, matrices = n_layers * shapes.adapter(n), 4 * n_layers * shapes.d_model**2
     # Of the model only what one layer's MLP computes is kept at a time, in float32, and the inputs of all of them.
     read = tokens * (n_layers * shapes.width * shapes.d_model + 4 * 3 * shapes.d_mlp)
+    step = 4 * local.tokens_per_step * (4 * shapes.d_model + 6 * n)
+    # Where features are revised, a layer has inputs, differences and what is left of them in float32.
+    revision = 3 * 4 * shapes.d_model * local.max_tokens
+    side_by_side = min(local.workers or shapes.workers, n_layers)
     return StageSize(
         stage="local",
         adapters=(4 + 16) * adapters + matrices,
-        activations=read + 4 * local.tokens_per_step * (4 * shapes.d_model + 6 * n),
+        activations=max(read + step, side_by_side * revision),
         tokens=local.max_tokens * n_layers * 2 * shapes.width * shapes.d_model,
         checkpoint=(4 + 12) * adapters + matrices,
-        operations=_local_operations(shapes, local, n),
+        operations=_local_operations(shapes, local, training),
+        written=_written_by_local_stage(shapes, local, training),
     )
 
 
-def _local_operations(shapes: _Shapes, local: LocalConfig, n_features: int) -> float:
-    """A forward pass of the target and both MLPs per new token, the steps, and a pass of all tokens per revision."""
+def _local_operations(shapes: _Shapes, local: LocalConfig, training: TrainingConfig) -> float:
+    """A forward pass of the target and both MLPs per new token, the steps, and all tokens per revision; the polish."""
+    n_layers, n_features, d = shapes.n_layers, training.n_features, shapes.d_model
     new_tokens = local.max_tokens + (local.steps * local.tokens_per_step if local.streaming else 0)
-    collecting = new_tokens * shapes.n_layers * (shapes.attention + 3 * shapes.mlp)
-    encoder = shapes.d_model * n_features
-    step = local.tokens_per_step * shapes.n_layers * (3 * 2 * encoder + shapes.d_model**2)
-    revised = min(REVISION_TOKENS, local.max_tokens) * shapes.n_layers * (2 * encoder + shapes.d_model**2)
-    return 2.0 * (collecting + local.steps * step + (len(local.revisions) + 1) * revised)
+    collecting = new_tokens * n_layers * (shapes.attention + 3 * shapes.mlp)
+    encoder = d * n_features
+    step = local.tokens_per_step * n_layers * (3 * 2 * encoder + d**2)
+    revised = min(REVISION_TOKENS, local.max_tokens) * n_layers * (2 * encoder + d**2)
+    polished = 0.0
+    if local.polish and training.activation == "relu":
+        # Three products of a feature with all tokens; Newton's steps form a matrix from some tokens and solve with it.
+        newton = NEWTON_STEPS * (min(NEWTON_TOKENS, local.max_tokens) * d**2 + d**3 // 3)
+        polished = 2 * n_layers * n_features * (3 * local.max_tokens * d + newton)
+    return 2.0 * (collecting + local.steps * step + (len(local.revisions) + 1) * revised + polished)
+
+
+def _written_by_local_stage(shapes: _Shapes, local: LocalConfig, training: TrainingConfig) -> float:
+    """Bytes that elementwise operations write in steps, in revisions (births among them), and in the polish.
+
+    How many numbers a step, a revision and a fit write for each number that they hold was counted on the built-in pair.
+    """
+    n_features, d = training.n_features, shapes.d_model
+    step = local.tokens_per_step * (10 * n_features + 10 * d) + 8 * 2 * d * n_features
+    revised = min(REVISION_TOKENS, local.max_tokens)
+    revision = revised * (2 * (4 * d + 4 * n_features) + 2 * d + 15 * d)
+    polish = 0
+    if local.polish and training.activation == "relu":
+        polish = 2 * n_features * (5 * d * min(POLISHED_TOKENS, local.max_tokens) + 20 * local.max_tokens)
+    return 4.0 * shapes.n_layers * (local.steps * step + len(local.revisions) * revision + polish)
