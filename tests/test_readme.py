@@ -53,8 +53,12 @@ def test_the_python_runs(
     shapes = [line for line in printed if line.startswith("torch.Size")]
     shown = [line for block in blocks("text") for line in block.splitlines() if line.startswith("torch.Size")]
     assert shapes == shown and shown
-    labels = [label_of(line) for line in blocks("text")[0].splitlines()]
-    assert len(labels) > 8 and {*labels[:7]} <= {label_of(line) for line in printed}, "what README shows, it prints"
+    # What README shows, it prints: the labels of all figures, and the prompt; the response is the model's own.
+    *results, prompt = blocks("text")[0].partition("<think>")[0].splitlines()
+    assert len(results) == 7 and {*map(label_of, results)} <= {*map(label_of, printed)}
+    assert prompt.endswith("=?<|assistant|>") and label_of(prompt) in {
+        label_of(line.partition("<think>")[0]) for line in printed
+    }
     assert any(isinstance(value, torch.Tensor) for value in namespace.values())
     pushed = Circuit.from_hub("user/adapters")
     assert (
