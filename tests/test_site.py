@@ -3,6 +3,7 @@
 import ast
 import functools
 import html
+import inspect
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from helpers.readme import ROOT
 from helpers.renamed import renamed_arguments_by_function
 
 import tl_adapters
+from tl_adapters import organism
 from tl_adapters.adapters.set_folder import SET_READABLE_VERSIONS, SET_SCHEMA_VERSION
 from tl_adapters.attribution.graph import GRAPH_SCHEMA_VERSION
 from tl_adapters.circuits.circuit import CIRCUIT_SCHEMA_VERSION
@@ -69,6 +71,19 @@ def test_every_public_name_is_documented_once_and_nothing_else(site: Path) -> No
     assert sorted(written) == sorted(documented)
 
 
+def test_the_built_in_pair_is_documented(site: Path) -> None:
+    """Every public name of `tl_adapters.organism`: functions and classes from the code, the others in a table."""
+    text = (DOCS / "api" / "organism.md").read_text(encoding="utf-8")
+    written = set(re.findall(r"^::: tl_adapters\.organism\.(\w+)$", text, re.M))
+    rows = {n for row in re.findall(r"^\| (`.+?) \| ", text, re.M) for n in re.findall(r"`organism\.(\w+)`", row)}
+    assert written | rows == {*organism.__all__} and not written & rows
+    assert written == {
+        n for n in organism.__all__ if inspect.isfunction(o := getattr(organism, n)) or inspect.isclass(o)
+    }
+    headings = re.findall(r'<h2 id="tl_adapters\.organism\.(\w+)"', pages(site)["api/organism.html"])
+    assert {*headings} == written
+
+
 def test_every_error_is_listed_with_what_to_do() -> None:
     errors, found = {"errors.UserError"}, classes()
     while more := {
@@ -115,7 +130,7 @@ def test_the_versions_of_formats_are_those_of_the_code() -> None:
 def test_a_table_that_says_hybrid_defines_it_at_its_head() -> None:
     """The word is not the field's: whoever sees a table alone must not take it for the base model."""
     seen = 0
-    for page in DOCS.rglob("*.md"):
+    for page in (*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "examples" / "r1_distill_7b" / "README.md"):
         if page.name == "commands.md":  # written from the command line; its options name the routes
             continue
         text = re.sub(r"<!--.*?-->\n", "", page.read_text(encoding="utf-8"))
@@ -125,8 +140,8 @@ def test_a_table_that_says_hybrid_defines_it_at_its_head() -> None:
             if block.startswith("|") and re.search("hybrid", block, re.I) and not exports:
                 seen += 1
                 defined = re.search(r"hybrid", before, re.I) and "base's MLPs" in before.replace("\n", " ")
-                assert defined, f"{page.name}: {block[:200]}"
-    assert seen > 5
+                assert defined, f"{page.relative_to(ROOT)}: {block[:200]}"
+    assert seen > 7
 
 
 def test_equations_are_drawn_without_a_script(site: Path) -> None:

@@ -1,11 +1,13 @@
 """Every notebook runs from top to bottom, offline, with public names only, and is committed with small outputs."""
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 import tl_adapters
@@ -76,6 +78,35 @@ def test_it_begins_with_the_cell_that_installs(path: Path) -> None:
     """The same in every notebook; it does nothing where the package can be imported."""
     first, *others = (code_cells(nbformat.read(p, as_version=4))[0].source for p in (path, *NOTEBOOKS))
     assert set(others) == {first} and "find_spec('tl_adapters') is None" in first
+
+
+class Shell:
+    """What a notebook's cell asks of IPython: only the magics that it calls."""
+
+    def __init__(self) -> None:
+        self.magics: list[tuple[str, str]] = []
+
+    def run_line_magic(self, name: str, line: str) -> None:
+        self.magics.append((name, line))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_cell_that_installs(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the package is missing it installs what is at SOURCE; where nothing is, it says so and stops."""
+    cell = code_cells(nbformat.read(NOTEBOOKS[0], as_version=4))[0].source
+    source, shell = tmp_path / "tl_adapters", Shell()
+    code = TransformerManager().transform_cell(cell.replace("/content/tl_adapters", str(source)))
+    exec(code, {"get_ipython": lambda: shell})
+    assert not shell.magics, "it is installed here"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    if there:
+        source.mkdir()
+        exec(code, {"get_ipython": lambda: shell})
+        assert shell.magics == [("pip", 'install --quiet "{SOURCE}[saelens]"')]
+        return
+    with pytest.raises(SystemExit, match=f"{source} does not exist: upload tl_adapters there, or set SOURCE"):
+        exec(code, {"get_ipython": lambda: shell})
+    assert not shell.magics
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -23,9 +23,11 @@ import huggingface_hub.constants as constants
 import pytest
 from datasets.utils import file_utils
 from helpers.loopback_server import LoopbackServer, Request, Response
-from huggingface_hub import file_download, hf_api
+from huggingface_hub import RepoCard, file_download, hf_api
 from huggingface_hub.utils import _http, close_session
 
+LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "openrail", "llama3", "other", "unknown")
+"""Some of the identifiers that a card may give as its license."""
 COMMIT = "0123abcd" * 5
 """The commit of every main branch."""
 
@@ -52,7 +54,7 @@ class LoopbackHub:
             return fault
         path = request.path.partition("?")[0]
         if path == "/api/validate-yaml":
-            return _json({"errors": [], "warnings": []})
+            return _validated(str(request.json()["content"]))
         if path == "/api/repos/create":
             asked = request.json()
             name = f"{asked.get('organization') or 'user'}/{asked['name']}"
@@ -108,8 +110,17 @@ class LoopbackHub:
         return Response(content[int(asked[1]) :], 206, headers)
 
 
-def _json(value: object) -> Response:
-    return Response(json.dumps(value), headers={"Content-Type": "application/json"})
+def _validated(card: str) -> Response:
+    """The answer about a card: an error where its license is on no list."""
+    license = RepoCard(card, ignore_metadata_errors=True).data.to_dict().get("license", "unknown")
+    if license in LICENSES:
+        return _json({"errors": [], "warnings": []})
+    allowed = ", ".join(LICENSES)
+    return _json({"errors": [{"message": f'"license" must be one of [{allowed}]'}], "warnings": []}, 400)
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(json.dumps(value), status, {"Content-Type": "application/json"})
 
 
 def _sha(content: bytes) -> str:

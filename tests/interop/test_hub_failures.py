@@ -11,6 +11,7 @@ from helpers.loopback_hub import LoopbackHub, hub, point_client_at  # noqa: F401
 from helpers.loopback_server import Request, Response, refusing_url
 from helpers.page_values import made
 from helpers.users_models import reference
+from huggingface_hub import HfApi
 
 import tl_adapters
 from tl_adapters.adapters.adapter_set import AdapterSet
@@ -90,6 +91,26 @@ def test_what_the_hub_answers_becomes_one_error(
             upload()
         assert is_one_clear_line(refused.value)
     assert not (tmp_path / "pulled").exists()
+
+
+def test_a_license_that_is_on_no_list_is_refused_before_anything_is_made(
+    hub: LoopbackHub,  # noqa: F811
+    adapters: AdapterSet,
+) -> None:
+    refused = r"license no-such \(400: .*\"license\" must be one of \[apache-2.0, mit.*push again"
+    with pytest.raises(HubError, match=refused) as caught:
+        push_to_hub(adapters, "user/repo", license="no-such")
+    assert is_one_clear_line(caught.value) and hub.files == {}
+    card = "---\nlicense: no-such\n---\n"
+    with pytest.raises(ValueError, match="must be one of"):  # nor does a commit take such a card
+        HfApi().upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=new_repository())
+    assert hub.files == {"user/cards": {}}
+    push_to_hub(adapters, "user/repo", license="cc-by-nc-4.0")
+    assert "README.md" in hub.files["user/repo"]
+
+
+def new_repository() -> str:
+    return str(HfApi().create_repo("user/cards").repo_id)
 
 
 def test_nobody_listens(adapters: AdapterSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,14 @@ import hashlib
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.pairs import TOKENS
 from helpers.random_models import ARCHITECTURES, random_batch, random_model, randomise
+from helpers.readme import ROOT, blocks_of
+from helpers.wrong_calls import write_small_place
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig
 
@@ -237,6 +240,22 @@ def test_training_checking_and_generating_give_the_same() -> None:
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@needs_offloading
+def test_the_code_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a GPU, where the CPU stands for the first one."""
+    (block,) = blocks_of(ROOT / "docs" / "large_models.md", "python")
+    local = {"Qwen/Qwen2.5-Math-7B": organism.BASE, "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": organism.TARGET}
+    local |= {'0: "60GiB", ': "", '"": 0': '"": "cpu"', '"model.layers.0": 0': '"model.layers.0": "disk"'}
+    write_small_place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, place in local.items():
+        assert name in block
+        block = block.replace(name, str(place))
+    namespace: dict[str, Any] = {}
+    exec(compile(block, "large_models.md", "exec"), namespace)
+    assert is_offloaded(namespace["pair"].mlps[0].base) and namespace["pair"].adapters
 
 
 @needs_offloading

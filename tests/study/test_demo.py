@@ -230,7 +230,16 @@ def test_a_second_demo_takes_the_next_free_name_and_touches_nothing(
     assert {p.parent.name: p.read_text() for p in tmp_path.rglob("report.html")} == {
         "demo": "1", "demo-2": "2", "demo-3": "3",
     }  # fmt: skip
-    assert capsys.readouterr().out.count("next: tl-adapters evaluate runs/demo-3\n") == 1
+    out = capsys.readouterr().out
+    assert out.count("next: tl-adapters evaluate runs/demo-3\n") == 1 and out.count("Intervals are wider") == 3
+    *_, address, following = out.splitlines()
+    assert address == (tmp_path / "runs" / "demo-3" / "report.html").resolve().as_uri() and "next:" in following
+    assert main(["demo", "--full", "--out", "runs/a full one", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "Intervals are wider" not in out and "/runs/a%20full%20one/report.html\nnext: " in out
+    assert main(["demo", "--out", "runs/a full one", "--json", "--quiet"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [*printed["paths"]] == ["report", "figures", "adapters"] and [*printed["results"]] == ["seconds"]
     assert main(["demo", "--out", "runs/demo"]) == 0
     assert "runs/demo exists already and stays as it is; this run is runs/demo-4" in capsys.readouterr().err
 

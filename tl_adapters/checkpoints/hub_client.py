@@ -212,6 +212,8 @@ def _advice_by_status(response: Any, repo: str, kind: RepositoryKind, upload: bo
     """What a user can do about an answer of the hub."""
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     status = int(response.status_code)
+    if status == 400 and upload:
+        return "Change what these words name, and push again: https://huggingface.co/docs/hub lists what is allowed."
     if status in (401, 403) and upload:
         return (
             f"Set HF_TOKEN to a token that may write to {repo} (or run `hf auth login`), and push again: what has "

@@ -16,7 +16,7 @@ from tl_adapters.utils.printing import command
 
 log = logging.getLogger(__name__)
 
-
+_WIDER = "Intervals are wider than those of the whole study (--full), because fewer problems are read."
 _Out = Annotated[
     Path,
     typer.Option(
@@ -68,7 +68,8 @@ def demo(
     return Result(
         paths={"report": report, "figures": folder / "results.json", "adapters": folder / "adapters"},
         values={"seconds": round(seconds)},
-        text=f"took: {seconds:.0f} s",
+        text=f"took: {seconds:.0f} s" + ("" if full else f"\n{_WIDER}"),
+        address=report.resolve().as_uri(),
         next=command("evaluate", folder, device=given_device(device), dtype=dtype),
     )
 

@@ -30,6 +30,8 @@ class Result:
     """Exit code."""
     then: Callable[[], object] | None = None
     """What runs once the result is printed, until the user stops it."""
+    address: str = ""
+    """A line for a person, behind the paths: where a browser finds the page, as terminals make it clickable."""
 
     def show(self, as_json: bool = False) -> None:
         """Print the result."""
@@ -42,6 +44,8 @@ class Result:
             show(self.text, escaped=self.escaped)
         for name, path in self.paths.items():
             show("\n".join(f"{name}: {printable_line(text)}" for text in _texts(path)))
+        if self.address:
+            show(printable_line(self.address))
         if self.next:
             show(f"next: {printable_line(self.next)}")
 

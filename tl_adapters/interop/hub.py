@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 
 from tl_adapters.adapters.adapter_set import AdapterSet
 from tl_adapters.adapters.set_folder import set_files
@@ -62,7 +62,7 @@ def push_to_hub(
         message: commit message.
 
     Raises:
-        HubError: no permission, no such user, or no network.
+        HubError: no permission, no such user, no network, or a license that is not on the hub's list.
         AdapterFormatError, NotFiniteError: adapters that `to_saelens` refuses, such as topk.
         ArgumentError: what is given as license is no identifier.
     """
@@ -78,9 +78,13 @@ def push_to_hub(
             reads = "normalized"
         to_saelens(adapters, folder, reads=reads)
         pushed = published(adapters.normalized() if reads == "normalized" else adapters)
-        write_text(folder / CARD_FILE, card(pushed, repo_id, licenses_of(adapters.metadata, token), license))
+        text = card(pushed, repo_id, licenses_of(adapters.metadata, token), license)
+        write_text(folder / CARD_FILE, text)
         if drawn := picture(pushed):
             write_bytes(folder / PICTURE_FILE, drawn)
+        if license is not None:  # before a repository is made, which would stay empty
+            with hub_errors(f"The hub did not accept a card with the license {license}", repo_id, upload=True):
+                ModelCard(text).validate()
         with hub_errors(f"The hub did not accept {repo_id}", repo_id, upload=True):
             client.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
