@@ -462,6 +462,15 @@ def test_the_first_screen_holds_the_answer(browser: Browser, folder: Path) -> No
     ]  # fmt: skip
     lefts = browser.js("[...document.querySelectorAll('#one-prompt h4')].map(e => e.getBoundingClientRect().top)")
     assert len(set(lefts)) == 1, "side by side"
+    top, height = browser.js(
+        "(({top, height}) => [top, height])(document.querySelector('#dose svg').getBoundingClientRect())"
+    )
+    assert bottom("#one-prompt") <= top and top + 0.6 * height < 900, (
+        "the curves of the dose figure; its legend ends below"
+    )
+    assert browser.js("document.querySelector('#dose').getBoundingClientRect().left") > browser.js(
+        "document.querySelector('.headlines').getBoundingClientRect().right"
+    ), "beside the figures"
     assert browser.js("document.querySelector('#one-prompt .answers mark').textContent") == "Wait"
 
 
