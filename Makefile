@@ -17,7 +17,7 @@ demo: install  ## the main job on the built-in pair; prints where report.html is
 	$(BIN)/tl-adapters demo
 
 study: install  ## the whole study of the built-in pair, three seeds, with baselines and neurons; docs/benchmarks.md names the command of every figure
-	$(BIN)/python benchmarks/seeds.py runs/study 0 1 2
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python benchmarks/seeds.py runs/study 0 1 2
 
 test: install lint  ## everything CI runs
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
