@@ -19,15 +19,18 @@ import torch
 from large_pair import install_adapters, pair_of_configuration, random_documents, random_tokens
 from recorded import record, recorded
 from resources import measured
-from transformers import Qwen2Config
+from transformers import AutoConfig, Qwen2Config
 
 from tl_adapters.attribution.attribute import attribute, default_batch_size, estimated_memory, estimated_seconds
 from tl_adapters.circuits.onsets import Onsets
 from tl_adapters.circuits.search import SearchOptions, search_circuit
 from tl_adapters.config import LocalConfig, RunConfig, TrainingConfig
 from tl_adapters.data.batching import BatchOrder, TracesInMemory
+from tl_adapters.data.chat_format import encode_traces
 from tl_adapters.local_stage.train_local import train_local
 from tl_adapters.models.paired_model import PairedModel
+from tl_adapters.organism import BASE, reasoning_pairs
+from tl_adapters.study.open_run import load_organism_pair
 from tl_adapters.study.run_size import estimate_search, estimate_size
 from tl_adapters.training.end_to_end_stage import EndToEndStage
 from tl_adapters.utils.devices import seconds_of
@@ -43,10 +46,10 @@ GRID: dict[str, Cell] = {
         do="train", layers=6, d_model=256, features=2048, tokens=6144, recompute=True
     ),
     "train, more features": dict(do="train", layers=6, d_model=256, features=8192, tokens=2048),
-    "local stage": dict(do="local", layers=6, d_model=256, features=512, tokens=20_000, steps=200),
-    "local stage, wider": dict(do="local", layers=4, d_model=512, features=512, tokens=20_000, steps=100),
+    "local stage, built-in pair": dict(do="local", layers=5, d_model=128, features=128, tokens=200_000, steps=1500),
+    "local stage, fewer features": dict(do="local", layers=5, d_model=128, features=64, tokens=100_000, steps=1500),
     "local stage, streaming": dict(
-        do="local", layers=6, d_model=256, features=2048, tokens=8_192, steps=40, streaming=True
+        do="local", layers=5, d_model=128, features=128, tokens=32_768, steps=1000, streaming=True
     ),
     "attribute, 1,000 tokens": dict(do="attribute", layers=5, d_model=128, features=512, tokens=1000),
     "attribute, 3,000 tokens": dict(do="attribute", layers=5, d_model=128, features=512, tokens=3000),
@@ -89,14 +92,12 @@ def train(cell: Cell, pair: PairedModel) -> Cell:
 
 
 def local(cell: Cell, pair: PairedModel) -> Cell:
-    """The local stage from its collection to its end, with revisions and polish."""
-    tokens, length = cell["tokens"], 512
-    options = LocalConfig(steps=cell["steps"], max_tokens=tokens, streaming=cell.get("streaming", False))
-    training = TrainingConfig(stages=("local",), n_features=cell["features"], tokens_per_batch=length, local=options)
-    (size,) = estimate_size(RunConfig(training=training), configuration(cell), length).stages
-    read = tokens + cell["steps"] * options.tokens_per_step * options.streaming
-    documents = random_documents(pair, read // length + 2, length)
-    found = measured(lambda: train_local(pair, documents, training, options, progress=False))._asdict()
+    """The local stage on the built-in pair, from its collection to its end, with revisions and polish."""
+    options = LocalConfig(steps=cell["steps"], max_tokens=cell["tokens"], streaming=cell.get("streaming", False))
+    training = TrainingConfig(stages=("local",), n_features=cell["features"], local=options)
+    (size,) = estimate_size(RunConfig(training=training), AutoConfig.from_pretrained(BASE)).stages
+    text = encode_traces(reasoning_pairs("train", 20_000, 0), pair.model.tokenizer, pair.model.cfg.n_ctx)
+    found = measured(lambda: train_local(pair, text, training, options, progress=False))._asdict()
     weights = sum(parameter.nbytes for parameter in pair.installed_adapters().parameters())  # were there before
     return {**found, "predicted_bytes": size.memory - weights, "predicted_seconds": size.seconds(pair.device)}
 
@@ -139,7 +140,10 @@ def search(cell: Cell, pair: PairedModel) -> Cell:
 def run_cell(cell: Cell) -> Cell:
     """Make the pair of a cell, and measure it."""
     torch.set_num_threads(1)
-    pair = pair_of_configuration(configuration(cell), torch.device("cpu"), torch.float32)
+    if cell["do"] == "local":  # whose time depends on how many features are alive, so that a random pair says nothing
+        pair = load_organism_pair(device="cpu")
+    else:
+        pair = pair_of_configuration(configuration(cell), torch.device("cpu"), torch.float32)
     install_adapters(pair, cell["features"], cell["features"] / 2 if cell["do"] == "train" else L0)
     found = {"train": train, "local": local, "attribute": graph, "search": search}[cell["do"]](cell, pair)
     if "operations" in found:

@@ -34,6 +34,8 @@ TOKENS_PER_LOGITS = 8
 """In a search logits are computed at onsets, control positions and continuations: about one of so many tokens."""
 POLISHED_TOKENS = 3 * GROUP_TOKENS
 """Most tokens to which one encoder is fitted."""
+BIRTH_COPIES = 12
+"""Tensors of the size of a layer's inputs that are in memory where features are born."""
 NEWTON_STEPS, NEWTON_TOKENS = 3, GROUP_TOKENS // 2
 """Newton's steps of a fit, and the tokens of which each forms a matrix, about."""
 ROLE_PASSES = 4
@@ -364,8 +366,8 @@ def _local_stage(shapes: _Shapes, training: TrainingConfig, tokens: int) -> Stag
     # Of the model only what one layer's MLP computes is kept at a time, in float32, and the inputs of all of them.
     read = tokens * (n_layers * shapes.width * shapes.d_model + 4 * 3 * shapes.d_mlp)
     step = 4 * local.tokens_per_step * (4 * shapes.d_model + 6 * n)
-    # Where features are revised, a layer has inputs, differences and what is left of them in float32.
-    revision = 3 * 4 * shapes.d_model * local.max_tokens
+    # Where features are revised, a layer has inputs, differences and what is left of them in float32; births take more.
+    revision = (3 + BIRTH_COPIES) * 4 * shapes.d_model * local.max_tokens
     side_by_side = min(local.workers or shapes.workers, n_layers)
     return StageSize(
         stage="local",

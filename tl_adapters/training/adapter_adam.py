@@ -68,6 +68,10 @@ class AdapterAdam:
         self.parameters = [parameter for adapter in self.trained for parameter in adapter.parameters()]
         self._moved = [_contiguous(parameter) for parameter in self.parameters]
         self.optimizer = torch.optim.Adam(self._moved, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        self._shrinks_in_step = all(
+            parameter.dtype == torch.float32 and parameter.device.type in ("cpu", "cuda")
+            for parameter in self.parameters
+        )
         self._write()
 
     def add_up(self) -> None:
@@ -79,13 +83,20 @@ class AdapterAdam:
                 processes().add_up([parameter.grad])
 
     def clip(self, largest: float) -> Tensor:
-        """Scale the gradient of all trained parameters together to a norm of at most ``largest``.
+        """Let the next step scale the gradient of all trained parameters together to a norm of at most ``largest``.
 
         Returns its norm before, in the coordinates in which the adapters are trained.
         """
         for placed, adapter in self._pairs:
             placed.coordinates.take_gradients(adapter, placed.adapter)
-        return torch.nn.utils.clip_grad_norm_(self.parameters, largest)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        shrink = (norm + 1e-6) / largest  # torch's own small number, in `clip_grad_norm_`
+        if not self._shrinks_in_step:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, largest, norm)
+        elif bool(shrink > 1):
+            # Adam divides by it while it reads the gradient, which is then not read and written once more before.
+            self.optimizer.grad_scale = shrink.float()  # type: ignore[attr-defined]  # as torch's GradScaler does
+        return norm
 
     def step(self, lr: float, smallest_active: Sequence[Tensor] | None, threshold_rate: float) -> None:
         """Take a step by the gradients that `clip` has left, then update the thresholds.
@@ -104,6 +115,7 @@ class AdapterAdam:
             if moved is not parameter and parameter.grad is not None:
                 moved.grad = parameter.grad.T.contiguous()
         self.optimizer.step()
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.optimizer.zero_grad()
         for adapter in (*self.trained, *(adapter for _, adapter in self._pairs)):
             adapter.zero_grad()
