@@ -62,6 +62,11 @@ def test_every_stage_runs_and_resumes_and_the_table_says_what_was_measured(
     by_layer = [figure["value"] for figure in results["faithfulness"]["l0_all_tokens"]]
     l0 = sum(by_layer) / len(by_layer)
     assert f"| L0 per token and layer | 1.4 | {l0:.2f} |" in text and "| 5,623 of 229,376 | not yet run |" in text
+    off = "yes" if abs(l0 - 1.4) <= 0.14 else f"no: {l0 / 1.4 - 1:+.0%}"
+    assert f"| L0 is that of the name, to 0.05 or a tenth | yes | {off} |" in text
+    layers = text.split(f"## {adapters.name}, by layer")[1].strip().splitlines()[2:]
+    assert [line.split(" | ")[0] for line in layers] == [f"| {layer}" for layer in range(len(by_layer))]
+    assert f"| 0 | {by_layer[0]:.4f} (" in layers[0]
     written = (out / adapters.name / "results.json").stat().st_mtime_ns
     run("study", out, *common, "--stages", "open", "faithfulness")
     assert (out / adapters.name / "results.json").stat().st_mtime_ns == written, "what is there is not run again"

@@ -85,11 +85,22 @@ def arm(group: str, name: str, key: str, form: str = "{:.1f}") -> Callable[[dict
     return read
 
 
+def accepted(l0: str) -> Callable[[dict[str, Any]], str]:
+    """Whether the measured L0 is the one that a set's name says, to its last digit or a tenth of it."""
+
+    def read(results: dict[str, Any]) -> str:
+        measured, said = mean(results["faithfulness"]["l0_all_tokens"]), float(l0)
+        return "yes" if abs(measured - said) <= max(0.05, 0.1 * said) else f"no: {measured / said - 1:+.0%}"
+
+    return read
+
+
 def faithfulness_rows(name: str) -> list[Row]:
     """What every set is compared by."""
     _, says, l0 = name.rpartition("-l0-")
     return [
         Row("L0 per token and layer", l0 if says else "-", lambda r: f"{mean(r['faithfulness']['l0_all_tokens']):.2f}"),
+        *([Row("L0 is that of the name, to 0.05 or a tenth", "yes", accepted(l0))] if says else []),
         Row("KL(target || replacement), nats", "-", lambda r: number(r["faithfulness"]["kl"]["replacement"], "{:.4f}")),
         Row("as a share of the hybrid's KL", "-", lambda r: number(r["faithfulness"]["kl_of_hybrid"], "{:.3f}")),
         Row("NMSE after the last layer", "-", lambda r: number(r["faithfulness"]["nmse"][-1], "{:.4f}")),
@@ -99,6 +110,17 @@ def faithfulness_rows(name: str) -> list[Row]:
             lambda r: f"{max(x['value'] for part in r['faithfulness']['partial_of_full'].values() for x in part):.2f}",
         ),
     ]
+
+
+def by_layer(name: str, results: dict[str, Any]) -> str:
+    """The table of a set's figures by layer, in Markdown."""
+    block = results["faithfulness"]
+    head = ["layer", "L0", "NMSE after it", "KL with adapters up to it", "KL with its adapter alone"]
+    columns = [block["l0_all_tokens"], block["nmse"][1:], block["kl_first"], block["kl_only"]]
+    lines = [f"\n## {name}, by layer\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for layer, figures in enumerate(zip(*columns, strict=True)):
+        lines.append(f"| {layer} | {' | '.join(number(figure, '{:.4f}') for figure in figures)} |")
+    return "\n".join(lines) + "\n"
 
 
 CIRCUIT_ROWS = [
@@ -182,7 +204,7 @@ class Study:
 
     def table(self) -> None:
         """Write what the paper has and what was measured, and print it at the end."""
-        lines = ["| set | figure | paper | measured |", "|---|---|---|---|"]
+        lines, layers = ["| set | figure | paper | measured |", "|---|---|---|---|"], ""
         for name in self.args.sets:
             results = read_results(self.folder(name))
             for row in [*faithfulness_rows(name), *(CIRCUIT_ROWS if name == self.args.studied else [])]:
@@ -191,7 +213,9 @@ class Study:
                 except KeyError:
                     measured = NOT_RUN
                 lines.append(f"| {self.folder(name).name} | {row.figure} | {row.paper} | {measured} |")
-        self.text = "\n".join(lines) + "\n"
+            if "faithfulness" in results:
+                layers += by_layer(self.folder(name).name, results)
+        self.text = "\n".join(lines) + "\n" + layers
         Path(self.args.out).mkdir(parents=True, exist_ok=True)
         write_text(Path(self.args.out) / "table.md", self.text)
 
