@@ -164,6 +164,23 @@ def test_a_direction_that_no_feature_writes_is_born(planted: Planted) -> None:
     assert found(layer, planted) == N_TRUE
 
 
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_dead_features_that_compete_are_revived(planted: Planted, activation: str) -> None:
+    """A birth is fitted without the competition of topk and batchtopk, and wins in it where the feature is missing."""
+    layer = layer_of(planted, training={"activation": activation, "k": 2})
+    write_truth(layer, planted)
+    layer.silence(torch.tensor([2, 4]))
+    tokens = tokens_of(layer, planted)
+    before = float(tokens.residual.square().sum())
+    assert found(layer, planted) == N_TRUE - 2 and not len(tokens.tokens[2]) and not len(tokens.tokens[4])
+    assert give_birth(tokens, torch.Generator().manual_seed(4)) >= 2
+    tokens.refresh()
+    require_up_to_date(tokens)
+    assert found(layer, planted) == N_TRUE
+    assert float(tokens.residual.square().sum()) < 0.2 * before
+    assert sum(len(active) > 0 for active in tokens.tokens) >= N_TRUE
+
+
 def test_features_that_explain_nothing_are_removed(planted: Planted) -> None:
     layer = layer_of(planted)
     write_truth(layer, planted)
