@@ -402,10 +402,10 @@ def _written_by_local_stage(shapes: _Shapes, local: LocalConfig, training: Train
     How many numbers a step, a revision and a fit write for each number that they hold was counted on the built-in pair.
     """
     n_features, d = training.n_features, shapes.d_model
-    step = local.tokens_per_step * (10 * n_features + 10 * d) + 8 * 2 * d * n_features
+    step = local.tokens_per_step * (12 * n_features + 12 * d) + 10 * 2 * d * n_features
     revised = min(REVISION_TOKENS, local.max_tokens)
-    revision = revised * (2 * (4 * d + 4 * n_features) + 2 * d + 15 * d)
+    revision = revised * (2 * (5 * d + 5 * n_features) + 2 * d + 18 * d)
     polish = 0
     if local.polish and training.activation == "relu":
-        polish = 2 * n_features * (5 * d * min(POLISHED_TOKENS, local.max_tokens) + 20 * local.max_tokens)
+        polish = 2 * n_features * (6 * d * min(POLISHED_TOKENS, local.max_tokens) + 24 * local.max_tokens)
     return 4.0 * shapes.n_layers * (local.steps * step + len(local.revisions) * revision + polish)
