@@ -496,6 +496,13 @@ def test_an_effect_with_others_held_is_its_slope_while_they_keep_their_values() 
         assert abs(float(differ[feature])) > 1e-2
 
 
+def test_an_effect_on_what_follows_is_the_same_by_parts_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
+    whole = effects_on_continuation(pair, onsets)
+    monkeypatch.setattr(type(pair), "rows_at_once", 3)
+    torch.testing.assert_close(effects_on_continuation(pair, onsets), whole, rtol=1e-6, atol=1e-9)
+
+
 def test_an_effect_on_what_follows_is_the_slope_of_the_log_odds_of_what_comes() -> None:
     pair, onsets = make("Qwen2ForCausalLM", "hooked"), random_onsets()
     effects = effects_on_continuation(pair, onsets, tokens_per_batch=30)

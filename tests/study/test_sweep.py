@@ -378,7 +378,7 @@ def test_a_notebook_shows_plots_and_table(whole: Path) -> None:
     frame = found.to_pandas()
     assert frame["name"].tolist() == NAMES and frame["kl"].tolist() == [point.kl.value for point in found]
     assert json.loads(json.dumps(found.to_dict()))["records"] == record(whole)["points"]
-    assert f"{found[0].name!r}" in repr(found)
+    assert f"SweepPoint: name {found[0].name}, " in repr(found)
 
 
 def test_hostile_names_and_points_without_a_place_on_the_axes() -> None:

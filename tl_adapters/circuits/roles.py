@@ -151,9 +151,10 @@ def effects_on_continuation(
         gates = torch.ones(shape, device=device, requires_grad=True)
         with torch.enable_grad(), gated(pair, dict(enumerate(gates))):
             residual = final_residual(pair, batch.tokens)[batch.continuation]
-            # Logits of some tokens at a time are in memory, also in the backward pass.
-            parts = zip(*(part.split(pair.rows_at_once) for part in (residual, next_tokens)), strict=True)
-            odds = torch.stack([run_again_in_backward(_summed_odds, pair, *part) for part in parts]).sum()
+            parts = list(zip(*(part.split(pair.rows_at_once) for part in (residual, next_tokens)), strict=True))
+            # Of several parts the logits of one at a time are in memory, also in the backward pass.
+            summed = partial(run_again_in_backward, _summed_odds) if len(parts) > 1 else _summed_odds
+            odds = torch.stack([summed(pair, *part) for part in parts]).sum()
             total += torch.autograd.grad(odds, gates)[0].cpu()
         n += len(next_tokens)
     return total / max(1, n)
