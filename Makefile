@@ -16,8 +16,10 @@ install: $(VENV)/installed
 demo: install  ## the main job on the built-in pair; prints where report.html is
 	$(BIN)/tl-adapters demo
 
-study: install  ## the whole study of the built-in pair, three seeds, with baselines and neurons; docs/benchmarks.md names the command of every figure
+study: install  ## hours: the whole study of the built-in pair (three seeds, baselines, neurons), then what published figures come from
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python benchmarks/seeds.py runs/study 0 1 2
+	$(BIN)/python benchmarks/hesitation.py runs/hesitation --record
+	$(MAKE) organism planted
 
 test: install lint  ## everything CI runs
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
