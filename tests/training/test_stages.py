@@ -4,10 +4,12 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -377,3 +379,21 @@ def test_an_error_that_is_not_finite_ends_the_local_stage(tmp_path: Path) -> Non
     trainer = start_or_resume(tmp_path / "run", replace(CONFIG, local=replace(LOCAL, lr=1e30)))
     with pytest.raises(TrainingError, match=r"Step \d+: The error of layer 0 is not finite. Lower training.local.lr"):
         trainer.run()
+
+
+def test_a_tracker_gets_both_stages_with_the_steps_counted_over_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points: list[dict[str, float]] = []
+    run = SimpleNamespace(log=points.append, define_metric=lambda *_, **__: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    start_or_resume(tmp_path / "run", replace(CONFIG, tracker="wandb")).run()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "local_metrics.jsonl").read_text().splitlines()]
+    local = {point["step"]: point for point in points if "local_error" in point}
+    assert list(local) == [line["step"] for line in lines] and max(local) <= LOCAL.steps
+    for line in lines:
+        point = local[line["step"]]
+        assert point["local_error"] == pytest.approx(sum(line["error"]) / 2) and point["lr"] == line["lr"]
+        assert point["local_error/layer_1"] == line["error"][1] and point["local_alive"] == sum(line["alive"])
+    later = [point["step"] for point in points if "nmse" in point]
+    assert later and min(later) > LOCAL.steps and max(later) == STEPS
