@@ -161,6 +161,8 @@ def make_runs(args: argparse.Namespace) -> None:
             bench = bench or Bench(args)
             measured = {**run._asdict(), **bench.run(run)}
         about = {"settings": shared, "commit": commit(), "machine": machine()}
+        if reference := read_cell(args.out / REFERENCE):
+            about["first_release_seconds"] = reference["seconds"]  # of the day on which the run was made
         write_text(path, json.dumps({**measured, **about}, indent=1) + "\n")
         print(name, "done", file=sys.stderr, flush=True)
 
@@ -209,7 +211,8 @@ def summary(group: list[dict[str, Any]], reference: dict[str, Any] | None) -> di
     }
     if reference is not None:
         for clock, name in (("wall", "seconds"), ("cpu", "processor_seconds")):
-            figures[name] = mean([c["seconds"][clock] / reference["seconds"][clock] for c in group])
+            of_the_day = [c.get("first_release_seconds") or reference["seconds"] for c in group]
+            figures[name] = mean([c["seconds"][clock] / r[clock] for c, r in zip(group, of_the_day, strict=True)])
     return {**figures, "plants": sorted({c["plant"] for c in group}), "seeds": sorted({c["seed"] for c in group})}
 
 
