@@ -24,6 +24,7 @@ from tl_adapters.data.tokens import VocabularyError
 from tl_adapters.data.traces import Trace
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.study.open_run import load_organism_pair
+from tl_adapters.utils.arguments import ArgumentError
 
 KINDS = ("predicting", "onset", "control", "continuation", "elsewhere")
 
@@ -289,6 +290,13 @@ def test_text_after_the_last_place_changes_nothing_there(kinds: tuple[str, ...])
         if kind != "continuation":
             with pair.routed("replacement"):
                 torch.testing.assert_close(log_odds_at(pair, cut, after), log_odds_at(pair, whole, before))
+
+
+def test_an_unknown_kind_of_position_is_named(pair: PairedModel, written: list[Trace]) -> None:
+    onsets = find_onsets(pair, written[:3])
+    for call in (onsets.having, onsets.cut_after, lambda kind: onsets.cut_after("onset", kind)):
+        with pytest.raises(ArgumentError, match="kind is 'onsets'.*Did you mean 'onset'"):
+            call("onsets")
 
 
 def test_to_is_the_same_elsewhere(pair: PairedModel, written: list[Trace]) -> None:

@@ -1,6 +1,8 @@
 """A completion does not depend on the other prompts of its batch: neither its limit, nor its draws, nor its tokens."""
 
+import copy
 import functools
+import hashlib
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -10,11 +12,12 @@ import torch
 from helpers.random_models import ARCHITECTURES, random_model, randomise
 
 from tl_adapters import organism
+from tl_adapters.data.traces import Trace
 from tl_adapters.evaluation.sampled_responses import ResponseOptions, sample_responses
 from tl_adapters.generation import cached_passes
 from tl_adapters.generation.completions import complete
 from tl_adapters.generation.responses import respond
-from tl_adapters.generation.sampling import GenerationError, SamplingParameters, choose_tokens
+from tl_adapters.generation.sampling import GenerationError, SamplingParameters, choose_tokens, seed_of
 from tl_adapters.interventions.feature_edits import scaled
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.organism.recipe import build_tokenizer
@@ -126,6 +129,15 @@ def test_every_prompt_has_its_own_limit(backend: str) -> None:
         room = [min(limit or N_CTX, N_CTX - n) for n in LENGTHS]
         assert [len(one.tokens) for one in alone] == room and all(one.truncated for one in alone)
         assert complete(model, prompts(), stop_at=[], max_new_tokens=limit, batch_size=6) == alone
+
+
+def test_records_that_look_alike_are_different_keys() -> None:
+    """A trace is shown by its lengths alone."""
+    traces = [Trace((1, 2, 3), 2), Trace((1, 2, 4), 2)]
+    assert repr(traces[0]) == repr(traces[1])
+    for keys in (traces, [(0, ("a", trace)) for trace in traces]):
+        assert seed_of(keys[0]) != seed_of(keys[1]) and seed_of(keys[0]) == seed_of(copy.deepcopy(keys[0]))
+    assert seed_of((0, "a")) == int.from_bytes(hashlib.sha256(b"(0, 'a')").digest()[:8], "big") >> 1, "as ever"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -3,6 +3,7 @@
 import ast
 import copy
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def test_the_picture_shows_what_was_measured() -> None:
     l0 = {f"L0, layer {layer}": {"value": 2.0, "low": 2.5, "high": None} for layer in range(28)}
     kl = {f"KL(target || {route})": {"value": 0.5, "low": 0.4, "high": 0.6} for route in ("hybrid", "replacement")}
     odd = {"L0, layer x": {"value": 1.0}, "KL(target || base)": {"value": 1.0}, "L0, layer 28": "many", "n": None}
+    odd |= {"L0, layer 29": {"value": math.inf}, "L0, layer 30": {"value": math.nan}, "L0, layer 31": {"value": [1.0]}}
     widths = []
     for figures in (l0, kl, {**l0, **kl}):
         drawn = picture(replaced(figures={**odd, **figures}))

@@ -228,6 +228,38 @@ def test_settings_that_take_less_memory_are_named(
     assert said is None or float(said[1]) * 1e9 <= 1.05 * room
 
 
+def test_of_documents_that_are_not_known_no_smaller_batch_is_named(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their longest might not fit into it: without documents and max_tokens a batch of one token would do."""
+    training = TrainingConfig(stages=("end_to_end",), n_features=8, tokens_per_batch=2560, recompute=True)
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=25 * 10**6))
+    for data, named in ({"max_tokens": 256}, True), ({}, False):
+        (finding,) = (
+            f for f in found(replace(pair_of(folders, **data), training=training), "error") if f.subject == "memory"
+        )
+        assert ("training.tokens_per_batch: " in finding.advice) == named
+        assert finding.advice.endswith("or a shorter data.max_tokens and training.tokens_per_batch.")
+
+
+def test_the_local_stages_time_counts_what_it_writes_and_its_polish(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = AutoConfig.from_pretrained(TARGET)
+    monkeypatch.setattr(run_size, "seconds_of", lambda operations, device, dtype: operations)
+    monkeypatch.setattr(run_size, "seconds_to_write", lambda written, device: 1e15 * written)
+
+    def stage(stages: tuple[str, ...] = ("local",), n_features: int = 64, **local: Any) -> run_size.StageSize:
+        training = TrainingConfig(stages=stages, n_features=n_features, local=LocalConfig(**local))  # type: ignore[arg-type]
+        return estimate_size(RunConfig(training=training), described, 60).stages[0]
+
+    whole, cpu = stage(), torch.device("cpu")
+    assert whole.seconds(cpu) == whole.operations + 1e15 * whole.written and whole.written > 0
+    for less in (dict(polish=False), dict(steps=500), dict(revisions=()), dict(max_tokens=50_000), dict(n_features=32)):
+        smaller = stage(**less)  # type: ignore[arg-type]
+        assert smaller.operations < whole.operations and smaller.written < whole.written, less
+    assert stage(workers=3).memory > stage(workers=1).memory, "each of them has the tokens of its layer"
+    assert stage(("end_to_end",)).written == 0
+
+
 def test_of_hub_models_no_weights_are_downloaded(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {f"org/{folder.name}": folder for folder in folders}
     names = dict.fromkeys(load_file(folders[1] / "model.safetensors"), "model-00001.safetensors")

@@ -53,6 +53,23 @@ def test_weights_move_as_by_plain_adam(accumulated: bool, largest: float, dtype:
         torch.testing.assert_close(weights(ours)[name], expected, rtol=rtol, atol=rtol / 100, msg=name)
 
 
+def test_what_one_gradient_was_scaled_by_is_not_used_for_the_next() -> None:
+    """A gradient that was clipped and never stepped with, as where another part of the step was not finite."""
+    ours, theirs = make(torch.float32), make(torch.float32)
+    adam, other = AdapterAdam(ours, CONFIG), AdapterAdam(theirs, CONFIG)
+    give_gradients(ours, 0, False)
+    adam.clip(1e-3)
+    for adapter in ours:
+        adapter.zero_grad()
+    for adapters, optimizer in ((ours, adam), (theirs, other)):
+        give_gradients(adapters, 1, False)
+        optimizer.clip(1e9)
+        optimizer.step(0.05, None, 0.0)
+    for name, expected in weights(theirs).items():
+        assert torch.equal(weights(ours)[name], expected), name
+    assert all(torch.equal(adam.tensors()[name], value) for name, value in other.tensors().items())
+
+
 def test_weights_that_were_moved_elsewhere_are_not_left_behind_in_silence() -> None:
     adapters = make()
     adam = AdapterAdam(adapters, CONFIG)

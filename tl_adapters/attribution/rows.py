@@ -111,9 +111,7 @@ class GraphRows:
             rows = self.model.rows([t.layer for t in batch], positions, torch.stack([t.vector for t in batch]))
             outside, biases, decoder_biases = torch.stack([rows.outside, rows.biases, rows.decoder_biases]).tolist()
             dense = torch.cat([rows.features, *([rows.errors.flatten(1)] if self.n_errors else []), rows.tokens], 1)
-            of_targets = (
-                batch_numbers[0] >= self.n_columns
-            )  # the graph's own are the end of all paths, wherever they are
+            of_targets = batch_numbers[0] >= self.n_columns  # the graph's own end all paths, at whatever layer they are
             layers = [self.model.n_layers if of_targets else t.layer for t in batch]
             self._batches.append(_Batch.of(dense, batch_numbers, layers))
             self.numbers += batch_numbers

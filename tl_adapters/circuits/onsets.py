@@ -38,6 +38,7 @@ from tl_adapters.evaluation.behaviors import BehaviorError as BehaviorError
 from tl_adapters.evaluation.behaviors import GivenBehavior, Phrases, first_tokens
 from tl_adapters.models.paired_model import PairedModel
 from tl_adapters.models.routed_model import kept_per_token
+from tl_adapters.utils.arguments import choice
 from tl_adapters.utils.notebook import ResultRecord
 from tl_adapters.utils.precision import at_least_float32
 from tl_adapters.utils.renamed import renamed_arguments, renamed_attributes
@@ -146,18 +147,23 @@ class Onsets(ResultRecord):
         return self.rows(torch.cat([first, others[spread]]).sort().values)
 
     def having(self, kind: str) -> Onsets:
-        """Return the documents that have a position of a kind ("onset", "control", "continuation"), in their order."""
-        return self.rows(getattr(self, kind).any(1).nonzero()[:, 0])
+        """Return the documents that have a position of a kind ("onset", "control", "continuation"), in their order.
 
-    def cut_after(self, *kinds: str) -> Onsets:
+        Raises ArgumentError for another kind.
+        """
+        return self.rows(self._positions(kind).any(1).nonzero()[:, 0])
+
+    def cut_after(self, kind: str, *others: str) -> Onsets:
         """Return the documents, each without the text after its last position of these kinds.
 
         The tokens of a phrase that may begin there stay. A model reads forwards, so at these positions nothing changes.
 
         Args:
-            kinds: "onset", "control", "continuation".
+            kind, others: "onset", "control", "continuation".
+
+        Raises ArgumentError for another kind.
         """
-        used = torch.stack([getattr(self, kind) for kind in kinds]).any(0)
+        used = torch.stack([self._positions(each) for each in (kind, *others)]).any(0)
         position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         longest = max((len(phrase) for phrase in self.phrases if isinstance(phrase, tuple)), default=1)
         length = (used * (position + 1)).amax(1, keepdim=True) + longest
@@ -173,6 +179,10 @@ class Onsets(ResultRecord):
         ends = (lengths * torch.arange(1, lengths.shape[1] + 1)).amax(1).tolist()
         for rows in rows_by_length([Trace((1,) * max(1, end), 0) for end in ends], tokens_per_batch):
             yield rows, self.rows(rows)
+
+    def _positions(self, kind: str) -> Bool[Tensor, "batch pos"]:
+        choice(kind, ("onset", "control", "continuation"), "kind")
+        return getattr(self, kind)
 
     def to(self, device: torch.device | str) -> Onsets:
         """Return the same on another device."""

@@ -111,8 +111,9 @@ def complete(
             `default_batch_size` allows for the limit. A `DecodingEngine` makes its own batches.
         temperature, top_p, top_k: as in `SamplingParameters`; None is the value of the model's generation_config.json,
             which is greedy where it does not sample.
-        keys: for each prompt, what its random numbers follow from, such as (seed, problem, sample): any object whose
-            repr identifies it. Prompts with equal keys draw equal numbers. By default the prompt's index.
+        keys: for each prompt, what its random numbers follow from, such as (seed, problem, sample): any object that its
+            repr identifies, and records, which their fields identify. Prompts with equal keys draw equal numbers. By
+            default the prompt's index.
         stop_at: ids of the tokens that end a completion; by default the model's (`end_tokens`).
 
     Raises GenerationError for options out of range, and for a prompt that is empty or fills the context.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,7 +60,7 @@ class PromptDraws:
     STEPS_PER_BLOCK = 256
 
     def __init__(self, keys: Sequence[object], dtype: torch.dtype, device: torch.device) -> None:
-        """Args: keys determine the generators' seeds (by their repr); dtype and device are those of the logits."""
+        """Args: keys determine the generators' seeds (`seed_of`); dtype and device are those of the logits."""
         self.generators = [torch.Generator().manual_seed(seed_of(key)) for key in keys]
         self.dtype = torch.promote_types(dtype, torch.float32)
         self.device, self.block = device, -1
@@ -78,7 +78,14 @@ class PromptDraws:
 
 def seed_of(key: object) -> int:
     """The seed, of 63 bits, that the random numbers of a prompt with this key follow from."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(repr(_in_full(key)).encode()).digest()[:8], "big") >> 1
+
+
+def _in_full(key: object) -> object:
+    """A key with the fields of records in their place: in a terminal different records may look alike."""
+    if is_dataclass(key) and not isinstance(key, type):
+        return (type(key).__name__, *(_in_full(getattr(key, field.name)) for field in fields(key)))
+    return tuple(map(_in_full, key)) if type(key) is tuple else key
 
 
 def choose_tokens(

@@ -181,13 +181,18 @@ def _panels(figures: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, floa
     for name, figure in figures.items():
         kind, _, layer = name.partition("L0, layer ")
         route = name.removeprefix("KL(target || ").removesuffix(")")
-        if isinstance(figure, Mapping) and isinstance(value := figure.get("value"), int | float):
-            low, high = (end if isinstance(end := figure.get(key), int | float) else value for key in ("low", "high"))
+        if isinstance(figure, Mapping) and (value := _finite(figure.get("value"))) is not None:
+            low, high = (value if (end := _finite(figure.get(key))) is None else end for key in ("low", "high"))
             if not kind and layer.isdecimal():
                 found[_L0_LABEL][layer] = (value, low, high)
             elif route in ("hybrid", "replacement"):
                 found[_KL_LABEL][route] = (value, low, high)
     return {label: bars for label, bars in found.items() if len(bars) > 1}
+
+
+def _finite(value: Any) -> float | None:
+    """Return a finite number as it is, and None for anything else, since a set's figures may be anybody's."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _is_hub_name(name: str | None) -> bool:

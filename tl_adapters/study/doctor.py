@@ -302,7 +302,7 @@ def _less_memory(
         return
     again = replace(training, recompute=True)
     # The tokens of a step stay the same, in more and smaller batches, none of them smaller than a document.
-    parts = max(1, training.tokens_per_batch // max(1, longest))
+    parts = max(1, training.tokens_per_batch // longest) if longest else 1
     tokens, batches = training.tokens_per_batch // parts, training.batches_per_step * parts
     smaller = replace(training, tokens_per_batch=tokens, batches_per_step=batches)
     both = replace(again, tokens_per_batch=tokens, batches_per_step=batches)
@@ -344,10 +344,10 @@ def _memory(
 
 
 def _time(size: RunSize, device: torch.device) -> Finding:
-    """The time of each stage by the speed of a matrix product in the models' dtype."""
+    """The time of each stage by the speeds of a matrix product in the models' dtype and of an elementwise operation."""
     dtype = getattr(torch, size.dtype)
     each = (f"{stage.stage} {_duration(stage.seconds(device, dtype))}" for stage in size.stages)
-    return Finding("ok", "time", f"{', '.join(each)} on {device}, estimated from a matrix product in {size.dtype}.")
+    return Finding("ok", "time", f"{', '.join(each)} on {device}, by the speed of products in {size.dtype}.")
 
 
 def _processors(device: torch.device) -> Iterator[Finding]:

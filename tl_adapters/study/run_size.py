@@ -399,7 +399,8 @@ def _local_operations(shapes: _Shapes, local: LocalConfig, training: TrainingCon
 def _written_by_local_stage(shapes: _Shapes, local: LocalConfig, training: TrainingConfig) -> float:
     """Bytes that elementwise operations write in steps, in revisions (births among them), and in the polish.
 
-    How many numbers a step, a revision and a fit write for each number that they hold was counted on the built-in pair.
+    How many numbers a step, a revision and a fit write for each number that they hold was fitted to the times of these
+    parts on the built-in pair with 128 features; `benchmarks/planner.py` and other widths test it.
     """
     n_features, d = training.n_features, shapes.d_model
     step = local.tokens_per_step * (12 * n_features + 12 * d) + 10 * 2 * d * n_features

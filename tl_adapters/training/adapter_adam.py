@@ -68,10 +68,7 @@ class AdapterAdam:
         self.parameters = [parameter for adapter in self.trained for parameter in adapter.parameters()]
         self._moved = [_contiguous(parameter) for parameter in self.parameters]
         self.optimizer = torch.optim.Adam(self._moved, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-        self._shrinks_in_step = all(
-            parameter.dtype == torch.float32 and parameter.device.type in ("cpu", "cuda")
-            for parameter in self.parameters
-        )
+        self._shrinks_in_step = all(p.dtype == torch.float32 and p.device.type != "mps" for p in self.parameters)
         self._write()
 
     def add_up(self) -> None:
@@ -93,9 +90,10 @@ class AdapterAdam:
         shrink = (norm + 1e-6) / largest  # torch's own small number, in `clip_grad_norm_`
         if not self._shrinks_in_step:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, largest, norm)
-        elif bool(shrink > 1):
+        else:
             # Adam divides by it while it reads the gradient, which is then not read and written once more before.
-            self.optimizer.grad_scale = shrink.float()  # type: ignore[attr-defined]  # as torch's GradScaler does
+            scale = shrink.float() if bool(shrink > 1) else None
+            self.optimizer.grad_scale = scale  # type: ignore[attr-defined]  # as torch's GradScaler does
         return norm
 
     def step(self, lr: float, smallest_active: Sequence[Tensor] | None, threshold_rate: float) -> None:
